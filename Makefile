@@ -1,0 +1,42 @@
+# Each target works on a fresh machine with Python 3.10+ and make: it builds .venv first when that is missing or outdated.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+EXTRAS := app,train,track,dev
+
+.PHONY: help setup demo test test-slow check clean
+
+help:
+	@echo "make demo       learn a subject with NoRA and write outputs/demo (about 3 minutes on 2 cores)"
+	@echo "make test       the fast tests"
+	@echo "make test-slow  the tests that train or take long"
+	@echo "make check      ruff and a strict type check"
+	@echo "make setup      only build .venv with the pinned dependencies"
+	@echo "make clean      remove .venv, outputs and caches"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
+	@echo "Setting up .venv (pinned dependencies; this takes some minutes once) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/nora-diffusion demo
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)
+	@$(BIN)/python -m pytest -m slow || { status=$$?; test $$status -eq 5; }  # 5: no test is marked slow
+
+check: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf .venv outputs build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
