@@ -1,0 +1,84 @@
+"""Outer bases: functions ``(W, r, statistics) -> (down [r, d_in], up [d_out, r])``.
+
+A basis decides in which subspaces of a weight ``W [d_out, d_in]`` an adapter moves. Adding one is adding a
+function to :data:`BASES`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Placement = Literal["up", "down", "sqrt", "none"]
+PLACEMENTS: tuple[Placement, ...] = ("up", "down", "sqrt", "none")
+Pair = tuple[Tensor, Tensor]
+
+FULL_SVD_LIMIT = 512
+"""Weights whose smaller side exceeds this are factored by a randomised SVD, whose cost grows with ``r``."""
+DEAD_CHANNEL = 1e-3
+"""Activation strengths are clamped to this fraction of their mean, so that a dead channel cannot blow up."""
+
+
+def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Top-``r`` singular triplets ``U [d_out, r]``, ``S [r]``, ``V^T [r, d_in]`` of ``W`` in fp32.
+
+    Signs are fixed (the largest entry of each right vector is positive), and the randomised branch is seeded, so
+    that the same weight gives the same basis on the same machine.
+    """
+    weight = weight.detach().float()
+    if min(weight.shape) <= FULL_SVD_LIMIT:
+        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(weight, q=min(r + 16, min(weight.shape)), niter=4)
+            vt = v.T
+    u, s, vt = u[:, :r], s[:r], vt[:r]
+    largest = vt.gather(1, vt.abs().argmax(1, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0)
+    return u * sign.T, s, vt * sign
+
+
+def place(u: Tensor, s: Tensor, vt: Tensor, placement: Placement) -> Pair:
+    """Put the singular values: ``up``: ``B = U S``; ``down``: ``A = S V^T``; ``sqrt``: both; ``none``: neither."""
+    powers = {"up": (0.0, 1.0), "down": (1.0, 0.0), "sqrt": (0.5, 0.5), "none": (0.0, 0.0)}
+    down_power, up_power = powers[placement]
+    return s.pow(down_power).unsqueeze(1) * vt, u * s.pow(up_power)
+
+
+def svd(weight: Tensor, r: int, strength: Tensor | None, *, placement: Placement, power: float) -> Pair:
+    """Plain SVD: ``W = U S V^T``, the top ``r`` parts; activations are not used."""
+    return place(*truncated_svd(weight, r), placement)
+
+
+def awsvd(weight: Tensor, r: int, strength: Tensor | None, *, placement: Placement, power: float) -> Pair:
+    """Activation-aware SVD (NoRA, arXiv 2408.10280): factor ``W diag(s) = U S V^T``, then ``A = V_r^T diag(1/s)``.
+
+    ``s = mean(|x|)^power`` per input channel, from a calibration pass; ``B A`` minimises
+    ``||(W - B A) diag(s)||_F``, the error weighted by how strongly each input channel fires.
+
+    Raises ``ValueError`` without activation strengths ``[d_in]``.
+    """
+    if strength is None:
+        raise ValueError("the 'awsvd' basis needs activation statistics: calibrate, or use basis='svd'")
+    s = strength.detach().float()
+    s = s.clamp(min=DEAD_CHANNEL * float(s.mean()) or 1.0).pow(power)
+    down, up = place(*truncated_svd(weight * s, r), placement)
+    return down / s, up
+
+
+def kaiming(weight: Tensor, r: int, strength: Tensor | None, *, placement: Placement, power: float) -> Pair:
+    """Random factors with Kaiming-uniform rows, as LoRA (arXiv 2106.09685) starts ``A``."""
+    d_out, d_in = weight.shape
+    down, up = weight.new_empty(r, d_in, dtype=torch.float32), weight.new_empty(d_out, r, dtype=torch.float32)
+    torch.nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+    torch.nn.init.kaiming_uniform_(up, a=math.sqrt(5))
+    return down, up
+
+
+Basis = Literal["svd", "awsvd", "kaiming"]
+BASES: dict[Basis, Callable[..., Pair]] = {"svd": svd, "awsvd": awsvd, "kaiming": kaiming}

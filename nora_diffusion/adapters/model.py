@@ -1,0 +1,52 @@
+"""The PEFT tuner: puts :class:`NoraLayer` around the targeted projections, innermost."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from ..errors import UserError
+from .config import AdapterConfig
+from .layer import NoraLayer
+from .register import PREFIX
+
+
+class NoraModel(BaseTuner):
+    """One tuner for every method of this package; the method is in the config's axes."""
+
+    prefix = PREFIX
+    tuner_layer_cls = NoraLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _create_and_replace(
+        self,
+        peft_config: AdapterConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        # Tuner layers of other methods (an ordinary LoRA, say) stay outside: their keys and numbers must not change.
+        while isinstance(target, BaseTunerLayer) and not isinstance(target, NoraLayer):
+            parent, target_name, target = target, "base_layer", target.base_layer
+        if not isinstance(target, NoraLayer):
+            if not isinstance(target, nn.Linear | nn.Conv2d):
+                raise UserError(
+                    f"{current_key!r} is a {type(target).__name__}: only linear and conv layers can be adapted"
+                )
+            layer = NoraLayer(target)
+            layer.train(target.training)
+            layer.update_layer(adapter_name, peft_config, current_key)
+            setattr(parent, target_name, layer)
+        else:
+            target.update_layer(adapter_name, peft_config, current_key)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        key = re.sub(r"(\.base_layer)+\.nora_", ".nora_", key)
+        return key.replace(f".nora_delta.{adapter_name}.", ".nora_delta.", 1)

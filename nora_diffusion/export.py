@@ -1,0 +1,187 @@
+"""Exact export to plain LoRA files that other tools read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from .adapter_file import DTYPES, AdapterInfo, Tensors, inspect_adapter, read_tensors
+from .components import canonical
+from .errors import UserError
+from .files import write_atomic
+
+Format = Literal["diffusers", "kohya", "peft"]
+
+
+@dataclass
+class ExportReport:
+    """What was written: files, rank, and the measured ``max |dW_file - dW|`` (absolute, and relative to max |dW|)."""
+
+    path: Path
+    format: str
+    rank: int
+    max_error: float
+    relative_error: float
+    bytes: int
+    keys: int
+
+
+@dataclass
+class PlainPair:
+    """One projection's LoRA: ``dW = B A`` with the scale folded into ``B``; conv kernels as ``kernel``."""
+
+    component: str
+    path: str
+    down: Tensor
+    up: Tensor
+    kernel: list[int] | None
+
+    def shaped(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The factors as files hold them: 2-D for linear layers, 4-D for convolutions."""
+        down, up = self.down.to(dtype), self.up.to(dtype)
+        if self.kernel is None:
+            return down.contiguous(), up.contiguous()
+        return down.view(-1, *self.kernel).contiguous(), up[:, :, None, None].contiguous()
+
+    def error(self, dtype: torch.dtype) -> tuple[float, float]:
+        """``(max |dW_file - dW|, max |dW|)`` in fp64."""
+        exact = self.up @ self.down
+        stored = self.up.to(dtype).double() @ self.down.to(dtype).double()
+        return float((stored - exact).abs().max()), float(exact.abs().max())
+
+
+def export_lora(
+    src: str | Path, dst: str | Path, format: Format = "diffusers", dtype: str | None = None,
+    basis_dir: str | Path | None = None,
+) -> ExportReport:  # fmt: skip
+    """Write an adapter as a plain LoRA of rank ``r'``: ``A = A_in A_out``, ``B = (alpha/r) B_out B_in``.
+
+    ``format``: ``diffusers`` (``pipe.load_lora_weights``), ``kohya`` (A1111, ComfyUI ...), ``peft`` (a folder with one
+    subfolder a component). ``dtype``: fp32 (default), fp16 or bf16. Products are formed in fp64. Raises
+    :class:`UserError` for a routed adapter, which has no exact LoRA.
+    """
+    if format not in get_args(Format):
+        raise UserError(f"format={format!r} is unknown: choose one of {', '.join(get_args(Format))}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+    info = inspect_adapter(src)
+    pairs = plain_pairs(info, read_tensors(info, basis_dir))
+    stored = DTYPES[dtype or "fp32"]
+    path, size, keys = WRITERS[format](Path(dst).expanduser(), info, pairs, stored)
+    errors = [pair.error(stored) for pair in pairs]
+    worst, largest = max(e for e, _ in errors), max(w for _, w in errors)
+    rank = max(pair.down.shape[0] for pair in pairs)
+    return ExportReport(path, format, rank, worst, worst / largest if largest else 0.0, size, keys)
+
+
+def plain_pairs(info: AdapterInfo, tensors: Tensors) -> list[PlainPair]:
+    """The plain LoRA pair of every projection, in fp64."""
+    pairs = []
+    for component, config in info.configs.items():
+        if config.router != "none":
+            raise UserError(
+                f"{info.path} is a {config.method} adapter: its gate depends on every token, so no plain LoRA "
+                "equals it; load it with nora_diffusion instead"
+            )
+        start = f"{component}."
+        paths = {key.rsplit(".nora_", 1)[0] for key in tensors if key.startswith(start)}
+        for full in sorted(paths):
+            path = full.removeprefix(start)
+            factors = {k.rsplit(".nora_", 1)[1]: v.double() for k, v in tensors.items() if k.startswith(f"{full}.nora_")}
+            down, up = _collapse(factors)
+            pairs.append(PlainPair(component, path, down, up * config.scale_for(path), info.conv_shapes.get(full)))
+    return pairs
+
+
+def _collapse(factors: Tensors) -> tuple[Tensor, Tensor]:
+    if "A" in factors:
+        return factors["A"], factors["B"]
+    if "R" in factors:
+        return factors["R"] @ factors["A_out"], factors["B_out"]
+    return factors["A_in"] @ factors["A_out"], factors["B_out"] @ factors["B_in"]
+
+
+def _long_path(pair: PlainPair) -> str:
+    """The path that other tools expect: text encoders always with ``text_model.``."""
+    path = canonical(pair.path)
+    return f"text_model.{path}" if pair.component.startswith("text_encoder") else path
+
+
+def _file_target(dst: Path) -> Path:
+    return dst if dst.suffix == ".safetensors" else dst / "lora.safetensors"
+
+
+def _write_diffusers(
+    dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype
+) -> tuple[Path, int, int]:
+    tensors = {}
+    for pair in pairs:
+        down, up = pair.shaped(dtype)
+        key = f"{pair.component}.{_long_path(pair)}"
+        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = down, up
+    return _write(_file_target(dst), tensors, info)
+
+
+def _write_kohya(
+    dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype
+) -> tuple[Path, int, int]:
+    two_encoders = "text_encoder_2" in info.components
+    prefixes = {"unet": "lora_unet", "text_encoder_2": "lora_te2"}
+    prefixes["text_encoder"] = "lora_te1" if two_encoders else "lora_te"
+    tensors = {}
+    for pair in pairs:
+        if pair.component not in prefixes:
+            raise UserError(f"kohya files have no name for {pair.component}: export to diffusers instead")
+        down, up = pair.shaped(dtype)
+        key = f"{prefixes[pair.component]}_{_long_path(pair).replace('.', '_')}"
+        tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down, up
+        # The scale is folded into B, so alpha equals the rank and every reader multiplies by 1.
+        tensors[f"{key}.alpha"] = torch.tensor(float(down.shape[0]), dtype=dtype)
+    return _write(_file_target(dst), tensors, info)
+
+
+def _write_peft(
+    dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype
+) -> tuple[Path, int, int]:
+    from peft import LoraConfig
+
+    size = keys = 0
+    for component in info.components:
+        mine = [pair for pair in pairs if pair.component == component]
+        tensors = {}
+        for pair in mine:
+            down, up = pair.shaped(dtype)
+            key = f"base_model.model.{_long_path(pair)}"
+            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = down, up
+        ranks = {_long_path(pair): int(pair.down.shape[0]) for pair in mine}
+        r = max(ranks.values())
+        odd = {path: rank for path, rank in ranks.items() if rank != r}
+        config = LoraConfig(r=r, lora_alpha=r, target_modules=sorted(ranks), rank_pattern=odd, alpha_pattern=dict(odd))
+        values = config.to_dict() | {"target_modules": sorted(ranks), "inference_mode": True}
+        write_atomic(dst / component / "adapter_config.json", json.dumps(values, indent=2, default=str))
+        _, written, count = _write(dst / component / "adapter_model.safetensors", tensors, info)
+        size, keys = size + written, keys + count
+    return dst, size, keys
+
+
+def _write(path: Path, tensors: Tensors, info: AdapterInfo) -> tuple[Path, int, int]:
+    notes = {"trigger": info.trigger, "base": info.base, "source_sha256": info.sha256, "made_by": "nora_diffusion"}
+    metadata = {"format": "pt", **{k: v for k, v in notes.items() if v}}
+    if info.trigger:
+        metadata["modelspec.trigger_phrase"] = info.trigger
+    write_atomic(path, save(tensors, metadata))
+    return path, path.stat().st_size, len(tensors)
+
+
+WRITERS: dict[str, Callable[[Path, AdapterInfo, list[PlainPair], torch.dtype], tuple[Path, int, int]]] = {
+    "diffusers": _write_diffusers,
+    "kohya": _write_kohya,
+    "peft": _write_peft,
+}

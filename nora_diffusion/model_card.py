@@ -1,0 +1,54 @@
+"""The model card that lies beside every adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .adapter_file import AdapterInfo
+from .files import write_atomic
+
+TEMPLATE = """---
+base_model: {base}
+library_name: nora_diffusion
+license: {license}
+tags: [text-to-image, diffusers, {method}, subject-driven]
+---
+# {title}
+
+A {method} adapter (outer rank {r}, inner rank {inner_r}) for `{base}`: {trained:,} trained numbers.
+{trigger}
+```python
+from nora_diffusion import load_adapter, open_pipeline
+
+pipe = open_pipeline("{base}")
+load_adapter(pipe, "{folder}")
+image = pipe("{prompt}", num_inference_steps=20).images[0]
+```
+
+As a plain LoRA for other tools: `nora-diffusion export {folder} {folder}_lora.safetensors`.
+
+| | |
+| --- | --- |
+| parts | {parts} |
+| targets | {targets} |
+| steps | {step} |
+| seed | {seed} |
+| file | {bytes:,} bytes, SHA-256 `{sha256}` |
+| made with | {versions} |
+"""
+
+
+def write_card(folder: Path, info: AdapterInfo, extra: str | None = None) -> Path:
+    """Write ``README.md`` from what the adapter file says of itself, with ``extra`` Markdown at its end."""
+    config = next(iter(info.components.values()))
+    targets = config["target_modules"]
+    trigger = f"\nSay `{info.trigger}` in the prompt to get the subject.\n" if info.trigger else ""
+    text = TEMPLATE.format(
+        base=info.base, license=info.license or "other", method=info.method, title=info.trigger or folder.name,
+        r=info.r, inner_r=info.inner_r, trained=info.trained_numbers, trigger=trigger, folder=folder.name,
+        prompt=info.instance_prompt or info.trigger or "your prompt", parts=", ".join(info.components),
+        targets=targets if isinstance(targets, str) else ", ".join(targets), step=info.step, seed=info.seed,
+        bytes=info.bytes, sha256=info.sha256,
+        versions=", ".join(f"{name} {version}" for name, version in info.versions.items()),
+    )  # fmt: skip
+    return write_atomic(folder / "README.md", text + (f"\n{extra}\n" if extra else ""))
