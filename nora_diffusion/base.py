@@ -53,7 +53,7 @@ def _from_pretrained(source: str | Path, dtype: Any, revision: str | None, varia
 
     try:
         return DiffusionPipeline.from_pretrained(
-            source, torch_dtype=dtype or torch.float32, revision=revision, variant=variant,
+            source, dtype=dtype or torch.float32, revision=revision, variant=variant,
             use_safetensors=True, safety_checker=None, requires_safety_checker=False,
         )  # fmt: skip
     except (OSError, ValueError) as error:

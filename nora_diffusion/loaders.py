@@ -310,7 +310,6 @@ def _fill(module: nn.Module, part: str, name: str, tensors: Tensors) -> None:
         layer.delta(name).load_state_dict({f: tensors[_file_key(part, path, f)] for f in state})
         for buffer_name, buffer in layer.delta(name).named_buffers():
             layer.delta(name).get_buffer(buffer_name).data = buffer.to(layer.base_layer.weight.dtype)
-        layer.delta(name).train(layer.base_layer.training)
 
 
 def active_adapters(module: nn.Module) -> list[str]:

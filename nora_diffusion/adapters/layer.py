@@ -106,7 +106,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: AdapterConfig, key: str) -> None:
         """Add one adapter, active and at weight 1."""
         delta = build_delta(config, self.base_layer, key)
-        delta.to(flat_weight(self.base_layer).device)
+        delta.to(flat_weight(self.base_layer).device).train(self.base_layer.training)
         self.nora_delta[adapter_name] = delta
         self.r[adapter_name] = config.rank_for(key)
         self.nora_scale[adapter_name] = self.scaling[adapter_name] = config.scale_for(key)

@@ -39,8 +39,7 @@ class NoraModel(BaseTuner):
                 raise UserError(
                     f"{current_key!r} is a {type(target).__name__}: only linear and conv layers can be adapted"
                 )
-            layer = NoraLayer(target)
-            layer.train(target.training)
+            layer = NoraLayer(target).train(target.training)
             layer.update_layer(adapter_name, peft_config, current_key)
             setattr(parent, target_name, layer)
         else:
