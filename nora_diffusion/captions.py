@@ -1,0 +1,115 @@
+"""What each photo shows, in words: one prompt for all, a text file beside each, or a ``metadata.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import UserError
+
+FILLERS = frozenset(
+    "a an the of in on at with and photo picture image photograph portrait drawing painting close up closeup "
+    "rendering rendition good bad my one".split()
+)
+METADATA = "metadata.jsonl"
+
+
+def read_captions(
+    photos: Sequence[Path], prompt: str | None, sidecars: bool = False, column: str | None = None
+) -> list[str]:
+    """One caption a photo. A photo without its own gets ``prompt``; without that it is a :class:`UserError`."""
+    if column:
+        own = _from_metadata(photos[0].parent, column)
+        source = f"a line in {METADATA}"
+    elif sidecars:
+        own = {path.name: text for path in photos if (text := _from_sidecar(path))}
+        source = "a .txt file"
+    else:
+        own, source = {}, ""
+    if not own and not prompt:
+        raise UserError("there is no prompt: give --instance_prompt 'a photo of sks dog', or captions (--use_captions)")
+    bare = [path.name for path in photos if path.name not in own]
+    if bare and not prompt:
+        raise UserError(f"{bare[0]} has no caption: add {source} for it, or give --instance_prompt for such photos")
+    return [own.get(path.name, prompt or "") for path in photos]
+
+
+def _from_sidecar(path: Path) -> str:
+    sidecar = path.with_suffix(".txt")
+    if not sidecar.is_file():
+        return ""
+    try:
+        return " ".join(sidecar.read_text(encoding="utf-8-sig").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the caption {sidecar} cannot be read: save it as UTF-8 text") from error
+
+
+def _from_metadata(folder: Path, column: str) -> dict[str, str]:
+    path = folder / METADATA
+    if not path.is_file():
+        raise UserError(f"--caption_column needs {path}, with lines like {{\"file_name\": \"0.jpg\", {column!r}: ...}}")
+    captions = {}
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: save it as UTF-8 text") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            name, text = _metadata_row(path, number, line, column)
+            captions[name] = text
+    return captions
+
+
+def _metadata_row(path: Path, number: int, line: str, column: str) -> tuple[str, str]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{path}, line {number} is not valid JSON: write one object a line") from error
+    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+        raise UserError(f"{path}, line {number} has no 'file_name'")
+    text = row.get(column)
+    if not isinstance(text, str) or not text.strip():
+        others = ", ".join(key for key in row if key != "file_name")
+        raise UserError(f"{path}, line {number} has no text under {column!r}; its keys are {others or 'none'}")
+    return Path(row["file_name"]).name, " ".join(text.split())
+
+
+def guess_trigger(prompt: str, class_word: str | None = None, class_prompt: str | None = None) -> str | None:
+    """The word of ``prompt`` that names the subject: what the class's words and filler words leave over.
+
+    ``"a photo of sks dog"`` gives ``"sks"``; a prompt with one such word (``"a photo of a dog"``) gives ``None``.
+    """
+    words = [word for word in _words(prompt) if word.lower() not in FILLERS]
+    ordinary = {word.lower() for word in _words(f"{class_word or ''} {class_prompt or ''}")}
+    left = [word for word in words if word.lower() not in ordinary]
+    if ordinary:
+        return left[0] if left else None
+    return left[0] if len(left) > 1 else None
+
+
+def guess_class_word(prompt: str, trigger: str | None) -> str | None:
+    """The content words right after the trigger: ``"a photo of sks toy dog on a beach"`` gives ``"toy dog"``."""
+    words = _words(prompt)
+    if trigger is None or trigger not in words:
+        return None
+    following = words[words.index(trigger) + 1 :]
+    stop = next((i for i, word in enumerate(following) if word.lower() in FILLERS), len(following))
+    return " ".join(following[:stop]) or None
+
+
+def with_trigger(caption: str, trigger: str | None, class_word: str | None) -> str:
+    """The caption with the trigger in it: before the class word where that stands, else in front of everything."""
+    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
+        return caption
+    if class_word:
+        pattern = rf"(?<!\w)({re.escape(class_word)})(?!\w)"
+        if re.search(pattern, caption, re.IGNORECASE):
+            return re.sub(pattern, lambda found: f"{trigger} {found.group(1)}", caption, count=1, flags=re.IGNORECASE)
+        return f"{trigger} {class_word}, {caption}"
+    return f"{trigger}, {caption}"
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[\w<>\-*']+", text)

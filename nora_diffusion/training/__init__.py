@@ -1,0 +1,22 @@
+"""Training: learn a subject from a few photos. ``train(TrainConfig(...))`` or the command line, same settings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .command import main
+    from .config import TrainConfig
+    from .loop import TrainResult, train
+
+__all__ = ["TrainConfig", "TrainResult", "main", "train"]
+_HOMES = {"TrainConfig": "config", "TrainResult": "loop", "main": "command", "train": "loop"}
+
+
+def __getattr__(name: str) -> Any:
+    # torch and diffusers load only when a run starts, so that --help and a mistyped flag answer at once.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

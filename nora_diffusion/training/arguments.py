@@ -1,0 +1,83 @@
+"""The command line of the trainer, generated from the settings of :class:`TrainConfig`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import UserError
+from .config import GROUPS, TrainConfig, names, settings
+from .values import suggestion
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """One flag a setting, in the groups of the documentation. Values stay text: :func:`.values.coerce` reads them."""
+    parser = _Parser(
+        prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=argparse.HelpFormatter,
+        description="Learn a subject from a few photos with a nested low-rank adapter (DreamBooth).",
+    )  # fmt: skip
+    parser.add_argument("--config", help="YAML file with the same keys; flags win")
+    groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
+    for setting in settings():
+        flags = [f"--{name}" for name in (setting.name, *setting.metadata["aliases"])]
+        options: dict[str, Any] = {"dest": setting.name, "help": setting.metadata["help"], "metavar": "VALUE"}
+        kind = str(setting.type)
+        if kind == "bool":
+            options |= {"nargs": "?", "const": True, "metavar": "true|false"}
+        elif kind.startswith("list"):
+            options |= {"nargs": "+"}
+        if setting.default is not None and kind != "bool":
+            options["help"] += f" (default: {setting.default})"
+        groups[setting.metadata["group"]].add_argument(*flags, **options)
+    return parser
+
+
+def parse(argv: Sequence[str] | None, prog: str | None = None) -> TrainConfig:
+    """Flags over the YAML file over defaults. Raises :class:`UserError` naming an unknown flag's nearest one."""
+    import sys
+
+    words = [_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
+    parsed, unknown = build_parser(prog).parse_known_args(words)
+    if unknown:
+        flag = next((word for word in unknown if word.startswith("--")), unknown[0])
+        name = flag.lstrip("-").split("=")[0]
+        kind = "flag" if flag.startswith("-") else "argument"
+        raise UserError(f"unknown {kind} {flag!r}{suggestion(name, [*names(), 'config'], '--')}")
+    values = vars(parsed)
+    path = values.pop("config", None)
+    return TrainConfig.from_mapping({**(read_yaml(Path(path)) if path else {}), **values})
+
+
+def _with_underscores(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, mark, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + mark + value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file under their main names. Raises :class:`UserError` where it is none."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold 'key: value' lines, one a setting")
+    known = names()
+    for name in values:
+        if name not in known:
+            raise UserError(f"unknown setting {name!r} in {path}{suggestion(str(name), known)}")
+    return {known[name].name: value for name, value in values.items()}

@@ -1,0 +1,138 @@
+"""Settings that cannot be right are refused here, before anything is loaded or written."""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .config import TrainConfig
+from .defaults import METHOD_KEYS
+
+POSITIVE = (
+    "resolution", "rank", "inner_rank", "num_experts", "alpha", "crops_per_image", "train_batch_size",
+    "sample_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "learning_rate",
+    "text_encoder_lr", "lr_num_cycles", "checkpointing_steps", "checkpoints_total_limit", "num_validation_images",
+    "validation_epochs", "validation_steps", "sample_steps", "num_class_images", "tokenizer_max_length",
+    "max_grad_norm", "adam_epsilon", "lr_power",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "prior_loss_weight", "snr_gamma", "lr_warmup_steps", "dataloader_num_workers", "adam_weight_decay",
+    "sample_guidance", "seed",
+)  # fmt: skip
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raise :class:`UserError` for the first setting that is out of range, contradictory or not supported."""
+    _check_ranges(config)
+    _check_data(config)
+    _check_adapter(config)
+    _check_prior(config)
+    _check_system(config)
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for name in (*POSITIVE, *NOT_NEGATIVE):
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if not math.isfinite(value) or value < 0 or (value == 0 and name in POSITIVE):
+            bound = "above 0" if name in POSITIVE else "at least 0"
+            raise UserError(f"{name}={value} must be {bound}")
+    if not 0 <= config.dropout < 1:
+        raise UserError(f"dropout={config.dropout} must be at least 0 and below 1")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"{name}={getattr(config, name)} must be at least 0 and below 1")
+
+
+def _check_data(config: TrainConfig) -> None:
+    if not config.instance_data_dir:
+        raise UserError("no photos: give their folder with --instance_data_dir")
+    if config.use_captions and config.caption_column:
+        raise UserError("--use_captions and --caption_column exclude each other: choose where captions come from")
+    if config.trigger is not None and not config.trigger.strip():
+        raise UserError("the trigger is empty: give a rare word such as 'sks', or leave --trigger out")
+    if config.validation_images:
+        raise UserError("--validation_images is for pipelines that start from a picture; use --validation_prompt here")
+
+
+def _check_adapter(config: TrainConfig) -> None:
+    for name in ("inner_rank", "basis", "num_experts"):
+        if getattr(config, name) is not None and name not in METHOD_KEYS[config.method]:
+            owners = ", ".join(method for method, keys in METHOD_KEYS.items() if name in keys)
+            raise UserError(f"--{name} has no meaning for --method {config.method}: it belongs to {owners}")
+    if config.calibration_prompts and (config.basis or "awsvd") != "awsvd":
+        raise UserError(f"--calibration_prompts needs --basis awsvd, not {config.basis}")
+    if config.text_encoder_lr is not None and not config.train_text_encoder:
+        raise UserError("--text_encoder_lr needs --train_text_encoder")
+    if config.train_text_encoder and config.pre_compute_text_embeddings:
+        raise UserError("--pre_compute_text_embeddings excludes --train_text_encoder: embeddings change while it trains")
+    if config.class_labels_conditioning not in (None, "timesteps"):
+        raise UserError(f"class_labels_conditioning={config.class_labels_conditioning!r} is unknown: only 'timesteps' is")
+
+
+def _check_prior(config: TrainConfig) -> None:
+    if config.with_prior_preservation:
+        if not config.class_prompt and not config.class_word:
+            raise UserError("--with_prior_preservation needs --class_prompt, for example 'a photo of a dog'")
+        return
+    for name in ("class_data_dir", "class_prompt", "prior_generation_precision"):
+        if getattr(config, name) is not None:
+            raise UserError(f"--{name} needs --with_prior_preservation")
+
+
+def _check_system(config: TrainConfig) -> None:
+    if config.use_8bit_adam:
+        _need("bitsandbytes", "--use_8bit_adam")
+    if config.enable_xformers_memory_efficient_attention:
+        _need("xformers", "--enable_xformers_memory_efficient_attention", "PyTorch's own fast attention is in use anyway")
+    for tracker in trackers(config):
+        _need(TRACKERS[tracker], f"--report_to {tracker}", "log.jsonl is always written")
+    if (config.hub_token or config.hub_model_id) and not config.push_to_hub:
+        raise UserError("--hub_token and --hub_model_id need --push_to_hub")
+
+
+def trackers(config: TrainConfig) -> list[str]:
+    """The trackers that ``report_to`` asks for; ``all`` means all that are installed."""
+    wanted = (config.report_to or "none").lower()
+    if wanted == "none":
+        return []
+    if wanted == "all":
+        return [name for name, package in TRACKERS.items() if find_spec(package)]
+    if wanted not in TRACKERS:
+        raise UserError(f"report_to={config.report_to!r} is unknown: choose one of {', '.join(TRACKERS)}, all, none")
+    return [wanted]
+
+
+def _need(package: str, flag: str, note: str = "") -> None:
+    if find_spec(package) is None:
+        tail = f" ({note})" if note else ""
+        raise UserError(f"{flag} needs the package {package}: install it, or leave the flag out{tail}")
+
+
+def check_pipeline(config: TrainConfig, pipe: Any) -> None:
+    """Refuse pipelines that this trainer does not know, by what they lack. Tested with SD 1.x and 2.x layouts."""
+    lacking = [part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if not hasattr(pipe, part)]
+    if lacking:
+        raise UserError(f"{type(pipe).__name__} has no {lacking[0]}: this trainer takes Stable Diffusion 1.x and 2.x")
+    unet = pipe.unet.config
+    if getattr(pipe, "text_encoder_2", None) is not None or unet.addition_embed_type is not None:
+        raise UserError(f"{type(pipe).__name__} has two text encoders: this trainer takes Stable Diffusion 1.x and 2.x")
+    if unet.in_channels != pipe.vae.config.latent_channels:
+        raise UserError(f"the UNet takes {unet.in_channels} channels (an inpainting model?): use the text-to-image model")
+    if config.resolution is not None and config.resolution % pipe.vae_scale_factor:
+        raise UserError(f"resolution={config.resolution} must be a multiple of {pipe.vae_scale_factor}")
+    if config.tokenizer_max_length is not None and config.tokenizer_max_length > pipe.tokenizer.model_max_length:
+        raise UserError(
+            f"tokenizer_max_length={config.tokenizer_max_length} exceeds the {pipe.tokenizer.model_max_length} "
+            "tokens of the text encoder"
+        )
+
+
+def folder_of(path: str) -> Path:
+    """A folder given by the user, with ``~`` resolved."""
+    return Path(path).expanduser()

@@ -1,0 +1,28 @@
+"""The trainer's command: parse, train, and turn what went wrong into a sentence and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from ..errors import UserError
+from .arguments import parse
+from .signals import Interrupted
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the trainer; returns 0, 2 after a user's mistake, 130 after Ctrl-C, 143 after SIGTERM."""
+    try:
+        config = parse(argv, prog)
+        from .loop import train
+
+        result = train(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+    print(f"{result.adapter_path}: {result.trainable_parameters:,} trained numbers, {result.steps} steps, "
+          f"{result.seconds:.1f} s, loss {result.final_loss:.4f}")  # fmt: skip
+    return 0

@@ -1,0 +1,183 @@
+"""``TrainConfig``: every setting of a training run, under the flag names of diffusers' DreamBooth LoRA script."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import UserError
+from .values import coerce, suggestion
+
+Method = Literal["nora", "mor", "lora", "lora_xs"]
+Basis = Literal["awsvd", "svd", "orthogonal", "kaiming"]
+Precision = Literal["no", "fp16", "bf16"]
+PriorPrecision = Literal["no", "fp32", "fp16", "bf16"]
+SaveDtype = Literal["fp32", "fp16", "bf16"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+]  # fmt: skip
+TimestepSampling = Literal["uniform", "stratified"]
+
+GROUPS = {
+    "base": "the frozen model",
+    "data": "photos, prompts and captions",
+    "adapter": "the adapter",
+    "prior": "prior preservation",
+    "training": "training",
+    "optimizer": "optimizer and schedule",
+    "run": "checkpoints, samples and output",
+    "system": "precision, memory and tracking",
+}
+
+
+def key(default: Any, group: str, help: str, aliases: tuple[str, ...] = (), secret: bool = False) -> Any:
+    """A setting: its default, its group in ``--help``, one line of help and other names that it answers to."""
+    metadata = {"group": group, "help": help, "aliases": aliases, "secret": secret}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    """One training run. ``None`` means "the default that suits the base" (:mod:`.defaults`).
+
+    Keys, flags (``--key value``) and YAML keys are the same names. Values are checked by :func:`.checks.check_config`.
+    """
+
+    # base
+    pretrained_model_name_or_path: str | None = key(
+        None, "base", "pipeline folder or hub id; without it the embedded base"
+    )
+    revision: str | None = key(None, "base", "revision of the hub repository")
+    variant: str | None = key(None, "base", "variant of the weight files, for example fp16")
+    tokenizer_name: str | None = key(None, "base", "another tokenizer than the pipeline's")
+    tokenizer_max_length: int | None = key(None, "base", "prompt length in tokens (default: the tokenizer's)")
+    text_encoder_use_attention_mask: bool = key(False, "base", "mask the padding of prompts")
+    class_labels_conditioning: str | None = key(None, "base", "'timesteps' passes the timesteps as class labels")
+
+    # data
+    instance_data_dir: str | None = key(None, "data", "folder with the photos of the subject (JPEG, PNG, WEBP)")
+    instance_prompt: str | None = key(None, "data", "prompt for all photos, for example 'a photo of sks dog'")
+    use_captions: bool = key(False, "data", "read each photo's prompt from the .txt file beside it")
+    caption_column: str | None = key(None, "data", "read each photo's prompt from this key of metadata.jsonl")
+    trigger: str | None = key(None, "data", "the rare word that names the subject (default: found in the prompt)")
+    class_word: str | None = key(None, "data", "what the subject is, for example 'dog'")
+    resolution: int | None = key(None, "data", "side of the training pictures in pixels (default: the base's own)")
+    center_crop: bool = key(False, "data", "crop the centre instead of random places")
+    crops_per_image: int = key(4, "data", "random crops cached for each photo that is not square")
+    random_flip: bool = key(False, "data", "mirror half of the pictures")
+    image_interpolation_mode: Interpolation = key("lanczos", "data", "filter for resizing")
+    dataloader_num_workers: int = key(0, "data", "threads that read photos; 0 reads one after another")
+
+    # adapter
+    method: Method = key("nora", "adapter", "adapter method")
+    rank: int | None = key(None, "adapter", "outer rank r")
+    inner_rank: int | None = key(None, "adapter", "inner rank r' of NoRA")
+    alpha: float | None = key(None, "adapter", "scale alpha / r (default: alpha = r)")
+    basis: Basis | None = key(None, "adapter", "how the frozen outer pair is made")
+    num_experts: int | None = key(None, "adapter", "experts of MoR")
+    dropout: float = key(0.0, "adapter", "dropout inside the adapter", aliases=("lora_dropout",))
+    target_modules: list[str] | None = key(
+        None, "adapter", "groups (attn, ff, proj, conv), module suffixes, or one regular expression"
+    )
+    calibration_prompts: list[str] | None = key(None, "adapter", "prompts that calibrate the awsvd basis")
+    train_text_encoder: bool = key(False, "adapter", "adapt the text encoder as well")
+
+    # prior preservation
+    with_prior_preservation: bool = key(False, "prior", "keep the class from drifting to the subject")
+    prior_loss_weight: float = key(1.0, "prior", "weight of the class pictures' loss")
+    class_data_dir: str | None = key(None, "prior", "folder of class pictures (default: output_dir/class_images)")
+    class_prompt: str | None = key(None, "prior", "prompt of the class pictures (default: 'a photo of a CLASS_WORD')")
+    num_class_images: int = key(100, "prior", "class pictures to have; missing ones are generated")
+    sample_batch_size: int = key(4, "prior", "class pictures generated at a time")
+    prior_generation_precision: PriorPrecision | None = key(None, "prior", "precision of that generation")
+
+    # training
+    train_batch_size: int | None = key(None, "training", "photos in a batch on each device")
+    num_train_epochs: int | None = key(None, "training", "passes over the photos, if max_train_steps is not given")
+    max_train_steps: int | None = key(None, "training", "optimizer steps")
+    gradient_accumulation_steps: int = key(1, "training", "batches added up for one optimizer step")
+    seed: int | None = key(None, "training", "seed of everything random (default: drawn and recorded)")
+    snr_gamma: float | None = key(None, "training", "gamma of min-SNR weighting, 5 is usual; 0 turns it off")
+    timestep_sampling: TimestepSampling | None = key(None, "training", "how a batch's timesteps are drawn")
+
+    # optimizer and schedule
+    learning_rate: float | None = key(None, "optimizer", "learning rate after warm-up")
+    text_encoder_lr: float | None = key(None, "optimizer", "learning rate of the text encoder (default: the same)")
+    scale_lr: bool = key(False, "optimizer", "multiply the rate by devices, accumulation and batch size")
+    lr_scheduler: Schedule | None = key(None, "optimizer", "shape of the schedule")
+    lr_warmup_steps: int | None = key(None, "optimizer", "steps of warm-up")
+    lr_num_cycles: int = key(1, "optimizer", "restarts of cosine_with_restarts")
+    lr_power: float = key(1.0, "optimizer", "power of polynomial")
+    use_8bit_adam: bool = key(False, "optimizer", "AdamW of bitsandbytes, which must be installed")
+    adam_beta1: float = key(0.9, "optimizer", "AdamW beta1")
+    adam_beta2: float = key(0.999, "optimizer", "AdamW beta2")
+    adam_weight_decay: float = key(1e-2, "optimizer", "AdamW weight decay")
+    adam_epsilon: float = key(1e-8, "optimizer", "AdamW epsilon")
+    max_grad_norm: float = key(1.0, "optimizer", "gradients are clipped to this norm")
+
+    # run
+    output_dir: str = key("lora-dreambooth-model", "run", "folder of the run")
+    overwrite_output_dir: bool = key(False, "run", "start anew in a folder that holds an earlier run")
+    checkpointing_steps: int = key(500, "run", "steps between checkpoints")
+    checkpoints_total_limit: int | None = key(None, "run", "checkpoints to keep (default: all)")
+    resume_from_checkpoint: str | None = key(None, "run", "'latest' or a checkpoint folder")
+    validation_prompt: str | None = key(None, "run", "prompt of the sample pictures; without it there are none")
+    num_validation_images: int = key(4, "run", "sample pictures at a time")
+    validation_epochs: int = key(50, "run", "epochs between samples")
+    validation_steps: int | None = key(None, "run", "steps between samples, instead of epochs")
+    sample_steps: int | None = key(None, "run", "denoising steps of class and sample pictures")
+    sample_guidance: float | None = key(None, "run", "guidance of class and sample pictures")
+    validation_images: list[str] | None = key(None, "run", "for pipelines that start from a picture: not supported")
+    save_dtype: SaveDtype | None = key(None, "run", "number type in the adapter file (default: as trained)")
+    license: str | None = key(None, "run", "licence named in the adapter and its model card")
+    push_to_hub: bool = key(False, "run", "upload the adapter and its card at the end")
+    hub_token: str | None = key(None, "run", "token for the upload; never written to a file", secret=True)
+    hub_model_id: str | None = key(None, "run", "repository of the upload (default: the folder's name)")
+
+    # system
+    mixed_precision: Precision | None = key(None, "system", "precision of the frozen model's work")
+    gradient_checkpointing: bool = key(False, "system", "less memory, more time")
+    allow_tf32: bool = key(False, "system", "TF32 matrix products on NVIDIA GPUs")
+    enable_xformers_memory_efficient_attention: bool = key(False, "system", "attention of xformers, if installed")
+    pre_compute_text_embeddings: bool = key(False, "system", "always done unless the text encoder is trained")
+    local_rank: int = key(-1, "system", "set by accelerate launch")
+    report_to: str | None = key(None, "system", "tensorboard, wandb, comet_ml, all or none, beside log.jsonl")
+    logging_dir: str = key("logs", "system", "folder of TensorBoard logs inside output_dir")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Build from YAML or flag values. Raises :class:`UserError` for unknown keys and values of a wrong type."""
+        known = names()
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise UserError(f"unknown setting {unknown[0]!r}{suggestion(unknown[0], known)}")
+        kept: dict[str, Any] = {}
+        for name, value in values.items():
+            setting = known[name]
+            converted = coerce(name, value, str(setting.type), cls)
+            if setting.name in kept and kept[setting.name] != converted:
+                raise UserError(f"{setting.name} and {name} mean the same and differ: give one of them")
+            kept[setting.name] = converted
+        return cls(**kept)
+
+    def to_dict(self, secrets: bool = False) -> dict[str, Any]:
+        """All settings by key, without secrets unless asked for."""
+        return {f.name: getattr(self, f.name) for f in settings() if secrets or not f.metadata["secret"]}
+
+    @property
+    def folder(self) -> Path:
+        """``output_dir`` as a path."""
+        return Path(self.output_dir).expanduser()
+
+
+def settings() -> tuple[Field[Any], ...]:
+    """The settings in order."""
+    return fields(TrainConfig)
+
+
+def names() -> dict[str, Field[Any]]:
+    """Every accepted name, aliases included, and its setting."""
+    return {name: f for f in settings() for name in (f.name, *f.metadata["aliases"])}

@@ -1,0 +1,67 @@
+"""Defaults that depend on the base and the method: the one place where they are tuned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..base import is_embedded
+from .config import TrainConfig
+
+# The embedded base is small and its subjects are learned in about a minute on a CPU.
+EMBEDDED: dict[str, Any] = {
+    "rank": 32,
+    "inner_rank": 16,
+    "target_modules": ["attn", "ff", "proj", "conv"],
+    "learning_rate": 2e-3,
+    "max_train_steps": 300,
+    "train_batch_size": 4,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 20,
+    "snr_gamma": 5.0,
+    "timestep_sampling": "stratified",
+    "sample_steps": 20,
+    "sample_guidance": 5.0,
+}
+
+# Other bases: as diffusers' script has them, but for the number of steps: its one epoch over five photos is two steps.
+OTHER: dict[str, Any] = {
+    "target_modules": ["attn"],
+    "learning_rate": 5e-4,
+    "max_train_steps": 500,
+    "train_batch_size": 4,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 500,
+    "snr_gamma": 0.0,
+    "timestep_sampling": "uniform",
+    "sample_steps": 30,
+    "sample_guidance": 7.5,
+}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "nora": {"rank": 32, "inner_rank": 4, "basis": "awsvd"},
+    "mor": {"rank": 8, "num_experts": 8},
+    "lora": {"rank": 4},
+    "lora_xs": {"rank": 32, "basis": "svd"},
+}
+
+# What each method has beside a rank; a setting of another method is a mistake worth a sentence.
+METHOD_KEYS = {
+    "nora": ("inner_rank", "basis"),
+    "mor": ("num_experts",),
+    "lora": (),
+    "lora_xs": ("basis",),
+}  # fmt: skip
+
+
+def with_defaults(config: TrainConfig) -> TrainConfig:
+    """``config`` with every ``None`` that has a default filled in. What the user gave is never changed."""
+    base = dict(EMBEDDED if is_embedded(config.pretrained_model_name_or_path) else OTHER)
+    if config.method != "nora":
+        base.pop("rank", None)
+    table = {**METHODS[config.method], **base}
+    # Epochs given without steps: the number of steps follows from the number of photos.
+    skip = {"max_train_steps"} if config.num_train_epochs is not None else set()
+    known = {"rank", "inner_rank", "num_experts", "basis"} - {"rank", *METHOD_KEYS[config.method]}
+    missing = {k: v for k, v in table.items() if getattr(config, k) is None and k not in skip | known}
+    return replace(config, **missing)

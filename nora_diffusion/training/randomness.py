@@ -1,0 +1,44 @@
+"""Everything random is a function of the seed, the step and the micro-step: a resumed run draws what it would have."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def derive(seed: int, *names: object) -> int:
+    """An independent seed in ``[0, 2^63)`` for a purpose, for example ``derive(seed, "noise", step, micro)``."""
+    text = ":".join(map(str, (seed, *names)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, *names: object) -> torch.Generator:
+    """A CPU generator seeded by :func:`derive`; the same numbers come whatever device the model is on."""
+    return torch.Generator().manual_seed(derive(seed, *names))
+
+
+def shuffled_rows(seed: int, name: str, count: int, start: int, size: int) -> list[int]:
+    """Rows ``start .. start + size`` of an endless run of epochs, each a fresh permutation of ``count`` items."""
+    return [row for _, row in zip(range(size), _rows_from(seed, name, count, start), strict=False)]
+
+
+def _rows_from(seed: int, name: str, count: int, start: int) -> Iterator[int]:
+    epoch, offset = divmod(start, count)
+    while True:
+        order = torch.randperm(count, generator=generator(seed, name, epoch)).tolist()
+        yield from order[offset:]
+        epoch, offset = epoch + 1, 0
+
+
+def draw_timesteps(count: int, total: int, stratified: bool, source: torch.Generator) -> Tensor:
+    """``count`` timesteps in ``[0, total)``: independent, or one from each of ``count`` equal strata, shuffled.
+
+    Strata cover the noise levels evenly in every batch, which steadies the gradients of small ones.
+    """
+    if not stratified:
+        return torch.randint(0, total, (count,), generator=source)
+    places = (torch.arange(count) + torch.rand(count, generator=source)) / count
+    return (places * total).long().clamp(max=total - 1)[torch.randperm(count, generator=source)]
