@@ -1,0 +1,96 @@
+"""The example subjects: six pictures each to learn from, eight to score with, rendered by the recipe.
+
+``python -m nora_diffusion.tiny_sd.examples --out examples/subjects`` writes the same files every time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from . import world
+from .render import cut_out, render
+from .scenes import Ground, Scene, Thing
+
+TRIGGER = "sks"
+_LEARN = ("grass", "beach", "table", "snow")
+_SCORE = ("forest", "desert", "mountains", "road", "wall", "sea")
+_DEMO = ("{} at night", "{} at sunset", "{} wearing a top hat on %s background", "{} wearing a crown in the forest",
+         "{} on %s striped background", "{} next to a tree in the mountains")
+
+
+def subject_thing(slug: str) -> Thing:
+    """The held-out object behind a subject's name; raises KeyError for an unknown one."""
+    name, colour = world.SUBJECTS[slug]
+    return Thing(world.HELDOUT_VARIANTS.get(name, name), colour)
+
+
+@cache
+def _plain_colours(slug: str) -> tuple[str, ...]:
+    """Colour words by contrast with the subject, strongest first."""
+    pixels = np.asarray(cut_out(subject_thing(slug)).convert("RGBA")).reshape(-1, 4).astype(float)
+    mean = pixels[pixels[:, 3] > 128, :3].mean(0)
+    far = {c: float(np.abs(np.array(rgb) - mean).sum()) for c, rgb in world.COLOURS.items()}
+    named = [c for c in far if c != world.SUBJECTS[slug][1]]
+    return tuple(sorted(named, key=lambda c: -far[c]))
+
+
+def _grounds(slug: str) -> tuple[list[Ground], list[Ground]]:
+    a, b, c, d = _plain_colours(slug)[:4]
+    learn = [Ground("solid", a), Ground("solid", b)] + [Ground(k) for k in _LEARN]
+    score = [Ground("solid", c), Ground("dotted", d, a)] + [Ground(k) for k in _SCORE]
+    return learn, score
+
+
+def subject_scene(slug: str, ground: Ground, number: int) -> Scene:
+    """The subject alone on that ground, captioned with the trigger and its class word."""
+    thing = subject_thing(slug)
+    caption = f"a {TRIGGER} {thing.class_word} {ground.phrase}"
+    return Scene((thing,), ground, caption, jitter=1000 + number)
+
+
+def demo_prompts(slug: str) -> list[str]:
+    """Six prompts on grounds and with accessories that the six pictures do not show; "{}" is the subject."""
+    colours = _plain_colours(slug)
+    plain = f"{world.article(colours[4])} {colours[4]}"
+    striped = f"{world.article(colours[3])} {colours[3]} and {colours[4]}"
+    return [p % (striped if "striped" in p else plain) if "%s" in p else p for p in _DEMO]
+
+
+def write_subject(slug: str, folder: Path) -> None:
+    """Write one subject's pictures, captions and ``subject.json``."""
+    thing = subject_thing(slug)
+    learn, score = _grounds(slug)
+    for part, grounds, start in ((folder, learn, 0), (folder / "scoring", score, 100)):
+        part.mkdir(parents=True, exist_ok=True)
+        for i, ground in enumerate(grounds):
+            scene = subject_scene(slug, ground, start + i)
+            Image.fromarray(render(scene)).save(part / f"{i}.png", optimize=True)
+            (part / f"{i}.txt").write_text(scene.caption + "\n")
+    name, colour = world.SUBJECTS[slug]
+    info = {
+        "name": slug, "class_word": thing.class_word, "object": name, "colour": colour, "trigger": TRIGGER,
+        "instance_prompt": f"a {TRIGGER} {thing.class_word}", "class_prompt": f"a {thing.class_word}",
+        "heldout": [f"scoring/{i}.png" for i in range(len(score))], "demo_prompts": demo_prompts(slug),
+        "license": "SIL-OFL-1.1 (Noto Color Emoji)" if name not in world.HELDOUT_VARIANTS else "Apache-2.0",
+    }
+    (folder / "subject.json").write_text(json.dumps(info, indent=1) + "\n")
+
+
+def main() -> None:
+    """Command line: write every subject."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, default=Path("examples/subjects"))
+    args = parser.parse_args()
+    for slug in world.SUBJECTS:
+        write_subject(slug, args.out / slug)
+    print(f"{len(world.SUBJECTS)} subjects in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

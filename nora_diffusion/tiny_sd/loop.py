@@ -1,0 +1,131 @@
+"""The training loop that the three stages share: schedule, clipping, EMA, log, exact resume.
+
+Everything random in a step comes from ``(seed, step)``, so a state is only weights, EMA, AdamW moments and the
+step number: safetensors and JSON, written to a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .configs import StageConfig
+
+LossFn = Callable[[int], tuple[Tensor, dict[str, float]]]
+
+
+@dataclass
+class LoopOptions:
+    """Where and how often a stage writes: ``out`` folder, log and save intervals in steps, stop for a pause."""
+
+    out: Path
+    log_every: int = 50
+    save_every: int = 1000
+    stop_at: int | None = None
+
+
+def learning_rate(config: StageConfig, step: int) -> float:
+    """Warm-up, constant, then linear decay to zero over the last ``config.decay`` of the steps."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    start = math.floor(config.steps * (1 - config.decay))
+    cool = 1.0 if step < start else (config.steps - step) / max(1, config.steps - start)
+    return config.lr * warm * cool
+
+
+class Trainer:
+    """AdamW with EMA on the parameters of ``module``; ``run`` continues from the state in ``options.out``."""
+
+    def __init__(self, name: str, module: nn.Module, config: StageConfig, options: LoopOptions) -> None:
+        self.name, self.config, self.options = name, config, options
+        self.params = dict(module.named_parameters())
+        self.ema = {k: p.detach().clone() for k, p in self.params.items()}
+        decayed = [p for p in self.params.values() if p.ndim > 1]
+        plain = [p for p in self.params.values() if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+        self.step = 0
+        self._load()
+
+    def run(self, loss_fn: LossFn, on_save: Callable[[], None] | None = None) -> float:
+        """Train to ``config.steps`` (or ``options.stop_at``); returns the mean loss of the last log interval."""
+        end = min(self.config.steps, self.options.stop_at or self.config.steps)
+        total, count, started = 0.0, 0, time.time()
+        mean = float("nan")
+        while self.step < end:
+            loss, metrics = loss_fn(self.step)
+            self._update(loss)
+            total, count = total + loss.item(), count + 1
+            self.step += 1
+            if self.step % self.options.log_every == 0 or self.step == end:
+                mean = total / count
+                rate = count * self.config.batch / (time.time() - started)
+                self._log(mean, metrics, rate)
+                if not math.isfinite(mean):
+                    raise FloatingPointError(f"{self.name}: the loss is {mean} at step {self.step}")
+                total, count, started = 0.0, 0, time.time()
+            if self.step % self.options.save_every == 0 or self.step == end:
+                self.save()
+                if on_save:
+                    on_save()
+                started = time.time()
+        return mean
+
+    def _update(self, loss: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        params = list(self.params.values())
+        nn.utils.clip_grad_norm_(params, self.config.clip)
+        self.optimizer.step()
+        # a short memory at the start, so that the first average is not the initial weights
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in params], 1 - decay)
+
+    def _log(self, mean: float, metrics: dict[str, float], rate: float) -> None:
+        row = {"stage": self.name, "step": self.step, "loss": round(mean, 5), "pictures_per_s": round(rate, 1),
+               "lr": learning_rate(self.config, self.step - 1), "time": round(time.time()), **metrics}
+        self.options.out.mkdir(parents=True, exist_ok=True)
+        with open(self.options.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    @property
+    def _state_path(self) -> Path:
+        return self.options.out / f"{self.name}.state.safetensors"
+
+    def save(self) -> None:
+        """Write the whole state; the JSON with the step number stands in the file's metadata."""
+        tensors = {f"model.{k}": p.detach() for k, p in self.params.items()}
+        tensors |= {f"ema.{k}": p for k, p in self.ema.items()}
+        for key, p in self.params.items():
+            for part in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{part}.{key}"] = self.optimizer.state[p][part]
+        self.options.out.mkdir(parents=True, exist_ok=True)
+        temporary = self._state_path.with_suffix(".tmp")
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary,
+                  metadata={"state": json.dumps({"stage": self.name, "step": self.step})})
+        os.replace(temporary, self._state_path)
+
+    def _load(self) -> None:
+        if not self._state_path.exists():
+            return
+        from safetensors import safe_open
+
+        with safe_open(self._state_path, "pt") as file:
+            self.step = int(json.loads(file.metadata()["state"])["step"])
+        tensors = load_file(self._state_path)
+        with torch.no_grad():
+            for key, p in self.params.items():
+                p.copy_(tensors[f"model.{key}"])
+                self.ema[key].copy_(tensors[f"ema.{key}"])
+                moments = {part: torch.empty_like(p).copy_(tensors[f"{part}.{key}"]) for part in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[p] = {"step": torch.tensor(float(self.step), device=p.device), **moments}
