@@ -97,7 +97,9 @@ def add_adapter(
 
 def _check_new_name(pipe: Any, name: str, components: Sequence[str]) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in "nora_delta":
-        raise UserError(f"the adapter name {name!r} will not do: use letters, digits, '_' and '-', and not part of 'nora_delta'")
+        raise UserError(
+            f"the adapter name {name!r} will not do: use letters, digits, '_' and '-', and no part of 'nora_delta'"
+        )
     taken = {c for c in components if name in getattr(component(pipe, c), "peft_config", {})}
     if taken:
         raise UserError(f"an adapter named {name!r} is already in the {', '.join(sorted(taken))}: delete it or rename")
@@ -109,6 +111,8 @@ def _inject(module: nn.Module, config: AdapterConfig, name: str, start: Start) -
     with warnings.catch_warnings():
         # PEFT warns of every second adapter on a model; several at once is what this toolkit is for.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        # A pattern may be meant for another component of the same pipeline.
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
         inject_adapter_in_model(own, module, name)
     own.start = Start()
     module._hf_peft_config_loaded = True  # type: ignore[assignment]

@@ -1,0 +1,124 @@
+"""Attention processors that form the adapter parts of q, k and v from one skinny product.
+
+They share the deltas of the tuner layers and equal them to 1e-6; they change speed, never results. Text encoders
+have no processors in diffusers' sense: there the tuner layers do the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from .adapters import NoraLayer
+from .adapters.deltas import ChainDelta, Delta, RoutedDelta
+
+LiveDelta = tuple[float, Delta]
+
+
+def fused_deltas(layer: nn.Module, kind: type[nn.Module]) -> list[LiveDelta] | None:
+    """The live deltas of a projection if all are of one kind and the layer stands alone, else None.
+
+    A foreign tuner layer around ours (an ordinary LoRA), a delta in training mode or of another kind means that the
+    projection must be called as it is.
+    """
+    if not isinstance(layer, NoraLayer) or (layer.disable_adapters and layer.merged):
+        return None
+    live = list(layer.live())
+    fits = all(isinstance(delta, kind) and not delta.training for _, delta in live)
+    return live if fits and not torch.is_grad_enabled() else None
+
+
+def project(layers: Sequence[nn.Module], x: Tensor, kind: type[nn.Module]) -> list[Tensor]:
+    """``[layer(x) for layer in layers]`` with all adapter down-projections of ``x`` in one product."""
+    groups = [fused_deltas(layer, kind) for layer in layers]
+    weights = [delta.skinny_weight().to(x.dtype) for group in groups if group for _, delta in group]
+    if not weights:
+        return [layer(x) for layer in layers]
+    parts = iter(F.linear(x, torch.cat(weights)).split([w.shape[0] for w in weights], dim=-1))
+    outputs = []
+    for layer, group in zip(layers, groups, strict=True):
+        if group is None:
+            outputs.append(layer(x))
+            continue
+        y: Tensor = layer.base_layer(x)  # type: ignore[operator]
+        for scaling, delta in group:
+            y = y + scaling * delta.from_skinny(next(parts)).to(y.dtype)
+        outputs.append(y)
+    return outputs
+
+
+class AdapterAttnProcessor:
+    """Scaled dot-product attention like diffusers' ``AttnProcessor2_0``, with fused adapter projections."""
+
+    delta_kind: ClassVar[type[nn.Module]] = nn.Module
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        shape = hidden_states.shape
+        if hidden_states.ndim == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        query, key, value = self._query_key_value(attn, hidden_states, encoder_hidden_states)
+        mask = _mask(attn, attention_mask, key)
+        query, key, value = (_split_heads(t, attn.heads) for t in (query, key, value))
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attn.scale)
+        out = out.transpose(1, 2).flatten(2).to(query.dtype)
+        (out,) = project([attn.to_out[0]], out, self.delta_kind)  # type: ignore[index]
+        out = attn.to_out[1](out)  # type: ignore[index]
+        if len(shape) == 4:
+            out = out.transpose(1, 2).reshape(shape)
+        out = out + residual if attn.residual_connection else out
+        return out / attn.rescale_output_factor
+
+    def _query_key_value(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None
+    ) -> list[Tensor]:
+        if encoder_hidden_states is None:
+            return project([attn.to_q, attn.to_k, attn.to_v], hidden_states, self.delta_kind)
+        if attn.norm_cross:
+            encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
+        return [
+            *project([attn.to_q], hidden_states, self.delta_kind),
+            *project([attn.to_k, attn.to_v], encoder_hidden_states, self.delta_kind),
+        ]
+
+
+class NoRAAttnProcessor(AdapterAttnProcessor):
+    """Fuses chains (NoRA, LoRA-XS, LoRA): down-projections are collapsed to rank ``r'`` and stacked."""
+
+    delta_kind = ChainDelta
+
+
+class MoRAttnProcessor(AdapterAttnProcessor):
+    """Fuses mixtures of ranks: the shared ``A`` and the routers of q, k and v are stacked."""
+
+    delta_kind = RoutedDelta
+
+
+def _split_heads(tensor: Tensor, heads: int) -> Tensor:
+    return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _mask(attn: Attention, mask: Tensor | None, key: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    mask = attn.prepare_attention_mask(mask, key.shape[1], key.shape[0])
+    return mask.view(key.shape[0], attn.heads, -1, mask.shape[-1])

@@ -1,0 +1,313 @@
+"""Adapter files: sizes, what they say, what is refused, and export to plain LoRA."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factories import tiny_random_pipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from nora_diffusion import (
+    UserError,
+    add_adapter,
+    delete_adapter,
+    export_lora,
+    inspect_adapter,
+    load_adapter,
+    open_pipeline,
+    save_adapter,
+)
+from nora_diffusion.adapter_file import FILE_NAME
+from nora_diffusion.adapters import lora, lora_xs, mor, nora
+from nora_diffusion.loaders import list_adapters, trainable_parameters
+
+PARTS = ("unet", "text_encoder")
+EVERYTHING = ["attn", "ff", "proj", "conv"]
+METHODS = {"nora": nora(r=4, inner_r=2, alpha=2.0), "lora": lora(r=3, alpha=6.0), "lora_xs": lora_xs(r=4)}
+
+
+def trained(pipe: Any, config: Any, parts: tuple[str, ...] = PARTS) -> None:
+    add_adapter(pipe, config, "one", parts)
+    for parameter in trainable_parameters(pipe, "one").values():
+        parameter.data.normal_(std=0.3)
+
+
+@pytest.fixture
+def saved(pipe: Any, tmp_path: Path) -> Path:
+    trained(pipe, nora(r=4, inner_r=2))
+    folder = tmp_path / "dog"
+    save_adapter(pipe, folder, "one", info={"trigger": "sks", "step": 7, "seed": 3, "instance_prompt": "a sks dog"})
+    delete_adapter(pipe, "one")
+    return folder
+
+
+def test_file_describes_itself(saved: Path, tiny_base: Path) -> None:
+    info = inspect_adapter(saved)
+    assert (info.method, info.r, info.inner_r) == ("nora", 4, 2)
+    assert (info.trigger, info.step, info.seed) == ("sks", 7, 3)
+    assert info.base == str(tiny_base)
+    assert set(info.components) == set(PARTS)
+    assert {"torch", "diffusers", "peft"} <= set(info.versions)
+    with safe_open(saved / FILE_NAME, "pt") as reader:
+        keys = list(reader.keys())
+        assert not any("lora" in key for key in keys)
+        inner = [reader.get_tensor(key).numel() for key in keys if key.endswith(("A_in", "B_in"))]
+    assert info.trained_numbers == sum(inner)
+    assert "sks" in (saved / "README.md").read_text()
+
+
+def test_expected_sizes_on_the_layout_of_sd_1_5(tmp_path: Path) -> None:
+    """r = 32, r' = 4: 32,768 trained numbers, at most 128 KB with a shared basis in fp16, names included."""
+    from diffusers import UNet2DConditionModel
+
+    # The channels of SD 1.5 are divided by ten; trained numbers depend on ranks and the number of projections only.
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64, 128, 128), cross_attention_dim=77, attention_head_dim=8,
+        norm_num_groups=8,
+    )  # fmt: skip
+
+    class Holder:
+        name_or_path = "runwayml/stable-diffusion-v1-5"
+        config: dict[str, str] = {}
+
+    holder = Holder()
+    holder.unet = unet  # type: ignore[attr-defined]
+    add_adapter(holder, nora(r=32, inner_r=4, basis="svd"), "one")
+    file = save_adapter(holder, tmp_path / "dog", "one", basis="shared", dtype="fp16", info={"trigger": "sks"})
+    info = inspect_adapter(file)
+    assert info.trained_numbers == info.stored_numbers == 32_768
+    assert file.stat().st_size <= 128 * 1024
+    assert len(list((tmp_path / "bases").glob("*.safetensors"))) == 1
+
+
+def test_shared_basis_is_stored_once_and_checked(pipe: Any, tmp_path: Path) -> None:
+    trained(pipe, nora(r=4, inner_r=2, basis="svd"))
+    state = {k: v.clone() for k, v in pipe.unet.state_dict().items() if "nora_" in k}
+    for name in ("dog", "cat"):
+        save_adapter(pipe, tmp_path / name, "one", basis="shared")
+    (basis,) = (tmp_path / "bases").iterdir()
+    delete_adapter(pipe, "one")
+    load_adapter(pipe, tmp_path / "dog", "one")
+    assert all(torch.equal(pipe.unet.state_dict()[k], v) for k, v in state.items())
+    delete_adapter(pipe, "one")
+    tensors = load_file(basis)
+    tensors[next(iter(tensors))][0, 0] += 1
+    save_file(tensors, basis)
+    with pytest.raises(UserError, match="does not hash to its name"):
+        load_adapter(pipe, tmp_path / "dog")
+    basis.unlink()
+    with pytest.raises(UserError, match="not found in"):
+        load_adapter(pipe, tmp_path / "dog")
+    assert list_adapters(pipe) == {}
+
+
+def damage(saved: Path, how: str) -> None:
+    file = saved / FILE_NAME
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "web page":
+        file.write_text("<!DOCTYPE html><html>not found</html>")
+    elif how == "lfs":
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    else:
+        with safe_open(file, "pt") as reader:
+            metadata = dict(reader.metadata())
+        tensors = load_file(file)
+        key = sorted(tensors)[0]
+        if how == "nan":
+            tensors[key][0] = float("nan")
+        elif how == "missing":
+            del tensors[key]
+        elif how == "extra":
+            tensors["unet.nowhere.nora_A_in"] = torch.zeros(2, 4)
+        elif how == "shape":
+            tensors[key] = torch.zeros(3, 3)
+        elif how == "integers":
+            tensors[key] = torch.zeros(3, 3, dtype=torch.int64)
+        elif how == "metadata":
+            metadata["nora"] = "{"
+        elif how == "newer":
+            metadata["nora"] = json.dumps({"format_version": 99})
+        elif how == "no metadata":
+            del metadata["nora"]
+        save_file(tensors, file, metadata)
+
+
+FAULTS = {
+    "truncated": "damaged or truncated", "empty": "empty, truncated", "web page": "web page", "lfs": "LFS pointer",
+    "nan": "NaN", "missing": "does not fit", "extra": "does not fit", "shape": "does not fit",
+    "integers": "not a float type", "metadata": "metadata is damaged", "newer": "version 99", "no metadata": "no adapter of",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", FAULTS)
+def test_unsound_files_are_refused_before_the_model_is_touched(pipe: Any, saved: Path, render: Any, how: str) -> None:
+    before, keys = render(pipe), list(pipe.unet.state_dict())
+    damage(saved, how)
+    with pytest.raises(UserError, match=FAULTS[how]):
+        load_adapter(pipe, saved)
+    assert list(pipe.unet.state_dict()) == keys
+    assert torch.equal(render(pipe), before)
+
+
+def test_another_base_is_refused_and_both_are_named(saved: Path, tmp_path: Path, tiny_base: Path) -> None:
+    other = open_pipeline(tiny_random_pipeline(tmp_path / "other", seed=9))
+    with pytest.raises(UserError, match="other") as caught:
+        load_adapter(other, saved)
+    assert str(tiny_base) in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_copies_of_the_base_match(saved: Path, pipe: Any, dtype: torch.dtype) -> None:
+    pipe.to(dtype=dtype)
+    loaded = load_adapter(pipe, saved)
+    assert loaded.applied == loaded.total
+
+
+def test_other_refusals(pipe: Any, saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "old.ckpt").write_bytes(b"x")
+    for path, word in [(tmp_path / "nothing", "no adapter at"), (tmp_path / "old.ckpt", "no safetensors file")]:
+        with pytest.raises(UserError, match=word):
+            load_adapter(pipe, path)
+    load_adapter(pipe, saved, "one")
+    with pytest.raises(UserError, match="already in"):
+        load_adapter(pipe, saved, "one")
+    pipe.fuse_lora()
+    with pytest.raises(UserError, match="unfuse_lora"):
+        load_adapter(pipe, saved, "two")
+    pipe.unfuse_lora()
+
+
+def test_save_leaves_the_old_file_when_it_cannot_write(pipe: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    old = (saved / FILE_NAME).read_bytes()
+    load_adapter(pipe, saved, "one")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        save_adapter(pipe, saved, "one", info={"step": 8})
+    assert (saved / FILE_NAME).read_bytes() == old
+    assert not [f for f in saved.iterdir() if f.name.startswith(".")]
+
+
+def test_unknown_info_is_refused(pipe: Any, tmp_path: Path) -> None:
+    trained(pipe, lora(r=2))
+    with pytest.raises(UserError, match="triger"):
+        save_adapter(pipe, tmp_path, "one", info={"triger": "sks"})
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("targets", [None, EVERYTHING], ids=["attn", "everything"])
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_export_is_exact_in_stock_diffusers(
+    pipe: Any, render: Any, tmp_path: Path, method: str, targets: Any, form: Any
+) -> None:
+    presets = {"nora": nora, "lora": lora, "lora_xs": lora_xs}
+    before = render(pipe)
+    trained(pipe, presets[method](r=4, alpha=2.0, target_modules=targets))
+    picture = render(pipe)
+    save_adapter(pipe, tmp_path / "dog", "one")
+    delete_adapter(pipe, "one")
+    report = export_lora(tmp_path / "dog", tmp_path / "dog.safetensors", format=form)
+    assert report.relative_error < 1e-6
+    assert report.rank == 4
+    pipe.load_lora_weights(str(tmp_path / "dog.safetensors"), adapter_name="plain")
+    torch.testing.assert_close(render(pipe), picture, atol=2e-5, rtol=1e-4)
+    pipe.unload_lora_weights()
+    assert torch.equal(render(pipe), before)
+
+
+def test_export_to_peft_loads_in_peft(pipe: Any, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    trained(pipe, METHODS["nora"], ("unet",))
+    x, states = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
+    with torch.no_grad():
+        expected = pipe.unet(x, 3, states).sample
+        save_adapter(pipe, tmp_path / "dog", "one")
+        delete_adapter(pipe, "one")
+        export_lora(tmp_path / "dog", tmp_path / "peft", format="peft")
+        model = PeftModel.from_pretrained(pipe.unet, tmp_path / "peft" / "unet")
+        torch.testing.assert_close(model(x, 3, states).sample, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_half_precision_export_reports_its_error(pipe: Any, tmp_path: Path) -> None:
+    trained(pipe, METHODS["nora"])
+    save_adapter(pipe, tmp_path / "dog", "one")
+    exact = export_lora(tmp_path / "dog", tmp_path / "a.safetensors")
+    half = export_lora(tmp_path / "dog", tmp_path / "b.safetensors", dtype="fp16")
+    assert exact.max_error < half.max_error < 1e-3
+    assert half.bytes < exact.bytes
+
+
+def test_export_refusals(pipe: Any, tmp_path: Path) -> None:
+    trained(pipe, mor(r=4, num_experts=2))
+    save_adapter(pipe, tmp_path / "mix", "one")
+    with pytest.raises(UserError, match="gate depends on every token"):
+        export_lora(tmp_path / "mix", tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="onnx"):
+        export_lora(tmp_path / "mix", tmp_path / "x.safetensors", format="onnx")  # type: ignore[arg-type]
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+STRANGER = """
+import sys, torch
+from diffusers import StableDiffusionPipeline
+base, file, out = sys.argv[1:]
+pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+pipe.load_lora_weights(file)
+image = pipe("a dog", num_inference_steps=2, height=16, width=16, output_type="np",
+             generator=torch.Generator().manual_seed(0)).images
+assert not [name for name in sys.modules if name.startswith("nora_diffusion")]
+torch.save(torch.from_numpy(image), out)
+"""
+
+
+def test_export_works_where_this_package_is_not_imported(
+    pipe: Any, render: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    trained(pipe, METHODS["nora"])
+    picture = render(pipe)
+    save_adapter(pipe, tmp_path / "dog", "one")
+    export_lora(tmp_path / "dog", tmp_path / "dog.safetensors")
+    out = tmp_path / "picture.pt"
+    command = [sys.executable, "-c", STRANGER, str(tiny_base), str(tmp_path / "dog.safetensors"), str(out)]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    assert (torch.load(out) - picture).abs().max() < 2 / 255
+
+
+BASE_FAULTS = {
+    "absent": ("does not exist", lambda p: shutil.rmtree(p)),
+    "index": ("model_index.json is missing", lambda p: (p / "model_index.json").unlink()),
+    "part": ("unet/ is missing", lambda p: shutil.rmtree(p / "unet")),
+    "config": ("vae/config.json is missing", lambda p: (p / "vae" / "config.json").unlink()),
+    "weights": ("no safetensors weights in unet/", lambda p: next((p / "unet").glob("*.safetensors")).unlink()),
+    "pickle": (
+        "may run code",
+        lambda p: next((p / "unet").glob("*.safetensors")).rename(p / "unet" / "diffusion_pytorch_model.bin"),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BASE_FAULTS)
+def test_a_broken_base_is_explained(tiny_base: Path, tmp_path: Path, fault: str) -> None:
+    word, break_it = BASE_FAULTS[fault]
+    copy = tmp_path / "base"
+    shutil.copytree(tiny_base, copy)
+    break_it(copy)
+    with pytest.raises(UserError, match=word):
+        open_pipeline(copy)

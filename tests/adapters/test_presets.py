@@ -1,0 +1,250 @@
+"""Every preset against the invariants of an adapter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nora_diffusion import AdapterConfig, UserError, add_adapter, delete_adapter, load_adapter, save_adapter, set_adapters
+from nora_diffusion.adapters import lora, lora_xs, mor, nora
+from nora_diffusion.components import nora_layers
+from nora_diffusion.loaders import active_adapters, list_adapters, trainable_parameters
+
+EVERYTHING = ["attn", "ff", "proj", "conv"]
+PRESETS: dict[str, Callable[[], AdapterConfig]] = {
+    "nora": lambda: nora(r=4, inner_r=2),
+    "nora-svd-everywhere": lambda: nora(r=4, inner_r=2, basis="svd", target_modules=EVERYTHING),
+    "nora-awsvd-everywhere": lambda: nora(r=4, inner_r=2, target_modules=EVERYTHING, dropout=0.5),
+    "nora-patterns": lambda: nora(r=4, inner_r=2, alpha=2.0, rank_pattern={"to_q": 6}, alpha_pattern={"to_k": 8.0}),
+    "mor": lambda: mor(r=4, num_experts=3),
+    "mor-linear": lambda: mor(r=4, num_experts=3, target_modules=["attn", "ff"], dropout=0.5),
+    "lora": lambda: lora(r=3, alpha=6.0),
+    "lora-everywhere": lambda: lora(r=3, target_modules=EVERYTHING),
+    "lora_xs": lambda: lora_xs(r=4),
+    "lora_xs-everywhere": lambda: lora_xs(r=4, target_modules=EVERYTHING),
+}
+PARTS = ("unet", "text_encoder")
+Render = Callable[[Any], torch.Tensor]
+
+
+def randomise(pipe: Any, name: str = "one", seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in trainable_parameters(pipe, name).values():
+        parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def all_factors(pipe: Any, name: str) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{path}.{factor}": value.clone()
+        for part in PARTS
+        for path, layer in nora_layers(getattr(pipe, part), name).items()
+        for factor, value in layer.delta(name).state_dict().items()
+    }
+
+
+@pytest.fixture(params=PRESETS, ids=str)
+def config(request: pytest.FixtureRequest) -> AdapterConfig:
+    return PRESETS[request.param]()
+
+
+def test_starts_as_exact_no_op(pipe: Any, render: Render, config: AdapterConfig) -> None:
+    before = render(pipe)
+    add_adapter(pipe, config, "one", PARTS)
+    assert torch.equal(render(pipe), before)
+
+
+def test_only_trained_factors_get_gradients(pipe: Any, config: AdapterConfig) -> None:
+    add_adapter(pipe, config, "one", PARTS)
+    randomise(pipe)
+    out = pipe.unet(torch.randn(1, 4, 8, 8), 3, pipe.text_encoder(torch.tensor([[1, 2, 3]]))[0]).sample
+    out.square().mean().backward()
+    declared = trainable_parameters(pipe, "one")
+    wanting = {id(p) for part in PARTS for p in getattr(pipe, part).parameters() if p.requires_grad}
+    assert wanting == {id(p) for p in declared.values()}
+    reached = [p for p in declared.values() if p.grad is not None and p.grad.abs().sum() > 0]
+    # The last text layer's pooled output and its projections may not feed the UNet; all else must learn.
+    assert len(reached) >= 0.9 * len(declared)
+    for layer in nora_layers(pipe.unet, "one").values():
+        frozen = {name for name, _ in layer.delta("one").named_buffers()}
+        assert frozen == ({"A_out", "B_out"} if config.frozen_outer else set())
+
+
+def test_scale_zero_and_disabling_give_the_base_bit_for_bit(pipe: Any, render: Render, config: AdapterConfig) -> None:
+    before = render(pipe)
+    add_adapter(pipe, config, "one", PARTS)
+    randomise(pipe)
+    with_adapter = render(pipe)
+    assert not torch.equal(with_adapter, before)
+    set_adapters(pipe, "one", 0.0)
+    assert torch.equal(render(pipe), before)
+    set_adapters(pipe, "one")
+    pipe.disable_lora()
+    assert torch.equal(render(pipe), before)
+    pipe.enable_lora()
+    assert torch.equal(render(pipe), with_adapter)
+
+
+def test_fused_equals_live_and_unfused_is_bit_for_bit(pipe: Any, render: Render, config: AdapterConfig) -> None:
+    before = render(pipe)
+    weights = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    add_adapter(pipe, config, "one", PARTS)
+    randomise(pipe)
+    live = render(pipe)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipe.fuse_lora()
+    routed = config.router != "none"
+    assert any("stays live" in str(w.message) for w in caught) == routed
+    torch.testing.assert_close(render(pipe), live, atol=2e-5, rtol=1e-4)
+    pipe.unfuse_lora()
+    assert torch.equal(render(pipe), live)
+    delete_adapter(pipe, "one")
+    assert torch.equal(render(pipe), before)
+    after = pipe.unet.state_dict()
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(after[k], v) for k, v in weights.items())
+
+
+def test_deleting_a_fused_adapter_restores_the_weights(pipe: Any, render: Render) -> None:
+    before = render(pipe)
+    add_adapter(pipe, nora(r=4, inner_r=2), "one", PARTS)
+    add_adapter(pipe, lora(r=2), "two", PARTS)
+    randomise(pipe, "one")
+    randomise(pipe, "two", seed=1)
+    set_adapters(pipe, ["one", "two"])
+    pipe.fuse_lora()
+    delete_adapter(pipe, "one")
+    delete_adapter(pipe, "two")
+    assert torch.equal(render(pipe), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_repeated_fusing_in_half_precision_leaves_the_weights(pipe: Any, dtype: torch.dtype) -> None:
+    pipe.to(dtype=dtype)
+    weights = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "one")
+    randomise(pipe)
+    for _ in range(3):
+        pipe.fuse_lora()
+        pipe.unfuse_lora()
+    delete_adapter(pipe, "one")
+    assert all(torch.equal(value, weights[key]) for key, value in pipe.unet.state_dict().items())
+
+
+def test_save_then_load_is_exact(pipe: Any, render: Render, config: AdapterConfig, tmp_path: Path) -> None:
+    add_adapter(pipe, config, "one", PARTS)
+    randomise(pipe)
+    picture = render(pipe)
+    factors = all_factors(pipe, "one")
+    save_adapter(pipe, tmp_path, "one")
+    delete_adapter(pipe, "one")
+    loaded = load_adapter(pipe, tmp_path, "again")
+    assert loaded.applied == loaded.total == len(factors) > 0
+    again = all_factors(pipe, "again")
+    assert again.keys() == factors.keys()
+    assert all(torch.equal(again[key], value) for key, value in factors.items())
+    # The numbers are equal bit for bit; a kernel may still round differently where they lie in memory.
+    torch.testing.assert_close(render(pipe), picture, atol=1e-5, rtol=1e-5)
+
+
+def test_evaluation_equals_training_path(pipe: Any, config: AdapterConfig) -> None:
+    config.dropout = 0.0
+    add_adapter(pipe, config, "one")
+    randomise(pipe)
+    x, states = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
+    trained = pipe.unet(x, 3, states).sample.detach()
+    with torch.no_grad():
+        torch.testing.assert_close(pipe.unet(x, 3, states).sample, trained, atol=1e-6, rtol=1e-5)
+
+
+def test_rendering_does_not_depend_on_dropout(pipe: Any, render: Render) -> None:
+    add_adapter(pipe, nora(r=4, inner_r=2, dropout=0.9), "one")
+    randomise(pipe)
+    assert torch.equal(render(pipe), render(pipe))
+
+
+def test_active_set_is_kept_on_request(pipe: Any, render: Render, tmp_path: Path) -> None:
+    add_adapter(pipe, nora(r=4, inner_r=2), "one")
+    randomise(pipe)
+    save_adapter(pipe, tmp_path / "one", "one")
+    picture = render(pipe)
+    load_adapter(pipe, tmp_path / "one", "quiet", activate=False)
+    assert active_adapters(pipe.unet) == ["one"]
+    assert torch.equal(render(pipe), picture)
+    load_adapter(pipe, tmp_path / "one", "loud")
+    assert active_adapters(pipe.unet) == ["one", "loud"]
+    assert list_adapters(pipe) == {"unet": ["one", "quiet", "loud"]}
+
+
+def test_adapters_add_up(pipe: Any) -> None:
+    """Two active adapters with weights equal the base with both dense updates added."""
+    layer_path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    base = pipe.unet.get_submodule(layer_path)
+    x = torch.randn(3, base.in_features)
+    weight = base.weight.detach().clone()
+    add_adapter(pipe, nora(r=4, inner_r=2), "one")
+    add_adapter(pipe, lora(r=2, alpha=4.0), "two")
+    randomise(pipe, "one")
+    randomise(pipe, "two", seed=1)
+    set_adapters(pipe, ["one", "two"], [0.5, 2.0])
+    layer = pipe.unet.get_submodule(layer_path)
+    one, two = layer.delta("one"), layer.delta("two")
+    dense = weight + 0.5 * one.B_out @ one.core.B_in @ one.core.A_in @ one.A_out + 2.0 * (4.0 / 2) * two.B @ two.A
+    torch.testing.assert_close(layer(x), x @ dense.T, atol=1e-6, rtol=1e-5)
+
+
+def test_beside_an_ordinary_lora(pipe: Any, render: Render, tmp_path: Path) -> None:
+    """Ours sits innermost: the other tool's keys stay, and deleting ours leaves its pictures."""
+    from peft import LoraConfig
+
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), "plain")
+    only_plain = render(pipe)
+    keys = set(pipe.unet.state_dict())
+    add_adapter(pipe, nora(r=4, inner_r=2), "one")
+    randomise(pipe)
+    set_adapters(pipe, ["plain", "one"])
+    assert not torch.equal(render(pipe), only_plain)
+    both = render(pipe)
+    pipe.fuse_lora()
+    torch.testing.assert_close(render(pipe), both, atol=2e-5, rtol=1e-4)
+    pipe.unfuse_lora()
+    torch.testing.assert_close(render(pipe), both, atol=2e-5, rtol=1e-4)
+    delete_adapter(pipe, "one")
+    assert set(pipe.unet.state_dict()) == keys
+    torch.testing.assert_close(render(pipe), only_plain, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda: nora(r=0), "r=0"),
+        (lambda: nora(r=2, inner_r=4), "inner_r=4"),
+        (lambda: nora(basis="svdd"), "svdd"),  # type: ignore[arg-type]
+        (lambda: nora(dropout=1.0), "dropout"),
+        (lambda: mor(num_experts=0), "num_experts"),
+    ],
+)
+def test_bad_config_is_refused_by_name(make: Callable[[], AdapterConfig], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        make()
+
+
+def test_bad_use_is_refused_and_leaves_the_pipeline(pipe: Any, render: Render) -> None:
+    before = render(pipe)
+    for call, word in [
+        (lambda: add_adapter(pipe, nora(), "a b"), "a b"),
+        (lambda: add_adapter(pipe, nora(), "one", ["vae"]), "vae"),
+        (lambda: add_adapter(pipe, nora(target_modules=["no_such"]), "one"), "no_such"),
+        (lambda: set_adapters(pipe, "ghost"), "ghost"),
+        (lambda: delete_adapter(pipe, "ghost"), "ghost"),
+        (lambda: save_adapter(pipe, "unused", "ghost"), "ghost"),
+        (lambda: pipe.unet.add_adapter(nora(), "one"), "calibrates"),
+    ]:
+        with pytest.raises(UserError, match=word):
+            call()
+    assert torch.equal(render(pipe), before)

@@ -1,0 +1,41 @@
+"""Fixtures shared by all tests; nothing here asks the network for anything."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from factories import tiny_random_pipeline
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random pipeline in the layout of Stable Diffusion 1.5."""
+    return tiny_random_pipeline(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture
+def pipe(tiny_base: Path) -> Any:
+    """A fresh copy of that pipeline."""
+    from nora_diffusion import open_pipeline
+
+    return open_pipeline(tiny_base)
+
+
+@pytest.fixture
+def render() -> Any:
+    """``render(pipe)``: a seeded picture as a float tensor, for comparing pipelines."""
+
+    def picture(pipe: Any) -> torch.Tensor:
+        out = pipe(
+            "a dog", num_inference_steps=2, height=16, width=16, output_type="np",
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        return torch.from_numpy(out.images)
+
+    return picture
