@@ -10,8 +10,33 @@ from pathlib import Path
 from .errors import UserError
 
 FILLERS = frozenset(
-    "a an the of in on at with and photo picture image photograph portrait drawing painting close up closeup "
-    "rendering rendition good bad my one".split()
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "in",
+        "on",
+        "at",
+        "with",
+        "and",
+        "photo",
+        "picture",
+        "image",
+        "photograph",
+        "portrait",
+        "drawing",
+        "painting",
+        "close",
+        "up",
+        "closeup",
+        "rendering",
+        "rendition",
+        "good",
+        "bad",
+        "my",
+        "one",
+    ]
 )
 METADATA = "metadata.jsonl"
 
@@ -29,10 +54,14 @@ def read_captions(
     else:
         own, source = {}, ""
     if not own and not prompt:
-        raise UserError("there is no prompt: give --instance_prompt 'a photo of sks dog', or captions (--use_captions)")
+        raise UserError(
+            "there is no prompt: give --instance_prompt 'a photo of sks dog', or captions (--use_captions)"
+        )
     bare = [path.name for path in photos if path.name not in own]
     if bare and not prompt:
-        raise UserError(f"{bare[0]} has no caption: add {source} for it, or give --instance_prompt for such photos")
+        raise UserError(
+            f"{bare[0]} has no caption: add {source} for it, or give --instance_prompt for such photos"
+        )
     return [own.get(path.name, prompt or "") for path in photos]
 
 
@@ -49,7 +78,9 @@ def _from_sidecar(path: Path) -> str:
 def _from_metadata(folder: Path, column: str) -> dict[str, str]:
     path = folder / METADATA
     if not path.is_file():
-        raise UserError(f"--caption_column needs {path}, with lines like {{\"file_name\": \"0.jpg\", {column!r}: ...}}")
+        raise UserError(
+            f'--caption_column needs {path}, with lines like {{"file_name": "0.jpg", {column!r}: ...}}'
+        )
     captions = {}
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -72,7 +103,9 @@ def _metadata_row(path: Path, number: int, line: str, column: str) -> tuple[str,
     text = row.get(column)
     if not isinstance(text, str) or not text.strip():
         others = ", ".join(key for key in row if key != "file_name")
-        raise UserError(f"{path}, line {number} has no text under {column!r}; its keys are {others or 'none'}")
+        raise UserError(
+            f"{path}, line {number} has no text under {column!r}; its keys are {others or 'none'}"
+        )
     return Path(row["file_name"]).name, " ".join(text.split())
 
 
@@ -106,7 +139,9 @@ def with_trigger(caption: str, trigger: str | None, class_word: str | None) -> s
     if class_word:
         pattern = rf"(?<!\w)({re.escape(class_word)})(?!\w)"
         if re.search(pattern, caption, re.IGNORECASE):
-            return re.sub(pattern, lambda found: f"{trigger} {found.group(1)}", caption, count=1, flags=re.IGNORECASE)
+            return re.sub(
+                pattern, lambda found: f"{trigger} {found.group(1)}", caption, count=1, flags=re.IGNORECASE
+            )
         return f"{trigger} {class_word}, {caption}"
     return f"{trigger}, {caption}"
 

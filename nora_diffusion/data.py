@@ -47,11 +47,15 @@ class UnreadablePhotoError(UserError):
 def find_photos(folder: Path) -> list[Path]:
     """The picture files of ``folder``, sorted by name. Raises :class:`UserError` if there are none."""
     if not folder.is_dir():
-        raise UserError(f"the photo folder {folder} does not exist: give a folder with JPEG, PNG or WEBP files")
+        raise UserError(
+            f"the photo folder {folder} does not exist: give a folder with JPEG, PNG or WEBP files"
+        )
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     foreign = [p.name for p in files if p.suffix.lower() in FOREIGN_SUFFIXES]
     if foreign:
-        raise UserError(f"{folder}: {_listed(foreign)} cannot be read: export as JPEG or PNG, or take out of the folder")
+        raise UserError(
+            f"{folder}: {_listed(foreign)} cannot be read: export as JPEG or PNG, or take out of the folder"
+        )
     photos = [p for p in files if p.suffix.lower() in SUFFIXES]
     if not photos:
         raise UserError(f"no photos in {folder}: put 3 to 10 JPEG, PNG or WEBP files there")
@@ -143,7 +147,9 @@ def _check_header(path: Path, picture: Image.Image) -> None:
     width, height = picture.size
     short, long = sorted((width, height))
     if width * height > MAX_PIXELS:
-        raise UnreadablePhotoError(f"{path.name} is {width}x{height}, more than {MAX_PIXELS // 10**6} megapixels")
+        raise UnreadablePhotoError(
+            f"{path.name} is {width}x{height}, more than {MAX_PIXELS // 10**6} megapixels"
+        )
     if short < MIN_SIDE:
         raise UnreadablePhotoError(f"{path.name} is {width}x{height}, smaller than {MIN_SIDE} pixels")
     if long > MAX_ASPECT * short:

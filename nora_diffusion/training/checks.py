@@ -53,11 +53,15 @@ def _check_data(config: TrainConfig) -> None:
     if not config.instance_data_dir:
         raise UserError("no photos: give their folder with --instance_data_dir")
     if config.use_captions and config.caption_column:
-        raise UserError("--use_captions and --caption_column exclude each other: choose where captions come from")
+        raise UserError(
+            "--use_captions and --caption_column exclude each other: choose where captions come from"
+        )
     if config.trigger is not None and not config.trigger.strip():
         raise UserError("the trigger is empty: give a rare word such as 'sks', or leave --trigger out")
     if config.validation_images:
-        raise UserError("--validation_images is for pipelines that start from a picture; use --validation_prompt here")
+        raise UserError(
+            "--validation_images is for pipelines that start from a picture; use --validation_prompt here"
+        )
 
 
 def _check_adapter(config: TrainConfig) -> None:
@@ -70,9 +74,13 @@ def _check_adapter(config: TrainConfig) -> None:
     if config.text_encoder_lr is not None and not config.train_text_encoder:
         raise UserError("--text_encoder_lr needs --train_text_encoder")
     if config.train_text_encoder and config.pre_compute_text_embeddings:
-        raise UserError("--pre_compute_text_embeddings excludes --train_text_encoder: embeddings change while it trains")
+        raise UserError(
+            "--pre_compute_text_embeddings excludes --train_text_encoder: embeddings change while it trains"
+        )
     if config.class_labels_conditioning not in (None, "timesteps"):
-        raise UserError(f"class_labels_conditioning={config.class_labels_conditioning!r} is unknown: only 'timesteps' is")
+        raise UserError(
+            f"class_labels_conditioning={config.class_labels_conditioning!r} is unknown: only 'timesteps' is"
+        )
 
 
 def _check_prior(config: TrainConfig) -> None:
@@ -89,7 +97,11 @@ def _check_system(config: TrainConfig) -> None:
     if config.use_8bit_adam:
         _need("bitsandbytes", "--use_8bit_adam")
     if config.enable_xformers_memory_efficient_attention:
-        _need("xformers", "--enable_xformers_memory_efficient_attention", "PyTorch's own fast attention is in use anyway")
+        _need(
+            "xformers",
+            "--enable_xformers_memory_efficient_attention",
+            "PyTorch's own fast attention is in use anyway",
+        )
     for tracker in trackers(config):
         _need(TRACKERS[tracker], f"--report_to {tracker}", "log.jsonl is always written")
     if (config.hub_token or config.hub_model_id) and not config.push_to_hub:
@@ -104,7 +116,9 @@ def trackers(config: TrainConfig) -> list[str]:
     if wanted == "all":
         return [name for name, package in TRACKERS.items() if find_spec(package)]
     if wanted not in TRACKERS:
-        raise UserError(f"report_to={config.report_to!r} is unknown: choose one of {', '.join(TRACKERS)}, all, none")
+        raise UserError(
+            f"report_to={config.report_to!r} is unknown: choose one of {', '.join(TRACKERS)}, all, none"
+        )
     return [wanted]
 
 
@@ -116,17 +130,28 @@ def _need(package: str, flag: str, note: str = "") -> None:
 
 def check_pipeline(config: TrainConfig, pipe: Any) -> None:
     """Refuse pipelines that this trainer does not know, by what they lack. Tested with SD 1.x and 2.x layouts."""
-    lacking = [part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if not hasattr(pipe, part)]
+    lacking = [
+        part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if not hasattr(pipe, part)
+    ]
     if lacking:
-        raise UserError(f"{type(pipe).__name__} has no {lacking[0]}: this trainer takes Stable Diffusion 1.x and 2.x")
+        raise UserError(
+            f"{type(pipe).__name__} has no {lacking[0]}: this trainer takes Stable Diffusion 1.x and 2.x"
+        )
     unet = pipe.unet.config
     if getattr(pipe, "text_encoder_2", None) is not None or unet.addition_embed_type is not None:
-        raise UserError(f"{type(pipe).__name__} has two text encoders: this trainer takes Stable Diffusion 1.x and 2.x")
+        raise UserError(
+            f"{type(pipe).__name__} has two text encoders: this trainer takes Stable Diffusion 1.x and 2.x"
+        )
     if unet.in_channels != pipe.vae.config.latent_channels:
-        raise UserError(f"the UNet takes {unet.in_channels} channels (an inpainting model?): use the text-to-image model")
+        raise UserError(
+            f"the UNet takes {unet.in_channels} channels (an inpainting model?): use the text-to-image model"
+        )
     if config.resolution is not None and config.resolution % pipe.vae_scale_factor:
         raise UserError(f"resolution={config.resolution} must be a multiple of {pipe.vae_scale_factor}")
-    if config.tokenizer_max_length is not None and config.tokenizer_max_length > pipe.tokenizer.model_max_length:
+    if (
+        config.tokenizer_max_length is not None
+        and config.tokenizer_max_length > pipe.tokenizer.model_max_length
+    ):
         raise UserError(
             f"tokenizer_max_length={config.tokenizer_max_length} exceeds the {pipe.tokenizer.model_max_length} "
             "tokens of the text encoder"

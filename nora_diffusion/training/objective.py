@@ -32,7 +32,9 @@ class Objective:
 
         kind = scheduler.config.get("prediction_type", "epsilon")
         if kind not in PREDICTION_TYPES:
-            raise UserError(f"the scheduler's prediction_type={kind!r} is unknown: {', '.join(PREDICTION_TYPES)} are")
+            raise UserError(
+                f"the scheduler's prediction_type={kind!r} is unknown: {', '.join(PREDICTION_TYPES)} are"
+            )
         alphas = DDPMScheduler.from_config(scheduler.config).alphas_cumprod
         return cls(alphas.float().to(device), kind, snr_gamma)
 

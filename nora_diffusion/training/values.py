@@ -41,7 +41,11 @@ def _resolve(annotation: str, owner: type) -> Any:
 
 
 def _split(hint: Any) -> tuple[list[Any], bool]:
-    kinds = list(typing.get_args(hint)) if isinstance(hint, UnionType) or typing.get_origin(hint) is typing.Union else [hint]
+    kinds = (
+        list(typing.get_args(hint))
+        if isinstance(hint, UnionType) or typing.get_origin(hint) is typing.Union
+        else [hint]
+    )
     return [kind for kind in kinds if kind is not NoneType], NoneType in kinds
 
 

@@ -1,0 +1,184 @@
+"""Checkpoints: safetensors and JSON in ``checkpoints/step-N/``, whole or absent, checked by hash, never pickled.
+
+A checkpoint is the adapter file (frozen factors too, since a basis is never recomputed), the optimizer's tensors, and
+``manifest.json``, written last, with the SHA-256 of both, the schedule's state and the identity of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ..adapter_file import FILE_NAME
+from ..errors import UserError
+from ..files import make_folder, sha256, sync_folder, user_errors, write_atomic
+from ..loaders import save_adapter
+
+OPTIMIZER = "optimizer.safetensors"
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk: its folder, the steps done and what its manifest says."""
+
+    path: Path
+    step: int
+    identity: dict[str, Any]
+    schedule: dict[str, Any]
+    scaler: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    pipe: Any,
+    adapter_name: str,
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    identity: Mapping[str, Any],
+    schedule: Mapping[str, Any],
+    scaler: Mapping[str, Any],
+    info: Mapping[str, Any],
+) -> Path:
+    """Write ``folder/step-N``: everything into a hidden folder beside it, flushed, then one rename.
+
+    Raises :class:`UserError` if the disk is full or the folder cannot be written; earlier checkpoints stay.
+    """
+    final, temporary = folder / f"step-{step}", folder / f".tmp-step-{step}"
+    make_folder(folder)
+    with user_errors(final):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            save_adapter(pipe, temporary, adapter_name, info=info)
+            (temporary / "README.md").unlink(missing_ok=True)
+            write_atomic(temporary / OPTIMIZER, save(optimizer_tensors(optimizer, parameters)))
+            manifest = {
+                "format_version": FORMAT_VERSION, "step": step, "identity": identity, "schedule": schedule,
+                "scaler": scaler,
+                "sha256": {name: sha256(temporary / name) for name in (FILE_NAME, OPTIMIZER)},
+            }  # fmt: skip
+            write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1))
+            _put(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return final
+
+
+def _put(temporary: Path, final: Path) -> None:
+    old = final.with_name(f".old-{final.name}")
+    if final.exists():
+        os.replace(final, old)
+    os.replace(temporary, final)
+    sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The optimizer's state as ``{"<factor key>|<state key>": tensor}``."""
+    tensors = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}|{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    return tensors
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], checkpoint: Checkpoint
+) -> None:
+    """Give every trained factor its moments back."""
+    tensors = load_file(checkpoint.path / OPTIMIZER)
+    for name, parameter in parameters.items():
+        state: dict[str, Tensor] = {}
+        for key, value in tensors.items():
+            owner, _, part = key.rpartition("|")
+            if owner == name:
+                # AdamW keeps its step count on the CPU.
+                state[part] = value if part == "step" else value.to(parameter.device)
+        optimizer.state[parameter] = state
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders by step, oldest first."""
+    found = {int(m.group(1)): p for p in folder.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))}
+    return [found[step] for step in sorted(found)]
+
+
+def prune(folder: Path, keep: int | None) -> None:
+    """Delete the oldest checkpoints beyond ``keep``, once the newest is whole; and what a crash left over."""
+    for rest in (*folder.glob(".tmp-step-*"), *folder.glob(".old-step-*")):
+        shutil.rmtree(rest, ignore_errors=True)
+    if keep is not None:
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def find_checkpoint(folder: Path, wanted: str) -> Path | None:
+    """The folder that ``--resume_from_checkpoint`` means; ``None`` if ``latest`` finds none.
+
+    Raises :class:`UserError` for a path that is no checkpoint.
+    """
+    if wanted == "latest":
+        return next(reversed(list_checkpoints(folder)), None)
+    path = Path(wanted).expanduser()
+    for candidate in (path, folder / path.name):
+        if (candidate / MANIFEST).is_file():
+            return candidate
+    known = ", ".join(p.name for p in list_checkpoints(folder)) or "none"
+    raise UserError(f"{wanted} is no checkpoint; those of this run: {known}")
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read the manifest and check the files' hashes. Raises :class:`UserError` for a damaged checkpoint."""
+    way = f"resume from an earlier one (--resume_from_checkpoint {path.parent}/step-N) or start anew"
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version, hashes = int(manifest["format_version"]), dict(manifest["sha256"])
+        result = Checkpoint(
+            path, int(manifest["step"]), manifest["identity"], manifest["schedule"], manifest["scaler"]
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the checkpoint {path} is damaged (its manifest cannot be read): {way}") from error
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"the checkpoint {path} has format version {version}, newer than this release: upgrade it"
+        )
+    for name in (FILE_NAME, OPTIMIZER):
+        file = path / name
+        if not file.is_file() or sha256(file) != hashes.get(name):
+            raise UserError(f"the checkpoint {path} is damaged ({name} is missing or altered): {way}")
+    return result
+
+
+def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
+    """Refuse to go on under other settings, data, base or versions; the message shows each difference."""
+    keys = sorted({*checkpoint.identity, *identity})
+    changes = [
+        f"{key}: {_short(checkpoint.identity.get(key))} -> {_short(identity.get(key))}"
+        for key in keys
+        if checkpoint.identity.get(key) != identity.get(key)
+    ]
+    if changes:
+        raise UserError(
+            f"the checkpoint {checkpoint.path} is of another run ({'; '.join(changes)}): "
+            "restore these, or start anew in another --output_dir"
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,149 @@
+"""Training: set up, train, clean up."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from ..errors import UserError
+from .checkpoints import Checkpoint, check_identity, find_checkpoint, prune, read_checkpoint
+from .checks import check_config, trackers
+from .config import TrainConfig
+from .defaults import with_defaults
+from .identity import identity_of
+from .rundir import RunFolder
+from .setup import Run, build_latents, build_run, open_base, settle
+from .signals import Interrupted, StopRequests
+from .steps import Stepper
+from .subject import Subject, read_subject
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run. ``final_loss`` is the mean over the last steps; ``seconds`` counts the steps alone."""
+
+    adapter_path: Path
+    steps: int
+    seconds: float
+    final_loss: float
+    trainable_parameters: int
+    setup_seconds: float = 0.0
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train an adapter as ``config`` says; returns where it is.
+
+    Raises :class:`UserError` for a user's mistake, :class:`.signals.Interrupted` after SIGINT or SIGTERM.
+    """
+    check_config(config)
+    started = time.monotonic()
+    subject, config = read_subject(config)
+    config = with_defaults(config)
+    accelerator = build_accelerator(config)
+    with RunFolder(config.folder, accelerator.is_main_process) as folder, StopRequests() as stop:
+        try:
+            with torch.random.fork_rng():
+                run = set_up(config, subject, accelerator, folder, stop)
+                return finish(run, Stepper(run, accelerator, folder, stop), folder, started)
+        except Interrupted as interrupted:
+            folder.state("interrupted", message=str(interrupted))
+            raise
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            folder.state("failed", message="out of memory")
+            raise UserError(OUT_OF_MEMORY.format(folder=folder.checkpoints)) from error
+        except Exception as error:
+            folder.state("failed", message=str(error))
+            raise
+
+
+OUT_OF_MEMORY = (
+    "out of memory: lower --train_batch_size or --resolution, or use --gradient_checkpointing and "
+    "--mixed_precision bf16; checkpoints in {folder} are kept"
+)
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """Device, processes and trackers. Precision and checkpoints are handled here, not by accelerate."""
+    if config.local_rank != -1 and "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            "--local_rank is set by the launcher: start with `accelerate launch` and leave it out"
+        )
+    accelerator = Accelerator(
+        log_with=trackers(config) or None, project_dir=config.folder / config.logging_dir
+    )
+    return accelerator
+
+
+def set_up(
+    config: TrainConfig, subject: Subject, accelerator: Accelerator, folder: RunFolder, stop: StopRequests
+) -> Run:
+    """Everything before the first step; nothing in the folder changes until all that can be refused has been."""
+    processes = accelerator.num_processes
+    checkpoint = wanted_checkpoint(config, folder)
+    pipe = open_base(config, accelerator.device)
+    config = settle(config, pipe, checkpoint, len(subject.photos), accelerator.device, processes)
+    config = agree_on_seed(config, accelerator)
+    stop.check()
+    if checkpoint is not None and not config.with_prior_preservation:
+        check_identity(checkpoint, identity_of(config, pipe, subject, "", processes))
+    folder.claim(anew=checkpoint is None, config=config.to_dict())
+    folder.state("starting", total=config.max_train_steps, step=checkpoint.step if checkpoint else 0)
+    data = build_latents(config, pipe, subject, folder, accelerator.wait_for_everyone, stop.check)
+    identity = identity_of(config, pipe, subject, data[2], processes)
+    if checkpoint is not None:
+        check_identity(checkpoint, identity)
+    stop.check()
+    run = build_run(config, pipe, subject, data, identity, checkpoint, processes)
+    log.info("%d photos, trigger %r, class %r", len(subject.photos), subject.trigger, subject.class_word)
+    return run
+
+
+def wanted_checkpoint(config: TrainConfig, folder: RunFolder) -> Checkpoint | None:
+    """The checkpoint to go on from, read and checked. Refuses to overwrite an earlier run unasked."""
+    if config.resume_from_checkpoint:
+        found = find_checkpoint(folder.checkpoints, config.resume_from_checkpoint)
+        if found is not None:
+            return read_checkpoint(found)
+        log.warning("there is no checkpoint in %s yet: training starts anew", folder.checkpoints)
+    if folder.owner and folder.holds_a_run() and not config.overwrite_output_dir:
+        raise UserError(
+            f"{folder.path} holds an earlier run: go on with --resume_from_checkpoint latest, replace it with "
+            "--overwrite_output_dir, or choose another --output_dir"
+        )
+    return None
+
+
+def agree_on_seed(config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
+    """The first process's seed for all: each may have drawn its own."""
+    if accelerator.num_processes == 1:
+        return config
+    from accelerate.utils import broadcast_object_list
+
+    return replace(config, seed=broadcast_object_list([config.seed])[0])
+
+
+def finish(run: Run, stepper: Stepper, folder: RunFolder, started: float) -> TrainResult:
+    """Run the steps, then write the adapter, its card and, where asked, the upload."""
+    from .outcome import write_adapter_and_card
+
+    stepping = time.monotonic()
+    losses = stepper.run_steps()
+    seconds = time.monotonic() - stepping
+    recent = losses[-20:]
+    final_loss = sum(recent) / len(recent) if recent else float("nan")
+    path = folder.adapter
+    if folder.owner:
+        folder.state("saving")
+        path = write_adapter_and_card(run, folder, final_loss, seconds)
+        prune(folder.checkpoints, run.config.checkpoints_total_limit)
+    folder.state("done", step=run.total_steps, loss=final_loss)
+    numbers = sum(parameter.numel() for parameter in run.parameters.values())
+    return TrainResult(path, run.total_steps, seconds, final_loss, numbers, stepping - started)

@@ -1,0 +1,39 @@
+"""The training part of the model card; the rest is written from the adapter file (:mod:`nora_diffusion.model_card`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .setup import Run
+
+SETTINGS = (
+    "method", "rank", "inner_rank", "num_experts", "alpha", "basis", "dropout", "target_modules", "train_text_encoder",
+    "resolution", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "text_encoder_lr",
+    "lr_scheduler", "lr_warmup_steps", "snr_gamma", "mixed_precision", "prior_loss_weight", "class_prompt", "seed",
+)  # fmt: skip
+
+
+def training_section(run: Run, final_loss: float, seconds: float, samples: Sequence[Path]) -> str:
+    """Markdown: prompts, settings that were in force, the outcome and the last samples."""
+    config = run.config
+    rows = [(name, getattr(config, name)) for name in SETTINGS]
+    if not config.with_prior_preservation:
+        rows = [row for row in rows if row[0] not in ("prior_loss_weight", "class_prompt")]
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows if value is not None)
+    pictures = "\n".join(f"![sample {number}]({path.as_posix()})" for number, path in enumerate(samples))
+    shown = f"\n`{config.validation_prompt}`:\n\n{pictures}\n" if samples else ""
+    return (
+        f"## Training\n\n{len(run.subject.photos)} photos, {run.total_steps} steps in {seconds:.0f} s, "
+        f"mean loss of the last steps {final_loss:.4f}. Prompt: `{run.info['instance_prompt']}`"
+        f"{_class_line(run)}.\n{shown}\n| setting | value |\n| --- | --- |\n{table}"
+    )
+
+
+def _class_line(run: Run) -> str:
+    return f", class `{run.subject.class_word}`" if run.subject.class_word else ""
+
+
+def _cell(value: object) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,178 @@
+"""The folder of a run: its lock, ``config.yaml``, ``state.json`` and ``log.jsonl``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from ..adapter_file import FILE_NAME
+from ..errors import UserError
+from ..files import make_folder, user_errors, write_atomic
+
+Status = Literal["starting", "training", "saving", "done", "interrupted", "failed"]
+CHECKPOINTS = "checkpoints"
+SAMPLES = "samples"
+LOCK = ".lock"
+SPARE_BYTES = 16 * 2**20
+STATE_SECONDS = 0.5
+
+
+class RunFolder:
+    """Context manager that owns ``output_dir``: created, writable and locked, or a :class:`UserError`.
+
+    Until :meth:`claim` nothing of an earlier run is touched; a folder made for nothing is taken away again. In the
+    processes beside the first one (``owner=False``) it writes nothing.
+    """
+
+    def __init__(self, path: Path, owner: bool = True) -> None:
+        self.path = path
+        self.owner = owner
+        self._created = False
+        self._claimed = False
+        self._lock: IO[str] | None = None
+        self._state: dict[str, Any] = {}
+        self._state_time = 0.0
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints go."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def samples(self) -> Path:
+        """Where sample pictures go."""
+        return self.path / SAMPLES
+
+    @property
+    def adapter(self) -> Path:
+        """The finished adapter."""
+        return self.path / FILE_NAME
+
+    def __enter__(self) -> RunFolder:
+        if not self.owner:
+            return self
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"the output folder {self.path} is a file: choose another --output_dir")
+        self._created = not self.path.exists()
+        make_folder(self.path)
+        with user_errors(self.path):
+            self._lock = (self.path / LOCK).open("a+")
+        try:
+            _acquire(self._lock)
+        except OSError as error:
+            self._lock.close()
+            raise UserError(
+                f"another training runs in {self.path}: wait for it or choose another --output_dir"
+            ) from error
+        self.require(SPARE_BYTES)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is None:
+            return
+        self._lock.close()  # closing releases the lock, and so does the death of the process
+        if self._created and not self._claimed:
+            with contextlib.suppress(OSError):
+                (self.path / LOCK).unlink()
+                self.path.rmdir()
+
+    def claim(self, anew: bool, config: Mapping[str, Any]) -> None:
+        """From here on this run's files replace the earlier ones; ``anew`` also removes its checkpoints and log.
+
+        The earlier adapter stays until the new one replaces it. ``config.yaml`` holds every setting resolved:
+        ``--config`` with it repeats the run.
+        """
+        import yaml
+
+        if not self.owner:
+            return
+        self._claimed = True
+        if anew:
+            for folder in (self.checkpoints, self.samples):
+                shutil.rmtree(folder, ignore_errors=True)
+            (self.path / "log.jsonl").unlink(missing_ok=True)
+        write_atomic(
+            self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        )
+
+    def require(self, size: int) -> None:
+        """Raise :class:`UserError` unless ``size`` bytes are free on the folder's disk."""
+        free = shutil.disk_usage(self.path).free
+        if free < size:
+            raise UserError(
+                f"{self.path} has {free / 2**20:.0f} MiB left, {size / 2**20:.0f} are needed: free some space"
+            )
+
+    def holds_a_run(self) -> bool:
+        """Whether an earlier run left checkpoints or an adapter here."""
+        return self.adapter.exists() or any(self.checkpoints.glob("step-*"))
+
+    def state(self, status: Status, **values: Any) -> None:
+        """Replace ``state.json``: at once when the status changes, else at most twice a second."""
+        if not self._claimed:
+            return
+        now = time.monotonic()
+        changed = status != self._state.get("status")
+        self._state |= {"status": status, "pid": os.getpid(), "time": time.time(), **values}
+        if not changed and now - self._state_time < STATE_SECONDS:
+            return
+        self._state_time = now
+        temporary = self.path / ".state.json.tmp"
+        # Renamed for whoever watches, but not flushed to disk: a step must not wait for it.
+        with user_errors(self.path / "state.json"):
+            temporary.write_text(json.dumps(self._state), encoding="utf-8")
+            temporary.replace(self.path / "state.json")
+
+
+class RunLog:
+    """``log.jsonl``: one line a step, flushed; lines after a resumed step are dropped first."""
+
+    def __init__(self, path: Path, resumed_step: int, owner: bool = True) -> None:
+        self.path = path
+        self._file: IO[str] | None = None
+        if owner:
+            self._keep(resumed_step)
+            with user_errors(path):
+                self._file = path.open("a", encoding="utf-8")
+
+    def _keep(self, last: int) -> None:
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= last]
+        write_atomic(self.path, "".join(line + "\n" for line in kept))
+
+    def write(self, **values: Any) -> None:
+        """Append one line."""
+        if self._file is not None:
+            with user_errors(self.path):
+                self._file.write(json.dumps(values) + "\n")
+                self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut short by a crash
+
+
+def _acquire(file: IO[str]) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

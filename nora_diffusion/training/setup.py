@@ -1,0 +1,229 @@
+"""Builds a run: the base, the cached data, the adapter, the optimizer; restored from a checkpoint where asked."""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapters import AdapterConfig
+from ..adapters.presets import PRESETS
+from ..base import open_pipeline
+from ..data import read_photos
+from ..errors import UserError
+from ..loaders import add_adapter, load_adapter, trainable_parameters
+from .cache import Latents, TextConditions, encode_photos
+from .checkpoints import Checkpoint, restore_optimizer
+from .checks import check_pipeline, folder_of
+from .config import TrainConfig
+from .objective import Objective
+from .optimization import build_optimizer, build_schedule
+from .pictures import DTYPES, fill_class_images
+from .randomness import derive
+from .rundir import RunFolder
+from .subject import Subject
+
+log = logging.getLogger(__name__)
+
+ADAPTER = "subject"
+
+
+@dataclass
+class Run:
+    """Everything that the loop needs, ready for step ``first_step``."""
+
+    config: TrainConfig
+    pipe: Any
+    subject: Subject
+    seed: int
+    total_steps: int
+    first_step: int
+    resolution: int
+    dtype: torch.dtype
+    objective: Objective
+    latents: Latents
+    class_latents: Latents | None
+    conditions: TextConditions
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    scaler: torch.amp.GradScaler
+    identity: dict[str, Any]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the adapter file says of its subject."""
+        return {
+            "trigger": self.subject.trigger or "",
+            "class_word": self.subject.class_word or "",
+            "instance_prompt": self.config.instance_prompt or self.subject.captions[0],
+            "prompts": list(dict.fromkeys(self.subject.captions)),
+            "seed": self.seed,
+            "license": self.config.license or "",
+        }
+
+
+def open_base(config: TrainConfig, device: torch.device) -> Any:
+    """The base pipeline, frozen, checked to be one that this trainer knows, on ``device``."""
+    pipe = open_pipeline(
+        config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant
+    )
+    check_pipeline(config, pipe)
+    if config.tokenizer_name:
+        pipe.tokenizer = _other_tokenizer(config.tokenizer_name)
+    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+        module.requires_grad_(False)
+        module.eval()
+    if config.enable_xformers_memory_efficient_attention:
+        pipe.enable_xformers_memory_efficient_attention()
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    return pipe.to(device)
+
+
+def _other_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load the tokenizer {name!r}: {first}") from error
+
+
+def settle(
+    config: TrainConfig,
+    pipe: Any,
+    checkpoint: Checkpoint | None,
+    photos: int,
+    device: torch.device,
+    processes: int,
+) -> TrainConfig:
+    """Fill in what depends on the base, the machine, the data or the checkpoint: after this nothing is ``None`` by
+    accident, and ``config.yaml`` repeats the run."""
+    earlier = checkpoint.identity if checkpoint else {}
+    seed = config.seed if config.seed is not None else earlier.get("seed", secrets.randbelow(2**31))
+    precision = config.mixed_precision or earlier.get("mixed_precision") or best_precision(device)
+    steps = config.max_train_steps or epoch_steps(config, photos, processes) * (config.num_train_epochs or 1)
+    warmup = config.lr_warmup_steps if config.lr_warmup_steps is not None else steps // 10
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no")
+    if warmup >= steps and config.lr_scheduler != "constant":
+        log.warning(
+            "%d steps of warm-up in a run of %d: the learning rate never gets to its height", warmup, steps
+        )
+    return replace(
+        config, seed=seed, mixed_precision=precision, max_train_steps=steps, lr_warmup_steps=warmup,
+        resolution=config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor,
+    )  # fmt: skip
+
+
+def epoch_steps(config: TrainConfig, photos: int, processes: int) -> int:
+    """Optimizer steps in one pass over the photos."""
+    batch = (config.train_batch_size or 1) * config.gradient_accumulation_steps * processes
+    return max(1, math.ceil(photos / batch))
+
+
+def best_precision(device: torch.device) -> str:
+    """bf16 where the hardware multiplies it fast, else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    probe: Callable[[], bool] | None = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return "bf16" if device.type == "cpu" and probe is not None and probe() else "no"
+
+
+def build_latents(
+    config: TrainConfig, pipe: Any, subject: Subject, folder: RunFolder, barrier: Callable[[], None],
+    check: Callable[[], None],
+) -> tuple[Latents, Latents | None, str]:  # fmt: skip
+    """Latents of the photos and, under prior preservation, of the class pictures with the hash of their files."""
+    seed, resolution = config.seed or 0, config.resolution or 0
+    latents = encode_photos(pipe.vae, subject.photos, config, resolution, seed)
+    if not config.with_prior_preservation:
+        return latents, None, ""
+    place = folder_of(config.class_data_dir) if config.class_data_dir else folder.path / "class_images"
+    if folder.owner:
+        fill_class_images(pipe, place, config, resolution, seed, check)
+    barrier()
+    pictures = read_photos(place, config.dataloader_num_workers)[: config.num_class_images]
+    hashes = str(derive(0, *(photo.sha256 for photo in pictures)))
+    return latents, encode_photos(pipe.vae, pictures, config, resolution, derive(seed, "class")), hashes
+
+
+def adapter_config(config: TrainConfig) -> AdapterConfig:
+    """The preset of ``config.method`` with the values that it takes."""
+    targets: str | list[str] | None = config.target_modules
+    if targets is not None and len(targets) == 1:
+        targets = targets[0]  # a group, or a regular expression
+    values: dict[str, Any] = {
+        "r": config.rank, "alpha": config.alpha, "dropout": config.dropout, "target_modules": targets,
+        "inner_r": config.inner_rank, "basis": config.basis, "num_experts": config.num_experts,
+    }  # fmt: skip
+    return PRESETS[config.method](**{k: v for k, v in values.items() if v is not None})
+
+
+def place_adapter(config: TrainConfig, pipe: Any, checkpoint: Checkpoint | None) -> dict[str, nn.Parameter]:
+    """Put the adapter in, fresh or from the checkpoint; returns its trained factors by file key."""
+    components = ["unet", "text_encoder"] if config.train_text_encoder else ["unet"]
+    if checkpoint is None:
+        torch.manual_seed(derive(config.seed or 0, "init"))
+        add_adapter(pipe, adapter_config(config), ADAPTER, components, config.calibration_prompts)
+    else:
+        load_adapter(pipe, checkpoint.path, ADAPTER)
+    parameters = trainable_parameters(pipe, ADAPTER)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    return parameters
+
+
+def lower_precision(config: TrainConfig, pipe: Any, device: torch.device) -> torch.dtype:
+    """Cast the frozen UNet and text encoder; on a CPU also lay convolutions out channels last. Returns the dtype."""
+    dtype = DTYPES[config.mixed_precision or "no"]
+    pipe.unet.to(dtype)
+    pipe.text_encoder.to(dtype)
+    if device.type == "cpu":
+        pipe.unet.to(memory_format=torch.channels_last)
+    if config.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+        if config.train_text_encoder:
+            pipe.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    return dtype
+
+
+def build_run(
+    config: TrainConfig, pipe: Any, subject: Subject, data: tuple[Latents, Latents | None, str],
+    identity: dict[str, Any], checkpoint: Checkpoint | None, processes: int,
+) -> Run:  # fmt: skip
+    """Text conditions, adapter, optimizer and schedule, then the checkpoint's state over them."""
+    latents, class_latents, _ = data
+    device = pipe.unet.device
+    prompts: Sequence[str] = [*subject.captions, *([config.class_prompt or ""] if class_latents else [])]
+    conditions = None if config.train_text_encoder else TextConditions(pipe, config, prompts)
+    dtype = lower_precision(config, pipe, device)
+    conditions = conditions or TextConditions(pipe, config, prompts)
+    parameters = place_adapter(config, pipe, checkpoint)
+    optimizer = build_optimizer(config, parameters, processes)
+    steps = config.max_train_steps or 0
+    schedule = build_schedule(config, optimizer, steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
+    if checkpoint is not None:
+        restore_optimizer(optimizer, parameters, checkpoint)
+        schedule.load_state_dict(checkpoint.schedule)
+        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+        if checkpoint.scaler:
+            scaler.load_state_dict(checkpoint.scaler)
+    pipe.unet.train()
+    pipe.text_encoder.train(config.train_text_encoder)
+    return Run(
+        config=config, pipe=pipe, subject=subject, seed=config.seed or 0, total_steps=steps,
+        first_step=checkpoint.step if checkpoint else 0, resolution=config.resolution or 0, dtype=dtype,
+        objective=Objective.of(pipe.scheduler, config.snr_gamma or 0.0, device), latents=latents,
+        class_latents=class_latents, conditions=conditions, parameters=parameters, optimizer=optimizer,
+        schedule=schedule, scaler=scaler, identity=identity,
+    )  # fmt: skip

@@ -1,0 +1,76 @@
+"""What is learned: the photos, their captions, the trigger and the class word, settled once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..captions import guess_class_word, guess_trigger, read_captions, with_trigger
+from ..data import Photo, read_photos
+from ..errors import UserError
+from .checks import folder_of
+from .config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Photos with one caption each, and the words that call the subject."""
+
+    photos: Sequence[Photo]
+    captions: Sequence[str]
+    trigger: str | None
+    class_word: str | None
+    data_hash: str
+
+
+def read_subject(config: TrainConfig) -> tuple[Subject, TrainConfig]:
+    """Read photos and captions; returns them and ``config`` with its prompts settled.
+
+    Without ``instance_prompt``, ``trigger`` and ``class_word`` make one: "a photo of sks dog". A trigger that was given
+    is put into captions that lack it. Raises :class:`UserError` if there is no prompt for a photo.
+    """
+    config = _with_prompts(config)
+    photos = read_photos(folder_of(config.instance_data_dir or ""), config.dataloader_num_workers)
+    captions = read_captions(
+        [photo.path for photo in photos], config.instance_prompt, config.use_captions, config.caption_column
+    )
+    trigger = config.trigger or _guess(config)
+    class_word = config.class_word or guess_class_word(captions[0], trigger)
+    if config.trigger:
+        captions = [with_trigger(caption, trigger, class_word) for caption in captions]
+    if trigger is None:
+        log.warning(
+            "no trigger word in %r (--trigger names one): the whole prompt calls the subject", captions[0]
+        )
+    config = replace(config, trigger=trigger, class_word=class_word)
+    return Subject(photos, captions, trigger, class_word, _data_hash(photos, captions)), config
+
+
+def _with_prompts(config: TrainConfig) -> TrainConfig:
+    instance, prior = config.instance_prompt, config.class_prompt
+    if instance is not None and not instance.strip():
+        raise UserError(
+            "the instance prompt is empty: give for example --instance_prompt 'a photo of sks dog'"
+        )
+    if instance is None and config.trigger and config.class_word:
+        instance = f"a photo of {config.trigger} {config.class_word}"
+    if prior is None and config.with_prior_preservation:
+        prior = f"a photo of a {config.class_word}"
+    return replace(config, instance_prompt=instance, class_prompt=prior)
+
+
+def _guess(config: TrainConfig) -> str | None:
+    # Captions are no ground for a guess: their first word that is not the class may be any adjective.
+    if config.instance_prompt is None:
+        return None
+    return guess_trigger(config.instance_prompt, config.class_word, config.class_prompt)
+
+
+def _data_hash(photos: Sequence[Photo], captions: Sequence[str]) -> str:
+    rows = [[photo.sha256, caption] for photo, caption in zip(photos, captions, strict=True)]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
