@@ -10,7 +10,7 @@ from pathlib import Path
 from .errors import UserError
 
 FILLERS = frozenset(
-    [
+    {
         "a",
         "an",
         "the",
@@ -20,23 +20,15 @@ FILLERS = frozenset(
         "at",
         "with",
         "and",
-        "photo",
-        "picture",
-        "image",
-        "photograph",
-        "portrait",
-        "drawing",
-        "painting",
+        "my",
+        "one",
+        "good",
+        "bad",
         "close",
         "up",
         "closeup",
-        "rendering",
-        "rendition",
-        "good",
-        "bad",
-        "my",
-        "one",
-    ]
+    }
+    | {"photo", "photograph", "picture", "image", "portrait", "drawing", "painting", "rendering", "rendition"}
 )
 METADATA = "metadata.jsonl"
 
@@ -44,7 +36,7 @@ METADATA = "metadata.jsonl"
 def read_captions(
     photos: Sequence[Path], prompt: str | None, sidecars: bool = False, column: str | None = None
 ) -> list[str]:
-    """One caption a photo. A photo without its own gets ``prompt``; without that it is a :class:`UserError`."""
+    """One caption a photo. One without its own gets ``prompt``. Raises :class:`UserError` without either."""
     if column:
         own = _from_metadata(photos[0].parent, column)
         source = f"a line in {METADATA}"
@@ -54,14 +46,10 @@ def read_captions(
     else:
         own, source = {}, ""
     if not own and not prompt:
-        raise UserError(
-            "there is no prompt: give --instance_prompt 'a photo of sks dog', or captions (--use_captions)"
-        )
+        raise UserError("there is no prompt: give --instance_prompt 'a photo of sks dog', or captions (--use_captions)")
     bare = [path.name for path in photos if path.name not in own]
     if bare and not prompt:
-        raise UserError(
-            f"{bare[0]} has no caption: add {source} for it, or give --instance_prompt for such photos"
-        )
+        raise UserError(f"{bare[0]} has no caption: add {source} for it, or give --instance_prompt for such photos")
     return [own.get(path.name, prompt or "") for path in photos]
 
 
@@ -78,9 +66,7 @@ def _from_sidecar(path: Path) -> str:
 def _from_metadata(folder: Path, column: str) -> dict[str, str]:
     path = folder / METADATA
     if not path.is_file():
-        raise UserError(
-            f'--caption_column needs {path}, with lines like {{"file_name": "0.jpg", {column!r}: ...}}'
-        )
+        raise UserError(f'--caption_column needs {path}, with lines like {{"file_name": "0.jpg", {column!r}: ...}}')
     captions = {}
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -103,16 +89,14 @@ def _metadata_row(path: Path, number: int, line: str, column: str) -> tuple[str,
     text = row.get(column)
     if not isinstance(text, str) or not text.strip():
         others = ", ".join(key for key in row if key != "file_name")
-        raise UserError(
-            f"{path}, line {number} has no text under {column!r}; its keys are {others or 'none'}"
-        )
+        raise UserError(f"{path}, line {number} has no text under {column!r}; its keys are {others or 'none'}")
     return Path(row["file_name"]).name, " ".join(text.split())
 
 
 def guess_trigger(prompt: str, class_word: str | None = None, class_prompt: str | None = None) -> str | None:
     """The word of ``prompt`` that names the subject: what the class's words and filler words leave over.
 
-    ``"a photo of sks dog"`` gives ``"sks"``; a prompt with one such word (``"a photo of a dog"``) gives ``None``.
+    ``"a photo of sks dog"`` gives ``"sks"``; with one such word, as in ``"a photo of a dog"``, ``None``.
     """
     words = [word for word in _words(prompt) if word.lower() not in FILLERS]
     ordinary = {word.lower() for word in _words(f"{class_word or ''} {class_prompt or ''}")}
@@ -123,7 +107,7 @@ def guess_trigger(prompt: str, class_word: str | None = None, class_prompt: str 
 
 
 def guess_class_word(prompt: str, trigger: str | None) -> str | None:
-    """The content words right after the trigger: ``"a photo of sks toy dog on a beach"`` gives ``"toy dog"``."""
+    """The content words right after the trigger: ``"sks toy dog on a beach"`` gives ``"toy dog"``."""
     words = _words(prompt)
     if trigger is None or trigger not in words:
         return None
@@ -133,15 +117,13 @@ def guess_class_word(prompt: str, trigger: str | None) -> str | None:
 
 
 def with_trigger(caption: str, trigger: str | None, class_word: str | None) -> str:
-    """The caption with the trigger in it: before the class word where that stands, else in front of everything."""
+    """The caption with the trigger in it: before the class word where that stands, else in front."""
     if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
         return caption
     if class_word:
         pattern = rf"(?<!\w)({re.escape(class_word)})(?!\w)"
         if re.search(pattern, caption, re.IGNORECASE):
-            return re.sub(
-                pattern, lambda found: f"{trigger} {found.group(1)}", caption, count=1, flags=re.IGNORECASE
-            )
+            return re.sub(pattern, lambda found: f"{trigger} {found.group(1)}", caption, count=1, flags=re.IGNORECASE)
         return f"{trigger} {class_word}, {caption}"
     return f"{trigger}, {caption}"
 

@@ -1,4 +1,4 @@
-"""Photos of a subject: found, checked before they are decoded, turned upright and to RGB, cropped and resized."""
+"""Photos of a subject: found, checked before they are decoded, made upright and RGB, cropped and resized."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ class UnreadablePhotoError(UserError):
 def find_photos(folder: Path) -> list[Path]:
     """The picture files of ``folder``, sorted by name. Raises :class:`UserError` if there are none."""
     if not folder.is_dir():
-        raise UserError(
-            f"the photo folder {folder} does not exist: give a folder with JPEG, PNG or WEBP files"
-        )
+        raise UserError(f"the photo folder {folder} does not exist: give a folder with JPEG, PNG or WEBP files")
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     foreign = [p.name for p in files if p.suffix.lower() in FOREIGN_SUFFIXES]
     if foreign:
@@ -107,12 +105,12 @@ def read_photo(path: Path) -> Photo:
 
 
 def to_rgb(image: Image.Image, name: str = "a picture") -> Image.Image:
-    """8-bit sRGB of any mode: 16-bit greys scaled down, colour profiles applied, transparency put on white."""
+    """8-bit sRGB of any mode: 16-bit greys scaled, colour profiles applied, transparency put on white."""
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
-        if layer.getextrema()[3][0] < 255:  # type: ignore[index]
+        if np.asarray(layer)[..., 3].min() < 255:
             log.warning("%s is transparent in places: they become white", name)
         return Image.alpha_composite(Image.new("RGBA", layer.size, (*BACKGROUND, 255)), layer).convert("RGB")
     return _with_profile(image).convert("RGB")
@@ -147,9 +145,7 @@ def _check_header(path: Path, picture: Image.Image) -> None:
     width, height = picture.size
     short, long = sorted((width, height))
     if width * height > MAX_PIXELS:
-        raise UnreadablePhotoError(
-            f"{path.name} is {width}x{height}, more than {MAX_PIXELS // 10**6} megapixels"
-        )
+        raise UnreadablePhotoError(f"{path.name} is {width}x{height}, more than {MAX_PIXELS // 10**6} megapixels")
     if short < MIN_SIDE:
         raise UnreadablePhotoError(f"{path.name} is {width}x{height}, smaller than {MIN_SIDE} pixels")
     if long > MAX_ASPECT * short:
@@ -163,10 +159,8 @@ def crop_boxes(size: tuple[int, int], count: int, center: bool, generator: np.ra
     """
     width, height = size
     side, room = min(size), abs(width - height)
-    if room == 0 or center:
-        places = [0.5]
-    else:
-        places = [float((i + generator.random()) / count) for i in range(count)]
+    spread = [float((i + generator.random()) / count) for i in range(count)]
+    places = [0.5] if room == 0 or center else spread
     boxes = []
     for place in places:
         x, y = (place * room, 0.0) if width > height else (0.0, place * room)

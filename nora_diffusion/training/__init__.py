@@ -1,4 +1,4 @@
-"""Training: learn a subject from a few photos. ``train(TrainConfig(...))`` or the command line, same settings."""
+"""Training: learn a subject from a few photos, by ``train(TrainConfig(...))`` or the command line."""
 
 from __future__ import annotations
 

@@ -18,11 +18,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """One flag a setting, in the groups of the documentation. Values stay text: :func:`.values.coerce` reads them."""
+    """One flag a setting, in documented groups. Values stay text: :func:`.values.coerce` reads them."""
     parser = _Parser(
-        prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=argparse.HelpFormatter,
+        prog=prog,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
         description="Learn a subject from a few photos with a nested low-rank adapter (DreamBooth).",
-    )  # fmt: skip
+    )
     parser.add_argument("--config", help="YAML file with the same keys; flags win")
     groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
     for setting in settings():
@@ -40,7 +42,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None, prog: str | None = None) -> TrainConfig:
-    """Flags over the YAML file over defaults. Raises :class:`UserError` naming an unknown flag's nearest one."""
+    """Flags over the YAML file over defaults. Raises :class:`UserError` with an unknown flag's nearest."""
     import sys
 
     words = [_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]

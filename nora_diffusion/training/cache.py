@@ -1,4 +1,4 @@
-"""Everything that does not change while the UNet trains, computed once: latents of the crops and text embeddings."""
+"""What does not change while the UNet trains, computed once: latents of the crops and text embeddings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 class Latents:
     """The VAE's posterior of every crop: ``mean``, ``std [crops, C, h, w]``, fp32 on the CPU.
 
-    ``of_photo[i]`` lists the crops of photo ``i``. Mean and deviation are kept, so that each step draws a new sample.
+    ``of_photo[i]`` lists the crops of photo ``i``. Each step draws a new sample of it.
     """
 
     mean: Tensor
@@ -43,9 +43,7 @@ class Latents:
         return (z - self.shift) * self.factor
 
 
-def encode_photos(
-    vae: nn.Module, photos: Sequence[Photo], config: TrainConfig, resolution: int, seed: int
-) -> Latents:
+def encode_photos(vae: nn.Module, photos: Sequence[Photo], config: TrainConfig, resolution: int, seed: int) -> Latents:
     """Crop, resize and encode every photo; mirrored twins are added where ``random_flip`` asks for them."""
     resample = Image.Resampling[config.image_interpolation_mode.upper()]
     random = np.random.default_rng(derive(seed, "crops"))
@@ -113,9 +111,7 @@ class TextConditions:
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int | None) -> tuple[Tensor, Tensor]:
     """Token ids and padding mask ``[prompts, length]``; a prompt that is cut short is named in a warning."""
     length = length or tokenizer.model_max_length
-    encoded = tokenizer(
-        list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-    )
+    encoded = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     for prompt in prompts:
         if len(tokenizer(prompt, truncation=False).input_ids) > length:
             log.warning("%r is longer than %d tokens: its end is cut off", prompt, length)

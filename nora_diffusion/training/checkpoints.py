@@ -1,13 +1,12 @@
-"""Checkpoints: safetensors and JSON in ``checkpoints/step-N/``, whole or absent, checked by hash, never pickled.
+"""Checkpoints: safetensors and JSON in ``checkpoints/step-N/``, whole or absent, hashed, never pickled.
 
-A checkpoint is the adapter file (frozen factors too, since a basis is never recomputed), the optimizer's tensors, and
-``manifest.json``, written last, with the SHA-256 of both, the schedule's state and the identity of the run.
+A checkpoint is the adapter file (frozen factors too, since a basis is never recomputed), the optimizer's
+tensors and ``manifest.json``, written last: the SHA-256 of both, the schedule's state, the run's identity.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -65,10 +64,13 @@ def save_checkpoint(
             (temporary / "README.md").unlink(missing_ok=True)
             write_atomic(temporary / OPTIMIZER, save(optimizer_tensors(optimizer, parameters)))
             manifest = {
-                "format_version": FORMAT_VERSION, "step": step, "identity": identity, "schedule": schedule,
+                "format_version": FORMAT_VERSION,
+                "step": step,
+                "identity": identity,
+                "schedule": schedule,
                 "scaler": scaler,
                 "sha256": {name: sha256(temporary / name) for name in (FILE_NAME, OPTIMIZER)},
-            }  # fmt: skip
+            }
             write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1))
             _put(temporary, final)
         except BaseException:
@@ -80,15 +82,13 @@ def save_checkpoint(
 def _put(temporary: Path, final: Path) -> None:
     old = final.with_name(f".old-{final.name}")
     if final.exists():
-        os.replace(final, old)
-    os.replace(temporary, final)
+        final.replace(old)
+    temporary.replace(final)
     sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The optimizer's state as ``{"<factor key>|<state key>": tensor}``."""
     tensors = {}
     for name, parameter in parameters.items():
@@ -148,15 +148,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, hashes = int(manifest["format_version"]), dict(manifest["sha256"])
-        result = Checkpoint(
-            path, int(manifest["step"]), manifest["identity"], manifest["schedule"], manifest["scaler"]
-        )  # fmt: skip
+        result = Checkpoint(path, int(manifest["step"]), manifest["identity"], manifest["schedule"], manifest["scaler"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"the checkpoint {path} is damaged (its manifest cannot be read): {way}") from error
     if version > FORMAT_VERSION:
-        raise UserError(
-            f"the checkpoint {path} has format version {version}, newer than this release: upgrade it"
-        )
+        raise UserError(f"the checkpoint {path} has format version {version}, newer than this release: upgrade it")
     for name in (FILE_NAME, OPTIMIZER):
         file = path / name
         if not file.is_file() or sha256(file) != hashes.get(name):

@@ -12,16 +12,41 @@ from .config import TrainConfig
 from .defaults import METHOD_KEYS
 
 POSITIVE = (
-    "resolution", "rank", "inner_rank", "num_experts", "alpha", "crops_per_image", "train_batch_size",
-    "sample_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "learning_rate",
-    "text_encoder_lr", "lr_num_cycles", "checkpointing_steps", "checkpoints_total_limit", "num_validation_images",
-    "validation_epochs", "validation_steps", "sample_steps", "num_class_images", "tokenizer_max_length",
-    "max_grad_norm", "adam_epsilon", "lr_power",
-)  # fmt: skip
+    "resolution",
+    "rank",
+    "inner_rank",
+    "num_experts",
+    "alpha",
+    "crops_per_image",
+    "train_batch_size",
+    "sample_batch_size",
+    "num_train_epochs",
+    "max_train_steps",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "text_encoder_lr",
+    "lr_num_cycles",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "num_validation_images",
+    "validation_epochs",
+    "validation_steps",
+    "sample_steps",
+    "num_class_images",
+    "tokenizer_max_length",
+    "max_grad_norm",
+    "adam_epsilon",
+    "lr_power",
+)
 NOT_NEGATIVE = (
-    "prior_loss_weight", "snr_gamma", "lr_warmup_steps", "dataloader_num_workers", "adam_weight_decay",
-    "sample_guidance", "seed",
-)  # fmt: skip
+    "prior_loss_weight",
+    "snr_gamma",
+    "lr_warmup_steps",
+    "dataloader_num_workers",
+    "adam_weight_decay",
+    "sample_guidance",
+    "seed",
+)
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
 
 
@@ -53,15 +78,11 @@ def _check_data(config: TrainConfig) -> None:
     if not config.instance_data_dir:
         raise UserError("no photos: give their folder with --instance_data_dir")
     if config.use_captions and config.caption_column:
-        raise UserError(
-            "--use_captions and --caption_column exclude each other: choose where captions come from"
-        )
+        raise UserError("--use_captions and --caption_column exclude each other: choose where captions come from")
     if config.trigger is not None and not config.trigger.strip():
         raise UserError("the trigger is empty: give a rare word such as 'sks', or leave --trigger out")
     if config.validation_images:
-        raise UserError(
-            "--validation_images is for pipelines that start from a picture; use --validation_prompt here"
-        )
+        raise UserError("--validation_images is for pipelines that start from a picture; use --validation_prompt here")
 
 
 def _check_adapter(config: TrainConfig) -> None:
@@ -116,9 +137,7 @@ def trackers(config: TrainConfig) -> list[str]:
     if wanted == "all":
         return [name for name, package in TRACKERS.items() if find_spec(package)]
     if wanted not in TRACKERS:
-        raise UserError(
-            f"report_to={config.report_to!r} is unknown: choose one of {', '.join(TRACKERS)}, all, none"
-        )
+        raise UserError(f"report_to={config.report_to!r} is unknown: choose one of {', '.join(TRACKERS)}, all, none")
     return [wanted]
 
 
@@ -130,28 +149,17 @@ def _need(package: str, flag: str, note: str = "") -> None:
 
 def check_pipeline(config: TrainConfig, pipe: Any) -> None:
     """Refuse pipelines that this trainer does not know, by what they lack. Tested with SD 1.x and 2.x layouts."""
-    lacking = [
-        part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if not hasattr(pipe, part)
-    ]
+    lacking = [part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if not hasattr(pipe, part)]
     if lacking:
-        raise UserError(
-            f"{type(pipe).__name__} has no {lacking[0]}: this trainer takes Stable Diffusion 1.x and 2.x"
-        )
+        raise UserError(f"{type(pipe).__name__} has no {lacking[0]}: this trainer takes Stable Diffusion 1.x and 2.x")
     unet = pipe.unet.config
     if getattr(pipe, "text_encoder_2", None) is not None or unet.addition_embed_type is not None:
-        raise UserError(
-            f"{type(pipe).__name__} has two text encoders: this trainer takes Stable Diffusion 1.x and 2.x"
-        )
+        raise UserError(f"{type(pipe).__name__} has two text encoders: this trainer takes Stable Diffusion 1.x and 2.x")
     if unet.in_channels != pipe.vae.config.latent_channels:
-        raise UserError(
-            f"the UNet takes {unet.in_channels} channels (an inpainting model?): use the text-to-image model"
-        )
+        raise UserError(f"the UNet takes {unet.in_channels} channels (inpainting?): use the text-to-image model")
     if config.resolution is not None and config.resolution % pipe.vae_scale_factor:
         raise UserError(f"resolution={config.resolution} must be a multiple of {pipe.vae_scale_factor}")
-    if (
-        config.tokenizer_max_length is not None
-        and config.tokenizer_max_length > pipe.tokenizer.model_max_length
-    ):
+    if config.tokenizer_max_length is not None and config.tokenizer_max_length > pipe.tokenizer.model_max_length:
         raise UserError(
             f"tokenizer_max_length={config.tokenizer_max_length} exceeds the {pipe.tokenizer.model_max_length} "
             "tokens of the text encoder"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from .signals import Interrupted
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the trainer; returns 0, 2 after a user's mistake, 130 after Ctrl-C, 143 after SIGTERM."""
+    show_log()
     try:
         config = parse(argv, prog)
         from .loop import train
@@ -23,6 +25,17 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code
-    print(f"{result.adapter_path}: {result.trainable_parameters:,} trained numbers, {result.steps} steps, "
-          f"{result.seconds:.1f} s, loss {result.final_loss:.4f}")  # fmt: skip
+    print(
+        f"{result.adapter_path}: {result.trainable_parameters:,} trained numbers, {result.steps} steps, "
+        f"{result.seconds:.1f} s, loss {result.final_loss:.4f}"
+    )
     return 0
+
+
+def show_log() -> None:
+    """Print this package's remarks and warnings, and no other library's, as plain lines on stderr."""
+    logger = logging.getLogger("nora_diffusion")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

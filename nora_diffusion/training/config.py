@@ -1,4 +1,5 @@
-"""``TrainConfig``: every setting of a training run, under the flag names of diffusers' DreamBooth LoRA script."""
+# ruff: noqa: RUF009
+"""``TrainConfig``: every setting of a run, under the flag names of diffusers' DreamBooth LoRA script."""
 
 from __future__ import annotations
 
@@ -16,9 +17,7 @@ Precision = Literal["no", "fp16", "bf16"]
 PriorPrecision = Literal["no", "fp32", "fp16", "bf16"]
 SaveDtype = Literal["fp32", "fp16", "bf16"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
-Schedule = Literal[
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-]  # fmt: skip
+Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 TimestepSampling = Literal["uniform", "stratified"]
 
 GROUPS = {
@@ -34,7 +33,7 @@ GROUPS = {
 
 
 def key(default: Any, group: str, help: str, aliases: tuple[str, ...] = (), secret: bool = False) -> Any:
-    """A setting: its default, its group in ``--help``, one line of help and other names that it answers to."""
+    """A setting: its default, its group in ``--help``, one line of help and its other names."""
     metadata = {"group": group, "help": help, "aliases": aliases, "secret": secret}
     return field(default=default, metadata=metadata)
 
@@ -43,7 +42,7 @@ def key(default: Any, group: str, help: str, aliases: tuple[str, ...] = (), secr
 class TrainConfig:
     """One training run. ``None`` means "the default that suits the base" (:mod:`.defaults`).
 
-    Keys, flags (``--key value``) and YAML keys are the same names. Values are checked by :func:`.checks.check_config`.
+    Keys, flags (``--key value``) and YAML keys are the same names. Checked by :func:`.checks.check_config`.
     """
 
     # base
@@ -55,24 +54,16 @@ class TrainConfig:
     tokenizer_name: str | None = key(None, "base", "another tokenizer than the pipeline's")
     tokenizer_max_length: int | None = key(None, "base", "prompt length in tokens (default: the tokenizer's)")
     text_encoder_use_attention_mask: bool = key(False, "base", "mask the padding of prompts")
-    class_labels_conditioning: str | None = key(
-        None, "base", "'timesteps' passes the timesteps as class labels"
-    )
+    class_labels_conditioning: str | None = key(None, "base", "'timesteps' passes the timesteps as class labels")
 
     # data
-    instance_data_dir: str | None = key(
-        None, "data", "folder with the photos of the subject (JPEG, PNG, WEBP)"
-    )
+    instance_data_dir: str | None = key(None, "data", "folder with the photos of the subject (JPEG, PNG, WEBP)")
     instance_prompt: str | None = key(None, "data", "prompt for all photos, for example 'a photo of sks dog'")
     use_captions: bool = key(False, "data", "read each photo's prompt from the .txt file beside it")
     caption_column: str | None = key(None, "data", "read each photo's prompt from this key of metadata.jsonl")
-    trigger: str | None = key(
-        None, "data", "the rare word that names the subject (default: found in the prompt)"
-    )
+    trigger: str | None = key(None, "data", "the rare word that names the subject (default: found in the prompt)")
     class_word: str | None = key(None, "data", "what the subject is, for example 'dog'")
-    resolution: int | None = key(
-        None, "data", "side of the training pictures in pixels (default: the base's own)"
-    )
+    resolution: int | None = key(None, "data", "side of the training pictures in pixels (default: the base's own)")
     center_crop: bool = key(False, "data", "crop the centre instead of random places")
     crops_per_image: int = key(4, "data", "random crops cached for each photo that is not square")
     random_flip: bool = key(False, "data", "mirror half of the pictures")
@@ -96,21 +87,15 @@ class TrainConfig:
     # prior preservation
     with_prior_preservation: bool = key(False, "prior", "keep the class from drifting to the subject")
     prior_loss_weight: float = key(1.0, "prior", "weight of the class pictures' loss")
-    class_data_dir: str | None = key(
-        None, "prior", "folder of class pictures (default: output_dir/class_images)"
-    )
-    class_prompt: str | None = key(
-        None, "prior", "prompt of the class pictures (default: 'a photo of a CLASS_WORD')"
-    )
+    class_data_dir: str | None = key(None, "prior", "folder of class pictures (default: output_dir/class_images)")
+    class_prompt: str | None = key(None, "prior", "prompt of the class pictures (default: 'a photo of a CLASS_WORD')")
     num_class_images: int = key(100, "prior", "class pictures to have; missing ones are generated")
     sample_batch_size: int = key(4, "prior", "class pictures generated at a time")
     prior_generation_precision: PriorPrecision | None = key(None, "prior", "precision of that generation")
 
     # training
     train_batch_size: int | None = key(None, "training", "photos in a batch on each device")
-    num_train_epochs: int | None = key(
-        None, "training", "passes over the photos, if max_train_steps is not given"
-    )
+    num_train_epochs: int | None = key(None, "training", "passes over the photos, if max_train_steps is not given")
     max_train_steps: int | None = key(None, "training", "optimizer steps")
     gradient_accumulation_steps: int = key(1, "training", "batches added up for one optimizer step")
     seed: int | None = key(None, "training", "seed of everything random (default: drawn and recorded)")
@@ -119,9 +104,7 @@ class TrainConfig:
 
     # optimizer and schedule
     learning_rate: float | None = key(None, "optimizer", "learning rate after warm-up")
-    text_encoder_lr: float | None = key(
-        None, "optimizer", "learning rate of the text encoder (default: the same)"
-    )
+    text_encoder_lr: float | None = key(None, "optimizer", "learning rate of the text encoder (default: the same)")
     scale_lr: bool = key(False, "optimizer", "multiply the rate by devices, accumulation and batch size")
     lr_scheduler: Schedule | None = key(None, "optimizer", "shape of the schedule")
     lr_warmup_steps: int | None = key(None, "optimizer", "steps of warm-up")
@@ -140,17 +123,13 @@ class TrainConfig:
     checkpointing_steps: int = key(500, "run", "steps between checkpoints")
     checkpoints_total_limit: int | None = key(None, "run", "checkpoints to keep (default: all)")
     resume_from_checkpoint: str | None = key(None, "run", "'latest' or a checkpoint folder")
-    validation_prompt: str | None = key(
-        None, "run", "prompt of the sample pictures; without it there are none"
-    )
+    validation_prompt: str | None = key(None, "run", "prompt of the sample pictures; without it there are none")
     num_validation_images: int = key(4, "run", "sample pictures at a time")
     validation_epochs: int = key(50, "run", "epochs between samples")
     validation_steps: int | None = key(None, "run", "steps between samples, instead of epochs")
     sample_steps: int | None = key(None, "run", "denoising steps of class and sample pictures")
     sample_guidance: float | None = key(None, "run", "guidance of class and sample pictures")
-    validation_images: list[str] | None = key(
-        None, "run", "for pipelines that start from a picture: not supported"
-    )
+    validation_images: list[str] | None = key(None, "run", "for pipelines that start from a picture: not supported")
     save_dtype: SaveDtype | None = key(None, "run", "number type in the adapter file (default: as trained)")
     license: str | None = key(None, "run", "licence named in the adapter and its model card")
     push_to_hub: bool = key(False, "run", "upload the adapter and its card at the end")
@@ -161,9 +140,7 @@ class TrainConfig:
     mixed_precision: Precision | None = key(None, "system", "precision of the frozen model's work")
     gradient_checkpointing: bool = key(False, "system", "less memory, more time")
     allow_tf32: bool = key(False, "system", "TF32 matrix products on NVIDIA GPUs")
-    enable_xformers_memory_efficient_attention: bool = key(
-        False, "system", "attention of xformers, if installed"
-    )
+    enable_xformers_memory_efficient_attention: bool = key(False, "system", "attention of xformers, if installed")
     pre_compute_text_embeddings: bool = key(False, "system", "always done unless the text encoder is trained")
     local_rank: int = key(-1, "system", "set by accelerate launch")
     report_to: str | None = key(None, "system", "tensorboard, wandb, comet_ml, all or none, beside log.jsonl")
@@ -171,7 +148,7 @@ class TrainConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Build from YAML or flag values. Raises :class:`UserError` for unknown keys and values of a wrong type."""
+        """Build from YAML or flag values. Raises :class:`UserError` for unknown keys and wrong types."""
         known = names()
         unknown = [name for name in values if name not in known]
         if unknown:

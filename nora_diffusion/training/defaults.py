@@ -24,7 +24,7 @@ EMBEDDED: dict[str, Any] = {
     "sample_guidance": 5.0,
 }
 
-# Other bases: as diffusers' script has them, but for the number of steps: its one epoch over five photos is two steps.
+# Other bases: as diffusers' script, but for the steps: its one epoch over five photos is two of them.
 OTHER: dict[str, Any] = {
     "target_modules": ["attn"],
     "learning_rate": 5e-4,
@@ -51,7 +51,7 @@ METHOD_KEYS = {
     "mor": ("num_experts",),
     "lora": (),
     "lora_xs": ("basis",),
-}  # fmt: skip
+}
 
 
 def with_defaults(config: TrainConfig) -> TrainConfig:

@@ -46,17 +46,20 @@ FREE_TO_CHANGE = frozenset(
         "tokenizer_name",
     ]
 )
-"""Settings that a resumed run may have otherwise: they change no number, or what they name is in the identity."""
+"""What a resumed run may have otherwise: it changes no number, or what it names is in the identity."""
 
 
-def identity_of(
-    config: TrainConfig, pipe: Any, subject: Subject, class_hash: str, processes: int
-) -> dict[str, Any]:
-    """What must be equal for a resumed run to be the same run: settings, data, base, versions and processes."""
+def identity_of(config: TrainConfig, pipe: Any, subject: Subject, class_hash: str, processes: int) -> dict[str, Any]:
+    """What must be equal for a resumed run to be the same: settings, data, base, versions, processes."""
     values = {name: value for name, value in config.to_dict().items() if name not in FREE_TO_CHANGE}
     if (config.lr_scheduler or "").startswith("constant"):
         values.pop("max_train_steps")  # such a schedule does not depend on the end: a run may be prolonged
     return {
-        **values, "base": base_id(pipe), "photos and captions": subject.data_hash, "class pictures": class_hash,
-        "tokenizer": config.tokenizer_name, "processes": processes, "versions": versions(),
-    }  # fmt: skip
+        **values,
+        "base": base_id(pipe),
+        "photos and captions": subject.data_hash,
+        "class pictures": class_hash,
+        "tokenizer": config.tokenizer_name,
+        "processes": processes,
+        "versions": versions(),
+    }

@@ -73,19 +73,14 @@ OUT_OF_MEMORY = (
 def build_accelerator(config: TrainConfig) -> Accelerator:
     """Device, processes and trackers. Precision and checkpoints are handled here, not by accelerate."""
     if config.local_rank != -1 and "LOCAL_RANK" not in os.environ:
-        raise UserError(
-            "--local_rank is set by the launcher: start with `accelerate launch` and leave it out"
-        )
-    accelerator = Accelerator(
-        log_with=trackers(config) or None, project_dir=config.folder / config.logging_dir
-    )
-    return accelerator
+        raise UserError("--local_rank is set by the launcher: start with `accelerate launch` and leave it out")
+    return Accelerator(log_with=trackers(config) or None, project_dir=config.folder / config.logging_dir)
 
 
 def set_up(
     config: TrainConfig, subject: Subject, accelerator: Accelerator, folder: RunFolder, stop: StopRequests
 ) -> Run:
-    """Everything before the first step; nothing in the folder changes until all that can be refused has been."""
+    """All before the first step; nothing in the folder changes until what can be refused has been."""
     processes = accelerator.num_processes
     checkpoint = wanted_checkpoint(config, folder)
     pipe = open_base(config, accelerator.device)

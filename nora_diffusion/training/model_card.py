@@ -1,4 +1,4 @@
-"""The training part of the model card; the rest is written from the adapter file (:mod:`nora_diffusion.model_card`)."""
+"""The training part of the model card; :mod:`nora_diffusion.model_card` writes the rest."""
 
 from __future__ import annotations
 
@@ -8,10 +8,28 @@ from pathlib import Path
 from .setup import Run
 
 SETTINGS = (
-    "method", "rank", "inner_rank", "num_experts", "alpha", "basis", "dropout", "target_modules", "train_text_encoder",
-    "resolution", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "text_encoder_lr",
-    "lr_scheduler", "lr_warmup_steps", "snr_gamma", "mixed_precision", "prior_loss_weight", "class_prompt", "seed",
-)  # fmt: skip
+    "method",
+    "rank",
+    "inner_rank",
+    "num_experts",
+    "alpha",
+    "basis",
+    "dropout",
+    "target_modules",
+    "train_text_encoder",
+    "resolution",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "text_encoder_lr",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "snr_gamma",
+    "mixed_precision",
+    "prior_loss_weight",
+    "class_prompt",
+    "seed",
+)
 
 
 def training_section(run: Run, final_loss: float, seconds: float, samples: Sequence[Path]) -> str:

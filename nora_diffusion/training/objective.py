@@ -32,9 +32,7 @@ class Objective:
 
         kind = scheduler.config.get("prediction_type", "epsilon")
         if kind not in PREDICTION_TYPES:
-            raise UserError(
-                f"the scheduler's prediction_type={kind!r} is unknown: {', '.join(PREDICTION_TYPES)} are"
-            )
+            raise UserError(f"the scheduler's prediction_type={kind!r} is unknown: {', '.join(PREDICTION_TYPES)} are")
         alphas = DDPMScheduler.from_config(scheduler.config).alphas_cumprod
         return cls(alphas.float().to(device), kind, snr_gamma)
 
@@ -62,8 +60,8 @@ class Objective:
     def weights(self, t: Tensor) -> Tensor:
         """Weight of each row ``[B]``: with ``s = a / (1 - a)``, ``g = snr_gamma``:
 
-        epsilon ``min(s, g) / s = g / max(s, g)``, v ``min(s, g) / (s + 1)``, sample ``min(s, g)``: all finite at
-        ``s = 0`` (zero terminal SNR), where the first form of epsilon's would be 0/0.
+        epsilon ``min(s, g) / s = g / max(s, g)``, v ``min(s, g) / (s + 1)``, sample ``min(s, g)``: all
+        finite at ``s = 0`` (zero terminal SNR), where the first form of epsilon's would be 0/0.
         """
         if self.snr_gamma <= 0:
             return torch.ones_like(self.alphas[t])

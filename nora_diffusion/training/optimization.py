@@ -14,11 +14,7 @@ from .config import TrainConfig
 
 def scaled_rate(rate: float, config: TrainConfig, processes: int) -> float:
     """The learning rate, times devices, accumulation and batch size where ``scale_lr`` asks for that."""
-    factor = (
-        config.gradient_accumulation_steps * (config.train_batch_size or 1) * processes
-        if config.scale_lr
-        else 1
-    )
+    factor = config.gradient_accumulation_steps * (config.train_batch_size or 1) * processes if config.scale_lr else 1
     return rate * factor
 
 
@@ -38,16 +34,18 @@ def build_optimizer(
         if own:
             groups.append({"params": own, "lr": scaled_rate(group_rate, config, processes)})
     return _adamw(config)(
-        groups, betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.adam_weight_decay,
+        groups,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
-    )  # fmt: skip
+    )
 
 
 def _adamw(config: TrainConfig) -> Any:
     if config.use_8bit_adam:
-        import bitsandbytes
+        from importlib import import_module
 
-        return bitsandbytes.optim.AdamW8bit
+        return import_module("bitsandbytes").optim.AdamW8bit
     return torch.optim.AdamW
 
 
@@ -56,9 +54,13 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps:
     from diffusers.optimization import get_scheduler
 
     return get_scheduler(
-        config.lr_scheduler or "constant", optimizer=optimizer, num_warmup_steps=config.lr_warmup_steps or 0,
-        num_training_steps=steps, num_cycles=config.lr_num_cycles, power=config.lr_power,
-    )  # fmt: skip
+        config.lr_scheduler or "constant",
+        optimizer=optimizer,
+        num_warmup_steps=config.lr_warmup_steps or 0,
+        num_training_steps=steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )
 
 
 def clip(parameters: Mapping[str, nn.Parameter], most: float) -> float:

@@ -13,9 +13,7 @@ from .setup import ADAPTER, Run
 
 def write_adapter_and_card(run: Run, folder: RunFolder, final_loss: float, seconds: float) -> Path:
     """Write ``nora_adapter.safetensors`` and ``README.md`` whole, then upload them if the config says so."""
-    samples = (
-        sorted(folder.samples.glob(f"step-{run.total_steps:06d}-*.png")) if folder.samples.is_dir() else []
-    )
+    samples = sorted(folder.samples.glob(f"step-{run.total_steps:06d}-*.png")) if folder.samples.is_dir() else []
     card = training_section(run, final_loss, seconds, [path.relative_to(folder.path) for path in samples])
     path = save_adapter(
         run.pipe,
@@ -39,9 +37,7 @@ def push(run: Run, folder: RunFolder, samples: list[Path]) -> None:
     try:
         name = api.create_repo(run.config.hub_model_id or folder.path.name, exist_ok=True).repo_id
         wanted = [folder.adapter.name, "README.md", *(str(path.relative_to(folder.path)) for path in samples)]
-        api.upload_folder(
-            repo_id=name, folder_path=folder.path, allow_patterns=wanted, commit_message="NoRA adapter"
-        )
+        api.upload_folder(repo_id=name, folder_path=folder.path, allow_patterns=wanted, commit_message="NoRA adapter")
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"the adapter is saved in {folder.path}, but the upload failed: {first}") from error

@@ -50,19 +50,27 @@ def fill_class_images(
         check()
         batch = wanted[start : start + config.sample_batch_size]
         images = render(
-            pipe, [config.class_prompt or ""] * len(batch), [generator(seed, "class", name) for name in batch], config,
-            resolution, dtype,
-        )  # fmt: skip
+            pipe,
+            [config.class_prompt or ""] * len(batch),
+            [generator(seed, "class", name) for name in batch],
+            config,
+            resolution,
+            dtype,
+        )
         for name, image in zip(batch, images, strict=True):
             save_png(image, folder / name)
     return missing
 
 
 def render(
-    pipe: Any, prompts: Sequence[str], generators: Sequence[torch.Generator], config: TrainConfig, resolution: int,
+    pipe: Any,
+    prompts: Sequence[str],
+    generators: Sequence[torch.Generator],
+    config: TrainConfig,
+    resolution: int,
     autocast: torch.dtype | None = None,
-) -> list[Image.Image]:  # fmt: skip
-    """Pictures by the pipeline as it stands, adapters included; the modules' modes are as before afterwards."""
+) -> list[Image.Image]:
+    """Pictures by the pipeline as it stands, adapters included; the modules keep their modes."""
     modules = [pipe.unet, pipe.text_encoder, pipe.vae]
     modes = [module.training for module in modules]
     device = pipe.unet.device.type
@@ -72,9 +80,13 @@ def render(
             module.eval()
         with torch.no_grad(), torch.autocast(device, autocast if lower else None, enabled=lower):
             images: list[Image.Image] = pipe(
-                list(prompts), height=resolution, width=resolution, generator=list(generators),
-                num_inference_steps=config.sample_steps, guidance_scale=config.sample_guidance,
-            ).images  # fmt: skip
+                list(prompts),
+                height=resolution,
+                width=resolution,
+                generator=list(generators),
+                num_inference_steps=config.sample_steps,
+                guidance_scale=config.sample_guidance,
+            ).images
         return images
     finally:
         for module, mode in zip(modules, modes, strict=True):
@@ -97,15 +109,13 @@ def save_samples(
     seed: int,
     autocast: torch.dtype | None,
 ) -> list[Path]:
-    """Pictures of ``validation_prompt`` with the same seeds at every call. A failure is a warning: training goes on."""
+    """Pictures of ``validation_prompt`` with the same seeds at every call. A failure is only a warning."""
     paths: list[Path] = []
     try:
         with _random_state_kept():
             for number in range(config.num_validation_images):
                 source = generator(seed, "sample", number)
-                image = render(
-                    pipe, [config.validation_prompt or ""], [source], config, resolution, autocast
-                )[0]
+                image = render(pipe, [config.validation_prompt or ""], [source], config, resolution, autocast)[0]
                 paths.append(save_png(image, folder / f"step-{step:06d}-{number}.png"))
     except (RuntimeError, OSError, ValueError) as error:
         log.warning("no sample pictures at step %d: %s", step, error)

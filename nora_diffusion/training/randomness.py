@@ -1,4 +1,4 @@
-"""Everything random is a function of the seed, the step and the micro-step: a resumed run draws what it would have."""
+"""Everything random is a function of seed, step and micro-step: a resumed run draws what it would have."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def derive(seed: int, *names: object) -> int:
-    """An independent seed in ``[0, 2^63)`` for a purpose, for example ``derive(seed, "noise", step, micro)``."""
+    """An independent seed in ``[0, 2^63)`` for a purpose, as in ``derive(seed, "noise", step, micro)``."""
     text = ":".join(map(str, (seed, *names)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
@@ -21,7 +21,7 @@ def generator(seed: int, *names: object) -> torch.Generator:
 
 
 def shuffled_rows(seed: int, name: str, count: int, start: int, size: int) -> list[int]:
-    """Rows ``start .. start + size`` of an endless run of epochs, each a fresh permutation of ``count`` items."""
+    """Rows ``start .. start + size`` of endless epochs, each a fresh permutation of ``count`` items."""
     return [row for _, row in zip(range(size), _rows_from(seed, name, count, start), strict=False)]
 
 
@@ -34,7 +34,7 @@ def _rows_from(seed: int, name: str, count: int, start: int) -> Iterator[int]:
 
 
 def draw_timesteps(count: int, total: int, stratified: bool, source: torch.Generator) -> Tensor:
-    """``count`` timesteps in ``[0, total)``: independent, or one from each of ``count`` equal strata, shuffled.
+    """``count`` timesteps in ``[0, total)``: independent, or one from each of ``count`` strata, shuffled.
 
     Strata cover the noise levels evenly in every batch, which steadies the gradients of small ones.
     """

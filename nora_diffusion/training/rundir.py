@@ -26,8 +26,8 @@ STATE_SECONDS = 0.5
 class RunFolder:
     """Context manager that owns ``output_dir``: created, writable and locked, or a :class:`UserError`.
 
-    Until :meth:`claim` nothing of an earlier run is touched; a folder made for nothing is taken away again. In the
-    processes beside the first one (``owner=False``) it writes nothing.
+    Until :meth:`claim` nothing of an earlier run is touched; a folder made for nothing is removed again.
+    In processes beside the first one (``owner=False``) it writes nothing.
     """
 
     def __init__(self, path: Path, owner: bool = True) -> None:
@@ -83,7 +83,7 @@ class RunFolder:
                 self.path.rmdir()
 
     def claim(self, anew: bool, config: Mapping[str, Any]) -> None:
-        """From here on this run's files replace the earlier ones; ``anew`` also removes its checkpoints and log.
+        """From here on this run's files replace the earlier ones; ``anew`` removes its checkpoints and log.
 
         The earlier adapter stays until the new one replaces it. ``config.yaml`` holds every setting resolved:
         ``--config`` with it repeats the run.
@@ -97,9 +97,7 @@ class RunFolder:
             for folder in (self.checkpoints, self.samples):
                 shutil.rmtree(folder, ignore_errors=True)
             (self.path / "log.jsonl").unlink(missing_ok=True)
-        write_atomic(
-            self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-        )
+        write_atomic(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
     def require(self, size: int) -> None:
         """Raise :class:`UserError` unless ``size`` bytes are free on the folder's disk."""

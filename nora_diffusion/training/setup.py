@@ -1,4 +1,4 @@
-"""Builds a run: the base, the cached data, the adapter, the optimizer; restored from a checkpoint where asked."""
+"""Builds a run: the base, the cached data, the adapter, the optimizer; then a checkpoint over it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..loaders import add_adapter, load_adapter, trainable_parameters
 from .cache import Latents, TextConditions, encode_photos
 from .checkpoints import Checkpoint, restore_optimizer
 from .checks import check_pipeline, folder_of
-from .config import TrainConfig
+from .config import Precision, TrainConfig
 from .objective import Objective
 from .optimization import build_optimizer, build_schedule
 from .pictures import DTYPES, fill_class_images
@@ -71,9 +71,7 @@ class Run:
 
 def open_base(config: TrainConfig, device: torch.device) -> Any:
     """The base pipeline, frozen, checked to be one that this trainer knows, on ``device``."""
-    pipe = open_pipeline(
-        config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant
-    )
+    pipe = open_pipeline(config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant)
     check_pipeline(config, pipe)
     if config.tokenizer_name:
         pipe.tokenizer = _other_tokenizer(config.tokenizer_name)
@@ -104,23 +102,24 @@ def settle(
     device: torch.device,
     processes: int,
 ) -> TrainConfig:
-    """Fill in what depends on the base, the machine, the data or the checkpoint: after this nothing is ``None`` by
-    accident, and ``config.yaml`` repeats the run."""
+    """Fill in what depends on base, machine, data or checkpoint: the result repeats the run."""
     earlier = checkpoint.identity if checkpoint else {}
     seed = config.seed if config.seed is not None else earlier.get("seed", secrets.randbelow(2**31))
-    precision = config.mixed_precision or earlier.get("mixed_precision") or best_precision(device)
+    precision: Precision = config.mixed_precision or earlier.get("mixed_precision") or best_precision(device)
     steps = config.max_train_steps or epoch_steps(config, photos, processes) * (config.num_train_epochs or 1)
     warmup = config.lr_warmup_steps if config.lr_warmup_steps is not None else steps // 10
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no")
     if warmup >= steps and config.lr_scheduler != "constant":
-        log.warning(
-            "%d steps of warm-up in a run of %d: the learning rate never gets to its height", warmup, steps
-        )
+        log.warning("%d steps of warm-up in a run of %d: the learning rate never gets to its height", warmup, steps)
     return replace(
-        config, seed=seed, mixed_precision=precision, max_train_steps=steps, lr_warmup_steps=warmup,
+        config,
+        seed=seed,
+        mixed_precision=precision,
+        max_train_steps=steps,
+        lr_warmup_steps=warmup,
         resolution=config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor,
-    )  # fmt: skip
+    )
 
 
 def epoch_steps(config: TrainConfig, photos: int, processes: int) -> int:
@@ -129,7 +128,7 @@ def epoch_steps(config: TrainConfig, photos: int, processes: int) -> int:
     return max(1, math.ceil(photos / batch))
 
 
-def best_precision(device: torch.device) -> str:
+def best_precision(device: torch.device) -> Precision:
     """bf16 where the hardware multiplies it fast, else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
@@ -138,10 +137,14 @@ def best_precision(device: torch.device) -> str:
 
 
 def build_latents(
-    config: TrainConfig, pipe: Any, subject: Subject, folder: RunFolder, barrier: Callable[[], None],
+    config: TrainConfig,
+    pipe: Any,
+    subject: Subject,
+    folder: RunFolder,
+    barrier: Callable[[], None],
     check: Callable[[], None],
-) -> tuple[Latents, Latents | None, str]:  # fmt: skip
-    """Latents of the photos and, under prior preservation, of the class pictures with the hash of their files."""
+) -> tuple[Latents, Latents | None, str]:
+    """Latents of the photos and, under prior preservation, of the class pictures with their hash."""
     seed, resolution = config.seed or 0, config.resolution or 0
     latents = encode_photos(pipe.vae, subject.photos, config, resolution, seed)
     if not config.with_prior_preservation:
@@ -161,9 +164,14 @@ def adapter_config(config: TrainConfig) -> AdapterConfig:
     if targets is not None and len(targets) == 1:
         targets = targets[0]  # a group, or a regular expression
     values: dict[str, Any] = {
-        "r": config.rank, "alpha": config.alpha, "dropout": config.dropout, "target_modules": targets,
-        "inner_r": config.inner_rank, "basis": config.basis, "num_experts": config.num_experts,
-    }  # fmt: skip
+        "r": config.rank,
+        "alpha": config.alpha,
+        "dropout": config.dropout,
+        "target_modules": targets,
+        "inner_r": config.inner_rank,
+        "basis": config.basis,
+        "num_experts": config.num_experts,
+    }
     return PRESETS[config.method](**{k: v for k, v in values.items() if v is not None})
 
 
@@ -182,10 +190,10 @@ def place_adapter(config: TrainConfig, pipe: Any, checkpoint: Checkpoint | None)
 
 
 def lower_precision(config: TrainConfig, pipe: Any, device: torch.device) -> torch.dtype:
-    """Cast the frozen UNet and text encoder; on a CPU also lay convolutions out channels last. Returns the dtype."""
+    """Cast the frozen UNet and text encoder; on a CPU with channels last. Returns the dtype."""
     dtype = DTYPES[config.mixed_precision or "no"]
-    pipe.unet.to(dtype)
-    pipe.text_encoder.to(dtype)
+    for module in (pipe.unet, pipe.text_encoder):
+        nn.Module.to(module, dtype)  # diffusers' own `to` warns of modules to keep in fp32 even if there are none
     if device.type == "cpu":
         pipe.unet.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
@@ -196,9 +204,14 @@ def lower_precision(config: TrainConfig, pipe: Any, device: torch.device) -> tor
 
 
 def build_run(
-    config: TrainConfig, pipe: Any, subject: Subject, data: tuple[Latents, Latents | None, str],
-    identity: dict[str, Any], checkpoint: Checkpoint | None, processes: int,
-) -> Run:  # fmt: skip
+    config: TrainConfig,
+    pipe: Any,
+    subject: Subject,
+    data: tuple[Latents, Latents | None, str],
+    identity: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    processes: int,
+) -> Run:
     """Text conditions, adapter, optimizer and schedule, then the checkpoint's state over them."""
     latents, class_latents, _ = data
     device = pipe.unet.device
@@ -221,9 +234,21 @@ def build_run(
     pipe.unet.train()
     pipe.text_encoder.train(config.train_text_encoder)
     return Run(
-        config=config, pipe=pipe, subject=subject, seed=config.seed or 0, total_steps=steps,
-        first_step=checkpoint.step if checkpoint else 0, resolution=config.resolution or 0, dtype=dtype,
-        objective=Objective.of(pipe.scheduler, config.snr_gamma or 0.0, device), latents=latents,
-        class_latents=class_latents, conditions=conditions, parameters=parameters, optimizer=optimizer,
-        schedule=schedule, scaler=scaler, identity=identity,
-    )  # fmt: skip
+        config=config,
+        pipe=pipe,
+        subject=subject,
+        seed=config.seed or 0,
+        total_steps=steps,
+        first_step=checkpoint.step if checkpoint else 0,
+        resolution=config.resolution or 0,
+        dtype=dtype,
+        objective=Objective.of(pipe.scheduler, config.snr_gamma or 0.0, device),
+        latents=latents,
+        class_latents=class_latents,
+        conditions=conditions,
+        parameters=parameters,
+        optimizer=optimizer,
+        schedule=schedule,
+        scaler=scaler,
+        identity=identity,
+    )

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first one lets the step finish and a checkpoint be saved, the second stops at once."""
+"""Ctrl-C and SIGTERM: the first lets the step finish and a checkpoint be saved, the second stops at once."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ class StopRequests:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -54,6 +52,6 @@ class StopRequests:
         self.received = number
 
     def check(self, step: int = 0) -> None:
-        """Raise :class:`Interrupted` if a signal came: for the phases in which there is nothing to save yet."""
+        """Raise :class:`Interrupted` if a signal came: for phases in which there is nothing to save yet."""
         if self.received is not None:
             raise Interrupted(self.received, step, None)

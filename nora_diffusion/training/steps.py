@@ -56,9 +56,7 @@ class Stepper:
                 loss, norm = self.step(step)
                 losses.append(loss)
                 done = step + 1
-                journal.write(
-                    step=done, loss=loss, lr=rate, grad_norm=norm, seconds=round(time.monotonic() - begun, 4)
-                )
+                journal.write(step=done, loss=loss, lr=rate, grad_norm=norm, seconds=round(time.monotonic() - begun, 4))
                 folder.state("training", step=done, total=run.total_steps, loss=loss)
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}", refresh=False)
                 bar.update()
@@ -80,7 +78,7 @@ class Stepper:
         total = torch.zeros((), device=self.device)
         for micro in range(count):
             loss = self.loss(step, micro) / count
-            run.scaler.scale(loss).backward()
+            torch.autograd.backward(run.scaler.scale(loss))
             total += loss.detach()
         value = self._across(total).item()
         if not math.isfinite(value):
@@ -97,9 +95,7 @@ class Stepper:
         # The adapter's dropout draws from the global generator, so that is a function of the step as well.
         torch.manual_seed(derive(run.seed, "dropout", step, micro, rank))
         size = config.train_batch_size or 1
-        start = (
-            (step * config.gradient_accumulation_steps + micro) * self.accelerator.num_processes + rank
-        ) * size
+        start = ((step * config.gradient_accumulation_steps + micro) * self.accelerator.num_processes + rank) * size
         photos = shuffled_rows(run.seed, "photos", len(run.subject.photos), start, size)
         latents = run.latents.sample(photos, source)
         prompts = [run.subject.captions[photo] for photo in photos]
@@ -109,9 +105,7 @@ class Stepper:
             prompts += [config.class_prompt or ""] * size
         losses = self._denoising_losses(latents, prompts, source)
         mean = losses[:size].mean()
-        return (
-            mean + config.prior_loss_weight * losses[size:].mean() if run.class_latents is not None else mean
-        )
+        return mean + config.prior_loss_weight * losses[size:].mean() if run.class_latents is not None else mean
 
     def _denoising_losses(self, latents: Tensor, prompts: list[str], source: torch.Generator) -> Tensor:
         run, objective = self.run, self.run.objective
@@ -123,9 +117,12 @@ class Stepper:
         lower = run.dtype != torch.float32
         with torch.autocast(self.device.type, run.dtype if lower else None, enabled=lower):
             prediction = run.pipe.unet(
-                noisy.to(run.dtype), t, run.conditions(prompts).to(run.dtype), return_dict=False,
+                noisy.to(run.dtype),
+                t,
+                run.conditions(prompts).to(run.dtype),
+                return_dict=False,
                 class_labels=t if run.config.class_labels_conditioning == "timesteps" else None,
-            )[0]  # fmt: skip
+            )[0]
         return objective.losses(prediction, latents, noise, t)
 
     def _update(self, step: int) -> float:
@@ -136,15 +133,13 @@ class Stepper:
         if not math.isfinite(norm) and not run.scaler.is_enabled():
             self._refuse(step, "the gradients are not finite")
         if norm == 0 and step == run.first_step:
-            raise UserError(
-                "no trained factor gets a gradient: nothing would be learned with these --target_modules"
-            )
+            raise UserError("no trained factor gets a gradient: nothing would be learned with these --target_modules")
         run.scaler.step(run.optimizer)
         run.scaler.update()
         return norm
 
     def _average_gradients(self) -> None:
-        """One mean over the processes: the factors are few, so a plain reduction does what a wrapper would."""
+        """One mean over the processes: the factors are few, so a plain reduction is enough."""
         if self.accelerator.num_processes == 1:
             return
         for parameter in self.run.parameters.values():
@@ -175,9 +170,7 @@ class Stepper:
             raise Interrupted(stopped, done, self.saved)
         if config.validation_prompt and (last or done % self._sample_interval() == 0) and self.folder.owner:
             lower = self.run.dtype if self.run.dtype != torch.float32 else None
-            save_samples(
-                self.run.pipe, self.folder.samples, done, config, self.run.resolution, self.run.seed, lower
-            )
+            save_samples(self.run.pipe, self.folder.samples, done, config, self.run.resolution, self.run.seed, lower)
 
     def _sample_interval(self) -> int:
         config = self.run.config
@@ -199,22 +192,26 @@ class Stepper:
             return
         folder.require(2 * self._checkpoint_bytes())
         self.saved = save_checkpoint(
-            folder.checkpoints, done, run.pipe, ADAPTER, run.optimizer, run.parameters, run.identity,
-            _plain(run.schedule.state_dict()), run.scaler.state_dict(), {**run.info, "step": done},
-        )  # fmt: skip
+            folder.checkpoints,
+            done,
+            run.pipe,
+            ADAPTER,
+            run.optimizer,
+            run.parameters,
+            run.identity,
+            _plain(run.schedule.state_dict()),
+            run.scaler.state_dict(),
+            {**run.info, "step": done},
+        )
         prune(folder.checkpoints, run.config.checkpoints_total_limit)
 
     def _checkpoint_bytes(self) -> int:
         modules = (self.run.pipe.unet, self.run.pipe.text_encoder)
-        frozen = sum(
-            b.numel() * b.element_size() for m in modules for n, b in m.named_buffers() if ".nora_" in n
-        )
+        frozen = sum(b.numel() * b.element_size() for m in modules for n, b in m.named_buffers() if ".nora_" in n)
         return frozen + 12 * sum(p.numel() for p in self.run.parameters.values())
 
     def _start_trackers(self) -> None:
-        values = {
-            k: v for k, v in self.run.config.to_dict().items() if isinstance(v, str | int | float | bool)
-        }
+        values = {k: v for k, v in self.run.config.to_dict().items() if isinstance(v, str | int | float | bool)}
         self._guarded(lambda: self.accelerator.init_trackers("nora-dreambooth", config=values))
 
     def _track(self, values: dict[str, float], step: int) -> None:

@@ -31,8 +31,8 @@ class Subject:
 def read_subject(config: TrainConfig) -> tuple[Subject, TrainConfig]:
     """Read photos and captions; returns them and ``config`` with its prompts settled.
 
-    Without ``instance_prompt``, ``trigger`` and ``class_word`` make one: "a photo of sks dog". A trigger that was given
-    is put into captions that lack it. Raises :class:`UserError` if there is no prompt for a photo.
+    Without ``instance_prompt``, ``trigger`` and ``class_word`` make one: "a photo of sks dog". A given
+    trigger is put into captions that lack it. Raises :class:`UserError` if there is no prompt for a photo.
     """
     config = _with_prompts(config)
     photos = read_photos(folder_of(config.instance_data_dir or ""), config.dataloader_num_workers)
@@ -44,9 +44,7 @@ def read_subject(config: TrainConfig) -> tuple[Subject, TrainConfig]:
     if config.trigger:
         captions = [with_trigger(caption, trigger, class_word) for caption in captions]
     if trigger is None:
-        log.warning(
-            "no trigger word in %r (--trigger names one): the whole prompt calls the subject", captions[0]
-        )
+        log.warning("no trigger word in %r (--trigger names one): the whole prompt calls the subject", captions[0])
     config = replace(config, trigger=trigger, class_word=class_word)
     return Subject(photos, captions, trigger, class_word, _data_hash(photos, captions)), config
 
@@ -54,9 +52,7 @@ def read_subject(config: TrainConfig) -> tuple[Subject, TrainConfig]:
 def _with_prompts(config: TrainConfig) -> TrainConfig:
     instance, prior = config.instance_prompt, config.class_prompt
     if instance is not None and not instance.strip():
-        raise UserError(
-            "the instance prompt is empty: give for example --instance_prompt 'a photo of sks dog'"
-        )
+        raise UserError("the instance prompt is empty: give for example --instance_prompt 'a photo of sks dog'")
     if instance is None and config.trigger and config.class_word:
         instance = f"a photo of {config.trigger} {config.class_word}"
     if prior is None and config.with_prior_preservation:

@@ -92,6 +92,6 @@ def _expected(choices: list[Any], value: Any) -> str:
     kind = choices[0]
     if typing.get_origin(kind) is Literal:
         allowed = [str(choice) for choice in typing.get_args(kind)]
-        return f"choose one of {', '.join(allowed)}{suggestion(str(value), allowed) if isinstance(value, str) else ''}"
+        return f"choose one of {', '.join(allowed)}{suggestion(str(value), allowed)}"
     words = {bool: "give true or false", int: "give a whole number", float: "give a number", str: "give text"}
     return words.get(kind, "give one or more words")
