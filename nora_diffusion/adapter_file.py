@@ -211,10 +211,8 @@ def _load_basis(info: AdapterInfo, basis_dir: str | Path | None) -> Tensors:
     return tensors
 
 
-def write_adapter(
-    folder: Path, tensors: Tensors, info: AdapterInfo, basis_dir: str | Path | None = None
-) -> Path:
-    """Write ``folder/nora_adapter.safetensors``; with ``info.basis == "shared"`` its basis goes to a file of its own."""
+def write_adapter(folder: Path, tensors: Tensors, info: AdapterInfo, basis_dir: str | Path | None = None) -> Path:
+    """Write ``folder/nora_adapter.safetensors``; a shared basis goes to a file of its own, once."""
     if info.basis == "shared":
         basis = {k: v for k, v in tensors.items() if k.endswith(tuple(f".nora_{f}" for f in FROZEN))}
         info.basis_sha256 = basis_hash(basis)

@@ -81,8 +81,8 @@ class AdapterAttnProcessor:
         key = key if attn.norm_k is None else attn.norm_k(key)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attn.scale)
         out = out.transpose(1, 2).flatten(2).to(query.dtype)
-        (out,) = project([attn.to_out[0]], out, self.delta_kind)  # type: ignore[index]
-        out = attn.to_out[1](out)  # type: ignore[index]
+        (out,) = project([attn.to_out[0]], out, self.delta_kind)
+        out = attn.to_out[1](out)
         if len(shape) == 4:
             out = out.transpose(1, 2).reshape(shape)
         out = out + residual if attn.residual_connection else out

@@ -33,7 +33,7 @@ def open_pipeline(
 
     ``None`` or ``"tiny_sd"`` is the embedded base. Raises :class:`UserError` that names what is missing.
     """
-    source = EMBEDDED_WEIGHTS / "pipeline" if is_embedded(path_or_id) else path_or_id
+    source: str | Path = EMBEDDED_WEIGHTS / "pipeline" if is_embedded(path_or_id) else str(path_or_id)
     local = Path(str(source)).expanduser()
     if local.exists() or is_embedded(path_or_id) or _looks_like_path(str(source)):
         check_pipeline_folder(local)

@@ -56,8 +56,7 @@ def activation_strengths(
                 stack.callback(layer.register_forward_pre_hook(meters[name][path]).remove)
         _sample(pipe, list(prompts or GENERIC_PROMPTS))
     return {
-        name: {path: meter.mean() for path, meter in group.items() if meter.count}
-        for name, group in meters.items()
+        name: {path: meter.mean() for path, meter in group.items() if meter.count} for name, group in meters.items()
     }
 
 

@@ -28,7 +28,7 @@ def component(pipe: Any, name: str) -> nn.Module:
     module = getattr(pipe, name, None) if name in COMPONENTS else None
     if module is None:
         raise UserError(f"{name!r} is no part of {type(pipe).__name__}: choose among {', '.join(present(pipe))}")
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 def present(pipe: Any) -> list[str]:
@@ -43,7 +43,7 @@ def canonical(path: str) -> str:
 
 def projections(module: nn.Module) -> dict[str, nn.Module]:
     """Every linear and conv layer by its clean path (wrappers of tuner layers stripped, ``text_model.`` kept)."""
-    found = {}
+    found: dict[str, nn.Module] = {}
     for path, layer in module.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and not _inside_adapter(path):
             found[path.replace(".base_layer", "")] = layer
@@ -92,7 +92,7 @@ def refuse_merged(pipe: Any) -> None:
 
 def fingerprint(layer: nn.Module, path: str) -> float:
     """``u^T W v / sqrt(d_out d_in)`` with seeded normal ``u``, ``v``: nearly equal for fp16, bf16, fp32 copies."""
-    weight: Tensor = layer.weight.detach().flatten(1).float().cpu()  # type: ignore[union-attr, operator]
+    weight: Tensor = layer.weight.detach().flatten(1).float().cpu()  # type: ignore[operator]
     generator = torch.Generator().manual_seed(sum(canonical(path).encode()))
     u = torch.randn(weight.shape[0], generator=generator)
     v = torch.randn(weight.shape[1], generator=generator)

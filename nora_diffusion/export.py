@@ -94,7 +94,9 @@ def plain_pairs(info: AdapterInfo, tensors: Tensors) -> list[PlainPair]:
         paths = {key.rsplit(".nora_", 1)[0] for key in tensors if key.startswith(start)}
         for full in sorted(paths):
             path = full.removeprefix(start)
-            factors = {k.rsplit(".nora_", 1)[1]: v.double() for k, v in tensors.items() if k.startswith(f"{full}.nora_")}
+            factors = {
+                k.rsplit(".nora_", 1)[1]: v.double() for k, v in tensors.items() if k.startswith(f"{full}.nora_")
+            }
             down, up = _collapse(factors)
             pairs.append(PlainPair(component, path, down, up * config.scale_for(path), info.conv_shapes.get(full)))
     return pairs
@@ -118,9 +120,7 @@ def _file_target(dst: Path) -> Path:
     return dst if dst.suffix == ".safetensors" else dst / "lora.safetensors"
 
 
-def _write_diffusers(
-    dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype
-) -> tuple[Path, int, int]:
+def _write_diffusers(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype) -> tuple[Path, int, int]:
     tensors = {}
     for pair in pairs:
         down, up = pair.shaped(dtype)
@@ -129,9 +129,7 @@ def _write_diffusers(
     return _write(_file_target(dst), tensors, info)
 
 
-def _write_kohya(
-    dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype
-) -> tuple[Path, int, int]:
+def _write_kohya(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype) -> tuple[Path, int, int]:
     two_encoders = "text_encoder_2" in info.components
     prefixes = {"unet": "lora_unet", "text_encoder_2": "lora_te2"}
     prefixes["text_encoder"] = "lora_te1" if two_encoders else "lora_te"
@@ -147,9 +145,7 @@ def _write_kohya(
     return _write(_file_target(dst), tensors, info)
 
 
-def _write_peft(
-    dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype
-) -> tuple[Path, int, int]:
+def _write_peft(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype) -> tuple[Path, int, int]:
     from peft import LoraConfig
 
     size = keys = 0

@@ -27,7 +27,7 @@ from .adapter_file import (
 )
 from .adapters import AdapterConfig, NoraLayer
 from .adapters.config import Start
-from .adapters.layer import build_delta
+from .adapters.layer import build_delta, flat_weight
 from .base import base_id
 from .calibration import activation_strengths
 from .components import (
@@ -313,7 +313,7 @@ def _fill(module: nn.Module, part: str, name: str, tensors: Tensors) -> None:
         state = layer.delta(name).state_dict()
         layer.delta(name).load_state_dict({f: tensors[_file_key(part, path, f)] for f in state})
         for buffer_name, buffer in layer.delta(name).named_buffers():
-            layer.delta(name).get_buffer(buffer_name).data = buffer.to(layer.base_layer.weight.dtype)
+            layer.delta(name).get_buffer(buffer_name).data = buffer.to(flat_weight(layer.base_layer).dtype)
 
 
 def active_adapters(module: nn.Module) -> list[str]:

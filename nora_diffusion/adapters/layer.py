@@ -110,7 +110,16 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self.nora_delta[adapter_name] = delta
         self.r[adapter_name] = config.rank_for(key)
         self.nora_scale[adapter_name] = self.scaling[adapter_name] = config.scale_for(key)
-        self.set_adapter([*self.active_adapters, adapter_name], inference_mode=config.inference_mode)
+        self.activate([*self.active, adapter_name], inference=config.inference_mode)
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the active adapters of the whole model, held here or not."""
+        return list(cast("list[str]", self.active_adapters))
+
+    def activate(self, names: list[str], inference: bool = False) -> None:
+        """Make exactly these adapters active; they want gradients unless ``inference``."""
+        cast(Any, self).set_adapter(names, inference_mode=inference)
 
     def delta(self, adapter_name: str) -> Delta:
         """The delta module of one adapter."""
@@ -120,7 +129,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         """``(scaling, delta)`` of every adapter that ``forward`` adds now."""
         if self.disable_adapters:
             return
-        for name in self.active_adapters:
+        for name in self.active:
             if name in self.nora_delta and name not in self.merged_adapters and self.scaling[name] != 0:
                 yield self.scaling[name], self.delta(name)
 
@@ -156,7 +165,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
                 self.scaling[name] /= scale
 
     def _active_here(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.nora_delta]
+        return [name for name in self.active if name in self.nora_delta]
 
     # Merging
 
@@ -212,12 +221,12 @@ class NoraLayer(nn.Module, BaseTunerLayer):
             self._drop(adapter_name)
 
     def _drop(self, adapter_name: str) -> None:
-        active = [name for name in self.active_adapters if name != adapter_name]
+        active = [name for name in self.active if name != adapter_name]
         for table in (self.r, self.scaling, self.nora_scale):
             table.pop(adapter_name, None)
         if adapter_name in self.nora_delta:
             del self.nora_delta[adapter_name]
-        self.set_adapter(active)
+        self.activate(active)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may convert this adapter to a LoRA by an SVD of its ``dW``."""

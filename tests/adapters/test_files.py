@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_expected_sizes_on_the_layout_of_sd_1_5(tmp_path: Path) -> None:
 
     class Holder:
         name_or_path = "runwayml/stable-diffusion-v1-5"
-        config: dict[str, str] = {}
+        config: ClassVar[dict[str, str]] = {}
 
     holder = Holder()
     holder.unet = unet  # type: ignore[attr-defined]
@@ -146,7 +146,8 @@ def damage(saved: Path, how: str) -> None:
 FAULTS = {
     "truncated": "damaged or truncated", "empty": "empty, truncated", "web page": "web page", "lfs": "LFS pointer",
     "nan": "NaN", "missing": "does not fit", "extra": "does not fit", "shape": "does not fit",
-    "integers": "not a float type", "metadata": "metadata is damaged", "newer": "version 99", "no metadata": "no adapter of",
+    "integers": "not a float type", "metadata": "metadata is damaged", "newer": "version 99",
+    "no metadata": "no adapter of",
 }  # fmt: skip
 
 

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from nora_diffusion import AdapterConfig, UserError, add_adapter, delete_adapter, load_adapter, save_adapter, set_adapters
+from nora_diffusion import (
+    AdapterConfig,
+    UserError,
+    add_adapter,
+    delete_adapter,
+    load_adapter,
+    save_adapter,
+    set_adapters,
+)
 from nora_diffusion.adapters import lora, lora_xs, mor, nora
 from nora_diffusion.components import nora_layers
 from nora_diffusion.loaders import active_adapters, list_adapters, trainable_parameters
