@@ -80,5 +80,17 @@ def kaiming(weight: Tensor, r: int, strength: Tensor | None, *, placement: Place
     return down, up
 
 
-Basis = Literal["svd", "awsvd", "kaiming"]
-BASES: dict[Basis, Callable[..., Pair]] = {"svd": svd, "awsvd": awsvd, "kaiming": kaiming}
+def orthogonal(weight: Tensor, r: int, strength: Tensor | None, *, placement: Placement, power: float) -> Pair:
+    """Random subspaces: ``A`` with orthonormal rows, ``B`` with orthonormal columns; a control for the SVD bases."""
+    d_out, d_in = weight.shape
+    down, up = weight.new_empty(r, d_in, dtype=torch.float32), weight.new_empty(d_out, r, dtype=torch.float32)
+    return torch.nn.init.orthogonal_(down), torch.nn.init.orthogonal_(up)
+
+
+Basis = Literal["svd", "awsvd", "kaiming", "orthogonal"]
+BASES: dict[Basis, Callable[..., Pair]] = {
+    "svd": svd,
+    "awsvd": awsvd,
+    "kaiming": kaiming,
+    "orthogonal": orthogonal,
+}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nora_diffusion.adapters import lora, lora_xs, mor, nora
-from nora_diffusion.adapters.bases import PLACEMENTS, awsvd, svd, truncated_svd
+from nora_diffusion.adapters.bases import PLACEMENTS, awsvd, orthogonal, svd, truncated_svd
 from nora_diffusion.adapters.config import AdapterConfig, Start
 from nora_diffusion.adapters.layer import NoraLayer
 
@@ -114,6 +114,12 @@ def test_awsvd_minimises_the_activation_weighted_error() -> None:
     assert float(error) == pytest.approx(float(tail), rel=1e-4)
     plain_down, plain_up = svd(weight, 6, strength, placement="up", power=1.0)
     assert error < torch.linalg.matrix_norm((weight - plain_up @ plain_down) * strength)
+
+
+def test_orthogonal_basis_is_orthonormal() -> None:
+    down, up = orthogonal(torch.randn(12, 10), 4, None, placement="sqrt", power=1.0)
+    torch.testing.assert_close(down @ down.T, torch.eye(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(up.T @ up, torch.eye(4), atol=1e-5, rtol=0)
 
 
 def test_awsvd_survives_a_dead_channel() -> None:

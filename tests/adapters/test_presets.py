@@ -29,6 +29,7 @@ PRESETS: dict[str, Callable[[], AdapterConfig]] = {
     "nora-svd-everywhere": lambda: nora(r=4, inner_r=2, basis="svd", target_modules=EVERYTHING),
     "nora-awsvd-everywhere": lambda: nora(r=4, inner_r=2, target_modules=EVERYTHING, dropout=0.5),
     "nora-patterns": lambda: nora(r=4, inner_r=2, alpha=2.0, rank_pattern={"to_q": 6}, alpha_pattern={"to_k": 8.0}),
+    "nora-orthogonal": lambda: nora(r=4, inner_r=2, basis="orthogonal"),
     "mor": lambda: mor(r=4, num_experts=3),
     "mor-linear": lambda: mor(r=4, num_experts=3, target_modules=["attn", "ff"], dropout=0.5),
     "lora": lambda: lora(r=3, alpha=6.0),
