@@ -66,3 +66,15 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps:
 def clip(parameters: Mapping[str, nn.Parameter], most: float) -> float:
     """Clip the gradients to the norm ``most``; returns the norm before."""
     return float(nn.utils.clip_grad_norm_(list(parameters.values()), most))
+
+
+def schedule_state(schedule: Any) -> dict[str, Any]:
+    """What JSON needs to hold of a schedule: all but its functions, which the config rebuilds."""
+    return {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"}
+
+
+def restore_schedule(schedule: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Put a schedule and the optimizer's rates back to where :func:`schedule_state` found them."""
+    schedule.load_state_dict({**state, "lr_lambdas": [None] * len(optimizer.param_groups)})
+    for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = rate

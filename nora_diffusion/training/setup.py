@@ -23,7 +23,7 @@ from .checkpoints import Checkpoint, restore_optimizer
 from .checks import check_pipeline, folder_of
 from .config import Precision, TrainConfig
 from .objective import Objective
-from .optimization import build_optimizer, build_schedule
+from .optimization import build_optimizer, build_schedule, restore_schedule
 from .pictures import DTYPES, fill_class_images
 from .randomness import derive
 from .rundir import RunFolder
@@ -226,9 +226,7 @@ def build_run(
     scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
     if checkpoint is not None:
         restore_optimizer(optimizer, parameters, checkpoint)
-        schedule.load_state_dict(checkpoint.schedule)
-        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
-            group["lr"] = rate
+        restore_schedule(schedule, optimizer, checkpoint.schedule)
         if checkpoint.scaler:
             scaler.load_state_dict(checkpoint.scaler)
     pipe.unet.train()

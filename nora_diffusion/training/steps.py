@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from .checkpoints import list_checkpoints, prune, save_checkpoint
-from .optimization import clip
+from .optimization import clip, schedule_state
 from .pictures import save_samples
 from .randomness import derive, draw_timesteps, generator, shuffled_rows
 from .rundir import RunFolder, RunLog
@@ -199,7 +199,7 @@ class Stepper:
             run.optimizer,
             run.parameters,
             run.identity,
-            _plain(run.schedule.state_dict()),
+            schedule_state(run.schedule),
             run.scaler.state_dict(),
             {**run.info, "step": done},
         )
@@ -224,8 +224,3 @@ class Stepper:
         except Exception as error:
             log.warning("the tracker failed and is left out from here on: %s", error)
             self.accelerator.trackers = []
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """A schedule's state without its functions, which the config rebuilds."""
-    return {key: value for key, value in state.items() if key != "lr_lambdas"}
