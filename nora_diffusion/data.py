@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jxl")
-# MPO is what some phones call a JPEG with a second picture inside; the first one is read.
-FORMATS = ("JPEG", "PNG", "WEBP", "MPO")
+# Pillow opens MPO, which some phones write as .jpg, through JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 40_000_000
 MIN_SIDE = 16
 MAX_ASPECT = 8.0

@@ -70,10 +70,17 @@ class RunFolder:
             raise UserError(
                 f"another training runs in {self.path}: wait for it or choose another --output_dir"
             ) from error
-        self.require(SPARE_BYTES)
+        try:
+            self.require(SPARE_BYTES)
+        except UserError:
+            self._leave()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
         if self._lock is None:
             return
         self._lock.close()  # closing releases the lock, and so does the death of the process

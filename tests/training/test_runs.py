@@ -1,0 +1,294 @@
+"""Whole runs on tiny random bases: what they write, what they learn from, what stops them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from factories import tiny_random_pipeline, write_photos
+from PIL import Image
+from runs import Configure
+from safetensors.torch import load_file
+
+from nora_diffusion import inspect_adapter, load_adapter, open_pipeline
+from nora_diffusion.errors import UserError
+from nora_diffusion.training import main, train
+from nora_diffusion.training.rundir import RunFolder, RunLog
+from nora_diffusion.training.steps import Stepper
+
+SCRIPT = Path(__file__).parents[2] / "train_dreambooth_nora.py"
+
+
+@pytest.mark.parametrize("kind", ["tiny_base", "tiny_v_base"])
+def test_the_script_with_the_flags_of_diffusers(
+    kind: str, photos: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """A command line of diffusers' README with only the script's name changed, for two steps."""
+    out = tmp_path / "out put"
+    command = f"""--pretrained_model_name_or_path={request.getfixturevalue(kind)} --instance_data_dir={photos}
+        --resolution=16 --train_batch_size=1 --gradient_accumulation_steps=1 --checkpointing_steps=100
+        --learning_rate=1e-4 --report_to=none --lr_scheduler=constant --lr_warmup_steps=0 --max_train_steps=2
+        --validation_epochs=50 --num_validation_images=1 --sample_steps=2 --seed=0 --rank=4""".split()
+    prompts = ["--instance_prompt=a photo of sks dog", "--validation_prompt=A photo of sks dog in snow"]
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *command, *prompts, f"--output_dir={out}"],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    info = inspect_adapter(out)
+    assert (info.trigger, info.class_word, info.step, info.seed) == ("sks", "dog", 2, 0)
+    assert info.instance_prompt == "a photo of sks dog"
+    assert Image.open(out / "samples/step-000002-0.png").size == (16, 16)
+    assert json.loads((out / "state.json").read_text())["status"] == "done"
+    assert (
+        "Say `sks`" in (out / "README.md").read_text()
+        and "| learning_rate | 0.0001 |" in (out / "README.md").read_text()
+    )
+    assert yaml.safe_load((out / "config.yaml").read_text())["resolution"] == 16
+    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_a_users_mistake_is_one_sentence_and_code_2(photos: Path, tmp_path: Path) -> None:
+    words = ["--instance_data_dir", str(photos), "--outputdir", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: unknown flag '--outputdir': did you mean '--output_dir'?"
+
+
+def test_config_yaml_of_a_run_repeats_it(configure: Configure, tmp_path: Path) -> None:
+    first = train(configure(seed=None, max_train_steps=None, num_train_epochs=1))
+    assert first.steps == 2
+    words = ["--config", str(first.adapter_path.parent / "config.yaml"), "--output_dir", str(tmp_path / "again")]
+    assert main(words) == 0
+    one, other = load_file(first.adapter_path), load_file(tmp_path / "again/nora_adapter.safetensors")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("method", ["nora", "mor", "lora", "lora_xs"])
+def test_every_method_learns_and_its_file_reproduces_the_model(method: str, configure: Configure, render: Any) -> None:
+    keys = {"nora": {}, "mor": {"num_experts": 2}}.get(method, {})
+    nora_only = {} if method == "nora" else {"inner_rank": None, "basis": None}
+    result = train(configure(method=method, learning_rate=0.05, save_dtype="fp16", **nora_only, **keys))
+    base = str(configure().pretrained_model_name_or_path)
+    plain, adapted = open_pipeline(base), open_pipeline(base)
+    loaded = load_adapter(adapted, result.adapter_path)
+    assert loaded.applied == loaded.total and loaded.trigger == "sks"
+    assert result.trainable_parameters == inspect_adapter(result.adapter_path).trained_numbers
+    assert (render(plain) - render(adapted)).abs().max() > 0
+
+
+def test_the_loss_falls(configure: Configure, tmp_path: Path) -> None:
+    """One photo, every target, a high rate: the adapter must be able to fit it."""
+    place = write_photos(tmp_path / "one", 1)
+    result = train(
+        configure(
+            instance_data_dir=str(place), method="lora", inner_rank=None, basis=None, rank=8, max_train_steps=60,
+            target_modules=["attn", "ff", "proj", "conv"], train_batch_size=8, learning_rate=2e-2,
+        )
+    )  # fmt: skip
+    losses = [json.loads(line)["loss"] for line in (result.adapter_path.parent / "log.jsonl").read_text().splitlines()]
+    assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
+
+
+def test_text_encoder_training(configure: Configure) -> None:
+    result = train(configure(train_text_encoder=True, gradient_checkpointing=True, text_encoder_lr=1e-3))
+    tensors = load_file(result.adapter_path)
+    moved = [key for key, value in tensors.items() if key.startswith("text_encoder.") and "_in" in key and value.any()]
+    assert moved and any(key.startswith("unet.") for key in tensors)
+
+
+def test_prior_preservation_fills_and_reuses_class_images(configure: Configure, tmp_path: Path) -> None:
+    folder = tmp_path / "class"
+    prior = {
+        "with_prior_preservation": True, "class_prompt": "a photo of dog", "class_data_dir": str(folder),
+        "num_class_images": 3, "sample_batch_size": 2,
+    }  # fmt: skip
+    weighted = train(configure(**prior))
+    made = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(made) == 3
+    unweighted = train(configure(**prior, prior_loss_weight=0.0, output_dir=str(tmp_path / "other")))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == made
+    assert weighted.final_loss > unweighted.final_loss
+    (folder / sorted(made)[0]).unlink()
+    train(configure(**prior, output_dir=str(tmp_path / "third")))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == made
+
+
+def test_captions_carry_the_trigger(configure: Configure, photos: Path, tmp_path: Path) -> None:
+    place = shutil.copytree(photos, tmp_path / "captioned")
+    for number in range(3):
+        (place / f"{number}.txt").write_text(f"a toy dog with {number} hats")
+    changes = {"instance_prompt": None, "use_captions": True, "trigger": "sks", "class_word": "dog"}
+    result = train(configure(instance_data_dir=str(place), **changes))
+    assert inspect_adapter(result.adapter_path).prompts == [f"a toy sks dog with {n} hats" for n in range(3)]
+
+
+def test_other_settings_run(configure: Configure, tmp_path: Path) -> None:
+    for number, changes in enumerate(
+        (
+            {
+                "random_flip": True,
+                "center_crop": True,
+                "image_interpolation_mode": "bicubic",
+                "dataloader_num_workers": 2,
+            },
+            {"scale_lr": True, "lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2, "snr_gamma": 5.0},
+            {"text_encoder_use_attention_mask": True, "tokenizer_max_length": 16, "timestep_sampling": "stratified"},
+            {"mixed_precision": "bf16", "validation_prompt": "a sks dog", "validation_steps": 2},
+            {"target_modules": [".*to_q"], "basis": "awsvd", "calibration_prompts": ["a dog"], "save_dtype": "bf16"},
+        )
+    ):
+        result = train(configure(output_dir=str(tmp_path / str(number)), **changes))
+        assert result.adapter_path.exists(), changes
+
+
+def test_a_prompt_is_needed(configure: Configure) -> None:
+    config = configure(instance_prompt=None)
+    with pytest.raises(UserError, match="there is no prompt"):
+        train(config)
+    assert not config.folder.exists()
+
+
+def test_bad_photos_and_bases_leave_nothing_behind(configure: Configure, tmp_path: Path) -> None:
+    bad = write_photos(tmp_path / "bad", 2)
+    (bad / "1.png").write_bytes(b"")
+    for changes, words in (
+        ({"instance_data_dir": str(bad)}, "1.png is empty"),
+        ({"instance_data_dir": str(tmp_path)}, "no photos in"),
+        ({"pretrained_model_name_or_path": str(tmp_path)}, "model_index.json is missing"),
+        ({"pretrained_model_name_or_path": str(tmp_path / "absent")}, "does not exist"),
+        ({"resolution": 17}, "must be a multiple of 2"),
+        ({"tokenizer_max_length": 99}, "exceeds the 16 tokens"),
+    ):
+        config = configure(**changes)
+        with pytest.raises(UserError, match=words):
+            train(config)
+        assert not config.folder.exists()
+
+
+def test_targets_that_match_nothing(configure: Configure) -> None:
+    with pytest.raises(UserError, match="matches no projection"):
+        train(configure(target_modules=["to_nowhere"]))
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Stepper.loss
+    monkeypatch.setattr(
+        Stepper, "loss", lambda self, step, micro: original(self, step, micro) * (float("nan") if step == 2 else 1.0)
+    )
+    config = configure(checkpointing_steps=1, max_train_steps=5)
+    with pytest.raises(UserError, match=r"the loss is not finite at step 3.*step-2"):
+        train(config)
+    good = load_file(config.folder / "checkpoints/step-2/nora_adapter.safetensors")
+    assert all(torch.isfinite(value).all() for value in good.values())
+    assert not (config.folder / "nora_adapter.safetensors").exists()
+    assert json.loads((config.folder / "state.json").read_text())["status"] == "failed"
+
+
+def test_an_output_folder_that_cannot_be_used(configure: Configure, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place, words in ((tmp_path / "file", "is a file"), (tmp_path / "file/below", "cannot write")):
+        with pytest.raises(UserError, match=words):
+            train(configure(output_dir=str(place)))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_two_trainers_in_one_folder(configure: Configure) -> None:
+    with RunFolder(configure().folder), pytest.raises(UserError, match="another training runs in"):
+        train(configure())
+
+
+def test_a_full_disk_keeps_what_is_whole(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure(checkpointing_steps=1, max_train_steps=4)
+    original, calls = os.fsync, []
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        if len(list(config.folder.glob("checkpoints/step-*"))) == 2:
+            raise OSError(28, "No space left on device")
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        train(config)
+    assert sorted(path.name for path in (config.folder / "checkpoints").iterdir()) == ["step-1", "step-2"]
+    monkeypatch.setattr(os, "fsync", original)
+    assert train(configure(checkpointing_steps=1, max_train_steps=4, resume_from_checkpoint="latest")).steps == 4
+
+
+def test_a_disk_that_is_nearly_full_is_refused_before_anything_is_written(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="free some space"):
+        train(configure())
+    assert not configure().folder.exists()
+
+
+def test_a_failing_tracker_or_preview_does_not_stop_training(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the service is down")
+
+    monkeypatch.setattr("accelerate.Accelerator.log", broken)
+    monkeypatch.setattr("nora_diffusion.training.pictures.render", broken)
+    assert train(configure(validation_prompt="a dog")).steps == 3
+    assert "the tracker failed" in caplog.text and "no sample pictures" in caplog.text
+
+
+def test_out_of_memory_is_advice(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: Any) -> None:
+        raise torch.OutOfMemoryError("x")
+
+    monkeypatch.setattr(Stepper, "loss", exhausted)
+    with pytest.raises(UserError, match="lower --train_batch_size"):
+        train(configure())
+
+
+def test_the_upload_sends_the_adapter_and_no_secret(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: dict[str, Any] = {}
+
+    class Api:
+        def __init__(self, token: str | None) -> None:
+            sent["token"] = token
+
+        def create_repo(self, name: str, exist_ok: bool) -> Any:
+            return type("Url", (), {"repo_id": f"me/{name}"})()
+
+        def upload_folder(self, **values: Any) -> None:
+            sent.update(values)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    result = train(configure(push_to_hub=True, hub_token="secret", hub_model_id="dog"))
+    assert (sent["token"], sent["repo_id"]) == ("secret", "me/dog")
+    assert sent["allow_patterns"] == ["nora_adapter.safetensors", "README.md"]
+    texts = [path.read_text(errors="ignore") for path in result.adapter_path.parent.rglob("*") if path.is_file()]
+    assert not any("secret" in text for text in texts)
+
+
+def test_another_models_pipeline_is_refused(configure: Configure, tmp_path: Path) -> None:
+    base = tiny_random_pipeline(tmp_path / "inpainting")
+    file = base / "unet/config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "addition_embed_type": "text", "encoder_hid_dim": 16}))
+    with pytest.raises(UserError, match=r"Stable Diffusion 1.x and 2.x|cannot load"):
+        train(configure(pretrained_model_name_or_path=str(base)))
+
+
+def test_the_log_drops_what_came_after_the_resumed_step(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    log = RunLog(path, resumed_step=2)
+    log.write(step=3, loss=0.5)
+    log.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
