@@ -1,0 +1,7 @@
+"""``python -m nora_diffusion``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

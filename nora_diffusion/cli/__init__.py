@@ -1,0 +1,73 @@
+"""The command ``nora-diffusion``: parses and calls; each subcommand is one module."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from .. import __version__
+from ..errors import UserError
+from . import demo, export, generate, inspect
+
+COMMANDS = {"generate": generate, "inspect": inspect, "export": export, "demo": demo}
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises :class:`UserError` instead of exiting, and suggests the flag that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse, with a suggestion for the first unknown flag."""
+        values, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [flag for action in self._flags(values) for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"
+            raise UserError(f"unknown argument {unknown[0]!r}{hint}")
+        return values
+
+    def _flags(self, values: argparse.Namespace) -> list[argparse.Action]:
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction) and getattr(values, "command", None):
+                return list(action.choices[values.command]._actions)
+        return self._actions
+
+
+def build_parser() -> Parser:
+    """The parser of all commands; ``train`` has its own, made from ``TrainConfig``."""
+    parser = Parser(prog="nora-diffusion", description="Learn a subject from a few pictures and generate it.")
+    parser.add_argument("--version", action="version", version=f"nora-diffusion {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    commands.add_parser("train", help="learn a subject (nora-diffusion train --help)", add_help=False)
+    for name, module in COMMANDS.items():
+        sub = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["train"]:
+        from ..training import main as train
+
+        return train(words[1:], "nora-diffusion train")
+    try:
+        parser = build_parser()
+        values = parser.parse(words)
+        if values.command is None:
+            parser.print_help()
+            return 2
+        values.run(values)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,26 @@
+"""``nora-diffusion export``."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "write an adapter as a plain LoRA for other tools, exactly"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command."""
+    parser.add_argument("adapter", help="adapter file or folder")
+    parser.add_argument("out", help="file to write (a folder for --format peft)")
+    parser.add_argument("--format", choices=("diffusers", "kohya", "peft"), default="diffusers")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
+
+
+def run(values: argparse.Namespace) -> None:
+    """Export and print what it cost."""
+    from ..export import export_lora
+
+    report = export_lora(values.adapter, values.out, values.format, values.dtype)
+    print(
+        f"{report.path}: rank {report.rank}, {report.keys} tensors, {report.bytes:,} bytes, "
+        f"max |dW_file - dW| = {report.max_error:.1e} ({report.relative_error:.1e} of max |dW|)"
+    )

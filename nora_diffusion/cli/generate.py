@@ -1,0 +1,35 @@
+"""``nora-diffusion generate``."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "generate pictures with any base and adapters"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command."""
+    parser.add_argument("--prompt", action="append", required=True, help="what to show; may be given several times")
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="PATH[:WEIGHT]", help="file, folder or hub id"
+    )
+    parser.add_argument("--base", help="pipeline folder or hub id; without it the embedded base")
+    parser.add_argument("--negative_prompt", default="", help="what to avoid")
+    parser.add_argument("--num", type=int, default=1, help="pictures of each prompt")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next ones count up")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: what suits the base)")
+    parser.add_argument("--width", type=int, help="width in pixels (default: the base's own)")
+    parser.add_argument("--height", type=int, help="height in pixels (default: the base's own)")
+    parser.add_argument("--batch", type=int, default=4, help="pictures at a time")
+    parser.add_argument("--device", help="cpu, cuda, mps ... (default: where the pipeline loads)")
+    parser.add_argument("--out", default="outputs", help="folder for the pictures")
+
+
+def run(values: argparse.Namespace) -> None:
+    """Generate and print the files."""
+    from ..generation import GenerateConfig, generate
+
+    settings = {k: v for k, v in vars(values).items() if k not in ("command", "run", "prompt", "adapter")}
+    for file in generate(GenerateConfig(prompts=values.prompt, adapters=values.adapter, **settings)):
+        print(file)

@@ -1,0 +1,160 @@
+"""What ``make demo`` does: learn one held-out subject with NoRA, then generate it beside the base."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .errors import UserError
+from .files import make_folder, write_atomic
+from .pictures import contact_sheet
+
+SUBJECT = "cyclops-purple"
+EXAMPLES = Path(__file__).parents[1] / "examples" / "subjects"
+SEED = 0
+STEPS = 20
+GUIDANCE = 5.0
+
+
+@dataclass
+class Example:
+    """One of the example subjects: its folder, words, demo prompts and pictures."""
+
+    folder: Path
+    values: dict[str, Any]
+
+    @property
+    def class_word(self) -> str:
+        return str(self.values["class_word"])
+
+    @property
+    def phrase(self) -> str:
+        """How prompts name the subject, for example ``a sks monster``."""
+        return str(self.values["instance_prompt"])
+
+    @property
+    def prompts(self) -> list[str]:
+        """Prompt templates with ``{}`` for the subject, in scenes that no training picture has."""
+        return [str(p) for p in self.values["demo_prompts"]]
+
+    def pictures(self) -> list[Image.Image]:
+        return [Image.open(f).convert("RGB") for f in sorted(self.folder.glob("*.png"))]
+
+    def scoring_pictures(self) -> list[Image.Image]:
+        return [Image.open(self.folder / name).convert("RGB") for name in self.values["heldout"]]
+
+
+def open_example(slug: str) -> Example:
+    """An example subject by name. Raises :class:`UserError` that lists those there are."""
+    if not EXAMPLES.is_dir():
+        raise UserError("the example subjects are in the source repository, not in the package: clone it for the demo")
+    file = EXAMPLES / slug / "subject.json"
+    if not file.is_file():
+        raise UserError(f"there is no example subject {slug!r}: choose one of {', '.join(_slugs())}")
+    return Example(file.parent, json.loads(file.read_text(encoding="utf-8")))
+
+
+def _slugs() -> list[str]:
+    return sorted(f.parent.name for f in EXAMPLES.glob("*/subject.json"))
+
+
+def run_demo(
+    slug: str = SUBJECT, out: str | Path = "outputs/demo", max_train_steps: int | None = None
+) -> dict[str, Any]:
+    """Learn, export, generate, score; writes the adapter, its LoRA, ``grid.png`` and ``report.json`` into ``out``."""
+    from .export import export_lora
+    from .training import train
+
+    example = open_example(slug)
+    folder = make_folder(Path(out).expanduser())
+    started = time.monotonic()
+    result = train(_train_config(example, folder, max_train_steps))
+    learned = time.monotonic()
+    export = export_lora(folder, folder / "subject_lora.safetensors")
+    base, nora = _generate(example, folder)
+    finished = time.monotonic()
+    _grid(example, base, nora).save(folder / "grid.png")
+    report = {
+        "subject": slug,
+        "seconds": {"learning": round(learned - started, 1), "generating": round(finished - learned, 1)},
+        "steps": result.steps,
+        "trained_numbers": result.trainable_parameters,
+        "bytes": {
+            "nora_adapter.safetensors": (folder / "nora_adapter.safetensors").stat().st_size,
+            "subject_lora.safetensors": export.bytes,
+        },
+        "export_max_error": export.max_error,
+        "scores": _scores(example, base, nora),
+    }
+    write_atomic(folder / "report.json", json.dumps(report, indent=2))
+    return report
+
+
+def _train_config(example: Example, folder: Path, max_train_steps: int | None) -> Any:
+    from .training import TrainConfig
+
+    return TrainConfig(
+        instance_data_dir=str(example.folder), instance_prompt=example.phrase, use_captions=True,
+        class_word=example.class_word, output_dir=str(folder), overwrite_output_dir=True, seed=SEED,
+        max_train_steps=max_train_steps, license=str(example.values.get("license", "")) or None,
+    )  # fmt: skip
+
+
+def _generate(example: Example, folder: Path) -> tuple[list[Image.Image], list[Image.Image]]:
+    from .base import load_base
+    from .generation import run
+    from .loaders import load_adapter
+
+    pipe = load_base()
+    seeds = [SEED + i for i in range(len(example.prompts))]
+    prompts = [p.format(example.phrase) for p in example.prompts]
+    base = run(pipe, prompts, seeds, STEPS, GUIDANCE)
+    load_adapter(pipe, folder, "subject")
+    return base, run(pipe, prompts, seeds, STEPS, GUIDANCE)
+
+
+def _grid(example: Example, base: list[Image.Image], nora: list[Image.Image]) -> Image.Image:
+    training = [(image, f"training picture {i + 1}") for i, image in enumerate(example.pictures())]
+    labels = [p.format(example.phrase) for p in example.prompts]
+    return contact_sheet(
+        [training, list(zip(base, labels, strict=True)), list(zip(nora, labels, strict=True))],
+        ["What it learned from", "The base, without the adapter", "With the NoRA adapter, same seeds"],
+        side=192,
+    )
+
+
+def _scores(example: Example, base: list[Image.Image], nora: list[Image.Image]) -> dict[str, dict[str, float]]:
+    """CLIP-I against held-out pictures of the subject and CLIP-T against the prompts, by the tiny CLIP."""
+    from .judges import load_judge, prompt_score, subject_score
+
+    judge = load_judge()
+    references = example.scoring_pictures()
+    prompts = [p.format(f"a {example.class_word}") for p in example.prompts]
+    return {
+        name: {
+            "subject": round(subject_score(judge, images, references), 3),
+            "prompt": round(prompt_score(judge, images, prompts), 3),
+        }
+        for name, images in (("base", base), ("nora", nora))
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a few lines to read."""
+    scores = report["scores"]
+    lines = [
+        f"subject            {report['subject']}",
+        f"learning           {report['seconds']['learning']} s for {report['steps']} steps",
+        f"generating         {report['seconds']['generating']} s",
+        f"trained numbers    {report['trained_numbers']:,}",
+        *(f"{name:<26} {size / 1024:,.0f} KiB" for name, size in report["bytes"].items()),
+        f"export error       max |dW_file - dW| = {report['export_max_error']:.1e}",
+        "                   subject score   prompt score   (tiny CLIP, cosine)",
+        *(f"{name:<18} {s['subject']:>13.3f} {s['prompt']:>14.3f}" for name, s in scores.items()),
+    ]
+    return "\n".join(lines)

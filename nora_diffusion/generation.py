@@ -1,0 +1,129 @@
+"""Generating pictures with any base and any adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .base import base_id, is_embedded, open_pipeline
+from .errors import UserError
+from .files import make_folder
+from .loaders import LoadedAdapter, load_adapter
+from .pictures import PictureSettings, save_picture
+from .versions import versions
+
+EMBEDDED_GUIDANCE, OTHER_GUIDANCE = 5.0, 7.5
+MAX_STEPS, MAX_SIDE, MAX_PROMPT = 1000, 4096, 4000
+
+
+@dataclass
+class GenerateConfig:
+    """What to generate: ``num`` pictures of each prompt; picture ``i`` has the seed ``seed + i``."""
+
+    prompts: list[str]
+    base: str | None = None
+    adapters: list[str] = field(default_factory=list)
+    negative_prompt: str = ""
+    num: int = 1
+    seed: int = 0
+    steps: int = 20
+    guidance: float | None = None
+    width: int | None = None
+    height: int | None = None
+    batch: int = 4
+    device: str | None = None
+    out: str = "outputs"
+
+    def check(self) -> None:
+        """Raises :class:`UserError` for the first setting that makes no sense."""
+        if not self.prompts or not all(p.strip() for p in self.prompts):
+            raise UserError("there is no prompt: give --prompt")
+        if max(map(len, self.prompts)) > MAX_PROMPT:
+            raise UserError(f"a prompt has more than {MAX_PROMPT} characters: shorten it")
+        for name, low, high in (("num", 1, 10_000), ("steps", 1, MAX_STEPS), ("batch", 1, 256), ("seed", 0, 2**63)):
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"{name}={getattr(self, name)} is out of range: choose {low} to {high}")
+        if self.guidance is not None and not 0 <= self.guidance <= 100:
+            raise UserError(f"guidance={self.guidance} is out of range: choose 0 to 100")
+        for name in ("width", "height"):
+            side = getattr(self, name)
+            if side is not None and not (8 <= side <= MAX_SIDE and side % 8 == 0):
+                raise UserError(f"{name}={side} will not do: choose a multiple of 8 up to {MAX_SIDE}")
+
+
+def parse_adapter(text: str) -> tuple[str, float]:
+    """Split ``path[:weight]`` at its last colon, where what follows is a number (``C:\\dog`` stays whole)."""
+    path, colon, tail = text.rpartition(":")
+    if not colon or not path or "/" in tail or "\\" in tail:
+        return text, 1.0
+    try:
+        weight = float(tail)
+    except ValueError:
+        raise UserError(f"the weight {tail!r} in --adapter {text!r} is no number: write path:0.8") from None
+    if not math.isfinite(weight) or abs(weight) > 100:
+        raise UserError(f"the weight {tail} in --adapter {text!r} is out of range: choose -100 to 100")
+    return path, weight
+
+
+def generate(config: GenerateConfig) -> list[Path]:
+    """Make the pictures and return their files. Nothing is written unless base and adapters load."""
+    config.check()
+    wanted = [parse_adapter(text) for text in config.adapters]
+    out = make_folder(Path(config.out).expanduser())
+    pipe = open_pipeline(config.base, device=config.device)
+    loaded = [(load_adapter(pipe, path, weight=weight), weight) for path, weight in wanted]
+    guidance = config.guidance
+    if guidance is None:
+        guidance = EMBEDDED_GUIDANCE if is_embedded(config.base) else OTHER_GUIDANCE
+    jobs = [(prompt, config.seed + i) for prompt in config.prompts for i in range(config.num)]
+    files = []
+    for batch in _batches(jobs, config.batch):
+        images = run(
+            pipe, [p for p, _ in batch], [s for _, s in batch], config.steps, guidance,
+            config.negative_prompt, config.width, config.height,
+        )  # fmt: skip
+        for image, (prompt, seed) in zip(images, batch, strict=True):
+            settings = PictureSettings(
+                prompt=prompt, seed=seed, steps=config.steps, guidance=guidance, width=image.width,
+                height=image.height, negative_prompt=config.negative_prompt,
+                sampler=type(pipe.scheduler).__name__, base=base_id(pipe), adapters=_describe(loaded),
+                versions=versions(),
+            )  # fmt: skip
+            files.append(save_picture(image, _free_name(out, seed), settings))
+    return files
+
+
+def run(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, negative: str = "",
+    width: int | None = None, height: int | None = None,
+) -> list[Any]:  # fmt: skip
+    """One call of the pipeline; each picture has a generator of its own, so that batches do not matter."""
+    import torch
+
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    images: list[Any] = pipe(
+        list(prompts), negative_prompt=[negative] * len(prompts) if negative else None, num_inference_steps=steps,
+        guidance_scale=guidance, generator=generators, width=width, height=height,
+    ).images  # fmt: skip
+    return images
+
+
+def _describe(loaded: list[tuple[LoadedAdapter, float]]) -> list[dict[str, Any]]:
+    return [
+        {"name": a.name, "weight": weight, "sha256": a.info.sha256, "path": a.info.path, "trigger": a.trigger}
+        for a, weight in loaded
+    ]
+
+
+def _batches(jobs: list[tuple[str, int]], size: int) -> Iterator[list[tuple[str, int]]]:
+    for start in range(0, len(jobs), size):
+        yield jobs[start : start + size]
+
+
+def _free_name(folder: Path, seed: int) -> Path:
+    """The next ``NNNN-seed.png``; nothing is ever overwritten."""
+    taken = [int(f.name[:4]) for f in folder.glob("[0-9][0-9][0-9][0-9]-*.png")]
+    return folder / f"{max(taken, default=-1) + 1:04d}-{seed}.png"

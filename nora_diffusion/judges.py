@@ -1,0 +1,95 @@
+"""Scores by any CLIP in transformers' format: the shipped tiny one, a folder or a hub id.
+
+CLIP-I: mean cosine between features of generated and real pictures of a subject. CLIP-T: cosine between a picture and
+its prompt without the trigger. Numbers of different judges cannot be compared (DreamBooth, arXiv 2208.12242).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from .base import EMBEDDED_WEIGHTS
+from .errors import UserError
+
+BATCH = 32
+
+
+@dataclass
+class Judge:
+    """A CLIP model with its tokenizer and the normalisation of its pictures."""
+
+    model: Any
+    tokenizer: Any
+    side: int
+    mean: Tensor
+    std: Tensor
+
+
+def load_judge(path_or_id: str | Path | None = None) -> Judge:
+    """Load a CLIP; ``None`` is the tiny one beside the embedded base. Raises :class:`UserError` if it is none."""
+    from transformers import AutoTokenizer, CLIPModel
+
+    source = str(path_or_id or EMBEDDED_WEIGHTS / "judge")
+    try:
+        model = CLIPModel.from_pretrained(source, use_safetensors=True).eval().requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        settings = _preprocessing(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the judge {source!r}: {str(error).strip().splitlines()[0]}") from error
+    side = int(model.config.vision_config.image_size)
+    mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
+    return Judge(model, tokenizer, side, mean, std)
+
+
+def _preprocessing(source: str) -> dict[str, Any]:
+    from transformers import CLIPImageProcessor
+
+    processor, _ = CLIPImageProcessor.get_image_processor_dict(source)
+    return {key: processor.get(key, default) for key, default in (("image_mean", [0.5] * 3), ("image_std", [0.5] * 3))}
+
+
+def _pixels(judge: Judge, image: Image.Image) -> Tensor:
+    """The picture's centre square at the judge's size, normalised: ``[3, side, side]``."""
+    short = min(image.size)
+    left, top = (image.width - short) // 2, (image.height - short) // 2
+    square = image.convert("RGB").crop((left, top, left + short, top + short))
+    square = square.resize((judge.side, judge.side), Image.Resampling.BICUBIC)
+    data = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(judge.side, judge.side, 3)
+    return (data.permute(2, 0, 1).float() / 255 - judge.mean) / judge.std
+
+
+@torch.no_grad()
+def image_features(judge: Judge, images: Sequence[Image.Image]) -> Tensor:
+    """Unit features ``[n, d]`` of pictures."""
+    parts = []
+    for start in range(0, len(images), BATCH):
+        pixels = torch.stack([_pixels(judge, image) for image in images[start : start + BATCH]])
+        pooled = judge.model.vision_model(pixel_values=pixels).pooler_output
+        parts.append(F.normalize(judge.model.visual_projection(pooled), dim=-1))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def text_features(judge: Judge, texts: Sequence[str]) -> Tensor:
+    """Unit features ``[n, d]`` of texts."""
+    tokens = judge.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
+    pooled = judge.model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
+    return F.normalize(judge.model.text_projection(pooled), dim=-1)
+
+
+def subject_score(judge: Judge, generated: Sequence[Image.Image], references: Sequence[Image.Image]) -> float:
+    """CLIP-I: mean cosine over all pairs of generated and reference pictures."""
+    return float((image_features(judge, generated) @ image_features(judge, references).T).mean())
+
+
+def prompt_score(judge: Judge, generated: Sequence[Image.Image], prompts: Sequence[str]) -> float:
+    """CLIP-T: mean cosine between each picture and its prompt (without the trigger)."""
+    return float((image_features(judge, generated) * text_features(judge, prompts)).sum(-1).mean())

@@ -1,0 +1,125 @@
+"""Pictures that carry their settings, and sheets of labelled pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from .errors import UserError
+from .files import write_atomic
+
+JSON_KEY = "nora_diffusion"
+
+
+@dataclass
+class PictureSettings:
+    """Everything that made a picture. ``adapters`` are ``{"name", "weight", "sha256", "path"}``."""
+
+    prompt: str
+    seed: int
+    steps: int
+    guidance: float
+    width: int
+    height: int
+    negative_prompt: str = ""
+    sampler: str = ""
+    base: str = ""
+    adapters: list[dict[str, Any]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def parameters_text(self) -> str:
+        """The text that A1111 and its relatives write and read under the PNG key ``parameters``."""
+        tags = "".join(f" <lora:{a['name']}:{a['weight']:g}>" for a in self.adapters)
+        lines = [self.prompt + tags]
+        if self.negative_prompt:
+            lines.append(f"Negative prompt: {self.negative_prompt}")
+        values = {
+            "Steps": self.steps,
+            "Sampler": self.sampler,
+            "CFG scale": f"{self.guidance:g}",
+            "Seed": self.seed,
+            "Size": f"{self.width}x{self.height}",
+            "Model": self.base,
+        }
+        hashes = ", ".join(f"{a['name']}: {a['sha256']}" for a in self.adapters)
+        parts = [f"{key}: {value}" for key, value in values.items() if value != ""]
+        lines.append(", ".join(parts + ([f'Lora hashes: "{hashes}"'] if hashes else [])))
+        return "\n".join(lines)
+
+
+def save_picture(image: Image.Image, path: Path, settings: PictureSettings) -> Path:
+    """Write a PNG with its settings, whole or not at all."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", settings.parameters_text())
+    info.add_text(JSON_KEY, json.dumps(asdict(settings)))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return write_atomic(path, buffer.getvalue())
+
+
+def read_settings(path: str | Path) -> PictureSettings:
+    """The settings of a picture made by this toolkit. Raises :class:`UserError` where there are none."""
+    try:
+        with Image.open(path) as image:
+            text = getattr(image, "text", {}).get(JSON_KEY)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as a picture: {error}") from error
+    if text is None:
+        raise UserError(f"{path} carries no settings of this toolkit")
+    try:
+        return PictureSettings(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: its settings are damaged ({error})") from error
+
+
+# Sheets
+
+MARGIN = 8
+LABEL_HEIGHT = 34
+BACKGROUND, INK, FAINT = (255, 255, 255), (30, 30, 34), (110, 110, 118)
+
+
+def enlarge(image: Image.Image, side: int) -> Image.Image:
+    """``side`` x ``side`` pixels; small pictures grow by nearest neighbours, so that nothing is invented."""
+    small = max(image.size) * 2 <= side
+    return image.convert("RGB").resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[tuple[Image.Image, str]]], titles: Sequence[str] = (), side: int = 128
+) -> Image.Image:
+    """Rows of ``(picture, label)``, each row under its title; labels are wrapped to two lines."""
+    columns = max(len(row) for row in rows)
+    row_height = side + LABEL_HEIGHT + MARGIN
+    title_height = 26 if any(titles) else 0
+    size = (columns * (side + MARGIN) + MARGIN, len(rows) * (row_height + title_height) + MARGIN)
+    sheet = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for i, row in enumerate(rows):
+        top = MARGIN + i * (row_height + title_height)
+        if i < len(titles) and titles[i]:
+            draw.text((MARGIN, top), titles[i], fill=INK, font=ImageFont.load_default(17))
+        for j, (image, label) in enumerate(row):
+            left = MARGIN + j * (side + MARGIN)
+            sheet.paste(enlarge(image, side), (left, top + title_height))
+            _label(draw, label, left, top + title_height + side + 2, side)
+    return sheet
+
+
+def _label(draw: ImageDraw.ImageDraw, text: str, left: int, top: int, width: int) -> None:
+    font = ImageFont.load_default(12)
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, font=font) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    for number, line in enumerate(lines[:2]):
+        draw.text((left, top + 15 * number), line, fill=FAINT, font=font)
