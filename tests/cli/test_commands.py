@@ -1,0 +1,140 @@
+"""The command line: results, and one sentence with exit code 2 for every mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nora_diffusion import add_adapter, nora, open_pipeline, save_adapter
+from nora_diffusion.cli import main
+from nora_diffusion.generation import parse_adapter
+from nora_diffusion.loaders import trainable_parameters
+from nora_diffusion.pictures import read_settings
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def dog(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved adapter that changes pictures."""
+    pipe: Any = open_pipeline(tiny_base)
+    add_adapter(pipe, nora(r=4, inner_r=2), "one", ("unet", "text_encoder"))
+    for parameter in trainable_parameters(pipe, "one").values():
+        parameter.data.normal_(std=0.5)
+    folder = tmp_path_factory.mktemp("adapters") / "dog"
+    save_adapter(pipe, folder, "one", info={"trigger": "sks"})
+    return folder
+
+
+def generate(base: Path, out: Path, *more: str) -> int:
+    words = ["generate", "--base", str(base), "--out", str(out), "--width", "16", "--height", "16", "--steps", "2"]
+    return main([*words, *more])
+
+
+def test_generate_writes_pictures_with_settings(tiny_base: Path, dog: Path, tmp_path: Path, capsys: Capture) -> None:
+    common = ["--prompt", "a sks dog", "--num", "3", "--seed", "5"]
+    assert generate(tiny_base, tmp_path / "one", *common, "--adapter", f"{dog}:0.8", "--batch", "2") == 0
+    files = [Path(line) for line in capsys.readouterr().out.split()]
+    assert [f.name for f in files] == ["0000-5.png", "0001-6.png", "0002-7.png"]
+    settings = read_settings(files[2])
+    assert (settings.prompt, settings.seed, settings.steps) == ("a sks dog", 7, 2)
+    assert settings.adapters[0]["weight"] == 0.8
+    assert settings.adapters[0]["trigger"] == "sks"
+    # Another batch size gives the same picture, and without the adapter it is another one.
+    assert generate(tiny_base, tmp_path / "two", *common, "--adapter", f"{dog}:0.8", "--batch", "1") == 0
+    assert (tmp_path / "two" / "0002-7.png").read_bytes() == files[2].read_bytes()
+    assert generate(tiny_base, tmp_path / "three", *common) == 0
+    assert (tmp_path / "three" / "0002-7.png").read_bytes() != files[2].read_bytes()
+    # Nothing is overwritten.
+    assert generate(tiny_base, tmp_path / "three", "--prompt", "a dog") == 0
+    assert (tmp_path / "three" / "0003-0.png").is_file()
+
+
+def test_inspect(dog: Path, capsys: Capture) -> None:
+    assert main(["inspect", str(dog)]) == 0
+    assert "nora, r = 4, r' = 2" in capsys.readouterr().out
+    assert main(["inspect", str(dog), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trigger"] == "sks"
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_export(dog: Path, tmp_path: Path, capsys: Capture, form: str) -> None:
+    assert main(["export", str(dog), str(tmp_path / "dog.safetensors"), "--format", form]) == 0
+    assert "rank 2" in capsys.readouterr().out
+    assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "dog.safetensors").values())
+
+
+MISTAKES = {
+    "no such command": (["genrate"], "genrate"),
+    "flag with a typo": (["generate", "--promt", "x", "--prompt", "x"], "did you mean --prompt"),
+    "no prompt": (["generate"], "--prompt"),
+    "empty prompt": (["generate", "--prompt", " "], "no prompt"),
+    "absurd steps": (["generate", "--prompt", "x", "--steps", "1000000000"], "out of range"),
+    "odd size": (["generate", "--prompt", "x", "--width", "63"], "multiple of 8"),
+    "NaN weight": (["generate", "--prompt", "x", "--adapter", "dog:nan"], "out of range"),
+    "word as weight": (["generate", "--prompt", "x", "--adapter", "dog:big"], "no number"),
+    "absent base": (["generate", "--prompt", "x", "--base", "./nowhere"], "does not exist"),
+    "absent adapter": (["inspect", "nowhere"], "no adapter at nowhere"),
+    "unknown format": (["export", "a", "b", "--format", "onnx"], "onnx"),
+    "absent subject": (["demo", "--subject", "unicorn"], "unicorn"),
+    "training without photos": (["train", "--instance_data_dir", "nowhere", "--instance_prompt", "x"], "nowhere"),
+    "training flag with a typo": (["train", "--instance_promt", "x"], "instance_prompt"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_get_one_sentence(
+    mistake: str, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words, expected = MISTAKES[mistake]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert expected in err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert "Traceback" not in err
+    assert not [f for f in tmp_path.rglob("*") if f.is_file()]
+
+
+def test_adapter_for_another_base_is_refused(dog: Path, tmp_path: Path, capsys: Capture) -> None:
+    from factories import tiny_random_pipeline
+
+    other = tiny_random_pipeline(tmp_path / "other", seed=4)
+    assert generate(other, tmp_path / "out", "--prompt", "x", "--adapter", str(dog)) == 2
+    assert "was made for the base" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_output_that_cannot_be_written(tiny_base: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "file").write_text("x")
+    assert generate(tiny_base, tmp_path / "file" / "out", "--prompt", "x") == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("out/dog", ("out/dog", 1.0)),
+        ("out/dog:0.8", ("out/dog", 0.8)),
+        ("user/dog:-1", ("user/dog", -1.0)),
+        ("C:\\dog", ("C:\\dog", 1.0)),
+        ("C:\\dog:0.5", ("C:\\dog", 0.5)),
+    ],
+)
+def test_parse_adapter(text: str, expected: tuple[str, float]) -> None:
+    assert parse_adapter(text) == expected
+
+
+def test_module_runs_and_is_quick_to_help() -> None:
+    code = "import sys; from nora_diffusion.cli import main; main(['--help'])"
+    check = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "nora_diffusion", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("nora-diffusion ")
