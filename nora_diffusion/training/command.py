@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -25,17 +26,23 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code
-    print(
-        f"{result.adapter_path}: {result.trainable_parameters:,} trained numbers, {result.steps} steps, "
-        f"{result.seconds:.1f} s, loss {result.final_loss:.4f}"
-    )
+    except KeyboardInterrupt:
+        print("stopped before training began: nothing was written", file=sys.stderr)
+        return 130
+    if first_process():
+        numbers = f"{result.trainable_parameters:,} trained numbers, {result.steps} steps, {result.seconds:.1f} s"
+        print(f"{result.adapter_path}: {numbers}, loss {result.final_loss:.4f}")
     return 0
+
+
+def first_process() -> bool:
+    """Whether this is the only process of a run, or the one that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def show_log() -> None:
     """Print this package's remarks and warnings, and no other library's, as plain lines on stderr."""
     logger = logging.getLogger("nora_diffusion")
-    if not logger.handlers:
+    logger.setLevel(logging.INFO if first_process() else logging.WARNING)
+    if not logger.hasHandlers():
         logger.addHandler(logging.StreamHandler())
-        logger.setLevel(logging.INFO)
-        logger.propagate = False

@@ -139,6 +139,7 @@ def finish(run: Run, stepper: Stepper, folder: RunFolder, started: float) -> Tra
         folder.state("saving")
         path = write_adapter_and_card(run, folder, final_loss, seconds)
         prune(folder.checkpoints, run.config.checkpoints_total_limit)
+    stepper.end_trackers()
     folder.state("done", step=run.total_steps, loss=final_loss)
     numbers = sum(parameter.numel() for parameter in run.parameters.values())
     return TrainResult(path, run.total_steps, seconds, final_loss, numbers, stepping - started)

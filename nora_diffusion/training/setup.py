@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -105,7 +106,7 @@ def settle(
     """Fill in what depends on base, machine, data or checkpoint: the result repeats the run."""
     earlier = checkpoint.identity if checkpoint else {}
     seed = config.seed if config.seed is not None else earlier.get("seed", secrets.randbelow(2**31))
-    precision: Precision = config.mixed_precision or earlier.get("mixed_precision") or best_precision(device)
+    precision: Precision = config.mixed_precision or earlier.get("mixed_precision") or launched_precision(device)
     steps = config.max_train_steps or epoch_steps(config, photos, processes) * (config.num_train_epochs or 1)
     warmup = config.lr_warmup_steps if config.lr_warmup_steps is not None else steps // 10
     if precision == "fp16" and device.type == "cpu":
@@ -126,6 +127,12 @@ def epoch_steps(config: TrainConfig, photos: int, processes: int) -> int:
     """Optimizer steps in one pass over the photos."""
     batch = (config.train_batch_size or 1) * config.gradient_accumulation_steps * processes
     return max(1, math.ceil(photos / batch))
+
+
+def launched_precision(device: torch.device) -> Precision:
+    """What `accelerate launch` was told, else the best for the device."""
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "")
+    return cast(Precision, told) if told in ("no", "fp16", "bf16") else best_precision(device)
 
 
 def best_precision(device: torch.device) -> Precision:

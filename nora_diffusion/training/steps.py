@@ -214,6 +214,10 @@ class Stepper:
         values = {k: v for k, v in self.run.config.to_dict().items() if isinstance(v, str | int | float | bool)}
         self._guarded(lambda: self.accelerator.init_trackers("nora-dreambooth", config=values))
 
+    def end_trackers(self) -> None:
+        """Let the trackers finish; a failure of theirs is a warning."""
+        self._guarded(self.accelerator.end_training)
+
     def _track(self, values: dict[str, float], step: int) -> None:
         self._guarded(lambda: self.accelerator.log(values, step=step))
 
