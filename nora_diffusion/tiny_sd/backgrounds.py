@@ -33,14 +33,18 @@ _BLUE_SKY: tuple[RGB, RGB] = ((86, 168, 240), (190, 226, 252))
 
 def _cloud(d: ImageDraw.ImageDraw, x: float, y: float, r: float) -> None:
     for dx, dy, k in ((-1.1, 0.25, 0.7), (0.0, 0.0, 1.0), (1.1, 0.25, 0.7)):
-        d.ellipse((x + dx * r - k * r, y + dy * r - k * r, x + dx * r + k * r, y + dy * r + k * r), fill=(255, 255, 255))
+        d.ellipse(
+            (x + dx * r - k * r, y + dy * r - k * r, x + dx * r + k * r, y + dy * r + k * r), fill=(255, 255, 255)
+        )
 
 
 def _pine(d: ImageDraw.ImageDraw, x: float, base: float, h: float) -> None:
     d.rectangle((x - 3, base - 8, x + 3, base), fill=(96, 62, 38))
     for top, bottom, half in ((1.0, 0.5, 0.22), (0.75, 0.12, 0.32)):
-        d.polygon([(x, base - h * top), (x - h * half, base - h * bottom), (x + h * half, base - h * bottom)],
-                  fill=(28, 104, 62))
+        d.polygon(
+            [(x, base - h * top), (x - h * half, base - h * bottom), (x + h * half, base - h * bottom)],
+            fill=(28, 104, 62),
+        )
 
 
 def scene(kind: str, rng: Random) -> Image.Image:

@@ -20,8 +20,14 @@ from .scenes import Ground, Scene, Thing
 TRIGGER = "sks"
 _LEARN = ("grass", "beach", "table", "snow")
 _SCORE = ("forest", "desert", "mountains", "road", "wall", "sea")
-_DEMO = ("{} at night", "{} at sunset", "{} wearing a top hat on %s background", "{} wearing a crown in the forest",
-         "{} on %s striped background", "{} next to a tree in the mountains")
+_DEMO = (
+    "{} at night",
+    "{} at sunset",
+    "{} wearing a top hat on %s background",
+    "{} wearing a crown in the forest",
+    "{} on %s striped background",
+    "{} next to a tree in the mountains",
+)
 
 
 def subject_thing(slug: str) -> Thing:
@@ -74,9 +80,15 @@ def write_subject(slug: str, folder: Path) -> None:
             (part / f"{i}.txt").write_text(scene.caption + "\n")
     name, colour = world.SUBJECTS[slug]
     info = {
-        "name": slug, "class_word": thing.class_word, "object": name, "colour": colour, "trigger": TRIGGER,
-        "instance_prompt": f"a {TRIGGER} {thing.class_word}", "class_prompt": f"a {thing.class_word}",
-        "heldout": [f"scoring/{i}.png" for i in range(len(score))], "demo_prompts": demo_prompts(slug),
+        "name": slug,
+        "class_word": thing.class_word,
+        "object": name,
+        "colour": colour,
+        "trigger": TRIGGER,
+        "instance_prompt": f"a {TRIGGER} {thing.class_word}",
+        "class_prompt": f"a {thing.class_word}",
+        "heldout": [f"scoring/{i}.png" for i in range(len(score))],
+        "demo_prompts": demo_prompts(slug),
         "license": "SIL-OFL-1.1 (Noto Color Emoji)" if name not in world.HELDOUT_VARIANTS else "Apache-2.0",
     }
     (folder / "subject.json").write_text(json.dumps(info, indent=1) + "\n")

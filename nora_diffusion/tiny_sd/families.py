@@ -45,7 +45,9 @@ def _monster(d: ImageDraw.ImageDraw, parts: tuple[str, ...], colour: str) -> Non
         elif top == "antennae":
             tip = x - 0.06 if x < 0.5 else x + 0.06
             d.line([(_S * x, _S * 0.3), (_S * tip, _S * 0.08)], fill=dark, width=5 * _SS)
-            d.ellipse(_box(tip - 0.07, 0.01, tip + 0.07, 0.15), fill=(250, 214, 48) if colour != "yellow" else (222, 38, 44))
+            d.ellipse(
+                _box(tip - 0.07, 0.01, tip + 0.07, 0.15), fill=(250, 214, 48) if colour != "yellow" else (222, 38, 44)
+            )
         else:
             d.ellipse(_box(x - 0.15, 0.04, x + 0.15, 0.34), fill=base)
             d.ellipse(_box(x - 0.08, 0.1, x + 0.08, 0.28), fill=light)
@@ -60,8 +62,11 @@ def _monster(d: ImageDraw.ImageDraw, parts: tuple[str, ...], colour: str) -> Non
         d.ellipse(_box(0.1, 0.42, 0.9, 0.96), fill=base)
     if belly == "belly":
         d.ellipse(_box(0.29, 0.6, 0.71, 0.9), fill=light)
-    places = {"one-eyed": ((0.5, 0.16),), "two-eyed": ((0.36, 0.12), (0.64, 0.12)),
-              "three-eyed": ((0.29, 0.095), (0.5, 0.095), (0.71, 0.095))}[eyes]
+    places = {
+        "one-eyed": ((0.5, 0.16),),
+        "two-eyed": ((0.36, 0.12), (0.64, 0.12)),
+        "three-eyed": ((0.29, 0.095), (0.5, 0.095), (0.71, 0.095)),
+    }[eyes]
     for x, r in places:
         _eye(d, x, 0.4, r)
     d.arc(_box(0.36, 0.46, 0.64, 0.7), 20, 160, fill=(40, 20, 24), width=4 * _SS)
@@ -70,8 +75,10 @@ def _monster(d: ImageDraw.ImageDraw, parts: tuple[str, ...], colour: str) -> Non
 def _heart(d: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: RGB) -> None:
     d.ellipse(_box(x - r, y - r, x, y), fill=fill)
     d.ellipse(_box(x, y - r, x + r, y), fill=fill)
-    d.polygon([(_S * (x - 0.94 * r), _S * (y - 0.3 * r)), (_S * (x + 0.94 * r), _S * (y - 0.3 * r)),
-               (_S * x, _S * (y + r))], fill=fill)
+    d.polygon(
+        [(_S * (x - 0.94 * r), _S * (y - 0.3 * r)), (_S * (x + 0.94 * r), _S * (y - 0.3 * r)), (_S * x, _S * (y + r))],
+        fill=fill,
+    )
 
 
 def _mug(d: ImageDraw.ImageDraw, parts: tuple[str, ...], colour: str) -> None:

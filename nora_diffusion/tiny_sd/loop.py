@@ -1,14 +1,13 @@
 """The training loop that the three stages share: schedule, clipping, EMA, log, exact resume.
 
-Everything random in a step comes from ``(seed, step)``, so a state is only weights, EMA, AdamW moments and the
-step number: safetensors and JSON, written to a temporary name and renamed.
+Everything random in a step comes from ``(seed, step)``, so a state is only weights, EMA, optimiser moments and
+the step number: safetensors and JSON, written to a temporary name and renamed.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .configs import StageConfig
+from .muon import Muon
 
 LossFn = Callable[[int], tuple[Tensor, dict[str, float]]]
 
@@ -41,17 +41,33 @@ def learning_rate(config: StageConfig, step: int) -> float:
     return config.lr * warm * cool
 
 
+# Inputs, outputs and tables are no maps between hidden features: AdamW trains them.
+_OUTER = ("embedding", "conv_in.", "conv_out.", "patch_embed", "quant_conv", "logit_scale")
+
+
+def build_optimizers(params: dict[str, nn.Parameter], config: StageConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the inner matrices and AdamW for the rest."""
+    inner = {k for k, p in params.items() if p.ndim > 1 and not any(o in k for o in _OUTER)}
+    use_muon = config.optimizer == "muon"
+    rest = [p for k, p in params.items() if not use_muon or k not in inner]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    out: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)]
+    if use_muon:
+        out.append(Muon([p for k, p in params.items() if k in inner], config.lr, weight_decay=config.weight_decay))
+    return out
+
+
 class Trainer:
-    """AdamW with EMA on the parameters of ``module``; ``run`` continues from the state in ``options.out``."""
+    """Optimisers with EMA on the parameters of ``module``; ``run`` continues from the state in ``options.out``."""
 
     def __init__(self, name: str, module: nn.Module, config: StageConfig, options: LoopOptions) -> None:
         self.name, self.config, self.options = name, config, options
         self.params = dict(module.named_parameters())
         self.ema = {k: p.detach().clone() for k, p in self.params.items()}
-        decayed = [p for p in self.params.values() if p.ndim > 1]
-        plain = [p for p in self.params.values() if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+        self.optimizers = build_optimizers(self.params, config)
         self.step = 0
         self._load()
 
@@ -80,22 +96,31 @@ class Trainer:
         return mean
 
     def _update(self, loss: Tensor) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step)
-        self.optimizer.zero_grad(set_to_none=True)
+        for p in self.params.values():
+            p.grad = None
         loss.backward()
         params = list(self.params.values())
         nn.utils.clip_grad_norm_(params, self.config.clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, self.step)
+            optimizer.step()
         # a short memory at the start, so that the first average is not the initial weights
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in params], 1 - decay)
 
     def _log(self, mean: float, metrics: dict[str, float], rate: float) -> None:
-        row = {"stage": self.name, "step": self.step, "loss": round(mean, 5), "pictures_per_s": round(rate, 1),
-               "lr": learning_rate(self.config, self.step - 1), "time": round(time.time()), **metrics}
+        row = {
+            "stage": self.name,
+            "step": self.step,
+            "loss": round(mean, 5),
+            "pictures_per_s": round(rate, 1),
+            "lr": learning_rate(self.config, self.step - 1),
+            "time": round(time.time()),
+            **metrics,
+        }
         self.options.out.mkdir(parents=True, exist_ok=True)
-        with open(self.options.out / "log.jsonl", "a") as file:
+        with (self.options.out / "log.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     @property
@@ -107,13 +132,16 @@ class Trainer:
         tensors = {f"model.{k}": p.detach() for k, p in self.params.items()}
         tensors |= {f"ema.{k}": p for k, p in self.ema.items()}
         for key, p in self.params.items():
-            for part in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{part}.{key}"] = self.optimizer.state[p][part]
+            for optimizer in self.optimizers:
+                tensors |= {f"opt.{part}.{key}": v for part, v in optimizer.state.get(p, {}).items()}
         self.options.out.mkdir(parents=True, exist_ok=True)
         temporary = self._state_path.with_suffix(".tmp")
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary,
-                  metadata={"state": json.dumps({"stage": self.name, "step": self.step})})
-        os.replace(temporary, self._state_path)
+        save_file(
+            {k: v.contiguous().cpu() for k, v in tensors.items()},
+            temporary,
+            metadata={"state": json.dumps({"stage": self.name, "step": self.step})},
+        )
+        temporary.replace(self._state_path)
 
     def _load(self) -> None:
         if not self._state_path.exists():
@@ -127,5 +155,12 @@ class Trainer:
             for key, p in self.params.items():
                 p.copy_(tensors[f"model.{key}"])
                 self.ema[key].copy_(tensors[f"ema.{key}"])
-                moments = {part: torch.empty_like(p).copy_(tensors[f"{part}.{key}"]) for part in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[p] = {"step": torch.tensor(float(self.step), device=p.device), **moments}
+        names = dict(self.params.items())
+        for full, value in tensors.items():
+            if full.startswith("opt."):
+                _, part, key = full.split(".", 2)
+                owner = self._owner(names[key])
+                owner.state[names[key]][part] = value.to(names[key].device)
+
+    def _owner(self, p: nn.Parameter) -> torch.optim.Optimizer:
+        return next(o for o in self.optimizers for g in o.param_groups if any(q is p for q in g["params"]))

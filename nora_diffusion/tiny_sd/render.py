@@ -27,7 +27,9 @@ def tint(image: Image.Image, colour: str) -> Image.Image:
         dark, middle, light = (96, 98, 106), (232, 232, 236), (255, 255, 255)
     else:
         dark, middle, light = (24, 18, 22), COLOURS[colour], (250, 248, 246)
-    grey = ImageOps.autocontrast(image.convert("RGB").convert("L"), mask=image.getchannel("A").point(lambda a: 255 * (a > 128)))
+    grey = ImageOps.autocontrast(
+        image.convert("RGB").convert("L"), mask=image.getchannel("A").point(lambda a: 255 * (a > 128))
+    )
     out = ImageOps.colorize(grey, dark, light, mid=middle, midpoint=130).convert("RGBA")
     out.putalpha(image.getchannel("A"))
     return out
@@ -53,8 +55,10 @@ def _prop(name: str) -> Image.Image:
     d.polygon([(192, 20), (60, 380), (324, 380)], fill=(236, 64, 150))
     for t0, t1 in ((0.3, 0.47), (0.64, 0.81)):
         y0, y1 = 20 + 360 * t0, 20 + 360 * t1
-        d.polygon([(192 - 132 * t0, y0), (192 + 132 * t0, y0), (192 + 132 * t1, y1), (192 - 132 * t1, y1)],
-                  fill=(255, 224, 70))
+        d.polygon(
+            [(192 - 132 * t0, y0), (192 + 132 * t0, y0), (192 + 132 * t1, y1), (192 - 132 * t1, y1)],
+            fill=(255, 224, 70),
+        )
     d.ellipse((156, 0, 228, 72), fill=(70, 200, 240))
     return big.convert("RGBa").reduce(4).crop((14, 0, 82, 96))
 

@@ -60,7 +60,7 @@ _BY_CLASS = {c: tuple(e.name for e in _EMOJI if e.class_word == c) for c in worl
 _COLOURS = tuple(world.COLOURS)
 _SCENES = tuple(world.SCENES)
 # Families hold many variants, so they get more of the pictures than one class in twenty-one.
-_CLASS_DRAW = tuple(c for c in world.CLASS_WORDS if c not in world.FAMILIES) + ("monster", "monster", "mug", "robot")
+_CLASS_DRAW = (*tuple(c for c in world.CLASS_WORDS if c not in world.FAMILIES), "monster", "monster", "mug", "robot")
 
 
 def random_thing(rng: Random, tint: float = 0.14) -> tuple[Thing, str]:

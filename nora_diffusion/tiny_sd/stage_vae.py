@@ -56,7 +56,7 @@ def _batch(seed: int, step: int, n: int, cropped: bool) -> np.ndarray:
     if not cropped:
         return np.stack([sample(seed, step * n + i)[0] for i in range(n // 2)])
     corners = rng.integers(0, SIDE - 32 + 1, (n, 2))
-    return np.stack([sample(seed, step * n + i)[0][y:y + 32, x:x + 32] for i, (y, x) in enumerate(corners)])
+    return np.stack([sample(seed, step * n + i)[0][y : y + 32, x : x + 32] for i, (y, x) in enumerate(corners)])
 
 
 def train_vae(size: Size, options: LoopOptions, seed: int, device: torch.device) -> Trainer:

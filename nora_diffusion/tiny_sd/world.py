@@ -34,53 +34,100 @@ def _emoji(class_word: str, *rows: Emoji | tuple[str, str], heldout: tuple[str, 
     return out
 
 
-def _e(name: str, char: str, head: tuple[float, float] | None = None, hat: float = 0.6,
-       eyes: tuple[float, float] | None = None) -> Emoji:
+def _e(
+    name: str,
+    char: str,
+    head: tuple[float, float] | None = None,
+    hat: float = 0.6,
+    eyes: tuple[float, float] | None = None,
+) -> Emoji:
     return Emoji(name, char, "", False, head, hat, eyes)
 
 
 EMOJI: tuple[Emoji, ...] = tuple(
-    _emoji("dog", _e("puppy", "🐶", (0.5, 0.08), 0.65, (0.5, 0.42)), _e("wolf", "🐺", (0.5, 0.15), 0.6, (0.5, 0.48)), _e("fox", "🦊", (0.5, 0.2), 0.6, (0.5, 0.52)),
-           _e("poodle", "🐩", (0.3, 0.05), 0.5), heldout=("poodle",))
-    + _emoji("cat", _e("kitten", "🐱", (0.5, 0.14), 0.6, (0.5, 0.45)), _e("tabby", "🐈", (0.28, 0.08), 0.5),
-             _e("lion", "🦁", (0.5, 0.1), 0.6, (0.5, 0.4)), _e("tiger", "🐯", (0.5, 0.08), 0.65, (0.5, 0.4)),
-             heldout=("tiger",))
-    + _emoji("bear", _e("grizzly", "🐻", (0.5, 0.1), 0.65, (0.5, 0.42)),
-             _e("koala", "🐨", (0.5, 0.12), 0.55, (0.5, 0.45)),
-             _e("teddy", "🧸", (0.5, 0.06), 0.55, (0.5, 0.24)),
-             _e("panda", "🐼", (0.5, 0.08), 0.65, (0.5, 0.48)), heldout=("panda",))
-    + _emoji("bird", _e("penguin", "🐧", (0.45, 0.05), 0.6),
-             _e("chick", "🐤", (0.35, 0.05), 0.5), _e("owl", "🦉", (0.5, 0.08), 0.7, (0.5, 0.27)),
-             _e("parrot", "🦜", (0.32, 0.05), 0.5), heldout=("parrot",))
-    + _emoji("fish", _e("herring", "🐟", (0.35, 0.15), 0.4), _e("angelfish", "🐠", (0.4, 0.1), 0.45),
-             _e("whale", "🐋", (0.3, 0.3), 0.45),
-             _e("pufferfish", "🐡", (0.45, 0.1), 0.45), heldout=("pufferfish",))
-    + _emoji("bug", _e("ladybug", "🐞", (0.5, 0.1), 0.5), _e("bee", "🐝", (0.3, 0.12), 0.45),
-             _e("caterpillar", "🐛", (0.3, 0.12), 0.45),
-             _e("beetle", "🪲", (0.5, 0.1), 0.5), heldout=("beetle",))
-    + _emoji("reptile", _e("turtle", "🐢", (0.2, 0.25), 0.4), _e("crocodile", "🐊", (0.5, 0.08), 0.4),
-             _e("brontosaurus", "🦕", (0.3, 0.05), 0.4), _e("tyrannosaurus", "🦖", (0.3, 0.06), 0.45),
-             heldout=("tyrannosaurus",))
-    + _emoji("car", ("sedan", "🚗"), ("taxi", "🚕"), ("jeep", "🚙"), ("racer", "🏎"),
-             heldout=("racer",))
-    + _emoji("truck", ("van", "🚚"), ("firetruck", "🚒"), ("pickup", "🛻"), ("tractor", "🚜"),
-             heldout=("tractor",))
+    _emoji(
+        "dog",
+        _e("puppy", "🐶", (0.5, 0.08), 0.65, (0.5, 0.42)),
+        _e("wolf", "🐺", (0.5, 0.15), 0.6, (0.5, 0.48)),
+        _e("fox", "🦊", (0.5, 0.2), 0.6, (0.5, 0.52)),
+        _e("poodle", "🐩", (0.3, 0.05), 0.5),
+        heldout=("poodle",),
+    )
+    + _emoji(
+        "cat",
+        _e("kitten", "🐱", (0.5, 0.14), 0.6, (0.5, 0.45)),
+        _e("tabby", "🐈", (0.28, 0.08), 0.5),
+        _e("lion", "🦁", (0.5, 0.1), 0.6, (0.5, 0.4)),
+        _e("tiger", "🐯", (0.5, 0.08), 0.65, (0.5, 0.4)),
+        heldout=("tiger",),
+    )
+    + _emoji(
+        "bear",
+        _e("grizzly", "🐻", (0.5, 0.1), 0.65, (0.5, 0.42)),
+        _e("koala", "🐨", (0.5, 0.12), 0.55, (0.5, 0.45)),
+        _e("teddy", "🧸", (0.5, 0.06), 0.55, (0.5, 0.24)),
+        _e("panda", "🐼", (0.5, 0.08), 0.65, (0.5, 0.48)),
+        heldout=("panda",),
+    )
+    + _emoji(
+        "bird",
+        _e("penguin", "🐧", (0.45, 0.05), 0.6),
+        _e("chick", "🐤", (0.35, 0.05), 0.5),
+        _e("owl", "🦉", (0.5, 0.08), 0.7, (0.5, 0.27)),
+        _e("parrot", "🦜", (0.32, 0.05), 0.5),
+        heldout=("parrot",),
+    )
+    + _emoji(
+        "fish",
+        _e("herring", "🐟", (0.35, 0.15), 0.4),
+        _e("angelfish", "🐠", (0.4, 0.1), 0.45),
+        _e("whale", "🐋", (0.3, 0.3), 0.45),
+        _e("pufferfish", "🐡", (0.45, 0.1), 0.45),
+        heldout=("pufferfish",),
+    )
+    + _emoji(
+        "bug",
+        _e("ladybug", "🐞", (0.5, 0.1), 0.5),
+        _e("bee", "🐝", (0.3, 0.12), 0.45),
+        _e("caterpillar", "🐛", (0.3, 0.12), 0.45),
+        _e("beetle", "🪲", (0.5, 0.1), 0.5),
+        heldout=("beetle",),
+    )
+    + _emoji(
+        "reptile",
+        _e("turtle", "🐢", (0.2, 0.25), 0.4),
+        _e("crocodile", "🐊", (0.5, 0.08), 0.4),
+        _e("brontosaurus", "🦕", (0.3, 0.05), 0.4),
+        _e("tyrannosaurus", "🦖", (0.3, 0.06), 0.45),
+        heldout=("tyrannosaurus",),
+    )
+    + _emoji("car", ("sedan", "🚗"), ("taxi", "🚕"), ("jeep", "🚙"), ("racer", "🏎"), heldout=("racer",))
+    + _emoji("truck", ("van", "🚚"), ("firetruck", "🚒"), ("pickup", "🛻"), ("tractor", "🚜"), heldout=("tractor",))
     + _emoji("flower", ("rose", "🌹"), ("sunflower", "🌻"), ("tulip", "🌷"), ("hibiscus", "🌺"), heldout=("hibiscus",))
-    + _emoji("fruit", ("apple", "🍎"), ("lemon", "🍋"), ("strawberry", "🍓"), ("pineapple", "🍍"), heldout=("pineapple",))
-    + _emoji("ball", ("soccerball", "⚽"), ("basketball", "🏀"), ("football", "🏈"), ("billiard", "🎱"), heldout=("billiard",))
+    + _emoji(
+        "fruit", ("apple", "🍎"), ("lemon", "🍋"), ("strawberry", "🍓"), ("pineapple", "🍍"), heldout=("pineapple",)
+    )
+    + _emoji(
+        "ball",
+        ("soccerball", "⚽"),
+        ("basketball", "🏀"),
+        ("football", "🏈"),
+        ("billiard", "🎱"),
+        heldout=("billiard",),
+    )
     + _emoji("shoe", ("sneaker", "👟"), ("heel", "👠"), ("boot", "👢"), ("skate", "🛼"), heldout=("skate",))
-    + _emoji("cake", ("layercake", "🎂"), ("shortcake", "🍰"), ("donut", "🍩"), ("cupcake", "🧁"),
-             heldout=("cupcake",))
+    + _emoji("cake", ("layercake", "🎂"), ("shortcake", "🍰"), ("donut", "🍩"), ("cupcake", "🧁"), heldout=("cupcake",))
     + _emoji("drink", ("beer", "🍺"), ("wine", "🍷"), ("milk", "🥛"), ("boba", "🧋"), heldout=("boba",))
-    + _emoji("boat", ("sailboat", "⛵"), ("ship", "🚢"), ("ferry", "⛴"), ("speedboat", "🚤"),
-             heldout=("speedboat",))
-    + _emoji("house", ("cottage", "🏠"), ("church", "⛪"), ("school", "🏫"), ("castle", "🏰"),
-             heldout=("castle",))
-    + _emoji("bag", ("handbag", "👜"), ("purse", "👛"), ("briefcase", "💼"), ("backpack", "🎒"),
-             heldout=("backpack",))
+    + _emoji("boat", ("sailboat", "⛵"), ("ship", "🚢"), ("ferry", "⛴"), ("speedboat", "🚤"), heldout=("speedboat",))
+    + _emoji("house", ("cottage", "🏠"), ("church", "⛪"), ("school", "🏫"), ("castle", "🏰"), heldout=("castle",))
+    + _emoji("bag", ("handbag", "👜"), ("purse", "👛"), ("briefcase", "💼"), ("backpack", "🎒"), heldout=("backpack",))
 )
 PROPS: tuple[tuple[str, str], ...] = (
-    ("top hat", "🎩"), ("crown", "👑"), ("sunglasses", "🕶"), ("sun hat", "👒"), ("tree", "🌳"),
+    ("top hat", "🎩"),
+    ("crown", "👑"),
+    ("sunglasses", "🕶"),
+    ("sun hat", "👒"),
+    ("tree", "🌳"),
 )
 HATS = ("top hat", "crown", "sun hat", "party hat")
 FAMILIES = ("monster", "mug", "robot")
@@ -88,15 +135,31 @@ CLASS_WORDS: tuple[str, ...] = tuple(dict.fromkeys(e.class_word for e in EMOJI))
 PLURALS = {"fish": "fish", "house": "houses"}
 
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (222, 38, 44), "orange": (248, 142, 28), "yellow": (250, 214, 48), "green": (52, 166, 68),
-    "blue": (44, 96, 222), "purple": (132, 60, 176), "pink": (250, 142, 192), "brown": (130, 82, 48),
-    "black": (34, 34, 38), "white": (246, 246, 246),
+    "red": (222, 38, 44),
+    "orange": (248, 142, 28),
+    "yellow": (250, 214, 48),
+    "green": (52, 166, 68),
+    "blue": (44, 96, 222),
+    "purple": (132, 60, 176),
+    "pink": (250, 142, 192),
+    "brown": (130, 82, 48),
+    "black": (34, 34, 38),
+    "white": (246, 246, 246),
 }
 SCENES: dict[str, str] = {
-    "snow": "in the snow", "beach": "on the beach", "road": "on the road", "forest": "in the forest",
-    "sky": "in the sky", "sea": "in the sea", "night": "at night", "sunset": "at sunset",
-    "desert": "in the desert", "table": "on a wooden table", "wall": "in front of a brick wall",
-    "grass": "in the grass", "mountains": "in the mountains",
+    "snow": "in the snow",
+    "beach": "on the beach",
+    "road": "on the road",
+    "forest": "in the forest",
+    "sky": "in the sky",
+    "sea": "in the sea",
+    "night": "at night",
+    "sunset": "at sunset",
+    "desert": "in the desert",
+    "table": "on a wooden table",
+    "wall": "in front of a brick wall",
+    "grass": "in the grass",
+    "mountains": "in the mountains",
 }
 PATTERNS = ("solid", "striped", "checkered", "dotted")
 RARE_WORDS = ("sks", "ohwx", "zwx", "qvb", "xjy", "vrk", "pbz", "wqo", "jkd", "ukj", "tqz", "olv")
@@ -121,8 +184,12 @@ class Variant:
 
 _SHAPES: dict[str, tuple[tuple[str, ...], ...]] = {
     # (body, eyes, top, belly), (print, shape), (head, eyes, antenna)
-    "monster": (("round", "square", "pear"), ("one-eyed", "two-eyed", "three-eyed"),
-                ("horns", "antennae", "ears"), ("plain", "belly")),
+    "monster": (
+        ("round", "square", "pear"),
+        ("one-eyed", "two-eyed", "three-eyed"),
+        ("horns", "antennae", "ears"),
+        ("plain", "belly"),
+    ),
     "mug": (("plain", "dotted", "striped", "heart"), ("tall", "wide")),
     "robot": (("box", "dome"), ("square-eyed", "round-eyed", "visor"), ("antenna", "bolts"), ("gauge", "buttons")),
 }
@@ -131,7 +198,7 @@ _SHAPES: dict[str, tuple[tuple[str, ...], ...]] = {
 def _product(axes: tuple[tuple[str, ...], ...]) -> list[tuple[str, ...]]:
     out: list[tuple[str, ...]] = [()]
     for axis in axes:
-        out = [row + (value,) for row in out for value in axis]
+        out = [(*row, value) for row in out for value in axis]
     return out
 
 
@@ -150,9 +217,12 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
 # slug -> (object name, tint or None): the subjects on which adapters are shown and judged.
 SUBJECTS: dict[str, tuple[str, str | None]] = {
     **{e.name: (e.name, None) for e in EMOJI if e.heldout},
-    "cyclops-purple": ("cyclops", "purple"), "cyclops-orange": ("cyclops", "orange"),
-    "gremlin-green": ("gremlin", "green"), "lovemug-blue": ("lovemug", "blue"),
-    "stripemug-red": ("stripemug", "red"), "android-pink": ("android", "pink"),
+    "cyclops-purple": ("cyclops", "purple"),
+    "cyclops-orange": ("cyclops", "orange"),
+    "gremlin-green": ("gremlin", "green"),
+    "lovemug-blue": ("lovemug", "blue"),
+    "stripemug-red": ("stripemug", "red"),
+    "android-pink": ("android", "pink"),
     "backpack-green": ("backpack", "green"),
 }
 
@@ -175,5 +245,5 @@ def plural(word: str) -> str:
 
 
 def article(word: str) -> str:
-    """"a" or "an", by the first letter of the next word."""
+    """ "a" or "an", by the first letter of the next word."""
     return "an" if word[0] in "aeiou" else "a"

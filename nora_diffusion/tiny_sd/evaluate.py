@@ -1,0 +1,196 @@
+"""``python -m nora_diffusion.tiny_sd.evaluate``: numbers and fixed-seed pictures of the shipped base."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from . import world
+from .examples import subject_thing
+from .render import render, sample
+from .scenes import Scene, random_ground
+from .ship import WEIGHTS
+from .stage_diffusion import tokens
+from .stage_vae import to_tensor
+
+TEST_SEED = 900_001  # no training stage draws from it
+STEPS, GUIDANCE, GUIDANCE_RESCALE = 20, 4.0, 0.5
+PROMPTS = (
+    "a fox in the snow",
+    "a koala on a blue background",
+    "a red monster in the grass",
+    "a rose on a yellow background",
+    "an owl at night",
+    "a green mug on a wooden table",
+    "a sedan on the road",
+    "a sailboat in the sea",
+    "a kitten wearing a top hat on a pink background",
+    "a puppy wearing a crown in the grass",
+    "a strawberry on a white and black checkered background",
+    "a donut on a red and white striped background",
+    "two birds in the snow",
+    "three fruits on a wooden table",
+    "a fox next to a tree in the grass",
+    "a lion in the desert",
+    "a blue cat on the beach",
+    "a small turtle on a purple background on the left",
+    "a firetruck in front of a brick wall",
+    "a cottage in the mountains",
+    "a whale in the sea",
+    "a purple robot in the forest",
+    "a basketball on an orange and blue dotted background",
+    "a chick at sunset",
+)
+
+
+class Judge:
+    """The shipped CLIP: unit features of pictures and captions."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import CLIPModel, CLIPTokenizer
+
+        self.model = CLIPModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+
+    @torch.no_grad()
+    def pictures(self, pictures: np.ndarray) -> Tensor:
+        """(N, 64, 64, 3) uint8 to (N, D) unit vectors."""
+        pooled = self.model.vision_model(pixel_values=to_tensor(pictures)).pooler_output
+        return F.normalize(self.model.visual_projection(pooled), dim=-1)
+
+    @torch.no_grad()
+    def captions(self, captions: list[str]) -> Tensor:
+        """Captions to (N, D) unit vectors."""
+        pooled = self.model.text_model(input_ids=tokens(self.tokenizer, captions)).pooler_output
+        return F.normalize(self.model.text_projection(pooled), dim=-1)
+
+
+def generate(pipe: Any, prompts: list[str], seed: int = 0) -> np.ndarray:
+    """One picture a prompt: uint8 (N, 64, 64, 3); the i-th takes the seed ``seed + i``."""
+    out = []
+    for start in range(0, len(prompts), 12):
+        part = prompts[start : start + 12]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        out.append(
+            pipe(
+                part,
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
+                guidance_rescale=GUIDANCE_RESCALE,
+                height=64,
+                width=64,
+                generator=generators,
+                output_type="np",
+            ).images
+        )
+    return (np.concatenate(out) * 255).round().astype(np.uint8)
+
+
+def grid(pictures: np.ndarray, captions: list[str] | None = None, columns: int = 8, scale: int = 2) -> Image.Image:
+    """Pictures in rows, enlarged, with their captions beneath."""
+    side, text = 64 * scale, 26 if captions else 0
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (side + 4), rows * (side + text + 4)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, picture in enumerate(pictures):
+        x, y = (i % columns) * (side + 4), (i // columns) * (side + text + 4)
+        sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC), (x, y))
+        if captions:
+            words, half = captions[i].split(), (len(captions[i].split()) + 1) // 2
+            draw.text((x, y + side), " ".join(words[:half]) + "\n" + " ".join(words[half:]), fill="black", font_size=10)
+    return sheet
+
+
+@torch.no_grad()
+def vae_report(vae: Any, count: int = 128) -> tuple[float, np.ndarray]:
+    """PSNR (dB, mean over pictures) on unseen scenes, and originals above their reconstructions."""
+    pictures = np.stack([sample(TEST_SEED, i)[0] for i in range(count)])
+    x = to_tensor(pictures)
+    y = torch.cat([vae.decode(vae.encode(p).latent_dist.mean).sample for p in x.split(32)]).clamp(-1, 1)
+    psnr = 10 * torch.log10(4 / (x - y).square().mean((1, 2, 3)))
+    back = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return psnr.mean().item(), np.concatenate([pictures[:8], back[:8], pictures[8:16], back[8:16]])
+
+
+def judge_top1(judge: Judge, count: int = 512, among: int = 64) -> float:
+    """Share of unseen scenes whose own caption scores highest among 64 captions."""
+    hits = 0
+    for start in range(0, count, among):
+        pairs = [sample(TEST_SEED, 10_000 + start + i) for i in range(among)]
+        captions = [c for _, c in pairs]
+        scores = judge.pictures(np.stack([p for p, _ in pairs])) @ judge.captions(captions).T
+        hits += sum(captions[int(j)] == captions[i] for i, j in enumerate(scores.argmax(1)))
+    return hits / count
+
+
+def subject_auc(judge: Judge, each: int = 8) -> float:
+    """P(same subject scores above another subject), pictures of held-out subjects on random grounds."""
+    from random import Random
+
+    rng = Random(TEST_SEED)
+    slugs = list(world.SUBJECTS)
+    pictures = [
+        render(Scene((subject_thing(s),), random_ground(rng), "", rng.getrandbits(32)))
+        for s in slugs
+        for _ in range(each)
+    ]
+    features = judge.pictures(np.stack(pictures))
+    scores = (features @ features.T).numpy()
+    owner = np.repeat(np.arange(len(slugs)), each)
+    upper = np.triu(np.ones_like(scores, dtype=bool), 1)
+    same = owner[:, None] == owner[None, :]
+    positive, negative = scores[upper & same], np.sort(scores[upper & ~same])
+    return float(np.searchsorted(negative, positive).mean() / len(negative))
+
+
+def evaluate(weights: Path, images: Path | None) -> dict[str, float]:
+    """All numbers of the base; writes ``base_grid.png`` and ``base_vae.png`` to ``images`` if given."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(weights / "pipeline", torch_dtype=torch.float32, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    psnr, rows = vae_report(pipe.vae)
+    report = {"vae_psnr_db": psnr}
+    pictures = generate(pipe, list(PROMPTS))
+    if images is not None:
+        images.mkdir(parents=True, exist_ok=True)
+        grid(pictures, list(PROMPTS)).save(images / "base_grid.png", optimize=True)
+        grid(rows).save(images / "base_vae.png", optimize=True)
+    if (weights / "judge").exists():
+        judge = Judge(weights / "judge")
+        drawn, text = judge.pictures(pictures), judge.captions(list(PROMPTS))
+        scores = drawn @ text.T
+        n = len(PROMPTS)
+        report |= {
+            "judge_top1_of_64": judge_top1(judge),
+            "judge_subject_auc": subject_auc(judge),
+            "clip_own_prompt": scores.diag().mean().item(),
+            "clip_other_prompts": (scores.sum() - scores.diag().sum()).item() / (n * (n - 1)),
+            "generated_top1_of_24": (scores.argmax(1) == torch.arange(n)).float().mean().item(),
+        }
+    return {k: round(v, 4) for k, v in report.items()}
+
+
+def main() -> None:
+    """Command line of the evaluation."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--images", type=Path, help="where to write the two pictures")
+    parser.add_argument("--report", type=Path, help="where to write the numbers as JSON")
+    args = parser.parse_args()
+    report = evaluate(args.weights, args.images)
+    print(json.dumps(report, indent=1))
+    if args.report:
+        args.report.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""From training states to the folders that ship: a diffusers pipeline and the judge, in fp16 safetensors."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .configs import SIZES, Size
+from .stage_diffusion import build_diffusion, build_scheduler
+from .stage_vae import build_vae
+from .tokenizer import build_tokenizer
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def ema_weights(state: Path) -> dict[str, Tensor]:
+    """The averaged weights of a training state."""
+    if not state.exists():
+        raise FileNotFoundError(f"{state} is missing: train that stage first")
+    return {k[4:]: v for k, v in load_file(state).items() if k.startswith("ema.")}
+
+
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary folder beside ``target``, then put it in the target's place."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        write(fresh)
+        fresh.chmod(0o755)
+        old = target.with_name(f".{target.name}-old")
+        if target.exists():
+            target.replace(old)
+        fresh.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
+    """Fold ``(z - mean) / std`` of each latent channel into the 1x1 convolutions around the latent.
+
+    A Stable Diffusion pipeline knows only one ``scaling_factor`` for all channels; afterwards that is 1.
+    """
+    parts = [vae.encode(p).latent_dist.mean for p in pictures.split(64)]
+    z = torch.cat(parts).transpose(0, 1).flatten(1)
+    mean, std = z.mean(1), z.std(1)
+    n = len(mean)
+    vae.quant_conv.weight[:n].div_(std.view(-1, 1, 1, 1))
+    vae.quant_conv.bias[:n].sub_(mean).div_(std)
+    vae.quant_conv.bias[n:].sub_(2 * std.log())
+    vae.post_quant_conv.bias.add_(torch.einsum("oi,i->o", vae.post_quant_conv.weight[:, :, 0, 0], mean))
+    vae.post_quant_conv.weight.mul_(std.view(1, -1, 1, 1))
+
+
+def finish_vae(size: Size, run: Path, seed: int) -> AutoencoderKL:
+    """The trained autoencoder, averaged weights, latents of mean 0 and deviation 1, scaling factor 1."""
+    import numpy as np
+
+    from .render import sample
+    from .stage_vae import to_tensor
+
+    vae = build_vae(size, seed)
+    vae.load_state_dict(ema_weights(run / "vae.state.safetensors"))
+    count = 512 if size.name == "tiny" else 16
+    normalise_latents(vae, to_tensor(np.stack([sample(seed + 10, i)[0] for i in range(count)])))
+    vae.register_to_config(scaling_factor=1.0)
+    return vae.eval()
+
+
+def _save_text(model: nn.Module, folder: Path) -> None:
+    model.save_pretrained(folder)  # type: ignore[operator]
+
+
+def export_pipeline(size: Size, run: Path, target: Path, seed: int) -> None:
+    """Write the diffusers pipeline (fp16) from the states of the first two stages."""
+    from diffusers import StableDiffusionPipeline
+
+    def write(folder: Path) -> None:
+        tokenizer = build_tokenizer(folder / "tokenizer")
+        model = build_diffusion(size, tokenizer, seed)
+        model.load_state_dict(ema_weights(run / "diffusion.state.safetensors"))
+        parts: dict[str, Any] = {
+            "vae": finish_vae(size, run, seed),
+            "text_encoder": model["text_encoder"],
+            "unet": model["unet"],
+            "tokenizer": tokenizer,
+            "scheduler": build_scheduler(),
+        }
+        pipe = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+        pipe.to(dtype=torch.float16).save_pretrained(folder)
+        build_tokenizer(folder / "tokenizer")  # transformers 5 saves only tokenizer.json: write the rest again
+
+    replace_folder(target, write)
+
+
+def export_judge(size: Size, run: Path, target: Path, seed: int) -> None:
+    """Write the judge (CLIPModel, tokenizer, image processor) in fp16."""
+    from transformers import CLIPImageProcessor
+
+    from .stage_judge import build_judge
+
+    def write(folder: Path) -> None:
+        tokenizer = build_tokenizer(folder)
+        judge = build_judge(size, tokenizer, seed)
+        judge.load_state_dict(ema_weights(run / "judge.state.safetensors"))
+        judge.half().save_pretrained(folder)
+        side = size.judge["vision"]["image_size"]
+        CLIPImageProcessor(
+            size={"height": side, "width": side},
+            crop_size={"height": side, "width": side},
+            do_center_crop=False,
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        ).save_pretrained(folder)
+
+    replace_folder(target, write)
+
+
+def export_all(run: Path, target: Path = WEIGHTS, size_name: str = "tiny", seed: int = 0) -> None:
+    """Write ``pipeline`` and ``judge`` from the run's states, as far as the stages are trained."""
+    size = SIZES[size_name]
+    export_pipeline(size, run, target / "pipeline", seed)
+    if (run / "judge.state.safetensors").exists():
+        export_judge(size, run, target / "judge", seed)

@@ -1,0 +1,68 @@
+"""``python -m nora_diffusion.tiny_sd.train``: train the base's stages, resume them, and write the weights."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from .configs import SIZES, Size, Stage
+from .loop import LoopOptions
+from .ship import WEIGHTS, export_all, finish_vae
+from .stage_diffusion import train_diffusion
+from .stage_judge import train_judge
+from .stage_vae import train_vae
+from .tokenizer import build_tokenizer
+
+STAGES: tuple[Stage, ...] = ("vae", "diffusion", "judge")
+
+
+def run_stage(
+    stage: Stage, size: Size, options: LoopOptions, seed: int = 0, device: str | None = None, init: Path | None = None
+) -> None:
+    """Train one stage (from its state in ``options.out`` if there is one); diffusion needs the VAE's state."""
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if stage == "vae":
+        train_vae(size, options, seed, where)
+        return
+    tokenizer = build_tokenizer(options.out / "tokenizer")
+    if stage == "diffusion":
+        train_diffusion(size, finish_vae(size, options.out, seed), tokenizer, options, seed, where, init)
+    else:
+        train_judge(size, tokenizer, options, seed, where)
+
+
+def with_steps(size: Size, stage: Stage, steps: int | None) -> Size:
+    """The size with another number of steps for a stage (the learning rate's decay moves with it)."""
+    if steps is None:
+        return size
+    return replace(size, stages={**size.stages, stage: replace(size.stages[stage], steps=steps)})
+
+
+def main() -> None:
+    """Command line of the recipe."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
+    parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the states, the log and the weights")
+    parser.add_argument("--steps", type=int, help="steps of the stage (default: the size's own)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cpu or cuda (default: what is there)")
+    parser.add_argument("--init", help="'shipped' or a pipeline folder: where the diffusion stage starts")
+    parser.add_argument("--save-every", type=int, default=200)
+    args = parser.parse_args()
+    init = None if args.init is None else WEIGHTS / "pipeline" if args.init == "shipped" else Path(args.init)
+    chosen: tuple[Stage, ...] | tuple[Literal["vae", "diffusion", "judge"]]
+    chosen = STAGES if args.stage == "all" else (args.stage,)
+    for stage in chosen:
+        size = with_steps(SIZES[args.size], stage, args.steps)
+        run_stage(stage, size, LoopOptions(args.out, save_every=args.save_every), args.seed, args.device, init)
+    if (args.out / "diffusion.state.safetensors").exists():
+        export_all(args.out, args.out / "weights", args.size, args.seed)
+
+
+if __name__ == "__main__":
+    main()

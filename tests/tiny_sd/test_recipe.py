@@ -1,0 +1,112 @@
+"""The recipe trains, resumes exactly, and writes folders that stock diffusers and transformers load."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nora_diffusion.tiny_sd.configs import SIZES, Stage, StageConfig
+from nora_diffusion.tiny_sd.evaluate import Judge
+from nora_diffusion.tiny_sd.loop import LoopOptions, learning_rate
+from nora_diffusion.tiny_sd.muon import orthogonalise
+from nora_diffusion.tiny_sd.render import sample
+from nora_diffusion.tiny_sd.ship import WEIGHTS, export_all, finish_vae
+from nora_diffusion.tiny_sd.stage_diffusion import build_scheduler, loss_weight
+from nora_diffusion.tiny_sd.stage_vae import to_tensor
+from nora_diffusion.tiny_sd.train import STAGES, run_stage
+
+NANO = SIZES["nano"]
+
+
+@pytest.fixture(scope="module")
+def nano_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All three stages of the nano size, trained without a stop."""
+    out = tmp_path_factory.mktemp("nano")
+    for stage in STAGES:
+        run_stage(stage, NANO, LoopOptions(out, log_every=2), device="cpu")
+    return out
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_stage_equals_an_uninterrupted_one(stage: Stage, nano_run: Path, tmp_path: Path) -> None:
+    if stage == "diffusion":
+        (tmp_path / "vae.state.safetensors").write_bytes((nano_run / "vae.state.safetensors").read_bytes())
+    run_stage(stage, NANO, LoopOptions(tmp_path, stop_at=3), device="cpu")
+    run_stage(stage, NANO, LoopOptions(tmp_path), device="cpu")
+    whole = load_file(nano_run / f"{stage}.state.safetensors")
+    parts = load_file(tmp_path / f"{stage}.state.safetensors")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_the_log_holds_finite_losses_of_every_stage(nano_run: Path) -> None:
+    rows = [json.loads(line) for line in (nano_run / "log.jsonl").read_text().splitlines()]
+    assert {r["stage"] for r in rows} == set(STAGES)
+    assert all(0 < r["loss"] < 100 for r in rows)
+
+
+def test_nano_weights_load_in_stock_diffusers(nano_run: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    export_all(nano_run, tmp_path, "nano")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a sks dog", num_inference_steps=2, height=64, width=64).images[0]
+    assert image.size == (64, 64) and Judge(tmp_path / "judge").captions(["a dog"]).shape == (1, 16)
+
+
+def test_finished_latents_have_mean_zero_and_deviation_one(nano_run: Path) -> None:
+    vae = finish_vae(NANO, nano_run, 0)
+    pictures = torch.stack([to_tensor(sample(10, i)[0][None])[0] for i in range(16)])
+    with torch.no_grad():
+        z = vae.encode(pictures).latent_dist.mean.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(z.mean(1), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(z.std(1), torch.ones(4), atol=1e-3, rtol=0)
+
+
+def test_learning_rate_warms_up_stays_and_falls() -> None:
+    config = StageConfig(steps=100, batch=1, lr=1.0, warmup=10, decay=0.5)
+    rates = [learning_rate(config, s) for s in range(100)]
+    assert rates[0] == 0.1 and rates[20] == rates[49] == 1.0 and 0 < rates[99] < 0.03
+
+
+def test_orthogonalise_brings_singular_values_near_one() -> None:
+    for shape in ((12, 30), (30, 12)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_pure_noise_has_weight_and_clean_pictures_little() -> None:
+    weight = loss_weight(torch.tensor([0.0, 4.0, 99.0]))
+    torch.testing.assert_close(weight, torch.tensor([1.0, 1.0, 0.05]))
+    assert build_scheduler().alphas_cumprod[-1] < 1e-7
+
+
+def test_steps_can_be_changed_without_touching_the_other_stages() -> None:
+    from nora_diffusion.tiny_sd.train import with_steps
+
+    changed = with_steps(NANO, "vae", 9)
+    assert changed.stages["vae"] == replace(NANO.stages["vae"], steps=9)
+    assert changed.stages["judge"] == NANO.stages["judge"] and with_steps(NANO, "vae", None) is NANO
+
+
+def test_shipped_weights_load_and_have_the_documented_size() -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / "pipeline", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    tiny = SIZES["tiny"]
+    assert tuple(pipe.unet.config.block_out_channels) == tiny.unet["block_out_channels"]
+    assert pipe.scheduler.config.prediction_type == "v_prediction" and pipe.vae.config.scaling_factor == 1.0
+    assert pipe.tokenizer.model_max_length == pipe.text_encoder.config.max_position_embeddings == 32
+    image = pipe("a fox in the snow", num_inference_steps=2).images[0]
+    assert image.size == (64, 64)
+    total = sum(p.stat().st_size for p in WEIGHTS.rglob("*") if p.is_file())
+    assert 15e6 < total < 40e6
+    card = (WEIGHTS / "README.md").read_text()
+    assert "OFL" in card and "license" in card
