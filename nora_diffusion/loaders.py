@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,12 +88,14 @@ def add_adapter(
     strengths: dict[str, dict[str, Tensor]] = {}
     if config.basis == "awsvd":
         strengths = activation_strengths(pipe, layers, calibration)
-    for name, module in modules.items():
+    for name in names:
         unused = set(layers[name]) - set(strengths.get(name, layers[name]))
         if unused:
             raise UserError(f"{sorted(unused)[0]!r} was never called while calibrating: exclude it or use basis='svd'")
-        _inject(module, config, adapter_name, Start(strengths.get(name, {})))
-        _train(module, adapter_name)
+    with _all_or_nothing(pipe, adapter_name):
+        for name, module in modules.items():
+            _inject(module, config, adapter_name, Start(strengths.get(name, {})))
+            _train(module, adapter_name)
 
 
 def _check_new_name(pipe: Any, name: str, components: Sequence[str]) -> None:
@@ -116,6 +119,17 @@ def _inject(module: nn.Module, config: AdapterConfig, name: str, start: Start) -
         inject_adapter_in_model(own, module, name)
     own.start = Start()
     module._hf_peft_config_loaded = True  # type: ignore[assignment]
+
+
+@contextmanager
+def _all_or_nothing(pipe: Any, name: str) -> Iterator[None]:
+    """Takes a half-added adapter out again when anything fails on the way (out of memory, say)."""
+    try:
+        yield
+    except BaseException:
+        if any(name in names for names in list_adapters(pipe).values()):
+            delete_adapter(pipe, name)
+        raise
 
 
 def _train(module: nn.Module, name: str) -> None:
@@ -239,13 +253,14 @@ def load_adapter(
     refuse_merged(pipe)
     tensors = read_tensors(info, basis_dir)
     _check_fit(info, configs, modules, tensors, pipe)
-    for part, module in modules.items():
-        before = active_adapters(module)
-        _inject(module, configs[part], name, Start(empty=True))
-        _fill(module, part, name, tensors)
-        _activate(module, [*before, name] if activate else before)
-        for layer in nora_layers(module, name).values():
-            layer.set_scale(name, weight)
+    with _all_or_nothing(pipe, name):
+        for part, module in modules.items():
+            before = active_adapters(module)
+            _inject(module, configs[part], name, Start(empty=True))
+            _fill(module, part, name, tensors)
+            _activate(module, [*before, name] if activate else before)
+            for layer in nora_layers(module, name).values():
+                layer.set_scale(name, weight)
     return LoadedAdapter(name, applied=len(tensors), total=len(tensors), info=info)
 
 

@@ -189,6 +189,25 @@ def test_other_refusals(pipe: Any, saved: Path, tmp_path: Path) -> None:
     pipe.unfuse_lora()
 
 
+def test_a_failure_half_way_takes_the_adapter_out(
+    pipe: Any, saved: Path, render: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nora_diffusion import loaders
+
+    before, fill = render(pipe), loaders._fill
+
+    def fail_on_text(module: Any, part: str, name: str, tensors: Any) -> None:
+        if part == "text_encoder":
+            raise MemoryError
+        fill(module, part, name, tensors)
+
+    monkeypatch.setattr(loaders, "_fill", fail_on_text)
+    with pytest.raises(MemoryError):
+        load_adapter(pipe, saved)
+    assert list_adapters(pipe) == {}
+    assert torch.equal(render(pipe), before)
+
+
 def test_save_leaves_the_old_file_when_it_cannot_write(pipe: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 

@@ -1,0 +1,85 @@
+"""Every command and every Python block of README.md and docs/ is run, document by document, from top to bottom.
+
+A shell line runs through the same entry points as on a command line. The model's hub id stands for a tiny random
+pipeline of its layout, and training is cut to two steps; nothing else is changed.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from factories import tiny_random_pipeline, write_photos
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+HUB_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SHORT = ["--max_train_steps", "2", "--num_class_images", "2", "--sample_steps", "1", "--num_validation_images", "1"]
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    return BLOCK.findall(path.read_text(encoding="utf-8"))
+
+
+def commands(text: str) -> list[list[str]]:
+    joined = text.replace("\\\n", " ").splitlines()
+    return [words for line in joined if (words := shlex.split(line, comments=True))]
+
+
+def train(words: list[str], base: Path) -> int:
+    from nora_diffusion.training import main
+
+    small = ["--resolution", "16"] if str(base) in " ".join(words) else []
+    return main([*words, *SHORT, *small])
+
+
+def generate(words: list[str], base: Path) -> int:
+    from nora_diffusion.cli import main
+
+    small = ["--width", "16", "--height", "16"] if str(base) in " ".join(words) else []
+    return main([*words, *(["--steps", "2", *small] if words[0] == "generate" else [])])
+
+
+def run_command(words: list[str], base: Path) -> None:
+    words = [word.replace(HUB_ID, str(base)) for word in words]
+    if words[:2] == ["accelerate", "launch"]:
+        words = ["python", *words[2:]]
+    if words[0] == "make":
+        assert re.search(rf"^{re.escape(words[1])}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+    elif words[:2] == ["python", "train_dreambooth_nora.py"] or words[:2] == ["nora-diffusion", "train"]:
+        assert train(words[2:], base) == 0, words
+    elif words[:2] == ["nora-diffusion", "demo"]:
+        assert generate([*words[1:], "--max_train_steps", "2"], base) == 0, words
+    elif words[0] == "nora-diffusion":
+        assert generate(words[1:], base) == 0, words
+    elif words[:2] == ["python", "-m"]:
+        assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file(), words
+    else:
+        raise AssertionError(f"no test runs {' '.join(words)!r}: teach tests/test_docs.py how, or leave it out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_documents_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_random_pipeline(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    write_photos(tmp_path / "photos" / "dog", 4)
+    namespace: dict[str, object] = {}
+    runners: dict[str, Callable[[str], None]] = {
+        "bash": lambda text: [run_command(words, base) for words in commands(text)] and None,
+        "python": lambda text: exec(compile(text, document.name, "exec"), namespace),
+    }
+    for language, text in blocks(document):
+        runners[language](text)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}, which does not exist"
