@@ -25,8 +25,8 @@ from .checks import check_pipeline, folder_of
 from .config import Precision, TrainConfig
 from .objective import Objective
 from .optimization import build_optimizer, build_schedule, restore_schedule
-from .pictures import DTYPES, fill_class_images
 from .randomness import derive
+from .renders import DTYPES, fill_class_images
 from .rundir import RunFolder
 from .subject import Subject
 
@@ -158,7 +158,7 @@ def build_latents(
         return latents, None, ""
     place = folder_of(config.class_data_dir) if config.class_data_dir else folder.path / "class_images"
     if folder.owner:
-        fill_class_images(pipe, place, config, resolution, seed, check)
+        fill_class_images(pipe, place, config, seed, check)
     barrier()
     pictures = read_photos(place, config.dataloader_num_workers)[: config.num_class_images]
     hashes = str(derive(0, *(photo.sha256 for photo in pictures)))

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from .checkpoints import list_checkpoints, prune, save_checkpoint
 from .optimization import clip, schedule_state
-from .pictures import save_samples
 from .randomness import derive, draw_timesteps, generator, shuffled_rows
+from .renders import save_samples
 from .rundir import RunFolder, RunLog
 from .setup import ADAPTER, Run, epoch_steps
 from .signals import Interrupted, StopRequests
@@ -169,8 +169,7 @@ class Stepper:
         if stopped and not last:
             raise Interrupted(stopped, done, self.saved)
         if config.validation_prompt and (last or done % self._sample_interval() == 0) and self.folder.owner:
-            lower = self.run.dtype if self.run.dtype != torch.float32 else None
-            save_samples(self.run.pipe, self.folder.samples, done, config, self.run.resolution, self.run.seed, lower)
+            save_samples(self.run.pipe, self.folder.samples, done, config, self.run.dtype)
 
     def _sample_interval(self) -> int:
         config = self.run.config

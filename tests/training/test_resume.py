@@ -97,7 +97,7 @@ def test_killed_process_resumes(configure: Configure, tmp_path: Path) -> None:
     child = run_script(config)
     wait_for(lambda: any(config.folder.glob("checkpoints/step-*")), child)
     child.kill()
-    child.wait()
+    child.communicate()
     (config.folder / "checkpoints/.tmp-step-9").mkdir()
     resumed = train(configure(output_dir=str(tmp_path / "killed"), resume_from_checkpoint="latest", **slow))
     whole = train(configure(output_dir=str(tmp_path / "whole"), **slow))

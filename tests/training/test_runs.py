@@ -14,12 +14,12 @@ import pytest
 import torch
 import yaml
 from factories import tiny_random_pipeline, write_photos
-from PIL import Image
 from runs import Configure
 from safetensors.torch import load_file
 
 from nora_diffusion import inspect_adapter, load_adapter, open_pipeline
 from nora_diffusion.errors import UserError
+from nora_diffusion.pictures import read_settings
 from nora_diffusion.training import main, train
 from nora_diffusion.training.rundir import RunFolder, RunLog
 from nora_diffusion.training.steps import Stepper
@@ -46,7 +46,8 @@ def test_the_script_with_the_flags_of_diffusers(
     info = inspect_adapter(out)
     assert (info.trigger, info.class_word, info.step, info.seed) == ("sks", "dog", 2, 0)
     assert info.instance_prompt == "a photo of sks dog"
-    assert Image.open(out / "samples/step-000002-0.png").size == (16, 16)
+    settings = read_settings(out / "samples/step-000002-0.png")
+    assert (settings.width, settings.seed, settings.prompt) == (16, 0, "A photo of sks dog in snow")
     assert json.loads((out / "state.json").read_text())["status"] == "done"
     assert (
         "Say `sks`" in (out / "README.md").read_text()
@@ -241,7 +242,7 @@ def test_a_failing_tracker_or_preview_does_not_stop_training(
         raise RuntimeError("the service is down")
 
     monkeypatch.setattr("accelerate.Accelerator.log", broken)
-    monkeypatch.setattr("nora_diffusion.training.pictures.render", broken)
+    monkeypatch.setattr("nora_diffusion.training.renders.render", broken)
     assert train(configure(validation_prompt="a dog")).steps == 3
     assert "the tracker failed" in caplog.text and "no sample pictures" in caplog.text
 

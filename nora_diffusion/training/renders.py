@@ -1,0 +1,117 @@
+"""Pictures that the trainer makes itself: the class images of prior preservation, and samples on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..base import base_id
+from ..data import find_photos
+from ..errors import UserError
+from ..files import make_folder
+from ..generation import run
+from ..pictures import PictureSettings, save_picture
+from ..versions import versions
+from .config import TrainConfig
+from .randomness import derive
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def count_pictures(folder: Path) -> int:
+    """How many pictures a folder holds; 0 where there is none."""
+    try:
+        return len(find_photos(folder))
+    except UserError:
+        return 0
+
+
+def fill_class_images(pipe: Any, folder: Path, config: TrainConfig, seed: int, check: Callable[[], None]) -> int:
+    """Generate the missing class pictures, in batches; returns how many were made.
+
+    Each is written whole and has a seed of its own, so that an interrupted filling goes on where it stopped.
+    """
+    missing = config.num_class_images - count_pictures(folder)
+    if missing <= 0:
+        return 0
+    make_folder(folder)
+    names = [f"class-{number:05d}.png" for number in range(config.num_class_images + missing)]
+    wanted = [name for name in names if not (folder / name).exists()][:missing]
+    autocast = DTYPES[config.prior_generation_precision or _fast_precision(pipe)]
+    for start in tqdm(range(0, missing, config.sample_batch_size), desc="class images", mininterval=1.0):
+        check()
+        batch = wanted[start : start + config.sample_batch_size]
+        seeds = [derive(seed, "class", name) for name in batch]
+        images = render(pipe, config.class_prompt or "", seeds, config, autocast)
+        for name, picture_seed, image in zip(batch, seeds, images, strict=True):
+            settings = describe(pipe, config.class_prompt or "", picture_seed, image, config)
+            save_picture(image, folder / name, settings)
+    return missing
+
+
+def _fast_precision(pipe: Any) -> str:
+    return "fp16" if pipe.unet.device.type == "cuda" else "no"
+
+
+def render(
+    pipe: Any, prompt: str, seeds: Sequence[int], config: TrainConfig, autocast: torch.dtype
+) -> list[Image.Image]:
+    """Pictures by the pipeline as it stands, adapters included; the modules keep their modes."""
+    device, lower = pipe.unet.device.type, autocast != torch.float32
+    steps, guidance = config.sample_steps or 30, config.sample_guidance or 0.0
+    with _evaluating(pipe), torch.no_grad(), torch.autocast(device, autocast if lower else None, enabled=lower):
+        return run(
+            pipe, [prompt] * len(seeds), seeds, steps, guidance, width=config.resolution, height=config.resolution
+        )
+
+
+@contextlib.contextmanager
+def _evaluating(pipe: Any) -> Iterator[None]:
+    modules = [pipe.unet, pipe.text_encoder, pipe.vae]
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
+
+
+def save_samples(pipe: Any, folder: Path, step: int, config: TrainConfig, autocast: torch.dtype) -> list[Path]:
+    """Pictures of ``validation_prompt`` with the seeds ``seed, seed + 1 ...``. A failure is only a warning."""
+    paths: list[Path] = []
+    prompt = config.validation_prompt or ""
+    try:
+        for number in range(config.num_validation_images):
+            seed = (config.seed or 0) + number
+            image = render(pipe, prompt, [seed], config, autocast)[0]
+            settings = describe(pipe, prompt, seed, image, config)
+            paths.append(save_picture(image, folder / f"step-{step:06d}-{number}.png", settings))
+    except (RuntimeError, OSError, ValueError) as error:
+        log.warning("no sample pictures at step %d: %s", step, error)
+    return paths
+
+
+def describe(pipe: Any, prompt: str, seed: int, image: Image.Image, config: TrainConfig) -> PictureSettings:
+    """The settings that a picture carries."""
+    return PictureSettings(
+        prompt=prompt,
+        seed=seed,
+        steps=config.sample_steps or 30,
+        guidance=config.sample_guidance or 0.0,
+        width=image.width,
+        height=image.height,
+        sampler=type(pipe.scheduler).__name__,
+        base=base_id(pipe),
+        versions=versions(),
+    )
