@@ -17,21 +17,20 @@ EMBEDDED: dict[str, Any] = {
     "max_train_steps": 300,
     "train_batch_size": 4,
     "lr_scheduler": "cosine",
-    "lr_warmup_steps": 20,
     "snr_gamma": 5.0,
     "timestep_sampling": "stratified",
     "sample_steps": 20,
     "sample_guidance": 5.0,
 }
 
-# Other bases: as diffusers' script, but for the steps: its one epoch over five photos is two of them.
+# Other bases: as diffusers' script, but for the steps (its one epoch over five photos is two) and the warm-up (its 500
+# would fill the whole run): that is a tenth of the steps everywhere.
 OTHER: dict[str, Any] = {
     "target_modules": ["attn"],
     "learning_rate": 5e-4,
     "max_train_steps": 500,
     "train_batch_size": 4,
     "lr_scheduler": "constant",
-    "lr_warmup_steps": 500,
     "snr_gamma": 0.0,
     "timestep_sampling": "uniform",
     "sample_steps": 30,
@@ -59,6 +58,8 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
     base = dict(EMBEDDED if is_embedded(config.pretrained_model_name_or_path) else OTHER)
     if config.method != "nora":
         base.pop("rank", None)
+    if config.method == "mor":  # a token router cannot gate a convolution
+        base["target_modules"] = [group for group in base["target_modules"] if group != "conv"]
     table = {**METHODS[config.method], **base}
     # Epochs given without steps: the number of steps follows from the number of photos.
     skip = {"max_train_steps"} if config.num_train_epochs is not None else set()

@@ -142,3 +142,14 @@ def test_defaults_fill_gaps_only() -> None:
 def test_help_names_every_setting() -> None:
     text = build_parser("x").format_help()
     assert all(f"--{f.name}" in text for f in fields(TrainConfig))
+
+
+def test_the_documentation_has_every_setting() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    assert [f.name for f in fields(TrainConfig) if f"| `{f.name}`" not in text] == []
+    other = with_defaults(TrainConfig(pretrained_model_name_or_path="some/model"))
+    assert f"| `learning_rate` | {other.learning_rate} |" in text
+
+
+def test_a_router_gets_no_convolutions_by_default() -> None:
+    assert "conv" not in (with_defaults(TrainConfig(method="mor")).target_modules or [])
