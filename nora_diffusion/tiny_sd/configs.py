@@ -92,13 +92,13 @@ SIZES: dict[str, Size] = {
         text=_text(160, 2, 5),
         unet=_unet((64, 128, 160), (2, 4, 5), 160, 8),
         judge={
-            "text": _text(128, 3, 4),
+            "text": _text(128, 2, 4),
             "projection_dim": 128,
             "vision": {
-                "hidden_size": 192,
-                "intermediate_size": 768,
-                "num_hidden_layers": 6,
-                "num_attention_heads": 6,
+                "hidden_size": 128,
+                "intermediate_size": 512,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
                 "image_size": 64,
                 "patch_size": 8,
                 "hidden_act": "quick_gelu",
@@ -107,7 +107,7 @@ SIZES: dict[str, Size] = {
         stages={
             "vae": StageConfig(steps=3600, batch=16, lr=1.5e-3, ema=0.995),
             "diffusion": StageConfig(steps=1350, batch=64, lr=1.5e-3, warmup=60, decay=0.4, ema=0.99, optimizer="muon"),
-            "judge": StageConfig(steps=1200, batch=128, lr=1e-3, ema=0.99),
+            "judge": StageConfig(steps=600, batch=64, lr=1.5e-3, warmup=40, decay=0.5, ema=0.98, optimizer="muon"),
         },
     ),
     "nano": Size(

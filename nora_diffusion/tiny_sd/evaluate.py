@@ -57,7 +57,7 @@ class Judge:
     def __init__(self, folder: Path) -> None:
         from transformers import CLIPModel, CLIPTokenizer
 
-        self.model = CLIPModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
+        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
 
     @torch.no_grad()
@@ -155,7 +155,7 @@ def evaluate(weights: Path, images: Path | None) -> dict[str, float]:
     """All numbers of the base; writes ``base_grid.png`` and ``base_vae.png`` to ``images`` if given."""
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(weights / "pipeline", torch_dtype=torch.float32, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(weights / "pipeline", dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     psnr, rows = vae_report(pipe.vae)
     report = {"vae_psnr_db": psnr}

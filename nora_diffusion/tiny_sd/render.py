@@ -160,7 +160,7 @@ def render(scene: Scene) -> np.ndarray:
         _paste(canvas, image, cx - image.width / 2, y)
         if scene.accessory:
             _dress(canvas, scene, thing, (cx - image.width / 2, y, image.width, image.height))
-    return np.asarray(canvas.reduce(2))
+    return np.array(canvas.reduce(2))
 
 
 def sample(seed: int, index: int) -> tuple[np.ndarray, str]:

@@ -32,6 +32,7 @@ def nano_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_stage_equals_an_uninterrupted_one(stage: Stage, nano_run: Path, tmp_path: Path) -> None:
     if stage == "diffusion":
@@ -44,22 +45,25 @@ def test_a_resumed_stage_equals_an_uninterrupted_one(stage: Stage, nano_run: Pat
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
 
 
+@pytest.mark.slow
 def test_the_log_holds_finite_losses_of_every_stage(nano_run: Path) -> None:
     rows = [json.loads(line) for line in (nano_run / "log.jsonl").read_text().splitlines()]
     assert {r["stage"] for r in rows} == set(STAGES)
     assert all(0 < r["loss"] < 100 for r in rows)
 
 
+@pytest.mark.slow
 def test_nano_weights_load_in_stock_diffusers(nano_run: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
     export_all(nano_run, tmp_path, "nano")
-    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a sks dog", num_inference_steps=2, height=64, width=64).images[0]
     assert image.size == (64, 64) and Judge(tmp_path / "judge").captions(["a dog"]).shape == (1, 16)
 
 
+@pytest.mark.slow
 def test_finished_latents_have_mean_zero_and_deviation_one(nano_run: Path) -> None:
     vae = finish_vae(NANO, nano_run, 0)
     pictures = torch.stack([to_tensor(sample(10, i)[0][None])[0] for i in range(16)])
@@ -98,7 +102,7 @@ def test_steps_can_be_changed_without_touching_the_other_stages() -> None:
 def test_shipped_weights_load_and_have_the_documented_size() -> None:
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / "pipeline", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / "pipeline", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     tiny = SIZES["tiny"]
     assert tuple(pipe.unet.config.block_out_channels) == tiny.unet["block_out_channels"]
