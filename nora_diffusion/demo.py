@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def run_demo(
     export = export_lora(folder, folder / "subject_lora.safetensors")
     base, nora = _generate(example, folder)
     finished = time.monotonic()
-    _grid(example, base, nora).save(folder / "grid.png")
+    write_atomic(folder / "grid.png", _png(_grid(example, base, nora)))
     report = {
         "subject": slug,
         "seconds": {"learning": round(learned - started, 1), "generating": round(finished - learned, 1)},
@@ -126,6 +127,12 @@ def _grid(example: Example, base: list[Image.Image], nora: list[Image.Image]) ->
         ["What it learned from", "The base, without the adapter", "With the NoRA adapter, same seeds"],
         side=192,
     )
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _scores(example: Example, base: list[Image.Image], nora: list[Image.Image]) -> dict[str, dict[str, float]]:

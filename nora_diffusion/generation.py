@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 from .base import base_id, is_embedded, open_pipeline
 from .errors import UserError
-from .files import make_folder
+from .files import user_errors
 from .loaders import LoadedAdapter, load_adapter
 from .pictures import PictureSettings, save_picture
 from .versions import versions
@@ -72,7 +74,8 @@ def generate(config: GenerateConfig) -> list[Path]:
     """Make the pictures and return their files. Nothing is written unless base and adapters load."""
     config.check()
     wanted = [parse_adapter(text) for text in config.adapters]
-    out = make_folder(Path(config.out).expanduser())
+    out = Path(config.out).expanduser()
+    _check_writable(out)
     pipe = open_pipeline(config.base, device=config.device)
     loaded = [(load_adapter(pipe, path, weight=weight), weight) for path, weight in wanted]
     guidance = config.guidance
@@ -111,6 +114,15 @@ def run(
     return images
 
 
+def _check_writable(folder: Path) -> None:
+    """Refuse before anything is loaded; the folder is made with the first picture, so that a mistake leaves none."""
+    with user_errors(folder):
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        writable = there.is_dir() and os.access(there, os.W_OK)
+    if not writable:
+        raise UserError(f"cannot write {folder}: {there} is no folder that you may write to; choose another one")
+
+
 def _describe(loaded: list[tuple[LoadedAdapter, float]]) -> list[dict[str, Any]]:
     return [
         {"name": a.name, "weight": weight, "sha256": a.info.sha256, "path": a.info.path, "trigger": a.trigger}
@@ -125,5 +137,5 @@ def _batches(jobs: list[tuple[str, int]], size: int) -> Iterator[list[tuple[str,
 
 def _free_name(folder: Path, seed: int) -> Path:
     """The next ``NNNN-seed.png``; nothing is ever overwritten."""
-    taken = [int(f.name[:4]) for f in folder.glob("[0-9][0-9][0-9][0-9]-*.png")]
+    taken = [int(match[1]) for f in folder.glob("*.png") if (match := re.match(r"(\d{4,})-", f.name))]
     return folder / f"{max(taken, default=-1) + 1:04d}-{seed}.png"

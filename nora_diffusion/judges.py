@@ -39,7 +39,9 @@ def load_judge(path_or_id: str | Path | None = None) -> Judge:
 
     source = str(path_or_id or EMBEDDED_WEIGHTS / "judge")
     try:
-        model = CLIPModel.from_pretrained(source, use_safetensors=True).eval().requires_grad_(False)
+        # Scores are computed in fp32 whatever the weights are stored in: in fp16 they would have three digits.
+        model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        model = model.eval().requires_grad_(False)
         tokenizer = AutoTokenizer.from_pretrained(source)
         settings = _preprocessing(source)
     except (OSError, ValueError) as error:
@@ -50,9 +52,10 @@ def load_judge(path_or_id: str | Path | None = None) -> Judge:
 
 
 def _preprocessing(source: str) -> dict[str, Any]:
-    from transformers import CLIPImageProcessor
+    # The mixin only reads the file; the processors themselves would want torchvision.
+    from transformers.image_processing_base import ImageProcessingMixin
 
-    processor, _ = CLIPImageProcessor.get_image_processor_dict(source)
+    processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
     return {key: processor.get(key, default) for key, default in (("image_mean", [0.5] * 3), ("image_std", [0.5] * 3))}
 
 

@@ -9,7 +9,7 @@ HELP = "generate pictures with any base and adapters"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this command."""
-    parser.add_argument("--prompt", action="append", required=True, help="what to show; may be given several times")
+    parser.add_argument("--prompt", action="append", default=[], help="what to show; may be given several times")
     parser.add_argument(
         "--adapter", action="append", default=[], metavar="PATH[:WEIGHT]", help="file, folder or hub id"
     )

@@ -74,6 +74,7 @@ def test_export(dog: Path, tmp_path: Path, capsys: Capture, form: str) -> None:
 MISTAKES = {
     "no such command": (["genrate"], "genrate"),
     "flag with a typo": (["generate", "--promt", "x", "--prompt", "x"], "did you mean --prompt"),
+    "flag with a typo and nothing else": (["generate", "--promt", "x"], "did you mean --prompt"),
     "no prompt": (["generate"], "--prompt"),
     "empty prompt": (["generate", "--prompt", " "], "no prompt"),
     "absurd steps": (["generate", "--prompt", "x", "--steps", "1000000000"], "out of range"),
@@ -109,7 +110,7 @@ def test_adapter_for_another_base_is_refused(dog: Path, tmp_path: Path, capsys: 
     other = tiny_random_pipeline(tmp_path / "other", seed=4)
     assert generate(other, tmp_path / "out", "--prompt", "x", "--adapter", str(dog)) == 2
     assert "was made for the base" in capsys.readouterr().err
-    assert not list((tmp_path / "out").glob("*"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_output_that_cannot_be_written(tiny_base: Path, tmp_path: Path, capsys: Capture) -> None:
