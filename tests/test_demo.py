@@ -1,0 +1,46 @@
+"""The demo, whole, on the embedded base; only its training is cut short."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from nora_diffusion import demo, inspect_adapter
+from nora_diffusion.cli import main
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--max_train_steps", "2"]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((out / "report.json").read_text())
+    assert report["steps"] == 2
+    assert set(report["scores"]) == {"base", "nora"}
+    assert f"{report['trained_numbers']:,}" in printed and demo.SUBJECT in printed
+    assert inspect_adapter(out).trained_numbers == report["trained_numbers"]
+    assert report["bytes"]["subject_lora.safetensors"] == (out / "subject_lora.safetensors").stat().st_size
+    assert load_file(out / "subject_lora.safetensors")
+    with Image.open(out / "grid.png") as grid:
+        assert grid.width >= 6 * 128 and grid.height >= 3 * 128
+
+
+def test_examples_are_complete() -> None:
+    """Six pictures to learn from, held-out ones to score with, six prompts; at least 16 subjects."""
+    slugs = [f.parent.name for f in demo.EXAMPLES.glob("*/subject.json")]
+    assert len(slugs) >= 16 and demo.SUBJECT in slugs
+    for slug in slugs:
+        example = demo.open_example(slug)
+        assert len(example.pictures()) == 6 and example.scoring_pictures()
+        assert len(example.prompts) == 6 and all("{}" in prompt for prompt in example.prompts)
+        assert example.class_word in example.phrase
+
+
+def test_installed_without_examples(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(demo, "EXAMPLES", Path("nowhere"))
+    assert main(["demo"]) == 2
+    assert "source repository" in capsys.readouterr().err

@@ -1,0 +1,88 @@
+"""Scores: any CLIP in transformers' format, in fp32, without torchvision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from factories import write_tokenizer
+from PIL import Image
+
+from nora_diffusion import UserError
+from nora_diffusion.judges import Judge, image_features, load_judge, prompt_score, subject_score, text_features
+
+COLOURS = ("red", "blue", "green")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP for pictures of 16 pixels, stored in fp16 as judges are shipped."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    path = write_tokenizer(tmp_path_factory.mktemp("judge") / "clip")
+    tokenizer = CLIPTokenizer(str(path / "vocab.json"), str(path / "merges.txt"), model_max_length=16)
+    tokenizer.save_pretrained(path)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    end = tokenizer.eos_token_id
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "eos_token_id": end, "pad_token_id": end}
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config={**sizes, **text}, vision_config={**sizes, "image_size": 16, "patch_size": 8}, projection_dim=8
+    )
+    CLIPModel(config).half().save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def judge(folder: Path) -> Judge:
+    return load_judge(folder)
+
+
+def pictures(side: int = 24) -> list[Image.Image]:
+    return [Image.new("RGB", (side, side), colour) for colour in COLOURS]
+
+
+def test_features_have_length_one_in_fp32(judge: Judge) -> None:
+    for features in (image_features(judge, pictures()), text_features(judge, COLOURS)):
+        assert features.shape == (3, 8) and features.dtype == torch.float32
+        torch.testing.assert_close(features.norm(dim=-1), torch.ones(3))
+
+
+def test_scores_are_mean_cosines(judge: Judge) -> None:
+    image, text = image_features(judge, pictures()), text_features(judge, COLOURS)
+    expected = sum(float(a @ b) for a in image[:2] for b in image) / 6
+    assert subject_score(judge, pictures()[:2], pictures()) == pytest.approx(expected, abs=1e-6)
+    assert prompt_score(judge, pictures(), COLOURS) == pytest.approx(float((image * text).sum()) / 3, abs=1e-6)
+    assert subject_score(judge, pictures()[:1], pictures()[:1]) == pytest.approx(1, abs=1e-6)
+
+
+def test_preprocessing_is_that_of_the_judge(judge: Judge) -> None:
+    """A picture of one colour: pixels are (value - mean) / std, at any size and shape."""
+    pixel = judge.model.vision_model.embeddings.patch_embedding.weight.sum((2, 3)) @ torch.tensor([2.0, -2.0, -2.0])
+    seen: list[torch.Tensor] = []
+    hook = judge.model.vision_model.embeddings.patch_embedding.register_forward_hook(lambda *a: seen.append(a[2]))
+    image_features(judge, [Image.new("RGB", (50, 30), "red")])
+    hook.remove()
+    torch.testing.assert_close(seen[0][0], pixel.view(-1, 1, 1).expand_as(seen[0][0]), atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_no_judge_is_refused(tmp_path: Path, tiny_base: Path) -> None:
+    for place in (tmp_path, tiny_base):
+        with pytest.raises(UserError, match="cannot load the judge"):
+            load_judge(place)
+
+
+def test_the_shipped_judge_tells_subjects_apart() -> None:
+    """Other pictures of a subject look more like it than pictures of another subject do, on average over four."""
+    from nora_diffusion.demo import open_example
+
+    judge = load_judge()
+    examples = [open_example(slug) for slug in ("cyclops-purple", "panda", "tractor", "tiger")]
+    learned = [e.pictures() for e in examples]
+    scored = [e.scoring_pictures() for e in examples]
+    scores = torch.tensor([[subject_score(judge, a, b) for b in scored] for a in learned])
+    same, other = scores.diagonal().mean(), (scores.sum() - scores.trace()) / 12
+    assert same > other + 0.05, scores
