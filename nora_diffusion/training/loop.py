@@ -18,7 +18,7 @@ from .config import TrainConfig
 from .defaults import with_defaults
 from .identity import identity_of
 from .rundir import RunFolder
-from .setup import Run, build_latents, build_run, open_base, settle
+from .setup import Run, build_latents, build_run, check_targets, open_base, settle
 from .signals import Interrupted, StopRequests
 from .steps import Stepper
 from .subject import Subject, read_subject
@@ -87,9 +87,13 @@ def set_up(
     config = settle(config, pipe, checkpoint, len(subject.photos), accelerator.device, processes)
     config = agree_on_seed(config, accelerator)
     stop.check()
-    if checkpoint is not None and not config.with_prior_preservation:
-        check_identity(checkpoint, identity_of(config, pipe, subject, "", processes))
-    folder.claim(anew=checkpoint is None, config=config.to_dict())
+    if checkpoint is not None:
+        # The class pictures are compared below, once they are there.
+        pictures = str(checkpoint.identity.get("class pictures", ""))
+        check_identity(checkpoint, identity_of(config, pipe, subject, pictures, processes))
+    check_targets(config, pipe)
+    again = replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
+    folder.claim(anew=checkpoint is None, config=again.to_dict())
     folder.state("starting", total=config.max_train_steps, step=checkpoint.step if checkpoint else 0)
     data = build_latents(config, pipe, subject, folder, accelerator.wait_for_everyone, stop.check)
     identity = identity_of(config, pipe, subject, data[2], processes)

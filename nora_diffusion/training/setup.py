@@ -16,6 +16,7 @@ from torch import nn
 from ..adapters import AdapterConfig
 from ..adapters.presets import PRESETS
 from ..base import open_pipeline
+from ..components import component, targets
 from ..data import read_photos
 from ..errors import UserError
 from ..loaders import add_adapter, load_adapter, trainable_parameters
@@ -108,7 +109,9 @@ def settle(
     seed = config.seed if config.seed is not None else earlier.get("seed", secrets.randbelow(2**31))
     precision: Precision = config.mixed_precision or earlier.get("mixed_precision") or launched_precision(device)
     steps = config.max_train_steps or epoch_steps(config, photos, processes) * (config.num_train_epochs or 1)
-    warmup = config.lr_warmup_steps if config.lr_warmup_steps is not None else steps // 10
+    warmup = config.lr_warmup_steps
+    if warmup is None:
+        warmup = earlier.get("lr_warmup_steps", 0 if config.lr_scheduler == "constant" else steps // 10)
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no")
     if warmup >= steps and config.lr_scheduler != "constant":
@@ -167,14 +170,14 @@ def build_latents(
 
 def adapter_config(config: TrainConfig) -> AdapterConfig:
     """The preset of ``config.method`` with the values that it takes."""
-    targets: str | list[str] | None = config.target_modules
-    if targets is not None and len(targets) == 1:
-        targets = targets[0]  # a group, or a regular expression
+    wanted: str | list[str] | None = config.target_modules
+    if wanted is not None and len(wanted) == 1:
+        wanted = wanted[0]  # a group, or a regular expression
     values: dict[str, Any] = {
         "r": config.rank,
         "alpha": config.alpha,
         "dropout": config.dropout,
-        "target_modules": targets,
+        "target_modules": wanted,
         "inner_r": config.inner_rank,
         "basis": config.basis,
         "num_experts": config.num_experts,
@@ -182,12 +185,23 @@ def adapter_config(config: TrainConfig) -> AdapterConfig:
     return PRESETS[config.method](**{k: v for k, v in values.items() if v is not None})
 
 
+def check_targets(config: TrainConfig, pipe: Any) -> None:
+    """Raise :class:`UserError` for an adapter that cannot be made or sits nowhere, before anything is written."""
+    adapter = adapter_config(config)
+    for name in components(config):
+        targets(component(pipe, name), adapter)
+
+
+def components(config: TrainConfig) -> list[str]:
+    """The parts of the pipeline that get the adapter."""
+    return ["unet", "text_encoder"] if config.train_text_encoder else ["unet"]
+
+
 def place_adapter(config: TrainConfig, pipe: Any, checkpoint: Checkpoint | None) -> dict[str, nn.Parameter]:
     """Put the adapter in, fresh or from the checkpoint; returns its trained factors by file key."""
-    components = ["unet", "text_encoder"] if config.train_text_encoder else ["unet"]
     if checkpoint is None:
         torch.manual_seed(derive(config.seed or 0, "init"))
-        add_adapter(pipe, adapter_config(config), ADAPTER, components, config.calibration_prompts)
+        add_adapter(pipe, adapter_config(config), ADAPTER, components(config), config.calibration_prompts)
     else:
         load_adapter(pipe, checkpoint.path, ADAPTER)
     parameters = trainable_parameters(pipe, ADAPTER)

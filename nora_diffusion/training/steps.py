@@ -56,7 +56,9 @@ class Stepper:
                 loss, norm = self.step(step)
                 losses.append(loss)
                 done = step + 1
-                journal.write(step=done, loss=loss, lr=rate, grad_norm=norm, seconds=round(time.monotonic() - begun, 4))
+                seconds = round(time.monotonic() - begun, 4)
+                finite = norm if math.isfinite(norm) else None  # under fp16 a step may be skipped; JSON has no inf
+                journal.write(step=done, loss=loss, lr=rate, grad_norm=finite, seconds=seconds)
                 folder.state("training", step=done, total=run.total_steps, loss=loss)
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}", refresh=False)
                 bar.update()
