@@ -22,7 +22,7 @@ from .stage_diffusion import tokens
 from .stage_vae import to_tensor
 
 TEST_SEED = 900_001  # no training stage draws from it
-STEPS, GUIDANCE, GUIDANCE_RESCALE = 20, 4.0, 0.5
+STEPS, GUIDANCE, GUIDANCE_RESCALE = 20, 4.0, 0.0
 PROMPTS = (
     "a fox in the snow",
     "a koala on a blue background",
