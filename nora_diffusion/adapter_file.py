@@ -221,5 +221,6 @@ def write_adapter(folder: Path, tensors: Tensors, info: AdapterInfo, basis_dir: 
             write_atomic(target, save(basis, {"format": "nora_basis"}))
         tensors = {k: v for k, v in tensors.items() if k not in basis}
     values = {k: v for k, v in asdict(info).items() if k not in READ_ONLY and v not in ("", [], {}, None)}
-    metadata = {"format": FORMAT, "nora": json.dumps(values, separators=(",", ":"))}
+    # One entry only: safetensors writes several in no fixed order, and equal adapters shall be equal files.
+    metadata = {"nora": json.dumps({"format": FORMAT, **values}, separators=(",", ":"))}
     return write_atomic(folder / FILE_NAME, save({k: v.contiguous() for k, v in tensors.items()}, metadata))

@@ -15,7 +15,7 @@ from .errors import UserError
 from .files import make_folder, write_atomic
 from .pictures import contact_sheet
 
-SUBJECT = "cyclops-purple"
+SUBJECT = "stripemug-red"
 EXAMPLES = Path(__file__).parents[1] / "examples" / "subjects"
 SEED = 0
 STEPS = 20

@@ -88,6 +88,12 @@ def test_expected_sizes_on_the_layout_of_sd_1_5(tmp_path: Path) -> None:
     assert len(list((tmp_path / "bases").glob("*.safetensors"))) == 1
 
 
+def test_equal_adapters_are_equal_files(pipe: Any, tmp_path: Path) -> None:
+    trained(pipe, METHODS["nora"])
+    files = [save_adapter(pipe, tmp_path / name, "one", info={"trigger": "sks"}) for name in ("a", "b")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_shared_basis_is_stored_once_and_checked(pipe: Any, tmp_path: Path) -> None:
     trained(pipe, nora(r=4, inner_r=2, basis="svd"))
     state = {k: v.clone() for k, v in pipe.unet.state_dict().items() if "nora_" in k}
