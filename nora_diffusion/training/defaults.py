@@ -13,7 +13,7 @@ EMBEDDED: dict[str, Any] = {
     "rank": 32,
     "inner_rank": 16,
     "target_modules": ["attn", "ff", "proj", "conv"],
-    "learning_rate": 2e-3,
+    "learning_rate": 6e-4,
     "max_train_steps": 300,
     "train_batch_size": 4,
     "lr_scheduler": "cosine",
