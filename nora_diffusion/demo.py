@@ -19,7 +19,6 @@ SUBJECT = "stripemug-red"
 EXAMPLES = Path(__file__).parents[1] / "examples" / "subjects"
 SEED = 0
 STEPS = 20
-GUIDANCE = 5.0
 
 
 @dataclass
@@ -108,15 +107,15 @@ def _train_config(example: Example, folder: Path, max_train_steps: int | None) -
 
 def _generate(example: Example, folder: Path) -> tuple[list[Image.Image], list[Image.Image]]:
     from .base import load_base
-    from .generation import run
+    from .generation import EMBEDDED_GUIDANCE, run
     from .loaders import load_adapter
 
     pipe = load_base()
     seeds = [SEED + i for i in range(len(example.prompts))]
     prompts = [p.format(example.phrase) for p in example.prompts]
-    base = run(pipe, prompts, seeds, STEPS, GUIDANCE)
+    base = run(pipe, prompts, seeds, STEPS, EMBEDDED_GUIDANCE)
     load_adapter(pipe, folder, "subject")
-    return base, run(pipe, prompts, seeds, STEPS, GUIDANCE)
+    return base, run(pipe, prompts, seeds, STEPS, EMBEDDED_GUIDANCE)
 
 
 def _grid(example: Example, base: list[Image.Image], nora: list[Image.Image]) -> Image.Image:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
+from ..pictures import contact_sheet
 from . import world
 from .examples import subject_thing
 from .render import render, sample
@@ -94,19 +95,10 @@ def generate(pipe: Any, prompts: list[str], seed: int = 0) -> np.ndarray:
     return (np.concatenate(out) * 255).round().astype(np.uint8)
 
 
-def grid(pictures: np.ndarray, captions: list[str] | None = None, columns: int = 8, scale: int = 2) -> Image.Image:
-    """Pictures in rows, enlarged, with their captions beneath."""
-    side, text = 64 * scale, 26 if captions else 0
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (side + 4), rows * (side + text + 4)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, picture in enumerate(pictures):
-        x, y = (i % columns) * (side + 4), (i // columns) * (side + text + 4)
-        sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC), (x, y))
-        if captions:
-            words, half = captions[i].split(), (len(captions[i].split()) + 1) // 2
-            draw.text((x, y + side), " ".join(words[:half]) + "\n" + " ".join(words[half:]), fill="black", font_size=10)
-    return sheet
+def sheet(pictures: np.ndarray, captions: list[str] | None = None, columns: int = 8) -> Image.Image:
+    """Pictures in rows of ``columns``, with their captions beneath."""
+    cells = [(Image.fromarray(p), captions[i] if captions else "") for i, p in enumerate(pictures)]
+    return contact_sheet([cells[i : i + columns] for i in range(0, len(cells), columns)])
 
 
 @torch.no_grad()
@@ -162,8 +154,8 @@ def evaluate(weights: Path, images: Path | None) -> dict[str, float]:
     pictures = generate(pipe, list(PROMPTS))
     if images is not None:
         images.mkdir(parents=True, exist_ok=True)
-        grid(pictures, list(PROMPTS)).save(images / "base_grid.png", optimize=True)
-        grid(rows).save(images / "base_vae.png", optimize=True)
+        sheet(pictures, list(PROMPTS)).save(images / "base_grid.png", optimize=True)
+        sheet(rows).save(images / "base_vae.png", optimize=True)
     if (weights / "judge").exists():
         judge = Judge(weights / "judge")
         drawn, text = judge.pictures(pictures), judge.captions(list(PROMPTS))
