@@ -110,7 +110,7 @@ def random_scene(seed: int, index: int) -> Scene:
     size = position = accessory = ""
     tree = False
     draw = rng.random()
-    if draw < 0.05:
+    if draw < 0.06:
         n = rng.choice((2, 2, 3))
         things = (thing,) * n
         colour = phrase.split()[0] if phrase.split()[0] in world.COLOURS else ""
@@ -130,10 +130,10 @@ def random_scene(seed: int, index: int) -> Scene:
             if accessory == "sunglasses" and not has_eyes(thing):
                 accessory = "crown"
             text += " wearing " + (accessory if accessory == "sunglasses" else _with_article(accessory))
-        elif 0.31 <= draw < 0.35:
+        elif 0.31 <= draw < 0.39:
             tree = True
             text += " next to a tree"
-        elif 0.35 <= draw < 0.38:
+        elif 0.39 <= draw < 0.47:
             other, other_phrase = random_thing(rng, tint=0.1)
             things = (thing, other)
             text += f" next to {_with_article(other_phrase)}"

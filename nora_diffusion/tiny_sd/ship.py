@@ -63,6 +63,17 @@ def normalise_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
     vae.post_quant_conv.weight.mul_(std.view(1, -1, 1, 1))
 
 
+def frozen_vae(size: Size, run: Path, seed: int, init: Path | None = None) -> AutoencoderKL:
+    """The autoencoder of a run: the folder ``run/vae``, made once from ``init`` or from the run's own VAE stage."""
+    from diffusers import AutoencoderKL
+
+    folder = run / "vae"
+    if not folder.exists():
+        vae = finish_vae(size, run, seed) if init is None else AutoencoderKL.from_pretrained(init / "vae")
+        replace_folder(folder, lambda fresh: vae.save_pretrained(fresh))
+    return AutoencoderKL.from_pretrained(folder).float().eval()
+
+
 def finish_vae(size: Size, run: Path, seed: int) -> AutoencoderKL:
     """The trained autoencoder, averaged weights, latents of mean 0 and deviation 1, scaling factor 1."""
     import numpy as np
@@ -91,7 +102,7 @@ def export_pipeline(size: Size, run: Path, target: Path, seed: int) -> None:
         model = build_diffusion(size, tokenizer, seed)
         model.load_state_dict(ema_weights(run / "diffusion.state.safetensors"))
         parts: dict[str, Any] = {
-            "vae": finish_vae(size, run, seed),
+            "vae": frozen_vae(size, run, seed),
             "text_encoder": model["text_encoder"],
             "unet": model["unet"],
             "tokenizer": tokenizer,

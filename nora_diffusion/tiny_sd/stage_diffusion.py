@@ -119,12 +119,14 @@ def train_diffusion(
     seed: int,
     device: torch.device,
     init: Path | None = None,
+    compiled: bool = False,
 ) -> Trainer:
     """Train UNet and text encoder on v-prediction with stratified timesteps and 10% empty prompts."""
     model = build_diffusion(size, tokenizer, seed)
     if init is not None:
         load_weights(model, init)
-    model.to(device).train()
+    model.to(device, memory_format=torch.channels_last).train()
+    unet = torch.compile(model["unet"]) if compiled else model["unet"]
     config = size.stages["diffusion"]
     trainer = Trainer("diffusion", model, config, options)
     pool = LatentPool(vae.to(device).eval(), tokenizer, size, seed, device)
@@ -144,7 +146,7 @@ def train_diffusion(
         noisy, v = a.sqrt() * x0 + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x0
         with autocast(device):
             text = model["text_encoder"](ids.to(device)).last_hidden_state
-            out = model["unet"](noisy.to(device), t.to(device), text).sample.float()
+            out = unet(noisy.to(device), t.to(device), text).sample.float()
         snr = (alphas[t] / (1 - alphas[t])).to(device)
         error = (out - v.to(device)).square().mean((1, 2, 3))
         return (loss_weight(snr) * error).mean(), {"v_mse": round(error.mean().item(), 5)}

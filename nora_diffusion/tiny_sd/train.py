@@ -11,7 +11,7 @@ import torch
 
 from .configs import SIZES, Size, Stage
 from .loop import LoopOptions
-from .ship import WEIGHTS, export_all, finish_vae
+from .ship import WEIGHTS, export_all, frozen_vae
 from .stage_diffusion import train_diffusion
 from .stage_judge import train_judge
 from .stage_vae import train_vae
@@ -21,16 +21,23 @@ STAGES: tuple[Stage, ...] = ("vae", "diffusion", "judge")
 
 
 def run_stage(
-    stage: Stage, size: Size, options: LoopOptions, seed: int = 0, device: str | None = None, init: Path | None = None
+    stage: Stage,
+    size: Size,
+    options: LoopOptions,
+    seed: int = 0,
+    device: str | None = None,
+    init: Path | None = None,
+    compiled: bool = False,
 ) -> None:
-    """Train one stage (from its state in ``options.out`` if there is one); diffusion needs the VAE's state."""
+    """Train one stage (from its state in ``options.out`` if there is one); diffusion needs the VAE's state or ``init``."""
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if stage == "vae":
         train_vae(size, options, seed, where)
         return
     tokenizer = build_tokenizer(options.out / "tokenizer")
     if stage == "diffusion":
-        train_diffusion(size, finish_vae(size, options.out, seed), tokenizer, options, seed, where, init)
+        vae = frozen_vae(size, options.out, seed, init)
+        train_diffusion(size, vae, tokenizer, options, seed, where, init, compiled)
     else:
         train_judge(size, tokenizer, options, seed, where)
 
@@ -52,6 +59,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu or cuda (default: what is there)")
     parser.add_argument("--init", help="'shipped' or a pipeline folder: where the diffusion stage starts")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes once, then faster")
     parser.add_argument("--save-every", type=int, default=200)
     args = parser.parse_args()
     init = None if args.init is None else WEIGHTS / "pipeline" if args.init == "shipped" else Path(args.init)
@@ -59,7 +67,8 @@ def main() -> None:
     chosen = STAGES if args.stage == "all" else (args.stage,)
     for stage in chosen:
         size = with_steps(SIZES[args.size], stage, args.steps)
-        run_stage(stage, size, LoopOptions(args.out, save_every=args.save_every), args.seed, args.device, init)
+        options = LoopOptions(args.out, save_every=args.save_every)
+        run_stage(stage, size, options, args.seed, args.device, init, args.compile)
     if (args.out / "diffusion.state.safetensors").exists():
         export_all(args.out, args.out / "weights", args.size, args.seed)
 
