@@ -106,7 +106,9 @@ SIZES: dict[str, Size] = {
         },
         stages={
             "vae": StageConfig(steps=3600, batch=16, lr=1.5e-3, ema=0.995),
-            "diffusion": StageConfig(steps=1350, batch=64, lr=1.5e-3, warmup=60, decay=0.4, ema=0.995, optimizer="muon"),
+            "diffusion": StageConfig(
+                steps=1350, batch=64, lr=1.5e-3, warmup=60, decay=0.4, ema=0.995, optimizer="muon"
+            ),
             "judge": StageConfig(steps=450, batch=64, lr=1.5e-3, warmup=40, decay=0.5, ema=0.98, optimizer="muon"),
         },
     ),

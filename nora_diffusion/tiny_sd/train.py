@@ -29,7 +29,10 @@ def run_stage(
     init: Path | None = None,
     compiled: bool = False,
 ) -> None:
-    """Train one stage (from its state in ``options.out`` if there is one); diffusion needs the VAE's state or ``init``."""
+    """Train one stage, from its state in ``options.out`` if there is one.
+
+    Diffusion needs a trained autoencoder: the VAE stage's state, or that of the pipeline folder ``init``.
+    """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if stage == "vae":
         train_vae(size, options, seed, where)
