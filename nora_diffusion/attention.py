@@ -15,7 +15,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from .adapters import NoraLayer
-from .adapters.deltas import ChainDelta, Delta, RoutedDelta
+from .adapters.deltas import ChainDelta, Delta
+from .adapters.routed import RoutedDelta
 
 LiveDelta = tuple[float, Delta]
 

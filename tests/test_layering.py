@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nora_diffusion"
 EVERYWHERE = {"errors", "files", "versions", ""}
 BANDS = (
-    ("maths", {"adapters.bases", "adapters.cores", "adapters.deltas", "adapters.functional"}),
+    ("maths", {"adapters.bases", "adapters.cores", "adapters.deltas", "adapters.functional", "adapters.routed"}),
     (
         "tuner",
         {

@@ -16,7 +16,8 @@ from . import functional
 from .bases import BASES
 from .config import AdapterConfig
 from .cores import DenseCore, NestedCore
-from .deltas import ChainDelta, Core, Delta, RoutedDelta
+from .deltas import ChainDelta, Core, Delta
+from .routed import RoutedDelta
 
 
 def flat_weight(base: nn.Module) -> Tensor:
