@@ -198,16 +198,16 @@ def test_other_refusals(pipe: Any, saved: Path, tmp_path: Path) -> None:
 def test_a_failure_half_way_takes_the_adapter_out(
     pipe: Any, saved: Path, render: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nora_diffusion import loaders
+    from nora_diffusion.loaders import load
 
-    before, fill = render(pipe), loaders._fill
+    before, fill = render(pipe), load._fill
 
     def fail_on_text(module: Any, part: str, name: str, tensors: Any) -> None:
         if part == "text_encoder":
             raise MemoryError
         fill(module, part, name, tensors)
 
-    monkeypatch.setattr(loaders, "_fill", fail_on_text)
+    monkeypatch.setattr(load, "_fill", fail_on_text)
     with pytest.raises(MemoryError):
         load_adapter(pipe, saved)
     assert list_adapters(pipe) == {}

@@ -1,0 +1,18 @@
+"""Adapters in and out of a diffusers pipeline: add, load, save, weigh, delete, list."""
+
+from .active import active_adapters, delete_adapter, list_adapters, set_adapters
+from .add import add_adapter, trainable_parameters
+from .load import LoadedAdapter, load_adapter
+from .save import save_adapter
+
+__all__ = [
+    "LoadedAdapter",
+    "active_adapters",
+    "add_adapter",
+    "delete_adapter",
+    "list_adapters",
+    "load_adapter",
+    "save_adapter",
+    "set_adapters",
+    "trainable_parameters",
+]

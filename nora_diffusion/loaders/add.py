@@ -1,0 +1,64 @@
+"""A fresh adapter in a pipeline, ready to train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapters import AdapterConfig
+from ..adapters.config import Start
+from ..calibration import activation_strengths
+from ..components import component, denoiser_name, nora_layers, present, refuse_merged, targets
+from ..errors import UserError
+from .inject import all_or_nothing, check_new_name, file_key, inject
+
+
+def add_adapter(
+    pipe: Any,
+    config: AdapterConfig,
+    adapter_name: str = "default",
+    components: Sequence[str] | None = None,
+    calibration: Sequence[str] | None = None,
+) -> None:
+    """Put a fresh adapter into a pipeline; it starts as an exact no-op, is active and trainable.
+
+    ``components``: names among unet, transformer, text_encoder ... (default: the denoiser). ``calibration``: prompts
+    for the activation statistics of ``awsvd`` (default: generic ones, so that the basis belongs to no subject).
+    """
+    names = list(components or [denoiser_name(pipe)])
+    modules = {name: component(pipe, name) for name in names}
+    check_new_name(pipe, adapter_name, names)
+    refuse_merged(pipe)
+    layers = {name: targets(module, config) for name, module in modules.items()}
+    strengths: dict[str, dict[str, Tensor]] = {}
+    if config.basis == "awsvd":
+        strengths = activation_strengths(pipe, layers, calibration)
+    for name in names:
+        unused = set(layers[name]) - set(strengths.get(name, layers[name]))
+        if unused:
+            raise UserError(f"{sorted(unused)[0]!r} was never called while calibrating: exclude it or use basis='svd'")
+    with all_or_nothing(pipe, adapter_name):
+        for name, module in modules.items():
+            inject(module, config, adapter_name, Start(strengths.get(name, {})))
+            _train(module, adapter_name)
+
+
+def _train(module: nn.Module, name: str) -> None:
+    """Only the trained factors of this adapter want gradients, as fp32 master numbers."""
+    module.requires_grad_(False)
+    for layer in nora_layers(module, name).values():
+        for parameter in layer.delta(name).parameters():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+
+def trainable_parameters(pipe: Any, adapter_name: str = "default") -> dict[str, nn.Parameter]:
+    """The trained factors of an adapter by their key in the adapter file."""
+    return {
+        file_key(name, path, factor): parameter
+        for name in present(pipe)
+        for path, layer in nora_layers(getattr(pipe, name), adapter_name).items()
+        for factor, parameter in layer.delta(adapter_name).named_parameters()
+    }

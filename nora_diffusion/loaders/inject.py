@@ -1,0 +1,57 @@
+"""What adding and loading share: names, file keys, PEFT's injection, all or nothing."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from peft import inject_adapter_in_model
+from torch import nn
+
+from ..adapters import AdapterConfig
+from ..adapters.config import Start
+from ..components import component
+from ..errors import UserError
+from .active import delete_adapter, list_adapters
+
+
+def check_new_name(pipe: Any, name: str, components: Sequence[str]) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in "nora_delta":
+        raise UserError(
+            f"the adapter name {name!r} will not do: use letters, digits, '_' and '-', and no part of 'nora_delta'"
+        )
+    taken = {c for c in components if name in getattr(component(pipe, c), "peft_config", {})}
+    if taken:
+        raise UserError(f"an adapter named {name!r} is already in the {', '.join(sorted(taken))}: delete it or rename")
+
+
+def inject(module: nn.Module, config: AdapterConfig, name: str, start: Start) -> None:
+    own = copy.deepcopy(config)
+    own.start = start
+    with warnings.catch_warnings():
+        # PEFT warns of every second adapter on a model; several at once is what this toolkit is for.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        # A pattern may be meant for another component of the same pipeline.
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
+        inject_adapter_in_model(own, module, name)
+    own.start = Start()
+    module._hf_peft_config_loaded = True  # type: ignore[assignment]
+
+
+@contextmanager
+def all_or_nothing(pipe: Any, name: str) -> Iterator[None]:
+    """Takes a half-added adapter out again when anything fails on the way (out of memory, say)."""
+    try:
+        yield
+    except BaseException:
+        if any(name in names for names in list_adapters(pipe).values()):
+            delete_adapter(pipe, name)
+        raise
+
+
+def file_key(component_name: str, path: str, factor: str) -> str:
+    return f"{component_name}.{path}.nora_{factor.removeprefix('core.')}"

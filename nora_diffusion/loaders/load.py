@@ -1,0 +1,143 @@
+"""An adapter file into a pipeline: everything is checked before the pipeline is touched."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapter_file import FILE_NAME, AdapterInfo, Tensors, inspect_adapter, read_tensors
+from ..adapters import AdapterConfig
+from ..adapters.config import Start
+from ..adapters.layer import build_delta, flat_weight
+from ..base import base_id
+from ..components import canonical, component, fingerprint, nora_layers, refuse_merged, targets
+from ..errors import UserError
+from .active import active_adapters, set_active
+from .inject import all_or_nothing, check_new_name, file_key, inject
+
+FINGERPRINT_TOLERANCE = 1e-2
+
+
+@dataclass
+class LoadedAdapter:
+    """What ``load_adapter`` did: ``applied`` of ``total`` tensors, always equal, and what the file says of itself."""
+
+    name: str
+    applied: int
+    total: int
+    info: AdapterInfo
+
+    @property
+    def base(self) -> str:
+        """The base that the adapter was trained on."""
+        return self.info.base
+
+    @property
+    def trigger(self) -> str:
+        """The word that calls the subject."""
+        return self.info.trigger
+
+
+def load_adapter(
+    pipe: Any,
+    path_or_id: str | Path,
+    adapter_name: str | None = None,
+    activate: bool = True,
+    weight: float = 1.0,
+    basis_dir: str | Path | None = None,
+) -> LoadedAdapter:
+    """Load an adapter from a file, a folder or a hub id; everything is checked before the pipeline is touched.
+
+    ``activate=True`` makes it active at ``weight`` beside those already active; ``False`` leaves the active set alone.
+    Raises :class:`UserError` for a damaged file, another base (both are named) or a name that is taken.
+    """
+    info = inspect_adapter(_local(path_or_id))
+    name = adapter_name or _name_from(Path(info.path))
+    configs = info.configs
+    modules = {part: component(pipe, part) for part in configs}
+    check_new_name(pipe, name, list(configs))
+    refuse_merged(pipe)
+    tensors = read_tensors(info, basis_dir)
+    _check_fit(info, configs, modules, tensors, pipe)
+    with all_or_nothing(pipe, name):
+        for part, module in modules.items():
+            before = active_adapters(module)
+            inject(module, configs[part], name, Start(empty=True))
+            _fill(module, part, name, tensors)
+            set_active(module, [*before, name] if activate else before)
+            for layer in nora_layers(module, name).values():
+                layer.set_scale(name, weight)
+    return LoadedAdapter(name, applied=len(tensors), total=len(tensors), info=info)
+
+
+def _local(path_or_id: str | Path) -> Path:
+    path = Path(path_or_id).expanduser()
+    if path.exists() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/")):
+        return path
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(path_or_id), FILE_NAME))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"{path_or_id!r} is no local path, and the hub cannot be asked for it: {error}") from error
+
+
+def _name_from(file: Path) -> str:
+    stem = file.parent.name if file.name == FILE_NAME else file.stem
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem) or "adapter"
+
+
+def _check_fit(
+    info: AdapterInfo,
+    configs: dict[str, AdapterConfig],
+    modules: dict[str, nn.Module],
+    tensors: Tensors,
+    pipe: Any,
+) -> None:
+    wrong_base = UserError(
+        f"{info.path} was made for the base {info.base or 'unknown'}, which is not this pipeline's {base_id(pipe)}: "
+        "load it into its own base"
+    )
+    expected: dict[str, tuple[int, ...]] = {}
+    for part, module in modules.items():
+        config = copy.deepcopy(configs[part])
+        config.start = Start(empty=True)
+        try:
+            layers = {canonical(path): layer for path, layer in targets(module, config).items()}
+        except UserError as error:
+            raise wrong_base from error
+        _check_fingerprint(info.base_fingerprint.get(part, {}), layers, wrong_base)
+        for path, layer in layers.items():
+            for factor, value in build_delta(config, layer, path).state_dict().items():
+                expected[file_key(part, path, factor)] = tuple(value.shape)
+    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    if found != expected:
+        key = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))[0]
+        raise UserError(
+            f"{info.path} does not fit its own description at {key}: found {found.get(key, 'nothing')}, "
+            f"expected {expected.get(key, 'nothing')}; copy it again"
+        )
+
+
+def _check_fingerprint(stored: dict[str, float], layers: dict[str, nn.Module], error: UserError) -> None:
+    if set(stored) != set(layers):
+        raise error
+    ours = torch.tensor([fingerprint(layer, path) for path, layer in layers.items()], dtype=torch.float64)
+    theirs = torch.tensor([stored[path] for path in layers], dtype=torch.float64)
+    if not (ours - theirs).norm() <= FINGERPRINT_TOLERANCE * theirs.norm():
+        raise error
+
+
+def _fill(module: nn.Module, part: str, name: str, tensors: Tensors) -> None:
+    for path, layer in nora_layers(module, name).items():
+        state = layer.delta(name).state_dict()
+        layer.delta(name).load_state_dict({f: tensors[file_key(part, path, f)] for f in state})
+        for buffer_name, buffer in layer.delta(name).named_buffers():
+            layer.delta(name).get_buffer(buffer_name).data = buffer.to(flat_weight(layer.base_layer).dtype)

@@ -1,0 +1,96 @@
+"""An adapter of a pipeline as a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter_file import DESCRIPTIVE, DTYPES, AdapterInfo, BasisKind, Tensors, inspect_adapter, write_adapter
+from ..adapters import AdapterConfig, NoraLayer
+from ..base import base_id
+from ..components import fingerprint, nora_layers, present
+from ..errors import UserError
+from ..versions import versions
+from .active import names_hint
+from .inject import file_key
+
+
+def save_adapter(
+    pipe: Any,
+    path: str | Path,
+    adapter_name: str = "default",
+    *,
+    dtype: str | None = None,
+    basis: BasisKind = "own",
+    basis_dir: str | Path | None = None,
+    info: AdapterInfo | Mapping[str, Any] | None = None,
+    card: str | None = None,
+) -> Path:
+    """Write ``path/nora_adapter.safetensors`` and its model card; returns the file.
+
+    Trained factors keep their dtype (``dtype="fp16"`` or ``"bf16"`` on request), frozen ones are stored in the
+    config's ``basis_dtype``, to which they were rounded before training: save then load is exact.
+    ``basis="shared"`` stores the frozen factors once in ``bases/<sha256>.safetensors`` beside the adapter's folder.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+    holders = [name for name in present(pipe) if nora_layers(getattr(pipe, name), adapter_name)]
+    if not holders:
+        raise UserError(f"there is no adapter named {adapter_name!r} in the pipeline: {names_hint(pipe)}")
+    tensors: Tensors = {}
+    result = _describe(info)
+    result.base, result.basis, result.versions = base_id(pipe), basis, versions()
+    for name in holders:
+        module = getattr(pipe, name)
+        config = module.peft_config[adapter_name]
+        if basis == "shared" and not config.frozen_outer:
+            raise UserError(f"method {config.method!r} has no frozen basis to share: save it with basis='own'")
+        result.components[name] = config.to_dict()
+        layers = nora_layers(module, adapter_name)
+        result.base_fingerprint[name] = {p: round(_clean_fingerprint(layer, p), 9) for p, layer in layers.items()}
+        result.conv_shapes |= {
+            f"{name}.{p}": list(layer.base_layer.weight.shape[1:])
+            for p, layer in layers.items()
+            if isinstance(layer.base_layer, nn.Conv2d)
+        }
+        tensors |= {
+            key: _stored(key, value, config, dtype) for key, value in _factors(module, name, adapter_name).items()
+        }
+    folder = Path(path).expanduser()
+    file = write_adapter(folder, tensors, result, basis_dir)
+    from ..model_card import write_card
+
+    write_card(folder, inspect_adapter(file), card)
+    return file
+
+
+def _factors(module: nn.Module, component_name: str, adapter_name: str) -> Tensors:
+    return {
+        file_key(component_name, path, factor): value.detach()
+        for path, layer in nora_layers(module, adapter_name).items()
+        for factor, value in layer.delta(adapter_name).state_dict().items()
+    }
+
+
+def _clean_fingerprint(layer: NoraLayer, path: str) -> float:
+    if layer.merged:
+        raise UserError("an adapter is fused into the weights: call unfuse_lora() before saving")
+    return fingerprint(layer.base_layer, path)
+
+
+def _describe(info: AdapterInfo | Mapping[str, Any] | None) -> AdapterInfo:
+    values = dict(info) if isinstance(info, Mapping) else {k: getattr(info, k) for k in DESCRIPTIVE if info}
+    unknown = set(values) - set(DESCRIPTIVE)
+    if unknown:
+        raise UserError(f"info key {sorted(unknown)[0]!r} is unknown: use {', '.join(DESCRIPTIVE)}")
+    return AdapterInfo(components={}, **values)
+
+
+def _stored(key: str, value: Tensor, config: AdapterConfig, dtype: str | None) -> Tensor:
+    if key.endswith(("nora_A_out", "nora_B_out")):
+        return value.to("cpu", getattr(torch, config.basis_dtype))
+    return value.to("cpu", DTYPES[dtype] if dtype else value.dtype)
