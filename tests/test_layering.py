@@ -22,7 +22,7 @@ BANDS = (
         "bridge",
         {
             "components", "base", "calibration", "adapter_file", "loaders", "export", "attention", "data", "captions",
-            "generation", "pictures", "judges", "model_card",
+            "generation", "pictures", "judges", "model_card", "composition",
         },
     ),
     ("workflows", {"training", "tiny_sd"}),

@@ -1,0 +1,121 @@
+"""``<lora:name:0.8>`` tags in prompts: read, write back, remove. The one place that knows their syntax.
+
+Forms: ``<lora:name>`` (weight 1), ``<lora:name:0.8>``, ``<lora:name:0.8:0.6>`` (denoiser, then text encoders), and
+named weights in any order: ``<lora:name:unet=0.8:te=0.6>``. A named weight wins over a number; what nothing is said
+of has the first number, or 1. Tags are always written back with names where the two weights differ, because other
+tools disagree about the order of two bare numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..errors import UserError
+
+MAX_WEIGHT = 100.0
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+TAG = re.compile(r"<\s*lora\s*:[^<>]*>", re.IGNORECASE)
+SPACED = re.compile(rf"(?P<blank> ?)(?P<tag>{TAG.pattern})", re.IGNORECASE)
+BROKEN = re.compile(r"<\s*lora\b[^<>\n]{0,60}>?", re.IGNORECASE)
+FORBIDDEN = re.compile(r"[<>:\x00-\x1f\x7f]")
+
+
+@dataclass(frozen=True)
+class Tag:
+    """An adapter by name with its weight on the denoiser (``unet``) and on the text encoders (``te``)."""
+
+    name: str
+    unet: float = 1.0
+    te: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name != self.name.strip() or FORBIDDEN.search(self.name):
+            raise UserError(f"the adapter name {self.name!r} cannot stand in a tag: write <lora:name:0.8>")
+        for weight in (self.unet, self.te):
+            check_weight(weight, f"the tag of {self.name!r}")
+
+    def __str__(self) -> str:
+        if self.unet == self.te:
+            return f"<lora:{self.name}:{_number(self.unet)}>"
+        return f"<lora:{self.name}:unet={_number(self.unet)}:te={_number(self.te)}>"
+
+
+def parse_tags(prompt: str) -> tuple[str, list[Tag]]:
+    """The prompt without its tags, and the tags in their order.
+
+    Raises :class:`UserError` that quotes the tag for a weight that is no number or out of range, an unknown named
+    weight, a missing name, an adapter named twice or a tag that is not closed.
+    """
+    tags = [_parse(match[0]) for match in TAG.finditer(prompt)]
+    clean = _replace(prompt, lambda tag: "")
+    if broken := BROKEN.search(clean):
+        raise UserError(f"{broken[0]!r} in the prompt is no complete tag: write <lora:name:0.8>")
+    names = [tag.name for tag in tags]
+    for tag in tags:
+        if names.count(tag.name) > 1:
+            raise UserError(f"the prompt names the adapter {tag.name!r} twice: write one tag with the weight you mean")
+    return clean, tags
+
+
+def write_tags(prompt: str, tags: Sequence[Tag]) -> str:
+    """``prompt`` with exactly these tags: those it has already keep their place, new ones go to its end.
+
+    ``parse_tags(write_tags(p, tags)) == (p, tags)`` for every prompt ``p`` without tags and tags of different names.
+    """
+    new = {tag.name: str(tag) for tag in tags}
+    if len(new) < len(tags):
+        raise UserError("two tags have the same adapter name: keep one")
+    old = {tag.name for tag in parse_tags(prompt)[1]}
+    kept = _replace(prompt, lambda tag: new.get(tag.name, ""))
+    added = [text for name, text in new.items() if name not in old]
+    return " ".join([kept, *added] if kept else added)
+
+
+def parse_weight(text: str, where: str) -> float:
+    """A weight from a prompt or a command line. Raises :class:`UserError` that names ``where`` it stands."""
+    if not NUMBER.fullmatch(text.strip()):
+        raise UserError(f"the weight {text.strip()!r} in {where} is no number: write 0.8, say")
+    return check_weight(float(text), where)
+
+
+def check_weight(weight: float, where: str) -> float:
+    """``weight`` itself. Raises :class:`UserError` unless it is finite and at most :data:`MAX_WEIGHT` in size."""
+    if not math.isfinite(weight) or abs(weight) > MAX_WEIGHT:
+        raise UserError(f"the weight {weight:g} in {where} is out of range: choose -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
+    return weight
+
+
+def _parse(text: str) -> Tag:
+    fields = [field.strip() for field in text.strip("<>").split(":")[1:]]
+    name, numbers, named = fields[0], list[float](), dict[str, float]()
+    for field in fields[1:]:
+        key, equals, value = field.partition("=")
+        if not equals:
+            numbers.append(parse_weight(field, text))
+        elif key.strip() not in ("unet", "te") or key.strip() in named:
+            raise UserError(f"{field!r} in {text} means nothing: name each weight once, as unet=0.8 or te=0.6")
+        else:
+            named[key.strip()] = parse_weight(value, text)
+    if not name or len(numbers) > 2:
+        raise UserError(f"{text} is no tag: write <lora:name:0.8> or <lora:name:unet=0.8:te=0.6>")
+    first = numbers[0] if numbers else 1.0
+    return Tag(name, named.get("unet", first), named.get("te", numbers[-1] if numbers else 1.0))
+
+
+def _replace(prompt: str, text_for: Callable[[Tag], str]) -> str:
+    """Every tag replaced; one replaced by nothing takes a blank with it, the one before it or, at the start, after."""
+
+    def replaced(match: re.Match[str]) -> str:
+        text = text_for(_parse(match["tag"]))
+        return match["blank"] + text if text else ""
+
+    result = SPACED.sub(replaced, prompt)
+    return result.removeprefix(" ") if TAG.match(prompt) else result
+
+
+def _number(value: float) -> str:
+    """The shortest text that reads back as the same number."""
+    return repr(float(value)).removesuffix(".0")
