@@ -1,0 +1,290 @@
+"""Training jobs: each a process of its own, found again by whoever asks after a reload or a restart of the app.
+
+A job is a private folder: ``job.json`` (what it is), ``request.yaml`` (the trainer's settings), ``photos/``,
+``run/`` (the trainer's folder), ``output.log``, ``alive.lock`` (locked as long as its process lives), ``process.json``
+and, once it ended by itself, ``exit.json``. The app only reads these files, so its own death harms no job.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import UserError
+from ..files import user_errors, write_atomic
+from .locks import FileLock, is_held
+from .worker import boot_id
+
+Status = Literal["waiting", "starting", "training", "saving", "stopping", "done", "stopped", "failed", "killed"]
+RUNNING: tuple[Status, ...] = ("waiting", "starting", "training", "saving", "stopping")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+STOP_CODES = (130, 143)
+CURVE_POINTS = 400
+RECENT = 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as it stands on disk now. ``eta`` is in seconds; ``losses`` are ``(step, loss)``, thinned for plots."""
+
+    id: str
+    name: str
+    folder: Path
+    status: Status
+    message: str = ""
+    step: int = 0
+    total: int = 0
+    eta: float | None = None
+    checkpoint: int | None = None
+    adapter: Path | None = None
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    samples: list[Path] = field(default_factory=list)
+
+    @property
+    def running(self) -> bool:
+        """Whether its process lives."""
+        return self.status in RUNNING
+
+    @property
+    def resumable(self) -> bool:
+        """Whether it can go on from a checkpoint."""
+        return self.status in ("stopped", "failed", "killed") and self.checkpoint is not None
+
+
+class Jobs:
+    """The jobs under ``root``. Finished adapters go to ``library``; ``device_lock`` is shared with generation."""
+
+    def __init__(self, root: Path, library: Path, device_lock: Path) -> None:
+        self.root, self.library, self.device_lock = root, library, device_lock
+
+    def start(self, name: str, settings: Mapping[str, Any], photos: Sequence[Path]) -> str:
+        """Start a training on copies of ``photos`` (and of captions beside them); returns the job's id.
+
+        ``settings`` are those of :class:`TrainConfig`, checked here before anything is written.
+        """
+        if not NAME.fullmatch(name):
+            raise UserError(f"the name {name!r} will not do: use up to 64 letters, digits, '_' and '-'")
+        identity = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        folder = self.root / identity
+        places = {"instance_data_dir": folder / "photos", "output_dir": folder / "run"}
+        values = {**settings, **{key: str(place.absolute()) for key, place in places.items()}}
+        _check(values)
+        with user_errors(folder):
+            (folder / "photos").mkdir(parents=True, mode=0o700)
+            folder.chmod(0o700)
+            for photo in photos:
+                for file in (photo, photo.with_suffix(".txt")):
+                    if file.is_file():
+                        shutil.copyfile(file, folder / "photos" / file.name)
+        import yaml
+
+        write_atomic(folder / "request.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        self._launch(folder, name, [])
+        return identity
+
+    def resume(self, identity: str) -> int:
+        """Go on from the last whole checkpoint; returns its step."""
+        job = self.get(identity)
+        if job.running:
+            raise UserError(f"the training {job.name!r} is still running")
+        if not job.resumable or job.checkpoint is None:
+            raise UserError(f"the training {job.name!r} has no checkpoint to go on from: start a new one")
+        self._launch(job.folder, job.name, ["--resume_from_checkpoint", "latest"])
+        return job.checkpoint
+
+    def stop(self, identity: str) -> None:
+        """Let the running step finish and a checkpoint be saved. Asking twice does no more than asking once."""
+        job = self.get(identity)
+        if not job.running:
+            raise UserError(f"the training {job.name!r} is not running")
+        if (job.folder / "stopping").exists():
+            return
+        pid = _pid(job.folder)
+        (job.folder / "stopping").touch()
+        # The pid is that of the lock's holder, which lives: a stale one is never signalled.
+        if is_held(job.folder / "alive.lock"):
+            os.kill(pid, signal.SIGTERM)
+
+    def remove(self, identity: str) -> None:
+        """Delete a job that does not run, its photos and checkpoints too; what is in the library stays."""
+        job = self.get(identity)
+        if job.running:
+            raise UserError(f"the training {job.name!r} is running: stop it first")
+        shutil.rmtree(job.folder)
+
+    def list(self) -> list[Job]:
+        """All jobs, newest first."""
+        if not self.root.is_dir():
+            return []
+        names = sorted((f.parent.name for f in self.root.glob("*/job.json")), reverse=True)
+        return [self.get(name) for name in names]
+
+    def get(self, identity: str) -> Job:
+        """One job. Raises :class:`UserError` for an id that is none, wherever it points."""
+        folder = self.root / identity
+        if not NAME.fullmatch(identity) or not (folder / "job.json").is_file():
+            raise UserError("there is no such training: it was removed, or belongs to another library")
+        return read_job(folder)
+
+    def _launch(self, folder: Path, name: str, flags: Sequence[str]) -> None:
+        if os.name == "nt":
+            raise UserError("training in the app needs Linux or macOS: use nora-diffusion train here")
+        alive = FileLock(folder / "alive.lock")
+        until = time.monotonic() + 1.0  # somebody may be asking whether it lives just now
+        if not alive.acquire(given_up=lambda: time.monotonic() > until):
+            raise UserError(f"the training {name!r} is still running")
+        try:
+            for stale in ("exit.json", "process.json", "stopping"):
+                (folder / stale).unlink(missing_ok=True)
+            job = {
+                "name": name,
+                "library": str(self.library.absolute()),
+                "device_lock": str(self.device_lock.absolute()),
+                "flags": list(flags),
+            }
+            write_atomic(folder / "job.json", json.dumps(job))
+            # The child inherits the lock, so there is no moment at which the job looks dead. A session of its own
+            # keeps the app's end (Ctrl-C, a closed terminal) from it.
+            with (folder / "output.log").open("ab") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "nora_diffusion.ui.worker", str(folder.absolute())],
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, umask=0o077,
+                    pass_fds=[alive.handle or 0], cwd=folder, env=_environment(),
+                )  # fmt: skip
+        finally:
+            alive.release()
+        threading.Thread(target=process.wait, daemon=True).start()
+
+
+def _environment() -> dict[str, str]:
+    """The app's own, without progress bars, and with this package found wherever it was imported from."""
+    places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    from ..training import TrainConfig
+    from ..training.checks import check_config
+
+    check_config(TrainConfig.from_mapping(values))
+
+
+def _pid(folder: Path, patience: float = 10.0) -> int:
+    """The process of a running job, which writes its number right after it started."""
+    until = time.monotonic() + patience
+    while not (values := _read_json(folder / "process.json")):
+        if time.monotonic() > until:
+            raise UserError("the training is just starting: try again in a moment")
+        time.sleep(0.05)
+    return int(values["pid"])
+
+
+def read_job(folder: Path) -> Job:
+    """The job of a folder, from what its process left there."""
+    run = folder / "run"
+    rows = _log_rows(run / "log.jsonl")
+    state, outcome = _read_json(run / "state.json"), _read_json(folder / "exit.json")
+    status = _status(folder, state, outcome)
+    step = int(rows[-1]["step"]) if rows else 0
+    total = int(state.get("total") or 0)
+    adapter = Path(outcome["adapter"]) if "adapter" in outcome else None
+    return Job(
+        id=folder.name,
+        name=str(_read_json(folder / "job.json").get("name", folder.name)),
+        folder=folder,
+        status=status,
+        message=_message(folder, status, state, outcome),
+        step=total if status == "done" else step,
+        total=total,
+        eta=_eta(rows, total) if status == "training" else None,
+        checkpoint=_last_checkpoint(run / "checkpoints"),
+        adapter=adapter,
+        losses=_thin([(int(row["step"]), float(row["loss"])) for row in rows]),
+        samples=sorted((run / "samples").glob("step-*.png")),
+    )
+
+
+def _status(folder: Path, state: Mapping[str, Any], outcome: Mapping[str, Any]) -> Status:
+    if is_held(folder / "alive.lock"):
+        if (folder / "stopping").exists():
+            return "stopping"
+        own = state.get("pid") == _read_json(folder / "process.json").get("pid")
+        status = state.get("status") if own else None  # else the state is that of the process before this one
+        return status if status in ("starting", "training", "saving") else "saving" if status == "done" else "waiting"
+    if not outcome:
+        return "killed"
+    if outcome["code"] in STOP_CODES:
+        return "stopped"
+    return "done" if outcome["code"] == 0 else "failed"
+
+
+def _message(folder: Path, status: Status, state: Mapping[str, Any], outcome: Mapping[str, Any]) -> str:
+    if status == "killed":
+        process = _read_json(folder / "process.json")
+        if process and process.get("boot") != boot_id():
+            return "the machine was restarted while this ran"
+        return "killed by the system, probably for want of memory: choose a smaller batch or resolution"
+    if status == "failed":
+        return str(outcome.get("message") or _last_error(folder / "output.log") or state.get("message") or "")
+    return str(outcome.get("message") or "") if status == "stopped" else ""
+
+
+def _last_error(log: Path) -> str:
+    """The sentence that the trainer ended with."""
+    if not log.is_file():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 20_000))
+        lines = file.read().decode(errors="replace").splitlines()
+    return next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), "")
+
+
+def _eta(rows: Sequence[Mapping[str, Any]], total: int) -> float | None:
+    recent = [float(row["seconds"]) for row in rows[-RECENT:] if "seconds" in row]
+    return (total - int(rows[-1]["step"])) * sum(recent) / len(recent) if recent else None
+
+
+def _last_checkpoint(folder: Path) -> int | None:
+    steps = [int(p.parent.name[5:]) for p in folder.glob("step-*/manifest.json") if p.parent.name[5:].isdigit()]
+    return max(steps, default=None)
+
+
+def _log_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # being written right now
+        if isinstance(row, dict) and "step" in row and "loss" in row:
+            rows.append(row)
+    return rows
+
+
+def _thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most ``CURVE_POINTS``: means over equal stretches, so that the curve stays honest."""
+    size = -(-len(points) // CURVE_POINTS) or 1
+    chunks = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(chunk[-1][0], sum(loss for _, loss in chunk) / len(chunk)) for chunk in chunks]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

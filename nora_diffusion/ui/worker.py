@@ -1,0 +1,119 @@
+"""The process of one training job: ``python -m nora_diffusion.ui.worker FOLDER``, started by :mod:`.jobs`.
+
+It waits for the device, runs the trainer, checks that its adapter can be read again, puts it into the library, and
+writes ``exit.json`` last: a job without one whose process is gone was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..files import make_folder, sync_folder, user_errors, write_atomic
+from .locks import FileLock
+
+UNREADABLE = 3
+
+
+def main(folder: Path) -> int:
+    """Run the job of ``folder``; returns the trainer's exit code, or 3 if what it wrote cannot be used."""
+    write_atomic(folder / "process.json", json.dumps({"pid": os.getpid(), "boot": boot_id()}))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    outcome = _train(folder, job)
+    write_atomic(folder / "exit.json", json.dumps(outcome))
+    return int(outcome["code"])
+
+
+def _train(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+    lock = FileLock(Path(job["device_lock"]))
+    try:
+        lock.acquire()
+        code = _trainer()(["--config", str(folder / "request.yaml"), *job["flags"]])
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows is short and must not end halfway
+        if code != 0:
+            return {"code": code, "message": ""}
+        adapter = publish(folder / "run", Path(job["library"]), str(job["name"]))
+        return {"code": 0, "message": "", "adapter": str(adapter)}
+    except KeyboardInterrupt:
+        return {"code": 143, "message": "stopped before training began"}
+    except Exception as error:
+        traceback.print_exc()
+        return {"code": UNREADABLE, "message": str(error) or type(error).__name__}
+    finally:
+        lock.release()
+
+
+def _trainer() -> Callable[[list[str]], int]:
+    from ..training import main
+
+    return main
+
+
+def publish(run: Path, library: Path, name: str) -> Path:
+    """Copy a finished adapter into the library, whole or not at all, under a free name; returns its folder.
+
+    Raises :class:`UserError` if the file cannot be read again: then nothing is "done".
+    """
+    from ..adapter_file import inspect_adapter, read_tensors
+
+    info = inspect_adapter(run)
+    read_tensors(info)
+    make_folder(library)
+    with user_errors(library):
+        temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=library))
+        try:
+            shutil.copy2(info.path, temporary)
+            if (run / "README.md").is_file():
+                shutil.copy2(run / "README.md", temporary)
+            samples = sorted((run / "samples").glob("*.png"))
+            if samples:
+                last = samples[-1].name.rpartition("-")[0]
+                shutil.copy2(next(s for s in samples if s.name.startswith(last)), temporary / "preview.png")
+            temporary.chmod(0o755)
+            for file in temporary.iterdir():
+                _flush(file)
+            target = _take(temporary, library, name)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync_folder(library)
+    return target
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _take(temporary: Path, library: Path, name: str) -> Path:
+    """Rename to the first free of ``name``, ``name-2`` ...; a rename never replaces a folder that holds something."""
+    number = 1
+    while True:
+        target = library / (name if number == 1 else f"{name}-{number}")
+        number += 1
+        if target.exists():
+            continue
+        try:
+            return temporary.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
+
+
+def boot_id() -> str:
+    """Changes when the machine starts anew; empty where the system does not tell."""
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text().strip() if file.is_file() else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,252 @@
+"""Training jobs: processes of their own that are found again, stopped, resumed, and never called done too early."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from factories import write_photos
+
+from nora_diffusion import UserError, inspect_adapter
+from nora_diffusion.adapter_file import FILE_NAME
+from nora_diffusion.ui.jobs import Job, Jobs, read_job
+from nora_diffusion.ui.locks import FileLock, is_held
+from nora_diffusion.ui.worker import boot_id
+
+WAIT = 120.0
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Jobs:
+    return Jobs(tmp_path / "jobs", tmp_path / "library", tmp_path / "device.lock")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = write_photos(tmp_path_factory.mktemp("photos"), 2)
+    (folder / "0.txt").write_text("a photo of sks dog in the snow")
+    return sorted(folder.glob("*.png"))
+
+
+@pytest.fixture
+def settings(tiny_base: Path) -> dict[str, Any]:
+    return {
+        "pretrained_model_name_or_path": str(tiny_base), "instance_prompt": "a photo of sks dog", "rank": 4,
+        "inner_rank": 2, "basis": "svd", "train_batch_size": 1, "max_train_steps": 3, "seed": 1, "sample_steps": 1,
+        "mixed_precision": "no", "validation_prompt": "a sks dog", "num_validation_images": 1, "validation_steps": 2,
+        "use_captions": True,
+    }  # fmt: skip
+
+
+def until(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < limit, "nothing happened in time"
+        time.sleep(0.05)
+
+
+def finished(jobs: Jobs, identity: str) -> Job:
+    until(lambda: not jobs.get(identity).running)
+    return jobs.get(identity)
+
+
+def fake(folder: Path, **files: Any) -> Path:
+    """A job's folder as its process might have left it."""
+    (folder / "run").mkdir(parents=True)
+    (folder / "alive.lock").touch()
+    for name, value in {"job": {"name": "dog"}, **files}.items():
+        place = folder / "run" / "state.json" if name == "state" else folder / f"{name}.json"
+        place.write_text(json.dumps(value))
+    return folder
+
+
+# The lock
+
+
+def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert not is_held(path)
+    with FileLock(path):
+        assert is_held(path) and not FileLock(path).try_acquire()
+        assert not FileLock(path).acquire(given_up=lambda: True)
+    assert not is_held(path)
+    code = (
+        "import sys, time; from pathlib import Path; from nora_diffusion.ui.locks import FileLock\n"
+        "FileLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    assert is_held(path) and is_held(path)
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    assert not is_held(path)
+
+
+# What a folder means
+
+
+def test_what_the_files_say(tmp_path: Path) -> None:
+    whole = {"boot": boot_id(), "pid": os.getpid()}
+    training = {"status": "training", "pid": os.getpid(), "total": 9}
+    killed = read_job(fake(tmp_path / "killed", process=whole, state=training))
+    assert killed.status == "killed" and "memory" in killed.message
+    rebooted = read_job(fake(tmp_path / "rebooted", process={**whole, "boot": "earlier"}, state=training))
+    assert rebooted.status == "killed" and "restarted" in rebooted.message
+    # The trainer's own word is not enough: the process must have ended well.
+    assert read_job(fake(tmp_path / "a", process=whole, state={**training, "status": "done"})).status == "killed"
+    assert read_job(fake(tmp_path / "b", process=whole, exit={"code": 143, "message": ""})).status == "stopped"
+    failed = fake(tmp_path / "c", process=whole, exit={"code": 2, "message": ""})
+    (failed / "output.log").write_text("a remark\nerror: no photos here\n")
+    assert (read_job(failed).status, read_job(failed).message) == ("failed", "no photos here")
+
+
+def test_a_living_process_is_told_by_its_lock_alone(tmp_path: Path) -> None:
+    mine, other = os.getpid(), os.getpid() + 1
+    state = {"status": "training", "pid": mine, "total": 4}
+    folder = fake(tmp_path / "job", process={"pid": mine, "boot": ""}, state=state)
+    rows = [{"step": step, "loss": 1.0, "seconds": 2.0} for step in (1, 2)]
+    (folder / "run" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
+    assert read_job(folder).status == "killed"  # though a process with that number lives: this one
+    with FileLock(folder / "alive.lock"):
+        job = read_job(folder)
+        assert (job.status, job.step, job.total, job.eta) == ("training", 2, 4, 4.0)
+        (folder / "process.json").write_text(json.dumps({"pid": other, "boot": ""}))
+        assert read_job(folder).status == "waiting"  # the state is that of the run before
+
+
+def test_long_curves_are_thinned_to_means(tmp_path: Path) -> None:
+    folder = fake(tmp_path / "job")
+    lines = [json.dumps({"step": step, "loss": float(step), "seconds": 0.1}) for step in range(1, 1001)]
+    (folder / "run" / "log.jsonl").write_text("\n".join(lines))
+    losses = read_job(folder).losses
+    assert len(losses) <= 400 and losses[0] == (3, 2.0) and losses[-1][0] == 1000
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("identity", ["", "../jobs", "/etc", "a/b", "nothing", "x\0y", ".."])
+def test_ids_lead_nowhere_else(jobs: Jobs, identity: str) -> None:
+    fake(jobs.root / "real")
+    for act in (jobs.get, jobs.stop, jobs.resume, jobs.remove):
+        with pytest.raises(UserError, match="no such training"):
+            act(identity)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [("../dog", {}, "name"), ("dog", {"rank": -1}, "rank"), ("dog", {"rnak": 4}, "rnak"), ("", {}, "name")],
+)
+def test_nothing_is_written_for_a_mistake(
+    jobs: Jobs, settings: dict[str, Any], photos: list[Path], name: str, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        jobs.start(name, {**settings, **change}, photos)
+    assert not jobs.root.exists()
+
+
+# Real processes
+
+
+@pytest.mark.slow
+def test_a_job_from_start_to_library(jobs: Jobs, settings: dict[str, Any], photos: list[Path]) -> None:
+    identity = jobs.start("dog", settings, photos)
+    assert jobs.get(identity).running
+    with pytest.raises(UserError, match="running"):
+        jobs.remove(identity)
+    job = finished(jobs, identity)
+    assert job.status == "done", (job.message, (job.folder / "output.log").read_text())
+    assert (job.step, job.total, len(job.losses)) == (3, 3, 3)
+    assert [s.name for s in job.samples] == ["step-000002-0.png", "step-000003-0.png"]
+    assert job.adapter == jobs.library / "dog"
+    assert inspect_adapter(job.adapter).sha256 == inspect_adapter(job.folder / "run").sha256
+    assert (job.adapter / "preview.png").read_bytes() == job.samples[-1].read_bytes()
+    assert "in the snow" in inspect_adapter(job.adapter).prompts[0]
+    # A new page, or a restarted app, finds it again.
+    assert Jobs(jobs.root, jobs.library, jobs.device_lock).list() == [job]
+    with pytest.raises(UserError, match="no checkpoint to go on from"):
+        jobs.resume(identity)
+    # A second one of that name gets a name of its own and replaces nothing.
+    second = finished(jobs, jobs.start("dog", {**settings, "max_train_steps": 1}, photos))
+    assert second.adapter == jobs.library / "dog-2" and inspect_adapter(job.adapter).step == 3
+    jobs.remove(identity)
+    assert [j.id for j in jobs.list()] == [second.id] and (job.adapter / FILE_NAME).is_file()
+
+
+@pytest.mark.slow
+def test_stop_saves_and_resume_goes_on_from_there(jobs: Jobs, settings: dict[str, Any], photos: list[Path]) -> None:
+    settings |= {"max_train_steps": 2000, "lr_scheduler": "constant", "validation_steps": 100_000}
+    identity = jobs.start("dog", settings, photos)
+    until(lambda: jobs.get(identity).step > 0)
+    jobs.stop(identity)
+    jobs.stop(identity)  # a second click loses nothing
+    job = finished(jobs, identity)
+    assert job.status == "stopped" and job.resumable and job.checkpoint == job.step and job.adapter is None
+    assert not jobs.library.exists()
+    assert jobs.resume(identity) == job.checkpoint
+    until(lambda: jobs.get(identity).step > job.step)
+    # Killed by the system: said so, and the checkpoint is still there.
+    os.kill(json.loads((job.folder / "process.json").read_text())["pid"], signal.SIGKILL)
+    killed = finished(jobs, identity)
+    assert killed.status == "killed" and killed.resumable and killed.checkpoint == job.checkpoint
+
+
+@pytest.mark.slow
+def test_a_job_outlives_the_app_and_waits_for_the_device(
+    jobs: Jobs, settings: dict[str, Any], photos: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "start.json").write_text(json.dumps([str(jobs.root), settings, [str(p) for p in photos]]))
+    code = (
+        "import json, os, signal, sys; from pathlib import Path; from nora_diffusion.ui.jobs import Jobs\n"
+        "root, settings, photos = json.loads(Path(sys.argv[1]).read_text()); root = Path(root)\n"
+        "jobs = Jobs(root, root.parent / 'library', root.parent / 'device.lock')\n"
+        "print(jobs.start('dog', settings, [Path(p) for p in photos]), flush=True)\n"
+        "os.killpg(os.getpgrp(), signal.SIGKILL)"
+    )
+    generation = FileLock(jobs.device_lock)
+    assert generation.try_acquire()
+    app = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "start.json")], stdout=subprocess.PIPE, start_new_session=True
+    )
+    identity = app.communicate()[0].decode().strip()
+    assert app.returncode == -signal.SIGKILL
+    until(lambda: (jobs.root / identity / "process.json").exists())
+    time.sleep(1)
+    assert jobs.get(identity).status == "waiting"
+    generation.release()
+    assert finished(jobs, identity).status == "done"
+
+
+@pytest.mark.slow
+def test_an_adapter_that_cannot_be_read_again_is_not_done(
+    jobs: Jobs, settings: dict[str, Any], photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nora_diffusion.ui import worker
+
+    def spoiled(argv: list[str]) -> int:
+        run = folder / "run"
+        run.mkdir()
+        (run / FILE_NAME).write_bytes(b"\xff" * 100)
+        return 0
+
+    monkeypatch.setattr(jobs, "_launch", lambda *_: None)
+    folder = jobs.root / jobs.start("dog", settings, photos)
+    job = {"name": "dog", "library": str(jobs.library), "device_lock": str(jobs.device_lock), "flags": []}
+    (folder / "job.json").write_text(json.dumps(job))
+    monkeypatch.setattr(worker, "_trainer", lambda: spoiled)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert worker.main(folder) == worker.UNREADABLE
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert jobs.get(folder.name).status == "failed" and "safetensors" in jobs.get(folder.name).message
+    assert not jobs.library.exists()
