@@ -9,7 +9,7 @@ from peft import PeftConfig
 from torch import Tensor
 
 from ..errors import UserError
-from .bases import BASES, PLACEMENTS, Basis, Placement
+from .bases import BASES, PLACEMENTS, Basis, Pair, Placement
 
 CoreKind = Literal["none", "dense", "nested"]
 Router = Literal["none", "token"]
@@ -41,11 +41,13 @@ def expand_targets(targets: str | list[str] | tuple[str, ...] | None) -> str | l
 class Start:
     """How a layer gets its first numbers; never written to a file.
 
-    ``strengths``: mean ``|x|`` per input channel, by module path. ``empty``: leave the factors unset, because they
-    are about to be read from a file (a basis is never recomputed on load).
+    ``strengths``: mean ``|x|`` per input channel, by module path. ``pairs``: outer pairs that are at hand already, by
+    module path. ``empty``: leave the factors unset, because they are about to be read from a file (a basis is never
+    recomputed on load).
     """
 
     strengths: dict[str, Tensor] = field(default_factory=dict)
+    pairs: dict[str, Pair] = field(default_factory=dict)
     empty: bool = False
 
 

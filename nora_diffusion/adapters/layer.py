@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from . import functional
-from .bases import BASES
+from .bases import BASES, Pair
 from .config import AdapterConfig
 from .cores import DenseCore, NestedCore
 from .deltas import ChainDelta, Core, Delta
@@ -32,13 +32,19 @@ def build_core(config: AdapterConfig, r: int) -> Core | None:
     return DenseCore(r) if config.core == "dense" else None
 
 
-def build_basis(config: AdapterConfig, base: nn.Module, key: str, r: int) -> tuple[Tensor, Tensor]:
-    """The outer pair of one projection, rounded to ``basis_dtype`` so that saving it loses nothing."""
-    weight = flat_weight(base).detach()
+def build_basis(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Pair:
+    """The outer pair of one projection in the numbers that the layer works with: new, or at hand in ``start``."""
+    weight = flat_weight(base)
     if config.start.empty:
-        return weight.new_empty(r, weight.shape[1], dtype=torch.float32), weight.new_empty(
-            weight.shape[0], r, dtype=torch.float32
-        )
+        shapes = (r, weight.shape[1]), (weight.shape[0], r)
+        return weight.new_empty(shapes[0], dtype=torch.float32), weight.new_empty(shapes[1], dtype=torch.float32)
+    down, up = config.start.pairs.get(key) or outer_pair(config, base, key, r)
+    return (down.to(weight.dtype), up.to(weight.dtype)) if config.frozen_outer else (down, up)
+
+
+def outer_pair(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Pair:
+    """Compute an outer pair; a frozen one is rounded to ``basis_dtype``, so that saving it loses nothing."""
+    weight = flat_weight(base).detach()
     strength = config.start.strengths.get(key)
     if config.basis == "awsvd" and strength is None:
         raise UserError(
@@ -48,11 +54,9 @@ def build_basis(config: AdapterConfig, base: nn.Module, key: str, r: int) -> tup
     if strength is not None:
         strength = strength.repeat_interleave(weight.shape[1] // strength.numel()).to(weight.device)
     down, up = BASES[config.basis](weight, r, strength, placement=config.placement, power=config.power)
-    if not config.frozen_outer:
-        return down, up
-    storage = getattr(torch, config.basis_dtype)
+    storage = getattr(torch, config.basis_dtype) if config.frozen_outer else torch.float32
     # Contiguous, because safetensors stores plain tensors only.
-    return down.to(storage).to(weight.dtype).contiguous(), up.to(storage).to(weight.dtype).contiguous()
+    return down.to(storage).contiguous(), up.to(storage).contiguous()
 
 
 def build_delta(config: AdapterConfig, base: nn.Module, key: str) -> Delta:
