@@ -104,15 +104,18 @@ def locate(path: str | Path) -> Path:
     return file
 
 
-def inspect_adapter(path: str | Path) -> AdapterInfo:
-    """Read only the header of an adapter file. Raises :class:`UserError` for anything that is not a sound one."""
+def inspect_adapter(path: str | Path, hashed: bool = True) -> AdapterInfo:
+    """Read only the header of an adapter file. Raises :class:`UserError` for anything that is not a sound one.
+
+    ``hashed=False`` leaves ``sha256`` empty, which otherwise reads the whole file: for lists of many adapters.
+    """
     file = locate(path)
     metadata, shapes = _header(file)
     if "nora" not in metadata:
         hint = " (it looks like an ordinary LoRA: use pipe.load_lora_weights)" if _looks_like_lora(shapes) else ""
         raise UserError(f"{file} is no adapter of this toolkit{hint}")
     info = _parse(file, metadata["nora"])
-    info.path, info.sha256, info.bytes = str(file), sha256(file), file.stat().st_size
+    info.path, info.sha256, info.bytes = str(file), sha256(file) if hashed else "", file.stat().st_size
     sizes = {key: _numel(shape) for key, shape in shapes.items()}
     info.stored_numbers = sum(sizes.values())
     info.trained_numbers = sum(n for key, n in sizes.items() if not key.endswith(tuple(f"nora_{f}" for f in FROZEN)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from .loaders import LoadedAdapter, load_adapter
 from .pictures import PictureSettings, save_picture
 from .versions import versions
 
+OnStep = Callable[[int, Any], None]
 EMBEDDED_GUIDANCE, OTHER_GUIDANCE = 5.0, 7.5
 MAX_STEPS, MAX_SIDE, MAX_PROMPT = 1000, 4096, 4000
 
@@ -80,7 +81,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     loaded = [(load_adapter(pipe, path, weight=weight), weight) for path, weight in wanted]
     guidance = config.guidance
     if guidance is None:
-        guidance = EMBEDDED_GUIDANCE if is_embedded(config.base) else OTHER_GUIDANCE
+        guidance = default_guidance(config.base)
     jobs = [(prompt, config.seed + i) for prompt in config.prompts for i in range(config.num)]
     files = []
     for batch in _batches(jobs, config.batch):
@@ -89,29 +90,52 @@ def generate(config: GenerateConfig) -> list[Path]:
             config.negative_prompt, config.width, config.height,
         )  # fmt: skip
         for image, (prompt, seed) in zip(images, batch, strict=True):
-            settings = PictureSettings(
-                prompt=prompt, seed=seed, steps=config.steps, guidance=guidance, width=image.width,
-                height=image.height, negative_prompt=config.negative_prompt,
-                sampler=type(pipe.scheduler).__name__, base=base_id(pipe), adapters=_describe(loaded),
-                versions=versions(),
-            )  # fmt: skip
-            files.append(save_picture(image, _free_name(out, seed), settings))
+            settings = picture_settings(
+                pipe, image, prompt, seed, config.steps, guidance, config.negative_prompt, _describe(loaded)
+            )
+            files.append(save_picture(image, free_name(out, seed), settings))
     return files
+
+
+def default_guidance(base: str | None) -> float:
+    """The guidance scale that suits a base."""
+    return EMBEDDED_GUIDANCE if is_embedded(base) else OTHER_GUIDANCE
 
 
 def run(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, negative: str = "",
-    width: int | None = None, height: int | None = None,
+    width: int | None = None, height: int | None = None, on_step: OnStep | None = None,
 ) -> list[Any]:  # fmt: skip
-    """One call of the pipeline; each picture has a generator of its own, so that batches do not matter."""
+    """One call of the pipeline; each picture has a generator of its own, so that batches do not matter.
+
+    ``on_step(step, latents)`` is called after each step, counted from 1; what it raises ends the call at once.
+    """
     import torch
+
+    def callback(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if on_step is not None:
+            on_step(step + 1, values["latents"])
+        return values
 
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     images: list[Any] = pipe(
         list(prompts), negative_prompt=[negative] * len(prompts) if negative else None, num_inference_steps=steps,
         guidance_scale=guidance, generator=generators, width=width, height=height,
+        callback_on_step_end=callback if on_step else None,
     ).images  # fmt: skip
     return images
+
+
+def picture_settings(
+    pipe: Any, image: Any, prompt: str, seed: int, steps: int, guidance: float, negative: str,
+    adapters: list[dict[str, Any]],
+) -> PictureSettings:  # fmt: skip
+    """What made a picture, as it is written into its file."""
+    return PictureSettings(
+        prompt=prompt, seed=seed, steps=steps, guidance=guidance, width=image.width, height=image.height,
+        negative_prompt=negative, sampler=type(pipe.scheduler).__name__, base=base_id(pipe), adapters=adapters,
+        versions=versions(),
+    )  # fmt: skip
 
 
 def _check_writable(folder: Path) -> None:
@@ -135,7 +159,7 @@ def _batches(jobs: list[tuple[str, int]], size: int) -> Iterator[list[tuple[str,
         yield jobs[start : start + size]
 
 
-def _free_name(folder: Path, seed: int) -> Path:
+def free_name(folder: Path, seed: int) -> Path:
     """The next ``NNNN-seed.png``; nothing is ever overwritten."""
     taken = [int(match[1]) for f in folder.glob("*.png") if (match := re.match(r"(\d{4,})-", f.name))]
     return folder / f"{max(taken, default=-1) + 1:04d}-{seed}.png"
