@@ -11,21 +11,28 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nora_diffusion"
 EVERYWHERE = {"errors", "files", "versions", ""}
 BANDS = (
-    ("maths", {"adapters.bases", "adapters.cores", "adapters.deltas", "adapters.functional", "adapters.routed"}),
+    (
+        "maths",
+        {
+            "adapters.bases", "adapters.cores", "adapters.deltas", "adapters.functional", "adapters.magnitude",
+            "adapters.rank_mask", "adapters.routed",
+        },
+    ),
     (
         "tuner",
         {
-            "adapters", "adapters.config", "adapters.presets", "adapters.layer", "adapters.model", "adapters.register",
+            "adapters", "adapters.build", "adapters.config", "adapters.presets", "adapters.layer", "adapters.model", "adapters.register",
+            "adapters.patterns",
         },
     ),
     (
         "bridge",
         {
-            "components", "base", "calibration", "adapter_file", "loaders", "export", "attention", "data", "captions",
-            "generation", "pictures", "judges", "model_card", "composition",
+            "components", "conditions", "base", "calibration", "adapter_file", "loaders", "export", "attention", "data", "captions",
+            "generation", "pictures", "judges", "model_card", "untrusted", "tensor_file", "adapter_info", "packs", "foreign", "composition",
         },
     ),
-    ("workflows", {"training", "tiny_sd"}),
+    ("workflows", {"training", "evaluation", "tiny_sd"}),
     ("demo", {"demo"}),
     ("scripts", {"cli"}),
     ("entry", {"__main__"}),

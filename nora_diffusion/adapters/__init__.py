@@ -2,9 +2,12 @@
 
 from .config import TARGET_GROUPS, AdapterConfig
 from .layer import NoraLayer
-from .presets import PRESETS, lora, lora_xs, mor, nora
+from .presets import PRESETS, dora, dylora, lora, lora_mini, lora_xs, melora, moe_lora, mor, mora, nora
 from .register import register
 
 register()
 
-__all__ = ["PRESETS", "TARGET_GROUPS", "AdapterConfig", "NoraLayer", "lora", "lora_xs", "mor", "nora"]
+__all__ = [
+    "PRESETS", "TARGET_GROUPS", "AdapterConfig", "NoraLayer", "dora", "dylora", "lora", "lora_mini", "lora_xs",
+    "melora", "moe_lora", "mor", "mora", "nora",
+]  # fmt: skip

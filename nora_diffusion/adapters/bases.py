@@ -109,10 +109,23 @@ def orthogonal(weight: Tensor, r: int, strength: Tensor | None, *, placement: Pl
     return torch.nn.init.orthogonal_(down), torch.nn.init.orthogonal_(up)
 
 
-Basis = Literal["svd", "awsvd", "kaiming", "orthogonal"]
+def sharing(weight: Tensor, r: int, strength: Tensor | None, *, placement: Placement, power: float) -> Pair:
+    """MoRA's fixed maps (arXiv 2405.12130, eq. 6): channel ``i`` belongs to group ``i mod r``.
+
+    ``A`` adds up the channels of each group, ``B`` copies each number to the channels of its group.
+    """
+    d_out, d_in = weight.shape
+    unit = torch.eye(r, dtype=torch.float32, device=weight.device)
+    return unit[:, torch.arange(d_in, device=weight.device) % r], unit[torch.arange(d_out, device=weight.device) % r]
+
+
+Basis = Literal["svd", "awsvd", "kaiming", "orthogonal", "sharing"]
 BASES: dict[Basis, Callable[..., Pair]] = {
     "svd": svd,
     "awsvd": awsvd,
     "kaiming": kaiming,
     "orthogonal": orthogonal,
+    "sharing": sharing,
 }
+COMPUTED = frozenset({"sharing"})
+"""Bases that follow from shapes alone: no file stores them."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 from torch import Tensor
 
 from ..errors import UserError
-from .bases import BASES, PLACEMENTS, Basis, Pair, Placement
+from .bases import BASES, COMPUTED, PLACEMENTS, Basis, Pair, Placement
+from .patterns import check_patterns, suffix_matcher
 
-CoreKind = Literal["none", "dense", "nested"]
-Router = Literal["none", "token"]
+CoreKind = Literal["none", "diagonal", "dense", "nested"]
+Factor = Literal["down", "core", "up"]
+Router = Literal["none", "token", "prompt", "timestep", "prompt+timestep"]
+ExpertKind = Literal["shared", "independent"]
 BasisDtype = Literal["float32", "float16", "bfloat16"]
 PEFT_TYPE_NAME = "NORA"
 
@@ -43,19 +47,22 @@ class Start:
 
     ``strengths``: mean ``|x|`` per input channel, by module path. ``pairs``: outer pairs that are at hand already, by
     module path. ``empty``: leave the factors unset, because they are about to be read from a file (a basis is never
-    recomputed on load).
+    recomputed on load). ``condition``: width of what a router other than ``token`` looks at.
     """
 
     strengths: dict[str, Tensor] = field(default_factory=dict)
     pairs: dict[str, Pair] = field(default_factory=dict)
     empty: bool = False
+    condition: int = 0
 
 
 @dataclass
 class AdapterConfig(PeftConfig):
     """One adapter: where it sits, which subspaces it moves in, what of it is trained. Made by the presets.
 
-    Raises :class:`UserError` for a value outside its range. ``alpha=None`` means ``alpha = r``.
+    ``alpha=None`` means ``alpha = r``; an empty ``trained`` the core, or without one both outer factors. ``blocks`` > 1
+    makes the outer pair block-diagonal, ``rank_mask`` samples the rank while training, ``magnitude`` adds DoRA's
+    trained row lengths. Raises :class:`UserError` for a value outside its range.
     """
 
     method: str = "nora"
@@ -66,8 +73,13 @@ class AdapterConfig(PeftConfig):
     power: float = 0.5
     core: CoreKind = "nested"
     inner_r: int = 4
+    trained: list[Factor] = field(default_factory=list)
+    blocks: int = 1
+    rank_mask: bool = False
+    magnitude: bool = False
     router: Router = "none"
     num_experts: int = 1
+    experts: ExpertKind = "shared"
     dropout: float = 0.0
     basis_dtype: BasisDtype = "float16"
     target_modules: str | list[str] | None = None
@@ -82,12 +94,14 @@ class AdapterConfig(PeftConfig):
 
         self.peft_type = NORA
         self.target_modules = expand_targets(self.target_modules)
+        if not self.trained:
+            self.trained = ["down", "up"] if self.core == "none" else ["core"]
         if isinstance(self.start, dict):  # a config that was rebuilt from JSON
             self.start = Start()
         self._check()
 
     def _check(self) -> None:
-        for name in ("r", "inner_r", "num_experts"):
+        for name in ("r", "inner_r", "num_experts", "blocks"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"{name}={value!r} is no rank or count: give a whole number of at least 1")
@@ -97,11 +111,41 @@ class AdapterConfig(PeftConfig):
             raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
         self._check_choice("basis", tuple(BASES))
         self._check_choice("placement", PLACEMENTS)
-        self._check_choice("core", ("none", "dense", "nested"))
-        self._check_choice("router", ("none", "token"))
+        self._check_choice("core", get_args(CoreKind))
+        self._check_choice("router", get_args(Router))
+        self._check_choice("experts", get_args(ExpertKind))
         self._check_choice("basis_dtype", ("float32", "float16", "bfloat16"))
         if self.router != "none" and self.core != "none":
             raise UserError(f"router={self.router!r} needs core='none': experts share plain factors")
+        if self.router != "none" and (self.blocks > 1 or self.rank_mask or self.magnitude):
+            raise UserError(f"router={self.router!r} does not go with blocks, rank_mask or magnitude: leave them out")
+        if self.experts == "independent" and (self.router == "none" or self.basis != "kaiming"):
+            raise UserError("experts='independent' needs a router and basis='kaiming': each starts at random")
+        self._check_scale()
+        self._check_trained()
+        check_patterns("target_modules", self.target_modules)
+        check_patterns("exclude_modules", self.exclude_modules)
+        check_patterns("rank_pattern", self.rank_pattern)
+        check_patterns("alpha_pattern", self.alpha_pattern)
+
+    def _check_scale(self) -> None:
+        for name, value in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"alpha={value} of {name!r} must be above 0: it scales what the adapter adds")
+        for name, rank in self.rank_pattern.items():
+            if not isinstance(rank, int) or rank < 1:
+                raise UserError(f"rank {rank!r} of {name!r} is no rank: give a whole number of at least 1")
+
+    def _check_trained(self) -> None:
+        for factor in self.trained:
+            if factor not in get_args(Factor):
+                raise UserError(f"trained={factor!r} is unknown: choose among {', '.join(get_args(Factor))}")
+        # What starts at zero has to learn: the core, or without one the up factor.
+        needed = "up" if self.core == "none" else "core"
+        if needed not in self.trained or (self.core == "none" and "core" in self.trained):
+            raise UserError(f"trained={self.trained} with core={self.core!r} never learns: {needed!r} must be in it")
+        if self.basis in COMPUTED and (self.core == "none" or set(self.trained) != {"core"}):
+            raise UserError(f"basis={self.basis!r} is fixed: it needs a core, and only that can be trained")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
@@ -126,12 +170,15 @@ class AdapterConfig(PeftConfig):
         return values
 
     @property
+    def stored_outer(self) -> bool:
+        """Whether files hold the outer pair; else its shapes determine it."""
+        return self.basis not in COMPUTED
+
+    @property
     def frozen_outer(self) -> bool:
-        """Whether the outer pair is frozen (and so could be shared between subjects)."""
-        return self.core != "none"
+        """Whether files hold frozen outer factors (which subjects could share)."""
+        return self.stored_outer and not {"down", "up"} <= set(self.trained)
 
 
 def _pattern(patterns: dict[str, Any], key: str) -> str:
-    import re
-
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", key)), "")
+    return next((p for p in patterns if suffix_matcher(p).match(key)), "")

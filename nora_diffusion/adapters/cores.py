@@ -1,4 +1,8 @@
-"""Cores: the small trained map ``[..., r] -> [..., r]`` between the outer factors of a chain."""
+"""Cores: the small trained map ``[..., r] -> [..., r]`` between the outer factors of a chain.
+
+Every core gives ``pair()``: the factors below and above its narrowest place (``None``: nothing above it). All start at
+zero, so that the adapter starts as a no-op.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +21,33 @@ class NestedCore(nn.Module):
         self.B_in = nn.Parameter(torch.zeros(r, inner_r))
         nn.init.kaiming_uniform_(self.A_in, a=math.sqrt(5))
 
-    def pair(self) -> tuple[Tensor, Tensor]:
+    def pair(self) -> tuple[Tensor, Tensor | None]:
         """``(A_in, B_in)``: the core as a product ``B_in A_in``."""
         return self.A_in, self.B_in
 
 
 class DenseCore(nn.Module):
-    """LoRA-XS's core (arXiv 2405.17604): ``p -> R p``, ``R [r, r]`` zero, so that the adapter starts as a no-op."""
+    """``p -> R p``, ``R [r, r]`` zero: the core of LoRA-XS (arXiv 2405.17604) and of MoRA (arXiv 2405.12130)."""
 
     def __init__(self, r: int) -> None:
         super().__init__()
         self.R = nn.Parameter(torch.zeros(r, r))
 
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """``(R, I)``: the core as a product ``I R``."""
-        return self.R, torch.eye(self.R.shape[0], dtype=self.R.dtype, device=self.R.device)
+    def pair(self) -> tuple[Tensor, Tensor | None]:
+        """``(R, None)``."""
+        return self.R, None
+
+
+class DiagonalCore(nn.Module):
+    """``p -> d * p``, ``d [r]`` zero: each direction of the outer pair is only made stronger or weaker."""
+
+    def __init__(self, r: int) -> None:
+        super().__init__()
+        self.d = nn.Parameter(torch.zeros(r))
+
+    def pair(self) -> tuple[Tensor, Tensor | None]:
+        """``(diag(d), None)``."""
+        return torch.diag(self.d), None
+
+
+Core = NestedCore | DenseCore | DiagonalCore

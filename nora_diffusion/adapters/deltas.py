@@ -12,79 +12,117 @@ The scale ``alpha / r`` and the user's weight are applied by the layer.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
-from .cores import DenseCore, NestedCore
+from .cores import Core
+from .magnitude import row_factors
 from .routed import RoutedDelta
 
-Core = NestedCore | DenseCore
 
+def hold(module: nn.Module, name: str, value: Tensor, *, trained: bool, stored: bool = True) -> None:
+    """Register ``value`` as what it is: a trained factor is a Parameter, a frozen one a buffer.
 
-def hold(module: nn.Module, name: str, value: Tensor, *, trained: bool) -> None:
-    """Register ``value`` as what it is: a trained factor is a Parameter, a frozen one a buffer."""
+    A frozen factor that is ``stored`` nowhere is one that its shape determines.
+    """
     if trained:
         module.register_parameter(name, nn.Parameter(value))
     else:
-        module.register_buffer(name, value)
+        module.register_buffer(name, value, persistent=stored)
 
 
 class ChainDelta(nn.Module):
     """``dy = B_out core(A_out x)``: LoRA without a core, LoRA-XS with a dense, NoRA with a nested one.
 
-    Shapes: ``A_out [r, d_in]``, ``B_out [d_out, r]``. With a core the outer pair is frozen (buffers); autograd then
-    keeps ``p = A_out x`` for backward and never ``x``. Dropout acts on ``p`` for the same reason.
+    Shapes: ``A_out [r, d_in]``, ``B_out [d_out, r]``; with ``blocks = n`` both are block-diagonal and held as their
+    stacked blocks ``[r, d_in / n]``, ``[d_out, r / n]``. A trained factor is a Parameter named ``A`` or ``B``, a frozen
+    one a buffer ``A_out`` or ``B_out``; with a frozen ``A_out`` autograd keeps ``p = A_out x`` for backward and never
+    ``x``, and dropout acts on ``p`` for the same reason. ``m [d_out]``, where there is one, is DoRA's magnitude.
     """
 
     mergeable = True
 
-    def __init__(self, down: Tensor, up: Tensor, core: Core | None, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        down: Tensor,
+        up: Tensor,
+        core: Core | None = None,
+        dropout: float = 0.0,
+        *,
+        trained: Collection[str] = ("down", "up"),
+        stored: bool = True,
+        blocks: int = 1,
+        magnitude: Tensor | None = None,
+        masked: bool = False,
+    ) -> None:
         super().__init__()
-        trained = core is None
-        hold(self, "A" if trained else "A_out", down, trained=trained)
-        hold(self, "B" if trained else "B_out", torch.zeros_like(up) if trained else up, trained=trained)
+        # An adapter starts as a no-op: its core is zero, or where it has none its up factor.
+        up = torch.zeros_like(up) if core is None else up
+        self._names = ("A" if "down" in trained else "A_out", "B" if "up" in trained else "B_out")
+        hold(self, self._names[0], down, trained="down" in trained, stored=stored)
+        hold(self, self._names[1], up, trained="up" in trained, stored=stored)
         self.core = core
+        self.blocks = blocks
+        self.m = None if magnitude is None else nn.Parameter(magnitude)
+        self.masked = masked
+        self.rank: int | None = None
+        self.sampled_rank: int | None = None
         self.dropout = nn.Dropout(dropout)
 
     @property
     def outer(self) -> tuple[Tensor, Tensor]:
-        """The outer pair ``(down, up)``."""
-        names = ("A", "B") if self.core is None else ("A_out", "B_out")
-        return getattr(self, names[0]), getattr(self, names[1])
+        """The outer pair ``(down [r, d_in], up [d_out, r])``."""
+        down, up = (getattr(self, name) for name in self._names)
+        if self.blocks == 1:
+            return down, up
+        return torch.block_diag(*down.chunk(self.blocks)), torch.block_diag(*up.chunk(self.blocks))
+
+    @property
+    def full_rank(self) -> int:
+        """The rank in the middle of the chain: ``r'`` of a nested core, else ``r``."""
+        return int((getattr(self, self._names[0]) if self.core is None else self.core.pair()[0]).shape[0])
+
+    def _halves(self) -> tuple[list[Tensor], list[Tensor]]:
+        """``([A_out, A_in], [B_in, B_out])``, cut in the middle to the rank in force."""
+        down, up = self.outer
+        core_down, core_up = (None, None) if self.core is None else self.core.pair()
+        below = [factor for factor in (down, core_down) if factor is not None]
+        above = [factor for factor in (core_up, up) if factor is not None]
+        rank = self.sampled_rank if self.masked and self.training else self.rank
+        if rank is not None:
+            below[-1], above[0] = below[-1][:rank], above[0][:, :rank]
+        return below, above
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """The plain LoRA pair of the same map: ``(A [k, d_in], B [d_out, k])``, in the factors' own dtype."""
-        down, up = self.outer
-        if self.core is None:
-            return down, up
-        core_down, core_up = self.core.pair()
-        dtype = torch.promote_types(down.dtype, core_down.dtype)
-        return functional.collapse(*(f.to(dtype) for f in (down, core_down, core_up, up)))
+        below, above = self._halves()
+        return functional.collapse(below), functional.collapse(above)
 
     def forward(self, x: Tensor, contract: functional.Contract) -> Tensor:
-        down, up = self.outer
-        p: Tensor = self.dropout(contract(x, down))
-        if self.core is not None:
-            core_down, core_up = self.core.pair()
-            p = F.linear(F.linear(p, core_down.to(p.dtype)), core_up.to(p.dtype))
-        return F.linear(p, up.to(p.dtype))
+        below, above = self._halves()
+        p: Tensor = self.dropout(contract(x, below[0]))
+        for factor in (*below[1:], *above):
+            p = F.linear(p, factor.to(p.dtype))
+        return p
 
     def skinny_weight(self) -> Tensor:
-        down, _ = self.outer
-        return down if self.core is None else self.core.pair()[0].to(down.dtype) @ down
+        return functional.collapse(self._halves()[0])
 
     def from_skinny(self, p: Tensor) -> Tensor:
-        _, up = self.outer
-        if self.core is not None:
-            up = up @ self.core.pair()[1].to(up.dtype)
-        return F.linear(p, up.to(p.dtype))
+        return F.linear(p, functional.collapse(self._halves()[1]).to(p.dtype))
 
     def delta_weight(self) -> Tensor:
         """``dW = B A`` in fp32, without the scale."""
         down, up = self.pair()
         return up.float() @ down.float()
+
+    def row_factors(self, weight: Tensor, scale: float) -> Tensor | None:
+        """DoRA's ``c = m / ||W + s dW|| [d_out]`` for the frozen ``W [d_out, d_in]``; ``None`` without a magnitude."""
+        return None if self.m is None else row_factors(self.m, weight, *self.pair(), scale)
 
 
 Delta = ChainDelta | RoutedDelta

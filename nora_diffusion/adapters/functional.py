@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +36,13 @@ def contract_conv(
     return F.conv2d(x, weight, stride=stride, padding=padding, dilation=dilation).movedim(1, -1)
 
 
-def collapse(down: Tensor, core_down: Tensor, core_up: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The shortest equal pair: ``A = A_in A_out [r', d_in]``, ``B = B_out B_in [d_out, r']``."""
-    return core_down @ down, up @ core_up
+def collapse(factors: Sequence[Tensor]) -> Tensor:
+    """The product of a chain's factors, the first applied first: ``[A_out, A_in] -> A_in A_out``."""
+    dtype = functools.reduce(torch.promote_types, (factor.dtype for factor in factors))
+    product = factors[0].to(dtype)
+    for factor in factors[1:]:
+        product = factor.to(dtype) @ product
+    return product
 
 
 def routed_delta(p: Tensor, gates: Tensor, up: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
@@ -54,3 +59,8 @@ def routed_delta(p: Tensor, gates: Tensor, up: Tensor, inner: Tensor, outer: Ten
 def router_gates(logits: Tensor) -> Tensor:
     """Dense softmax gates over the experts, formed in fp32 for half-precision inputs."""
     return torch.softmax(logits.float(), dim=-1).to(logits.dtype)
+
+
+def rowwise(p: Tensor, matrices: Tensor) -> Tensor:
+    """Each row of a batch times a matrix of its own: ``p [n, ..., k]``, ``M [n, k, m]`` -> ``[n, ..., m]``."""
+    return torch.bmm(p.flatten(1, -2) if p.ndim > 2 else p.unsqueeze(1), matrices).view(*p.shape[:-1], -1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterator
 from typing import Any, cast
@@ -12,75 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import UserError
-from . import functional
-from .bases import BASES, Pair
+from .build import build_delta, contraction, flat_weight
 from .config import AdapterConfig
-from .cores import DenseCore, NestedCore
-from .deltas import ChainDelta, Core, Delta
-from .routed import RoutedDelta
-
-
-def flat_weight(base: nn.Module) -> Tensor:
-    """The weight as a matrix ``[d_out, d_in]``; a convolution's is unfolded to ``[d_out, c * kh * kw]``."""
-    return cast(Tensor, base.weight).flatten(1)
-
-
-def build_core(config: AdapterConfig, r: int) -> Core | None:
-    """The core axis of ``config`` for an outer rank ``r``."""
-    if config.core == "nested":
-        return NestedCore(r, min(config.inner_r, r))
-    return DenseCore(r) if config.core == "dense" else None
-
-
-def build_basis(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Pair:
-    """The outer pair of one projection in the numbers that the layer works with: new, or at hand in ``start``."""
-    weight = flat_weight(base)
-    if config.start.empty:
-        shapes = (r, weight.shape[1]), (weight.shape[0], r)
-        return weight.new_empty(shapes[0], dtype=torch.float32), weight.new_empty(shapes[1], dtype=torch.float32)
-    down, up = config.start.pairs.get(key) or outer_pair(config, base, key, r)
-    return (down.to(weight.dtype), up.to(weight.dtype)) if config.frozen_outer else (down, up)
-
-
-def outer_pair(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Pair:
-    """Compute an outer pair; a frozen one is rounded to ``basis_dtype``, so that saving it loses nothing."""
-    weight = flat_weight(base).detach()
-    strength = config.start.strengths.get(key)
-    if config.basis == "awsvd" and strength is None:
-        raise UserError(
-            "the 'awsvd' basis needs activation statistics: use nora_diffusion.add_adapter, which calibrates, "
-            "or basis='svd'"
-        )
-    if strength is not None:
-        strength = strength.repeat_interleave(weight.shape[1] // strength.numel()).to(weight.device)
-    down, up = BASES[config.basis](weight, r, strength, placement=config.placement, power=config.power)
-    storage = getattr(torch, config.basis_dtype) if config.frozen_outer else torch.float32
-    # Contiguous, because safetensors stores plain tensors only.
-    return down.to(storage).contiguous(), up.to(storage).contiguous()
-
-
-def build_delta(config: AdapterConfig, base: nn.Module, key: str) -> Delta:
-    """The delta that ``config`` describes for the projection ``base`` at path ``key``."""
-    r = min(config.rank_for(key), *flat_weight(base).shape)
-    down, up = build_basis(config, base, key, r)
-    if config.router == "token":
-        if isinstance(base, nn.Conv2d) and base.kernel_size != (1, 1):
-            raise UserError(f"a token router cannot gate the {base.kernel_size} convolution {key!r}: leave it out")
-        return RoutedDelta(down, up, config.num_experts, config.dropout)
-    return ChainDelta(down, up, build_core(config, r), config.dropout)
-
-
-def contraction(base: nn.Module) -> functional.Contract:
-    """How a down-projection is applied to the input of ``base``."""
-    if isinstance(base, nn.Conv2d):
-        return functools.partial(
-            functional.contract_conv,
-            kernel_size=cast("tuple[int, int]", base.kernel_size),
-            stride=cast("tuple[int, int]", base.stride),
-            padding=cast("tuple[int, int] | str", base.padding),
-            dilation=cast("tuple[int, int]", base.dilation),
-        )
-    return functional.contract_linear
+from .deltas import ChainDelta, Delta
 
 
 class NoraLayer(nn.Module, BaseTunerLayer):
@@ -130,27 +63,61 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         """The delta module of one adapter."""
         return cast(Delta, self.nora_delta[adapter_name])
 
-    def live(self) -> Iterator[tuple[float, Delta]]:
-        """``(scaling, delta)`` of every adapter that ``forward`` adds now."""
+    def live_names(self) -> Iterator[str]:
+        """Names of the adapters that ``forward`` adds now."""
         if self.disable_adapters:
             return
         for name in self.active:
             if name in self.nora_delta and name not in self.merged_adapters and self.scaling[name] != 0:
-                yield self.scaling[name], self.delta(name)
+                yield name
+
+    def live(self) -> Iterator[tuple[float, Delta]]:
+        """``(scaling, delta)`` of every adapter that ``forward`` adds now."""
+        return ((self.scaling[name], self.delta(name)) for name in self.live_names())
+
+    def row_factors(self, adapter: str) -> Tensor | None:
+        """DoRA's factor of each output row of the frozen weight, ``[d_out]``; ``None`` without a magnitude."""
+        delta = self.delta(adapter)
+        if not isinstance(delta, ChainDelta):
+            return None
+        return delta.row_factors(self._frozen_weight().flatten(1), self.nora_scale[adapter])
+
+    def _frozen_weight(self) -> Tensor:
+        """The weight without what is merged into it."""
+        weight = cast(Tensor, self.base_layer.weight).detach()
+        return weight if self._clean_weight is None else self._clean_weight.to(weight)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        y: Tensor = self.base_layer(x, *args, **kwargs)
-        for scaling, delta in self.live():
+        base: Tensor = self.base_layer(x, *args, **kwargs)
+        y = base
+        for name in self.live_names():
+            delta, scaling = self.delta(name), self.scaling[name]
             if torch.is_grad_enabled() or delta.training:
                 dy = delta(x, self._contract)
             else:
                 dy = delta.from_skinny(self._contract(x, delta.skinny_weight()))
             if isinstance(self.base_layer, nn.Conv2d):
                 dy = dy.movedim(-1, 1)
+            factors = self.row_factors(name)
+            if factors is not None:
+                dy = self._rescaled(dy, factors, self.nora_scale[name], x, base)
+                scaling = scaling / self.nora_scale[name]
             y = y + scaling * dy.to(y.dtype)
         return y
+
+    def _rescaled(self, dy: Tensor, factors: Tensor, scale: float, x: Tensor, base: Tensor) -> Tensor:
+        """DoRA: ``(c - 1) W x + c s dy`` with the bias left out of it, so that a weight of 0 is the base."""
+        is_conv = isinstance(self.base_layer, nn.Conv2d)
+        bias = cast("Tensor | None", self.base_layer.bias)
+        if self.merged:
+            plain = self._contract(x, self._frozen_weight().flatten(1))
+            plain = plain.movedim(-1, 1) if is_conv else plain
+        else:
+            plain = base if bias is None else base - (bias.view(-1, 1, 1) if is_conv else bias)
+        factors = factors.view(-1, 1, 1) if is_conv else factors
+        return (factors - 1) * plain + factors * scale * dy
 
     # Scales, as diffusers sets them: `weight` is the user's factor on top of alpha / r.
 
@@ -176,8 +143,13 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``scaling * dW`` in the shape of the base weight, fp32."""
-        weight = cast(Tensor, self.base_layer.weight)
-        return (self.scaling[adapter] * self.delta(adapter).delta_weight()).view(weight.shape)
+        weight, dw = self._frozen_weight(), self.delta(adapter).delta_weight()
+        factors = self.row_factors(adapter)
+        if factors is None:
+            return (self.scaling[adapter] * dw).view(weight.shape)
+        scale, factors = self.nora_scale[adapter], factors.unsqueeze(1)
+        change = (factors - 1) * weight.flatten(1) + factors * scale * dw
+        return (self.scaling[adapter] / scale * change).view(weight.shape)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active adapters' ``dW`` to the weight; one that has none (MoR) stays live, with a warning."""

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import UserError
 from .config import AdapterConfig
 from .layer import NoraLayer
+from .rank_mask import watch
 from .register import PREFIX
 
 
@@ -44,6 +45,10 @@ class NoraModel(BaseTuner):
             setattr(parent, target_name, layer)
         else:
             target.update_layer(adapter_name, peft_config, current_key)
+
+    def _post_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
+        if config.rank_mask:
+            watch(model)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

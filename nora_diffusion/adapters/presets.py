@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .bases import Basis, Placement
-from .config import AdapterConfig, Router
+from .config import AdapterConfig, CoreKind, Router
 
 Targets = str | list[str] | None
 
@@ -18,17 +18,19 @@ def nora(
     basis: Basis = "awsvd",
     placement: Placement = "sqrt",
     power: float = 0.5,
+    core: CoreKind = "nested",
     dropout: float = 0.0,
     target_modules: Targets = None,
     **axes: Any,
 ) -> AdapterConfig:
     """NoRA: ``dW = (alpha/r) B_out B_in A_in A_out``, outer pair frozen, inner pair trained.
 
-    ``2 r r'`` trained numbers a projection. https://arxiv.org/abs/2408.10280
+    ``2 r r'`` trained numbers a projection; the core may also be ``dense`` or ``diagonal``.
+    https://arxiv.org/abs/2408.10280
     """
     return AdapterConfig(
         method="nora", r=r, inner_r=inner_r, alpha=alpha, basis=basis, placement=placement, power=power,
-        core="nested", dropout=dropout, target_modules=target_modules, **axes,
+        core=core, dropout=dropout, target_modules=target_modules, **axes,
     )  # fmt: skip
 
 
@@ -41,8 +43,9 @@ def mor(
     target_modules: Targets = None,
     **axes: Any,
 ) -> AdapterConfig:
-    """MoR: ``dy = (alpha/r) sum_i g_i(x) diag(b_i) B diag(a_i) A x``, ``g = softmax(W_g x)`` per token.
+    """MoR: ``dy = (alpha/r) sum_i g_i diag(b_i) B diag(a_i) A x``, ``g = softmax(W_g c)``.
 
+    The router looks at ``c``: the token, the prompt, the timestep or the last two (``nora_diffusion.conditions``).
     The published best is r = 32 with 8 experts; more than 12 experts or rank above 64 hurts. https://arxiv.org/abs/2410.13408
     """
     return AdapterConfig(
@@ -80,4 +83,112 @@ def lora_xs(
     )  # fmt: skip
 
 
-PRESETS: dict[str, Callable[..., AdapterConfig]] = {"nora": nora, "mor": mor, "lora": lora, "lora_xs": lora_xs}
+def lora_mini(
+    r: int = 32,
+    inner_r: int = 4,
+    alpha: float | None = None,
+    basis: Basis = "kaiming",
+    dropout: float = 0.0,
+    target_modules: Targets = None,
+    **axes: Any,
+) -> AdapterConfig:
+    """LoRA-Mini: ``dW = (alpha/r) B_out B_in A_in A_out``, outer pair frozen and random, inner pair trained.
+
+    The same chain as NoRA in subspaces that know nothing of the weight. https://arxiv.org/abs/2411.15804
+    """
+    return AdapterConfig(
+        method="lora_mini", r=r, inner_r=inner_r, alpha=alpha, basis=basis, core="nested",
+        dropout=dropout, target_modules=target_modules, **axes,
+    )  # fmt: skip
+
+
+def dora(
+    r: int = 8, alpha: float | None = None, dropout: float = 0.0, target_modules: Targets = None, **axes: Any
+) -> AdapterConfig:
+    """DoRA: ``W' = m (W + dW) / ||W + dW||`` by rows, ``dW = (alpha/r) B A``; ``m``, ``A``, ``B`` trained.
+
+    Any other preset without a router takes ``magnitude=True``. https://arxiv.org/abs/2402.09353
+    """
+    return AdapterConfig(
+        method="dora", r=r, alpha=alpha, basis="kaiming", core="none", inner_r=1, magnitude=True,
+        dropout=dropout, target_modules=target_modules, **axes,
+    )  # fmt: skip
+
+
+def mora(
+    r: int = 8, alpha: float | None = None, dropout: float = 0.0, target_modules: Targets = None, **axes: Any
+) -> AdapterConfig:
+    """MoRA: ``dW = (alpha/r) D M C``, one trained ``M [k, k]``, fixed maps, ``k = sqrt((d_in + d_out) r)``.
+
+    The numbers of a LoRA of rank ``r`` at the rank ``k``. ``C`` adds up the channels of each group, ``D`` copies each
+    number to its group (the paper's sharing, eq. 6). https://arxiv.org/abs/2405.12130
+    """
+    return AdapterConfig(
+        method="mora", r=r, alpha=alpha, basis="sharing", core="dense", inner_r=1,
+        dropout=dropout, target_modules=target_modules, **axes,
+    )  # fmt: skip
+
+
+def melora(
+    r: int = 32,
+    blocks: int = 4,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: Targets = None,
+    **axes: Any,
+) -> AdapterConfig:
+    """MELoRA: ``dW = (alpha/r) diag(B_1 A_1, ..., B_n A_n)``: ``n`` mini LoRAs of rank ``r / n``, all trained.
+
+    Rank ``r`` in all, for the numbers of a LoRA of rank ``r / n``. https://arxiv.org/abs/2402.17263
+    """
+    return AdapterConfig(
+        method="melora", r=r, blocks=blocks, alpha=alpha, basis="kaiming", core="none", inner_r=1,
+        dropout=dropout, target_modules=target_modules, **axes,
+    )  # fmt: skip
+
+
+def dylora(
+    r: int = 8, alpha: float | None = None, dropout: float = 0.0, target_modules: Targets = None, **axes: Any
+) -> AdapterConfig:
+    """DyLoRA: ``dW = (alpha/r) B[:, :b] A[:b]``, ``b`` drawn from 1 to ``r`` at every training step.
+
+    One file then serves every rank up to ``r`` (``set_rank``, ``export_lora(rank=...)``). The scale stays ``alpha/r``
+    at every ``b``, so that a lower rank is the same adapter cut short. https://arxiv.org/abs/2210.07558
+    """
+    return AdapterConfig(
+        method="dylora", r=r, alpha=alpha, basis="kaiming", core="none", inner_r=1, rank_mask=True,
+        dropout=dropout, target_modules=target_modules, **axes,
+    )  # fmt: skip
+
+
+def moe_lora(
+    r: int = 4,
+    num_experts: int = 8,
+    alpha: float | None = None,
+    router: Router = "token",
+    dropout: float = 0.0,
+    target_modules: Targets = None,
+    **axes: Any,
+) -> AdapterConfig:
+    """MoE-LoRA: ``dy = (alpha/r) sum_i g_i B_i A_i x``, ``g = softmax(W_g c)``: the baseline that MoR shrinks.
+
+    ``num_experts`` independent pairs of rank ``r`` each, with MoR's routers. https://arxiv.org/abs/2402.12851
+    """
+    return AdapterConfig(
+        method="moe_lora", r=r, num_experts=num_experts, alpha=alpha, basis="kaiming", core="none", inner_r=1,
+        router=router, experts="independent", dropout=dropout, target_modules=target_modules, **axes,
+    )  # fmt: skip
+
+
+PRESETS: dict[str, Callable[..., AdapterConfig]] = {
+    "nora": nora,
+    "mor": mor,
+    "moe_lora": moe_lora,
+    "lora": lora,
+    "lora_xs": lora_xs,
+    "lora_mini": lora_mini,
+    "dora": dora,
+    "mora": mora,
+    "melora": melora,
+    "dylora": dylora,
+}

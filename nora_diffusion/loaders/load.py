@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter_file import FILE_NAME, AdapterInfo, Tensors, inspect_adapter, read_tensors
+from ..adapter_file import FILE_NAME, AdapterInfo, Tensors, inspect_adapter, read_tensors, split_address
 from ..adapters import AdapterConfig
+from ..adapters.build import build_delta, flat_weight
 from ..adapters.config import Start
-from ..adapters.layer import build_delta, flat_weight
 from ..base import base_id
 from ..components import canonical, component, fingerprint, nora_layers, refuse_merged, targets
+from ..conditions import condition_width
 from ..errors import UserError
 from .active import active_adapters, set_active
-from .inject import all_or_nothing, check_new_name, file_key, inject
+from .inject import all_or_nothing, check_new_name, file_key, inject, remember
 
 FINGERPRINT_TOLERANCE = 1e-2
 
@@ -65,20 +66,27 @@ def load_adapter(
     refuse_merged(pipe)
     tensors = read_tensors(info, basis_dir)
     _check_fit(info, configs, modules, tensors, pipe)
+    place(pipe, name, info, tensors, activate, weight)
+    return LoadedAdapter(name, applied=len(tensors), total=len(tensors), info=info)
+
+
+def place(pipe: Any, name: str, info: AdapterInfo, tensors: Tensors, activate: bool, weight: float) -> None:
+    """Put checked numbers into the pipeline as a new adapter that remembers ``info``, all or nothing."""
     with all_or_nothing(pipe, name):
-        for part, module in modules.items():
+        for part, config in info.configs.items():
+            module = component(pipe, part)
             before = active_adapters(module)
-            inject(module, configs[part], name, Start(empty=True))
+            inject(module, config, name, Start(empty=True))
+            remember(module, name, info)
             _fill(module, part, name, tensors)
             set_active(module, [*before, name] if activate else before)
             for layer in nora_layers(module, name).values():
                 layer.set_scale(name, weight)
-    return LoadedAdapter(name, applied=len(tensors), total=len(tensors), info=info)
 
 
 def _local(path_or_id: str | Path) -> Path:
     path = Path(path_or_id).expanduser()
-    if path.exists() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/")):
+    if split_address(path) or path.exists() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/")):
         return path
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -90,7 +98,8 @@ def _local(path_or_id: str | Path) -> Path:
 
 
 def _name_from(file: Path) -> str:
-    stem = file.parent.name if file.name == FILE_NAME else file.stem
+    address = split_address(file)
+    stem = address[1] if address else file.parent.name if file.name == FILE_NAME else file.stem
     return re.sub(r"[^A-Za-z0-9_-]+", "_", stem) or "adapter"
 
 
@@ -108,15 +117,15 @@ def _check_fit(
     expected: dict[str, tuple[int, ...]] = {}
     for part, module in modules.items():
         config = copy.deepcopy(configs[part])
-        config.start = Start(empty=True)
+        config.start = Start(empty=True, condition=condition_width(module, config.router))
         try:
             layers = {canonical(path): layer for path, layer in targets(module, config).items()}
         except UserError as error:
             raise wrong_base from error
         _check_fingerprint(info.base_fingerprint.get(part, {}), layers, wrong_base)
         for path, layer in layers.items():
-            for factor, value in build_delta(config, layer, path).state_dict().items():
-                expected[file_key(part, path, factor)] = tuple(value.shape)
+            for factor, shape in _described(config, layer, path).items():
+                expected[file_key(part, path, factor)] = shape
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     if found != expected:
         key = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))[0]
@@ -124,6 +133,14 @@ def _check_fit(
             f"{info.path} does not fit its own description at {key}: found {found.get(key, 'nothing')}, "
             f"expected {expected.get(key, 'nothing')}; copy it again"
         )
+
+
+def _described(config: AdapterConfig, layer: nn.Module, path: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the factors that a config describes, on the meta device: nothing is allocated yet."""
+    outline = copy.copy(layer)
+    outline._parameters = {"weight": layer.weight.detach().to("meta")}  # type: ignore[operator,dict-item]
+    with torch.device("meta"):
+        return {factor: tuple(value.shape) for factor, value in build_delta(config, outline, path).state_dict().items()}
 
 
 def _check_fingerprint(stored: dict[str, float], layers: dict[str, nn.Module], error: UserError) -> None:
