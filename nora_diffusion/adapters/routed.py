@@ -1,46 +1,166 @@
-"""Mixtures: deltas whose experts are weighed by a learned gate."""
+"""Mixtures: deltas whose experts are weighed by a learned gate, per token or per row of the batch."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import UserError
 from . import functional
 
 
-class RoutedDelta(nn.Module):
-    """``dy = sum_i g_i(x) diag(b_i) B diag(a_i) A x`` with ``g = softmax(W_g x)``: MoR (arXiv 2410.13408).
+@dataclass
+class Conditions:
+    """What the gates of one model may depend on beside the token, while its forward pass runs.
 
-    Shapes: ``A [r, d_in]``, ``B [d_out, r]``, ``a [N, r]``, ``b [N, d_out]``, ``W_g [N, d_in]``; all trained. The gate
-    depends on the token, so there is no one ``dW``: such a delta cannot be merged and stays live.
+    ``vectors``: ``prompt [rows, d]`` and ``timestep [rows, d]``; empty outside of a forward pass. Whoever knows the
+    model fills it in (``nora_diffusion.conditions``); the deltas of that model share it.
+    """
+
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    was_read: bool = False
+    _parts: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def open(self, vectors: dict[str, Tensor]) -> None:
+        """Start a forward pass (or, without vectors, end it)."""
+        self.vectors, self._parts = dict(vectors), {}
+
+    def distinct(self, router: str) -> tuple[Tensor, Tensor]:
+        """Vectors ``[u, d]`` that a router of this kind sees and, for each row of the batch, which is its own.
+
+        At inference equal rows become one, so that what depends on the gate alone is formed once for all of them;
+        under autograd every row is kept, since finding equal ones has no gradient.
+        Raises :class:`UserError` outside of a forward pass.
+        """
+        self.was_read = True
+        if router not in self._parts:
+            missing = [name for name in router.split("+") if name not in self.vectors]
+            if missing:
+                raise UserError(
+                    f"a layer with the {router!r} router ran where no {missing[0]} is known: call the whole unet or "
+                    "transformer, and target only layers that run after its time embedding"
+                )
+            rows = torch.cat([self.vectors[name].float() for name in router.split("+")], dim=-1)
+            if torch.is_grad_enabled() or torch.compiler.is_compiling():
+                self._parts[router] = rows, torch.arange(rows.shape[0], device=rows.device)
+            else:
+                self._parts[router] = torch.unique(rows, dim=0, return_inverse=True)
+        return self._parts[router]
+
+
+class SharedExperts(nn.Module):
+    """Experts ``diag(b_i) B diag(a_i) A`` that share their factors (MoR, arXiv 2410.13408).
+
+    ``A [r, d_in]``, ``B [d_out, r]``, ``a [N, r]``, ``b [N, d_out]``; all trained.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, num_experts: int) -> None:
+        super().__init__()
+        self.A = nn.Parameter(down)
+        self.B = nn.Parameter(torch.zeros_like(up))
+        # Ones plus noise: with equal scalings all experts would get equal gradients and never part ways.
+        self.a = nn.Parameter(1 + 0.1 * torch.randn(num_experts, down.shape[0]))
+        self.b = nn.Parameter(1 + 0.1 * torch.randn(num_experts, up.shape[0]))
+
+    def mix(self, p: Tensor, gates: Tensor) -> Tensor:
+        """``sum_i g_i diag(b_i) B diag(a_i) p`` for ``p [..., r]`` and one gate ``[..., N]`` a token."""
+        return functional.routed_delta(p, gates, self.B, self.a, self.b)
+
+    def up_for(self, gates: Tensor) -> Tensor:
+        """The up-projection that a gate makes of the experts: ``(sum_i g_i b_i a_i^T) o B``, ``[u, d_out, r]``."""
+        outer = gates.to(self.b.dtype).unsqueeze(-1) * self.b
+        return outer.transpose(1, 2) @ self.a * self.B
+
+
+class IndependentExperts(nn.Module):
+    """Experts ``B_i A_i`` with factors of their own (MoE-LoRA): ``A [N r, d_in]``, ``B [d_out, N r]`` hold them all."""
+
+    def __init__(self, down: Tensor, up: Tensor, num_experts: int) -> None:
+        super().__init__()
+        self.r = down.shape[0] // num_experts
+        self.A = nn.Parameter(down)
+        self.B = nn.Parameter(torch.zeros_like(up))
+
+    def mix(self, p: Tensor, gates: Tensor) -> Tensor:
+        """``sum_i g_i B_i p_i`` for ``p [..., N r]`` and one gate ``[..., N]`` a token."""
+        return F.linear(p * gates.repeat_interleave(self.r, dim=-1), self.B.to(p.dtype))
+
+    def up_for(self, gates: Tensor) -> Tensor:
+        """``[g_1 B_1, ..., g_N B_N]``, ``[u, d_out, N r]``."""
+        return gates.to(self.B.dtype).repeat_interleave(self.r, dim=-1).unsqueeze(1) * self.B
+
+
+Experts = SharedExperts | IndependentExperts
+
+
+class RoutedDelta(nn.Module):
+    """``dy = sum_i g_i E_i x`` with ``g = softmax(W_g c)`` over the experts ``E_i``, ``W_g [N, d_c]`` trained.
+
+    The ``token`` router looks at ``c = x``. Any other looks at a condition that is one vector a row of the batch
+    (:class:`Conditions`): the experts of a row then make one low-rank pair, and routing costs nothing per token.
+    The gate varies, so there is no one ``dW``: such a delta cannot be merged and stays live.
     """
 
     mergeable = False
 
-    def __init__(self, down: Tensor, up: Tensor, num_experts: int, dropout: float = 0.0) -> None:
+    def __init__(self, experts: Experts, num_experts: int, router: str, width: int, dropout: float = 0.0) -> None:
         super().__init__()
-        r, d_in = down.shape
-        self.A = nn.Parameter(down)
-        self.B = nn.Parameter(torch.zeros_like(up))
-        # Ones plus noise: with equal scalings all experts would get equal gradients and never part ways.
-        self.a = nn.Parameter(1 + 0.1 * torch.randn(num_experts, r))
-        self.b = nn.Parameter(1 + 0.1 * torch.randn(num_experts, up.shape[0]))
-        self.W_g = nn.Parameter(0.1 / math.sqrt(d_in) * torch.randn(num_experts, d_in))
+        self.experts = experts
+        self.router = router
+        self.conditions: Conditions | None = None
+        self.W_g = nn.Parameter(0.1 / math.sqrt(width) * torch.randn(num_experts, width))
         self.dropout = nn.Dropout(dropout)
 
+    @property
+    def conditioned(self) -> bool:
+        """Whether the gate is one for each row of the batch."""
+        return self.router != "token"
+
     def forward(self, x: Tensor, contract: functional.Contract) -> Tensor:
-        gates = functional.router_gates(contract(x, self.W_g))
-        return functional.routed_delta(self.dropout(contract(x, self.A)), gates, self.B, self.a, self.b)
+        return self.from_skinny(contract(x, self.skinny_weight()))
 
     def skinny_weight(self) -> Tensor:
-        return torch.cat([self.A, self.W_g])
+        return self.experts.A if self.conditioned else torch.cat([self.experts.A, self.W_g])
 
-    def from_skinny(self, p: Tensor) -> Tensor:
-        r = self.A.shape[0]
-        gates = functional.router_gates(p[..., r:])
-        return functional.routed_delta(p[..., :r], gates, self.B, self.a, self.b)
+    def from_skinny(self, p: Tensor, rows: Tensor | None = None) -> Tensor:
+        """``dy`` from ``p = x S^T``; ``rows``: which rows of the running batch ``p`` holds, if not all."""
+        k = self.experts.A.shape[0]
+        if not self.conditioned:
+            return self.experts.mix(self.dropout(p[..., :k]), functional.router_gates(p[..., k:]))
+        gates, index = self.row_gates()
+        ups = self.experts.up_for(gates).to(p.dtype)
+        p = self.dropout(p)
+        if len(ups) == 1:
+            return F.linear(p, ups[0])
+        index = index if rows is None else index[rows]
+        if len(index) != len(p):
+            raise UserError(
+                f"a layer with the {self.router!r} router got {len(p)} rows in a batch of {len(index)}: "
+                "it cannot tell which row is whose; leave this layer out"
+            )
+        return functional.rowwise(p, ups.transpose(1, 2)[index])
+
+    def row_gates(self) -> tuple[Tensor, Tensor]:
+        """Distinct gates ``[u, N]`` of the running batch, fp32, and the index ``[rows]`` of each row's own."""
+        if self.conditions is None:
+            raise UserError(f"the {self.router!r} router is not connected to its model: use nora_diffusion.add_adapter")
+        vectors, index = self.conditions.distinct(self.router)
+        return functional.router_gates(F.linear(vectors, self.W_g.float())), index
+
+    def gates(self, x: Tensor, contract: functional.Contract) -> Tensor:
+        """The gates of an input: ``[..., N]``, one a token, or ``[rows, N]``; fp32."""
+        if not self.conditioned:
+            return functional.router_gates(contract(x, self.W_g).float())
+        gates, index = self.row_gates()
+        return gates[index]
+
+    def pair(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """The plain pair ``(A [k, d_in], B [d_out, k])`` of the same experts under one fixed gate ``[N]``."""
+        return self.experts.A, self.experts.up_for(gate.unsqueeze(0))[0]
 
     def delta_weight(self) -> Tensor:
-        raise ValueError("a token-routed mixture (MoR) has no single dW: it cannot be merged or exported exactly")
+        raise ValueError("a routed mixture has no single dW: it cannot be merged or exported exactly")
