@@ -10,9 +10,9 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import UserError
-from . import demo, export, generate, inspect
+from . import app, demo, export, generate, grid, inspect
 
-COMMANDS = {"generate": generate, "inspect": inspect, "export": export, "demo": demo}
+COMMANDS = {"app": app, "generate": generate, "grid": grid, "inspect": inspect, "export": export, "demo": demo}
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,0 +1,142 @@
+"""The axes of a grid: named lists of labelled changes to the settings of one picture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..adapter_file import FILE_NAME, inspect_adapter
+from ..composition.tags import parse_tags
+from ..errors import UserError
+from ..generation import GenerateConfig, parse_adapter
+
+NONE = ("", "none", "None")
+INTEGERS = ("seed", "steps", "step")
+NUMBERS = (*INTEGERS, "weight", "guidance")
+AXES = ("adapter", "weight", "method", "seed", "step", "steps", "guidance", "prompt")
+MAX_RANGE = 1000
+RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The settings of one picture.
+
+    ``adapter``: a path, or ``None`` for the base alone; ``{method}`` in it stands for ``method``. ``step`` picks that
+    checkpoint of a run folder. ``guidance=None`` is what suits the base.
+    """
+
+    prompt: str = ""
+    adapter: str | None = None
+    weight: float = 1.0
+    method: str | None = None
+    step: int | None = None
+    seed: int = 0
+    steps: int = 20
+    guidance: float | None = None
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+
+    def check(self) -> None:
+        """Raises :class:`UserError` for the first setting that makes no sense."""
+        GenerateConfig(
+            [self.prompt], negative_prompt=self.negative_prompt, seed=self.seed, steps=self.steps,
+            guidance=self.guidance, width=self.width, height=self.height,
+        ).check()  # fmt: skip
+        if not abs(self.weight) <= 100:
+            raise UserError(f"weight={self.weight} is out of range: choose -100 to 100")
+        if parse_tags(self.prompt)[1]:
+            raise UserError("a grid takes its adapters from an axis: take the <lora:...> tags out of the prompt")
+        if self.method is not None and "{method}" not in (self.adapter or ""):
+            raise UserError("the axis 'method' needs {method} where it stands in the adapter's path: out/mug-{method}")
+        if self.step is not None and self.adapter is None:
+            raise UserError("the axis 'step' needs an adapter: the folder of a training run")
+
+    @property
+    def path(self) -> Path | None:
+        """The adapter's file or folder, with ``method`` and ``step`` resolved."""
+        if self.adapter is None:
+            return None
+        path = Path(self.adapter.replace("{method}", self.method or "{method}")).expanduser()
+        return path if self.step is None else checkpoint(path, self.step)
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    """The adapter of a run after ``step`` steps. Raises :class:`UserError` that lists the steps there are."""
+    place = run / "checkpoints" / f"step-{step}"
+    if (place / FILE_NAME).is_file():
+        return place
+    if inspect_adapter(run).step == step:
+        return run
+    found = sorted(int(p.parent.name[5:]) for p in run.glob(f"checkpoints/step-*/{FILE_NAME}"))
+    known = ", ".join(map(str, found)) or "no checkpoints"
+    raise UserError(f"{run} has no adapter of step {step}: it has {known}")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: its name and, for each place on it, a label and the settings of :class:`Cell` that it changes."""
+
+    name: str
+    labels: tuple[str, ...]
+    changes: tuple[dict[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        known = {f.name for f in fields(Cell)}
+        if not self.labels or len(self.labels) != len(self.changes):
+            raise UserError(f"the axis {self.name!r} has no values")
+        for change in self.changes:
+            if unknown := set(change) - known:
+                raise UserError(f"a grid has no setting {sorted(unknown)[0]!r}: use {', '.join(sorted(known))}")
+
+    def title(self, place: int) -> str:
+        """``name = label`` of one place; a prompt speaks for itself."""
+        return self.labels[place] if self.name in ("", "prompt") else f"{self.name} = {self.labels[place]}"
+
+    def apply(self, cell: Cell, place: int) -> Cell:
+        """``cell`` with the changes of one place."""
+        return replace(cell, **self.changes[place])
+
+
+def axis(name: str, values: Sequence[Any]) -> Axis:
+    """An axis over one setting. An adapter may carry a weight (``out/mug:0.8``); ``none`` is the base alone."""
+    if name not in AXES:
+        raise UserError(f"there is no axis {name!r}: choose among {', '.join(AXES)}")
+    if name != "adapter":
+        return Axis(name, tuple(f"{v:g}" if isinstance(v, float) else str(v) for v in values),
+                    tuple({name: value} for value in values))  # fmt: skip
+    changes: list[dict[str, Any]] = []
+    for text in values:
+        if text in NONE:
+            changes.append({"adapter": None})
+        else:
+            path, weight = parse_adapter(str(text))
+            changes.append({"adapter": path} | ({"weight": weight} if path != text else {}))
+    return Axis(name, tuple("none" if v in NONE else Path(str(v)).name for v in values), tuple(changes))
+
+
+def parse_axis(text: str) -> Axis:
+    """An axis from a command line: ``seed=1,2``, ``seed=1..4``, ``weight=0,0.5,1``, ``prompt=a dog | a sks dog``."""
+    name, mark, rest = text.partition("=")
+    if not mark or not rest.strip():
+        raise UserError(f"{text!r} is no axis: write for example seed=1,2 or weight=0,0.5,1")
+    name = name.strip()
+    if name in INTEGERS and (match := RANGE.fullmatch(rest.strip())):
+        first, last = int(match[1]), int(match[2])
+        if not first <= last < first + MAX_RANGE:
+            raise UserError(f"the range {rest.strip()} is empty or longer than {MAX_RANGE}")
+        return axis(name, range(first, last + 1))
+    words = [word.strip() for word in rest.split("|" if name == "prompt" or "|" in rest else ",")]
+    return axis(name, [_number(name, word) for word in words] if name in NUMBERS else words)
+
+
+def _number(name: str, word: str) -> float | int:
+    try:
+        return int(word) if name in INTEGERS else float(word)
+    except ValueError:
+        kind = "whole number" if name in INTEGERS else "number"
+        raise UserError(f"{word!r} on the axis {name!r} is no {kind}") from None

@@ -1,0 +1,276 @@
+"""Grids: the same picture under changing settings, resumable, each cell what the single run would give."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..adapter_file import FILE_NAME, AdapterInfo, inspect_adapter
+from ..base import open_pipeline
+from ..components import denoiser_name, fingerprint, projections
+from ..errors import UserError
+from ..files import write_atomic
+from ..generation import OnStep, default_guidance, picture_settings, run
+from ..judges import Judge, prompt_score, subject_score
+from ..loaders import delete_adapter, load_adapter, set_adapters
+from ..pictures import contact_sheet, read_settings, save_picture
+from ..versions import versions
+from .axes import Axis, Cell
+
+MAX_CELLS = 1000
+NAME = "grid_cell"
+NO_AXIS = Axis("", ("",), ({},))
+LABEL_LENGTH = 28
+
+
+@dataclass
+class GridConfig:
+    """A grid: the common settings and up to three axes. ``out`` keeps its cells, so that it can be gone on with."""
+
+    cell: Cell
+    x: Axis
+    y: Axis = NO_AXIS
+    z: Axis = NO_AXIS
+    base: str | None = None
+    device: str | None = None
+    out: str = "outputs/grid"
+
+    def cells(self) -> list[tuple[tuple[int, int, int], Cell]]:
+        """All ``((x, y, z), cell)``, row by row. Raises :class:`UserError` before anything is made."""
+        names = [a.name for a in (self.x, self.y, self.z) if a.name]
+        if len(names) > len(set(names)):
+            raise UserError(f"two axes are called {max(names, key=names.count)!r}: each may appear once")
+        sizes = [len(a.labels) for a in (self.z, self.y, self.x)]
+        if sizes[0] * sizes[1] * sizes[2] > MAX_CELLS:
+            raise UserError(f"the grid has more than {MAX_CELLS} cells: take some values out")
+        cells = [
+            ((x, y, z), self.z.apply(self.y.apply(self.x.apply(self.cell, x), y), z))
+            for z, y, x in product(*map(range, sizes))
+        ]
+        for _, cell in cells:
+            cell.check()
+        return cells
+
+
+@dataclass
+class MadeCell:
+    """A finished cell: its place, its file, the settings and scores."""
+
+    place: tuple[int, int, int]
+    file: Path
+    settings: dict[str, Any]
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+class Grid:
+    """A grid on one pipeline: :meth:`make` the cells that are missing, then :meth:`finish`.
+
+    ``pipe``: one that is open already; adapters active in it are switched off.
+    """
+
+    def __init__(self, config: GridConfig, pipe: Any = None) -> None:
+        self.config = config
+        self.folder = Path(config.out).expanduser()
+        self.places = config.cells()
+        paths = {path for _, cell in self.places if (path := cell.path) is not None}
+        self.adapters: dict[Path, AdapterInfo] = {path: inspect_adapter(path) for path in paths}
+        self.pipe = open_pipeline(config.base, device=config.device) if pipe is None else pipe
+        self._base = base_description(self.pipe)
+        self.files = {place: self._file(cell) for place, cell in self.places}
+
+    def _settled(self, cell: Cell) -> Cell:
+        guidance = default_guidance(self.config.base) if cell.guidance is None else cell.guidance
+        return replace(cell, guidance=float(guidance), weight=float(cell.weight))
+
+    def _file(self, cell: Cell) -> Path:
+        """Where a cell lies: named by the hash of all that its pixels depend on."""
+        path = cell.path
+        values = asdict(self._settled(cell)) | {
+            "adapter": self.adapters[path].sha256 if path else None,
+            "weight": float(cell.weight) if path else None,
+            "method": None,
+            "step": None,
+            "base": self._base,
+        }
+        return self.folder / "cells" / f"{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}.png"
+
+    def missing(self) -> list[Cell]:
+        """Cells without a sound picture, one for each file, those of one adapter together."""
+        wanted: dict[Path, Cell] = {}
+        for place, cell in self.places:
+            if not _is_sound(self.files[place]):
+                wanted.setdefault(self.files[place], cell)
+        return sorted(wanted.values(), key=lambda cell: str(cell.path or ""))
+
+    def make(self, on_step: OnStep | None = None) -> Iterator[tuple[int, int]]:
+        """Make what is missing; yields ``(done, all)`` before the first and after each picture.
+
+        Only one adapter is in the pipeline at a time, and it is taken out again whatever happens.
+        """
+        missing = self.missing()
+        total = len(set(self.files.values()))
+        done = total - len(missing)
+        yield done, total
+        set_adapters(self.pipe, [])
+        loaded: Path | None = None
+        try:
+            for cell in missing:
+                if cell.path != loaded:
+                    if loaded is not None:
+                        delete_adapter(self.pipe, NAME)
+                        loaded = None
+                    if cell.path is not None:
+                        load_adapter(self.pipe, cell.path, NAME)
+                        loaded = cell.path
+                if loaded is not None:
+                    set_adapters(self.pipe, [NAME], [cell.weight])
+                self._render(self._settled(cell), on_step)
+                done += 1
+                yield done, total
+        finally:
+            if loaded is not None:
+                delete_adapter(self.pipe, NAME)
+
+    def _render(self, cell: Cell, on_step: OnStep | None) -> None:
+        image = run(
+            self.pipe, [cell.prompt], [cell.seed], cell.steps, cell.guidance or 0.0, cell.negative_prompt,
+            cell.width, cell.height, on_step,
+        )[0]  # fmt: skip
+        adapters = []
+        if (path := cell.path) is not None:
+            info = self.adapters[path]
+            adapters = [
+                {"name": _name(info), "weight": cell.weight,
+                 "sha256": info.sha256, "path": info.path, "trigger": info.trigger}
+            ]  # fmt: skip
+        settings = picture_settings(
+            self.pipe, image, cell.prompt, cell.seed, cell.steps, cell.guidance or 0.0, cell.negative_prompt, adapters
+        )
+        save_picture(image, self._file(cell), settings)
+
+    def finish(self, judge: Judge | None = None, references: Sequence[Image.Image] = ()) -> list[MadeCell]:
+        """Score the cells, write ``grid.png`` and ``grid.json``; returns the cells, row by row."""
+        cells = [
+            MadeCell(place, self.files[place], asdict(read_settings(self.files[place]))) for place, _ in self.places
+        ]
+        images = [_open(cell.file) for cell in cells]
+        if judge is not None:
+            triggers = [info.trigger for info in self.adapters.values()]
+            for cell, image in zip(cells, images, strict=True):
+                cell.scores = score(judge, image, cell.settings["prompt"], triggers, references)
+        write_atomic(self.folder / "grid.png", _png(self._sheet(cells, images)))
+        write_atomic(self.folder / "grid.json", json.dumps(self._report(cells), indent=1))
+        return cells
+
+    def _sheet(self, cells: Sequence[MadeCell], images: Sequence[Image.Image]) -> Image.Image:
+        x, y, z = self.config.x, self.config.y, self.config.z
+        columns = len(x.labels)
+        pairs = [
+            (image, f"{_short(x.title(cell.place[0]))} {_scores_text(cell.scores)}")
+            for cell, image in zip(cells, images, strict=True)
+        ]
+        titles = [
+            ", ".join(filter(None, (z.title(k), y.title(j))))
+            for k in range(len(z.labels))
+            for j in range(len(y.labels))
+        ]
+        rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
+        return contact_sheet(rows, titles, side=192 if images[0].width < 192 else 256)
+
+    def _report(self, cells: Sequence[MadeCell]) -> dict[str, Any]:
+        axes = {key: getattr(self.config, key) for key in ("x", "y", "z")}
+        return {
+            "axes": {key: {"name": a.name, "labels": a.labels} for key, a in axes.items() if a.name},
+            "base": self._base["name"],
+            "versions": versions(),
+            "cells": [
+                {
+                    **dict(zip(("x", "y", "z"), cell.place, strict=True)),
+                    "file": str(cell.file.relative_to(self.folder)),
+                    "settings": cell.settings,
+                    "scores": cell.scores,
+                }
+                for cell in cells
+            ],
+        }
+
+
+def run_grid(config: GridConfig, judge: Judge | None = None, references: Sequence[Image.Image] = ()) -> Path:
+    """Make a whole grid; returns its folder."""
+    grid = Grid(config)
+    for _ in grid.make():
+        pass
+    grid.finish(judge, references)
+    return grid.folder
+
+
+def base_description(pipe: Any) -> dict[str, Any]:
+    """What of the base a picture depends on: its name, some of its weights, its sampler, precision and versions."""
+    from ..base import base_id
+
+    denoiser = getattr(pipe, denoiser_name(pipe))
+    prints = [round(fingerprint(layer, path), 9) for path, layer in list(projections(denoiser).items())[:8]]
+    sampler = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str)
+    return {
+        "name": base_id(pipe),
+        "fingerprint": prints,
+        "sampler": f"{type(pipe.scheduler).__name__} {hashlib.sha256(sampler.encode()).hexdigest()}",
+        "dtype": str(denoiser.dtype),
+        "device": denoiser.device.type,
+        "versions": versions(),
+    }
+
+
+def score(
+    judge: Judge, image: Image.Image, prompt: str, triggers: Sequence[str], references: Sequence[Image.Image]
+) -> dict[str, float]:
+    """``prompt``: CLIP-T without the triggers; ``subject``: CLIP-I, where there are reference pictures."""
+    for trigger in filter(None, triggers):
+        prompt = re.sub(rf"\b{re.escape(trigger)}\b\s*", "", prompt)
+    scores = {"prompt": round(prompt_score(judge, [image], [prompt]), 4)}
+    if references:
+        scores["subject"] = round(subject_score(judge, [image], references), 4)
+    return scores
+
+
+def _name(info: AdapterInfo) -> str:
+    file = Path(info.path)
+    return file.parent.name if file.name == FILE_NAME else file.stem
+
+
+def _open(file: Path) -> Image.Image:
+    with Image.open(file) as image:
+        return image.convert("RGB")
+
+
+def _is_sound(file: Path) -> bool:
+    try:
+        read_settings(file)
+        with Image.open(file) as image:
+            image.load()
+    except (UserError, OSError, SyntaxError, ValueError):
+        return False
+    return True
+
+
+def _scores_text(scores: dict[str, float]) -> str:
+    return " ".join(f"{name} {value:.3f}" for name, value in scores.items())
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LABEL_LENGTH else text[: LABEL_LENGTH - 1] + "…"
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
