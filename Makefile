@@ -4,13 +4,15 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 EXTRAS := app,train,track,dev
 
-.PHONY: help setup demo test test-slow check clean
+.PHONY: help setup app demo screenshots test test-slow check clean
 
 help:
+	@echo "make app        generate, mix, train and compare in the browser"
 	@echo "make demo       learn a subject with NoRA and write outputs/demo (about 3 minutes on 2 cores)"
 	@echo "make test       the fast tests"
 	@echo "make test-slow  the tests that train or take long"
 	@echo "make check      ruff and a strict type check"
+	@echo "make screenshots  pictures of every tab in outputs/screenshots (needs Chromium)"
 	@echo "make setup      only build .venv with the pinned dependencies"
 	@echo "make clean      remove .venv, outputs and caches"
 
@@ -23,8 +25,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
+app: $(STAMP)
+	@$(BIN)/python app.py
+
 demo: $(STAMP)
 	@$(BIN)/nora-diffusion demo
+
+screenshots: $(STAMP)  # needs Chromium
+	@$(BIN)/python -m pytest tests/ui/screenshots.py
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -m "not slow"

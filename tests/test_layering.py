@@ -34,6 +34,7 @@ BANDS = (
     ),
     ("workflows", {"training", "evaluation", "tiny_sd"}),
     ("demo", {"demo"}),
+    ("app", {"ui"}),
     ("scripts", {"cli"}),
     ("entry", {"__main__"}),
 )  # fmt: skip

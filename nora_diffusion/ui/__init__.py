@@ -1,0 +1,19 @@
+"""The app: generate, mix, train and compare in the browser.
+
+``serve(AppConfig(...))`` starts it. Parts: ``server`` and ``security`` (what is open to whom), ``state`` (what all
+pages share: the engine with the one pipeline, the line before the device, the library, the trainings), ``shell`` and
+``tabs/`` (what a page shows). To add a tab, see ``page``.
+"""
+
+from __future__ import annotations
+
+from .config import AppConfig
+
+__all__ = ["AppConfig", "serve"]
+
+
+def serve(config: AppConfig) -> None:
+    """Serve the app until Ctrl-C."""
+    from .server import serve as start
+
+    start(config)

@@ -1,0 +1,73 @@
+"""Settings of the app, checked before anything starts."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+
+DEFAULT_PORT = 7860
+DEFAULT_LIBRARY = "outputs/library"
+
+
+@dataclass
+class AppConfig:
+    """How to serve the app.
+
+    ``base``: pipeline folder or hub id (None: the embedded base). ``listen``: address to bind. ``library``: folder of
+    adapters; pictures go to ``pictures/`` in it. ``auth``: ``user:password``. ``allow_changes``: off loopback, let
+    users train, upload and delete too.
+    """
+
+    base: str | None = None
+    port: int = DEFAULT_PORT
+    listen: str = "127.0.0.1"
+    library: str = DEFAULT_LIBRARY
+    auth: str | None = None
+    allow_changes: bool = False
+    device: str | None = None
+
+    def check(self) -> None:
+        """Raises :class:`UserError` for the first setting that makes no sense or is not safe."""
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"port={self.port} is out of range: choose 1 to 65535, or 0 for any free one")
+        if self.auth is not None and not all(self.credentials):
+            raise UserError("--auth needs the form user:password, neither of them empty")
+        if not self.on_loopback and self.auth is None:
+            raise UserError(
+                f"--listen {self.listen} lets other machines in: give --auth user:password as well, "
+                "or leave --listen out to stay on this machine"
+            )
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine can reach the app."""
+        try:
+            return ipaddress.ip_address(self.listen).is_loopback
+        except ValueError:
+            return self.listen == "localhost"
+
+    @property
+    def credentials(self) -> tuple[str, str]:
+        """User and password; both empty without ``auth``."""
+        user, _, password = (self.auth or "").partition(":")
+        return user, password
+
+    @property
+    def may_change(self) -> bool:
+        """Whether users may train, upload and delete."""
+        return self.on_loopback or self.allow_changes
+
+    @property
+    def library_folder(self) -> Path:
+        """The library as an absolute path, since the server leaves the folder it was started in."""
+        return Path(self.library).expanduser().resolve()
+
+    @property
+    def base_name(self) -> str | None:
+        """The base, absolute where it is a folder."""
+        if self.base and Path(self.base).expanduser().exists():
+            return str(Path(self.base).expanduser().resolve())
+        return self.base

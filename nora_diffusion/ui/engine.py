@@ -1,0 +1,217 @@
+"""The one pipeline of a running app, and making pictures with it. Only whoever holds the device may use it."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..adapter_file import AdapterInfo
+from ..base import base_id, is_embedded, open_pipeline
+from ..components import canonical, fingerprint, present, projections
+from ..errors import UserError
+from ..generation import default_guidance, free_name, picture_settings
+from ..generation import run as run_pipeline
+from ..loaders import LoadedAdapter, delete_adapter, load_adapter
+from ..loaders.load import FINGERPRINT_TOLERANCE
+from ..pictures import save_picture
+from .preview import LatentPreview
+from .runs import Run, Skipped
+from .weights import AdapterWeights, set_weights
+
+MAX_PICTURES = 64
+MAX_STEPS = 200
+MAX_PROMPT = 4000
+MAX_SIDE = 2048
+PREVIEWS = 6
+"""How many previews a picture has at most."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An adapter file to generate with, under a name that is unique in the request."""
+
+    name: str
+    path: Path
+    weights: AdapterWeights = field(default_factory=AdapterWeights)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Pictures to make: one for each ``(prompt, seed)`` of ``pictures``, with the same settings."""
+
+    pictures: tuple[tuple[str, int], ...]
+    adapters: tuple[Wanted, ...] = ()
+    negative_prompt: str = ""
+    steps: int = 20
+    guidance: float = 7.5
+    width: int | None = None
+    height: int | None = None
+
+    def check(self) -> None:
+        """Raises :class:`UserError` for the first setting out of range; sliders bind nobody who speaks HTTP."""
+        if not 1 <= len(self.pictures) <= MAX_PICTURES:
+            raise UserError(f"{len(self.pictures)} pictures at once: choose 1 to {MAX_PICTURES}")
+        if not all(prompt.strip() for prompt, _ in self.pictures):
+            raise UserError("there is no prompt: say what the picture shall show")
+        if max(len(prompt) for prompt, _ in self.pictures) > MAX_PROMPT or len(self.negative_prompt) > MAX_PROMPT:
+            raise UserError(f"a prompt has more than {MAX_PROMPT} characters: shorten it")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise UserError(f"steps={self.steps} is out of range: choose 1 to {MAX_STEPS}")
+        if not 0 <= self.guidance <= 100:  # false for NaN too
+            raise UserError(f"guidance={self.guidance} is out of range: choose 0 to 100")
+        if not all(0 <= seed < 2**63 for _, seed in self.pictures):
+            raise UserError("a seed is out of range: choose 0 to 9223372036854775807")
+        for name, side in (("width", self.width), ("height", self.height)):
+            if side is not None and not (16 <= side <= MAX_SIDE and side % 8 == 0):
+                raise UserError(f"{name}={side} will not do: choose a multiple of 8 from 16 to {MAX_SIDE}")
+
+
+class Engine:
+    """Loads the base when first needed and keeps only the adapters of the last request in it."""
+
+    def __init__(self, base: str | None = None, device: str | None = None) -> None:
+        self.base = base
+        self.device = device
+        self._loaded: dict[str, tuple[tuple[str, int, int], LoadedAdapter]] = {}
+        self._loading = threading.Lock()
+        self._pipe: Any = None
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline, loaded when first asked for."""
+        with self._loading:
+            if self._pipe is None:
+                self._pipe = open_pipeline(self.base, device=self.device or best_device())
+            return self._pipe
+
+    @property
+    def base_id(self) -> str:
+        """The base's name, as pictures and adapters tell it."""
+        return base_id(self.pipe)
+
+    @property
+    def guidance(self) -> float:
+        """The guidance scale that suits the base."""
+        return default_guidance(self.base)
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether this is the base that comes with the package."""
+        return is_embedded(self.base)
+
+    @cached_property
+    def side(self) -> int:
+        """The side of a picture of the base's own size, in pixels."""
+        pipe = self.pipe
+        denoiser = getattr(pipe, "unet", None) or pipe.transformer
+        size = denoiser.config.sample_size
+        return int((size if isinstance(size, int) else size[0]) * getattr(pipe, "vae_scale_factor", 8))
+
+    @cached_property
+    def preview(self) -> LatentPreview:
+        """The linear map that shows latents."""
+        return LatentPreview.fit(self.pipe.vae)
+
+    @cached_property
+    def _fingerprints(self) -> dict[str, dict[str, float]]:
+        return {
+            part: {canonical(path): fingerprint(layer, path) for path, layer in projections(module).items()}
+            for part, module in ((name, getattr(self.pipe, name)) for name in present(self.pipe))
+        }
+
+    def misfit(self, info: AdapterInfo) -> str | None:
+        """Why an adapter does not belong to this base, or None; reads nothing but its header."""
+        for part, stored in info.base_fingerprint.items():
+            ours = self._fingerprints.get(part)
+            if ours is None or not set(stored) <= set(ours):
+                return f"made for {info.base or 'another base'}, which is built differently"
+            distance = sum((ours[path] - value) ** 2 for path, value in stored.items()) ** 0.5
+            norm = sum(value**2 for value in stored.values()) ** 0.5
+            if not distance <= FINGERPRINT_TOLERANCE * norm:
+                return f"made for {info.base or 'another base'}, whose weights differ from this one's"
+        return None
+
+    def use(self, adapters: Sequence[Wanted]) -> list[dict[str, Any]]:
+        """Make exactly these adapters live, others leave no trace; returns what pictures say of them."""
+        wanted = {adapter.name: adapter for adapter in adapters}
+        for name, (stamp, loaded) in list(self._loaded.items()):
+            if name not in wanted or stamp != _stamp(wanted[name].path):
+                delete_adapter(self.pipe, loaded.name)
+                del self._loaded[name]
+        for name, adapter in wanted.items():
+            if name not in self._loaded:
+                stamp = _stamp(adapter.path)
+                self._loaded[name] = (stamp, load_adapter(self.pipe, adapter.path, _peft_name(name)))
+        set_weights(self.pipe, {_peft_name(name): adapter.weights for name, adapter in wanted.items()})
+        return [_described(adapter, self._loaded[name][1]) for name, adapter in wanted.items()]
+
+    def make(self, request: Request, out: Path, run: Run) -> list[Path]:
+        """Make the pictures one by one and write each into ``out`` with its settings, before the next one starts."""
+        request.check()
+        described = self.use(request.adapters)
+        files: list[Path] = []
+        run.report(pictures=len(request.pictures), steps=request.steps)
+        for number, (prompt, seed) in enumerate(request.pictures, 1):
+            run.report(picture=number, step=0, preview="")
+            try:
+                run.check()
+                image = self.picture(request, prompt, seed, run)
+            except Skipped:
+                continue
+            settings = picture_settings(
+                self.pipe, image, prompt, seed, request.steps, request.guidance, request.negative_prompt, described
+            )
+            files.append(save_picture(image, free_name(out, seed), settings))
+            run.report(files=tuple(files), preview="")
+        return files
+
+    def picture(self, request: Request, prompt: str, seed: int, run: Run | None = None) -> Any:
+        """One picture with the adapters that are live."""
+        every = max(1, request.steps // PREVIEWS)
+
+        def watch(step: int, latents: Any) -> None:
+            if run is None:
+                return
+            run.check()
+            show = step % every == 0 and step < request.steps
+            run.report(step=step, **({"preview": self.preview.data_uri(latents[0])} if show else {}))
+
+        return run_pipeline(
+            self.pipe, [prompt], [seed], request.steps, request.guidance, request.negative_prompt,
+            request.width, request.height, watch,
+        )[0]  # fmt: skip
+
+
+def _described(wanted: Wanted, loaded: LoadedAdapter) -> dict[str, Any]:
+    weights = wanted.weights
+    return {
+        "name": wanted.name, "weight": weights.unet, "sha256": loaded.info.sha256, "path": wanted.path.name,
+        "trigger": loaded.trigger, **weights.beyond_one_number(),
+    }  # fmt: skip
+
+
+def _peft_name(name: str) -> str:
+    """PEFT takes letters, digits and few signs in a name; folders may be called anything."""
+    return f"app_{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"the adapter {path.name} is gone: refresh the library") from error
+    return str(path), status.st_mtime_ns, status.st_size
+
+
+def best_device() -> str:
+    """``cuda``, ``mps`` or ``cpu``, the first that there is."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

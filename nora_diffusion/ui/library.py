@@ -1,0 +1,220 @@
+"""A folder of adapters: listed from their headers alone, searched, imported into, deleted from with undo."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..adapter_file import FILE_NAME, AdapterInfo, inspect_adapter
+from ..errors import UserError
+from ..files import make_folder, sha256, user_errors, write_atomic
+
+PICTURES, TRASH, HASHES = "pictures", ".trash", ".hashes.json"
+THUMBNAIL = "thumbnail.png"
+SORTS = ("newest", "name", "size", "trained numbers")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+Stamp = tuple[str, int, int]
+
+
+@dataclass
+class Entry:
+    """One adapter of the library: ``name`` is unique in it; ``info`` is None where the file is broken (``fault``)."""
+
+    name: str
+    file: Path
+    stamp: Stamp
+    info: AdapterInfo | None = None
+    fault: str = ""
+    sha256: str = ""
+
+    @property
+    def modified(self) -> float:
+        """When the file was written, in seconds since the epoch."""
+        return self.stamp[1] / 1e9
+
+    def matches(self, words: Iterable[str]) -> bool:
+        """Whether each word is in the name or in what the file says of itself."""
+        info = self.info
+        said = (info.trigger, info.class_word, info.instance_prompt, info.method, info.base) if info else ()
+        text = " ".join((self.name, self.sha256, *said)).lower()
+        return all(word in text for word in words)
+
+    @property
+    def in_own_folder(self) -> bool:
+        """Whether the adapter is a folder of its own (what the trainer writes), and not a single file."""
+        return self.file.name == FILE_NAME
+
+    def thumbnail(self) -> Path | None:
+        """A picture of the subject: the chosen one, else the last sample of its training."""
+        if not self.in_own_folder:
+            own = self.file.with_suffix(".png")
+            return own if own.is_file() else None
+        chosen = self.file.parent / THUMBNAIL
+        if chosen.is_file():
+            return chosen
+        return max((self.file.parent / "samples").glob("**/*.png"), key=lambda f: f.stat().st_mtime, default=None)
+
+
+class Library:
+    """The adapters of one folder: ``NAME.safetensors`` and ``NAME/nora_adapter.safetensors``.
+
+    Listing reads one header for each new or changed file and no weights; hashes are computed by :meth:`hash_all` and
+    kept in a file beside the adapters.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = make_folder(folder)
+        self._entries: dict[Stamp, Entry] = {}
+        self._hashes = self._read_hashes()
+        self._lock = threading.Lock()
+
+    @property
+    def pictures(self) -> Path:
+        """Where the app's pictures go."""
+        return self.folder / PICTURES
+
+    def entries(self) -> list[Entry]:
+        """All adapters, newest first; an unreadable one has its fault said."""
+        with self._lock:
+            found = {stamp: file for file in self._files() if (stamp := _stamp(file)) is not None}
+            fresh = {s: self._entries.get(s) or self._read(f, s) for s, f in found.items()}
+            self._entries = fresh
+            return sorted(fresh.values(), key=lambda e: (-e.stamp[1], e.name))
+
+    def entry(self, name: str) -> Entry:
+        """One adapter by name. Raises :class:`UserError` when there is none; a name is never used as a path."""
+        for entry in self.entries():
+            if entry.name == name:
+                return entry
+        raise UserError(f"there is no adapter {name[:80]!r} in the library: refresh it, or import the adapter")
+
+    def find(self, text: str = "", sort: str = "newest", method: str = "all") -> list[Entry]:
+        """Entries that match all words of ``text``, in the order ``sort``."""
+        if sort not in SORTS:
+            raise UserError(f"sort={sort!r} is unknown: choose one of {', '.join(SORTS)}")
+        words = text.lower().split()
+        found = [e for e in self.entries() if e.matches(words)]
+        if method != "all":
+            found = [e for e in found if e.info and e.info.method == method]
+        keys = {
+            "name": lambda e: e.name.lower(),
+            "size": lambda e: e.stamp[2],
+            "trained numbers": lambda e: e.info.trained_numbers if e.info else 0,
+        }
+        return sorted(found, key=keys[sort]) if sort in keys else found
+
+    def by_hash(self, digest: str) -> Entry | None:
+        """The adapter whose file has this full SHA-256."""
+        entries = self.entries()
+        self.hash_all(entries)
+        return next((e for e in entries if len(digest) == 64 and e.sha256 == digest), None)
+
+    def hash_all(self, entries: Iterable[Entry] | None = None) -> None:
+        """Hash what has no hash yet, and keep the result."""
+        missing = [e for e in (self.entries() if entries is None else entries) if not e.sha256]
+        for entry in missing:
+            try:
+                entry.sha256 = sha256(entry.file)
+            except OSError:
+                continue  # gone meanwhile
+            self._hashes[_key(entry.stamp)] = entry.sha256
+        if missing:
+            known = {_key(stamp) for stamp in self._entries}
+            self._hashes = {k: v for k, v in self._hashes.items() if k in known}
+            write_atomic(self.folder / HASHES, json.dumps(self._hashes))
+
+    def add(self, source: Path, name: str) -> Entry:
+        """Copy an adapter file into the library under a free name, after a look at its header.
+
+        Raises :class:`UserError` for anything but a sound adapter file.
+        """
+        if source.suffix.lower() != ".safetensors":
+            raise UserError(f"{Path(name).name} is no safetensors file: other formats may run code and are not read")
+        info = inspect_adapter(source)
+        twin = self.by_hash(info.sha256)
+        if twin is not None:
+            raise UserError(f"this adapter is in the library already, as {twin.name!r}")
+        target = self._free_folder(safe_name(Path(name).stem if Path(name).name != FILE_NAME else info.trigger))
+        with user_errors(target):
+            make_folder(target)
+            write_atomic(target / FILE_NAME, source.read_bytes())
+        return self.entry(target.name)
+
+    def delete(self, name: str) -> str:
+        """Move an adapter into the library's bin; returns the ticket with which :meth:`restore` brings it back."""
+        entry = self.entry(name)
+        ticket = f"{time.time_ns()}-{entry.name}"
+        place = make_folder(self.folder / TRASH / ticket)
+        source = entry.file.parent if entry.in_own_folder else entry.file
+        with user_errors(source):
+            shutil.move(str(source), place / source.name)
+        return ticket
+
+    def restore(self, ticket: str) -> Entry:
+        """Undo a deletion. Raises :class:`UserError` where something of that name has taken the place."""
+        known = {p.name: p for p in (self.folder / TRASH).glob("*")}
+        if ticket not in known:
+            raise UserError("there is nothing to bring back")
+        (source,) = known[ticket].iterdir()
+        target = self.folder / source.name
+        if target.exists():
+            raise UserError(f"{source.name} is in the library again already: rename that one first")
+        with user_errors(target):
+            source.rename(target)
+            known[ticket].rmdir()
+        return self.entry(target.name if target.is_dir() else target.stem)
+
+    def _files(self) -> Iterable[Path]:
+        for place in self.folder.iterdir():
+            if place.name.startswith(".") or place.is_symlink():
+                continue
+            if place.suffix == ".safetensors" and place.is_file():
+                yield place
+            elif (file := place / FILE_NAME).is_file() and not file.is_symlink():
+                yield file
+
+    def _read(self, file: Path, stamp: Stamp) -> Entry:
+        name = file.parent.name if file.name == FILE_NAME else file.stem
+        entry = Entry(name, file, stamp, sha256=self._hashes.get(_key(stamp), ""))
+        try:
+            entry.info = inspect_adapter(file, hashed=False)
+        except (UserError, OSError) as error:
+            entry.fault = str(error).replace(f"{self.folder}/", "")
+        return entry
+
+    def _free_folder(self, name: str) -> Path:
+        taken = {entry.name for entry in self.entries()} | {p.name for p in self.folder.iterdir()}
+        names = (name if n == 1 else f"{name}-{n}" for n in range(1, 10_000))
+        return self.folder / next(n for n in names if n not in taken)
+
+    def _read_hashes(self) -> dict[str, str]:
+        try:
+            values = json.loads((self.folder / HASHES).read_text(encoding="utf-8"))
+            return {str(k): str(v) for k, v in values.items()}
+        except (OSError, ValueError, AttributeError):
+            return {}  # only a cache
+
+
+def safe_name(text: str) -> str:
+    """A name for a folder, a tag and PEFT from any text."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-_")[:64].strip("-_")
+    return name if NAME.fullmatch(name) else "adapter"
+
+
+def _stamp(file: Path) -> Stamp | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return str(file), status.st_mtime_ns, status.st_size
+
+
+def _key(stamp: Stamp) -> str:
+    return f"{stamp[0]}|{stamp[1]}|{stamp[2]}"

@@ -1,0 +1,87 @@
+"""How the app looks: a quiet theme, light and dark, and the few scripts that a page needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
+MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+
+CSS = """
+.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+#title h1 { font-size: 1.15rem; font-weight: 650; margin: 0; letter-spacing: -0.01em; }
+#title p { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; }
+.status { margin: 0; min-height: 1.5em; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+.status.bad { color: var(--error-text-color); font-weight: 550; }
+.bar { height: 4px; border-radius: 2px; background: var(--border-color-primary); overflow: hidden; margin: .4rem 0; }
+.bar > span { display: block; height: 100%; background: var(--color-accent); transition: width .15s; }
+.preview { display: block; width: 100%; max-width: 384px; aspect-ratio: 1; border-radius: 8px; }
+.pixels img, .preview, .card img { image-rendering: pixelated; object-fit: contain; }
+.cards { display: grid; gap: .75rem; padding: 0; margin: 0;
+  grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
+.card { text-align: left; border: 1px solid var(--border-color-primary); border-radius: 10px; padding: .6rem;
+  background: var(--block-background-fill); color: var(--body-text-color); cursor: pointer; width: 100%; }
+.card:hover { border-color: var(--color-accent); }
+.card:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 2px; }
+.card[aria-pressed=true] { border-color: var(--color-accent); box-shadow: 0 0 0 1px var(--color-accent); }
+.card.off { opacity: .72; }
+.card img, .card .none { width: 100%; aspect-ratio: 1; border-radius: 6px; margin-bottom: .4rem; display: block;
+  background: var(--background-fill-secondary); }
+.card .none { display: grid; place-items: center; font-size: 2rem; color: var(--body-text-color-subdued); }
+.card b { display: block; overflow-wrap: anywhere; }
+.card small { display: block; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+.card small.why { color: var(--error-text-color); }
+.facts { width: 100%; border-collapse: collapse; font-size: .92rem; }
+.facts th { text-align: left; font-weight: 500; color: var(--body-text-color-subdued); padding: .25rem .8rem .25rem 0;
+  vertical-align: top; white-space: nowrap; }
+.facts td { padding: .25rem 0; overflow-wrap: anywhere; }
+.facts tr.new td { font-weight: 600; }
+.empty { border: 1px dashed var(--border-color-primary); border-radius: 10px; padding: 1.2rem;
+  color: var(--body-text-color-subdued); }
+.rack { border-left: 3px solid var(--color-accent); padding-left: .6rem; }
+@media (max-width: 640px) { .gradio-container { padding: .5rem !important; } .facts th { white-space: normal; } }
+"""
+
+# Ctrl+Enter generates from anywhere; Gradio's sliders tell of a change by keyboard only when told that it is over.
+SCRIPT = """
+() => {
+  document.addEventListener('keydown', (event) => {
+    if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) {
+      const button = document.querySelector('#generate');
+      if (button && button.offsetParent !== null) { event.preventDefault(); button.click(); }
+    }
+  }, true);
+  document.addEventListener('keyup', (event) => {
+    if (event.target.matches && event.target.matches('input[type=range]')) {
+      event.target.dispatchEvent(new PointerEvent('pointerup', {bubbles: true}));
+    }
+  });
+  document.documentElement.lang = 'en';
+}
+"""
+
+
+def look() -> dict[str, Any]:
+    """Arguments of ``launch`` for theme, style and script."""
+    return {"theme": theme(), "css": CSS, "js": SCRIPT}
+
+
+def theme() -> Any:
+    """System fonts (nothing is fetched), neutral greys, one accent that is readable on both backgrounds."""
+    accent = gr.themes.colors.indigo
+    return gr.themes.Default(
+        primary_hue=accent, secondary_hue=accent, neutral_hue=gr.themes.colors.zinc,
+        spacing_size=gr.themes.sizes.spacing_md, radius_size=gr.themes.sizes.radius_md,
+        font=list(FONTS), font_mono=list(MONO),
+    ).set(
+        button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600", button_primary_background_fill_hover_dark="*primary_500",
+        button_primary_text_color="white", button_primary_text_color_dark="white",
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_400",
+        block_label_text_color="*neutral_700", block_label_text_color_dark="*neutral_200",
+        input_placeholder_color="*neutral_500", input_placeholder_color_dark="*neutral_400",
+        block_shadow="none", block_shadow_dark="none",
+    )  # fmt: skip

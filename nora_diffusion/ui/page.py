@@ -1,0 +1,85 @@
+"""What the tabs of one page share while they are built, and how a handler speaks to its user.
+
+A tab is a module of ``ui/tabs`` with a ``TITLE`` and a function ``build(page: Page) -> None``, called inside its
+``gr.Tab``; it is entered in ``TABS`` of ``shell.py``. It makes its components, wires its handlers with
+``handler``-wrapped functions, and keeps no state of its own beyond ``gr.State``: what lives longer is in ``page.app``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from ..errors import UserError
+from .state import App
+
+log = logging.getLogger(__name__)
+APOLOGY = "Something went wrong inside; the terminal that runs the app says what."
+
+
+@dataclass
+class Page:
+    """The parts that one tab offers to the others."""
+
+    app: App
+    blocks: gr.Blocks
+    """The page itself: ``page.blocks.load(...)`` runs when a browser opens it."""
+    tabs: gr.Tabs
+    """``gr.Tabs(selected=NAME)`` as an output of a handler opens another tab; NAME is the module's name."""
+    tab: gr.Tab
+    """The tab that is being built: ``page.tab.select(...)`` refreshes what it shows."""
+    prompt: gr.Textbox
+    """The prompt of the Generate tab: whoever sends something there writes it."""
+    library_changed: gr.State
+    """A counter: add 1 after changing the library; listeners re-read it by ``library_changed.change``."""
+
+
+def handler(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A handler of Gradio's events: a user's mistake becomes a toast, any other error an apology and a log entry.
+
+    Works for plain functions and generators. ``gr.Error`` is shown whatever ``show_error`` says.
+    """
+
+    @functools.wraps(function)
+    def plain(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except Exception as error:
+            raise _said(error) from None
+
+    @functools.wraps(function)
+    def stream(*args: Any) -> Iterator[Any]:
+        try:
+            yield from function(*args)
+        except Exception as error:
+            raise _said(error) from None
+
+    return stream if inspect.isgeneratorfunction(function) else plain
+
+
+def _said(error: Exception) -> Exception:
+    if isinstance(error, gr.Error):
+        return error
+    if isinstance(error, UserError):
+        return gr.Error(sentence(error), title="That did not work", duration=12)
+    log.error("unexpected error in a handler", exc_info=error)
+    return gr.Error(APOLOGY, title="Error", duration=12)
+
+
+def sentence(error: Exception) -> str:
+    """A message as a sentence, safe to show: Gradio renders toasts as HTML."""
+    import html
+
+    text = str(error)
+    return html.escape(text[:1].upper() + text[1:])
+
+
+def who(request: gr.Request) -> tuple[str, str]:
+    """The user and the page of a request: what a page started, only that page may stop."""
+    return request.username or "", request.session_hash or ""

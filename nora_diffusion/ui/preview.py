@@ -1,0 +1,65 @@
+"""A cheap look at latents: a linear map from latent channels to RGB, fitted once to a base's own VAE."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+SAMPLES = 8
+SIDE = 128
+
+
+@dataclass
+class LatentPreview:
+    """``rgb = W^T [z, 1]`` for each latent pixel; ``weight`` is ``[channels + 1, 3]``, RGB in 0 to 1."""
+
+    weight: Tensor
+
+    @classmethod
+    def fit(cls, vae: Any) -> LatentPreview:
+        """Least squares over smooth random pictures: their encoded latents against their own averaged pixels."""
+        parameter = next(vae.parameters())
+        pictures = _smooth_pictures().to(parameter.device, parameter.dtype)
+        with torch.no_grad():
+            encoded = vae.encode(pictures * 2 - 1)
+        latents = (encoded.latent_dist.mode() - _shift(vae)) * vae.config.scaling_factor
+        small = functional.interpolate(pictures, latents.shape[-2:], mode="area")
+        rows = latents.float().movedim(1, -1).reshape(-1, latents.shape[1]).cpu()
+        colours = small.float().movedim(1, -1).reshape(-1, 3).cpu()
+        return cls(torch.linalg.lstsq(_with_one(rows), colours).solution)
+
+    def rgb(self, latents: Tensor) -> Tensor:
+        """``[channels, h, w]`` to ``[3, h, w]`` in 0 to 1."""
+        flat = _with_one(latents.float().cpu().flatten(1).T)
+        return (flat @ self.weight).clamp(0, 1).T.reshape(3, *latents.shape[1:])
+
+    def data_uri(self, latents: Tensor) -> str:
+        """The preview as a small PNG that a page can show without a file."""
+        pixels = (self.rgb(latents) * 255).round().byte().movedim(0, -1).numpy()
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _with_one(rows: Tensor) -> Tensor:
+    return torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
+
+
+def _shift(vae: Any) -> float:
+    return float(getattr(vae.config, "shift_factor", None) or 0.0)
+
+
+def _smooth_pictures() -> Tensor:
+    """``[SAMPLES, 3, SIDE, SIDE]`` pictures of soft coloured patches at several scales."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = [2 + index for index in range(SAMPLES)]
+    pictures = [torch.rand(1, 3, size, size, generator=generator) for size in coarse]
+    grown = [functional.interpolate(p, (SIDE, SIDE), mode="bilinear", align_corners=True) for p in pictures]
+    return torch.cat(grown)

@@ -1,0 +1,109 @@
+"""Starting the app: a private working folder, closed defaults, Gradio."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..base import EMBEDDED_WEIGHTS
+from ..errors import UserError
+from . import security
+from .config import AppConfig
+from .state import App
+
+CACHE_SECONDS = (3600, 24 * 3600)
+"""How often Gradio looks for old files in its cache, and how old they may grow."""
+
+
+def serve(config: AppConfig) -> None:
+    """Serve the app until Ctrl-C. Raises :class:`UserError` before anything starts when the settings will not do."""
+    with started(config) as (app, url):
+        shown = f" for the user {config.credentials[0]!r}" if config.auth else ""
+        print(f"The app is at {url}{shown}; Ctrl-C ends it.", flush=True)
+        threading.Thread(target=app.warm_up, daemon=True).start()
+        with_interrupt(threading.Event())
+
+
+def with_interrupt(forever: threading.Event) -> None:
+    """Wait for Ctrl-C."""
+    try:
+        forever.wait()
+    except KeyboardInterrupt:
+        print("\nstopped")
+
+
+@contextmanager
+def started(config: AppConfig) -> Iterator[tuple[App, str]]:
+    """A running server and its address; all its temporary files are gone afterwards."""
+    config.check()
+    scratch = Path(tempfile.mkdtemp(prefix="nora_app_"))  # mode 0700
+    work = scratch / "work"  # a file in the working folder could be served: keep it empty
+    work.mkdir()
+    before = Path.cwd()
+    blocks = None
+    try:
+        app = App(config=_absolute(config), scratch=scratch)
+        _ = app.library
+        security.clean_environment(scratch)
+        os.chdir(work)
+        blocks, url = _launch(app)
+        yield app, url
+    finally:
+        if blocks is not None:
+            blocks.close(verbose=False)
+        os.chdir(before)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _absolute(config: AppConfig) -> AppConfig:
+    from dataclasses import replace
+
+    return replace(config, base=config.base_name, library=str(config.library_folder))
+
+
+def _launch(app: App) -> tuple[Any, str]:
+    from starlette.middleware import Middleware
+
+    from .shell import build
+
+    config = app.config
+    hosts = security.known_hosts(config)
+    blocks, look = build(app)
+    blocks.queue(max_size=64, default_concurrency_limit=16, api_open=False)
+    try:
+        _, url, _ = blocks.launch(
+            server_name=config.listen, server_port=config.port or _free_port(config.listen), prevent_thread_lock=True,
+            auth=security.Password(*config.credentials) if config.auth else None,
+            share=False, mcp_server=False, ssr_mode=False, enable_monitoring=False, run_history=False, pwa=False,
+            show_error=False, quiet=True, inbrowser=False, debug=False, strict_cors=True, footer_links=[], root_path="",
+            allowed_paths=[], blocked_paths=[str(path) for path in blocked(app)], max_file_size=security.MAX_UPLOAD,
+            app_kwargs={
+                "middleware": [Middleware(security.Gatekeeper, hosts=hosts, storage=app.scratch)],
+                "docs_url": None, "redoc_url": None, "openapi_url": None,
+            },
+            **look,
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(f"port {config.port} on {config.listen} cannot be used: choose another --port") from error
+    return blocks, url
+
+
+def blocked(app: App) -> list[Path]:
+    """Folders that are never served, whatever a handler returns: models, caches, adapters, the program itself."""
+    cache = Path(os.environ.get("HF_HOME", "~/.cache")).expanduser()
+    base = [Path(app.config.base)] if app.config.base and Path(app.config.base).exists() else []
+    return [app.config.library_folder, cache, Path("~/.cache").expanduser(), EMBEDDED_WEIGHTS.parents[1], *base]
+
+
+def _free_port(host: str) -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

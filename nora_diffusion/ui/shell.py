@@ -1,0 +1,44 @@
+"""The page: a title and the tabs."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+
+from .engine import MAX_PROMPT
+from .look import look
+from .page import Page
+from .state import App
+from .tabs.generate_settings import defaults
+
+TABS = ("generate", "library")
+"""Modules of ``ui/tabs``, in the order of the page."""
+
+
+def build(app: App) -> tuple[Any, dict[str, Any]]:
+    """The page, and the arguments of ``launch`` that say how it looks."""
+    from .server import CACHE_SECONDS
+
+    with gr.Blocks(title="nora_diffusion", delete_cache=CACHE_SECONDS, analytics_enabled=False) as blocks:
+        base = "the embedded base" if app.engine.is_embedded else app.config.base
+        gr.HTML(f"<h1>nora_diffusion</h1><p>{_escape(str(base))}</p>", elem_id="title")
+        prompt = gr.Textbox(
+            defaults(app.engine)["prompt"], label="Prompt", lines=3, max_lines=8, max_length=MAX_PROMPT, render=False,
+            elem_id="prompt", placeholder="What shall the picture show?",
+        )  # fmt: skip
+        with gr.Tabs(selected=TABS[0]) as tabs:
+            page = Page(app, blocks, tabs, tab=None, prompt=prompt, library_changed=gr.State(0))
+            for name in TABS:
+                module = importlib.import_module(f".tabs.{name}", __package__)
+                with gr.Tab(module.TITLE, id=name) as tab:
+                    module.build(replace(page, tab=tab))
+    return blocks, look()
+
+
+def _escape(text: str) -> str:
+    import html
+
+    return html.escape(text)

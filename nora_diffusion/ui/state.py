@@ -1,0 +1,78 @@
+"""What all pages of a running app share."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from ..errors import UserError
+from .config import AppConfig
+from .device import Device
+from .engine import Engine
+from .jobs import Jobs
+from .library import Entry, Library
+from .runs import Runs
+
+
+@dataclass
+class App:
+    """The shared state: settings, the line before the device, the library and the engine that holds the pipeline.
+
+    A handler that needs the device takes a turn: ``with app.device.join("generating"): ...``. A training that runs as
+    a process of its own keeps its turn as long as the process lives.
+    """
+
+    config: AppConfig
+    scratch: Path
+    """Private folder for files that are handed to the browser; emptied when the server ends."""
+    _handed: dict[tuple[Path, int], Path] = field(default_factory=dict)
+    runs: Runs = field(default_factory=Runs)
+
+    @cached_property
+    def device(self) -> Device:
+        """The line before the device, shared with trainings by a lock file."""
+        return Device(self.jobs.device_lock)
+
+    @cached_property
+    def jobs(self) -> Jobs:
+        """The trainings, in ``.jobs`` of the library."""
+        folder = self.library.folder / ".jobs"
+        return Jobs(folder, self.library.folder, folder / "device.lock")
+
+    @cached_property
+    def library(self) -> Library:
+        """The adapters in ``config.library_folder``."""
+        return Library(self.config.library_folder)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The one pipeline. Only whoever holds the device may generate with it."""
+        return Engine(self.config.base_name, self.config.device)
+
+    def warm_up(self) -> None:
+        """Load the base ahead of the first picture; what goes wrong is said when somebody asks for a picture."""
+        with contextlib.suppress(UserError), self.device.join("loading the base"):
+            _ = self.engine.preview
+
+    def hand_out(self, file: Path) -> str:
+        """A copy of a file that a page may show or download: nothing outside the private folder is served."""
+        stamp = (file, file.stat().st_mtime_ns)
+        if stamp not in self._handed or not self._handed[stamp].exists():
+            folder = Path(tempfile.mkdtemp(dir=self.scratch))
+            self._handed[stamp] = Path(shutil.copyfile(file, folder / file.name))
+        return str(self._handed[stamp])
+
+    def misfit(self, entry: Entry) -> str | None:
+        """Why an adapter cannot be used here, or None."""
+        if entry.info is None:
+            return entry.fault
+        return self.engine.misfit(entry.info)
+
+    def require_changes(self) -> None:
+        """Call it inside every handler that trains, uploads or deletes: endpoints answer over HTTP, hidden or not."""
+        if not self.config.may_change:
+            raise UserError("this server is shared: start it with --allow-changes to train, upload and delete")

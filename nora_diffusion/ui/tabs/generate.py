@@ -1,0 +1,136 @@
+"""The Generate tab: a prompt, a button, pictures."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from ...composition.tags import parse_tags
+from ...errors import UserError
+from ..engine import MAX_PICTURES, MAX_PROMPT, Request, Wanted
+from ..page import Page, handler, who
+from ..runs import Progress, Run
+from ..state import App
+from ..weights import AdapterWeights
+from . import generate_settings
+from .generate_view import gallery_items, live, status
+from .rack import build_rack
+
+TITLE = "Generate"
+MAX_SEED = 2**32 - 1
+
+
+def build(page: Page) -> None:
+    """Prompt and settings on the left, pictures on the right."""
+    app = page.app
+    with gr.Row():
+        with gr.Column(scale=5, min_width=320):
+            page.prompt.render()
+            with gr.Row():
+                go = gr.Button("Generate", variant="primary", elem_id="generate")
+                interrupt = gr.Button("Interrupt", variant="stop", visible=False, elem_id="interrupt")
+                skip = gr.Button("Skip this picture", visible=False, elem_id="skip")
+            blocks = build_rack(page)
+            settings = generate_settings.build(page)
+        with gr.Column(scale=6, min_width=320):
+            said = gr.HTML(status(Progress(), idle=True), elem_id="status")
+            preview = gr.HTML("", elem_id="preview", visible=False)
+            gallery = gr.Gallery(
+                label="Pictures", format="png", columns=2, object_fit="contain", elem_id="gallery", height="auto",
+                elem_classes=["pixels"] if app.engine.is_embedded else [], buttons=["download", "fullscreen"],
+            )  # fmt: skip
+    buttons = [go, interrupt, skip]
+    values = [page.prompt, settings.negative, settings.count, settings.seed, settings.steps, settings.guidance]
+    go.click(
+        handler(generator(app)), [*values, settings.width, settings.height, blocks],
+        [*buttons, said, preview, gallery, settings.last_seed], api_name="generate", api_visibility="private",
+        concurrency_limit=None, show_progress="hidden",
+    )  # fmt: skip
+    for button, act in ((interrupt, Run.interrupt), (skip, Run.skip)):
+        button.click(handler(stopper(app, act)), api_visibility="private", queue=False, show_progress="hidden")
+
+
+def generator(app: App) -> Any:
+    """The handler of the button; a generator, so that a closed page ends the work."""
+
+    def generate(
+        prompt: str, negative: str, count: float, seed: float | None, steps: float, guidance: float, width: float,
+        height: float, blocks: dict[str, dict[str, float]], request: gr.Request,
+    ) -> Iterator[Any]:  # fmt: skip
+        first = first_seed(seed)
+        wanted = build_request(app, prompt, negative, whole(count), first, steps, guidance, width, height, blocks)
+        out = app.library.pictures
+        run = Run(app.device, "pictures", lambda run: app.engine.make(wanted, out, run) and None)
+        app.runs.put(who(request), run)
+        shown: tuple[Any, ...] = ()
+        for progress in run.follow():
+            items = gr.skip() if progress.files == shown else gallery_items(app, progress.files)
+            shown = progress.files
+            yield *_buttons(not progress.over), status(progress), _preview(progress), items, first
+
+    return generate
+
+
+def build_request(
+    app: App, prompt: str, negative: str, count: int, seed: int, steps: float, guidance: float, width: float | None,
+    height: float | None, blocks: dict[str, dict[str, float]],
+) -> Request:  # fmt: skip
+    """What the page asks for, checked. Raises :class:`UserError` for what makes no sense."""
+    if len(prompt or "") > MAX_PROMPT:
+        raise UserError(f"the prompt has more than {MAX_PROMPT} characters: shorten it")
+    if not 1 <= count <= MAX_PICTURES:
+        raise UserError(f"{count} pictures at once: choose 1 to {MAX_PICTURES}")
+    clean, tags = parse_tags(prompt or "")
+    adapters = []
+    for tag in tags:
+        entry = app.library.entry(tag.name)
+        if entry.info is None:
+            raise UserError(f"the adapter {tag.name!r} cannot be used: {entry.fault}")
+        weights = AdapterWeights(tag.unet, tag.te, (blocks or {}).get(tag.name, {}))
+        adapters.append(Wanted(tag.name, entry.file, weights))
+    request = Request(
+        tuple((clean, seed + i) for i in range(count)), tuple(adapters), negative or "", whole(steps, "steps"),
+        float(guidance), whole(width, "width") or None, whole(height, "height") or None,
+    )  # fmt: skip
+    request.check()
+    return request
+
+
+def whole(value: float | None, name: str = "the number of pictures") -> int:
+    """A whole number from what a page sent. Raises :class:`UserError` for NaN, infinity and fractions."""
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) > 2**63:
+        raise UserError(f"{name} is no whole number that can be used: {str(value)[:40]}")
+    if value != int(value):
+        raise UserError(f"{name}={value} is no whole number")
+    return int(value)
+
+
+def first_seed(seed: float | None) -> int:
+    """The seed itself, or a random one for an empty field or -1."""
+    if seed is None or seed == -1:
+        return random.randint(0, MAX_SEED)
+    return whole(seed, "the seed")
+
+
+def stopper(app: App, act: Any) -> Any:
+    """Interrupt or skip the run of this user's page, and of nobody else's."""
+
+    def stop(request: gr.Request) -> None:
+        run = app.runs.get(who(request))
+        if run is not None:
+            act(run)
+
+    return stop
+
+
+def _buttons(running: bool) -> tuple[Any, Any, Any]:
+    return gr.update(visible=not running), gr.update(visible=running), gr.update(visible=running)
+
+
+def _preview(progress: Progress) -> Any:
+    return gr.update(value=live(progress), visible=not progress.over)

@@ -1,0 +1,108 @@
+"""Settings of the Generate tab: kept over a reload, and restored from a dropped picture after a look at the changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from ..engine import MAX_PICTURES, MAX_PROMPT, MAX_SIDE, MAX_STEPS, Engine
+from ..page import Page
+
+KEPT = "nora_diffusion"
+FIRST_PROMPT = "a red car in the forest"
+
+
+@dataclass
+class Settings:
+    """The components, named as :class:`Request` names what they set."""
+
+    negative: gr.Textbox
+    count: gr.Slider
+    seed: gr.Number
+    steps: gr.Slider
+    guidance: gr.Slider
+    width: gr.Number
+    height: gr.Number
+    last_seed: gr.State
+
+    def components(self) -> dict[str, Any]:
+        """What is kept over a reload and restored from a picture, by name."""
+        names = ("negative", "count", "seed", "steps", "guidance", "width", "height")
+        return {name: getattr(self, name) for name in names}
+
+
+def defaults(engine: Engine) -> dict[str, Any]:
+    """The values of a first visit. The sizes are 0, which means the base's own."""
+    return {
+        "prompt": FIRST_PROMPT if engine.is_embedded else "", "negative": "", "count": 1, "seed": -1,
+        "steps": 20 if engine.is_embedded else 30, "guidance": engine.guidance, "width": 0, "height": 0,
+    }  # fmt: skip
+
+
+def build(page: Page) -> Settings:
+    """Seed and number in sight, the rest folded away."""
+    first = defaults(page.app.engine)
+    with gr.Row():
+        count = gr.Slider(1, MAX_PICTURES, first["count"], step=1, label="Pictures", scale=2, min_width=160)
+        seed = gr.Number(first["seed"], label="Seed", info="-1 is random", precision=0, minimum=-1, min_width=120)
+    with gr.Row():
+        dice = gr.Button("Random seed", size="sm", elem_id="dice")
+        reuse = gr.Button("Reuse last seed", size="sm", elem_id="reuse")
+    with gr.Accordion("Settings", open=False):
+        negative = gr.Textbox(label="Negative prompt", info="What to avoid", max_length=MAX_PROMPT)
+        with gr.Row():
+            steps = gr.Slider(1, MAX_STEPS, first["steps"], step=1, label="Steps", min_width=160)
+            guidance = gr.Slider(0, 30, first["guidance"], step=0.1, label="Guidance", min_width=160)
+        with gr.Row():
+            width = gr.Number(0, label="Width", info="0: the base's own", precision=0, step=8, minimum=0,
+                              maximum=MAX_SIDE, min_width=120)  # fmt: skip
+            height = gr.Number(0, label="Height", info="0: the base's own", precision=0, step=8, minimum=0,
+                               maximum=MAX_SIDE, min_width=120)  # fmt: skip
+        back = gr.Button("Back to the defaults", size="sm")
+    last = gr.State(None)
+    settings = Settings(negative, count, seed, steps, guidance, width, height, last)
+    dice.click(lambda: -1, None, seed, api_visibility="private", queue=False)
+    reuse.click(lambda used: -1 if used is None else used, last, seed, api_visibility="private", queue=False)
+    _keep(page, settings, first, back)
+    return settings
+
+
+def _keep(page: Page, settings: Settings, first: dict[str, Any], back: gr.Button) -> None:
+    kept = gr.BrowserState({}, storage_key=KEPT, secret=KEPT)  # the browser's own data: nothing to be kept from it
+    fields = {"prompt": page.prompt} | settings.components()
+    parts = list(fields.values())
+    quiet: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
+
+    def remember(*values: Any) -> dict[str, Any]:
+        return dict(zip(fields, values, strict=True))
+
+    def recall(stored: Any) -> list[Any]:
+        return list(sound(stored, first).values())
+
+    gr.on([part.change for part in parts], remember, parts, kept, trigger_mode="always_last", **quiet)
+    page.blocks.load(recall, kept, parts, **quiet)
+    names = [name for name in fields if name != "prompt"]
+    back.click(lambda: [first[name] for name in names], None, [fields[name] for name in names], **quiet)
+
+
+def sound(stored: Any, first: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored values where they are of the right kind and range, else the first ones."""
+    stored = stored if isinstance(stored, Mapping) else {}
+    ranges = {
+        "count": (1, MAX_PICTURES), "seed": (-1, 2**53), "steps": (1, MAX_STEPS), "guidance": (0, 30),
+        "width": (0, MAX_SIDE), "height": (0, MAX_SIDE),
+    }  # fmt: skip
+    result = {}
+    for name, fallback in first.items():
+        value = stored.get(name, fallback)
+        if name in ranges:
+            low, high = ranges[name]
+            fits = isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
+        else:
+            fits = isinstance(value, str) and len(value) <= MAX_PROMPT
+        result[name] = value if fits else fallback
+    return result

@@ -1,0 +1,52 @@
+"""What the Generate tab shows while it works."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from ..runs import Progress
+from ..state import App
+
+
+def status(progress: Progress, idle: bool = False) -> str:
+    """One line: the place in the queue, how far the work is, or how it ended."""
+    if idle:
+        return _line("Write a prompt and press Generate, or Ctrl+Enter.")
+    if progress.state == "failed":
+        return _line(progress.message, bad=True)
+    if progress.state == "waiting":
+        return _line(_waiting(progress))
+    if progress.state == "working":
+        if not progress.steps:
+            return _line("Loading …")
+        done = ((progress.picture - 1) + progress.step / progress.steps) / max(1, progress.pictures)
+        text = f"Picture {progress.picture} of {progress.pictures}, step {progress.step} of {progress.steps}"
+        return _line(text) + f'<div class="bar"><span style="width:{100 * done:.0f}%"></span></div>'
+    made = len(progress.files)
+    pictures = f"{made} picture{'' if made == 1 else 's'} in {progress.seconds:.1f} s"
+    return _line(f"Interrupted after {pictures}." if progress.state == "stopped" else f"{pictures}.")
+
+
+def _waiting(progress: Progress) -> str:
+    if not progress.busy_with:
+        return "Starting …"
+    place = f"You are number {progress.ahead} in the queue" if progress.ahead else "You are next"
+    return f"{place}; now running: {progress.busy_with}."
+
+
+def _line(text: str, bad: bool = False) -> str:
+    return f'<p class="status{" bad" if bad else ""}" role="status">{escape(text)}</p>'
+
+
+def live(progress: Progress) -> str:
+    """The picture that is being made, roughly."""
+    if not progress.preview:
+        return ""
+    return f'<img class="preview" alt="Preview of the picture that is being made" src="{escape(progress.preview)}">'
+
+
+def gallery_items(app: App, files: Sequence[Path]) -> list[tuple[str, str]]:
+    """Newest first. Copies are handed out by path, so that the settings in the PNGs survive."""
+    return [(app.hand_out(file), file.stem) for file in reversed(files)]

@@ -1,0 +1,126 @@
+"""The rack: a slider for each ``<lora:name:0.8>`` tag of the prompt. The prompt is the truth, the rack shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gradio as gr
+
+from ...composition.tags import Tag, parse_tags, write_tags
+from ...errors import UserError
+from ..page import Page, handler
+from ..weights import BLOCKS
+
+SLOTS = 6
+NEW_WEIGHT = 0.8
+QUIET: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
+
+
+@dataclass
+class Slot:
+    """One adapter of the rack."""
+
+    group: gr.Group
+    name: gr.State
+    unet: gr.Slider
+    te: gr.Slider
+    fold: gr.Accordion
+    blocks: list[gr.Slider]
+    remove: gr.Button
+
+    def parts(self) -> list[Any]:
+        """What a change of the prompt writes."""
+        return [self.group, self.name, self.unet, self.te]
+
+
+def build_rack(page: Page) -> gr.State:
+    """The rack below the prompt; returns the factors by block: ``{name: {"down": 1.0, ...}}``."""
+    choose = gr.Dropdown(
+        [], label="Add an adapter", elem_id="add-adapter", interactive=True, filterable=True, allow_custom_value=False,
+    )  # fmt: skip
+    factors = gr.State({})
+    slots = [_slot() for _ in range(SLOTS)]
+    shown = [part for slot in slots for part in slot.parts()]
+    page.prompt.change(handler(show), page.prompt, shown, trigger_mode="always_last", **QUIET)
+    refresh = handler(lambda: gr.update(choices=names(page), value=None))
+    page.blocks.load(refresh, None, choose, **QUIET)
+    page.tab.select(refresh, None, choose, **QUIET)
+    page.library_changed.change(refresh, None, choose, **QUIET)
+    choose.input(handler(add), [page.prompt, choose], [page.prompt, choose], **QUIET)
+    for slot in slots:
+        gr.on(
+            [slot.unet.release, slot.te.release], handler(weigh), [page.prompt, slot.name, slot.unet, slot.te],
+            page.prompt, **QUIET,
+        )  # fmt: skip
+        slot.remove.click(handler(remove), [page.prompt, slot.name], page.prompt, **QUIET)
+        gr.on([b.release for b in slot.blocks], handler(factor), [factors, slot.name, *slot.blocks], factors, **QUIET)
+    return factors
+
+
+def _slot() -> Slot:
+    with gr.Group(visible=False, elem_classes="rack") as group:
+        name = gr.State("")
+        with gr.Row():
+            unet = gr.Slider(-2, 2, 1, step=0.05, label="Weight", min_width=200, scale=4)
+            out = gr.Button("Remove", size="sm", min_width=90, scale=1)
+        with gr.Accordion("Text encoder and blocks", open=False) as fold:
+            te = gr.Slider(-2, 2, 1, step=0.05, label="Text encoder")
+            with gr.Row():
+                blocks = [gr.Slider(-2, 2, 1, step=0.05, label=f"Block: {b}", min_width=120) for b in BLOCKS]
+    return Slot(group, name, unet, te, fold, blocks, out)
+
+
+def names(page: Page) -> list[str]:
+    """Adapters of the library that fit the base; the Library tab says why others do not."""
+    return [e.name for e in page.app.library.entries() if e.info and not page.app.misfit(e)]
+
+
+def show(prompt: str) -> list[Any]:
+    """The rack for a prompt; nothing changes while a tag is half written."""
+    try:
+        _, tags = parse_tags(prompt or "")
+    except UserError:
+        return [gr.skip()] * (SLOTS * 4)
+    rows: list[Any] = []
+    for index in range(SLOTS):
+        tag = tags[index] if index < len(tags) else None
+        if tag is None:
+            rows += [gr.update(visible=False), "", gr.skip(), gr.skip()]
+        else:
+            label = f"{tag.name}: weight"
+            rows += [gr.update(visible=True), tag.name, gr.update(value=tag.unet, label=label), tag.te]
+    return rows
+
+
+def add(prompt: str, name: str | None) -> tuple[str, Any]:
+    """A tag for the chosen adapter at the prompt's end."""
+    if not name:
+        return prompt, None
+    _, tags = parse_tags(prompt or "")
+    if all(tag.name != name for tag in tags):
+        tags.append(Tag(name, NEW_WEIGHT, NEW_WEIGHT))
+    return write_tags(prompt or "", tags), None
+
+
+def weigh(prompt: str, name: str, unet: float, te: float) -> str:
+    """The weights of the sliders, written into the tag. The text encoder follows until it was set apart."""
+    _, tags = parse_tags(prompt)
+    together = {tag.name: tag.unet == tag.te for tag in tags}
+    changed = []
+    for tag in tags:
+        if tag.name == name:
+            follows = together[name] and te == tag.te
+            tag = replace(tag, unet=float(unet), te=float(unet if follows else te))
+        changed.append(tag)
+    return write_tags(prompt, changed)
+
+
+def remove(prompt: str, name: str) -> str:
+    """The prompt without this adapter."""
+    return write_tags(prompt, [tag for tag in parse_tags(prompt)[1] if tag.name != name])
+
+
+def factor(factors: dict[str, dict[str, float]], name: str, *values: float) -> dict[str, dict[str, float]]:
+    """Remember the factors by block of one adapter."""
+    return {**factors, name: dict(zip(BLOCKS, map(float, values), strict=True))} if name else factors
