@@ -109,7 +109,7 @@ SIZES: dict[str, Size] = {
             "diffusion": StageConfig(
                 steps=1350, batch=64, lr=1.5e-3, warmup=60, decay=0.4, ema=0.995, optimizer="muon"
             ),
-            "judge": StageConfig(steps=450, batch=64, lr=1.5e-3, warmup=40, decay=0.5, ema=0.98, optimizer="muon"),
+            "judge": StageConfig(steps=2400, batch=128, lr=1.5e-3, warmup=60, decay=0.5, ema=0.99, optimizer="muon"),
         },
     ),
     "nano": Size(

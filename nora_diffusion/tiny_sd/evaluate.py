@@ -9,21 +9,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
+from ..generation import EMBEDDED_GUIDANCE
+from ..judges import Judge, image_features, load_judge, text_features
 from ..pictures import contact_sheet
 from . import world
 from .examples import subject_thing
+from .following import measure
 from .render import render, sample
 from .scenes import Scene, random_ground
 from .ship import WEIGHTS
-from .stage_diffusion import tokens
 from .stage_vae import to_tensor
 
 TEST_SEED = 900_001  # no training stage draws from it
-STEPS, GUIDANCE, GUIDANCE_RESCALE = 20, 4.0, 0.0
+STEPS = 20
 PROMPTS = (
     "a fox in the snow",
     "a koala on a blue background",
@@ -52,28 +52,6 @@ PROMPTS = (
 )
 
 
-class Judge:
-    """The shipped CLIP: unit features of pictures and captions."""
-
-    def __init__(self, folder: Path) -> None:
-        from transformers import CLIPModel, CLIPTokenizer
-
-        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-
-    @torch.no_grad()
-    def pictures(self, pictures: np.ndarray) -> Tensor:
-        """(N, 64, 64, 3) uint8 to (N, D) unit vectors."""
-        pooled = self.model.vision_model(pixel_values=to_tensor(pictures)).pooler_output
-        return F.normalize(self.model.visual_projection(pooled), dim=-1)
-
-    @torch.no_grad()
-    def captions(self, captions: list[str]) -> Tensor:
-        """Captions to (N, D) unit vectors."""
-        pooled = self.model.text_model(input_ids=tokens(self.tokenizer, captions)).pooler_output
-        return F.normalize(self.model.text_projection(pooled), dim=-1)
-
-
 def generate(pipe: Any, prompts: list[str], seed: int = 0) -> np.ndarray:
     """One picture a prompt: uint8 (N, 64, 64, 3); the i-th takes the seed ``seed + i``."""
     out = []
@@ -84,8 +62,7 @@ def generate(pipe: Any, prompts: list[str], seed: int = 0) -> np.ndarray:
             pipe(
                 part,
                 num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE,
-                guidance_rescale=GUIDANCE_RESCALE,
+                guidance_scale=EMBEDDED_GUIDANCE,
                 height=64,
                 width=64,
                 generator=generators,
@@ -95,9 +72,14 @@ def generate(pipe: Any, prompts: list[str], seed: int = 0) -> np.ndarray:
     return (np.concatenate(out) * 255).round().astype(np.uint8)
 
 
+def as_images(pictures: np.ndarray) -> list[Image.Image]:
+    """uint8 (N, H, W, 3) to pictures."""
+    return [Image.fromarray(picture) for picture in pictures]
+
+
 def sheet(pictures: np.ndarray, captions: list[str] | None = None, columns: int = 8) -> Image.Image:
     """Pictures in rows of ``columns``, with their captions beneath."""
-    cells = [(Image.fromarray(p), captions[i] if captions else "") for i, p in enumerate(pictures)]
+    cells = [(p, captions[i] if captions else "") for i, p in enumerate(as_images(pictures))]
     return contact_sheet([cells[i : i + columns] for i in range(0, len(cells), columns)])
 
 
@@ -118,7 +100,7 @@ def judge_top1(judge: Judge, count: int = 512, among: int = 64) -> float:
     for start in range(0, count, among):
         pairs = [sample(TEST_SEED, 10_000 + start + i) for i in range(among)]
         captions = [c for _, c in pairs]
-        scores = judge.pictures(np.stack([p for p, _ in pairs])) @ judge.captions(captions).T
+        scores = image_features(judge, [Image.fromarray(p) for p, _ in pairs]) @ text_features(judge, captions).T
         hits += sum(captions[int(j)] == captions[i] for i, j in enumerate(scores.argmax(1)))
     return hits / count
 
@@ -134,7 +116,7 @@ def subject_auc(judge: Judge, each: int = 8) -> float:
         for s in slugs
         for _ in range(each)
     ]
-    features = judge.pictures(np.stack(pictures))
+    features = image_features(judge, as_images(np.stack(pictures)))
     scores = (features @ features.T).numpy()
     owner = np.repeat(np.arange(len(slugs)), each)
     upper = np.triu(np.ones_like(scores, dtype=bool), 1)
@@ -143,8 +125,11 @@ def subject_auc(judge: Judge, each: int = 8) -> float:
     return float(np.searchsorted(negative, positive).mean() / len(negative))
 
 
-def evaluate(weights: Path, images: Path | None) -> dict[str, float]:
-    """All numbers of the base; writes ``base_grid.png`` and ``base_vae.png`` to ``images`` if given."""
+def evaluate(weights: Path, images: Path | None, prompts: int = 0) -> dict[str, float]:
+    """All numbers of the base; writes ``base_grid.png`` and ``base_vae.png`` to ``images`` if given.
+
+    ``prompts``: on how many unseen captions the independent probe judges (0: not at all).
+    """
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(weights / "pipeline", dtype=torch.float32, safety_checker=None)
@@ -157,9 +142,8 @@ def evaluate(weights: Path, images: Path | None) -> dict[str, float]:
         sheet(pictures, list(PROMPTS)).save(images / "base_grid.png", optimize=True)
         sheet(rows).save(images / "base_vae.png", optimize=True)
     if (weights / "judge").exists():
-        judge = Judge(weights / "judge")
-        drawn, text = judge.pictures(pictures), judge.captions(list(PROMPTS))
-        scores = drawn @ text.T
+        judge = load_judge(weights / "judge")
+        scores = image_features(judge, as_images(pictures)) @ text_features(judge, PROMPTS).T
         n = len(PROMPTS)
         report |= {
             "judge_top1_of_64": judge_top1(judge),
@@ -168,6 +152,8 @@ def evaluate(weights: Path, images: Path | None) -> dict[str, float]:
             "clip_other_prompts": (scores.sum() - scores.diag().sum()).item() / (n * (n - 1)),
             "generated_top1_of_24": (scores.argmax(1) == torch.arange(n)).float().mean().item(),
         }
+    if prompts:
+        report |= measure(weights, lambda texts: generate(pipe, texts), prompts).report()
     return {k: round(v, 4) for k, v in report.items()}
 
 
@@ -177,8 +163,9 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--images", type=Path, help="where to write the two pictures")
     parser.add_argument("--report", type=Path, help="where to write the numbers as JSON")
+    parser.add_argument("--prompts", type=int, default=200, help="unseen captions for the probe; 0: no probe")
     args = parser.parse_args()
-    report = evaluate(args.weights, args.images)
+    report = evaluate(args.weights, args.images, args.prompts)
     print(json.dumps(report, indent=1))
     if args.report:
         args.report.write_text(json.dumps(report, indent=1) + "\n")

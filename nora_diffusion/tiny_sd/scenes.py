@@ -104,7 +104,18 @@ def _with_article(phrase: str) -> str:
 def random_scene(seed: int, index: int) -> Scene:
     """The training scene of that seed and index; the same pair always gives the same scene."""
     rng = Random(seed * 1_000_003 + index)
-    thing, phrase = random_thing(rng)
+    return scene_with(rng, *random_thing(rng))
+
+
+def scene_pair(seed: int, index: int) -> tuple[Scene, Scene]:
+    """Two scenes around one and the same object, often in an unusual colour: what a judge of subjects learns from."""
+    rng = Random(seed * 1_000_003 + index)
+    thing, phrase = random_thing(rng, tint=0.5)
+    return scene_with(rng, thing, phrase), scene_with(rng, thing, phrase)
+
+
+def scene_with(rng: Random, thing: Thing, phrase: str) -> Scene:
+    """A random scene around an object that captions call ``phrase``."""
     ground = random_ground(rng, avoid=thing.colour)
     things: tuple[Thing, ...] = (thing,)
     size = position = accessory = ""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .configs import SIZES, Size
-from .stage_diffusion import build_diffusion, build_scheduler
+from .stage_diffusion import TRAINING_FILE, build_diffusion, build_scheduler
 from .stage_vae import build_vae
 from .tokenizer import build_tokenizer
 
@@ -144,5 +144,7 @@ def export_all(run: Path, target: Path = WEIGHTS, size_name: str = "tiny", seed:
     """Write ``pipeline`` and ``judge`` from the run's states, as far as the stages are trained."""
     size = SIZES[size_name]
     export_pipeline(size, run, target / "pipeline", seed)
+    if (run / TRAINING_FILE).exists():
+        shutil.copyfile(run / TRAINING_FILE, target / TRAINING_FILE)
     if (run / "judge.state.safetensors").exists():
         export_judge(size, run, target / "judge", seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 _CHUNK = 64  # scenes encoded together, always the same ones, so that a resumed run sees the same bits
+TRAINING_FILE = "training.json"  # beside the weights: the scenes that the UNet saw, as [[seed, count], ...]
 EMPTY_SHARE = 0.1
 GAMMA = 5.0
 
@@ -125,7 +127,7 @@ def train_diffusion(
     model = build_diffusion(size, tokenizer, seed)
     if init is not None:
         load_weights(model, init)
-    model.to(device, memory_format=torch.channels_last).train()
+    model.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     unet = torch.compile(model["unet"]) if compiled else model["unet"]
     config = size.stages["diffusion"]
     trainer = Trainer("diffusion", model, config, options)
@@ -152,7 +154,15 @@ def train_diffusion(
         return (loss_weight(snr) * error).mean(), {"v_mse": round(error.mean().item(), 5)}
 
     trainer.run(loss_fn)
+    record_scenes(options.out / TRAINING_FILE, init, seed, pool.end)
     return trainer
+
+
+def record_scenes(path: Path, init: Path | None, seed: int, count: int) -> None:
+    """Write which scenes the UNet was trained on: those of the weights that it started from, and its own."""
+    before = init.parent / TRAINING_FILE if init else None
+    scenes = json.loads(before.read_text(encoding="utf-8"))["scenes"] if before and before.exists() else []
+    path.write_text(json.dumps({"scenes": [*scenes, [seed, count]]}) + "\n", encoding="utf-8")
 
 
 def load_weights(model: nn.ModuleDict, pipeline: Path) -> None:

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from .configs import Size
 from .loop import LoopOptions, Trainer
-from .render import sample
+from .render import render
+from .scenes import Thing, scene_pair
 from .stage_diffusion import token_ids, tokens
 from .stage_vae import autocast, to_tensor
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
+
+TEMPERATURE = 0.1  # of the subject loss
 
 
 def build_judge(size: Size, tokenizer: CLIPTokenizer, seed: int) -> CLIPModel:
@@ -57,25 +60,46 @@ def augment(picture: Tensor, g: torch.Generator) -> Tensor:
     return out * gain + 0.04 * torch.randn(out.shape, generator=g)
 
 
+def caption_loss(logits: Tensor, captions: list[str]) -> Tensor:
+    """CLIP's symmetric loss; equal captions of the batch share the target."""
+    same = torch.tensor([[a == b for b in captions] for a in captions], device=logits.device).float()
+    target = same / same.sum(1, keepdim=True)
+    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+
+
+def subject_loss(features: Tensor, things: list[Thing], temperature: float = TEMPERATURE) -> Tensor:
+    """Supervised contrastive loss on unit features ``[n, d]``: pictures of one object attract, wherever it stands.
+
+    ``-mean_{j in P(i)} log( e^{f_i f_j / t} / sum_{k != i} e^{f_i f_k / t} )``. https://arxiv.org/abs/2004.11362
+    """
+    same = torch.tensor([[a == b for b in things] for a in things], device=features.device)
+    self = torch.eye(len(things), dtype=torch.bool, device=features.device)
+    scores = (features @ features.T / temperature).masked_fill(self, -torch.inf)
+    log_p = scores.log_softmax(1).masked_fill(self, 0)
+    positive = (same & ~self).float()
+    return -((log_p * positive).sum(1) / positive.sum(1)).mean()
+
+
 def train_judge(size: Size, tokenizer: CLIPTokenizer, options: LoopOptions, seed: int, device: torch.device) -> Trainer:
-    """Contrastive training (CLIP's symmetric loss); other captions of the batch are the negatives."""
+    """Learn captions (CLIP) and subjects (supervised contrastive) from pairs of scenes around one object."""
     judge = build_judge(size, tokenizer, seed).to(device).train()
     config = size.stages["judge"]
     trainer = Trainer("judge", judge, config, options)
+    n = config.batch // 2
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
-        pairs = [sample(seed + 1, step * config.batch + i) for i in range(config.batch)]
+        pairs = [scene_pair(seed + 1, step * n + i) for i in range(n)]
+        scenes = [scene for pair in pairs for scene in pair]
         g = torch.Generator().manual_seed(seed * 7919 + step)
-        picture = augment(to_tensor(np.stack([p for p, _ in pairs])), g).to(device)
-        captions = [c for _, c in pairs]
+        picture = augment(to_tensor(np.stack([render(scene) for scene in scenes])), g).to(device)
+        captions = [scene.caption for scene in scenes]
         with autocast(device):
             out = judge(input_ids=tokens(tokenizer, captions).to(device), pixel_values=picture)
         logits = out.logits_per_image.float()
-        same = torch.tensor([[a == b for b in captions] for a in captions], device=device)
-        target = same.float() / same.float().sum(1, keepdim=True)
-        loss = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+        by_caption = caption_loss(logits, captions)
+        by_subject = subject_loss(out.image_embeds.float(), [scene.things[0] for scene in scenes])
         top1 = (logits.argmax(1) == torch.arange(len(captions), device=device)).float().mean().item()
-        return loss, {"top1": round(top1, 4)}
+        return by_caption + by_subject, {"top1": round(top1, 4), "subject": round(by_subject.item(), 4)}
 
     trainer.run(loss_fn)
     return trainer

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nora_diffusion.judges import load_judge, text_features
 from nora_diffusion.tiny_sd.configs import SIZES, Stage, StageConfig
-from nora_diffusion.tiny_sd.evaluate import Judge
 from nora_diffusion.tiny_sd.loop import LoopOptions, learning_rate
 from nora_diffusion.tiny_sd.muon import orthogonalise
 from nora_diffusion.tiny_sd.render import sample
@@ -60,7 +60,7 @@ def test_nano_weights_load_in_stock_diffusers(nano_run: Path, tmp_path: Path) ->
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a sks dog", num_inference_steps=2, height=64, width=64).images[0]
-    assert image.size == (64, 64) and Judge(tmp_path / "judge").captions(["a dog"]).shape == (1, 16)
+    assert image.size == (64, 64) and text_features(load_judge(tmp_path / "judge"), ["a dog"]).shape == (1, 16)
 
 
 @pytest.mark.slow

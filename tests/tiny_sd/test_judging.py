@@ -1,0 +1,72 @@
+"""What judges the base: the subject loss, the linear probes, and captions that were never trained on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from nora_diffusion.tiny_sd import probe
+from nora_diffusion.tiny_sd.following import QUESTIONS, unseen_scenes
+from nora_diffusion.tiny_sd.scenes import Ground, Scene, Thing, random_scene, scene_pair
+from nora_diffusion.tiny_sd.stage_diffusion import TRAINING_FILE, record_scenes
+from nora_diffusion.tiny_sd.stage_judge import subject_loss
+
+
+def test_a_pair_of_scenes_shares_the_object_and_nothing_else() -> None:
+    pairs = [scene_pair(3, i) for i in range(200)]
+    assert all(a.things[0] == b.things[0] for a, b in pairs)
+    assert sum(a.ground == b.ground for a, b in pairs) < 20
+    assert sum(a.things[0].colour is not None for a, _ in pairs) > 80
+
+
+def test_the_subject_loss_is_the_formula() -> None:
+    features = F.normalize(torch.randn(5, 7, generator=torch.Generator().manual_seed(0)), dim=-1)
+    things = [Thing(name) for name in ("fox", "dog", "fox", "dog", "fox")]
+    t, total = 0.3, 0.0
+    for i in range(5):
+        others = [k for k in range(5) if k != i]
+        below = sum(math.exp(float(features[i] @ features[k]) / t) for k in others)
+        positives = [j for j in others if things[j] == things[i]]
+        total -= sum(float(features[i] @ features[j]) / t - math.log(below) for j in positives) / len(positives)
+    assert math.isclose(float(subject_loss(features, things, t)), total / 5, rel_tol=1e-5)
+
+
+def test_a_probe_learns_what_is_linear_and_nothing_from_noise() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 12, generator=g)
+    truth = ["left" if v < 0 else "right" for v in x[:, 3].tolist()]
+    fit = probe.fit(x[:300], truth[:300])
+    assert fit.accuracy(x[300:], truth[300:]) > 0.9
+    noise = probe.fit(x[:300, 4:], truth[:300])
+    assert noise.accuracy(x[300:, 4:], truth[300:]) < 0.65
+
+
+def test_unseen_captions_are_no_training_captions(tmp_path: Path) -> None:
+    record_scenes(tmp_path / TRAINING_FILE, None, 900_003, 40)
+    own = {random_scene(900_003, i).caption for i in range(40)}
+    scenes = unseen_scenes(tmp_path, 30)
+    captions = [scene.caption for scene in scenes]
+    assert len(set(captions)) == 30 and not own & set(captions)
+
+
+def test_scenes_that_weights_started_from_stay_recorded(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    record_scenes(first / TRAINING_FILE, None, 0, 100)
+    record_scenes(second / TRAINING_FILE, first / "pipeline", 1, 50)
+    assert json.loads((second / TRAINING_FILE).read_text())["scenes"] == [[0, 100], [1, 50]]
+
+
+def test_the_probe_is_asked_what_the_scene_shows() -> None:
+    fox, ball = Thing("fox"), Thing("basketball")
+    plain = Scene((fox,), Ground("solid", "red"), "", 0)
+    busy = Scene((fox, ball), Ground("striped", "red", "blue"), "", 0)
+    dressed = Scene((fox,), Ground("snow"), "", 0, accessory="crown")
+    answers = [[ask(scene) for ask in QUESTIONS.values()] for scene in (plain, busy, dressed)]
+    word = fox.class_word
+    assert answers == [[word, "solid red", "none"], [word, "striped", "another object"], [word, "snow", "crown"]]
