@@ -1,13 +1,21 @@
-"""Activation statistics: how strongly each input channel of a projection fires on ordinary prompts."""
+"""Activation statistics: how strongly each input channel of a projection fires, on ordinary prompts or on a subject."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from . import tensor_cache
+from .basis_cache import tensor_hash
+from .components import canonical, present, projections, tuner_layers
+from .errors import UserError
 
 GENERIC_PROMPTS = (
     "a dog in the grass",
@@ -20,7 +28,31 @@ GENERIC_PROMPTS = (
     "a boat on the sea at sunset",
 )
 """Prompts of no subject in particular: a basis calibrated on them can be shared by all subjects."""
+VERSION = 1
 STEPS = 4
+GUIDANCE = 5.0
+AT_ONCE = 4
+"""Prompts in one batch: bounds the memory, changes no number."""
+
+Strengths = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the base is shown while it is measured: prompts, and pictures of a subject to go with them.
+
+    ``latents [n, c, h, w]``: scaled latents of one picture for each prompt. Without them the base dreams its own. A
+    basis that is calibrated on a subject is that subject's own: it cannot be shared.
+    """
+
+    prompts: Sequence[str] = GENERIC_PROMPTS
+    latents: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, str) or not self.prompts:
+            raise UserError(f"prompts={self.prompts!r} calibrate nothing: give a list of at least one prompt")
+        if self.latents is not None and len(self.latents) != len(self.prompts):
+            raise UserError(f"{len(self.latents)} pictures but {len(self.prompts)} prompts: give one prompt to each")
 
 
 class _MeanAbs:
@@ -31,43 +63,134 @@ class _MeanAbs:
         self.count = 0
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not inputs:
+            return
         x = inputs[0].detach().float().abs()
         x = x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x
-        rows = x.flatten(0, -2)
+        rows = x.reshape(-1, x.shape[-1])
         self.total = rows.sum(0) if self.total is None else self.total + rows.sum(0)
         self.count += rows.shape[0]
 
     def mean(self) -> Tensor:
         assert self.total is not None
-        return self.total / self.count
+        return (self.total / self.count).cpu()
 
 
-def activation_strengths(
-    pipe: Any, layers: dict[str, dict[str, nn.Module]], prompts: Sequence[str] | None = None
-) -> dict[str, dict[str, Tensor]]:
-    """``mean |x|`` per input channel ``[d_in]`` of each layer, by component and path.
+def activation_strengths(pipe: Any, calibration: Calibration | None = None) -> Strengths:
+    """``mean |x|`` per input channel ``[d_in]`` of every projection that was called, by component and path.
 
-    One short seeded sampling run (4 steps, guidance 5) feeds the layers their real inputs.
+    A short seeded sampling run (4 steps, guidance 5) of the untouched base feeds the layers their real inputs; its
+    result is kept on disk. Raises :class:`UserError` for pictures in a pipeline without a UNet.
     """
-    meters = {name: {path: _MeanAbs() for path in paths} for name, paths in layers.items()}
+    calibration = calibration or Calibration()
+    if calibration.latents is not None and getattr(pipe, "unet", None) is None:
+        raise UserError(f"{type(pipe).__name__} cannot be calibrated on pictures, only UNets can: use prompts")
+    name = f"calibration-{_entry_key(pipe, calibration)}"
+    stored = tensor_cache.load(name)
+    if stored is None:
+        measured = _measure(pipe, calibration)
+        stored = {f"{part} {path}": value for part, group in measured.items() for path, value in group.items()}
+        tensor_cache.store(name, stored)
+    strengths: Strengths = {part: {} for part in present(pipe)}
+    for key, value in stored.items():
+        part, path = key.split(" ", 1)
+        strengths[part][path] = value
+    return strengths
+
+
+def _measure(pipe: Any, calibration: Calibration) -> Strengths:
+    layers = {part: projections(getattr(pipe, part)) for part in present(pipe)}
+    meters = {part: {path: _MeanAbs() for path in group} for part, group in layers.items()}
     with ExitStack() as stack:
-        for name, paths in layers.items():
-            for path, layer in paths.items():
-                stack.callback(layer.register_forward_pre_hook(meters[name][path]).remove)
-        _sample(pipe, list(prompts or GENERIC_PROMPTS))
+        for part, group in layers.items():
+            for path, layer in group.items():
+                stack.callback(layer.register_forward_pre_hook(meters[part][path]).remove)
+        stack.enter_context(_without_adapters(pipe))
+        _sample(pipe, calibration)
     return {
-        name: {path: meter.mean() for path, meter in group.items() if meter.count} for name, group in meters.items()
+        part: {path: meter.mean() for path, meter in group.items() if meter.count} for part, group in meters.items()
     }
 
 
-def _sample(pipe: Any, prompts: list[str]) -> None:
+@contextmanager
+def _without_adapters(pipe: Any) -> Iterator[None]:
+    """A basis belongs to the base: adapters that happen to be active have no say in it."""
+    layers = [layer for part in present(pipe) for layer in tuner_layers(getattr(pipe, part))]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
+
+
+def _sample(pipe: Any, calibration: Calibration) -> None:
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:
         with torch.no_grad():
-            pipe(
-                prompt=prompts, num_inference_steps=STEPS, guidance_scale=5.0, output_type="latent",
-                generator=torch.Generator().manual_seed(0),
-            )  # fmt: skip
+            for start in range(0, len(calibration.prompts), AT_ONCE):
+                rows = slice(start, start + AT_ONCE)
+                prompts = list(calibration.prompts[rows])
+                pictures = {} if calibration.latents is None else _show(pipe, calibration.latents[rows])
+                pipe(
+                    prompt=prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="latent",
+                    generator=[torch.Generator().manual_seed(start + i) for i in range(len(prompts))], **pictures,
+                )  # fmt: skip
     finally:
         pipe.set_progress_bar_config(**bar)
+
+
+def _show(pipe: Any, latents: Tensor) -> dict[str, Any]:
+    """Arguments that put the noised pictures in place of what the base dreams, from the second step on."""
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+
+    def replace(pipe: Any, step: int, timestep: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        old, coming = values["latents"], pipe.scheduler.timesteps[step + 1 : step + 2]
+        if not len(coming):
+            return {}
+        clean, added = latents.to(old.device, torch.float32), noise.to(old.device)
+        noised: Tensor = pipe.scheduler.add_noise(clean, added, coming.expand(len(clean)))
+        return {"latents": noised.to(old.dtype)}
+
+    return {"callback_on_step_end": replace, "height": _pixels(pipe, latents, 2), "width": _pixels(pipe, latents, 3)}
+
+
+def _pixels(pipe: Any, latents: Tensor, side: int) -> int:
+    return int(latents.shape[side] * pipe.vae_scale_factor)
+
+
+def _entry_key(pipe: Any, calibration: Calibration) -> str:
+    """SHA-256 over what the measurement depends on. Weights enter by a sum over their bits, which is quick."""
+    tokenizers = [t for n in ("tokenizer", "tokenizer_2", "tokenizer_3") if (t := getattr(pipe, n, None)) is not None]
+    facts = {
+        "version": VERSION,
+        "pipeline": type(pipe).__name__,
+        "scheduler": dict(pipe.scheduler.config),
+        "tokens": [tokenizer(list(calibration.prompts)).input_ids for tokenizer in tokenizers],
+        "prompts": list(calibration.prompts),
+        "latents": None if calibration.latents is None else tensor_hash(calibration.latents),
+        "components": {part: _description(getattr(pipe, part)) for part in present(pipe)},
+        "run": [STEPS, GUIDANCE],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _description(module: Any) -> list[Any]:
+    settings = module.config if isinstance(module.config, dict) else module.config.to_dict()
+    weights = {
+        canonical(name): [str(value.dtype), list(value.shape), _bit_sum(value)]
+        for name, value in module.named_parameters()
+        if not any(part.startswith(("nora_", "lora_")) for part in name.split("."))
+    }
+    return [{key: value for key, value in dict(settings).items() if not key.startswith("_")}, weights]
+
+
+def _bit_sum(tensor: Tensor) -> int:
+    raw = tensor.detach().contiguous().flatten().view(torch.uint8)
+    if raw.storage_offset() % 8:
+        raw = raw.clone()
+    whole = raw.numel() // 8 * 8
+    return int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from .adapters import AdapterConfig, NoraLayer
+from .adapters.config import TARGET_GROUPS
 from .errors import UserError
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -56,13 +60,48 @@ def _inside_adapter(path: str) -> bool:
 
 def targets(module: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     """The projections that ``config`` picks, by path. Raises :class:`UserError` when it picks none."""
-    picked = {path: layer for path, layer in projections(module).items() if _matches(config, path)}
+    available = projections(module)
+    picked = {path: layer for path, layer in available.items() if _matches(config, path)}
     if not picked:
         raise UserError(
             f"target_modules={config.target_modules!r} matches no projection of {type(module).__name__}: "
-            "use the groups attn, ff, proj, conv or module names"
+            f"{_names_there(_wanted(config), available)}"
         )
     return picked
+
+
+def all_targets(pipe: Any, names: Iterable[str], config: AdapterConfig) -> dict[str, dict[str, nn.Module]]:
+    """The projections that ``config`` picks in each of these components, by path.
+
+    Raises :class:`UserError` when it picks none in one of them, or names a module that is in none of them.
+    """
+    picked = {name: targets(component(pipe, name), config) for name in names}
+    paths = [path for group in picked.values() for path in group]
+    members = {suffix for group in TARGET_GROUPS.values() for suffix in group}
+    for wanted in config.target_modules if isinstance(config.target_modules, list) else []:
+        if wanted not in members and not any(f".{path}".endswith(f".{wanted}") for path in paths):
+            available = [path for name in picked for path in projections(component(pipe, name))]
+            raise UserError(
+                f"target_modules: no projection of the {', '.join(picked)} is named {wanted!r}, or it is excluded: "
+                f"{_names_there([wanted], available)}"
+            )
+    return picked
+
+
+def _wanted(config: AdapterConfig) -> list[str]:
+    names = config.target_modules or []
+    return re.findall(r"[A-Za-z]\w+", names) if isinstance(names, str) else list(names)
+
+
+def _names_there(wanted: Iterable[str], paths: Iterable[str]) -> str:
+    """What the caller may have meant: the names most like ``wanted``, or else the commonest."""
+    short = Counter(re.sub(r"^.*\.(?=[^.]*[^.\d][^.]*(\.\d+)?$)", "", path) for path in paths)
+    near = [name for word in wanted for name in get_close_matches(word, short, cutoff=0.6)]
+    if near:
+        return f"did you mean {', '.join(dict.fromkeys(near))}?"
+    return (
+        f"use the groups {', '.join(TARGET_GROUPS)}, or names such as {', '.join(n for n, _ in short.most_common(6))}"
+    )
 
 
 def _matches(config: AdapterConfig, path: str) -> bool:

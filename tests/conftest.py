@@ -13,6 +13,12 @@ import torch
 from factories import tiny_random_pipeline
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests neither read nor fill the cache of whoever runs them."""
+    os.environ["NORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random pipeline in the layout of Stable Diffusion 1.5."""

@@ -28,6 +28,7 @@ BANDS = (
     (
         "bridge",
         {
+            "basis_cache", "tensor_cache",
             "components", "conditions", "base", "calibration", "adapter_file", "loaders", "export", "attention", "data", "captions",
             "generation", "pictures", "judges", "model_card", "untrusted", "tensor_file", "adapter_info", "packs", "foreign", "composition",
         },

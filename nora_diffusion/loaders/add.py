@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters import AdapterConfig
 from ..adapters.config import Start
-from ..calibration import activation_strengths
-from ..components import component, denoiser_name, nora_layers, present, refuse_merged, targets
+from ..basis_cache import outer_pairs
+from ..calibration import Calibration, Strengths, activation_strengths
+from ..components import all_targets, component, denoiser_name, nora_layers, present, refuse_merged
+from ..conditions import router_for
 from ..errors import UserError
 from .inject import all_or_nothing, check_new_name, file_key, inject
 
@@ -20,28 +22,32 @@ def add_adapter(
     config: AdapterConfig,
     adapter_name: str = "default",
     components: Sequence[str] | None = None,
-    calibration: Sequence[str] | None = None,
+    calibration: Calibration | Sequence[str] | None = None,
 ) -> None:
     """Put a fresh adapter into a pipeline; it starts as an exact no-op, is active and trainable.
 
-    ``components``: names among unet, transformer, text_encoder ... (default: the denoiser). ``calibration``: prompts
-    for the activation statistics of ``awsvd`` (default: generic ones, so that the basis belongs to no subject).
+    ``components``: names among unet, transformer, text_encoder ... (default: the denoiser). ``calibration``: what the
+    base is shown for the activation statistics of ``awsvd``, as prompts or as a :class:`Calibration` with a subject's
+    pictures (default: generic prompts, so that the basis belongs to no subject).
     """
     names = list(components or [denoiser_name(pipe)])
     modules = {name: component(pipe, name) for name in names}
     check_new_name(pipe, adapter_name, names)
     refuse_merged(pipe)
-    layers = {name: targets(module, config) for name, module in modules.items()}
-    strengths: dict[str, dict[str, Tensor]] = {}
+    layers = all_targets(pipe, names, config)
+    strengths: Strengths = {}
     if config.basis == "awsvd":
-        strengths = activation_strengths(pipe, layers, calibration)
+        shown = calibration if calibration is None or isinstance(calibration, Calibration) else Calibration(calibration)
+        strengths = activation_strengths(pipe, shown)
     for name in names:
         unused = set(layers[name]) - set(strengths.get(name, layers[name]))
         if unused:
             raise UserError(f"{sorted(unused)[0]!r} was never called while calibrating: exclude it or use basis='svd'")
     with all_or_nothing(pipe, adapter_name):
         for name, module in modules.items():
-            inject(module, config, adapter_name, Start(strengths.get(name, {})))
+            measured = strengths.get(name, {})
+            start = Start(measured, outer_pairs(config, layers[name], measured))
+            inject(module, router_for(config, name), adapter_name, start)
             _train(module, adapter_name)
 
 
