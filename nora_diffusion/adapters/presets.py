@@ -172,7 +172,7 @@ def moe_lora(
 ) -> AdapterConfig:
     """MoE-LoRA: ``dy = (alpha/r) sum_i g_i B_i A_i x``, ``g = softmax(W_g c)``: the baseline that MoR shrinks.
 
-    ``num_experts`` independent pairs of rank ``r`` each, with MoR's routers. https://arxiv.org/abs/2402.12851
+    ``num_experts`` independent pairs of rank ``r`` each, with MoR's routers. https://arxiv.org/abs/2310.18339
     """
     return AdapterConfig(
         method="moe_lora", r=r, num_experts=num_experts, alpha=alpha, basis="kaiming", core="none", inner_r=1,

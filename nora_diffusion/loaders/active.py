@@ -9,6 +9,7 @@ from torch import nn
 
 from ..adapters import NoraLayer
 from ..components import present, tuner_layers
+from ..conditions import connect
 from ..errors import UserError
 
 
@@ -63,6 +64,7 @@ def delete_adapter(pipe: Any, adapter_name: str) -> None:
                 layer.delete_adapter(adapter_name)
             del module.peft_config[adapter_name]
             eject_empty(module)
+            connect(module)
 
 
 def eject_empty(module: nn.Module) -> None:

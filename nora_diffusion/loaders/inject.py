@@ -7,14 +7,17 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from peft import inject_adapter_in_model
 from torch import nn
 
+from ..adapter_file import AdapterInfo
 from ..adapters import AdapterConfig
 from ..adapters.config import Start
-from ..components import component
+from ..components import component, present
+from ..conditions import condition_width, connect
 from ..errors import UserError
 from .active import delete_adapter, list_adapters
 
@@ -31,7 +34,7 @@ def check_new_name(pipe: Any, name: str, components: Sequence[str]) -> None:
 
 def inject(module: nn.Module, config: AdapterConfig, name: str, start: Start) -> None:
     own = copy.deepcopy(config)
-    own.start = start
+    own.start = replace(start, condition=condition_width(module, own.router))
     with warnings.catch_warnings():
         # PEFT warns of every second adapter on a model; several at once is what this toolkit is for.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -39,6 +42,8 @@ def inject(module: nn.Module, config: AdapterConfig, name: str, start: Start) ->
         warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
         inject_adapter_in_model(own, module, name)
     own.start = Start()
+    own.target_modules = config.target_modules  # PEFT shortens long lists to a set of suffixes
+    connect(module)
     module._hf_peft_config_loaded = True  # type: ignore[assignment]
 
 
@@ -54,4 +59,15 @@ def all_or_nothing(pipe: Any, name: str) -> Iterator[None]:
 
 
 def file_key(component_name: str, path: str, factor: str) -> str:
-    return f"{component_name}.{path}.nora_{factor.removeprefix('core.')}"
+    return f"{component_name}.{path}.nora_{factor.rpartition('.')[2]}"
+
+
+def remember(module: nn.Module, name: str, info: AdapterInfo) -> None:
+    """Keep what is known of an adapter beside its config, where deleting the adapter takes it away again."""
+    module.peft_config[name].origin = info  # type: ignore[index, union-attr]
+
+
+def origin(pipe: Any, name: str) -> AdapterInfo | None:
+    """What the file that an adapter was loaded from says of itself, or what made it; None for a fresh one."""
+    configs = (getattr(getattr(pipe, part), "peft_config", {}).get(name) for part in present(pipe))
+    return next((info for config in configs if (info := getattr(config, "origin", None)) is not None), None)
