@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
+
+from ..errors import UserError
 
 HELP = "say what an adapter file holds, without loading a model"
 
@@ -12,6 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this command."""
     parser.add_argument("adapter", help="adapter file or folder")
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
+    parser.add_argument("--layers", action="store_true", help="what it does to each layer's weight (loads its base)")
+    parser.add_argument("--intruders", action="store_true", help="with --layers: count intruder dimensions (slower)")
+    parser.add_argument("--base", help="with --layers: where its base lies (default: as named in the file)")
 
 
 def run(values: argparse.Namespace) -> None:
@@ -20,9 +26,12 @@ def run(values: argparse.Namespace) -> None:
 
     from ..adapter_file import inspect_adapter
 
+    if (values.intruders or values.base) and not values.layers:
+        raise UserError("--intruders and --base say something about --layers: give it as well")
     info = inspect_adapter(values.adapter)
+    layers = _layers(values) if values.layers else []
     if values.json:
-        print(json.dumps(asdict(info), indent=2))
+        print(json.dumps(asdict(info) | ({"layers": [asdict(layer) for layer in layers]} if layers else {}), indent=2))
         return
     rows = {
         "file": info.path,
@@ -40,3 +49,14 @@ def run(values: argparse.Namespace) -> None:
     }
     for name, value in rows.items():
         print(f"{name:<16} {value}")
+    if layers:
+        from ..evaluation.spectra import table
+
+        print("\n" + table(layers))
+
+
+def _layers(values: argparse.Namespace) -> list[Any]:
+    from ..base import open_pipeline
+    from ..evaluation.spectra import spectra
+
+    return spectra(values.adapter, open_pipeline(values.base) if values.base else None, values.intruders)

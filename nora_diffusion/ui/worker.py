@@ -77,7 +77,7 @@ def publish(run: Path, library: Path, name: str) -> Path:
             samples = sorted((run / "samples").glob("*.png"))
             if samples:
                 last = samples[-1].name.rpartition("-")[0]
-                shutil.copy2(next(s for s in samples if s.name.startswith(last)), temporary / "preview.png")
+                shutil.copy2(next(s for s in samples if s.name.startswith(last)), temporary / "thumbnail.png")
             temporary.chmod(0o755)
             for file in temporary.iterdir():
                 _flush(file)

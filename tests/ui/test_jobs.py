@@ -169,7 +169,7 @@ def test_a_job_from_start_to_library(jobs: Jobs, settings: dict[str, Any], photo
     assert [s.name for s in job.samples] == ["step-000002-0.png", "step-000003-0.png"]
     assert job.adapter == jobs.library / "dog"
     assert inspect_adapter(job.adapter).sha256 == inspect_adapter(job.folder / "run").sha256
-    assert (job.adapter / "preview.png").read_bytes() == job.samples[-1].read_bytes()
+    assert (job.adapter / "thumbnail.png").read_bytes() == job.samples[-1].read_bytes()
     assert "in the snow" in inspect_adapter(job.adapter).prompts[0]
     # A new page, or a restarted app, finds it again.
     assert Jobs(jobs.root, jobs.library, jobs.device_lock).list() == [job]

@@ -1,0 +1,140 @@
+"""What an adapter does to the weights: the size of its update in each layer, its spectrum, and intruder dimensions.
+
+Intruder dimensions (arXiv 2410.21228): among the top left singular vectors of ``W + dW``, those whose largest cosine
+with any left singular vector of ``W`` is below a threshold. Many of them go with forgetting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..adapters import NoraLayer
+from ..adapters.deltas import ChainDelta
+from ..adapters.routed import RoutedDelta
+from ..base import open_pipeline
+from ..components import nora_layers, present
+from ..loaders import delete_adapter, load_adapter
+
+NAME = "inspected"
+TOP = 10
+THRESHOLD = 0.5
+MOST_VALUES = 64
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """One layer's update at weight 1.
+
+    ``relative = ||dW|| / ||W||`` (Frobenius); ``singular_values`` of ``dW``, largest first, at most 64;
+    ``stable_rank = ||dW||^2 / s_1^2``; ``intruders`` among the top 10, ``None`` if they were not asked for. For a
+    mixture ``dW`` is that of even gates (``mixture``).
+    """
+
+    component: str
+    path: str
+    shape: tuple[int, int]
+    norm: float
+    relative: float
+    singular_values: tuple[float, ...]
+    stable_rank: float
+    intruders: int | None
+    mixture: bool
+
+
+def spectra(path: str | Path, pipe: Any = None, intruders: bool = False) -> list[LayerSpectrum]:
+    """Every layer's spectrum of an adapter file or folder, in the order of the model; see :func:`iter_spectra`."""
+    return [spectrum for spectrum, _ in iter_spectra(path, pipe, intruders)]
+
+
+def iter_spectra(path: str | Path, pipe: Any = None, intruders: bool = False) -> Iterator[tuple[LayerSpectrum, int]]:
+    """Yields ``(spectrum, number of layers)``, layer by layer.
+
+    ``pipe``: the adapter's base (default: opened by the name in the file); the adapter is taken out of it at the end.
+    ``intruders`` costs two SVDs of each weight. Raises :class:`UserError` for an adapter of another base.
+    """
+    if pipe is None:
+        from ..adapter_file import inspect_adapter
+
+        pipe = open_pipeline(inspect_adapter(path).base or None)
+    load_adapter(pipe, path, NAME, activate=False)
+    try:
+        layers = [
+            (part, place, layer)
+            for part in present(pipe)
+            for place, layer in nora_layers(getattr(pipe, part), NAME).items()
+        ]
+        for part, place, layer in layers:
+            yield layer_spectrum(part, place, layer, NAME, intruders), len(layers)
+    finally:
+        delete_adapter(pipe, NAME)
+
+
+@torch.no_grad()
+def layer_spectrum(part: str, path: str, layer: NoraLayer, name: str, intruders: bool = False) -> LayerSpectrum:
+    """The spectrum of one adapter in one layer, in fp32 on the CPU."""
+    weight = cast(Tensor, layer.base_layer.weight).detach().flatten(1).float().cpu()
+    values, update = _singular_values(layer, name, dense=intruders)
+    values = values[values > values[:1] * 1e-6]  # what rounding leaves of a product of low rank
+    norm = float(values.square().sum().sqrt())
+    return LayerSpectrum(
+        component=part,
+        path=path,
+        shape=(weight.shape[0], weight.shape[1]),
+        norm=norm,
+        relative=norm / max(float(weight.norm()), 1e-30),
+        singular_values=tuple(values[:MOST_VALUES].tolist()),
+        stable_rank=(norm / float(values[0])) ** 2 if len(values) else 0.0,
+        intruders=count_intruders(weight, update) if update is not None else None,
+        mixture=isinstance(layer.delta(name), RoutedDelta),
+    )
+
+
+def _singular_values(layer: NoraLayer, name: str, dense: bool) -> tuple[Tensor, Tensor | None]:
+    """The singular values of ``dW`` and, where asked for, ``dW`` itself.
+
+    From the factors where there are any: with ``B = Q_B R_B`` and ``A^T = Q_A R_A``, ``dW = B A`` has the singular
+    values of the small ``R_B R_A^T``.
+    """
+    delta, scale = layer.delta(name), float(layer.scaling[name])
+    if isinstance(delta, RoutedDelta):
+        down, up = delta.pair(torch.full((delta.W_g.shape[0],), 1 / delta.W_g.shape[0], device=delta.W_g.device))
+    elif isinstance(delta, ChainDelta) and layer.row_factors(name) is None:
+        down, up = delta.pair()
+    else:
+        update = layer.get_delta_weight(name).flatten(1).float().cpu()
+        return torch.linalg.svdvals(update), update
+    down, up = down.float().cpu(), scale * up.float().cpu()
+    if max(down.shape[0], up.shape[1]) >= min(up.shape[0], down.shape[1]):
+        return torch.linalg.svdvals(up @ down), up @ down
+    small = torch.linalg.qr(up)[1] @ torch.linalg.qr(down.T)[1].T
+    return torch.linalg.svdvals(small), up @ down if dense else None
+
+
+def count_intruders(weight: Tensor, update: Tensor, top: int = TOP, threshold: float = THRESHOLD) -> int:
+    """How many of the ``top`` left singular vectors of ``W + dW`` resemble none of ``W``'s."""
+    before = torch.linalg.svd(weight, full_matrices=False)[0]
+    after = torch.linalg.svd(weight + update, full_matrices=False)[0][:, :top]
+    return int(((before.T @ after).abs().amax(0) < threshold).sum())
+
+
+def table(found: list[LayerSpectrum]) -> str:
+    """The layers as lines to read, largest relative update first, and a last line for all of them."""
+    width = max(len(f"{s.component}.{s.path}") for s in found)
+    lines = [f"{'layer':<{width}}  {'shape':>11}  |dW|/|W|  stable rank  largest s  intruders of {TOP}"]
+    for s in sorted(found, key=lambda s: -s.relative):
+        first = s.singular_values[0] if s.singular_values else 0.0
+        intruders = "" if s.intruders is None else str(s.intruders)
+        shape = f"{s.shape[0]}x{s.shape[1]}"
+        lines.append(
+            f"{s.component + '.' + s.path:<{width}}  {shape:>11}  {s.relative:>9.4f}  {s.stable_rank:>11.2f}  "
+            f"{first:>9.4f}  {intruders:>9}"
+        )
+    mean = sum(s.relative for s in found) / len(found)
+    note = "; the updates are those of even gates" if any(s.mixture for s in found) else ""
+    return "\n".join([*lines, f"{len(found)} layers, mean |dW|/|W| {mean:.4f}{note}"])
