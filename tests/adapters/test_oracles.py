@@ -60,7 +60,8 @@ def test_mor_is_a_gated_sum_of_scaled_experts() -> None:
     for token in range(5):
         gates = torch.softmax((d.W_g @ x[token]).float(), 0).double()
         for i in range(3):
-            expert = torch.diag(d.b[i]) @ d.B @ torch.diag(d.a[i]) @ d.A
+            e = d.experts
+            expert = torch.diag(e.b[i]) @ e.B @ torch.diag(e.a[i]) @ e.A
             expected[token] = expected[token] + (8.0 / 4) * gates[i] * expert @ x[token]
     torch.testing.assert_close(layer(x), expected, atol=1e-6, rtol=1e-6)  # gates are formed in fp32
 
@@ -131,23 +132,30 @@ def test_awsvd_survives_a_dead_channel() -> None:
 
 
 def test_published_serial_structure() -> None:
-    """The published code's arithmetic: AwSVD with power 1, singular values in the up factor, inner pair between."""
+    """The published code's arithmetic: AwSVD with power 1, singular values in the up factor, inner pair between.
+
+    ``s = mean |x|`` of each input channel (a dead one clamped away from zero), ``W diag(s) = U S V^T``, the top ``r``:
+    ``A_out = V^T diag(1/s)``, ``B_out = U S``; ``y = W x + (alpha/r) B_out (B_in (A_in (A_out x)))``.
+    """
+    torch.manual_seed(0)
     weight = decaying(D_OUT, D_IN)
     strength = torch.rand(D_IN) + 0.1
+    strength[7] = 0
+    alive = strength.clamp(min=1e-3 * float(strength.mean()))
     base = nn.Linear(D_IN, D_OUT, bias=False)
     base.weight.data.copy_(weight)
-    config = nora(r=5, inner_r=3, placement="up", power=1.0, basis_dtype="float32")
+    config = nora(r=5, inner_r=3, alpha=10.0, placement="up", power=1.0, basis_dtype="float32")
     config.start = Start({"m": strength})
     layer = NoraLayer(base)
     layer.update_layer("x", config, "m")
     layer.delta("x").core.B_in.data.normal_()
-    u, s, vt = torch.linalg.svd(weight @ torch.diag(strength), full_matrices=False)
-    outer_down, outer_up = vt[:5] @ torch.diag(1 / strength), u[:, :5] @ torch.diag(s[:5])
+    u, s, vt = torch.linalg.svd(weight @ torch.diag(alive), full_matrices=False)
+    outer_down, outer_up = vt[:5] @ torch.diag(1 / alive), u[:, :5] @ torch.diag(s[:5])
     # Signs of singular vectors are free, so compare the projector that the outer pair forms.
     d = layer.delta("x")
     torch.testing.assert_close(d.B_out @ d.A_out, outer_up @ outer_down, atol=1e-5, rtol=1e-4)
     sign = torch.sign((d.A_out * outer_down).sum(1))
     x = torch.randn(4, D_IN)
     p = (x @ outer_down.T) * sign
-    expected = x @ weight.T + ((p @ d.core.A_in.T) @ d.core.B_in.T * sign) @ outer_up.T
+    expected = x @ weight.T + (10.0 / 5) * ((p @ d.core.A_in.T) @ d.core.B_in.T * sign) @ outer_up.T
     torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
