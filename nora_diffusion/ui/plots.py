@@ -1,0 +1,110 @@
+"""Small plots as SVG: they scale with the page, follow its colours, and need no script. All text is escaped."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+
+WIDTH, HEIGHT = 480, 220
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40
+COLOURS = ("var(--color-accent)", "#0d9488", "#c2410c", "#a21caf", "#4d7c0f", "#0369a1", "#b91c1c", "#525252")
+ROW, LABEL = 20, 190
+
+Points = Sequence[tuple[float, float]]
+
+
+def line_chart(name: str, series: Mapping[str, Points], x_label: str, y_label: str) -> str:
+    """Lines over a common x axis; one with a single point is a dot. Empty series are left out."""
+    shown = {label: points for label, points in series.items() if points}
+    if not shown:
+        return ""
+    xs = [x for points in shown.values() for x, _ in points]
+    ys = [y for points in shown.values() for _, y in points if math.isfinite(y)]
+    if not ys:
+        return ""
+    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+    parts = [_grid(x_ticks, y_ticks, x_label, y_label)]
+    for number, (label, points) in enumerate(shown.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        places = [
+            (_scale(x, x_ticks, LEFT, WIDTH - RIGHT), _scale(y, y_ticks, HEIGHT - BOTTOM, TOP))
+            for x, y in points
+            if math.isfinite(y)
+        ]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        if len(places) <= 20:
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
+    legend = _legend(list(shown)) if len(shown) > 1 else ""
+    said = "; ".join(f"{label}: from {p[0][1]:.3g} to {p[-1][1]:.3g}" for label, p in shown.items())
+    return _figure(name, f"{name}, {y_label} over {x_label}. {said}", HEIGHT, "".join(parts), legend)
+
+
+def bar_chart(name: str, bars: Sequence[tuple[str, float]], value_label: str) -> str:
+    """Horizontal bars with their labels and values, in the order given."""
+    if not bars:
+        return ""
+    top = max(max(value for _, value in bars), 1e-30)
+    room = WIDTH - LABEL - 60
+    parts = []
+    for number, (label, value) in enumerate(bars):
+        y = number * ROW
+        shown = label if len(label) <= 32 else "…" + label[-31:]
+        length = room * max(value, 0.0) / top
+        parts.append(
+            f'<g><title>{html.escape(label)}: {value:.4g}</title><text x="{LABEL - 6}" y="{y + 14}" text-anchor="end">'
+            f'{html.escape(shown)}</text><rect x="{LABEL}" y="{y + 4}" width="{length:.1f}" height="{ROW - 8}" rx="2" '
+            f'fill="{COLOURS[0]}"/><text x="{LABEL + length + 5:.1f}" y="{y + 14}">{value:.3g}</text></g>'
+        )
+    said = f"{name}, {value_label}: " + "; ".join(f"{label} {value:.3g}" for label, value in bars[:10])
+    return _figure(name, said, len(bars) * ROW + 4, "".join(parts), "")
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers that enclose ``[low, high]``, about ``count`` of them, evenly apart."""
+    if not high > low:
+        low, high = low - (abs(low) * 0.1 or 1.0), high + (abs(high) * 0.1 or 1.0)
+    raw = (high - low) / (count - 1)
+    size = 10.0 ** math.floor(math.log10(raw))
+    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def _scale(value: float, marks: Sequence[float], start: float, end: float) -> float:
+    return start + (value - marks[0]) / (marks[-1] - marks[0]) * (end - start)
+
+
+def _grid(x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str, y_label: str) -> str:
+    parts = []
+    for value in y_ticks:
+        y = _scale(value, y_ticks, HEIGHT - BOTTOM, TOP)
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="rule"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
+    for value in x_ticks:
+        x = _scale(value, x_ticks, LEFT, WIDTH - RIGHT)
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
+    middle = (TOP + HEIGHT - BOTTOM) / 2
+    parts.append(
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{html.escape(x_label)}</text>'
+        f'<text x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">{html.escape(y_label)}'
+        "</text>"
+    )
+    return "".join(parts)
+
+
+def _legend(labels: Sequence[str]) -> str:
+    spans = [
+        f'<span><i style="background:{COLOURS[number % len(COLOURS)]}"></i>{html.escape(label)}</span>'
+        for number, label in enumerate(labels)
+    ]
+    return f'<div class="legend">{"".join(spans)}</div>'
+
+
+def _figure(name: str, description: str, height: int, content: str, legend: str) -> str:
+    return (
+        f'<figure class="plot"><figcaption>{html.escape(name)}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(description)}">{content}</svg>'
+        f"{legend}</figure>"
+    )
