@@ -16,7 +16,7 @@ from ..components import fingerprint, nora_layers, present
 from ..errors import UserError
 from ..versions import versions
 from .active import names_hint
-from .inject import file_key
+from .inject import file_key, origin
 
 
 def save_adapter(
@@ -35,6 +35,7 @@ def save_adapter(
     Trained factors keep their dtype (``dtype="fp16"`` or ``"bf16"`` on request), frozen ones are stored in the
     config's ``basis_dtype``, to which they were rounded before training: save then load is exact.
     ``basis="shared"`` stores the frozen factors once in ``bases/<sha256>.safetensors`` beside the adapter's folder.
+    ``info`` describes the adapter (trigger, prompts ...); by default what the file it was loaded from said.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
@@ -42,7 +43,7 @@ def save_adapter(
     if not holders:
         raise UserError(f"there is no adapter named {adapter_name!r} in the pipeline: {names_hint(pipe)}")
     tensors: Tensors = {}
-    result = _describe(info)
+    result = _describe(origin(pipe, adapter_name) if info is None else info)
     result.base, result.basis, result.versions = base_id(pipe), basis, versions()
     for name in holders:
         module = getattr(pipe, name)

@@ -1,0 +1,148 @@
+"""Mix modes: plain functions ``(updates, weights, options) -> Mixed`` for the updates of one projection.
+
+Adding a mode is adding a function to :data:`MODES`. ``linear`` and ``cat`` are exact, the others are truncated to
+``options.rank`` and say what that lost. See ``docs/mixing.md`` for when to use which.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..adapters.bases import truncated_svd
+from ..errors import UserError
+from .updates import Update
+
+Mode = Literal["linear", "cat", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of the modes: ``rank`` of the result (default: the sum of the parts' ranks), ``density`` (the share of
+    entries that pruning keeps) and ``seed`` of what DARE drops."""
+
+    rank: int | None = None
+    density: float = 0.5
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises :class:`UserError` for a value out of range."""
+        if self.rank is not None and self.rank < 1:
+            raise UserError(f"rank={self.rank} is no rank: give a whole number of at least 1")
+        if not 0 < self.density <= 1:
+            raise UserError(f"density={self.density} is out of range: choose more than 0 and at most 1")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed={self.seed} is out of range: choose 0 to {2**63 - 1}")
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """One projection's mix, the energy ``||dW||_F^2`` of what the formula asks for, and how much truncation lost."""
+
+    update: Update
+    energy: float = 0.0
+    lost: float = 0.0
+
+
+def linear(updates: Sequence[Update], weights: Sequence[float], options: Options) -> Mixed:
+    """``dW = B_out (sum_i w_i B_i A_i) A_out``: the sum of the cores inside one shared basis, exact.
+
+    The inner pairs are stacked, so the inner rank adds up and never exceeds the outer rank ``r`` in the end.
+    Raises :class:`UserError` for updates without a common frozen outer pair.
+    """
+    first = updates[0]
+    if first.core is None or not all(first.shares_basis(update) for update in updates):
+        raise UserError(
+            "mode 'linear' sums cores inside one basis, but these adapters have no frozen basis in common: "
+            "use 'cat' (exact, ranks add up) or 'svd' (to a rank)"
+        )
+    cores = [update.core for update in updates if update.core is not None]
+    core_up = torch.cat([weight * up for weight, (_, up) in zip(weights, cores, strict=True)], 1)
+    return Mixed(Update(first.down, first.up, (torch.cat([down for down, _ in cores]), core_up)))
+
+
+def cat(updates: Sequence[Update], weights: Sequence[float], options: Options) -> Mixed:
+    """``dW = sum_i w_i B_i A_i = [w_1 B_1, w_2 B_2 ...] [A_1; A_2; ...]``: exact, the ranks add up."""
+    return Mixed(_stacked(updates, weights))
+
+
+def svd(updates: Sequence[Update], weights: Sequence[float], options: Options) -> Mixed:
+    """The best approximation of ``sum_i w_i dW_i`` of ``options.rank`` in the Frobenius norm.
+
+    By a QR of the stacked factors, so that the dense sum is never formed; the lost energy is that of the singular
+    values cut off.
+    """
+    u, s, v = _stacked(updates, weights).svd()
+    rank = min(_rank(updates, options), len(s))
+    root = s[:rank].sqrt()
+    kept = Update((v[:, :rank] * root).T, u[:, :rank] * root)
+    return Mixed(kept, float(s.square().sum()), float(s[rank:].square().sum()))
+
+
+def magnitude_prune(updates: Sequence[Update], weights: Sequence[float], options: Options) -> Mixed:
+    """``dW = sum_i w_i top(dW_i)``: ``top`` keeps the ``density`` of entries that are largest in size."""
+    return _pruned("magnitude_prune", updates, weights, options)
+
+
+def ties(updates: Sequence[Update], weights: Sequence[float], options: Options) -> Mixed:
+    """TIES (arXiv 2306.01708): prune each ``dW_i`` by size, elect a sign per entry, average those that agree.
+
+    ``dW = sum_i w_i m_i top(dW_i) / max(1, sum_i m_i)``, ``m_i = [sign(top(dW_i)) = sign(sum_j top(dW_j))]`` per entry.
+    An average: of two that agree at weight 1 comes the mean and not the sum.
+    """
+    return _pruned("ties", updates, weights, options)
+
+
+def dare_linear(updates: Sequence[Update], weights: Sequence[float], options: Options) -> Mixed:
+    """DARE (arXiv 2311.03099): ``dW = sum_i w_i drop(dW_i) / density``, ``drop`` keeps entries at random, by seed."""
+    return _pruned("dare_linear", updates, weights, options)
+
+
+def dare_ties(updates: Sequence[Update], weights: Sequence[float], options: Options) -> Mixed:
+    """TIES with DARE's random pruning and rescaling in place of pruning by size."""
+    return _pruned("dare_ties", updates, weights, options)
+
+
+MixFunction = Callable[[Sequence[Update], Sequence[float], Options], Mixed]
+MODES: dict[Mode, MixFunction] = {
+    "linear": linear,
+    "cat": cat,
+    "svd": svd,
+    "magnitude_prune": magnitude_prune,
+    "ties": ties,
+    "dare_linear": dare_linear,
+    "dare_ties": dare_ties,
+}
+
+
+def _stacked(updates: Sequence[Update], weights: Sequence[float]) -> Update:
+    pairs = [update.pair() for update in updates]
+    up = torch.cat([weight * up for weight, (_, up) in zip(weights, pairs, strict=True)], 1)
+    return Update(torch.cat([down for down, _ in pairs]), up)
+
+
+def _rank(updates: Sequence[Update], options: Options) -> int:
+    rank = sum(update.rank for update in updates) if options.rank is None else options.rank
+    return min(rank, *updates[0].shape)
+
+
+def _pruned(name: str, updates: Sequence[Update], weights: Sequence[float], options: Options) -> Mixed:
+    """PEFT's own merge of the dense updates, then its best ``options.rank`` part; the loss is measured densely."""
+    from peft.utils import merge_utils
+
+    merge: Any = getattr(merge_utils, name)
+    dense = [update.dense().float() for update in updates]
+    # PEFT draws from the global generator of the CPU.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The density")  # density 1 prunes nothing, as asked
+        torch.manual_seed(options.seed)
+        target: Tensor = merge(dense, torch.tensor(weights, dtype=torch.float32), density=options.density)
+    u, s, vt = truncated_svd(target, _rank(updates, options))
+    kept = Update(s.sqrt().unsqueeze(1) * vt, u * s.sqrt())
+    lost = (target.double() - kept.dense()).square().sum()
+    return Mixed(kept, float(target.double().square().sum()), float(lost))

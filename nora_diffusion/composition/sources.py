@@ -1,0 +1,136 @@
+"""The adapters that go into a mix: read from a pipeline or from their files into one form."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..adapter_file import FILE_NAME, AdapterInfo, Tensors, inspect_adapter, read_tensors
+from ..adapters import AdapterConfig
+from ..adapters.build import build_delta
+from ..adapters.config import Start
+from ..adapters.deltas import Delta
+from ..components import canonical, nora_layers, present
+from ..errors import UserError
+from ..loaders.active import names_hint
+from ..loaders.inject import origin
+from ..loaders.load import FINGERPRINT_TOLERANCE as TOLERANCE
+from .updates import Update, chain_update, lora_update
+
+Key = tuple[str, str]
+"""Component and path of a projection, as ``("unet", "mid_block.attentions.0...to_q")``."""
+
+
+@dataclass
+class Source:
+    """One adapter: its updates, the configs of its components (none for an ordinary LoRA), what its file says."""
+
+    name: str
+    updates: dict[Key, Update]
+    configs: dict[str, AdapterConfig] = field(default_factory=dict)
+    info: AdapterInfo | None = None
+
+
+def loaded_source(pipe: Any, name: str) -> Source:
+    """An adapter of a pipeline, ours or an ordinary LoRA. Raises :class:`UserError` where it has no ``dW`` to mix."""
+    source = Source(name, {}, info=origin(pipe, name))
+    for part in present(pipe):
+        module = getattr(pipe, part)
+        config = getattr(module, "peft_config", {}).get(name)
+        if isinstance(config, AdapterConfig):
+            refuse_routed(config, repr(name))
+            source.configs[part] = config
+            for path, layer in nora_layers(module, name).items():
+                source.updates[part, path] = chain_update(layer.delta(name), layer.nora_scale[name], repr(name))
+        elif config is not None:
+            source.updates |= {(part, path): update for path, update in _foreign(module, name).items()}
+    if not source.updates:
+        raise UserError(f"there is no adapter named {name!r} in the pipeline: {names_hint(pipe)}")
+    return source
+
+
+def _foreign(module: nn.Module, name: str) -> dict[str, Update]:
+    """The updates of a plain LoRA, which wraps our layers where both are there."""
+    found = {}
+    for path, layer in module.named_modules():
+        if isinstance(layer, LoraLayer) and name in layer.lora_A:
+            found[canonical(path)] = lora_update(layer, name)
+        elif isinstance(layer, BaseTunerLayer) and name in _held(layer):
+            raise UserError(f"{name!r} has a {type(layer).__name__} at {path}: only plain LoRA layers can be mixed")
+    return found
+
+
+def _held(layer: BaseTunerLayer) -> set[str]:
+    tables = (getattr(layer, table, None) for table in layer.adapter_layer_names)
+    return {name for table in tables if isinstance(table, nn.ModuleDict | nn.ParameterDict) for name in table}
+
+
+def file_source(path: str | Path, basis_dir: str | Path | None = None) -> Source:
+    """An adapter file, without its base. Raises :class:`UserError` where it is damaged or has no ``dW`` to mix."""
+    info = inspect_adapter(path)
+    name = Path(info.path).parent.name if Path(info.path).name == FILE_NAME else Path(info.path).stem
+    source = Source(name, {}, info.configs, info)
+    factors: dict[Key, Tensors] = {}
+    for key, value in read_tensors(info, basis_dir).items():
+        place, factor = key.rsplit(".nora_", 1)
+        part, path_in = place.split(".", 1)
+        factors.setdefault((part, path_in), {})[factor] = value
+    for (part, path_in), found in factors.items():
+        config = source.configs[part]
+        refuse_routed(config, info.path)
+        try:
+            delta = _delta(config, path_in, found)
+        except (KeyError, RuntimeError) as error:
+            message = f"{info.path} does not fit its own description at {part}.{path_in}: copy it again"
+            raise UserError(message) from error
+        source.updates[part, path_in] = chain_update(delta, config.scale_for(path_in), info.path)
+    return source
+
+
+def _delta(config: AdapterConfig, path: str, factors: Tensors) -> Delta:
+    """The delta that a file describes for one projection, on a stand-in for its weight."""
+    down, up = factors.get("A", factors.get("A_out")), factors.get("B", factors.get("B_out"))
+    if down is None or up is None:
+        raise UserError(f"a {config.method} file does not hold its outer factors: load it into its base to mix it")
+    config = copy.copy(config)
+    config.start = Start(empty=True)
+    weight = nn.Linear(down.shape[1] * config.blocks, up.shape[0], bias=False, device="meta")
+    delta = build_delta(config, weight, path)
+    delta.load_state_dict({name: factors[name.removeprefix("core.")] for name in delta.state_dict()}, assign=True)
+    return delta
+
+
+def refuse_routed(config: AdapterConfig, owner: str) -> None:
+    """A routed adapter (MoR) has no one ``dW``."""
+    if config.router != "none":
+        raise UserError(
+            f"{owner} is a routed adapter ({config.method}): its update depends on its input, so there is no one dW to "
+            "mix or compare; keep it active beside the others with set_adapters"
+        )
+
+
+def check_same_base(sources: Sequence[Source]) -> None:
+    """Refuse adapters whose files name different weights, by the fingerprints of the projections both adapt."""
+    infos = [source.info for source in sources if source.info is not None]
+    for other in infos[1:]:
+        mine, theirs = _fingerprints(infos[0]), _fingerprints(other)
+        common = mine.keys() & theirs.keys()
+        distance = math.dist([mine[k] for k in common], [theirs[k] for k in common])
+        same = distance <= TOLERANCE * math.hypot(*(theirs[k] for k in common))
+        if not (same if common else infos[0].base == other.base):
+            raise UserError(
+                f"{infos[0].path} was made for the base {infos[0].base} and {other.path} for {other.base}: "
+                "adapters of different bases cannot be mixed"
+            )
+
+
+def _fingerprints(info: AdapterInfo) -> dict[str, float]:
+    return {f"{part}.{path}": v for part, prints in info.base_fingerprint.items() for path, v in prints.items()}

@@ -1,0 +1,101 @@
+"""What adapters of every method have in common for mixing: a low-rank update of each projection.
+
+An update never needs the base model's weights and never becomes dense here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from ..adapters.deltas import ChainDelta, Delta
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Update:
+    """``dW = up down``, or with a core between frozen outer factors ``dW = up core_up core_down down``.
+
+    Shapes: ``down [r, d_in]``, ``up [d_out, r]``, ``core_down [k, r]``, ``core_up [r, k]``. The adapter's scale
+    ``alpha / r`` is folded into ``core_up``, or into ``up`` where there is no core.
+    """
+
+    down: Tensor
+    up: Tensor
+    core: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d_out, d_in)``."""
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of the collapsed pair."""
+        return self.down.shape[0] if self.core is None else self.core[0].shape[0]
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """``(A [k, d_in], B [d_out, k])`` with ``dW = B A``, in fp64."""
+        down, up = self.down.double(), self.up.double()
+        if self.core is None:
+            return down, up
+        return self.core[0].double() @ down, up @ self.core[1].double()
+
+    def dense(self) -> Tensor:
+        """``dW [d_out, d_in]`` in fp64."""
+        down, up = self.pair()
+        return up @ down
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``U [d_out, n]``, ``S [n]``, ``V [d_in, n]`` with ``dW = U diag(S) V^T`` and ``n <= k``, in fp64.
+
+        With ``B = Q_B R_B`` and ``A^T = Q_A R_A`` the singular values of ``B A`` are those of the small ``R_B R_A^T``.
+        """
+        down, up = self.pair()
+        up_basis, up_rest = torch.linalg.qr(up)
+        down_basis, down_rest = torch.linalg.qr(down.T)
+        u, s, vt = torch.linalg.svd(up_rest @ down_rest.T, full_matrices=False)
+        return up_basis @ u, s, down_basis @ vt.T
+
+    def shares_basis(self, other: Update) -> bool:
+        """Whether both move inside the very same frozen outer pair."""
+        if self.core is None or other.core is None:
+            return False
+        return torch.equal(self.down, other.down) and torch.equal(self.up, other.up)
+
+
+def chain_update(delta: Delta, scale: float, owner: str) -> Update:
+    """The update of one of our deltas. Raises :class:`UserError` for one with a magnitude (DoRA)."""
+    assert isinstance(delta, ChainDelta), "routed adapters are refused by their config"
+    if delta.m is not None:
+        raise UserError(
+            f"{owner} has a magnitude (DoRA): it rescales whole rows of the weight, which is no low-rank dW to mix; "
+            "keep it active beside the others with set_adapters"
+        )
+    if delta.core is None or delta.rank is not None:  # a rank in force cuts the chain in its middle
+        down, up = delta.pair()
+        return Update(_plain(down), _plain(up) * scale)
+    (down, up), (core_down, core_up) = delta.outer, delta.core.pair()
+    if core_up is None:
+        core_up = torch.eye(core_down.shape[0])
+    return Update(_plain(down), _plain(up), (_plain(core_down), _plain(core_up) * scale))
+
+
+def lora_update(layer: LoraLayer, adapter_name: str) -> Update:
+    """The update of an ordinary LoRA that diffusers loaded, at its own scale (the weight set for it left out)."""
+    pools: Any = layer
+    if adapter_name in pools.lora_magnitude_vector:
+        raise UserError(f"{adapter_name!r} has a magnitude (DoRA), which is no low-rank dW to mix: merge it elsewhere")
+    r = pools.r[adapter_name]
+    scale = pools.lora_alpha[adapter_name] / (math.sqrt(r) if pools.use_rslora.get(adapter_name) else r)
+    down, up = pools.lora_A[adapter_name].weight, pools.lora_B[adapter_name].weight
+    return Update(_plain(down).flatten(1), _plain(up).flatten(1) * scale)
+
+
+def _plain(factor: Tensor) -> Tensor:
+    return factor.detach().float().cpu()
