@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,22 +110,46 @@ def run(
 ) -> list[Any]:  # fmt: skip
     """One call of the pipeline; each picture has a generator of its own, so that batches do not matter.
 
-    ``on_step(step, latents)`` is called after each step, counted from 1; what it raises ends the call at once.
+    ``on_step(step, latents)`` is called after each step, counted from 1; what it raises ends the call at once. It gets
+    the clean latents that this step predicts, where the scheduler tells them, else the noisy ones.
     """
     import torch
 
-    def callback(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
-        if on_step is not None:
-            on_step(step + 1, values["latents"])
-        return values
+    with _predictions(pipe.scheduler, wanted=on_step is not None) as predicted:
 
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    images: list[Any] = pipe(
-        list(prompts), negative_prompt=[negative] * len(prompts) if negative else None, num_inference_steps=steps,
-        guidance_scale=guidance, generator=generators, width=width, height=height,
-        callback_on_step_end=callback if on_step else None,
-    ).images  # fmt: skip
+        def callback(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
+            if on_step is not None:
+                on_step(step + 1, predicted.pop() if predicted else values["latents"])
+            return values
+
+        images: list[Any] = pipe(
+            list(prompts), negative_prompt=[negative] * len(prompts) if negative else None, num_inference_steps=steps,
+            guidance_scale=guidance, generator=[torch.Generator().manual_seed(seed) for seed in seeds], width=width,
+            height=height, callback_on_step_end=callback if on_step else None,
+        ).images  # fmt: skip
     return images
+
+
+@contextmanager
+def _predictions(scheduler: Any, wanted: bool) -> Iterator[list[Any]]:
+    """A list that holds the last step's ``pred_original_sample``, which pipelines ask the scheduler to leave out."""
+    predicted: list[Any] = []
+    if not wanted:
+        yield predicted
+        return
+    step = scheduler.step
+
+    def listening(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **{**kwargs, "return_dict": True})
+        clean = getattr(result, "pred_original_sample", None)
+        predicted[:] = [] if clean is None else [clean]
+        return (result.prev_sample,)
+
+    scheduler.step = functools.wraps(step)(listening)  # pipelines look at its signature
+    try:
+        yield predicted
+    finally:
+        del scheduler.step
 
 
 def picture_settings(

@@ -80,13 +80,16 @@ class Engine:
         self._loaded: dict[str, tuple[tuple[str, int, int], LoadedAdapter]] = {}
         self._loading = threading.Lock()
         self._pipe: Any = None
+        self._fingerprints: dict[str, dict[str, float]] = {}
 
     @property
     def pipe(self) -> Any:
         """The pipeline, loaded when first asked for."""
         with self._loading:
             if self._pipe is None:
-                self._pipe = open_pipeline(self.base, device=self.device or best_device())
+                pipe = open_pipeline(self.base, device=self.device or best_device())
+                self._fingerprints = _fingerprints(pipe)
+                self._pipe = pipe
             return self._pipe
 
     @property
@@ -117,15 +120,9 @@ class Engine:
         """The linear map that shows latents."""
         return LatentPreview.fit(self.pipe.vae)
 
-    @cached_property
-    def _fingerprints(self) -> dict[str, dict[str, float]]:
-        return {
-            part: {canonical(path): fingerprint(layer, path) for path, layer in projections(module).items()}
-            for part, module in ((name, getattr(self.pipe, name)) for name in present(self.pipe))
-        }
-
     def misfit(self, info: AdapterInfo) -> str | None:
         """Why an adapter does not belong to this base, or None; reads nothing but its header."""
+        _ = self.pipe
         for part, stored in info.base_fingerprint.items():
             ours = self._fingerprints.get(part)
             if ours is None or not set(stored) <= set(ours):
@@ -185,6 +182,14 @@ class Engine:
             self.pipe, [prompt], [seed], request.steps, request.guidance, request.negative_prompt,
             request.width, request.height, watch,
         )[0]  # fmt: skip
+
+
+def _fingerprints(pipe: Any) -> dict[str, dict[str, float]]:
+    """Of every projection, read once while no adapter is in: lists of adapters are compared with them."""
+    return {
+        part: {canonical(path): fingerprint(layer, path) for path, layer in projections(getattr(pipe, part)).items()}
+        for part in present(pipe)
+    }
 
 
 def _described(wanted: Wanted, loaded: LoadedAdapter) -> dict[str, Any]:

@@ -10,7 +10,7 @@ FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1280px !important; width: 100% !important; margin: 0 auto !important; }
 #title h1 { font-size: 1.15rem; font-weight: 650; margin: 0; letter-spacing: -0.01em; }
 #title p { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; }
 .status { margin: 0; min-height: 1.5em; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
@@ -18,7 +18,7 @@ CSS = """
 .bar { height: 4px; border-radius: 2px; background: var(--border-color-primary); overflow: hidden; margin: .4rem 0; }
 .bar > span { display: block; height: 100%; background: var(--color-accent); transition: width .15s; }
 .preview { display: block; width: 100%; max-width: 384px; aspect-ratio: 1; border-radius: 8px; }
-.pixels img, .preview, .card img { image-rendering: pixelated; object-fit: contain; }
+.pixels img, .card img { image-rendering: pixelated; object-fit: contain; }
 .cards { display: grid; gap: .75rem; padding: 0; margin: 0;
   grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
 .card { text-align: left; border: 1px solid var(--border-color-primary); border-radius: 10px; padding: .6rem;

@@ -8,6 +8,7 @@ A tab is a module of ``ui/tabs`` with a ``TITLE`` and a function ``build(page: P
 from __future__ import annotations
 
 import functools
+import html
 import inspect
 import logging
 from collections.abc import Callable, Iterator
@@ -72,10 +73,8 @@ def _said(error: Exception) -> Exception:
     return gr.Error(APOLOGY, title="Error", duration=12)
 
 
-def sentence(error: Exception) -> str:
+def sentence(error: object) -> str:
     """A message as a sentence, safe to show: Gradio renders toasts as HTML."""
-    import html
-
     text = str(error)
     return html.escape(text[:1].upper() + text[1:])
 

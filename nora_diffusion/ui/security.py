@@ -29,7 +29,7 @@ MAX_STORED_FILES = 5000
 TRIES, TRIES_SECONDS = 8, 60.0
 UPLOAD = "/gradio_api/upload"
 CLOSED = (
-    "/monitoring", "/gradio_api/proxy=", "/gradio_api/cancel", "/gradio_api/call", "/gradio_api/run/",
+    "/monitoring", "/gradio_api/proxy=", "/gradio_api/cancel", "/gradio_api/call",
     "/gradio_api/api/", "/gradio_api/stream/", "/gradio_api/process_recording", "/gradio_api/vibe",
     "/gradio_api/undo-vibe", "/gradio_api/dev", "/gradio_api/deep_link", "/gradio_api/runs", "/gradio_api/run-history",
 )  # fmt: skip

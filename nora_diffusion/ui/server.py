@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +30,17 @@ def serve(config: AppConfig) -> None:
         shown = f" for the user {config.credentials[0]!r}" if config.auth else ""
         print(f"The app is at {url}{shown}; Ctrl-C ends it.", flush=True)
         threading.Thread(target=app.warm_up, daemon=True).start()
-        with_interrupt(threading.Event())
+        wait_for_signal()
 
 
-def with_interrupt(forever: threading.Event) -> None:
-    """Wait for Ctrl-C."""
-    try:
-        forever.wait()
-    except KeyboardInterrupt:
-        print("\nstopped")
+def wait_for_signal() -> None:
+    """Wait for Ctrl-C or SIGTERM, so that the private folder is removed after either."""
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    with contextlib.suppress(KeyboardInterrupt):
+        while not ended.wait(1.0):  # a wait without end would keep Ctrl-C from Windows
+            pass
+    print("\nstopped")
 
 
 @contextmanager
@@ -62,8 +67,6 @@ def started(config: AppConfig) -> Iterator[tuple[App, str]]:
 
 
 def _absolute(config: AppConfig) -> AppConfig:
-    from dataclasses import replace
-
     return replace(config, base=config.base_name, library=str(config.library_folder))
 
 
@@ -90,7 +93,9 @@ def _launch(app: App) -> tuple[Any, str]:
             **look,
         )  # fmt: skip
     except OSError as error:
-        raise UserError(f"port {config.port} on {config.listen} cannot be used: choose another --port") from error
+        raise UserError(
+            f"port {config.port} on {config.listen} is busy or not allowed: choose another --port"
+        ) from error
     return blocks, url
 
 

@@ -29,8 +29,9 @@ def build(app: App) -> tuple[Any, dict[str, Any]]:
             defaults(app.engine)["prompt"], label="Prompt", lines=3, max_lines=8, max_length=MAX_PROMPT, render=False,
             elem_id="prompt", placeholder="What shall the picture show?",
         )  # fmt: skip
+        changed = gr.State(0)
         with gr.Tabs(selected=TABS[0]) as tabs:
-            page = Page(app, blocks, tabs, tab=None, prompt=prompt, library_changed=gr.State(0))
+            page = Page(app, blocks, tabs, tab=None, prompt=prompt, library_changed=changed)
             for name in TABS:
                 module = importlib.import_module(f".tabs.{name}", __package__)
                 with gr.Tab(module.TITLE, id=name) as tab:

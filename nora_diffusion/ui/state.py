@@ -62,9 +62,12 @@ class App:
         """A copy of a file that a page may show or download: nothing outside the private folder is served."""
         stamp = (file, file.stat().st_mtime_ns)
         if stamp not in self._handed or not self._handed[stamp].exists():
-            folder = Path(tempfile.mkdtemp(dir=self.scratch))
-            self._handed[stamp] = Path(shutil.copyfile(file, folder / file.name))
+            self._handed[stamp] = Path(shutil.copyfile(file, self.private_folder() / file.name))
         return str(self._handed[stamp])
+
+    def private_folder(self) -> Path:
+        """A new empty folder whose files may be handed to the browser."""
+        return Path(tempfile.mkdtemp(dir=self.scratch))
 
     def misfit(self, entry: Entry) -> str | None:
         """Why an adapter cannot be used here, or None."""

@@ -1,11 +1,173 @@
-"""The Library tab: cards of adapters."""
+"""The Library tab: cards of adapters; look, search, insert, import, export, delete and undo."""
 
 from __future__ import annotations
 
-from ..page import Page
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ...composition.tags import Tag, parse_tags, write_tags
+from ...errors import UserError
+from ...export import export_lora
+from ..cards import EMPTY, NOTHING, cards, facts
+from ..library import SORTS
+from ..page import Page, handler, sentence
+from ..state import App
 
 TITLE = "Library"
+PAGE_SIZE = 60
+METHODS = ("all", "nora", "mor", "lora", "lora_xs")
+FORMATS = (("diffusers", "diffusers"), ("kohya: A1111, ComfyUI …", "kohya"))
+PICK = """
+element.addEventListener('click', (event) => {
+  const card = event.target.closest('[data-name]');
+  if (card) trigger('click', {name: card.dataset.name});
+});
+"""
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+MAX_IMPORTS = 50
 
 
 def build(page: Page) -> None:
-    """Cards."""
+    """Search above the cards; what is chosen is told beside them."""
+    app = page.app
+    shown, chosen, deleted = gr.State(PAGE_SIZE), gr.State(""), gr.State("")
+    drop = gr.File(
+        label="Import adapters (.safetensors): drop files here", file_count="multiple", file_types=[".safetensors"],
+        height=110, elem_id="import", visible=app.config.may_change,
+    )  # fmt: skip
+    with gr.Row():
+        words = gr.Textbox(label="Search", placeholder="name, trigger, base, hash", elem_id="search", scale=3)
+        sort = gr.Dropdown(list(SORTS), value=SORTS[0], label="Sort by", min_width=140)
+        method = gr.Dropdown(list(METHODS), value="all", label="Method", min_width=140, allow_custom_value=True)
+    with gr.Row():
+        with gr.Column(scale=7, min_width=320):
+            grid = gr.HTML("", elem_id="cards", js_on_load=PICK)
+            more = gr.Button("Show more", visible=False)
+        with gr.Column(scale=4, min_width=300, visible=False) as panel:
+            about = gr.HTML("", elem_id="about")
+            insert = gr.Button("Use in the prompt", variant="primary", elem_id="insert")
+            with gr.Row():
+                form = gr.Dropdown(list(FORMATS), value="diffusers", label="Export as a plain LoRA", min_width=140)
+                export = gr.Button("Export", min_width=90)
+            exported = gr.File(label="Exported", visible=False, interactive=False)
+            delete = gr.Button("Delete", variant="stop", visible=app.config.may_change, elem_id="delete")
+    undo = gr.Button("Undo the deletion", visible=False, elem_id="undo")
+
+    view = [grid, more]
+    query = [words, sort, method, shown, chosen]
+    listing = handler(lister(app))
+    gr.on([words.change, sort.change, method.change], listing, query, view, trigger_mode="always_last", **QUIET)
+    for event in (page.tab.select, page.blocks.load, page.library_changed.change):
+        event(listing, query, view, **QUIET)
+    more.click(lambda n: n + PAGE_SIZE, shown, shown, **QUIET).then(listing, query, view, **QUIET)
+    picked = grid.click(handler(picker(app)), None, [chosen, panel, about, exported, insert], **QUIET)
+    picked.then(listing, query, view, **QUIET)
+    insert.click(handler(inserter(app)), [page.prompt, chosen], [page.prompt, page.tabs], **QUIET)
+    export.click(handler(exporter(app)), [chosen, form], exported, api_visibility="private")
+    delete.click(
+        handler(deleter(app)), [chosen, page.library_changed], [deleted, undo, chosen, panel, page.library_changed],
+        **QUIET,
+    )  # fmt: skip
+    undo.click(handler(restorer(app)), [deleted, page.library_changed], [undo, page.library_changed], **QUIET)
+    drop.upload(handler(importer(app)), [drop, page.library_changed], [drop, page.library_changed], **QUIET)
+
+
+def lister(app: App) -> Any:
+    """The cards of a query."""
+
+    def listing(words: str, sort: str, method: str, shown: int, chosen: str) -> list[Any]:
+        found = app.library.find((words or "")[:200], sort, method)
+        part = found[:shown]
+        if not found:
+            return [NOTHING if app.library.entries() else EMPTY, gr.update(visible=False)]
+        return [cards(part, [app.misfit(e) for e in part], chosen), gr.update(visible=len(found) > shown)]
+
+    return listing
+
+
+def picker(app: App) -> Any:
+    """What is known of the adapter whose card was pressed."""
+
+    def pick(event: gr.EventData) -> list[Any]:
+        entry = app.library.entry(str(event._data.get("name", "")))
+        app.library.hash_all([entry])
+        misfit = app.misfit(entry)
+        usable = gr.update(interactive=misfit is None)
+        return [entry.name, gr.update(visible=True), facts(entry, misfit), gr.update(visible=False), usable]
+
+    return pick
+
+
+def inserter(app: App) -> Any:
+    """Put a tag, and the subject's words where they are missing, into the prompt and go there."""
+
+    def insert(prompt: str, name: str) -> list[Any]:
+        entry = app.library.entry(name)
+        misfit = app.misfit(entry)
+        if misfit or entry.info is None:
+            raise UserError(f"{name} cannot be used here: {misfit}")
+        clean, tags = parse_tags(prompt or "")
+        words = entry.info.instance_prompt or entry.info.trigger
+        if entry.info.trigger and entry.info.trigger not in clean.split():
+            prompt = write_tags(words, tags)
+        if all(tag.name != name for tag in tags):
+            prompt = write_tags(prompt or "", [*tags, Tag(name, 1.0, 1.0)])
+        return [prompt, gr.Tabs(selected="generate")]
+
+    return insert
+
+
+def exporter(app: App) -> Any:
+    """Write a plain LoRA and offer it for download."""
+
+    def export(name: str, form: str) -> Any:
+        entry = app.library.entry(name)
+        target = app.private_folder() / f"{entry.name}_{form}.safetensors"
+        report = export_lora(entry.file, target, form)  # type: ignore[arg-type]
+        label = f"rank {report.rank}, largest error {report.max_error:.1e}"
+        return gr.update(value=str(report.path), visible=True, label=f"Exported: {label}")
+
+    return export
+
+
+def deleter(app: App) -> Any:
+    """Move the chosen adapter to the bin, from where Undo brings it back."""
+
+    def delete(name: str, changes: int) -> list[Any]:
+        app.require_changes()
+        ticket = app.library.delete(name)
+        undo = gr.update(visible=True, value=f"Undo: bring {name} back")
+        return [ticket, undo, "", gr.update(visible=False), changes + 1]
+
+    return delete
+
+
+def restorer(app: App) -> Any:
+    """Undo the last deletion of this page."""
+
+    def restore(ticket: str, changes: int) -> list[Any]:
+        app.require_changes()
+        app.library.restore(ticket)
+        return [gr.update(visible=False), changes + 1]
+
+    return restore
+
+
+def importer(app: App) -> Any:
+    """Take dropped files in, each after a look at its header; those that will not do are named with the reason."""
+
+    def take(files: list[str] | None, changes: int) -> list[Any]:
+        app.require_changes()
+        refused = []
+        for file in (files or [])[:MAX_IMPORTS]:
+            try:
+                app.library.add(Path(file), Path(file).name)
+            except UserError as error:
+                refused.append(str(error).replace(str(Path(file).parent) + "/", ""))
+        if refused:
+            gr.Warning(sentence("; ".join(refused)), title="Not imported", duration=15)
+        return [None, changes + 1]
+
+    return take

@@ -1,0 +1,115 @@
+"""Adapters as HTML: everything that comes from a file is escaped."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import time
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from ..data import read_photo
+from ..errors import UserError
+from .library import Entry
+
+THUMBNAIL_SIDE = 192
+EMPTY = (
+    '<div class="empty"><b>The library is empty.</b><br>Teach it a subject in the Train tab: an example subject takes '
+    "one click. Or drop a <code>.safetensors</code> adapter above.</div>"
+)
+NOTHING = '<div class="empty">No adapter matches. Search for fewer words, or show all methods.</div>'
+
+
+def cards(entries: Sequence[Entry], misfits: Sequence[str | None], chosen: str = "") -> str:
+    """A grid of buttons, one for each adapter; those that cannot be used here say why."""
+    cells = "".join(_card(e, why, e.name == chosen) for e, why in zip(entries, misfits, strict=True))
+    return f'<div class="cards">{cells}</div>'
+
+
+def _card(entry: Entry, misfit: str | None, pressed: bool) -> str:
+    lines = [f"<b>{escape(entry.name)}</b>"]
+    if entry.info is not None:
+        info = entry.info
+        lines += [f"<small>{escape(info.trigger)}</small>"] if info.trigger else []
+        lines.append(f"<small>{escape(method(entry))} · {short_number(info.trained_numbers)} numbers</small>")
+    if misfit:
+        lines.append(f'<small class="why">{escape(misfit)}</small>')
+    return (
+        f'<button type="button" class="card{" off" if misfit else ""}" data-name="{escape(entry.name)}" '
+        f'aria-pressed="{str(pressed).lower()}">{_picture(entry)}{"".join(lines)}</button>'
+    )
+
+
+def _picture(entry: Entry) -> str:
+    try:
+        file = entry.thumbnail()
+        source = None if file is None else thumbnail(file, file.stat().st_mtime_ns)
+    except (OSError, UserError):
+        source = None
+    if source is None:
+        return f'<span class="none" aria-hidden="true">{escape(entry.name[:1].upper())}</span>'
+    return f'<img alt="" loading="lazy" src="{source}">'
+
+
+@functools.lru_cache(2048)
+def thumbnail(file: Path, modified: int) -> str:
+    """A small copy of a picture as a data URI, kept as long as the file is the same."""
+    image = read_photo(file).image
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def method(entry: Entry) -> str:
+    """Method and ranks, for example ``nora r = 32, r' = 4``."""
+    if entry.info is None:
+        return "unreadable"
+    inner = f", r' = {entry.info.inner_r}" if entry.info.method == "nora" else ""
+    return f"{entry.info.method} r = {entry.info.r}{inner}"
+
+
+def short_number(count: int) -> str:
+    """``116,736`` as ``117 k``."""
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+def facts(entry: Entry, misfit: str | None) -> str:
+    """Everything that is known of one adapter, as a table."""
+    rows = {
+        "name": entry.name,
+        "file": entry.file.name if not entry.in_own_folder else f"{entry.name}/{entry.file.name}",
+    }
+    if misfit:
+        rows["cannot be used"] = misfit
+    if entry.info is not None:
+        info = entry.info
+        rows |= {
+            "trigger": info.trigger or "none",
+            "prompt": info.instance_prompt,
+            "class word": info.class_word,
+            "method": method(entry),
+            "parts": ", ".join(info.components),
+            "base": info.base or "unknown",
+            "trained numbers": f"{info.trained_numbers:,} of {info.stored_numbers:,} stored",
+            "scores": ", ".join(f"{k} {v}" for k, v in dict(info.extra.get("scores") or {}).items()),
+            "steps, seed": f"{info.step}, {info.seed}",
+            "licence": info.license,
+        }
+    rows |= {
+        "size": f"{entry.stamp[2]:,} bytes",
+        "written": time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.modified)),
+        "SHA-256": entry.sha256 or "not computed yet",
+    }
+    return table((name, value) for name, value in rows.items() if value)
+
+
+def table(rows: object) -> str:
+    """Rows of ``(name, value)`` as a table with row headings."""
+    cells = "".join(f'<tr><th scope="row">{escape(str(n))}</th><td>{escape(str(v))}</td></tr>' for n, v in rows)  # type: ignore[attr-defined]
+    return f'<table class="facts"><tbody>{cells}</tbody></table>'
