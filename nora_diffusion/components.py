@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from .adapters import AdapterConfig, NoraLayer
-from .adapters.config import TARGET_GROUPS
+from .adapters.targets import TARGET_GROUPS
 from .errors import UserError
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -28,11 +28,14 @@ def denoiser_name(pipe: Any) -> str:
 
 
 def component(pipe: Any, name: str) -> nn.Module:
-    """One adaptable part of a pipeline. Raises :class:`UserError` that lists those there are."""
+    """One adaptable part of a pipeline, without the wrapper of ``torch.compile``.
+
+    Raises :class:`UserError` that lists those there are.
+    """
     module = getattr(pipe, name, None) if name in COMPONENTS else None
     if module is None:
         raise UserError(f"{name!r} is no part of {type(pipe).__name__}: choose among {', '.join(present(pipe))}")
-    return module
+    return getattr(module, "_orig_mod", module)
 
 
 def present(pipe: Any) -> list[str]:
@@ -125,7 +128,7 @@ def nora_layers(module: nn.Module, adapter_name: str) -> dict[str, NoraLayer]:
 def refuse_merged(pipe: Any) -> None:
     """Refuse to read base weights while an adapter is fused into them."""
     for name in present(pipe):
-        if any(layer.merged for layer in tuner_layers(getattr(pipe, name))):
+        if any(layer.merged for layer in tuner_layers(component(pipe, name))):
             raise UserError(f"an adapter is fused into the {name}: call unfuse_lora() first")
 
 

@@ -15,14 +15,14 @@ BANDS = (
         "maths",
         {
             "adapters.bases", "adapters.cores", "adapters.deltas", "adapters.functional", "adapters.magnitude",
-            "adapters.rank_mask", "adapters.routed",
+            "adapters.routed",
         },
     ),
     (
         "tuner",
         {
-            "adapters", "adapters.build", "adapters.config", "adapters.presets", "adapters.layer", "adapters.model", "adapters.register",
-            "adapters.patterns",
+            "adapters", "adapters.build", "adapters.config", "adapters.rank_mask", "adapters.presets", "adapters.layer", "adapters.model", "adapters.register",
+            "adapters.patterns", "adapters.targets",
         },
     ),
     (

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import UserError
 from .bases import BASES, COMPUTED, PLACEMENTS, Basis, Pair, Placement
 from .patterns import check_patterns, suffix_matcher
+from .targets import expand_targets
 
 CoreKind = Literal["none", "diagonal", "dense", "nested"]
 Factor = Literal["down", "core", "up"]
@@ -19,26 +20,6 @@ Router = Literal["none", "token", "prompt", "timestep", "prompt+timestep"]
 ExpertKind = Literal["shared", "independent"]
 BasisDtype = Literal["float32", "float16", "bfloat16"]
 PEFT_TYPE_NAME = "NORA"
-
-TARGET_GROUPS: dict[str, tuple[str, ...]] = {
-    "attn": ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"),
-    "ff": ("ff.net.0.proj", "ff.net.2", "fc1", "fc2"),
-    "proj": ("proj_in", "proj_out"),
-    "conv": ("conv1", "conv2", "conv_shortcut"),
-}
-"""Names of module groups that ``target_modules`` understands beside suffixes and regular expressions."""
-
-
-def expand_targets(targets: str | list[str] | tuple[str, ...] | None) -> str | list[str]:
-    """Replace group names by the suffixes they stand for; a string that is no group is a regular expression."""
-    if targets is None:
-        return list(TARGET_GROUPS["attn"])
-    if isinstance(targets, str):
-        if targets not in TARGET_GROUPS:
-            return targets
-        targets = [targets]
-    suffixes = [suffix for target in targets for suffix in TARGET_GROUPS.get(target, (target,))]
-    return list(dict.fromkeys(suffixes))
 
 
 @dataclass
@@ -105,7 +86,7 @@ class AdapterConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"{name}={value!r} is no rank or count: give a whole number of at least 1")
-        if self.core == "nested" and self.inner_r > self.r:
+        if self.core == "nested" and self.inner_r > self.r and self.stored_outer:
             raise UserError(f"inner_r={self.inner_r} exceeds r={self.r}: the inner pair sits inside the outer one")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")

@@ -1,0 +1,52 @@
+"""Which modules an adapter sits in: groups of names, and blocks of a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+TARGET_GROUPS: dict[str, tuple[str, ...]] = {
+    "attn": (
+        "to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj",
+        "SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o",
+    ),
+    "context": ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    "ff": (
+        "ff.net.0.proj", "ff.net.2", "fc1", "fc2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp",
+        "DenseReluDense.wi", "DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo",
+    ),
+    "proj": ("proj_in", "proj_out"),
+    "conv": ("conv1", "conv2", "conv_shortcut"),
+}  # fmt: skip
+"""Names of module groups that ``target_modules`` understands beside suffixes and regular expressions.
+
+UNets, DiTs, CLIP and T5 have different names for the same things; ``context`` is the text's side of the joint attention
+of SD3 and Flux.
+"""
+
+Targets = str | Sequence[str] | None
+
+
+def expand_targets(targets: Targets) -> str | list[str]:
+    """Replace group names by the suffixes they stand for; a string that is no group is a regular expression."""
+    if targets is None:
+        return list(TARGET_GROUPS["attn"])
+    if isinstance(targets, str):
+        if targets not in TARGET_GROUPS:
+            return targets
+        targets = [targets]
+    suffixes = [suffix for target in targets for suffix in TARGET_GROUPS.get(target, (target,))]
+    return list(dict.fromkeys(suffixes))
+
+
+def in_blocks(blocks: Sequence[str], targets: Targets = None) -> str:
+    """``target_modules`` for some blocks only: ``in_blocks(["down_blocks.1", "mid_block"], ["attn", "ff"])``.
+
+    Blocks are paths from the top of the component: ``up_blocks.1.attentions.0``, ``transformer_blocks.3``,
+    ``encoder.layers.0``. Returns a regular expression. ``targets`` are groups or suffixes, attention by default.
+    """
+    expanded = expand_targets(targets)
+    names = [expanded] if isinstance(expanded, str) else expanded
+    inside, wanted = ("|".join(re.escape(name) for name in group) for group in (blocks, names))
+    # The lookahead keeps down_blocks.1 from picking down_blocks.10.
+    return rf"(?:text_model\.)?(?:{inside})(?=\.).*\.(?:{wanted})"
