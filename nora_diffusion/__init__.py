@@ -12,30 +12,51 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "errors": ("UserError",),
-    "adapters": ("AdapterConfig", "lora", "lora_xs", "mor", "nora"),
+    "adapters": (
+        "AdapterConfig", "dora", "dylora", "lora", "lora_mini", "lora_xs", "melora", "moe_lora", "mor", "mora", "nora",
+    ),
     "base": ("load_base", "open_pipeline"),
     "loaders": (
-        "add_adapter", "delete_adapter", "list_adapters", "load_adapter", "save_adapter", "set_adapters",
+        "add_adapter", "delete_adapter", "list_adapters", "load_adapter", "save_adapter", "set_adapters", "set_rank",
     ),
     "adapter_file": ("AdapterInfo", "inspect_adapter"),
     "export": ("export_lora",),
+    "batches": ("mixed_batch",),
+    "composition.angles": ("overlap", "overlap_files"),
+    "composition.mixing": ("mix", "mix_files"),
     "training": ("TrainConfig", "train"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
     from .adapter_file import AdapterInfo, inspect_adapter
-    from .adapters import AdapterConfig, lora, lora_xs, mor, nora
+    from .adapters import (
+        AdapterConfig,
+        dora,
+        dylora,
+        lora,
+        lora_mini,
+        lora_xs,
+        melora,
+        moe_lora,
+        mor,
+        mora,
+        nora,
+    )  # fmt: skip
     from .base import load_base, open_pipeline
+    from .batches import mixed_batch
+    from .composition.angles import overlap, overlap_files
+    from .composition.mixing import mix, mix_files
     from .errors import UserError
     from .export import export_lora
-    from .loaders import add_adapter, delete_adapter, list_adapters, load_adapter, save_adapter, set_adapters
+    from .loaders import add_adapter, delete_adapter, list_adapters, load_adapter, save_adapter, set_adapters, set_rank
     from .training import TrainConfig, train
 
 __all__ = [
-    "AdapterConfig", "AdapterInfo", "TrainConfig", "UserError", "add_adapter", "delete_adapter", "export_lora",
-    "inspect_adapter", "list_adapters", "load_adapter", "load_base", "lora", "lora_xs", "mor", "nora",
-    "open_pipeline", "save_adapter", "set_adapters", "train",
+    "AdapterConfig", "AdapterInfo", "TrainConfig", "UserError", "add_adapter", "delete_adapter", "dora", "dylora",
+    "export_lora", "inspect_adapter", "list_adapters", "load_adapter", "load_base", "lora", "lora_mini", "lora_xs",
+    "melora", "mix", "mix_files", "mixed_batch", "moe_lora", "mor", "mora", "nora", "open_pipeline", "overlap",
+    "overlap_files", "save_adapter", "set_adapters", "set_rank", "train",
 ]  # fmt: skip
 
 

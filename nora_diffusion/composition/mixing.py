@@ -20,7 +20,7 @@ from ..model_card import write_card
 from ..versions import versions
 from .assembly import assemble
 from .modes import MODES, Mixed, Mode, Options
-from .overlap import WARN_ABOVE, source_overlap
+from .angles import WARN_ABOVE, source_overlap
 from .sources import Key, Source, check_same_base, file_source, loaded_source
 from .tags import check_weight
 
@@ -104,6 +104,7 @@ def mix_files(
         prints = [known.base_fingerprint.get(part, {}) for known in reversed(infos)]
         info.base_fingerprint[part] = {path: value for known in prints for path, value in known.items()}
     info.conv_shapes = {path: shape for known in infos for path, shape in known.conv_shapes.items()}
+    info.shapes = {path: shape for known in infos for path, shape in known.shapes.items()}
     file = write_adapter(folder, tensors, info)
     report.info = inspect_adapter(file)
     write_card(folder, report.info, _card(info))

@@ -1,0 +1,370 @@
+"""Every mix mode against its formula, computed densely; and what becomes of a mix afterwards."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nora_diffusion import (
+    AdapterConfig,
+    UserError,
+    add_adapter,
+    export_lora,
+    inspect_adapter,
+    load_adapter,
+    mix,
+    mix_files,
+    save_adapter,
+    set_adapters,
+)
+from nora_diffusion.adapter_file import read_tensors
+from nora_diffusion.adapters import PRESETS, lora, lora_xs, mor, nora
+from nora_diffusion.components import canonical, nora_layers
+from nora_diffusion.composition.mixing import _layer_seed
+from nora_diffusion.composition.modes import MODES
+from nora_diffusion.loaders import active_adapters, trainable_parameters
+
+PARTS = ("unet", "text_encoder")
+EVERYTHING = ["attn", "ff", "proj", "conv"]
+WEIGHTS = {"dog": 0.8, "hat": -0.5}
+Dense = dict[tuple[str, str], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def quiet_overlap() -> Iterator[None]:
+    """Random adapters in one basis overlap; what the warning says has a test of its own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* overlap by")
+        yield
+
+
+def fill(pipe: Any, name: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in trainable_parameters(pipe, name).values():
+        parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def two(pipe: Any, one: AdapterConfig, other: AdapterConfig | None = None, parts: tuple[str, ...] = PARTS) -> None:
+    """Adapters named dog and hat with random numbers."""
+    for seed, (name, config) in enumerate({"dog": one, "hat": other or one}.items()):
+        add_adapter(pipe, config, name, parts)
+        fill(pipe, name, seed)
+
+
+def dense(pipe: Any, name: str) -> Dense:
+    """Every ``dW`` in fp64, written from the formula of each method out of its bare factors."""
+    found: Dense = {}
+    for part in PARTS:
+        for path, layer in nora_layers(getattr(pipe, part), name).items():
+            config = getattr(pipe, part).peft_config[name]
+            f = {k.removeprefix("core."): v.double() for k, v in layer.delta(name).state_dict().items()}
+            if "A" in f:
+                dw = f["B"] @ f["A"]
+            else:
+                core = f["R"] if "R" in f else f["B_in"] @ f["A_in"]
+                dw = f["B_out"] @ core @ f["A_out"]
+            found[part, path] = config.scale_for(path) * dw
+    return found
+
+
+def weighted(pipe: Any, weights: dict[str, float]) -> Dense:
+    total: Dense = {}
+    for name, weight in weights.items():
+        for key, dw in dense(pipe, name).items():
+            total[key] = total.get(key, torch.zeros_like(dw)) + weight * dw
+    return total
+
+
+def assert_close(found: Dense, expected: Dense, tolerance: float = 2e-6) -> None:
+    assert found.keys() == expected.keys()
+    for key, dw in expected.items():
+        assert (found[key] - dw).norm() <= tolerance * dw.norm(), key
+
+
+METHODS: dict[str, Callable[[], AdapterConfig]] = {
+    "nora": lambda: nora(r=6, inner_r=2, alpha=3.0, basis="svd", alpha_pattern={"to_k": 8.0}),
+    "nora-everywhere": lambda: nora(r=4, inner_r=3, basis="svd", target_modules=EVERYTHING),
+    "lora": lambda: lora(r=3, alpha=6.0, rank_pattern={"to_q": 5}),
+    "lora-everywhere": lambda: lora(r=3, target_modules=EVERYTHING),
+    "lora_xs": lambda: lora_xs(r=4, alpha=2.0),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_cat_is_the_weighted_sum(pipe: Any, method: str) -> None:
+    two(pipe, METHODS[method]())
+    report = mix(pipe, WEIGHTS, "cat", "both")
+    assert_close(dense(pipe, "both"), weighted(pipe, WEIGHTS))
+    assert (report.kept, report.error) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("method", ["nora", "nora-everywhere", "lora_xs"])
+def test_linear_is_the_weighted_sum_inside_the_basis(pipe: Any, method: str) -> None:
+    two(pipe, METHODS[method]())
+    mix(pipe, WEIGHTS, "linear", "both")
+    assert_close(dense(pipe, "both"), weighted(pipe, WEIGHTS))
+    for part in PARTS:
+        for path, layer in nora_layers(getattr(pipe, part), "both").items():
+            parent = nora_layers(getattr(pipe, part), "dog")[path].delta("dog")
+            assert torch.equal(layer.delta("both").A_out, parent.A_out), path
+            assert torch.equal(layer.delta("both").B_out, parent.B_out), path
+
+
+@pytest.mark.parametrize(
+    ("r", "count", "core", "inner_r"), [(8, 3, "nested", 3), (8, 6, "dense", 1), (4, 9, "dense", 1)]
+)
+def test_linear_is_exact_for_any_number_of_adapters(pipe: Any, r: int, count: int, core: str, inner_r: int) -> None:
+    """The core is nested with the summed inner rank, or dense where that is fewer numbers."""
+    weights = {f"a{i}": 0.3 * i - 1 for i in range(count)}
+    for seed, name in enumerate(weights):
+        add_adapter(pipe, nora(r=r, inner_r=1, basis="svd"), name)
+        fill(pipe, name, seed)
+    mix(pipe, weights, "linear", "all")
+    config = pipe.unet.peft_config["all"]
+    assert (config.core, config.inner_r) == (core, inner_r)
+    assert_close(dense(pipe, "all"), weighted(pipe, weights), 5e-6)
+
+
+def test_svd_is_the_best_of_its_rank(pipe: Any) -> None:
+    two(pipe, lora(r=3, target_modules=EVERYTHING))
+    report = mix(pipe, WEIGHTS, "svd", "both", rank=2)
+    target = weighted(pipe, WEIGHTS)
+    expected: Dense = {}
+    for key, dw in target.items():
+        u, s, vt = torch.linalg.svd(dw, full_matrices=False)
+        expected[key] = (u[:, :2] * s[:2]) @ vt[:2]
+    assert_close(dense(pipe, "both"), expected)
+    energy = sum(dw.square().sum() for dw in target.values())
+    lost = sum((target[k] - expected[k]).square().sum() for k in target)
+    assert report.kept == pytest.approx(float(1 - lost / energy), rel=1e-6)
+    assert report.error == pytest.approx(float((lost / energy).sqrt()), rel=1e-6)
+    assert report.rank == 2
+
+
+def top(dw: Tensor, density: float) -> Tensor:
+    kept = int(density * dw.numel())
+    threshold = dw.abs().flatten().sort(descending=True).values[kept - 1]
+    return torch.where(dw.abs() >= threshold, dw, torch.zeros_like(dw))
+
+
+def drop(parts: list[Tensor], density: float, seed: int) -> list[Tensor]:
+    torch.manual_seed(seed)
+    return [dw * torch.bernoulli(torch.full_like(dw.float(), density)).double() / density for dw in parts]
+
+
+def elected(parts: list[Tensor], weights: list[float]) -> Tensor:
+    """Per entry: the weighted sum of those that agree with the sign of the sum, over how many they are."""
+    majority = torch.where(sum(parts) >= 0, 1.0, -1.0)  # type: ignore[arg-type]
+    agree = [(torch.sign(part) == majority).double() for part in parts]
+    total = sum(w * a * p for w, a, p in zip(weights, agree, parts, strict=True))
+    return total / torch.stack(agree).sum(0).clamp(min=1)  # type: ignore[no-any-return, operator]
+
+
+def plain_sum(parts: list[Tensor], weights: list[float]) -> Tensor:
+    return sum(w * p for w, p in zip(weights, parts, strict=True))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("mode", ["magnitude_prune", "ties", "dare_linear", "dare_ties"])
+def test_pruning_modes_equal_their_formulas(pipe: Any, mode: str) -> None:
+    two(pipe, lora(r=2), parts=("unet",))
+    density, seed = 0.4, 7
+    report = mix(pipe, WEIGHTS, mode, "both", rank=100, density=density, seed=seed)  # type: ignore[arg-type]
+    expected: Dense = {}
+    for key, one in dense(pipe, "dog").items():
+        parts = [one, dense(pipe, "hat")[key]]
+        random = mode.startswith("dare")
+        parts = drop(parts, density, _layer_seed(seed, key)) if random else [top(dw, density) for dw in parts]
+        merge = elected if mode.endswith("ties") else plain_sum
+        expected[key] = merge(parts, list(WEIGHTS.values()))
+    assert_close(dense(pipe, "both"), expected, 1e-5)
+    assert report.error < 1e-5  # the rank is the full one here
+
+
+def test_pruning_reports_what_the_rank_lost(pipe: Any) -> None:
+    two(pipe, lora(r=2), parts=("unet",))
+    mix(pipe, WEIGHTS, "ties", "full", rank=100)
+    report = mix(pipe, WEIGHTS, "ties", "small", rank=2)
+    full, small = dense(pipe, "full"), dense(pipe, "small")
+    lost = sum((full[k] - small[k]).square().sum() for k in full)
+    energy = sum(dw.square().sum() for dw in full.values())
+    assert report.error == pytest.approx(float((lost / energy).sqrt()), rel=1e-3)
+    assert 0.05 < report.error < 1
+
+
+def test_dare_is_repeatable_and_leaves_the_random_state(pipe: Any) -> None:
+    two(pipe, lora(r=2), parts=("unet",))
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    mix(pipe, WEIGHTS, "dare_linear", "first", seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    mix(pipe, WEIGHTS, "dare_linear", "same", seed=1)
+    mix(pipe, WEIGHTS, "dare_linear", "other", seed=2)
+    a, b, c = (dense(pipe, name) for name in ("first", "same", "other"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not all(torch.equal(a[k], c[k]) for k in a)
+
+
+def test_density_one_prunes_nothing(pipe: Any) -> None:
+    two(pipe, lora(r=2), parts=("unet",))
+    mix(pipe, WEIGHTS, "dare_linear", "both", density=1.0, rank=100)
+    assert_close(dense(pipe, "both"), weighted(pipe, WEIGHTS), 1e-5)
+
+
+def test_a_rank_beyond_the_layer_is_cut_exactly(pipe: Any) -> None:
+    two(pipe, lora(r=7))
+    mix(pipe, WEIGHTS, "cat", "both")
+    for layer in nora_layers(pipe.unet, "both").values():
+        assert layer.delta("both").A.shape[0] == min(14, *layer.base_layer.weight.shape)
+    assert_close(dense(pipe, "both"), weighted(pipe, WEIGHTS))
+
+
+def test_parts_on_different_layers(pipe: Any) -> None:
+    """What only one part adapts is that part alone; other components and targets join."""
+    add_adapter(pipe, nora(r=4, inner_r=2, basis="svd", target_modules=["to_q", "to_k"]), "dog", ["unet"])
+    add_adapter(pipe, lora(r=2, target_modules=["to_k", "q_proj"]), "hat", PARTS)
+    fill(pipe, "dog", 0)
+    fill(pipe, "hat", 1)
+    mix(pipe, WEIGHTS, "cat", "both")
+    assert_close(dense(pipe, "both"), weighted(pipe, WEIGHTS))
+
+
+def test_linear_pads_where_only_one_part_sits(pipe: Any) -> None:
+    add_adapter(pipe, nora(r=8, inner_r=1, basis="svd", target_modules=["to_q", "to_k"]), "dog", ["unet"])
+    add_adapter(pipe, nora(r=8, inner_r=1, basis="svd", target_modules=["to_k"]), "hat", ["unet"])
+    fill(pipe, "dog", 0)
+    fill(pipe, "hat", 1)
+    mix(pipe, WEIGHTS, "linear", "both")
+    assert pipe.unet.peft_config["both"].inner_r == 2
+    assert_close(dense(pipe, "both"), weighted(pipe, WEIGHTS))
+
+
+def test_a_plain_lora_of_the_pipeline_is_a_part(pipe: Any) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "conv1"], init_lora_weights=False)
+    pipe.unet.add_adapter(config, "hat")
+    add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "dog")
+    fill(pipe, "dog", 0)
+    set_adapters(pipe, ["dog", "hat"], [0.1, 0.2])  # weights in force play no part
+    expected = {key: 0.8 * dw for key, dw in dense(pipe, "dog").items()}
+    for path, layer in pipe.unet.named_modules():
+        if hasattr(layer, "lora_A") and "hat" in layer.lora_A:
+            dw = layer.lora_B["hat"].weight.flatten(1).double() @ layer.lora_A["hat"].weight.flatten(1).double()
+            key = "unet", canonical(path)
+            expected[key] = expected.get(key, 0) - 0.5 * (6 / 2) * dw
+    mix(pipe, WEIGHTS, "cat", "both")
+    assert_close(dense(pipe, "both"), {key: value.detach() for key, value in expected.items()})
+
+
+@pytest.mark.parametrize("mode", ["cat", "linear"])
+def test_the_mix_renders_as_its_parts_do(pipe: Any, render: Any, mode: str) -> None:
+    two(pipe, nora(r=4, inner_r=2, basis="svd"))
+    set_adapters(pipe, ["dog", "hat"], list(WEIGHTS.values()))
+    together = render(pipe)
+    mix(pipe, WEIGHTS, mode, "both")  # type: ignore[arg-type]
+    assert active_adapters(pipe.unet) == ["both"]
+    torch.testing.assert_close(render(pipe), together, atol=2e-5, rtol=1e-4)
+    mix(pipe, WEIGHTS, mode, "quiet", activate=False)  # type: ignore[arg-type]
+    assert active_adapters(pipe.unet) == ["both"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_saved_mix_is_an_adapter_like_any_other(pipe: Any, mode: str, tmp_path: Path) -> None:
+    """It loads and exports exactly, and names its parts; mixing the files gives the same adapter."""
+    two(pipe, nora(r=8, inner_r=2, basis="svd", target_modules=["to_q", "conv1"]), parts=("unet",))
+    words = {"dog": {"trigger": "sks", "class_word": "dog", "license": "MIT"}, "hat": {"trigger": "zwx"}}
+    for name, said in words.items():
+        save_adapter(pipe, tmp_path / name, name, info=said)
+        load_adapter(pipe, tmp_path / name, f"{name}2", activate=False)
+    mix(pipe, {"dog2": 0.8, "hat2": -0.5}, mode, "both", rank=3, seed=5)  # type: ignore[arg-type]
+    live = dense(pipe, "both")
+    file = save_adapter(pipe, tmp_path / "both", "both")
+    info = inspect_adapter(file)
+    assert (info.trigger, info.class_word, info.license) == ("sks, zwx", "dog", "MIT")
+    recipe = info.extra["mix"]
+    assert (recipe["mode"], recipe["seed"]) == (mode, 5)
+    hashes = [inspect_adapter(tmp_path / name).sha256 for name in ("dog", "hat")]
+    assert [(p["name"], p["weight"], p["sha256"]) for p in recipe["parts"]] == [
+        ("dog2", 0.8, hashes[0]), ("hat2", -0.5, hashes[1])
+    ]  # fmt: skip
+    load_adapter(pipe, file, "again", activate=False)
+    assert all(torch.equal(dw, live[key]) for key, dw in dense(pipe, "again").items())
+    assert export_lora(file, tmp_path / "lora.safetensors").relative_error < 1e-6
+    parts = [(tmp_path / "dog", 0.8), (tmp_path / "hat", -0.5)]
+    report = mix_files(parts, tmp_path / "mixed", mode, rank=3, seed=5)  # type: ignore[arg-type]
+    ours, theirs = read_tensors(inspect_adapter(tmp_path / "mixed")), read_tensors(info)
+    assert all(torch.equal(ours[key], value) and ours[key].dtype == value.dtype for key, value in theirs.items())
+    assert ours.keys() == theirs.keys()
+    load_adapter(pipe, tmp_path / "mixed", "from_files", activate=False)
+    assert report.info.extra["mix"]["parts"][0]["sha256"] == hashes[0]
+    assert "Mixed by" in (tmp_path / "mixed" / "README.md").read_text()
+
+
+def test_a_mix_can_be_mixed(pipe: Any) -> None:
+    two(pipe, nora(r=8, inner_r=1, basis="svd"))
+    mix(pipe, WEIGHTS, "linear", "both")
+    mix(pipe, {"both": 2.0, "dog": 1.0}, "linear", "more")
+    assert_close(dense(pipe, "more"), weighted(pipe, {"dog": 2.6, "hat": -1.0}), 5e-6)
+
+
+def test_mistakes_are_refused_and_leave_the_pipeline(pipe: Any, render: Any) -> None:
+    two(pipe, nora(r=4, inner_r=2, basis="svd"), lora(r=2))
+    add_adapter(pipe, mor(r=2, num_experts=2), "routed")
+    set_adapters(pipe, ["dog"])
+    before = render(pipe)
+    for call, says in [
+        (lambda: mix(pipe, {"dog": 1, "ghost": 1}), "no adapter named 'ghost'"),
+        (lambda: mix(pipe, WEIGHTS, "slerp"), "mode='slerp' is unknown: choose one of linear, cat"),  # type: ignore[arg-type]
+        (lambda: mix(pipe, WEIGHTS, "linear"), "no frozen basis in common: use 'cat'"),
+        (lambda: mix(pipe, {"dog": 1, "routed": 1}), "'routed' is a routed adapter .mor.*no one dW"),
+        (lambda: mix(pipe, WEIGHTS, adapter_name="dog"), "already"),
+        (lambda: mix(pipe, {}), "nothing to mix"),
+        (lambda: mix(pipe, {"dog": float("nan")}), "out of range"),
+        (lambda: mix(pipe, WEIGHTS, "svd", rank=0), "rank=0"),
+        (lambda: mix(pipe, WEIGHTS, "ties", density=0.0), "density=0.0"),
+        (lambda: mix(pipe, WEIGHTS, "ties", seed=-1), "seed=-1"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            call()
+    assert torch.equal(render(pipe), before)
+    pipe.fuse_lora()
+    with pytest.raises(UserError, match="unfuse_lora"):
+        mix(pipe, WEIGHTS)
+
+
+def test_dora_is_refused_in_words(pipe: Any) -> None:
+    if "dora" not in PRESETS:
+        pytest.skip("no magnitude axis")
+    add_adapter(pipe, PRESETS["dora"](), "dora")
+    with pytest.raises(UserError, match="'dora' has a magnitude"):
+        mix(pipe, {"dora": 1.0})
+
+
+def test_files_of_different_bases_are_refused(pipe: Any, tmp_path: Path) -> None:
+    from factories import tiny_random_pipeline
+
+    from nora_diffusion import open_pipeline
+
+    other = open_pipeline(tiny_random_pipeline(tmp_path / "other", seed=4))
+    for folder, owner in (("one", pipe), ("two", other)):
+        add_adapter(owner, lora(r=2), "x")
+        save_adapter(owner, tmp_path / folder, "x")
+    with pytest.raises(UserError, match="different bases"):
+        mix_files([(tmp_path / "one", 1.0), (tmp_path / "two", 1.0)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_metadata_is_json_of_plain_values(pipe: Any, tmp_path: Path) -> None:
+    two(pipe, lora(r=2))
+    mix(pipe, WEIGHTS, "cat", "both")
+    file = save_adapter(pipe, tmp_path, "both")
+    parts = inspect_adapter(file).extra["mix"]["parts"]
+    assert json.loads(json.dumps(parts))[0] == {"name": "dog", "weight": 0.8, "sha256": "", "method": "lora"}
