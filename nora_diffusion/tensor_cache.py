@@ -97,7 +97,9 @@ def store(name: str, tensors: dict[str, Tensor]) -> None:
         write_atomic(path, data)
         _evict(path.parent, bound, keep=path)
     except (UserError, OSError) as error:
-        _warn_once(f"the cache {path.parent} cannot be used ({error}): things are computed again each time")
+        cause = error.__cause__ or error  # the sentence of a UserError names the file, which differs each time
+        reason = getattr(cause, "strerror", None) or cause
+        _warn_once(f"the cache {path.parent} cannot be written ({reason}): things are computed again each time")
 
 
 @functools.cache
