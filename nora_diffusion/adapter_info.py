@@ -1,0 +1,153 @@
+"""What an adapter file says of itself, and the check of what a file that anybody may have written says."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_type_hints
+
+from .adapters import AdapterConfig
+from .components import COMPONENTS
+from .errors import UserError
+from .untrusted import conform, parse_json
+
+FORMAT = "nora_adapter"
+FORMAT_VERSION = 1
+LARGEST_IN_CONFIG = 2**16
+"""No rank, count or scale in a config is larger; what is there was checked before anything is allocated."""
+BasisKind = Literal["own", "shared"]
+
+
+@dataclass
+class AdapterInfo:
+    """What an adapter file says of itself. ``kind`` is another tool's format where the file is not one of ours.
+
+    ``conv_shapes``: ``[c, kh, kw]`` of each adapted convolution. ``shapes``: ``[d_out, d_in]`` of each projection whose
+    outer factors are not stored, because its shape determines them.
+    """
+
+    components: dict[str, dict[str, Any]]
+    base: str = ""
+    base_fingerprint: dict[str, dict[str, float]] = field(default_factory=dict)
+    basis: BasisKind = "own"
+    basis_sha256: str = ""
+    conv_shapes: dict[str, list[int]] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    trigger: str = ""
+    class_word: str = ""
+    instance_prompt: str = ""
+    prompts: list[str] = field(default_factory=list)
+    step: int = 0
+    seed: int | None = None
+    license: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    # Filled in on reading:
+    path: str = ""
+    sha256: str = ""
+    bytes: int = 0
+    trained_numbers: int = 0
+    stored_numbers: int = 0
+    kind: str = "nora"
+    note: str = ""
+
+    @property
+    def configs(self) -> dict[str, AdapterConfig]:
+        """The config of each component, rebuilt. Raises :class:`UserError` for a file of another tool."""
+        if self.kind != "nora":
+            raise UserError(
+                f"{self.path} is {self.note}; load_adapter hands it on, and `nora-diffusion import` makes an adapter "
+                "of this toolkit out of a LoRA"
+            )
+        return {name: AdapterConfig(**_axes(values)) for name, values in self.components.items()}
+
+    @property
+    def method(self) -> str:
+        """The preset's name: ``nora``, ``mor`` ..."""
+        return str(self._first["method"])
+
+    @property
+    def r(self) -> int:
+        """The outer rank."""
+        return int(self._first["r"])
+
+    @property
+    def inner_r(self) -> int:
+        """The inner rank (1 where the method has none)."""
+        return int(self._first["inner_r"])
+
+    @property
+    def _first(self) -> dict[str, Any]:
+        return next(iter(self.components.values()))
+
+
+READ_ONLY = ("path", "sha256", "bytes", "trained_numbers", "stored_numbers", "kind", "note")
+DESCRIPTIVE = ("trigger", "class_word", "instance_prompt", "prompts", "step", "seed", "license", "extra")
+"""What a caller of ``save_adapter`` may say about the adapter; the rest is measured."""
+
+PEFT_FIELDS = {
+    "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode",
+}  # fmt: skip
+"""Written into configs by PEFT; no axis of ours, and not read."""
+
+
+def dump_info(info: AdapterInfo) -> str:
+    """The JSON document of an adapter; equal adapters have equal documents."""
+    values = {k: v for k, v in asdict(info).items() if k not in READ_ONLY and v not in ("", [], {}, None)}
+    return json.dumps({"format": FORMAT, **values}, separators=(",", ":"))
+
+
+def parse_info(text: str, where: str) -> AdapterInfo:
+    """Read and check such a document. Raises :class:`UserError` that begins with ``where`` and names the fault."""
+    try:
+        values = parse_json(text)
+        version = int(values.get("format_version", 0))
+        if version > FORMAT_VERSION:
+            raise UserError(f"{where} has format version {version}, this release reads up to {FORMAT_VERSION}: upgrade")
+        return info_from(values)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        if isinstance(error, UserError) and str(error).startswith(where):
+            raise
+        raise UserError(f"{where}: its metadata is damaged ({error}): copy it again") from error
+
+
+def info_from(values: dict[str, Any]) -> AdapterInfo:
+    """An :class:`AdapterInfo` of checked, cleaned values; ``ValueError`` for the first that is not sound."""
+    if values.get("format", FORMAT) != FORMAT:
+        raise ValueError("another format")
+    hints = get_type_hints(AdapterInfo)
+    known = {f.name for f in fields(AdapterInfo)} - set(READ_ONLY)
+    info = AdapterInfo(**{k: conform(v, hints[k], k, 2**64) for k, v in values.items() if k in known})
+    checks: dict[str, Callable[[AdapterInfo], bool]] = {
+        "components": lambda i: bool(i.components) and set(i.components) <= set(COMPONENTS),
+        "base_fingerprint": lambda i: set(i.base_fingerprint) == set(i.components),
+        "basis_sha256": lambda i: bool(re.fullmatch(r"[0-9a-f]{64}|", i.basis_sha256)),
+        "conv_shapes": lambda i: all(len(s) == 3 and _is_small_shape(s) for s in i.conv_shapes.values()),
+        "shapes": lambda i: all(len(s) == 2 and _is_small_shape(s) for s in i.shapes.values()),
+        "method": lambda i: all(re.fullmatch(r"\w{1,40}", str(c["method"])) for c in i.components.values()),
+        "step": lambda i: i.step >= 0,
+    }
+    for name, sound in checks.items():
+        if not sound(info):
+            raise ValueError(f"{name} is not what it should be")
+    info.components = {name: {**config, **_axes(config)} for name, config in info.components.items()}
+    _ = info.configs
+    return info
+
+
+def _is_small_shape(shape: list[int]) -> bool:
+    return all(size > 0 for size in shape) and math.prod(shape) < 2**31
+
+
+def _axes(values: dict[str, Any]) -> dict[str, Any]:
+    """The axes in a config, each checked by its type. An axis unknown to this release would change the numbers."""
+    hints = get_type_hints(AdapterConfig)
+    axes = set(AdapterConfig.__annotations__) - {"start"}
+    unknown = values.keys() - axes - PEFT_FIELDS - {"start"}
+    if unknown:
+        raise ValueError(f"{min(unknown)[:40]!r} is no axis that this release knows: upgrade")
+    return {k: conform(v, hints[k], k, LARGEST_IN_CONFIG) for k, v in values.items() if k in axes}

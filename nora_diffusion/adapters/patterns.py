@@ -1,0 +1,77 @@
+"""Regular expressions that pick modules: which ones are allowed, so that none that a file brings can hang a program.
+
+Python's ``re`` may need time that grows exponentially with the text. A pattern of this dialect cannot: ``*`` and
+``+`` stand outside groups, and between any two of them something plain must match, so that the places where they can
+meet are bounded by how often that occurs in a module's path.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+from ..errors import UserError
+
+MAX_LENGTH = 1000
+MAX_REPEATS = 6
+MAX_PATTERNS = 2000
+MAX_CHOICES, MIN_WORD = 4, 3
+"""A group separates two repeats if it has at most so many alternatives, each with so many plain characters."""
+TOKEN = re.compile(r"\\.|\[[^\]\[]+\]|\((?:\?[:=!])?|.", re.DOTALL)
+PLAIN = re.compile(r"[\w-]|\\[^\w]")
+
+
+def check_patterns(name: str, patterns: object) -> None:
+    """Check a pattern or the keys of a table of patterns; lists hold plain names."""
+    found = [patterns] if isinstance(patterns, str) else list(patterns) if isinstance(patterns, dict) else []
+    if len(found) > MAX_PATTERNS:
+        raise UserError(f"{name} has {len(found):,} entries, more than the {MAX_PATTERNS:,} allowed")
+    for pattern in found:
+        check_pattern(name, pattern)
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    """Raises :class:`UserError` for a pattern outside the dialect, or one that is no regular expression."""
+    try:
+        if len(pattern) > MAX_LENGTH:
+            raise ValueError(f"it has more than {MAX_LENGTH} characters")
+        _check_dialect(pattern)
+        re.compile(pattern)
+    except (ValueError, re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{name}={pattern[:80]!r} will not do as a pattern: {error}") from None
+
+
+def _check_dialect(pattern: str) -> None:
+    tokens = TOKEN.findall(pattern)
+    depth, repeats, separated, words = 0, 0, True, [0]
+    for token, following in zip(tokens, [*tokens[1:], ""], strict=True):
+        optional = following in ("*", "+", "?")
+        if token == "{" or re.fullmatch(r"\\[^\WdwDWsS]", token):
+            raise ValueError("'{', back-references and anchors like \\b are not understood")
+        if token.startswith("("):
+            depth, words = depth + 1, [0] if not depth and token in ("(", "(?:") else words
+        elif token == ")":
+            depth -= 1
+            if not depth and not optional:
+                separated = separated or (len(words) <= MAX_CHOICES and min(words) >= MIN_WORD)
+        elif token in ("*", "+"):
+            repeats += 1
+            if depth or repeats > MAX_REPEATS:
+                raise ValueError(f"'*' and '+' must stand outside groups, at most {MAX_REPEATS} times")
+            if not separated:
+                raise ValueError("between two '*' or '+' there must be a plain character or word")
+            separated = False
+        elif token == "|":
+            words = [*words, 0] if depth else words
+            separated = separated or not depth
+        elif PLAIN.fullmatch(token) and not optional:
+            words = [*words[:-1], words[-1] + 1] if depth == 1 else words
+            separated = separated or not depth
+        if token == ")" and following in ("*", "+"):
+            raise ValueError("a group cannot be repeated")
+
+
+@functools.lru_cache(maxsize=4096)
+def suffix_matcher(pattern: str) -> re.Pattern[str]:
+    """How PEFT reads the keys of ``rank_pattern``: the pattern must match the end of a path, at a dot."""
+    return re.compile(rf"(.*\.)?({pattern})$")
