@@ -49,6 +49,12 @@ class GridConfig:
         names = [a.name for a in (self.x, self.y, self.z) if a.name]
         if len(names) > len(set(names)):
             raise UserError(f"two axes are called {max(names, key=names.count)!r}: each may appear once")
+        used: dict[str, str] = {}
+        for a in (self.x, self.y, self.z):
+            for key in {key for change in a.changes for key in change}:
+                if key in used:
+                    raise UserError(f"the axes {used[key]!r} and {a.name!r} both set the {key}: keep one of them")
+                used[key] = a.name
         sizes = [len(a.labels) for a in (self.z, self.y, self.x)]
         if sizes[0] * sizes[1] * sizes[2] > MAX_CELLS:
             raise UserError(f"the grid has more than {MAX_CELLS} cells: take some values out")

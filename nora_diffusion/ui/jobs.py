@@ -84,10 +84,10 @@ class Jobs:
         with user_errors(folder):
             (folder / "photos").mkdir(parents=True, mode=0o700)
             folder.chmod(0o700)
-            for photo in photos:
+            for number, photo in enumerate(photos):
                 for file in (photo, photo.with_suffix(".txt")):
-                    if file.is_file():
-                        shutil.copyfile(file, folder / "photos" / file.name)
+                    if file.is_file():  # numbered: two photos may have one name
+                        shutil.copyfile(file, folder / "photos" / f"{number:03d}-{file.name}")
         import yaml
 
         write_atomic(folder / "request.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -40,6 +40,14 @@ CSS = """
 .facts tr.new td { font-weight: 600; }
 .empty { border: 1px dashed var(--border-color-primary); border-radius: 10px; padding: 1.2rem;
   color: var(--body-text-color-subdued); }
+.plots { display: grid; gap: .75rem; }
+.plot { margin: 0; }
+.plot figcaption { font-weight: 550; margin-bottom: .2rem; }
+.plot svg { width: 100%; max-width: 640px; display: block; font-size: 12px; }
+.plot text { fill: var(--body-text-color-subdued); }
+.plot .rule { stroke: var(--border-color-primary); stroke-width: 1; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; color: var(--body-text-color-subdued); }
+.legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
 .rack { border-left: 3px solid var(--color-accent); padding-left: .6rem; }
 @media (max-width: 640px) { .gradio-container { padding: .5rem !important; } .facts th { white-space: normal; } }
 """

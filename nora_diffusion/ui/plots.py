@@ -25,7 +25,7 @@ def line_chart(name: str, series: Mapping[str, Points], x_label: str, y_label: s
         return ""
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
     parts = [_grid(x_ticks, y_ticks, x_label, y_label)]
-    for number, (label, points) in enumerate(shown.items()):
+    for number, points in enumerate(shown.values()):
         colour = COLOURS[number % len(COLOURS)]
         places = [
             (_scale(x, x_ticks, LEFT, WIDTH - RIGHT), _scale(y, y_ticks, HEIGHT - BOTTOM, TOP))

@@ -188,6 +188,7 @@ MISTAKES = {
     "huge range": (["--x", "seed=1..9999999", "--prompt", "x"], "range"),
     "too many": (["--x", "seed=1..100", "--y", "steps=1..100", "--prompt", "x"], "more than 1000"),
     "same axis twice": (["--x", "seed=1", "--y", "seed=2", "--prompt", "x"], "may appear once"),
+    "weight said twice": (["--x", "adapter=none,a:0.8", "--y", "weight=0,1", "--prompt", "x"], "both set the weight"),
     "no prompt": (["--x", "seed=1"], "no prompt"),
     "tag in the prompt": (["--x", "seed=1", "--prompt", "x <lora:dog:1>"], "tags"),
     "method without a place": (["--x", "method=nora,lora", "--prompt", "x", "--adapter", "a"], "{method}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -14,7 +15,7 @@ from nora_diffusion.ui.plots import bar_chart, line_chart, ticks
 def test_ticks_enclose_and_are_few(low: float, high: float) -> None:
     marks = ticks(low, high)
     assert marks[0] <= low + 1e-12 and marks[-1] >= high - 1e-12 and 2 <= len(marks) <= 8
-    steps = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(marks)]
     assert steps == pytest.approx([steps[0]] * len(steps))
 
 

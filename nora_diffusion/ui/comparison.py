@@ -1,0 +1,180 @@
+"""What the Compare tab makes: a grid over adapters of the library, on the app's one pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..adapter_file import FILE_NAME
+from ..errors import UserError
+from ..evaluation.axes import NONE, Axis, Cell, parse_axis
+from ..evaluation.grid import NO_AXIS, Grid, GridConfig, MadeCell
+from .engine import MAX_SIDE, MAX_STEPS
+from .jobs import Job
+from .library import Entry
+from .runs import Run, Skipped
+from .state import App
+
+AXES = ("adapter", "weight", "method", "seed", "step", "steps", "guidance", "prompt")
+MAX_CELLS = 100
+KEPT_CELLS = 2000
+MAX_TEXT = 4000
+BASE_ALONE = "none"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished grid: labelled cells, and copies of its sheet and its description that a page may download."""
+
+    cells: tuple[tuple[str, Path], ...]
+    sheet: Path
+    report: Path
+
+
+def build_axis(app: App, name: str, values: str, adapter: str) -> Axis:
+    """An axis from the page. Adapters are named as in the library, never by path.
+
+    Raises :class:`UserError` for an unknown axis or name, and for steps or methods that there are not.
+    """
+    if not name or name == BASE_ALONE:
+        return NO_AXIS
+    if name not in AXES:
+        raise UserError(f"there is no axis {name[:40]!r}: choose one of {', '.join(AXES)}")
+    if len(values or "") > MAX_TEXT:
+        raise UserError(f"an axis has more than {MAX_TEXT} characters: take some values out")
+    words = [word.strip() for word in re.split("[|,\n]", values or "") if word.strip()]
+    if name == "adapter":
+        return Axis(name, tuple(words), tuple({"adapter": _path(app, word)} for word in words))
+    if name == "method":
+        found = {entry.info.method: entry for entry in reversed(siblings(app, adapter)) if entry.info}
+        return Axis(name, tuple(words), tuple({"adapter": str(_known(found, word, "method").file)} for word in words))
+    if name == "step":
+        steps = {str(step): file for step, file in checkpoints(app, adapter).items()}
+        return Axis(name, tuple(words), tuple({"adapter": str(_known(steps, word, "step"))} for word in words))
+    return parse_axis(f"{name}={values}")
+
+
+def _known(table: dict[str, Any], word: str, what: str) -> Any:
+    if word not in table:
+        raise UserError(f"there is no {what} {word[:40]!r} of this subject: it has {', '.join(table) or 'none'}")
+    return table[word]
+
+
+def _path(app: App, name: str) -> str | None:
+    if name in NONE:
+        return None
+    entry = app.library.entry(name)
+    if misfit := app.misfit(entry):
+        raise UserError(f"the adapter {name!r} cannot be used here: {misfit}")
+    return str(entry.file)
+
+
+def siblings(app: App, adapter: str) -> list[Entry]:
+    """Adapters of the same subject (trigger and class word) that fit the base, newest first."""
+    if not adapter or adapter in NONE:
+        return []
+    info = app.library.entry(adapter).info
+    return [
+        e
+        for e in app.library.entries()
+        if info and e.info and (e.info.trigger, e.info.class_word) == (info.trigger, info.class_word)
+        if not app.misfit(e)
+    ]
+
+
+def job_of(app: App, adapter: str) -> Job | None:
+    """The training that an adapter of the library came from."""
+    return next((job for job in app.jobs.list() if job.adapter is not None and job.adapter.name == adapter), None)
+
+
+def checkpoints(app: App, adapter: str) -> dict[int, Path]:
+    """The adapter files of a subject's training by step."""
+    job = None if not adapter or adapter in NONE else job_of(app, adapter)
+    if job is None:
+        return {}
+    files = (job.folder / "run" / "checkpoints").glob(f"step-*/{FILE_NAME}")
+    return dict(sorted((int(file.parent.name[5:]), file) for file in files if file.parent.name[5:].isdigit()))
+
+
+def suggestion(app: App, name: str, adapter: str, prompt: str) -> str:
+    """Values to start with, once an axis is chosen."""
+    if name == "adapter":
+        names = [e.name for e in app.library.entries() if e.info and not app.misfit(e)]
+        return ", ".join([BASE_ALONE, *names[:4]])
+    if name == "method":
+        return ", ".join(dict.fromkeys(e.info.method for e in siblings(app, adapter) if e.info))
+    if name == "step":
+        return ", ".join(map(str, checkpoints(app, adapter)))
+    return {
+        "weight": "0, 0.5, 1", "seed": "1..4", "steps": "5, 10, 20", "guidance": "2, 5, 8", "prompt": f"{prompt} | ",
+    }.get(name, "")  # fmt: skip
+
+
+def check_size(config: GridConfig) -> GridConfig:
+    """Raises :class:`UserError` for a grid that a page may not ask for."""
+    cells = config.cells()
+    if len(cells) > MAX_CELLS:
+        raise UserError(f"{len(cells)} cells are too many here: {MAX_CELLS} are the limit; see nora-diffusion grid")
+    for _, cell in cells:
+        if cell.steps > MAX_STEPS or max(cell.width or 0, cell.height or 0) > MAX_SIDE:
+            raise UserError(f"a cell has more than {MAX_STEPS} steps or {MAX_SIDE} pixels: choose fewer")
+    return config
+
+
+def build_grid(app: App, cell: Cell, axes: Sequence[Axis]) -> GridConfig:
+    """The grid of a page; all of them share one folder of cells, so that none is ever made twice."""
+    x, y, z = axes
+    out = app.library.folder / ".grids"
+    return check_size(GridConfig(cell, x, y, z, base=app.engine.base, out=str(out)))
+
+
+def compare(app: App, config: GridConfig, adapter: str, scored: bool, run: Run) -> Comparison:
+    """Make the grid on the device that ``run`` holds; raises what ``run.check`` raises when it is interrupted."""
+    app.engine.use([])
+    grid = Grid(config, app.engine.pipe)
+
+    def watch(step: int, latents: Any) -> None:
+        with contextlib.suppress(Skipped):
+            run.check()
+        run.report(step=step)
+
+    for done, total in grid.make(watch):
+        run.check()
+        run.report(picture=min(done + 1, total), pictures=total, step=0, steps=config.cell.steps)
+    judge, references = _judge(app, adapter) if scored else (None, [])
+    made = grid.finish(judge, references)
+    folder = grid.folder
+    result = Comparison(
+        tuple((cell_label(config, cell), cell.file) for cell in made),
+        Path(app.hand_out(folder / "grid.png")),
+        Path(app.hand_out(folder / "grid.json")),
+    )
+    _prune(folder / "cells", {cell.file for cell in made})
+    return result
+
+
+def _judge(app: App, adapter: str) -> tuple[Any, list[Any]]:
+    from ..data import read_photos
+    from ..judges import load_judge
+
+    job = job_of(app, adapter) if adapter and adapter not in NONE else None
+    references = [photo.image for photo in read_photos(job.folder / "photos")] if job else []
+    return (load_judge(), references) if app.engine.is_embedded else (None, [])
+
+
+def cell_label(config: GridConfig, cell: MadeCell) -> str:
+    """A cell in words: its place on every axis."""
+    axes = zip((config.x, config.y, config.z), cell.place, strict=True)
+    return ", ".join(title for axis, place in axes if (title := axis.title(place)))
+
+
+def _prune(folder: Path, keep: set[Path]) -> None:
+    """Old cells beyond the limit go; those of this grid stay."""
+    files = sorted(folder.glob("*.png"), key=lambda file: -file.stat().st_mtime)
+    for file in files[KEPT_CELLS:]:
+        if file not in keep:
+            file.unlink(missing_ok=True)
