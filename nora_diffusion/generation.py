@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from .base import base_id, is_embedded, open_pipeline
+from .composition.library import Known, adapters_in, given, resolve
+from .composition.tags import Tag, parse_tags, parse_weight
 from .errors import UserError
 from .files import user_errors
-from .loaders import LoadedAdapter, load_adapter
+from .loaders import LoadedAdapter, list_adapters, load_adapter, set_adapters
 from .pictures import PictureSettings, save_picture
 from .versions import versions
 
@@ -26,11 +28,16 @@ MAX_STEPS, MAX_SIDE, MAX_PROMPT = 1000, 4096, 4000
 
 @dataclass
 class GenerateConfig:
-    """What to generate: ``num`` pictures of each prompt; picture ``i`` has the seed ``seed + i``."""
+    """What to generate: ``num`` pictures of each prompt; picture ``i`` has the seed ``seed + i``.
+
+    ``adapters`` act on every prompt, at their weight or at the one that a prompt's ``<lora:name:0.8>`` gives; those in
+    the folder ``library`` only on prompts that name them.
+    """
 
     prompts: list[str]
     base: str | None = None
     adapters: list[str] = field(default_factory=list)
+    library: str | None = None
     negative_prompt: str = ""
     num: int = 1
     seed: int = 0
@@ -64,39 +71,68 @@ def parse_adapter(text: str) -> tuple[str, float]:
     path, colon, tail = text.rpartition(":")
     if not colon or not path or "/" in tail or "\\" in tail:
         return text, 1.0
-    try:
-        weight = float(tail)
-    except ValueError:
-        raise UserError(f"the weight {tail!r} in --adapter {text!r} is no number: write path:0.8") from None
-    if not math.isfinite(weight) or abs(weight) > 100:
-        raise UserError(f"the weight {tail} in --adapter {text!r} is out of range: choose -100 to 100")
-    return path, weight
+    return path, parse_weight(tail, f"--adapter {text!r}")
 
 
 def generate(config: GenerateConfig) -> list[Path]:
     """Make the pictures and return their files. Nothing is written unless base and adapters load."""
     config.check()
-    wanted = [parse_adapter(text) for text in config.adapters]
+    known = given([parse_adapter(text) for text in config.adapters])
+    shelf = known + (adapters_in(config.library) if config.library else [])
+    wanted = [_read_prompt(prompt, known, shelf) for prompt in config.prompts]
     out = Path(config.out).expanduser()
     _check_writable(out)
     pipe = open_pipeline(config.base, device=config.device)
-    loaded = [(load_adapter(pipe, path, weight=weight), weight) for path, weight in wanted]
-    guidance = config.guidance
-    if guidance is None:
-        guidance = default_guidance(config.base)
-    jobs = [(prompt, config.seed + i) for prompt in config.prompts for i in range(config.num)]
+    loaded = _load_all(pipe, [adapter for _, live in wanted for adapter in live])
+    guidance = default_guidance(config.base) if config.guidance is None else config.guidance
+    jobs = [(prompt, config.seed + i, live) for prompt, live in wanted for i in range(config.num)]
     files = []
-    for batch in _batches(jobs, config.batch):
+    for batch, live in _batches(jobs, config.batch):
+        _use(pipe, {loaded[adapter].name: tag for adapter, tag in live.items()})
         images = run(
             pipe, [p for p, _ in batch], [s for _, s in batch], config.steps, guidance,
             config.negative_prompt, config.width, config.height,
         )  # fmt: skip
+        described = [_describe(loaded[adapter], tag) for adapter, tag in live.items()]
         for image, (prompt, seed) in zip(images, batch, strict=True):
             settings = picture_settings(
-                pipe, image, prompt, seed, config.steps, guidance, config.negative_prompt, _describe(loaded)
+                pipe, image, prompt, seed, config.steps, guidance, config.negative_prompt, described
             )
             files.append(save_picture(image, free_name(out, seed), settings))
     return files
+
+
+Live = dict[Known, Tag]
+"""The adapters that act on a prompt, and how."""
+
+
+def _read_prompt(prompt: str, known: list[Known], shelf: list[Known]) -> tuple[str, Live]:
+    clean, tags = parse_tags(prompt)
+    if not clean.strip():
+        raise UserError(f"there is no prompt beside the tags in {prompt!r}")
+    live = {adapter: adapter.always for adapter in known if adapter.always is not None}
+    return clean, live | {resolve(tag, shelf): tag for tag in tags}
+
+
+def _load_all(pipe: Any, adapters: Sequence[Known]) -> dict[Known, LoadedAdapter]:
+    """Each adapter once, under a name of our own: PEFT takes few signs in one, and files may be called anything."""
+    return {
+        adapter: load_adapter(pipe, adapter.path, f"adapter_{i}", activate=False)
+        for i, adapter in enumerate(dict.fromkeys(adapters))
+    }
+
+
+def _use(pipe: Any, tags: dict[str, Tag]) -> None:
+    """Make exactly these adapters active, by the names that the pipeline knows them under."""
+    held = list_adapters(pipe)
+    parts = {name: [part for part, names in held.items() if name in names] for name in tags}
+    set_adapters(pipe, list(tags), [_weights(tag, parts[name]) for name, tag in tags.items()])
+
+
+def _weights(tag: Tag, parts: Sequence[str]) -> float | dict[str, float]:
+    if tag.unet == tag.te:
+        return tag.unet
+    return {part: tag.te if part.startswith("text_encoder") else tag.unet for part in parts}
 
 
 def default_guidance(base: str | None) -> float:
@@ -173,16 +209,18 @@ def _check_writable(folder: Path) -> None:
         raise UserError(f"cannot write {folder}: {there} is no folder that you may write to; choose another one")
 
 
-def _describe(loaded: list[tuple[LoadedAdapter, float]]) -> list[dict[str, Any]]:
-    return [
-        {"name": a.name, "weight": weight, "sha256": a.info.sha256, "path": a.info.path, "trigger": a.trigger}
-        for a, weight in loaded
-    ]
+def _describe(loaded: LoadedAdapter, tag: Tag) -> dict[str, Any]:
+    info = loaded.info
+    said = {"name": tag.name, "weight": tag.unet, "sha256": info.sha256, "path": info.path, "trigger": info.trigger}
+    return said if tag.te == tag.unet else {**said, "te": tag.te}
 
 
-def _batches(jobs: list[tuple[str, int]], size: int) -> Iterator[list[tuple[str, int]]]:
-    for start in range(0, len(jobs), size):
-        yield jobs[start : start + size]
+def _batches(jobs: list[tuple[str, int, Live]], size: int) -> Iterator[tuple[list[tuple[str, int]], Live]]:
+    """``(prompt, seed)`` of pictures that are made together, which have the same adapters at the same weights."""
+    for _, group in itertools.groupby(jobs, key=lambda job: list(job[2].items())):
+        same = list(group)
+        for start in range(0, len(same), size):
+            yield [(prompt, seed) for prompt, seed, _ in same[start : start + size]], same[0][2]
 
 
 def free_name(folder: Path, seed: int) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from .composition.tags import Tag, tag_name
 from .errors import UserError
 from .files import write_atomic
 
@@ -19,7 +20,10 @@ JSON_KEY = "nora_diffusion"
 
 @dataclass
 class PictureSettings:
-    """Everything that made a picture. ``adapters`` are ``{"name", "weight", "sha256", "path"}``."""
+    """Everything that made a picture.
+
+    ``adapters`` are ``{"name", "weight", "sha256", "path"}``, with ``"te"`` where text encoders had another weight.
+    """
 
     prompt: str
     seed: int
@@ -35,8 +39,7 @@ class PictureSettings:
 
     def parameters_text(self) -> str:
         """The text that A1111 and its relatives write and read under the PNG key ``parameters``."""
-        tags = "".join(f" <lora:{a['name']}:{a['weight']:g}>" for a in self.adapters)
-        lines = [self.prompt + tags]
+        lines = [" ".join([self.prompt, *(str(tag_of(adapter)) for adapter in self.adapters)])]
         if self.negative_prompt:
             lines.append(f"Negative prompt: {self.negative_prompt}")
         values = {
@@ -51,6 +54,12 @@ class PictureSettings:
         parts = [f"{key}: {value}" for key, value in values.items() if value != ""]
         lines.append(", ".join(parts + ([f'Lora hashes: "{hashes}"'] if hashes else [])))
         return "\n".join(lines)
+
+
+def tag_of(adapter: dict[str, Any]) -> Tag:
+    """The prompt tag that asks for an adapter as a picture's settings describe it."""
+    weight = float(adapter["weight"])
+    return Tag(tag_name(str(adapter["name"])), weight, float(adapter.get("te", weight)))
 
 
 def save_picture(image: Image.Image, path: Path, settings: PictureSettings) -> Path:

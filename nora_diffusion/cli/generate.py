@@ -9,10 +9,13 @@ HELP = "generate pictures with any base and adapters"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this command."""
-    parser.add_argument("--prompt", action="append", default=[], help="what to show; may be given several times")
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="what to show, with tags like <lora:dog:0.8>; may be repeated"
+    )
     parser.add_argument(
         "--adapter", action="append", default=[], metavar="PATH[:WEIGHT]", help="file, folder or hub id"
     )
+    parser.add_argument("--library", metavar="DIR", help="folder of adapters that tags in prompts may name")
     parser.add_argument("--base", help="pipeline folder or hub id; without it the embedded base")
     parser.add_argument("--negative_prompt", default="", help="what to avoid")
     parser.add_argument("--num", type=int, default=1, help="pictures of each prompt")

@@ -18,9 +18,9 @@ from ..loaders.inject import check_new_name
 from ..loaders.load import place
 from ..model_card import write_card
 from ..versions import versions
+from .angles import WARN_ABOVE, source_overlap
 from .assembly import assemble
 from .modes import MODES, Mixed, Mode, Options
-from .angles import WARN_ABOVE, source_overlap
 from .sources import Key, Source, check_same_base, file_source, loaded_source
 from .tags import check_weight
 

@@ -74,10 +74,15 @@ def write_tags(prompt: str, tags: Sequence[Tag]) -> str:
     return " ".join([kept, *added] if kept else added)
 
 
+def tag_name(text: str) -> str:
+    """``text`` as a name that can stand in a tag; what cannot becomes ``_``."""
+    return FORBIDDEN.sub("_", text).strip() or "_"
+
+
 def parse_weight(text: str, where: str) -> float:
     """A weight from a prompt or a command line. Raises :class:`UserError` that names ``where`` it stands."""
     if not NUMBER.fullmatch(text.strip()):
-        raise UserError(f"the weight {text.strip()!r} in {where} is no number: write 0.8, say")
+        raise UserError(f"the weight {text.strip()!r} in {where} is no number: write 0.8 or the like")
     return check_weight(float(text), where)
 
 

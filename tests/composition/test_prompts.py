@@ -1,0 +1,106 @@
+"""Tags in the prompts of `generate`: which adapter acts on which picture, how strongly, and what its file says."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from nora_diffusion import UserError, add_adapter, lora, open_pipeline, save_adapter
+from nora_diffusion.composition.library import Known, adapters_in, given, name_of, resolve
+from nora_diffusion.composition.tags import Tag
+from nora_diffusion.generation import GenerateConfig, generate
+from nora_diffusion.loaders import delete_adapter, trainable_parameters
+from nora_diffusion.pictures import read_settings
+
+
+@pytest.fixture(scope="module")
+def library(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the adapters ``dog`` (a folder) and ``my hat`` (a file), of UNet and text encoder."""
+    pipe: Any = open_pipeline(tiny_base)
+    folder = tmp_path_factory.mktemp("library")
+    for name in ("dog", "hat"):
+        add_adapter(pipe, lora(r=2), name, ("unet", "text_encoder"))
+        for parameter in trainable_parameters(pipe, name).values():
+            parameter.data.normal_(std=0.5)
+        file = save_adapter(pipe, folder / name, name, info={"trigger": "sks"})
+        delete_adapter(pipe, name)
+    shutil.copy(file, folder / "my hat.safetensors")
+    shutil.rmtree(folder / "hat")
+    return folder
+
+
+def pictures(base: Path, out: Path, *prompts: str, **more: Any) -> list[Path]:
+    return generate(
+        GenerateConfig(list(prompts), str(base), steps=1, width=16, height=16, seed=3, out=str(out), **more)
+    )
+
+
+def pixels(file: Path) -> bytes:
+    with Image.open(file) as image:
+        return image.tobytes()
+
+
+def test_each_prompt_gets_the_adapters_it_names(tiny_base: Path, library: Path, tmp_path: Path) -> None:
+    """A prompt with tags makes the picture that --adapter with these weights makes, whatever came before it."""
+    tagged = pictures(
+        tiny_base, tmp_path / "tags", "a dog <lora:dog:0.8> in snow", "a dog in snow",
+        "<lora:my hat:0.5> a dog <lora:dog:0.8> in snow", "a dog in snow <lora:dog:unet=0.8:te=0.1>",
+        library=str(library), num=2,
+    )  # fmt: skip
+    dog, hat = f"{library / 'dog'}:0.8", f"{library / 'my hat.safetensors'}:0.5"
+    alone = [
+        pictures(tiny_base, tmp_path / "alone", "a dog in snow", adapters=adapters, num=2)
+        for adapters in ([dog], [], [dog, hat])
+    ]
+    assert [pixels(f) for f in tagged[:6]] == [pixels(f) for files in alone for f in files]
+    assert len({pixels(f) for f in tagged}) == 8
+    settings = [read_settings(f) for f in tagged[::2]]
+    assert [s.prompt for s in settings] == ["a dog in snow"] * 4
+    said = [[(a["name"], a["weight"], a.get("te")) for a in s.adapters] for s in settings]
+    assert said == [[("dog", 0.8, None)], [], [("my hat", 0.5, None), ("dog", 0.8, None)], [("dog", 0.8, 0.1)]]
+    assert all(len(a["sha256"]) == 64 and a["trigger"] == "sks" for s in settings for a in s.adapters)
+    with Image.open(tagged[6]) as image:
+        first = image.text["parameters"].splitlines()[0]  # type: ignore[attr-defined]
+    assert first == "a dog in snow <lora:dog:unet=0.8:te=0.1>"
+
+
+def test_a_tag_overrides_the_weight_of_a_given_adapter(tiny_base: Path, library: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    files = pictures(tiny_base, out, "a dog", "a dog <lora:dog:0.3>", adapters=[f"{library / 'dog'}:0.8"])
+    assert [read_settings(f).adapters[0]["weight"] for f in files] == [0.8, 0.3]
+    again = pictures(tiny_base, out, "a dog", adapters=[f"{library / 'dog'}:0.3"])
+    assert pixels(files[1]) == pixels(again[0]) != pixels(files[0])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ("a <lora:dgo:1>", "<lora:dgo:1> names no adapter that is known: there is dog"),
+        ("a <lora:dog:x>", "'x' in <lora:dog:x> is no number"),
+        ("<lora:dog:1>", "no prompt beside the tags"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_loaded(library: Path, tmp_path: Path, prompt: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        pictures(tmp_path / "no such base", tmp_path / "out", "fine", prompt, library=str(library))
+    assert says in str(caught.value)
+
+
+def test_names(library: Path, tmp_path: Path) -> None:
+    assert name_of("out/dog") == name_of("user/dog") == name_of("out/dog.safetensors") == "dog"
+    assert name_of(str(library / "dog" / "nora_adapter.safetensors")) == "dog"
+    assert name_of("pets.nora_pack.safetensors#cat") == "cat"
+    assert name_of("a<b>:c") == "a_b__c"
+    assert [adapter.name for adapter in adapters_in(library)] == ["dog", "my hat"]
+    with pytest.raises(UserError, match="is no folder"):
+        adapters_in(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="both named 'dog'"):
+        given([("a/dog", 1.0), ("b/dog", 0.5)])
+    with pytest.raises(UserError, match="may mean a or b"):
+        resolve(Tag("dog"), [Known("dog", "a"), Known("dog", "b")])
+    with pytest.raises(UserError, match="--library"):
+        resolve(Tag("dog"), [])
