@@ -68,9 +68,9 @@ def _said(error: Exception) -> Exception:
     if isinstance(error, gr.Error):
         return error
     if isinstance(error, UserError):
-        return gr.Error(sentence(error), title="That did not work", duration=12)
+        return gr.Error(sentence(error), title="That did not work", duration=12, print_exception=False)
     log.error("unexpected error in a handler", exc_info=error)
-    return gr.Error(APOLOGY, title="Error", duration=12)
+    return gr.Error(APOLOGY, title="Error", duration=12, print_exception=False)
 
 
 def sentence(error: object) -> str:

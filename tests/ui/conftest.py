@@ -1,0 +1,165 @@
+"""One running app and one browser for all tests of the app."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from factories import tiny_random_pipeline
+
+ROOT = Path(__file__).parents[2]
+# What a hostile environment would set; the app must not listen to any of it.
+HOSTILE = {
+    "GRADIO_SHARE": "True", "GRADIO_MCP_SERVER": "True", "GRADIO_ALLOWED_PATHS": "/", "GRADIO_SERVER_NAME": "0.0.0.0",
+    "GRADIO_RUN_HISTORY": "True", "GRADIO_ROOT_PATH": "/elsewhere", "GRADIO_DEBUG": "1", "GRADIO_VIBE_MODE": "1",
+}  # fmt: skip
+
+
+@dataclass
+class Server:
+    """A running app."""
+
+    url: str
+    library: Path
+    scratch: Path
+    process: subprocess.Popen[str]
+    log: Path
+    cookies: dict[str, str] | None = None
+    functions: dict[str, int] = field(default_factory=dict)
+
+    def client(self, **headers: str) -> httpx.Client:
+        """An HTTP client of it."""
+        return httpx.Client(base_url=self.url, headers=headers, cookies=self.cookies, timeout=60)
+
+    def call(self, name: str, *data: Any, event: dict[str, Any] | None = None, session: str = "test") -> dict[str, Any]:
+        """Run a handler as a script would, past the page; returns the last message: ``success`` and ``output``."""
+        with self.client() as http:
+            if not self.functions:
+                found = http.get("/config").json()["dependencies"]
+                self.functions = {f["api_name"]: f["id"] for f in found}
+            body = {"data": data, "fn_index": self.functions[name], "session_hash": session, "event_data": event}
+            joined = http.post("/gradio_api/queue/join", content=json.dumps(body, allow_nan=True).encode(),
+                               headers={"content-type": "application/json"})  # fmt: skip
+            if joined.status_code != 200:
+                return {"success": False, "output": {"error": joined.text}}
+            with http.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as lines:
+                for line in lines.iter_lines():
+                    message = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
+                    if message.get("msg") == "process_completed":
+                        return message
+        raise AssertionError("the stream ended without a result")
+
+    def stop(self) -> int:
+        """End it as a system would."""
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(20)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        return code
+
+
+def start(folder: Path, *flags: str) -> Server:
+    """Start the app in a process of its own on a free port."""
+    (folder / "tmp").mkdir(parents=True)
+    log = folder / "server.log"
+    environment = {**os.environ, **HOSTILE, "TMPDIR": str(folder / "tmp"), "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "app.py", "--port", "0", "--library", str(folder / "library"), *flags]
+    with log.open("w") as errors:
+        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    match = re.search(r"http://\S+?(?=/?[ ;])", line)
+    assert match, line + log.read_text()
+    (scratch,) = (folder / "tmp").glob("nora_app_*")
+    return Server(match[0], folder / "library", scratch, process, log)
+
+
+def save_random(pipe: Any, folder: Path, config: Any, **info: Any) -> Path:
+    """Save an adapter that changes pictures; the pipeline is left as it was."""
+    from nora_diffusion import add_adapter, delete_adapter, save_adapter
+    from nora_diffusion.loaders import trainable_parameters
+
+    add_adapter(pipe, config, "fresh", ("unet", "text_encoder"))
+    for parameter in trainable_parameters(pipe, "fresh").values():
+        parameter.data.normal_(std=0.1)
+    file = save_adapter(pipe, folder, "fresh", info=info)
+    delete_adapter(pipe, "fresh")
+    return file
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random base, so that pictures cost nothing."""
+    return tiny_random_pipeline(tmp_path_factory.mktemp("ui") / "base")
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    """Adapters for that base: two good ones, one of another base, a broken one, one with a hostile name."""
+    from nora_diffusion import lora, nora, open_pipeline
+
+    folder = tmp_path_factory.mktemp("adapters")
+    pipe = open_pipeline(base)
+    said = {"trigger": "sks", "instance_prompt": "a sks dog", "class_word": "dog"}
+    save_random(pipe, folder / "dog", nora(r=4, inner_r=2, basis="svd"), **said)
+    save_random(pipe, folder / "hat", lora(r=2), trigger="zwx", instance_prompt="a zwx hat")
+    save_random(pipe, folder / "<img src=x onerror=alert(1)>", lora(r=2), trigger="<script>alert(2)</script>")
+    other = open_pipeline(tiny_random_pipeline(tmp_path_factory.mktemp("other") / "other", seed=1))
+    save_random(other, folder / "stranger", lora(r=2), trigger="abc")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "nora_adapter.safetensors").write_bytes(b"<!doctype html><html>not found</html>")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, library: Path, base: Path) -> Iterator[Server]:
+    """The app that most tests share, with that library."""
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copytree(library, folder / "library")
+    running = start(folder, "--base", str(base))
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium by Playwright. Without one the tests are skipped with a notice; in CI they fail."""
+    from playwright.sync_api import sync_playwright
+
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        notice = "no Chromium found: the browser tests need it (apt-get install chromium)"
+        if os.environ.get("CI"):
+            pytest.fail(notice)
+        pytest.skip(notice)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: Server) -> Iterator[Any]:
+    """A fresh visit to the app; errors of the page's scripts fail the test."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    tab = context.new_page()
+    faults: list[str] = []
+    tab.on("pageerror", lambda error: faults.append(str(error)))
+    tab.on("dialog", lambda dialog: (faults.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    tab.set_default_timeout(30_000)
+    tab.goto(server.url)
+    tab.wait_for_selector("#generate")
+    yield tab
+    context.close()
+    assert not faults, faults

@@ -1,0 +1,234 @@
+"""Attacks on the running app, and the defaults that stop them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nora_diffusion import UserError
+from nora_diffusion.ui import AppConfig
+
+from .conftest import ROOT, Server, start
+
+JOIN = "/gradio_api/queue/join"
+UPLOAD = "/gradio_api/upload"
+
+
+def generate(server: Server, **changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "prompt": "a dog", "negative": "", "count": 1, "seed": 3, "steps": 2, "guidance": 2.0, "width": 16,
+        "height": 16, "blocks": {},
+    }  # fmt: skip
+    assert set(changes) <= set(values)
+    return server.call("generate", *{**values, **changes}.values())
+
+
+def error(result: dict[str, Any]) -> str:
+    assert not result["success"], result
+    return str(result["output"].get("error"))
+
+
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "", "127.0.0.1.evil.example:80"])
+def test_dns_rebinding_is_refused(server: Server, host: str) -> None:
+    with server.client(host=host) as http:
+        assert http.get("/").status_code == 400
+        assert http.post(JOIN, json={}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+        {"origin": "http://127.0.0.1:1"},
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+        {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"},
+    ],
+    ids=str,
+)
+def test_cross_site_posts_are_refused(server: Server, headers: dict[str, str]) -> None:
+    before = sorted(server.scratch.rglob("*"))
+    with server.client(**headers) as http:
+        assert http.post(JOIN, json={"data": [], "fn_index": 0, "session_hash": "x"}).status_code == 403
+        assert http.post(UPLOAD, files={"files": ("a.png", b"x")}).status_code == 403
+    assert sorted(server.scratch.rglob("*")) == before
+
+
+def test_the_page_itself_still_works(server: Server) -> None:
+    with server.client(origin=server.url, **{"sec-fetch-site": "same-origin"}) as http:
+        assert http.post(UPLOAD, files={"files": ("a.txt", b"x")}).status_code == 200
+    with server.client(**{"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}) as http:
+        assert http.get("/").status_code == 200  # a link on another page may lead here
+
+
+def test_no_file_outside_is_served(server: Server, base: Path) -> None:
+    adapter = server.library / "dog" / "nora_adapter.safetensors"
+    targets = [
+        "/etc/passwd", "file:///etc/passwd", "http://169.254.169.254/latest/meta-data", "../../../etc/passwd",
+        str(ROOT / "app.py"), str(adapter), str(base / "unet" / "config.json"), "app.py",
+        f"{server.scratch}/../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", str(ROOT / "nora_diffusion" / "base.py"),
+    ]  # fmt: skip
+    with server.client() as http:
+        for target in targets:
+            answer = http.get(f"/gradio_api/file={target}")
+            assert answer.status_code in (400, 403, 404, 405), (target, answer.status_code)
+
+
+def test_parts_of_gradio_that_are_not_used_are_closed(server: Server) -> None:
+    with server.client() as http:
+        for path in ("/monitoring", "/gradio_api/proxy=https://example.com/", "/gradio_api/runs", "/gradio_api/mcp/sse",
+                     "/docs", "/openapi.json", "/gradio_api/vibe-code"):  # fmt: skip
+            assert http.get(path).status_code in (404, 405), path
+        assert http.post("/gradio_api/cancel", json={"session_hash": "a", "event_id": "b"}).status_code == 404
+        assert http.post("/gradio_api/call/generate", json={"data": []}).status_code == 404
+        config = http.get("/config").json()
+    assert not config.get("run_history") and not config["show_error"]
+
+
+def test_forged_file_data_is_refused(server: Server, library: Path) -> None:
+    """A page's upload names a file by path; a script may name any other, even a sound adapter."""
+    before = sorted(p.name for p in server.library.iterdir())
+    adapter = library / "dog" / "nora_adapter.safetensors"
+    for path in ("/etc/passwd", "/proc/self/environ", str(adapter), os.path.relpath(adapter, server.scratch / "work")):
+        forged = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.safetensors"}
+        server.call("take", [forged], 0)
+    assert sorted(p.name for p in server.library.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["../dog", "/etc/passwd", "dog/../dog", "dog\0", "..", ".", "", "pictures", "dog\\..", "x" * 5000]
+)
+def test_an_adapter_name_is_no_path(server: Server, name: str) -> None:
+    text = error(server.call("pick", event={"name": name}))
+    assert "no adapter" in text
+    error(server.call("delete", name, 0))
+    assert (server.library / "dog").is_dir()
+
+
+def test_tags_name_adapters_of_the_library_only(server: Server) -> None:
+    for name in ("../library/dog", "/etc/passwd", "nobody", "broken"):
+        text = error(generate(server, prompt=f"a dog <lora:{name}:1>"))
+        assert "adapter" in text.lower(), text
+
+
+def test_a_symlink_in_the_library_is_not_followed(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    link = server.library / "link"
+    link.symlink_to(server.library / "dog")
+    try:
+        error(server.call("pick", event={"name": "link"}))
+    finally:
+        link.unlink()
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"prompt": "a" * 500_000}, ""),
+        ({"prompt": "a" * 4001}, "4000"),
+        ({"negative": "a" * 4001}, ""),
+        ({"steps": 10**9}, ""),
+        ({"steps": -1}, ""),
+        ({"steps": 2.5}, ""),
+        ({"count": 10**6}, ""),
+        ({"guidance": float("nan")}, ""),
+        ({"guidance": float("inf")}, ""),
+        ({"guidance": "5; import os"}, ""),
+        ({"seed": -7}, ""),
+        ({"seed": float("nan")}, ""),
+        ({"width": 10**6}, ""),
+        ({"width": 17}, ""),
+        ({"prompt": "a <lora:dog:nan>"}, "weight"),
+        ({"prompt": "a <lora:dog:1e9>"}, "weight"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": "  "}, "prompt"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_values_past_the_sliders_are_refused(server: Server, changes: dict[str, Any], word: str) -> None:
+    text = error(generate(server, **changes))
+    assert word in text
+    assert "Traceback" not in text
+
+
+def test_a_prompt_of_a_megabyte_is_refused_before_it_is_read(server: Server) -> None:
+    with server.client() as http:
+        assert http.post(JOIN, content=b'{"data": ["' + b"a" * 2**20 + b'"]}').status_code == 413
+
+        def endless() -> Any:
+            for _ in range(40):
+                yield b"a" * 2**16
+
+        refused = http.post(JOIN, content=endless())  # no content-length: counted as it comes
+        assert refused.status_code >= 400
+
+
+def test_the_app_goes_on_after_all_this(server: Server) -> None:
+    result = generate(server)
+    assert result["success"], result
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_files_of_the_app_are_private(server: Server) -> None:
+    assert server.scratch.stat().st_mode & 0o777 == 0o700
+    assert os.readlink(f"/proc/{server.process.pid}/cwd") == str(server.scratch / "work")
+    assert not list((server.scratch / "work").iterdir())
+
+
+def test_it_listens_where_it_says(server: Server) -> None:
+    assert server.url.startswith("http://127.0.0.1:")  # in spite of GRADIO_SERVER_NAME
+
+
+# Off loopback
+
+
+@pytest.mark.parametrize("flags", [[], ["--auth", "user"], ["--auth", ":x"], ["--auth", "x:"]])
+def test_no_listening_without_a_password(flags: list[str]) -> None:
+    words = [sys.executable, "app.py", "--listen", "0.0.0.0", *flags]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --") and "auth" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_settings_are_checked() -> None:
+    for bad in (AppConfig(port=70_000), AppConfig(auth="nocolon"), AppConfig(listen="192.0.2.1")):
+        with pytest.raises(UserError):
+            bad.check()
+    AppConfig(listen="::1").check()
+    AppConfig(listen="0.0.0.0", auth="a:b:c").check()
+    assert AppConfig(auth="a:b:c").credentials == ("a", "b:c")
+    assert not AppConfig(listen="0.0.0.0", auth="a:b").may_change
+    assert AppConfig(listen="0.0.0.0", auth="a:b", allow_changes=True).may_change
+
+
+def test_a_shared_app(tmp_path: Path, base: Path, library: Path) -> None:
+    """Everything asks for the password; training, upload and delete stay closed; guessing is slowed down."""
+    import shutil
+
+    shutil.copytree(library / "dog", tmp_path / "library" / "dog")
+    shared = start(tmp_path, "--listen", "0.0.0.0", "--auth", "nora:secret", "--base", str(base))
+    try:
+        shared.url = shared.url.replace("0.0.0.0", "127.0.0.1").replace("localhost", "127.0.0.1")
+        with shared.client() as http:
+            assert http.get("/config").status_code == 401
+            assert http.post(JOIN, json={"data": [], "fn_index": 0, "session_hash": "x"}).status_code == 401
+            assert http.post(UPLOAD, files={"files": ("a.txt", b"x")}).status_code == 401
+            assert http.post("/login", data={"username": "nora", "password": "secret"}).status_code == 200
+            shared.cookies = dict(http.cookies)
+            assert http.get("/config").status_code == 200
+        assert "--allow-changes" in error(shared.call("delete", "dog", 0))
+        assert "--allow-changes" in error(shared.call("take", None, 0))
+        assert (shared.library / "dog").is_dir()
+        with shared.client() as http:
+            tries = [http.post("/login", data={"username": "nora", "password": str(n)}) for n in range(8)]
+            assert {answer.status_code for answer in tries} == {400}
+            assert http.post("/login", data={"username": "nora", "password": "secret"}).status_code == 400
+    finally:
+        assert shared.stop() == 0
+    assert not shared.scratch.exists()
