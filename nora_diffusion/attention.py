@@ -24,13 +24,13 @@ LiveDelta = tuple[float, Delta]
 def fused_deltas(layer: nn.Module, kind: type[nn.Module]) -> list[LiveDelta] | None:
     """The live deltas of a projection if all are of one kind and the layer stands alone, else None.
 
-    A foreign tuner layer around ours (an ordinary LoRA), a delta in training mode or of another kind means that the
-    projection must be called as it is.
+    A foreign tuner layer around ours (an ordinary LoRA), a delta in training mode, of another kind or with a magnitude
+    (DoRA, which rescales the frozen output too) means that the projection must be called as it is.
     """
-    if not isinstance(layer, NoraLayer) or (layer.disable_adapters and layer.merged):
+    if not isinstance(layer, NoraLayer) or (layer.disable_adapters and layer.merged) or layer.rows is not None:
         return None
     live = list(layer.live())
-    fits = all(isinstance(delta, kind) and not delta.training for _, delta in live)
+    fits = all(isinstance(d, kind) and not d.training and getattr(d, "m", None) is None for _, d in live)
     return live if fits and not torch.is_grad_enabled() else None
 
 

@@ -13,6 +13,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .adapter_file import DTYPES, AdapterInfo, Tensors, inspect_adapter, read_tensors
+from .adapters import AdapterConfig
+from .adapters.build import delta_of_file
+from .adapters.deltas import ChainDelta
+from .adapters.rank_mask import check_rank
 from .components import canonical
 from .errors import UserError
 from .files import write_atomic
@@ -22,7 +26,10 @@ Format = Literal["diffusers", "kohya", "peft"]
 
 @dataclass
 class ExportReport:
-    """What was written: files, rank, and the measured ``max |dW_file - dW|`` (absolute, and relative to max |dW|)."""
+    """What was written: files, rank, and the measured ``max |dW_file - dW|`` (absolute, and relative to max |dW|).
+
+    ``dW`` is the low-rank part; a magnitude is copied. ``note`` says what is particular to the file.
+    """
 
     path: Path
     format: str
@@ -31,17 +38,19 @@ class ExportReport:
     relative_error: float
     bytes: int
     keys: int
+    note: str = ""
 
 
 @dataclass
 class PlainPair:
-    """One projection's LoRA: ``dW = B A`` with the scale folded into ``B``; conv kernels as ``kernel``."""
+    """One projection's LoRA: ``dW = B A`` with the scale folded into ``B``; a conv's kernel; DoRA's ``m``."""
 
     component: str
     path: str
     down: Tensor
     up: Tensor
     kernel: list[int] | None
+    magnitude: Tensor | None = None
 
     def shaped(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The factors as files hold them: 2-D for linear layers, 4-D for convolutions."""
@@ -49,6 +58,25 @@ class PlainPair:
         if self.kernel is None:
             return down.contiguous(), up.contiguous()
         return down.view(-1, *self.kernel).contiguous(), up[:, :, None, None].contiguous()
+
+    def peft_tensors(self, key: str, dtype: torch.dtype) -> Tensors:
+        """Under PEFT's names: ``lora_A``, ``lora_B`` and, ``[d_out]`` or ``[1, d_out, 1, 1]``, the magnitude."""
+        down, up = self.shaped(dtype)
+        tensors = {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+        if self.magnitude is not None:
+            m = self.magnitude.to(dtype)
+            tensors[f"{key}.lora_magnitude_vector.weight"] = m if self.kernel is None else m.view(1, -1, 1, 1)
+        return tensors
+
+    def kohya_tensors(self, key: str, dtype: torch.dtype) -> Tensors:
+        """Under kohya's names: ``lora_down``, ``lora_up``, ``alpha`` and, ``[d_out, 1(, 1, 1)]``, ``dora_scale``."""
+        down, up = self.shaped(dtype)
+        tensors = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        # The scale is folded into B, so alpha equals the rank and every reader multiplies by 1.
+        tensors[f"{key}.alpha"] = torch.tensor(float(down.shape[0]), dtype=dtype)
+        if self.magnitude is not None:
+            tensors[f"{key}.dora_scale"] = self.magnitude.to(dtype).view(-1, *(1 for _ in down.shape[1:]))
+        return tensors
 
     def error(self, dtype: torch.dtype) -> tuple[float, float]:
         """``(max |dW_file - dW|, max |dW|)`` in fp64."""
@@ -59,12 +87,13 @@ class PlainPair:
 
 def export_lora(
     src: str | Path, dst: str | Path, format: Format = "diffusers", dtype: str | None = None,
-    basis_dir: str | Path | None = None,
+    basis_dir: str | Path | None = None, rank: int | None = None,
 ) -> ExportReport:  # fmt: skip
     """Write an adapter as a plain LoRA of rank ``r'``: ``A = A_in A_out``, ``B = (alpha/r) B_out B_in``.
 
     ``format``: ``diffusers`` (``pipe.load_lora_weights``), ``kohya`` (A1111, ComfyUI ...), ``peft`` (a folder with one
-    subfolder a component). ``dtype``: fp32 (default), fp16 or bf16. Products are formed in fp64. Raises
+    subfolder a component). ``dtype``: fp32 (default), fp16 or bf16. ``rank`` cuts an adapter that was trained for every
+    rank (DyLoRA). A magnitude is written as these formats name it (DoRA). Products are formed in fp64. Raises
     :class:`UserError` for a routed adapter, which has no exact LoRA.
     """
     if format not in get_args(Format):
@@ -72,17 +101,34 @@ def export_lora(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     info = inspect_adapter(src)
-    pairs = plain_pairs(info, read_tensors(info, basis_dir))
+    pairs = plain_pairs(info, read_tensors(info, basis_dir), rank)
     stored = DTYPES[dtype or "fp32"]
     path, size, keys = WRITERS[format](Path(dst).expanduser(), info, pairs, stored)
     errors = [pair.error(stored) for pair in pairs]
     worst, largest = max(e for e, _ in errors), max(w for _, w in errors)
-    rank = max(pair.down.shape[0] for pair in pairs)
-    return ExportReport(path, format, rank, worst, worst / largest if largest else 0.0, size, keys)
+    relative = worst / largest if largest else 0.0
+    widest = max(pair.down.shape[0] for pair in pairs)
+    return ExportReport(path, format, widest, worst, relative, size, keys, _note(info, format, pairs))
 
 
-def plain_pairs(info: AdapterInfo, tensors: Tensors) -> list[PlainPair]:
-    """The plain LoRA pair of every projection, in fp64."""
+def _note(info: AdapterInfo, format: Format, pairs: list[PlainPair]) -> str:
+    notes = []
+    numbers = sum(pair.down.numel() + pair.up.numel() for pair in pairs)
+    if not any(config.frozen_outer for config in info.configs.values()) and numbers > info.trained_numbers:
+        low, high = (pick(pair.down.shape[0] for pair in pairs) for pick in (min, max))
+        ranks = str(high) if low == high else f"{low} to {high}"
+        notes.append(
+            f"as a plain LoRA this {info.method} adapter has its full rank, {ranks}, and so {numbers:,} numbers for "
+            f"{info.trained_numbers:,} trained ones"
+        )
+    if any(pair.magnitude is not None for pair in pairs):
+        names = {"kohya": "dora_scale, which diffusers leaves out: export to diffusers for it"}
+        notes.append(f"a DoRA with its magnitude as {names.get(format, 'lora_magnitude_vector')}")
+    return "; ".join(notes)
+
+
+def plain_pairs(info: AdapterInfo, tensors: Tensors, rank: int | None = None) -> list[PlainPair]:
+    """The plain LoRA pair of every projection, in fp64, cut to ``rank`` where the adapter was trained for that."""
     pairs = []
     for component, config in info.configs.items():
         if config.router != "none":
@@ -90,24 +136,27 @@ def plain_pairs(info: AdapterInfo, tensors: Tensors) -> list[PlainPair]:
                 f"{info.path} is a {config.method} adapter: its gate depends on every token, so no plain LoRA "
                 "equals it; load it with nora_diffusion instead"
             )
+        if rank is not None:
+            check_rank(config, rank)
         start = f"{component}."
-        paths = {key.rsplit(".nora_", 1)[0] for key in tensors if key.startswith(start)}
-        for full in sorted(paths):
-            path = full.removeprefix(start)
-            factors = {
-                k.rsplit(".nora_", 1)[1]: v.double() for k, v in tensors.items() if k.startswith(f"{full}.nora_")
-            }
-            down, up = _collapse(factors)
-            pairs.append(PlainPair(component, path, down, up * config.scale_for(path), info.conv_shapes.get(full)))
+        places = {key.rsplit(".nora_", 1)[0] for key in tensors if key.startswith(start)}
+        pairs += [
+            _plain_pair(info, component, config, full.removeprefix(start), tensors, rank) for full in sorted(places)
+        ]
     return pairs
 
 
-def _collapse(factors: Tensors) -> tuple[Tensor, Tensor]:
-    if "A" in factors:
-        return factors["A"], factors["B"]
-    if "R" in factors:
-        return factors["R"] @ factors["A_out"], factors["B_out"]
-    return factors["A_in"] @ factors["A_out"], factors["B_out"] @ factors["B_in"]
+def _plain_pair(
+    info: AdapterInfo, component: str, config: AdapterConfig, path: str, tensors: Tensors, rank: int | None
+) -> PlainPair:
+    full = f"{component}.{path}"
+    factors = {key.removeprefix(f"{full}.nora_"): v for key, v in tensors.items() if key.startswith(f"{full}.nora_")}
+    delta = delta_of_file(config, path, factors, info.shapes.get(full)).double()
+    assert isinstance(delta, ChainDelta)
+    delta.rank = rank
+    down, up = (factor.detach() for factor in delta.pair())
+    magnitude = None if delta.m is None else delta.m.detach()
+    return PlainPair(component, path, down, up * config.scale_for(path), info.conv_shapes.get(full), magnitude)
 
 
 def _long_path(pair: PlainPair) -> str:
@@ -121,11 +170,9 @@ def _file_target(dst: Path) -> Path:
 
 
 def _write_diffusers(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype) -> tuple[Path, int, int]:
-    tensors = {}
+    tensors: Tensors = {}
     for pair in pairs:
-        down, up = pair.shaped(dtype)
-        key = f"{pair.component}.{_long_path(pair)}"
-        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = down, up
+        tensors |= pair.peft_tensors(f"{pair.component}.{_long_path(pair)}", dtype)
     return _write(_file_target(dst), tensors, info)
 
 
@@ -133,15 +180,11 @@ def _write_kohya(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: to
     two_encoders = "text_encoder_2" in info.components
     prefixes = {"unet": "lora_unet", "text_encoder_2": "lora_te2"}
     prefixes["text_encoder"] = "lora_te1" if two_encoders else "lora_te"
-    tensors = {}
+    tensors: Tensors = {}
     for pair in pairs:
         if pair.component not in prefixes:
             raise UserError(f"kohya files have no name for {pair.component}: export to diffusers instead")
-        down, up = pair.shaped(dtype)
-        key = f"{prefixes[pair.component]}_{_long_path(pair).replace('.', '_')}"
-        tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down, up
-        # The scale is folded into B, so alpha equals the rank and every reader multiplies by 1.
-        tensors[f"{key}.alpha"] = torch.tensor(float(down.shape[0]), dtype=dtype)
+        tensors |= pair.kohya_tensors(f"{prefixes[pair.component]}_{_long_path(pair).replace('.', '_')}", dtype)
     return _write(_file_target(dst), tensors, info)
 
 
@@ -151,15 +194,16 @@ def _write_peft(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: tor
     size = keys = 0
     for component in info.components:
         mine = [pair for pair in pairs if pair.component == component]
-        tensors = {}
+        tensors: Tensors = {}
         for pair in mine:
-            down, up = pair.shaped(dtype)
-            key = f"base_model.model.{_long_path(pair)}"
-            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = down, up
+            tensors |= pair.peft_tensors(f"base_model.model.{_long_path(pair)}", dtype)
         ranks = {_long_path(pair): int(pair.down.shape[0]) for pair in mine}
         r = max(ranks.values())
         odd = {path: rank for path, rank in ranks.items() if rank != r}
-        config = LoraConfig(r=r, lora_alpha=r, target_modules=sorted(ranks), rank_pattern=odd, alpha_pattern=dict(odd))
+        config = LoraConfig(
+            r=r, lora_alpha=r, target_modules=sorted(ranks), rank_pattern=odd, alpha_pattern=dict(odd),
+            use_dora=any(pair.magnitude is not None for pair in mine),
+        )  # fmt: skip
         values = config.to_dict() | {"target_modules": sorted(ranks), "inference_mode": True}
         write_atomic(dst / component / "adapter_config.json", json.dumps(values, indent=2, default=str))
         _, written, count = _write(dst / component / "adapter_model.safetensors", tensors, info)

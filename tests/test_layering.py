@@ -21,16 +21,16 @@ BANDS = (
     (
         "tuner",
         {
-            "adapters", "adapters.build", "adapters.config", "adapters.rank_mask", "adapters.presets", "adapters.layer", "adapters.model", "adapters.register",
-            "adapters.patterns", "adapters.targets",
+            "adapters", "adapters.build", "adapters.config", "adapters.layer", "adapters.model", "adapters.presets",
+            "adapters.rank_mask", "adapters.register", "adapters.patterns", "adapters.rows", "adapters.targets",
         },
     ),
     (
         "bridge",
         {
             "basis_cache", "tensor_cache",
-            "components", "conditions", "base", "calibration", "adapter_file", "loaders", "export", "attention", "data", "captions",
-            "generation", "pictures", "judges", "model_card", "untrusted", "tensor_file", "adapter_info", "packs", "foreign", "composition",
+            "batches", "components", "conditions", "base", "calibration", "adapter_file", "loaders", "export", "attention", "data", "captions",
+            "generation", "pictures", "judges", "model_card", "untrusted", "tensor_file", "adapter_info", "packs", "pack_writing", "foreign", "composition",
         },
     ),
     ("workflows", {"training", "evaluation", "tiny_sd"}),

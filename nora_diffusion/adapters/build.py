@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from . import functional
 from .bases import BASES, Pair
-from .config import AdapterConfig
+from .config import AdapterConfig, Start
 from .cores import Core, DenseCore, DiagonalCore, NestedCore
 from .deltas import ChainDelta, Delta
 from .magnitude import start_magnitude
@@ -99,6 +101,12 @@ def _rounded(config: AdapterConfig, name: str, factor: Tensor) -> Tensor:
     return factor.to(torch.float32 if name in config.trained else getattr(torch, config.basis_dtype)).contiguous()
 
 
+def build_magnitude(config: AdapterConfig, base: nn.Module) -> Tensor:
+    """DoRA's magnitude ``[d_out]`` at its start."""
+    weight = flat_weight(base).detach()
+    return weight.new_empty(weight.shape[0], dtype=torch.float32) if config.start.empty else start_magnitude(weight)
+
+
 def build_delta(config: AdapterConfig, base: nn.Module, key: str) -> Delta:
     """The delta that ``config`` describes for the projection ``base`` at path ``key``."""
     r = outer_rank(config, base, key)
@@ -113,7 +121,7 @@ def build_delta(config: AdapterConfig, base: nn.Module, key: str) -> Delta:
         trained=config.trained,
         stored=config.stored_outer,
         blocks=config.blocks,
-        magnitude=start_magnitude(flat_weight(base).detach()) if config.magnitude else None,
+        magnitude=build_magnitude(config, base) if config.magnitude else None,
         masked=config.rank_mask,
     )
 
@@ -132,6 +140,30 @@ def build_routed(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Ro
         else IndependentExperts(*build_basis(config, base, key, n * r), n)
     )
     return RoutedDelta(experts, n, config.router, width, config.dropout)
+
+
+def delta_of_file(
+    config: AdapterConfig, path: str, factors: Mapping[str, Tensor], shape: Sequence[int] | None = None
+) -> Delta:
+    """The delta whose stored ``factors`` (by name) a file holds for one projection, in their dtype, without its base.
+
+    ``shape``: ``[d_out, d_in]`` where the factors do not tell it. Raises :class:`UserError` if they do not fit.
+    """
+    config = copy.copy(config)
+    config.start = Start(empty=True)
+    try:
+        down, up = factors.get("A", factors.get("A_out")), factors.get("B", factors.get("B_out"))
+        if shape is None and down is not None and up is not None:
+            shape = up.shape[0], down.shape[1] * config.blocks
+        if shape is None:
+            raise UserError(f"{path}: the file says neither its shape nor its outer factors: copy it again")
+        # What follows from shapes is computed and so needs a device; nothing else is touched.
+        base = nn.Linear(shape[1], shape[0], bias=False, device="meta").to_empty(device="cpu")
+        delta = build_delta(config, base, path)
+        delta.load_state_dict({name: factors[name.rpartition(".")[2]] for name in delta.state_dict()}, assign=True)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{path}: the file does not fit its own description: copy it again") from error
+    return delta
 
 
 def contraction(base: nn.Module) -> functional.Contract:

@@ -86,43 +86,50 @@ class ChainDelta(nn.Module):
         """The rank in the middle of the chain: ``r'`` of a nested core, else ``r``."""
         return int((getattr(self, self._names[0]) if self.core is None else self.core.pair()[0]).shape[0])
 
-    def _halves(self) -> tuple[list[Tensor], list[Tensor]]:
-        """``([A_out, A_in], [B_in, B_out])``, cut in the middle to the rank in force."""
+    @property
+    def working_rank(self) -> int | None:
+        """The rank of a training pass: the sampled one where it is sampled."""
+        return self.sampled_rank if self.masked and self.training else self.rank
+
+    def _halves(self, rank: int | None) -> tuple[list[Tensor], list[Tensor]]:
+        """``([A_out, A_in], [B_in, B_out])``, cut in the middle to ``rank``."""
         down, up = self.outer
         core_down, core_up = (None, None) if self.core is None else self.core.pair()
         below = [factor for factor in (down, core_down) if factor is not None]
         above = [factor for factor in (core_up, up) if factor is not None]
-        rank = self.sampled_rank if self.masked and self.training else self.rank
         if rank is not None:
             below[-1], above[0] = below[-1][:rank], above[0][:, :rank]
         return below, above
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """The plain LoRA pair of the same map: ``(A [k, d_in], B [d_out, k])``, in the factors' own dtype."""
-        below, above = self._halves()
+        below, above = self._halves(self.rank)
         return functional.collapse(below), functional.collapse(above)
 
     def forward(self, x: Tensor, contract: functional.Contract) -> Tensor:
-        below, above = self._halves()
+        below, above = self._halves(self.working_rank)
         p: Tensor = self.dropout(contract(x, below[0]))
         for factor in (*below[1:], *above):
             p = F.linear(p, factor.to(p.dtype))
         return p
 
     def skinny_weight(self) -> Tensor:
-        return functional.collapse(self._halves()[0])
+        return functional.collapse(self._halves(self.rank)[0])
 
     def from_skinny(self, p: Tensor) -> Tensor:
-        return F.linear(p, functional.collapse(self._halves()[1]).to(p.dtype))
+        return F.linear(p, functional.collapse(self._halves(self.rank)[1]).to(p.dtype))
 
     def delta_weight(self) -> Tensor:
         """``dW = B A`` in fp32, without the scale."""
         down, up = self.pair()
         return up.float() @ down.float()
 
-    def row_factors(self, weight: Tensor, scale: float) -> Tensor | None:
+    def row_factors(self, weight: Tensor, scale: float, rank: int | None) -> Tensor | None:
         """DoRA's ``c = m / ||W + s dW|| [d_out]`` for the frozen ``W [d_out, d_in]``; ``None`` without a magnitude."""
-        return None if self.m is None else row_factors(self.m, weight, *self.pair(), scale)
+        if self.m is None:
+            return None
+        below, above = self._halves(rank)
+        return row_factors(self.m, weight, functional.collapse(below), functional.collapse(above), scale)
 
 
 Delta = ChainDelta | RoutedDelta

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -14,6 +14,13 @@ from ..errors import UserError
 from .build import build_delta, contraction, flat_weight
 from .config import AdapterConfig
 from .deltas import ChainDelta, Delta
+from .merging import Merged, bit_sum
+from .routed import RoutedDelta
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .rows import LayerRows
 
 
 class NoraLayer(nn.Module, BaseTunerLayer):
@@ -38,8 +45,10 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self._disable_adapters = False
-        self._clean_weight: Tensor | None = None
+        self._merged: Merged | None = None
+        self._scales: dict[str, Tensor] = {}
         self._contract = contraction(base_layer)
+        self.rows: LayerRows | None = None
 
     def update_layer(self, adapter_name: str, config: AdapterConfig, key: str) -> None:
         """Add one adapter, active and at weight 1."""
@@ -47,7 +56,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         delta.to(flat_weight(self.base_layer).device).train(self.base_layer.training)
         self.nora_delta[adapter_name] = delta
         self.r[adapter_name] = config.rank_for(key)
-        self.nora_scale[adapter_name] = self.scaling[adapter_name] = config.scale_for(key)
+        self.set_nora_scale(adapter_name, config.scale_for(key))
         self.activate([*self.active, adapter_name], inference=config.inference_mode)
 
     @property
@@ -68,44 +77,68 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return
         for name in self.active:
-            if name in self.nora_delta and name not in self.merged_adapters and self.scaling[name] != 0:
+            # A compiled graph must not look at the number: it would be compiled again for each.
+            counts = torch.compiler.is_compiling() or self.scaling.get(name) != 0
+            if counts and name in self.nora_delta and name not in self.merged_adapters:
                 yield name
 
     def live(self) -> Iterator[tuple[float, Delta]]:
         """``(scaling, delta)`` of every adapter that ``forward`` adds now."""
         return ((self.scaling[name], self.delta(name)) for name in self.live_names())
 
-    def row_factors(self, adapter: str) -> Tensor | None:
-        """DoRA's factor of each output row of the frozen weight, ``[d_out]``; ``None`` without a magnitude."""
+    def live_scale(self, adapter: str) -> float | Tensor:
+        """The scaling as ``forward`` uses it: a tensor in a compiled graph, which then serves every weight."""
+        return self._scales[adapter] if torch.compiler.is_compiling() else self.scaling[adapter]
+
+    def row_factors(self, adapter: str, working: bool = False) -> Tensor | None:
+        """DoRA's factor of each output row of the frozen weight, ``[d_out]``; ``None`` without a magnitude.
+
+        ``working``: at the rank of a training pass.
+        """
         delta = self.delta(adapter)
         if not isinstance(delta, ChainDelta):
             return None
-        return delta.row_factors(self._frozen_weight().flatten(1), self.nora_scale[adapter])
+        rank = delta.working_rank if working else delta.rank
+        return delta.row_factors(self._frozen_weight().flatten(1), self.nora_scale[adapter], rank)
 
     def _frozen_weight(self) -> Tensor:
         """The weight without what is merged into it."""
         weight = cast(Tensor, self.base_layer.weight).detach()
-        return weight if self._clean_weight is None else self._clean_weight.to(weight)
+        return weight if self._merged is None else self._merged.clean.to(weight)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
         base: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.rows is not None:
+            return self.rows.add(x, base)
         y = base
         for name in self.live_names():
-            delta, scaling = self.delta(name), self.scaling[name]
-            if torch.is_grad_enabled() or delta.training:
-                dy = delta(x, self._contract)
-            else:
-                dy = delta.from_skinny(self._contract(x, delta.skinny_weight()))
-            if isinstance(self.base_layer, nn.Conv2d):
-                dy = dy.movedim(-1, 1)
-            factors = self.row_factors(name)
-            if factors is not None:
-                dy = self._rescaled(dy, factors, self.nora_scale[name], x, base)
-                scaling = scaling / self.nora_scale[name]
+            scaling, dy = self.contribution(name, x, base)
             y = y + scaling * dy.to(y.dtype)
         return y
+
+    def contribution(
+        self, adapter: str, x: Tensor, base: Tensor, rows: Tensor | None = None
+    ) -> tuple[float | Tensor, Tensor]:
+        """``(scaling, dy)`` of one adapter for an input and its frozen output, which are these ``rows`` of a batch."""
+        delta, scaling = self.delta(adapter), self.live_scale(adapter)
+        if rows is not None and isinstance(delta, RoutedDelta):
+            dy = delta.from_skinny(self._contract(x, delta.skinny_weight()), rows)
+        elif torch.is_grad_enabled() or delta.training:
+            dy = delta(x, self._contract)
+        else:
+            dy = delta.from_skinny(self._contract(x, delta.skinny_weight()))
+        dy = self.channels_first(dy)
+        factors = self.row_factors(adapter, working=True)
+        if factors is not None:
+            dy = self._rescaled(dy, factors, self.nora_scale[adapter], x, base)
+            scaling = scaling / self.nora_scale[adapter]
+        return scaling, dy
+
+    def channels_first(self, dy: Tensor) -> Tensor:
+        """``dy [..., d_out]`` in the layout of the layer's output."""
+        return dy.movedim(-1, 1) if isinstance(self.base_layer, nn.Conv2d) else dy
 
     def _rescaled(self, dy: Tensor, factors: Tensor, scale: float, x: Tensor, base: Tensor) -> Tensor:
         """DoRA: ``(c - 1) W x + c s dy`` with the bias left out of it, so that a weight of 0 is the base."""
@@ -123,33 +156,52 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
     def set_scale(self, adapter: str, scale: float) -> None:
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.nora_scale[adapter]
+            self._rescale(adapter, scale * self.nora_scale[adapter])
 
     def scale_layer(self, scale: float) -> None:
         for name in self._active_here():
-            self.scaling[name] *= scale
+            self._rescale(name, self.scaling[name] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         for name in self._active_here():
             if scale is None:
-                self.scaling[name] = self.nora_scale[name]
+                self._rescale(name, self.nora_scale[name])
             elif scale != 0:
-                self.scaling[name] /= scale
+                self._rescale(name, self.scaling[name] / scale)
+
+    def set_nora_scale(self, adapter: str, scale: float) -> None:
+        """Set ``alpha / r`` of an adapter; its weight becomes 1."""
+        self.nora_scale[adapter] = scale
+        self._rescale(adapter, scale)
+
+    def _rescale(self, adapter: str, scaling: float) -> None:
+        self.scaling[adapter] = scaling
+        if adapter in self._scales:
+            self._scales[adapter].fill_(scaling)
+        else:
+            self._scales[adapter] = self._scale_tensor(scaling)
+
+    def _scale_tensor(self, scaling: float) -> Tensor:
+        return torch.tensor(scaling, dtype=torch.float32, device=cast(Tensor, self.base_layer.weight).device)
 
     def _active_here(self) -> list[str]:
-        return [name for name in self.active if name in self.nora_delta]
+        names = self.active if self.rows is None else self.rows.names
+        return [name for name in names if name in self.nora_delta]
 
     # Merging
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``scaling * dW`` in the shape of the base weight, fp32."""
+        return self._change(adapter, self.scaling[adapter])
+
+    def _change(self, adapter: str, scaling: float) -> Tensor:
         weight, dw = self._frozen_weight(), self.delta(adapter).delta_weight()
         factors = self.row_factors(adapter)
         if factors is None:
-            return (self.scaling[adapter] * dw).view(weight.shape)
+            return (scaling * dw).view(weight.shape)
         scale, factors = self.nora_scale[adapter], factors.unsqueeze(1)
         change = (factors - 1) * weight.flatten(1) + factors * scale * dw
-        return (self.scaling[adapter] / scale * change).view(weight.shape)
+        return (scaling / scale * change).view(weight.shape)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active adapters' ``dW`` to the weight; one that has none (MoR) stays live, with a warning."""
@@ -157,53 +209,86 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         routed = [n for n in names if not self.delta(n).mergeable]
         if routed:
             warnings.warn(f"{', '.join(routed)}: a routed adapter cannot be merged; it stays live", stacklevel=2)
-        names = [n for n in names if n not in routed]
-        if not names:
+        self._merge({n: self.scaling[n] for n in names if n not in routed}, safe_merge)
+
+    def _merge(self, scalings: dict[str, float], safe_merge: bool = False) -> None:
+        if not scalings:
             return
         weight = cast(Tensor, self.base_layer.weight)
-        clean = weight.detach().clone() if self._clean_weight is None else self._clean_weight
-        merged = self._with_deltas(weight.detach(), names)
+        before = self._merged
+        start, added = weight.detach(), scalings
+        if before is not None:
+            scalings = before.scalings | scalings
+            if before.intact(weight):  # all of them in one sum: rounding twice could not be undone
+                start, added = before.clean.to(weight.device), scalings
+        merged = self._with_deltas(start, added)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"merging {', '.join(names)} gives weights that are not finite: the adapter is broken")
+            raise ValueError(f"merging {', '.join(added)} gives weights that are not finite: the adapter is broken")
+        clean = weight.detach().clone() if before is None else before.clean
         weight.data.copy_(merged)
-        self._clean_weight = clean
-        self.merged_adapters.extend(names)
+        self._merged = Merged(clean, scalings, bit_sum(weight))
+        self.merged_adapters[:] = scalings
 
     def unmerge(self) -> None:
         """Take all merged adapters out; bit for bit unless another tool changed the merged weight meanwhile."""
-        if not self.merged:
+        if self._merged is None:
             return
         weight = cast(Tensor, self.base_layer.weight)
-        clean = cast(Tensor, self._clean_weight).to(weight.device, weight.dtype)
-        if torch.equal(weight.detach(), self._with_deltas(clean, self.merged_adapters)):
-            weight.data.copy_(clean)
+        if self._merged.intact(weight):
+            weight.data.copy_(self._merged.clean)
         else:
-            weight.data.copy_(self._with_deltas(weight.detach(), self.merged_adapters, sign=-1.0))
+            weight.data.copy_(self._with_deltas(weight.detach(), self._merged.scalings, sign=-1.0))
         self.merged_adapters.clear()
-        self._clean_weight = None
+        self._merged = None
 
-    def _with_deltas(self, weight: Tensor, names: list[str], sign: float = 1.0) -> Tensor:
-        total = torch.stack([self.get_delta_weight(name) for name in names]).sum(0)
+    def _with_deltas(self, weight: Tensor, scalings: dict[str, float], sign: float = 1.0) -> Tensor:
+        total = torch.stack([self._change(name, scaling) for name, scaling in scalings.items()]).sum(0)
         return (weight.float() + sign * total).to(weight.dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one adapter; what was merged is unmerged first, so that nothing of it remains in the weight."""
-        if adapter_name in self.merged_adapters:
-            others = [n for n in self.merged_adapters if n != adapter_name]
+        others: dict[str, float] = {}
+        if self._merged is not None and adapter_name in self._merged.scalings:
+            others = {n: s for n, s in self._merged.scalings.items() if n != adapter_name}
             self.unmerge()
-            self._drop(adapter_name)
-            if others:
-                self.merge(adapter_names=others)
-        else:
-            self._drop(adapter_name)
+        self._drop(adapter_name)
+        self._merge(others)
 
     def _drop(self, adapter_name: str) -> None:
         active = [name for name in self.active if name != adapter_name]
-        for table in (self.r, self.scaling, self.nora_scale):
+        for table in (self.r, self.scaling, self.nora_scale, self._scales):
             table.pop(adapter_name, None)
         if adapter_name in self.nora_delta:
             del self.nora_delta[adapter_name]
         self.activate(active)
+
+    # A basis that several adapters share lies in memory once.
+
+    def tie(self, adapter_name: str) -> None:
+        """Let the frozen factors of an adapter be the tensors of another one here that has equal ones."""
+        mine = self.delta(adapter_name)
+        others = [delta for name, delta in self.nora_delta.items() if name != adapter_name]
+        for key, buffer in list(mine.named_buffers()):
+            owner, _, leaf = key.rpartition(".")
+            for other in others:
+                twin = dict(other.named_buffers()).get(key)
+                if twin is not None and twin.dtype == buffer.dtype and torch.equal(twin, buffer):
+                    setattr(mine.get_submodule(owner), leaf, twin)
+                    break
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """``.to()`` and its like, for each tensor once: torch would give every adapter a copy of a shared basis."""
+        done: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def once(tensor: Tensor) -> Tensor:
+            if id(tensor) not in done:
+                done[id(tensor)] = tensor, fn(tensor)
+            return done[id(tensor)][1]
+
+        super()._apply(once, recurse)  # type: ignore[no-untyped-call]
+        for name, scaling in self.scaling.items():
+            self._scales[name] = self._scale_tensor(scaling)
+        return self
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may convert this adapter to a LoRA by an SVD of its ``dW``."""

@@ -10,7 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import UserError
+from .config import AdapterConfig
 from .deltas import ChainDelta
+
+
+def check_rank(config: AdapterConfig, rank: int) -> None:
+    """Refuse to cut an adapter that was not trained for it, or to a rank that it does not have."""
+    if not config.rank_mask:
+        raise UserError(
+            f"method {config.method!r} was trained at one rank: only an adapter with a rank mask (dylora) serves others"
+        )
+    most = config.inner_r if config.core == "nested" else config.r
+    if not 1 <= rank <= most:
+        raise UserError(f"rank={rank} is none of this adapter's: choose 1 to {most}")
 
 
 def masked_deltas(model: nn.Module) -> list[ChainDelta]:

@@ -13,14 +13,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", help="file to write (a folder for --format peft)")
     parser.add_argument("--format", choices=("diffusers", "kohya", "peft"), default="diffusers")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
+    parser.add_argument("--rank", type=int, help="cut an adapter that was trained for every rank (dylora)")
 
 
 def run(values: argparse.Namespace) -> None:
     """Export and print what it cost."""
     from ..export import export_lora
 
-    report = export_lora(values.adapter, values.out, values.format, values.dtype)
+    report = export_lora(values.adapter, values.out, values.format, values.dtype, rank=values.rank)
     print(
         f"{report.path}: rank {report.rank}, {report.keys} tensors, {report.bytes:,} bytes, "
         f"max |dW_file - dW| = {report.max_error:.1e} ({report.relative_error:.1e} of max |dW|)"
+        + (f"\n{report.note}" if report.note else "")
     )

@@ -3,6 +3,7 @@
 from .active import active_adapters, delete_adapter, list_adapters, set_adapters
 from .add import add_adapter, trainable_parameters
 from .load import LoadedAdapter, load_adapter
+from .rank import set_rank
 from .save import save_adapter
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "load_adapter",
     "save_adapter",
     "set_adapters",
+    "set_rank",
     "trainable_parameters",
 ]

@@ -15,12 +15,15 @@ from ..adapter_file import FILE_NAME, AdapterInfo, Tensors, inspect_adapter, rea
 from ..adapters import AdapterConfig
 from ..adapters.build import build_delta, flat_weight
 from ..adapters.config import Start
+from ..adapters.rank_mask import check_rank
 from ..base import base_id
 from ..components import canonical, component, fingerprint, nora_layers, refuse_merged, targets
 from ..conditions import condition_width
 from ..errors import UserError
 from .active import active_adapters, set_active
+from .hotswap import swap
 from .inject import all_or_nothing, check_new_name, file_key, inject, remember
+from .rank import set_rank
 
 FINGERPRINT_TOLERANCE = 1e-2
 
@@ -52,21 +55,33 @@ def load_adapter(
     activate: bool = True,
     weight: float = 1.0,
     basis_dir: str | Path | None = None,
+    rank: int | None = None,
+    hotswap: bool = False,
 ) -> LoadedAdapter:
     """Load an adapter from a file, a folder or a hub id; everything is checked before the pipeline is touched.
 
     ``activate=True`` makes it active at ``weight`` beside those already active; ``False`` leaves the active set alone.
-    Raises :class:`UserError` for a damaged file, another base (both are named) or a name that is taken.
+    ``rank`` cuts an adapter that was trained for every rank (:func:`set_rank`).
+    ``hotswap=True`` copies its numbers over those of the loaded adapter ``adapter_name``, whose targets, shapes and
+    structure must be the same: no module changes, and a compiled model is not compiled again.
+    Raises :class:`UserError` for a damaged file, another base (both are named), a name that is taken, or an adapter
+    that does not fit the one it shall replace.
     """
     info = inspect_adapter(_local(path_or_id))
     name = adapter_name or _name_from(Path(info.path))
     configs = info.configs
+    if rank is not None:
+        for config in configs.values():
+            check_rank(config, rank)
     modules = {part: component(pipe, part) for part in configs}
-    check_new_name(pipe, name, list(configs))
+    if not hotswap:
+        check_new_name(pipe, name, list(configs))
     refuse_merged(pipe)
     tensors = read_tensors(info, basis_dir)
     _check_fit(info, configs, modules, tensors, pipe)
-    place(pipe, name, info, tensors, activate, weight)
+    (swap if hotswap else place)(pipe, name, info, tensors, activate, weight)
+    if rank is not None:
+        set_rank(pipe, name, rank)
     return LoadedAdapter(name, applied=len(tensors), total=len(tensors), info=info)
 
 
@@ -86,7 +101,12 @@ def place(pipe: Any, name: str, info: AdapterInfo, tensors: Tensors, activate: b
 
 def _local(path_or_id: str | Path) -> Path:
     path = Path(path_or_id).expanduser()
-    if split_address(path) or path.exists() or str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/")):
+    if (
+        split_address(path)
+        or path.exists()
+        or str(path_or_id).count("/") != 1
+        or str(path_or_id).startswith((".", "/"))
+    ):
         return path
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -158,3 +178,4 @@ def _fill(module: nn.Module, part: str, name: str, tensors: Tensors) -> None:
         layer.delta(name).load_state_dict({f: tensors[file_key(part, path, f)] for f in state})
         for buffer_name, buffer in layer.delta(name).named_buffers():
             layer.delta(name).get_buffer(buffer_name).data = buffer.to(flat_weight(layer.base_layer).dtype)
+        layer.tie(name)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..adapter_file import DESCRIPTIVE, DTYPES, AdapterInfo, BasisKind, Tensors, inspect_adapter, write_adapter
 from ..adapters import AdapterConfig, NoraLayer
+from ..adapters.build import flat_weight
 from ..base import base_id
-from ..components import fingerprint, nora_layers, present
+from ..components import adapter_configs, component, fingerprint, nora_layers, present
 from ..errors import UserError
 from ..versions import versions
 from .active import names_hint
@@ -39,15 +40,15 @@ def save_adapter(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
-    holders = [name for name in present(pipe) if nora_layers(getattr(pipe, name), adapter_name)]
+    holders = [name for name in present(pipe) if nora_layers(component(pipe, name), adapter_name)]
     if not holders:
         raise UserError(f"there is no adapter named {adapter_name!r} in the pipeline: {names_hint(pipe)}")
     tensors: Tensors = {}
     result = _describe(origin(pipe, adapter_name) if info is None else info)
     result.base, result.basis, result.versions = base_id(pipe), basis, versions()
     for name in holders:
-        module = getattr(pipe, name)
-        config = module.peft_config[adapter_name]
+        module = component(pipe, name)
+        config = adapter_configs(module)[adapter_name]
         if basis == "shared" and not config.frozen_outer:
             raise UserError(f"method {config.method!r} has no frozen basis to share: save it with basis='own'")
         result.components[name] = config.to_dict()
@@ -58,6 +59,8 @@ def save_adapter(
             for p, layer in layers.items()
             if isinstance(layer.base_layer, nn.Conv2d)
         }
+        if not config.stored_outer:
+            result.shapes |= {f"{name}.{p}": list(flat_weight(layer.base_layer).shape) for p, layer in layers.items()}
         tensors |= {
             key: _stored(key, value, config, dtype) for key, value in _factors(module, name, adapter_name).items()
         }

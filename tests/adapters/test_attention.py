@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 
 from nora_diffusion import add_adapter, set_adapters
-from nora_diffusion.adapters import NoraLayer, lora, mor, nora
+from nora_diffusion.adapters import NoraLayer, dora, lora, melora, mor, mora, nora
 from nora_diffusion.attention import AdapterAttnProcessor, MoRAttnProcessor, NoRAAttnProcessor
 from nora_diffusion.loaders import trainable_parameters
 
@@ -31,10 +31,14 @@ def outputs(pipe: Any, processor: AdapterAttnProcessor) -> tuple[torch.Tensor, t
     return before, after
 
 
+ADAPTERS = [[], ["n"], ["m"], ["n", "l"], ["n", "m", "l"], ["n", "d"], ["b", "s"]]
+
+
 @pytest.mark.parametrize("processor", [NoRAAttnProcessor(), MoRAttnProcessor()], ids=["nora", "mor"])
-@pytest.mark.parametrize("adapters", [[], ["n"], ["m"], ["n", "l"], ["n", "m", "l"]], ids="-".join)
+@pytest.mark.parametrize("adapters", ADAPTERS, ids="-".join)
 def test_processor_equals_layers(pipe: Any, processor: AdapterAttnProcessor, adapters: list[str]) -> None:
     configs = {"n": nora(r=4, inner_r=2), "m": mor(r=4, num_experts=3), "l": lora(r=2)}
+    configs |= {"d": dora(r=2), "b": melora(r=4, blocks=2), "s": mora(r=2)}
     for name in adapters:
         add_adapter(pipe, configs[name], f"{name}_1")
         randomise(pipe, f"{name}_1")

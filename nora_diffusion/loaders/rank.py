@@ -1,0 +1,30 @@
+"""The rank of an adapter that was trained for all of them (DyLoRA)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..adapters.rank_mask import check_rank, masked_deltas
+from ..components import component, nora_layers, present, refuse_merged
+from ..errors import UserError
+from .active import names_hint
+
+
+def set_rank(pipe: Any, adapter_name: str, rank: int | None = None) -> None:
+    """Use only the first ``rank`` directions of an adapter; ``None``: all of them again.
+
+    Exact: the adapter then is ``dW = (alpha/r) B[:, :rank] A[:rank]``, and a file saved from it still holds all ranks.
+    Raises :class:`UserError` for an adapter without a rank mask, a rank it does not have, or while one is fused.
+    """
+    layers = {part: nora_layers(component(pipe, part), adapter_name) for part in present(pipe)}
+    if not any(layers.values()):
+        raise UserError(f"there is no adapter named {adapter_name!r} in the pipeline: {names_hint(pipe)}")
+    refuse_merged(pipe)
+    for part in layers:
+        config = getattr(component(pipe, part), "peft_config", {}).get(adapter_name)
+        if config is not None:
+            check_rank(config, 1 if rank is None else rank)
+    for group in layers.values():
+        for layer in group.values():
+            for delta in masked_deltas(layer.delta(adapter_name)):
+                delta.rank = rank
