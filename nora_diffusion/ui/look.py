@@ -40,6 +40,7 @@ CSS = """
 .facts tr.new td { font-weight: 600; }
 .empty { border: 1px dashed var(--border-color-primary); border-radius: 10px; padding: 1.2rem;
   color: var(--body-text-color-subdued); }
+#train-prepared .grid-wrap, #train-samples .grid-wrap { min-height: 0; }
 .plots { display: grid; gap: .75rem; }
 .plot { margin: 0; }
 .plot figcaption { font-weight: 550; margin-bottom: .2rem; }

@@ -23,7 +23,8 @@ def line_chart(name: str, series: Mapping[str, Points], x_label: str, y_label: s
     ys = [y for points in shown.values() for _, y in points if math.isfinite(y)]
     if not ys:
         return ""
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+    whole = all(float(x).is_integer() for x in xs)
+    x_ticks, y_ticks = ticks(min(xs), max(xs), whole=whole), ticks(min(ys), max(ys))
     parts = [_grid(x_ticks, y_ticks, x_label, y_label)]
     for number, points in enumerate(shown.values()):
         colour = COLOURS[number % len(COLOURS)]
@@ -61,13 +62,14 @@ def bar_chart(name: str, bars: Sequence[tuple[str, float]], value_label: str) ->
     return _figure(name, said, len(bars) * ROW + 4, "".join(parts), "")
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers that enclose ``[low, high]``, about ``count`` of them, evenly apart."""
+def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
+    """Round (``whole``: whole) numbers that enclose ``[low, high]``, about ``count`` of them, evenly apart."""
     if not high > low:
         low, high = low - (abs(low) * 0.1 or 1.0), high + (abs(high) * 0.1 or 1.0)
     raw = (high - low) / (count - 1)
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= raw * 0.999)
+    step = math.ceil(step) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [number * step for number in range(first, last + 1)]
 

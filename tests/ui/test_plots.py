@@ -19,6 +19,10 @@ def test_ticks_enclose_and_are_few(low: float, high: float) -> None:
     assert steps == pytest.approx([steps[0]] * len(steps))
 
 
+def test_ticks_of_whole_numbers_are_whole() -> None:
+    assert ticks(2, 4, whole=True) == [2, 3, 4] and ticks(1, 12, whole=True) == [0, 5, 10, 15]
+
+
 def test_a_line_goes_where_its_points_are() -> None:
     svg = line_chart("Loss", {"loss": [(0, 0.0), (50, 1.0), (100, float("nan"))]}, "step", "loss")
     root = ElementTree.fromstring(svg)

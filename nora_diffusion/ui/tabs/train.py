@@ -49,7 +49,7 @@ def _form(page: Page) -> SimpleNamespace:
     )  # fmt: skip
     report = gr.HTML("", elem_id="train-report")
     prepared = gr.Gallery(
-        label="As they will be trained on", columns=5, height="auto", visible=False, elem_id="train-prepared",
+        label="As they will be trained on", show_label=False, columns=5, height="auto", visible=False, elem_id="train-prepared",
         elem_classes=pixels, interactive=False, buttons=[], format="png",
     )  # fmt: skip
     with gr.Row():
@@ -91,7 +91,7 @@ def _runs(page: Page) -> SimpleNamespace:
         remove = gr.Button("Remove this training", visible=False, elem_id="train-remove")
     curves = gr.HTML("", elem_id="train-curves")
     samples = gr.Gallery(
-        label="Samples with fixed seeds", columns=4, height="auto", visible=False, elem_id="train-samples",
+        label="Samples with fixed seeds", show_label=False, columns=4, height="auto", visible=False, elem_id="train-samples",
         elem_classes=["pixels"] if page.app.engine.is_embedded else [], format="png", interactive=False,
         buttons=["download", "fullscreen"],
     )  # fmt: skip

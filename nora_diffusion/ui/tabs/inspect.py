@@ -1,0 +1,148 @@
+"""The Inspect tab: what an adapter does to the weights of its base, as plots and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from ...evaluation.spectra import TOP, LayerSpectrum, iter_spectra
+from ..cards import facts
+from ..page import Page, handler, who
+from ..plots import bar_chart, line_chart
+from ..runs import Progress, Run
+from ..state import App
+from .rack import names
+
+TITLE = "Inspect"
+QUIET: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
+HINT = '<p class="status">Choose an adapter to see what it changes.</p>'
+MOST_BARS, MOST_LINES = 24, 6
+
+
+def build(page: Page) -> None:
+    """The choice above, the plots below."""
+    app = page.app
+    with gr.Row():
+        adapter = gr.Dropdown([], label="Adapter", elem_id="inspect-adapter", interactive=True, scale=4, min_width=220)
+        intruders = gr.Checkbox(
+            False, label="Count intruder dimensions (slower)", elem_id="inspect-intruders", scale=3, min_width=220
+        )
+        go = gr.Button("Inspect", variant="primary", elem_id="inspect-go", scale=2, min_width=120)
+    said = gr.HTML(HINT, elem_id="inspect-status")
+    with gr.Row():
+        with gr.Column(scale=4, min_width=320):
+            about = gr.HTML("", elem_id="inspect-about")
+        with gr.Column(scale=7, min_width=320):
+            plots = gr.HTML("", elem_id="inspect-plots")
+    refresh = handler(lambda chosen: _choices(page, chosen))
+    for event in (page.blocks.load, page.tab.select, page.library_changed.change):
+        event(refresh, adapter, adapter, **QUIET)
+    go.click(
+        handler(inspector(app)), [adapter, intruders], [said, about, plots], api_visibility="private",
+        concurrency_limit=None, show_progress="hidden",
+    )  # fmt: skip
+
+
+def _choices(page: Page, chosen: str | None) -> Any:
+    found = names(page)
+    return gr.update(choices=found, value=chosen if chosen in found else found[0] if found else None)
+
+
+def inspector(app: App) -> Any:
+    """The handler of the button; a generator, so that a closed page ends the work."""
+
+    def inspect(name: str | None, intruders: bool, request: gr.Request) -> Iterator[Any]:
+        entry = app.library.entry(name or "")
+        app.library.hash_all([entry])
+        found: list[LayerSpectrum] = []
+
+        def work(run: Run) -> None:
+            for spectrum, total in iter_spectra(entry.file, app.engine.pipe, bool(intruders)):
+                found.append(spectrum)
+                run.report(picture=len(found), pictures=total)
+                run.check()
+
+        run = Run(app.device, "an inspection", work)
+        app.runs.put((*who(request)[:1], f"{who(request)[1]} inspect"), run)
+        about = facts(entry, app.misfit(entry))
+        for progress in run.follow():
+            done = progress.state == "done"
+            yield _status(progress), about, show(found) if done else gr.skip()
+
+    return inspect
+
+
+def _status(progress: Progress) -> str:
+    if progress.state == "failed":
+        return f'<p class="status bad" role="status">{escape(progress.message)}</p>'
+    if progress.state == "waiting":
+        return f'<p class="status" role="status">Waiting; now running: {escape(progress.busy_with or "nothing")}.</p>'
+    if progress.state == "done":
+        return f'<p class="status" role="status">{progress.pictures} layers in {progress.seconds:.1f} s.</p>'
+    return f'<p class="status" role="status">Layer {progress.picture} of {progress.pictures or "…"}</p>'
+
+
+def show(found: Sequence[LayerSpectrum]) -> str:
+    """All plots of an adapter, and the same numbers as a table."""
+    if not found:
+        return ""
+    strongest = sorted(found, key=lambda s: -s.relative)
+    parts = [
+        bar_chart("Size of the update by part of the model", by_part(found), "mean |dW| / |W|"),
+        bar_chart("Layers that change most", [(label(s), s.relative) for s in strongest[:MOST_BARS]], "|dW| / |W|"),
+        line_chart("Singular values of the update", {label(s): spectrum(s) for s in strongest[:MOST_LINES]},
+                   "rank", "s / s1"),
+    ]  # fmt: skip
+    counted = [s for s in found if s.intruders is not None]
+    if counted:
+        most = sorted(counted, key=lambda s: -(s.intruders or 0))[:MOST_BARS]
+        mean = sum(s.intruders or 0 for s in counted) / len(counted)
+        parts.append(
+            f'<p class="status">{mean:.2f} of the {TOP} largest directions of an adapted layer are new to the base '
+            "on average (intruder dimensions, arXiv 2410.21228); many of them go with forgetting.</p>"
+        )
+        if any(s.intruders for s in most):
+            bars = [(label(s), float(s.intruders or 0)) for s in most if s.intruders]
+            parts.append(bar_chart("Intruder dimensions", bars, f"of {TOP}"))
+    if any(s.mixture for s in found):
+        parts.append('<p class="status">This is a mixture: the numbers are those of even gates.</p>')
+    return f'<div class="plots">{"".join(parts)}{table(strongest)}</div>'
+
+
+def label(layer: LayerSpectrum) -> str:
+    """A layer's name, short enough for a plot; the text encoders' have their component before them."""
+    path = layer.path.replace("transformer_blocks", "block").replace("attentions", "attn")
+    return path if layer.component in ("unet", "transformer") else f"{layer.component}.{path}"
+
+
+def by_part(found: Sequence[LayerSpectrum]) -> list[tuple[str, float]]:
+    """Mean relative size by block of the denoiser, or by component."""
+    groups: dict[str, list[float]] = {}
+    for layer in found:
+        words = layer.path.split(".")
+        block = ".".join(words[:2]) if len(words) > 1 and words[1].isdigit() else words[0]
+        groups.setdefault(block if layer.component == "unet" else layer.component, []).append(layer.relative)
+    return [(name, sum(values) / len(values)) for name, values in groups.items()]
+
+
+def spectrum(layer: LayerSpectrum) -> list[tuple[float, float]]:
+    """``(rank, s / s_1)``."""
+    first = layer.singular_values[0] if layer.singular_values else 1.0
+    return [(float(rank), value / first) for rank, value in enumerate(layer.singular_values, 1)]
+
+
+def table(found: Sequence[LayerSpectrum]) -> str:
+    """Every layer's numbers."""
+    rows = "".join(
+        f"<tr><td>{escape(label(s))}</td><td>{s.shape[0]}x{s.shape[1]}</td><td>{s.relative:.4f}</td>"
+        f"<td>{s.stable_rank:.2f}</td><td>{'' if s.intruders is None else s.intruders}</td></tr>"
+        for s in found
+    )
+    return (
+        f"<details><summary>All {len(found)} layers</summary><table class='facts'><thead><tr><th>layer</th><th>shape"
+        f"</th><th>|dW| / |W|</th><th>stable rank</th><th>intruders</th></tr></thead><tbody>{rows}</tbody></table>"
+        "</details>"
+    )
