@@ -111,6 +111,12 @@ def _matches(config: AdapterConfig, path: str) -> bool:
     return bool(check_target_module_exists(config, path))
 
 
+def adapter_configs(module: nn.Module) -> dict[str, Any]:
+    """PEFT's configs of a component's adapters by name, foreign ones too."""
+    configs: dict[str, Any] = getattr(module, "peft_config", None) or {}
+    return configs
+
+
 def tuner_layers(module: nn.Module) -> Iterator[BaseTunerLayer]:
     """All tuner layers, foreign ones too."""
     return (layer for layer in module.modules() if isinstance(layer, BaseTunerLayer))

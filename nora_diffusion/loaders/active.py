@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..adapters import NoraLayer
-from ..components import present, tuner_layers
+from ..components import adapter_configs, component, present, tuner_layers
 from ..conditions import connect
 from ..errors import UserError
 
 
 def active_adapters(module: nn.Module) -> list[str]:
-    """Names of the active adapters of one component."""
-    names = [name for layer in tuner_layers(module) for name in layer.active_adapters]
-    return [n for n in dict.fromkeys(names) if n in getattr(module, "peft_config", {})]
+    """Names of the active adapters of one component; a name counts only where the layer holds that adapter.
+
+    Ours and those of other tuners keep lists of their own, and each may name adapters that only the other has.
+    """
+    names = [name for layer in tuner_layers(module) for name in layer.active_adapters if name in held(layer)]
+    return list(dict.fromkeys(names))
+
+
+def held(layer: BaseTunerLayer) -> set[str]:
+    """Names of the adapters that one tuner layer holds, whatever its method."""
+    return {name for table in layer.adapter_layer_names for name in getattr(layer, table)}
 
 
 def set_active(module: nn.Module, names: Sequence[str]) -> None:
@@ -26,26 +36,45 @@ def set_active(module: nn.Module, names: Sequence[str]) -> None:
 
 def list_adapters(pipe: Any) -> dict[str, list[str]]:
     """Names of all adapters (ordinary LoRAs too) by component."""
-    found = {name: list(getattr(getattr(pipe, name), "peft_config", {})) for name in present(pipe)}
+    found = {name: list(adapter_configs(component(pipe, name))) for name in present(pipe)}
     return {name: adapters for name, adapters in found.items() if adapters}
 
 
-def set_adapters(pipe: Any, names: str | Sequence[str], weights: float | Sequence[float] = 1.0) -> None:
-    """Make exactly these adapters active, with these weights. Raises :class:`UserError` for an unknown name."""
+Weight = float | Mapping[str, Any]
+
+
+def set_adapters(pipe: Any, names: str | Sequence[str], weights: Weight | Sequence[Weight] = 1.0) -> None:
+    """Make exactly these adapters active, with these weights. Raises :class:`UserError` for an unknown name.
+
+    A weight is a number or, as for ``pipe.set_adapters``, a dict by component and block:
+    ``{"unet": {"down": 0.5, "up": {"block_1": 1.0}}, "text_encoder": 0.3}``.
+    """
     names = [names] if isinstance(names, str) else list(names)
-    weights = [float(weights)] * len(names) if isinstance(weights, int | float) else list(weights)
+    weights = [weights] * len(names) if isinstance(weights, int | float | Mapping) else list(weights)
     if len(weights) != len(names):
         raise UserError(f"{len(names)} adapters but {len(weights)} weights: give one weight each")
     known = {name for group in list_adapters(pipe).values() for name in group}
     for name in names:
         if name not in known:
             raise UserError(f"there is no adapter named {name!r} in the pipeline: {names_hint(pipe)}")
+    if any(isinstance(weight, Mapping) for weight in weights):
+        _set_by_block(pipe, names, weights)
+        return
     for part in present(pipe):
-        module = getattr(pipe, part)
+        module = component(pipe, part)
         set_active(module, names)
         for layer in tuner_layers(module):
             for name, weight in zip(names, weights, strict=True):
                 layer.set_scale(name, weight)
+
+
+def _set_by_block(pipe: Any, names: list[str], weights: list[Weight]) -> None:
+    if not hasattr(pipe, "set_adapters"):
+        raise UserError(f"{type(pipe).__name__} knows no weights by block: give each adapter one number")
+    try:
+        pipe.set_adapters(names, list(weights))
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"the pipeline refuses the weights by block: {error}") from error
 
 
 def names_hint(pipe: Any) -> str:
@@ -54,17 +83,32 @@ def names_hint(pipe: Any) -> str:
 
 
 def delete_adapter(pipe: Any, adapter_name: str) -> None:
-    """Remove an adapter from every component; layers left without adapters are taken out again."""
+    """Remove an adapter from every component; layers left without adapters are taken out again.
+
+    The other active adapters stay as they were, and no inactive one takes the place of the removed one.
+    """
     if not any(adapter_name in names for names in list_adapters(pipe).values()):
         raise UserError(f"there is no adapter named {adapter_name!r} in the pipeline: {names_hint(pipe)}")
+    _refuse_foreign_fused(pipe, adapter_name)
     for part in present(pipe):
-        module = getattr(pipe, part)
-        if adapter_name in getattr(module, "peft_config", {}):
-            for layer in list(tuner_layers(module)):
-                layer.delete_adapter(adapter_name)
-            del module.peft_config[adapter_name]
+        module = component(pipe, part)
+        if adapter_name in adapter_configs(module):
+            others = [name for name in active_adapters(module) if name != adapter_name]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".* was active which is now deleted")
+                for layer in list(tuner_layers(module)):
+                    layer.delete_adapter(adapter_name)
+            if active_adapters(module) != others:
+                set_active(module, others)
+            del adapter_configs(module)[adapter_name]
             eject_empty(module)
             connect(module)
+
+
+def _refuse_foreign_fused(pipe: Any, adapter_name: str) -> None:
+    layers = (layer for part in present(pipe) for layer in tuner_layers(component(pipe, part)))
+    if any(adapter_name in layer.merged_adapters and not isinstance(layer, NoraLayer) for layer in layers):
+        raise UserError(f"{adapter_name!r} is a LoRA that is fused into the weights: call unfuse_lora() first")
 
 
 def eject_empty(module: nn.Module) -> None:

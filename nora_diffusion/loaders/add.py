@@ -48,6 +48,8 @@ def add_adapter(
             measured = strengths.get(name, {})
             start = Start(measured, outer_pairs(config, layers[name], measured))
             inject(module, router_for(config, name), adapter_name, start)
+            for layer in nora_layers(module, adapter_name).values():
+                layer.tie(adapter_name)
             _train(module, adapter_name)
 
 
@@ -65,6 +67,6 @@ def trainable_parameters(pipe: Any, adapter_name: str = "default") -> dict[str, 
     return {
         file_key(name, path, factor): parameter
         for name in present(pipe)
-        for path, layer in nora_layers(getattr(pipe, name), adapter_name).items()
+        for path, layer in nora_layers(component(pipe, name), adapter_name).items()
         for factor, parameter in layer.delta(adapter_name).named_parameters()
     }

@@ -16,24 +16,27 @@ from torch import nn
 from ..adapter_file import AdapterInfo
 from ..adapters import AdapterConfig
 from ..adapters.config import Start
-from ..components import component, present
+from ..components import adapter_configs, component, present, tuner_layers
 from ..conditions import condition_width, connect
 from ..errors import UserError
-from .active import delete_adapter, list_adapters
+from .active import delete_adapter, held, list_adapters
 
 
 def check_new_name(pipe: Any, name: str, components: Sequence[str]) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in "nora_delta":
+    # PEFT and transformers find an adapter's keys by looking for its name, and LoRAs' by "lora_", anywhere in the key.
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in "nora_delta" or "lora_" in name:
         raise UserError(
-            f"the adapter name {name!r} will not do: use letters, digits, '_' and '-', and no part of 'nora_delta'"
+            f"the adapter name {name!r} will not do: use letters, digits, '_' and '-', no part of 'nora_delta' and no "
+            "'lora_'"
         )
-    taken = {c for c in components if name in getattr(component(pipe, c), "peft_config", {})}
+    taken = {c for c in components if name in adapter_configs(component(pipe, c))}
     if taken:
         raise UserError(f"an adapter named {name!r} is already in the {', '.join(sorted(taken))}: delete it or rename")
 
 
 def inject(module: nn.Module, config: AdapterConfig, name: str, start: Start) -> None:
     own = copy.deepcopy(config)
+    disabled = any(layer.disable_adapters and held(layer) for layer in tuner_layers(module))
     own.start = replace(start, condition=condition_width(module, own.router))
     with warnings.catch_warnings():
         # PEFT warns of every second adapter on a model; several at once is what this toolkit is for.
@@ -44,6 +47,9 @@ def inject(module: nn.Module, config: AdapterConfig, name: str, start: Start) ->
     own.start = Start()
     own.target_modules = config.target_modules  # PEFT shortens long lists to a set of suffixes
     connect(module)
+    if disabled:  # a disabled pipeline stays so as a whole, on projections that had no adapter yet as well
+        for layer in tuner_layers(module):
+            layer.enable_adapters(False)
     module._hf_peft_config_loaded = True  # type: ignore[assignment]
 
 
@@ -64,10 +70,10 @@ def file_key(component_name: str, path: str, factor: str) -> str:
 
 def remember(module: nn.Module, name: str, info: AdapterInfo) -> None:
     """Keep what is known of an adapter beside its config, where deleting the adapter takes it away again."""
-    module.peft_config[name].origin = info  # type: ignore[index, union-attr]
+    adapter_configs(module)[name].origin = info
 
 
 def origin(pipe: Any, name: str) -> AdapterInfo | None:
     """What the file that an adapter was loaded from says of itself, or what made it; None for a fresh one."""
-    configs = (getattr(getattr(pipe, part), "peft_config", {}).get(name) for part in present(pipe))
+    configs = (adapter_configs(component(pipe, part)).get(name) for part in present(pipe))
     return next((info for config in configs if (info := getattr(config, "origin", None)) is not None), None)

@@ -1,0 +1,91 @@
+"""Another adapter's numbers into one that is loaded: in place, so that a compiled model need not be compiled again."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter_info import AdapterInfo
+from ..adapters import AdapterConfig, NoraLayer
+from ..components import adapter_configs, component, nora_layers, present
+from ..errors import UserError
+from ..tensor_file import Tensors
+from .active import active_adapters, set_active
+from .inject import file_key, remember
+
+STRUCTURE = ("core", "trained", "blocks", "rank_mask", "magnitude", "router", "num_experts", "experts")
+"""What decides how a layer computes; everything else in a config shows in the shapes, or is a number."""
+
+
+def swap(pipe: Any, name: str, info: AdapterInfo, tensors: Tensors, activate: bool, weight: float) -> None:
+    """Copy checked numbers over those of the adapter ``name``. Raises :class:`UserError`, with nothing changed, when
+    the two differ in targets, shapes or structure, or when a basis would change that other adapters share.
+    """
+    configs = info.configs
+    holders = [part for part in present(pipe) if nora_layers(component(pipe, part), name)]
+    if not holders:
+        raise UserError(f"there is no adapter {name!r} of this toolkit to swap: load it without hotswap first")
+    if sorted(holders) != sorted(configs):
+        raise _refusal(name, info, f"it is for the {', '.join(configs)}, the loaded one for the {', '.join(holders)}")
+    copies: list[tuple[Tensor, Tensor]] = []
+    for part, config in configs.items():
+        module = component(pipe, part)
+        _check_structure(name, info, config, adapter_configs(module)[name])
+        copies += _planned(module, part, name, info, tensors)
+    with torch.no_grad():
+        for target, value in copies:
+            target.copy_(value)
+    for part, config in configs.items():
+        module = component(pipe, part)
+        adapter_configs(module)[name] = copy.deepcopy(config)
+        remember(module, name, info)
+        for path, layer in nora_layers(module, name).items():
+            layer.set_nora_scale(name, config.scale_for(path))
+            layer.set_scale(name, weight)
+        if activate and name not in active_adapters(module):
+            set_active(module, [*active_adapters(module), name])
+
+
+def _refusal(name: str, info: AdapterInfo, reason: str) -> UserError:
+    return UserError(
+        f"{info.path} cannot take the place of {name!r}: {reason}; delete {name!r} and load it without hotswap"
+    )
+
+
+def _check_structure(name: str, info: AdapterInfo, new: AdapterConfig, old: AdapterConfig) -> None:
+    for axis in STRUCTURE:
+        if getattr(new, axis) != getattr(old, axis):
+            raise _refusal(name, info, f"it has {axis}={getattr(new, axis)!r}, the loaded one {getattr(old, axis)!r}")
+
+
+def _planned(
+    module: nn.Module, part: str, name: str, info: AdapterInfo, tensors: Tensors
+) -> list[tuple[Tensor, Tensor]]:
+    layers = nora_layers(module, name)
+    resident = {
+        file_key(part, path, factor): (layer, value)
+        for path, layer in layers.items()
+        for factor, value in layer.delta(name).state_dict().items()
+    }
+    here = {key for key in tensors if key.startswith(f"{part}.")}
+    odd = sorted(here ^ set(resident))
+    if odd:
+        raise _refusal(name, info, f"they sit on different projections ({odd[0]})")
+    planned = []
+    for key, (layer, target) in resident.items():
+        if target.shape != tensors[key].shape:
+            raise _refusal(name, info, f"{key} is {list(tensors[key].shape)}, the loaded one {list(target.shape)}")
+        value = tensors[key].to(target)
+        if target.data_ptr() in _elsewhere(layer, name) and not torch.equal(target, value):
+            raise _refusal(name, info, "another loaded adapter shares the basis that would change")
+        planned.append((target, value))
+    return planned
+
+
+def _elsewhere(layer: NoraLayer, name: str) -> set[int]:
+    """Addresses of the frozen factors of a layer's other adapters."""
+    others = (delta for other, delta in layer.nora_delta.items() if other != name)
+    return {buffer.data_ptr() for delta in others for buffer in delta.buffers()}
