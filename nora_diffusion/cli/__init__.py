@@ -10,9 +10,17 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import UserError
-from . import app, demo, export, generate, grid, inspect
+from . import app, demo, export, generate, grid, inspect, mix
 
-COMMANDS = {"app": app, "generate": generate, "grid": grid, "inspect": inspect, "export": export, "demo": demo}
+COMMANDS = {
+    "app": app,
+    "generate": generate,
+    "grid": grid,
+    "inspect": inspect,
+    "mix": mix,
+    "export": export,
+    "demo": demo,
+}
 
 
 class Parser(argparse.ArgumentParser):

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this command."""
     parser.add_argument("adapter", help="adapter file or folder")
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
+    parser.add_argument("--overlap", metavar="OTHER", help="how much it moves the same directions as another adapter")
     parser.add_argument("--layers", action="store_true", help="what it does to each layer's weight (loads its base)")
     parser.add_argument("--intruders", action="store_true", help="with --layers: count intruder dimensions (slower)")
     parser.add_argument("--base", help="with --layers: where its base lies (default: as named in the file)")
@@ -30,8 +31,10 @@ def run(values: argparse.Namespace) -> None:
         raise UserError("--intruders and --base say something about --layers: give it as well")
     info = inspect_adapter(values.adapter)
     layers = _layers(values) if values.layers else []
+    overlap = _overlap(values) if values.overlap else {}
     if values.json:
-        print(json.dumps(asdict(info) | ({"layers": [asdict(layer) for layer in layers]} if layers else {}), indent=2))
+        more = ({"layers": [asdict(layer) for layer in layers]} if layers else {}) | overlap
+        print(json.dumps(asdict(info) | more, indent=2))
         return
     rows = {
         "file": info.path,
@@ -47,6 +50,8 @@ def run(values: argparse.Namespace) -> None:
         "sha256": info.sha256,
         "made with": ", ".join(f"{k} {v}" for k, v in info.versions.items()),
     }
+    if overlap:
+        rows["overlap"] = f"{overlap['overlap']:.3f} with {values.overlap} (0: none, 1: the same directions)"
     for name, value in rows.items():
         print(f"{name:<16} {value}")
     if layers:
@@ -60,3 +65,13 @@ def _layers(values: argparse.Namespace) -> list[Any]:
     from ..evaluation.spectra import spectra
 
     return spectra(values.adapter, open_pipeline(values.base) if values.base else None, values.intruders)
+
+
+def _overlap(values: argparse.Namespace) -> dict[str, Any]:
+    from ..composition.angles import overlap_files
+
+    found = overlap_files(values.adapter, values.overlap)
+    return {
+        "overlap": found.score,
+        "overlap_layers": {f"{part}.{path}": score for (part, path), score in found.layers.items()},
+    }

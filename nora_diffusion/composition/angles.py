@@ -55,7 +55,7 @@ def source_overlap(one: Source, two: Source) -> Overlap:
     """The same of two adapters that are read already."""
     layers: dict[Key, float] = {}
     total = weights = 0.0
-    for key in one.updates.keys() & two.updates.keys():
+    for key in (key for key in one.updates if key in two.updates):
         layers[key], weight = _layer(one.updates[key], two.updates[key])
         total, weights = total + weight * layers[key], weights + weight
     return Overlap(total / weights if weights else 0.0, layers)

@@ -10,7 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, get_args
 
-from ..adapter_file import AdapterInfo, inspect_adapter, write_adapter
+from ..adapter_file import FILE_NAME, AdapterInfo, inspect_adapter, write_adapter
 from ..base import base_id
 from ..components import refuse_merged
 from ..errors import UserError
@@ -30,7 +30,8 @@ class MixReport:
     """What a mix is: its largest rank and number of projections, and the share of ``||dW||_F^2`` that it ``kept``.
 
     ``error`` is ``||dW_mix - dW||_F / ||dW||_F`` against what the mode's formula asks for, over all projections: 0 for
-    the exact modes. ``overlaps`` holds the overlap of each two parts. ``info`` is what its file says, or will say.
+    the exact modes. ``overlaps`` holds the overlap of each two parts, ``warnings`` a sentence for each that is high.
+    ``info`` is what its file says, or will say.
     """
 
     name: str
@@ -40,6 +41,7 @@ class MixReport:
     kept: float
     error: float
     overlaps: dict[tuple[str, str], float]
+    warnings: list[str]
     info: AdapterInfo
 
 
@@ -95,7 +97,7 @@ def mix_files(
     sources = [file_source(path) for path, _ in adapters]
     _check({source.name: weight for source, (_, weight) in zip(sources, adapters, strict=True)}, mode, options)
     check_same_base(sources)
-    folder = Path(output).expanduser()
+    folder = _new_folder(output)
     report, tensors = _combine(folder.name, sources, [weight for _, weight in adapters], mode, options)
     infos = [source.info for source in sources if source.info is not None]
     info = report.info
@@ -111,6 +113,15 @@ def mix_files(
     return report
 
 
+def _new_folder(output: str | Path) -> Path:
+    folder = Path(output).expanduser()
+    if folder.suffix == ".safetensors" or folder.is_file():
+        raise UserError(f"{output} is a file name: give a folder for the mix and its card")
+    if (folder / FILE_NAME).exists():
+        raise UserError(f"{folder} holds an adapter already: choose another folder")
+    return folder
+
+
 def _check(weights: Mapping[str, float], mode: str, options: Options) -> None:
     if mode not in MODES:
         raise UserError(f"mode={mode!r} is unknown: choose one of {', '.join(get_args(Mode))}")
@@ -124,7 +135,7 @@ def _check(weights: Mapping[str, float], mode: str, options: Options) -> None:
 def _combine(
     name: str, sources: Sequence[Source], weights: Sequence[float], mode: Mode, options: Options
 ) -> tuple[MixReport, Any]:
-    overlaps = _overlaps(sources)
+    overlaps = {(one.name, two.name): source_overlap(one, two).score for one, two in combinations(sources, 2)}
     mixed: dict[Key, Mixed] = {}
     for key in dict.fromkeys(key for source in sources for key in source.updates):
         here = [(s.updates[key], w) for s, w in zip(sources, weights, strict=True) if key in s.updates]
@@ -136,7 +147,7 @@ def _combine(
     rank = max(tensor.shape[0] for key, tensor in tensors.items() if key.endswith(("nora_A", "nora_A_in", "nora_R")))
     info = _describe(sources, weights, mode, options)
     info.components = {part: config.to_dict() for part, config in configs.items()}
-    return MixReport(name, mode, rank, len(mixed), 1 - share, share**0.5, overlaps, info), tensors
+    return MixReport(name, mode, rank, len(mixed), 1 - share, share**0.5, overlaps, _too_close(overlaps), info), tensors
 
 
 def _layer_seed(seed: int, key: Key) -> int:
@@ -144,17 +155,16 @@ def _layer_seed(seed: int, key: Key) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {key[0]}.{key[1]}".encode()).digest()[:7], "big")
 
 
-def _overlaps(sources: Sequence[Source]) -> dict[tuple[str, str], float]:
-    overlaps = {}
-    for one, two in combinations(sources, 2):
-        score = overlaps[one.name, two.name] = source_overlap(one, two).score
-        if score > WARN_ABOVE:
-            warnings.warn(
-                f"{one.name} and {two.name} overlap by {score:.2f} (above {WARN_ABOVE}): they change the same "
-                "directions of the weights and will disturb each other; lower their weights, or keep one",
-                stacklevel=4,
-            )
-    return overlaps
+def _too_close(overlaps: Mapping[tuple[str, str], float]) -> list[str]:
+    sentences = [
+        f"{one} and {two} overlap by {score:.2f} (above {WARN_ABOVE}): they change the same directions of the weights "
+        "and will disturb each other; lower their weights, or keep one"
+        for (one, two), score in overlaps.items()
+        if score > WARN_ABOVE
+    ]
+    for sentence in sentences:
+        warnings.warn(sentence, stacklevel=4)
+    return sentences
 
 
 def _describe(sources: Sequence[Source], weights: Sequence[float], mode: str, options: Options) -> AdapterInfo:

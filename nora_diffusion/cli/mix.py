@@ -1,0 +1,39 @@
+"""``nora-diffusion mix``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+
+HELP = "make one adapter of several, without loading their base"
+MODES = ("linear", "cat", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command."""
+    parser.add_argument("adapters", nargs="+", metavar="PATH[:WEIGHT]", help="adapter files or folders")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--mode", choices=MODES, default="cat", help="see docs/mixing.md (default: cat, exact)")
+    parser.add_argument("--rank", type=int, help="rank of the result, where the mode truncates (default: the sum)")
+    parser.add_argument("--density", type=float, default=0.5, help="share of entries that ties and dare keep")
+    parser.add_argument("--seed", type=int, default=0, help="what dare drops")
+
+
+def run(values: argparse.Namespace) -> None:
+    """Mix and print what became of it."""
+    from ..composition.mixing import mix_files
+    from ..generation import parse_adapter
+
+    parts = [parse_adapter(text) for text in values.adapters]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # they are printed below, as sentences
+        report = mix_files(
+            parts, values.output, values.mode, rank=values.rank, density=values.density, seed=values.seed
+        )
+    exact = "exact" if report.error == 0 else f"error {report.error:.1%}, {report.kept:.2%} of the energy kept"
+    print(f"{report.info.path}: {report.mode}, rank {report.rank} on {report.layers} layers, {exact}")
+    for (one, two), score in report.overlaps.items():
+        print(f"overlap of {one} and {two}: {score:.2f}")
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
