@@ -169,7 +169,7 @@ def _entry_key(pipe: Any, calibration: Calibration) -> str:
         "version": VERSION,
         "pipeline": type(pipe).__name__,
         "scheduler": dict(pipe.scheduler.config),
-        "tokens": [tokenizer(list(calibration.prompts)).input_ids for tokenizer in tokenizers],
+        "tokens": [tokenizer(list(calibration.prompts), truncation=True).input_ids for tokenizer in tokenizers],
         "prompts": list(calibration.prompts),
         "latents": None if calibration.latents is None else tensor_hash(calibration.latents),
         "components": {part: _description(getattr(pipe, part)) for part in present(pipe)},

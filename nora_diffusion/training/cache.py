@@ -32,6 +32,11 @@ class Latents:
     shift: float
     factor: float
 
+    def first_crops(self, count: int) -> Tensor:
+        """Scaled mean latents of the first crop of each of the first ``count`` photos ``[n, C, h, w]``."""
+        rows = [crops[0] for crops in self.of_photo[:count]]
+        return (self.mean[rows] - self.shift) * self.factor
+
     def sample(self, photos: Sequence[int], generator: torch.Generator) -> Tensor:
         """Scaled latents of one random crop of each photo ``[B, C, h, w]``."""
         rows = []

@@ -9,13 +9,14 @@ from typing import Any
 
 from ..errors import UserError
 from .config import TrainConfig
-from .defaults import METHOD_KEYS
+from .defaults import METHOD_KEYS, METHODS, PRESET_KEYS
 
 POSITIVE = (
     "resolution",
     "rank",
     "inner_rank",
     "num_experts",
+    "blocks",
     "alpha",
     "crops_per_image",
     "train_batch_size",
@@ -40,6 +41,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "prior_loss_weight",
+    "power",
     "snr_gamma",
     "lr_warmup_steps",
     "dataloader_num_workers",
@@ -86,12 +88,11 @@ def _check_data(config: TrainConfig) -> None:
 
 
 def _check_adapter(config: TrainConfig) -> None:
-    for name in ("inner_rank", "basis", "num_experts"):
-        if getattr(config, name) is not None and name not in METHOD_KEYS[config.method]:
+    for name in PRESET_KEYS:
+        if getattr(config, name) is not None and getattr(config, name) is not False and name not in METHOD_KEYS[config.method]:
             owners = ", ".join(method for method, keys in METHOD_KEYS.items() if name in keys)
             raise UserError(f"--{name} has no meaning for --method {config.method}: it belongs to {owners}")
-    if config.calibration_prompts and (config.basis or "awsvd") != "awsvd":
-        raise UserError(f"--calibration_prompts needs --basis awsvd, not {config.basis}")
+    _check_calibration(config)
     if config.text_encoder_lr is not None and not config.train_text_encoder:
         raise UserError("--text_encoder_lr needs --train_text_encoder")
     if config.train_text_encoder and config.pre_compute_text_embeddings:
@@ -102,6 +103,15 @@ def _check_adapter(config: TrainConfig) -> None:
         raise UserError(
             f"class_labels_conditioning={config.class_labels_conditioning!r} is unknown: only 'timesteps' is"
         )
+
+
+def _check_calibration(config: TrainConfig) -> None:
+    basis = config.basis or METHODS[config.method].get("basis")
+    for name, wanted in {"calibration_prompts": config.calibration_prompts, "calibration": config.calibration}.items():
+        if wanted and wanted != "generic" and basis != "awsvd":
+            raise UserError(f"--{name} needs --basis awsvd, not {basis}")
+    if config.calibration_prompts and config.calibration == "subject":
+        raise UserError("--calibration subject takes the photos' own prompts: leave --calibration_prompts out")
 
 
 def _check_prior(config: TrainConfig) -> None:

@@ -11,7 +11,10 @@ from typing import Any, Literal
 from ..errors import UserError
 from .values import coerce, suggestion
 
-Method = Literal["nora", "mor", "lora", "lora_xs"]
+Method = Literal["nora", "mor", "moe_lora", "lora", "lora_xs", "lora_mini", "dora", "mora", "melora", "dylora"]
+Core = Literal["nested", "dense", "diagonal"]
+Placement = Literal["up", "down", "sqrt", "none"]
+Router = Literal["token", "prompt", "timestep", "prompt+timestep"]
 Basis = Literal["awsvd", "svd", "orthogonal", "kaiming"]
 Precision = Literal["no", "fp16", "bf16"]
 PriorPrecision = Literal["no", "fp32", "fp16", "bf16"]
@@ -19,6 +22,7 @@ SaveDtype = Literal["fp32", "fp16", "bf16"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 TimestepSampling = Literal["uniform", "stratified"]
+Calibrated = Literal["generic", "subject"]
 
 GROUPS = {
     "base": "the frozen model",
@@ -73,15 +77,25 @@ class TrainConfig:
     # adapter
     method: Method = key("nora", "adapter", "adapter method")
     rank: int | None = key(None, "adapter", "outer rank r")
-    inner_rank: int | None = key(None, "adapter", "inner rank r' of NoRA")
+    inner_rank: int | None = key(None, "adapter", "inner rank r' of a nested core")
     alpha: float | None = key(None, "adapter", "scale alpha / r (default: alpha = r)")
     basis: Basis | None = key(None, "adapter", "how the frozen outer pair is made")
-    num_experts: int | None = key(None, "adapter", "experts of MoR")
+    placement: Placement | None = key(None, "adapter", "which outer factor gets the singular values")
+    power: float | None = key(None, "adapter", "power of the activation strengths in awsvd")
+    core: Core | None = key(None, "adapter", "what is trained between the frozen outer factors")
+    num_experts: int | None = key(None, "adapter", "experts of a mixture")
+    router: Router | None = key(None, "adapter", "what the gate of a mixture looks at")
+    blocks: int | None = key(None, "adapter", "minis of MELoRA, which divide the rank among them")
+    magnitude: bool = key(False, "adapter", "train the length of each weight row too, as DoRA does")
     dropout: float = key(0.0, "adapter", "dropout inside the adapter", aliases=("lora_dropout",))
     target_modules: list[str] | None = key(
-        None, "adapter", "groups (attn, ff, proj, conv), module suffixes, or one regular expression"
+        None, "adapter", "groups (attn, context, ff, proj, conv), module suffixes, or one regular expression"
     )
-    calibration_prompts: list[str] | None = key(None, "adapter", "prompts that calibrate the awsvd basis")
+    target_blocks: list[str] | None = key(
+        None, "adapter", "only modules in these blocks, for example mid_block up_blocks.1.attentions.0"
+    )
+    calibration: Calibrated = key("generic", "adapter", "calibrate awsvd on generic prompts or the subject's photos")
+    calibration_prompts: list[str] | None = key(None, "adapter", "prompts that calibrate awsvd instead")
     train_text_encoder: bool = key(False, "adapter", "adapt the text encoder as well")
 
     # prior preservation

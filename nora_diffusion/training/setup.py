@@ -13,10 +13,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..adapters import AdapterConfig
+from ..adapters import AdapterConfig, in_blocks
+from ..adapters.build import outer_rank
 from ..adapters.presets import PRESETS
 from ..base import open_pipeline
-from ..components import component, targets
+from ..calibration import Calibration
+from ..components import all_targets
 from ..data import read_photos
 from ..errors import UserError
 from ..loaders import add_adapter, load_adapter, trainable_parameters
@@ -24,6 +26,7 @@ from .cache import Latents, TextConditions, encode_photos
 from .checkpoints import Checkpoint, restore_optimizer
 from .checks import check_pipeline, folder_of
 from .config import Precision, TrainConfig
+from .defaults import PRESET_KEYS
 from .objective import Objective
 from .optimization import build_optimizer, build_schedule, restore_schedule
 from .randomness import derive
@@ -34,6 +37,7 @@ from .subject import Subject
 log = logging.getLogger(__name__)
 
 ADAPTER = "subject"
+CALIBRATION_PHOTOS = 8
 
 
 @dataclass
@@ -173,23 +177,24 @@ def adapter_config(config: TrainConfig) -> AdapterConfig:
     wanted: str | list[str] | None = config.target_modules
     if wanted is not None and len(wanted) == 1:
         wanted = wanted[0]  # a group, or a regular expression
+    if config.target_blocks:
+        wanted = in_blocks(config.target_blocks, wanted)
     values: dict[str, Any] = {
         "r": config.rank,
         "alpha": config.alpha,
         "dropout": config.dropout,
         "target_modules": wanted,
-        "inner_r": config.inner_rank,
-        "basis": config.basis,
-        "num_experts": config.num_experts,
+        **{parameter: getattr(config, name) for name, parameter in PRESET_KEYS.items()},
     }
-    return PRESETS[config.method](**{k: v for k, v in values.items() if v is not None})
+    return PRESETS[config.method](**{k: v for k, v in values.items() if v is not None and v is not False})
 
 
 def check_targets(config: TrainConfig, pipe: Any) -> None:
     """Raise :class:`UserError` for an adapter that cannot be made or sits nowhere, before anything is written."""
     adapter = adapter_config(config)
-    for name in components(config):
-        targets(component(pipe, name), adapter)
+    for layers in all_targets(pipe, components(config), adapter).values():
+        for path, layer in layers.items():
+            outer_rank(adapter, layer, path)  # refuses blocks that do not divide a layer
 
 
 def components(config: TrainConfig) -> list[str]:
@@ -197,11 +202,21 @@ def components(config: TrainConfig) -> list[str]:
     return ["unet", "text_encoder"] if config.train_text_encoder else ["unet"]
 
 
-def place_adapter(config: TrainConfig, pipe: Any, checkpoint: Checkpoint | None) -> dict[str, nn.Parameter]:
+def calibration_of(config: TrainConfig, subject: Subject, latents: Latents) -> Calibration | None:
+    """What the base is shown to calibrate the basis: generic prompts (``None``), given ones, or the first photos."""
+    if config.calibration == "subject":
+        pictures = latents.first_crops(CALIBRATION_PHOTOS)
+        return Calibration(list(subject.captions[: len(pictures)]), pictures)
+    return Calibration(config.calibration_prompts) if config.calibration_prompts else None
+
+
+def place_adapter(
+    config: TrainConfig, pipe: Any, checkpoint: Checkpoint | None, calibration: Calibration | None
+) -> dict[str, nn.Parameter]:
     """Put the adapter in, fresh or from the checkpoint; returns its trained factors by file key."""
     if checkpoint is None:
         torch.manual_seed(derive(config.seed or 0, "init"))
-        add_adapter(pipe, adapter_config(config), ADAPTER, components(config), config.calibration_prompts)
+        add_adapter(pipe, adapter_config(config), ADAPTER, components(config), calibration)
     else:
         load_adapter(pipe, checkpoint.path, ADAPTER)
     parameters = trainable_parameters(pipe, ADAPTER)
@@ -240,7 +255,7 @@ def build_run(
     conditions = None if config.train_text_encoder else TextConditions(pipe, config, prompts)
     dtype = lower_precision(config, pipe, device)
     conditions = conditions or TextConditions(pipe, config, prompts)
-    parameters = place_adapter(config, pipe, checkpoint)
+    parameters = place_adapter(config, pipe, checkpoint, calibration_of(config, subject, latents))
     optimizer = build_optimizer(config, parameters, processes)
     steps = config.max_train_steps or 0
     schedule = build_schedule(config, optimizer, steps)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
+from inspect import signature
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from runs import flags
 
+from nora_diffusion.adapters import PRESETS
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import TrainConfig
 from nora_diffusion.training.arguments import build_parser, parse
 from nora_diffusion.training.checks import check_config
-from nora_diffusion.training.defaults import with_defaults
+from nora_diffusion.training.config import Method
+from nora_diffusion.training.defaults import METHOD_KEYS, METHODS, PRESET_KEYS, with_defaults
+from nora_diffusion.training.setup import adapter_config
 
 # fmt: off
 DIFFUSERS_FLAGS = [
@@ -107,6 +112,8 @@ def test_mistyped_yaml(text: str, sentence: str, tmp_path: Path) -> None:
         ({"learning_rate": float("nan")}, "must be above 0"),
         ({"dropout": 1.0}, "dropout"),
         ({"method": "lora", "inner_rank": 4}, "--inner_rank has no meaning for --method lora: it belongs to nora"),
+        ({"method": "dora", "magnitude": True}, "--magnitude has no meaning for --method dora"),
+        ({"method": "mor", "blocks": 2}, "--blocks has no meaning for --method mor: it belongs to melora"),
         ({"train_text_encoder": True, "pre_compute_text_embeddings": True}, "excludes --train_text_encoder"),
         ({"with_prior_preservation": True}, "needs --class_prompt"),
         ({"class_prompt": "a dog"}, "needs --with_prior_preservation"),
@@ -120,6 +127,9 @@ def test_mistyped_yaml(text: str, sentence: str, tmp_path: Path) -> None:
         ({"class_labels_conditioning": "words"}, "only 'timesteps' is"),
         ({"text_encoder_lr": 1e-4}, "needs --train_text_encoder"),
         ({"trigger": " "}, "the trigger is empty"),
+        ({"calibration": "subject", "basis": "svd"}, "--calibration needs --basis awsvd, not svd"),
+        ({"calibration_prompts": ["a dog"], "method": "lora"}, "--calibration_prompts needs --basis awsvd, not None"),
+        ({"calibration": "subject", "calibration_prompts": ["a dog"]}, "leave --calibration_prompts out"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_right(
@@ -149,6 +159,30 @@ def test_the_documentation_has_every_setting() -> None:
     assert [f.name for f in fields(TrainConfig) if f"| `{f.name}`" not in text] == []
     other = with_defaults(TrainConfig(pretrained_model_name_or_path="some/model"))
     assert f"| `learning_rate` | {other.learning_rate} |" in text
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_a_method_takes_what_its_preset_takes(method: str) -> None:
+    """Flags reach the preset's parameters of the same meaning, all of them and no others."""
+    parameters = signature(PRESETS[method]).parameters
+    axes = {flag for flag, parameter in PRESET_KEYS.items() if parameter in parameters} - {"magnitude"}
+    assert set(METHOD_KEYS[method]) - {"magnitude"} == axes
+    config = with_defaults(TrainConfig(method=method))  # type: ignore[arg-type]
+    adapter = adapter_config(config)
+    assert (adapter.method, adapter.r) == (method, config.rank)
+    for flag in METHOD_KEYS[method]:
+        given = getattr(config, flag) or {
+            "placement": "none",
+            "power": 0.0,
+            "core": "diagonal",
+            "router": "token",
+        }.get(flag, True)
+        adapter = adapter_config(replace(config, **{flag: given}))
+        assert getattr(adapter, PRESET_KEYS[flag]) == given
+
+
+def test_every_preset_is_a_method() -> None:
+    assert set(get_args(Method)) == set(PRESETS) == set(METHODS) == set(METHOD_KEYS)
 
 
 def test_a_router_gets_no_convolutions_by_default() -> None:

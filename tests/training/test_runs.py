@@ -86,6 +86,28 @@ def test_every_method_learns_and_its_file_reproduces_the_model(method: str, conf
     assert (render(plain) - render(adapted)).abs().max() > 0
 
 
+def test_a_basis_calibrated_on_the_subject_is_its_own(configure: Configure, tmp_path: Path) -> None:
+    """The photos decide the frozen basis with calibration="subject", and only then."""
+
+    def basis(calibration: str, photos: int) -> dict[str, torch.Tensor]:
+        place = write_photos(tmp_path / f"photos{photos}", 4, seed=photos)
+        run = configure(
+            instance_data_dir=str(place), calibration=calibration, basis="awsvd", max_train_steps=1,
+            output_dir=str(tmp_path / f"{calibration}{photos}"), overwrite_output_dir=True, target_blocks=["mid_block"],
+        )  # fmt: skip
+        tensors = load_file(train(run).adapter_path)
+        return {key: value for key, value in tensors.items() if key.endswith("_out")}
+
+    generic, other_generic = basis("generic", 1), basis("generic", 2)
+    assert generic and all(key.startswith("unet.mid_block.") for key in generic)
+    assert all(torch.equal(other_generic[key], value) for key, value in generic.items())
+    one, two = basis("subject", 1), basis("subject", 2)
+    again = basis("subject", 1)
+    assert all(torch.equal(again[key], value) for key, value in one.items())
+    assert any(not torch.equal(one[key], value) for key, value in two.items())
+    assert any(not torch.equal(one[key], value) for key, value in generic.items())
+
+
 def test_the_loss_falls(configure: Configure, tmp_path: Path) -> None:
     """One photo, every target, a high rate: the adapter must be able to fit it."""
     place = write_photos(tmp_path / "one", 1)
