@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from .composition.tags import Tag, tag_name
+from .composition.tags import Tag, parse_tags, tag_name
 from .errors import UserError
 from .files import write_atomic
 
 JSON_KEY = "nora_diffusion"
+MAX_PIXELS = 40_000_000
+MAX_TEXT = 2**20
 
 
 @dataclass
@@ -73,18 +77,70 @@ def save_picture(image: Image.Image, path: Path, settings: PictureSettings) -> P
 
 
 def read_settings(path: str | Path) -> PictureSettings:
-    """The settings of a picture made by this toolkit. Raises :class:`UserError` where there are none."""
+    """The settings of a picture, from this toolkit's JSON or else from A1111's ``parameters``; no pixel is decoded.
+
+    Raises :class:`UserError` for anything but a PNG of at most 40 megapixels that carries settings.
+    """
+    name = Path(path).name
     try:
-        with Image.open(path) as image:
-            text = getattr(image, "text", {}).get(JSON_KEY)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as a picture: {error}") from error
-    if text is None:
-        raise UserError(f"{path} carries no settings of this toolkit")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=("PNG",)) as image:
+                size, info = image.size, dict(image.info)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name} cannot be read as a PNG picture: {error}") from error
+    if size[0] * size[1] > MAX_PIXELS:
+        raise UserError(f"{name} is {size[0]}x{size[1]}, more than {MAX_PIXELS // 10**6} megapixels")
+    if sum(len(text) for text in info.values() if isinstance(text, str)) > MAX_TEXT:
+        raise UserError(f"{name} carries more than {MAX_TEXT // 2**20} MiB of text: it is not read")
+    if isinstance(info.get(JSON_KEY), str):
+        try:
+            return _checked(PictureSettings(**json.loads(info[JSON_KEY])))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(f"{name}: its settings are damaged ({error})") from error
+    if isinstance(info.get("parameters"), str):
+        return parse_parameters(info["parameters"])
+    raise UserError(f"{name} carries no settings")
+
+
+def _checked(settings: PictureSettings) -> PictureSettings:
+    """The same, if every value is of its kind."""
+    for field_ in fields(PictureSettings):
+        value = getattr(settings, field_.name)
+        kind = {"str": str, "int": int, "float": (int, float)}.get(str(field_.type), (list, dict))
+        if not isinstance(value, kind) or isinstance(value, bool):  # type: ignore[arg-type]
+            raise TypeError(f"{field_.name} is {str(value)[:40]!r}")
+    for adapter in settings.adapters:
+        tag_of(adapter)
+    return settings
+
+
+def parse_parameters(text: str) -> PictureSettings:
+    """A1111's ``parameters``: the prompt, ``Negative prompt:``, and a last line of ``Key: value`` pairs.
+
+    Tags stay in the prompt; their hashes come as ``adapters`` with what the text says, often only the first digits.
+    """
+    body, _, last = text.rpartition("\n")
+    if "Steps: " not in last:
+        raise UserError("the picture's parameters are not in the form that is known: they lack a line with Steps")
+    prompt, _, negative = body.partition("\nNegative prompt: ")
+    quoted = re.search(r'Lora hashes: "([^"]*)"', last)
+    pairs = dict(re.findall(r"(\w[\w ]*): ([^,\"]+)", re.sub(r'[\w ]+: "[^"]*"', "", last)))
+    clean, tags = parse_tags(prompt)
+    hashes = dict(pair.split(": ", 1) for pair in (quoted[1] if quoted else "").split(", ") if ": " in pair)
+    adapters = [
+        {"name": t.name, "weight": t.unet, "te": t.te, "sha256": hashes.get(t.name, "").lower(), "path": ""}
+        for t in tags
+    ]
     try:
-        return PictureSettings(**json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: its settings are damaged ({error})") from error
+        width, height = (int(side) for side in pairs.get("Size", "0x0").split("x"))
+        return PictureSettings(
+            prompt=clean, seed=int(pairs["Seed"]), steps=int(pairs["Steps"]), guidance=float(pairs["CFG scale"]),
+            width=width, height=height, negative_prompt=negative, sampler=pairs.get("Sampler", ""),
+            base=pairs.get("Model", ""), adapters=adapters,
+        )  # fmt: skip
+    except (ValueError, KeyError) as error:
+        raise UserError(f"the picture's parameters cannot be read ({error})") from error
 
 
 # Sheets

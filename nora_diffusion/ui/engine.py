@@ -12,6 +12,7 @@ from typing import Any
 
 from ..adapter_file import AdapterInfo
 from ..base import base_id, is_embedded, open_pipeline
+from ..batches import mixed_batch
 from ..components import canonical, fingerprint, present, projections
 from ..errors import UserError
 from ..generation import default_guidance, free_name, picture_settings
@@ -165,6 +166,33 @@ class Engine:
             )
             files.append(save_picture(image, free_name(out, seed), settings))
             run.report(files=tuple(files), preview="")
+        return files
+
+    def make_batch(self, request: Request, rows: Sequence[Sequence[Wanted]], out: Path, run: Run) -> list[Path]:
+        """All pictures in one pass, each with the adapters of its own row; ``request.adapters`` are all of them."""
+        request.check()
+        described = {values["name"]: values for values in self.use(request.adapters)}
+        prompts, seeds = zip(*request.pictures, strict=True)
+        run.report(pictures=1, steps=request.steps, picture=1)
+
+        def watch(step: int, latents: Any) -> None:
+            run.check()
+            run.report(step=step)
+
+        specs = [[(_peft_name(adapter.name), adapter.weights.unet) for adapter in row] for row in rows]
+        with mixed_batch(self.pipe, specs):
+            images = run_pipeline(
+                self.pipe, prompts, seeds, request.steps, request.guidance, request.negative_prompt, request.width,
+                request.height, watch,
+            )  # fmt: skip
+        files = []
+        for image, (prompt, seed), row in zip(images, request.pictures, rows, strict=True):
+            adapters = [{**described[adapter.name], "weight": adapter.weights.unet} for adapter in row]
+            settings = picture_settings(
+                self.pipe, image, prompt, seed, request.steps, request.guidance, request.negative_prompt, adapters
+            )
+            files.append(save_picture(image, free_name(out, seed), settings))
+        run.report(files=tuple(files))
         return files
 
     def picture(self, request: Request, prompt: str, seed: int, run: Run | None = None) -> Any:

@@ -141,7 +141,7 @@ class Library:
         twin = self.by_hash(info.sha256)
         if twin is not None:
             raise UserError(f"this adapter is in the library already, as {twin.name!r}")
-        target = self._free_folder(safe_name(Path(name).stem if Path(name).name != FILE_NAME else info.trigger))
+        target = self.free_folder(safe_name(Path(name).stem if Path(name).name != FILE_NAME else info.trigger))
         with user_errors(target):
             make_folder(target)
             write_atomic(target / FILE_NAME, source.read_bytes())
@@ -189,7 +189,8 @@ class Library:
             entry.fault = str(error).replace(f"{self.folder}/", "")
         return entry
 
-    def _free_folder(self, name: str) -> Path:
+    def free_folder(self, name: str) -> Path:
+        """A place for a new adapter, with a number behind its name where that is taken."""
         taken = {entry.name for entry in self.entries()} | {p.name for p in self.folder.iterdir()}
         names = (name if n == 1 else f"{name}-{n}" for n in range(1, 10_000))
         return self.folder / next(n for n in names if n not in taken)

@@ -34,8 +34,11 @@ CSS = """
 .card small { display: block; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 .card small.why { color: var(--error-text-color); }
 .facts { width: 100%; border-collapse: collapse; font-size: .92rem; }
+.facts, .facts th, .facts td, .facts tr { border: 0 !important; }
+.facts tr + tr { border-top: 1px solid var(--border-color-primary) !important; }
 .facts th { text-align: left; font-weight: 500; color: var(--body-text-color-subdued); padding: .25rem .8rem .25rem 0;
   vertical-align: top; white-space: nowrap; }
+.facts td + td { padding-left: .8rem; }
 .facts td { padding: .25rem 0; overflow-wrap: anywhere; }
 .facts tr.new td { font-weight: 600; }
 .empty { border: 1px dashed var(--border-color-primary); border-radius: 10px; padding: 1.2rem;
@@ -49,7 +52,6 @@ CSS = """
 .plot .rule { stroke: var(--border-color-primary); stroke-width: 1; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; color: var(--body-text-color-subdued); }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
-.rack { border-left: 3px solid var(--color-accent); padding-left: .6rem; }
 @media (max-width: 640px) { .gradio-container { padding: .5rem !important; } .facts th { white-space: normal; } }
 """
 

@@ -14,7 +14,7 @@ from .page import Page
 from .state import App
 from .tabs.generate_settings import defaults
 
-TABS = ("generate", "library", "train", "compare", "inspect")
+TABS = ("generate", "mix", "library", "train", "compare", "inspect")
 """Modules of ``ui/tabs``, in the order of the page."""
 
 

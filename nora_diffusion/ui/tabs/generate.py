@@ -8,14 +8,14 @@ from typing import Any
 
 import gradio as gr
 
-from ...composition.tags import parse_tags
+from ...composition.tags import Tag, parse_tags
 from ...errors import UserError
 from ..engine import MAX_PICTURES, MAX_PROMPT, Request, Wanted
 from ..page import Page, handler, who
 from ..runs import Progress, Run
 from ..state import App
 from ..weights import AdapterWeights
-from . import generate_settings
+from . import generate_settings, restore
 from .generate_view import gallery_items, live, status
 from .rack import build_rack
 
@@ -33,8 +33,9 @@ def build(page: Page) -> None:
                 go = gr.Button("Generate", variant="primary", elem_id="generate")
                 interrupt = gr.Button("Interrupt", variant="stop", visible=False, elem_id="interrupt")
                 skip = gr.Button("Skip this picture", visible=False, elem_id="skip")
-            blocks = build_rack(page)
+            blocks = build_rack(page, page.prompt, "add-adapter")
             settings = generate_settings.build(page)
+            restore.build(page, settings, blocks)
         with gr.Column(scale=6, min_width=320):
             said = gr.HTML(status(Progress(), idle=True), elem_id="status")
             preview = gr.HTML("", elem_id="preview", visible=False)
@@ -61,17 +62,25 @@ def generator(app: App) -> Any:
         height: float, blocks: dict[str, dict[str, float]], request: gr.Request,
     ) -> Iterator[Any]:  # fmt: skip
         first = first_seed(seed)
-        wanted = build_request(app, prompt, negative, whole(count), first, steps, guidance, width, height, blocks)
+        order = build_request(app, prompt, negative, whole(count), first, steps, guidance, width, height, blocks)
         out = app.library.pictures
-        run = Run(app.device, "pictures", lambda run: app.engine.make(wanted, out, run) and None)
+        run = Run(app.device, "pictures", lambda run: app.engine.make(order, out, run) and None)
         app.runs.put(who(request), run)
-        shown: tuple[Any, ...] = ()
-        for progress in run.follow():
-            items = gr.skip() if progress.files == shown else gallery_items(app, progress.files)
-            shown = progress.files
-            yield *_buttons(not progress.over), status(progress), _preview(progress), items, first
+        for updates in follow(app, run):
+            yield *updates, first
 
     return generate
+
+
+def follow(app: App, run: Run) -> Iterator[tuple[Any, ...]]:
+    """Updates of (Generate, Interrupt, Skip, status, preview, gallery) as a run goes on."""
+    shown: tuple[Any, ...] = ()
+    for progress in run.follow():
+        items = gr.skip() if progress.files == shown else gallery_items(app, progress.files)
+        shown = progress.files
+        going = not progress.over
+        buttons = gr.update(visible=not going), gr.update(visible=going), gr.update(visible=going)
+        yield *buttons, status(progress), gr.update(value=live(progress), visible=going), items
 
 
 def build_request(
@@ -84,19 +93,22 @@ def build_request(
     if not 1 <= count <= MAX_PICTURES:
         raise UserError(f"{count} pictures at once: choose 1 to {MAX_PICTURES}")
     clean, tags = parse_tags(prompt or "")
-    adapters = []
-    for tag in tags:
-        entry = app.library.entry(tag.name)
-        if entry.info is None:
-            raise UserError(f"the adapter {tag.name!r} cannot be used: {entry.fault}")
-        weights = AdapterWeights(tag.unet, tag.te, (blocks or {}).get(tag.name, {}))
-        adapters.append(Wanted(tag.name, entry.file, weights))
+    adapters = tuple(wanted(app, tag, (blocks or {}).get(tag.name, {})) for tag in tags)
     request = Request(
-        tuple((clean, seed + i) for i in range(count)), tuple(adapters), negative or "", whole(steps, "steps"),
+        tuple((clean, seed + i) for i in range(count)), adapters, negative or "", whole(steps, "steps"),
         float(guidance), whole(width, "width") or None, whole(height, "height") or None,
     )  # fmt: skip
     request.check()
     return request
+
+
+def wanted(app: App, tag: Tag, blocks: dict[str, float]) -> Wanted:
+    """The adapter of the library that a tag names."""
+    entry = app.library.entry(tag.name)
+    misfit = app.misfit(entry)
+    if misfit:
+        raise UserError(f"the adapter {tag.name!r} cannot be used: {misfit}")
+    return Wanted(tag.name, entry.file, AdapterWeights(tag.unet, tag.te, blocks))
 
 
 def whole(value: float | None, name: str = "the number of pictures") -> int:
@@ -126,11 +138,3 @@ def stopper(app: App, act: Any) -> Any:
             act(run)
 
     return stop
-
-
-def _buttons(running: bool) -> tuple[Any, Any, Any]:
-    return gr.update(visible=not running), gr.update(visible=running), gr.update(visible=running)
-
-
-def _preview(progress: Progress) -> Any:
-    return gr.update(value=live(progress), visible=not progress.over)

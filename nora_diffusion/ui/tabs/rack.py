@@ -34,32 +34,29 @@ class Slot:
         return [self.group, self.name, self.unet, self.te]
 
 
-def build_rack(page: Page) -> gr.State:
-    """The rack below the prompt; returns the factors by block: ``{name: {"down": 1.0, ...}}``."""
+def build_rack(page: Page, prompt: gr.Textbox, elem_id: str) -> gr.State:
+    """The rack below a prompt; returns the factors by block: ``{name: {"down": 1.0, ...}}``."""
     choose = gr.Dropdown(
-        [], label="Add an adapter", elem_id="add-adapter", interactive=True, filterable=True, allow_custom_value=False,
-    )  # fmt: skip
+        [], label="Add an adapter", elem_id=elem_id, interactive=True, filterable=True, allow_custom_value=False
+    )
     factors = gr.State({})
     slots = [_slot() for _ in range(SLOTS)]
     shown = [part for slot in slots for part in slot.parts()]
-    page.prompt.change(handler(show), page.prompt, shown, trigger_mode="always_last", **QUIET)
+    prompt.change(handler(show), prompt, shown, trigger_mode="always_last", **QUIET)
     refresh = handler(lambda: gr.update(choices=names(page), value=None))
-    page.blocks.load(refresh, None, choose, **QUIET)
-    page.tab.select(refresh, None, choose, **QUIET)
-    page.library_changed.change(refresh, None, choose, **QUIET)
-    choose.input(handler(add), [page.prompt, choose], [page.prompt, choose], **QUIET)
+    for event in (page.blocks.load, page.tab.select, page.library_changed.change):
+        event(refresh, None, choose, **QUIET)
+    choose.input(handler(add), [prompt, choose], [prompt, choose], **QUIET)
     for slot in slots:
-        gr.on(
-            [slot.unet.release, slot.te.release], handler(weigh), [page.prompt, slot.name, slot.unet, slot.te],
-            page.prompt, **QUIET,
-        )  # fmt: skip
-        slot.remove.click(handler(remove), [page.prompt, slot.name], page.prompt, **QUIET)
+        gr.on([slot.unet.release, slot.te.release], handler(weigh), [prompt, slot.name, slot.unet, slot.te], prompt,
+              **QUIET)  # fmt: skip
+        slot.remove.click(handler(remove), [prompt, slot.name], prompt, **QUIET)
         gr.on([b.release for b in slot.blocks], handler(factor), [factors, slot.name, *slot.blocks], factors, **QUIET)
     return factors
 
 
 def _slot() -> Slot:
-    with gr.Group(visible=False, elem_classes="rack") as group:
+    with gr.Group(visible=False) as group:
         name = gr.State("")
         with gr.Row():
             unet = gr.Slider(-2, 2, 1, step=0.05, label="Weight", min_width=200, scale=4)
