@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -11,8 +13,10 @@ from torch import nn
 from ..errors import UserError
 from .config import AdapterConfig
 from .layer import NoraLayer
+from .qkv_guard import guard
 from .rank_mask import watch
 from .register import PREFIX
+from .rows import RowPlan, serve_rows
 
 
 class NoraModel(BaseTuner):
@@ -46,7 +50,21 @@ class NoraModel(BaseTuner):
         else:
             target.update_layer(adapter_name, peft_config, current_key)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's ``adapter_names``: one name for each row of the batch, ``"__base__"`` for the base alone."""
+        names: list[str] | None = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        unknown = set(names) - set(self.peft_config) - {"__base__"}
+        if unknown:
+            raise UserError(f"there is no adapter named {sorted(unknown)[0]!r}: it has {', '.join(self.peft_config)}")
+        with serve_rows(self.model, RowPlan([{} if name == "__base__" else {name: 1.0} for name in names])):
+            yield
+
     def _post_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
+        guard(model)
         if config.rank_mask:
             watch(model)
 
