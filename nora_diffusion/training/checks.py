@@ -89,7 +89,8 @@ def _check_data(config: TrainConfig) -> None:
 
 def _check_adapter(config: TrainConfig) -> None:
     for name in PRESET_KEYS:
-        if getattr(config, name) is not None and getattr(config, name) is not False and name not in METHOD_KEYS[config.method]:
+        value = getattr(config, name)
+        if value is not None and value is not False and name not in METHOD_KEYS[config.method]:
             owners = ", ".join(method for method, keys in METHOD_KEYS.items() if name in keys)
             raise UserError(f"--{name} has no meaning for --method {config.method}: it belongs to {owners}")
     _check_calibration(config)

@@ -40,17 +40,34 @@ OTHER: dict[str, Any] = {
 METHODS: dict[str, dict[str, Any]] = {
     "nora": {"rank": 32, "inner_rank": 4, "basis": "awsvd"},
     "mor": {"rank": 8, "num_experts": 8},
+    "moe_lora": {"rank": 4, "num_experts": 8},
     "lora": {"rank": 4},
     "lora_xs": {"rank": 32, "basis": "svd"},
+    "lora_mini": {"rank": 32, "inner_rank": 4, "basis": "kaiming"},
+    "dora": {"rank": 4},
+    "mora": {"rank": 4},
+    "melora": {"rank": 16, "blocks": 4},
+    "dylora": {"rank": 8},
 }
 
 # What each method has beside a rank; a setting of another method is a mistake worth a sentence.
-METHOD_KEYS = {
-    "nora": ("inner_rank", "basis"),
-    "mor": ("num_experts",),
-    "lora": (),
-    "lora_xs": ("basis",),
+METHOD_KEYS: dict[str, tuple[str, ...]] = {
+    "nora": ("inner_rank", "basis", "placement", "power", "core", "magnitude"),
+    "mor": ("num_experts", "router"),
+    "moe_lora": ("num_experts", "router"),
+    "lora": ("magnitude",),
+    "lora_xs": ("basis", "placement", "magnitude"),
+    "lora_mini": ("inner_rank", "basis", "magnitude"),
+    "dora": (),
+    "mora": ("magnitude",),
+    "melora": ("blocks", "magnitude"),
+    "dylora": ("magnitude",),
 }
+# Those settings by the names of the presets' parameters.
+PRESET_KEYS = {
+    "inner_rank": "inner_r", "basis": "basis", "placement": "placement", "power": "power", "core": "core",
+    "num_experts": "num_experts", "router": "router", "blocks": "blocks", "magnitude": "magnitude",
+}  # fmt: skip
 
 
 def with_defaults(config: TrainConfig) -> TrainConfig:
@@ -58,11 +75,11 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
     base = dict(EMBEDDED if is_embedded(config.pretrained_model_name_or_path) else OTHER)
     if config.method != "nora":
         base.pop("rank", None)
-    if config.method == "mor":  # a token router cannot gate a convolution
+    if "router" in METHOD_KEYS[config.method] and config.router in (None, "token"):  # which cannot gate a convolution
         base["target_modules"] = [group for group in base["target_modules"] if group != "conv"]
     table = {**METHODS[config.method], **base}
     # Epochs given without steps: the number of steps follows from the number of photos.
     skip = {"max_train_steps"} if config.num_train_epochs is not None else set()
-    known = {"rank", "inner_rank", "num_experts", "basis"} - {"rank", *METHOD_KEYS[config.method]}
-    missing = {k: v for k, v in table.items() if getattr(config, k) is None and k not in skip | known}
+    foreign = PRESET_KEYS.keys() - set(METHOD_KEYS[config.method])
+    missing = {k: v for k, v in table.items() if getattr(config, k) is None and k not in skip | foreign}
     return replace(config, **missing)

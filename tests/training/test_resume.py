@@ -28,6 +28,8 @@ HARD = {
     "schedule": {"lr_scheduler": "cosine", "lr_warmup_steps": 1, "snr_gamma": 5.0},
     "text encoder": {"train_text_encoder": True, "text_encoder_lr": 5e-3, "dropout": 0.1},
     "router": {"method": "mor", "inner_rank": None, "basis": None, "num_experts": 2},
+    "rank mask": {"method": "dylora", "inner_rank": None, "basis": None},
+    "magnitude": {"magnitude": True, "core": "dense", "inner_rank": None},
     "prior": {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2},
 }
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ from nora_diffusion import inspect_adapter, load_adapter, open_pipeline
 from nora_diffusion.errors import UserError
 from nora_diffusion.pictures import read_settings
 from nora_diffusion.training import main, train
+from nora_diffusion.training.config import Method
+from nora_diffusion.training.defaults import METHOD_KEYS
 from nora_diffusion.training.rundir import RunFolder, RunLog
 from nora_diffusion.training.steps import Stepper
 
@@ -73,11 +75,12 @@ def test_config_yaml_of_a_run_repeats_it(configure: Configure, tmp_path: Path) -
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("method", ["nora", "mor", "lora", "lora_xs"])
+@pytest.mark.parametrize("method", get_args(Method))
 def test_every_method_learns_and_its_file_reproduces_the_model(method: str, configure: Configure, render: Any) -> None:
-    keys = {"nora": {}, "mor": {"num_experts": 2}}.get(method, {})
-    nora_only = {} if method == "nora" else {"inner_rank": None, "basis": None}
-    result = train(configure(method=method, learning_rate=0.05, save_dtype="fp16", **nora_only, **keys))
+    small = {"num_experts": 2, "blocks": 2}
+    keys = {key: value for key, value in small.items() if key in METHOD_KEYS[method]}
+    foreign = {key: None for key in ("inner_rank", "basis") if key not in METHOD_KEYS[method]}
+    result = train(configure(method=method, learning_rate=0.05, save_dtype="fp16", **foreign, **keys))
     base = str(configure().pretrained_model_name_or_path)
     plain, adapted = open_pipeline(base), open_pipeline(base)
     loaded = load_adapter(adapted, result.adapter_path)
