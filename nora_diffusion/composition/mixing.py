@@ -106,6 +106,8 @@ def mix_files(
         prints = [known.base_fingerprint.get(part, {}) for known in reversed(infos)]
         info.base_fingerprint[part] = {path: value for known in prints for path, value in known.items()}
     info.conv_shapes = {path: shape for known in infos for path, shape in known.conv_shapes.items()}
+    if not all(config.stored_outer for config in info.configs.values()):
+        info.shapes = {path: shape for known in infos for path, shape in known.shapes.items()}
     info.shapes = {path: shape for known in infos for path, shape in known.shapes.items()}
     file = write_adapter(folder, tensors, info)
     report.info = inspect_adapter(file)

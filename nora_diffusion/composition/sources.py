@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,9 +14,7 @@ from torch import nn
 
 from ..adapter_file import FILE_NAME, AdapterInfo, Tensors, inspect_adapter, read_tensors
 from ..adapters import AdapterConfig
-from ..adapters.build import build_delta
-from ..adapters.config import Start
-from ..adapters.deltas import Delta
+from ..adapters.build import delta_of_file
 from ..components import canonical, nora_layers, present
 from ..errors import UserError
 from ..loaders.active import names_hint
@@ -86,26 +83,9 @@ def file_source(path: str | Path, basis_dir: str | Path | None = None) -> Source
     for (part, path_in), found in factors.items():
         config = source.configs[part]
         refuse_routed(config, info.path)
-        try:
-            delta = _delta(config, path_in, found)
-        except (KeyError, RuntimeError) as error:
-            message = f"{info.path} does not fit its own description at {part}.{path_in}: copy it again"
-            raise UserError(message) from error
+        delta = delta_of_file(config, path_in, found, info.shapes.get(f"{part}.{path_in}"))
         source.updates[part, path_in] = chain_update(delta, config.scale_for(path_in), info.path)
     return source
-
-
-def _delta(config: AdapterConfig, path: str, factors: Tensors) -> Delta:
-    """The delta that a file describes for one projection, on a stand-in for its weight."""
-    down, up = factors.get("A", factors.get("A_out")), factors.get("B", factors.get("B_out"))
-    if down is None or up is None:
-        raise UserError(f"a {config.method} file does not hold its outer factors: load it into its base to mix it")
-    config = copy.copy(config)
-    config.start = Start(empty=True)
-    weight = nn.Linear(down.shape[1] * config.blocks, up.shape[0], bias=False, device="meta")
-    delta = build_delta(config, weight, path)
-    delta.load_state_dict({name: factors[name.removeprefix("core.")] for name in delta.state_dict()}, assign=True)
-    return delta
 
 
 def refuse_routed(config: AdapterConfig, owner: str) -> None:

@@ -340,12 +340,49 @@ def test_mistakes_are_refused_and_leave_the_pipeline(pipe: Any, render: Any) -> 
         mix(pipe, WEIGHTS)
 
 
-def test_dora_is_refused_in_words(pipe: Any) -> None:
-    if "dora" not in PRESETS:
-        pytest.skip("no magnitude axis")
-    add_adapter(pipe, PRESETS["dora"](), "dora")
-    with pytest.raises(UserError, match="'dora' has a magnitude"):
-        mix(pipe, {"dora": 1.0})
+SMALL: dict[str, dict[str, Any]] = {
+    "nora": {"inner_r": 1, "basis": "svd"}, "mor": {"num_experts": 2}, "moe_lora": {"num_experts": 2},
+    "melora": {"blocks": 2}, "lora_mini": {"inner_r": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", PRESETS)
+@pytest.mark.parametrize("mode", ["cat", "linear"])
+def test_every_preset_mixes_or_is_refused_in_words(pipe: Any, method: str, mode: str, tmp_path: Path) -> None:
+    """Against the layer's own dense update, which has oracles elsewhere; the same from file to file."""
+    weights = WEIGHTS
+    for seed, name in enumerate(weights):
+        add_adapter(pipe, PRESETS[method](r=4, target_modules=["to_q", "to_k"], **SMALL.get(method, {})), name)
+        fill(pipe, name, seed)
+        save_adapter(pipe, tmp_path / name, name)
+    config = pipe.unet.peft_config["dog"]
+    shared = all(
+        layer.delta("dog").core is not None
+        and all(map(torch.equal, layer.delta("dog").outer, layer.delta("hat").outer))
+        for layer in (nora_layers(pipe.unet, "dog").values() if config.router == "none" else ())
+    )
+    reason = (
+        "is a routed adapter" if config.router != "none"
+        else "has a magnitude" if config.magnitude
+        else "no frozen basis in common" if mode == "linear" and not shared
+        else None
+    )  # fmt: skip
+    if reason:
+        with pytest.raises(UserError, match=reason):
+            mix(pipe, weights, mode, "both")  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=reason):
+            mix_files([(tmp_path / k, w) for k, w in weights.items()], tmp_path / "both", mode)  # type: ignore[arg-type]
+        return
+    mix(pipe, weights, mode, "both")  # type: ignore[arg-type]
+    mix_files([(tmp_path / k, w) for k, w in weights.items()], tmp_path / "both", mode)  # type: ignore[arg-type]
+    load_adapter(pipe, tmp_path / "both", "from_files")
+    for layer in nora_layers(pipe.unet, "both").values():
+        for adapter in weights:
+            layer.set_scale(adapter, 1.0)
+        expected = sum(w * layer.get_delta_weight(adapter).double() for adapter, w in weights.items())
+        for mixed in ("both", "from_files"):
+            error = (layer.get_delta_weight(mixed).double() - expected).norm() / expected.norm()  # type: ignore[union-attr]
+            assert error < 5e-6, mixed
 
 
 def test_files_of_different_bases_are_refused(pipe: Any, tmp_path: Path) -> None:
