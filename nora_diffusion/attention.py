@@ -11,32 +11,68 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from .adapters import NoraLayer
 from .adapters.deltas import ChainDelta, Delta
 from .adapters.routed import RoutedDelta
+from .components import component, denoiser_name
+from .errors import UserError
 
-LiveDelta = tuple[float, Delta]
+LiveDelta = tuple[float | Tensor, Delta]
+Kinds = tuple[type[nn.Module], ...]
+STOCK = ("AttnProcessor", "AttnProcessor2_0")
+"""diffusers' processors that compute exactly what ours do; any other is left where it is."""
 
 
-def fused_deltas(layer: nn.Module, kind: type[nn.Module]) -> list[LiveDelta] | None:
-    """The live deltas of a projection if all are of one kind and the layer stands alone, else None.
+def set_adapter_processors(pipe: Any, processor: AdapterAttnProcessor | None = None) -> int:
+    """Let the denoiser's attention form the adapter parts of q, k and v from one product; returns how many layers do.
 
-    A foreign tuner layer around ours (an ordinary LoRA), a delta in training mode, of another kind or with a magnitude
-    (DoRA, which rescales the frozen output too) means that the projection must be called as it is.
+    ``processor``: one for a kind of adapter (default: for every kind). Attention with a processor of its own (an
+    IP-Adapter's, say) is left alone. Raises :class:`UserError` where there is no plain attention at all.
+    """
+    model: Any = component(pipe, denoiser_name(pipe))
+    mine = processor or AdapterAttnProcessor()
+    former = dict(getattr(model, "attn_processors", {}))
+    plain = {path: p for path, p in former.items() if type(p).__name__ in STOCK or isinstance(p, AdapterAttnProcessor)}
+    if not plain:
+        kinds = sorted({type(p).__name__ for p in former.values()})
+        raise UserError(f"the attention of {type(model).__name__} is not diffusers' plain one ({', '.join(kinds)})")
+    mine.former = {path: getattr(p, "former", {}).get(path, p) for path, p in plain.items()}
+    model.set_attn_processor({path: mine if path in plain else p for path, p in former.items()})
+    return len(plain)
+
+
+def remove_adapter_processors(pipe: Any) -> None:
+    """Give every attention layer back the processor that it had."""
+    model: Any = component(pipe, denoiser_name(pipe))
+    model.set_attn_processor(
+        {
+            path: p.former.get(path, AttnProcessor2_0()) if isinstance(p, AdapterAttnProcessor) else p
+            for path, p in model.attn_processors.items()
+        }
+    )
+
+
+def fused_deltas(layer: nn.Module, kinds: Kinds) -> list[LiveDelta] | None:
+    """The live deltas of a projection if all are of these kinds and the layer stands alone, else None.
+
+    A foreign tuner layer around ours (an ordinary LoRA), a hook, a delta in training mode, of another kind or with a
+    magnitude (DoRA, which rescales the frozen output too) means that the projection must be called as it is.
     """
     if not isinstance(layer, NoraLayer) or (layer.disable_adapters and layer.merged) or layer.rows is not None:
         return None
-    live = list(layer.live())
-    fits = all(isinstance(d, kind) and not d.training and getattr(d, "m", None) is None for _, d in live)
-    return live if fits and not torch.is_grad_enabled() else None
+    if layer._forward_hooks or layer._forward_pre_hooks or torch.is_grad_enabled():
+        return None
+    live: list[LiveDelta] = [(layer.live_scale(name), layer.delta(name)) for name in layer.live_names()]
+    fits = all(isinstance(d, kinds) and not d.training and getattr(d, "m", None) is None for _, d in live)
+    return live if fits else None
 
 
-def project(layers: Sequence[nn.Module], x: Tensor, kind: type[nn.Module]) -> list[Tensor]:
+def project(layers: Sequence[nn.Module], x: Tensor, kinds: Kinds) -> list[Tensor]:
     """``[layer(x) for layer in layers]`` with all adapter down-projections of ``x`` in one product."""
-    groups = [fused_deltas(layer, kind) for layer in layers]
+    groups = [fused_deltas(layer, kinds) for layer in layers]
     weights = [delta.skinny_weight().to(x.dtype) for group in groups if group for _, delta in group]
     if not weights:
         return [layer(x) for layer in layers]
@@ -56,7 +92,10 @@ def project(layers: Sequence[nn.Module], x: Tensor, kind: type[nn.Module]) -> li
 class AdapterAttnProcessor:
     """Scaled dot-product attention like diffusers' ``AttnProcessor2_0``, with fused adapter projections."""
 
-    delta_kind: ClassVar[type[nn.Module]] = nn.Module
+    delta_kinds: ClassVar[Kinds] = (ChainDelta, RoutedDelta)
+
+    def __init__(self) -> None:
+        self.former: dict[str, Any] = {}
 
     def __call__(
         self,
@@ -82,7 +121,7 @@ class AdapterAttnProcessor:
         key = key if attn.norm_k is None else attn.norm_k(key)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attn.scale)
         out = out.transpose(1, 2).flatten(2).to(query.dtype)
-        (out,) = project([attn.to_out[0]], out, self.delta_kind)
+        (out,) = project([attn.to_out[0]], out, self.delta_kinds)
         out = attn.to_out[1](out)
         if len(shape) == 4:
             out = out.transpose(1, 2).reshape(shape)
@@ -93,25 +132,25 @@ class AdapterAttnProcessor:
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None
     ) -> list[Tensor]:
         if encoder_hidden_states is None:
-            return project([attn.to_q, attn.to_k, attn.to_v], hidden_states, self.delta_kind)
+            return project([attn.to_q, attn.to_k, attn.to_v], hidden_states, self.delta_kinds)
         if attn.norm_cross:
             encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
         return [
-            *project([attn.to_q], hidden_states, self.delta_kind),
-            *project([attn.to_k, attn.to_v], encoder_hidden_states, self.delta_kind),
+            *project([attn.to_q], hidden_states, self.delta_kinds),
+            *project([attn.to_k, attn.to_v], encoder_hidden_states, self.delta_kinds),
         ]
 
 
 class NoRAAttnProcessor(AdapterAttnProcessor):
     """Fuses chains (NoRA, LoRA-XS, LoRA): down-projections are collapsed to rank ``r'`` and stacked."""
 
-    delta_kind = ChainDelta
+    delta_kinds = (ChainDelta,)
 
 
 class MoRAttnProcessor(AdapterAttnProcessor):
     """Fuses mixtures of ranks: the shared ``A`` and the routers of q, k and v are stacked."""
 
-    delta_kind = RoutedDelta
+    delta_kinds = (RoutedDelta,)
 
 
 def _split_heads(tensor: Tensor, heads: int) -> Tensor:

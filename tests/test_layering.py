@@ -22,6 +22,7 @@ BANDS = (
         "tuner",
         {
             "adapters", "adapters.build", "adapters.config", "adapters.layer", "adapters.model", "adapters.presets",
+            "adapters.merging", "adapters.qkv_guard",
             "adapters.rank_mask", "adapters.register", "adapters.patterns", "adapters.rows", "adapters.targets",
         },
     ),
@@ -29,8 +30,9 @@ BANDS = (
         "bridge",
         {
             "basis_cache", "tensor_cache",
-            "batches", "components", "conditions", "base", "calibration", "adapter_file", "loaders", "export", "attention", "data", "captions",
-            "generation", "pictures", "judges", "model_card", "untrusted", "tensor_file", "adapter_info", "packs", "pack_writing", "foreign", "composition",
+            "batches", "gates", "components", "conditions", "base", "calibration", "adapter_file", "loaders", "export", "attention", "data", "captions",
+            "generation", "pictures", "judges", "methods", "model_card", "untrusted", "tensor_file", "adapter_info", "composition",
+            "packs", "pack_writing", "foreign", "foreign_updates", "foreign_loading", "importing",
         },
     ),
     ("workflows", {"training", "evaluation", "tiny_sd"}),

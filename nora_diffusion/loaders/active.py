@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..adapters import NoraLayer
+from ..adapters.qkv_guard import unguard
 from ..components import adapter_configs, component, present, tuner_layers
 from ..conditions import connect
 from ..errors import UserError
@@ -116,5 +117,7 @@ def eject_empty(module: nn.Module) -> None:
         for child_name, child in list(parent.named_children()):
             if isinstance(child, NoraLayer) and not child.nora_delta:
                 setattr(parent, child_name, child.base_layer)
+    if not any(isinstance(layer, NoraLayer) for layer in tuner_layers(module)):
+        unguard(module)
     if not getattr(module, "peft_config", None) and not any(True for _ in tuner_layers(module)):
         module._hf_peft_config_loaded = False  # type: ignore[assignment]

@@ -16,6 +16,7 @@ from torch import nn
 from ..adapter_file import AdapterInfo
 from ..adapters import AdapterConfig
 from ..adapters.config import Start
+from ..adapters.qkv_guard import refuse_fused
 from ..components import adapter_configs, component, present, tuner_layers
 from ..conditions import condition_width, connect
 from ..errors import UserError
@@ -29,6 +30,8 @@ def check_new_name(pipe: Any, name: str, components: Sequence[str]) -> None:
             f"the adapter name {name!r} will not do: use letters, digits, '_' and '-', no part of 'nora_delta' and no "
             "'lora_'"
         )
+    for part in components:
+        refuse_fused(component(pipe, part))
     taken = {c for c in components if name in adapter_configs(component(pipe, c))}
     if taken:
         raise UserError(f"an adapter named {name!r} is already in the {', '.join(sorted(taken))}: delete it or rename")

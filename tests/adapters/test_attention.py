@@ -1,4 +1,4 @@
-"""The attention processors equal the tuner layers, and fall back where they must."""
+"""The attention processors equal the tuner layers, fall back where they must, and go as they came."""
 
 from __future__ import annotations
 
@@ -6,63 +6,156 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 
-from nora_diffusion import add_adapter, set_adapters
-from nora_diffusion.adapters import NoraLayer, dora, lora, melora, mor, mora, nora
-from nora_diffusion.attention import AdapterAttnProcessor, MoRAttnProcessor, NoRAAttnProcessor
+from nora_diffusion import UserError, add_adapter, set_adapters
+from nora_diffusion.adapters import NoraLayer, dora, lora, lora_xs, mor, nora
+from nora_diffusion.attention import (
+    AdapterAttnProcessor,
+    MoRAttnProcessor,
+    NoRAAttnProcessor,
+    remove_adapter_processors,
+    set_adapter_processors,
+)
 from nora_diffusion.loaders import trainable_parameters
 
+PROCESSORS = [AdapterAttnProcessor, NoRAAttnProcessor, MoRAttnProcessor]
+ADAPTERS = {
+    "nest": nora(r=4, inner_r=2),
+    "mix": mor(r=4, num_experts=3),
+    "rows": mor(r=4, num_experts=3, router="prompt+timestep"),
+    "plain": lora(r=2),
+    "square": lora_xs(r=3),
+    "long": dora(r=2),
+}
 
-def randomise(pipe: Any, name: str) -> None:
-    for parameter in trainable_parameters(pipe, name).values():
-        parameter.data.normal_(std=0.3)
+
+def adapt(pipe: Any, *names: str) -> None:
+    for name in names:
+        add_adapter(pipe, ADAPTERS[name], name)
+        for parameter in trainable_parameters(pipe, name).values():
+            parameter.data.normal_(std=0.3)
+    if names:
+        set_adapters(pipe, list(names), [0.7 + i for i in range(len(names))])
 
 
-def outputs(pipe: Any, processor: AdapterAttnProcessor) -> tuple[torch.Tensor, torch.Tensor]:
-    x, states = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
+def unet(pipe: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x, states = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator)
     with torch.no_grad():
-        before = pipe.unet(x, 3, states).sample
-        standard = pipe.unet.attn_processors
-        pipe.unet.set_attn_processor(processor)
-        after = pipe.unet(x, 3, states).sample
-        pipe.unet.set_attn_processor(standard)
-        assert torch.equal(pipe.unet(x, 3, states).sample, before)
-    return before, after
+        return pipe.unet(x, 3, states).sample
 
 
-ADAPTERS = [[], ["n"], ["m"], ["n", "l"], ["n", "m", "l"], ["n", "d"], ["b", "s"]]
-
-
-@pytest.mark.parametrize("processor", [NoRAAttnProcessor(), MoRAttnProcessor()], ids=["nora", "mor"])
-@pytest.mark.parametrize("adapters", ADAPTERS, ids="-".join)
-def test_processor_equals_layers(pipe: Any, processor: AdapterAttnProcessor, adapters: list[str]) -> None:
-    configs = {"n": nora(r=4, inner_r=2), "m": mor(r=4, num_experts=3), "l": lora(r=2)}
-    configs |= {"d": dora(r=2), "b": melora(r=4, blocks=2), "s": mora(r=2)}
-    for name in adapters:
-        add_adapter(pipe, configs[name], f"{name}_1")
-        randomise(pipe, f"{name}_1")
-    if adapters:
-        set_adapters(pipe, [f"{name}_1" for name in adapters], [0.7 + i for i in range(len(adapters))])
-    before, after = outputs(pipe, processor)
-    torch.testing.assert_close(after, before, atol=1e-6, rtol=1e-6)
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize(
+    "names",
+    [[], ["nest"], ["mix"], ["rows"], ["long"], ["nest", "plain", "square"], ["nest", "mix"], list(ADAPTERS)],
+    ids="-".join,
+)
+def test_processor_equals_layers(pipe: Any, processor: type[AdapterAttnProcessor], names: list[str]) -> None:
+    adapt(pipe, *names)
+    before = unet(pipe)
+    assert set_adapter_processors(pipe, processor()) == 8
+    torch.testing.assert_close(unet(pipe), before, atol=1e-6, rtol=1e-6)
+    remove_adapter_processors(pipe)
+    assert torch.equal(unet(pipe), before)
+    assert {type(p) for p in pipe.unet.attn_processors.values()} == {AttnProcessor2_0}
 
 
 def test_processor_under_a_foreign_lora(pipe: Any) -> None:
-    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "plain")
-    add_adapter(pipe, nora(r=4, inner_r=2), "one")
-    randomise(pipe, "one")
-    set_adapters(pipe, ["plain", "one"])
-    before, after = outputs(pipe, NoRAAttnProcessor())
-    torch.testing.assert_close(after, before, atol=1e-6, rtol=1e-6)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "other")
+    adapt(pipe, "nest")
+    set_adapters(pipe, ["other", "nest"])
+    before = unet(pipe)
+    set_adapter_processors(pipe)
+    torch.testing.assert_close(unet(pipe), before, atol=1e-6, rtol=1e-6)
+
+
+def test_processor_follows_the_verbs(pipe: Any) -> None:
+    """Weights, disabling and fusing count at once: the processor holds nothing of its own."""
+    adapt(pipe, "nest", "mix")
+    for verb in (
+        lambda: set_adapters(pipe, ["nest", "mix"], [0.2, 0.0]),
+        lambda: pipe.disable_lora(),
+        lambda: pipe.enable_lora(),
+        lambda: pipe.fuse_lora(components=["unet"], adapter_names=["nest"]),
+        lambda: pipe.disable_lora(),
+        lambda: pipe.delete_adapters("nest"),
+    ):
+        verb()
+        set_adapter_processors(pipe)
+        found = unet(pipe)
+        remove_adapter_processors(pipe)
+        torch.testing.assert_close(found, unet(pipe), atol=1e-6, rtol=1e-6)
+
+
+def test_hooked_layers_are_called(pipe: Any) -> None:
+    adapt(pipe, "nest")
+    set_adapter_processors(pipe)
+    seen: list[int] = []
+    layer = next(m for m in pipe.unet.modules() if isinstance(m, NoraLayer))
+    handle = layer.register_forward_hook(lambda *_: seen.append(1))
+    unet(pipe)
+    handle.remove()
+    assert seen == [1]
 
 
 def test_projections_really_are_fused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    add_adapter(pipe, nora(r=4, inner_r=2), "one")
-    randomise(pipe, "one")
-    pipe.unet.set_attn_processor(NoRAAttnProcessor())
+    adapt(pipe, "nest", "mix")
+    pipe.unet.set_attn_processor(AdapterAttnProcessor())
     calls: list[NoraLayer] = []
     monkeypatch.setattr(NoraLayer, "forward", lambda self, x: calls.append(self) or self.base_layer(x))
-    with torch.no_grad():
-        pipe.unet(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 5, 16))
+    unet(pipe)
     assert not calls
+    remove_adapter_processors(pipe)
+    unet(pipe)
+    assert calls
+
+
+def test_processors_of_others_stay(pipe: Any) -> None:
+    class Special(AttnProcessor2_0):
+        pass
+
+    adapt(pipe, "nest")
+    path = next(iter(pipe.unet.attn_processors))
+    special = Special()
+    pipe.unet.set_attn_processor({**pipe.unet.attn_processors, path: special})
+    assert set_adapter_processors(pipe) == 7
+    assert set_adapter_processors(pipe, NoRAAttnProcessor()) == 7
+    assert pipe.unet.attn_processors[path] is special
+    remove_adapter_processors(pipe)
+    assert pipe.unet.attn_processors[path] is special
+    pipe.unet.set_attn_processor(special)
+    with pytest.raises(UserError, match="Special"):
+        set_adapter_processors(pipe)
+
+
+def test_fusing_projections_is_refused_while_adapters_are_live(pipe: Any) -> None:
+    from nora_diffusion import delete_adapter
+
+    before = unet(pipe)
+    adapt(pipe, "nest", "mix")
+    live = unet(pipe)
+    with pytest.raises(UserError, match=r"would drop the adapters mix, nest"):
+        pipe.fuse_qkv_projections(vae=False)
+    assert torch.equal(unet(pipe), live)
+    delete_adapter(pipe, "mix")
+    pipe.disable_lora()
+    with pytest.raises(UserError, match="nest"):  # enabling it again would not bring it back
+        pipe.fuse_qkv_projections(vae=False)
+    pipe.enable_lora()
+    pipe.fuse_lora(components=["unet"])
+    fused = unet(pipe)
+    pipe.fuse_qkv_projections(vae=False)
+    torch.testing.assert_close(unet(pipe), fused, atol=1e-5, rtol=1e-5)
+    pipe.unfuse_qkv_projections(vae=False)
+    pipe.unfuse_lora(components=["unet"])
+    delete_adapter(pipe, "nest")
+    assert "fuse_qkv_projections" not in vars(pipe.unet)
+    assert torch.equal(unet(pipe), before)
+    pipe.fuse_qkv_projections(vae=False)
+    with pytest.raises(UserError, match="unfuse_qkv_projections"):
+        adapt(pipe, "nest")
+    pipe.unfuse_qkv_projections(vae=False)
+    adapt(pipe, "nest")
