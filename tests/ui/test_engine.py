@@ -1,0 +1,280 @@
+"""The engine and its line: stopping, memory, adapters that leave no trace, previews."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from nora_diffusion import UserError
+from nora_diffusion.pictures import read_settings
+from nora_diffusion.ui.device import Device
+from nora_diffusion.ui.engine import Engine, Request, Wanted
+from nora_diffusion.ui.preview import LatentPreview
+from nora_diffusion.ui.runs import OUT_OF_MEMORY, Progress, Run
+from nora_diffusion.ui.weights import AdapterWeights
+
+SMALL = {"steps": 4, "guidance": 2.0, "width": 16, "height": 16}
+
+
+@pytest.fixture(scope="module")
+def engine(base: Path) -> Engine:
+    return Engine(str(base), "cpu")
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Device:
+    return Device(tmp_path / "device.lock", max_waiting=2)
+
+
+def request(*prompts: str, adapters: tuple[Wanted, ...] = (), seed: int = 0, **changes: Any) -> Request:
+    return Request(tuple((p, seed + i) for i, p in enumerate(prompts)), adapters, **{**SMALL, **changes})
+
+
+def run(device: Device, engine: Engine, order: Request, out: Path, watch: Any = None) -> Run:
+    """Make pictures; ``watch(run, progress)`` sees every snapshot."""
+    made = Run(device, "pictures", lambda run: engine.make(order, out, run) and None)
+    for progress in made.follow():
+        if watch is not None:
+            watch(made, progress)
+    made.join(10)
+    return made
+
+
+def pixels(file: Path) -> str:
+    with Image.open(file) as image:
+        return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
+
+
+def test_pictures_carry_their_settings(engine: Engine, device: Device, library: Path, tmp_path: Path) -> None:
+    dog = Wanted("dog", library / "dog" / "nora_adapter.safetensors", AdapterWeights(0.8, 0.5, {"mid": 0.5}))
+    made = run(device, engine, request("a dog", "a cat", adapters=(dog,), seed=7), tmp_path)
+    assert made.progress.state == "done"
+    settings = [read_settings(file) for file in made.progress.files]
+    assert [(s.prompt, s.seed) for s in settings] == [("a dog", 7), ("a cat", 8)]
+    digest = hashlib.sha256(dog.path.read_bytes()).hexdigest()
+    (adapter,) = settings[0].adapters
+    assert (adapter["name"], adapter["weight"], adapter["te"]) == ("dog", 0.8, 0.5)
+    assert (adapter["sha256"], adapter["blocks"]) == (digest, {"mid": 0.5})
+
+
+def test_a_removed_adapter_leaves_no_trace(
+    base: Path, engine: Engine, device: Device, library: Path, tmp_path: Path
+) -> None:
+    never = run(device, Engine(str(base), "cpu"), request("a dog"), tmp_path / "never").progress.files[0]
+    dog, hat = (Wanted(n, library / n / "nora_adapter.safetensors") for n in ("dog", "hat"))
+    both = run(device, engine, request("a dog", adapters=(dog, hat)), tmp_path / "both").progress.files[0]
+    one = run(device, engine, request("a dog", adapters=(hat,)), tmp_path / "one").progress.files[0]
+    again = run(device, engine, request("a dog", adapters=(hat,)), tmp_path / "again").progress.files[0]
+    none = run(device, engine, request("a dog"), tmp_path / "none").progress.files[0]
+    zero = Wanted("dog", dog.path, AdapterWeights(0.0))
+    off = run(device, engine, request("a dog", adapters=(zero,)), tmp_path / "off").progress.files[0]
+    assert pixels(none) == pixels(never) == pixels(off)
+    assert len({pixels(f) for f in (never, one, both)}) == 3
+    assert pixels(one) == pixels(again)
+
+
+def test_a_changed_file_is_loaded_anew(engine: Engine, device: Device, library: Path, tmp_path: Path) -> None:
+    file = tmp_path / "changing.safetensors"
+    digests = []
+    for name in ("dog", "hat"):
+        file.write_bytes((library / name / "nora_adapter.safetensors").read_bytes())
+        made = run(device, engine, request("a dog", adapters=(Wanted("x", file),)), tmp_path / name)
+        digests.append(read_settings(made.progress.files[0]).adapters[0]["sha256"])
+    assert digests[0] != digests[1]
+    file.unlink()
+    gone = run(device, engine, request("a dog", adapters=(Wanted("x", file),)), tmp_path / "gone")
+    assert gone.progress.state == "failed" and "gone" in gone.progress.message
+
+
+def test_weights_by_part_and_block(engine: Engine, library: Path) -> None:
+    weights = AdapterWeights(0.5, 0.25, {"down": 0.0, "up": 2.0})
+    engine.use([Wanted("dog", library / "dog" / "nora_adapter.safetensors", weights)])
+    scales: dict[str, set[float]] = {}
+    for part in ("unet", "text_encoder"):
+        for path, layer in getattr(engine.pipe, part).named_modules():
+            for name, native in getattr(layer, "nora_scale", {}).items():
+                scales.setdefault(f"{part}.{path.split('_block')[0]}"[:9], set()).add(layer.scaling[name] / native)
+    engine.use([])
+    assert scales["unet.down"] == {0.0} and scales["unet.up"] == {1.0} and scales["text_enco"] == {0.25}
+    for bad in ({"unet": float("nan")}, {"te": 1e9}, {"blocks": {"side": 1.0}}):
+        with pytest.raises(UserError):
+            AdapterWeights(**bad)
+
+
+def test_interrupt_ends_within_one_step(engine: Engine, device: Device, tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    def watch(made: Run, progress: Progress) -> None:
+        if progress.step >= 3:
+            made.interrupt()
+
+    inner = engine.picture
+
+    def counted(order: Request, prompt: str, seed: int, run: Run | None = None) -> Any:
+        assert run is not None
+        check = run.check
+        run.check = lambda: (steps.append(1), time.sleep(0.05), check())[-1]  # type: ignore[method-assign, assignment]
+        return inner(order, prompt, seed, run)
+
+    engine.picture = counted  # type: ignore[method-assign]
+    try:
+        made = run(device, engine, request("a dog", "a cat", steps=100), tmp_path, watch)
+    finally:
+        del engine.picture  # type: ignore[method-assign]
+    assert made.progress.state == "stopped" and made.progress.files == ()
+    assert 3 <= len(steps) <= 5  # asked at step 3, ended at the next
+    assert run(device, engine, request("a dog"), tmp_path).progress.state == "done"
+
+
+def test_skip_leaves_one_picture_out(engine: Engine, device: Device, tmp_path: Path) -> None:
+    skipped: list[int] = []
+
+    def watch(made: Run, progress: Progress) -> None:
+        if progress.picture == 2 and progress.step >= 1 and not skipped:
+            skipped.append(1)
+            made.skip()
+
+    made = run(device, engine, request("a dog", "a cat", "a hat", steps=60), tmp_path, watch)
+    assert made.progress.state == "done"
+    assert [read_settings(f).prompt for f in made.progress.files] == ["a dog", "a hat"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=repr,
+)
+def test_out_of_memory_is_said_and_survived(
+    engine: Engine, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.pipe.unet, "forward", fail)
+        made = run(device, engine, request("a dog"), tmp_path)
+    assert (made.progress.state, made.progress.message) == ("failed", OUT_OF_MEMORY)
+    assert run(device, engine, request("a dog"), tmp_path).progress.state == "done"
+
+
+def test_other_errors_are_not_shown_but_survived(
+    engine: Engine, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.pipe.unet, "forward", lambda *_, **__: 1 / 0)
+        made = run(device, engine, request("a dog"), tmp_path)
+    assert made.progress.state == "failed" and "division" not in made.progress.message
+    assert run(device, engine, request("a dog"), tmp_path).progress.state == "done"
+
+
+def test_a_batch_gives_each_row_its_own_adapter(engine: Engine, device: Device, library: Path, tmp_path: Path) -> None:
+    dog, hat = (Wanted(n, library / n / "nora_adapter.safetensors") for n in ("dog", "hat"))
+    order = Request((("a dog", 1), ("a dog", 1), ("a dog", 1)), (dog, hat), **SMALL)  # type: ignore[arg-type]
+    rows = [[dog], [hat], []]
+    made = Run(device, "batch", lambda run: engine.make_batch(order, rows, tmp_path / "batch", run) and None)
+    made.join(60)
+    assert made.progress.state == "done", made.progress
+    single = [
+        run(device, engine, request("a dog", adapters=tuple(row), seed=1), tmp_path / str(i)).progress.files[0]
+        for i, row in enumerate(rows)
+    ]
+    for one, many in zip(single, made.progress.files, strict=True):
+        a, b = (torch.tensor(list(Image.open(f).convert("RGB").tobytes())).float() for f in (one, many))
+        assert (a - b).abs().max() <= 1  # one pass or three: rounding to 8 bits apart
+    assert len({pixels(f) for f in made.progress.files}) == 3
+    assert [[a["name"] for a in read_settings(f).adapters] for f in made.progress.files] == [["dog"], ["hat"], []]
+
+
+def test_one_at_a_time_in_order(device: Device) -> None:
+    order: list[str] = []
+    gate, running = threading.Event(), []
+
+    def work(name: str) -> Any:
+        def body(run: Run) -> None:
+            running.append(name)
+            assert len(running) == 1
+            if name == "first":
+                gate.wait(10)
+            order.append(name)
+            running.remove(name)
+
+        return body
+
+    runs = [Run(device, name, work(name)) for name in ("first", "second", "third")]
+    with pytest.raises(UserError, match="queue is full"):
+        Run(device, "fourth", work("fourth"))
+    deadline = time.monotonic() + 10
+    while runs[2].progress.ahead != 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (runs[2].progress.state, runs[2].progress.busy_with) == ("waiting", "first")
+    runs[1].interrupt()
+    runs[1].join(10)
+    assert runs[1].progress.state == "stopped"
+    gate.set()
+    for one in runs:
+        one.join(10)
+    assert order == ["first", "third"]
+    assert device.busy_with is None
+
+
+def test_a_training_holds_the_device(tmp_path: Path) -> None:
+    from nora_diffusion.ui.locks import FileLock
+
+    device, training = Device(tmp_path / "lock"), FileLock(tmp_path / "lock")
+    assert training.try_acquire()
+    turn = device.join("pictures")
+    assert not turn.wait(0.3)
+    assert device.busy_with == "a training"
+    training.release()
+    assert turn.wait(5)
+    assert not training.try_acquire()
+    turn.leave()
+    assert training.try_acquire()
+    training.release()
+
+
+def test_a_closed_page_stops_its_run(engine: Engine, device: Device, tmp_path: Path) -> None:
+    made = Run(device, "pictures", lambda run: engine.make(request("a dog", steps=150), tmp_path, run) and None)
+    follower = made.follow()
+    next(follower)
+    follower.close()
+    made.join(20)
+    assert made.progress.state == "stopped"
+
+
+def test_the_preview_is_close_and_cheap() -> None:
+    """Against the embedded base's own decoder: the linear map explains most of the colour, at a small cost."""
+    from nora_diffusion import load_base
+
+    pipe = load_base()
+    preview = LatentPreview.fit(pipe.vae)
+    generator = torch.Generator().manual_seed(5)
+    picture = torch.nn.functional.interpolate(torch.rand(1, 3, 5, 5, generator=generator), (64, 64), mode="bicubic")
+    picture = picture.clamp(0, 1)
+    with torch.no_grad():
+        latents = pipe.vae.encode(picture * 2 - 1).latent_dist.mode() * pipe.vae.config.scaling_factor
+        start = time.perf_counter()
+        for _ in range(3):
+            pipe.unet(latents.repeat(2, 1, 1, 1), 500, torch.zeros(2, 32, 160))
+        step = (time.perf_counter() - start) / 3
+    small = torch.nn.functional.interpolate(picture, (16, 16), mode="area")[0]
+    error = (preview.rgb(latents[0]) - small).square().mean()
+    assert error < 0.2 * small.var(), (error, small.var())
+    start = time.perf_counter()
+    for _ in range(10):
+        uri = preview.data_uri(latents[0])
+    cost = (time.perf_counter() - start) / 10
+    assert uri.startswith("data:image/png;base64,")
+    # One preview for every third of 20 steps (and fewer, relatively, for more): under a tenth of the time.
+    assert cost / 3 < 0.1 * step, (cost, step)
