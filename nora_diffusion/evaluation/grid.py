@@ -34,7 +34,10 @@ LABEL_LENGTH = 28
 
 @dataclass
 class GridConfig:
-    """A grid: the common settings and up to three axes. ``out`` keeps its cells, so that it can be gone on with."""
+    """A grid: the common settings and up to three axes.
+
+    ``out`` keeps its cells, so that it can be gone on with; ``private`` leaves the adapters' folders out of them.
+    """
 
     cell: Cell
     x: Axis
@@ -43,6 +46,7 @@ class GridConfig:
     base: str | None = None
     device: str | None = None
     out: str = "outputs/grid"
+    private: bool = False
 
     def cells(self) -> list[tuple[tuple[int, int, int], Cell]]:
         """All ``((x, y, z), cell)``, row by row. Raises :class:`UserError` before anything is made."""
@@ -154,9 +158,10 @@ class Grid:
         adapters = []
         if (path := cell.path) is not None:
             info = self.adapters[path]
+            place = Path(info.path).name if self.config.private else info.path
             adapters = [
                 {"name": _name(info), "weight": cell.weight,
-                 "sha256": info.sha256, "path": info.path, "trigger": info.trigger}
+                 "sha256": info.sha256, "path": place, "trigger": info.trigger}
             ]  # fmt: skip
         settings = picture_settings(
             self.pipe, image, cell.prompt, cell.seed, cell.steps, cell.guidance or 0.0, cell.negative_prompt, adapters
@@ -269,7 +274,7 @@ def _is_sound(file: Path) -> bool:
 
 
 def _scores_text(scores: dict[str, float]) -> str:
-    return " ".join(f"{name} {value:.3f}" for name, value in scores.items())
+    return " ".join(f"{name}={value:.3f}" for name, value in scores.items())
 
 
 def _short(text: str) -> str:

@@ -129,7 +129,7 @@ def build_grid(app: App, cell: Cell, axes: Sequence[Axis]) -> GridConfig:
     """The grid of a page; all of them share one folder of cells, so that none is ever made twice."""
     x, y, z = axes
     out = app.library.folder / ".grids"
-    return check_size(GridConfig(cell, x, y, z, base=app.engine.base, out=str(out)))
+    return check_size(GridConfig(cell, x, y, z, base=app.engine.base, out=str(out), private=True))
 
 
 def compare(app: App, config: GridConfig, adapter: str, scored: bool, run: Run) -> Comparison:

@@ -115,7 +115,7 @@ def _wire(page: Page, form: SimpleNamespace, shown: SimpleNamespace) -> None:
         [form.prompt, form.adapter, form.weight, form.seed, form.steps, form.guidance, form.negative, form.scored,
          *texts],
         [form.go, form.stop, shown.said, *results],
-        api_visibility="private", concurrency_limit=None, show_progress="hidden",
+        api_name="compare", api_visibility="private", concurrency_limit=None, show_progress="hidden",
     )  # fmt: skip
     form.stop.click(handler(stopper(app)), api_visibility="private", queue=False, show_progress="hidden")
     gr.on(

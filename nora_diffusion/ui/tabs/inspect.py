@@ -41,8 +41,8 @@ def build(page: Page) -> None:
     for event in (page.blocks.load, page.tab.select, page.library_changed.change):
         event(refresh, adapter, adapter, **QUIET)
     go.click(
-        handler(inspector(app)), [adapter, intruders], [said, about, plots], api_visibility="private",
-        concurrency_limit=None, show_progress="hidden",
+        handler(inspector(app)), [adapter, intruders], [said, about, plots], api_name="inspect",
+        api_visibility="private", concurrency_limit=None, show_progress="hidden",
     )  # fmt: skip
 
 

@@ -49,8 +49,8 @@ def _form(page: Page) -> SimpleNamespace:
     )  # fmt: skip
     report = gr.HTML("", elem_id="train-report")
     prepared = gr.Gallery(
-        label="As they will be trained on", show_label=False, columns=5, height="auto", visible=False, elem_id="train-prepared",
-        elem_classes=pixels, interactive=False, buttons=[], format="png",
+        label="As they will be trained on", show_label=False, columns=5, height="auto", visible=False,
+        elem_id="train-prepared", elem_classes=pixels, interactive=False, buttons=[], format="png",
     )  # fmt: skip
     with gr.Row():
         name = gr.Textbox("my-subject", label="Name", max_length=64, min_width=120, elem_id="train-name")
@@ -91,9 +91,9 @@ def _runs(page: Page) -> SimpleNamespace:
         remove = gr.Button("Remove this training", visible=False, elem_id="train-remove")
     curves = gr.HTML("", elem_id="train-curves")
     samples = gr.Gallery(
-        label="Samples with fixed seeds", show_label=False, columns=4, height="auto", visible=False, elem_id="train-samples",
-        elem_classes=["pixels"] if page.app.engine.is_embedded else [], format="png", interactive=False,
-        buttons=["download", "fullscreen"],
+        label="Samples with fixed seeds", show_label=False, columns=4, height="auto", visible=False,
+        elem_id="train-samples", elem_classes=["pixels"] if page.app.engine.is_embedded else [], format="png",
+        interactive=False, buttons=["download", "fullscreen"],
     )  # fmt: skip
     return SimpleNamespace(
         chosen=chosen, status=status, stop=stop, resume=resume, remove=remove, curves=curves, samples=samples,
@@ -117,18 +117,25 @@ def watch(page: Page, form: SimpleNamespace, runs: SimpleNamespace) -> None:
     ]  # fmt: skip
     gr.on(  # not `change`: an example empties the field, too
         [form.dropped.upload, form.dropped.clear, form.dropped.delete],
-        handler(lambda files: take_photos(app, files)), form.dropped, shown, api_visibility="private",
+        handler(lambda files: take_photos(app, files)), form.dropped, shown, api_name="train_photos",
+        api_visibility="private",
     )  # fmt: skip
     form.examples.select(
         handler(example_taker(app)), None, [*shown, form.name, form.trigger, form.word, form.dropped],
-        api_visibility="private",
+        api_name="train_example", api_visibility="private",
     )  # fmt: skip
-    form.check.click(handler(checker(app)), values, form.found, api_visibility="private")
+    form.check.click(handler(checker(app)), values, form.found, api_name="train_check", api_visibility="private")
     form.start.click(
-        handler(starter(app)), [form.name, *values], [form.found, runs.chosen], api_visibility="private"
+        handler(starter(app)),
+        [form.name, *values],
+        [form.found, runs.chosen],
+        api_name="train_start",
+        api_visibility="private",
     ).success(handler(refresh), state, seen, **QUIET)
-    for button, act in ((runs.stop, app.jobs.stop), (runs.resume, app.jobs.resume), (runs.remove, app.jobs.remove)):
-        button.click(handler(actor(app, act)), runs.chosen, None, **QUIET).success(
+    acts = {"stop": app.jobs.stop, "resume": app.jobs.resume, "remove": app.jobs.remove}
+    for name, act in acts.items():
+        button = getattr(runs, name)
+        button.click(handler(actor(app, act)), runs.chosen, None, api_name=f"train_{name}", **QUIET).success(
             handler(refresh), state, seen, **QUIET
         )
     gr.on(
