@@ -19,6 +19,10 @@ from .files import sha256, write_atomic
 from .tensor_file import TensorFile, Tensors, all_finite
 
 FILE_NAME = "nora_adapter.safetensors"
+IN_FOLDERS = (
+    FILE_NAME, "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "learned_embeds.safetensors",
+)  # fmt: skip
+"""What the file in a folder is called by us, PEFT and diffusers."""
 FROZEN = ("A_out", "B_out")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -32,7 +36,7 @@ def locate(path: str | Path) -> Path:
     """The adapter file that a path means: the file itself, or ``nora_adapter.safetensors`` in a folder."""
     try:
         path = Path(path).expanduser()
-        file = path / FILE_NAME if path.is_dir() else path
+        file = next((f for name in IN_FOLDERS if (f := path / name).is_file()), path) if path.is_dir() else path
         found = file.is_file()
     except (OSError, ValueError, RuntimeError):
         file, found = Path(path), False

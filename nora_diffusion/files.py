@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .errors import UserError
@@ -38,19 +38,22 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def write_atomic(path: Path, content: bytes | str) -> Path:
+def write_atomic(path: Path, content: bytes | str | Iterable[bytes]) -> Path:
     """Write a file by a temporary one in the same folder, fsync, rename, and fsync of the folder.
 
-    Raises :class:`UserError` where the folder cannot be written or the disk is full; the old file is then untouched.
+    ``content`` may come in pieces, so that a large file need never be in memory. Raises :class:`UserError` where the
+    folder cannot be written or the disk is full; the old file is then untouched.
     """
-    data = content.encode() if isinstance(content, str) else content
+    whole = content.encode() if isinstance(content, str) else content
+    pieces = (whole,) if isinstance(whole, bytes) else whole
     make_folder(path.parent)
     with user_errors(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         temporary = Path(name)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                for piece in pieces:
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.chmod(0o666 & ~_umask())

@@ -81,9 +81,7 @@ class TensorFile:
     def __enter__(self) -> TensorFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._raw.close()
 
     def read(self, start: int, stop: int) -> bytearray:
@@ -132,14 +130,9 @@ class TensorFile:
 
     def _header(self) -> tuple[dict[str, str], dict[str, Entry]]:
         start = bytes(self.read(0, min(64, self.size)))
-        for magic, message in STRANGERS.items():
-            if start.startswith(magic):
-                raise UserError(f"{self.path} {message}")
-        if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-            raise UserError(f"{self.path} holds a web page, not weights: download the file itself")
         length = int.from_bytes(start[:8], "little")
-        if len(start) < 9 or start[8:9] != b"{":
-            raise UserError(f"{self.path} is empty, truncated or no safetensors file: copy it again")
+        if start[8:9] != b"{":
+            raise UserError(f"{self.path} {_what_else(start)}")
         if length > MAX_HEADER:
             raise UserError(f"{self.path} has a header of {length:,} bytes, more than the {MAX_HEADER:,} allowed")
         if 8 + length > self.size:
@@ -180,6 +173,16 @@ class TensorFile:
             start = entry.stop
         if start != self.size:
             raise self._damaged(f"its tensors end at byte {start:,} of {self.size:,}")
+
+
+def _what_else(start: bytes) -> str:
+    """What a file that begins like this is instead of safetensors."""
+    for magic, message in STRANGERS.items():
+        if start.startswith(magic):
+            return message
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "holds a web page, not weights: download the file itself"
+    return "is empty, truncated or no safetensors file: copy it again"
 
 
 def _counts(value: Any) -> bool:

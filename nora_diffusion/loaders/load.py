@@ -60,6 +60,8 @@ def load_adapter(
 ) -> LoadedAdapter:
     """Load an adapter from a file, a folder or a hub id; everything is checked before the pipeline is touched.
 
+    A subject of a pack has the address ``pets.nora_pack.safetensors#dog``. LoRA, LoHa, LoKr and textual-inversion
+    files of other tools are handed to diffusers or PEFT.
     ``activate=True`` makes it active at ``weight`` beside those already active; ``False`` leaves the active set alone.
     ``rank`` cuts an adapter that was trained for every rank (:func:`set_rank`).
     ``hotswap=True`` copies its numbers over those of the loaded adapter ``adapter_name``, whose targets, shapes and
@@ -69,6 +71,11 @@ def load_adapter(
     """
     info = inspect_adapter(_local(path_or_id))
     name = adapter_name or _name_from(Path(info.path))
+    if info.kind != "nora" and rank is None and not hotswap:
+        from ..foreign_loading import load_foreign
+
+        count = load_foreign(pipe, info, name, activate, weight)
+        return LoadedAdapter(name, applied=count, total=count, info=info)
     configs = info.configs
     if rank is not None:
         for config in configs.values():

@@ -1,0 +1,221 @@
+"""Handing files of other tools to what can load them: LoRAs and embeddings to diffusers, LoHa and LoKr to PEFT."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .adapter_info import AdapterInfo
+from .components import component, present, projections, refuse_merged, tuner_layers
+from .errors import UserError
+from .foreign import Module, family_of, read_modules, token_of
+from .foreign_updates import Scales, dense_update, factors_of, peft_config, places, wrong_shape
+from .loaders.active import active_adapters, delete_adapter, held, list_adapters, set_active
+from .loaders.inject import check_new_name
+from .tensor_file import TensorFile, Tensors, all_finite
+
+SGM_NAMES = ("input_blocks_", "middle_block_", "output_blocks_")
+"""Names of kohya files for SDXL, which diffusers translates."""
+
+
+def load_foreign(pipe: Any, info: AdapterInfo, name: str, activate: bool, weight: float) -> int:
+    """Put a foreign file into the pipeline under ``name``, all or nothing; returns how many tensors it held.
+
+    Raises :class:`UserError` for another base, a wrong shape, NaN and what the other library refuses.
+    """
+    with TensorFile(Path(info.path)) as reader:
+        family = family_of(reader)
+        if family == "embedding":
+            return _load_embedding(pipe, reader)
+        parts = [part for part in info.components if part in present(pipe)]
+        check_new_name(pipe, name, parts)
+        refuse_merged(pipe)
+        modules = read_modules(reader)
+        translated = any(mark in module.name for module in modules for mark in SGM_NAMES)
+        placed = {} if translated else places(pipe, info.path, modules)
+        sound = {place: _checked(pipe, reader, place, module) for place, module in placed.items()}
+        before = {part: active_adapters(component(pipe, part)) for part in present(pipe)}
+        with _all_or_nothing(pipe, info.path, name, before):
+            if family != "lora":
+                _inject(pipe, reader, family, name, {place: (placed[place], sound[place]) for place in placed})
+            elif info.kind.startswith("PEFT"):
+                pipe.load_lora_weights(_renamed(reader, placed, sound), adapter_name=name)
+            else:
+                pipe.load_lora_weights(info.path, adapter_name=name)
+            _check_applied(pipe, info.path, name, modules)
+            for part in present(pipe):
+                module = component(pipe, part)
+                mine = [layer for layer in tuner_layers(module) if name in held(layer)]
+                set_active(module, [*before[part], name] if activate and mine else before[part])
+                for layer in mine:
+                    layer.set_scale(name, weight)
+        return len(reader.entries)
+
+
+def _checked(pipe: Any, reader: TensorFile, place: tuple[str, str], module: Module) -> Tensors:
+    """A module's factors, refused unless they are finite and make an update of the projection's size."""
+    factors = factors_of(reader, module)
+    base = projections(component(pipe, place[0]))[place[1]]
+    weight: Tensor = base.weight  # type: ignore[assignment]
+    try:
+        dense = dense_update({factor: value.to("meta") for factor, value in factors.items()})
+    except UserError as error:
+        raise UserError(f"{reader.path}: {module.name}: {error}") from error
+    if dense.shape[0] != weight.shape[0] or dense.numel() != weight.numel():
+        raise wrong_shape(reader.path, module, dense, base)
+    return factors
+
+
+@contextmanager
+def _all_or_nothing(pipe: Any, path: str, name: str, before: dict[str, list[str]]) -> Iterator[None]:
+    """Takes out what another library has put in when it, or a check after it, fails."""
+    wrapped = {part: {id(layer) for layer in tuner_layers(component(pipe, part))} for part in present(pipe)}
+    try:
+        yield
+    except BaseException as error:
+        if any(name in names for names in list_adapters(pipe).values()):
+            delete_adapter(pipe, name)
+        for part, known in wrapped.items():
+            module = component(pipe, part)
+            _unwrap(module, known)
+            set_active(module, before[part])
+        if isinstance(error, UserError) or not isinstance(error, Exception):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is refused by the library that loads such files: {reason}") from error
+
+
+def _unwrap(module: nn.Module, known: set[int]) -> None:
+    """Take out empty wrappers that were not there before."""
+    for parent in list(module.modules()):
+        for child_name, child in list(parent.named_children()):
+            while isinstance(child, BaseTunerLayer) and id(child) not in known and not held(child):
+                child = child.base_layer
+                setattr(parent, child_name, child)
+    if not any(True for _ in tuner_layers(module)):
+        module._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+def _check_applied(pipe: Any, path: str, name: str, modules: list[Module]) -> None:
+    layers = [layer for part in present(pipe) for layer in tuner_layers(component(pipe, part)) if name in held(layer)]
+    if len(layers) != len(modules):
+        raise UserError(
+            f"{path} was made for another base: {len(layers)} of its {len(modules)} projections found their place"
+        )
+
+
+def _renamed(
+    reader: TensorFile, placed: dict[tuple[str, str], Module], factors: dict[tuple[str, str], Tensors]
+) -> Tensors:
+    """A file of PEFT's own with diffusers' keys; its scale, which these have no place for, goes into ``B``."""
+    scales, renamed = Scales(reader), {}
+    for (part, path), module in placed.items():
+        own = factors[part, path]
+        if "dora" in own:
+            raise UserError(f"{reader.path} is a DoRA in PEFT's own format: save it by diffusers, or load it with PEFT")
+        scale = scales.of(module, own)
+        renamed[f"{part}.{path}.lora_A.weight"] = own["down"]
+        renamed[f"{part}.{path}.lora_B.weight"] = own["up"] if scale == 1 else own["up"] * scale
+    return renamed
+
+
+Placed = dict[tuple[str, str], tuple[Module, Tensors]]
+
+
+def _inject(pipe: Any, reader: TensorFile, family: str, name: str, placed: Placed) -> None:
+    """LoHa and LoKr through PEFT's own tuners: a config made from the factors' shapes, then the numbers."""
+    from peft import inject_adapter_in_model
+
+    for part in dict.fromkeys(part for part, _ in placed):
+        mine = {path: value for (p, path), value in placed.items() if p == part}
+        module = component(pipe, part)
+        inject_adapter_in_model(_config(reader, family, mine), module, name)
+        module._hf_peft_config_loaded = True  # type: ignore[assignment]
+        layers = {
+            path.replace(".base_layer", ""): layer for path, layer in module.named_modules() if _holds(layer, name)
+        }
+        for path, (source, factors) in mine.items():
+            _fill(reader, layers[path], name, source, factors)
+
+
+def _holds(layer: nn.Module, name: str) -> bool:
+    return isinstance(layer, BaseTunerLayer) and name in held(layer)
+
+
+def _config(reader: TensorFile, family: str, mine: dict[str, tuple[Module, Tensors]]) -> Any:
+    from peft import LoHaConfig, LoKrConfig
+
+    scales = Scales(reader)
+    ranks = {path: _peft_rank(factors) for path, (_, factors) in mine.items()}
+    r = max(ranks.values())
+    alphas = {path: scales.of(module, factors) * ranks[path] for path, (module, factors) in mine.items()}
+    names = {factor for _, factors in mine.values() for factor in factors}
+    shared = {
+        "r": r,
+        "alpha": r,
+        "target_modules": "|".join(re.escape(path) for path in mine),
+        "rank_pattern": {f"^{re.escape(path)}": rank for path, rank in ranks.items()},
+        "alpha_pattern": {f"^{re.escape(path)}": alpha for path, alpha in alphas.items()},
+        "use_effective_conv2d": bool(names & {"hada_t1", "lokr_t2"}),
+        "inference_mode": True,
+    }
+    if family == "loha":
+        return LoHaConfig(**shared)
+    config = peft_config(reader).get("", {})
+    factor = config.get("decompose_factor", -1)
+    return LoKrConfig(
+        **shared, decompose_both="lokr_w1_a" in names, decompose_factor=factor if type(factor) is int else -1
+    )
+
+
+def _peft_rank(factors: Tensors) -> int:
+    """The rank for which PEFT makes factors of these shapes; a whole ``w2`` is what it makes for a large one."""
+    for factor in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+        if factor in factors:
+            return int(factors[factor].shape[0])
+    return max(factors["lokr_w2"].shape[:2])
+
+
+def _fill(reader: TensorFile, layer: Any, name: str, source: Module, factors: Tensors) -> None:
+    own = {table: getattr(layer, table)[name] for table in layer.adapter_layer_names if name in getattr(layer, table)}
+    shapes = {factor: tuple(value.shape) for factor, value in factors.items() if factor != "alpha"}
+    if shapes != {factor: tuple(value.shape) for factor, value in own.items()}:
+        raise UserError(f"{reader.path}: PEFT splits {source.name} into other factors than this file has")
+    for factor, parameter in own.items():
+        parameter.data.copy_(factors[factor])
+
+
+def _load_embedding(pipe: Any, reader: TensorFile) -> int:
+    """A textual inversion, under its own token; the vectors must fit the text encoders."""
+    if not hasattr(pipe, "load_textual_inversion"):
+        raise UserError(f"{reader.path} is a textual inversion, and a {type(pipe).__name__} takes none")
+    token = token_of(reader)
+    sides = [("clip_g", "_2")] if "clip_g" in reader.entries else []
+    first = next((key for key in reader.entries if key != "clip_g"), None)
+    sides = [(first, ""), *sides] if first else sides
+    jobs = []
+    for key, suffix in sides:
+        encoder: Any = getattr(pipe, f"text_encoder{suffix}", None)
+        tokenizer: Any = getattr(pipe, f"tokenizer{suffix}", None)
+        vectors = reader.tensor(key)
+        size = encoder.get_input_embeddings().weight.shape[1] if encoder is not None else "no such encoder"
+        if vectors.shape[-1] != size:
+            raise UserError(
+                f"{reader.path} was made for another base: its vectors have {vectors.shape[-1]} numbers, "
+                f"this pipeline's text encoder has {size}"
+            )
+        if not all_finite(vectors):
+            raise UserError(f"{reader.path} holds NaN or infinity: the embedding is broken")
+        if token in tokenizer.get_vocab():
+            raise UserError(f"the word {token!r} is in the pipeline already: unload_textual_inversion({token!r}) first")
+        jobs.append((vectors, tokenizer, encoder))
+    for vectors, tokenizer, encoder in jobs:
+        kind = encoder.get_input_embeddings().weight.dtype
+        pipe.load_textual_inversion({token: vectors.to(kind)}, token=token, tokenizer=tokenizer, text_encoder=encoder)
+    return len(reader.entries)

@@ -1,0 +1,273 @@
+"""Making packs: every change writes the whole file anew beside the old one and swaps them in one step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from .adapter_file import (
+    FILE_NAME,
+    inspect_adapter,
+    is_frozen,
+    read_tensors,
+    require_finite,
+    split_address,
+    write_adapter,
+    write_basis,
+)
+from .adapter_info import AdapterInfo, dump_info
+from .errors import UserError
+from .files import write_atomic
+from .packs import (
+    MAX_PREVIEW,
+    NAME,
+    PACK_VERSION,
+    SUFFIX,
+    Layout,
+    Pack,
+    Place,
+    Subject,
+    document,
+    read_subject,
+    short_hash,
+)
+from .tensor_file import READABLE, TensorFile, Tensors
+
+FINGERPRINT_TOLERANCE = 1e-2
+MAX_LAYOUTS = 100
+PREVIEWS = {".png": b"\x89PNG\r\n\x1a\n", ".jpg": b"\xff\xd8\xff", ".webp": b"RIFF"}
+SHARED_FIELDS = ("format", "format_version", "base", "base_fingerprint", "basis", "basis_sha256", "components",
+                 "conv_shapes", "versions", "license")  # fmt: skip
+"""What subjects of a pack usually have in common; a card names only where it differs."""
+
+Adapters = Mapping[str, str | Path] | Sequence[str | Path]
+
+
+def create_pack(path: str | Path, adapters: Adapters, basis_dir: str | Path | None = None) -> Path:
+    """Write a new pack of adapters (files or folders, by name where a mapping is given); returns its path.
+
+    Their basis is put beside it in ``bases/``. Raises :class:`UserError` for adapters of another basis or base, for
+    one without a frozen basis, for a name that occurs twice, and where a pack is there already.
+    """
+    file = pack_path(path)
+    if file.exists():
+        raise UserError(f"{file} exists: add to it, or choose another name")
+    return _write(file, _subjects(file, adapters, basis_dir))
+
+
+def add_to_pack(path: str | Path, adapters: Adapters, basis_dir: str | Path | None = None) -> Path:
+    """Add adapters to a pack. Raises :class:`UserError` as :func:`create_pack` does."""
+    file = pack_path(path)
+    with Pack(file) as pack:
+        return _write(file, [*pack, *_subjects(file, adapters, basis_dir)])
+
+
+def remove_from_pack(path: str | Path, names: Sequence[str]) -> Path:
+    """Take subjects out of a pack. Raises :class:`UserError` for a name that is not in it."""
+    file = pack_path(path)
+    with Pack(file) as pack:
+        for name in names:
+            pack.find(name)
+        rest = [subject for subject in pack if subject.name not in names]
+        if not rest:
+            raise UserError(f"that would leave nothing in {file}: delete the file instead")
+        return _write(file, rest)
+
+
+def extract_from_pack(path: str | Path, name: str, folder: str | Path, basis_dir: str | Path | None = None) -> Path:
+    """Write one subject as an adapter folder, with its preview; bit for bit what was packed. Returns its file."""
+    from .model_card import write_card
+
+    file, folder = pack_path(path), Path(folder).expanduser()
+    if (folder / FILE_NAME).exists():
+        raise UserError(f"{folder / FILE_NAME} exists: choose another folder")
+    with Pack(file) as pack:
+        subject = pack.find(name)
+        preview = subject.preview()
+        written = write_adapter(folder, read_tensors(subject.info, basis_dir), subject.info)
+    write_card(folder, inspect_adapter(written))
+    for ending, magic in PREVIEWS.items():
+        if preview.startswith(magic):
+            write_atomic(folder / f"preview{ending}", preview)
+    return written
+
+
+def pack_path(path: str | Path) -> Path:
+    """The file of a pack; its name must end as packs do, so that nothing mistakes it for an adapter."""
+    file = Path(path).expanduser()
+    if not file.name.endswith(SUFFIX):
+        raise UserError(f"{file} is no name for a pack: let it end in {SUFFIX}")
+    return file
+
+
+def _subjects(file: Path, adapters: Adapters, basis_dir: str | Path | None) -> list[Subject]:
+    named = adapters if isinstance(adapters, Mapping) else {}
+    pairs = list(named.items()) or [("", path) for path in adapters]
+    known: set[str] = set()
+    return [_subject(file, name, path, basis_dir, known) for name, path in pairs]
+
+
+def _subject(file: Path, name: str, path: str | Path, basis_dir: str | Path | None, known: set[str]) -> Subject:
+    """Read one adapter, checked; its basis is written beside the pack once (``known``)."""
+    info = inspect_adapter(path)
+    name = name or _name_of(info.path)
+    if not re.fullmatch(NAME, name):
+        raise UserError(f"{name!r} is no name for a subject: use letters, digits, '_' and '-'")
+    if not all(config.frozen_outer for config in info.configs.values()):
+        raise UserError(f"{info.path} is a {info.method} adapter without a frozen basis: only shared bases are packed")
+    _share_basis(info, file.parent / "bases", basis_dir, known)
+    tensors = _trained(info.path)
+    require_finite(tensors, info.path)
+    dtypes = {value.dtype for value in tensors.values()}
+    if len(dtypes) != 1:
+        raise UserError(f"{info.path} mixes number types: save it with dtype=fp32, fp16 or bf16")
+    letters = next(letters for letters, dtype in READABLE.items() if dtype in dtypes)
+    layout = Layout(letters, tuple((key, tuple(value.shape)) for key, value in tensors.items()))
+    info.sha256 = hashlib.sha256(save(tensors, {"nora": dump_info(info)})).hexdigest()
+    picture = _preview(Path(info.path).parent)
+    size = picture.stat().st_size if picture else 0
+    # Numbers and picture are read again when they are written: a pack of thousands need not fit in memory.
+    return Subject(
+        name, info, layout, size, lambda: picture.read_bytes() if picture else b"", lambda: _numbers(info.path)
+    )
+
+
+def _name_of(path: str) -> str:
+    address, file = split_address(path), Path(path)
+    return address[1] if address else file.parent.name if file.name == FILE_NAME else file.stem
+
+
+def _share_basis(info: AdapterInfo, bases: Path, basis_dir: str | Path | None, known: set[str]) -> None:
+    """Check the adapter against its basis and put that beside the pack, once."""
+    if info.basis == "shared" and info.basis_sha256 in known:
+        return
+    tensors = read_tensors(info, basis_dir)
+    basis = {key: value for key, value in tensors.items() if is_frozen(key)}
+    info.basis, info.basis_sha256 = "shared", write_basis(bases, basis)
+    known.add(info.basis_sha256)
+
+
+def _trained(path: str) -> Tensors:
+    """What an adapter file, or a subject of another pack, holds beside its basis."""
+    address = split_address(path)
+    if address:
+        return read_subject(*address)
+    with TensorFile(Path(path)) as reader:
+        return {key: reader.tensor(key) for key in sorted(reader.entries) if not is_frozen(key)}
+
+
+def _numbers(path: str) -> bytes:
+    return b"".join(value.flatten().view(torch.uint8).numpy().tobytes() for value in _trained(path).values())
+
+
+def _preview(folder: Path) -> Path | None:
+    for ending, magic in PREVIEWS.items():
+        picture = folder / f"preview{ending}"
+        if picture.is_file() and picture.stat().st_size <= MAX_PREVIEW:
+            with picture.open("rb") as file:
+                return picture if file.read(len(magic)) == magic else None
+    return None
+
+
+def _write(file: Path, subjects: Sequence[Subject]) -> Path:
+    """Check that the subjects belong together, then write them all."""
+    ordered = sorted(subjects, key=lambda subject: (short_hash(subject.name.encode()), subject.name))
+    _check_together(file, ordered)
+    common = {key: document(ordered[0].info).get(key) for key in SHARED_FIELDS}
+    layouts = list(dict.fromkeys(subject.layout for subject in ordered))
+    if len(layouts) > MAX_LAYOUTS:
+        raise UserError(f"more than {MAX_LAYOUTS} different shapes of adapters in one pack: split it")
+    stacks = [[subject for subject in ordered if subject.layout == layout] for layout in layouts]
+    cards = {subject.name: _card(subject, common) for subject in ordered}
+    shared = json.dumps({"common": common, "layouts": layouts}, separators=(",", ":")).encode()
+    index = torch.tensor(list(_places(ordered, stacks, cards)), dtype=torch.int64)
+    blobs = {"shared": shared, "cards": b"".join(cards.values())}
+    head = {"format": "nora_pack", "pack_version": PACK_VERSION, "shared_sha256": hashlib.sha256(shared).hexdigest()}
+    shapes = {"index": ("I64", list(index.shape))}
+    # Wider numbers first, so that every tensor is aligned.
+    for number in sorted(range(len(layouts)), key=lambda n: -READABLE[layouts[n].dtype].itemsize):
+        shapes[f"stack.{number}"] = (layouts[number].dtype, [len(stacks[number]), sum(layouts[number].sizes.values())])
+    shapes |= {key: ("U8", [len(blob)]) for key, blob in blobs.items()}
+    shapes["previews"] = ("U8", [sum(subject.preview_size for subject in ordered)])
+
+    def pieces() -> Iterator[bytes]:
+        yield _header(shapes, head)
+        yield index.numpy().tobytes()
+        for key in shapes:
+            if key.startswith("stack."):
+                yield from (subject.numbers() for subject in stacks[int(key.removeprefix("stack."))])
+        yield from blobs.values()
+        yield from (subject.preview() for subject in ordered)
+
+    return write_atomic(file, pieces())
+
+
+def _header(shapes: dict[str, tuple[str, list[int]]], head: dict[str, Any]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"nora_pack": json.dumps(head)}}
+    end = 0
+    for key, (dtype, shape) in shapes.items():
+        start, end = end, end + math.prod(shape) * READABLE[dtype].itemsize
+        entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _card(subject: Subject, common: dict[str, Any]) -> bytes:
+    """Where a subject's document differs from what the pack has in common; ``null`` for what it lacks."""
+    own = document(subject.info)
+    different = {key: own.get(key) for key in common | own if own.get(key) != common.get(key)}
+    return json.dumps(
+        {"name": subject.name, "sha256": subject.info.sha256, **different}, separators=(",", ":")
+    ).encode()
+
+
+def _places(ordered: list[Subject], stacks: list[list[Subject]], cards: dict[str, bytes]) -> Iterator[Place]:
+    rows = {subject.name: (n, row) for n, stack in enumerate(stacks) for row, subject in enumerate(stack)}
+    card = preview = 0
+    for subject in ordered:
+        name = subject.name
+        card_end, preview_end = card + len(cards[name]), preview + subject.preview_size
+        check = short_hash(cards[name], subject.numbers())
+        yield Place(short_hash(name.encode()), *rows[name], card, card_end, preview, preview_end, check)
+        card, preview = card_end, preview_end
+
+
+def _check_together(file: Path, subjects: Sequence[Subject]) -> None:
+    """One basis, one base, each name once."""
+    if not subjects:
+        raise UserError("there is nothing to pack: name adapters")
+    first, names = subjects[0], [subject.name for subject in subjects]
+    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if twice:
+        raise UserError(f"{twice!r} would be in {file} twice: remove it first, or give another name (NAME=PATH)")
+    for subject in subjects[1:]:
+        if subject.info.basis_sha256 != first.info.basis_sha256:
+            raise UserError(
+                f"{subject.name!r} has another basis than {first.name!r}: one pack holds one basis; "
+                "train both with the same basis settings on the same base, or make two packs"
+            )
+        if not _same_base(subject.info.base_fingerprint, first.info.base_fingerprint):
+            raise UserError(
+                f"{subject.name!r} was made for the base {subject.info.base}, {first.name!r} for {first.info.base}: "
+                "their weights differ, so make two packs"
+            )
+
+
+def _same_base(one: dict[str, dict[str, float]], other: dict[str, dict[str, float]]) -> bool:
+    ours, theirs = ({(p, k): v for p, part in side.items() for k, v in part.items()} for side in (one, other))
+    if ours == theirs:
+        return True
+    if ours.keys() != theirs.keys():
+        return False
+    difference = math.dist([ours[key] for key in ours], [theirs[key] for key in ours])
+    return difference <= FINGERPRINT_TOLERANCE * math.hypot(*theirs.values())

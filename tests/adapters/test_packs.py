@@ -1,0 +1,250 @@
+"""Packs of subjects that share a basis: exact round trips, few bytes read, refusals that leave all as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from nora_diffusion import (
+    UserError,
+    add_adapter,
+    delete_adapter,
+    inspect_adapter,
+    load_adapter,
+    open_pipeline,
+    save_adapter,
+)
+from nora_diffusion.adapter_file import FILE_NAME
+from nora_diffusion.adapter_info import AdapterInfo
+from nora_diffusion.adapters import lora, nora
+from nora_diffusion.loaders import list_adapters, trainable_parameters
+from nora_diffusion.pack_writing import _write, add_to_pack, create_pack, extract_from_pack, remove_from_pack
+from nora_diffusion.packs import Layout, Pack, Subject, cut, list_pack
+
+PNG = b"\x89PNG\r\n\x1a\n" + b"picture"
+# Name -> inner rank, trigger.
+SUBJECTS = {"dog": (2, "sks"), "cat": (2, "zwx"), "hat": (3, "")}
+
+
+def write(pipe: Any, folder: Path, inner_r: int = 2, seed: int = 0, info: Any = None, **options: Any) -> Path:
+    add_adapter(pipe, nora(r=4, inner_r=inner_r, basis="svd"), "one", ("unet", "text_encoder"))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in trainable_parameters(pipe, "one").values():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    file = save_adapter(pipe, folder, "one", basis=options.pop("basis", "shared"), info=info, **options)
+    delete_adapter(pipe, "one")
+    return file
+
+
+@pytest.fixture(scope="module")
+def shelf(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three adapters on one basis."""
+    pipe, folder = open_pipeline(tiny_base), tmp_path_factory.mktemp("shelf")
+    for seed, (name, (inner_r, trigger)) in enumerate(SUBJECTS.items()):
+        info = {"trigger": trigger, "class_word": name, "license": "CC-BY-4.0", "step": seed}
+        write(pipe, folder / name, inner_r, seed, info, dtype="fp16" if name == "cat" else None)
+    (folder / "dog" / "preview.png").write_bytes(PNG)
+    return folder
+
+
+@pytest.fixture
+def pack(shelf: Path, tmp_path: Path) -> Path:
+    return create_pack(tmp_path / "pets.nora_pack.safetensors", [shelf / name for name in SUBJECTS])
+
+
+def test_round_trip_is_exact_to_the_bit(shelf: Path, pack: Path, tmp_path: Path) -> None:
+    for name in SUBJECTS:
+        file = extract_from_pack(pack, name, tmp_path / "out" / name)
+        assert file.read_bytes() == (shelf / name / FILE_NAME).read_bytes()
+        packed, original = inspect_adapter(f"{pack}#{name}"), inspect_adapter(shelf / name)
+        assert (packed.trigger, packed.class_word, packed.license) == (original.trigger, name, "CC-BY-4.0")
+        assert packed.configs == original.configs
+        assert packed.sha256 == original.sha256
+        assert packed.trained_numbers == original.trained_numbers
+    assert (tmp_path / "out" / "dog" / "preview.png").read_bytes() == PNG
+    assert not (tmp_path / "out" / "cat" / "preview.png").exists()
+    assert [f.name for f in (tmp_path / "out" / "bases").iterdir()] == [f.name for f in (shelf / "bases").iterdir()]
+
+
+def test_subjects_load_by_their_address(pipe: Any, shelf: Path, pack: Path, render: Any) -> None:
+    before = render(pipe)
+    for name in SUBJECTS:
+        load_adapter(pipe, shelf / name, name)
+        expected = render(pipe)
+        delete_adapter(pipe, name)
+        loaded = load_adapter(pipe, f"{pack}#{name}")
+        assert (loaded.name, loaded.applied) == (name, loaded.total)
+        assert torch.equal(render(pipe), expected) and not torch.equal(expected, before)
+        delete_adapter(pipe, name)
+
+
+def test_add_and_remove(shelf: Path, pack: Path, tmp_path: Path) -> None:
+    whole = pack.read_bytes()
+    remove_from_pack(pack, ["dog"])
+    assert [info.path.partition("#")[2] for info in list_pack(pack)] == ["cat", "hat"]
+    with pytest.raises(UserError, match="no subject 'dog'"):
+        load_adapter(None, f"{pack}#dog")
+    add_to_pack(pack, {"dog": shelf / "dog"})
+    assert pack.read_bytes() == whole, "the order of adding makes no difference"
+    other = create_pack(tmp_path / "more.nora_pack.safetensors", {"rex": f"{pack}#dog"})
+    assert extract_from_pack(other, "rex", tmp_path / "rex").read_bytes() == (shelf / "dog" / FILE_NAME).read_bytes()
+
+
+def test_adapters_that_hold_their_own_basis_are_packed_too(pipe: Any, pack: Path, tmp_path: Path) -> None:
+    write(pipe, tmp_path / "own", basis="own")
+    add_to_pack(pack, [tmp_path / "own"])
+    own = load_file(tmp_path / "own" / FILE_NAME)
+    extracted = load_file(extract_from_pack(pack, "own", tmp_path / "out" / "own"))
+    assert extracted.keys() == {key for key in own if not key.endswith("_out")}
+    assert all(torch.equal(value, own[key]) for key, value in extracted.items())
+
+
+def test_any_reader_of_safetensors_opens_a_pack(pack: Path) -> None:
+    with safe_open(pack, "pt") as reader:
+        assert reader.get_slice("index").get_shape() == [3, 8]
+        assert sorted(reader.keys()) == ["cards", "index", "previews", "shared", "stack.0", "stack.1", "stack.2"]
+
+
+Damage = Callable[[Any, Path, Path], Path]
+
+
+def _other_basis(pipe: Any, shelf: Path, folder: Path) -> Path:
+    add_adapter(pipe, nora(r=3, inner_r=2, basis="svd"), "one")
+    save_adapter(pipe, folder, "one", basis="shared")
+    return folder
+
+
+def _no_basis(pipe: Any, shelf: Path, folder: Path) -> Path:
+    add_adapter(pipe, lora(r=2), "one")
+    save_adapter(pipe, folder, "one")
+    return folder
+
+
+def _other_base(pipe: Any, shelf: Path, folder: Path) -> Path:
+    # The same basis by hash on other weights: only the fingerprint of the base tells.
+    file = folder / FILE_NAME
+    folder.mkdir()
+    info = inspect_adapter(shelf / "dog")
+    info.base_fingerprint["unet"] = {path: value + 1 for path, value in info.base_fingerprint["unet"].items()}
+    from nora_diffusion.adapter_info import dump_info
+
+    save_file(load_file(shelf / "dog" / FILE_NAME), file, {"nora": dump_info(info)})
+    (folder / "bases").symlink_to(shelf / "bases")
+    return folder
+
+
+REFUSED: dict[str, tuple[Damage, str]] = {
+    "another basis": (_other_basis, "another basis"),
+    "another base": (_other_base, "was made for the base"),
+    "no basis": (_no_basis, "without a frozen basis"),
+    "twice": (lambda pipe, shelf, folder: shelf / "dog", "twice"),
+    "odd name": (lambda pipe, shelf, folder: (shelf / "dog").rename(shelf / "a dog"), "no name for a subject"),
+    "absent": (lambda pipe, shelf, folder: folder, "no adapter at"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_belong_is_refused(pipe: Any, shelf: Path, pack: Path, tmp_path: Path, case: str) -> None:
+    make, words = REFUSED[case]
+    whole = pack.read_bytes()
+    path = make(pipe, shelf, tmp_path / "stranger")
+    try:
+        with pytest.raises(UserError, match=words):
+            add_to_pack(pack, [path])
+    finally:
+        if case == "odd name":
+            path.rename(shelf / "dog")
+    assert pack.read_bytes() == whole
+
+
+def test_other_refusals(pipe: Any, shelf: Path, pack: Path, tmp_path: Path) -> None:
+    for call, words in [
+        (lambda: create_pack(pack, [shelf / "dog"]), "exists: add to it"),
+        (lambda: create_pack(tmp_path / "x.safetensors", [shelf / "dog"]), "let it end in"),
+        (lambda: create_pack(tmp_path / "x.nora_pack.safetensors", []), "nothing to pack"),
+        (lambda: remove_from_pack(pack, ["fox"]), "no subject 'fox'"),
+        (lambda: remove_from_pack(pack, list(SUBJECTS)), "delete the file"),
+        (lambda: extract_from_pack(pack, "dog", shelf / "dog"), "exists: choose another folder"),
+        (lambda: load_adapter(pipe, pack), "is a pack"),
+        (lambda: load_adapter(pipe, f"{pack}#fox"), "no subject 'fox'"),
+        (lambda: load_adapter(pipe, f"{tmp_path / 'no.safetensors'}#dog"), "no pack at"),
+        (lambda: load_adapter(pipe, f"{shelf / 'dog' / FILE_NAME}#dog"), "is no pack"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            call()
+    assert list_adapters(pipe) == {}
+
+
+def read_all(pack: Path) -> dict[str, tuple[AdapterInfo, dict[str, torch.Tensor]] | None]:
+    """Every subject by name, ``None`` where reading it is refused."""
+    found: dict[str, tuple[AdapterInfo, dict[str, torch.Tensor]] | None] = {}
+    for name in SUBJECTS:
+        try:
+            with Pack(pack) as reader:
+                subject = reader.find(name)
+                found[name] = subject.info, cut(subject)
+        except UserError:
+            found[name] = None
+    return found
+
+
+def test_flipped_bits_are_noticed(pack: Path) -> None:
+    """A flipped bit makes reading refuse, or lies in another subject or a preview and changes nothing."""
+    whole, sound = pack.read_bytes(), read_all(pack)
+    refused = 0
+    places = range(0, len(whole), max(1, len(whole) // 200))
+    for place in places:
+        pack.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        for name, found in read_all(pack).items():
+            if found is None:
+                refused += 1
+                continue
+            expected = sound[name]
+            assert expected and found[0] == expected[0]
+            assert all(torch.equal(value, expected[1][key]) for key, value in found[1].items())
+    assert refused > len(places) / 2
+
+
+def synthetic(count: int, file: Path) -> Path:
+    """A pack of ``count`` subjects of 1,024 numbers in the layout of 8 projections."""
+    factors = tuple(
+        (f"unet.block.{i}.to_q.nora_{f}", s) for i in range(8) for f, s in (("A_in", (4, 16)), ("B_in", (16, 4)))
+    )
+    layout = Layout("F32", factors)
+    config = nora(r=16, inner_r=4).to_dict()
+    fingerprint = {"unet": {f"block.{i}.to_q": 0.5 for i in range(8)}}
+
+    def subject(i: int) -> Subject:
+        info = AdapterInfo({"unet": config}, base_fingerprint=fingerprint, basis="shared", basis_sha256="0" * 64)
+        info.trigger = f"word{i}"
+        numbers = torch.full((1024,), float(i)).numpy().tobytes()
+        return Subject(f"subject-{i}", info, layout, 100, lambda: bytes(100), lambda: numbers)
+
+    return _write(file, [subject(i) for i in range(count)])
+
+
+def bytes_read(file: Path, name: str) -> tuple[int, torch.Tensor]:
+    with Pack(file) as pack:
+        tensors = cut(pack.find(name))
+        return pack.reader.bytes_read, torch.cat([value.flatten() for value in tensors.values()])
+
+
+def test_one_of_ten_thousand_subjects_touches_only_its_bytes(tmp_path: Path) -> None:
+    small = synthetic(10, tmp_path / "small.nora_pack.safetensors")
+    large = synthetic(10_000, tmp_path / "large.nora_pack.safetensors")
+    assert large.stat().st_size > 40_000_000
+    few, _ = bytes_read(small, "subject-7")
+    for name in ("subject-0", "subject-7", "subject-4999", "subject-9999"):
+        many, numbers = bytes_read(large, name)
+        assert torch.equal(numbers, torch.full((1024,), float(name.partition("-")[2])))
+        # Beside its own 4 KB of numbers and the fixed header: ten more steps of bisecting, 64 bytes each.
+        assert many <= few + 64 * 14 + 64
+        assert many < 1024 * 4 + 8_000
+    with pytest.raises(UserError, match="no subject"):
+        bytes_read(large, "subject-10000")
