@@ -106,7 +106,7 @@ def _measure(pipe: Any, calibration: Calibration) -> Strengths:
             for path, layer in group.items():
                 stack.callback(layer.register_forward_pre_hook(meters[part][path]).remove)
         stack.enter_context(_without_adapters(pipe))
-        _sample(pipe, calibration)
+        short_run(pipe, calibration)
     return {
         part: {path: meter.mean() for path, meter in group.items() if meter.count} for part, group in meters.items()
     }
@@ -126,7 +126,8 @@ def _without_adapters(pipe: Any) -> Iterator[None]:
             layer._disable_adapters = disabled
 
 
-def _sample(pipe: Any, calibration: Calibration) -> None:
+def short_run(pipe: Any, calibration: Calibration) -> None:
+    """A seeded sampling run of a few steps over the calibration, for the sake of what its layers see."""
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:

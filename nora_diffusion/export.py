@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import save
@@ -20,15 +20,18 @@ from .adapters.rank_mask import check_rank
 from .components import canonical
 from .errors import UserError
 from .files import write_atomic
+from .gates import MeanGates, mean_gates_of_file
 
 Format = Literal["diffusers", "kohya", "peft"]
+Gate = Literal["mean"]
 
 
 @dataclass
 class ExportReport:
     """What was written: files, rank, and the measured ``max |dW_file - dW|`` (absolute, and relative to max |dW|).
 
-    ``dW`` is the low-rank part; a magnitude is copied. ``note`` says what is particular to the file.
+    ``dW`` is the low-rank part; a magnitude is copied. ``note`` says what is particular to the file. ``gates``: the
+    fixed gates of a routed adapter and the measured error that fixing them costs.
     """
 
     path: Path
@@ -39,6 +42,7 @@ class ExportReport:
     bytes: int
     keys: int
     note: str = ""
+    gates: MeanGates | None = None
 
 
 @dataclass
@@ -87,28 +91,53 @@ class PlainPair:
 
 def export_lora(
     src: str | Path, dst: str | Path, format: Format = "diffusers", dtype: str | None = None,
-    basis_dir: str | Path | None = None, rank: int | None = None,
+    basis_dir: str | Path | None = None, rank: int | None = None, gate: Gate | None = None, pipe: Any = None,
+    calibration: Sequence[str] | None = None,
 ) -> ExportReport:  # fmt: skip
     """Write an adapter as a plain LoRA of rank ``r'``: ``A = A_in A_out``, ``B = (alpha/r) B_out B_in``.
 
     ``format``: ``diffusers`` (``pipe.load_lora_weights``), ``kohya`` (A1111, ComfyUI ...), ``peft`` (a folder with one
     subfolder a component). ``dtype``: fp32 (default), fp16 or bf16. ``rank`` cuts an adapter that was trained for every
-    rank (DyLoRA). A magnitude is written as these formats name it (DoRA). Products are formed in fp64. Raises
-    :class:`UserError` for a routed adapter, which has no exact LoRA.
+    rank (DyLoRA). A magnitude is written as these formats name it (DoRA). Products are formed in fp64.
+
+    A routed adapter (MoR, MoE-LoRA) has no exact LoRA and is refused, unless ``gate="mean"`` fixes each layer's gate at
+    its mean over the prompts ``calibration`` (default: generic ones), for which the adapter's base is needed as
+    ``pipe``; the report then says what that costs. Raises :class:`UserError`.
     """
     if format not in get_args(Format):
         raise UserError(f"format={format!r} is unknown: choose one of {', '.join(get_args(Format))}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     info = inspect_adapter(src)
-    pairs = plain_pairs(info, read_tensors(info, basis_dir), rank)
+    gates = _fixed_gates(info, gate, pipe, calibration, basis_dir)
+    pairs = plain_pairs(info, read_tensors(info, basis_dir), rank, gates)
     stored = DTYPES[dtype or "fp32"]
     path, size, keys = WRITERS[format](Path(dst).expanduser(), info, pairs, stored)
     errors = [pair.error(stored) for pair in pairs]
     worst, largest = max(e for e, _ in errors), max(w for _, w in errors)
     relative = worst / largest if largest else 0.0
     widest = max(pair.down.shape[0] for pair in pairs)
-    return ExportReport(path, format, widest, worst, relative, size, keys, _note(info, format, pairs))
+    note = _note(info, format, pairs) if gates is None else gates.describe()
+    return ExportReport(path, format, widest, worst, relative, size, keys, note, gates)
+
+
+def _fixed_gates(
+    info: AdapterInfo, gate: Gate | None, pipe: Any, calibration: Sequence[str] | None, basis_dir: str | Path | None
+) -> MeanGates | None:
+    """The mean gates of a routed adapter, measured; None for any other. Refuses what was not asked for."""
+    routed = any(config.router != "none" for config in info.configs.values())
+    if not routed and gate is None:
+        return None
+    if not routed:
+        raise UserError(f"{info.path} is a {info.method} adapter, which has no gate to fix: leave gate={gate!r} out")
+    if gate != "mean":
+        raise UserError(
+            f"{info.path} is a {info.method} adapter: its gate depends on its input, so no plain LoRA equals it; "
+            "load it with nora_diffusion instead, or accept an approximation with gate='mean'"
+        )
+    if pipe is None:
+        raise UserError("gate='mean' is measured: give the adapter's base as pipe")
+    return mean_gates_of_file(pipe, info.path, calibration, basis_dir)
 
 
 def _note(info: AdapterInfo, format: Format, pairs: list[PlainPair]) -> str:
@@ -127,42 +156,46 @@ def _note(info: AdapterInfo, format: Format, pairs: list[PlainPair]) -> str:
     return "; ".join(notes)
 
 
-def plain_pairs(info: AdapterInfo, tensors: Tensors, rank: int | None = None) -> list[PlainPair]:
+def plain_pairs(
+    info: AdapterInfo, tensors: Tensors, rank: int | None = None, gates: MeanGates | None = None
+) -> list[PlainPair]:
     """The plain LoRA pair of every projection, in fp64, cut to ``rank`` where the adapter was trained for that."""
     pairs = []
     for component, config in info.configs.items():
-        if config.router != "none":
-            raise UserError(
-                f"{info.path} is a {config.method} adapter: its gate depends on every token, so no plain LoRA "
-                "equals it; load it with nora_diffusion instead"
-            )
         if rank is not None:
             check_rank(config, rank)
         start = f"{component}."
         places = {key.rsplit(".nora_", 1)[0] for key in tensors if key.startswith(start)}
         pairs += [
-            _plain_pair(info, component, config, full.removeprefix(start), tensors, rank) for full in sorted(places)
+            _plain_pair(info, component, config, full.removeprefix(start), tensors, rank, gates)
+            for full in sorted(places)
         ]
     return pairs
 
 
 def _plain_pair(
-    info: AdapterInfo, component: str, config: AdapterConfig, path: str, tensors: Tensors, rank: int | None
-) -> PlainPair:
+    info: AdapterInfo, component: str, config: AdapterConfig, path: str, tensors: Tensors, rank: int | None,
+    gates: MeanGates | None,
+) -> PlainPair:  # fmt: skip
     full = f"{component}.{path}"
     factors = {key.removeprefix(f"{full}.nora_"): v for key, v in tensors.items() if key.startswith(f"{full}.nora_")}
     delta = delta_of_file(config, path, factors, info.shapes.get(full)).double()
-    assert isinstance(delta, ChainDelta)
-    delta.rank = rank
-    down, up = (factor.detach() for factor in delta.pair())
-    magnitude = None if delta.m is None else delta.m.detach()
+    if isinstance(delta, ChainDelta):
+        delta.rank = rank
+        pair = delta.pair()
+    else:
+        assert gates is not None
+        pair = delta.pair(gates.gates[full].double())
+    down, up = (factor.detach() for factor in pair)
+    magnitude = delta.m.detach() if isinstance(delta, ChainDelta) and delta.m is not None else None
     return PlainPair(component, path, down, up * config.scale_for(path), info.conv_shapes.get(full), magnitude)
 
 
 def _long_path(pair: PlainPair) -> str:
-    """The path that other tools expect: text encoders always with ``text_model.``."""
+    """The path that other tools expect: CLIP text encoders always with ``text_model.``, T5 without."""
     path = canonical(pair.path)
-    return f"text_model.{path}" if pair.component.startswith("text_encoder") else path
+    is_clip = pair.component.startswith("text_encoder") and path.startswith("encoder.layers.")
+    return f"text_model.{path}" if is_clip else path
 
 
 def _file_target(dst: Path) -> Path:

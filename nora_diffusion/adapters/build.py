@@ -150,7 +150,7 @@ def delta_of_file(
     ``shape``: ``[d_out, d_in]`` where the factors do not tell it. Raises :class:`UserError` if they do not fit.
     """
     config = copy.copy(config)
-    config.start = Start(empty=True)
+    config.start = Start(empty=True, condition=factors["W_g"].shape[1] if "W_g" in factors else 0)
     try:
         down, up = factors.get("A", factors.get("A_out")), factors.get("B", factors.get("B_out"))
         if shape is None and down is not None and up is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 HELP = "write an adapter as a plain LoRA for other tools, exactly"
 
@@ -13,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", help="file to write (a folder for --format peft)")
     parser.add_argument("--format", choices=("diffusers", "kohya", "peft"), default="diffusers")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
+    parser.add_argument("--gate", choices=("mean",), help="fix a mixture's gates at their mean over prompts")
+    parser.add_argument("--calibration_prompts", nargs="+", metavar="PROMPT", help="prompts for it (default: generic)")
+    parser.add_argument("--base", help="base to measure it on: folder or hub id (default: the one the adapter names)")
     parser.add_argument("--rank", type=int, help="cut an adapter that was trained for every rank (dylora)")
 
 
@@ -20,9 +24,19 @@ def run(values: argparse.Namespace) -> None:
     """Export and print what it cost."""
     from ..export import export_lora
 
-    report = export_lora(values.adapter, values.out, values.format, values.dtype, rank=values.rank)
+    report = export_lora(
+        values.adapter, values.out, values.format, values.dtype, rank=values.rank, gate=values.gate,
+        pipe=_base(values) if values.gate else None, calibration=values.calibration_prompts,
+    )  # fmt: skip
     print(
         f"{report.path}: rank {report.rank}, {report.keys} tensors, {report.bytes:,} bytes, "
         f"max |dW_file - dW| = {report.max_error:.1e} ({report.relative_error:.1e} of max |dW|)"
         + (f"\n{report.note}" if report.note else "")
     )
+
+
+def _base(values: argparse.Namespace) -> Any:
+    from ..adapter_file import inspect_adapter
+    from ..base import open_pipeline
+
+    return open_pipeline(values.base or inspect_adapter(values.adapter).base)

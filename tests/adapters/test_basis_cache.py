@@ -296,12 +296,12 @@ def test_calibration_measures_the_mean_input_of_the_base(cache: Path, pipe: Any)
 
 def test_calibration_is_read_the_second_time(cache: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     first = activation_strengths(pipe)
-    sample = calibration._sample
-    monkeypatch.setattr(calibration, "_sample", lambda *_: pytest.fail("measured again"))
+    sample = calibration.short_run
+    monkeypatch.setattr(calibration, "short_run", lambda *_: pytest.fail("measured again"))
     again = activation_strengths(pipe)
     assert all(torch.equal(again[part][path], value) for part in first for path, value in first[part].items())
     # Weights that carry no adapter count too, and so do prompts.
-    monkeypatch.setattr(calibration, "_sample", sample)
+    monkeypatch.setattr(calibration, "short_run", sample)
     files = len(list(cache.iterdir()))
     pipe.unet.conv_in.weight.data[0, 0, 0, 0] += 0.01
     activation_strengths(pipe)
