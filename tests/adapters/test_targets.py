@@ -1,0 +1,314 @@
+"""Every architecture and every kind of projection through an adapter's whole life, against a dense oracle."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, tiny_pipeline
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from nora_diffusion import (
+    AdapterConfig,
+    UserError,
+    add_adapter,
+    delete_adapter,
+    export_lora,
+    load_adapter,
+    nora,
+    save_adapter,
+)
+from nora_diffusion.adapters import TARGET_GROUPS, in_blocks
+from nora_diffusion.components import canonical, denoiser_name, nora_layers, present, projections
+from nora_diffusion.loaders import trainable_parameters
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Outputs = dict[str, list[Tensor]]
+EVERYTHING = list(TARGET_GROUPS)
+CONV = r".*(resnets\.0\.conv1|conv_shortcut|samplers\.0\.conv)"
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    return Stage(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture
+def actors(stage: Stage) -> Iterator[Stage]:
+    """The same, left as it was found."""
+    yield stage
+    if "one" in getattr(stage.denoiser, "peft_config", {}):
+        delete_adapter(stage.pipe, "one")
+
+
+class Stage:
+    """A pipeline, and for each of its adaptable components the inputs of a real call."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self.pipe = tiny_pipeline(name, folder)
+        self.calls: dict[str, Call] = {}
+        hooks = [
+            getattr(self.pipe, part).register_forward_pre_hook(self._keep(part), with_kwargs=True)
+            for part in present(self.pipe)
+        ]
+        self.pipe("a dog", num_inference_steps=1, output_type="latent", generator=torch.Generator().manual_seed(0))
+        for hook in hooks:
+            hook.remove()
+
+    def _keep(self, part: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.calls.setdefault(part, copy.deepcopy((args, kwargs)))
+
+        return hook
+
+    @property
+    def denoiser(self) -> nn.Module:
+        module: nn.Module = getattr(self.pipe, denoiser_name(self.pipe))
+        return module
+
+    def outputs(self, pipe: Any = None, overrides: dict[str, dict[str, Tensor]] | None = None) -> Outputs:
+        """What each component makes of its inputs, with some weights replaced if ``overrides`` says so."""
+        found = {}
+        for part, (args, kwargs) in self.calls.items():
+            module, weights = getattr(pipe or self.pipe, part), (overrides or {}).get(part, {})
+            found[part] = tensors_in(torch.func.functional_call(module, weights, args, kwargs))
+        return found
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    values: Iterable[Any] = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return [tensor for inner in values for tensor in tensors_in(inner)]
+
+
+def difference(one: Outputs, two: Outputs) -> dict[str, float]:
+    """``max |a - b| / max |b|`` over the outputs of each component."""
+    assert one.keys() == two.keys()
+    pairs = {part: list(zip(one[part], two[part], strict=True)) for part in one}
+    return {part: max(float((a - b).abs().max() / b.abs().max()) for a, b in both) for part, both in pairs.items()}
+
+
+def close(one: Outputs, two: Outputs) -> None:
+    assert max(difference(one, two).values()) <= 1e-5, difference(one, two)
+
+
+def equal(one: Outputs, two: Outputs) -> bool:
+    return all(torch.equal(a, b) for part in one for a, b in zip(one[part], two[part], strict=True))
+
+
+def train_one_step(stage: Stage) -> None:
+    """One step through every component; all that was declared moves, and nothing else."""
+    parameters = trainable_parameters(stage.pipe, "one")
+    before = {key: value.detach().clone() for key, value in parameters.items()}
+    frozen = {part: [p.clone() for p in rest(getattr(stage.pipe, part))] for part in stage.calls}
+    generator = torch.Generator().manual_seed(1)
+    for key, parameter in parameters.items():  # B_in starts at zero: then A_in has no gradient yet
+        if key.endswith("B_in"):
+            parameter.data.normal_(std=0.3, generator=generator)
+    optimizer = torch.optim.Adam(parameters.values(), lr=0.01, eps=1e-30)  # steps, however small the gradient
+    outputs = stage.outputs()
+    sum(out.square().mean() for group in outputs.values() for out in group).backward()  # type: ignore[union-attr]
+    # Pooled outputs alone come of some last layers; what reaches no output at all cannot learn.
+    reached = [key for key, p in parameters.items() if p.grad is not None and p.grad.any()]
+    assert len(reached) >= 0.9 * len(parameters)
+    optimizer.step()
+    assert all(not torch.equal(parameters[key], before[key]) for key in reached)
+    for part, values in frozen.items():
+        assert all(torch.equal(a, b) for a, b in zip(rest(getattr(stage.pipe, part)), values, strict=True))
+
+
+def rest(module: nn.Module) -> list[Tensor]:
+    return [value for name, value in module.named_parameters() if ".nora_delta." not in name]
+
+
+def dense_weights(pipe: Any, config: AdapterConfig) -> dict[str, dict[str, Tensor]]:
+    """``W + (alpha / r) B_out B_in A_in A_out`` of every adapted layer, by component and parameter name."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for part in present(pipe):
+        module = getattr(pipe, part)
+        names = {canonical(path): path for path, _ in module.named_modules()}
+        found[part] = {}
+        for path, layer in nora_layers(module, "one").items():
+            delta, weight = layer.delta("one"), layer.base_layer.weight
+            r = min(config.r, *weight.flatten(1).shape)
+            alpha = config.alpha or config.r
+            assert delta.A_out.shape[0] == r
+            factors = (delta.B_out, delta.core.B_in, delta.core.A_in, delta.A_out)
+            change = torch.linalg.multi_dot([f.detach().double() for f in factors]) * (alpha / config.r)
+            found[part][f"{names[path]}.weight"] = (weight.double() + change.view(weight.shape)).float()
+    return found
+
+
+def merged(pipe: Any, merge: bool) -> None:
+    for part in present(pipe):
+        for layer in nora_layers(getattr(pipe, part), "one").values():
+            layer.merge() if merge else layer.unmerge()
+
+
+def load_exported(pipe: Any, file: Path) -> None:
+    """Through diffusers' own loaders; T5 has none, so its part is put in by PEFT."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    tensors = load_file(file)
+    left = dict(tensors)
+    for part in present(pipe):
+        own = {key.removeprefix(f"{part}."): v for key, v in tensors.items() if key.startswith(f"{part}.")}
+        if not own:
+            continue
+        left = {key: value for key, value in left.items() if not key.startswith(f"{part}.")}
+        module = getattr(pipe, part)
+        if hasattr(module, "load_lora_adapter"):
+            module.load_lora_adapter({f"{part}.{k}": v for k, v in own.items()}, prefix=part, adapter_name="plain")
+            continue
+        names = {canonical(path): path for path, _ in module.named_modules()}
+        state = {f"{names[canonical(k.split('.lora_')[0])]}.lora_{k.split('.lora_')[1]}": v for k, v in own.items()}
+        ranks = {k.split(".lora_A")[0]: v.shape[0] for k, v in state.items() if ".lora_A" in k}
+        config = LoraConfig(r=1, target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)
+        inject_adapter_in_model(config, module, "plain")
+        assert not set_peft_model_state_dict(module, state, "plain").unexpected_keys
+    assert not left
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        nora(r=4, inner_r=2, alpha=8.0),
+        nora(r=4, inner_r=2, alpha=8.0, basis="svd", target_modules=EVERYTHING),
+    ],
+    ids=["attention", "everything"],
+)
+def test_the_whole_life_of_an_adapter(actors: Stage, config: AdapterConfig, tmp_path: Path) -> None:
+    stage, pipe = actors, actors.pipe
+    parts = present(pipe)
+    clean = stage.outputs()
+    weights = {part: {k: v.clone() for k, v in getattr(pipe, part).state_dict().items()} for part in parts}
+    add_adapter(pipe, config, "one", parts)
+    assert all(nora_layers(getattr(pipe, part), "one") for part in parts)
+    assert equal(stage.outputs(), clean)
+    train_one_step(stage)
+    with torch.no_grad():
+        live = stage.outputs()
+        assert min(difference(live, clean).values()) > 1e-3
+        dense = dense_weights(pipe, config)
+        merged(pipe, True)
+        close(stage.outputs(), live)
+        merged(pipe, False)
+        assert equal(stage.outputs(), live)
+        save_adapter(pipe, tmp_path / "one", "one")
+        delete_adapter(pipe, "one")
+        assert equal(stage.outputs(), clean)
+        for part in parts:
+            after = getattr(pipe, part).state_dict()
+            assert after.keys() == weights[part].keys()
+            assert all(torch.equal(after[key], value) for key, value in weights[part].items())
+        close(live, stage.outputs(overrides=with_clean_names(dense)))
+        loaded = load_adapter(pipe, tmp_path / "one", "one")
+        assert loaded.applied == loaded.total
+        close(stage.outputs(), live)
+        delete_adapter(pipe, "one")
+        report = export_lora(tmp_path / "one", tmp_path / "plain.safetensors")
+        assert report.rank == 2 and report.relative_error < 1e-5
+        other = tiny_pipeline(stage.name, stage.folder)
+        load_exported(other, tmp_path / "plain.safetensors")
+        close(stage.outputs(other), live)
+
+
+def with_clean_names(weights: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    return {part: {k.replace(".base_layer", ""): v for k, v in group.items()} for part, group in weights.items()}
+
+
+def test_the_adapted_modules_are_the_ones_meant(actors: Stage) -> None:
+    """By counting: attention has four projections, or what each architecture makes of them."""
+    add_adapter(actors.pipe, nora(r=2, inner_r=1, basis="svd"), "one", present(actors.pipe))
+    endings = {
+        part: {path.rsplit(".", 2 if path.endswith(".0") else 1)[-1 if not path.endswith(".0") else -2]
+               for path in nora_layers(getattr(actors.pipe, part), "one")}
+        for part in present(actors.pipe)
+    }  # fmt: skip
+    attention, clip, t5 = {"to_q", "to_k", "to_v", "to_out"}, {"q_proj", "k_proj", "v_proj", "out_proj"}, set("qkvo")
+    expected = dict.fromkeys(endings, clip) | {denoiser_name(actors.pipe): attention}
+    expected |= {"sd3": {"text_encoder_3": t5}, "flux": {"text_encoder_2": t5}, "pixart": {"text_encoder": t5}}.get(
+        actors.name, {}
+    )
+    assert endings == expected
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
+def test_convolutions_by_pattern(name: str, tmp_path: Path) -> None:
+    """3x3 and 1x1 kernels, with stride: live equals the dense kernel."""
+    stage = Stage(name, tmp_path)
+    config = nora(r=4, inner_r=2, alpha=8.0, target_modules=CONV)
+    add_adapter(stage.pipe, config, "one")
+    kernels = {layer.base_layer.kernel_size for layer in nora_layers(stage.denoiser, "one").values()}
+    assert kernels == {(3, 3), (1, 1)}
+    train_one_step(stage)
+    with torch.no_grad():
+        live = stage.outputs()
+        dense = with_clean_names(dense_weights(stage.pipe, config))
+        delete_adapter(stage.pipe, "one")
+        assert difference(stage.outputs(), live)["unet"] > 1e-3
+        close(stage.outputs(overrides=dense), live)
+
+
+BLOCKS = {
+    "sd1": ["up_blocks.0.attentions.1", "mid_block"],
+    "sdxl": ["down_blocks.1"],
+    "sd3": ["transformer_blocks.1"],
+    "flux": ["single_transformer_blocks.0", "transformer_blocks.0"],
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_some_blocks_only(name: str, tmp_path: Path) -> None:
+    pipe, blocks = tiny_pipeline(name, tmp_path), BLOCKS[name]
+    module = getattr(pipe, denoiser_name(pipe))
+    wanted = {path for path in projections(module) if any(path.startswith(f"{block}.") for block in blocks)}
+    inside = {path for path in wanted if path.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))}
+    add_adapter(pipe, nora(r=2, inner_r=1, basis="svd", target_modules=in_blocks(blocks)), "one")
+    assert set(nora_layers(module, "one")) == inside != set()
+    delete_adapter(pipe, "one")
+    # Another way to the same: leave blocks out.
+    config = nora(r=2, inner_r=1, basis="svd", exclude_modules=rf".*({'|'.join(blocks)})\..*")
+    add_adapter(pipe, config, "one")
+    left = set(nora_layers(module, "one"))
+    assert left and not left & wanted
+
+
+def test_blocks_of_a_text_encoder(pipe: Any) -> None:
+    picked = nora(r=2, inner_r=1, basis="svd", target_modules=in_blocks(["encoder.layers.1"], ["attn", "ff"]))
+    add_adapter(pipe, picked, "one", ["text_encoder"])
+    paths = nora_layers(pipe.text_encoder, "one")
+    assert len(paths) == 6 and all(path.startswith("encoder.layers.1.") for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "parts", "words"),
+    [
+        (["to_kk"], ["unet"], ["'to_kk'", "did you mean to_k"]),
+        (["to_q", "to_qq"], ["unet"], ["'to_qq'", "did you mean to_q"]),
+        (["q_proj"], ["unet"], ["q_proj", "UNet2DConditionModel"]),
+        (["attn", "q_porj"], ["unet", "text_encoder"], ["'q_porj'", "q_proj"]),
+        (["zzz"], ["unet"], ["'zzz'", "groups attn, context, ff, proj, conv", "to_q"]),
+        (r".*\.attn3\.to_q", ["unet"], ["attn3", "did you mean", "to_q"]),
+        (in_blocks(["down_blocks.7"]), ["unet"], ["down_blocks", "no projection"]),
+    ],
+)
+def test_targets_that_match_nothing_name_what_is_near(
+    pipe: Any, wanted: str | list[str], parts: list[str], words: list[str]
+) -> None:
+    with pytest.raises(UserError) as error:
+        add_adapter(pipe, nora(r=2, inner_r=1, basis="svd", target_modules=wanted), "one", parts)
+    assert all(word in str(error.value) for word in words), error.value
+    assert not nora_layers(pipe.unet, "one")
+
+
+def test_a_name_may_belong_to_one_component_only(pipe: Any) -> None:
+    add_adapter(pipe, nora(r=2, inner_r=1, basis="svd", target_modules=["to_q", "q_proj"]), "one", present(pipe))
+    assert nora_layers(pipe.unet, "one") and nora_layers(pipe.text_encoder, "one")
