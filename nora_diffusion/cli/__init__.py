@@ -10,15 +10,18 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import UserError
-from . import app, demo, export, generate, grid, inspect, mix
+from . import app, demo, export, generate, grid, import_, inspect, methods, mix, pack
 
 COMMANDS = {
     "app": app,
     "generate": generate,
     "grid": grid,
     "inspect": inspect,
+    "methods": methods,
     "mix": mix,
     "export": export,
+    "import": import_,
+    "pack": pack,
     "demo": demo,
 }
 

@@ -1,0 +1,20 @@
+"""``nora-diffusion methods``."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "what each method computes and costs on the layouts of Stable Diffusion"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command."""
+    parser.add_argument("--method", nargs="+", help="methods to show (default: all)")
+    parser.add_argument("--layout", nargs="+", help="sd15, sdxl (default: both)")
+
+
+def run(values: argparse.Namespace) -> None:
+    """Print the table as Markdown."""
+    from ..methods import method_table
+
+    print(method_table(values.method, values.layout))
