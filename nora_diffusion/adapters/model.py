@@ -63,6 +63,20 @@ class NoraModel(BaseTuner):
         with serve_rows(self.model, RowPlan([{} if name == "__base__" else {name: 1.0} for name in names])):
             yield
 
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> None:
+        """PEFT's ``merge_and_unload()`` and ``unload()``, refused where they would lose an adapter without a word."""
+        layers = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)]
+        if any(isinstance(layer.base_layer, NoraLayer) for layer in layers):
+            raise UserError(
+                "an adapter of another method wraps this one, and PEFT would unload both but merge only the outer: "
+                "merge and unload them through the pipeline (fuse_lora, unload_lora_weights)"
+            )
+        routed = {n for layer in layers if isinstance(layer, NoraLayer) for n in layer.live_names() if merge
+                  and not layer.delta(n).mergeable}  # fmt: skip
+        if routed:
+            raise UserError(f"{', '.join(sorted(routed))}: a routed adapter cannot be merged, and unloading drops it")
+        super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
     def _post_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
         guard(model)
         if config.rank_mask:
