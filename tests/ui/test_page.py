@@ -1,0 +1,295 @@
+"""The page in a real browser: generate, stop, reload, restore, the rack, the library."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nora_diffusion.pictures import read_settings
+
+from .conftest import Server
+
+TAGS = "a sks dog <lora:dog:0.8>"
+
+
+def fill(page: Any, prompt: str) -> None:
+    page.fill("#prompt textarea", prompt)
+
+
+def settle(page: Any, steps: int = 3) -> None:
+    """Open the settings and ask for small pictures."""
+    page.get_by_role("button", name="Settings", exact=False).first.click()
+    number(page, "Steps", steps)
+    page.get_by_label("Width").fill("16")
+    page.get_by_label("Height").fill("16")
+    page.get_by_label("Height").blur()
+
+
+def number(page: Any, label: str, value: float) -> None:
+    """Write a slider's number."""
+    box = page.get_by_label(f"number input for {label}").first
+    box.fill(str(value))
+    box.press("Enter")
+    box.blur()
+
+
+def generate(page: Any, server: Server) -> Path:
+    """Press Generate and wait for the picture."""
+    folder = server.library / "pictures"
+    before = set(folder.glob("*.png"))
+    page.click("#generate")
+    page.wait_for_selector("#generate", state="hidden")
+    page.wait_for_selector("#generate:visible")
+    assert " in " in page.inner_text("#status")
+    (made,) = set(folder.glob("*.png")) - before
+    return made
+
+
+def test_a_picture_in_two_actions_whose_download_carries_its_settings(
+    page: Any, server: Server, tmp_path: Path
+) -> None:
+    fill(page, "a dog on the beach")  # the first action
+    settle(page)
+    made = generate(page, server)  # the second one
+    assert "1 picture in" in page.inner_text("#status")
+    page.locator("#gallery img").first.wait_for()
+    page.locator("#gallery button.thumbnail-item, #gallery .thumbnail-item").first.click()
+    with page.expect_download() as download:
+        page.locator("#gallery").get_by_label(re.compile("download", re.IGNORECASE)).first.click()
+    saved = tmp_path / "saved.png"
+    download.value.save_as(saved)
+    settings = read_settings(saved)
+    assert (settings.prompt, settings.steps, settings.width) == ("a dog on the beach", 3, 16)
+    assert saved.read_bytes() == made.read_bytes()
+
+
+def test_ctrl_enter_interrupt_and_skip(page: Any, server: Server) -> None:
+    settle(page, 200)
+    fill(page, "a dog")
+    page.press("#prompt textarea", "Control+Enter")
+    page.wait_for_selector("#interrupt:visible")
+    page.get_by_text(re.compile(r"step [1-9]\d* of 200")).wait_for()
+    page.wait_for_selector("#preview img")
+    page.click("#interrupt")
+    page.get_by_text("Interrupted after 0 pictures").wait_for()
+    assert page.is_visible("#generate") and not page.is_visible("#interrupt")
+    number(page, "Pictures", 2)
+    page.click("#generate")
+    page.get_by_text(re.compile(r"Picture 1 of 2, step [1-9]")).wait_for()
+    page.click("#skip")
+    page.get_by_text(re.compile(r"Picture 2 of 2")).wait_for()
+    page.click("#interrupt")
+    page.get_by_text("Interrupted after 0 pictures").wait_for()
+
+
+def test_settings_and_prompt_survive_a_reload(page: Any, server: Server) -> None:
+    settle(page, 7)
+    fill(page, "a cat with a hat")
+    number(page, "Guidance", 3.5)
+    page.wait_for_timeout(1000)
+    page.reload()
+    page.wait_for_selector("#generate")
+    page.wait_for_timeout(1500)
+    assert page.input_value("#prompt textarea") == "a cat with a hat"
+    page.get_by_role("button", name="Settings", exact=False).first.click()
+    assert page.get_by_label("number input for Steps").first.input_value() == "7"
+    assert page.get_by_label("number input for Guidance").first.input_value() == "3.5"
+
+
+def test_seed_dice_and_reuse(page: Any, server: Server) -> None:
+    settle(page)
+    fill(page, "a dog")
+    made = generate(page, server)
+    page.click("#reuse")
+    seed = page.get_by_label("Seed").first
+    page.wait_for_function("document.querySelector('input[aria-label=\"Seed\"]').value != '-1'")
+    assert read_settings(made).seed == int(seed.input_value())
+    page.click("#dice")
+    page.wait_for_function("document.querySelector('input[aria-label=\"Seed\"]').value == '-1'")
+
+
+def test_the_rack_and_the_prompt_say_the_same(page: Any, server: Server) -> None:
+    fill(page, TAGS)
+    slider = page.get_by_label("number input for dog: weight")
+    slider.wait_for()
+    assert slider.input_value() == "0.8"
+    slider.fill("0.3")
+    slider.press("Enter")
+    slider.blur()
+    page.wait_for_function("document.querySelector('#prompt textarea').value.includes('<lora:dog:0.3>')")
+    page.get_by_label("range slider for dog: weight").press("ArrowRight")
+    page.wait_for_function("document.querySelector('#prompt textarea').value.includes('<lora:dog:0.35>')")
+    page.click("#add-adapter input")
+    page.get_by_role("option", name="hat", exact=True).click()
+    page.wait_for_function("document.querySelector('#prompt textarea').value.includes('<lora:hat:0.8>')")
+    page.get_by_role("button", name="Remove").first.click()
+    page.wait_for_function("!document.querySelector('#prompt textarea').value.includes('dog:')")
+    assert page.input_value("#prompt textarea") == "a sks dog <lora:hat:0.8>"
+
+
+def test_only_what_fits_can_be_added(page: Any, server: Server) -> None:
+    page.click("#add-adapter input")
+    page.get_by_role("option", name="hat", exact=True).wait_for()
+    offered = page.get_by_role("option").all_inner_texts()
+    assert {"dog", "hat"} <= {text.strip().removeprefix("✓").strip() for text in offered}
+    assert not any("stranger" in text or "broken" in text for text in offered)
+
+
+def test_a_dropped_picture_shows_what_would_change(page: Any, server: Server, tmp_path: Path) -> None:
+    settle(page)
+    fill(page, TAGS)
+    picture = tmp_path / "mine.png"
+    shutil.copy(generate(page, server), picture)
+    fill(page, "something else")
+    page.get_by_role("button", name="Settings from a picture").click()
+    page.set_input_files("#drop-picture input[type=file]", picture)
+    changes = page.locator("#changes")
+    changes.get_by_text("<lora:dog:0.8>").wait_for()
+    assert "something else" in changes.inner_text()
+    assert page.input_value("#prompt textarea") == "something else"  # nothing is changed yet
+    page.click("#apply")
+    page.wait_for_function(f"document.querySelector('#prompt textarea').value == {TAGS!r}")
+    assert generate(page, server).read_bytes() == picture.read_bytes()  # the same picture again
+
+
+def test_a_missing_adapter_is_named(page: Any, server: Server, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from nora_diffusion.pictures import PictureSettings, save_picture
+
+    digest = "ab" * 32
+    adapters = [{"name": "dog", "weight": 0.5, "sha256": digest, "path": ""}]
+    settings = PictureSettings("x <b>y</b>", 1, 2, 3.0, 16, 16, adapters=adapters, base="elsewhere")
+    picture = save_picture(Image.new("RGB", (16, 16)), tmp_path / "p.png", settings)
+    page.get_by_role("button", name="Settings from a picture").click()
+    page.set_input_files("#drop-picture input[type=file]", picture)
+    page.locator("#changes").get_by_text(f"The adapter dog (SHA-256 {digest}) is not in the library").wait_for()
+    text = page.inner_text("#changes")
+    assert "x <b>y</b>" in text and "<lora:" not in text and "elsewhere" in text
+
+
+def test_hostile_names_are_shown_as_text(page: Any, server: Server) -> None:
+    page.get_by_role("tab", name="Library").click()
+    card = page.locator(".card", has_text="<img src=x onerror=alert(1)>")
+    card.wait_for()
+    card.click()
+    page.locator("#about").get_by_text("<script>alert(2)</script>").wait_for()
+    assert page.locator("#cards img[src=x], #about img[src=x], #about script").count() == 0
+
+
+def test_the_library_says_why_something_cannot_be_used(page: Any, server: Server) -> None:
+    page.get_by_role("tab", name="Library").click()
+    stranger = page.locator(".card", has_text="stranger")
+    stranger.wait_for()
+    assert "weights differ" in stranger.inner_text()
+    stranger.click()
+    page.locator("#about").get_by_text("stranger", exact=True).wait_for()
+    assert page.locator("#insert").is_disabled()
+    page.locator("#search input, #search textarea").fill("zwx")
+    page.wait_for_function("document.querySelectorAll('.card').length == 1")
+    page.keyboard.press("Tab")
+    page.locator(".card", has_text="hat").focus()
+    page.keyboard.press("Enter")  # cards are buttons
+    page.locator("#about").get_by_text("zwx", exact=True).wait_for()
+    assert re.search(r"[0-9a-f]{64}", page.inner_text("#about").replace("\n", ""))
+    page.click("#insert")
+    page.wait_for_function("document.querySelector('#prompt textarea').value == 'a zwx hat <lora:hat:1>'")
+    page.wait_for_selector("#generate:visible")
+
+
+def test_import_export_delete_undo(page: Any, server: Server, library: Path, base: Path, tmp_path: Path) -> None:
+    from nora_diffusion import lora, open_pipeline
+
+    from .conftest import save_random
+
+    file = save_random(open_pipeline(base), tmp_path / "new", lora(r=1), trigger="fresh")
+    page.get_by_role("tab", name="Library").click()
+    page.locator(".card", has_text="dog").first.wait_for()
+    named = tmp_path / "imported.safetensors"
+    shutil.copy(file, named)
+    page.set_input_files("#import input[type=file]", named)
+    card = page.locator(".card", has_text="imported")
+    card.wait_for()
+    card.click()
+    page.locator("#about").get_by_text("fresh", exact=True).wait_for()
+    page.get_by_role("button", name="Export", exact=True).click()
+    page.get_by_text(re.compile("Exported: rank 1, largest error")).wait_for()
+    page.click("#delete")
+    card.wait_for(state="detached")
+    page.click("#undo")
+    card.wait_for()
+    page.set_input_files("#import input[type=file]", named)
+    page.get_by_text(re.compile("in the library already")).wait_for()
+    page.locator(".card", has_text="imported").click()
+    page.locator("#about").get_by_text("fresh", exact=True).wait_for()
+    page.click("#delete")
+    card.wait_for(state="detached")
+
+
+def test_a_mix_becomes_an_adapter_of_the_library(page: Any, server: Server) -> None:
+    fill(page, "a dog <lora:dog:0.8> <lora:hat:0.5>")
+    page.get_by_role("tab", name="Mix").click()
+    page.click("#recipe-take")
+    page.wait_for_function("/dog:0.8.*hat:0.5/.test(document.querySelector('#recipe textarea, #recipe input').value)")
+    page.get_by_label("Name of the mix").fill("both")
+    page.click("#mix")
+    report = page.locator("#mix-report")
+    report.get_by_text("overlap of dog and hat").wait_for()
+    assert "both" in report.inner_text() and "100.0%" in report.inner_text()
+    page.get_by_role("tab", name="Library").click()
+    page.locator(".card", has_text="both").wait_for()
+    shutil.rmtree(server.library / "both")
+
+
+def test_a_batch_of_many_subjects(page: Any, server: Server) -> None:
+    page.get_by_role("tab", name="Mix").click()
+    page.fill("#batch textarea", "a dog <lora:dog:1>\na hat <lora:hat:0.8>\na cat")
+    before = set((server.library / "pictures").glob("*.png"))
+    page.click("#batch-go")
+    page.locator("#batch-status").get_by_text(re.compile(r"3 pictures in")).wait_for()
+    made = sorted(set((server.library / "pictures").glob("*.png")) - before)
+    assert [[a["name"] for a in read_settings(f).adapters] for f in made] == [["dog"], ["hat"], []]
+
+
+def test_mistakes_are_said_in_a_sentence(page: Any, server: Server) -> None:
+    fill(page, "a dog <lora:nobody:1>")
+    page.click("#generate")
+    page.get_by_text(re.compile("There is no adapter .nobody. in the library")).wait_for()
+    assert page.is_visible("#generate")
+
+
+def test_a_second_user_sees_the_queue(page: Any, server: Server, browser: Any) -> None:
+    settle(page, 200)
+    number(page, "Pictures", 20)
+    fill(page, "a dog")
+    page.click("#generate")
+    page.get_by_text(re.compile(r"step \d+ of 200")).wait_for()
+    context = browser.new_context()
+    other = context.new_page()
+    other.goto(server.url)
+    other.wait_for_selector("#generate")
+    settle(other)
+    fill(other, "a cat")
+    other.click("#generate")
+    other.get_by_text("You are number 1 in the queue; now running: pictures.").wait_for()
+    assert "a dog" not in other.inner_text("#status")  # what others ask for is theirs
+    page.close()  # a closed page stops its run and frees the device
+    other.get_by_text(re.compile("1 picture in")).wait_for()
+    context.close()
+
+
+def test_nothing_is_fetched_from_elsewhere(browser: Any, server: Server) -> None:
+    context = browser.new_context()
+    page, foreign = context.new_page(), []
+    page.on("request", lambda request: foreign.append(request.url) if not request.url.startswith(
+        (server.url, "data:", "blob:")) else None)  # fmt: skip
+    page.goto(server.url)
+    page.wait_for_selector("#generate")
+    page.wait_for_timeout(500)
+    context.close()
+    if foreign:
+        pytest.fail(str(foreign))
