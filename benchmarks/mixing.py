@@ -1,0 +1,116 @@
+"""The picture and the numbers of docs/mixing.md: two subjects mixed by every mode, and how much adapters overlap.
+
+    python benchmarks/mixing.py [--work outputs/mixing] [--picture docs/images/mixing.png] [--steps N]
+
+Learns example subjects on the embedded base with the defaults of `nora-diffusion train` (what is in ``--work``
+already is kept), draws the picture and prints both tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from nora_diffusion import load_adapter, load_base, mix, overlap_files, set_adapters, train
+from nora_diffusion.composition.modes import MODES
+from nora_diffusion.demo import open_example
+from nora_diffusion.files import write_atomic
+from nora_diffusion.generation import EMBEDDED_GUIDANCE, run
+from nora_diffusion.judges import load_judge, subject_score
+from nora_diffusion.pictures import contact_sheet
+from nora_diffusion.training import TrainConfig
+
+PICTURE = ("stripemug-red", "cyclops-purple")
+RUNS = [("nora", slug, seed) for slug, seed in [
+    ("stripemug-red", 0), ("stripemug-red", 1), ("cyclops-purple", 0), ("cyclops-purple", 1), ("tiger", 0)
+]] + [("lora", "stripemug-red", 0), ("lora", "stripemug-red", 1), ("lora", "cyclops-purple", 0)]  # fmt: skip
+WEIGHT = 0.8
+RANK = 16
+SCENES = ("{} in the forest", "{} at night", "{} on the beach", "{} in the snow")
+
+
+def folder(work: Path, method: str, slug: str, seed: int) -> Path:
+    return work / f"{slug}-{method}-{seed}"
+
+
+def learn(target: Path, method: str, slug: str, seed: int, steps: int | None) -> None:
+    """Train one subject, unless it is there."""
+    if (target / "nora_adapter.safetensors").is_file():
+        return
+    example = open_example(slug)
+    train(TrainConfig(
+        instance_data_dir=str(example.folder), instance_prompt=example.phrase, use_captions=True, method=method,
+        class_word=example.class_word, output_dir=str(target), seed=seed, max_train_steps=steps,
+    ))  # fmt: skip
+
+
+def overlaps(work: Path) -> list[str]:
+    """Rows of a table: pairs by what they have in common, with their lowest and highest score."""
+    groups: dict[str, list[float]] = {}
+    for one, two in combinations(RUNS, 2):
+        subject = "one subject" if one[1] == two[1] else "two subjects"
+        seeds = "one seed" if one[2] == two[2] else "two seeds"
+        group = f"{subject}, {seeds}" if one[0] == two[0] else f"NoRA and LoRA, {subject}"
+        found = overlap_files(folder(work, *one), folder(work, *two))
+        groups.setdefault(group, []).append(found.score)
+    ranked = sorted(groups.items(), key=lambda item: -max(item[1]))
+    return [f"| {group} | {len(found)} | {min(found):.3f} to {max(found):.3f} |" for group, found in ranked]
+
+
+def variants(pipe: Any) -> dict[str, Any]:
+    """What stands side by side: each subject alone, both live, and every mode with its report."""
+
+    def both() -> None:
+        set_adapters(pipe, ["one", "two"], [WEIGHT, WEIGHT])
+
+    def by_mode(mode: Any) -> Any:
+        return lambda: mix(pipe, {"one": WEIGHT, "two": WEIGHT}, mode, f"by_{mode}", rank=RANK)
+
+    alone = {"mug alone": lambda: set_adapters(pipe, "one"), "monster alone": lambda: set_adapters(pipe, "two")}
+    return {**alone, "both live": both, **{mode: by_mode(mode) for mode in MODES}}
+
+
+def picture(work: Path, target: Path) -> list[str]:
+    """Draw both subjects by every variant; returns rows with the subject scores over all scenes."""
+    pipe, judge, rows, columns = load_base(), load_judge(), [], []
+    examples = [open_example(slug) for slug in PICTURE]
+    for name, slug in zip(("one", "two"), PICTURE, strict=True):
+        load_adapter(pipe, folder(work, "nora", slug, 0), name)
+    for title, prepare in variants(pipe).items():
+        report = prepare()
+        scores, cells = [], []
+        for example in examples:
+            prompts = [scene.format(example.phrase) for scene in SCENES]
+            images = run(pipe, prompts, list(range(len(prompts))), 20, EMBEDDED_GUIDANCE)
+            scores.append(subject_score(judge, images, example.scoring_pictures()))
+            cells += [(image, title.replace("_", " ")) for image in images[:2]]
+        columns.append(cells)
+        error = f"{report.rank} | {report.error:.1%}" if report else " | "
+        rows.append(f"| {title} | {error} | {scores[0]:.3f} | {scores[1]:.3f} |")
+    titles = [scene.format(example.phrase) for example in examples for scene in SCENES[:2]]
+    sheet = contact_sheet([list(row) for row in zip(*columns, strict=True)], titles, side=96)
+    buffer = io.BytesIO()
+    sheet.quantize(192).save(buffer, "PNG", optimize=True)
+    write_atomic(target, buffer.getvalue())
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("outputs/mixing"))
+    parser.add_argument("--picture", type=Path, default=Path("docs/images/mixing.png"))
+    parser.add_argument("--steps", type=int, help="training steps (default: the trainer's)")
+    values = parser.parse_args()
+    for method, slug, seed in RUNS:
+        learn(folder(values.work, method, slug, seed), method, slug, seed, values.steps)
+    print("| variant | rank | error | mug | monster |\n| --- | --- | --- | --- | --- |")
+    print("\n".join(picture(values.work, values.picture)))
+    print("\n| pairs | how many | overlap |\n| --- | --- | --- |")
+    print("\n".join(overlaps(values.work)))
+
+
+if __name__ == "__main__":
+    main()
