@@ -60,6 +60,11 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self.activate([*self.active, adapter_name], inference=config.inference_mode)
 
     @property
+    def groups(self) -> int:
+        """Of a convolution, always 1: an ordinary LoRA that wraps this layer asks for it."""
+        return 1
+
+    @property
     def active(self) -> list[str]:
         """Names of the active adapters of the whole model, held here or not."""
         return list(cast("list[str]", self.active_adapters))

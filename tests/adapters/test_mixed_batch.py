@@ -243,13 +243,18 @@ def test_whole_call_of_a_transformer(sd3: Any) -> None:
 
 @pytest.fixture
 def beside(pipe: Any) -> Any:
+    """Ordinary LoRAs, one there before ours and one after."""
+    add_lora(pipe, "plain")
+    fill(pipe, {name: SHARED[name]() for name in ("dog", "cat")})
+    return add_lora(pipe, "other")
+
+
+def add_lora(pipe: Any, name: str) -> Any:
     for part in PARTS:
-        targets = ["to_q", "to_v"] if part == "unet" else ["q_proj", "v_proj"]
-        for name in ("plain", "other"):
-            torch.manual_seed(len(name))
-            config = LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False)
-            getattr(pipe, part).add_adapter(config, name)
-    return fill(pipe, {name: SHARED[name]() for name in ("dog", "cat")})
+        targets = ["to_q", "to_v", "conv1"] if part == "unet" else ["q_proj", "v_proj"]
+        config = LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False)
+        getattr(pipe, part).add_adapter(config, name)
+    return pipe
 
 
 @pytest.mark.parametrize("copies", [1, 2], ids=["plain", "guidance"])
