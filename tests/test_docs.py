@@ -44,6 +44,18 @@ def generate(words: list[str], base: Path) -> int:
     return main([*words, *(["--steps", "2", *small] if words[0] == "generate" else [])])
 
 
+def serve_once(flags: list[str]) -> None:
+    import httpx
+
+    from nora_diffusion.cli import build_parser
+    from nora_diffusion.ui import AppConfig
+    from nora_diffusion.ui.server import started
+
+    values = vars(build_parser().parse(["app", *flags, "--port", "0"]))
+    with started(AppConfig(**{k: v for k, v in values.items() if k not in ("command", "run")})) as (_, url):
+        assert httpx.get(url).status_code == 200
+
+
 def run_command(words: list[str], base: Path) -> None:
     words = [word.replace(HUB_ID, str(base)) for word in words]
     if words[:2] == ["accelerate", "launch"]:
@@ -52,6 +64,8 @@ def run_command(words: list[str], base: Path) -> None:
         assert re.search(rf"^{re.escape(words[1])}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
     elif words[:2] == ["python", "train_dreambooth_nora.py"] or words[:2] == ["nora-diffusion", "train"]:
         assert train(words[2:], base) == 0, words
+    elif words[:2] in (["python", "app.py"], ["nora-diffusion", "app"]):
+        serve_once(words[2:])
     elif words[:2] == ["nora-diffusion", "demo"]:
         assert generate([*words[1:], "--max_train_steps", "2"], base) == 0, words
     elif words[0] == "nora-diffusion":

@@ -127,11 +127,11 @@ class Engine:
         for part, stored in info.base_fingerprint.items():
             ours = self._fingerprints.get(part)
             if ours is None or not set(stored) <= set(ours):
-                return f"made for {info.base or 'another base'}, which is built differently"
+                return f"made for {_short(info.base)}, which is built differently"
             distance = sum((ours[path] - value) ** 2 for path, value in stored.items()) ** 0.5
             norm = sum(value**2 for value in stored.values()) ** 0.5
             if not distance <= FINGERPRINT_TOLERANCE * norm:
-                return f"made for {info.base or 'another base'}, whose weights differ from this one's"
+                return f"made for {_short(info.base)}, whose weights differ from this one's"
         return None
 
     def use(self, adapters: Sequence[Wanted]) -> list[dict[str, Any]]:
@@ -218,6 +218,11 @@ def _fingerprints(pipe: Any) -> dict[str, dict[str, float]]:
         part: {canonical(path): fingerprint(layer, path) for path, layer in projections(getattr(pipe, part)).items()}
         for part in present(pipe)
     }
+
+
+def _short(base: str) -> str:
+    """A base's name, without the folders of whoever trained the adapter."""
+    return (Path(base).name if Path(base).is_absolute() else base) or "another base"
 
 
 def _described(wanted: Wanted, loaded: LoadedAdapter) -> dict[str, Any]:

@@ -26,7 +26,8 @@ CSS = """
 .card:hover { border-color: var(--color-accent); }
 .card:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 2px; }
 .card[aria-pressed=true] { border-color: var(--color-accent); box-shadow: 0 0 0 1px var(--color-accent); }
-.card.off { opacity: .72; }
+.card.off { border-style: dashed; background: transparent; }
+.card.off img { filter: grayscale(.8); }
 .card img, .card .none { width: 100%; aspect-ratio: 1; border-radius: 6px; margin-bottom: .4rem; display: block;
   background: var(--background-fill-secondary); }
 .card .none { display: grid; place-items: center; font-size: 2rem; color: var(--body-text-color-subdued); }

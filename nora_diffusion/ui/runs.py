@@ -65,7 +65,7 @@ class Run:
 
     device: Device
     label: str
-    work: Callable[[Run], None]
+    work: Callable[[Run], object]
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:

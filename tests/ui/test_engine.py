@@ -39,7 +39,7 @@ def request(*prompts: str, adapters: tuple[Wanted, ...] = (), seed: int = 0, **c
 
 def run(device: Device, engine: Engine, order: Request, out: Path, watch: Any = None) -> Run:
     """Make pictures; ``watch(run, progress)`` sees every snapshot."""
-    made = Run(device, "pictures", lambda run: engine.make(order, out, run) and None)
+    made = Run(device, "pictures", lambda run: engine.make(order, out, run))
     for progress in made.follow():
         if watch is not None:
             watch(made, progress)
@@ -182,7 +182,7 @@ def test_a_batch_gives_each_row_its_own_adapter(engine: Engine, device: Device, 
     dog, hat = (Wanted(n, library / n / "nora_adapter.safetensors") for n in ("dog", "hat"))
     order = Request((("a dog", 1), ("a dog", 1), ("a dog", 1)), (dog, hat), **SMALL)  # type: ignore[arg-type]
     rows = [[dog], [hat], []]
-    made = Run(device, "batch", lambda run: engine.make_batch(order, rows, tmp_path / "batch", run) and None)
+    made = Run(device, "batch", lambda run: engine.make_batch(order, rows, tmp_path / "batch", run))
     made.join(60)
     assert made.progress.state == "done", made.progress
     single = [
@@ -245,7 +245,7 @@ def test_a_training_holds_the_device(tmp_path: Path) -> None:
 
 
 def test_a_closed_page_stops_its_run(engine: Engine, device: Device, tmp_path: Path) -> None:
-    made = Run(device, "pictures", lambda run: engine.make(request("a dog", steps=150), tmp_path, run) and None)
+    made = Run(device, "pictures", lambda run: engine.make(request("a dog", steps=150), tmp_path, run))
     follower = made.follow()
     next(follower)
     follower.close()

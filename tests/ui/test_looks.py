@@ -9,7 +9,7 @@ import pytest
 from nora_diffusion.ui.shell import TABS
 
 # What Gradio 6.31 itself brings, by rule and the element it is in; everything else must be clean.
-GRADIOS_OWN: dict[str, tuple[str, ...]] = {}
+GRADIOS_OWN = {"aria-prohibited-attr": ('aria-label="Empty value"',)}  # an empty gallery
 
 
 def violations(page: Any) -> list[str]:

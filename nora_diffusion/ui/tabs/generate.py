@@ -64,7 +64,7 @@ def generator(app: App) -> Any:
         first = first_seed(seed)
         order = build_request(app, prompt, negative, whole(count), first, steps, guidance, width, height, blocks)
         out = app.library.pictures
-        run = Run(app.device, "pictures", lambda run: app.engine.make(order, out, run) and None)
+        run = Run(app.device, "pictures", lambda run: app.engine.make(order, out, run))
         app.runs.put(who(request), run)
         for updates in follow(app, run):
             yield *updates, first

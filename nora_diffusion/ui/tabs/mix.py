@@ -146,7 +146,7 @@ def batcher(app: App) -> Any:
     ) -> Iterator[tuple[Any, ...]]:
         order, rows = read_batch(app, lines or "", steps, guidance, first_seed(seed))
         out = app.library.pictures
-        run = Run(app.device, "a batch", lambda run: app.engine.make_batch(order, rows, out, run) and None)
+        run = Run(app.device, "a batch", lambda run: app.engine.make_batch(order, rows, out, run))
         app.runs.put(who(request), run)
         for go, interrupt, _, said, _, items in follow(app, run):
             yield go, interrupt, gr.update(value=said, visible=True), items
