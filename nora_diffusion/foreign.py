@@ -24,9 +24,9 @@ FACTORS = {
     **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
 }  # fmt: skip
 REFUSED = {
+    "model.diffusion_model.": "a whole checkpoint, not an adapter",
     "oft_": "an OFT adapter", "boft_": "a BOFT adapter", ".diff": "a full-weight difference",
     "on_input": "an IA3 adapter", "ia3_": "an IA3 adapter",
-    "model.diffusion_model.": "a whole checkpoint, not an adapter",
     "first_stage_model.": "a VAE or whole checkpoint, not an adapter", "controlnet_": "a ControlNet, not an adapter",
     "image_proj": "an IP-Adapter", "conv_in.": "the weights of a whole model, not an adapter",
     "embeddings.": "the weights of a whole model, not an adapter",

@@ -49,11 +49,12 @@ SHARED_FIELDS = ("format", "format_version", "base", "base_fingerprint", "basis"
                  "conv_shapes", "versions", "license")  # fmt: skip
 """What subjects of a pack usually have in common; a card names only where it differs."""
 
-Adapters = Mapping[str, str | Path] | Sequence[str | Path]
+Adapters = Mapping[str, str | Path] | Sequence[str | Path | tuple[str, str | Path]]
+"""Files, folders or addresses; with a name where a mapping or a pair gives one, else under their own."""
 
 
 def create_pack(path: str | Path, adapters: Adapters, basis_dir: str | Path | None = None) -> Path:
-    """Write a new pack of adapters (files or folders, by name where a mapping is given); returns its path.
+    """Write a new pack of adapters; returns its path.
 
     Their basis is put beside it in ``bases/``. Raises :class:`UserError` for adapters of another basis or base, for
     one without a frozen basis, for a name that occurs twice, and where a pack is there already.
@@ -110,8 +111,8 @@ def pack_path(path: str | Path) -> Path:
 
 
 def _subjects(file: Path, adapters: Adapters, basis_dir: str | Path | None) -> list[Subject]:
-    named = adapters if isinstance(adapters, Mapping) else {}
-    pairs = list(named.items()) or [("", path) for path in adapters]
+    listed = adapters.items() if isinstance(adapters, Mapping) else adapters
+    pairs = [entry if isinstance(entry, tuple) else ("", entry) for entry in listed]
     known: set[str] = set()
     return [_subject(file, name, path, basis_dir, known) for name, path in pairs]
 

@@ -107,13 +107,13 @@ def place(pipe: Any, name: str, info: AdapterInfo, tensors: Tensors, activate: b
 
 
 def _local(path_or_id: str | Path) -> Path:
-    path = Path(path_or_id).expanduser()
-    if (
-        split_address(path)
-        or path.exists()
-        or str(path_or_id).count("/") != 1
-        or str(path_or_id).startswith((".", "/"))
-    ):
+    path = Path(path_or_id)
+    try:
+        path = path.expanduser()
+        known = path.exists()
+    except (OSError, RuntimeError, ValueError):
+        known = True  # no name that a file system takes: `inspect_adapter` says so
+    if known or split_address(path) or str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/")):
         return path
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -1,0 +1,39 @@
+"""``nora-diffusion import``."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "project a LoRA of another tool onto a NoRA basis and say how much was kept"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command."""
+    parser.add_argument("lora", help="LoRA, LoHa or LoKr file (safetensors) or folder")
+    parser.add_argument("out", help="folder for the adapter")
+    parser.add_argument("--base", help="pipeline folder or hub id; without it the embedded base")
+    parser.add_argument("--method", choices=("nora", "lora_xs"), default="nora")
+    parser.add_argument("--rank", type=int, default=32, help="outer rank r of the basis")
+    parser.add_argument("--inner_rank", type=int, default=4, help="inner rank r' (nora)")
+    parser.add_argument("--basis", choices=("svd", "awsvd", "orthogonal"), default="svd")
+    parser.add_argument("--trigger", help="the word that calls the subject, where the file does not say")
+
+
+def run(values: argparse.Namespace) -> None:
+    """Import, and print what was lost by layer, worst first, and over all."""
+    from ..adapter_file import inspect_adapter
+    from ..adapters import lora_xs, nora
+    from ..base import open_pipeline
+    from ..importing import import_lora
+
+    inspect_adapter(values.lora)  # refuse before a model is loaded
+    config = (
+        nora(values.rank, values.inner_rank, basis=values.basis)
+        if values.method == "nora"
+        else lora_xs(values.rank, basis=values.basis)
+    )
+    info = {"trigger": values.trigger} if values.trigger else None
+    report = import_lora(open_pipeline(values.base), values.lora, values.out, config, info)
+    for path, lost in sorted(report.layers.items(), key=lambda item: -item[1]):
+        print(f"{lost:9.2e}  {path}")
+    print(f"{report.path}: ||dW - dW'|| / ||dW|| = {report.lost:.2e} over {len(report.layers)} projections")

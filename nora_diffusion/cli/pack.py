@@ -1,0 +1,62 @@
+"""``nora-diffusion pack``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+HELP = "many subjects with one shared basis in one file"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verbs of this command and their flags."""
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, text in (("create", "pack adapters"), ("add", "add adapters to a pack")):
+        sub = verbs.add_parser(verb, help=text, description=text)
+        sub.add_argument("pack", help="file that ends in .nora_pack.safetensors")
+        sub.add_argument("adapters", nargs="+", metavar="[NAME=]ADAPTER", help="adapter folder, file or PACK#NAME")
+    sub = verbs.add_parser("list", help="say what a pack holds", description="say what a pack holds")
+    sub.add_argument("pack")
+    sub.add_argument("--json", action="store_true", help="everything, as JSON")
+    sub = verbs.add_parser("extract", help="write one subject as an adapter", description="write one as an adapter")
+    sub.add_argument("pack")
+    sub.add_argument("name")
+    sub.add_argument("out", help="folder for the adapter")
+    sub = verbs.add_parser("remove", help="take subjects out", description="take subjects out of a pack")
+    sub.add_argument("pack")
+    sub.add_argument("names", nargs="+", metavar="NAME")
+
+
+def run(values: argparse.Namespace) -> None:
+    """Do what the verb says, and print the result."""
+    from .. import pack_writing
+    from ..packs import list_pack
+
+    if values.verb == "list":
+        _list(values)
+        return
+    if values.verb == "extract":
+        print(pack_writing.extract_from_pack(values.pack, values.name, values.out))
+        return
+    if values.verb == "remove":
+        file = pack_writing.remove_from_pack(values.pack, values.names)
+    else:
+        verb = pack_writing.create_pack if values.verb == "create" else pack_writing.add_to_pack
+        file = verb(values.pack, [tuple(text.split("=", 1)) if "=" in text else ("", text) for text in values.adapters])
+    print(f"{file}: {len(list_pack(file))} subjects, {file.stat().st_size:,} bytes")
+
+
+def _list(values: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from ..packs import list_pack
+
+    infos = list_pack(values.pack)
+    if values.json:
+        print(json.dumps([asdict(info) for info in infos], indent=2))
+        return
+    print(f"{'name':<24} {'trigger':<12} {'class':<12} {'method':<10} {'bytes':>9}  licence")
+    for info in infos:
+        name = info.path.rpartition("#")[2]
+        rank = f"{info.method} {info.inner_r}"
+        print(f"{name:<24} {info.trigger:<12} {info.class_word:<12} {rank:<10} {info.bytes:>9,}  {info.license}")
