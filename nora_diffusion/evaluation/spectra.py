@@ -6,7 +6,7 @@ with any left singular vector of ``W`` is below a threshold. Many of them go wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ from ..adapters.deltas import ChainDelta
 from ..adapters.routed import RoutedDelta
 from ..base import open_pipeline
 from ..components import nora_layers, present
+from ..gates import GateSummary, router_summary
 from ..loaders import delete_adapter, load_adapter
 
 NAME = "inspected"
@@ -71,6 +72,15 @@ def iter_spectra(path: str | Path, pipe: Any = None, intruders: bool = False) ->
         ]
         for part, place, layer in layers:
             yield layer_spectrum(part, place, layer, NAME, intruders), len(layers)
+    finally:
+        delete_adapter(pipe, NAME)
+
+
+def gate_summaries(path: str | Path, pipe: Any, prompts: Sequence[str] | None = None) -> dict[str, GateSummary]:
+    """What the routers of a mixture's file decide, by ``component.path``; the adapter is taken out again."""
+    load_adapter(pipe, path, NAME, activate=False)
+    try:
+        return router_summary(pipe, NAME, prompts)
     finally:
         delete_adapter(pipe, NAME)
 

@@ -13,7 +13,7 @@ from nora_diffusion import AdapterConfig, add_adapter, lora, mor, nora, open_pip
 from nora_diffusion.adapters.presets import PRESETS
 from nora_diffusion.cli import main
 from nora_diffusion.components import nora_layers
-from nora_diffusion.evaluation.spectra import count_intruders, iter_spectra, spectra
+from nora_diffusion.evaluation.spectra import count_intruders, gate_summaries, iter_spectra, spectra
 from nora_diffusion.loaders import load_adapter, trainable_parameters
 
 CONFIGS: dict[str, AdapterConfig] = {
@@ -73,6 +73,15 @@ def test_a_mixture_is_measured_at_even_gates(tiny_base: Path, tmp_path: Path) ->
         factors["a"], factors["b"], strict=True)) / 3  # fmt: skip
     spectrum = found["unet", place]
     assert spectrum.mixture and spectrum.norm == pytest.approx(float(torch.as_tensor(dense).norm()), rel=1e-4)
+
+
+def test_gates_of_a_file_leave_the_pipeline_untouched(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
+    path = saved(tiny_base, tmp_path / "one", mor(r=2, num_experts=3))
+    before = list(pipe.unet.state_dict())
+    gates = gate_summaries(path, pipe, ["a sks dog"])
+    assert set(gates) == {f"{s.component}.{s.path}" for s in spectra(path)}
+    assert all(float(g.gate.sum()) == pytest.approx(1) and len(g.gate) == 3 for g in gates.values())
+    assert list(pipe.unet.state_dict()) == before
 
 
 def test_intruders_are_new_directions() -> None:

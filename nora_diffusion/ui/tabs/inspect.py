@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 import gradio as gr
 
-from ...evaluation.spectra import TOP, LayerSpectrum, iter_spectra
+from ...evaluation.spectra import TOP, LayerSpectrum, gate_summaries, iter_spectra
+from ...gates import GateSummary
 from ..cards import facts
+from ..library import Entry
 from ..page import Page, handler, who
 from ..plots import bar_chart, line_chart
 from ..runs import Progress, Run
@@ -58,19 +60,22 @@ def inspector(app: App) -> Any:
         entry = app.library.entry(name or "")
         app.library.hash_all([entry])
         found: list[LayerSpectrum] = []
+        gates: dict[str, GateSummary] = {}
 
         def work(run: Run) -> None:
             for spectrum, total in iter_spectra(entry.file, app.engine.pipe, bool(intruders)):
                 found.append(spectrum)
                 run.report(picture=len(found), pictures=total)
                 run.check()
+            if any(layer.mixture for layer in found):
+                gates.update(gate_summaries(entry.file, app.engine.pipe, prompts(entry)))
 
         run = Run(app.device, "an inspection", work)
         app.runs.put((*who(request)[:1], f"{who(request)[1]} inspect"), run)
         about = facts(entry, app.misfit(entry))
         for progress in run.follow():
             done = progress.state == "done"
-            yield _status(progress), about, show(found) if done else gr.skip()
+            yield _status(progress), about, show(found) + show_gates(gates) if done else gr.skip()
 
     return inspect
 
@@ -110,6 +115,28 @@ def show(found: Sequence[LayerSpectrum]) -> str:
     if any(s.mixture for s in found):
         parts.append('<p class="status">This is a mixture: the numbers are those of even gates.</p>')
     return f'<div class="plots">{"".join(parts)}{table(strongest)}</div>'
+
+
+def prompts(entry: Entry) -> list[str] | None:
+    """What the routers are watched on: the subject's own prompt, where the file tells it."""
+    return [entry.info.instance_prompt] if entry.info and entry.info.instance_prompt else None
+
+
+def show_gates(gates: Mapping[str, GateSummary]) -> str:
+    """How the routers share the work between the experts, and which of them decide most."""
+    if not gates:
+        return ""
+    most = max(len(summary.gate) for summary in gates.values())
+    shares = [[float(g.gate[n]) for g in gates.values() if n < len(g.gate)] for n in range(most)]
+    means = [(f"expert {number}", sum(share) / len(share)) for number, share in enumerate(shares, 1)]
+    sharp = sorted(gates.items(), key=lambda item: -item[1].sharpness)[:MOST_BARS]
+    return '<div class="plots">' + (
+        bar_chart("Router: mean gate of each expert over all layers", means, "mean gate")
+        + bar_chart(
+            "Router: layers that decide most (0: all experts alike, 1: one expert)",
+            [(key.removeprefix("unet."), summary.sharpness) for key, summary in sharp], "sharpness",
+        )
+    ) + "</div>"  # fmt: skip
 
 
 def label(layer: LayerSpectrum) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import gradio as gr
 
 from ...demo import EXAMPLES, open_example
 from ...errors import UserError
+from ...training.config import Method
 from ..jobs import Job
 from ..page import Page, handler
 from ..sample_scores import SampleScores, step_of
@@ -20,7 +21,7 @@ from . import train_view as view
 
 TITLE = "Train"
 TICK = 1.5
-METHODS = ("nora", "mor", "lora", "lora_xs")
+METHODS = get_args(Method)
 QUIET: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
 
 
