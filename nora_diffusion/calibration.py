@@ -31,7 +31,7 @@ GENERIC_PROMPTS = (
 VERSION = 1
 STEPS = 4
 GUIDANCE = 5.0
-AT_ONCE = 4
+AT_ONCE = 2
 """Prompts in one batch: bounds the memory, changes no number."""
 
 Strengths = dict[str, dict[str, Tensor]]

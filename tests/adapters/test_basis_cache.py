@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import tiny_pipeline
 from torch import Tensor, nn
 
 from nora_diffusion import AdapterConfig, UserError, add_adapter, basis_cache, calibration, lora, nora, tensor_cache
@@ -355,7 +356,9 @@ def test_calibration_on_a_subject_shows_its_pictures(cache: Path, pipe: Any) -> 
     assert not torch.equal(strengths["unet"]["conv_in"], generic["unet"]["conv_in"])
 
 
-def test_bad_calibrations_are_refused(pipe: Any) -> None:
+def test_bad_calibrations_are_refused(pipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="only UNets"):
+        activation_strengths(tiny_pipeline("pixart", tmp_path), Calibration(["a dog"], torch.zeros(1, 4, 8, 8)))
     for prompts, latents, word in [
         ([], None, "at least one"),
         ("a dog", None, "a list"),
