@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -194,8 +195,26 @@ def _plain_pair(
 def _long_path(pair: PlainPair) -> str:
     """The path that other tools expect: CLIP text encoders always with ``text_model.``, T5 without."""
     path = canonical(pair.path)
-    is_clip = pair.component.startswith("text_encoder") and path.startswith("encoder.layers.")
-    return f"text_model.{path}" if is_clip else path
+    return f"text_model.{path}" if _is_clip(pair) else path
+
+
+def _is_clip(pair: PlainPair) -> bool:
+    return pair.component.startswith("text_encoder") and canonical(pair.path).startswith("encoder.layers.")
+
+
+def _peft_path(pair: PlainPair) -> str:
+    """The path in the model itself: PEFT reads no other, and transformers has moved CLIP's layers about."""
+    return _clip_prefix(pair.component) + canonical(pair.path) if _is_clip(pair) else canonical(pair.path)
+
+
+@functools.cache
+def _clip_prefix(component: str) -> str:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    with torch.device("meta"):
+        kind = CLIPTextModelWithProjection if component == "text_encoder_2" else CLIPTextModel
+        layers = [name for name, _ in kind(CLIPTextConfig(num_hidden_layers=1)).named_parameters()]
+    return "text_model." if any(name.startswith("text_model.encoder.") for name in layers) else ""
 
 
 def _file_target(dst: Path) -> Path:
@@ -229,8 +248,8 @@ def _write_peft(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: tor
         mine = [pair for pair in pairs if pair.component == component]
         tensors: Tensors = {}
         for pair in mine:
-            tensors |= pair.peft_tensors(f"base_model.model.{_long_path(pair)}", dtype)
-        ranks = {_long_path(pair): int(pair.down.shape[0]) for pair in mine}
+            tensors |= pair.peft_tensors(f"base_model.model.{_peft_path(pair)}", dtype)
+        ranks = {_peft_path(pair): int(pair.down.shape[0]) for pair in mine}
         r = max(ranks.values())
         odd = {path: rank for path, rank in ranks.items() if rank != r}
         config = LoraConfig(
