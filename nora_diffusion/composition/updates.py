@@ -77,7 +77,8 @@ def chain_update(delta: Delta, scale: float, owner: str) -> Update:
             f"{owner} has a magnitude (DoRA): it rescales whole rows of the weight, which is no low-rank dW to mix; "
             "keep it active beside the others with set_adapters"
         )
-    if delta.core is None or delta.rank is not None:  # a rank in force cuts the chain in its middle
+    own_outer = any(True for _ in delta.parameters(recurse=False))  # trained, so no other adapter shares it
+    if delta.core is None or own_outer or delta.rank is not None:  # a rank in force cuts the chain in its middle
         down, up = delta.pair()
         return Update(_plain(down), _plain(up) * scale)
     (down, up), (core_down, core_up) = delta.outer, delta.core.pair()
