@@ -68,7 +68,8 @@ def method(entry: Entry) -> str:
     if entry.info is None:
         return "unreadable"
     inner = f", r' = {entry.info.inner_r}" if entry.info.method == "nora" else ""
-    return f"{entry.info.method} r = {entry.info.r}{inner}"
+    name = entry.info.method if entry.info.kind == "nora" else entry.info.kind
+    return f"{name} r = {entry.info.r}{inner}"
 
 
 def short_number(count: int) -> str:

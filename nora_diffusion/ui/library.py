@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapter_file import FILE_NAME, AdapterInfo, inspect_adapter
+from ..composition.tags import tag_name
 from ..errors import UserError
 from ..files import make_folder, sha256, user_errors, write_atomic
 
@@ -38,6 +39,11 @@ class Entry:
     def modified(self) -> float:
         """When the file was written, in seconds since the epoch."""
         return self.stamp[1] / 1e9
+
+    @property
+    def tag(self) -> str:
+        """The name by which a prompt may call it."""
+        return tag_name(self.name)
 
     def matches(self, words: Iterable[str]) -> bool:
         """Whether each word is in the name or in what the file says of itself."""
@@ -91,7 +97,7 @@ class Library:
     def entry(self, name: str) -> Entry:
         """One adapter by name. Raises :class:`UserError` when there is none; a name is never used as a path."""
         for entry in self.entries():
-            if entry.name == name:
+            if name in (entry.name, entry.tag):
                 return entry
         raise UserError(f"there is no adapter {name[:80]!r} in the library: refresh it, or import the adapter")
 
@@ -142,9 +148,9 @@ class Library:
         if twin is not None:
             raise UserError(f"this adapter is in the library already, as {twin.name!r}")
         target = self.free_folder(safe_name(Path(name).stem if Path(name).name != FILE_NAME else info.trigger))
-        with user_errors(target):
-            make_folder(target)
-            write_atomic(target / FILE_NAME, source.read_bytes())
+        # A file of another tool is no nora_adapter.safetensors: it keeps its form and lies by itself.
+        file = target / FILE_NAME if info.kind == "nora" else target.with_suffix(".safetensors")
+        write_atomic(file, source.read_bytes())
         return self.entry(target.name)
 
     def delete(self, name: str) -> str:
@@ -191,7 +197,7 @@ class Library:
 
     def free_folder(self, name: str) -> Path:
         """A place for a new adapter, with a number behind its name where that is taken."""
-        taken = {entry.name for entry in self.entries()} | {p.name for p in self.folder.iterdir()}
+        taken = {entry.name for entry in self.entries()} | {p.stem for p in self.folder.iterdir()}
         names = (name if n == 1 else f"{name}-{n}" for n in range(1, 10_000))
         return self.folder / next(n for n in names if n not in taken)
 

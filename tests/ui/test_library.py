@@ -173,3 +173,17 @@ def test_undo_never_overwrites(shelf: Library) -> None:
 )
 def test_safe_names(text: str, name: str) -> None:
     assert safe_name(text) == name
+
+
+def test_files_of_other_tools_keep_their_form(shelf: Library, tmp_path: Path) -> None:
+    from nora_diffusion import export_lora
+
+    plain = export_lora(shelf.entry("hat").file, tmp_path / "plain.safetensors", "kohya").path
+    entry = shelf.add(plain, "my plain.safetensors")
+    assert entry.file.name == "my-plain.safetensors" and entry.info is not None and entry.info.kind == "kohya LoRA"
+
+
+def test_any_folder_can_be_named_in_a_prompt(shelf: Library) -> None:
+    shutil.copytree(shelf.folder / "hat", shelf.folder / "a:b")
+    entry = shelf.entry("a:b")
+    assert entry.tag == "a_b" and shelf.entry("a_b") == entry

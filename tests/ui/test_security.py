@@ -97,8 +97,63 @@ def test_forged_file_data_is_refused(server: Server, library: Path) -> None:
     adapter = library / "dog" / "nora_adapter.safetensors"
     for path in ("/etc/passwd", "/proc/self/environ", str(adapter), os.path.relpath(adapter, server.scratch / "work")):
         forged = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.safetensors"}
-        server.call("take", [forged], 0)
+        server.call("import", [forged], 0)
     assert sorted(p.name for p in server.library.iterdir()) == before
+    # The same call with a file that was uploaded gets as far as the library, which has it already.
+    (uploaded,) = upload(server, adapter.read_bytes(), "mine.safetensors")
+    result = server.call("import", [{**forged, "path": uploaded}], 0)
+    assert result["success"], result
+    assert sorted(p.name for p in server.library.iterdir() if not p.name.startswith(".")) == [
+        name for name in before if not name.startswith(".")
+    ]
+
+
+def upload(server: Server, content: bytes, name: str) -> list[str]:
+    with server.client() as http:
+        return list(http.post(UPLOAD, files={"files": (name, content)}).json())
+
+
+def bomb() -> bytes:
+    """A PNG of 16000x8000 pixels in a few bytes: nothing but its header is right."""
+    import struct
+    import zlib
+
+    head = b"IHDR" + struct.pack(">IIBBBBB", 16000, 8000, 8, 2, 0, 0, 0)
+    body = b"IDAT" + zlib.compress(bytes(1000))
+    chunks = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (head, body, b"IEND"))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def talkative() -> bytes:
+    import io
+
+    from PIL import Image, PngImagePlugin
+
+    info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_text("parameters", "a" * (2**20 + 1))
+    Image.new("RGB", (4, 4)).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (bomb(), "megapixels"),
+        (talkative(), "text"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "PNG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0", "PNG"),
+        (b"%PDF-1.7", "PNG"),
+        (b"II*\0" + bytes(64), "PNG"),
+        (b"PK\3\4" + bytes(64), "PNG"),
+        (b"", "PNG"),
+    ],
+    ids=["bomb", "text", "svg", "eps", "pdf", "tiff", "zip", "empty"],
+)
+def test_pictures_are_refused_from_their_header(server: Server, content: bytes, word: str) -> None:
+    (path,) = upload(server, content, "a.png")
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}
+    now = ["a dog", "", 1, 0, 2, 2.0, 16, 16]
+    assert word in error(server.call("look", file, *now))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +232,7 @@ def test_the_app_goes_on_after_all_this(server: Server) -> None:
 
 def test_files_of_the_app_are_private(server: Server) -> None:
     assert server.scratch.stat().st_mode & 0o777 == 0o700
-    assert os.readlink(f"/proc/{server.process.pid}/cwd") == str(server.scratch / "work")
+    assert Path(f"/proc/{server.process.pid}/cwd").readlink() == server.scratch / "work"
     assert not list((server.scratch / "work").iterdir())
 
 
@@ -223,7 +278,7 @@ def test_a_shared_app(tmp_path: Path, base: Path, library: Path) -> None:
             shared.cookies = dict(http.cookies)
             assert http.get("/config").status_code == 200
         assert "--allow-changes" in error(shared.call("delete", "dog", 0))
-        assert "--allow-changes" in error(shared.call("take", None, 0))
+        assert "--allow-changes" in error(shared.call("import", None, 0))
         assert (shared.library / "dog").is_dir()
         with shared.client() as http:
             tries = [http.post("/login", data={"username": "nora", "password": str(n)}) for n in range(8)]

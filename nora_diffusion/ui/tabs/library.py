@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from ...adapters import PRESETS
 from ...composition.tags import Tag, parse_tags, write_tags
 from ...errors import UserError
 from ...export import export_lora
@@ -17,7 +18,7 @@ from ..state import App
 
 TITLE = "Library"
 PAGE_SIZE = 60
-METHODS = ("all", "nora", "mor", "lora", "lora_xs")
+METHODS = ("all", *PRESETS)
 FORMATS = (("diffusers", "diffusers"), ("kohya: A1111, ComfyUI …", "kohya"))
 PICK = """
 element.addEventListener('click', (event) => {
@@ -62,16 +63,19 @@ def build(page: Page) -> None:
     for event in (page.tab.select, page.blocks.load, page.library_changed.change):
         event(listing, query, view, **QUIET)
     more.click(lambda n: n + PAGE_SIZE, shown, shown, **QUIET).then(listing, query, view, **QUIET)
-    picked = grid.click(handler(picker(app)), None, [chosen, panel, about, exported, insert], **QUIET)
+    picked = grid.click(
+        handler(picker(app)), None, [chosen, panel, about, exported, insert], api_name="pick", **QUIET
+    )  # fmt: skip
     picked.then(listing, query, view, **QUIET)
     insert.click(handler(inserter(app)), [page.prompt, chosen], [page.prompt, page.tabs], **QUIET)
     export.click(handler(exporter(app)), [chosen, form], exported, api_visibility="private")
     delete.click(
         handler(deleter(app)), [chosen, page.library_changed], [deleted, undo, chosen, panel, page.library_changed],
-        **QUIET,
+        api_name="delete", **QUIET,
     )  # fmt: skip
     undo.click(handler(restorer(app)), [deleted, page.library_changed], [undo, page.library_changed], **QUIET)
-    drop.upload(handler(importer(app)), [drop, page.library_changed], [drop, page.library_changed], **QUIET)
+    drop.upload(handler(importer(app)), [drop, page.library_changed], [drop, page.library_changed], api_name="import",
+                **QUIET)  # fmt: skip
 
 
 def lister(app: App) -> Any:
@@ -112,8 +116,8 @@ def inserter(app: App) -> Any:
         words = entry.info.instance_prompt or entry.info.trigger
         if entry.info.trigger and entry.info.trigger not in clean.split():
             prompt = write_tags(words, tags)
-        if all(tag.name != name for tag in tags):
-            prompt = write_tags(prompt or "", [*tags, Tag(name, 1.0, 1.0)])
+        if all(tag.name != entry.tag for tag in tags):
+            prompt = write_tags(prompt or "", [*tags, Tag(entry.tag, 1.0, 1.0)])
         return [prompt, gr.Tabs(selected="generate")]
 
     return insert

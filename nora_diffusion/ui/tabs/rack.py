@@ -70,7 +70,7 @@ def _slot() -> Slot:
 
 def names(page: Page) -> list[str]:
     """Adapters of the library that fit the base; the Library tab says why others do not."""
-    return [e.name for e in page.app.library.entries() if e.info and not page.app.misfit(e)]
+    return [e.tag for e in page.app.library.entries() if e.info and not page.app.misfit(e)]
 
 
 def show(prompt: str) -> list[Any]:

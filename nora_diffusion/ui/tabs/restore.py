@@ -50,7 +50,7 @@ def build(page: Page, settings: Settings, blocks: gr.State) -> None:
         return [*values, restored["blocks"], None, "Applied.", gr.update(visible=False)]
 
     seen = [found, changes, choice]
-    drop.upload(handler(look), [drop, *fields.values()], seen, **QUIET)
+    drop.upload(handler(look), [drop, *fields.values()], seen, api_name="look", **QUIET)
     drop.clear(handler(lambda: [None, "", gr.update(visible=False)]), None, seen, **QUIET)
     apply.click(handler(take), found, [*fields.values(), blocks, drop, changes, choice], **QUIET)
     leave.click(handler(lambda: [None, "", gr.update(visible=False), None]), None, [*seen, drop], **QUIET)
@@ -69,9 +69,9 @@ def restored(app: App, picture: PictureSettings) -> tuple[dict[str, Any], dict[s
             some = f"SHA-256 {digest}" if len(digest) == FULL_HASH else "no full SHA-256 given"
             notes.append(f"The adapter {name} ({some}) is not in the library and is left out.")
             continue
-        tags.append(tag_of({**adapter, "name": entry.name}))
+        tags.append(tag_of({**adapter, "name": entry.tag}))
         if adapter.get("blocks"):
-            factors[entry.name] = {str(k): float(v) for k, v in dict(adapter["blocks"]).items()}
+            factors[entry.tag] = {str(k): float(v) for k, v in dict(adapter["blocks"]).items()}
     ours = app.engine.base_id
     if picture.base and picture.base != ours:
         notes.append(f"The picture was made with the base {picture.base}; this is {ours}.")
