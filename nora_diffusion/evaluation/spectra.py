@@ -19,6 +19,7 @@ from ..adapters.deltas import ChainDelta
 from ..adapters.routed import RoutedDelta
 from ..base import open_pipeline
 from ..components import nora_layers, present
+from ..errors import UserError
 from ..gates import GateSummary, router_summary
 from ..loaders import delete_adapter, load_adapter
 
@@ -57,7 +58,8 @@ def iter_spectra(path: str | Path, pipe: Any = None, intruders: bool = False) ->
     """Yields ``(spectrum, number of layers)``, layer by layer.
 
     ``pipe``: the adapter's base (default: opened by the name in the file); the adapter is taken out of it at the end.
-    ``intruders`` costs two SVDs of each weight. Raises :class:`UserError` for an adapter of another base.
+    ``intruders`` costs two SVDs of each weight. Raises :class:`UserError` for an adapter of another base, or of another
+    tool.
     """
     if pipe is None:
         from ..adapter_file import inspect_adapter
@@ -70,6 +72,8 @@ def iter_spectra(path: str | Path, pipe: Any = None, intruders: bool = False) ->
             for part in present(pipe)
             for place, layer in nora_layers(getattr(pipe, part), NAME).items()
         ]
+        if not layers:
+            raise UserError(f"{path} holds no layers of this toolkit: bring it in with nora-diffusion import first")
         for part, place, layer in layers:
             yield layer_spectrum(part, place, layer, NAME, intruders), len(layers)
     finally:

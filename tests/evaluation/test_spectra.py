@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from nora_diffusion import AdapterConfig, add_adapter, lora, mor, nora, open_pipeline, save_adapter
+from nora_diffusion import (
+    AdapterConfig,
+    UserError,
+    add_adapter,
+    export_lora,
+    list_adapters,
+    lora,
+    mor,
+    nora,
+    open_pipeline,
+    save_adapter,
+)  # fmt: skip
 from nora_diffusion.adapters.presets import PRESETS
 from nora_diffusion.cli import main
 from nora_diffusion.components import nora_layers
@@ -126,3 +137,11 @@ def test_the_command_prints_a_table(tiny_base: Path, tmp_path: Path, capsys: pyt
     assert main(["inspect", str(path), "--layers", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["layers"]
     assert rows[0]["intruders"] is None and len(rows) == len(sizes)
+
+
+def test_a_plain_lora_is_refused_in_words(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
+    path = saved(tiny_base, tmp_path / "one", lora(r=2))
+    export_lora(path, tmp_path / "plain.safetensors")
+    with pytest.raises(UserError, match="import"):
+        spectra(tmp_path / "plain.safetensors", pipe)
+    assert not list_adapters(pipe)

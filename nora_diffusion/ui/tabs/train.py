@@ -238,7 +238,7 @@ def choices(app: App) -> list[tuple[str, str]]:
 def refresher(app: App, scores: SampleScores) -> Any:
     """What the right side shows now, read from disk: the same after a reload, in a new tab, after a restart."""
 
-    def refresh(identity: str | None, shown: tuple[str, ...], finished: Any, changed: int) -> tuple[Any, ...]:
+    def refresh(identity: str | None, shown: tuple[Any, ...], finished: Any, changed: int) -> tuple[Any, ...]:
         jobs = app.jobs.list()
         done = frozenset(job.id for job in jobs if job.status == "done")
         changed += bool(finished is not None and done - finished)
@@ -247,18 +247,20 @@ def refresher(app: App, scores: SampleScores) -> Any:
             hidden = gr.update(visible=False)
             empty = gr.update(choices=[], value=None)
             return (empty, view.NO_RUN, hidden, hidden, hidden, "", hidden, gr.Timer(active=False), (), done, changed)
-        names = tuple(f"{job.id}/{sample.name}" for sample in job.samples)
+        listed, samples = [(view.label(j), j.id) for j in jobs], tuple(sample.name for sample in job.samples)
+        now = (listed, job.id, samples)
+        same_list = identity == job.id and shown[:1] == (listed,)  # an open list must not close under the cursor
         judged = scores.curves(job) if app.engine.is_embedded else None
         return (
-            gr.update(choices=[(view.label(j), j.id) for j in jobs], value=job.id),
+            gr.skip() if same_list else gr.update(choices=listed, value=job.id),
             view.run_status(job),
             gr.update(visible=job.running, interactive=job.status != "stopping"),
             gr.update(visible=job.resumable, value=f"Resume from step {job.checkpoint}"),
             gr.update(visible=not job.running),
             view.curves(job, judged),
-            gr.skip() if names == shown else _gallery(app, job),
+            gr.skip() if now[1:] == shown[1:] else _gallery(app, job),
             gr.Timer(active=any(j.running for j in jobs)),
-            names,
+            now,
             done,
             changed,
         )
