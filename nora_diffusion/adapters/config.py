@@ -75,6 +75,8 @@ class AdapterConfig(PeftConfig):
 
         self.peft_type = NORA
         self.target_modules = expand_targets(self.target_modules)
+        if self.core != "nested":
+            self.inner_r = 1  # there is none
         if not self.trained:
             self.trained = ["down", "up"] if self.core == "none" else ["core"]
         if isinstance(self.start, dict):  # a config that was rebuilt from JSON

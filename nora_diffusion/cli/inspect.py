@@ -38,7 +38,8 @@ def run(values: argparse.Namespace) -> None:
         return
     rows = {
         "file": info.path,
-        "method": f"{info.method}, r = {info.r}" + (f", r' = {info.inner_r}" if info.method == "nora" else ""),
+        **({"what": info.note} if info.note else {}),
+        "method": f"{info.method}, r = {info.r}" + (f", r' = {info.inner_r}" if info.inner_r > 1 else ""),
         "base": info.base,
         "parts": ", ".join(info.components),
         "trigger": info.trigger or "none",

@@ -88,14 +88,21 @@ def chain_update(delta: Delta, scale: float, owner: str) -> Update:
 
 
 def lora_update(layer: LoraLayer, adapter_name: str) -> Update:
-    """The update of an ordinary LoRA that diffusers loaded, at its own scale (the weight set for it left out)."""
+    """The update of an ordinary LoRA that diffusers loaded, at its own scale (the weight set for it left out).
+
+    Raises :class:`UserError` for one with a magnitude (DoRA), a bias or another addition.
+    """
     pools: Any = layer
-    if adapter_name in pools.lora_magnitude_vector:
-        raise UserError(f"{adapter_name!r} has a magnitude (DoRA), which is no low-rank dW to mix: merge it elsewhere")
+    up = pools.lora_B[adapter_name]
+    if adapter_name in {*pools.lora_magnitude_vector, *getattr(pools, "lora_variant", {})} or up.bias is not None:
+        raise UserError(
+            f"{adapter_name!r} is more than a plain LoRA (DoRA, a bias ...), which is no low-rank dW to mix"
+        )
     r = pools.r[adapter_name]
-    scale = pools.lora_alpha[adapter_name] / (math.sqrt(r) if pools.use_rslora.get(adapter_name) else r)
-    down, up = pools.lora_A[adapter_name].weight, pools.lora_B[adapter_name].weight
-    return Update(_plain(down).flatten(1), _plain(up).flatten(1) * scale)
+    stabilised = getattr(pools, "use_rslora", {}).get(adapter_name, False)
+    scale = pools.lora_alpha[adapter_name] / (math.sqrt(r) if stabilised else r)
+    down = pools.lora_A[adapter_name]
+    return Update(_plain(down.weight).flatten(1), _plain(up.weight).flatten(1) * scale)
 
 
 def _plain(factor: Tensor) -> Tensor:

@@ -233,6 +233,36 @@ def test_training_at_a_low_rank_leaves_the_other_directions() -> None:
     assert not d.A.grad[2:].any() and not d.B.grad[:, 2:].any()
 
 
+def test_one_training_serves_every_rank() -> None:
+    """Every cut of a DyLoRA comes to be the best update of its rank (Eckart, Young); a cut LoRA is far from it."""
+    spectrum, inputs = torch.tensor([4.0, 2.0, 1.0, 0.5]), torch.eye(D_IN)
+    u, v = (torch.linalg.qr(torch.randn(size, 4)).Q for size in (D_OUT, D_IN))
+    target = u @ torch.diag(spectrum) @ v.T
+
+    def errors(config: AdapterConfig) -> list[float]:
+        torch.manual_seed(1)
+        layer = NoraLayer(nn.Linear(D_IN, D_OUT, bias=False))
+        layer.update_layer("x", config, "m")
+        model = nn.Sequential(layer).train()
+        watch(model)
+        optimizer = torch.optim.Adam(layer.delta("x").parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+        wanted = layer.base_layer(inputs).detach() + target.T
+        for _ in range(300):
+            optimizer.zero_grad()
+            (model(inputs) - wanted).square().sum().backward()
+            optimizer.step()
+            schedule.step()
+        down, up = layer.delta("x").pair()
+        return [float((up[:, :b] @ down[:b] - target).detach().norm()) for b in range(1, 5)]
+
+    best = [float(spectrum[b:].norm()) for b in range(1, 5)]
+    assert errors(dylora(r=4)) == pytest.approx(best, abs=0.02)
+    plain = errors(lora(r=4))
+    assert plain[3] == pytest.approx(0, abs=0.02)
+    assert all(cut > 1.2 * optimum for cut, optimum in zip(plain[:3], best[:3], strict=True))
+
+
 def test_the_hook_leaves_with_the_last_masked_adapter() -> None:
     model = nn.Sequential(NoraLayer(nn.Linear(D_IN, D_IN)))
     model[0].update_layer("x", dylora(r=4), "m")  # type: ignore[operator]
