@@ -2,14 +2,17 @@
 
 ``dy_row = sum_k w_row,k s_k delta_k(x_row)``. Adapters that sit in one frozen outer pair ``A``, ``B`` are served from a
 bank with one core a row, ``y += B bank[row] A x`` with ``bank[row] = sum_k w_row,k s_k core_k [r, r]`` (zero: the base
-alone): one down and one up product whatever the number of subjects. Any other adapter computes the rows that want it.
+alone): one down and one up product whatever the number of subjects. Chains of one rank in different bases are served
+from a bank of their collapsed pairs, two batched products. Any other adapter computes the rows that want it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +36,7 @@ class RowPlan:
 
     def __init__(self, specs: Sequence[RowSpec], repeats: int = 1) -> None:
         self.specs = [{name: weight for name, weight in spec.items() if weight} for spec in specs]
-        self.names = list(dict.fromkeys(name for spec in specs for name in spec))
+        self.names = list(dict.fromkeys(name for spec in self.specs for name in spec))
         self.repeats = repeats
         self.batch: list[int] = []
         self._tensors: dict[Any, Tensor] = {}
@@ -74,9 +77,15 @@ class LayerRows:
     def __init__(self, layer: NoraLayer, plan: RowPlan) -> None:
         self.layer, self.plan = layer, plan
         self.names = [name for name in plan.names if name in layer.nora_delta]
-        self.banks = [Bank(layer, group, plan) for group in _sharing(layer, self.names)]
-        banked = {name for bank in self.banks for name in bank.names}
-        self.single = [name for name in self.names if name not in banked]
+        chains = [name for name in self.names if _is_plain(layer, name)]
+        self.banks: list[Bank] = [CoreBank(layer, group, plan) for group in _alike(chains, partial(_same_basis, layer))]
+        chains = [name for name in chains if not self._banked(name)]
+        if isinstance(layer.base_layer, nn.Linear):
+            self.banks += [PairBank(layer, group, plan) for group in _alike(chains, partial(_same_rank, layer))]
+        self.single = [name for name in self.names if not self._banked(name)]
+
+    def _banked(self, name: str) -> bool:
+        return any(name in bank.names for bank in self.banks)
 
     def add(self, x: Tensor, base: Tensor) -> Tensor:
         """``y`` for the input ``x`` whose frozen output is ``base``."""
@@ -102,75 +111,117 @@ class LayerRows:
         return y + dy if everywhere else y.index_add(0, rows, dy)
 
 
-class Bank:
-    """The cores of adapters that share one outer pair, summed for each row spec: ``[specs, r, r]``."""
+class Bank(ABC):
+    """Factors of several chains, stacked by row spec, so that a batch takes its rows' by an index."""
 
     def __init__(self, layer: NoraLayer, names: list[str], plan: RowPlan) -> None:
         self.layer, self.names, self.plan = layer, names, plan
-        self._cache: tuple[Any, Tensor] | None = None
+        self._kept: tuple[Any, tuple[Tensor, ...]] | None = None
 
+    @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
         """``dy [n, ..., d_out]``, channels last."""
-        down, up = self._delta(self.names[0]).outer
+
+    @abstractmethod
+    def build(self) -> tuple[Tensor, ...]:
+        """The stacked factors."""
+
+    def rows(self, like: Tensor) -> tuple[Tensor, ...]:
+        """The factors of each row. They are kept while no number in them changes, and formed anew under autograd."""
+        index = self.plan.index(like.device)
+        if torch.is_grad_enabled():
+            return tuple(factor.to(like.dtype)[index] for factor in self.build())
+        parameters = [p for name in self.names for p in self.delta(name).parameters()]
+        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+        state = (like.dtype, versions, [self.layer.scaling[name] for name in self.names])
+        if self._kept is None or self._kept[0] != state:
+            self._kept = state, tuple(factor.to(like.dtype) for factor in self.build())
+        return tuple(factor[index] for factor in self._kept[1])
+
+    def delta(self, name: str) -> ChainDelta:
+        return cast(ChainDelta, self.layer.delta(name))
+
+
+class CoreBank(Bank):
+    """For chains in one frozen outer pair: ``bank[spec] = sum_k w_k s_k core_k``, ``[specs, r, r]``."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        down, up = self.delta(self.names[0]).outer
         p = self.layer._contract(x, down)
-        cores = self.cores().to(p.dtype)[self.plan.index(p.device)]
+        (cores,) = self.rows(p)
         return F.linear(functional.rowwise(p, cores.transpose(1, 2)), up.to(p.dtype))
 
-    def cores(self) -> Tensor:
-        """The bank; kept between calls while no number in it changes, and formed anew under autograd."""
-        if torch.is_grad_enabled():
-            return self._build()
-        parameters = [p for name in self.names for p in self._delta(name).parameters()]
-        scalings = [self.layer.scaling[name] for name in self.names]
-        state = (scalings, [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters])
-        if self._cache is None or self._cache[0] != state:
-            self._cache = state, self._build()
-        return self._cache[1]
-
-    def _build(self) -> Tensor:
-        cores = {name: self.layer.scaling[name] * core_matrix(self._delta(name)) for name in self.names}
+    def build(self) -> tuple[Tensor, ...]:
+        cores = {name: self.layer.scaling[name] * core_matrix(self.delta(name)) for name in self.names}
         none = torch.zeros_like(cores[self.names[0]])
-        return torch.stack(
-            [sum((w * cores[n] for n, w in spec.items() if n in cores), start=none) for spec in self.plan.specs]
-        )
+        sums = [sum((w * cores[n] for n, w in spec.items() if n in cores), start=none) for spec in self.plan.specs]
+        return (torch.stack(sums),)
 
-    def _delta(self, name: str) -> ChainDelta:
-        delta = self.layer.delta(name)
-        assert isinstance(delta, ChainDelta)
-        return delta
+
+class PairBank(Bank):
+    """For chains of one rank ``k`` in bases of their own: pairs ``[specs, K, d_in]``, ``[specs, d_out, K]``.
+
+    ``K`` is ``k`` times the most of them that one row has; the other rows are filled up with zeros.
+    """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        downs, ups = self.rows(x)
+        return functional.rowwise(functional.rowwise(x, downs.transpose(1, 2)), ups.transpose(1, 2))
+
+    def build(self) -> tuple[Tensor, ...]:
+        pairs = {name: self.delta(name).pair() for name in self.names}
+        down, up = pairs[self.names[0]]
+        chosen = [[(name, weight) for name, weight in spec.items() if name in pairs] for spec in self.plan.specs]
+        most = max(map(len, chosen))
+        downs, ups = [], []
+        for mine in chosen:
+            missing = most - len(mine)
+            downs.append(torch.cat([*(pairs[n][0] for n, _ in mine), *[torch.zeros_like(down)] * missing]))
+            scaled = (w * self.layer.scaling[n] * pairs[n][1] for n, w in mine)
+            ups.append(torch.cat([*scaled, *[torch.zeros_like(up)] * missing], dim=1))
+        return torch.stack(downs), torch.stack(ups)
 
 
 def core_matrix(delta: ChainDelta) -> Tensor:
-    """The core of a chain as a matrix ``[r, r]`` in fp32 (or wider)."""
+    """The core of a chain as a matrix ``[r, r]``, at least in fp32."""
     assert delta.core is not None
     down, up = delta.core.pair()
-    return down.float() if up is None else up.float() @ down.float()
+    dtype = torch.promote_types(down.dtype, torch.float32)
+    return down.to(dtype) if up is None else up.to(dtype) @ down.to(dtype)
 
 
-def _sharing(layer: NoraLayer, names: Sequence[str]) -> list[list[str]]:
-    """Groups of two or more adapters of a layer with equal frozen outer pairs."""
-    groups: list[tuple[tuple[Tensor, Tensor], list[str]]] = []
+def _alike(names: Sequence[str], alike: Callable[[str, str], bool]) -> list[list[str]]:
+    """Groups of two or more adapters that are alike."""
+    groups: list[list[str]] = []
     for name in names:
-        mine = _frozen_pair(layer, name)
-        if mine is None:
-            continue
-        for other, group in groups:
-            if all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(mine, other, strict=True)):
-                group.append(name)
-                break
+        group = next((group for group in groups if alike(group[0], name)), None)
+        if group is None:
+            groups.append([name])
         else:
-            groups.append((mine, [name]))
-    return [group for _, group in groups if len(group) > 1]
+            group.append(name)
+    return [group for group in groups if len(group) > 1]
 
 
-def _frozen_pair(layer: NoraLayer, name: str) -> tuple[Tensor, Tensor] | None:
-    """The outer pair of an adapter that is a bare core in it: no magnitude, no cut rank, no dropout at work."""
+def _is_plain(layer: NoraLayer, name: str) -> bool:
+    """Whether an adapter is just a product of matrices: no gate, no magnitude, no sampled rank, no dropout at work."""
     delta = layer.delta(name)
-    if not isinstance(delta, ChainDelta) or delta.core is None or delta.m is not None:
-        return None
-    dropping = delta.training and delta.dropout.p > 0
-    frozen = not any(factor.requires_grad for factor in delta.outer)
-    return delta.outer if frozen and not delta.masked and delta.rank is None and not dropping else None
+    if not isinstance(delta, ChainDelta) or delta.m is not None:
+        return False
+    return not (delta.training and (delta.masked or delta.dropout.p > 0))
+
+
+def _same_basis(layer: NoraLayer, one: str, two: str) -> bool:
+    """Whether two chains are whole cores in one frozen outer pair."""
+    deltas = [cast(ChainDelta, layer.delta(name)) for name in (one, two)]
+    if any(d.core is None or d.rank is not None or any(f.requires_grad for f in d.outer) for d in deltas):
+        return False
+    pairs = zip(*(delta.outer for delta in deltas), strict=True)
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+
+
+def _same_rank(layer: NoraLayer, one: str, two: str) -> bool:
+    ranks = [len(cast(ChainDelta, layer.delta(name)).skinny_weight()) for name in (one, two)]
+    return ranks[0] == ranks[1]
 
 
 @contextmanager
