@@ -265,7 +265,8 @@ class NoraLayer(nn.Module, BaseTunerLayer):
             table.pop(adapter_name, None)
         if adapter_name in self.nora_delta:
             del self.nora_delta[adapter_name]
-        self.activate(active)
+        # Not `activate`: whether the others want gradients is not this adapter's business.
+        self._active_adapter = active
 
     # A basis that several adapters share lies in memory once.
 
