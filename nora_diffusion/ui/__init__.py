@@ -7,13 +7,18 @@ pages share: the engine with the one pipeline, the line before the device, the l
 
 from __future__ import annotations
 
+import importlib.util
+
+from ..errors import UserError
 from .config import AppConfig
 
 __all__ = ["AppConfig", "serve"]
 
 
 def serve(config: AppConfig) -> None:
-    """Serve the app until Ctrl-C."""
+    """Serve the app until Ctrl-C. Raises :class:`UserError` for settings that will not do, or without gradio."""
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("the app needs gradio: pip install 'nora-diffusion[app]'")
     from .server import serve as start
 
     start(config)

@@ -8,6 +8,8 @@ import pytest
 
 from nora_diffusion.ui.shell import TABS
 
+pytestmark = pytest.mark.slow
+
 # What Gradio 6.31 itself brings, by rule and the element it is in; everything else must be clean.
 GRADIOS_OWN = {"aria-prohibited-attr": ('aria-label="Empty value"',)}  # an empty gallery
 

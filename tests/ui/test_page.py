@@ -201,6 +201,7 @@ def test_the_library_says_why_something_cannot_be_used(page: Any, server: Server
     page.wait_for_selector("#generate:visible")
 
 
+@pytest.mark.slow
 def test_import_export_delete_undo(page: Any, server: Server, library: Path, base: Path, tmp_path: Path) -> None:
     from nora_diffusion import lora, open_pipeline
 
@@ -245,6 +246,7 @@ def test_a_mix_becomes_an_adapter_of_the_library(page: Any, server: Server) -> N
     shutil.rmtree(server.library / "both")
 
 
+@pytest.mark.slow
 def test_a_batch_of_many_subjects(page: Any, server: Server) -> None:
     page.get_by_role("tab", name="Mix").click()
     page.fill("#batch textarea", "a dog <lora:dog:1>\na hat <lora:hat:0.8>\na cat")
@@ -262,6 +264,7 @@ def test_mistakes_are_said_in_a_sentence(page: Any, server: Server) -> None:
     assert page.is_visible("#generate")
 
 
+@pytest.mark.slow
 def test_a_second_user_sees_the_queue(page: Any, server: Server, browser: Any) -> None:
     settle(page, 200)
     number(page, "Pictures", 20)

@@ -262,6 +262,7 @@ def test_settings_are_checked() -> None:
     assert AppConfig(listen="0.0.0.0", auth="a:b", allow_changes=True).may_change
 
 
+@pytest.mark.slow
 def test_a_shared_app(tmp_path: Path, base: Path, library: Path) -> None:
     """Everything asks for the password; training, upload and delete stay closed; guessing is slowed down."""
     import shutil
