@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -94,7 +95,7 @@ def mix_files(
     Raises :class:`UserError` as :func:`mix` does, and for adapters of different bases.
     """
     options = Options(rank, density, seed)
-    sources = [file_source(path) for path, _ in adapters]
+    sources = _with_own_names([file_source(path) for path, _ in adapters])
     _check({source.name: weight for source, (_, weight) in zip(sources, adapters, strict=True)}, mode, options)
     check_same_base(sources)
     folder = _new_folder(output)
@@ -113,6 +114,16 @@ def mix_files(
     report.info = inspect_adapter(file)
     write_card(folder, report.info, _card(info))
     return report
+
+
+def _with_own_names(sources: list[Source]) -> list[Source]:
+    """Files of one name from several folders are told apart by a number."""
+    seen: Counter[str] = Counter()
+    for source in sources:
+        seen[source.name] += 1
+        if seen[source.name] > 1:
+            source.name = f"{source.name}-{seen[source.name]}"
+    return sources
 
 
 def _new_folder(output: str | Path) -> Path:

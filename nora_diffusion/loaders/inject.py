@@ -32,6 +32,8 @@ def check_new_name(pipe: Any, name: str, components: Sequence[str]) -> None:
         )
     for part in components:
         refuse_fused(component(pipe, part))
+    if hasattr(nn.ModuleDict(), name):  # adapters are kept in one, by name
+        raise UserError(f"the adapter name {name!r} is one that PyTorch's modules use themselves: choose another")
     taken = {c for c in components if name in adapter_configs(component(pipe, c))}
     if taken:
         raise UserError(f"an adapter named {name!r} is already in the {', '.join(sorted(taken))}: delete it or rename")

@@ -262,6 +262,7 @@ def test_bad_use_is_refused_and_leaves_the_pipeline(pipe: Any, render: Render) -
     before = render(pipe)
     for call, word in [
         (lambda: add_adapter(pipe, nora(), "a b"), "a b"),
+        (lambda: add_adapter(pipe, nora(), "train"), "'train' is one that PyTorch"),
         (lambda: add_adapter(pipe, nora(), "one", ["vae"]), "vae"),
         (lambda: add_adapter(pipe, nora(target_modules=["no_such"]), "one"), "no_such"),
         (lambda: set_adapters(pipe, "ghost"), "ghost"),

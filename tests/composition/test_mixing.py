@@ -264,6 +264,39 @@ def test_a_plain_lora_of_the_pipeline_is_a_part(pipe: Any) -> None:
     assert_close(dense(pipe, "both"), {key: value.detach() for key, value in expected.items()})
 
 
+def test_a_lora_file_loaded_by_diffusers_is_a_part(pipe: Any, tmp_path: Path) -> None:
+    add_adapter(pipe, nora(r=4, inner_r=2, alpha=3.0, basis="svd", target_modules=EVERYTHING), "dog", PARTS)
+    fill(pipe, "dog", 0)
+    save_adapter(pipe, tmp_path, "dog")
+    export_lora(tmp_path, tmp_path / "plain.safetensors")
+    pipe.load_lora_weights(tmp_path / "plain.safetensors", adapter_name="plain")
+    mix(pipe, {"plain": 1.0, "dog": -0.5}, "cat", "both")
+    assert_close(dense(pipe, "both"), weighted(pipe, {"dog": 0.5}), 1e-5)
+
+
+def test_what_is_more_than_a_plain_lora_is_refused(pipe: Any) -> None:
+    from peft import LoraConfig
+
+    for name, more in {"dora": {"use_dora": True}, "biased": {"lora_bias": True}}.items():
+        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], **more), name)
+        with pytest.raises(UserError, match=f"'{name}' is more than a plain LoRA"):
+            mix(pipe, {name: 1.0})
+
+
+def test_a_rank_stabilised_lora_keeps_its_scale(pipe: Any) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=["to_q"], init_lora_weights=False)
+    pipe.unet.add_adapter(config, "plain")
+    expected: Dense = {}
+    for path, layer in pipe.unet.named_modules():
+        if hasattr(layer, "lora_A"):
+            dw = layer.lora_B["plain"].weight.double() @ layer.lora_A["plain"].weight.double()
+            expected["unet", canonical(path)] = (6 / 4**0.5) * dw.detach()
+    mix(pipe, {"plain": 1.0}, "cat", "both")
+    assert_close(dense(pipe, "both"), expected)
+
+
 @pytest.mark.parametrize("mode", ["cat", "linear"])
 def test_the_mix_renders_as_its_parts_do(pipe: Any, render: Any, mode: str) -> None:
     two(pipe, nora(r=4, inner_r=2, basis="svd"))
