@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +146,12 @@ def dense_weights(pipe: Any, config: AdapterConfig) -> dict[str, dict[str, Tenso
     return found
 
 
-def merged(pipe: Any, merge: bool) -> None:
-    for part in present(pipe):
-        for layer in nora_layers(getattr(pipe, part), "one").values():
-            layer.merge() if merge else layer.unmerge()
+def fusers(pipe: Any) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+    """Ways to merge all adapters and to take them out: the layers' own, and the pipeline's where it has one."""
+    layers = [layer for part in present(pipe) for layer in nora_layers(getattr(pipe, part), "one").values()]
+    yield lambda: [layer.merge() for layer in layers] and None, lambda: [layer.unmerge() for layer in layers] and None
+    if hasattr(pipe, "fuse_lora"):  # PixArt's has no loader of LoRAs
+        yield pipe.fuse_lora, pipe.unfuse_lora
 
 
 def load_exported(pipe: Any, file: Path) -> None:
@@ -196,10 +198,11 @@ def test_the_whole_life_of_an_adapter(actors: Stage, config: AdapterConfig, tmp_
         live = stage.outputs()
         assert min(difference(live, clean).values()) > 1e-3
         dense = dense_weights(pipe, config)
-        merged(pipe, True)
-        close(stage.outputs(), live)
-        merged(pipe, False)
-        assert equal(stage.outputs(), live)
+        for fuse, unfuse in fusers(pipe):
+            fuse()
+            close(stage.outputs(), live)
+            unfuse()
+            assert equal(stage.outputs(), live)
         save_adapter(pipe, tmp_path / "one", "one")
         delete_adapter(pipe, "one")
         assert equal(stage.outputs(), clean)
