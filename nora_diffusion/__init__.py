@@ -21,9 +21,13 @@ _HOMES = {
     ),
     "adapter_file": ("AdapterInfo", "inspect_adapter"),
     "export": ("export_lora",),
+    "gates": ("router_summary",),
     "batches": ("mixed_batch",),
     "composition.angles": ("overlap", "overlap_files"),
     "composition.mixing": ("mix", "mix_files"),
+    "importing": ("import_lora",),
+    "pack_writing": ("add_to_pack", "create_pack", "extract_from_pack", "remove_from_pack"),
+    "packs": ("list_pack",),
     "training": ("TrainConfig", "train"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -49,14 +53,19 @@ if TYPE_CHECKING:
     from .composition.mixing import mix, mix_files
     from .errors import UserError
     from .export import export_lora
+    from .gates import router_summary
+    from .importing import import_lora
     from .loaders import add_adapter, delete_adapter, list_adapters, load_adapter, save_adapter, set_adapters, set_rank
+    from .pack_writing import add_to_pack, create_pack, extract_from_pack, remove_from_pack
+    from .packs import list_pack
     from .training import TrainConfig, train
 
 __all__ = [
-    "AdapterConfig", "AdapterInfo", "TrainConfig", "UserError", "add_adapter", "delete_adapter", "dora", "dylora",
-    "export_lora", "inspect_adapter", "list_adapters", "load_adapter", "load_base", "lora", "lora_mini", "lora_xs",
-    "melora", "mix", "mix_files", "mixed_batch", "moe_lora", "mor", "mora", "nora", "open_pipeline", "overlap",
-    "overlap_files", "save_adapter", "set_adapters", "set_rank", "train",
+    "AdapterConfig", "AdapterInfo", "TrainConfig", "UserError", "add_adapter", "add_to_pack", "create_pack",
+    "delete_adapter", "dora", "dylora", "export_lora", "extract_from_pack", "import_lora", "inspect_adapter",
+    "list_adapters", "list_pack", "load_adapter", "load_base", "lora", "lora_mini", "lora_xs", "melora", "mix",
+    "mix_files", "mixed_batch", "moe_lora", "mor", "mora", "nora", "open_pipeline", "overlap", "overlap_files",
+    "remove_from_pack", "router_summary", "save_adapter", "set_adapters", "set_rank", "train",
 ]  # fmt: skip
 
 
