@@ -18,7 +18,15 @@ from .conftest import ROOT, Server, start
 
 TIGER = ROOT / "examples" / "subjects" / "tiger"
 LONG = 400_000
-SMALL = "max_train_steps: 3\ntrain_batch_size: 1\nvalidation_steps: 3\nsample_steps: 2\ncheckpointing_steps: 3"
+SMALL = """basis: svd
+rank: 4
+inner_rank: 2
+target_modules: [attn]
+max_train_steps: 3
+train_batch_size: 1
+validation_steps: 3
+sample_steps: 2
+checkpointing_steps: 3"""
 
 
 @pytest.fixture
