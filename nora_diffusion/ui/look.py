@@ -19,10 +19,12 @@ CSS = """
 .bar > span { display: block; height: 100%; background: var(--color-accent); transition: width .15s; }
 .preview { display: block; width: 100%; max-width: 384px; aspect-ratio: 1; border-radius: 8px; }
 .pixels img, .card img { image-rendering: pixelated; object-fit: contain; }
+#gallery .grid-wrap, #batch-gallery .grid-wrap { height: auto !important; max-height: none !important; }
 .cards { display: grid; gap: .75rem; padding: 0; margin: 0;
   grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
 .card { text-align: left; border: 1px solid var(--border-color-primary); border-radius: 10px; padding: .6rem;
-  background: var(--block-background-fill); color: var(--body-text-color); cursor: pointer; width: 100%; }
+  background: var(--block-background-fill); color: var(--body-text-color); cursor: pointer; width: 100%;
+  font-weight: 400; }
 .card:hover { border-color: var(--color-accent); }
 .card:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 2px; }
 .card[aria-pressed=true] { border-color: var(--color-accent); box-shadow: 0 0 0 1px var(--color-accent); }
@@ -42,6 +44,7 @@ CSS = """
 .facts td + td { padding-left: .8rem; }
 .facts td { padding: .25rem 0; overflow-wrap: anywhere; }
 .facts tr.new td { font-weight: 600; }
+.remove { align-self: center !important; margin: .6rem; flex: none !important; }
 .empty { border: 1px dashed var(--border-color-primary); border-radius: 10px; padding: 1.2rem;
   color: var(--body-text-color-subdued); }
 #train-prepared .grid-wrap, #train-samples .grid-wrap { min-height: 0; }

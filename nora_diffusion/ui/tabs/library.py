@@ -36,7 +36,7 @@ def build(page: Page) -> None:
     shown, chosen, deleted = gr.State(PAGE_SIZE), gr.State(""), gr.State("")
     drop = gr.File(
         label="Import adapters (.safetensors): drop files here", file_count="multiple", file_types=[".safetensors"],
-        height=110, elem_id="import", visible=app.config.may_change,
+        height=150, elem_id="import", visible=app.config.may_change,
     )  # fmt: skip
     with gr.Row():
         words = gr.Textbox(label="Search", placeholder="name, trigger, base, hash", elem_id="search", scale=3)

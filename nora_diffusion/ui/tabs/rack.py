@@ -60,7 +60,7 @@ def _slot() -> Slot:
         name = gr.State("")
         with gr.Row():
             unet = gr.Slider(-2, 2, 1, step=0.05, label="Weight", min_width=200, scale=4)
-            out = gr.Button("Remove", size="sm", min_width=90, scale=1)
+            out = gr.Button("Remove", size="sm", min_width=90, scale=0, elem_classes="remove")
         with gr.Accordion("Text encoder and blocks", open=False) as fold:
             te = gr.Slider(-2, 2, 1, step=0.05, label="Text encoder")
             with gr.Row():
