@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 from nora_diffusion import (
@@ -195,6 +195,19 @@ def test_ranks_are_sampled_while_the_whole_model_trains(pipe: Any) -> None:
         assert [len(group) for group in ranks] == [1, 1]
         seen |= ranks[0]
     assert seen == {1, 2, 3, 4}
+
+
+def test_a_dora_and_an_ordinary_lora_fuse_together(pipe: Any, tmp_path: Path) -> None:
+    x, states = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
+    saved(pipe, dora(r=3), tmp_path / "dog")
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), "plain")
+    set_adapters(pipe, ["one", "plain"], [0.6, 1.0])
+    with torch.no_grad():
+        live = pipe.unet(x, 3, states).sample
+        pipe.fuse_lora()
+        torch.testing.assert_close(pipe.unet(x, 3, states).sample, live, atol=2e-6, rtol=1e-5)
+        pipe.unfuse_lora()
+        torch.testing.assert_close(pipe.unet(x, 3, states).sample, live, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
