@@ -1,9 +1,9 @@
 """``<lora:name:0.8>`` tags in prompts: read, write back, remove. The one place that knows their syntax.
 
-Forms: ``<lora:name>`` (weight 1), ``<lora:name:0.8>``, ``<lora:name:0.8:0.6>`` (denoiser, then text encoders), and
-named weights in any order: ``<lora:name:unet=0.8:te=0.6>``. A named weight wins over a number; what nothing is said
-of has the first number, or 1. Tags are always written back with names where the two weights differ, because other
-tools disagree about the order of two bare numbers.
+Forms, read as AUTOMATIC1111's web UI reads them: ``<lora:name>`` (weight 1), ``<lora:name:0.8>`` (both),
+``<lora:name:0.6:0.8>`` (text encoders, then denoiser), and named weights in any order:
+``<lora:name:unet=0.8:te=0.6>``. A named weight wins over a number; a denoiser of which nothing is said has the
+text encoders' weight. Tags are always written back with names where the two weights differ.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def _parse(text: str) -> Tag:
             named[key.strip()] = parse_weight(value, text)
     if not name or len(numbers) > 2:
         raise UserError(f"{text} is no tag: write <lora:name:0.8> or <lora:name:unet=0.8:te=0.6>")
-    first = numbers[0] if numbers else 1.0
-    return Tag(name, named.get("unet", first), named.get("te", numbers[-1] if numbers else 1.0))
+    te = named.get("te", numbers[0] if numbers else 1.0)
+    return Tag(name, named.get("unet", numbers[1] if len(numbers) > 1 else te), te)
 
 
 def _replace(prompt: str, text_for: Callable[[Tag], str]) -> str:
