@@ -220,8 +220,8 @@ def _same_basis(layer: NoraLayer, one: str, two: str) -> bool:
 
 
 def _same_rank(layer: NoraLayer, one: str, two: str) -> bool:
-    ranks = [len(cast(ChainDelta, layer.delta(name)).skinny_weight()) for name in (one, two)]
-    return ranks[0] == ranks[1]
+    deltas = [cast(ChainDelta, layer.delta(name)) for name in (one, two)]
+    return len({delta.rank or delta.full_rank for delta in deltas}) == 1
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -339,6 +340,18 @@ def test_hooks_come_and_go_with_the_adapters(pipe: Any) -> None:
     with torch.no_grad():
         pipe.unet(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 5, 16))
     assert hooks() == before and not hasattr(pipe.unet, "_nora_conditions")
+
+
+def test_a_copied_pipeline_has_conditions_of_its_own(pipe: Any) -> None:
+    add_adapter(pipe, mor(r=4, num_experts=N, router="prompt+timestep"), "one")
+    randomise(pipe)
+    x, states = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        expected = pipe.unet(x, 3, states).sample
+        twin = copy.deepcopy(pipe.unet)
+        delete_adapter(pipe, "one")
+        assert torch.equal(twin(x, 3, states).sample, expected)
+        assert not torch.equal(pipe.unet(x, 3, states).sample, expected)
 
 
 @pytest.mark.parametrize("router", ["token", *CONDITIONED])
