@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -19,6 +20,7 @@ FORMAT_VERSION = 1
 LARGEST_IN_CONFIG = 2**16
 """No rank, count or scale in a config is larger; what is there was checked before anything is allocated."""
 BasisKind = Literal["own", "shared"]
+_hints = functools.cache(get_type_hints)
 
 
 @dataclass
@@ -119,7 +121,7 @@ def info_from(values: dict[str, Any]) -> AdapterInfo:
     """An :class:`AdapterInfo` of checked, cleaned values; ``ValueError`` for the first that is not sound."""
     if values.get("format", FORMAT) != FORMAT:
         raise ValueError("another format")
-    hints = get_type_hints(AdapterInfo)
+    hints = _hints(AdapterInfo)
     known = {f.name for f in fields(AdapterInfo)} - set(READ_ONLY)
     info = AdapterInfo(**{k: conform(v, hints[k], k, 2**64) for k, v in values.items() if k in known})
     checks: dict[str, Callable[[AdapterInfo], bool]] = {
@@ -145,7 +147,7 @@ def _is_small_shape(shape: list[int]) -> bool:
 
 def _axes(values: dict[str, Any]) -> dict[str, Any]:
     """The axes in a config, each checked by its type. An axis unknown to this release would change the numbers."""
-    hints = get_type_hints(AdapterConfig)
+    hints = _hints(AdapterConfig)
     axes = set(AdapterConfig.__annotations__) - {"start"}
     unknown = values.keys() - axes - PEFT_FIELDS - {"start"}
     if unknown:
