@@ -56,7 +56,8 @@ CSS = """
 .plot .rule { stroke: var(--border-color-primary); stroke-width: 1; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; color: var(--body-text-color-subdued); }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
-@media (max-width: 640px) { .gradio-container { padding: .5rem !important; } .facts th { white-space: normal; } }
+@media (max-width: 640px) { .gradio-container { padding: .5rem !important; } .facts th { white-space: normal; }
+  .plot svg { font-size: 14px; } }
 """
 
 # Ctrl+Enter generates from anywhere; Gradio's sliders tell of a change by keyboard only when told that it is over.

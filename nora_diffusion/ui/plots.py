@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 WIDTH, HEIGHT = 480, 220
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40
 COLOURS = ("var(--color-accent)", "#0d9488", "#c2410c", "#a21caf", "#4d7c0f", "#0369a1", "#b91c1c", "#525252")
-ROW, LABEL = 20, 190
+ROW, LABEL, LONGEST = 20, 190, 28
 
 Points = Sequence[tuple[float, float]]
 
@@ -51,7 +51,7 @@ def bar_chart(name: str, bars: Sequence[tuple[str, float]], value_label: str) ->
     parts = []
     for number, (label, value) in enumerate(bars):
         y = number * ROW
-        shown = label if len(label) <= 32 else "…" + label[-31:]
+        shown = label if len(label) <= LONGEST else "…" + label[1 - LONGEST :]
         length = room * max(value, 0.0) / top
         parts.append(
             f'<g><title>{html.escape(label)}: {value:.4g}</title><text x="{LABEL - 6}" y="{y + 14}" text-anchor="end">'

@@ -22,6 +22,10 @@ TITLE = "Inspect"
 QUIET: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
 HINT = '<p class="status">Choose an adapter to see what it changes.</p>'
 MOST_BARS, MOST_LINES = 24, 6
+SHORTER = {
+    ".transformer_blocks.0.": ".", "transformer_blocks": "block", "attentions": "attn", "down_blocks": "down",
+    "up_blocks": "up", "mid_block": "mid",
+}  # fmt: skip
 
 
 def build(page: Page) -> None:
@@ -141,7 +145,9 @@ def show_gates(gates: Mapping[str, GateSummary]) -> str:
 
 def label(layer: LayerSpectrum) -> str:
     """A layer's name, short enough for a plot; the text encoders' have their component before them."""
-    path = layer.path.replace("transformer_blocks", "block").replace("attentions", "attn")
+    path = layer.path
+    for long, short in SHORTER.items():
+        path = path.replace(long, short)
     return path if layer.component in ("unet", "transformer") else f"{layer.component}.{path}"
 
 

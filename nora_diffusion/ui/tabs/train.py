@@ -16,7 +16,7 @@ from ..jobs import Job
 from ..page import Page, handler
 from ..sample_scores import SampleScores, step_of
 from ..state import App
-from ..training_form import MAX_PHOTOS, PRESETS, build_settings, check_photos, preflight
+from ..training_form import PRESETS, build_settings, check_photos, preflight
 from . import train_view as view
 
 TITLE = "Train"
@@ -45,7 +45,7 @@ def _form(page: Page) -> SimpleNamespace:
             interactive=False, buttons=[],
         )  # fmt: skip
     dropped = gr.File(
-        label=f"Photos of one subject (3 to 10 are good, at most {MAX_PHOTOS})", file_count="multiple",
+        label="Photos of one subject (3 to 10)", file_count="multiple",
         file_types=[".jpg", ".jpeg", ".png", ".webp"], elem_id="train-photos", height=160,
     )  # fmt: skip
     report = gr.HTML("", elem_id="train-report")
