@@ -1,7 +1,8 @@
-"""Scores by any CLIP in transformers' format: the shipped tiny one, a folder or a hub id.
+"""Scores by any CLIP in transformers' format: the shipped tiny one, a folder or a hub id; and by vision models alone.
 
 CLIP-I: mean cosine between features of generated and real pictures of a subject. CLIP-T: cosine between a picture and
-its prompt without the trigger. Numbers of different judges cannot be compared (DreamBooth, arXiv 2208.12242).
+its prompt without the trigger. DINO: as CLIP-I, by the class token of a self-supervised vision model, which tells
+individuals of one class apart better. Numbers of different judges cannot be compared (DreamBooth, arXiv 2208.12242).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ BATCH = 32
 
 @dataclass
 class Judge:
-    """A CLIP model with its tokenizer and the normalisation of its pictures."""
+    """A CLIP model with its tokenizer, or a vision model without one, and the normalisation of its pictures."""
 
     model: Any
     tokenizer: Any
@@ -34,10 +35,10 @@ class Judge:
 
 
 def load_judge(path_or_id: str | Path | None = None) -> Judge:
-    """Load a CLIP; ``None`` is the tiny one beside the embedded base. Raises :class:`UserError` if it is none."""
+    """Load a CLIP; ``None`` or ``"tiny"`` is the embedded base's. Raises :class:`UserError` for anything else."""
     from transformers import AutoTokenizer, CLIPModel
 
-    source = str(path_or_id or EMBEDDED_WEIGHTS / "judge")
+    source = str(EMBEDDED_WEIGHTS / "judge" if path_or_id in (None, "tiny") else path_or_id)
     try:
         # Scores are computed in fp32 whatever the weights are stored in: in fp16 they would have three digits.
         model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
@@ -51,12 +52,43 @@ def load_judge(path_or_id: str | Path | None = None) -> Judge:
     return Judge(model, tokenizer, side, mean, std)
 
 
+def load_vision(path_or_id: str | Path) -> Judge:
+    """Load a vision model in transformers' format (DINO, DINOv2, ViT ...), for pictures only.
+
+    Its feature is the class token of the last layer, or what a model without one pools. Raises :class:`UserError`.
+    """
+    from transformers import AutoModel
+
+    source = str(path_or_id)
+    try:
+        model = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        settings = _preprocessing(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load the vision model {source!r}: {str(error).strip().splitlines()[0]}") from error
+    if hasattr(model.config, "text_config") or not hasattr(model.config, "num_channels"):
+        raise UserError(f"{source} is no vision model such as facebook/dinov2-base: a CLIP goes with --judge")
+    mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
+    side = _side(settings) or int(model.config.image_size)
+    return Judge(model.eval().requires_grad_(False), None, side, mean, std)
+
+
+def _side(settings: dict[str, Any]) -> int:
+    """The side that the model's pictures are cropped or else resized to; 0 where its files do not say."""
+    for key in ("crop_size", "size"):
+        size = settings.get(key)
+        if isinstance(size, dict):
+            size = size.get("height") or size.get("shortest_edge")
+        if size:
+            return int(size)
+    return 0
+
+
 def _preprocessing(source: str) -> dict[str, Any]:
     # The mixin only reads the file; the processors themselves would want torchvision.
     from transformers.image_processing_base import ImageProcessingMixin
 
     processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
-    return {key: processor.get(key, default) for key, default in (("image_mean", [0.5] * 3), ("image_std", [0.5] * 3))}
+    return {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} | dict(processor)
 
 
 def _pixels(judge: Judge, image: Image.Image) -> Tensor:
@@ -75,9 +107,16 @@ def image_features(judge: Judge, images: Sequence[Image.Image]) -> Tensor:
     parts = []
     for start in range(0, len(images), BATCH):
         pixels = torch.stack([_pixels(judge, image) for image in images[start : start + BATCH]])
-        pooled = judge.model.vision_model(pixel_values=pixels).pooler_output
-        parts.append(F.normalize(judge.model.visual_projection(pooled), dim=-1))
+        parts.append(F.normalize(_seen(judge, pixels), dim=-1))
     return torch.cat(parts)
+
+
+def _seen(judge: Judge, pixels: Tensor) -> Tensor:
+    if judge.tokenizer is not None:
+        return judge.model.visual_projection(judge.model.vision_model(pixel_values=pixels).pooler_output)
+    output = judge.model(pixel_values=pixels)
+    last = output.last_hidden_state
+    return last[:, 0] if last.ndim == 3 else output.pooler_output.flatten(1)
 
 
 @torch.no_grad()

@@ -11,9 +11,18 @@ from factories import write_tokenizer
 from PIL import Image
 
 from nora_diffusion import UserError
-from nora_diffusion.judges import Judge, image_features, load_judge, prompt_score, subject_score, text_features
+from nora_diffusion.judges import (
+    Judge,
+    image_features,
+    load_judge,
+    load_vision,
+    prompt_score,
+    subject_score,
+    text_features,
+)
 
-COLOURS = ("red", "blue", "green")
+PIXELS = {"red": (1.0, -1.0, -1.0), "blue": (-1.0, -1.0, 1.0), "green": (-1.0, 1 / 255, -1.0)}
+COLOURS = tuple(PIXELS)
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +95,33 @@ def test_the_shipped_judge_tells_subjects_apart() -> None:
     scores = torch.tensor([[subject_score(judge, a, b) for b in scored] for a in learned])
     same, other = scores.diagonal().mean(), (scores.sum() - scores.trace()) / 12
     assert same > other + 0.05, scores
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random DINOv2 whose pictures are cropped to 28 pixels."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    path = tmp_path_factory.mktemp("vision") / "dino"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 42, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(json.dumps({"crop_size": {"height": 28, "width": 28}}))
+    return path
+
+
+def test_a_vision_model_judges_by_its_class_token(vision: Path) -> None:
+    judge = load_vision(vision)
+    features = image_features(judge, pictures())
+    pixels = torch.stack([torch.tensor(rgb).view(3, 1, 1).expand(3, 28, 28) for rgb in PIXELS.values()])
+    with torch.no_grad():
+        token = judge.model(pixel_values=pixels).last_hidden_state[:, 0]
+    torch.testing.assert_close(features, torch.nn.functional.normalize(token, dim=-1), atol=1e-4, rtol=1e-4)
+    assert subject_score(judge, pictures()[:1], pictures()[:1]) == pytest.approx(1, abs=1e-6)
+
+
+def test_what_is_no_vision_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a CLIP goes with --judge"):
+        load_vision(folder)
+    with pytest.raises(UserError, match="cannot load the vision model"):
+        load_vision(tmp_path)

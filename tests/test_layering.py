@@ -31,7 +31,7 @@ BANDS = (
         {
             "basis_cache", "tensor_cache",
             "batches", "gates", "components", "conditions", "base", "calibration", "adapter_file", "loaders", "export", "attention", "data", "captions",
-            "generation", "pictures", "judges", "methods", "model_card", "untrusted", "tensor_file", "adapter_info", "composition",
+            "generation", "pictures", "judges", "metrics", "plots", "webpage", "methods", "model_card", "untrusted", "tensor_file", "adapter_info", "composition",
             "packs", "pack_writing", "foreign", "foreign_updates", "foreign_loading", "importing",
         },
     ),

@@ -10,10 +10,10 @@ import gradio as gr
 
 from ...evaluation.spectra import TOP, LayerSpectrum, gate_summaries, iter_spectra
 from ...gates import GateSummary
+from ...plots import bar_chart, line_chart
 from ..cards import facts
 from ..library import Entry
 from ..page import Page, handler, who
-from ..plots import bar_chart, line_chart
 from ..runs import Progress, Run
 from ..state import App
 from .rack import names

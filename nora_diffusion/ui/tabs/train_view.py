@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from ...plots import line_chart
 from ..jobs import Job
-from ..plots import line_chart
 from ..training_form import Checked
 
 WORDS = {

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from nora_diffusion.ui.plots import bar_chart, line_chart, ticks
+from nora_diffusion.plots import bar_chart, line_chart, ticks
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0.013, 0.0131), (-5, 3), (7, 7), (0, 0), (1, 2000), (1e-9, 3e-9)])

@@ -1,0 +1,56 @@
+"""Numbers over picture features: likeness, variety, distance, and intervals for their means.
+
+Features are unit vectors ``[n, d]`` (:mod:`.judges`), so that a product is a cosine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+LEVEL = 0.95
+RESAMPLES = 2000
+
+
+def likeness(features: Tensor, references: Tensor) -> list[float]:
+    """For each picture the mean cosine to the references: CLIP-I or DINO (DreamBooth, arXiv 2208.12242)."""
+    return [float(value) for value in (features @ references.T).mean(1)]
+
+
+def agreement(features: Tensor, others: Tensor) -> list[float]:
+    """Cosines row by row: of pictures with their prompts CLIP-T, with the base's pictures ``1 - drift``."""
+    return [float(value) for value in (features * others).sum(-1)]
+
+
+def diversity(features: Tensor) -> float:
+    """``1 - cos``, averaged over all pairs of pictures of one prompt; NaN for a single picture."""
+    count = len(features)
+    if count < 2:
+        return float("nan")
+    cosines = features @ features.T
+    return 1 - float((cosines.sum() - cosines.trace()) / (count * (count - 1)))
+
+
+def resampled(groups: Mapping[str, Sequence[int]], resamples: int = RESAMPLES, seed: int = 0) -> list[np.ndarray]:
+    """Rows drawn for a two-stage bootstrap: groups with replacement, then rows of each drawn group.
+
+    ``groups`` has the row numbers of each subject. Prompts of one subject go up and down together, so rows alone
+    would make intervals that are too narrow. With one group, rows alone are drawn.
+    """
+    random = np.random.default_rng(seed)
+    rows = [np.asarray(list(members)) for members in groups.values()]
+    drawn = []
+    for _ in range(resamples):
+        chosen = random.integers(0, len(rows), len(rows))
+        drawn.append(np.concatenate([random.choice(rows[i], len(rows[i])) for i in chosen]))
+    return drawn
+
+
+def interval(values: Sequence[float], draws: Sequence[np.ndarray], level: float = LEVEL) -> tuple[float, float]:
+    """The percentile interval of the mean of ``values`` over the rows drawn by :func:`resampled`."""
+    numbers = np.asarray(values, dtype=float)
+    means = np.array([numbers[rows].mean() for rows in draws])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
