@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,11 @@ def generate(page: Any, server: Server) -> Path:
     folder = server.library / "pictures"
     before = set(folder.glob("*.png"))
     page.click("#generate")
-    page.wait_for_selector("#generate", state="hidden")
+    deadline = time.monotonic() + 60
+    while set(folder.glob("*.png")) == before and time.monotonic() < deadline:
+        page.wait_for_timeout(100)
+    page.locator("#status").get_by_text(re.compile(r" in [\d.]+ s")).wait_for()
     page.wait_for_selector("#generate:visible")
-    assert " in " in page.inner_text("#status")
     (made,) = set(folder.glob("*.png")) - before
     return made
 
