@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from .errors import UserError
+from ..errors import UserError
 
 log = logging.getLogger(__name__)
 
