@@ -107,7 +107,7 @@ def image_features(judge: Judge, images: Sequence[Image.Image]) -> Tensor:
     parts = []
     for start in range(0, len(images), BATCH):
         pixels = torch.stack([_pixels(judge, image) for image in images[start : start + BATCH]])
-        parts.append(F.normalize(_seen(judge, pixels), dim=-1))
+        parts.append(F.normalize(_seen(judge, pixels.to(judge.model.device)), dim=-1).cpu())
     return torch.cat(parts)
 
 
@@ -123,8 +123,9 @@ def _seen(judge: Judge, pixels: Tensor) -> Tensor:
 def text_features(judge: Judge, texts: Sequence[str]) -> Tensor:
     """Unit features ``[n, d]`` of texts."""
     tokens = judge.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
+    tokens = tokens.to(judge.model.device)
     pooled = judge.model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
-    return F.normalize(judge.model.text_projection(pooled), dim=-1)
+    return F.normalize(judge.model.text_projection(pooled), dim=-1).cpu()
 
 
 def subject_score(judge: Judge, generated: Sequence[Image.Image], references: Sequence[Image.Image]) -> float:

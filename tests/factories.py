@@ -138,3 +138,33 @@ def write_photos(folder: Path, count: int = 3, size: tuple[int, int] = (24, 20),
         pixels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.png")
     return folder
+
+
+def tiny_clip(path: Path) -> Path:
+    """Save a random CLIP for pictures of 16 pixels, in fp16 as judges are shipped; returns its folder."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    write_tokenizer(path)
+    tokenizer = CLIPTokenizer(str(path / "vocab.json"), str(path / "merges.txt"), model_max_length=16)
+    tokenizer.save_pretrained(path)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    end = tokenizer.eos_token_id
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "eos_token_id": end, "pad_token_id": end}
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config={**sizes, **text}, vision_config={**sizes, "image_size": 16, "patch_size": 8}, projection_dim=8
+    )
+    CLIPModel(config).half().save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
+    return path
+
+
+def tiny_dino(path: Path) -> Path:
+    """Save a random DINOv2 whose pictures are cropped to 28 pixels; returns its folder."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 42, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(json.dumps({"crop_size": {"height": 28, "width": 28}}))
+    return path

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from factories import write_tokenizer
+from factories import tiny_clip, tiny_dino
 from PIL import Image
 
 from nora_diffusion import UserError
@@ -27,22 +26,7 @@ COLOURS = tuple(PIXELS)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random CLIP for pictures of 16 pixels, stored in fp16 as judges are shipped."""
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-
-    path = write_tokenizer(tmp_path_factory.mktemp("judge") / "clip")
-    tokenizer = CLIPTokenizer(str(path / "vocab.json"), str(path / "merges.txt"), model_max_length=16)
-    tokenizer.save_pretrained(path)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    end = tokenizer.eos_token_id
-    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "eos_token_id": end, "pad_token_id": end}
-    torch.manual_seed(0)
-    config = CLIPConfig(
-        text_config={**sizes, **text}, vision_config={**sizes, "image_size": 16, "patch_size": 8}, projection_dim=8
-    )
-    CLIPModel(config).half().save_pretrained(path)
-    (path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
-    return path
+    return tiny_clip(tmp_path_factory.mktemp("judge") / "clip")
 
 
 @pytest.fixture(scope="module")
@@ -99,15 +83,7 @@ def test_the_shipped_judge_tells_subjects_apart() -> None:
 
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random DINOv2 whose pictures are cropped to 28 pixels."""
-    from transformers import Dinov2Config, Dinov2Model
-
-    path = tmp_path_factory.mktemp("vision") / "dino"
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 42, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(path)
-    (path / "preprocessor_config.json").write_text(json.dumps({"crop_size": {"height": 28, "width": 28}}))
-    return path
+    return tiny_dino(tmp_path_factory.mktemp("vision") / "dino")
 
 
 def test_a_vision_model_judges_by_its_class_token(vision: Path) -> None:

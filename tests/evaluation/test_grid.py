@@ -52,8 +52,8 @@ def single(base: Path, out: Path, cell: Cell) -> Path:
     adapters = [] if cell.path is None else [f"{cell.path}:{cell.weight}"]
     return generate(
         GenerateConfig(
-            [cell.prompt], str(base), adapters, cell.negative_prompt, 1, cell.seed, cell.steps, cell.guidance,
-            cell.width, cell.height, out=str(out),
+            [cell.prompt], str(base), adapters, negative_prompt=cell.negative_prompt, num=1, seed=cell.seed,
+            steps=cell.steps, guidance=cell.guidance, width=cell.width, height=cell.height, out=str(out),
         )
     )[0]  # fmt: skip
 

@@ -1,0 +1,88 @@
+"""The report of an evaluation: one JSON document and one page that needs no other file."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+from PIL import Image
+
+from .. import webpage
+from ..files import write_atomic
+from .scoreboard import Scoreboard, Table, as_json, compare, rows_of, summarise
+
+MAX_SUBJECTS, MAX_PROMPTS = 6, 6
+NAMES = {"dino": "DINO ↑", "clip_i": "CLIP-I ↑", "clip_t": "CLIP-T ↑", "diversity": "diversity ↑"}
+
+
+def write_reports(board: Scoreboard) -> Path:
+    """Write ``evaluation.json`` and ``report.html``; returns the page."""
+    write_atomic(board.folder / "evaluation.json", as_json(board))
+    return write_atomic(board.folder / "report.html", page(board))
+
+
+def page(board: Scoreboard) -> str:
+    """The whole page."""
+    settings, table, differences = board.settings, summarise(board), compare(board)
+    parts = [
+        webpage.paragraph(_asked(board)),
+        _table(board, table, "Mean over prompts, with its 95 % bootstrap interval over subjects and prompts."),
+        webpage.paragraph(_real(board)),
+        webpage.paragraph(
+            f"DINO ({settings['dino'] or 'not measured: no --dino'}) and CLIP-I ({settings['judge']}): mean cosine to "
+            "the real pictures. CLIP-T: cosine to the prompt without the trigger. Diversity: mean of 1 - cosine over "
+            "pairs of pictures of one prompt. Numbers of different judges cannot be compared."
+        ),
+    ]
+    if differences:
+        parts += [webpage.heading("Differences"), _table(board, differences, "Prompt by prompt, to the first adapter.")]
+    subjects = list(dict.fromkeys(row.subject for row in board.scored))
+    if len(subjects) > 1:
+        parts += [webpage.heading("By subject"), _by_subject(board, subjects)]
+    for name in subjects[:MAX_SUBJECTS]:
+        parts += [webpage.heading(name), _pictures(board, name)]
+    return webpage.page("Evaluation", parts)
+
+
+def _asked(board: Scoreboard) -> str:
+    settings = board.settings
+    prompts = len(board.of(board.labels[0]))
+    return (
+        f"{len(board.labels) - 1} adapters and the base alone, {len(board.real)} subjects, {prompts} prompts in all, "
+        f"{settings['seeds']} seeds each, {settings['steps']} steps on {settings['base']}."
+    )
+
+
+def _real(board: Scoreboard) -> str:
+    names = [name for name in ("dino", "clip_i") if name in next(iter(board.real.values()))]
+    means = {name: statistics.fmean(scores[name] for scores in board.real.values()) for name in names}
+    said = ", ".join(f"{NAMES[name].split()[0]} {value:.3f}" for name, value in means.items() if math.isfinite(value))
+    return f"Real pictures of a subject among themselves: {said or 'too few'} (a ceiling for likeness)."
+
+
+def _table(board: Scoreboard, table: Table, caption: str) -> str:
+    return webpage.table(["", *(NAMES[m] for m in board.metrics)], list(rows_of(table, board.metrics)), caption)
+
+
+def _by_subject(board: Scoreboard, subjects: list[str]) -> str:
+    rows = []
+    for name in subjects:
+        for label in board.labels:
+            found = [row.scores for row in board.of(label) if row.subject == name]
+            rows.append([f"{name}, {label}", *(f"{statistics.fmean(s[m] for s in found):.3f}" for m in board.metrics)])
+    return webpage.table(["", *(NAMES[m] for m in board.metrics)], rows)
+
+
+def _pictures(board: Scoreboard, subject: str) -> str:
+    rows = {label: [row for row in board.of(label) if row.subject == subject][:MAX_PROMPTS] for label in board.labels}
+    header = ["", *(row.prompt for row in rows[board.labels[0]])]
+    body = [
+        [label, *(_shown(row.files[0], f"{label}: {row.prompt}") for row in found)] for label, found in rows.items()
+    ]
+    return webpage.table(header, body, "The first seed of the first prompts.")
+
+
+def _shown(file: Path, alt: str) -> webpage.Picture:
+    with Image.open(file) as image:
+        return webpage.picture(image.convert("RGB"), alt)

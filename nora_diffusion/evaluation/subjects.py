@@ -1,0 +1,126 @@
+"""What an evaluation is about: subjects with real pictures, and the prompts that every adapter is asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..adapter_info import AdapterInfo
+from ..data import read_photo, read_photos
+from ..errors import UserError
+
+DESCRIPTION = "subject.json"
+
+# The prompts of DreamBooth (arXiv 2208.12242), "{}" for the subject with its article and "{noun}" without one.
+SCENES = (
+    "{} in the jungle", "{} in the snow", "{} on the beach", "{} on a cobblestone street", "{} on top of pink fabric",
+    "{} on top of a wooden floor", "{} with a city in the background", "{} with a mountain in the background",
+    "{} with a blue house in the background", "{} on top of a purple rug in a forest",
+)  # fmt: skip
+CHANGES = ("a red {noun}", "a purple {noun}", "a shiny {noun}", "a wet {noun}", "a cube shaped {noun}")
+PROMPTS = {
+    "object": (
+        *SCENES, "{} with a wheat field in the background", "{} with a tree and autumn leaves in the background",
+        "{} with the Eiffel Tower in the background", "{} floating on top of water", "{} floating in an ocean of milk",
+        "{} on top of green grass with sunflowers around it", "{} on top of a mirror",
+        "{} on top of the sidewalk in a crowded street", "{} on top of a dirt road", "{} on top of a white rug",
+        *CHANGES,
+    ),
+    "live": (
+        *SCENES, "{} wearing a red hat", "{} wearing a santa hat", "{} wearing a rainbow scarf",
+        "{} wearing a black top hat and a monocle", "{} in a chef outfit", "{} in a firefighter outfit",
+        "{} in a police outfit", "{} wearing pink glasses", "{} wearing a yellow shirt", "{} in a purple wizard outfit",
+        *CHANGES,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A subject: its name, real pictures to compare with, templates of prompts, and the words for it, where known.
+
+    ``phrase`` calls it ("a sks mug"), ``class_phrase`` is what anybody would say ("a mug").
+    """
+
+    name: str
+    references: tuple[Image.Image, ...]
+    templates: tuple[str, ...]
+    phrase: str = ""
+    class_phrase: str = ""
+
+    def phrases(self, adapters: Sequence[AdapterInfo]) -> tuple[str, str]:
+        """``(phrase, class_phrase)``: its own, else those of the first adapter that says them.
+
+        Raises :class:`UserError` if nobody does.
+        """
+        if self.phrase:
+            return self.phrase, self.class_phrase
+        for info in adapters:
+            if info.class_word:
+                return with_article(f"{info.trigger} {info.class_word}".strip()), with_article(info.class_word)
+        raise UserError(
+            f"nothing says what to call the subject {self.name!r}: train with --trigger and --class_word, or put a "
+            f'{DESCRIPTION} with "instance_prompt" and "class_prompt" beside its photos'
+        )
+
+
+def fill(template: str, phrase: str) -> str:
+    """A prompt: the template with the subject in it."""
+    noun = phrase.partition(" ")[2] if phrase.split(" ")[0].lower() in ("a", "an", "the") else phrase
+    return template.replace("{}", phrase).replace("{noun}", noun)
+
+
+def with_article(words: str) -> str:
+    """``a dog``, ``an owl``."""
+    return f"{'an' if words[:1].lower() in tuple('aeiou') else 'a'} {words}"
+
+
+def read_subject(folder: Path, prompts: str | None = None) -> Subject:
+    """A folder of photos as a subject; a ``subject.json`` in it gives words, prompts and held-out pictures.
+
+    ``prompts``: ``object``, ``live`` or a text file of templates, a line each. Raises :class:`UserError`.
+    """
+    values = _description(folder)
+    own = tuple(map(str, values.get("demo_prompts", ())))
+    templates = read_templates(prompts) if prompts else own or PROMPTS["object"]
+    names = [str(name) for name in values.get("heldout", ())]
+    pictures = [read_photo(folder / name).image for name in names] or [photo.image for photo in read_photos(folder)]
+    return Subject(
+        folder.resolve().name, tuple(pictures), templates, str(values.get("instance_prompt", "")),
+        str(values.get("class_prompt", "")),
+    )  # fmt: skip
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(f"there is no subject at {folder}: give a folder of photos, such as examples/subjects/tiger")
+    file = folder / DESCRIPTION
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not valid JSON: mend it or take it away") from error
+    if not isinstance(values, dict) or bool(values.get("instance_prompt")) != bool(values.get("class_prompt")):
+        raise UserError(f'{file} must be an object with both "instance_prompt" and "class_prompt", or neither')
+    return values
+
+
+def read_templates(prompts: str) -> tuple[str, ...]:
+    """The templates called ``object`` or ``live``, or those of a text file. Raises :class:`UserError`."""
+    if prompts in PROMPTS:
+        return PROMPTS[prompts]
+    try:
+        lines = Path(prompts).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{prompts!r} is no text file of prompts: give one, or 'object' or 'live'") from error
+    found = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    bare = next((line for line in found if "{}" not in line and "{noun}" not in line), None)
+    if not found or bare is not None:
+        raise UserError(f"{prompts}: {bare or 'a prompt'!r} lacks the subject: write '{{}} on the beach'")
+    return found

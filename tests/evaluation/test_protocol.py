@@ -1,0 +1,177 @@
+"""The DreamBooth protocol: numbers against the judges, resuming, the two reports, mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factories import tiny_clip, tiny_dino, write_photos
+from PIL import Image
+
+from nora_diffusion import UserError, add_adapter, lora, nora, open_pipeline, save_adapter
+from nora_diffusion.cli import main
+from nora_diffusion.evaluation.protocol import EvaluationConfig, evaluate, parse_contender
+from nora_diffusion.evaluation.report import write_reports
+from nora_diffusion.evaluation.scoreboard import Scoreboard, compare, summarise
+from nora_diffusion.evaluation.subjects import PROMPTS, fill, read_subject, read_templates, with_article
+from nora_diffusion.generation import run
+from nora_diffusion.judges import image_features, load_judge, load_vision, prompt_score, subject_score
+from nora_diffusion.loaders import load_adapter, trainable_parameters
+
+
+@pytest.fixture(scope="module")
+def place(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two subjects, ``rex`` with a description and ``tom`` without, two adapters of each, judges and prompts."""
+    folder = tmp_path_factory.mktemp("protocol")
+    tiny_clip(folder / "clip")
+    tiny_dino(folder / "dino")
+    write_photos(folder / "rex", 3, (32, 32), seed=1)
+    write_photos(folder / "tom", 2, (32, 32), seed=2)
+    words = {"instance_prompt": "a sks dog", "class_prompt": "a dog", "heldout": ["1.png", "2.png"]}
+    (folder / "rex" / "subject.json").write_text(json.dumps(words))
+    (folder / "prompts.txt").write_text("{} on the beach\na red {noun}\n\n")
+    for number, (name, word) in enumerate((("rex", "dog"), ("tom", "cat"))):
+        for method, config in (("nora", nora(r=4, inner_r=2, basis="svd")), ("lora", lora(r=2))):
+            pipe: Any = open_pipeline(tiny_base)
+            torch.manual_seed(number)
+            add_adapter(pipe, config, "one")
+            for parameter in trainable_parameters(pipe, "one").values():
+                parameter.data.normal_(std=0.5)
+            save_adapter(pipe, folder / f"{name}-{method}", "one", info={"trigger": "sks", "class_word": word})
+    return folder
+
+
+def config(base: Path, place: Path, out: Path, **changes: Any) -> EvaluationConfig:
+    values: dict[str, Any] = {
+        "adapters": [f"{place}/{{subject}}-nora", f"small={place}/{{subject}}-lora:0.5"],
+        "subjects": [str(place / "rex"), str(place / "tom")],
+        "prompts": str(place / "prompts.txt"), "judge": str(place / "clip"), "dino": str(place / "dino"),
+        "base": str(base), "seeds": 2, "steps": 2, "guidance": 2.0, "width": 16, "height": 16, "out": str(out),
+    }  # fmt: skip
+    return EvaluationConfig(**values | changes)
+
+
+@pytest.fixture(scope="module")
+def board(tiny_base: Path, place: Path, tmp_path_factory: pytest.TempPathFactory) -> Scoreboard:
+    return evaluate(config(tiny_base, place, tmp_path_factory.mktemp("board") / "out"))
+
+
+def test_scores_are_those_of_pictures_made_one_by_one(board: Scoreboard, tiny_base: Path, place: Path) -> None:
+    """Tom, second prompt, by the adapter at half weight: rendered and judged here from the definitions."""
+    row = next(r for r in board.of("small") if r.subject == "tom" and "red" in r.prompt)
+    assert row.prompt == "a red sks cat"  # the words are the adapter's own: tom has no description
+    pipe: Any = open_pipeline(tiny_base)
+    load_adapter(pipe, place / "tom-lora", "one", weight=0.5)
+    images = [run(pipe, [row.prompt], [seed], 2, 2.0, width=16, height=16)[0] for seed in (0, 1)]
+    clip, dino = load_judge(place / "clip"), load_vision(place / "dino")
+    real = [Image.open(place / "tom" / f"{i}.png").convert("RGB") for i in range(2)]
+    a, b = image_features(dino, images)
+    expected = {
+        "clip_i": subject_score(clip, images, real), "dino": subject_score(dino, images, real),
+        "clip_t": prompt_score(clip, images, ["a red cat"] * 2), "diversity": 1 - float(a @ b),
+    }  # fmt: skip
+    assert row.scores == pytest.approx(expected, abs=1e-5)
+
+
+def test_real_pictures_are_compared_among_themselves(board: Scoreboard, place: Path) -> None:
+    held_out = [Image.open(place / "rex" / name).convert("RGB") for name in ("1.png", "2.png")]
+    a, b = image_features(load_vision(place / "dino"), held_out)
+    assert board.real["rex"]["dino"] == pytest.approx(float(a @ b), abs=1e-5)
+
+
+def test_the_table_has_means_inside_their_intervals(board: Scoreboard) -> None:
+    assert board.labels == ["base", "nora", "small"] and len(board.scored) == 3 * 2 * 2
+    table = summarise(board)
+    for label, values in table.items():
+        scores = [row.scores["clip_t"] for row in board.of(label)]
+        assert values["clip_t"]["mean"] == pytest.approx(sum(scores) / 4)
+        assert all(v["low"] <= v["mean"] <= v["high"] for v in values.values())
+    gap = compare(board)["small - nora"]["dino"]["mean"]
+    assert gap == pytest.approx(table["small"]["dino"]["mean"] - table["nora"]["dino"]["mean"])
+
+
+def test_an_adapter_against_itself_differs_by_nothing(tiny_base: Path, place: Path, tmp_path: Path) -> None:
+    """Paired: however much prompts differ, the interval of the difference is a point."""
+    one = f"{place}/rex-nora"
+    twins = config(tiny_base, place, tmp_path, adapters=[f"a={one}", f"b={one}"], subjects=[str(place / "rex")])
+    assert compare(evaluate(twins))["b - a"]["clip_i"] == {"mean": 0, "low": 0, "high": 0}
+
+
+def test_a_second_run_makes_only_what_is_new(
+    board: Scoreboard, tiny_base: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nora_diffusion.evaluation import grid
+
+    made: list[Any] = []
+    original = grid.run
+    monkeypatch.setattr(grid, "run", lambda *args: made.append(args[2]) or original(*args))
+    again = evaluate(config(tiny_base, place, board.folder))
+    assert not made and summarise(again) == summarise(board)
+    evaluate(config(tiny_base, place, board.folder, seeds=3, subjects=[str(place / "rex")]))
+    assert made == [[2]] * 6  # the third seed of two prompts for three rows
+
+
+def test_the_reports(board: Scoreboard, place: Path) -> None:
+    page = write_reports(board).read_text()
+    document = json.loads((board.folder / "evaluation.json").read_text())
+    assert document["table"] == json.loads(json.dumps(summarise(board)))
+    assert all((board.folder / file).is_file() for cell in document["cells"] for file in cell["files"])
+    assert (document["judge"], document["seeds"]) == (str(place / "clip"), 2)
+    for said in ("DINO ↑", "small - nora", "By subject", "a red sks cat", "a ceiling for likeness"):
+        assert said in page
+    assert page.count("data:image/png;base64,") == 12 and "<script" not in page
+
+
+def test_without_dino_and_with_one_seed(tiny_base: Path, place: Path, tmp_path: Path) -> None:
+    small = config(tiny_base, place, tmp_path, dino=None, seeds=1, subjects=[str(place / "rex")])
+    found = evaluate(small)
+    assert found.metrics == ["clip_i", "clip_t"]
+    assert "not measured" in write_reports(found).read_text()
+
+
+def test_prompts() -> None:
+    assert [len(PROMPTS[kind]) for kind in ("object", "live")] == [25, 25]
+    assert fill("a red {noun}", "an owl") == "a red owl" and fill("{} in it", "the owl") == "the owl in it"
+    assert (with_article("owl"), with_article("sks owl")) == ("an owl", "a sks owl")
+
+
+def test_labels() -> None:
+    assert parse_contender("out/{subject}-lora").label == "lora"
+    assert parse_contender("out/{subject}").label == "out"
+    assert parse_contender("mine=out/dog:0.7").weight == 0.7
+
+
+def test_mistakes_are_refused_before_anything_is_made(tiny_base: Path, place: Path, tmp_path: Path) -> None:
+    strange = write_photos(tmp_path / "strange", 1)
+    (tmp_path / "bare.txt").write_text("a dog\n")
+    nameless = f"{place}/rex-nora"
+    for changes, words in (
+        ({"judge": None}, "give the judge"),
+        ({"seeds": 0}, "out of range"),
+        ({"adapters": ["none"]}, "takes part anyway"),
+        ({"adapters": [f"a={nameless}", f"a={nameless}"]}, "two adapters are called 'a'"),
+        ({"adapters": [f"base={nameless}"]}, "another label"),
+        ({"adapters": [str(place / "nowhere")]}, "no adapter"),
+        ({"subjects": []}, "no subject"),
+        ({"subjects": [str(place / "nobody")]}, "no subject at"),
+        ({"prompts": str(tmp_path / "bare.txt")}, "lacks the subject"),
+        ({"prompts": "objects"}, "'object' or 'live'"),
+        ({"judge": str(place / "dino")}, "cannot load the judge"),
+    ):
+        with pytest.raises(UserError, match=words):
+            evaluate(config(tiny_base, place, tmp_path / "out", **changes))
+    with pytest.raises(UserError, match="nothing says what to call"):
+        read_subject(strange).phrases([])
+    assert not (tmp_path / "out").exists()
+    assert read_templates("live")[0] == "{} in the jungle"
+
+
+def test_the_command(tiny_base: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"""evaluate --adapters {place}/rex-nora --subjects {place}/rex --prompts {place}/prompts.txt --seeds 1
+        --judge {place}/clip --base {tiny_base} --steps 1 --width 16 --height 16 --out {tmp_path}/out"""
+    assert main(words.split()) == 0
+    said = capsys.readouterr().out
+    assert "rex-nora" in said and "clip_t" in said and (tmp_path / "out" / "report.html").is_file()
