@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..data import Photo, crop_boxes, square
 from .config import TrainConfig
+from .denoiser import Conditions, encode_prompts, family_of
 from .randomness import derive
 
 log = logging.getLogger(__name__)
@@ -90,27 +91,31 @@ class TextConditions:
     """Prompts as the UNet wants them: from a cache, or afresh each step while the text encoder is trained."""
 
     def __init__(self, pipe: Any, config: TrainConfig, prompts: Sequence[str]) -> None:
-        self._encoder = pipe.text_encoder
+        self._pipe, self._encoder, self._length = pipe, pipe.text_encoder, config.tokenizer_max_length
+        self._plain = family_of(pipe) == "sd"
         self._live = config.train_text_encoder
         self._masked = config.text_encoder_use_attention_mask
         unique = list(dict.fromkeys(prompts))
+        self._prompts = unique
         self._row = {prompt: row for row, prompt in enumerate(unique)}
-        self._ids, self._mask = tokenize(pipe.tokenizer, unique, config.tokenizer_max_length)
+        self._ids, self._mask = tokenize(pipe.tokenizer, unique, config.tokenizer_max_length if self._plain else None)
         device = self._encoder.device
         self._ids, self._mask = self._ids.to(device), self._mask.to(device)
         if not self._live:
             with torch.no_grad():
                 self._cached = self._encode(list(range(len(unique))))
 
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Hidden states ``[B, tokens, width]``."""
+    def __call__(self, prompts: Sequence[str]) -> Conditions:
+        """What the denoiser is told of these prompts."""
         rows = [self._row[prompt] for prompt in prompts]
-        return self._encode(rows) if self._live else self._cached[rows]
+        return self._encode(rows) if self._live else {name: value[rows] for name, value in self._cached.items()}
 
-    def _encode(self, rows: list[int]) -> Tensor:
+    def _encode(self, rows: list[int]) -> Conditions:
+        if not self._plain:
+            return encode_prompts(self._pipe, [self._prompts[row] for row in rows], self._length)
         mask = self._mask[rows] if self._masked else None
         hidden: Tensor = self._encoder(self._ids[rows], attention_mask=mask, return_dict=False)[0]
-        return hidden
+        return {"hidden": hidden}
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int | None) -> tuple[Tensor, Tensor]:

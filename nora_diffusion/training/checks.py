@@ -83,6 +83,8 @@ def _check_data(config: TrainConfig) -> None:
         raise UserError("--use_captions and --caption_column exclude each other: choose where captions come from")
     if config.trigger is not None and not config.trigger.strip():
         raise UserError("the trigger is empty: give a rare word such as 'sks', or leave --trigger out")
+    if config.center_crop and config.crop == "subject":
+        raise UserError("--center_crop and --crop subject exclude each other: choose where photos are cropped")
     if config.validation_images:
         raise UserError("--validation_images is for pipelines that start from a picture; use --validation_prompt here")
 
@@ -159,21 +161,33 @@ def _need(package: str, flag: str, note: str = "") -> None:
 
 
 def check_pipeline(config: TrainConfig, pipe: Any) -> None:
-    """Refuse pipelines that this trainer does not know, by what they lack. Tested with SD 1.x and 2.x layouts."""
-    lacking = [part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if not hasattr(pipe, part)]
+    """Refuse pipelines that this trainer does not know, by what they lack."""
+    from .denoiser import KNOWN, denoiser, family_of, size_step
+
+    lacking = [part for part in ("vae", "text_encoder", "tokenizer", "scheduler") if not hasattr(pipe, part)]
     if lacking:
-        raise UserError(f"{type(pipe).__name__} has no {lacking[0]}: this trainer takes Stable Diffusion 1.x and 2.x")
-    unet = pipe.unet.config
-    if getattr(pipe, "text_encoder_2", None) is not None or unet.addition_embed_type is not None:
-        raise UserError(f"{type(pipe).__name__} has two text encoders: this trainer takes Stable Diffusion 1.x and 2.x")
-    if unet.in_channels != pipe.vae.config.latent_channels:
-        raise UserError(f"the UNet takes {unet.in_channels} channels (inpainting?): use the text-to-image model")
-    if config.resolution is not None and config.resolution % pipe.vae_scale_factor:
-        raise UserError(f"resolution={config.resolution} must be a multiple of {pipe.vae_scale_factor}")
-    if config.tokenizer_max_length is not None and config.tokenizer_max_length > pipe.tokenizer.model_max_length:
+        raise UserError(f"{type(pipe).__name__} has no {lacking[0]}: this trainer takes {KNOWN}")
+    kind = family_of(pipe)
+    channels = denoiser(pipe).config.in_channels // (4 if kind == "flux" else 1)
+    if channels != pipe.vae.config.latent_channels:
+        raise UserError(f"the denoiser takes {channels} channels (inpainting?): use the text-to-image model")
+    if config.resolution is not None and config.resolution % size_step(pipe):
+        raise UserError(f"resolution={config.resolution} must be a multiple of {size_step(pipe)}")
+    for name in ("text_encoder_use_attention_mask", "class_labels_conditioning"):
+        if getattr(config, name) and kind != "sd":
+            raise UserError(f"--{name} is for Stable Diffusion 1.x and 2.x: leave it out for {type(pipe).__name__}")
+    _check_prompt_length(config, pipe, kind)
+
+
+def _check_prompt_length(config: TrainConfig, pipe: Any, kind: str) -> None:
+    length = config.tokenizer_max_length
+    if length is None or kind in ("sd3", "flux"):  # a T5 takes any
+        return
+    if kind == "sdxl":
+        raise UserError("--tokenizer_max_length has no meaning for SDXL: its prompts have one length")
+    if length > pipe.tokenizer.model_max_length:
         raise UserError(
-            f"tokenizer_max_length={config.tokenizer_max_length} exceeds the {pipe.tokenizer.model_max_length} "
-            "tokens of the text encoder"
+            f"tokenizer_max_length={length} exceeds the {pipe.tokenizer.model_max_length} tokens of the text encoder"
         )
 
 

@@ -21,7 +21,7 @@ def scaled_rate(rate: float, config: TrainConfig, processes: int) -> float:
 def build_optimizer(
     config: TrainConfig, parameters: Mapping[str, nn.Parameter], processes: int = 1
 ) -> torch.optim.Optimizer:
-    """AdamW with one group for the UNet and, where it is trained, one for the text encoder.
+    """AdamW with one group for the denoiser and, where they are trained, one for the text encoders.
 
     Raises :class:`UserError` if there is nothing to train.
     """
@@ -29,8 +29,8 @@ def build_optimizer(
         raise UserError("nothing would be trained: --target_modules matches no projection of the base")
     rate = config.learning_rate or 0.0
     groups = []
-    for prefix, group_rate in (("unet.", rate), ("text_encoder.", config.text_encoder_lr or rate)):
-        own = [parameter for name, parameter in parameters.items() if name.startswith(prefix)]
+    for is_text, group_rate in ((False, rate), (True, config.text_encoder_lr or rate)):
+        own = [value for name, value in parameters.items() if name.startswith("text_encoder") == is_text]
         if own:
             groups.append({"params": own, "lr": scaled_rate(group_rate, config, processes)})
     return _adamw(config)(

@@ -19,7 +19,9 @@ from ..files import make_folder
 from ..generation import run
 from ..pictures import PictureSettings, save_picture
 from ..versions import versions
+from .checks import folder_of
 from .config import TrainConfig
+from .denoiser import denoiser, text_encoders
 from .randomness import derive
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,11 @@ def count_pictures(folder: Path) -> int:
         return len(find_photos(folder))
     except UserError:
         return 0
+
+
+def class_folder(config: TrainConfig) -> Path:
+    """Where the class pictures of prior preservation are."""
+    return folder_of(config.class_data_dir) if config.class_data_dir else config.folder / "class_images"
 
 
 def fill_class_images(pipe: Any, folder: Path, config: TrainConfig, seed: int, check: Callable[[], None]) -> int:
@@ -59,14 +66,14 @@ def fill_class_images(pipe: Any, folder: Path, config: TrainConfig, seed: int, c
 
 
 def _fast_precision(pipe: Any) -> str:
-    return "fp16" if pipe.unet.device.type == "cuda" else "no"
+    return "fp16" if denoiser(pipe).device.type == "cuda" else "no"
 
 
 def render(
     pipe: Any, prompt: str, seeds: Sequence[int], config: TrainConfig, autocast: torch.dtype
 ) -> list[Image.Image]:
     """Pictures by the pipeline as it stands, adapters included; the modules keep their modes."""
-    device, lower = pipe.unet.device.type, autocast != torch.float32
+    device, lower = denoiser(pipe).device.type, autocast != torch.float32
     steps, guidance = config.sample_steps or 30, config.sample_guidance or 0.0
     with _evaluating(pipe), torch.no_grad(), torch.autocast(device, autocast if lower else None, enabled=lower):
         return run(
@@ -76,7 +83,7 @@ def render(
 
 @contextlib.contextmanager
 def _evaluating(pipe: Any) -> Iterator[None]:
-    modules = [pipe.unet, pipe.text_encoder, pipe.vae]
+    modules = [denoiser(pipe), *text_encoders(pipe), pipe.vae]
     modes = [module.training for module in modules]
     try:
         for module in modules:

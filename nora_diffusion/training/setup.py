@@ -18,19 +18,22 @@ from ..adapters.build import outer_rank
 from ..adapters.presets import PRESETS
 from ..base import open_pipeline
 from ..calibration import Calibration
-from ..components import all_targets
+from ..components import all_targets, denoiser_name
 from ..data import read_photos
 from ..errors import UserError
 from ..loaders import add_adapter, load_adapter, trainable_parameters
-from .cache import Latents, TextConditions, encode_photos
+from .cache import TextConditions
 from .checkpoints import Checkpoint, restore_optimizer
-from .checks import check_pipeline, folder_of
+from .checks import check_pipeline
 from .config import Precision, TrainConfig
+from .dataset import class_views, report_data, transform_of, views_of
 from .defaults import PRESET_KEYS
+from .denoiser import TRAINED_ENCODERS, denoiser, family_of, native_size, text_encoders
+from .latents import Latents, encode_photos
 from .objective import Objective
 from .optimization import build_optimizer, build_schedule, restore_schedule
 from .randomness import derive
-from .renders import DTYPES, fill_class_images
+from .renders import DTYPES, class_folder, fill_class_images
 from .rundir import RunFolder
 from .subject import Subject
 
@@ -81,7 +84,7 @@ def open_base(config: TrainConfig, device: torch.device) -> Any:
     check_pipeline(config, pipe)
     if config.tokenizer_name:
         pipe.tokenizer = _other_tokenizer(config.tokenizer_name)
-    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+    for module in (denoiser(pipe), pipe.vae, *text_encoders(pipe)):
         module.requires_grad_(False)
         module.eval()
     if config.enable_xformers_memory_efficient_attention:
@@ -126,7 +129,7 @@ def settle(
         mixed_precision=precision,
         max_train_steps=steps,
         lr_warmup_steps=warmup,
-        resolution=config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor,
+        resolution=config.resolution or native_size(pipe),
     )
 
 
@@ -159,17 +162,28 @@ def build_latents(
     check: Callable[[], None],
 ) -> tuple[Latents, Latents | None, str]:
     """Latents of the photos and, under prior preservation, of the class pictures with their hash."""
-    seed, resolution = config.seed or 0, config.resolution or 0
-    latents = encode_photos(pipe.vae, subject.photos, config, resolution, seed)
+    seed, transform = config.seed or 0, transform_of(config, bucket_step(pipe))
+    views = views_of(transform, subject.photos, seed)
+    if folder.owner:
+        report_data(folder.path, subject, views)
+    latents = encode_photos(pipe.vae, subject.photos, views)
     if not config.with_prior_preservation:
         return latents, None, ""
-    place = folder_of(config.class_data_dir) if config.class_data_dir else folder.path / "class_images"
+    place = class_folder(config)
     if folder.owner:
         fill_class_images(pipe, place, config, seed, check)
     barrier()
     pictures = read_photos(place, config.dataloader_num_workers)[: config.num_class_images]
     hashes = str(derive(0, *(photo.sha256 for photo in pictures)))
-    return latents, encode_photos(pipe.vae, pictures, config, resolution, derive(seed, "class")), hashes
+    own = class_views(transform, pictures, derive(seed, "class"), views)
+    return latents, encode_photos(pipe.vae, pictures, own), hashes
+
+
+def bucket_step(pipe: Any) -> int:
+    """Pixels that a side of a bucket is a multiple of, so that latents halve at every level of the denoiser."""
+    settings = getattr(pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer, "config", {})
+    levels = len(settings.get("block_out_channels", (0, 0)))
+    return int(pipe.vae_scale_factor) * 2 ** (levels - 1)
 
 
 def adapter_config(config: TrainConfig) -> AdapterConfig:
@@ -192,21 +206,21 @@ def adapter_config(config: TrainConfig) -> AdapterConfig:
 def check_targets(config: TrainConfig, pipe: Any) -> None:
     """Raise :class:`UserError` for an adapter that cannot be made or sits nowhere, before anything is written."""
     adapter = adapter_config(config)
-    for layers in all_targets(pipe, components(config), adapter).values():
+    for layers in all_targets(pipe, components(config, pipe), adapter).values():
         for path, layer in layers.items():
             outer_rank(adapter, layer, path)  # refuses blocks that do not divide a layer
 
 
-def components(config: TrainConfig) -> list[str]:
+def components(config: TrainConfig, pipe: Any) -> list[str]:
     """The parts of the pipeline that get the adapter."""
-    return ["unet", "text_encoder"] if config.train_text_encoder else ["unet"]
+    return [denoiser_name(pipe), *(TRAINED_ENCODERS[family_of(pipe)] if config.train_text_encoder else ())]
 
 
 def calibration_of(config: TrainConfig, subject: Subject, latents: Latents) -> Calibration | None:
     """What the base is shown to calibrate the basis: generic prompts (``None``), given ones, or the first photos."""
     if config.calibration == "subject":
-        pictures = latents.first_crops(CALIBRATION_PHOTOS)
-        return Calibration(list(subject.captions[: len(pictures)]), pictures)
+        photos, pictures = latents.first_pictures(CALIBRATION_PHOTOS)
+        return Calibration([subject.captions[photo] for photo in photos], pictures)
     return Calibration(config.calibration_prompts) if config.calibration_prompts else None
 
 
@@ -216,7 +230,7 @@ def place_adapter(
     """Put the adapter in, fresh or from the checkpoint; returns its trained factors by file key."""
     if checkpoint is None:
         torch.manual_seed(derive(config.seed or 0, "init"))
-        add_adapter(pipe, adapter_config(config), ADAPTER, components(config), calibration)
+        add_adapter(pipe, adapter_config(config), ADAPTER, components(config, pipe), calibration)
     else:
         load_adapter(pipe, checkpoint.path, ADAPTER)
     parameters = trainable_parameters(pipe, ADAPTER)
@@ -226,16 +240,16 @@ def place_adapter(
 
 
 def lower_precision(config: TrainConfig, pipe: Any, device: torch.device) -> torch.dtype:
-    """Cast the frozen UNet and text encoder; on a CPU with channels last. Returns the dtype."""
+    """Cast the frozen denoiser and text encoders; on a CPU with channels last. Returns the dtype."""
     dtype = DTYPES[config.mixed_precision or "no"]
-    for module in (pipe.unet, pipe.text_encoder):
+    for module in (denoiser(pipe), *text_encoders(pipe)):
         nn.Module.to(module, dtype)  # diffusers' own `to` warns of modules to keep in fp32 even if there are none
     if device.type == "cpu":
-        pipe.unet.to(memory_format=torch.channels_last)
+        denoiser(pipe).to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
-        if config.train_text_encoder:
-            pipe.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        denoiser(pipe).enable_gradient_checkpointing()
+        for name in components(config, pipe)[1:]:
+            getattr(pipe, name).gradient_checkpointing_enable({"use_reentrant": False})
     return dtype
 
 
@@ -250,7 +264,7 @@ def build_run(
 ) -> Run:
     """Text conditions, adapter, optimizer and schedule, then the checkpoint's state over them."""
     latents, class_latents, _ = data
-    device = pipe.unet.device
+    device = denoiser(pipe).device
     prompts: Sequence[str] = [*subject.captions, *([config.class_prompt or ""] if class_latents else [])]
     conditions = None if config.train_text_encoder else TextConditions(pipe, config, prompts)
     dtype = lower_precision(config, pipe, device)
@@ -265,8 +279,8 @@ def build_run(
         restore_schedule(schedule, optimizer, checkpoint.schedule)
         if checkpoint.scaler:
             scaler.load_state_dict(checkpoint.scaler)
-    pipe.unet.train()
-    pipe.text_encoder.train(config.train_text_encoder)
+    for name in components(config, pipe):
+        getattr(pipe, name).train()
     return Run(
         config=config,
         pipe=pipe,

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from .checkpoints import list_checkpoints, prune, save_checkpoint
+from .denoiser import denoiser, predict, text_encoders
 from .optimization import clip, schedule_state
-from .randomness import derive, draw_timesteps, generator, shuffled_rows
+from .randomness import batch_rows, derive, draw_timesteps, generator, shuffled_rows
 from .renders import save_samples
 from .rundir import RunFolder, RunLog
 from .setup import ADAPTER, Run, epoch_steps
@@ -30,7 +31,7 @@ class Stepper:
 
     def __init__(self, run: Run, accelerator: Accelerator, folder: RunFolder, stop: StopRequests) -> None:
         self.run, self.accelerator, self.folder, self.stop = run, accelerator, folder, stop
-        self.device = run.pipe.unet.device
+        self.device = denoiser(run.pipe).device
         self.saved: Path | None = None
 
     def run_steps(self) -> list[float]:
@@ -97,13 +98,15 @@ class Stepper:
         # The adapter's dropout draws from the global generator, so that is a function of the step as well.
         torch.manual_seed(derive(run.seed, "dropout", step, micro, rank))
         size = config.train_batch_size or 1
-        start = ((step * config.gradient_accumulation_steps + micro) * self.accelerator.num_processes + rank) * size
-        photos = shuffled_rows(run.seed, "photos", len(run.subject.photos), start, size)
+        number = (step * config.gradient_accumulation_steps + micro) * self.accelerator.num_processes + rank
+        sizes = [run.latents.size_of(photo) for photo in range(len(run.subject.photos))]
+        photos = batch_rows(run.seed, "photos", sizes, number, size)
         latents = run.latents.sample(photos, source)
         prompts = [run.subject.captions[photo] for photo in photos]
         if run.class_latents is not None:
-            pictures = shuffled_rows(run.seed, "class pictures", len(run.class_latents.of_photo), start, size)
-            latents = torch.cat([latents, run.class_latents.sample(pictures, source)])
+            pictures = shuffled_rows(run.seed, "class pictures", len(run.class_latents.of_photo), number * size, size)
+            picked = run.class_latents.pick(pictures, source, run.latents.size_of(photos[0]))
+            latents = torch.cat([latents, run.class_latents.draw(picked, source)])
             prompts += [config.class_prompt or ""] * size
         losses = self._denoising_losses(latents, prompts, source)
         mean = losses[:size].mean()
@@ -118,13 +121,9 @@ class Stepper:
         noisy = objective.add_noise(latents, noise, t)
         lower = run.dtype != torch.float32
         with torch.autocast(self.device.type, run.dtype if lower else None, enabled=lower):
-            prediction = run.pipe.unet(
-                noisy.to(run.dtype),
-                t,
-                run.conditions(prompts).to(run.dtype),
-                return_dict=False,
-                class_labels=t if run.config.class_labels_conditioning == "timesteps" else None,
-            )[0]
+            labels = t if run.config.class_labels_conditioning == "timesteps" else None
+            times = objective.times[t]
+            prediction = predict(run.pipe, noisy.to(run.dtype), times, run.conditions(prompts), labels)
         return objective.losses(prediction, latents, noise, t)
 
     def _update(self, step: int) -> float:
@@ -207,7 +206,7 @@ class Stepper:
         prune(folder.checkpoints, run.config.checkpoints_total_limit)
 
     def _checkpoint_bytes(self) -> int:
-        modules = (self.run.pipe.unet, self.run.pipe.text_encoder)
+        modules = (denoiser(self.run.pipe), *text_encoders(self.run.pipe))
         frozen = sum(b.numel() * b.element_size() for m in modules for n, b in m.named_buffers() if ".nora_" in n)
         return frozen + 12 * sum(p.numel() for p in self.run.parameters.values())
 
