@@ -23,6 +23,7 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "ham
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 TimestepSampling = Literal["uniform", "stratified"]
 Calibrated = Literal["generic", "subject"]
+Crop = Literal["random", "center", "subject"]
 
 GROUPS = {
     "base": "the frozen model",
@@ -61,15 +62,19 @@ class TrainConfig:
     class_labels_conditioning: str | None = key(None, "base", "'timesteps' passes the timesteps as class labels")
 
     # data
-    instance_data_dir: str | None = key(None, "data", "folder with the photos of the subject (JPEG, PNG, WEBP)")
+    instance_data_dir: str | None = key(None, "data", "folder with the photos of the subject")
     instance_prompt: str | None = key(None, "data", "prompt for all photos, for example 'a photo of sks dog'")
     use_captions: bool = key(False, "data", "read each photo's prompt from the .txt file beside it")
     caption_column: str | None = key(None, "data", "read each photo's prompt from this key of metadata.jsonl")
     trigger: str | None = key(None, "data", "the rare word that names the subject (default: found in the prompt)")
     class_word: str | None = key(None, "data", "what the subject is, for example 'dog'")
     resolution: int | None = key(None, "data", "side of the training pictures in pixels (default: the base's own)")
-    center_crop: bool = key(False, "data", "crop the centre instead of random places")
-    crops_per_image: int = key(4, "data", "random crops cached for each photo that is not square")
+    crop: Crop = key("random", "data", "where photos are cropped; subject keeps all of what its mask shows")
+    center_crop: bool = key(False, "data", "the same as --crop center")
+    crops_per_image: int = key(4, "data", "random crops cached for each photo of another shape")
+    aspect_buckets: bool = key(False, "data", "crop to the nearest of several shapes, not to a square")
+    background: str = key("white", "data", "colour that shows through transparent places")
+    skip_unreadable: bool = key(False, "data", "leave unusable files out instead of stopping")
     random_flip: bool = key(False, "data", "mirror half of the pictures")
     image_interpolation_mode: Interpolation = key("lanczos", "data", "filter for resizing")
     dataloader_num_workers: int = key(0, "data", "threads that read photos; 0 reads one after another")

@@ -41,6 +41,7 @@ FREE_TO_CHANGE = frozenset(
         "use_captions",
         "caption_column",
         "num_class_images",
+        "skip_unreadable",
         "sample_batch_size",
         "prior_generation_precision",
         "tokenizer_name",

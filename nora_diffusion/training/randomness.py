@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,23 @@ def generator(seed: int, *names: object) -> torch.Generator:
 def shuffled_rows(seed: int, name: str, count: int, start: int, size: int) -> list[int]:
     """Rows ``start .. start + size`` of endless epochs, each a fresh permutation of ``count`` items."""
     return [row for _, row in zip(range(size), _rows_from(seed, name, count, start), strict=False)]
+
+
+def batch_rows(seed: int, name: str, groups: Sequence[Hashable], number: int, size: int) -> list[int]:
+    """``size`` rows of batch ``number``, all of one group: row ``i`` belongs to ``groups[i]``.
+
+    An epoch is as many batches as there are rows; each group has as many of them as it has rows and goes through
+    its rows in endless permutations of its own. So every row comes equally often, whatever the sizes of groups.
+    """
+    count = len(groups)
+    if len(set(groups)) == 1:
+        return shuffled_rows(seed, name, count, number * size, size)
+    epoch, place = divmod(number, count)
+    order = torch.randperm(count, generator=generator(seed, name, "groups", epoch)).tolist()
+    group = groups[order[place]]
+    rows = [row for row in range(count) if groups[row] == group]
+    earlier = epoch * len(rows) + sum(groups[row] == group for row in order[:place])
+    return [rows[i] for i in shuffled_rows(seed, f"{name} {group}", len(rows), earlier * size, size)]
 
 
 def _rows_from(seed: int, name: str, count: int, start: int) -> Iterator[int]:

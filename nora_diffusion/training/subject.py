@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..captions import guess_class_word, guess_trigger, read_captions, with_trigger
-from ..data import Photo, read_photos
+from ..data import Photo, Reject, read_photos, survey
+from ..data.colours import colour
 from ..errors import UserError
 from .checks import folder_of
 from .config import TrainConfig
@@ -26,6 +27,7 @@ class Subject:
     trigger: str | None
     class_word: str | None
     data_hash: str
+    rejects: Sequence[Reject] = ()
 
 
 def read_subject(config: TrainConfig) -> tuple[Subject, TrainConfig]:
@@ -35,7 +37,7 @@ def read_subject(config: TrainConfig) -> tuple[Subject, TrainConfig]:
     trigger is put into captions that lack it. Raises :class:`UserError` if there is no prompt for a photo.
     """
     config = _with_prompts(config)
-    photos = read_photos(folder_of(config.instance_data_dir or ""), config.dataloader_num_workers)
+    photos, rejects = _photos(config)
     captions = read_captions(
         [photo.path for photo in photos], config.instance_prompt, config.use_captions, config.caption_column
     )
@@ -46,7 +48,20 @@ def read_subject(config: TrainConfig) -> tuple[Subject, TrainConfig]:
     if trigger is None:
         log.warning("no trigger word in %r (--trigger names one): the whole prompt calls the subject", captions[0])
     config = replace(config, trigger=trigger, class_word=class_word)
-    return Subject(photos, captions, trigger, class_word, _data_hash(photos, captions)), config
+    return Subject(photos, captions, trigger, class_word, _data_hash(photos, captions), rejects), config
+
+
+def _photos(config: TrainConfig) -> tuple[list[Photo], list[Reject]]:
+    folder, workers = folder_of(config.instance_data_dir or ""), config.dataloader_num_workers
+    background = colour(config.background)
+    if not config.skip_unreadable:
+        return read_photos(folder, workers, background), []
+    photos, rejects = survey(folder, workers, background)
+    for reject in rejects:
+        log.warning("left out: %s", reject.reason)
+    if not photos:
+        raise UserError(f"no file in {folder} can be used: {rejects[0].reason}")
+    return photos, rejects
 
 
 def _with_prompts(config: TrainConfig) -> TrainConfig:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from ..data import UnreadablePhotoError, crop_boxes, read_photo, square
+from ..data import UnreadablePhotoError, read_photo
+from ..data.transforms import Transform
 from ..errors import UserError
 from .engine import Engine
 
@@ -27,7 +27,8 @@ PRESETS: dict[str, tuple[float, float]] = {"Fast": (1 / 3, 1.0), "Balanced": (1.
 
 OPEN_GROUPS = ("adapter", "prior", "training", "optimizer")
 OPEN = {
-    "resolution", "center_crop", "crops_per_image", "random_flip", "image_interpolation_mode", "gradient_checkpointing",
+    "resolution", "crop", "aspect_buckets", "background", "center_crop", "crops_per_image", "random_flip",
+    "image_interpolation_mode", "gradient_checkpointing",
     "mixed_precision", "checkpointing_steps", "checkpoints_total_limit", "validation_prompt", "num_validation_images",
     "validation_steps", "sample_steps", "sample_guidance", "save_dtype", "license",
 }  # fmt: skip
@@ -65,9 +66,7 @@ def check_photos(paths: Sequence[Path], resolution: int) -> list[Checked]:
         if twin != path.name or any(c.path == path for c in found):
             found.append(Checked(path, fault=f"{path.name} is the same photo as {twin}"))
             continue
-        box = crop_boxes(photo.image.size, 1, True, np.random.default_rng(0))[0]
-        pixels = square(photo.image, box, resolution, Image.Resampling.LANCZOS)
-        picture = Image.fromarray(np.clip(np.round((pixels.transpose(1, 2, 0) + 1) * 127.5), 0, 255).astype(np.uint8))
+        picture = Transform([(resolution, resolution)]).views(photo.image.size)[0].picture(photo.image)
         found.append(Checked(path, picture, remark=_remark(photo.image.size, resolution)))
     return found
 

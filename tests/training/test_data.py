@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from factories import write_photos
-from PIL import Image
+from PIL import Image, ImageCms
 
 from nora_diffusion.captions import guess_class_word, guess_trigger, read_captions, with_trigger
-from nora_diffusion.data import crop_boxes, find_photos, read_photo, read_photos, square
+from nora_diffusion.data import find_photos, read_photo, read_photos, survey
+from nora_diffusion.data.colours import colour
+from nora_diffusion.data.formats import sniff
 from nora_diffusion.errors import UserError
 
 RED, BLUE = (200, 30, 40), (20, 40, 210)
@@ -48,9 +50,50 @@ def test_colour_modes_become_rgb(tmp_path: Path) -> None:
         assert close(photo.image.getpixel((5, 10)), RED, 40), photo.path.name
 
 
-def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
-    Image.fromarray(np.full((20, 20), 32768, dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert close(read_photo(tmp_path / "deep.png").image.getpixel((3, 3)), (128, 128, 128), 1)
+@pytest.mark.parametrize("level", [0, 200, 257, 32768, 65535])
+def test_sixteen_bits_are_scaled(tmp_path: Path, level: int) -> None:
+    """By what the format means, in dark pictures too."""
+    Image.fromarray(np.full((20, 20), level, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert read_photo(tmp_path / "deep.png").image.getpixel((3, 3)) == (round(level / 65535 * 255),) * 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_shows_the_same_picture(tmp_path: Path, orientation: int) -> None:
+    """Stored as each of the eight orientations says, the picture is always seen upright: red left, blue right."""
+    stored = {
+        1: [], 2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM], 5: [Image.Transpose.TRANSPOSE], 6: [Image.Transpose.ROTATE_90],
+        7: [Image.Transpose.TRANSVERSE], 8: [Image.Transpose.ROTATE_270],
+    }  # fmt: skip
+    image = halves()
+    for turn in stored[orientation]:
+        image = image.transpose(turn)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "photo.png", exif=exif)
+    photo = read_photo(tmp_path / "photo.png")
+    assert photo.image.tobytes() == halves().tobytes()
+    assert any("EXIF" in remark for remark in photo.remarks) == (orientation > 1)
+
+
+def test_a_profile_is_applied_beneath_transparency_as_without(tmp_path: Path) -> None:
+    """A picture whose profile swaps red and blue: the same colours with and without an alpha channel."""
+    profile = swapping_profile()
+    halves().save(tmp_path / "plain.png", icc_profile=profile)
+    layers = halves("RGBA")
+    layers.putpixel((0, 0), (0, 0, 0, 0))
+    layers.save(tmp_path / "layers.png", icc_profile=profile)
+    plain, composed = (read_photo(tmp_path / name).image for name in ("plain.png", "layers.png"))
+    assert close(plain.getpixel((5, 5)), (40, 30, 200), 25)
+    assert plain.getpixel((5, 5)) == composed.getpixel((5, 5)) and composed.getpixel((0, 0)) == (255, 255, 255)
+
+
+def swapping_profile() -> bytes:
+    """sRGB with the tags of its red and blue primaries exchanged."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, blue = data.index(b"rXYZ"), data.index(b"bXYZ")
+    data[red : red + 4], data[blue : blue + 4] = b"bXYZ", b"rXYZ"
+    return bytes(data)
 
 
 def test_transparency_becomes_white_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -60,6 +103,81 @@ def test_transparency_becomes_white_with_a_warning(tmp_path: Path, caplog: pytes
     image = read_photo(tmp_path / "clear.png").image
     assert close(image.getpixel((5, 5)), (255, 255, 255), 0) and close(image.getpixel((30, 5)), BLUE, 0)
     assert "clear.png is transparent" in caplog.text
+
+
+def test_transparency_shows_the_chosen_background(tmp_path: Path) -> None:
+    layer = halves("RGBA")
+    layer.paste((0, 0, 0, 0), (0, 0, 20, 20))
+    layer.putpixel((30, 5), (*BLUE, 128))
+    layer.save(tmp_path / "clear.png")
+    photo = read_photo(tmp_path / "clear.png", colour("#204060"))
+    assert photo.image.getpixel((5, 5)) == (32, 64, 96) and photo.image.getpixel((35, 5)) == BLUE
+    mixed = tuple(round((b * 128 + g * 127) / 255) for b, g in zip(BLUE, (32, 64, 96), strict=True))
+    assert close(photo.image.getpixel((30, 5)), mixed, 1)
+    assert photo.alpha is not None and [photo.alpha.getpixel((x, 5)) for x in (5, 30, 35)] == [0, 128, 255]
+    with pytest.raises(UserError, match="background='blurple' is no colour"):
+        colour("blurple")
+
+
+def test_palette_transparency(tmp_path: Path) -> None:
+    palette = halves("P")
+    palette.save(tmp_path / "p.png", transparency=palette.getpixel((5, 5)))
+    image = read_photo(tmp_path / "p.png", (0, 0, 0)).image
+    assert image.getpixel((5, 5)) == (0, 0, 0) and close(image.getpixel((30, 5)), BLUE, 40)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"\x00\x00\x00\x1cftypheic" + bytes(16), "HEIC"),
+        (b"\x00\x00\x00\x1cftypmif1\x00\x00\x00\x00mif1heic", "HEIC"),
+        (b"\x00\x00\x00\x1cftypavif" + bytes(16), "AVIF"),
+        (b"GIF89a", "GIF"),
+        (b"II*\x00", "TIFF"),
+        (b"RIFF\x00\x00\x00\x00WEBPVP8 ", "WEBP"),
+        (b"RIFF\x00\x00\x00\x00WAVEfmt ", None),
+        (b"PK\x03\x04", None),
+        (b"", None),
+    ],
+)
+def test_formats_by_their_first_bytes(content: bytes, expected: str | None) -> None:
+    assert sniff(content) == expected
+
+
+def test_the_header_decides_and_not_the_name(tmp_path: Path) -> None:
+    halves().save(tmp_path / "no_suffix", format="JPEG", quality=95)
+    halves().save(tmp_path / "odd.jfif", format="WEBP", quality=95)
+    halves().save(tmp_path / "animation.jpg", format="GIF")
+    (tmp_path / "notes.txt").write_text("a caption")
+    photos, rejects = survey(tmp_path)
+    assert [photo.path.name for photo in photos] == ["no_suffix", "odd.jfif"]
+    assert [r.reason for r in rejects] == ["animation.jpg is GIF, which cannot be read: export as JPEG or PNG"]
+
+
+def test_heic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the extra it is read, turned upright too; without it, or where a page takes files, a way out is named."""
+    heif = pytest.importorskip("pillow_heif", reason="the extra heic is not installed")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("phone.HEIC", "renamed.jpg"):
+        heif.from_pillow(halves()).save(tmp_path / name, format="HEIF", quality=95, exif=exif.tobytes())
+    for photo in read_photos(tmp_path):
+        assert photo.image.size == (20, 40) and photo.image.mode == "RGB"
+        assert close(photo.image.getpixel((10, 5)), RED, 16) and close(photo.image.getpixel((10, 35)), BLUE, 16)
+    (tmp_path / "cut.heic").write_bytes((tmp_path / "phone.HEIC").read_bytes()[:-100])
+    assert [r.reason for r in survey(tmp_path)[1]] == ["cut.heic is damaged or truncated"]
+    with pytest.raises(UserError, match=r"renamed.jpg is a HEIC picture: export as JPEG$"):
+        read_photo(tmp_path / "renamed.jpg")
+    monkeypatch.setattr("nora_diffusion.data.formats.can_read_heic", lambda: False)
+    with pytest.raises(UserError, match=r"phone.HEIC is a HEIC picture: export as JPEG or install the extra"):
+        read_photo(tmp_path / "phone.HEIC", heic=True)
+
+
+def test_names_of_any_kind(tmp_path: Path) -> None:
+    names = ["mein hund.jpg", "собака.png", "犬 🐕.webp", "x" * 200 + ".png"]
+    for name in names:
+        halves().save(tmp_path / name)
+    assert sorted(photo.path.name for photo in read_photos(tmp_path)) == sorted(names)
 
 
 def test_all_broken_files_are_named(tmp_path: Path) -> None:
@@ -79,7 +197,7 @@ def test_all_broken_files_are_named(tmp_path: Path) -> None:
 
 def test_size_is_checked_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     halves().save(tmp_path / "large.png")
-    monkeypatch.setattr("nora_diffusion.data.MAX_PIXELS", 100)
+    monkeypatch.setattr("nora_diffusion.data.photos.MAX_PIXELS", 100)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(UserError, match=r"large.png is 40x20, more than"):
         read_photo(tmp_path / "large.png")
@@ -91,24 +209,6 @@ def test_folders_without_photos(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match="no photos in"):
         find_photos(tmp_path)
-    (tmp_path / "phone.HEIC").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"phone.HEIC cannot be read: export as JPEG"):
-        find_photos(tmp_path)
-
-
-def test_crops_cover_the_long_side() -> None:
-    boxes = crop_boxes((100, 40), 4, False, np.random.default_rng(0))
-    assert len(boxes) == 4 and all(box[2] - box[0] == box[3] - box[1] == 40 for box in boxes)
-    assert boxes[0][0] < 15 and boxes[-1][2] > 85
-    assert crop_boxes((100, 40), 4, True, np.random.default_rng(0)) == [(30, 0, 70, 40)]
-    assert crop_boxes((40, 40), 4, False, np.random.default_rng(0)) == [(0, 0, 40, 40)]
-
-
-def test_square_is_the_box_in_the_unit_range() -> None:
-    pixels = square(halves(), (20, 0, 40, 20), 8, Image.Resampling.LANCZOS)
-    assert pixels.shape == (3, 8, 8) and pixels.dtype == np.float32
-    expected = np.asarray(BLUE, dtype=np.float32) / 127.5 - 1
-    assert np.abs(pixels.mean((1, 2)) - expected).max() < 0.02
 
 
 def test_captions_from_sidecars_metadata_or_prompt(tmp_path: Path) -> None:

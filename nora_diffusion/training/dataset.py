@@ -1,0 +1,62 @@
+"""The training pictures of a run, as its settings ask for them, and the report on them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..data.photos import Photo
+from ..data.report import Row, write_report
+from ..data.similarity import find_twins
+from ..data.transforms import Transform, View, bucket_shapes
+from .config import TrainConfig
+from .randomness import derive
+from .subject import Subject
+
+log = logging.getLogger(__name__)
+
+
+def transform_of(config: TrainConfig, step: int) -> Transform:
+    """How ``config`` makes training pictures. ``step``: sides of buckets are multiples of it, in pixels."""
+    side = config.resolution or 0
+    shapes = bucket_shapes(side, step) if config.aspect_buckets else [(side, side)]
+    crop = "center" if config.center_crop else config.crop
+    resample = Image.Resampling[config.image_interpolation_mode.upper()]
+    return Transform(shapes, crop, config.crops_per_image, config.random_flip, resample)
+
+
+def views_of(transform: Transform, photos: Sequence[Photo], seed: int) -> list[list[View]]:
+    """The training pictures of each photo: a function of the photo and the seed alone."""
+    return [
+        transform.views(photo.image.size, np.random.default_rng(derive(seed, "crops", photo.sha256)))
+        for photo in photos
+    ]
+
+
+def class_views(
+    transform: Transform, photos: Sequence[Photo], seed: int, like: Sequence[Sequence[View]]
+) -> list[list[View]]:
+    """Training pictures of the class pictures, in every shape that the photos have, to share a batch with them."""
+    shapes = sorted({view.shape for views in like for view in views})
+    plain = replace(transform, crop="random" if transform.crop == "subject" else transform.crop)
+    by_shape = [views_of(replace(plain, shapes=[shape]), photos, seed) for shape in shapes]
+    return [[view for views in each for view in views] for each in zip(*by_shape, strict=True)]
+
+
+def report_data(folder: Path, subject: Subject, views: Sequence[Sequence[View]]) -> Path:
+    """Write the data report; small photos and duplicates are warned of. Returns the path of the page."""
+    rows = [
+        Row(photo, caption, own) for photo, caption, own in zip(subject.photos, subject.captions, views, strict=True)
+    ]
+    small = [f"{row.photo.path.name} ({row.enlargement:.1f} times)" for row in rows if row.enlargement > 1.05]
+    if small:
+        log.warning("%s: smaller than the resolution, so enlarged", ", ".join(small[:5]))
+    twins = find_twins(subject.photos)
+    for pair in twins[:5]:
+        log.warning("%s: it counts twice", pair)
+    return write_report(folder, rows, subject.rejects, twins)

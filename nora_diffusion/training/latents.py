@@ -1,0 +1,85 @@
+"""What the photos are to the denoiser, computed once: the VAE's posterior of every training picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.photos import Photo
+from ..data.transforms import View
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The posterior of every training picture: ``mean``, ``std``, each ``[C, h, w]``, fp32 on the CPU.
+
+    ``of_photo[i]`` lists the pictures made of photo ``i``. Each step draws a new sample of one of them.
+    """
+
+    mean: list[Tensor]
+    std: list[Tensor]
+    of_photo: list[list[int]]
+    shift: float
+    factor: float
+
+    def size_of(self, photo: int) -> tuple[int, ...]:
+        """Height and width of a photo's first picture, as latents."""
+        return tuple(self.mean[self.of_photo[photo][0]].shape[1:])
+
+    def first_pictures(self, count: int) -> tuple[list[int], Tensor]:
+        """Up to ``count`` photos of the first one's size, and the scaled mean of a picture of each ``[n, C, h, w]``."""
+        photos = [i for i in range(len(self.of_photo)) if self.size_of(i) == self.size_of(0)][:count]
+        mean = torch.stack([self.mean[self.of_photo[photo][0]] for photo in photos])
+        return photos, (mean - self.shift) * self.factor
+
+    def sample(self, photos: Sequence[int], source: torch.Generator) -> Tensor:
+        """Scaled latents of one random picture of each photo ``[B, C, h, w]``."""
+        return self.draw(self.pick(photos, source), source)
+
+    def pick(self, photos: Sequence[int], source: torch.Generator, size: tuple[int, ...] | None = None) -> list[int]:
+        """One random picture of each photo, of those with latents of ``size`` where that is given."""
+        picked = []
+        for photo in photos:
+            pictures = [p for p in self.of_photo[photo] if size is None or tuple(self.mean[p].shape[1:]) == size]
+            picked.append(pictures[int(torch.randint(len(pictures), (1,), generator=source))])
+        return picked
+
+    def draw(self, pictures: Sequence[int], source: torch.Generator) -> Tensor:
+        """Scaled samples of the posteriors of ``pictures``, which have one size ``[B, C, h, w]``."""
+        mean = torch.stack([self.mean[picture] for picture in pictures])
+        std = torch.stack([self.std[picture] for picture in pictures])
+        z = mean + std * torch.randn(mean.shape, generator=source)
+        return (z - self.shift) * self.factor
+
+
+def encode_photos(vae: nn.Module, photos: Sequence[Photo], views: Sequence[Sequence[View]]) -> Latents:
+    """Encode the views of every photo."""
+    mean: list[Tensor] = []
+    std: list[Tensor] = []
+    of_photo = []
+    for photo, own in zip(photos, views, strict=True):
+        start = len(mean)
+        for means, deviations in _encode(vae, photo, own):
+            mean += means.unbind()
+            std += deviations.unbind()
+        of_photo.append(list(range(start, len(mean))))
+    settings: Any = vae.config
+    shift = float(getattr(settings, "shift_factor", None) or 0.0)
+    return Latents(mean, std, of_photo, shift, float(settings.scaling_factor))
+
+
+@torch.no_grad()
+def _encode(vae: Any, photo: Photo, views: Sequence[View], batch: int = 4) -> list[tuple[Tensor, Tensor]]:
+    """Photo by photo, so that the numbers of one do not depend on which others are there."""
+    found = []
+    for size in dict.fromkeys(view.shape for view in views):
+        group = [view for view in views if view.shape == size]
+        for start in range(0, len(group), batch):
+            chunk = [torch.from_numpy(view.pixels(photo.image).copy()) for view in group[start : start + batch]]
+            posterior = vae.encode(torch.stack(chunk).to(vae.device, vae.dtype)).latent_dist
+            found.append((posterior.mean.float().cpu(), posterior.std.float().cpu()))
+    return found
