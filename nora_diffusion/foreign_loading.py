@@ -12,16 +12,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .adapter_info import AdapterInfo
-from .components import component, present, projections, refuse_merged, tuner_layers
+from .components import component, present, refuse_merged, tuner_layers
 from .errors import UserError
-from .foreign import Module, family_of, read_modules, token_of
-from .foreign_updates import Scales, dense_update, factors_of, peft_config, places, wrong_shape
+from .foreign import Module, family_of, token_of
+from .foreign_names import Place
+from .foreign_updates import Scales, fitting, peft_config
 from .loaders.active import active_adapters, delete_adapter, held, list_adapters, set_active
 from .loaders.inject import check_new_name
 from .tensor_file import TensorFile, Tensors, all_finite
 
-SGM_NAMES = ("input_blocks_", "middle_block_", "output_blocks_")
-"""Names of kohya files for SDXL, which diffusers translates."""
+Fitting = dict[Place, tuple[Module, Tensors]]
 
 
 def load_foreign(pipe: Any, info: AdapterInfo, name: str, activate: bool, weight: float) -> int:
@@ -36,19 +36,16 @@ def load_foreign(pipe: Any, info: AdapterInfo, name: str, activate: bool, weight
         parts = [part for part in info.components if part in present(pipe)]
         check_new_name(pipe, name, parts)
         refuse_merged(pipe)
-        modules = read_modules(reader)
-        translated = any(mark in module.name for module in modules for mark in SGM_NAMES)
-        placed = {} if translated else places(pipe, info.path, modules)
-        sound = {place: _checked(pipe, reader, place, module) for place, module in placed.items()}
+        found = fitting(pipe, reader)
         before = {part: active_adapters(component(pipe, part)) for part in present(pipe)}
         with _all_or_nothing(pipe, info.path, name, before):
             if family != "lora":
-                _inject(pipe, reader, family, name, {place: (placed[place], sound[place]) for place in placed})
+                _inject(pipe, reader, family, name, found)
             elif info.kind.startswith("PEFT"):
-                pipe.load_lora_weights(_renamed(reader, placed, sound), adapter_name=name)
+                pipe.load_lora_weights(_renamed(reader, found), adapter_name=name)
             else:
                 pipe.load_lora_weights(info.path, adapter_name=name)
-            _check_applied(pipe, info.path, name, modules)
+            _check_applied(pipe, info.path, name, len(found))
             for part in present(pipe):
                 module = component(pipe, part)
                 mine = [layer for layer in tuner_layers(module) if name in held(layer)]
@@ -56,20 +53,6 @@ def load_foreign(pipe: Any, info: AdapterInfo, name: str, activate: bool, weight
                 for layer in mine:
                     layer.set_scale(name, weight)
         return len(reader.entries)
-
-
-def _checked(pipe: Any, reader: TensorFile, place: tuple[str, str], module: Module) -> Tensors:
-    """A module's factors, refused unless they are finite and make an update of the projection's size."""
-    factors = factors_of(reader, module)
-    base = projections(component(pipe, place[0]))[place[1]]
-    weight: Tensor = base.weight  # type: ignore[assignment]
-    try:
-        dense = dense_update({factor: value.to("meta") for factor, value in factors.items()})
-    except UserError as error:
-        raise UserError(f"{reader.path}: {module.name}: {error}") from error
-    if dense.shape[0] != weight.shape[0] or dense.numel() != weight.numel():
-        raise wrong_shape(reader.path, module, dense, base)
-    return factors
 
 
 @contextmanager
@@ -102,21 +85,18 @@ def _unwrap(module: nn.Module, known: set[int]) -> None:
         module._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
-def _check_applied(pipe: Any, path: str, name: str, modules: list[Module]) -> None:
+def _check_applied(pipe: Any, path: str, name: str, wanted: int) -> None:
     layers = [layer for part in present(pipe) for layer in tuner_layers(component(pipe, part)) if name in held(layer)]
-    if len(layers) != len(modules):
+    if len(layers) != wanted:
         raise UserError(
-            f"{path} was made for another base: {len(layers)} of its {len(modules)} projections found their place"
+            f"{path} was made for another base: {len(layers)} of its {wanted} projections found their place"
         )
 
 
-def _renamed(
-    reader: TensorFile, placed: dict[tuple[str, str], Module], factors: dict[tuple[str, str], Tensors]
-) -> Tensors:
+def _renamed(reader: TensorFile, found: Fitting) -> Tensors:
     """A file of PEFT's own with diffusers' keys; its scale, which these have no place for, goes into ``B``."""
     scales, renamed = Scales(reader), {}
-    for (part, path), module in placed.items():
-        own = factors[part, path]
+    for (part, path), (module, own) in found.items():
         if "dora" in own:
             raise UserError(f"{reader.path} is a DoRA in PEFT's own format: save it by diffusers, or load it with PEFT")
         scale = scales.of(module, own)
@@ -125,15 +105,12 @@ def _renamed(
     return renamed
 
 
-Placed = dict[tuple[str, str], tuple[Module, Tensors]]
-
-
-def _inject(pipe: Any, reader: TensorFile, family: str, name: str, placed: Placed) -> None:
+def _inject(pipe: Any, reader: TensorFile, family: str, name: str, found: Fitting) -> None:
     """LoHa and LoKr through PEFT's own tuners: a config made from the factors' shapes, then the numbers."""
     from peft import inject_adapter_in_model
 
-    for part in dict.fromkeys(part for part, _ in placed):
-        mine = {path: value for (p, path), value in placed.items() if p == part}
+    for part in dict.fromkeys(part for part, _ in found):
+        mine = {path: value for (p, path), value in found.items() if p == part}
         module = component(pipe, part)
         inject_adapter_in_model(_config(reader, family, mine), module, name)
         module._hf_peft_config_loaded = True  # type: ignore[assignment]
@@ -215,7 +192,19 @@ def _load_embedding(pipe: Any, reader: TensorFile) -> int:
         if token in tokenizer.get_vocab():
             raise UserError(f"the word {token!r} is in the pipeline already: unload_textual_inversion({token!r}) first")
         jobs.append((vectors, tokenizer, encoder))
-    for vectors, tokenizer, encoder in jobs:
-        kind = encoder.get_input_embeddings().weight.dtype
-        pipe.load_textual_inversion({token: vectors.to(kind)}, token=token, tokenizer=tokenizer, text_encoder=encoder)
+    done: list[dict[str, Any]] = []
+    try:
+        for vectors, tokenizer, encoder in jobs:
+            kind, side = encoder.get_input_embeddings().weight.dtype, {"tokenizer": tokenizer, "text_encoder": encoder}
+            pipe.load_textual_inversion({token: vectors.to(kind)}, token=token, **side)
+            done.append(side)
+    except Exception as error:
+        words = [token, *(f"{token}_{i}" for i in range(1, _most_vectors(jobs)))]
+        for side in done:
+            pipe.unload_textual_inversion(words, **side)
+        raise UserError(f"{reader.path} is refused by diffusers, which loads such files: {error}") from error
     return len(reader.entries)
+
+
+def _most_vectors(jobs: list[tuple[Tensor, Any, Any]]) -> int:
+    return max(len(vectors) if vectors.ndim == 2 else 1 for vectors, _, _ in jobs)

@@ -1,19 +1,19 @@
-"""The updates that files of other tools describe, as dense matrices, and the projections they are for."""
+"""The updates that files of other tools describe: checked against the pipeline, and as dense matrices."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .components import canonical, component, denoiser_name, present, projections
+from .components import component, present, projections
 from .errors import UserError
 from .foreign import Module, read_modules
+from .foreign_names import Place, places
 from .tensor_file import TensorFile, Tensors, all_finite
 from .untrusted import parse_json
 
@@ -22,57 +22,39 @@ RANKED = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 """Factors whose first side is the rank."""
 
 
-def places(pipe: Any, path: str, modules: list[Module]) -> dict[tuple[str, str], Module]:
-    """The projection of the pipeline that each module is for, ``(component, path)``. Raises :class:`UserError`."""
-    found = {}
-    for module in modules:
-        parts = [module.component] if module.component else _likely(pipe, module)
-        where = next((place for part in parts if (place := _place(pipe, part, module.name))), None)
-        if where is None:
-            raise UserError(f"{path} was made for another base: this pipeline has no {module.name}")
-        found[where] = module
-    return found
-
-
-def _likely(pipe: Any, module: Module) -> list[str]:
-    """PEFT's own files do not say which component they are for; the names of the projections tell."""
-    return [denoiser_name(pipe), *(part for part in present(pipe) if part.startswith("text_encoder"))]
-
-
-def _place(pipe: Any, part: str, name: str) -> tuple[str, str] | None:
-    if part not in present(pipe):
-        return None
-    for path in projections(component(pipe, part)):
-        short = canonical(path)
-        if name in (path, short, f"text_model.{short}") or name in (
-            p.replace(".", "_") for p in (path, f"text_model.{short}")
-        ):
-            return part, path
-    return None
-
-
 def updates(pipe: Any, reader: TensorFile) -> Iterator[tuple[str, str, Tensor]]:
-    """``(component, path, dW)`` of every projection, fp64, ``[d_out, d_in]``, scale included."""
+    """``(component, path, dW)`` of every projection, fp64, ``[d_out, d_in]``, scale included; one at a time.
+
+    Raises :class:`UserError` for a file that does not fit the pipeline, before the first.
+    """
     scales = Scales(reader)
-    for (part, path), module in places(pipe, str(reader.path), read_modules(reader)).items():
-        factors = factors_of(reader, module)
+    for (part, path), (module, factors) in fitting(pipe, reader).items():
         if "dora" in factors:
             raise UserError(f"{reader.path} is a DoRA: its magnitudes are no low-rank update and cannot be projected")
-        base = projections(component(pipe, part))[path]
-        weight: Tensor = base.weight  # type: ignore[assignment]
-        dense = scales.of(module, factors) * dense_update(factors)
-        if dense.numel() != weight.numel() or dense.shape[0] != weight.shape[0]:
-            raise wrong_shape(reader.path, module, dense, base)
-        yield part, path, dense.flatten(1)
+        yield part, path, scales.of(module, factors) * dense_update(factors).flatten(1)
 
 
-def wrong_shape(path: Path, module: Module, dense: Tensor, base: nn.Module) -> UserError:
-    """The refusal of a module that fits its projection's name but not its size."""
-    weight: Tensor = base.weight  # type: ignore[assignment]
-    return UserError(
-        f"{path} was made for another base: {module.name} is for a weight of {tuple(dense.flatten(1).shape)}, "
-        f"this pipeline's is {tuple(weight.flatten(1).shape)}"
-    )
+def fitting(pipe: Any, reader: TensorFile) -> dict[Place, tuple[Module, Tensors]]:
+    """The modules of a file with their factors by the projection that they are for.
+
+    Raises :class:`UserError` for a projection that the pipeline has not or that has another size, and for NaN.
+    """
+    bases = {part: projections(component(pipe, part)) for part in present(pipe)}
+    found = {}
+    for place, module in places(pipe, str(reader.path), read_modules(reader)).items():
+        factors = factors_of(reader, module)
+        weight = cast(Tensor, bases[place[0]][place[1]].weight)
+        try:
+            dense = dense_update({factor: value.to("meta") for factor, value in factors.items()})
+        except UserError as error:
+            raise UserError(f"{reader.path}: {module.name}: {error}") from error
+        if dense.shape[0] != weight.shape[0] or dense.numel() != weight.numel():
+            raise UserError(
+                f"{reader.path} was made for another base: {module.name} is for a weight of "
+                f"{tuple(dense.flatten(1).shape)}, this pipeline's is {tuple(weight.flatten(1).shape)}"
+            )
+        found[place] = module, factors
+    return found
 
 
 def factors_of(reader: TensorFile, module: Module) -> Tensors:

@@ -12,9 +12,9 @@ from torch import Tensor
 from .adapter_file import inspect_adapter
 from .adapters import AdapterConfig, nora
 from .adapters.cores import DenseCore, NestedCore
-from .components import canonical, component, nora_layers
+from .components import COMPONENTS, canonical, component, nora_layers
 from .errors import UserError
-from .foreign_updates import updates
+from .foreign_updates import fitting, updates
 from .loaders import add_adapter, delete_adapter, save_adapter
 from .tensor_file import TensorFile
 
@@ -53,29 +53,25 @@ def import_lora(
     if foreign.kind in ("nora", "textual inversion"):
         raise UserError(f"{foreign.path} is no LoRA of another tool: there is nothing to import")
     with TensorFile(Path(foreign.path)) as reader:
-        wanted = {(part, canonical(path)): dense for part, path, dense in updates(pipe, reader)}
-    parts = list(dict.fromkeys(part for part, _ in wanted))
-    # Plain paths: the same list serves all components, and a projection that the file has not gets a zero update.
-    config.target_modules = sorted({path for _, path in wanted})
-    config.dropout = 0.0
-    add_adapter(pipe, config, NAME, parts)
-    try:
-        lost, errors, norms = {}, [], []
-        for part in parts:
-            for path, layer in nora_layers(component(pipe, part), NAME).items():
-                dense = wanted.pop((part, path), None)
-                if dense is not None:
-                    norm = float(dense.norm())
-                    error = _fill(layer.delta(NAME), dense, config.scale_for(path))
-                    errors.append(error)
-                    norms.append(norm)
-                    lost[f"{part}.{path}"] = error / norm if norm else 0.0
-        if wanted:
-            raise UserError(f"{foreign.path}: no basis was made for {min(wanted)[1]}")
-        notes = {"trigger": foreign.trigger, "extra": {"imported_from": foreign.sha256}} | (info or {})
-        file = save_adapter(pipe, dst, NAME, info=notes)
-    finally:
-        delete_adapter(pipe, NAME)
+        wanted = {(part, canonical(path)) for part, path in fitting(pipe, reader)}
+        parts = [part for part in COMPONENTS if any(part == p for p, _ in wanted)]
+        # Plain paths: the same list serves all components, and a projection that the file has not gets a zero update.
+        config.target_modules = sorted({path for _, path in wanted})
+        config.dropout = 0.0
+        add_adapter(pipe, config, NAME, parts)
+        try:
+            lost, errors, norms = {}, [], []
+            layers = {part: nora_layers(component(pipe, part), NAME) for part in parts}
+            for part, path, dense in updates(pipe, reader):
+                error = _fill(layers[part][canonical(path)].delta(NAME), dense, config.scale_for(path))
+                norm = float(dense.norm())
+                errors.append(error)
+                norms.append(norm)
+                lost[f"{part}.{canonical(path)}"] = error / norm if norm else 0.0
+            notes = {"trigger": foreign.trigger, "extra": {"imported_from": foreign.sha256}} | (info or {})
+            file = save_adapter(pipe, dst, NAME, info=notes)
+        finally:
+            delete_adapter(pipe, NAME)
     total = float(torch.tensor(norms).norm())
     return ImportReport(file, float(torch.tensor(errors).norm()) / total if total else 0.0, lost)
 

@@ -32,7 +32,7 @@ BANDS = (
             "basis_cache", "tensor_cache",
             "batches", "gates", "components", "conditions", "base", "calibration", "adapter_file", "loaders", "export", "attention", "data", "captions",
             "generation", "pictures", "judges", "metrics", "plots", "webpage", "methods", "model_card", "untrusted", "tensor_file", "adapter_info", "composition",
-            "packs", "pack_writing", "foreign", "foreign_updates", "foreign_loading", "importing",
+            "packs", "pack_writing", "foreign", "foreign_names", "foreign_updates", "foreign_loading", "importing",
         },
     ),
     ("workflows", {"training", "evaluation", "tiny_sd"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import tiny_pipeline
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -173,6 +175,102 @@ def test_dense_updates_are_those_of_the_tool(tiny_base: Path, made: dict[str, tu
             weight = getattr(pipe, part).get_submodule(module).weight
             weight.data += dense.view(weight.shape).float()
     torch.testing.assert_close(output(pipe), expected, atol=1e-5, rtol=1e-4)
+
+
+ORIGINAL_NAMES = {
+    "down_blocks.0.resnets.0": "input_blocks.1.0", "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+    "down_blocks.1.resnets.0": "input_blocks.3.0", "down_blocks.1.attentions.0": "input_blocks.3.1",
+    "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2", "up_blocks.0.resnets.0": "output_blocks.0.0",
+    "up_blocks.0.attentions.0": "output_blocks.0.1", "up_blocks.0.resnets.1": "output_blocks.1.0",
+    "up_blocks.0.attentions.1": "output_blocks.1.1", "up_blocks.0.upsamplers.0.conv": "output_blocks.1.2.conv",
+    "up_blocks.1.resnets.0": "output_blocks.2.0", "up_blocks.1.resnets.1": "output_blocks.3.0",
+}  # fmt: skip
+"""The tiny SDXL's parts in the code of Stability AI, written out by hand."""
+
+
+@pytest.fixture(scope="module")
+def sdxl_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, dict[str, Tensor]]:
+    """A pipeline, an adapter in it and its kohya file with the names that kohya's trainer gives SDXL."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    pipe = tiny_pipeline("sdxl", folder / "base")
+    config = nora(r=4, inner_r=2, basis="svd", target_modules=["attn", "ff", "conv1"])
+    add_adapter(pipe, config, "one", ("unet", "text_encoder", "text_encoder_2"))
+    for parameter in trainable_parameters(pipe, "one").values():
+        parameter.data.normal_(std=0.3)
+    save_adapter(pipe, folder / "nora", "one")
+    delete_adapter(pipe, "one")
+    export_lora(folder / "nora", folder / "kohya.safetensors", format="kohya")
+    tensors = {}
+    for key, value in load_file(folder / "kohya.safetensors").items():
+        for path, original in ORIGINAL_NAMES.items():
+            key = key.replace(f"lora_unet_{path.replace('.', '_')}_", f"lora_unet_{original.replace('.', '_')}_")
+        tensors[key.replace("_conv1.", "_in_layers_2.")] = value
+    assert not any("down_blocks" in key or "mid_block" in key for key in tensors)
+    return pipe, folder, tensors
+
+
+def test_kohya_files_for_sdxl_are_imported(sdxl_file: Any, tmp_path: Path) -> None:
+    """The updates under Stability AI's names are those of the file under diffusers' names."""
+    pipe, folder, tensors = sdxl_file
+    save_file(tensors, tmp_path / "sgm.safetensors")
+    found = []
+    for file in (folder / "kohya.safetensors", tmp_path / "sgm.safetensors"):
+        with TensorFile(file) as reader:
+            found.append({(part, path): dense for part, path, dense in updates(pipe, reader)})
+    assert found[0].keys() == found[1].keys() and all(torch.equal(dense, found[1][k]) for k, dense in found[0].items())
+    config = nora(r=4, inner_r=2, basis="svd", target_modules=["attn"])
+    assert import_lora(pipe, tmp_path / "sgm.safetensors", tmp_path / "back", config).lost < 1e-5
+    assert list_adapters(pipe) == {}
+
+
+def test_kohya_files_for_sdxl_load_and_are_checked(sdxl_file: Any, tmp_path: Path) -> None:
+    """diffusers renames attention alone: what it loads is the update; NaN is refused before it is asked."""
+    pipe, folder, tensors = sdxl_file
+    attention = {key: value for key, value in tensors.items() if "in_layers" not in key}
+    save_file(attention, tmp_path / "sgm.safetensors")
+    load_adapter(pipe, tmp_path / "sgm.safetensors", "cat")
+    with TensorFile(tmp_path / "sgm.safetensors") as reader:
+        for part, path, dense in updates(pipe, reader):
+            layer = getattr(pipe, part).get_submodule(path)
+            torch.testing.assert_close(layer.get_delta_weight("cat"), dense.float(), atol=1e-6, rtol=1e-5)
+    delete_adapter(pipe, "cat")
+    attention[min(attention)] = torch.full_like(attention[min(attention)], float("nan"))
+    save_file(attention, tmp_path / "nan.safetensors")
+    with pytest.raises(UserError, match="NaN"):
+        load_adapter(pipe, tmp_path / "nan.safetensors", "cat")
+    twice = load_file(folder / "kohya.safetensors") | tensors
+    save_file(twice, tmp_path / "twice.safetensors")
+    with pytest.raises(UserError, match="twice"):
+        load_adapter(pipe, tmp_path / "twice.safetensors", "cat")
+    assert list_adapters(pipe) == {}
+
+
+def test_a_textual_inversion_of_two_encoders_is_all_or_nothing(
+    sdxl_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = sdxl_file[0]
+    monkeypatch.setattr(pipe, "tokenizer_2", copy.deepcopy(pipe.tokenizer_2))  # the tiny pipeline has one for both
+    sizes = [getattr(pipe, f"text_encoder{side}").get_input_embeddings().weight.shape[1] for side in ("", "_2")]
+    save_file({"clip_l": torch.randn(2, sizes[0]), "clip_g": torch.randn(2, sizes[1])}, tmp_path / "pet.safetensors")
+    before = [getattr(pipe, f"text_encoder{side}").get_input_embeddings().weight.clone() for side in ("", "_2")]
+    words = len(pipe.tokenizer), len(pipe.tokenizer_2)
+    load = type(pipe).load_textual_inversion
+
+    def fail_second(self: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs["tokenizer"] is pipe.tokenizer_2:
+            raise RuntimeError("no more memory")
+        load(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe), "load_textual_inversion", fail_second)
+        with pytest.raises(UserError, match="no more memory"):
+            load_adapter(pipe, tmp_path / "pet.safetensors")
+    assert (len(pipe.tokenizer), len(pipe.tokenizer_2)) == words
+    after = [getattr(pipe, f"text_encoder{side}").get_input_embeddings().weight for side in ("", "_2")]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    load_adapter(pipe, tmp_path / "pet.safetensors")
+    assert (len(pipe.tokenizer), len(pipe.tokenizer_2)) == (words[0] + 2, words[1] + 2)
 
 
 def broken(kind: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:

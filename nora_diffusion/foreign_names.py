@@ -1,0 +1,83 @@
+"""Which projection of a pipeline a module of another tool's file is for: by all the names that tools have for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .components import canonical, component, present, projections
+from .errors import UserError
+from .foreign import Module
+
+Place = tuple[str, str]
+"""Component and path of a projection."""
+
+ORIGINAL = {
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2", "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
+}  # fmt: skip
+"""Parts of a UNet as the original code names them, which kohya's files for SDXL follow."""
+IN_RESNET = {
+    "conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}  # fmt: skip
+BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(.*)")
+
+
+def places(pipe: Any, path: str, modules: list[Module]) -> dict[Place, Module]:
+    """The projection that each module of the file at ``path`` is for.
+
+    Raises :class:`UserError` for one that this pipeline has not, or that the file names twice.
+    """
+    names = {part: names_of(component(pipe, part)) for part in present(pipe)}
+    found: dict[Place, Module] = {}
+    for module in modules:
+        # PEFT's own files do not say which component they are for; the names of the projections tell.
+        parts = [module.component] if module.component else list(names)
+        where = next(((p, names[p][module.name]) for p in parts if module.name in names.get(p, {})), None)
+        if where is None:
+            raise UserError(f"{path} was made for another base: this pipeline has no {module.name}")
+        if where in found:
+            raise UserError(f"{path} is for {'.'.join(where)} twice, as {found[where].name} and {module.name}")
+        found[where] = module
+    return found
+
+
+def names_of(model: nn.Module) -> dict[str, str]:
+    """The path of each projection by every name that files have for it, with dots or with underscores."""
+    found: dict[str, str] = {}
+    paths = list(projections(model))
+    for path in paths:
+        for name in (path, canonical(path), f"text_model.{canonical(path)}", *_original_names(model, path, paths)):
+            found.setdefault(name, path)
+            found.setdefault(name.replace(".", "_"), path)
+    return found
+
+
+def _original_names(model: nn.Module, path: str, paths: list[str]) -> Iterator[str]:
+    """The name of a UNet's projection in the original code of Stable Diffusion, if it has one."""
+    start = next((name for name in ORIGINAL if f"{path}.".startswith(f"{name}.")), None)
+    layers = getattr(model, "config", {}).get("layers_per_block") if hasattr(model, "down_blocks") else None
+    if start is not None and layers is not None:
+        yield ORIGINAL[start] + _inside(path.removeprefix(start))
+    if (match := BLOCK.fullmatch(path)) is None or not isinstance(layers, int):
+        return
+    side, block, kind, index, inside = match.groups()
+    # Each block is its pairs of resnet and attention, one more of them on the way up, and its resampling.
+    number = int(block) * (layers + 1) + (layers if kind.endswith("samplers") else int(index))
+    if side == "down":
+        slot = "0.op" if kind == "downsamplers" else str(int(kind == "attentions"))
+        yield f"input_blocks.{number + 1}.{slot}{'' if kind == 'downsamplers' else _inside(inside)}"
+    else:
+        attended = any(other.startswith(f"up_blocks.{block}.attentions.") for other in paths)
+        slot = {"resnets": "0", "attentions": "1", "upsamplers": "2" if attended else "1"}[kind]
+        yield f"output_blocks.{number}.{slot}{_inside(inside)}"
+
+
+def _inside(path: str) -> str:
+    return f".{IN_RESNET[path[1:]]}" if path[1:] in IN_RESNET else path
