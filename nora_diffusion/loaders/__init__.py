@@ -2,7 +2,7 @@
 
 from .active import active_adapters, delete_adapter, list_adapters, set_adapters
 from .add import add_adapter, trainable_parameters
-from .load import LoadedAdapter, load_adapter
+from .load import LoadedAdapter, check_adapter, load_adapter
 from .rank import set_rank
 from .save import save_adapter
 
@@ -10,6 +10,7 @@ __all__ = [
     "LoadedAdapter",
     "active_adapters",
     "add_adapter",
+    "check_adapter",
     "delete_adapter",
     "list_adapters",
     "load_adapter",

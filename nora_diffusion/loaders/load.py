@@ -92,6 +92,13 @@ def load_adapter(
     return LoadedAdapter(name, applied=len(tensors), total=len(tensors), info=info)
 
 
+def check_adapter(pipe: Any, path: str | Path) -> None:
+    """Raise :class:`UserError` unless :func:`load_adapter` would take this file; the pipeline stays as it is."""
+    info = inspect_adapter(path)
+    modules = {part: component(pipe, part) for part in info.configs}
+    _check_fit(info, info.configs, modules, read_tensors(info), pipe)
+
+
 def place(pipe: Any, name: str, info: AdapterInfo, tensors: Tensors, activate: bool, weight: float) -> None:
     """Put checked numbers into the pipeline as a new adapter that remembers ``info``, all or nothing."""
     with all_or_nothing(pipe, name):

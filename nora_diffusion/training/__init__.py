@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .command import main
     from .config import TrainConfig
-    from .loop import TrainResult, train
+    from .loop import TrainResult, check, train
 
-__all__ = ["TrainConfig", "TrainResult", "main", "train"]
-_HOMES = {"TrainConfig": "config", "TrainResult": "loop", "main": "command", "train": "loop"}
+__all__ = ["TrainConfig", "TrainResult", "check", "main", "train"]
+_HOMES = {"TrainConfig": "config", "TrainResult": "loop", "check": "loop", "main": "command", "train": "loop"}
 
 
 def __getattr__(name: str) -> Any:

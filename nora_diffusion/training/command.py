@@ -6,10 +6,14 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from .arguments import parse
 from .signals import Interrupted
+
+if TYPE_CHECKING:
+    from .preflight import Finding
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -17,8 +21,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     show_log()
     try:
         config = parse(argv, prog)
-        from .loop import train
+        from .loop import check, train
 
+        if config.preflight_only:
+            return say(check(config), config.strict)
         result = train(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -33,6 +39,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         numbers = f"{result.trainable_parameters:,} trained numbers, {result.steps} steps, {result.seconds:.1f} s"
         print(f"{result.adapter_path}: {numbers}, loss {result.final_loss:.4f}")
     return 0
+
+
+def say(findings: Sequence[Finding], strict: bool) -> int:
+    """Print what was found; 2 if it would keep the run from starting."""
+    for finding in findings:
+        print(f"{'error' if finding.fatal or strict else 'warning'}: {finding.text}")
+    if not findings:
+        print("nothing speaks against this run")
+    return 2 if any(finding.fatal or strict for finding in findings) else 0
 
 
 def first_process() -> bool:

@@ -142,6 +142,8 @@ class TrainConfig:
     checkpointing_steps: int = key(500, "run", "steps between checkpoints")
     checkpoints_total_limit: int | None = key(None, "run", "checkpoints to keep (default: all)")
     resume_from_checkpoint: str | None = key(None, "run", "'latest' or a checkpoint folder")
+    preflight_only: bool = key(False, "run", "say what is odd about this run, without training or writing")
+    strict: bool = key(False, "run", "refuse to train where there is a warning")
     validation_prompt: str | None = key(None, "run", "prompt of the sample pictures; without it there are none")
     num_validation_images: int = key(4, "run", "sample pictures at a time")
     validation_epochs: int = key(50, "run", "epochs between samples")

@@ -50,6 +50,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "dylora": {"rank": 8},
 }
 
+FROZEN_OUTER = (5e-5, 1e-2)
+USUAL_RATES: dict[str, tuple[float, float]] = {
+    "nora": FROZEN_OUTER, "lora_xs": FROZEN_OUTER, "lora_mini": FROZEN_OUTER, "mora": FROZEN_OUTER,
+    **dict.fromkeys(("mor", "moe_lora", "lora", "dora", "melora", "dylora"), (2e-5, 5e-3)),
+}  # fmt: skip
+USUAL_TEXT_RATES = (1e-6, 5e-3)
+"""Learning rates of AdamW beyond which a run is most likely a mistake, such as full fine-tuning's 5e-6."""
+
 # What each method has beside a rank; a setting of another method is a mistake worth a sentence.
 METHOD_KEYS: dict[str, tuple[str, ...]] = {
     "nora": ("inner_rank", "basis", "placement", "power", "core", "magnitude"),

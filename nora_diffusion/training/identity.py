@@ -21,6 +21,8 @@ FREE_TO_CHANGE = frozenset(
         "checkpointing_steps",
         "checkpoints_total_limit",
         "resume_from_checkpoint",
+        "preflight_only",
+        "strict",
         "validation_prompt",
         "num_validation_images",
         "validation_epochs",

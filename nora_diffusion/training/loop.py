@@ -17,6 +17,7 @@ from .checks import check_config, trackers
 from .config import TrainConfig
 from .defaults import with_defaults
 from .identity import identity_of
+from .preflight import Finding, Plan, preflight, report
 from .rundir import RunFolder
 from .setup import Run, build_latents, build_run, check_targets, open_base, settle
 from .signals import Interrupted, StopRequests
@@ -44,6 +45,8 @@ def train(config: TrainConfig) -> TrainResult:
     Raises :class:`UserError` for a user's mistake, :class:`.signals.Interrupted` after SIGINT or SIGTERM.
     """
     check_config(config)
+    if config.preflight_only:
+        raise UserError("preflight_only trains nothing: call nora_diffusion.training.check, or leave it out")
     started = time.monotonic()
     subject, config = read_subject(config)
     config = with_defaults(config)
@@ -77,10 +80,20 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     return Accelerator(log_with=trackers(config) or None, project_dir=config.folder / config.logging_dir)
 
 
-def set_up(
+def check(config: TrainConfig) -> list[Finding]:
+    """What speaks against a run, without training; nothing is written. Raises :class:`UserError` as ``train`` would."""
+    check_config(config)
+    subject, config = read_subject(config)
+    config = with_defaults(config)
+    accelerator = build_accelerator(config)
+    with RunFolder(config.folder, accelerator.is_main_process) as folder, StopRequests() as stop:
+        return preflight(plan_run(config, subject, accelerator, folder, stop))
+
+
+def plan_run(
     config: TrainConfig, subject: Subject, accelerator: Accelerator, folder: RunFolder, stop: StopRequests
-) -> Run:
-    """All before the first step; nothing in the folder changes until what can be refused has been."""
+) -> Plan:
+    """Open the base and settle the run; nothing in the folder changes."""
     processes = accelerator.num_processes
     checkpoint = wanted_checkpoint(config, folder)
     pipe = open_base(config, accelerator.device)
@@ -92,6 +105,18 @@ def set_up(
         pictures = str(checkpoint.identity.get("class pictures", ""))
         check_identity(checkpoint, identity_of(config, pipe, subject, pictures, processes))
     check_targets(config, pipe)
+    return Plan(config, pipe, subject.captions, subject.trigger, folder.path, checkpoint, processes)
+
+
+def set_up(
+    config: TrainConfig, subject: Subject, accelerator: Accelerator, folder: RunFolder, stop: StopRequests
+) -> Run:
+    """All before the first step; nothing in the folder changes until what can be refused has been."""
+    plan = plan_run(config, subject, accelerator, folder, stop)
+    config, pipe, checkpoint, processes = plan.config, plan.pipe, plan.checkpoint, plan.processes
+    if folder.owner:
+        report(preflight(plan), config.strict)
+    stop.check()
     again = replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
     folder.claim(anew=checkpoint is None, config=again.to_dict())
     folder.state("starting", total=config.max_train_steps, step=checkpoint.step if checkpoint else 0)

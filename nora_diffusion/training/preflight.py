@@ -1,0 +1,227 @@
+"""What is odd about a run, said before its first step: each finding is one sentence with its remedy."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from ..loaders import check_adapter
+from .checkpoints import Checkpoint, list_checkpoints
+from .config import TrainConfig
+from .defaults import USUAL_RATES, USUAL_TEXT_RATES
+from .denoiser import denoiser, native_size
+from .memory import Outline, available, outline
+from .optimization import scaled_rate
+from .renders import DTYPES, class_folder, count_pictures
+from .rundir import CHECKPOINTS, SPARE_BYTES
+from .setup import adapter_config, components
+
+log = logging.getLogger(__name__)
+
+FEW_PHOTOS = 3
+FEW_VIEWS = 10
+RARE_SHARE = 0.9
+"""Byte-pair vocabularies are ordered by how often a piece is met: the last tenth holds the rare words."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence that says what is odd and what to do; a fatal one stops the run."""
+
+    text: str
+    fatal: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A settled run that has not begun. ``place`` is where it will write; ``pipe`` is on its device."""
+
+    config: TrainConfig
+    pipe: Any
+    captions: Sequence[str]
+    trigger: str | None
+    place: Path
+    checkpoint: Checkpoint | None = None
+    processes: int = 1
+
+
+def preflight(plan: Plan) -> list[Finding]:
+    """Everything that can be known without a step, in seconds; nothing is written."""
+    size = _outline(plan)
+    return [
+        *_base(plan), *_disk(plan, size), *_memory(plan, size), *_photos(plan), *_trigger(plan), *_prompts(plan),
+        *_rates(plan),
+    ]  # fmt: skip
+
+
+def report(findings: Sequence[Finding], strict: bool = False) -> None:
+    """Log the warnings. Raises :class:`UserError` with all fatal findings; with ``strict`` all are fatal."""
+    fatal = [finding.text for finding in findings if finding.fatal or strict]
+    for finding in findings:
+        if finding.text not in fatal:
+            log.warning("%s", finding.text)
+    if fatal:
+        raise UserError("\n".join(fatal))
+
+
+def _outline(plan: Plan) -> Outline:
+    config = plan.config
+    rows = (config.train_batch_size or 1) * (2 if config.with_prior_preservation else 1)
+    dtype = DTYPES[config.mixed_precision or "no"]
+    parts, side = components(config, plan.pipe), config.resolution or 0
+    return outline(plan.pipe, adapter_config(config), parts, rows, side, dtype, config.gradient_checkpointing)
+
+
+def _base(plan: Plan) -> Iterator[Finding]:
+    if plan.checkpoint is not None:
+        try:
+            check_adapter(plan.pipe, plan.checkpoint.path)
+        except UserError as error:
+            yield Finding(str(error), fatal=True)
+    side, usual = plan.config.resolution or 0, native_size(plan.pipe)
+    if not 0.5 <= side / usual <= 2:
+        yield Finding(
+            f"Pictures of {side} pixels are far from the {usual} of this base: take --resolution {usual}, or a base "
+            "made for such pictures."
+        )
+
+
+def _disk(plan: Plan, size: Outline) -> Iterator[Finding]:
+    config, free = plan.config, shutil.disk_usage(_existing(plan.place)).free
+    one = size.checkpoint_bytes
+    made = -(-(config.max_train_steps or 1) // config.checkpointing_steps)
+    there = len(list_checkpoints(plan.place / CHECKPOINTS))
+    kept = max(min(made, config.checkpoints_total_limit or made) - there, 0)
+    pictures = 0
+    if config.with_prior_preservation:
+        missing = config.num_class_images - count_pictures(class_folder(config))
+        pictures = max(missing, 0) * 2 * (config.resolution or 0) ** 2
+    least, whole = SPARE_BYTES + 2 * one + pictures, SPARE_BYTES + (kept + 2) * one + pictures
+    if free < least:
+        yield Finding(
+            f"The disk of {plan.place} has {_size(free)} left and this run needs {_size(least)}: free some space or "
+            "choose another --output_dir.",
+            fatal=True,
+        )
+    elif free < whole:
+        yield Finding(
+            f"The disk of {plan.place} has {_size(free)} left and the {kept} checkpoints of this run take "
+            f"{_size(whole)}: keep fewer with --checkpoints_total_limit 2."
+        )
+
+
+def _existing(place: Path) -> Path:
+    return next(path for path in (place, *place.absolute().parents) if path.exists())
+
+
+def _memory(plan: Plan, size: Outline) -> Iterator[Finding]:
+    device = denoiser(plan.pipe).device
+    if device.type not in ("cpu", "cuda"):
+        return
+    free = available(device)
+    if size.memory <= free:
+        return
+    remedies = ["--train_batch_size 1"] if (plan.config.train_batch_size or 1) > 1 else []
+    remedies += [] if plan.config.gradient_checkpointing else ["--gradient_checkpointing"]
+    bf16 = device.type == "cuda" and plan.config.mixed_precision == "no" and torch.cuda.is_bf16_supported()
+    remedies += ["--mixed_precision bf16"] if bf16 else []
+    remedies += [] if remedies else ["a smaller --resolution or --rank"]
+    yield Finding(
+        f"A step will take about {_size(size.memory)} of memory beside the base, and {device} has {_size(free)} left: "
+        f"use {', '.join(remedies)}."
+    )
+
+
+def _photos(plan: Plan) -> Iterator[Finding]:
+    config, photos = plan.config, len(plan.captions)
+    if photos < FEW_PHOTOS:
+        there = "There is only 1 photo" if photos == 1 else f"There are only {photos} photos"
+        yield Finding(
+            f"{there}: with 3 to 10, different in background and angle, the subject is told apart from what is around "
+            "it."
+        )
+    batch = (config.train_batch_size or 1) * config.gradient_accumulation_steps * plan.processes
+    views = batch * (config.max_train_steps or 1) / photos
+    if views < FEW_VIEWS:
+        enough = -(-FEW_VIEWS * photos // batch)
+        yield Finding(
+            f"Each photo will be seen {views:.1f} times, too seldom to learn it: use --max_train_steps {enough} or "
+            "more."
+        )
+
+
+def _trigger(plan: Plan) -> Iterator[Finding]:
+    trigger = plan.trigger
+    if trigger is None:
+        yield Finding(
+            "No trigger word was found, so the whole prompt calls the subject: put a rare word such as 'sks' before "
+            "the class word, or name yours with --trigger."
+        )
+        return
+    known = [word for word in trigger.split() if is_known(plan.pipe.tokenizer, word)]
+    if known:
+        yield Finding(
+            f"'{known[0]}' is a word that the base knows, and its meaning fights the subject's: take a rare trigger "
+            "such as 'sks'."
+        )
+
+
+def is_known(tokenizer: Any, word: str) -> bool:
+    """Whether a tokenizer has a word as one piece, and not among its rarest."""
+    pieces = tokenizer.tokenize(word)
+    return len(pieces) == 1 and tokenizer.convert_tokens_to_ids(pieces[0]) < RARE_SHARE * len(tokenizer)
+
+
+def _prompts(plan: Plan) -> Iterator[Finding]:
+    trigger, config = plan.trigger, plan.config
+    if trigger is None:
+        return
+    without = [caption for caption in plan.captions if not _says(caption, trigger)]
+    if without:
+        yield Finding(
+            f"{len(without)} of {len(plan.captions)} captions lack the trigger '{trigger}', such as '{without[0]}': "
+            f"put it in, or let --trigger {trigger} do so."
+        )
+    if config.validation_prompt and not _says(config.validation_prompt, trigger):
+        yield Finding(
+            f"The validation prompt lacks the trigger '{trigger}', so its pictures will not show the subject: put it "
+            "in."
+        )
+    if config.class_prompt and _says(config.class_prompt, trigger):
+        yield Finding(
+            f"The class prompt has the trigger '{trigger}', so the class would learn the subject's name: leave it out "
+            "there."
+        )
+
+
+def _says(prompt: str, word: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE) is not None
+
+
+def _rates(plan: Plan) -> Iterator[Finding]:
+    config = plan.config
+    rates = {"learning_rate": (config.learning_rate, USUAL_RATES[config.method])}
+    if config.train_text_encoder:
+        rates["text_encoder_lr"] = (config.text_encoder_lr, USUAL_TEXT_RATES)
+    for name, (rate, (low, high)) in rates.items():
+        if rate is None:
+            continue
+        effective = scaled_rate(rate, config, plan.processes)
+        if not low <= effective <= high:
+            outcome = "it will hardly learn" if effective < low else "it may learn noise"
+            yield Finding(
+                f"A --{name} of {effective:g} is outside the usual {low:g} to {high:g} of --method {config.method}, so "
+                f"{outcome}: choose one within."
+            )
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
