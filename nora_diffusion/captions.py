@@ -31,17 +31,23 @@ FILLERS = frozenset(
     | {"photo", "photograph", "picture", "image", "portrait", "drawing", "painting", "rendering", "rendition"}
 )
 METADATA = "metadata.jsonl"
+COLUMN = "text"
 
 
 def read_captions(
     photos: Sequence[Path], prompt: str | None, sidecars: bool = False, column: str | None = None
 ) -> list[str]:
-    """One caption a photo. One without its own gets ``prompt``. Raises :class:`UserError` without either."""
+    """One caption a photo: from ``column`` of ``metadata.jsonl``, or with ``sidecars`` from the ``.txt`` beside it,
+    else from ``text`` of ``metadata.jsonl`` if there is one. One without its own gets ``prompt``.
+
+    Raises :class:`UserError` without either.
+    """
     if column:
         own = _from_metadata(photos[0].parent, column)
         source = f"a line in {METADATA}"
     elif sidecars:
-        own = {path.name: text for path in photos if (text := _from_sidecar(path))}
+        listed = _from_metadata(photos[0].parent, COLUMN) if (photos[0].parent / METADATA).is_file() else {}
+        own = listed | {path.name: text for path in photos if (text := _from_sidecar(path))}
         source = "a .txt file"
     else:
         own, source = {}, ""

@@ -45,6 +45,8 @@ NOT_NEGATIVE = (
     "snr_gamma",
     "lr_warmup_steps",
     "dataloader_num_workers",
+    "shuffle_tags",
+    "keep_tokens",
     "adam_weight_decay",
     "sample_guidance",
     "seed",
@@ -81,6 +83,8 @@ def _check_data(config: TrainConfig) -> None:
         raise UserError("no photos: give their folder with --instance_data_dir")
     if config.use_captions and config.caption_column:
         raise UserError("--use_captions and --caption_column exclude each other: choose where captions come from")
+    if not 0 <= config.caption_dropout <= 1:
+        raise UserError(f"caption_dropout={config.caption_dropout} must be a share from 0 to 1, for example 0.1")
     if config.trigger is not None and not config.trigger.strip():
         raise UserError("the trigger is empty: give a rare word such as 'sks', or leave --trigger out")
     if config.center_crop and config.crop == "subject":

@@ -64,8 +64,11 @@ class TrainConfig:
     # data
     instance_data_dir: str | None = key(None, "data", "folder with the photos of the subject")
     instance_prompt: str | None = key(None, "data", "prompt for all photos, for example 'a photo of sks dog'")
-    use_captions: bool = key(False, "data", "read each photo's prompt from the .txt file beside it")
+    use_captions: bool = key(False, "data", "read each photo's prompt in the .txt beside it or in metadata.jsonl")
     caption_column: str | None = key(None, "data", "read each photo's prompt from this key of metadata.jsonl")
+    shuffle_tags: int = key(0, "data", "orders of its comma-separated tags to draw a caption from; 0 keeps the order")
+    keep_tokens: int = key(1, "data", "first tags of a caption that shuffling leaves in place")
+    caption_dropout: float = key(0.0, "data", "share of rows that are learned without any words")
     trigger: str | None = key(None, "data", "the rare word that names the subject (default: found in the prompt)")
     class_word: str | None = key(None, "data", "what the subject is, for example 'dog'")
     resolution: int | None = key(None, "data", "side of the training pictures in pixels (default: the base's own)")

@@ -13,9 +13,10 @@ from PIL import Image
 from ..data.photos import Photo
 from ..data.report import Row, write_report
 from ..data.similarity import find_twins
+from ..data.tags import Wordings, orders
 from ..data.transforms import Transform, View, bucket_shapes
 from .config import TrainConfig
-from .randomness import derive
+from .randomness import derive, generator
 from .subject import Subject
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,18 @@ def class_views(
     plain = replace(transform, crop="random" if transform.crop == "subject" else transform.crop)
     by_shape = [views_of(replace(plain, shapes=[shape]), photos, seed) for shape in shapes]
     return [[view for views in each for view in views] for each in zip(*by_shape, strict=True)]
+
+
+def wordings_of(config: TrainConfig, captions: Sequence[str]) -> Wordings:
+    """What each photo may be called in the steps of a run."""
+    if not config.shuffle_tags:
+        return Wordings([[caption] for caption in captions], config.caption_dropout)
+    sources = [generator(config.seed or 0, "tags", caption) for caption in captions]
+    texts = [
+        orders(caption, config.shuffle_tags, config.keep_tokens, source)
+        for caption, source in zip(captions, sources, strict=True)
+    ]
+    return Wordings(texts, config.caption_dropout)
 
 
 def report_data(folder: Path, subject: Subject, views: Sequence[Sequence[View]]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -20,13 +21,14 @@ from ..base import open_pipeline
 from ..calibration import Calibration
 from ..components import all_targets, denoiser_name
 from ..data import read_photos
+from ..data.tags import Wordings
 from ..errors import UserError
 from ..loaders import add_adapter, load_adapter, trainable_parameters
 from .cache import TextConditions
 from .checkpoints import Checkpoint, restore_optimizer
 from .checks import check_pipeline
 from .config import Precision, TrainConfig
-from .dataset import class_views, report_data, transform_of, views_of
+from .dataset import class_views, report_data, transform_of, views_of, wordings_of
 from .defaults import PRESET_KEYS
 from .denoiser import TRAINED_ENCODERS, denoiser, family_of, native_size, text_encoders
 from .latents import Latents, encode_photos
@@ -64,6 +66,11 @@ class Run:
     schedule: Any
     scaler: torch.amp.GradScaler
     identity: dict[str, Any]
+
+    @functools.cached_property
+    def wordings(self) -> Wordings:
+        """What each photo may be called."""
+        return wordings_of(self.config, self.subject.captions)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -265,7 +272,7 @@ def build_run(
     """Text conditions, adapter, optimizer and schedule, then the checkpoint's state over them."""
     latents, class_latents, _ = data
     device = denoiser(pipe).device
-    prompts: Sequence[str] = [*subject.captions, *([config.class_prompt or ""] if class_latents else [])]
+    prompts: Sequence[str] = [*wordings_of(config, subject.captions).all(), *([config.class_prompt or ""] if class_latents else [])]
     conditions = None if config.train_text_encoder else TextConditions(pipe, config, prompts)
     dtype = lower_precision(config, pipe, device)
     conditions = conditions or TextConditions(pipe, config, prompts)

@@ -102,7 +102,7 @@ class Stepper:
         sizes = [run.latents.size_of(photo) for photo in range(len(run.subject.photos))]
         photos = batch_rows(run.seed, "photos", sizes, number, size)
         latents = run.latents.sample(photos, source)
-        prompts = [run.subject.captions[photo] for photo in photos]
+        prompts = run.wordings.draw(photos, generator(run.seed, "captions", step, micro, rank))
         if run.class_latents is not None:
             pictures = shuffled_rows(run.seed, "class pictures", len(run.class_latents.of_photo), number * size, size)
             picked = run.class_latents.pick(pictures, source, run.latents.size_of(photos[0]))
