@@ -105,7 +105,7 @@ def _measure(pipe: Any, calibration: Calibration) -> Strengths:
         for part, group in layers.items():
             for path, layer in group.items():
                 stack.callback(layer.register_forward_pre_hook(meters[part][path]).remove)
-        stack.enter_context(_without_adapters(pipe))
+        stack.enter_context(without_adapters(pipe))
         short_run(pipe, calibration)
     return {
         part: {path: meter.mean() for path, meter in group.items() if meter.count} for part, group in meters.items()
@@ -113,8 +113,8 @@ def _measure(pipe: Any, calibration: Calibration) -> Strengths:
 
 
 @contextmanager
-def _without_adapters(pipe: Any) -> Iterator[None]:
-    """A basis belongs to the base: adapters that happen to be active have no say in it."""
+def without_adapters(pipe: Any) -> Iterator[None]:
+    """The base as it is without adapters, whatever is active; parameters keep their flags."""
     layers = [layer for part in present(pipe) for layer in tuner_layers(getattr(pipe, part))]
     before = [layer._disable_adapters for layer in layers]
     try:

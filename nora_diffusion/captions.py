@@ -134,5 +134,21 @@ def with_trigger(caption: str, trigger: str | None, class_word: str | None) -> s
     return f"{trigger}, {caption}"
 
 
+def fill(template: str, phrase: str) -> str:
+    """A prompt: ``{}`` stands for the subject ("a sks dog"), ``{noun}`` for it without its article."""
+    noun = phrase.partition(" ")[2] if phrase.split(" ")[0].lower() in ("a", "an", "the") else phrase
+    return template.replace("{}", phrase).replace("{noun}", noun)
+
+
+def with_article(words: str) -> str:
+    """``a dog``, ``an owl``."""
+    return f"{'an' if words[:1].lower() in tuple('aeiou') else 'a'} {words}"
+
+
+def without_trigger(prompt: str, trigger: str | None) -> str:
+    """The prompt as judges, who do not know the trigger, get it."""
+    return re.sub(rf"(?<!\w){re.escape(trigger)}(?!\w)\s*", "", prompt) if trigger else prompt
+
+
 def _words(text: str) -> list[str]:
     return re.findall(r"[\w<>\-*']+", text)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..adapter_file import AdapterInfo, inspect_adapter
 from ..base import base_id, is_embedded, open_pipeline
+from ..captions import fill
 from ..errors import UserError
 from ..generation import default_guidance, parse_adapter
 from ..judges import Judge, image_features, load_judge, load_vision, text_features
@@ -22,7 +23,7 @@ from ..metrics import agreement, diversity, likeness
 from .axes import NONE, Cell, axis
 from .grid import Grid, GridConfig
 from .scoreboard import BASE, Scoreboard, Scored
-from .subjects import Subject, fill, read_subject
+from .subjects import Subject, read_subject
 
 
 @dataclass

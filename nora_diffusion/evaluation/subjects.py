@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from ..adapter_info import AdapterInfo
+from ..captions import with_article
 from ..data import read_photo, read_photos
 from ..errors import UserError
 
@@ -67,17 +68,6 @@ class Subject:
             f"nothing says what to call the subject {self.name!r}: train with --trigger and --class_word, or put a "
             f'{DESCRIPTION} with "instance_prompt" and "class_prompt" beside its photos'
         )
-
-
-def fill(template: str, phrase: str) -> str:
-    """A prompt: the template with the subject in it."""
-    noun = phrase.partition(" ")[2] if phrase.split(" ")[0].lower() in ("a", "an", "the") else phrase
-    return template.replace("{}", phrase).replace("{noun}", noun)
-
-
-def with_article(words: str) -> str:
-    """``a dog``, ``an owl``."""
-    return f"{'an' if words[:1].lower() in tuple('aeiou') else 'a'} {words}"
 
 
 def read_subject(folder: Path, prompts: str | None = None) -> Subject:

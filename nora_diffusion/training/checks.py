@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import UserError
 from .config import TrainConfig
 from .defaults import METHOD_KEYS, METHODS, PRESET_KEYS
+from .tracking import PACKAGES
 
 POSITIVE = (
     "resolution",
@@ -32,6 +33,8 @@ POSITIVE = (
     "num_validation_images",
     "validation_epochs",
     "validation_steps",
+    "validation_split",
+    "early_stopping",
     "sample_steps",
     "num_class_images",
     "tokenizer_max_length",
@@ -51,7 +54,6 @@ NOT_NEGATIVE = (
     "sample_guidance",
     "seed",
 )
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
 
 
 def check_config(config: TrainConfig) -> None:
@@ -83,12 +85,16 @@ def _check_data(config: TrainConfig) -> None:
         raise UserError("no photos: give their folder with --instance_data_dir")
     if config.use_captions and config.caption_column:
         raise UserError("--use_captions and --caption_column exclude each other: choose where captions come from")
+    if config.background_loss_weight is not None and not 0 <= config.background_loss_weight <= 1:
+        raise UserError(f"background_loss_weight={config.background_loss_weight} must be from 0 (only the subject) to 1")
     if not 0 <= config.caption_dropout <= 1:
         raise UserError(f"caption_dropout={config.caption_dropout} must be a share from 0 to 1, for example 0.1")
     if config.trigger is not None and not config.trigger.strip():
         raise UserError("the trigger is empty: give a rare word such as 'sks', or leave --trigger out")
     if config.center_crop and config.crop == "subject":
         raise UserError("--center_crop and --crop subject exclude each other: choose where photos are cropped")
+    if config.validation_data_dir and config.validation_split:
+        raise UserError("--validation_data_dir and --validation_split exclude each other: choose the held-out photos")
     if config.validation_images:
         raise UserError("--validation_images is for pipelines that start from a picture; use --validation_prompt here")
 
@@ -141,21 +147,22 @@ def _check_system(config: TrainConfig) -> None:
             "PyTorch's own fast attention is in use anyway",
         )
     for tracker in trackers(config):
-        _need(TRACKERS[tracker], f"--report_to {tracker}", "log.jsonl is always written")
+        _need(PACKAGES[tracker], f"--report_to {tracker}", "log.jsonl is always written")
     if (config.hub_token or config.hub_model_id) and not config.push_to_hub:
         raise UserError("--hub_token and --hub_model_id need --push_to_hub")
 
 
 def trackers(config: TrainConfig) -> list[str]:
-    """The trackers that ``report_to`` asks for; ``all`` means all that are installed."""
-    wanted = (config.report_to or "none").lower()
-    if wanted == "none":
+    """The trackers that ``report_to`` asks for, separated by commas; ``all`` means all that are installed."""
+    wanted = [word.strip() for word in (config.report_to or "none").lower().split(",")]
+    if wanted == ["none"]:
         return []
-    if wanted == "all":
-        return [name for name, package in TRACKERS.items() if find_spec(package)]
-    if wanted not in TRACKERS:
-        raise UserError(f"report_to={config.report_to!r} is unknown: choose one of {', '.join(TRACKERS)}, all, none")
-    return [wanted]
+    if wanted == ["all"]:
+        return [name for name, package in PACKAGES.items() if find_spec(package)]
+    unknown = [word for word in wanted if word not in PACKAGES]
+    if unknown:
+        raise UserError(f"report_to={config.report_to!r} is unknown: choose one of {', '.join(PACKAGES)}, all, none")
+    return list(dict.fromkeys(wanted))
 
 
 def _need(package: str, flag: str, note: str = "") -> None:

@@ -33,6 +33,7 @@ GROUPS = {
     "training": "training",
     "optimizer": "optimizer and schedule",
     "run": "checkpoints, samples and output",
+    "validation": "measuring on the way, and which step is kept",
     "system": "precision, memory and tracking",
 }
 
@@ -76,6 +77,9 @@ class TrainConfig:
     center_crop: bool = key(False, "data", "the same as --crop center")
     crops_per_image: int = key(4, "data", "random crops cached for each photo of another shape")
     aspect_buckets: bool = key(False, "data", "crop to the nearest of several shapes, not to a square")
+    background_loss_weight: float | None = key(
+        None, "data", "weight of the loss beside the subject's mask, 0 to 1 (default: masks are not used)"
+    )
     background: str = key("white", "data", "colour that shows through transparent places")
     skip_unreadable: bool = key(False, "data", "leave unusable files out instead of stopping")
     random_flip: bool = key(False, "data", "mirror half of the pictures")
@@ -153,6 +157,18 @@ class TrainConfig:
     validation_steps: int | None = key(None, "run", "steps between samples, instead of epochs")
     sample_steps: int | None = key(None, "run", "denoising steps of class and sample pictures")
     sample_guidance: float | None = key(None, "run", "guidance of class and sample pictures")
+    judge: str | None = key(
+        None, "validation", "CLIP folder or hub id that measures; 'tiny' is the embedded base's"
+    )
+    dino: str | None = key(None, "validation", "vision model that measures likeness, as facebook/dinov2-base")
+    validation_data_dir: str | None = key(None, "validation", "folder of held-out photos to compare with")
+    validation_split: int | None = key(None, "validation", "photos of instance_data_dir to hold out instead")
+    validation_prompts: list[str] | None = key(
+        None, "validation", "prompts that are measured, with {} where the subject goes: '{} in the snow'"
+    )
+    early_stopping: int | None = key(
+        None, "validation", "stop after so many measurements that were no better than an earlier one"
+    )
     validation_images: list[str] | None = key(None, "run", "for pipelines that start from a picture: not supported")
     save_dtype: SaveDtype | None = key(None, "run", "number type in the adapter file (default: as trained)")
     license: str | None = key(None, "run", "licence named in the adapter and its model card")
@@ -167,7 +183,7 @@ class TrainConfig:
     enable_xformers_memory_efficient_attention: bool = key(False, "system", "attention of xformers, if installed")
     pre_compute_text_embeddings: bool = key(False, "system", "always done unless the text encoder is trained")
     local_rank: int = key(-1, "system", "set by accelerate launch")
-    report_to: str | None = key(None, "system", "tensorboard, wandb, comet_ml, all or none, beside log.jsonl")
+    report_to: str | None = key(None, "system", "tensorboard, trackio, wandb, comet_ml (with commas), all or none")
     logging_dir: str = key("logs", "system", "folder of TensorBoard logs inside output_dir")
 
     @classmethod

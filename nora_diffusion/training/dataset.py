@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..data.masks import subject_box
 from ..data.photos import Photo
 from ..data.report import Row, write_report
 from ..data.similarity import find_twins
@@ -34,7 +35,11 @@ def transform_of(config: TrainConfig, step: int) -> Transform:
 def views_of(transform: Transform, photos: Sequence[Photo], seed: int) -> list[list[View]]:
     """The training pictures of each photo: a function of the photo and the seed alone."""
     return [
-        transform.views(photo.image.size, np.random.default_rng(derive(seed, "crops", photo.sha256)))
+        transform.views(
+            photo.image.size,
+            np.random.default_rng(derive(seed, "crops", photo.sha256)),
+            None if photo.mask is None else subject_box(photo.mask),
+        )
         for photo in photos
     ]
 

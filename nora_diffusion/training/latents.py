@@ -17,7 +17,8 @@ from ..data.transforms import View
 class Latents:
     """The posterior of every training picture: ``mean``, ``std``, each ``[C, h, w]``, fp32 on the CPU.
 
-    ``of_photo[i]`` lists the pictures made of photo ``i``. Each step draws a new sample of one of them.
+    ``of_photo[i]`` lists the pictures made of photo ``i``. Each step draws a new sample of one of them. ``regions`` has
+    the weight of each place of a picture in the loss ``[1, h, w]``, where that is not 1 everywhere.
     """
 
     mean: list[Tensor]
@@ -25,6 +26,11 @@ class Latents:
     of_photo: list[list[int]]
     shift: float
     factor: float
+    regions: list[Tensor] | None = None
+
+    def weights(self, pictures: Sequence[int]) -> Tensor | None:
+        """Weights of the places of ``pictures`` in the loss ``[B, 1, h, w]``; ``None``: all the same."""
+        return None if self.regions is None else torch.stack([self.regions[picture] for picture in pictures])
 
     def size_of(self, photo: int) -> tuple[int, ...]:
         """Height and width of a photo's first picture, as latents."""
@@ -56,8 +62,10 @@ class Latents:
         return (z - self.shift) * self.factor
 
 
-def encode_photos(vae: nn.Module, photos: Sequence[Photo], views: Sequence[Sequence[View]]) -> Latents:
-    """Encode the views of every photo."""
+def encode_photos(
+    vae: nn.Module, photos: Sequence[Photo], views: Sequence[Sequence[View]], background: float | None = None
+) -> Latents:
+    """Encode the views of every photo. ``background`` is the weight of the loss beside the subjects' masks."""
     mean: list[Tensor] = []
     std: list[Tensor] = []
     of_photo = []
@@ -67,17 +75,38 @@ def encode_photos(vae: nn.Module, photos: Sequence[Photo], views: Sequence[Seque
             mean += means.unbind()
             std += deviations.unbind()
         of_photo.append(list(range(start, len(mean))))
+    regions = None if background is None else _regions(photos, views, mean, background)
     settings: Any = vae.config
     shift = float(getattr(settings, "shift_factor", None) or 0.0)
-    return Latents(mean, std, of_photo, shift, float(settings.scaling_factor))
+    return Latents(mean, std, of_photo, shift, float(settings.scaling_factor), regions)
+
+
+def _regions(
+    photos: Sequence[Photo], views: Sequence[Sequence[View]], latents: Sequence[Tensor], background: float
+) -> list[Tensor]:
+    """``b + (1 - b) m``: ``m`` is the subject's share of what a latent sees; 1 everywhere without a mask."""
+    pairs = [(photo, view) for photo, own in zip(photos, views, strict=True) for view in _in_order(own)]
+    found = []
+    for (photo, view), latent in zip(pairs, latents, strict=True):
+        height, width = latent.shape[1:]
+        share = torch.ones(height, width)
+        if photo.mask is not None:
+            share = torch.from_numpy(view.region(photo.mask, (width, height)).copy())
+        found.append((background + (1 - background) * share)[None])
+    return found
+
+
+def _in_order(views: Sequence[View]) -> list[View]:
+    """Views as they are encoded: those of one shape together."""
+    return [view for shape in dict.fromkeys(view.shape for view in views) for view in views if view.shape == shape]
 
 
 @torch.no_grad()
 def _encode(vae: Any, photo: Photo, views: Sequence[View], batch: int = 4) -> list[tuple[Tensor, Tensor]]:
     """Photo by photo, so that the numbers of one do not depend on which others are there."""
     found = []
-    for size in dict.fromkeys(view.shape for view in views):
-        group = [view for view in views if view.shape == size]
+    for shape in dict.fromkeys(view.shape for view in views):
+        group = [view for view in views if view.shape == shape]
         for start in range(0, len(group), batch):
             chunk = [torch.from_numpy(view.pixels(photo.image).copy()) for view in group[start : start + batch]]
             posterior = vae.encode(torch.stack(chunk).to(vae.device, vae.dtype)).latent_dist

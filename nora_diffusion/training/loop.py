@@ -7,22 +7,24 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from ..errors import UserError
 from .checkpoints import Checkpoint, check_identity, find_checkpoint, prune, read_checkpoint
-from .checks import check_config, trackers
+from .checks import check_config
 from .config import TrainConfig
 from .defaults import with_defaults
 from .identity import identity_of
 from .preflight import Finding, Plan, preflight, report
 from .rundir import RunFolder
-from .setup import Run, build_latents, build_run, check_targets, open_base, settle
+from .setup import Material, Run, build_latents, build_run, check_targets, open_base, settle
 from .signals import Interrupted, StopRequests
 from .steps import Stepper
 from .subject import Subject, read_subject
+from .validation import Validation, plan_measure
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +76,10 @@ OUT_OF_MEMORY = (
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Device, processes and trackers. Precision and checkpoints are handled here, not by accelerate."""
+    """Device and processes. Precision, checkpoints and trackers are handled here, not by accelerate."""
     if config.local_rank != -1 and "LOCAL_RANK" not in os.environ:
         raise UserError("--local_rank is set by the launcher: start with `accelerate launch` and leave it out")
-    return Accelerator(log_with=trackers(config) or None, project_dir=config.folder / config.logging_dir)
+    return Accelerator()
 
 
 def check(config: TrainConfig) -> list[Finding]:
@@ -91,12 +93,17 @@ def check(config: TrainConfig) -> list[Finding]:
 
 
 def plan_run(
-    config: TrainConfig, subject: Subject, accelerator: Accelerator, folder: RunFolder, stop: StopRequests
+    config: TrainConfig,
+    subject: Subject,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    stop: StopRequests,
+    pipe: Any = None,
 ) -> Plan:
-    """Open the base and settle the run; nothing in the folder changes."""
+    """Open the base, unless it is given, and settle the run; nothing in the folder changes."""
     processes = accelerator.num_processes
     checkpoint = wanted_checkpoint(config, folder)
-    pipe = open_base(config, accelerator.device)
+    pipe = pipe or open_base(config, accelerator.device)
     config = settle(config, pipe, checkpoint, len(subject.photos), accelerator.device, processes)
     config = agree_on_seed(config, accelerator)
     stop.check()
@@ -105,7 +112,8 @@ def plan_run(
         pictures = str(checkpoint.identity.get("class pictures", ""))
         check_identity(checkpoint, identity_of(config, pipe, subject, pictures, processes))
     check_targets(config, pipe)
-    return Plan(config, pipe, subject.captions, subject.trigger, folder.path, checkpoint, processes)
+    measure = plan_measure(config, subject, accelerator.device)
+    return Plan(config, pipe, subject.captions, subject.trigger, folder.path, checkpoint, processes, measure)
 
 
 def set_up(
@@ -113,9 +121,25 @@ def set_up(
 ) -> Run:
     """All before the first step; nothing in the folder changes until what can be refused has been."""
     plan = plan_run(config, subject, accelerator, folder, stop)
-    config, pipe, checkpoint, processes = plan.config, plan.pipe, plan.checkpoint, plan.processes
     if folder.owner:
         report(preflight(plan), config.strict)
+    run = build_run(gather(plan, subject, accelerator, folder, stop))
+    run.validation = validation_of(plan, run)
+    return run
+
+
+def validation_of(plan: Plan, run: Run) -> Validation | None:
+    """What measures the run on the way, with what it measured before the checkpoint; ``None`` if nothing is asked."""
+    if plan.measure is None:
+        return None
+    validation = Validation(plan.measure, run.config, run.pipe, plan.place, run.dtype)
+    validation.restore(run.first_step)
+    return validation
+
+
+def gather(plan: Plan, subject: Subject, accelerator: Accelerator, folder: RunFolder, stop: StopRequests) -> Material:
+    """Claim the folder and encode the data of a run that nothing speaks against."""
+    config, pipe, checkpoint, processes = plan.config, plan.pipe, plan.checkpoint, plan.processes
     stop.check()
     again = replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
     folder.claim(anew=checkpoint is None, config=again.to_dict())
@@ -125,9 +149,8 @@ def set_up(
     if checkpoint is not None:
         check_identity(checkpoint, identity)
     stop.check()
-    run = build_run(config, pipe, subject, data, identity, checkpoint, processes)
     log.info("%d photos, trigger %r, class %r", len(subject.photos), subject.trigger, subject.class_word)
-    return run
+    return Material(config, pipe, subject, data[0], data[1], identity, checkpoint, processes)
 
 
 def wanted_checkpoint(config: TrainConfig, folder: RunFolder) -> Checkpoint | None:
@@ -157,6 +180,7 @@ def agree_on_seed(config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
 def finish(run: Run, stepper: Stepper, folder: RunFolder, started: float) -> TrainResult:
     """Run the steps, then write the adapter, its card and, where asked, the upload."""
     from .outcome import write_adapter_and_card
+    from .report import write_report
 
     stepping = time.monotonic()
     losses = stepper.run_steps()
@@ -166,8 +190,11 @@ def finish(run: Run, stepper: Stepper, folder: RunFolder, started: float) -> Tra
     path = folder.adapter
     if folder.owner:
         folder.state("saving")
+        if run.validation is not None:
+            run.kept_step = run.validation.put_chosen(run.adapter)
         path = write_adapter_and_card(run, folder, final_loss, seconds)
         prune(folder.checkpoints, run.config.checkpoints_total_limit)
+        write_report(run, folder)
     stepper.end_trackers()
     folder.state("done", step=run.total_steps, loss=final_loss)
     numbers = sum(parameter.numel() for parameter in run.parameters.values())

@@ -50,12 +50,18 @@ def training_section(run: Run, final_loss: float, seconds: float, samples: Seque
     return (
         f"## Training\n\n{len(run.subject.photos)} photos, {run.total_steps} steps in {seconds:.0f} s, "
         f"mean loss of the last steps {final_loss:.4f}. Prompt: `{run.info['instance_prompt']}`"
-        f"{_class_line(run)}.\n{shown}\n| setting | value |\n| --- | --- |\n{table}"
+        f"{_class_line(run)}.{_kept_line(run)}\n{shown}\n| setting | value |\n| --- | --- |\n{table}"
     )
 
 
 def _class_line(run: Run) -> str:
     return f", class `{run.subject.class_word}`" if run.subject.class_word else ""
+
+
+def _kept_line(run: Run) -> str:
+    if run.kept_step in (None, run.total_steps):
+        return ""
+    return f" By its measurements step {run.kept_step} is the one in this file; report.html says why"
 
 
 def _cell(value: object) -> str:

@@ -91,10 +91,10 @@ class Objective:
         return wanted * {"v_prediction": 1 / (snr + 1), "sample": torch.ones_like(snr), "flow": variance}[self.kind]
 
     def errors(self, prediction: Tensor, target: Tensor, t: Tensor) -> Tensor:
-        """Weighted error of each number ``[B, C, H, W]``, in fp32."""
+        """Weighted error of each number ``[B, C, H, W]``, at least in fp32."""
         if prediction.shape[1] == 2 * target.shape[1]:
             prediction = prediction.chunk(2, dim=1)[0]  # a learned variance is not trained here
-        d = prediction.float() - target.float()
+        d = prediction.to(torch.promote_types(prediction.dtype, torch.float32)) - target.float()
         if self.loss == "l2":
             error = d.square()
         else:
@@ -102,9 +102,19 @@ class Objective:
             error = 2 * h * ((d.square() + h**2).sqrt() - h)
         return error * self.weights(t).view(-1, 1, 1, 1)
 
-    def losses(self, prediction: Tensor, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Mean weighted error of each row ``[B]`` against :meth:`target`."""
-        return self.errors(prediction, self.target(latents, noise, t), t).mean(dim=(1, 2, 3))
+    def losses(
+        self, prediction: Tensor, latents: Tensor, noise: Tensor, t: Tensor, regions: Tensor | None = None
+    ) -> Tensor:
+        """Mean weighted error of each row ``[B]`` against :meth:`target`.
+
+        ``regions [B, 1, H, W]`` weights the places of a picture: ``sum_p w_p mean_c(e) / sum_p w_p``, so that a small
+        subject counts as much as a large one. A row without any weight has the loss 0.
+        """
+        errors = self.errors(prediction, self.target(latents, noise, t), t)
+        if regions is None:
+            return errors.mean(dim=(1, 2, 3))
+        whole = regions.sum(dim=(1, 2, 3)).clamp(min=1e-12)
+        return (errors.mean(dim=1, keepdim=True) * regions).sum(dim=(1, 2, 3)) / whole
 
 
 def is_flow(scheduler: Any) -> bool:

@@ -8,7 +8,7 @@ from ..errors import UserError
 from ..loaders import save_adapter
 from .model_card import training_section
 from .rundir import RunFolder
-from .setup import ADAPTER, Run
+from .setup import Run
 
 
 def write_adapter_and_card(run: Run, folder: RunFolder, final_loss: float, seconds: float) -> Path:
@@ -18,9 +18,9 @@ def write_adapter_and_card(run: Run, folder: RunFolder, final_loss: float, secon
     path = save_adapter(
         run.pipe,
         folder.path,
-        ADAPTER,
+        run.adapter,
         dtype=run.config.save_dtype,
-        info={**run.info, "step": run.total_steps},
+        info={**run.info, "step": run.kept_step or run.total_steps},
         card=card,
     )
     if run.config.push_to_hub:

@@ -23,6 +23,7 @@ from .optimization import scaled_rate
 from .renders import DTYPES, class_folder, count_pictures
 from .rundir import CHECKPOINTS, SPARE_BYTES
 from .setup import adapter_config, components
+from .validation import Measure
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Plan:
     place: Path
     checkpoint: Checkpoint | None = None
     processes: int = 1
+    measure: Measure | None = None
 
 
 def preflight(plan: Plan) -> list[Finding]:

@@ -18,6 +18,8 @@ from ..files import make_folder, user_errors, write_atomic
 Status = Literal["starting", "training", "saving", "done", "interrupted", "failed"]
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+VALIDATION, CANDIDATES, MEASURED = "validation", "candidates", "validation.json"
+REPORT = "report.html"
 LOCK = ".lock"
 SPARE_BYTES = 16 * 2**20
 STATE_SECONDS = 0.5
@@ -101,9 +103,10 @@ class RunFolder:
             return
         self._claimed = True
         if anew:
-            for folder in (self.checkpoints, self.samples):
+            for folder in (self.checkpoints, self.samples, self.path / VALIDATION, self.path / CANDIDATES):
                 shutil.rmtree(folder, ignore_errors=True)
-            (self.path / "log.jsonl").unlink(missing_ok=True)
+            for name in ("log.jsonl", MEASURED, REPORT):
+                (self.path / name).unlink(missing_ok=True)
         write_atomic(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
     def require(self, size: int) -> None:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -38,6 +38,7 @@ from .randomness import derive
 from .renders import DTYPES, class_folder, fill_class_images
 from .rundir import RunFolder
 from .subject import Subject
+from .validation import Validation
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,9 @@ class Run:
     schedule: Any
     scaler: torch.amp.GradScaler
     identity: dict[str, Any]
+    adapter: str = ADAPTER
+    validation: Validation | None = None
+    kept_step: int | None = None
 
     @functools.cached_property
     def wordings(self) -> Wordings:
@@ -173,7 +177,7 @@ def build_latents(
     views = views_of(transform, subject.photos, seed)
     if folder.owner:
         report_data(folder.path, subject, views)
-    latents = encode_photos(pipe.vae, subject.photos, views)
+    latents = encode_photos(pipe.vae, subject.photos, views, config.background_loss_weight)
     if not config.with_prior_preservation:
         return latents, None, ""
     place = class_folder(config)
@@ -232,15 +236,15 @@ def calibration_of(config: TrainConfig, subject: Subject, latents: Latents) -> C
 
 
 def place_adapter(
-    config: TrainConfig, pipe: Any, checkpoint: Checkpoint | None, calibration: Calibration | None
+    config: TrainConfig, pipe: Any, name: str, checkpoint: Checkpoint | None, calibration: Calibration | None
 ) -> dict[str, nn.Parameter]:
     """Put the adapter in, fresh or from the checkpoint; returns its trained factors by file key."""
     if checkpoint is None:
         torch.manual_seed(derive(config.seed or 0, "init"))
-        add_adapter(pipe, adapter_config(config), ADAPTER, components(config, pipe), calibration)
+        add_adapter(pipe, adapter_config(config), name, components(config, pipe), calibration)
     else:
-        load_adapter(pipe, checkpoint.path, ADAPTER)
-    parameters = trainable_parameters(pipe, ADAPTER)
+        load_adapter(pipe, checkpoint.path, name)
+    parameters = trainable_parameters(pipe, name)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     return parameters
@@ -260,24 +264,39 @@ def lower_precision(config: TrainConfig, pipe: Any, device: torch.device) -> tor
     return dtype
 
 
-def build_run(
-    config: TrainConfig,
-    pipe: Any,
-    subject: Subject,
-    data: tuple[Latents, Latents | None, str],
-    identity: dict[str, Any],
-    checkpoint: Checkpoint | None,
-    processes: int,
-) -> Run:
-    """Text conditions, adapter, optimizer and schedule, then the checkpoint's state over them."""
-    latents, class_latents, _ = data
-    device = denoiser(pipe).device
-    prompts: Sequence[str] = [*wordings_of(config, subject.captions).all(), *([config.class_prompt or ""] if class_latents else [])]
-    conditions = None if config.train_text_encoder else TextConditions(pipe, config, prompts)
-    dtype = lower_precision(config, pipe, device)
-    conditions = conditions or TextConditions(pipe, config, prompts)
-    parameters = place_adapter(config, pipe, checkpoint, calibration_of(config, subject, latents))
-    optimizer = build_optimizer(config, parameters, processes)
+@dataclass(frozen=True)
+class Material:
+    """What a run is made of before anything is put into the pipeline."""
+
+    config: TrainConfig
+    pipe: Any
+    subject: Subject
+    latents: Latents
+    class_latents: Latents | None
+    identity: dict[str, Any]
+    checkpoint: Checkpoint | None
+    processes: int
+
+    def conditions(self) -> TextConditions:
+        """The prompts of photos and class pictures, encoded at the text encoder's present precision."""
+        prior: list[str] = [self.config.class_prompt or ""] if self.class_latents else []
+        return TextConditions(self.pipe, self.config, [*wordings_of(self.config, self.subject.captions).all(), *prior])
+
+
+def build_run(material: Material) -> Run:
+    """Text conditions, lower precision, adapter, optimizer and schedule, then the checkpoint's state over them."""
+    config, pipe = material.config, material.pipe
+    conditions = None if config.train_text_encoder else material.conditions()
+    dtype = lower_precision(config, pipe, denoiser(pipe).device)
+    return put_in(material, conditions or material.conditions(), dtype)
+
+
+def put_in(material: Material, conditions: TextConditions, dtype: torch.dtype, name: str = ADAPTER) -> Run:
+    """A run whose adapter is ``name`` in a pipeline of this precision, at the checkpoint's state if there is one."""
+    config, pipe, subject, checkpoint = material.config, material.pipe, material.subject, material.checkpoint
+    latents, device = material.latents, denoiser(pipe).device
+    parameters = place_adapter(config, pipe, name, checkpoint, calibration_of(config, subject, latents))
+    optimizer = build_optimizer(config, parameters, material.processes)
     steps = config.max_train_steps or 0
     schedule = build_schedule(config, optimizer, steps)
     scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
@@ -286,8 +305,8 @@ def build_run(
         restore_schedule(schedule, optimizer, checkpoint.schedule)
         if checkpoint.scaler:
             scaler.load_state_dict(checkpoint.scaler)
-    for name in components(config, pipe):
-        getattr(pipe, name).train()
+    for part in components(config, pipe):
+        getattr(pipe, part).train()
     return Run(
         config=config,
         pipe=pipe,
@@ -299,11 +318,12 @@ def build_run(
         dtype=dtype,
         objective=Objective.of(pipe.scheduler, config.snr_gamma or 0.0, device),
         latents=latents,
-        class_latents=class_latents,
+        class_latents=material.class_latents,
         conditions=conditions,
         parameters=parameters,
         optimizer=optimizer,
         schedule=schedule,
         scaler=scaler,
-        identity=identity,
+        identity=material.identity,
+        adapter=name,
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,15 +17,31 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from .checkpoints import list_checkpoints, prune, save_checkpoint
-from .denoiser import denoiser, predict, text_encoders
+from .checks import trackers
+from .denoiser import Conditions, denoiser, predict, text_encoders
 from .optimization import clip, schedule_state
 from .randomness import batch_rows, derive, draw_timesteps, generator, shuffled_rows
 from .renders import save_samples
 from .rundir import RunFolder, RunLog
-from .setup import ADAPTER, Run, epoch_steps
+from .setup import Run, epoch_steps
 from .signals import Interrupted, StopRequests
+from .tracking import Trackers
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A noised batch: what the denoiser is given and, in ``latents``, ``noise`` and ``t``, what it is judged by."""
+
+    latents: Tensor
+    noise: Tensor
+    t: Tensor
+    noisy: Tensor
+    times: Tensor
+    conditions: Conditions
+    labels: Tensor | None
+    regions: Tensor | None = None
 
 
 class Stepper:
@@ -33,42 +51,54 @@ class Stepper:
         self.run, self.accelerator, self.folder, self.stop = run, accelerator, folder, stop
         self.device = denoiser(run.pipe).device
         self.saved: Path | None = None
+        self._trackers = Trackers([], folder.path, {})
 
     def run_steps(self) -> list[float]:
         """All steps that are left; returns their losses. Raises :class:`Interrupted` after a signal."""
-        run, folder = self.run, self.folder
+        run = self.run
         if run.first_step >= run.total_steps:
             log.warning("this run is complete at step %d: raise --max_train_steps to go on", run.first_step)
             return []
-        self._start_trackers()
-        journal = RunLog(folder.path / "log.jsonl", run.first_step, folder.owner)
-        bar = tqdm(
+        losses = []
+        with self.recording():
+            self.look(run.first_step)
+            for step in range(run.first_step, run.total_steps):
+                begun, rate = time.monotonic(), run.schedule.get_last_lr()[0]
+                loss, norm = self.step(step)
+                losses.append(loss)
+                self.record(step + 1, loss, rate, norm, time.monotonic() - begun)
+                self.between(step + 1)
+                if step + 1 == run.total_steps:
+                    break  # it may have been stopped early
+        return losses
+
+    @contextmanager
+    def recording(self, progress: bool = True) -> Iterator[None]:
+        """The time in which :meth:`record` may be called: the log is open and the trackers have begun."""
+        run, folder = self.run, self.folder
+        self._trackers = self._start_trackers()
+        self._journal = RunLog(folder.path / "log.jsonl", run.first_step, folder.owner)
+        self._bar = tqdm(
             total=run.total_steps,
             initial=run.first_step,
             desc="steps",
-            disable=not folder.owner,
+            disable=not (folder.owner and progress),
             mininterval=0.5,
         )
-        losses = []
         try:
-            for step in range(run.first_step, run.total_steps):
-                begun = time.monotonic()
-                rate = run.schedule.get_last_lr()[0]
-                loss, norm = self.step(step)
-                losses.append(loss)
-                done = step + 1
-                seconds = round(time.monotonic() - begun, 4)
-                finite = norm if math.isfinite(norm) else None  # under fp16 a step may be skipped; JSON has no inf
-                journal.write(step=done, loss=loss, lr=rate, grad_norm=finite, seconds=seconds)
-                folder.state("training", step=done, total=run.total_steps, loss=loss)
-                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}", refresh=False)
-                bar.update()
-                self._track({"loss": loss, "lr": rate, "grad_norm": norm}, done)
-                self._between(done)
+            yield
         finally:
-            journal.close()
-            bar.close()
-        return losses
+            self._journal.close()
+            self._bar.close()
+
+    def record(self, done: int, loss: float, rate: float, norm: float, seconds: float) -> None:
+        """Tell the log, ``state.json``, the progress bar and the trackers of a step."""
+        finite = norm if math.isfinite(norm) else None  # under fp16 a step may be skipped; JSON has no inf
+        self._journal.write(step=done, loss=loss, lr=rate, grad_norm=finite, seconds=round(seconds, 4))
+        self.folder.state("training", step=done, total=self.run.total_steps, loss=loss)
+        self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}", refresh=False)
+        self._bar.update()
+        self._trackers.log({"loss": loss, "lr": rate, "grad_norm": norm}, done)
 
     def step(self, step: int) -> tuple[float, float]:
         """One optimizer step over all micro-steps; returns its mean loss and the gradients' norm.
@@ -83,6 +113,11 @@ class Stepper:
             loss = self.loss(step, micro) / count
             torch.autograd.backward(run.scaler.scale(loss))
             total += loss.detach()
+        return self.update(step, total)
+
+    def update(self, step: int, total: Tensor) -> tuple[float, float]:
+        """Apply the accumulated gradients of a step whose mean loss is ``total``; returns as :meth:`step` does."""
+        run = self.run
         value = self._across(total).item()
         if not math.isfinite(value):
             self._refuse(step, "the loss is not finite")
@@ -92,6 +127,13 @@ class Stepper:
 
     def loss(self, step: int, micro: int) -> Tensor:
         """Mean loss of one batch, plus ``prior_loss_weight`` times that of as many class pictures."""
+        batch = self.draw(step, micro)
+        with self.autocast():
+            prediction = predict(self.run.pipe, batch.noisy, batch.times, batch.conditions, batch.labels)
+        return self.mean_loss(batch, prediction)
+
+    def draw(self, step: int, micro: int) -> Batch:
+        """The batch of a micro-step, noised, and what is needed to judge the prediction for it."""
         run, config = self.run, self.run.config
         rank = self.accelerator.process_index
         source = generator(run.seed, "step", step, micro, rank)
@@ -101,30 +143,44 @@ class Stepper:
         number = (step * config.gradient_accumulation_steps + micro) * self.accelerator.num_processes + rank
         sizes = [run.latents.size_of(photo) for photo in range(len(run.subject.photos))]
         photos = batch_rows(run.seed, "photos", sizes, number, size)
-        latents = run.latents.sample(photos, source)
+        picked = run.latents.pick(photos, source)
+        latents, regions = run.latents.draw(picked, source), run.latents.weights(picked)
         prompts = run.wordings.draw(photos, generator(run.seed, "captions", step, micro, rank))
         if run.class_latents is not None:
             pictures = shuffled_rows(run.seed, "class pictures", len(run.class_latents.of_photo), number * size, size)
             picked = run.class_latents.pick(pictures, source, run.latents.size_of(photos[0]))
             latents = torch.cat([latents, run.class_latents.draw(picked, source)])
+            regions = None if regions is None else torch.cat([regions, torch.ones_like(regions)])
             prompts += [config.class_prompt or ""] * size
-        losses = self._denoising_losses(latents, prompts, source)
+        return self._noised(latents, prompts, source, regions)
+
+    def mean_loss(self, batch: Batch, prediction: Tensor) -> Tensor:
+        """What :meth:`loss` is for a batch's prediction."""
+        run, config = self.run, self.run.config
+        losses = run.objective.losses(prediction, batch.latents, batch.noise, batch.t, batch.regions)
+        size = config.train_batch_size or 1
         mean = losses[:size].mean()
         return mean + config.prior_loss_weight * losses[size:].mean() if run.class_latents is not None else mean
 
-    def _denoising_losses(self, latents: Tensor, prompts: list[str], source: torch.Generator) -> Tensor:
+    def autocast(self) -> torch.autocast:
+        """Half precision where the run asks for it."""
+        lower = self.run.dtype in (torch.float16, torch.bfloat16)
+        return torch.autocast(self.device.type, self.run.dtype if lower else None, enabled=lower)
+
+    def _noised(
+        self, latents: Tensor, prompts: list[str], source: torch.Generator, regions: Tensor | None
+    ) -> Batch:
         run, objective = self.run, self.run.objective
         noise = torch.randn(latents.shape, generator=source)
         stratified = run.config.timestep_sampling == "stratified"
         t = draw_timesteps(len(latents), objective.timesteps, stratified, source).to(self.device)
         latents, noise = latents.to(self.device), noise.to(self.device)
         noisy = objective.add_noise(latents, noise, t)
-        lower = run.dtype != torch.float32
-        with torch.autocast(self.device.type, run.dtype if lower else None, enabled=lower):
-            labels = t if run.config.class_labels_conditioning == "timesteps" else None
-            times = objective.times[t]
-            prediction = predict(run.pipe, noisy.to(run.dtype), times, run.conditions(prompts), labels)
-        return objective.losses(prediction, latents, noise, t)
+        labels = t if run.config.class_labels_conditioning == "timesteps" else None
+        with self.autocast():
+            conditions = run.conditions(prompts)
+        regions = None if regions is None else regions.to(self.device)
+        return Batch(latents, noise, t, noisy.to(run.dtype), objective.times[t], conditions, labels, regions)
 
     def _update(self, step: int) -> float:
         run = self.run
@@ -162,15 +218,28 @@ class Stepper:
             "--mixed_precision no, and start again"
         )
 
-    def _between(self, done: int) -> None:
-        config, last = self.run.config, done == self.run.total_steps
-        stopped = self._stopped()
-        if last or stopped or done % config.checkpointing_steps == 0:
+    def between(self, done: int) -> None:
+        """What happens after a step: a checkpoint, an end by signal, samples and measurements, an early end."""
+        last, stopped = done == self.run.total_steps, self._stopped()
+        if last or stopped or done % self.run.config.checkpointing_steps == 0:
             self._save(done)
         if stopped and not last:
             raise Interrupted(stopped, done, self.saved)
-        if config.validation_prompt and (last or done % self._sample_interval() == 0) and self.folder.owner:
-            save_samples(self.run.pipe, self.folder.samples, done, config, self.run.dtype)
+        self.look(done)
+        if done == self.run.total_steps and not last:
+            self._save(done)
+
+    def look(self, done: int) -> None:
+        """Samples and measurements, if they are due; ``total_steps`` becomes ``done`` where that is enough."""
+        run, folder = self.run, self.folder
+        if folder.owner and (done == run.total_steps or done % self._sample_interval() == 0):
+            if run.config.validation_prompt:
+                save_samples(run.pipe, folder.samples, done, run.config, run.dtype)
+            if run.validation is not None and (point := run.validation.at(done, run.adapter, run.info)):
+                self._trackers.log({f"validation/{name}": value for name, value in point.scores.items()}, done)
+        if run.validation is not None and self._any(int(run.validation.enough)):
+            log.info("stopped early: nothing was better than step %s", run.validation.chosen)
+            run.total_steps = done
 
     def _sample_interval(self) -> int:
         config = self.run.config
@@ -181,10 +250,13 @@ class Stepper:
 
     def _stopped(self) -> int:
         """The signal that any process got, or 0: all must stop at the same step."""
-        received = self.stop.received or 0
+        return self._any(self.stop.received or 0)
+
+    def _any(self, value: int) -> int:
+        """The largest over the processes."""
         if self.accelerator.num_processes == 1:
-            return received
-        return int(self.accelerator.gather(torch.tensor([received], device=self.device)).max())
+            return value
+        return int(self.accelerator.gather(torch.tensor([value], device=self.device)).max())
 
     def _save(self, done: int) -> None:
         run, folder = self.run, self.folder
@@ -195,7 +267,7 @@ class Stepper:
             folder.checkpoints,
             done,
             run.pipe,
-            ADAPTER,
+            run.adapter,
             run.optimizer,
             run.parameters,
             run.identity,
@@ -210,21 +282,13 @@ class Stepper:
         frozen = sum(b.numel() * b.element_size() for m in modules for n, b in m.named_buffers() if ".nora_" in n)
         return frozen + 12 * sum(p.numel() for p in self.run.parameters.values())
 
-    def _start_trackers(self) -> None:
-        values = {k: v for k, v in self.run.config.to_dict().items() if isinstance(v, str | int | float | bool)}
-        self._guarded(lambda: self.accelerator.init_trackers("nora-dreambooth", config=values))
+    def _start_trackers(self) -> Trackers:
+        config = self.run.config
+        values = {k: v for k, v in config.to_dict().items() if isinstance(v, str | int | float | bool)}
+        names = trackers(config) if self.folder.owner else []
+        return Trackers(names, self.folder.path / config.logging_dir, values)
 
     def end_trackers(self) -> None:
-        """Let the trackers finish; a failure of theirs is a warning."""
-        self._guarded(self.accelerator.end_training)
-
-    def _track(self, values: dict[str, float], step: int) -> None:
-        self._guarded(lambda: self.accelerator.log(values, step=step))
-
-    def _guarded(self, call: Any) -> None:
-        """Trackers are somebody else's service: when one fails, training goes on."""
-        try:
-            call()
-        except Exception as error:
-            log.warning("the tracker failed and is left out from here on: %s", error)
-            self.accelerator.trackers = []
+        """Let the trackers finish, and the processes part."""
+        self._trackers.finish()
+        self.accelerator.end_training()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from ..captions import guess_class_word, guess_trigger, read_captions, with_trigger
 from ..data import Photo, Reject, read_photos, survey
 from ..data.colours import colour
+from ..data.masks import mask_hash, with_masks
 from ..errors import UserError
 from .checks import folder_of
 from .config import TrainConfig
@@ -28,6 +29,7 @@ class Subject:
     class_word: str | None
     data_hash: str
     rejects: Sequence[Reject] = ()
+    held_out: Sequence[Photo] = ()
 
 
 def read_subject(config: TrainConfig) -> tuple[Subject, TrainConfig]:
@@ -38,6 +40,7 @@ def read_subject(config: TrainConfig) -> tuple[Subject, TrainConfig]:
     """
     config = _with_prompts(config)
     photos, rejects = _photos(config)
+    photos, held_out = hold_out(photos, config.validation_split or 0)
     captions = read_captions(
         [photo.path for photo in photos], config.instance_prompt, config.use_captions, config.caption_column
     )
@@ -48,10 +51,17 @@ def read_subject(config: TrainConfig) -> tuple[Subject, TrainConfig]:
     if trigger is None:
         log.warning("no trigger word in %r (--trigger names one): the whole prompt calls the subject", captions[0])
     config = replace(config, trigger=trigger, class_word=class_word)
-    return Subject(photos, captions, trigger, class_word, _data_hash(photos, captions), rejects), config
+    return Subject(photos, captions, trigger, class_word, _data_hash(photos, captions), rejects, held_out), config
 
 
 def _photos(config: TrainConfig) -> tuple[list[Photo], list[Reject]]:
+    photos, rejects = _unmasked(config)
+    if config.crop != "subject" and config.background_loss_weight is None:
+        return photos, rejects
+    return with_masks(photos, folder_of(config.instance_data_dir or "")), rejects
+
+
+def _unmasked(config: TrainConfig) -> tuple[list[Photo], list[Reject]]:
     folder, workers = folder_of(config.instance_data_dir or ""), config.dataloader_num_workers
     background = colour(config.background)
     if not config.skip_unreadable:
@@ -62,6 +72,18 @@ def _photos(config: TrainConfig) -> tuple[list[Photo], list[Reject]]:
     if not photos:
         raise UserError(f"no file in {folder} can be used: {rejects[0].reason}")
     return photos, rejects
+
+
+def hold_out(photos: Sequence[Photo], count: int) -> tuple[list[Photo], list[Photo]]:
+    """``(to learn from, to measure with)``: the ``count`` photos of the smallest SHA-256, whatever they are called.
+
+    Raises :class:`UserError` if nothing is left to learn from.
+    """
+    held = {photo.sha256 for photo in sorted(photos, key=lambda photo: photo.sha256)[:count]}
+    left = [photo for photo in photos if photo.sha256 not in held]  # nor a twin of one that is held out
+    if not left:
+        raise UserError(f"--validation_split {count} leaves nothing of {len(photos)} photos to learn from: lower it")
+    return left, [photo for photo in photos if photo.sha256 in held]
 
 
 def _with_prompts(config: TrainConfig) -> TrainConfig:
@@ -83,5 +105,8 @@ def _guess(config: TrainConfig) -> str | None:
 
 
 def _data_hash(photos: Sequence[Photo], captions: Sequence[str]) -> str:
-    rows = [[photo.sha256, caption] for photo, caption in zip(photos, captions, strict=True)]
+    rows = [
+        [photo.sha256, caption, *([mask_hash(photo.mask)] if photo.mask else [])]
+        for photo, caption in zip(photos, captions, strict=True)
+    ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -1,0 +1,225 @@
+"""Measuring a run on the way: likeness, prompts kept, drift of the class, diversity; and the steps worth keeping.
+
+Measuring is a function of the adapter and the settings alone: seeds are fixed, the random state of the training is put
+back, and what was measured is on disk, so that a resumed run makes the same choice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..base import is_embedded
+from ..calibration import without_adapters
+from ..captions import fill, with_article, without_trigger
+from ..data import read_photos
+from ..errors import UserError
+from ..files import write_atomic
+from ..judges import Judge, image_features, load_judge, load_vision, text_features
+from ..loaders import load_adapter, save_adapter
+from ..metrics import agreement, diversity, likeness
+from ..pictures import save_picture
+from .checks import folder_of
+from .config import TrainConfig
+from .randomness import derive
+from .renders import describe, render
+from .rundir import CANDIDATES, MEASURED, VALIDATION
+from .selection import Point, choose, front, stalled
+from .subject import Subject
+
+log = logging.getLogger(__name__)
+
+TEMPLATES = ("{}", "{} in the snow", "{} on the beach", "{} on a wooden table")
+CLASS_SEEDS = 2
+ASKS_FOR_IT = ("judge", "dino", "validation_data_dir", "validation_split", "validation_prompts", "early_stopping")
+
+
+def is_measured(config: TrainConfig) -> bool:
+    """Whether any setting asks for measuring."""
+    return any(getattr(config, name) is not None for name in ASKS_FOR_IT)
+
+
+@dataclass
+class Measure:
+    """What is measured and by whom: judges, real pictures and prompts."""
+
+    judge: Judge
+    vision: Judge | None
+    real: Sequence[Image.Image]
+    prompts: Sequence[str]
+    class_prompts: Sequence[str]
+    seeds: Sequence[int]
+    settings: dict[str, Any]
+
+    @property
+    def looks(self) -> dict[str, Judge]:
+        """The judges of likeness; the last one also measures drift and diversity."""
+        return {"clip_i": self.judge} | ({"dino": self.vision} if self.vision else {})
+
+
+def plan_measure(config: TrainConfig, subject: Subject, device: torch.device) -> Measure | None:
+    """Load the judges and settle the prompts; ``None`` where nothing asks for it. Raises :class:`UserError`."""
+    if not is_measured(config):
+        return None
+    if config.judge is None and not is_embedded(config.pretrained_model_name_or_path):
+        raise UserError("measuring needs --judge, for example openai/clip-vit-base-patch32: the tiny one that is taken "
+                        "without it knows only the pictures of the embedded base")  # fmt: skip
+    prompts, plain = prompts_of(config, subject)
+    judge = load_judge(config.judge)
+    vision = load_vision(config.dino) if config.dino else None
+    for look in filter(None, (judge, vision)):
+        look.model.to(device)
+    photos = read_photos(folder_of(config.validation_data_dir)) if config.validation_data_dir else subject.held_out
+    real = photos or subject.photos
+    settings = {
+        "judge": config.judge or "tiny", "dino": config.dino, "prompts": prompts, "class prompts": plain,
+        "real": "held-out photos" if photos else "training photos", "photos": sorted(photo.sha256 for photo in real),
+        "images": config.num_validation_images, "steps": config.sample_steps, "guidance": config.sample_guidance,
+    }  # fmt: skip
+    seeds = [derive(config.seed or 0, "validation", number) % 2**31 for number in range(config.num_validation_images)]
+    return Measure(judge, vision, [photo.image for photo in real], prompts, plain, seeds, settings)
+
+
+def prompts_of(config: TrainConfig, subject: Subject) -> tuple[list[str], list[str]]:
+    """Prompts with the subject in them, and the same with anybody of its class. Raises :class:`UserError`."""
+    if not subject.class_word:
+        raise UserError("measuring needs the class of the subject: give --class_word, for example dog")
+    phrase = with_article(f"{subject.trigger or ''} {subject.class_word}".strip())
+    templates = config.validation_prompts or TEMPLATES
+    plain = [without_trigger(fill(text, with_article(subject.class_word)), subject.trigger) for text in templates]
+    return [fill(text, phrase) for text in templates], plain
+
+
+@dataclass
+class Validation:
+    """The points measured so far, in ``validation.json``, and the adapters worth keeping, in ``candidates/``."""
+
+    measure: Measure
+    config: TrainConfig
+    pipe: Any
+    folder: Path
+    dtype: torch.dtype
+    points: list[Point] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._real: dict[str, torch.Tensor] = {}
+        self._base: torch.Tensor | None = None
+
+    def restore(self, step: int) -> None:
+        """Take up what was measured until ``step``, if it was measured in the same way."""
+        try:
+            stored = json.loads((self.folder / MEASURED).read_text(encoding="utf-8"))
+            same = stored["settings"] == json.loads(json.dumps(self.measure.settings))
+            points = [Point(int(p["step"]), dict(p["scores"])) for p in stored["points"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        if not same:
+            log.warning("validation is measured otherwise than before: its earlier points are left out")
+            return
+        self.points = [point for point in points if point.step <= step]
+
+    def at(self, step: int, adapter_name: str, info: dict[str, Any]) -> Point | None:
+        """Measure, keep the adapter if it is worth it; ``None`` if that fails, which is only a warning."""
+        if any(point.step == step for point in self.points):
+            return None
+        cuda = [self.pipe.device.index or 0] if self.pipe.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(cuda):
+                point = Point(step, self._scores(step))
+                if step > 0:
+                    save_adapter(self.pipe, self.candidate(step), adapter_name, info={**info, "step": step})
+        except (RuntimeError, OSError, ValueError) as error:
+            log.warning("nothing measured at step %d: %s", step, error)
+            return None
+        self.points.append(point)
+        self._write()
+        self._prune()
+        return point
+
+    def _scores(self, step: int) -> dict[str, float]:
+        measure = self.measure
+        if self._base is None:
+            with without_adapters(self.pipe):
+                self._base = self._look(self._class_pictures())
+        pictures = [self._render(prompt, measure.seeds) for prompt in measure.prompts]
+        self._keep(step, pictures)
+        flat = [image for group in pictures for image in group]
+        features = {name: image_features(look, flat) for name, look in measure.looks.items()}
+        if not self._real:
+            self._real = {name: image_features(look, measure.real) for name, look in measure.looks.items()}
+        scores = {name: statistics.fmean(likeness(seen, self._real[name])) for name, seen in features.items()}
+        asked = text_features(measure.judge, [text for text in measure.class_prompts for _ in measure.seeds])
+        scores["clip_t"] = statistics.fmean(agreement(features["clip_i"], asked))
+        now = self._look(self._class_pictures())
+        scores["drift"] = 1 - statistics.fmean(agreement(now, self._base))
+        if len(measure.seeds) > 1:
+            groups = features["dino" if measure.vision else "clip_i"].split(len(measure.seeds))
+            scores["diversity"] = statistics.fmean(map(diversity, groups))
+        return {name: round(value, 6) for name, value in scores.items()}
+
+    def _look(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        return image_features(self.measure.vision or self.measure.judge, pictures)
+
+    def _class_pictures(self) -> list[Image.Image]:
+        seeds = self.measure.seeds[:CLASS_SEEDS]
+        return [image for prompt in self.measure.class_prompts for image in self._render(prompt, seeds)]
+
+    def _render(self, prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
+        return render(self.pipe, prompt, seeds, self.config, self.dtype)
+
+    def _keep(self, step: int, pictures: Sequence[Sequence[Image.Image]]) -> None:
+        """Keep the first seed's pictures, for the report."""
+        for number, (prompt, group) in enumerate(zip(self.measure.prompts, pictures, strict=True)):
+            settings = describe(self.pipe, prompt, self.measure.seeds[0], group[0], self.config)
+            save_picture(group[0], self.folder / VALIDATION / f"step-{step:06d}-{number}.png", settings)
+
+    def candidate(self, step: int) -> Path:
+        """Where the adapter of a step is kept."""
+        return self.folder / CANDIDATES / f"step-{step}"
+
+    @property
+    def chosen(self) -> int | None:
+        """The step that the rule picks among those measured."""
+        return choose(self.points)
+
+    @property
+    def enough(self) -> bool:
+        """Whether it is time to stop early."""
+        return stalled(self.points, self.config.early_stopping)
+
+    def _write(self) -> None:
+        document = {
+            "settings": self.measure.settings,
+            "points": [{"step": point.step, "scores": dict(point.scores)} for point in self.points],
+            "front": front(self.points),
+            "chosen": self.chosen,
+        }
+        write_atomic(self.folder / MEASURED, json.dumps(document, indent=1))
+
+    def _prune(self) -> None:
+        """Keep the adapters on the Pareto front and the newest one."""
+        kept = {self.candidate(step) for step in (*front(self.points), self.points[-1].step)}
+        for place in (self.folder / CANDIDATES).glob("step-*"):
+            if place not in kept:
+                shutil.rmtree(place, ignore_errors=True)
+
+    def put_chosen(self, adapter_name: str) -> int | None:
+        """Put the chosen step's numbers into the pipeline; its step, or ``None`` where the last one stays."""
+        chosen = self.chosen
+        if chosen is None or chosen == self.points[-1].step:
+            return chosen
+        try:
+            load_adapter(self.pipe, self.candidate(chosen), adapter_name, hotswap=True)
+        except UserError as error:
+            log.warning("the chosen step %d cannot be read, so the last step is kept: %s", chosen, error)
+            return None
+        return chosen
