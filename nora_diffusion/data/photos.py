@@ -29,7 +29,8 @@ ORIENTATION = 0x0112
 class Photo:
     """One decoded photo: an upright RGB picture and the SHA-256 of the file it came from.
 
-    ``alpha`` is its transparency (``L``) where it has some; ``remarks`` say what was done to it.
+    ``alpha`` is its transparency (``L``) where it has some; ``remarks`` say what was done to it; ``mask`` (``L``) shows
+    the subject where somebody asked for it (:mod:`.masks`).
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Photo:
     sha256: str
     alpha: Image.Image | None = None
     remarks: tuple[str, ...] = ()
+    mask: Image.Image | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..files import write_atomic
@@ -31,8 +32,6 @@ class Row:
     photo: Photo
     caption: str
     views: Sequence[View]
-    remarks: Sequence[str] = ()
-    has_mask: bool = False
 
     @property
     def enlargement(self) -> float:
@@ -44,7 +43,9 @@ class Row:
         """What was done to the photo, too small a size first."""
         factor = self.enlargement
         small = [f"too small, so enlarged {factor:.1f} times"] if factor > 1.05 else []
-        return [*small, *self.photo.remarks, *self.remarks]
+        mask = self.photo.mask
+        share = [] if mask is None else [f"its mask covers {np.asarray(mask).mean() / 255:.0%}"]
+        return [*small, *self.photo.remarks, *share]
 
 
 def write_report(folder: Path, rows: Sequence[Row], rejects: Sequence[Reject], twins: Sequence[Twins]) -> Path:
@@ -79,7 +80,7 @@ def _photo_json(row: Row) -> dict[str, Any]:
         "shape": list(row.views[0].shape),
         "views": [{"box": [round(x, 3) for x in view.box], "mirrored": view.mirrored} for view in row.views],
         "enlarged": round(row.enlargement, 3),
-        "mask": row.has_mask,
+        "mask": row.photo.mask is not None,
         "remarks": row.all_remarks(),
     }
 

@@ -34,6 +34,11 @@ class View:
         """The view as ``[3, height, width]`` float32 in [-1, 1]."""
         return np.asarray(self.picture(image), dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0
 
+    def region(self, mask: Image.Image, shape: Shape) -> np.ndarray[Any, Any]:
+        """The share of white in each cell of the view, as ``[height, width]`` float32 of ``shape`` in [0, 1]."""
+        small = mask.resize(shape, Image.Resampling.BOX, box=self.box)
+        return np.asarray(ImageOps.mirror(small) if self.mirrored else small, dtype=np.float32) / 255
+
 
 @dataclass(frozen=True)
 class Transform:

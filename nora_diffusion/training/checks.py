@@ -86,7 +86,7 @@ def _check_data(config: TrainConfig) -> None:
     if config.use_captions and config.caption_column:
         raise UserError("--use_captions and --caption_column exclude each other: choose where captions come from")
     if config.background_loss_weight is not None and not 0 <= config.background_loss_weight <= 1:
-        raise UserError(f"background_loss_weight={config.background_loss_weight} must be from 0 (only the subject) to 1")
+        raise UserError(f"background_loss_weight={config.background_loss_weight} must be from 0 to 1, as 0.2")
     if not 0 <= config.caption_dropout <= 1:
         raise UserError(f"caption_dropout={config.caption_dropout} must be a share from 0 to 1, for example 0.1")
     if config.trigger is not None and not config.trigger.strip():

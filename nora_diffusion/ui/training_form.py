@@ -27,8 +27,9 @@ PRESETS: dict[str, tuple[float, float]] = {"Fast": (1 / 3, 1.0), "Balanced": (1.
 
 OPEN_GROUPS = ("adapter", "prior", "training", "optimizer")
 OPEN = {
-    "resolution", "crop", "aspect_buckets", "background", "center_crop", "crops_per_image", "random_flip",
-    "shuffle_tags", "keep_tokens", "caption_dropout", "image_interpolation_mode", "gradient_checkpointing",
+    "resolution", "crop", "aspect_buckets", "background", "background_loss_weight", "center_crop",
+    "crops_per_image", "random_flip", "shuffle_tags", "keep_tokens", "caption_dropout",
+    "image_interpolation_mode", "gradient_checkpointing",
     "mixed_precision", "checkpointing_steps", "checkpoints_total_limit", "validation_prompt", "num_validation_images",
     "validation_steps", "sample_steps", "sample_guidance", "save_dtype", "license",
 }  # fmt: skip
