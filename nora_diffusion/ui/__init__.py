@@ -17,6 +17,7 @@ __all__ = ["AppConfig", "serve"]
 
 def serve(config: AppConfig) -> None:
     """Serve the app until Ctrl-C. Raises :class:`UserError` for settings that will not do, or without gradio."""
+    config.check()  # at once: what follows takes seconds
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the app needs gradio: pip install 'nora-diffusion[app]'")
     from .server import serve as start

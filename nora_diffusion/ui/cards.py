@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from ..data import read_photo
+from PIL import Image
+
 from ..errors import UserError
-from .library import Entry
+from .entries import Entry
 
 THUMBNAIL_SIDE = 192
+MAX_PIXELS = 40_000_000
 EMPTY = (
     '<div class="empty"><b>The library is empty.</b><br>Teach it a subject in the Train tab: an example subject takes '
     "one click. Or drop a <code>.safetensors</code> adapter above.</div>"
@@ -34,6 +36,7 @@ def _card(entry: Entry, misfit: str | None, pressed: bool) -> str:
         info = entry.info
         lines += [f"<small>{escape(info.trigger)}</small>"] if info.trigger else []
         lines.append(f"<small>{escape(method(entry))} · {short_number(info.trained_numbers)} numbers</small>")
+    lines += [f"<small>{escape(said)}</small>"] if (said := score_line(entry)) else []
     if misfit:
         lines.append(f'<small class="why">{escape(misfit)}</small>')
     return (
@@ -44,23 +47,40 @@ def _card(entry: Entry, misfit: str | None, pressed: bool) -> str:
 
 def _picture(entry: Entry) -> str:
     try:
-        file = entry.thumbnail()
-        source = None if file is None else thumbnail(file, file.stat().st_mtime_ns)
+        found = entry.thumbnail()
+        modified = found.stat().st_mtime_ns if isinstance(found, Path) else entry.stamp[1]
+        source = thumbnail(found, modified) if found else ""
     except (OSError, UserError):
-        source = None
-    if source is None:
+        source = ""
+    if not source:
         return f'<span class="none" aria-hidden="true">{escape(entry.name[:1].upper())}</span>'
     return f'<img alt="" loading="lazy" src="{source}">'
 
 
 @functools.lru_cache(2048)
-def thumbnail(file: Path, modified: int) -> str:
+def thumbnail(source: Path | bytes, modified: int) -> str:
     """A small copy of a picture as a data URI, kept as long as the file is the same."""
-    image = read_photo(file).image
+    image = read_preview(source if isinstance(source, bytes) else source.read_bytes())
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=80)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def read_preview(content: bytes) -> Image.Image:
+    """A picture that anybody may have made, refused by its header before it is decoded."""
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise UserError("the picture has too many pixels")
+            return opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError("the picture cannot be read") from error
+
+
+def score_line(entry: Entry) -> str:
+    """The scores of its training's last samples, for a card."""
+    return " · ".join(f"{name.removesuffix(' fidelity')} {value:.2f}" for name, value in entry.scores().items())
 
 
 def method(entry: Entry) -> str:
@@ -84,7 +104,7 @@ def facts(entry: Entry, misfit: str | None) -> str:
     """Everything that is known of one adapter, as a table."""
     rows = {
         "name": entry.name,
-        "file": entry.file.name if not entry.in_own_folder else f"{entry.name}/{entry.file.name}",
+        "file": f"{entry.name}/{entry.file.name}" if entry.in_own_folder else entry.file.name,
     }
     if misfit:
         rows["cannot be used"] = misfit
@@ -98,12 +118,12 @@ def facts(entry: Entry, misfit: str | None) -> str:
             "parts": ", ".join(info.components),
             "base": info.base or "unknown",
             "trained numbers": f"{info.trained_numbers:,} of {info.stored_numbers:,} stored",
-            "scores": ", ".join(f"{k} {v}" for k, v in dict(info.extra.get("scores") or {}).items()),
+            "scores": ", ".join(f"{name} {value:.3f}" for name, value in entry.scores().items()),
             "steps, seed": f"{info.step}, {info.seed}",
             "licence": info.license,
         }
     rows |= {
-        "size": f"{entry.stamp[2]:,} bytes",
+        "size": f"{entry.size:,} bytes",
         "written": time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.modified)),
         "SHA-256": entry.sha256 or "not computed yet",
     }

@@ -14,8 +14,8 @@ from ..errors import UserError
 from ..evaluation.axes import NONE, Axis, Cell, parse_axis
 from ..evaluation.grid import NO_AXIS, Grid, GridConfig, MadeCell
 from .engine import MAX_SIDE, MAX_STEPS
+from .entries import Entry
 from .jobs import Job
-from .library import Entry
 from .runs import Run, Skipped
 from .state import App
 

@@ -20,6 +20,7 @@ from ..generation import run as run_pipeline
 from ..loaders import LoadedAdapter, delete_adapter, load_adapter
 from ..loaders.load import FINGERPRINT_TOLERANCE
 from ..pictures import save_picture
+from .entries import Stamp, stamp_of
 from .preview import LatentPreview
 from .runs import Run, Skipped
 from .weights import AdapterWeights, set_weights
@@ -34,7 +35,7 @@ PREVIEWS = 6
 
 @dataclass(frozen=True)
 class Wanted:
-    """An adapter file to generate with, under a name that is unique in the request."""
+    """An adapter (a file, or ``PACK#NAME``) to generate with, under a name that is unique in the request."""
 
     name: str
     path: Path
@@ -78,7 +79,7 @@ class Engine:
     def __init__(self, base: str | None = None, device: str | None = None) -> None:
         self.base = base
         self.device = device
-        self._loaded: dict[str, tuple[tuple[str, int, int], LoadedAdapter]] = {}
+        self._loaded: dict[str, tuple[Stamp, LoadedAdapter]] = {}
         self._loading = threading.Lock()
         self._pipe: Any = None
         self._fingerprints: dict[str, dict[str, float]] = {}
@@ -238,12 +239,11 @@ def _peft_name(name: str) -> str:
     return f"app_{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
-def _stamp(path: Path) -> tuple[str, int, int]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"the adapter {path.name} is gone: refresh the library") from error
-    return str(path), status.st_mtime_ns, status.st_size
+def _stamp(path: Path) -> Stamp:
+    stamp = stamp_of(path)
+    if stamp is None:
+        raise UserError(f"the adapter {path.name} is gone: refresh the library")
+    return stamp
 
 
 def best_device() -> str:

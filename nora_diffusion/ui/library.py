@@ -2,74 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapter_file import FILE_NAME, AdapterInfo, inspect_adapter
-from ..composition.tags import tag_name
+from ..adapter_file import FILE_NAME, inspect_adapter
 from ..errors import UserError
 from ..files import make_folder, sha256, user_errors, write_atomic
+from ..packs import SUFFIX, Pack
+from ..pictures import read_settings
+from .entries import Entry, Stamp, read_entries, stamp_of
 
 PICTURES, TRASH, HASHES = "pictures", ".trash", ".hashes.json"
-THUMBNAIL = "thumbnail.png"
+SEARCHED_PICTURES = 500
 SORTS = ("newest", "name", "size", "trained numbers")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
-Stamp = tuple[str, int, int]
-
-
-@dataclass
-class Entry:
-    """One adapter of the library: ``name`` is unique in it; ``info`` is None where the file is broken (``fault``)."""
-
-    name: str
-    file: Path
-    stamp: Stamp
-    info: AdapterInfo | None = None
-    fault: str = ""
-    sha256: str = ""
-
-    @property
-    def modified(self) -> float:
-        """When the file was written, in seconds since the epoch."""
-        return self.stamp[1] / 1e9
-
-    @property
-    def tag(self) -> str:
-        """The name by which a prompt may call it."""
-        return tag_name(self.name)
-
-    def matches(self, words: Iterable[str]) -> bool:
-        """Whether each word is in the name or in what the file says of itself."""
-        info = self.info
-        said = (info.trigger, info.class_word, info.instance_prompt, info.method, info.base) if info else ()
-        text = " ".join((self.name, self.sha256, *said)).lower()
-        return all(word in text for word in words)
-
-    @property
-    def in_own_folder(self) -> bool:
-        """Whether the adapter is a folder of its own (what the trainer writes), and not a single file."""
-        return self.file.name == FILE_NAME
-
-    def thumbnail(self) -> Path | None:
-        """A picture of the subject: the chosen one, else the last sample of its training."""
-        if not self.in_own_folder:
-            own = self.file.with_suffix(".png")
-            return own if own.is_file() else None
-        chosen = self.file.parent / THUMBNAIL
-        if chosen.is_file():
-            return chosen
-        return max((self.file.parent / "samples").glob("**/*.png"), key=lambda f: f.stat().st_mtime, default=None)
-
 
 class Library:
-    """The adapters of one folder: ``NAME.safetensors`` and ``NAME/nora_adapter.safetensors``.
+    """The adapters of one folder: ``NAME.safetensors``, ``NAME/nora_adapter.safetensors``, the subjects of packs.
 
     Listing reads one header for each new or changed file and no weights; hashes are computed by :meth:`hash_all` and
     kept in a file beside the adapters.
@@ -77,7 +33,7 @@ class Library:
 
     def __init__(self, folder: Path) -> None:
         self.folder = make_folder(folder)
-        self._entries: dict[Stamp, Entry] = {}
+        self._entries: dict[Stamp, list[Entry]] = {}
         self._hashes = self._read_hashes()
         self._lock = threading.Lock()
 
@@ -89,10 +45,10 @@ class Library:
     def entries(self) -> list[Entry]:
         """All adapters, newest first; an unreadable one has its fault said."""
         with self._lock:
-            found = {stamp: file for file in self._files() if (stamp := _stamp(file)) is not None}
-            fresh = {s: self._entries.get(s) or self._read(f, s) for s, f in found.items()}
-            self._entries = fresh
-            return sorted(fresh.values(), key=lambda e: (-e.stamp[1], e.name))
+            found = {stamp: file for file in self._files() if (stamp := stamp_of(file)) is not None}
+            self._entries = {s: self._entries.get(s) or self._read(f, s) for s, f in found.items()}
+            every = (entry for entries in self._entries.values() for entry in entries)
+            return sorted(every, key=lambda e: (-e.stamp[1], e.name))
 
     def entry(self, name: str) -> Entry:
         """One adapter by name. Raises :class:`UserError` when there is none; a name is never used as a path."""
@@ -111,7 +67,7 @@ class Library:
             found = [e for e in found if e.info and e.info.method == method]
         keys = {
             "name": lambda e: e.name.lower(),
-            "size": lambda e: e.stamp[2],
+            "size": lambda e: e.size,
             "trained numbers": lambda e: e.info.trained_numbers if e.info else 0,
         }
         return sorted(found, key=keys[sort]) if sort in keys else found
@@ -121,6 +77,18 @@ class Library:
         entries = self.entries()
         self.hash_all(entries)
         return next((e for e in entries if len(digest) == 64 and e.sha256 == digest), None)
+
+    def pictures_with(self, entry: Entry, most: int = 12) -> list[Path]:
+        """The newest generated pictures whose settings name this adapter by its full hash."""
+        self.hash_all([entry])
+        found: list[Path] = []
+        for file in sorted(self.pictures.glob("*.png"), key=lambda f: -f.stat().st_mtime)[:SEARCHED_PICTURES]:
+            with contextlib.suppress(UserError, OSError):
+                if any(adapter.get("sha256") == entry.sha256 for adapter in read_settings(file).adapters):
+                    found.append(file)
+            if len(found) == most:
+                break
+        return found
 
     def hash_all(self, entries: Iterable[Entry] | None = None) -> None:
         """Hash what has no hash yet, and keep the result."""
@@ -143,6 +111,8 @@ class Library:
         """
         if source.suffix.lower() != ".safetensors":
             raise UserError(f"{Path(name).name} is no safetensors file: other formats may run code and are not read")
+        if Path(name).name.endswith(SUFFIX):
+            return self._add_pack(source, Path(name).name.removesuffix(SUFFIX))
         info = inspect_adapter(source)
         twin = self.by_hash(info.sha256)
         if twin is not None:
@@ -153,9 +123,21 @@ class Library:
         write_atomic(file, source.read_bytes())
         return self.entry(target.name)
 
+    def _add_pack(self, source: Path, name: str) -> Entry:
+        with Pack(source) as pack:
+            if not list(pack):  # reads every card, so that a damaged one is refused here
+                raise UserError(f"the pack {source.name} holds no subject")
+        file = self.folder / f"{self.free_folder(safe_name(name)).name}{SUFFIX}"
+        write_atomic(file, source.read_bytes())
+        return next(entry for entry in self.entries() if entry.pack == file)
+
     def delete(self, name: str) -> str:
         """Move an adapter into the library's bin; returns the ticket with which :meth:`restore` brings it back."""
         entry = self.entry(name)
+        if entry.pack is not None:
+            raise UserError(
+                f"{entry.name!r} is one subject of the pack {entry.pack.name}: nora-diffusion pack remove takes it out"
+            )
         ticket = f"{time.time_ns()}-{entry.name}"
         place = make_folder(self.folder / TRASH / ticket)
         source = entry.file.parent if entry.in_own_folder else entry.file
@@ -175,7 +157,7 @@ class Library:
         with user_errors(target):
             source.rename(target)
             known[ticket].rmdir()
-        return self.entry(target.name if target.is_dir() else target.stem)
+        return self.entry(target.name if target.is_dir() else _bare(target))
 
     def _files(self) -> Iterable[Path]:
         for place in self.folder.iterdir():
@@ -186,18 +168,16 @@ class Library:
             elif (file := place / FILE_NAME).is_file() and not file.is_symlink():
                 yield file
 
-    def _read(self, file: Path, stamp: Stamp) -> Entry:
-        name = file.parent.name if file.name == FILE_NAME else file.stem
-        entry = Entry(name, file, stamp, sha256=self._hashes.get(_key(stamp), ""))
-        try:
-            entry.info = inspect_adapter(file, hashed=False)
-        except (UserError, OSError) as error:
-            entry.fault = str(error).replace(f"{self.folder}/", "")
-        return entry
+    def _read(self, file: Path, stamp: Stamp) -> list[Entry]:
+        entries = read_entries(file, stamp)
+        for entry in entries:
+            entry.sha256 = entry.sha256 or self._hashes.get(_key(stamp), "")
+            entry.fault = entry.fault.replace(f"{self.folder}/", "")
+        return entries
 
     def free_folder(self, name: str) -> Path:
         """A place for a new adapter, with a number behind its name where that is taken."""
-        taken = {entry.name for entry in self.entries()} | {p.stem for p in self.folder.iterdir()}
+        taken = {entry.name for entry in self.entries()} | {_bare(place) for place in self.folder.iterdir()}
         names = (name if n == 1 else f"{name}-{n}" for n in range(1, 10_000))
         return self.folder / next(n for n in names if n not in taken)
 
@@ -215,12 +195,8 @@ def safe_name(text: str) -> str:
     return name if NAME.fullmatch(name) else "adapter"
 
 
-def _stamp(file: Path) -> Stamp | None:
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return str(file), status.st_mtime_ns, status.st_size
+def _bare(place: Path) -> str:
+    return place.name.removesuffix(SUFFIX).removesuffix(".safetensors")
 
 
 def _key(stamp: Stamp) -> str:

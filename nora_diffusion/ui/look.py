@@ -19,6 +19,9 @@ CSS = """
 .bar > span { display: block; height: 100%; background: var(--color-accent); transition: width .15s; }
 .preview { display: block; width: 100%; max-width: 384px; aspect-ratio: 1; border-radius: 8px; }
 .pixels img, .card img { image-rendering: pixelated; object-fit: contain; }
+#generate-areas { display: grid; gap: var(--layout-gap); grid-template: "ask result" auto "more result" 1fr / 5fr 6fr; }
+#generate-ask { grid-area: ask; } #generate-more { grid-area: more; } #generate-result { grid-area: result; }
+#generate-areas > * { min-width: 0 !important; }
 #gallery .grid-wrap, #batch-gallery .grid-wrap { height: auto !important; max-height: none !important; }
 .cards { display: grid; gap: .75rem; padding: 0; margin: 0;
   grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
@@ -57,6 +60,7 @@ CSS = """
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; color: var(--body-text-color-subdued); }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
 @media (max-width: 640px) { .gradio-container { padding: .5rem !important; } .facts th { white-space: normal; }
+  #generate-areas { grid-template: "ask" auto "result" auto "more" auto / 1fr; }
   .plot svg { font-size: 14px; } }
 """
 

@@ -13,8 +13,9 @@ from ..errors import UserError
 from .config import AppConfig
 from .device import Device
 from .engine import Engine
+from .entries import Entry
 from .jobs import Jobs
-from .library import Entry, Library
+from .library import Library
 from .runs import Runs
 
 
@@ -71,7 +72,7 @@ class App:
 
     def misfit(self, entry: Entry) -> str | None:
         """Why an adapter cannot be used here, or None."""
-        if entry.info is None:
+        if entry.fault or entry.info is None:
             return entry.fault
         return self.engine.misfit(entry.info)
 

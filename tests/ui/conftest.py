@@ -18,6 +18,11 @@ import httpx
 import pytest
 from factories import tiny_random_pipeline
 
+# What is seen once a tab is open and filled.
+LANDMARKS = {
+    "generate": "#generate", "mix": "#recipe", "library": "#cards :is(.card, .empty)", "train": "#train-start",
+    "compare": "#compare-go", "inspect": "#inspect-go",
+}  # fmt: skip
 ROOT = Path(__file__).parents[2]
 # What a hostile environment would set; the app must not listen to any of it.
 HOSTILE = {
@@ -149,6 +154,25 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
+def visit(page: Any, url: str = "") -> None:
+    """Open the page, or reload it, and wait until it has brought back what the last visit wrote."""
+    page.goto(url) if url else page.reload()
+    page.wait_for_selector("html[data-ready]", state="attached")
+    page.wait_for_selector("#generate")
+
+
+def open_tab(page: Any, name: str) -> None:
+    """Choose a tab, on a narrow screen from the menu of those that do not fit, and wait for its content."""
+    title = name.capitalize()
+    tab = page.get_by_role("tab", name=title, exact=True)
+    if tab.count():
+        tab.click()
+    else:
+        page.get_by_label("More tabs").click()
+        page.locator(".overflow-dropdown").get_by_text(title, exact=True).click()
+    page.wait_for_selector(f"{LANDMARKS[name]}:visible")
+
+
 @pytest.fixture
 def page(browser: Any, server: Server) -> Iterator[Any]:
     """A fresh visit to the app; errors of the page's scripts fail the test."""
@@ -158,8 +182,7 @@ def page(browser: Any, server: Server) -> Iterator[Any]:
     tab.on("pageerror", lambda error: faults.append(str(error)))
     tab.on("dialog", lambda dialog: (faults.append(f"dialog: {dialog.message}"), dialog.dismiss()))
     tab.set_default_timeout(30_000)
-    tab.goto(server.url)
-    tab.wait_for_selector("#generate")
+    visit(tab, server.url)
     yield tab
     context.close()
     assert not faults, faults

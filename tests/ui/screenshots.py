@@ -11,7 +11,7 @@ import pytest
 from nora_diffusion.demo import EXAMPLES
 from nora_diffusion.ui.shell import TABS
 
-from .conftest import ROOT, start
+from .conftest import ROOT, open_tab, start, visit
 
 OUT = ROOT / "outputs" / "screenshots"
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
@@ -31,8 +31,7 @@ def test_screenshots(browser: Any, tmp_path: Path, scheme: str) -> None:
             context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
             page = context.new_page()
             page.set_default_timeout(120_000)
-            page.goto(server.url)
-            page.wait_for_selector("#generate")
+            visit(page, server.url)
             if device == "desktop":
                 page.get_by_label("number input for Pictures").first.fill("4")
                 page.get_by_label("number input for Pictures").first.blur()
@@ -40,13 +39,8 @@ def test_screenshots(browser: Any, tmp_path: Path, scheme: str) -> None:
             page.wait_for_selector("#generate", state="hidden")
             page.wait_for_selector("#generate:visible")
             for name in TABS:
-                tab = page.get_by_role("tab", name=name.capitalize(), exact=True)
-                if tab.count():
-                    tab.click()
-                else:
-                    page.get_by_label("More tabs").click()
-                    page.locator(".overflow-dropdown").get_by_text(name.capitalize(), exact=True).click()
-                page.wait_for_timeout(1500)
+                open_tab(page, name)
+                page.wait_for_timeout(1000)  # pictures fade in
                 OUT.mkdir(parents=True, exist_ok=True)
                 page.screenshot(path=OUT / f"{name}-{scheme}-{device}.png", full_page=device == "phone")
             context.close()

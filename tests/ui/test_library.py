@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from nora_diffusion import UserError
+from nora_diffusion.adapter_file import FILE_NAME
+from nora_diffusion.ui import entries as reading
 from nora_diffusion.ui import library as module
-from nora_diffusion.ui.engine import Engine
+from nora_diffusion.ui.cards import cards, facts, read_preview
+from nora_diffusion.ui.device import Device
+from nora_diffusion.ui.engine import Engine, Request, Wanted
 from nora_diffusion.ui.library import Library, safe_name
+from nora_diffusion.ui.runs import Run
+
+from .conftest import save_random
 
 
 @pytest.fixture
@@ -61,14 +71,14 @@ def test_five_hundred_adapters_cost_one_header_each(
         (tmp_path / f"dog{number:03}").mkdir()
         (tmp_path / f"dog{number:03}" / "nora_adapter.safetensors").write_bytes(content)
     shelf, reads = Library(tmp_path), []
-    inspect = module.inspect_adapter
+    inspect = reading.inspect_adapter
 
     def counted(file: Path, hashed: bool = True) -> Any:
         assert not hashed  # a hash would read the whole file
         reads.append(file)
         return inspect(file, hashed=hashed)
 
-    monkeypatch.setattr(module, "inspect_adapter", counted)
+    monkeypatch.setattr(reading, "inspect_adapter", counted)
     start = time.process_time()
     assert len(shelf.entries()) == 500
     seconds = time.process_time() - start
@@ -187,3 +197,85 @@ def test_any_folder_can_be_named_in_a_prompt(shelf: Library) -> None:
     shutil.copytree(shelf.folder / "hat", shelf.folder / "a:b")
     entry = shelf.entry("a:b")
     assert entry.tag == "a_b" and shelf.entry("a_b") == entry
+
+
+@pytest.fixture(scope="module")
+def pack(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pack of two subjects and the basis that they share."""
+    from nora_diffusion import nora, open_pipeline
+    from nora_diffusion.pack_writing import create_pack
+
+    folder = tmp_path_factory.mktemp("pack")
+    pipe = open_pipeline(base)
+    config = nora(r=4, inner_r=2, basis="svd")
+    for name in ("cat", "cow"):
+        save_random(pipe, folder / "made" / name, config, trigger=f"sks-{name}", class_word=name)
+    Image.new("RGB", (8, 8), "red").save(folder / "made" / "cat" / "preview.png")
+    return create_pack(folder / "farm.nora_pack.safetensors", [str(folder / "made" / n) for n in ("cat", "cow")])
+
+
+def test_the_subjects_of_a_pack_are_adapters_of_the_library(
+    shelf: Library, pack: Path, base: Path, tmp_path: Path
+) -> None:
+    entry = shelf.add(pack, pack.name)
+    assert entry.pack is not None and entry.pack.name == pack.name
+    cat, cow = (shelf.entry(f"farm#{name}") for name in ("cat", "cow"))
+    assert "shared basis is missing" in cat.fault  # said in the list, before anybody tries
+    shutil.copytree(pack.parent / "bases", shelf.folder / "bases")
+    shelf = Library(shelf.folder)
+    cat, cow = (shelf.entry(f"farm#{name}") for name in ("cat", "cow"))
+    assert (cat.fault, cow.fault) == ("", "") and cat.info is not None and cat.info.trigger == "sks-cat"
+    assert cat.size < cow.stamp[2] and names(shelf.find("sks-cow")) == {"farm#cow"}
+    assert shelf.by_hash(cat.sha256) == cat and cat.sha256 != cow.sha256
+    # The numbers of a subject make the same picture as the folder that it was packed from.
+    engine, device = Engine(str(base), "cpu"), Device(tmp_path / "lock", 2)
+    made = []
+    for number, file in enumerate((cat.file, pack.parent / "made" / "cat" / FILE_NAME)):
+        order = Request((("a cat", 1),), (Wanted("x", file),), steps=2, guidance=2.0, width=16, height=16)
+        run = Run(device, "pictures", lambda run, o=order, n=number: engine.make(o, tmp_path / str(n), run))  # type: ignore[misc]
+        run.join(60)
+        assert run.progress.state == "done", run.progress
+        made.append(Image.open(run.progress.files[0]).tobytes())
+    assert made[0] == made[1]
+    # A card shows the pack's picture, and no more of the pack is deleted than was asked for: nothing.
+    assert "data:image/webp" in cards([cat], [None]) and "data:image" not in cards([cow], [None])
+    content = cat.pack.read_bytes() if cat.pack else b""
+    with pytest.raises(UserError, match="pack remove"):
+        shelf.delete("farm#cat")
+    assert (shelf.folder / pack.name).read_bytes() == content
+
+
+def test_a_damaged_pack_is_listed_once_and_not_imported(shelf: Library, pack: Path, tmp_path: Path) -> None:
+    bad = tmp_path / pack.name
+    bad.write_bytes(pack.read_bytes()[:-100])
+    with pytest.raises(UserError):
+        shelf.add(bad, bad.name)
+    shutil.copy(bad, shelf.folder)
+    entry = shelf.entry("farm")
+    assert entry.info is None and entry.fault
+    assert shelf.restore(shelf.delete("farm")).name == "farm"
+
+
+@pytest.mark.parametrize("size", [(9000, 9000), (0, 0)])
+def test_a_hostile_preview_is_left_out(size: tuple[int, int]) -> None:
+    head = b"IHDR" + struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+    chunks = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (head, b"IEND"))
+    with pytest.raises(UserError):
+        read_preview(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+def test_scores_and_a_chosen_picture_are_on_the_card(shelf: Library, tmp_path: Path) -> None:
+    dog = shelf.entry("dog")
+    assert dog.scores() == {} and "subject 0.81" not in cards([dog], [None])
+    (dog.file.parent / "scores.json").write_text(
+        '{"subject fidelity": 0.814, "prompt fidelity": NaN, "judge": "small"}'
+    )
+    assert dog.scores() == {"subject fidelity": 0.814}
+    assert "subject 0.81" in cards([dog], [None]) and "0.814" in facts(dog, None)
+    for damage in ("[1]", "{", '{"a": {"b": 1}}', '"x"'):
+        (dog.file.parent / "scores.json").write_text(damage)
+        assert dog.scores() == {}
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "p.png")
+    before = cards([dog], [None])
+    dog.choose_thumbnail(tmp_path / "p.png")
+    assert dog.thumbnail() == dog.file.parent / "thumbnail.png" and cards([dog], [None]) != before

@@ -8,6 +8,8 @@ import pytest
 
 from nora_diffusion.ui.shell import TABS
 
+from .conftest import open_tab, visit
+
 pytestmark = pytest.mark.slow
 
 # What Gradio 6.31 itself brings, by rule and the element it is in; everything else must be clean.
@@ -28,16 +30,10 @@ def violations(page: Any) -> list[str]:
     return found
 
 
-def open_tab(page: Any, name: str) -> None:
-    page.get_by_role("tab", name=name.capitalize(), exact=True).click()
-    page.wait_for_timeout(700)
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(page: Any, scheme: str) -> None:
     page.emulate_media(color_scheme=scheme)
-    page.reload()
-    page.wait_for_selector("#generate")
+    visit(page)
     found: dict[str, list[str]] = {}
     for name in TABS:
         open_tab(page, name)
@@ -47,14 +43,8 @@ def test_axe_finds_nothing_serious(page: Any, scheme: str) -> None:
 
 def test_everything_fits_a_phone(page: Any) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
-    page.reload()
-    page.wait_for_selector("#generate")
+    visit(page)
     for name in TABS:
-        if page.get_by_role("tab", name=name.capitalize(), exact=True).count():
-            open_tab(page, name)
-        else:  # tabs that do not fit are in a menu
-            page.get_by_label("More tabs").click()
-            page.locator(".overflow-dropdown").get_by_text(name.capitalize(), exact=True).click()
-            page.wait_for_timeout(700)
+        open_tab(page, name)
         wide = page.evaluate("document.documentElement.scrollWidth")
         assert wide <= 390, f"{name} is {wide} pixels wide"

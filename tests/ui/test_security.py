@@ -227,7 +227,9 @@ def test_a_prompt_of_a_megabyte_is_refused_before_it_is_read(server: Server) -> 
 def test_the_app_goes_on_after_all_this(server: Server) -> None:
     result = generate(server)
     assert result["success"], result
-    assert "Traceback" not in server.log.read_text()
+    # Gradio writes down what its own fields refuse; nothing of that got as far as a handler of ours.
+    log = server.log.read_text()
+    assert "unexpected error" not in log and "nora_diffusion/ui" not in log, log[-3000:]
 
 
 def test_files_of_the_app_are_private(server: Server) -> None:

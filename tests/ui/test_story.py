@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect
 from safetensors import safe_open
 
 from nora_diffusion import inspect_adapter
 from nora_diffusion.pictures import read_settings
 from nora_diffusion.ui.jobs import Jobs
 
-from .conftest import ROOT, Server, start
+from .conftest import ROOT, Server, open_tab, start
+from .conftest import visit as open_page
 
 TIGER = ROOT / "examples" / "subjects" / "tiger"
 LONG = 400_000
@@ -55,9 +57,8 @@ def tab(browser: Any) -> Iterator[Any]:
 
 
 def visit(page: Any, server: Server, tab: str) -> None:
-    page.goto(server.url)
-    page.wait_for_selector("#generate")
-    page.get_by_role("tab", name=tab).click()
+    open_page(page, server.url)
+    open_tab(page, tab.lower())
 
 
 def learn(page: Any, name: str) -> None:
@@ -103,7 +104,8 @@ def test_the_story(app: Server, tab: Any, tmp_path: Path) -> None:
         tab.locator(f"#compare-{axis} input").click()
         tab.get_by_role("option", name=name, exact=True).click()
         field = tab.locator(f"#compare-{axis}-values").locator("input, textarea")
-        tab.wait_for_timeout(1000)  # the suggested values come first
+        if name == "adapter":  # the suggested values come first
+            expect(field).to_have_value(re.compile("tractor"))
         field.fill(values)
     tab.get_by_role("button", name="Compare", exact=True).click()
     tab.locator("#compare-status").filter(has_text="3 cells in").wait_for(timeout=LONG)

@@ -24,19 +24,20 @@ MAX_SEED = 2**32 - 1
 
 
 def build(page: Page) -> None:
-    """Prompt and settings on the left, pictures on the right."""
+    """Prompt and settings on the left, pictures on the right; on a phone the pictures come between the two."""
     app = page.app
-    with gr.Row():
-        with gr.Column(scale=5, min_width=320):
+    with gr.Row(elem_id="generate-areas"):
+        with gr.Column(elem_id="generate-ask"):
             page.prompt.render()
             with gr.Row():
                 go = gr.Button("Generate", variant="primary", elem_id="generate")
                 interrupt = gr.Button("Interrupt", variant="stop", visible=False, elem_id="interrupt")
                 skip = gr.Button("Skip this picture", visible=False, elem_id="skip")
+        with gr.Column(elem_id="generate-more"):
             blocks = build_rack(page, page.prompt, "add-adapter")
             settings = generate_settings.build(page)
             restore.build(page, settings, blocks)
-        with gr.Column(scale=6, min_width=320):
+        with gr.Column(elem_id="generate-result"):
             said = gr.HTML(status(Progress(), idle=True), elem_id="status")
             preview = gr.HTML("", elem_id="preview", visible=False)
             gallery = gr.Gallery(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,17 @@ from ..page import Page
 
 KEPT = "nora_diffusion"
 FIRST_PROMPT = "a red car in the forest"
+RECALL = """
+(stored) => {
+  const kept = stored && typeof stored === 'object' ? stored : {};
+  document.documentElement.dataset.ready = 'true';
+  return RULES.map(([name, first, low, high]) => {
+    const value = kept[name];
+    const size = typeof value === 'string' ? value.length : value;
+    return typeof value === typeof first && Number.isFinite(size) && low <= size && size <= high ? value : first;
+  });
+}
+"""
 
 
 @dataclass
@@ -76,33 +87,19 @@ def _keep(page: Page, settings: Settings, first: dict[str, Any], back: gr.Button
     fields = {"prompt": page.prompt} | settings.components()
     parts = list(fields.values())
     quiet: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
-
-    def remember(*values: Any) -> dict[str, Any]:
-        return dict(zip(fields, values, strict=True))
-
-    def recall(stored: Any) -> list[Any]:
-        return list(sound(stored, first).values())
-
-    gr.on([part.change for part in parts], remember, parts, kept, trigger_mode="always_last", **quiet)
-    page.blocks.load(recall, kept, parts, **quiet)
+    # In the browser alone: a slow server would write old values over what somebody types meanwhile.
+    remember = f"(...values) => Object.fromEntries({json.dumps(list(fields))}.map((name, n) => [name, values[n]]))"
+    gr.on([part.change for part in parts], None, parts, kept, js=remember, trigger_mode="always_last", **quiet)
+    page.blocks.load(None, kept, parts, js=recall(first), **quiet)
     names = [name for name in fields if name != "prompt"]
     back.click(lambda: [first[name] for name in names], None, [fields[name] for name in names], **quiet)
 
 
-def sound(stored: Any, first: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored values where they are of the right kind and range, else the first ones."""
-    stored = stored if isinstance(stored, Mapping) else {}
+def recall(first: Mapping[str, Any]) -> str:
+    """The script that brings back stored values where they are of the right kind and range, else the first ones."""
     ranges = {
         "count": (1, MAX_PICTURES), "seed": (-1, 2**53), "steps": (1, MAX_STEPS), "guidance": (0, 30),
         "width": (0, MAX_SIDE), "height": (0, MAX_SIDE),
     }  # fmt: skip
-    result = {}
-    for name, fallback in first.items():
-        value = stored.get(name, fallback)
-        if name in ranges:
-            low, high = ranges[name]
-            fits = isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
-        else:
-            fits = isinstance(value, str) and len(value) <= MAX_PROMPT
-        result[name] = value if fits else fallback
-    return result
+    rules = [[name, value, *ranges.get(name, (0, MAX_PROMPT))] for name, value in first.items()]
+    return RECALL.replace("RULES", json.dumps(rules))

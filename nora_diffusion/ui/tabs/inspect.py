@@ -12,7 +12,7 @@ from ...evaluation.spectra import TOP, LayerSpectrum, gate_summaries, iter_spect
 from ...gates import GateSummary
 from ...plots import bar_chart, line_chart
 from ..cards import facts
-from ..library import Entry
+from ..entries import Entry
 from ..page import Page, handler, who
 from ..runs import Progress, Run
 from ..state import App

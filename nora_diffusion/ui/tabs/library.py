@@ -12,7 +12,7 @@ from ...composition.tags import Tag, parse_tags, write_tags
 from ...errors import UserError
 from ...export import export_lora
 from ..cards import EMPTY, NOTHING, cards, facts
-from ..library import SORTS
+from ..library import SORTS, safe_name
 from ..page import Page, handler, sentence
 from ..state import App
 
@@ -33,10 +33,10 @@ MAX_IMPORTS = 50
 def build(page: Page) -> None:
     """Search above the cards; what is chosen is told beside them."""
     app = page.app
-    shown, chosen, deleted = gr.State(PAGE_SIZE), gr.State(""), gr.State("")
+    shown, chosen, deleted, offered = gr.State(PAGE_SIZE), gr.State(""), gr.State(""), gr.State([])
     drop = gr.File(
-        label="Import adapters (.safetensors): drop files here", file_count="multiple", file_types=[".safetensors"],
-        height=150, elem_id="import", visible=app.config.may_change,
+        label="Import adapters or packs (.safetensors): drop files here", file_count="multiple",
+        file_types=[".safetensors"], height=150, elem_id="import", visible=app.config.may_change,
     )  # fmt: skip
     with gr.Row():
         words = gr.Textbox(label="Search", placeholder="name, trigger, base, hash", elem_id="search", scale=3)
@@ -52,6 +52,11 @@ def build(page: Page) -> None:
             with gr.Row():
                 form = gr.Dropdown(list(FORMATS), value="diffusers", label="Export as a plain LoRA", min_width=140)
                 export = gr.Button("Export", min_width=90)
+            with gr.Accordion("Choose its picture", open=True, visible=False, elem_id="choose-picture") as choose:
+                candidates = gr.Gallery(
+                    label="Pictures made with it: click one", columns=4, height=150, allow_preview=False, format="png",
+                    interactive=False, buttons=[], elem_classes=["pixels"] if app.engine.is_embedded else [],
+                )  # fmt: skip
             exported = gr.File(label="Exported", visible=False, interactive=False)
             delete = gr.Button("Delete", variant="stop", visible=app.config.may_change, elem_id="delete")
     undo = gr.Button("Undo the deletion", visible=False, elem_id="undo")
@@ -64,9 +69,14 @@ def build(page: Page) -> None:
         event(listing, query, view, **QUIET)
     more.click(lambda n: n + PAGE_SIZE, shown, shown, **QUIET).then(listing, query, view, **QUIET)
     picked = grid.click(
-        handler(picker(app)), None, [chosen, panel, about, exported, insert], api_name="pick", **QUIET
+        handler(picker(app)), None, [chosen, panel, about, exported, insert, delete, choose, candidates, offered],
+        api_name="pick", **QUIET,
     )  # fmt: skip
     picked.then(listing, query, view, **QUIET)
+    candidates.select(
+        handler(chooser(app)), [chosen, offered, page.library_changed], page.library_changed, api_name="choose_picture",
+        **QUIET,
+    )  # fmt: skip
     insert.click(handler(inserter(app)), [page.prompt, chosen], [page.prompt, page.tabs], **QUIET)
     export.click(handler(exporter(app)), [chosen, form], exported, api_visibility="private")
     delete.click(
@@ -99,9 +109,29 @@ def picker(app: App) -> Any:
         app.library.hash_all([entry])
         misfit = app.misfit(entry)
         usable = gr.update(interactive=misfit is None)
-        return [entry.name, gr.update(visible=True), facts(entry, misfit), gr.update(visible=False), usable]
+        whole = gr.update(interactive=entry.pack is None, value="Delete" if entry.pack is None else "Part of a pack")
+        offered = app.library.pictures_with(entry) if app.config.may_change and entry.pack is None else []
+        shown = [app.hand_out(file) for file in offered]
+        return [
+            entry.name, gr.update(visible=True), facts(entry, misfit), gr.update(visible=False), usable, whole,
+            gr.update(visible=bool(shown)), shown, offered,
+        ]  # fmt: skip
 
     return pick
+
+
+def chooser(app: App) -> Any:
+    """The pressed picture is the adapter's from now on."""
+
+    def choose(name: str, offered: list[Path], changes: int, event: gr.SelectData) -> int:
+        app.require_changes()
+        number = event.index
+        if not isinstance(number, int) or not 0 <= number < len(offered):
+            raise UserError("that picture is not among those shown: open the adapter again")
+        app.library.entry(name).choose_thumbnail(offered[number])
+        return changes + 1
+
+    return choose
 
 
 def inserter(app: App) -> Any:
@@ -128,7 +158,7 @@ def exporter(app: App) -> Any:
 
     def export(name: str, form: str) -> Any:
         entry = app.library.entry(name)
-        target = app.private_folder() / f"{entry.name}_{form}.safetensors"
+        target = app.private_folder() / f"{safe_name(entry.name)}_{form}.safetensors"
         report = export_lora(entry.file, target, form)  # type: ignore[arg-type]
         label = f"rank {report.rank}, largest error {report.max_error:.1e}"
         return gr.update(value=str(report.path), visible=True, label=f"Exported: {label}")
