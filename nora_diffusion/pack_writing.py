@@ -1,4 +1,7 @@
-"""Making packs: every change writes the whole file anew beside the old one and swaps them in one step."""
+"""Making packs: every change writes the whole file anew beside the old one and swaps them in one step.
+
+Two processes that change packs of one folder do so one after the other.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from .adapter_file import (
 )
 from .adapter_info import AdapterInfo, dump_info
 from .errors import UserError
-from .files import write_atomic
+from .files import alone_in, write_atomic
 from .packs import (
     MAX_PREVIEW,
     NAME,
@@ -60,22 +63,23 @@ def create_pack(path: str | Path, adapters: Adapters, basis_dir: str | Path | No
     one without a frozen basis, for a name that occurs twice, and where a pack is there already.
     """
     file = pack_path(path)
-    if file.exists():
-        raise UserError(f"{file} exists: add to it, or choose another name")
-    return _write(file, _subjects(file, adapters, basis_dir))
+    with alone_in(file.parent):
+        if file.exists():
+            raise UserError(f"{file} exists: add to it, or choose another name")
+        return _write(file, _subjects(file, adapters, basis_dir))
 
 
 def add_to_pack(path: str | Path, adapters: Adapters, basis_dir: str | Path | None = None) -> Path:
     """Add adapters to a pack. Raises :class:`UserError` as :func:`create_pack` does."""
     file = pack_path(path)
-    with Pack(file) as pack:
+    with alone_in(file.parent), Pack(file) as pack:
         return _write(file, [*pack, *_subjects(file, adapters, basis_dir)])
 
 
 def remove_from_pack(path: str | Path, names: Sequence[str]) -> Path:
     """Take subjects out of a pack. Raises :class:`UserError` for a name that is not in it."""
     file = pack_path(path)
-    with Pack(file) as pack:
+    with alone_in(file.parent), Pack(file) as pack:
         for name in names:
             pack.find(name)
         rest = [subject for subject in pack if subject.name not in names]

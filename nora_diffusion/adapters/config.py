@@ -102,6 +102,12 @@ class AdapterConfig(PeftConfig):
             raise UserError(f"router={self.router!r} needs core='none': experts share plain factors")
         if self.router != "none" and (self.blocks > 1 or self.rank_mask or self.magnitude):
             raise UserError(f"router={self.router!r} does not go with blocks, rank_mask or magnitude: leave them out")
+        if self.router == "none" and self.num_experts > 1:
+            raise UserError(f"num_experts={self.num_experts} without a router: choose how their gate decides")
+        if self.router != "none" and set(self.trained) != {"down", "up"}:
+            raise UserError(
+                f"trained={self.trained} with router={self.router!r}: a mixture trains down and up, no less"
+            )
         if self.experts == "independent" and (self.router == "none" or self.basis != "kaiming"):
             raise UserError("experts='independent' needs a router and basis='kaiming': each starts at random")
         self._check_scale()
@@ -137,12 +143,14 @@ class AdapterConfig(PeftConfig):
 
     def rank_for(self, key: str) -> int:
         """The outer rank of the module at path ``key``, after ``rank_pattern``."""
-        return self.rank_pattern.get(_pattern(self.rank_pattern, key), self.r)
+        pattern = _pattern(self.rank_pattern, key)
+        return self.r if pattern is None else self.rank_pattern[pattern]
 
     def scale_for(self, key: str) -> float:
         """``alpha / r`` of the module at path ``key``, after both patterns."""
         rank = self.rank_for(key)
-        alpha = self.alpha_pattern.get(_pattern(self.alpha_pattern, key), self.alpha)
+        pattern = _pattern(self.alpha_pattern, key)
+        alpha = self.alpha if pattern is None else self.alpha_pattern[pattern]
         return 1.0 if alpha is None else alpha / rank
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,5 +171,7 @@ class AdapterConfig(PeftConfig):
         return self.stored_outer and not {"down", "up"} <= set(self.trained)
 
 
-def _pattern(patterns: dict[str, Any], key: str) -> str:
-    return next((p for p in patterns if suffix_matcher(p).match(key)), "")
+def _pattern(patterns: dict[str, Any], key: str) -> str | None:
+    # CLIP's layers lie in a text_model or not, as transformers' release has it: files and patterns serve both.
+    key = key.removeprefix("text_model.")
+    return next((p for p in patterns if suffix_matcher(p.removeprefix("text_model.")).match(key)), None)

@@ -152,8 +152,9 @@ def dylora(
 ) -> AdapterConfig:
     """DyLoRA: ``dW = (alpha/r) B[:, :b] A[:b]``, ``b`` drawn from 1 to ``r`` at every training step.
 
-    One file then serves every rank up to ``r`` (``set_rank``, ``export_lora(rank=...)``). The scale stays ``alpha/r``
-    at every ``b``, so that a lower rank is the same adapter cut short. https://arxiv.org/abs/2210.07558
+    One file then serves every rank up to ``r`` (``set_rank``, ``export_lora(rank=...)``). The paper scales by
+    ``alpha/b``; here it stays ``alpha/r``, so that a lower rank is the same adapter cut short, in any format.
+    https://arxiv.org/abs/2210.07558
     """
     return AdapterConfig(
         method="dylora", r=r, alpha=alpha, basis="kaiming", core="none", inner_r=1, rank_mask=True,

@@ -109,7 +109,6 @@ def mix_files(
     info.conv_shapes = {path: shape for known in infos for path, shape in known.conv_shapes.items()}
     if not all(config.stored_outer for config in info.configs.values()):
         info.shapes = {path: shape for known in infos for path, shape in known.shapes.items()}
-    info.shapes = {path: shape for known in infos for path, shape in known.shapes.items()}
     file = write_adapter(folder, tensors, info)
     report.info = inspect_adapter(file)
     write_card(folder, report.info, _card(info))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from nora_diffusion import (
 from nora_diffusion.adapter_file import FILE_NAME
 from nora_diffusion.adapter_info import AdapterInfo
 from nora_diffusion.adapters import lora, nora
+from nora_diffusion.files import alone_in
 from nora_diffusion.loaders import list_adapters, trainable_parameters
 from nora_diffusion.pack_writing import _write, add_to_pack, create_pack, extract_from_pack, remove_from_pack
 from nora_diffusion.packs import Layout, Pack, Subject, cut, list_pack
@@ -248,3 +250,15 @@ def test_one_of_ten_thousand_subjects_touches_only_its_bytes(tmp_path: Path) -> 
         assert many < 1024 * 4 + 8_000
     with pytest.raises(UserError, match="no subject"):
         bytes_read(large, "subject-10000")
+
+
+def test_changes_of_one_pack_wait_for_each_other(shelf: Path, tmp_path: Path) -> None:
+    pack = create_pack(tmp_path / "pets.nora_pack.safetensors", [shelf / "dog"])
+    before = pack.read_bytes()
+    change = threading.Thread(target=add_to_pack, args=(pack, [shelf / "cat"]))
+    with alone_in(tmp_path):
+        change.start()
+        change.join(0.5)
+        assert change.is_alive() and pack.read_bytes() == before
+    change.join(30)
+    assert len(list_pack(pack)) == 2

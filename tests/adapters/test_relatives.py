@@ -283,6 +283,8 @@ def test_the_hook_leaves_with_the_last_masked_adapter() -> None:
         ({"basis": "sharing", "core": "none"}, "is fixed"),
         ({"core": "none", "router": "token", "magnitude": True}, "does not go with"),
         ({"core": "none", "router": "token", "blocks": 2}, "does not go with"),
+        ({"core": "none", "router": "token", "num_experts": 4, "trained": ["up"]}, "a mixture trains"),
+        ({"num_experts": 4}, "without a router"),
         ({"blocks": 0}, "blocks=0"),
         ({"alpha": 0.0}, "alpha"),
         ({"alpha_pattern": {"to_q": float("nan")}}, "to_q"),
@@ -292,3 +294,13 @@ def test_the_hook_leaves_with_the_last_masked_adapter() -> None:
 def test_axes_that_do_not_go_together(axes: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError, match=word):
         AdapterConfig(**axes)
+
+
+def test_patterns_mean_the_same_layer_with_and_without_clips_prefix() -> None:
+    """Models of different transformers releases, and files, name CLIP's layers differently."""
+    path, other = "encoder.layers.0.self_attn.q_proj", "encoder.layers.1.self_attn.q_proj"
+    for pattern in (path, f"text_model.{path}"):
+        config = lora(r=4, rank_pattern={pattern: 2}, alpha_pattern={pattern: 6.0})
+        for key in (path, f"text_model.{path}"):
+            assert (config.rank_for(key), config.scale_for(key)) == (2, 3.0)
+        assert (config.rank_for(other), config.scale_for(other)) == (4, 1.0)
