@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from .errors import UserError
 from .foreign import Module, family_of, token_of
 from .foreign_names import Place
 from .foreign_updates import Scales, fitting, peft_config
-from .loaders.active import active_adapters, delete_adapter, held, list_adapters, set_active
+from .loaders.active import active_adapters, delete_adapter, held, keeping_trained, list_adapters, set_active
 from .loaders.inject import check_new_name
 from .tensor_file import TensorFile, Tensors, all_finite
 
@@ -38,7 +38,10 @@ def load_foreign(pipe: Any, info: AdapterInfo, name: str, activate: bool, weight
         refuse_merged(pipe)
         found = fitting(pipe, reader)
         before = {part: active_adapters(component(pipe, part)) for part in present(pipe)}
-        with _all_or_nothing(pipe, info.path, name, before):
+        with ExitStack() as stack:
+            stack.enter_context(_all_or_nothing(pipe, info.path, name, before))
+            for part in present(pipe):
+                stack.enter_context(keeping_trained(component(pipe, part)))
             if family != "lora":
                 _inject(pipe, reader, family, name, found)
             elif info.kind.startswith("PEFT"):

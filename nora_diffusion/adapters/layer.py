@@ -46,6 +46,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: list[str] = []
         self._disable_adapters = False
         self._merged: Merged | None = None
+        self._mark: int | None = None
         self._scales: dict[str, Tensor] = {}
         self._contract = contraction(base_layer)
         self.rows: LayerRows | None = None
@@ -57,6 +58,8 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self.nora_delta[adapter_name] = delta
         self.r[adapter_name] = config.rank_for(key)
         self.set_nora_scale(adapter_name, config.scale_for(key))
+        if config.magnitude and self._merged is None:
+            self._mark = bit_sum(cast(Tensor, self.base_layer.weight))
         self.activate([*self.active, adapter_name], inference=config.inference_mode)
 
     @property
@@ -115,7 +118,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         base: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.rows is not None:
+        if self.rows is not None and not self.disable_adapters:
             return self.rows.add(x, base)
         y = base
         for name in self.live_names():
@@ -149,7 +152,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         """DoRA: ``(c - 1) W x + c s dy`` with the bias left out of it, so that a weight of 0 is the base."""
         is_conv = isinstance(self.base_layer, nn.Conv2d)
         bias = cast("Tensor | None", self.base_layer.bias)
-        if self.merged:
+        if self._merged is not None:
             plain = self._contract(x, self._frozen_weight().flatten(1))
             plain = plain.movedim(-1, 1) if is_conv else plain
         else:
@@ -181,10 +184,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
     def _rescale(self, adapter: str, scaling: float) -> None:
         self.scaling[adapter] = scaling
-        if adapter in self._scales:
-            self._scales[adapter].fill_(scaling)
-        else:
-            self._scales[adapter] = self._scale_tensor(scaling)
+        self._scales.setdefault(adapter, self._scale_tensor(scaling)).fill_(scaling)
 
     def _scale_tensor(self, scaling: float) -> Tensor:
         return torch.tensor(scaling, dtype=torch.float32, device=cast(Tensor, self.base_layer.weight).device)
@@ -217,10 +217,17 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self._merge({n: self.scaling[n] for n in names if n not in routed}, safe_merge)
 
     def _merge(self, scalings: dict[str, float], safe_merge: bool = False) -> None:
-        if not scalings:
+        rescaling = any(getattr(delta, "m", None) is not None for delta in self.nora_delta.values())
+        # A magnitude rescales the frozen weight itself: it is kept even if only a LoRA on top of us is being fused.
+        if not scalings and not rescaling:
             return
         weight = cast(Tensor, self.base_layer.weight)
         before = self._merged
+        if before is None and rescaling and self._mark not in (None, bit_sum(weight)):
+            raise UserError(
+                "an adapter with a magnitude (DoRA) no longer sees its own weight: a LoRA was fused into the same "
+                "projection first, or the weight was changed; unfuse_lora(), then delete one of the two"
+            )
         start, added = weight.detach(), scalings
         if before is not None:
             scalings = before.scalings | scalings
@@ -243,10 +250,13 @@ class NoraLayer(nn.Module, BaseTunerLayer):
             weight.data.copy_(self._merged.clean)
         else:
             weight.data.copy_(self._with_deltas(weight.detach(), self._merged.scalings, sign=-1.0))
+            self._mark = None  # other tools leave their rounding behind
         self.merged_adapters.clear()
         self._merged = None
 
     def _with_deltas(self, weight: Tensor, scalings: dict[str, float], sign: float = 1.0) -> Tensor:
+        if not scalings:
+            return weight
         total = torch.stack([self._change(name, scaling) for name, scaling in scalings.items()]).sum(0)
         return (weight.float() + sign * total).to(weight.dtype)
 
@@ -268,20 +278,6 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         # Not `activate`: whether the others want gradients is not this adapter's business.
         self._active_adapter = active
 
-    # A basis that several adapters share lies in memory once.
-
-    def tie(self, adapter_name: str) -> None:
-        """Let the frozen factors of an adapter be the tensors of another one here that has equal ones."""
-        mine = self.delta(adapter_name)
-        others = [delta for name, delta in self.nora_delta.items() if name != adapter_name]
-        for key, buffer in list(mine.named_buffers()):
-            owner, _, leaf = key.rpartition(".")
-            for other in others:
-                twin = dict(other.named_buffers()).get(key)
-                if twin is not None and twin.dtype == buffer.dtype and torch.equal(twin, buffer):
-                    setattr(mine.get_submodule(owner), leaf, twin)
-                    break
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """``.to()`` and its like, for each tensor once: torch would give every adapter a copy of a shared basis."""
         done: dict[int, tuple[Tensor, Tensor]] = {}
@@ -292,10 +288,11 @@ class NoraLayer(nn.Module, BaseTunerLayer):
             return done[id(tensor)][1]
 
         super()._apply(once, recurse)  # type: ignore[no-untyped-call]
+        if self._mark is not None:
+            self._mark = None if self._merged is not None else bit_sum(cast(Tensor, self.base_layer.weight))
         for name, scaling in self.scaling.items():
             self._scales[name] = self._scale_tensor(scaling)
         return self
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT may convert this adapter to a LoRA by an SVD of its ``dW``."""
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:  # by an SVD of its dW
         return adapter_name in self.nora_delta and self.delta(adapter_name).mergeable

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -31,8 +32,27 @@ def held(layer: BaseTunerLayer) -> set[str]:
 
 
 def set_active(module: nn.Module, names: Sequence[str]) -> None:
+    """Make exactly these adapters active. What is being trained goes on being trained, and nothing else is."""
+    with keeping_trained(module):
+        for layer in tuner_layers(module):
+            layer.set_adapter(list(names), inference_mode=True)
+
+
+@contextmanager
+def keeping_trained(module: nn.Module) -> Iterator[None]:
+    """Afterwards the same numbers of adapters want gradients as before, whatever PEFT thinks of activation."""
+    trained = {id(parameter) for parameter in _adapter_parameters(module) if parameter.requires_grad}
+    try:
+        yield
+    finally:
+        for parameter in _adapter_parameters(module):
+            parameter.requires_grad_(id(parameter) in trained)
+
+
+def _adapter_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     for layer in tuner_layers(module):
-        layer.set_adapter(list(names), inference_mode=True)
+        for name in layer.adapter_layer_names:
+            yield from getattr(layer, name).parameters()
 
 
 def list_adapters(pipe: Any) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ from ..calibration import Calibration, Strengths, activation_strengths
 from ..components import all_targets, component, denoiser_name, nora_layers, present, refuse_merged
 from ..conditions import router_for
 from ..errors import UserError
-from .inject import all_or_nothing, check_new_name, file_key, inject
+from .inject import all_or_nothing, check_new_name, file_key, inject, tie
 
 
 def add_adapter(
@@ -49,7 +49,7 @@ def add_adapter(
             start = Start(measured, outer_pairs(config, layers[name], measured))
             inject(module, router_for(config, name), adapter_name, start)
             for layer in nora_layers(module, adapter_name).values():
-                layer.tie(adapter_name)
+                tie(layer, adapter_name)
             _train(module, adapter_name)
 
 

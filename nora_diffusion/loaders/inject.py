@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from peft import inject_adapter_in_model
 from torch import nn
 
 from ..adapter_file import AdapterInfo
-from ..adapters import AdapterConfig
+from ..adapters import AdapterConfig, NoraLayer
 from ..adapters.config import Start
 from ..adapters.qkv_guard import refuse_fused
 from ..components import adapter_configs, component, present, tuner_layers
@@ -56,6 +57,19 @@ def inject(module: nn.Module, config: AdapterConfig, name: str, start: Start) ->
         for layer in tuner_layers(module):
             layer.enable_adapters(False)
     module._hf_peft_config_loaded = True  # type: ignore[assignment]
+
+
+def tie(layer: NoraLayer, name: str) -> None:
+    """Let the frozen factors of an adapter be the tensors of another one of the layer that has equal ones."""
+    mine = layer.delta(name)
+    others = [delta for other, delta in layer.nora_delta.items() if other != name]
+    for key, buffer in list(mine.named_buffers()):
+        owner, _, leaf = key.rpartition(".")
+        for other in others:
+            twin = dict(other.named_buffers()).get(key)
+            if twin is not None and twin.dtype == buffer.dtype and torch.equal(twin, buffer):
+                setattr(mine.get_submodule(owner), leaf, twin)
+                break
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from ..base import base_id
 from ..components import canonical, component, fingerprint, nora_layers, refuse_merged, targets
 from ..conditions import condition_width
 from ..errors import UserError
-from .active import active_adapters, set_active
+from .active import active_adapters, keeping_trained, set_active
 from .hotswap import swap
-from .inject import all_or_nothing, check_new_name, file_key, inject, remember
+from .inject import all_or_nothing, check_new_name, file_key, inject, remember, tie
 from .rank import set_rank
 
 FINGERPRINT_TOLERANCE = 1e-2
@@ -71,9 +71,12 @@ def load_adapter(
     """
     info = inspect_adapter(_local(path_or_id))
     name = adapter_name or _name_from(Path(info.path))
-    if info.kind != "nora" and rank is None and not hotswap:
+    if info.kind != "nora":
         from ..foreign_loading import load_foreign
 
+        if hotswap or rank is not None:
+            option = "hotswap" if hotswap else "rank"
+            raise UserError(f"{info.path} is {info.note}: {option} is for adapters of this toolkit, leave it out")
         count = load_foreign(pipe, info, name, activate, weight)
         return LoadedAdapter(name, applied=count, total=count, info=info)
     configs = info.configs
@@ -87,8 +90,8 @@ def load_adapter(
     tensors = read_tensors(info, basis_dir)
     _check_fit(info, configs, modules, tensors, pipe)
     (swap if hotswap else place)(pipe, name, info, tensors, activate, weight)
-    if rank is not None:
-        set_rank(pipe, name, rank)
+    if rank is not None or (hotswap and all(config.rank_mask for config in configs.values())):
+        set_rank(pipe, name, rank)  # a rank that was set for the one before does not outlive it
     return LoadedAdapter(name, applied=len(tensors), total=len(tensors), info=info)
 
 
@@ -105,7 +108,8 @@ def place(pipe: Any, name: str, info: AdapterInfo, tensors: Tensors, activate: b
         for part, config in info.configs.items():
             module = component(pipe, part)
             before = active_adapters(module)
-            inject(module, config, name, Start(empty=True))
+            with keeping_trained(module):
+                inject(module, config, name, Start(empty=True))
             remember(module, name, info)
             _fill(module, part, name, tensors)
             set_active(module, [*before, name] if activate else before)
@@ -192,4 +196,4 @@ def _fill(module: nn.Module, part: str, name: str, tensors: Tensors) -> None:
         layer.delta(name).load_state_dict({f: tensors[file_key(part, path, f)] for f in state})
         for buffer_name, buffer in layer.delta(name).named_buffers():
             layer.delta(name).get_buffer(buffer_name).data = buffer.to(flat_weight(layer.base_layer).dtype)
-        layer.tie(name)
+        tie(layer, name)

@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from nora_diffusion import UserError, add_adapter, delete_adapter, load_adapter, save_adapter, set_adapters
-from nora_diffusion.adapters import AdapterConfig, mor, nora
+from nora_diffusion import (
+    UserError,
+    add_adapter,
+    delete_adapter,
+    export_lora,
+    load_adapter,
+    save_adapter,
+    set_adapters,
+)
+from nora_diffusion.adapters import AdapterConfig, dylora, mor, nora
 from nora_diffusion.loaders import trainable_parameters
 
 PARTS = ("unet", "text_encoder")
@@ -151,3 +159,38 @@ def test_nothing_is_compiled_again(pipe: Any, tmp_path: Path) -> None:
     assert len(graphs) == count
     run(False)
     torch._dynamo.reset()
+
+
+def test_a_set_rank_does_not_outlive_a_swap(pipe: Any, tmp_path: Path) -> None:
+    dog, cat = (make(pipe, tmp_path / name, dylora(r=4), seed) for seed, name in enumerate(("dog", "cat")))
+    load_adapter(pipe, cat, "pet")
+    wanted = outputs(pipe)
+    delete_adapter(pipe, "pet")
+    load_adapter(pipe, dog, "pet", rank=1)
+    load_adapter(pipe, cat, "pet", hotswap=True)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(pipe), wanted, strict=True))
+
+
+def test_files_of_other_tools_are_not_swapped(pipe: Any, tmp_path: Path) -> None:
+    dog = make(pipe, tmp_path / "dog", nora(r=4, inner_r=2, basis="svd"), 1)
+    export_lora(dog, tmp_path / "plain.safetensors")
+    load_adapter(pipe, dog, "pet")
+    before = outputs(pipe)
+    for option in ({"hotswap": True}, {"rank": 2}):
+        with pytest.raises(UserError, match=f"{next(iter(option))} is for adapters of this toolkit"):
+            load_adapter(pipe, tmp_path / "plain.safetensors", "pet", **option)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(pipe), before, strict=True))
+
+
+def test_loading_beside_an_adapter_in_training_leaves_it_in_training(pipe: Any, tmp_path: Path) -> None:
+    dog = make(pipe, tmp_path / "dog", nora(r=4, inner_r=2, basis="svd"), 1)
+    export_lora(dog, tmp_path / "plain.safetensors")
+    add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "mine")
+    mine = set(map(id, trainable_parameters(pipe, "mine").values()))
+    load_adapter(pipe, dog, "dog")
+    load_adapter(pipe, tmp_path / "plain.safetensors", "plain")
+    set_adapters(pipe, ["mine", "dog"])
+    delete_adapter(pipe, "dog")
+    wanting = {id(p) for part in PARTS for p in getattr(pipe, part).parameters() if p.requires_grad}
+    assert wanting & mine == mine
+    assert not any(p.requires_grad for k, p in pipe.unet.named_parameters() if "lora_" in k or ".dog." in k)

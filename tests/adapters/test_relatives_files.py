@@ -210,6 +210,42 @@ def test_a_dora_and_an_ordinary_lora_fuse_together(pipe: Any, tmp_path: Path) ->
         torch.testing.assert_close(pipe.unet(x, 3, states).sample, live, atol=2e-6, rtol=1e-5)
 
 
+def test_a_dora_keeps_to_its_own_weight_while_a_lora_is_fused(pipe: Any) -> None:
+    """Live, fused after the LoRA, and again after unfusing: always the sum of both updates."""
+    x, states = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
+    add_adapter(pipe, dora(r=3, target_modules=["to_q", "conv1"]), "one")
+    for parameter in trainable_parameters(pipe, "one").values():
+        parameter.data.normal_(std=0.3)
+    lora_config = LoraConfig(r=2, target_modules=["to_q", "conv1"], init_lora_weights=False)
+    pipe.unet.add_adapter(lora_config, "plain")
+    set_adapters(pipe, ["one", "plain"], [0.6, 1.0])
+    with torch.no_grad():
+        live = pipe.unet(x, 3, states).sample
+        for _ in range(2):
+            pipe.fuse_lora(adapter_names=["plain"])
+            torch.testing.assert_close(pipe.unet(x, 3, states).sample, live, atol=2e-6, rtol=1e-5)
+            pipe.fuse_lora(adapter_names=["one"])
+            torch.testing.assert_close(pipe.unet(x, 3, states).sample, live, atol=2e-6, rtol=1e-5)
+            pipe.unfuse_lora()
+            torch.testing.assert_close(pipe.unet(x, 3, states).sample, live, atol=2e-6, rtol=1e-5)
+
+
+def test_a_dora_and_a_lora_on_a_text_encoder_are_not_fused_into_something_else(pipe: Any) -> None:
+    """diffusers fuses a text encoder's LoRA first, so that the DoRA would rescale it as well."""
+    add_adapter(pipe, dora(r=3), "one", ("unet", "text_encoder"))
+    for parameter in trainable_parameters(pipe, "one").values():
+        parameter.data.normal_(std=0.3)
+    pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "plain")
+    set_adapters(pipe, ["one", "plain"])
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        live = pipe.text_encoder(ids)[0]
+        with pytest.raises(UserError, match="magnitude"):
+            pipe.fuse_lora(components=["unet", "text_encoder"])
+        pipe.unfuse_lora()
+        torch.testing.assert_close(pipe.text_encoder(ids)[0], live, atol=2e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_dora_fuses_in_half_precision_and_leaves_nothing(pipe: Any, dtype: torch.dtype) -> None:
     pipe.to(dtype=dtype)
