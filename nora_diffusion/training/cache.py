@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import TrainConfig
-from .denoiser import Conditions, encode_prompts, family_of
+from .denoiser import Conditions, encode_prompts, family_of, text_encoders
+from .keep import Keep, module_hash, place
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +20,7 @@ log = logging.getLogger(__name__)
 class TextConditions:
     """Prompts as the UNet wants them: from a cache, or afresh each step while the text encoder is trained."""
 
-    def __init__(self, pipe: Any, config: TrainConfig, prompts: Sequence[str]) -> None:
+    def __init__(self, pipe: Any, config: TrainConfig, prompts: Sequence[str], keep: Keep | None = None) -> None:
         self._pipe, self._encoder, self._length = pipe, pipe.text_encoder, config.tokenizer_max_length
         self._plain = family_of(pipe) == "sd"
         self._live = config.train_text_encoder
@@ -30,13 +32,38 @@ class TextConditions:
         device = self._encoder.device
         self._ids, self._mask = self._ids.to(device), self._mask.to(device)
         if not self._live:
-            with torch.no_grad():
-                self._cached = self._encode(list(range(len(unique))))
+            self._cached = self._encode_all(keep or Keep())
 
     def __call__(self, prompts: Sequence[str]) -> Conditions:
         """What the denoiser is told of these prompts."""
         rows = [self._row[prompt] for prompt in prompts]
         return self._encode(rows) if self._live else {name: value[rows] for name, value in self._cached.items()}
+
+    @torch.no_grad()
+    def _encode_all(self, keep: Keep) -> Conditions:
+        """Prompt by prompt, so that the numbers of one do not depend on which others are there."""
+        encoders = text_encoders(self._pipe) if keep.disk else []
+        made_by = [[module_hash(encoder), *place(encoder)] for encoder in encoders]
+        found = [
+            keep("text", partial(self._ingredients, row, made_by), partial(self._encode, [row]))
+            for row in range(len(self._prompts))
+        ]
+        device = self._encoder.device
+        return {name: torch.cat([each[name] for each in found]).to(device) for name in found[0]}
+
+    def _ingredients(self, row: int, made_by: list[Any]) -> dict[str, Any]:
+        """All that the embedding of a prompt depends on: the tokens stand for the tokenizers."""
+        prompt, pipe = self._prompts[row], self._pipe
+        tokenizers = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
+        return {
+            "prompt": prompt,
+            "tokens": self._ids[row].tolist(),
+            "mask": self._mask[row].tolist() if self._masked else None,
+            "tokenizers": [[t(prompt).input_ids, t.pad_token_id, t.model_max_length] for t in tokenizers if t],
+            "length": self._length,
+            "family": family_of(pipe),
+            "encoders": made_by,
+        }
 
     def _encode(self, rows: list[int]) -> Conditions:
         if not self._plain:

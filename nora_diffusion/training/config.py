@@ -24,6 +24,7 @@ Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "co
 TimestepSampling = Literal["uniform", "stratified"]
 Calibrated = Literal["generic", "subject"]
 Crop = Literal["random", "center", "subject"]
+CachePlace = Literal["memory", "disk"]
 
 GROUPS = {
     "base": "the frozen model",
@@ -77,6 +78,7 @@ class TrainConfig:
     center_crop: bool = key(False, "data", "the same as --crop center")
     crops_per_image: int = key(4, "data", "random crops cached for each photo of another shape")
     aspect_buckets: bool = key(False, "data", "crop to the nearest of several shapes, not to a square")
+    cache_latents: CachePlace = key("memory", "data", "where encoded photos and prompts are kept: disk for later runs")
     background_loss_weight: float | None = key(
         None, "data", "weight of the loss beside the subject's mask, 0 to 1 (default: masks are not used)"
     )

@@ -50,6 +50,7 @@ FREE_TO_CHANGE = frozenset(
         "caption_column",
         "num_class_images",
         "skip_unreadable",
+        "cache_latents",
         "sample_batch_size",
         "prior_generation_precision",
         "tokenizer_name",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..data.photos import Photo
 from ..data.transforms import View
+from .keep import Keep, Tensors, module_hash, place
 
 
 @dataclass(frozen=True)
@@ -63,17 +67,29 @@ class Latents:
 
 
 def encode_photos(
-    vae: nn.Module, photos: Sequence[Photo], views: Sequence[Sequence[View]], background: float | None = None
+    vae: nn.Module,
+    photos: Sequence[Photo],
+    views: Sequence[Sequence[View]],
+    background: float | None = None,
+    keep: Keep | None = None,
 ) -> Latents:
-    """Encode the views of every photo. ``background`` is the weight of the loss beside the subjects' masks."""
+    """Encode the views of every photo, as far as ``keep`` does not have them.
+
+    ``background`` is the weight of the loss beside the subjects' masks.
+    """
+    keep = keep or Keep()
+    made_by = [module_hash(vae), *place(vae)] if keep.disk else []
     mean: list[Tensor] = []
     std: list[Tensor] = []
     of_photo = []
     for photo, own in zip(photos, views, strict=True):
         start = len(mean)
-        for means, deviations in _encode(vae, photo, own):
-            mean += means.unbind()
-            std += deviations.unbind()
+        for group in _by_shape(own):
+            pixels = np.stack([view.pixels(photo.image) for view in group])
+            # The pixels stand for the file, how it was decoded and the transform.
+            found = keep("latents", partial(_ingredients, pixels, made_by), partial(_encode, vae, pixels))
+            mean += found["mean"].unbind()
+            std += found["std"].unbind()
         of_photo.append(list(range(start, len(mean))))
     regions = None if background is None else _regions(photos, views, mean, background)
     settings: Any = vae.config
@@ -85,7 +101,9 @@ def _regions(
     photos: Sequence[Photo], views: Sequence[Sequence[View]], latents: Sequence[Tensor], background: float
 ) -> list[Tensor]:
     """``b + (1 - b) m``: ``m`` is the subject's share of what a latent sees; 1 everywhere without a mask."""
-    pairs = [(photo, view) for photo, own in zip(photos, views, strict=True) for view in _in_order(own)]
+    pairs = [
+        (photo, view) for photo, own in zip(photos, views, strict=True) for group in _by_shape(own) for view in group
+    ]
     found = []
     for (photo, view), latent in zip(pairs, latents, strict=True):
         height, width = latent.shape[1:]
@@ -96,19 +114,21 @@ def _regions(
     return found
 
 
-def _in_order(views: Sequence[View]) -> list[View]:
-    """Views as they are encoded: those of one shape together."""
-    return [view for shape in dict.fromkeys(view.shape for view in views) for view in views if view.shape == shape]
+def _by_shape(views: Sequence[View]) -> list[list[View]]:
+    return [[view for view in views if view.shape == shape] for shape in dict.fromkeys(v.shape for v in views)]
+
+
+def _ingredients(pixels: np.ndarray[Any, Any], made_by: list[str]) -> dict[str, Any]:
+    return {"pixels": hashlib.sha256(pixels.tobytes()).hexdigest(), "shape": pixels.shape, "vae": made_by}
 
 
 @torch.no_grad()
-def _encode(vae: Any, photo: Photo, views: Sequence[View], batch: int = 4) -> list[tuple[Tensor, Tensor]]:
-    """Photo by photo, so that the numbers of one do not depend on which others are there."""
+def _encode(vae: Any, pixels: np.ndarray[Any, Any], batch: int = 4) -> Tensors:
+    """The posteriors of one photo's views: the numbers of one photo do not depend on which others are there."""
     found = []
-    for shape in dict.fromkeys(view.shape for view in views):
-        group = [view for view in views if view.shape == shape]
-        for start in range(0, len(group), batch):
-            chunk = [torch.from_numpy(view.pixels(photo.image).copy()) for view in group[start : start + batch]]
-            posterior = vae.encode(torch.stack(chunk).to(vae.device, vae.dtype)).latent_dist
-            found.append((posterior.mean.float().cpu(), posterior.std.float().cpu()))
-    return found
+    for start in range(0, len(pixels), batch):
+        chunk = torch.from_numpy(pixels[start : start + batch])
+        posterior = vae.encode(chunk.to(vae.device, vae.dtype)).latent_dist
+        found.append((posterior.mean.float().cpu(), posterior.std.float().cpu()))
+    mean, std = zip(*found, strict=True)
+    return {"mean": torch.cat(mean), "std": torch.cat(std)}

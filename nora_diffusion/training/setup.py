@@ -31,6 +31,7 @@ from .config import Precision, TrainConfig
 from .dataset import class_views, report_data, transform_of, views_of, wordings_of
 from .defaults import PRESET_KEYS
 from .denoiser import TRAINED_ENCODERS, denoiser, family_of, native_size, text_encoders
+from .keep import Keep
 from .latents import Latents, encode_photos
 from .objective import Objective
 from .optimization import build_optimizer, build_schedule, restore_schedule
@@ -177,7 +178,8 @@ def build_latents(
     views = views_of(transform, subject.photos, seed)
     if folder.owner:
         report_data(folder.path, subject, views)
-    latents = encode_photos(pipe.vae, subject.photos, views, config.background_loss_weight)
+    keep = Keep(config.cache_latents == "disk")
+    latents = encode_photos(pipe.vae, subject.photos, views, config.background_loss_weight, keep)
     if not config.with_prior_preservation:
         return latents, None, ""
     place = class_folder(config)
@@ -187,7 +189,7 @@ def build_latents(
     pictures = read_photos(place, config.dataloader_num_workers)[: config.num_class_images]
     hashes = str(derive(0, *(photo.sha256 for photo in pictures)))
     own = class_views(transform, pictures, derive(seed, "class"), views)
-    return latents, encode_photos(pipe.vae, pictures, own), hashes
+    return latents, encode_photos(pipe.vae, pictures, own, keep=keep), hashes
 
 
 def bucket_step(pipe: Any) -> int:
@@ -280,7 +282,8 @@ class Material:
     def conditions(self) -> TextConditions:
         """The prompts of photos and class pictures, encoded at the text encoder's present precision."""
         prior: list[str] = [self.config.class_prompt or ""] if self.class_latents else []
-        return TextConditions(self.pipe, self.config, [*wordings_of(self.config, self.subject.captions).all(), *prior])
+        prompts = [*wordings_of(self.config, self.subject.captions).all(), *prior]
+        return TextConditions(self.pipe, self.config, prompts, Keep(self.config.cache_latents == "disk"))
 
 
 def build_run(material: Material) -> Run:
