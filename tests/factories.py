@@ -165,6 +165,9 @@ def tiny_dino(path: Path) -> Path:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 42, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(path)
+    model = Dinov2Model(Dinov2Config(**sizes))
+    for parameter in model.parameters():
+        parameter.data.mul_(10 if parameter.ndim > 1 else 1)  # else it says the same of every picture
+    model.save_pretrained(path)
     (path / "preprocessor_config.json").write_text(json.dumps({"crop_size": {"height": 28, "width": 28}}))
     return path

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UserError
 from .config import TrainConfig
 from .defaults import METHOD_KEYS, METHODS, PRESET_KEYS
-from .tracking import PACKAGES
+from .tracking import TRACKERS
 
 POSITIVE = (
     "resolution",
@@ -38,9 +38,16 @@ POSITIVE = (
     "sample_steps",
     "num_class_images",
     "tokenizer_max_length",
+    "rows_at_once",
     "max_grad_norm",
     "adam_epsilon",
     "lr_power",
+    "huber_c",
+    "max_timestep",
+    "loraplus_lr_ratio",
+    "scale_weight_norms",
+    "denoiser_frac",
+    "text_encoder_frac",
 )
 NOT_NEGATIVE = (
     "prior_loss_weight",
@@ -53,6 +60,10 @@ NOT_NEGATIVE = (
     "adam_weight_decay",
     "sample_guidance",
     "seed",
+    "min_timestep",
+    "noise_offset",
+    "input_perturbation",
+    "ema_decay",
 )
 
 
@@ -62,6 +73,8 @@ def check_config(config: TrainConfig) -> None:
     _check_data(config)
     _check_adapter(config)
     _check_prior(config)
+    _check_objective(config)
+    _check_optimizer(config)
     _check_system(config)
 
 
@@ -75,12 +88,17 @@ def _check_ranges(config: TrainConfig) -> None:
             raise UserError(f"{name}={value} must be {bound}")
     if not 0 <= config.dropout < 1:
         raise UserError(f"dropout={config.dropout} must be at least 0 and below 1")
-    for name in ("adam_beta1", "adam_beta2"):
+    for name in ("adam_beta1", "adam_beta2", "ema_decay"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)} must be at least 0 and below 1")
+    for name in ("denoiser_frac", "text_encoder_frac"):
+        if getattr(config, name) > 1:
+            raise UserError(f"{name}={getattr(config, name)} is a fraction of the run: give at most 1")
 
 
 def _check_data(config: TrainConfig) -> None:
+    if config.subjects:
+        raise UserError("several subjects are trained by training.train_subjects, or by nora-diffusion train")
     if not config.instance_data_dir:
         raise UserError("no photos: give their folder with --instance_data_dir")
     if config.use_captions and config.caption_column:
@@ -131,10 +149,40 @@ def _check_prior(config: TrainConfig) -> None:
     if config.with_prior_preservation:
         if not config.class_prompt and not config.class_word:
             raise UserError("--with_prior_preservation needs --class_prompt, for example 'a photo of a dog'")
+        if config.prior_preservation == "frozen" and config.class_data_dir:
+            raise UserError("--prior_preservation frozen needs no class pictures: leave --class_data_dir out")
         return
+    if config.prior_preservation == "frozen":
+        raise UserError("--prior_preservation frozen needs --with_prior_preservation and --class_prompt")
     for name in ("class_data_dir", "class_prompt", "prior_generation_precision"):
         if getattr(config, name) is not None:
             raise UserError(f"--{name} needs --with_prior_preservation")
+
+
+def _check_objective(config: TrainConfig) -> None:
+    if config.max_timestep is not None and config.min_timestep >= config.max_timestep:
+        raise UserError(f"min_timestep={config.min_timestep} must be below max_timestep={config.max_timestep}")
+    if config.loss_weighting not in (None, "min_snr") and (config.snr_gamma or 0) > 0:
+        raise UserError("--snr_gamma is for --loss_weighting min_snr: leave one of them out")
+    if config.text_encoder_frac < 1 and not config.train_text_encoder:
+        raise UserError("--text_encoder_frac needs --train_text_encoder")
+
+
+PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "schedulefree": "schedulefree"}
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    name = config.optimizer
+    if config.use_8bit_adam and name not in ("adamw", "adamw8bit"):
+        raise UserError(f"--use_8bit_adam and --optimizer {name} exclude each other: choose one")
+    if name in PACKAGES:
+        _need(PACKAGES[name], f"--optimizer {name}", "or pip install 'nora-diffusion[train]'")
+    if name == "prodigy" and (config.text_encoder_lr is not None or config.loraplus_lr_ratio != 1):
+        raise UserError("prodigy finds one rate for all: leave --text_encoder_lr and --loraplus_lr_ratio out")
+    if name == "schedulefree" and config.lr_scheduler not in (None, "constant"):
+        raise UserError("schedulefree does without a schedule: use --lr_scheduler constant")
+    if config.scale_weight_norms is not None and "router" in METHOD_KEYS[config.method]:
+        raise UserError(f"--scale_weight_norms has no meaning for {config.method}, whose updates depend on the input")
 
 
 def _check_system(config: TrainConfig) -> None:
@@ -147,7 +195,7 @@ def _check_system(config: TrainConfig) -> None:
             "PyTorch's own fast attention is in use anyway",
         )
     for tracker in trackers(config):
-        _need(PACKAGES[tracker], f"--report_to {tracker}", "log.jsonl is always written")
+        _need(TRACKERS[tracker], f"--report_to {tracker}", "log.jsonl is always written")
     if (config.hub_token or config.hub_model_id) and not config.push_to_hub:
         raise UserError("--hub_token and --hub_model_id need --push_to_hub")
 
@@ -158,10 +206,10 @@ def trackers(config: TrainConfig) -> list[str]:
     if wanted == ["none"]:
         return []
     if wanted == ["all"]:
-        return [name for name, package in PACKAGES.items() if find_spec(package)]
-    unknown = [word for word in wanted if word not in PACKAGES]
+        return [name for name, package in TRACKERS.items() if find_spec(package)]
+    unknown = [word for word in wanted if word not in TRACKERS]
     if unknown:
-        raise UserError(f"report_to={config.report_to!r} is unknown: choose one of {', '.join(PACKAGES)}, all, none")
+        raise UserError(f"report_to={config.report_to!r} is unknown: choose one of {', '.join(TRACKERS)}, all, none")
     return list(dict.fromkeys(wanted))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 PROJECT = "nora-dreambooth"
-PACKAGES = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb", "comet_ml": "comet_ml"}
+TRACKERS = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb", "comet_ml": "comet_ml"}
 
 
 class Trackers:
