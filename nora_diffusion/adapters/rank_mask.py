@@ -43,7 +43,7 @@ def sample_ranks(model: nn.Module, args: tuple[Any, ...] = ()) -> None:
         return
     training = [delta for delta in deltas if delta.training]
     if training:
-        share = float(torch.rand(()))
+        share = float(torch.rand((), device="cpu"))
         for delta in training:
             delta.sampled_rank = 1 + int(share * delta.full_rank)
 

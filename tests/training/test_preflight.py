@@ -20,9 +20,9 @@ from nora_diffusion.adapters import PRESETS
 from nora_diffusion.components import denoiser_name
 from nora_diffusion.errors import UserError
 from nora_diffusion.loaders import add_adapter, trainable_parameters
-from nora_diffusion.training import check, main, train
+from nora_diffusion.training import TrainConfig, check, main, train
 from nora_diffusion.training.config import Method
-from nora_diffusion.training.defaults import METHODS, USUAL_RATES
+from nora_diffusion.training.defaults import METHODS, USUAL_RATES, with_defaults
 from nora_diffusion.training.denoiser import native_size
 from nora_diffusion.training.memory import outline
 from nora_diffusion.training.preflight import Plan, is_known, preflight
@@ -214,3 +214,12 @@ def test_it_takes_seconds(configure: Configure, tiny_base: Path) -> None:
     begun = time.monotonic()
     preflight(Plan(config, pipe, ["a zqx dog"] * 3, "zqx", config.folder))
     assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_every_method_is_counted(method: str, pipe: Any) -> None:
+    config = adapter_config(with_defaults(TrainConfig(method=method, pretrained_model_name_or_path="elsewhere")))
+    counted = outline(pipe, config, ["unet"], 1, 16, torch.float32, checkpointing=False)
+    add_adapter(pipe, config, "x", ["unet"])
+    assert counted.trained == sum(p.numel() for p in trainable_parameters(pipe, "x").values())
+    assert counted.activations > 0
