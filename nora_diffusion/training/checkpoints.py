@@ -6,7 +6,9 @@ tensors and ``manifest.json``, written last: the SHA-256 of both, the schedule's
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Mapping
@@ -23,9 +25,15 @@ from ..errors import UserError
 from ..files import make_folder, sha256, sync_folder, user_errors, write_atomic
 from ..loaders import save_adapter
 
+log = logging.getLogger(__name__)
+
 OPTIMIZER = "optimizer.safetensors"
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint that is not what its manifest says."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ def save_checkpoint(
     final, temporary = folder / f"step-{step}", folder / f".tmp-step-{step}"
     make_folder(folder)
     with user_errors(final):
+        sync_folder(folder.parent)
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             save_adapter(pipe, temporary, adapter_name, info=info)
@@ -124,16 +133,48 @@ def prune(folder: Path, keep: int | None) -> None:
         shutil.rmtree(rest, ignore_errors=True)
     if keep is not None:
         for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            gone = old.with_name(f".tmp-{old.name}")  # in one go: half a checkpoint never has a checkpoint's name
+            with contextlib.suppress(OSError):
+                old.replace(gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
 
-def find_checkpoint(folder: Path, wanted: str) -> Path | None:
-    """The folder that ``--resume_from_checkpoint`` means; ``None`` if ``latest`` finds none.
+def recover(folder: Path) -> None:
+    """Put back what a kill between the two renames of :func:`_put` left under its other name."""
+    for old in folder.glob(".old-step-*"):
+        final = folder / old.name.removeprefix(".old-")
+        with user_errors(folder):
+            if final.exists():
+                shutil.rmtree(old)
+            else:
+                old.replace(final)
 
-    Raises :class:`UserError` for a path that is no checkpoint.
+
+def find_checkpoint(folder: Path, wanted: str) -> Checkpoint | None:
+    """The checkpoint that ``--resume_from_checkpoint`` means; ``None`` if ``latest`` finds none.
+
+    ``latest`` is the newest that is whole; damaged ones are passed over with a warning. Raises :class:`UserError` for a
+    path that is no checkpoint, and where nothing is whole.
     """
     if wanted == "latest":
-        return next(reversed(list_checkpoints(folder)), None)
+        return _newest(folder)
+    return read_checkpoint(_checkpoint_at(folder, wanted))
+
+
+def _newest(folder: Path) -> Checkpoint | None:
+    damaged = None
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return read_checkpoint(path)
+        except DamagedCheckpointError as error:
+            log.warning("%s", error)
+            damaged = damaged or error
+    if damaged is not None:
+        raise damaged
+    return None
+
+
+def _checkpoint_at(folder: Path, wanted: str) -> Path:
     path = Path(wanted).expanduser()
     for candidate in (path, folder / path.name):
         if (candidate / MANIFEST).is_file():
@@ -150,13 +191,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
         version, hashes = int(manifest["format_version"]), dict(manifest["sha256"])
         result = Checkpoint(path, int(manifest["step"]), manifest["identity"], manifest["schedule"], manifest["scaler"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the checkpoint {path} is damaged (its manifest cannot be read): {way}") from error
+        raise DamagedCheckpointError(
+            f"the checkpoint {path} is damaged (its manifest cannot be read): {way}"
+        ) from error
     if version > FORMAT_VERSION:
         raise UserError(f"the checkpoint {path} has format version {version}, newer than this release: upgrade it")
     for name in (FILE_NAME, OPTIMIZER):
         file = path / name
         if not file.is_file() or sha256(file) != hashes.get(name):
-            raise UserError(f"the checkpoint {path} is damaged ({name} is missing or altered): {way}")
+            raise DamagedCheckpointError(f"the checkpoint {path} is damaged ({name} is missing or altered): {way}")
     return result
 
 

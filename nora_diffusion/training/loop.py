@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from ..errors import UserError
-from .checkpoints import Checkpoint, check_identity, find_checkpoint, prune, read_checkpoint
+from .checkpoints import Checkpoint, check_identity, find_checkpoint, prune, recover
 from .checks import check_config
 from .config import TrainConfig
 from .defaults import with_defaults
@@ -155,10 +155,12 @@ def gather(plan: Plan, subject: Subject, accelerator: Accelerator, folder: RunFo
 
 def wanted_checkpoint(config: TrainConfig, folder: RunFolder) -> Checkpoint | None:
     """The checkpoint to go on from, read and checked. Refuses to overwrite an earlier run unasked."""
+    if folder.owner:
+        recover(folder.checkpoints)
     if config.resume_from_checkpoint:
         found = find_checkpoint(folder.checkpoints, config.resume_from_checkpoint)
         if found is not None:
-            return read_checkpoint(found)
+            return found
         log.warning("there is no checkpoint in %s yet: training starts anew", folder.checkpoints)
     if folder.owner and folder.holds_a_run() and not config.overwrite_output_dir:
         raise UserError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging
 import os
 import shutil
 import time
@@ -15,6 +17,8 @@ from ..adapter_file import FILE_NAME
 from ..errors import UserError
 from ..files import make_folder, user_errors, write_atomic
 
+log = logging.getLogger(__name__)
+
 Status = Literal["starting", "training", "saving", "done", "interrupted", "failed"]
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
@@ -23,6 +27,7 @@ REPORT = "report.html"
 LOCK = ".lock"
 SPARE_BYTES = 16 * 2**20
 STATE_SECONDS = 0.5
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class RunFolder:
@@ -68,16 +73,38 @@ class RunFolder:
         try:
             _acquire(self._lock)
         except OSError as error:
+            self._lock.seek(0)
+            holder = self._lock.read(20).strip()
             self._lock.close()
+            if error.errno in NO_LOCKS:
+                raise UserError(
+                    f"the disk of {self.path} has no file locks: choose an --output_dir elsewhere"
+                ) from error
             raise UserError(
-                f"another training runs in {self.path}: wait for it or choose another --output_dir"
+                f"another training runs in {self.path}{f' (process {holder})' if holder else ''}: wait for it or "
+                "choose another --output_dir"
             ) from error
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+        self._say_how_it_ended()
         try:
             self.require(SPARE_BYTES)
         except UserError:
             self._leave()
             raise
         return self
+
+    def _say_how_it_ended(self) -> None:
+        """The lock was free, so a process that ``state.json`` shows at work is gone, whoever has its number now."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            before = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+            if before.get("status") in ("starting", "training", "saving"):
+                log.warning(
+                    "the earlier run in %s was killed at step %s, probably for want of memory (a smaller "
+                    "--train_batch_size or --gradient_checkpointing needs less) or by a power cut",
+                    self.path, before.get("step", 0),
+                )  # fmt: skip
 
     def __exit__(self, *_: object) -> None:
         self._leave()
@@ -116,6 +143,11 @@ class RunFolder:
             raise UserError(
                 f"{self.path} has {free / 2**20:.0f} MiB left, {size / 2**20:.0f} are needed: free some space"
             )
+
+    def sync_log(self) -> None:
+        """Flush ``log.jsonl`` to disk: after a power cut it must reach as far as the checkpoint does."""
+        with user_errors(self.path / "log.jsonl"), (self.path / "log.jsonl").open("rb") as file:
+            os.fsync(file.fileno())
 
     def holds_a_run(self) -> bool:
         """Whether an earlier run left checkpoints or an adapter here."""

@@ -263,6 +263,7 @@ class Stepper:
         if not folder.owner:
             return
         folder.require(2 * self._checkpoint_bytes())
+        folder.sync_log()
         self.saved = save_checkpoint(
             folder.checkpoints,
             done,

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Configure, flags
-from safetensors.torch import load_file
+from runs import Configure, assert_same_run, flags, journal
 
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import TrainConfig, train
@@ -32,24 +31,6 @@ HARD = {
     "magnitude": {"magnitude": True, "core": "dense", "inner_rank": None},
     "prior": {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2},
 }
-
-
-def journal(folder: Path) -> list[tuple[Any, ...]]:
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"], row["lr"], row["grad_norm"]) for row in rows]
-
-
-def assert_equal_tensors(one: Path, other: Path) -> None:
-    """By tensor: safetensors orders its metadata at random."""
-    first, second = load_file(one), load_file(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-
-
-def assert_same_run(one: Path, other: Path, last: int) -> None:
-    assert journal(one) == journal(other)
-    for name in ("nora_adapter.safetensors", f"checkpoints/step-{last}/optimizer.safetensors"):
-        assert_equal_tensors(one / name, other / name)
 
 
 def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
