@@ -12,7 +12,7 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..adapter_file import FILE_NAME
 from ..errors import UserError
 from ..files import make_folder, sha256, sync_folder, user_errors, write_atomic
 from ..loaders import save_adapter
+from .optimizer_state import restore_state, state_numbers, state_tensors
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Checkpoint:
     identity: dict[str, Any]
     schedule: dict[str, Any]
     scaler: dict[str, Any]
+    numbers: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -58,6 +60,7 @@ def save_checkpoint(
     schedule: Mapping[str, Any],
     scaler: Mapping[str, Any],
     info: Mapping[str, Any],
+    average: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write ``folder/step-N``: everything into a hidden folder beside it, flushed, then one rename.
 
@@ -71,13 +74,14 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
             save_adapter(pipe, temporary, adapter_name, info=info)
             (temporary / "README.md").unlink(missing_ok=True)
-            write_atomic(temporary / OPTIMIZER, save(optimizer_tensors(optimizer, parameters)))
+            write_atomic(temporary / OPTIMIZER, save({**state_tensors(optimizer, parameters), **(average or {})}))
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "step": step,
                 "identity": identity,
                 "schedule": schedule,
                 "scaler": scaler,
+                "optimizer": state_numbers(optimizer, parameters),
                 "sha256": {name: sha256(temporary / name) for name in (FILE_NAME, OPTIMIZER)},
             }
             write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1))
@@ -97,28 +101,13 @@ def _put(temporary: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimizer's state as ``{"<factor key>|<state key>": tensor}``."""
-    tensors = {}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}|{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    return tensors
-
-
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], checkpoint: Checkpoint
-) -> None:
-    """Give every trained factor its moments back."""
+) -> dict[str, Tensor]:
+    """Give optimizer and factors their state back; returns all tensors that the checkpoint has beside the adapter."""
     tensors = load_file(checkpoint.path / OPTIMIZER)
-    for name, parameter in parameters.items():
-        state: dict[str, Tensor] = {}
-        for key, value in tensors.items():
-            owner, _, part = key.rpartition("|")
-            if owner == name:
-                # AdamW keeps its step count on the CPU.
-                state[part] = value if part == "step" else value.to(parameter.device)
-        optimizer.state[parameter] = state
+    restore_state(optimizer, parameters, tensors, checkpoint.numbers)
+    return tensors
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -189,7 +178,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, hashes = int(manifest["format_version"]), dict(manifest["sha256"])
-        result = Checkpoint(path, int(manifest["step"]), manifest["identity"], manifest["schedule"], manifest["scaler"])
+        result = Checkpoint(
+            path, int(manifest["step"]), manifest["identity"], manifest["schedule"], manifest["scaler"],
+            manifest.get("optimizer", {}),
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(
             f"the checkpoint {path} is damaged (its manifest cannot be read): {way}"

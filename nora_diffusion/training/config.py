@@ -21,7 +21,11 @@ PriorPrecision = Literal["no", "fp32", "fp16", "bf16"]
 SaveDtype = Literal["fp32", "fp16", "bf16"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
-TimestepSampling = Literal["uniform", "stratified"]
+TimestepSampling = Literal["uniform", "stratified", "logit_normal"]
+LossWeighting = Literal["none", "min_snr", "debiased"]
+LossType = Literal["l2", "huber"]
+PriorPreservation = Literal["images", "frozen"]
+Optimizer = Literal["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor", "sgd"]
 Calibrated = Literal["generic", "subject"]
 Crop = Literal["random", "center", "subject"]
 CachePlace = Literal["memory", "disk"]
@@ -114,6 +118,9 @@ class TrainConfig:
 
     # prior preservation
     with_prior_preservation: bool = key(False, "prior", "keep the class from drifting to the subject")
+    prior_preservation: PriorPreservation = key(
+        "images", "prior", "keep the class by pictures of it, or by what the frozen base predicts for its prompt"
+    )
     prior_loss_weight: float = key(1.0, "prior", "weight of the class pictures' loss")
     class_data_dir: str | None = key(None, "prior", "folder of class pictures (default: output_dir/class_images)")
     class_prompt: str | None = key(None, "prior", "prompt of the class pictures (default: 'a photo of a CLASS_WORD')")
@@ -129,10 +136,28 @@ class TrainConfig:
     seed: int | None = key(None, "training", "seed of everything random (default: drawn and recorded)")
     snr_gamma: float | None = key(None, "training", "gamma of min-SNR weighting, 5 is usual; 0 turns it off")
     timestep_sampling: TimestepSampling | None = key(None, "training", "how a batch's timesteps are drawn")
+    min_timestep: int = key(0, "training", "least timestep that is trained")
+    max_timestep: int | None = key(None, "training", "timesteps below this one are trained (default: all)")
+    loss_weighting: LossWeighting | None = key(
+        None, "training", "weights of the noise levels (default: min_snr where snr_gamma is above 0)"
+    )
+    loss_type: LossType = key("l2", "training", "error of each number: l2, or huber, which forgives outliers")
+    huber_c: float = key(0.1, "training", "error beyond which huber grows linearly")
+    noise_offset: float = key(0.0, "training", "noise shared by a whole channel, 0.05 to 0.1: darker, lighter pictures")
+    input_perturbation: float = key(0.0, "training", "more noise in the input than in the target, 0.1 is usual")
+    rescale_zero_snr: bool = key(False, "training", "let the last timestep be pure noise; for v-prediction")
+    denoiser_frac: float = key(1.0, "training", "fraction of the run in which the UNet or transformer learns")
+    text_encoder_frac: float = key(
+        1.0, "training", "fraction of the run in which the text encoder learns", aliases=("train_text_encoder_frac",)
+    )
+    ema_decay: float = key(0.0, "training", "decay of the moving average that is saved, 0.999 is usual; 0: none")
 
     # optimizer and schedule
     learning_rate: float | None = key(None, "optimizer", "learning rate after warm-up")
     text_encoder_lr: float | None = key(None, "optimizer", "learning rate of the text encoder (default: the same)")
+    optimizer: Optimizer = key("adamw", "optimizer", "prodigy and schedulefree need the extra 'train'")
+    loraplus_lr_ratio: float = key(1.0, "optimizer", "rate of the up factors over that of the down factors (LoRA+)")
+    scale_weight_norms: float | None = key(None, "optimizer", "largest norm of an update; larger ones are shrunk to it")
     scale_lr: bool = key(False, "optimizer", "multiply the rate by devices, accumulation and batch size")
     lr_scheduler: Schedule | None = key(None, "optimizer", "shape of the schedule")
     lr_warmup_steps: int | None = key(None, "optimizer", "steps of warm-up")
@@ -159,9 +184,7 @@ class TrainConfig:
     validation_steps: int | None = key(None, "run", "steps between samples, instead of epochs")
     sample_steps: int | None = key(None, "run", "denoising steps of class and sample pictures")
     sample_guidance: float | None = key(None, "run", "guidance of class and sample pictures")
-    judge: str | None = key(
-        None, "validation", "CLIP folder or hub id that measures; 'tiny' is the embedded base's"
-    )
+    judge: str | None = key(None, "validation", "CLIP folder or hub id that measures; 'tiny' is the embedded base's")
     dino: str | None = key(None, "validation", "vision model that measures likeness, as facebook/dinov2-base")
     validation_data_dir: str | None = key(None, "validation", "folder of held-out photos to compare with")
     validation_split: int | None = key(None, "validation", "photos of instance_data_dir to hold out instead")

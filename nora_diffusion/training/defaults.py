@@ -32,7 +32,6 @@ OTHER: dict[str, Any] = {
     "train_batch_size": 4,
     "lr_scheduler": "constant",
     "snr_gamma": 0.0,
-    "timestep_sampling": "uniform",
     "sample_steps": 30,
     "sample_guidance": 7.5,
 }
@@ -88,6 +87,12 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
     table = {**METHODS[config.method], **base}
     # Epochs given without steps: the number of steps follows from the number of photos.
     skip = {"max_train_steps"} if config.num_train_epochs is not None else set()
+    if config.optimizer == "prodigy":
+        table["learning_rate"] = 1.0  # a factor of the rate that it finds
+    if config.optimizer == "schedulefree":
+        table["lr_scheduler"] = "constant"
+    if config.loss_weighting not in (None, "min_snr"):
+        table["snr_gamma"] = 0.0
     foreign = PRESET_KEYS.keys() - set(METHOD_KEYS[config.method])
     missing = {k: v for k, v in table.items() if getattr(config, k) is None and k not in skip | foreign}
     return replace(config, **missing)

@@ -23,6 +23,8 @@ FREE_TO_CHANGE = frozenset(
         "resume_from_checkpoint",
         "preflight_only",
         "strict",
+        "subjects",
+        "rows_at_once",
         "validation_prompt",
         "num_validation_images",
         "validation_epochs",
@@ -62,7 +64,8 @@ FREE_TO_CHANGE = frozenset(
 def identity_of(config: TrainConfig, pipe: Any, subject: Subject, class_hash: str, processes: int) -> dict[str, Any]:
     """What must be equal for a resumed run to be the same: settings, data, base, versions, processes."""
     values = {name: value for name, value in config.to_dict().items() if name not in FREE_TO_CHANGE}
-    if (config.lr_scheduler or "").startswith("constant"):
+    fractions = config.denoiser_frac, config.text_encoder_frac
+    if (config.lr_scheduler or "").startswith("constant") and all(fraction == 1 for fraction in fractions):
         values.pop("max_train_steps")  # such a schedule does not depend on the end: a run may be prolonged
     return {
         **values,

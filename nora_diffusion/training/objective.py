@@ -31,8 +31,8 @@ class Objective:
     ==============  =========================  ==============================
 
     Weights of a row: ``min_snr`` is ``min(snr, gamma) / c`` (arXiv 2303.09556), ``debiased`` ``sqrt(snr) / c``
-    (arXiv 2310.08442). Losses: ``l2`` is ``d^2``; ``huber`` ``2 h (sqrt(d^2 + h^2) - h)``, which is nearly ``d^2`` below
-    ``h`` and grows linearly beyond (arXiv 2403.16728). ``signal``, ``noise``, ``times`` ``[T]`` are ``s``, ``n`` and
+    (arXiv 2310.08442). Losses: ``l2`` is ``d^2``; ``huber`` ``2 h (sqrt(d^2 + h^2) - h)``, nearly ``d^2`` below ``h``
+    and linear beyond (arXiv 2403.16728). ``signal``, ``noise``, ``times`` ``[T]`` are ``s``, ``n`` and
     the timestep that the model is told; fp32.
     """
 
@@ -110,7 +110,11 @@ class Objective:
         ``regions [B, 1, H, W]`` weights the places of a picture: ``sum_p w_p mean_c(e) / sum_p w_p``, so that a small
         subject counts as much as a large one. A row without any weight has the loss 0.
         """
-        errors = self.errors(prediction, self.target(latents, noise, t), t)
+        return self.losses_against(prediction, self.target(latents, noise, t), t, regions)
+
+    def losses_against(self, prediction: Tensor, target: Tensor, t: Tensor, regions: Tensor | None = None) -> Tensor:
+        """The same against any target."""
+        errors = self.errors(prediction, target, t)
         if regions is None:
             return errors.mean(dim=(1, 2, 3))
         whole = regions.sum(dim=(1, 2, 3)).clamp(min=1e-12)

@@ -1,13 +1,16 @@
-"""AdamW over the trained factors, learning-rate schedules and clipping."""
+"""Optimizers over the trained factors, their rates, learning-rate schedules, clipping and the guard of the norm."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..adapters import NoraLayer
+from ..adapters.deltas import ChainDelta
 from ..errors import UserError
 from .config import TrainConfig
 
@@ -18,35 +21,56 @@ def scaled_rate(rate: float, config: TrainConfig, processes: int) -> float:
     return rate * factor
 
 
+def rate_of(name: str, config: TrainConfig) -> float:
+    """The rate of a factor by its file key; the text encoders may have their own.
+
+    LoRA+ (arXiv 2402.12354): an up factor, which starts at zero, learns ``loraplus_lr_ratio`` times as fast.
+    """
+    rate = config.learning_rate or 0.0
+    if name.startswith("text_encoder"):
+        rate = config.text_encoder_lr or rate
+    return rate * (config.loraplus_lr_ratio if name.endswith((".nora_B", ".nora_B_in")) else 1.0)
+
+
 def build_optimizer(
     config: TrainConfig, parameters: Mapping[str, nn.Parameter], processes: int = 1
 ) -> torch.optim.Optimizer:
-    """AdamW with one group for the denoiser and, where they are trained, one for the text encoders.
+    """The optimizer of ``config.optimizer`` with one group of factors for each rate.
 
     Raises :class:`UserError` if there is nothing to train.
     """
     if not parameters:
         raise UserError("nothing would be trained: --target_modules matches no projection of the base")
-    rate = config.learning_rate or 0.0
-    groups = []
-    for is_text, group_rate in ((False, rate), (True, config.text_encoder_lr or rate)):
-        own = [value for name, value in parameters.items() if name.startswith("text_encoder") == is_text]
-        if own:
-            groups.append({"params": own, "lr": scaled_rate(group_rate, config, processes)})
-    return _adamw(config)(
-        groups,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        rate = scaled_rate(rate_of(name, config), config, processes)
+        groups.setdefault((name.startswith("text_encoder"), rate), []).append(parameter)
+    return _optimizer(config, [{"params": own, "lr": rate} for (_, rate), own in groups.items()])
 
 
-def _adamw(config: TrainConfig) -> Any:
-    if config.use_8bit_adam:
-        from importlib import import_module
-
-        return import_module("bitsandbytes").optim.AdamW8bit
-    return torch.optim.AdamW
+def _optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> Any:
+    name = "adamw8bit" if config.use_8bit_adam else config.optimizer
+    decay = config.adam_weight_decay
+    if name == "sgd":
+        return torch.optim.SGD(groups, momentum=config.adam_beta1, weight_decay=decay)
+    if name == "adafactor":
+        return torch.optim.Adafactor(groups, weight_decay=decay)
+    adam: dict[str, Any] = {
+        "betas": (config.adam_beta1, config.adam_beta2), "weight_decay": decay, "eps": config.adam_epsilon,
+    }  # fmt: skip
+    if name == "adamw8bit":
+        return import_module("bitsandbytes").optim.AdamW8bit(groups, **adam)
+    if name == "prodigy":
+        return import_module("prodigyopt").Prodigy(
+            groups, lr=groups[0]["lr"], use_bias_correction=True, safeguard_warmup=True, **adam
+        )
+    if name == "schedulefree":
+        optimizer = import_module("schedulefree").AdamWScheduleFree(
+            groups, warmup_steps=config.lr_warmup_steps or 0, **adam
+        )
+        optimizer.train()
+        return optimizer
+    return torch.optim.AdamW(groups, **adam)
 
 
 def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:
@@ -66,6 +90,40 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps:
 def clip(parameters: Mapping[str, nn.Parameter], most: float) -> float:
     """Clip the gradients to the norm ``most``; returns the norm before."""
     return float(nn.utils.clip_grad_norm_(list(parameters.values()), most))
+
+
+def still(parameters: Mapping[str, nn.Parameter], config: TrainConfig, step: int, steps: int) -> bool:
+    """Take away the gradients of what has learned for its fraction of the run: every optimizer then leaves it alone.
+
+    Returns whether there was anything.
+    """
+    stopped = False
+    for name, parameter in parameters.items():
+        fraction = config.text_encoder_frac if name.startswith("text_encoder") else config.denoiser_frac
+        if step >= fraction * steps:
+            parameter.grad, stopped = None, True
+    return stopped
+
+
+@torch.no_grad()
+def bound_norms(layers: Iterable[NoraLayer], adapter: str, most: float) -> int:
+    """Shrink every update with ``||scale dW||_F > most`` to that norm; returns how many there were.
+
+    ``dW`` is a product in which each of the ``k`` trained factors stands once, so each is multiplied by the ``k``-th
+    root. The norm is ``sqrt(tr(B^T B A A^T))``, without the dense ``dW``; DoRA's magnitude is left as it is.
+    """
+    shrunk = 0
+    for layer in layers:
+        delta = layer.delta(adapter)
+        assert isinstance(delta, ChainDelta)
+        down, up = (factor.double() for factor in delta.pair())
+        norm = abs(layer.nora_scale[adapter]) * float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
+        if norm > most:
+            factors = [value for name, value in delta.named_parameters() if name != "m"]
+            for factor in factors:
+                factor.mul_((most / norm) ** (1 / len(factors)))
+            shrunk += 1
+    return shrunk
 
 
 def schedule_state(schedule: Any) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from ..errors import UserError
 from ..loaders import save_adapter
+from .averaging import shown
 from .model_card import training_section
 from .rundir import RunFolder
 from .setup import Run
@@ -15,14 +17,17 @@ def write_adapter_and_card(run: Run, folder: RunFolder, final_loss: float, secon
     """Write ``nora_adapter.safetensors`` and ``README.md`` whole, then upload them if the config says so."""
     samples = sorted(folder.samples.glob(f"step-{run.total_steps:06d}-*.png")) if folder.samples.is_dir() else []
     card = training_section(run, final_loss, seconds, [path.relative_to(folder.path) for path in samples])
-    path = save_adapter(
-        run.pipe,
-        folder.path,
-        run.adapter,
-        dtype=run.config.save_dtype,
-        info={**run.info, "step": run.kept_step or run.total_steps},
-        card=card,
-    )
+    # An earlier step that was chosen is in place already, averaged as it was measured.
+    last = run.kept_step in (None, run.total_steps)
+    with shown(run.parameters, run.optimizer, run.average) if last else nullcontext():
+        path = save_adapter(
+            run.pipe,
+            folder.path,
+            run.adapter,
+            dtype=run.config.save_dtype,
+            info={**run.info, "step": run.kept_step or run.total_steps},
+            card=card,
+        )
     if run.config.push_to_hub:
         push(run, folder, samples)
     return path

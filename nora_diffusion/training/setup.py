@@ -24,6 +24,7 @@ from ..data import read_photos
 from ..data.tags import Wordings
 from ..errors import UserError
 from ..loaders import add_adapter, load_adapter, trainable_parameters
+from .averaging import Average
 from .cache import TextConditions
 from .checkpoints import Checkpoint, restore_optimizer
 from .checks import check_pipeline
@@ -33,7 +34,7 @@ from .defaults import PRESET_KEYS
 from .denoiser import TRAINED_ENCODERS, denoiser, family_of, native_size, text_encoders
 from .keep import Keep
 from .latents import Latents, encode_photos
-from .objective import Objective
+from .objective import Objective, is_flow, with_zero_snr
 from .optimization import build_optimizer, build_schedule, restore_schedule
 from .randomness import derive
 from .renders import DTYPES, class_folder, fill_class_images
@@ -70,6 +71,7 @@ class Run:
     identity: dict[str, Any]
     adapter: str = ADAPTER
     validation: Validation | None = None
+    average: Average | None = None
     kept_step: int | None = None
 
     @functools.cached_property
@@ -94,6 +96,9 @@ def open_base(config: TrainConfig, device: torch.device) -> Any:
     """The base pipeline, frozen, checked to be one that this trainer knows, on ``device``."""
     pipe = open_pipeline(config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant)
     check_pipeline(config, pipe)
+    objective_of(config, pipe)
+    if config.rescale_zero_snr:
+        pipe.scheduler = with_zero_snr(pipe.scheduler)
     if config.tokenizer_name:
         pipe.tokenizer = _other_tokenizer(config.tokenizer_name)
     for module in (denoiser(pipe), pipe.vae, *text_encoders(pipe)):
@@ -141,6 +146,7 @@ def settle(
         mixed_precision=precision,
         max_train_steps=steps,
         lr_warmup_steps=warmup,
+        timestep_sampling=config.timestep_sampling or ("logit_normal" if is_flow(pipe.scheduler) else "uniform"),
         resolution=config.resolution or native_size(pipe),
     )
 
@@ -180,7 +186,7 @@ def build_latents(
         report_data(folder.path, subject, views)
     keep = Keep(config.cache_latents == "disk")
     latents = encode_photos(pipe.vae, subject.photos, views, config.background_loss_weight, keep)
-    if not config.with_prior_preservation:
+    if not config.with_prior_preservation or config.prior_preservation == "frozen":
         return latents, None, ""
     place = class_folder(config)
     if folder.owner:
@@ -266,6 +272,22 @@ def lower_precision(config: TrainConfig, pipe: Any, device: torch.device) -> tor
     return dtype
 
 
+def objective_of(config: TrainConfig, pipe: Any) -> Objective:
+    """The objective of the base's scheduler with the config's weights and errors.
+
+    Raises :class:`UserError` for a range of timesteps that the scheduler does not have.
+    """
+    settings: dict[str, Any] = {"loss": config.loss_type, "huber_c": config.huber_c}
+    if config.loss_weighting is not None:
+        settings["weighting"] = config.loss_weighting
+    objective = Objective.of(pipe.scheduler, config.snr_gamma or 0.0, denoiser(pipe).device, **settings)
+    for name in ("min_timestep", "max_timestep"):
+        value, most = getattr(config, name), objective.timesteps
+        if value is not None and value > most - (name == "min_timestep"):
+            raise UserError(f"{name}={value} is beyond the {most} timesteps of this base")
+    return objective
+
+
 @dataclass(frozen=True)
 class Material:
     """What a run is made of before anything is put into the pipeline."""
@@ -281,7 +303,7 @@ class Material:
 
     def conditions(self) -> TextConditions:
         """The prompts of photos and class pictures, encoded at the text encoder's present precision."""
-        prior: list[str] = [self.config.class_prompt or ""] if self.class_latents else []
+        prior: list[str] = [self.config.class_prompt or ""] if self.config.with_prior_preservation else []
         prompts = [*wordings_of(self.config, self.subject.captions).all(), *prior]
         return TextConditions(self.pipe, self.config, prompts, Keep(self.config.cache_latents == "disk"))
 
@@ -300,11 +322,14 @@ def put_in(material: Material, conditions: TextConditions, dtype: torch.dtype, n
     latents, device = material.latents, denoiser(pipe).device
     parameters = place_adapter(config, pipe, name, checkpoint, calibration_of(config, subject, latents))
     optimizer = build_optimizer(config, parameters, material.processes)
+    average = Average(parameters, config.ema_decay) if config.ema_decay else None
     steps = config.max_train_steps or 0
     schedule = build_schedule(config, optimizer, steps)
     scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
     if checkpoint is not None:
-        restore_optimizer(optimizer, parameters, checkpoint)
+        tensors = restore_optimizer(optimizer, parameters, checkpoint)
+        if average is not None:
+            average.restore(tensors)
         restore_schedule(schedule, optimizer, checkpoint.schedule)
         if checkpoint.scaler:
             scaler.load_state_dict(checkpoint.scaler)
@@ -319,7 +344,8 @@ def put_in(material: Material, conditions: TextConditions, dtype: torch.dtype, n
         first_step=checkpoint.step if checkpoint else 0,
         resolution=config.resolution or 0,
         dtype=dtype,
-        objective=Objective.of(pipe.scheduler, config.snr_gamma or 0.0, device),
+        objective=objective_of(config, pipe),
+        average=average,
         latents=latents,
         class_latents=material.class_latents,
         conditions=conditions,

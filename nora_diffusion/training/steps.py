@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,12 +15,17 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..adapters import NoraLayer
+from ..calibration import without_adapters
+from ..components import component, nora_layers, present
 from ..errors import UserError
+from .averaging import shown
 from .checkpoints import list_checkpoints, prune, save_checkpoint
 from .checks import trackers
 from .denoiser import Conditions, denoiser, predict, text_encoders
-from .optimization import clip, schedule_state
-from .randomness import batch_rows, derive, draw_timesteps, generator, shuffled_rows
+from .noise import draw_levels, draw_noise
+from .optimization import bound_norms, clip, schedule_state, still
+from .randomness import batch_rows, derive, generator, shuffled_rows
 from .renders import save_samples
 from .rundir import RunFolder, RunLog
 from .setup import Run, epoch_steps
@@ -32,10 +37,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """A noised batch: what the denoiser is given and, in ``latents``, ``noise`` and ``t``, what it is judged by."""
+    """A noised batch: what the denoiser is given and, in ``target`` and ``t``, what it is judged by."""
 
-    latents: Tensor
-    noise: Tensor
+    target: Tensor
     t: Tensor
     noisy: Tensor
     times: Tensor
@@ -152,48 +156,72 @@ class Stepper:
             latents = torch.cat([latents, run.class_latents.draw(picked, source)])
             regions = None if regions is None else torch.cat([regions, torch.ones_like(regions)])
             prompts += [config.class_prompt or ""] * size
+        elif config.with_prior_preservation:  # by the frozen base: the same photos, called by the class alone
+            latents = torch.cat([latents, latents])
+            regions = None if regions is None else torch.cat([regions, torch.ones_like(regions)])
+            prompts += [config.class_prompt or ""] * size
         return self._noised(latents, prompts, source, regions)
 
     def mean_loss(self, batch: Batch, prediction: Tensor) -> Tensor:
         """What :meth:`loss` is for a batch's prediction."""
         run, config = self.run, self.run.config
-        losses = run.objective.losses(prediction, batch.latents, batch.noise, batch.t, batch.regions)
+        losses = run.objective.losses_against(prediction, batch.target, batch.t, batch.regions)
         size = config.train_batch_size or 1
         mean = losses[:size].mean()
-        return mean + config.prior_loss_weight * losses[size:].mean() if run.class_latents is not None else mean
+        return mean + config.prior_loss_weight * losses[size:].mean() if len(losses) > size else mean
 
     def autocast(self) -> torch.autocast:
         """Half precision where the run asks for it."""
         lower = self.run.dtype in (torch.float16, torch.bfloat16)
         return torch.autocast(self.device.type, self.run.dtype if lower else None, enabled=lower)
 
-    def _noised(
-        self, latents: Tensor, prompts: list[str], source: torch.Generator, regions: Tensor | None
-    ) -> Batch:
+    def _noised(self, latents: Tensor, prompts: list[str], source: torch.Generator, regions: Tensor | None) -> Batch:
         run, objective = self.run, self.run.objective
-        noise = torch.randn(latents.shape, generator=source)
-        stratified = run.config.timestep_sampling == "stratified"
-        t = draw_timesteps(len(latents), objective.timesteps, stratified, source).to(self.device)
-        latents, noise = latents.to(self.device), noise.to(self.device)
-        noisy = objective.add_noise(latents, noise, t)
+        noise, added = draw_noise(latents.shape, run.config, source)
+        t = draw_levels(len(latents), objective.timesteps, run.config, source).to(self.device)
+        latents, noise, added = (value.to(self.device) for value in (latents, noise, added))
+        noisy, target = objective.add_noise(latents, added, t), objective.target(latents, noise, t)
         labels = t if run.config.class_labels_conditioning == "timesteps" else None
         with self.autocast():
             conditions = run.conditions(prompts)
         regions = None if regions is None else regions.to(self.device)
-        return Batch(latents, noise, t, noisy.to(run.dtype), objective.times[t], conditions, labels, regions)
+        batch = Batch(target, t, noisy.to(run.dtype), objective.times[t], conditions, labels, regions)
+        frozen = run.config.with_prior_preservation and run.class_latents is None
+        return self._with_frozen_targets(batch, prompts) if frozen else batch
+
+    @torch.no_grad()
+    def _with_frozen_targets(self, batch: Batch, prompts: list[str]) -> Batch:
+        """The second half of the batch is judged by what the base predicts for it with all adapters off."""
+        half = len(prompts) // 2
+        labels = None if batch.labels is None else batch.labels[half:]
+        with without_adapters(self.run.pipe), self.autocast():
+            conditions = self.run.conditions(prompts[half:])
+            prediction = predict(self.run.pipe, batch.noisy[half:], batch.times[half:], conditions, labels)
+        if prediction.shape[1] == 2 * batch.target.shape[1]:
+            prediction = prediction.chunk(2, dim=1)[0]
+        return replace(batch, target=torch.cat([batch.target[:half], prediction.to(batch.target.dtype)]))
 
     def _update(self, step: int) -> float:
         run = self.run
         self._average_gradients()
+        stopped = still(run.parameters, run.config, step, run.config.max_train_steps or 0)
         run.scaler.unscale_(run.optimizer)
         norm = clip(run.parameters, run.config.max_grad_norm)
         if not math.isfinite(norm) and not run.scaler.is_enabled():
             self._refuse(step, "the gradients are not finite")
-        if norm == 0 and step == run.first_step:
+        if norm == 0 and step == run.first_step and not stopped:
             raise UserError("no trained factor gets a gradient: nothing would be learned with these --target_modules")
         run.scaler.step(run.optimizer)
         run.scaler.update()
+        if run.config.scale_weight_norms is not None:
+            layers = [layer for part in present(run.pipe) for layer in self._layers(part)]
+            bound_norms(layers, run.adapter, run.config.scale_weight_norms)
+        if run.average is not None:
+            run.average.update(run.parameters, step + 1)
         return norm
+
+    def _layers(self, part: str) -> Iterable[NoraLayer]:
+        return nora_layers(component(self.run.pipe, part), self.run.adapter).values()
 
     def _average_gradients(self) -> None:
         """One mean over the processes: the factors are few, so a plain reduction is enough."""
@@ -229,14 +257,20 @@ class Stepper:
         if done == self.run.total_steps and not last:
             self._save(done)
 
+    def due(self, done: int) -> bool:
+        """Whether :meth:`between` has anything to do after step ``done``."""
+        intervals = (self.run.config.checkpointing_steps, self._sample_interval())
+        return done == self.run.total_steps or self._stopped() > 0 or any(done % n == 0 for n in intervals)
+
     def look(self, done: int) -> None:
         """Samples and measurements, if they are due; ``total_steps`` becomes ``done`` where that is enough."""
         run, folder = self.run, self.folder
         if folder.owner and (done == run.total_steps or done % self._sample_interval() == 0):
-            if run.config.validation_prompt:
-                save_samples(run.pipe, folder.samples, done, run.config, run.dtype)
-            if run.validation is not None and (point := run.validation.at(done, run.adapter, run.info)):
-                self._trackers.log({f"validation/{name}": value for name, value in point.scores.items()}, done)
+            with shown(run.parameters, run.optimizer, run.average):
+                if run.config.validation_prompt:
+                    save_samples(run.pipe, folder.samples, done, run.config, run.dtype)
+                if run.validation is not None and (point := run.validation.at(done, run.adapter, run.info)):
+                    self._trackers.log({f"validation/{name}": value for name, value in point.scores.items()}, done)
         if run.validation is not None and self._any(int(run.validation.enough)):
             log.info("stopped early: nothing was better than step %s", run.validation.chosen)
             run.total_steps = done
@@ -275,6 +309,7 @@ class Stepper:
             schedule_state(run.schedule),
             run.scaler.state_dict(),
             {**run.info, "step": done},
+            None if run.average is None else run.average.tensors(),
         )
         prune(folder.checkpoints, run.config.checkpoints_total_limit)
 
