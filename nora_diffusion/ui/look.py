@@ -44,7 +44,7 @@ CSS = """
 .facts tr + tr { border-top: 1px solid var(--border-color-primary) !important; }
 .facts th { text-align: left; font-weight: 500; color: var(--body-text-color-subdued); padding: .25rem .8rem .25rem 0;
   vertical-align: top; white-space: nowrap; }
-.facts td + td { padding-left: .8rem; }
+.facts td + td, .facts thead th:last-child { padding-left: .8rem; }
 .facts td { padding: .25rem 0; overflow-wrap: anywhere; }
 .facts tr.new td { font-weight: 600; }
 .remove { align-self: center !important; margin: .6rem; flex: none !important; }
@@ -52,6 +52,7 @@ CSS = """
   color: var(--body-text-color-subdued); }
 #train-prepared .grid-wrap, #train-samples .grid-wrap { min-height: 0; }
 .plots { display: grid; gap: .75rem; }
+.plots + .plots { margin-top: 1.5rem; }
 .plot { margin: 0; }
 .plot figcaption { font-weight: 550; margin-bottom: .2rem; }
 .plot svg { width: 100%; max-width: 640px; display: block; font-size: 12px; }

@@ -15,11 +15,13 @@ from PIL import Image
 from ..data import UnreadablePhotoError, read_photo
 from ..data.transforms import Transform
 from ..errors import UserError
+from ..files import write_atomic
 from .engine import Engine
 
 MAX_PHOTOS, MAX_PHOTO_BYTES = 100, 60 * 2**20
 FEW_PHOTOS = 3
 MAX_YAML = 4000
+MAX_CAPTION_BYTES = 4000
 SPARE_BYTES = 500 * 2**20
 WORD = re.compile(r"[^\s<>]{1,40}")
 PRESETS: dict[str, tuple[float, float]] = {"Fast": (1 / 3, 1.0), "Balanced": (1.0, 1.0), "Best": (2.5, 0.7)}
@@ -44,6 +46,7 @@ class Checked:
     picture: Image.Image | None = None
     fault: str = ""
     remark: str = ""
+    caption: str = ""
 
 
 def check_photos(paths: Sequence[Path], resolution: int) -> list[Checked]:
@@ -68,8 +71,38 @@ def check_photos(paths: Sequence[Path], resolution: int) -> list[Checked]:
             found.append(Checked(path, fault=f"{path.name} is the same photo as {twin}"))
             continue
         picture = Transform([(resolution, resolution)]).views(photo.image.size)[0].picture(photo.image)
-        found.append(Checked(path, picture, remark=_remark(photo.image.size, resolution)))
+        found.append(Checked(path, picture, remark=_remark(photo.image.size, resolution), caption=_caption(path)))
     return found
+
+
+def with_captions(photos: Sequence[Path], captions: Sequence[Path], folder: Path) -> tuple[list[Path], list[str]]:
+    """Copies of the photos in ``folder``, each with the text file of its name beside it, where the trainer looks.
+
+    Returns their paths, and a sentence for each text file that will not do.
+    """
+    texts, faults = {}, []
+    for file in captions:
+        if file.stem not in {photo.stem for photo in photos}:
+            faults.append(f"{file.name} belongs to no photo: give it the name of its photo")
+        elif file.stat().st_size > MAX_CAPTION_BYTES:
+            faults.append(f"{file.name} is longer than {MAX_CAPTION_BYTES} bytes: shorten the caption")
+        else:
+            try:
+                texts[file.stem] = " ".join(file.read_text(encoding="utf-8-sig").split())
+            except UnicodeDecodeError:
+                faults.append(f"{file.name} is no UTF-8 text: save it as such")
+    placed = []
+    for number, photo in enumerate(photos):  # a folder each: two photos may have one name
+        (folder / str(number)).mkdir()
+        placed.append(Path(shutil.copyfile(photo, folder / str(number) / photo.name)))
+        if texts.get(photo.stem):
+            write_atomic(placed[-1].with_suffix(".txt"), texts[photo.stem])
+    return placed, faults
+
+
+def _caption(photo: Path) -> str:
+    file = photo.with_suffix(".txt")
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def _remark(size: tuple[int, int], resolution: int) -> str:

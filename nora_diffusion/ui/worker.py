@@ -13,11 +13,13 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..base import is_embedded
 from ..files import make_folder, sync_folder, user_errors, write_atomic
+from .entries import SCORES
 from .locks import FileLock
 
 UNREADABLE = 3
@@ -41,7 +43,7 @@ def _train(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows is short and must not end halfway
         if code != 0:
             return {"code": code, "message": ""}
-        adapter = publish(folder / "run", Path(job["library"]), str(job["name"]))
+        adapter = publish(folder / "run", Path(job["library"]), str(job["name"]), final_scores(folder))
         return {"code": 0, "message": "", "adapter": str(adapter)}
     except KeyboardInterrupt:
         return {"code": 143, "message": "stopped before training began"}
@@ -58,7 +60,28 @@ def _trainer() -> Callable[[list[str]], int]:
     return main
 
 
-def publish(run: Path, library: Path, name: str) -> Path:
+def final_scores(folder: Path) -> dict[str, float]:
+    """How true the last samples are, by the judge of the embedded base; nothing with another base.
+
+    A judge that fails costs the scores and not the training.
+    """
+    import yaml
+
+    from .jobs import read_job
+    from .sample_scores import SampleScores
+
+    settings = yaml.safe_load((folder / "request.yaml").read_text(encoding="utf-8"))
+    if not is_embedded(settings.get("pretrained_model_name_or_path")):
+        return {}
+    try:
+        curves = SampleScores().curves(read_job(folder))
+    except Exception:
+        traceback.print_exc()
+        return {}
+    return {f"{kind} fidelity": round(points[-1][1], 4) for kind, points in curves.items() if points}
+
+
+def publish(run: Path, library: Path, name: str, scores: Mapping[str, float]) -> Path:
     """Copy a finished adapter into the library, whole or not at all, under a free name; returns its folder.
 
     Raises :class:`UserError` if the file cannot be read again: then nothing is "done".
@@ -74,6 +97,8 @@ def publish(run: Path, library: Path, name: str) -> Path:
             shutil.copy2(info.path, temporary)
             if (run / "README.md").is_file():
                 shutil.copy2(run / "README.md", temporary)
+            if scores:
+                write_atomic(temporary / SCORES, json.dumps(dict(scores)))
             samples = sorted((run / "samples").glob("*.png"))
             if samples:
                 last = samples[-1].name.rpartition("-")[0]

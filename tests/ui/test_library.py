@@ -21,6 +21,7 @@ from nora_diffusion.ui.device import Device
 from nora_diffusion.ui.engine import Engine, Request, Wanted
 from nora_diffusion.ui.library import Library, safe_name
 from nora_diffusion.ui.runs import Run
+from nora_diffusion.ui.worker import publish
 
 from .conftest import save_random
 
@@ -262,6 +263,14 @@ def test_a_hostile_preview_is_left_out(size: tuple[int, int]) -> None:
     chunks = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (head, b"IEND"))
     with pytest.raises(UserError):
         read_preview(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+def test_what_a_training_publishes_carries_its_scores(shelf: Library, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(shelf.entry("dog").file.parent, run)
+    target = publish(run, shelf.folder, "scored", {"subject fidelity": 0.8142})
+    assert shelf.entry(target.name).scores() == {"subject fidelity": 0.8142}
+    assert shelf.entry(publish(run, shelf.folder, "plain", {}).name).scores() == {}
 
 
 def test_scores_and_a_chosen_picture_are_on_the_card(shelf: Library, tmp_path: Path) -> None:

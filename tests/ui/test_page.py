@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect
 
 from nora_diffusion.pictures import read_settings
 
@@ -216,6 +217,40 @@ def test_the_library_says_why_something_cannot_be_used(page: Any, server: Server
     page.click("#insert")
     page.wait_for_function("document.querySelector('#prompt textarea').value == 'a zwx hat <lora:hat:1>'")
     page.wait_for_selector("#generate:visible")
+
+
+def test_a_picture_of_the_adapter_is_chosen_by_a_click(page: Any, server: Server) -> None:
+    settle(page)
+    fill(page, "a zwx hat <lora:hat:1>")
+    made = generate(page, server)
+    chosen = server.library / "hat" / "thumbnail.png"
+    open_tab(page, "library")
+    page.locator("[data-name=hat]").click()
+    page.locator("#choose-picture img").first.wait_for()
+    page.locator("#choose-picture button").filter(has=page.locator("img")).first.click()
+    page.locator("[data-name=hat] img").wait_for()
+    assert chosen.read_bytes() == made.read_bytes()
+    chosen.unlink()
+
+
+def test_factors_by_block_come_back_with_a_picture(page: Any, server: Server, tmp_path: Path) -> None:
+    settle(page)
+    fill(page, TAGS)
+    page.get_by_role("button", name="Text encoder and blocks").locator("visible=true").first.click()
+    mid = page.get_by_label("number input for Block: mid").locator("visible=true")
+    mid.fill("0.5")
+    mid.press("Enter")
+    mid.blur()
+    wait_until(page, lambda: read_settings(generate(page, server)).adapters[0].get("blocks") == {"mid": 0.5})
+    picture = tmp_path / "blocks.png"
+    shutil.copy(max((server.library / "pictures").glob("*.png"), key=lambda f: f.stat().st_mtime), picture)
+    visit(page)
+    page.get_by_role("button", name="Settings from a picture").click()
+    page.set_input_files("#drop-picture input[type=file]", picture)
+    page.locator("#changes table").wait_for()
+    page.click("#apply")
+    page.get_by_role("button", name="Text encoder and blocks").locator("visible=true").first.click()
+    expect(page.get_by_label("number input for Block: mid").locator("visible=true")).to_have_value("0.5")
 
 
 @pytest.mark.slow

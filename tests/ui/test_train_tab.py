@@ -10,6 +10,8 @@ import pytest
 from factories import write_photos
 
 from nora_diffusion import inspect_adapter
+from nora_diffusion.captions import read_captions
+from nora_diffusion.ui.training_form import with_captions
 
 from .conftest import Server
 
@@ -58,6 +60,37 @@ def test_photos_are_shown_as_trained_and_rejects_have_reasons(page: Any, tmp_pat
     page.locator("#train-findings p").first.wait_for()
     said = page.locator("#train-findings").inner_text()
     assert "more views make a truer subject" in said and "1 of 3 files" in said
+
+
+def test_captions_are_dropped_beside_their_photos(page: Any, tmp_path: Path) -> None:
+    open_tab(page)
+    write_photos(tmp_path, 2)
+    first, _ = sorted(tmp_path.glob("*.png"))
+    first.with_suffix(".txt").write_text("a sks dog in <b>snow</b>")
+    (tmp_path / "alone.txt").write_text("x")
+    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")
+    drop(page, *sorted(tmp_path.iterdir()))
+    said = page.locator("#train-report").inner_text()
+    assert "2 photos will be trained on" in said and "1 with a caption of its own" in said
+    assert "alone.txt belongs to no photo" in said
+    page.locator("#train-prepared").get_by_text("a sks dog in <b>snow</b>").wait_for()
+
+
+def test_captions_lie_where_the_trainer_looks(tmp_path: Path) -> None:
+    photos = sorted(write_photos(tmp_path / "a", 1).glob("*")) + sorted(write_photos(tmp_path / "b", 2).glob("*"))
+    stem = photos[0].stem
+    files = {name: tmp_path / name for name in (f"{stem}.txt", "long.txt", "latin.txt")}
+    files[f"{stem}.txt"].write_text("\ufeffa dog\n in snow", encoding="utf-8")
+    (tmp_path / "b" / "latin.png").write_bytes(photos[0].read_bytes())
+    (tmp_path / "b" / "long.png").write_bytes(photos[0].read_bytes())
+    files["latin.txt"].write_bytes(b"\xff\xfe\xfa")
+    files["long.txt"].write_text("a" * 5000)
+    photos += [tmp_path / "b" / "latin.png", tmp_path / "b" / "long.png"]
+    (tmp_path / "placed").mkdir()
+    placed, faults = with_captions(photos, list(files.values()), tmp_path / "placed")
+    assert [p.read_bytes() for p in placed] == [p.read_bytes() for p in photos]
+    assert read_captions(placed, "plain", sidecars=True) == ["a dog in snow", "a dog in snow", *["plain"] * 3]
+    assert "longer than" in faults[0] and "UTF-8" in faults[1] and len(faults) == 2
 
 
 def test_an_example_subject_takes_one_click(page: Any) -> None:

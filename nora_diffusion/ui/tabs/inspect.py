@@ -138,17 +138,22 @@ def show_gates(gates: Mapping[str, GateSummary]) -> str:
         bar_chart("Router: mean gate of each expert over all layers", means, "mean gate")
         + bar_chart(
             "Router: layers that decide most (0: all experts alike, 1: one expert)",
-            [(key.removeprefix("unet."), summary.sharpness) for key, summary in sharp], "sharpness",
+            [(short(key.removeprefix("unet.")), summary.sharpness) for key, summary in sharp], "sharpness",
         )
     ) + "</div>"  # fmt: skip
 
 
 def label(layer: LayerSpectrum) -> str:
     """A layer's name, short enough for a plot; the text encoders' have their component before them."""
-    path = layer.path
-    for long, short in SHORTER.items():
-        path = path.replace(long, short)
+    path = short(layer.path)
     return path if layer.component in ("unet", "transformer") else f"{layer.component}.{path}"
+
+
+def short(path: str) -> str:
+    """A module's path with the usual words abbreviated."""
+    for long, brief in SHORTER.items():
+        path = path.replace(long, brief)
+    return path
 
 
 def by_part(found: Sequence[LayerSpectrum]) -> list[tuple[str, float]]:

@@ -52,10 +52,16 @@ def build(page: Page) -> None:
             with gr.Row():
                 form = gr.Dropdown(list(FORMATS), value="diffusers", label="Export as a plain LoRA", min_width=140)
                 export = gr.Button("Export", min_width=90)
-            with gr.Accordion("Choose its picture", open=True, visible=False, elem_id="choose-picture") as choose:
+            with gr.Accordion(
+                "Choose its picture: click one that was made with it",
+                open=True,
+                visible=False,
+                elem_id="choose-picture",
+            ) as choose:
                 candidates = gr.Gallery(
-                    label="Pictures made with it: click one", columns=4, height=150, allow_preview=False, format="png",
-                    interactive=False, buttons=[], elem_classes=["pixels"] if app.engine.is_embedded else [],
+                    label="Pictures made with it", show_label=False, columns=4, height=150, allow_preview=False,
+                    format="png", interactive=False, buttons=[],
+                    elem_classes=["pixels"] if app.engine.is_embedded else [],
                 )  # fmt: skip
             exported = gr.File(label="Exported", visible=False, interactive=False)
             delete = gr.Button("Delete", variant="stop", visible=app.config.may_change, elem_id="delete")

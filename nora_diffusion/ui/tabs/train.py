@@ -16,7 +16,7 @@ from ..jobs import Job
 from ..page import Page, handler
 from ..sample_scores import SampleScores, step_of
 from ..state import App
-from ..training_form import PRESETS, build_settings, check_photos, preflight
+from ..training_form import MAX_PHOTOS, PRESETS, build_settings, check_photos, preflight, with_captions
 from . import train_view as view
 
 TITLE = "Train"
@@ -45,8 +45,9 @@ def _form(page: Page) -> SimpleNamespace:
             interactive=False, buttons=[],
         )  # fmt: skip
     dropped = gr.File(
-        label="Photos of one subject (3 to 10)", file_count="multiple",
-        file_types=[".jpg", ".jpeg", ".png", ".webp"], elem_id="train-photos", height=160,
+        label="Photos of one subject (3 to 10), with captions as .txt files of the same names if you like",
+        elem_id="train-photos",
+        file_count="multiple", file_types=[".jpg", ".jpeg", ".png", ".webp", ".txt"], height=160,
     )  # fmt: skip
     report = gr.HTML("", elem_id="train-report")
     prepared = gr.Gallery(
@@ -147,17 +148,23 @@ def watch(page: Page, form: SimpleNamespace, runs: SimpleNamespace) -> None:
 def take_photos(app: App, files: Sequence[str] | None) -> tuple[list[str], Any, str]:
     """Dropped files: which will do, shown as they will be trained on."""
     app.require_changes()
-    return show_photos(app, [Path(file) for file in files or []])
+    paths = [Path(file) for file in files or []]
+    captions = [path for path in paths if path.suffix.lower() == ".txt"]
+    photos = [path for path in paths if path not in captions]
+    faults: list[str] = []
+    if captions and len(photos) <= MAX_PHOTOS:
+        photos, faults = with_captions(photos, captions, app.private_folder())
+    return show_photos(app, photos, faults)
 
 
-def show_photos(app: App, paths: Sequence[Path]) -> tuple[list[str], Any, str]:
+def show_photos(app: App, paths: Sequence[Path], faults: Sequence[str] = ()) -> tuple[list[str], Any, str]:
     """The paths that will be used, their pictures and what is said of them."""
     checked = check_photos(paths, app.engine.side)
-    pictures = [(photo.picture, photo.remark) for photo in checked if photo.picture is not None]
+    pictures = [(photo.picture, photo.caption or photo.remark) for photo in checked if photo.picture is not None]
     return (
         [str(photo.path) for photo in checked],
         gr.update(value=pictures, visible=bool(pictures)),
-        view.photo_report(checked),
+        view.photo_report(checked, faults),
     )
 
 

@@ -28,13 +28,17 @@ def line(text: str, bad: bool = False) -> str:
     return f'<p class="status{" bad" if bad else ""}" role="status">{escape(text)}</p>'
 
 
-def photo_report(photos: Sequence[Checked]) -> str:
-    """How many photos will do, and why others will not."""
-    if not photos:
+def photo_report(photos: Sequence[Checked], faults: Sequence[str] = ()) -> str:
+    """How many photos will do, and why others, or their captions (``faults``), will not."""
+    if not photos and not faults:
         return ""
-    faults = [photo.fault for photo in photos if photo.picture is None]
-    count = len(photos) - len(faults)
-    said = line(f"{count} photo{'' if count == 1 else 's'} will be trained on, shown as the trainer sees them.")
+    used = [photo for photo in photos if photo.picture is not None]
+    faults = [*(photo.fault for photo in photos if photo.picture is None), *faults]
+    own = sum(bool(photo.caption) for photo in used)
+    said = line(
+        f"{len(used)} photo{'' if len(used) == 1 else 's'} will be trained on, shown as the trainer sees them"
+        f"{f'; {own} with a caption of its own' if own else ''}."
+    )
     return said + "".join(line(f"Left out: {fault}.", bad=True) for fault in faults)
 
 
