@@ -216,7 +216,7 @@ def _same_basis(layer: NoraLayer, one: str, two: str) -> bool:
     if any(d.core is None or d.rank is not None or any(f.requires_grad for f in d.outer) for d in deltas):
         return False
     pairs = zip(*(delta.outer for delta in deltas), strict=True)
-    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+    return all(a is b or (a.shape == b.shape and torch.equal(a, b)) for a, b in pairs)
 
 
 def _same_rank(layer: NoraLayer, one: str, two: str) -> bool:

@@ -8,9 +8,13 @@ if TYPE_CHECKING:
     from .command import main
     from .config import TrainConfig
     from .loop import TrainResult, check, train
+    from .subjects import train_subjects
 
-__all__ = ["TrainConfig", "TrainResult", "check", "main", "train"]
-_HOMES = {"TrainConfig": "config", "TrainResult": "loop", "check": "loop", "main": "command", "train": "loop"}
+__all__ = ["TrainConfig", "TrainResult", "check", "main", "train", "train_subjects"]
+_HOMES = {
+    "TrainConfig": "config", "TrainResult": "loop", "check": "loop", "main": "command", "train": "loop",
+    "train_subjects": "subjects",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

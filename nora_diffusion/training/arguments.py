@@ -66,14 +66,7 @@ def _with_underscores(word: str) -> str:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings of a YAML file under their main names. Raises :class:`UserError` where it is none."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    values = _load(path, "config")
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -83,3 +76,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if name not in known:
             raise UserError(f"unknown setting {name!r} in {path}{suggestion(str(name), known)}")
     return {known[name].name: value for name, value in values.items()}
+
+
+def read_list(path: Path) -> list[dict[str, Any]]:
+    """The entries of a YAML list. Raises :class:`UserError` where it is none."""
+    entries = _load(path, "list")
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{path} must be a list of subjects, each '- key: value' with further keys below")
+    return [{str(name): value for name, value in entry.items()} for entry in entries]
+
+
+def _load(path: Path, what: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error

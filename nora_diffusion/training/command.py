@@ -13,6 +13,8 @@ from .arguments import parse
 from .signals import Interrupted
 
 if TYPE_CHECKING:
+    from .config import TrainConfig
+    from .loop import TrainResult
     from .preflight import Finding
 
 
@@ -21,11 +23,18 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     show_log()
     try:
         config = parse(argv, prog)
-        from .loop import check, train
+        if config.subjects:
+            from .subjects import check_subjects as check
+            from .subjects import train_subjects as train_all
+        else:
+            from .loop import check, train
+
+            def train_all(config: TrainConfig) -> list[TrainResult]:
+                return [train(config)]
 
         if config.preflight_only:
             return say(check(config), config.strict)
-        result = train(config)
+        results = train_all(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -35,7 +44,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped before training began: nothing was written", file=sys.stderr)
         return 130
-    if first_process():
+    for result in results if first_process() else ():
         numbers = f"{result.trainable_parameters:,} trained numbers, {result.steps} steps, {result.seconds:.1f} s"
         print(f"{result.adapter_path}: {numbers}, loss {result.final_loss:.4f}")
     return 0

@@ -68,6 +68,8 @@ class TrainConfig:
     class_labels_conditioning: str | None = key(None, "base", "'timesteps' passes the timesteps as class labels")
 
     # data
+    subjects: str | None = key(None, "data", "YAML list of subjects to train together; its settings win over flags")
+    rows_at_once: int | None = key(None, "data", "most rows of several subjects in one pass (default: all)")
     instance_data_dir: str | None = key(None, "data", "folder with the photos of the subject")
     instance_prompt: str | None = key(None, "data", "prompt for all photos, for example 'a photo of sks dog'")
     use_captions: bool = key(False, "data", "read each photo's prompt in the .txt beside it or in metadata.jsonl")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -180,13 +181,19 @@ def agree_on_seed(config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
 
 
 def finish(run: Run, stepper: Stepper, folder: RunFolder, started: float) -> TrainResult:
-    """Run the steps, then write the adapter, its card and, where asked, the upload."""
+    """Run the steps, then :func:`conclude`."""
+    stepping = time.monotonic()
+    losses = stepper.run_steps()
+    return conclude(run, stepper, folder, losses, time.monotonic() - stepping, stepping - started)
+
+
+def conclude(
+    run: Run, stepper: Stepper, folder: RunFolder, losses: Sequence[float], seconds: float, setup: float
+) -> TrainResult:
+    """Write the adapter, its card and, where asked, the upload."""
     from .outcome import write_adapter_and_card
     from .report import write_report
 
-    stepping = time.monotonic()
-    losses = stepper.run_steps()
-    seconds = time.monotonic() - stepping
     recent = losses[-20:]
     final_loss = sum(recent) / len(recent) if recent else float("nan")
     path = folder.adapter
@@ -200,4 +207,4 @@ def finish(run: Run, stepper: Stepper, folder: RunFolder, started: float) -> Tra
     stepper.end_trackers()
     folder.state("done", step=run.total_steps, loss=final_loss)
     numbers = sum(parameter.numel() for parameter in run.parameters.values())
-    return TrainResult(path, run.total_steps, seconds, final_loss, numbers, stepping - started)
+    return TrainResult(path, run.total_steps, seconds, final_loss, numbers, setup)

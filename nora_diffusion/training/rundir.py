@@ -61,6 +61,11 @@ class RunFolder:
         """The finished adapter."""
         return self.path / FILE_NAME
 
+    @property
+    def status(self) -> Status | None:
+        """What ``state.json`` was last told."""
+        return self._state.get("status")
+
     def __enter__(self) -> RunFolder:
         if not self.owner:
             return self

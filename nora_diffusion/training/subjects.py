@@ -1,0 +1,196 @@
+"""Several subjects in one run: ``--subjects subjects.yaml``, each of them as if it were trained alone."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..errors import UserError
+from .arguments import read_list
+from .checks import check_config, check_pipeline
+from .config import TrainConfig, names
+from .crowd import Crowd, Member
+from .defaults import with_defaults
+from .loop import OUT_OF_MEMORY, TrainResult, build_accelerator, conclude, gather, plan_run, validation_of
+from .preflight import Finding, Plan, preflight, report
+from .rundir import RunFolder
+from .setup import ADAPTER, lower_precision, open_base, put_in
+from .signals import Interrupted, StopRequests
+from .steps import Stepper
+from .subject import Subject, read_subject
+
+log = logging.getLogger(__name__)
+
+SHARED = (
+    "pretrained_model_name_or_path", "revision", "variant", "tokenizer_name", "mixed_precision",
+    "gradient_checkpointing", "allow_tf32", "enable_xformers_memory_efficient_attention", "local_rank",
+    "rescale_zero_snr", "quantize", "new_token", "init_token",
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "preflight_only", "strict", "subjects",
+    "rows_at_once",
+)  # fmt: skip
+"""Settings of the whole run: they change the frozen base, or say how the run as such goes."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A subject whose run is settled and has not begun."""
+
+    subject: Subject
+    folder: RunFolder
+    plan: Plan
+
+
+def train_subjects(config: TrainConfig) -> list[TrainResult]:
+    """Train every subject of the list ``config.subjects`` on one frozen base; ``output_dir/NAME`` is its run's folder.
+
+    A subject's result is that of its own run, up to the rounding of its rows in a larger batch: data, noise, loss,
+    clipping, optimizer, schedule and random numbers are its own. Subjects finish when they are through; one that
+    fails is left out, and the others go on. Raises :class:`UserError` for a user's mistake before anything is
+    written, or at the end for the subjects that failed; :class:`.signals.Interrupted` after SIGINT or SIGTERM, when
+    every subject that was in training has a checkpoint.
+    """
+    started = time.monotonic()
+    with _opened(config) as (accelerator, folders, stop, planned):
+        report(_findings(planned), config.strict)
+        with _told(folders):
+            members = _set_up([p for p in planned if not _is_finished(p)], accelerator, stop)
+            setup = time.monotonic() - started
+            crowd = Crowd(members, lambda member: _conclude(member, setup), config.rows_at_once)
+            return crowd.run()
+
+
+def check_subjects(config: TrainConfig) -> list[Finding]:
+    """What speaks against a run of several subjects, without training; nothing is written."""
+    with _opened(config) as (_, _, _, planned):
+        return _findings(planned)
+
+
+def read_subjects(config: TrainConfig) -> dict[str, TrainConfig]:
+    """A config for each entry of the list, by the subject's name.
+
+    An entry holds settings of :class:`TrainConfig`, which win over those of ``config``, and ``name``: that of its
+    folder (default: the name of ``instance_data_dir``). Raises :class:`UserError` for a setting that all must share,
+    or a name that is no folder's or is given twice.
+    """
+    found: dict[str, TrainConfig] = {}
+    path = Path(config.subjects or "").expanduser()
+    for number, values in enumerate(read_list(path), start=1):
+        name = str(values.pop("name", "") or Path(str(values.get("instance_data_dir", ""))).name)
+        place = f"subject {number} of {path}"
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise UserError(f"{place}: {name!r} names no folder: give it a 'name' of letters, digits, '-' and '_'")
+        if name.casefold() in {known.casefold() for known in found}:
+            raise UserError(f"{place}: {name!r} is there already: give each subject a 'name' of its own")
+        shared = [key for key in values if key in SHARED]
+        if shared:
+            raise UserError(f"{place}: {shared[0]} is the same for all subjects: give it as a flag, --{shared[0]}")
+        try:
+            own = TrainConfig.from_mapping(values)
+            given = {names()[key].name for key in values}
+            changes = {key: getattr(own, key) for key in given}
+            found[name] = replace(config, **changes, subjects=None, output_dir=str(config.folder / name))
+            check_config(found[name])
+        except UserError as error:
+            raise UserError(f"{place} ({name}): {error}") from error
+    return found
+
+
+@contextmanager
+def _opened(
+    config: TrainConfig,
+) -> Iterator[tuple[Accelerator, list[RunFolder], StopRequests, list[Planned]]]:
+    """The folders, locked, and the plan of every subject on one base."""
+    configs = read_subjects(config)
+    subjects = {name: read_subject(own) for name, own in configs.items()}
+    accelerator = build_accelerator(config)
+    if accelerator.num_processes > 1:
+        raise UserError("--subjects trains in one process: start it without `accelerate launch`")
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequests())
+        if not config.folder.exists():
+            stack.callback(_remove_if_empty, config.folder)
+        folders = [stack.enter_context(RunFolder(own.folder)) for own in configs.values()]
+        stack.enter_context(torch.random.fork_rng())
+        pipe: Any = None
+        planned = []
+        for (name, (subject, own)), folder in zip(subjects.items(), folders, strict=True):
+            own = with_defaults(own)
+            pipe = pipe or open_base(own, accelerator.device)
+            try:
+                check_pipeline(own, pipe)
+                planned.append(Planned(subject, folder, plan_run(own, subject, accelerator, folder, stop, pipe)))
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
+        yield accelerator, folders, stop, planned
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _findings(planned: Sequence[Planned]) -> list[Finding]:
+    return [
+        replace(finding, text=f"{p.folder.path.name}: {finding.text}") for p in planned for finding in preflight(p.plan)
+    ]
+
+
+def _is_finished(planned: Planned) -> bool:
+    checkpoint, config = planned.plan.checkpoint, planned.plan.config
+    finished = checkpoint is not None and checkpoint.step >= (config.max_train_steps or 0)
+    if finished and planned.folder.adapter.exists():
+        log.info("%s is finished: %s", planned.folder.path.name, planned.folder.adapter)
+        return True
+    return False
+
+
+def _set_up(planned: Sequence[Planned], accelerator: Accelerator, stop: StopRequests) -> list[Member]:
+    """Encode everybody's data while the base is as it was loaded; then lower its precision and put the adapters in."""
+    materials = [gather(p.plan, p.subject, accelerator, p.folder, stop) for p in planned]
+    encoded = [None if m.config.train_text_encoder else m.conditions() for m in materials]
+    dtypes = [lower_precision(m.config, m.pipe, accelerator.device) for m in materials]
+    members = []
+    for number, (p, material) in enumerate(zip(planned, materials, strict=True)):
+        stop.check()
+        conditions = encoded[number] or material.conditions()
+        run = put_in(material, conditions, dtypes[number], f"{ADAPTER}-{number}")
+        run.validation = validation_of(p.plan, run)
+        members.append(Member(p.folder.path.name, Stepper(run, accelerator, p.folder, stop)))
+    return members
+
+
+def _conclude(member: Member, setup: float) -> TrainResult:
+    stepper = member.stepper
+    return conclude(stepper.run, stepper, stepper.folder, member.losses, member.seconds, setup)
+
+
+@contextmanager
+def _told(folders: Sequence[RunFolder]) -> Iterator[None]:
+    """Have every unfinished subject's ``state.json`` say how the run ended."""
+    try:
+        yield
+    except Interrupted as interrupted:
+        _tell(folders, "interrupted", str(interrupted))
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        _tell(folders, "failed", "out of memory")
+        place = "each subject's folder"
+        raise UserError(f"{OUT_OF_MEMORY.format(folder=place)}; --rows_at_once makes passes smaller") from error
+    except Exception as error:
+        _tell(folders, "failed", str(error))
+        raise
+
+
+def _tell(folders: Sequence[RunFolder], status: Any, message: str) -> None:
+    for folder in folders:
+        if folder.status not in ("done", "failed"):
+            folder.state(status, message=message)
