@@ -13,8 +13,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "errors": ("UserError",),
     "adapters": (
-        "AdapterConfig", "dora", "dylora", "lora", "lora_mini", "lora_xs", "melora", "moe_lora", "mor", "mora", "nora",
+        "AdapterConfig", "dora", "dylora", "in_blocks", "lora", "lora_mini", "lora_xs", "melora", "moe_lora", "mor",
+        "mora", "nora",
     ),
+    "calibration": ("Calibration",),
     "base": ("load_base", "open_pipeline"),
     "loaders": (
         "add_adapter", "delete_adapter", "list_adapters", "load_adapter", "save_adapter", "set_adapters", "set_rank",
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
         AdapterConfig,
         dora,
         dylora,
+        in_blocks,
         lora,
         lora_mini,
         lora_xs,
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     )  # fmt: skip
     from .base import load_base, open_pipeline
     from .batches import mixed_batch
+    from .calibration import Calibration
     from .composition.angles import overlap, overlap_files
     from .composition.mixing import mix, mix_files
     from .errors import UserError
@@ -61,11 +65,11 @@ if TYPE_CHECKING:
     from .training import TrainConfig, train
 
 __all__ = [
-    "AdapterConfig", "AdapterInfo", "TrainConfig", "UserError", "add_adapter", "add_to_pack", "create_pack",
-    "delete_adapter", "dora", "dylora", "export_lora", "extract_from_pack", "import_lora", "inspect_adapter",
-    "list_adapters", "list_pack", "load_adapter", "load_base", "lora", "lora_mini", "lora_xs", "melora", "mix",
-    "mix_files", "mixed_batch", "moe_lora", "mor", "mora", "nora", "open_pipeline", "overlap", "overlap_files",
-    "remove_from_pack", "router_summary", "save_adapter", "set_adapters", "set_rank", "train",
+    "AdapterConfig", "AdapterInfo", "Calibration", "TrainConfig", "UserError", "add_adapter", "add_to_pack",
+    "create_pack", "delete_adapter", "dora", "dylora", "export_lora", "extract_from_pack", "import_lora", "in_blocks",
+    "inspect_adapter", "list_adapters", "list_pack", "load_adapter", "load_base", "lora", "lora_mini", "lora_xs",
+    "melora", "mix", "mix_files", "mixed_batch", "moe_lora", "mor", "mora", "nora", "open_pipeline", "overlap",
+    "overlap_files", "remove_from_pack", "router_summary", "save_adapter", "set_adapters", "set_rank", "train",
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from .adapters import NoraLayer
 from .adapters.rows import RowPlan, serve_rows
-from .components import denoiser_name, present, refuse_merged, tuner_layers
+from .components import component, denoiser_name, present, refuse_merged, tuner_layers
 from .errors import UserError
 from .loaders import list_adapters
 
@@ -47,10 +47,10 @@ def mixed_batch(pipe: Any, rows: Sequence[RowSpec], weights: Sequence[float] | f
             raise UserError(f"there is no adapter named {name!r} in the pipeline: it has {hint}")
     refuse_merged(pipe)
     for part in present(pipe):
-        _refuse(getattr(pipe, part), part, names)
+        _refuse(component(pipe, part), part, names)
     with ExitStack() as stack:
         for part in present(pipe):
-            model = getattr(pipe, part)
+            model = component(pipe, part)
             plan = RowPlan(specs)
             stack.enter_context(serve_rows(model, plan))
             stack.enter_context(_serve_loras(model, part, plan))

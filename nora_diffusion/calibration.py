@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import tensor_cache
 from .basis_cache import tensor_hash
-from .components import canonical, present, projections, tuner_layers
+from .components import canonical, component, present, projections, tuner_layers
 from .errors import UserError
 
 GENERIC_PROMPTS = (
@@ -99,7 +99,7 @@ def activation_strengths(pipe: Any, calibration: Calibration | None = None) -> S
 
 
 def _measure(pipe: Any, calibration: Calibration) -> Strengths:
-    layers = {part: projections(getattr(pipe, part)) for part in present(pipe)}
+    layers = {part: projections(component(pipe, part)) for part in present(pipe)}
     meters = {part: {path: _MeanAbs() for path in group} for part, group in layers.items()}
     with ExitStack() as stack:
         for part, group in layers.items():
@@ -115,7 +115,7 @@ def _measure(pipe: Any, calibration: Calibration) -> Strengths:
 @contextmanager
 def without_adapters(pipe: Any) -> Iterator[None]:
     """The base as it is without adapters, whatever is active; parameters keep their flags."""
-    layers = [layer for part in present(pipe) for layer in tuner_layers(getattr(pipe, part))]
+    layers = [layer for part in present(pipe) for layer in tuner_layers(component(pipe, part))]
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
@@ -173,7 +173,7 @@ def _entry_key(pipe: Any, calibration: Calibration) -> str:
         "tokens": [tokenizer(list(calibration.prompts), truncation=True).input_ids for tokenizer in tokenizers],
         "prompts": list(calibration.prompts),
         "latents": None if calibration.latents is None else tensor_hash(calibration.latents),
-        "components": {part: _description(getattr(pipe, part)) for part in present(pipe)},
+        "components": {part: _description(component(pipe, part)) for part in present(pipe)},
         "run": [STEPS, GUIDANCE],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -18,7 +18,7 @@ from .adapters.build import contraction
 from .adapters.routed import RoutedDelta
 from .batches import mixed_batch
 from .calibration import Calibration, short_run
-from .components import nora_layers, present
+from .components import component, nora_layers, present
 from .errors import UserError
 from .loaders import delete_adapter, list_adapters, load_adapter
 
@@ -128,7 +128,7 @@ def _routed(pipe: Any, name: str) -> dict[str, tuple[NoraLayer, RoutedDelta]]:
     layers = {
         f"{part}.{path}": layer
         for part in present(pipe)
-        for path, layer in nora_layers(getattr(pipe, part), name).items()
+        for path, layer in nora_layers(component(pipe, part), name).items()
     }
     found = {key: (layer, d) for key, layer in layers.items() if isinstance(d := layer.delta(name), RoutedDelta)}
     if not found:

@@ -44,9 +44,9 @@ def overlap(pipe: Any, one: str, two: str) -> Overlap:
     return source_overlap(loaded_source(pipe, one), loaded_source(pipe, two))
 
 
-def overlap_files(one: str | Path, two: str | Path) -> Overlap:
+def overlap_files(one: str | Path, two: str | Path, basis_dir: str | Path | None = None) -> Overlap:
     """The same of two adapter files. Raises :class:`UserError` for files of different bases, too."""
-    sources = [file_source(one), file_source(two)]
+    sources = [file_source(one, basis_dir), file_source(two, basis_dir)]
     check_same_base(sources)
     return source_overlap(*sources)
 

@@ -89,13 +89,15 @@ def mix_files(
     rank: int | None = None,
     density: float = 0.5,
     seed: int = 0,
+    basis_dir: str | Path | None = None,
 ) -> MixReport:
     """Mix adapter files into ``output/nora_adapter.safetensors`` with a model card, without opening their base.
 
-    Raises :class:`UserError` as :func:`mix` does, and for adapters of different bases.
+    ``basis_dir``: where their shared basis lies, if not beside them. Raises :class:`UserError` as :func:`mix` does, and
+    for adapters of different bases.
     """
     options = Options(rank, density, seed)
-    sources = _with_own_names([file_source(path) for path, _ in adapters])
+    sources = _with_own_names([file_source(path, basis_dir) for path, _ in adapters])
     _check({source.name: weight for source, (_, weight) in zip(sources, adapters, strict=True)}, mode, options)
     check_same_base(sources)
     folder = _new_folder(output)

@@ -15,7 +15,7 @@ from torch import nn
 from ..adapter_file import FILE_NAME, AdapterInfo, Tensors, inspect_adapter, read_tensors
 from ..adapters import AdapterConfig
 from ..adapters.build import delta_of_file
-from ..components import canonical, nora_layers, present
+from ..components import canonical, component, nora_layers, present
 from ..errors import UserError
 from ..loaders.active import names_hint
 from ..loaders.inject import origin
@@ -40,7 +40,7 @@ def loaded_source(pipe: Any, name: str) -> Source:
     """An adapter of a pipeline, ours or an ordinary LoRA. Raises :class:`UserError` where it has no ``dW`` to mix."""
     source = Source(name, {}, info=origin(pipe, name))
     for part in present(pipe):
-        module = getattr(pipe, part)
+        module = component(pipe, part)
         config = getattr(module, "peft_config", {}).get(name)
         if isinstance(config, AdapterConfig):
             refuse_routed(config, repr(name))

@@ -21,6 +21,7 @@ from nora_diffusion import (
     load_adapter,
     mix,
     mix_files,
+    overlap,
     save_adapter,
     set_adapters,
 )
@@ -438,3 +439,15 @@ def test_the_metadata_is_json_of_plain_values(pipe: Any, tmp_path: Path) -> None
     file = save_adapter(pipe, tmp_path, "both")
     parts = inspect_adapter(file).extra["mix"]["parts"]
     assert json.loads(json.dumps(parts))[0] == {"name": "dog", "weight": 0.8, "sha256": "", "method": "lora"}
+
+
+def test_adapters_of_a_compiled_model_mix(pipe: Any) -> None:
+    """``torch.compile`` wraps a model, and its wrapper has no part in the paths of the projections."""
+    for name in ("dog", "cat"):
+        add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), name)
+        for parameter in trainable_parameters(pipe, name).values():
+            parameter.data.normal_()
+    plain = overlap(pipe, "dog", "cat")
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    assert overlap(pipe, "dog", "cat") == plain
+    assert mix(pipe, {"dog": 1.0, "cat": 0.5}).layers == len(plain.layers)
