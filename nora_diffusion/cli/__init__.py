@@ -10,12 +10,13 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import UserError
-from . import app, demo, evaluate, export, generate, grid, import_, inspect, methods, mix, pack
+from . import app, data, demo, evaluate, export, generate, grid, import_, inspect, methods, mix, pack
 
 COMMANDS = {
     "app": app,
     "generate": generate,
     "grid": grid,
+    "data": data,
     "evaluate": evaluate,
     "inspect": inspect,
     "methods": methods,
