@@ -24,7 +24,7 @@ CSS = """
 #generate-areas > * { min-width: 0 !important; }
 #gallery .grid-wrap, #batch-gallery .grid-wrap { height: auto !important; max-height: none !important; }
 .cards { display: grid; gap: .75rem; padding: 0; margin: 0;
-  grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(135px, 1fr)); }
 .card { text-align: left; border: 1px solid var(--border-color-primary); border-radius: 10px; padding: .6rem;
   background: var(--block-background-fill); color: var(--body-text-color); cursor: pointer; width: 100%;
   font-weight: 400; }
@@ -61,6 +61,8 @@ CSS = """
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; color: var(--body-text-color-subdued); }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
 @media (max-width: 640px) { .gradio-container { padding: .5rem !important; } .facts th { white-space: normal; }
+  #inspect-adapter, #inspect-intruders { flex-basis: 100% !important; }
+  :is(#train-examples, #train-samples) .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
   #generate-areas { grid-template: "ask" auto "result" auto "more" auto / 1fr; }
   .plot svg { font-size: 14px; } }
 """

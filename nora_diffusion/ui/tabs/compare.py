@@ -46,7 +46,7 @@ def _form(page: Page) -> SimpleNamespace:
     for key, title, start in (("x", "Columns", "seed"), ("y", "Rows", "weight"), ("z", "Sheets", BASE_ALONE)):
         with gr.Row():
             name = gr.Dropdown(
-                [BASE_ALONE, *AXES], value=start, label=title, min_width=110, scale=2, elem_id=f"compare-{key}",
+                [BASE_ALONE, *AXES], value=start, label=title, min_width=140, scale=2, elem_id=f"compare-{key}",
                 interactive=True,
             )  # fmt: skip
             values = gr.Textbox(

@@ -35,7 +35,7 @@ def build(page: Page) -> None:
     app = page.app
     shown, chosen, deleted, offered = gr.State(PAGE_SIZE), gr.State(""), gr.State(""), gr.State([])
     drop = gr.File(
-        label="Import adapters or packs (.safetensors): drop files here", file_count="multiple",
+        label="Import adapters or packs (.safetensors)", file_count="multiple",
         file_types=[".safetensors"], height=150, elem_id="import", visible=app.config.may_change,
     )  # fmt: skip
     with gr.Row():

@@ -45,7 +45,7 @@ def _form(page: Page) -> SimpleNamespace:
             interactive=False, buttons=[],
         )  # fmt: skip
     dropped = gr.File(
-        label="Photos of one subject (3 to 10), with captions as .txt files of the same names if you like",
+        label="Photos of one subject (3 to 10), captions as .txt",
         elem_id="train-photos",
         file_count="multiple", file_types=[".jpg", ".jpeg", ".png", ".webp", ".txt"], height=160,
     )  # fmt: skip
