@@ -67,6 +67,9 @@ NOT_NEGATIVE = (
 )
 
 
+EXPORT_FORMATS = ("diffusers", "kohya", "peft")
+
+
 def check_config(config: TrainConfig) -> None:
     """Raise :class:`UserError` for the first setting that is out of range, contradictory or not supported."""
     _check_ranges(config)
@@ -196,6 +199,14 @@ def _check_system(config: TrainConfig) -> None:
         )
     for tracker in trackers(config):
         _need(TRACKERS[tracker], f"--report_to {tracker}", "log.jsonl is always written")
+    for format in config.export or []:
+        if format not in EXPORT_FORMATS:
+            raise UserError(f"export={format!r} is unknown: choose among {', '.join(EXPORT_FORMATS)}")
+        if "router" in METHOD_KEYS[config.method]:
+            raise UserError(
+                f"--export: a {config.method} adapter has no plain LoRA that equals it: leave --export out, or use "
+                "`nora-diffusion export --gate mean` afterwards for an approximation"
+            )
     if (config.hub_token or config.hub_model_id) and not config.push_to_hub:
         raise UserError("--hub_token and --hub_model_id need --push_to_hub")
 

@@ -199,7 +199,9 @@ class TrainConfig:
     validation_images: list[str] | None = key(None, "run", "for pipelines that start from a picture: not supported")
     save_dtype: SaveDtype | None = key(None, "run", "number type in the adapter file (default: as trained)")
     license: str | None = key(None, "run", "licence named in the adapter and its model card")
+    export: list[str] | None = key(None, "run", "also write plain LoRAs into exports/: diffusers, kohya, peft")
     push_to_hub: bool = key(False, "run", "upload the adapter and its card at the end")
+    hub_private: bool = key(True, "run", "upload to a private repository; false makes it public")
     hub_token: str | None = key(None, "run", "token for the upload; never written to a file", secret=True)
     hub_model_id: str | None = key(None, "run", "repository of the upload (default: the folder's name)")
 

@@ -41,6 +41,8 @@ FREE_TO_CHANGE = frozenset(
         "save_dtype",
         "license",
         "push_to_hub",
+        "export",
+        "hub_private",
         "hub_model_id",
         "report_to",
         "logging_dir",

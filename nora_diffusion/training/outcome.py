@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import nullcontext
 from pathlib import Path
 
-from ..errors import UserError
 from ..loaders import save_adapter
 from .averaging import shown
 from .model_card import training_section
+from .publishing import export_all, push
 from .rundir import RunFolder
 from .setup import Run
 
@@ -28,21 +28,7 @@ def write_adapter_and_card(run: Run, folder: RunFolder, final_loss: float, secon
             info={**run.info, "step": run.kept_step or run.total_steps},
             card=card,
         )
+    exports = export_all(path, run.config.export or [], run.config.save_dtype)
     if run.config.push_to_hub:
-        push(run, folder, samples)
+        push(run, folder, [path, folder.path / "README.md", *samples, *exports])
     return path
-
-
-def push(run: Run, folder: RunFolder, samples: list[Path]) -> None:
-    """Upload adapter, card and last samples. Raises :class:`UserError`; what is on disk stays."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    api = HfApi(token=run.config.hub_token)
-    try:
-        name = api.create_repo(run.config.hub_model_id or folder.path.name, exist_ok=True).repo_id
-        wanted = [folder.adapter.name, "README.md", *(str(path.relative_to(folder.path)) for path in samples)]
-        api.upload_folder(repo_id=name, folder_path=folder.path, allow_patterns=wanted, commit_message="NoRA adapter")
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"the adapter is saved in {folder.path}, but the upload failed: {first}") from error

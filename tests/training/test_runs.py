@@ -281,15 +281,21 @@ def test_out_of_memory_is_advice(configure: Configure, monkeypatch: pytest.Monke
         train(configure())
 
 
-def test_the_upload_sends_the_adapter_and_no_secret(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_leaves_a_run_is_listed_and_holds_no_secret(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     sent: dict[str, Any] = {}
 
     class Api:
         def __init__(self, token: str | None) -> None:
             sent["token"] = token
 
-        def create_repo(self, name: str, exist_ok: bool) -> Any:
+        def create_repo(self, name: str, private: bool, exist_ok: bool) -> Any:
+            sent["asked_private"] = private
             return type("Url", (), {"repo_id": f"me/{name}"})()
+
+        def repo_info(self, name: str) -> Any:
+            return type("Info", (), {"private": sent.get("is_private", True)})()
 
         def upload_folder(self, **values: Any) -> None:
             sent.update(values)
@@ -297,9 +303,44 @@ def test_the_upload_sends_the_adapter_and_no_secret(configure: Configure, monkey
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     result = train(configure(push_to_hub=True, hub_token="secret", hub_model_id="dog"))
     assert (sent["token"], sent["repo_id"]) == ("secret", "me/dog")
-    assert sent["allow_patterns"] == ["nora_adapter.safetensors", "README.md"]
+    assert sent["allow_patterns"] == ["nora_adapter.safetensors", "README.md"] and sent["asked_private"] is True
+    sent |= {"is_private": False, "repo_id": ""}
+    with pytest.raises(UserError, match="me/dog is public"):
+        train(configure(push_to_hub=True, hub_model_id="dog", overwrite_output_dir=True))
+    assert sent["repo_id"] == ""
+    everything = {"export": ["diffusers", "kohya", "peft"], "validation_prompt": "a dog", "hub_private": False}
+    with caplog.at_level("INFO"):
+        train(configure(push_to_hub=True, overwrite_output_dir=True, **everything))
+    assert sent["allow_patterns"] == [
+        "nora_adapter.safetensors", "README.md", "samples/step-000003-0.png",
+        "exports/diffusers/pytorch_lora_weights.safetensors", "exports/kohya/run.safetensors",
+        "exports/peft/unet/adapter_config.json", "exports/peft/unet/adapter_model.safetensors",
+    ]  # fmt: skip
+    assert all(f"to be sent to me/run: {name}, " in caplog.text for name in sent["allow_patterns"])
+    assert "![sample 0](samples/step-000003-0.png)" in (result.adapter_path.parent / "README.md").read_text()
+    exported = open_pipeline(str(configure().pretrained_model_name_or_path))
+    exported.load_lora_weights(result.adapter_path.parent / "exports/diffusers")
     texts = [path.read_text(errors="ignore") for path in result.adapter_path.parent.rglob("*") if path.is_file()]
     assert not any("secret" in text for text in texts)
+
+
+def test_a_training_photo_is_never_sent(configure: Configure, monkeypatch: pytest.MonkeyPatch, photos: Path) -> None:
+    def copied(pipe: Any, folder: Path, step: int, *_: Any) -> list[Path]:
+        folder.mkdir(exist_ok=True)
+        return [Path(shutil.copy(photos / "1.png", folder / f"step-{step:06d}-0.png"))]
+
+    monkeypatch.setattr("nora_diffusion.training.steps.save_samples", copied)
+    with pytest.raises(UserError, match=r"1.png is a training photo: nothing was sent"):
+        train(configure(push_to_hub=True, validation_prompt="a dog"))
+
+
+def test_exports_that_cannot_be_are_refused_before_training(configure: Configure) -> None:
+    for changes, words in (
+        ({"export": ["onnx"]}, "choose among diffusers, kohya, peft"),
+        ({"export": ["kohya"], "method": "mor", "inner_rank": None, "basis": None}, "no plain LoRA that equals it"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train(configure(**changes))
 
 
 def test_another_models_pipeline_is_refused(configure: Configure, tmp_path: Path) -> None:

@@ -1,0 +1,65 @@
+"""What leaves a finished run: plain LoRAs for other tools and, where asked, an upload to the hub."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from ..errors import UserError
+from ..export import Format, export_lora
+from ..files import sha256
+from .rundir import RunFolder
+from .setup import Run
+
+log = logging.getLogger(__name__)
+
+EXPORTS = "exports"
+
+
+def export_all(adapter: Path, formats: Sequence[str], dtype: str | None) -> list[Path]:
+    """Write the adapter in every format under ``exports/<format>/``; returns the files.
+
+    Raises :class:`UserError` for the first that fails; the adapter and what was written before stay.
+    """
+    files: list[Path] = []
+    for format in dict.fromkeys(formats):
+        place = adapter.parent / EXPORTS / format
+        names = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": f"{adapter.parent.name}.safetensors"}
+        try:
+            report = export_lora(adapter, place / names.get(format, ""), cast(Format, format), dtype)
+        except UserError as error:
+            raise UserError(f"the adapter is saved in {adapter.parent}, but not as {format}: {error}") from error
+        log.info("%s: rank %d, max |dW error| %.1e", report.path, report.rank, report.max_error)
+        files += sorted(p for p in place.rglob("*") if p.is_file()) if report.path.is_dir() else [report.path]
+    return files
+
+
+def push(run: Run, folder: RunFolder, wanted: Sequence[Path]) -> None:
+    """Upload ``wanted`` to a private repository, listed first. Raises :class:`UserError`; what is on disk stays.
+
+    A repository that exists and is public is refused unless ``hub_private`` is off, and so is a training photo.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    config = run.config
+    photos = {photo.sha256: photo.path.name for photo in run.subject.photos}
+    found = [photos[digest] for path in wanted if (digest := sha256(path)) in photos]
+    if found:
+        raise UserError(f"the adapter is saved in {folder.path}, but {found[0]} is a training photo: nothing was sent")
+    api = HfApi(token=config.hub_token)
+    names = [path.relative_to(folder.path).as_posix() for path in wanted]
+    try:
+        name = api.create_repo(
+            config.hub_model_id or folder.path.name, private=config.hub_private, exist_ok=True
+        ).repo_id
+        if config.hub_private and not api.repo_info(name).private:
+            raise UserError(f"the repository {name} is public: send to another, or say --hub_private false")
+        for path, short in zip(wanted, names, strict=True):
+            log.info("to be sent to %s: %s, %d bytes", name, short, path.stat().st_size)
+        api.upload_folder(repo_id=name, folder_path=folder.path, allow_patterns=names, commit_message="NoRA adapter")
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"the adapter is saved in {folder.path}, but the upload failed: {first}") from error
