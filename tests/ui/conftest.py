@@ -181,7 +181,7 @@ def page(browser: Any, server: Server) -> Iterator[Any]:
     faults: list[str] = []
     tab.on("pageerror", lambda error: faults.append(str(error)))
     tab.on("dialog", lambda dialog: (faults.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    tab.set_default_timeout(30_000)
+    tab.set_default_timeout(90_000)  # a slow machine is no fault
     visit(tab, server.url)
     yield tab
     context.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +31,7 @@ class Slot:
 
     def parts(self) -> list[Any]:
         """What a change of the prompt writes."""
-        return [self.group, self.name, self.unet, self.te, *self.blocks]
+        return [self.group, self.name, self.unet, self.te]
 
 
 def build_rack(page: Page, prompt: gr.Textbox, elem_id: str) -> gr.State:
@@ -43,7 +42,7 @@ def build_rack(page: Page, prompt: gr.Textbox, elem_id: str) -> gr.State:
     factors = gr.State({})
     slots = [_slot() for _ in range(SLOTS)]
     shown = [part for slot in slots for part in slot.parts()]
-    gr.on([prompt.change, factors.change], handler(show), [prompt, factors], shown, trigger_mode="always_last", **QUIET)
+    prompt.change(handler(show), prompt, shown, trigger_mode="always_last", **QUIET)
     refresh = handler(lambda: gr.update(choices=names(page), value=None))
     for event in (page.blocks.load, page.tab.select, page.library_changed.change):
         event(refresh, None, choose, **QUIET)
@@ -74,23 +73,20 @@ def names(page: Page) -> list[str]:
     return [e.tag for e in page.app.library.entries() if e.info and not page.app.misfit(e)]
 
 
-def show(prompt: str, factors: Mapping[str, Mapping[str, float]]) -> list[Any]:
+def show(prompt: str) -> list[Any]:
     """The rack for a prompt; nothing changes while a tag is half written."""
-    parts = 4 + len(BLOCKS)
     try:
         _, tags = parse_tags(prompt or "")
     except UserError:
-        return [gr.skip()] * (SLOTS * parts)
+        return [gr.skip()] * (SLOTS * 4)
     rows: list[Any] = []
     for index in range(SLOTS):
         tag = tags[index] if index < len(tags) else None
         if tag is None:
-            rows += [gr.update(visible=False), "", *[gr.skip()] * (parts - 2)]
+            rows += [gr.update(visible=False), "", gr.skip(), gr.skip()]
         else:
             label = f"{tag.name}: weight"
-            own = factors.get(tag.name, {})
             rows += [gr.update(visible=True), tag.name, gr.update(value=tag.unet, label=label), tag.te]
-            rows += [own.get(block, 1.0) for block in BLOCKS]
     return rows
 
 
