@@ -117,7 +117,7 @@ def guess_class_word(prompt: str, trigger: str | None) -> str | None:
     words = _words(prompt)
     if trigger is None or trigger not in words:
         return None
-    following = words[words.index(trigger) + 1 :]
+    following = _words(re.split(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompt, maxsplit=1)[-1].split(",")[0])
     stop = next((i for i, word in enumerate(following) if word.lower() in FILLERS), len(following))
     return " ".join(following[:stop]) or None
 

@@ -234,6 +234,7 @@ def test_triggers() -> None:
     assert guess_trigger("a photo of a dog") is None
     assert guess_trigger("a photo of a dog", class_word="dog") is None
     assert guess_class_word("a photo of sks toy dog on the beach", "sks") == "toy dog"
+    assert guess_class_word("sks toy dog, red, sunny", "sks") == "toy dog"
     assert with_trigger("a red toy dog in snow", "sks", "toy dog") == "a red sks toy dog in snow"
     assert with_trigger("a sks dog", "sks", "dog") == "a sks dog"
     assert with_trigger("the beach", "sks", "dog") == "sks dog, the beach"
