@@ -13,9 +13,10 @@ from .optimizer_state import AVERAGE
 
 
 class Average:
-    """Exponential moving average of the trained factors: ``a <- d a + (1 - d) w``, ``d = min(decay, (1 + n)/(10 + n))``.
+    """Exponential moving average of the trained factors: ``a <- d a + (1 - d) w``.
 
-    ``n`` is the number of steps done, so that a short run's average forgets its start (as TensorFlow's and diffusers').
+    ``d = min(decay, (1 + n) / (10 + n))``, where ``n`` is the number of steps done, so that a short run's average
+    forgets its start (as TensorFlow's and diffusers').
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
