@@ -42,7 +42,8 @@ def build_rack(page: Page, prompt: gr.Textbox, elem_id: str) -> gr.State:
     factors = gr.State({})
     slots = [_slot() for _ in range(SLOTS)]
     shown = [part for slot in slots for part in slot.parts()]
-    prompt.change(handler(show), prompt, shown, trigger_mode="always_last", **QUIET)
+    weights = [slider for slot in slots for slider in (slot.unet, slot.te)]
+    prompt.change(handler(show), [prompt, *weights], shown, trigger_mode="always_last", **QUIET)
     refresh = handler(lambda: gr.update(choices=names(page), value=None))
     for event in (page.blocks.load, page.tab.select, page.library_changed.change):
         event(refresh, None, choose, **QUIET)
@@ -73,8 +74,11 @@ def names(page: Page) -> list[str]:
     return [e.tag for e in page.app.library.entries() if e.info and not page.app.misfit(e)]
 
 
-def show(prompt: str) -> list[Any]:
-    """The rack for a prompt; nothing changes while a tag is half written."""
+def show(prompt: str, *weights: float) -> list[Any]:
+    """The rack for a prompt; nothing changes while a tag is half written.
+
+    A slider that already says what its tag says is left alone: it may be moving on while this answer travels.
+    """
     try:
         _, tags = parse_tags(prompt or "")
     except UserError:
@@ -86,7 +90,12 @@ def show(prompt: str) -> list[Any]:
             rows += [gr.update(visible=False), "", gr.skip(), gr.skip()]
         else:
             label = f"{tag.name}: weight"
-            rows += [gr.update(visible=True), tag.name, gr.update(value=tag.unet, label=label), tag.te]
+            unet, te = weights[2 * index : 2 * index + 2]
+            rows += [
+                gr.update(visible=True), tag.name,
+                gr.update(label=label) if unet == tag.unet else gr.update(value=tag.unet, label=label),
+                gr.skip() if te == tag.te else tag.te,
+            ]  # fmt: skip
     return rows
 
 
