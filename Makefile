@@ -34,11 +34,14 @@ demo: $(STAMP)
 screenshots: $(STAMP)  # needs Chromium
 	@$(BIN)/python -m pytest tests/ui/screenshots.py
 
+# One worker a core, each with one thread: the models of the tests are too small to share.
+WORKERS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 test: $(STAMP)
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(WORKERS) -m "not slow"
 
 test-slow: $(STAMP)
-	@$(BIN)/python -m pytest -m slow || { status=$$?; test $$status -eq 5; }  # 5: no test is marked slow
+	@$(WORKERS) -m slow || { status=$$?; test $$status -eq 5; }  # 5: no test is marked slow
 
 check: $(STAMP)
 	@$(BIN)/ruff check .
