@@ -27,5 +27,10 @@ class Merged:
 
 
 def bit_sum(weight: Tensor) -> int:
-    """The sum of the numbers' bit patterns: exact and the same on every device, different after any real change."""
+    """The sum of the numbers' bit patterns: exact and the same on every device, different after any real change.
+
+    0 on the meta device, whose tensors have no numbers.
+    """
+    if weight.is_meta:
+        return 0
     return int(weight.detach().view(_INTEGERS[weight.element_size()]).sum(dtype=torch.int64))

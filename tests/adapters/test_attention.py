@@ -57,7 +57,7 @@ def test_processor_equals_layers(pipe: Any, processor: type[AdapterAttnProcessor
     adapt(pipe, *names)
     before = unet(pipe)
     assert set_adapter_processors(pipe, processor()) == 8
-    torch.testing.assert_close(unet(pipe), before, atol=1e-6, rtol=1e-6)
+    assert (unet(pipe) - before).norm() < 1e-6 * before.norm()
     remove_adapter_processors(pipe)
     assert torch.equal(unet(pipe), before)
     assert {type(p) for p in pipe.unet.attn_processors.values()} == {AttnProcessor2_0}

@@ -183,7 +183,7 @@ def test_evaluation_equals_training_path(pipe: Any, config: AdapterConfig) -> No
     x, states = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
     trained = pipe.unet(x, 3, states).sample.detach()
     with torch.no_grad():
-        torch.testing.assert_close(pipe.unet(x, 3, states).sample, trained, atol=1e-6, rtol=1e-5)
+        assert (pipe.unet(x, 3, states).sample - trained).norm() < 1e-5 * trained.norm()
 
 
 def test_rendering_does_not_depend_on_dropout(pipe: Any, render: Render) -> None:

@@ -374,7 +374,8 @@ def test_fusing_warns_and_leaves_it_live(pipe: Any, kind: Kind, router: str) -> 
     ("make", "word"),
     [
         (lambda: mor(router="pixel"), "pixel"),
-        (lambda: moe_lora(router="none"), "independent"),
+        (lambda: moe_lora(router="none"), "without a router"),
+        (lambda: moe_lora(num_experts=1, router="none"), "independent"),
         (lambda: mor(experts="some"), "some"),
     ],
 )
