@@ -49,10 +49,12 @@ def build_rack(page: Page, prompt: gr.Textbox, elem_id: str) -> gr.State:
         event(refresh, None, choose, **QUIET)
     choose.input(handler(add), [prompt, choose], [prompt, choose], **QUIET)
     for slot in slots:
-        gr.on([slot.unet.release, slot.te.release], handler(weigh), [prompt, slot.name, slot.unet, slot.te], prompt,
-              **QUIET)  # fmt: skip
+        # Gradio drops a change that comes while an earlier one is still on its way, unless told otherwise.
+        last: dict[str, Any] = {"trigger_mode": "always_last", **QUIET}
+        slot.unet.release(handler(weigh), [prompt, slot.name, slot.unet], prompt, **last)
+        slot.te.release(handler(weigh_text), [prompt, slot.name, slot.te], prompt, **last)
         slot.remove.click(handler(remove), [prompt, slot.name], prompt, **QUIET)
-        gr.on([b.release for b in slot.blocks], handler(factor), [factors, slot.name, *slot.blocks], factors, **QUIET)
+        gr.on([b.release for b in slot.blocks], handler(factor), [factors, slot.name, *slot.blocks], factors, **last)
     return factors
 
 
@@ -109,17 +111,22 @@ def add(prompt: str, name: str | None) -> tuple[str, Any]:
     return write_tags(prompt or "", tags), None
 
 
-def weigh(prompt: str, name: str, unet: float, te: float) -> str:
-    """The weights of the sliders, written into the tag. The text encoder follows until it was set apart."""
-    _, tags = parse_tags(prompt)
-    together = {tag.name: tag.unet == tag.te for tag in tags}
-    changed = []
-    for tag in tags:
-        if tag.name == name:
-            follows = together[name] and te == tag.te
-            tag = replace(tag, unet=float(unet), te=float(unet if follows else te))
-        changed.append(tag)
-    return write_tags(prompt, changed)
+def weigh(prompt: str, name: str, unet: float) -> str:
+    """The slider's weight in the adapter's tag. The text encoder follows until it was set apart."""
+    tags = parse_tags(prompt)[1]
+    changed = [replace(t, unet=float(unet), te=float(unet) if t.te == t.unet else t.te) for t in tags if t.name == name]
+    return _with(prompt, tags, changed)
+
+
+def weigh_text(prompt: str, name: str, te: float) -> str:
+    """The text encoder's own weight in the adapter's tag."""
+    tags = parse_tags(prompt)[1]
+    return _with(prompt, tags, [replace(tag, te=float(te)) for tag in tags if tag.name == name])
+
+
+def _with(prompt: str, tags: list[Tag], changed: list[Tag]) -> str:
+    new = {tag.name: tag for tag in changed}
+    return write_tags(prompt, [new.get(tag.name, tag) for tag in tags])
 
 
 def remove(prompt: str, name: str) -> str:
