@@ -160,7 +160,10 @@ class Trainer:
             if full.startswith("opt."):
                 _, part, key = full.split(".", 2)
                 owner = self._owner(names[key])
-                owner.state[names[key]][part] = value.to(names[key].device)
+                p = names[key]
+                # laid out in memory like its parameter: products of matrices round by their layout
+                same = value.shape == p.shape
+                owner.state[p][part] = torch.empty_like(p).copy_(value) if same else value.to(p.device)
 
     def _owner(self, p: nn.Parameter) -> torch.optim.Optimizer:
         return next(o for o in self.optimizers for g in o.param_groups if any(q is p for q in g["params"]))
