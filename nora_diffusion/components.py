@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -16,6 +17,7 @@ from .adapters import AdapterConfig, NoraLayer
 from .adapters.targets import TARGET_GROUPS
 from .errors import UserError
 
+FINGERPRINT_TOLERANCE = 1e-2
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -145,3 +147,12 @@ def fingerprint(layer: nn.Module, path: str) -> float:
     u = torch.randn(weight.shape[0], generator=generator)
     v = torch.randn(weight.shape[1], generator=generator)
     return float(u @ weight @ v) / (weight.shape[0] * weight.shape[1]) ** 0.5
+
+
+def same_weights(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> bool:
+    """Whether the fingerprints ``theirs`` are ``ours`` of the same projections: ``||f - g|| <= 1e-2 ||g||``.
+
+    Loose enough for fp16, bf16 and fp32 copies of one model; false where a number is not finite.
+    """
+    distance = math.dist([ours[key] for key in theirs], list(theirs.values()))
+    return distance <= FINGERPRINT_TOLERANCE * math.hypot(*theirs.values())

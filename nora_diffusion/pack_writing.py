@@ -28,6 +28,7 @@ from .adapter_file import (
     write_basis,
 )
 from .adapter_info import AdapterInfo, dump_info
+from .components import same_weights
 from .errors import UserError
 from .files import alone_in, write_atomic
 from .packs import (
@@ -45,7 +46,6 @@ from .packs import (
 )
 from .tensor_file import READABLE, TensorFile, Tensors
 
-FINGERPRINT_TOLERANCE = 1e-2
 MAX_LAYOUTS = 100
 PREVIEWS = {".png": b"\x89PNG\r\n\x1a\n", ".jpg": b"\xff\xd8\xff", ".webp": b"RIFF"}
 SHARED_FIELDS = ("format", "format_version", "base", "base_fingerprint", "basis", "basis_sha256", "components",
@@ -270,9 +270,4 @@ def _check_together(file: Path, subjects: Sequence[Subject]) -> None:
 
 def _same_base(one: dict[str, dict[str, float]], other: dict[str, dict[str, float]]) -> bool:
     ours, theirs = ({(p, k): v for p, part in side.items() for k, v in part.items()} for side in (one, other))
-    if ours == theirs:
-        return True
-    if ours.keys() != theirs.keys():
-        return False
-    difference = math.dist([ours[key] for key in ours], [theirs[key] for key in ours])
-    return difference <= FINGERPRINT_TOLERANCE * math.hypot(*theirs.values())
+    return ours.keys() == theirs.keys() and same_weights(ours, theirs)

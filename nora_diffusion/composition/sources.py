@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +14,10 @@ from torch import nn
 from ..adapter_file import FILE_NAME, AdapterInfo, Tensors, inspect_adapter, read_tensors
 from ..adapters import AdapterConfig
 from ..adapters.build import delta_of_file
-from ..components import canonical, component, nora_layers, present
+from ..components import canonical, component, nora_layers, present, same_weights
 from ..errors import UserError
 from ..loaders.active import names_hint
 from ..loaders.inject import origin
-from ..loaders.load import FINGERPRINT_TOLERANCE as TOLERANCE
 from .updates import Update, chain_update, lora_update
 
 Key = tuple[str, str]
@@ -103,9 +101,8 @@ def check_same_base(sources: Sequence[Source]) -> None:
     for other in infos[1:]:
         mine, theirs = _fingerprints(infos[0]), _fingerprints(other)
         common = mine.keys() & theirs.keys()
-        distance = math.dist([mine[k] for k in common], [theirs[k] for k in common])
-        same = distance <= TOLERANCE * math.hypot(*(theirs[k] for k in common))
-        if not (same if common else infos[0].base == other.base):
+        same = same_weights(mine, {key: theirs[key] for key in common}) if common else infos[0].base == other.base
+        if not same:
             raise UserError(
                 f"{infos[0].path} was made for the base {infos[0].base} and {other.path} for {other.base}: "
                 "adapters of different bases cannot be mixed"

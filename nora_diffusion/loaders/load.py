@@ -17,15 +17,13 @@ from ..adapters.build import build_delta, flat_weight
 from ..adapters.config import Start
 from ..adapters.rank_mask import check_rank
 from ..base import base_id
-from ..components import canonical, component, fingerprint, nora_layers, refuse_merged, targets
+from ..components import canonical, component, fingerprint, nora_layers, refuse_merged, same_weights, targets
 from ..conditions import condition_width
 from ..errors import UserError
 from .active import active_adapters, keeping_trained, set_active
 from .hotswap import swap
 from .inject import all_or_nothing, check_new_name, file_key, inject, remember, tie
 from .rank import set_rank
-
-FINGERPRINT_TOLERANCE = 1e-2
 
 
 @dataclass
@@ -184,9 +182,7 @@ def _described(config: AdapterConfig, layer: nn.Module, path: str) -> dict[str, 
 def _check_fingerprint(stored: dict[str, float], layers: dict[str, nn.Module], error: UserError) -> None:
     if set(stored) != set(layers):
         raise error
-    ours = torch.tensor([fingerprint(layer, path) for path, layer in layers.items()], dtype=torch.float64)
-    theirs = torch.tensor([stored[path] for path in layers], dtype=torch.float64)
-    if not (ours - theirs).norm() <= FINGERPRINT_TOLERANCE * theirs.norm():
+    if not same_weights({path: fingerprint(layer, path) for path, layer in layers.items()}, stored):
         raise error
 
 

@@ -13,12 +13,11 @@ from typing import Any
 from ..adapter_file import AdapterInfo
 from ..base import base_id, is_embedded, open_pipeline
 from ..batches import mixed_batch
-from ..components import canonical, fingerprint, present, projections
+from ..components import canonical, fingerprint, present, projections, same_weights
 from ..errors import UserError
 from ..generation import default_guidance, free_name, picture_settings
 from ..generation import run as run_pipeline
 from ..loaders import LoadedAdapter, delete_adapter, load_adapter
-from ..loaders.load import FINGERPRINT_TOLERANCE
 from ..pictures import save_picture
 from .entries import Stamp, stamp_of
 from .preview import LatentPreview
@@ -129,9 +128,7 @@ class Engine:
             ours = self._fingerprints.get(part)
             if ours is None or not set(stored) <= set(ours):
                 return f"made for {_short(info.base)}, which is built differently"
-            distance = sum((ours[path] - value) ** 2 for path, value in stored.items()) ** 0.5
-            norm = sum(value**2 for value in stored.values()) ** 0.5
-            if not distance <= FINGERPRINT_TOLERANCE * norm:
+            if not same_weights(ours, stored):
                 return f"made for {_short(info.base)}, whose weights differ from this one's"
         return None
 
