@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from .configs import SIZES, Size
 from .stage_diffusion import TRAINING_FILE, build_diffusion, build_scheduler
@@ -87,10 +87,6 @@ def finish_vae(size: Size, run: Path, seed: int) -> AutoencoderKL:
     normalise_latents(vae, to_tensor(np.stack([sample(seed + 10, i)[0] for i in range(count)])))
     vae.register_to_config(scaling_factor=1.0)
     return vae.eval()
-
-
-def _save_text(model: nn.Module, folder: Path) -> None:
-    model.save_pretrained(folder)  # type: ignore[operator]
 
 
 def export_pipeline(size: Size, run: Path, target: Path, seed: int) -> None:
