@@ -21,6 +21,10 @@ from ..errors import UserError
 from .state import App
 
 log = logging.getLogger(__name__)
+HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+"""How events are wired that only the page itself may call."""
+QUIET: dict[str, Any] = {**HIDDEN, "queue": False}
+"""The same for what answers at once and must not wait in a queue."""
 APOLOGY = "Something went wrong inside; the terminal that runs the app says what."
 
 

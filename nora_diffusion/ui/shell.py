@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,7 @@ def build(app: App) -> tuple[Any, dict[str, Any]]:
 
     with gr.Blocks(title="nora_diffusion", delete_cache=CACHE_SECONDS, analytics_enabled=False) as blocks:
         base = "the embedded base" if app.engine.is_embedded else app.config.base
-        gr.HTML(f"<h1>nora_diffusion</h1><p>{_escape(str(base))}</p>", elem_id="title")
+        gr.HTML(f"<h1>nora_diffusion</h1><p>{html.escape(str(base))}</p>", elem_id="title")
         prompt = gr.Textbox(
             defaults(app.engine)["prompt"], label="Prompt", lines=3, max_lines=8, max_length=MAX_PROMPT, render=False,
             elem_id="prompt", placeholder="What shall the picture show?",
@@ -37,9 +38,3 @@ def build(app: App) -> tuple[Any, dict[str, Any]]:
                 with gr.Tab(module.TITLE, id=name) as tab:
                     module.build(replace(page, tab=tab))
     return blocks, look()
-
-
-def _escape(text: str) -> str:
-    import html
-
-    return html.escape(text)

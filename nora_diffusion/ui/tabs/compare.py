@@ -13,7 +13,7 @@ from ...evaluation.axes import Cell
 from ...evaluation.grid import GridConfig
 from ..comparison import AXES, BASE_ALONE, Comparison, build_axis, build_grid, compare, suggestion
 from ..engine import MAX_PROMPT, MAX_STEPS
-from ..page import Page, handler, who
+from ..page import QUIET, Page, handler, who
 from ..runs import Run
 from ..state import App
 from .generate import whole
@@ -22,7 +22,6 @@ from .generate_view import status
 from .rack import names
 
 TITLE = "Compare"
-QUIET: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
 HINT = '<p class="status">Choose what changes along columns and rows, then press Compare.</p>'
 
 
@@ -117,7 +116,7 @@ def _wire(page: Page, form: SimpleNamespace, shown: SimpleNamespace) -> None:
         [form.go, form.stop, shown.said, *results],
         api_name="compare", api_visibility="private", concurrency_limit=None, show_progress="hidden",
     )  # fmt: skip
-    form.stop.click(handler(stopper(app)), api_visibility="private", queue=False, show_progress="hidden")
+    form.stop.click(handler(stopper(app)), **QUIET)
     gr.on(
         [shown.left.input, shown.right.input], handler(pick), [shown.left, shown.right, shown.cells], shown.slider,
         **QUIET,

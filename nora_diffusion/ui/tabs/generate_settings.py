@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from ..engine import MAX_PICTURES, MAX_PROMPT, MAX_SIDE, MAX_STEPS, Engine
-from ..page import Page
+from ..page import QUIET, Page
 
 KEPT = "nora_diffusion"
 FIRST_PROMPT = "a red car in the forest"
@@ -86,13 +86,12 @@ def _keep(page: Page, settings: Settings, first: dict[str, Any], back: gr.Button
     kept = gr.BrowserState({}, storage_key=KEPT, secret=KEPT)  # the browser's own data: nothing to be kept from it
     fields = {"prompt": page.prompt} | settings.components()
     parts = list(fields.values())
-    quiet: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
     # In the browser alone: a slow server would write old values over what somebody types meanwhile.
     remember = f"(...values) => Object.fromEntries({json.dumps(list(fields))}.map((name, n) => [name, values[n]]))"
-    gr.on([part.change for part in parts], None, parts, kept, js=remember, trigger_mode="always_last", **quiet)
-    page.blocks.load(None, kept, parts, js=recall(first), **quiet)
+    gr.on([part.change for part in parts], None, parts, kept, js=remember, trigger_mode="always_last", **QUIET)
+    page.blocks.load(None, kept, parts, js=recall(first), **QUIET)
     names = [name for name in fields if name != "prompt"]
-    back.click(lambda: [first[name] for name in names], None, [fields[name] for name in names], **quiet)
+    back.click(lambda: [first[name] for name in names], None, [fields[name] for name in names], **QUIET)
 
 
 def recall(first: Mapping[str, Any]) -> str:

@@ -13,13 +13,12 @@ from ...gates import GateSummary
 from ...plots import bar_chart, line_chart
 from ..cards import facts
 from ..entries import Entry
-from ..page import Page, handler, who
+from ..page import QUIET, Page, handler, who
 from ..runs import Progress, Run
 from ..state import App
 from .rack import names
 
 TITLE = "Inspect"
-QUIET: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
 HINT = '<p class="status">Choose an adapter to see what it changes.</p>'
 MOST_BARS, MOST_LINES = 24, 6
 SHORTER = {

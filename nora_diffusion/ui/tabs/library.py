@@ -13,7 +13,7 @@ from ...errors import UserError
 from ...export import export_lora
 from ..cards import EMPTY, NOTHING, cards, facts
 from ..library import SORTS, safe_name
-from ..page import Page, handler, sentence
+from ..page import HIDDEN, Page, handler, sentence
 from ..state import App
 
 TITLE = "Library"
@@ -26,7 +26,6 @@ element.addEventListener('click', (event) => {
   if (card) trigger('click', {name: card.dataset.name});
 });
 """
-QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 MAX_IMPORTS = 50
 
 
@@ -70,28 +69,28 @@ def build(page: Page) -> None:
     view = [grid, more]
     query = [words, sort, method, shown, chosen]
     listing = handler(lister(app))
-    gr.on([words.change, sort.change, method.change], listing, query, view, trigger_mode="always_last", **QUIET)
+    gr.on([words.change, sort.change, method.change], listing, query, view, trigger_mode="always_last", **HIDDEN)
     for event in (page.tab.select, page.blocks.load, page.library_changed.change):
-        event(listing, query, view, **QUIET)
-    more.click(lambda n: n + PAGE_SIZE, shown, shown, **QUIET).then(listing, query, view, **QUIET)
+        event(listing, query, view, **HIDDEN)
+    more.click(lambda n: n + PAGE_SIZE, shown, shown, **HIDDEN).then(listing, query, view, **HIDDEN)
     picked = grid.click(
         handler(picker(app)), None, [chosen, panel, about, exported, insert, delete, choose, candidates, offered],
-        api_name="pick", **QUIET,
+        api_name="pick", **HIDDEN,
     )  # fmt: skip
-    picked.then(listing, query, view, **QUIET)
+    picked.then(listing, query, view, **HIDDEN)
     candidates.select(
         handler(chooser(app)), [chosen, offered, page.library_changed], page.library_changed, api_name="choose_picture",
-        **QUIET,
+        **HIDDEN,
     )  # fmt: skip
-    insert.click(handler(inserter(app)), [page.prompt, chosen], [page.prompt, page.tabs], **QUIET)
+    insert.click(handler(inserter(app)), [page.prompt, chosen], [page.prompt, page.tabs], **HIDDEN)
     export.click(handler(exporter(app)), [chosen, form], exported, api_visibility="private")
     delete.click(
         handler(deleter(app)), [chosen, page.library_changed], [deleted, undo, chosen, panel, page.library_changed],
-        api_name="delete", **QUIET,
+        api_name="delete", **HIDDEN,
     )  # fmt: skip
-    undo.click(handler(restorer(app)), [deleted, page.library_changed], [undo, page.library_changed], **QUIET)
+    undo.click(handler(restorer(app)), [deleted, page.library_changed], [undo, page.library_changed], **HIDDEN)
     drop.upload(handler(importer(app)), [drop, page.library_changed], [drop, page.library_changed], api_name="import",
-                **QUIET)  # fmt: skip
+                **HIDDEN)  # fmt: skip
 
 
 def lister(app: App) -> Any:

@@ -14,7 +14,7 @@ from ...errors import UserError
 from ..cards import table
 from ..engine import MAX_PICTURES, MAX_PROMPT, Request, Wanted
 from ..library import safe_name
-from ..page import Page, handler, who
+from ..page import HIDDEN, Page, handler, who
 from ..runs import Progress, Run
 from ..state import App
 from .generate import first_seed, follow, stopper, wanted, whole
@@ -22,7 +22,6 @@ from .generate_view import status
 from .rack import build_rack
 
 TITLE = "Mix"
-QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 MODES = {
     "cat: exact sum, ranks add up": "cat",
     "linear: exact sum inside one shared basis": "linear",
@@ -62,7 +61,7 @@ def _recipe(page: Page) -> None:
         seed = gr.Number(0, label="Seed", info="Of what DARE drops", precision=0, minimum=0, min_width=120)
     go = gr.Button("Mix and save in the library", variant="primary", elem_id="mix", interactive=app.config.may_change)
     report = gr.HTML("", elem_id="mix-report")
-    take.click(handler(tags_only), page.prompt, recipe, queue=False, **QUIET)
+    take.click(handler(tags_only), page.prompt, recipe, queue=False, **HIDDEN)
     go.click(
         handler(mixer(app)), [recipe, mode, name, rank, density, seed, page.library_changed],
         [report, page.library_changed], api_visibility="private",
@@ -142,9 +141,9 @@ def _batch(page: Page) -> None:
     )  # fmt: skip
     go.click(
         handler(batcher(app)), [lines, steps, guidance, seed], [go, interrupt, said, gallery],
-        concurrency_limit=None, **QUIET,
+        concurrency_limit=None, **HIDDEN,
     )  # fmt: skip
-    interrupt.click(handler(stopper(app, Run.interrupt)), None, None, queue=False, **QUIET)
+    interrupt.click(handler(stopper(app, Run.interrupt)), None, None, queue=False, **HIDDEN)
 
 
 def batcher(app: App) -> Any:

@@ -9,12 +9,11 @@ import gradio as gr
 
 from ...composition.tags import Tag, parse_tags, write_tags
 from ...errors import UserError
-from ..page import Page, handler
+from ..page import QUIET, Page, handler
 from ..weights import BLOCKS
 
 SLOTS = 6
 NEW_WEIGHT = 0.8
-QUIET: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
 
 
 @dataclass

@@ -10,12 +10,11 @@ import gradio as gr
 
 from ...composition.tags import write_tags
 from ...pictures import PictureSettings, read_settings, tag_of
-from ..page import Page, handler
+from ..page import QUIET, Page, handler
 from ..state import App
 from .generate_settings import Settings
 
 FULL_HASH = 64
-QUIET: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
 LABELS = {
     "prompt": "Prompt", "negative": "Negative prompt", "count": "Pictures", "seed": "Seed", "steps": "Steps",
     "guidance": "Guidance", "width": "Width", "height": "Height",

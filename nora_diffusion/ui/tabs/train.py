@@ -13,7 +13,7 @@ from ...demo import EXAMPLES, open_example
 from ...errors import UserError
 from ...training.config import Method
 from ..jobs import Job
-from ..page import Page, handler
+from ..page import QUIET, Page, handler
 from ..sample_scores import SampleScores, step_of
 from ..state import App
 from ..training_form import MAX_PHOTOS, PRESETS, build_settings, check_photos, preflight, with_captions
@@ -22,7 +22,6 @@ from . import train_view as view
 TITLE = "Train"
 TICK = 1.5
 METHODS = get_args(Method)
-QUIET: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
 
 
 def build(page: Page) -> None:
