@@ -57,7 +57,8 @@ def test_processor_equals_layers(pipe: Any, processor: type[AdapterAttnProcessor
     adapt(pipe, *names)
     before = unet(pipe)
     assert set_adapter_processors(pipe, processor()) == 8
-    assert (unet(pipe) - before).norm() < 1e-6 * before.norm()
+    # the same products in another order: fp32 differs by CPU, wrong wiring by far more
+    assert (unet(pipe) - before).norm() < 1e-5 * before.norm()
     remove_adapter_processors(pipe)
     assert torch.equal(unet(pipe), before)
     assert {type(p) for p in pipe.unet.attn_processors.values()} == {AttnProcessor2_0}
