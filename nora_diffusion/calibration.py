@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import tensor_cache
+from .adapters.merging import bit_sum
 from .basis_cache import tensor_hash
 from .components import canonical, component, present, projections, tuner_layers
 from .errors import UserError
@@ -182,16 +183,8 @@ def _entry_key(pipe: Any, calibration: Calibration) -> str:
 def _description(module: Any) -> list[Any]:
     settings = module.config if isinstance(module.config, dict) else module.config.to_dict()
     weights = {
-        canonical(name): [str(value.dtype), list(value.shape), _bit_sum(value)]
+        canonical(name): [str(value.dtype), list(value.shape), bit_sum(value)]
         for name, value in module.named_parameters()
         if not any(part.startswith(("nora_", "lora_")) for part in name.split("."))
     }
     return [{key: value for key, value in dict(settings).items() if not key.startswith("_")}, weights]
-
-
-def _bit_sum(tensor: Tensor) -> int:
-    raw = tensor.detach().contiguous().flatten().view(torch.uint8)
-    if raw.storage_offset() % 8:
-        raw = raw.clone()
-    whole = raw.numel() // 8 * 8
-    return int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum())

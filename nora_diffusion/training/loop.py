@@ -67,7 +67,14 @@ def train(config: TrainConfig) -> TrainResult:
             raise UserError(OUT_OF_MEMORY.format(folder=folder.checkpoints)) from error
         except Exception as error:
             folder.state("failed", message=str(error))
+            if accelerator.num_processes > 1 and _is_lost_connection(error):
+                raise UserError("another process of this run has stopped; what it said is the reason") from error
             raise
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether a process found that another one is gone; gloo says so in words only."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
 OUT_OF_MEMORY = (
@@ -80,7 +87,9 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     """Device and processes. Precision, checkpoints and trackers are handled here, not by accelerate."""
     if config.local_rank != -1 and "LOCAL_RANK" not in os.environ:
         raise UserError("--local_rank is set by the launcher: start with `accelerate launch` and leave it out")
-    return Accelerator()
+    # Without a device accelerate takes launched processes for strangers, unless it is told of the CPU.
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return Accelerator(cpu=launched and not torch.accelerator.is_available())
 
 
 def check(config: TrainConfig) -> list[Finding]:
@@ -103,6 +112,9 @@ def plan_run(
 ) -> Plan:
     """Open the base, unless it is given, and settle the run; nothing in the folder changes."""
     processes = accelerator.num_processes
+    if folder.owner:
+        recover(folder.checkpoints)
+    accelerator.wait_for_everyone()
     checkpoint = wanted_checkpoint(config, folder)
     pipe = pipe or open_base(config, accelerator.device)
     config = settle(config, pipe, checkpoint, len(subject.photos), accelerator.device, processes)
@@ -156,8 +168,6 @@ def gather(plan: Plan, subject: Subject, accelerator: Accelerator, folder: RunFo
 
 def wanted_checkpoint(config: TrainConfig, folder: RunFolder) -> Checkpoint | None:
     """The checkpoint to go on from, read and checked. Refuses to overwrite an earlier run unasked."""
-    if folder.owner:
-        recover(folder.checkpoints)
     if config.resume_from_checkpoint:
         found = find_checkpoint(folder.checkpoints, config.resume_from_checkpoint)
         if found is not None:

@@ -258,6 +258,17 @@ def place_adapter(
     return parameters
 
 
+@torch.no_grad()
+def agree_on_factors(pipe: Any) -> None:
+    """The first process's factors for all: elsewhere the same basis may have come out otherwise, up to signs."""
+    for module in (denoiser(pipe), *text_encoders(pipe)):
+        for name, value in (*module.named_parameters(), *module.named_buffers()):
+            if ".nora_" in name:
+                whole = value.detach().contiguous()
+                torch.distributed.broadcast(whole, src=0)
+                value.copy_(whole)
+
+
 def lower_precision(config: TrainConfig, pipe: Any, device: torch.device) -> torch.dtype:
     """Cast the frozen denoiser and text encoders; on a CPU with channels last. Returns the dtype."""
     dtype = DTYPES[config.mixed_precision or "no"]
@@ -321,6 +332,8 @@ def put_in(material: Material, conditions: TextConditions, dtype: torch.dtype, n
     config, pipe, subject, checkpoint = material.config, material.pipe, material.subject, material.checkpoint
     latents, device = material.latents, denoiser(pipe).device
     parameters = place_adapter(config, pipe, name, checkpoint, calibration_of(config, subject, latents))
+    if material.processes > 1:
+        agree_on_factors(pipe)
     optimizer = build_optimizer(config, parameters, material.processes)
     average = Average(parameters, config.ema_decay) if config.ema_decay else None
     steps = config.max_train_steps or 0

@@ -139,17 +139,19 @@ class Stepper:
     def draw(self, step: int, micro: int) -> Batch:
         """The batch of a micro-step, noised, and what is needed to judge the prediction for it."""
         run, config = self.run, self.run.config
-        rank = self.accelerator.process_index
-        source = generator(run.seed, "step", step, micro, rank)
+        # All processes draw the one batch that one process would, and each takes its rows of it. Only masks of dropout
+        # are its own; a sampled rank is not. The last 0 is the first process: it draws what it draws alone.
+        source = generator(run.seed, "step", step, micro, 0)
         # The adapter's dropout draws from the global generator, so that is a function of the step as well.
-        torch.manual_seed(derive(run.seed, "dropout", step, micro, rank))
-        size = config.train_batch_size or 1
-        number = (step * config.gradient_accumulation_steps + micro) * self.accelerator.num_processes + rank
+        own = self.accelerator.process_index if config.dropout > 0 else 0
+        torch.manual_seed(derive(run.seed, "dropout", step, micro, own))
+        size = (config.train_batch_size or 1) * self.accelerator.num_processes
+        number = step * config.gradient_accumulation_steps + micro
         sizes = [run.latents.size_of(photo) for photo in range(len(run.subject.photos))]
         photos = batch_rows(run.seed, "photos", sizes, number, size)
         picked = run.latents.pick(photos, source)
         latents, regions = run.latents.draw(picked, source), run.latents.weights(picked)
-        prompts = run.wordings.draw(photos, generator(run.seed, "captions", step, micro, rank))
+        prompts = run.wordings.draw(photos, generator(run.seed, "captions", step, micro, 0))
         if run.class_latents is not None:
             pictures = shuffled_rows(run.seed, "class pictures", len(run.class_latents.of_photo), number * size, size)
             picked = run.class_latents.pick(pictures, source, run.latents.size_of(photos[0]))
@@ -178,8 +180,10 @@ class Stepper:
     def _noised(self, latents: Tensor, prompts: list[str], source: torch.Generator, regions: Tensor | None) -> Batch:
         run, objective = self.run, self.run.objective
         noise, added = draw_noise(latents.shape, run.config, source)
-        t = draw_levels(len(latents), objective.timesteps, run.config, source).to(self.device)
-        latents, noise, added = (value.to(self.device) for value in (latents, noise, added))
+        t = draw_levels(len(latents), objective.timesteps, run.config, source)
+        rows = self._own_rows(len(latents))
+        latents, noise, added, t = (value[rows].to(self.device) for value in (latents, noise, added, t))
+        prompts, regions = [prompts[row] for row in rows], None if regions is None else regions[rows]
         noisy, target = objective.add_noise(latents, added, t), objective.target(latents, noise, t)
         labels = t if run.config.class_labels_conditioning == "timesteps" else None
         with self.autocast():
@@ -188,6 +192,12 @@ class Stepper:
         batch = Batch(target, t, noisy.to(run.dtype), objective.times[t], conditions, labels, regions)
         frozen = run.config.with_prior_preservation and run.class_latents is None
         return self._with_frozen_targets(batch, prompts) if frozen else batch
+
+    def _own_rows(self, rows: int) -> list[int]:
+        """This process's share of a batch: of its photos, and of what is practised beside them."""
+        size, accelerator = self.run.config.train_batch_size or 1, self.accelerator
+        first = size * accelerator.process_index
+        return [row for row in range(rows) if first <= row % (size * accelerator.num_processes) < first + size]
 
     @torch.no_grad()
     def _with_frozen_targets(self, batch: Batch, prompts: list[str]) -> Batch:
@@ -224,13 +234,18 @@ class Stepper:
         return nora_layers(component(self.run.pipe, part), self.run.adapter).values()
 
     def _average_gradients(self) -> None:
-        """One mean over the processes: the factors are few, so a plain reduction is enough."""
+        """One mean over the processes, in one message; a factor that has a gradient nowhere keeps none."""
         if self.accelerator.num_processes == 1:
             return
-        for parameter in self.run.parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad = self._across(parameter.grad)
+        factors = list(self.run.parameters.values())
+        parts = [torch.zeros_like(factor) if factor.grad is None else factor.grad for factor in factors]
+        there = parts[0].new_tensor([factor.grad is not None for factor in factors])
+        mean = self._across(torch.cat([there, *(part.flatten() for part in parts)]))
+        sizes = [len(factors), *(factor.numel() for factor in factors)]
+        there, *parts = mean.split(sizes)
+        for factor, anywhere, part in zip(factors, there.tolist(), parts, strict=True):
+            if anywhere:
+                factor.grad = torch.empty_like(factor).copy_(part.view(factor.shape))
 
     def _across(self, value: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:

@@ -14,11 +14,10 @@ import torch
 import yaml
 from factories import write_photos
 from PIL import Image
-from runs import Configure, flags
-from safetensors.torch import load_file
+from runs import Configure, distance, factors, flags, in_double
 
 from nora_diffusion.errors import UserError
-from nora_diffusion.training import TrainConfig, main, setup, subjects, train
+from nora_diffusion.training import TrainConfig, main, subjects, train
 from nora_diffusion.training.crowd import Crowd
 from nora_diffusion.training.signals import Interrupted
 from nora_diffusion.training.steps import Stepper
@@ -80,42 +79,6 @@ def separately(config: TrainConfig, place: Path) -> dict[str, Path]:
     return folders
 
 
-def in_double(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the trainer work in fp64: frozen weights, factors and activations."""
-    original = setup.place_adapter
-
-    def place_adapter(config: TrainConfig, pipe: Any, *rest: Any) -> Any:
-        parameters = original(config, pipe, *rest)
-        torch.nn.Module.to(pipe.unet, torch.float64)
-        torch.nn.Module.to(pipe.text_encoder, torch.float64)
-        return parameters
-
-    def lower_precision(config: TrainConfig, pipe: Any, device: torch.device) -> torch.dtype:
-        for module in (pipe.unet, pipe.text_encoder):
-            torch.nn.Module.to(module, torch.float64)
-        if config.gradient_checkpointing:
-            pipe.unet.enable_gradient_checkpointing()
-        return torch.float64
-
-    monkeypatch.setattr(setup, "place_adapter", place_adapter)
-    monkeypatch.setattr(setup, "lower_precision", lower_precision)
-    monkeypatch.setattr(subjects, "lower_precision", lower_precision)
-
-
-def factors(folder: Path) -> dict[str, torch.Tensor]:
-    """What was trained, in the precision it was trained in: weights and moments."""
-    last = max(folder.glob("checkpoints/step-*"), key=lambda path: int(path.name[5:]))
-    tensors = load_file(last / "nora_adapter.safetensors") | load_file(last / "optimizer.safetensors")
-    return {key: value.double() for key, value in tensors.items() if not key.endswith("_out")}
-
-
-def distance(one: Path, other: Path) -> float:
-    """The relative distance of two runs' trained numbers."""
-    first, second = factors(one), factors(other)
-    assert first.keys() == second.keys()
-    return max(float((first[key] - second[key]).norm() / second[key].norm().clamp(min=1e-300)) for key in first)
-
-
 # Known shortfalls, to be traced to the fp32 step inside: 3e-7 without a frozen basis, 1e-3 with a router.
 INEXACT = pytest.mark.xfail(reason="something in the path is formed in fp32", strict=False)
 
@@ -128,7 +91,7 @@ INEXACT = pytest.mark.xfail(reason="something in the path is formed in fp32", st
 def test_subjects_equal_their_own_runs(
     kind: dict[str, Any], together: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_double(monkeypatch)
+    in_double(monkeypatch.setattr)
     found = train_subjects(together(**kind))
     assert [result.steps for result in found] == [STEPS // 2, STEPS, STEPS]
     alone = separately(together(**kind), tmp_path / "alone")
@@ -140,7 +103,7 @@ def test_rows_of_one_batch_belong_to_different_subjects(
     together: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The slow test's claim in short, and that the rows do share a pass."""
-    in_double(monkeypatch)
+    in_double(monkeypatch.setattr)
     sizes: list[tuple[int, ...]] = []
     original = Crowd._pass
     monkeypatch.setattr(
