@@ -37,7 +37,7 @@ def subject_thing(slug: str) -> Thing:
 
 
 @cache
-def _plain_colours(slug: str) -> tuple[str, ...]:
+def plain_colours(slug: str) -> tuple[str, ...]:
     """Colour words by contrast with the subject, strongest first."""
     pixels = np.asarray(cut_out(subject_thing(slug)).convert("RGBA")).reshape(-1, 4).astype(float)
     mean = pixels[pixels[:, 3] > 128, :3].mean(0)
@@ -47,7 +47,7 @@ def _plain_colours(slug: str) -> tuple[str, ...]:
 
 
 def _grounds(slug: str) -> tuple[list[Ground], list[Ground]]:
-    a, b, c, d = _plain_colours(slug)[:4]
+    a, b, c, d = plain_colours(slug)[:4]
     learn = [Ground("solid", a), Ground("solid", b)] + [Ground(k) for k in _LEARN]
     score = [Ground("solid", c), Ground("dotted", d, a)] + [Ground(k) for k in _SCORE]
     return learn, score
@@ -62,7 +62,7 @@ def subject_scene(slug: str, ground: Ground, number: int) -> Scene:
 
 def demo_prompts(slug: str) -> list[str]:
     """Six prompts on grounds and with accessories that the six pictures do not show; "{}" is the subject."""
-    colours = _plain_colours(slug)
+    colours = plain_colours(slug)
     plain = f"{world.article(colours[4])} {colours[4]}"
     striped = f"{world.article(colours[3])} {colours[3]} and {colours[4]}"
     return [p % (striped if "striped" in p else plain) if "%s" in p else p for p in _DEMO]

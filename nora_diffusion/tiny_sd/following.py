@@ -82,7 +82,7 @@ def measure(
     The companion (accessory, tree, second object) is judged only where a caption names one.
     """
     network = probe.load_network()
-    train, test = _rendered(network, 0, fitted), _rendered(network, fitted, tested)
+    train, test = rendered(network, 0, fitted), rendered(network, fitted, tested)
     scenes = unseen_scenes(weights, prompts)
     drawn = probe.features(network, generate([scene.caption for scene in scenes]))
     right, accuracy = {}, {}
@@ -94,6 +94,7 @@ def measure(
     return Following(right, accuracy, prompts)
 
 
-def _rendered(network: Any, start: int, count: int) -> tuple[list[Scene], Any]:
+def rendered(network: Any, start: int, count: int) -> tuple[list[Scene], Any]:
+    """Rendered scenes that no stage trained on, and their features."""
     scenes = [random_scene(PROBE_SEED, start + i) for i in range(count)]
     return scenes, probe.features(network, np.stack([render(scene) for scene in scenes]))

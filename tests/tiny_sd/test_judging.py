@@ -6,14 +6,17 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from nora_diffusion.tiny_sd import probe
+from nora_diffusion.tiny_sd.examples import subject_thing, write_subject
 from nora_diffusion.tiny_sd.following import QUESTIONS, unseen_scenes
 from nora_diffusion.tiny_sd.scenes import Ground, Scene, Thing, random_scene, scene_pair
 from nora_diffusion.tiny_sd.stage_diffusion import TRAINING_FILE, record_scenes
 from nora_diffusion.tiny_sd.stage_judge import subject_loss
+from nora_diffusion.tiny_sd.teaching import SUBJECTS, new_scenes
 
 
 def test_a_pair_of_scenes_shares_the_object_and_nothing_else() -> None:
@@ -70,3 +73,13 @@ def test_the_probe_is_asked_what_the_scene_shows() -> None:
     answers = [[ask(scene) for ask in QUESTIONS.values()] for scene in (plain, busy, dressed)]
     word = fox.class_word
     assert answers == [[word, "solid red", "none"], [word, "striped", "another object"], [word, "snow", "crown"]]
+
+
+@pytest.mark.parametrize("slug", SUBJECTS)
+def test_a_taught_subject_is_asked_for_on_new_backgrounds(slug: str, tmp_path: Path) -> None:
+    write_subject(slug, tmp_path)
+    shown = {path.read_text().strip() for path in tmp_path.glob("*.txt")}
+    asked = new_scenes(slug)
+    assert len({scene.caption for scene in asked}) == 10
+    assert not shown & {scene.caption for scene in asked}
+    assert all(scene.things == (subject_thing(slug),) for scene in asked)
