@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from typing import Literal
 
 from PIL import Image
 
@@ -84,10 +85,12 @@ def picture(image: Image.Image, alt: str, side: int = 128) -> Picture:
     """The picture inside the page: a PNG where it is small, else a JPEG, at most ``side`` pixels a side on the page."""
     shown = enlarge(image, side)
     small = max(image.size) <= side
+    source = data_uri(image.convert("RGB"), "PNG") if small else data_uri(shown, "JPEG")
+    return Picture(f'<img width="{side}" height="{side}" alt="{html.escape(alt)}" src="{source}">')
+
+
+def data_uri(image: Image.Image, kind: Literal["PNG", "JPEG", "WEBP"], **options: int) -> str:
+    """The picture as an address that holds it; ``options`` are those of Pillow's writer of that kind."""
     buffer = io.BytesIO()
-    (image.convert("RGB") if small else shown).save(buffer, "PNG" if small else "JPEG")
-    kind = "png" if small else "jpeg"
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return Picture(
-        f'<img width="{side}" height="{side}" alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'
-    )
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..files import write_atomic
-from ..webpage import Picture, heading, page, paragraph, table
+from ..webpage import Picture, data_uri, heading, page, paragraph, table
 from .photos import Photo, Reject
 from .similarity import Twins, dhash
 from .transforms import View
@@ -113,8 +111,6 @@ def thumbnail(image: Image.Image, alt: str) -> str:
     """An ``img`` element with the picture in it, its aspect ratio kept."""
     small = image.copy()
     small.thumbnail((THUMB_SIDE, THUMB_SIDE))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=85)
-    source = base64.b64encode(buffer.getvalue()).decode()
     width, height = (round(side * THUMB_SIDE / max(image.size)) for side in image.size)
-    return f'<img width="{width}" height="{height}" alt="{html.escape(alt)}" src="data:image/jpeg;base64,{source}">'
+    source = data_uri(small, "JPEG", quality=85)
+    return f'<img width="{width}" height="{height}" alt="{html.escape(alt)}" src="{source}">'

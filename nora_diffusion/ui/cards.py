@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 import io
 import time
@@ -13,7 +12,9 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import UserError
+from ..webpage import data_uri
 from .entries import Entry
+from .messages import short_name
 
 THUMBNAIL_SIDE = 192
 MAX_PIXELS = 40_000_000
@@ -62,9 +63,7 @@ def thumbnail(source: Path | bytes, modified: int) -> str:
     """A small copy of a picture as a data URI, kept as long as the file is the same."""
     image = read_preview(source if isinstance(source, bytes) else source.read_bytes())
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=80)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri(image, "WEBP", quality=80)
 
 
 def read_preview(content: bytes) -> Image.Image:
@@ -116,7 +115,7 @@ def facts(entry: Entry, misfit: str | None) -> str:
             "class word": info.class_word,
             "method": method(entry),
             "parts": ", ".join(info.components),
-            "base": info.base or "unknown",
+            "base": short_name(info.base) if info.base else "unknown",
             "trained numbers": f"{info.trained_numbers:,} of {info.stored_numbers:,} stored",
             "scores": ", ".join(f"{name} {value:.3f}" for name, value in entry.scores().items()),
             "steps, seed": f"{info.step}, {info.seed}",

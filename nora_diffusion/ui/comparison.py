@@ -13,9 +13,9 @@ from ..adapter_file import FILE_NAME
 from ..errors import UserError
 from ..evaluation.axes import NONE, Axis, Cell, parse_axis
 from ..evaluation.grid import NO_AXIS, Grid, GridConfig, MadeCell
-from .engine import MAX_SIDE, MAX_STEPS
 from .entries import Entry
-from .jobs import Job
+from .job import Job
+from .request import MAX_SIDE, MAX_STEPS
 from .runs import Run, Skipped
 from .state import App
 

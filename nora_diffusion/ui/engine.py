@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,56 +21,15 @@ from ..generation import run as run_pipeline
 from ..loaders import LoadedAdapter, delete_adapter, load_adapter
 from ..pictures import save_picture
 from .entries import Stamp, stamp_of
+from .messages import short_name
 from .preview import LatentPreview
+from .request import Request, Wanted
 from .runs import Run, Skipped
-from .weights import AdapterWeights, set_weights
+from .weights import set_weights
 
-MAX_PICTURES = 64
-MAX_STEPS = 200
-MAX_PROMPT = 4000
-MAX_SIDE = 2048
+log = logging.getLogger(__name__)
 PREVIEWS = 6
 """How many previews a picture has at most."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """An adapter (a file, or ``PACK#NAME``) to generate with, under a name that is unique in the request."""
-
-    name: str
-    path: Path
-    weights: AdapterWeights = field(default_factory=AdapterWeights)
-
-
-@dataclass(frozen=True)
-class Request:
-    """Pictures to make: one for each ``(prompt, seed)`` of ``pictures``, with the same settings."""
-
-    pictures: tuple[tuple[str, int], ...]
-    adapters: tuple[Wanted, ...] = ()
-    negative_prompt: str = ""
-    steps: int = 20
-    guidance: float = 7.5
-    width: int | None = None
-    height: int | None = None
-
-    def check(self) -> None:
-        """Raises :class:`UserError` for the first setting out of range; sliders bind nobody who speaks HTTP."""
-        if not 1 <= len(self.pictures) <= MAX_PICTURES:
-            raise UserError(f"{len(self.pictures)} pictures at once: choose 1 to {MAX_PICTURES}")
-        if not all(prompt.strip() for prompt, _ in self.pictures):
-            raise UserError("there is no prompt: say what the picture shall show")
-        if max(len(prompt) for prompt, _ in self.pictures) > MAX_PROMPT or len(self.negative_prompt) > MAX_PROMPT:
-            raise UserError(f"a prompt has more than {MAX_PROMPT} characters: shorten it")
-        if not 1 <= self.steps <= MAX_STEPS:
-            raise UserError(f"steps={self.steps} is out of range: choose 1 to {MAX_STEPS}")
-        if not 0 <= self.guidance <= 100:  # false for NaN too
-            raise UserError(f"guidance={self.guidance} is out of range: choose 0 to 100")
-        if not all(0 <= seed < 2**63 for _, seed in self.pictures):
-            raise UserError("a seed is out of range: choose 0 to 9223372036854775807")
-        for name, side in (("width", self.width), ("height", self.height)):
-            if side is not None and not (16 <= side <= MAX_SIDE and side % 8 == 0):
-                raise UserError(f"{name}={side} will not do: choose a multiple of 8 from 16 to {MAX_SIDE}")
 
 
 class Engine:
@@ -95,8 +55,8 @@ class Engine:
 
     @property
     def base_id(self) -> str:
-        """The base's name, as pictures and adapters tell it."""
-        return base_id(self.pipe)
+        """The base's name, as pictures tell it: without the folders of this machine."""
+        return short_name(base_id(self.pipe))
 
     @property
     def guidance(self) -> float:
@@ -121,15 +81,23 @@ class Engine:
         """The linear map that shows latents."""
         return LatentPreview.fit(self.pipe.vae)
 
+    def look(self, latents: Any) -> str:
+        """Latents as a rough picture; empty where that fails, which is no reason to lose the real one."""
+        try:
+            return self.preview.data_uri(latents)
+        except Exception:
+            log.debug("no preview", exc_info=True)  # Flux packs its latents, a VAE may have no such scaling
+            return ""
+
     def misfit(self, info: AdapterInfo) -> str | None:
         """Why an adapter does not belong to this base, or None; reads nothing but its header."""
         _ = self.pipe
         for part, stored in info.base_fingerprint.items():
             ours = self._fingerprints.get(part)
             if ours is None or not set(stored) <= set(ours):
-                return f"made for {_short(info.base)}, which is built differently"
+                return f"made for {short_name(info.base)}, which is built differently"
             if not same_weights(ours, stored):
-                return f"made for {_short(info.base)}, whose weights differ from this one's"
+                return f"made for {short_name(info.base)}, whose weights differ from this one's"
         return None
 
     def use(self, adapters: Sequence[Wanted]) -> list[dict[str, Any]]:
@@ -159,10 +127,7 @@ class Engine:
                 image = self.picture(request, prompt, seed, run)
             except Skipped:
                 continue
-            settings = picture_settings(
-                self.pipe, image, prompt, seed, request.steps, request.guidance, request.negative_prompt, described
-            )
-            files.append(save_picture(image, free_name(out, seed), settings))
+            files.append(self._save(out, image, prompt, seed, request, described))
             run.report(files=tuple(files), preview="")
         return files
 
@@ -186,12 +151,17 @@ class Engine:
         files = []
         for image, (prompt, seed), row in zip(images, request.pictures, rows, strict=True):
             adapters = [{**described[adapter.name], "weight": adapter.weights.unet} for adapter in row]
-            settings = picture_settings(
-                self.pipe, image, prompt, seed, request.steps, request.guidance, request.negative_prompt, adapters
-            )
-            files.append(save_picture(image, free_name(out, seed), settings))
+            files.append(self._save(out, image, prompt, seed, request, adapters))
         run.report(files=tuple(files))
         return files
+
+    def _save(
+        self, out: Path, image: Any, prompt: str, seed: int, request: Request, adapters: list[dict[str, Any]]
+    ) -> Path:
+        settings = picture_settings(
+            self.pipe, image, prompt, seed, request.steps, request.guidance, request.negative_prompt, adapters
+        )
+        return save_picture(image, free_name(out, seed), replace(settings, base=self.base_id))
 
     def picture(self, request: Request, prompt: str, seed: int, run: Run | None = None) -> Any:
         """One picture with the adapters that are live."""
@@ -202,7 +172,7 @@ class Engine:
                 return
             run.check()
             show = step % every == 0 and step < request.steps
-            run.report(step=step, **({"preview": self.preview.data_uri(latents[0])} if show else {}))
+            run.report(step=step, **({"preview": self.look(latents[0])} if show else {}))
 
         return run_pipeline(
             self.pipe, [prompt], [seed], request.steps, request.guidance, request.negative_prompt,
@@ -216,11 +186,6 @@ def _fingerprints(pipe: Any) -> dict[str, dict[str, float]]:
         part: {canonical(path): fingerprint(layer, path) for path, layer in projections(getattr(pipe, part)).items()}
         for part in present(pipe)
     }
-
-
-def _short(base: str) -> str:
-    """A base's name, without the folders of whoever trained the adapter."""
-    return (Path(base).name if Path(base).is_absolute() else base) or "another base"
 
 
 def _described(wanted: Wanted, loaded: LoadedAdapter) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ..files import make_folder, sha256, user_errors, write_atomic
 from ..packs import SUFFIX, Pack
 from ..pictures import read_settings
 from .entries import Entry, Stamp, read_entries, stamp_of
+from .messages import without_folders
 
 PICTURES, TRASH, HASHES = "pictures", ".trash", ".hashes.json"
 SEARCHED_PICTURES = 500
@@ -172,7 +173,7 @@ class Library:
         entries = read_entries(file, stamp)
         for entry in entries:
             entry.sha256 = entry.sha256 or self._hashes.get(_key(stamp), "")
-            entry.fault = entry.fault.replace(f"{self.folder}/", "")
+            entry.fault = without_folders(entry.fault.replace(f"{self.folder}/", ""))
         return entries
 
     def free_folder(self, name: str) -> Path:

@@ -18,6 +18,7 @@ from typing import Any
 import gradio as gr
 
 from ..errors import UserError
+from .messages import INSIDE, sentence
 from .state import App
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,6 @@ HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"
 """How events are wired that only the page itself may call."""
 QUIET: dict[str, Any] = {**HIDDEN, "queue": False}
 """The same for what answers at once and must not wait in a queue."""
-APOLOGY = "Something went wrong inside; the terminal that runs the app says what."
 
 
 @dataclass
@@ -72,15 +72,14 @@ def _said(error: Exception) -> Exception:
     if isinstance(error, gr.Error):
         return error
     if isinstance(error, UserError):
-        return gr.Error(sentence(error), title="That did not work", duration=12, print_exception=False)
+        return gr.Error(toast(error), title="That did not work", duration=12, print_exception=False)
     log.error("unexpected error in a handler", exc_info=error)
-    return gr.Error(APOLOGY, title="Error", duration=12, print_exception=False)
+    return gr.Error(INSIDE, title="Error", duration=12, print_exception=False)
 
 
-def sentence(error: object) -> str:
-    """A message as a sentence, safe to show: Gradio renders toasts as HTML."""
-    text = str(error)
-    return html.escape(text[:1].upper() + text[1:])
+def toast(error: object) -> str:
+    """A message that is safe to show: Gradio renders toasts as HTML."""
+    return html.escape(sentence(error))
 
 
 def who(request: gr.Request) -> tuple[str, str]:

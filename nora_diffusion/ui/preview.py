@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
+
+from ..webpage import data_uri
 
 SAMPLES = 8
 SIDE = 128
@@ -43,9 +43,7 @@ class LatentPreview:
     def data_uri(self, latents: Tensor) -> str:
         """The preview as a small PNG that a page can show without a file."""
         pixels = (self.rgb(latents) * 255).round().byte().movedim(0, -1).numpy()
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return data_uri(Image.fromarray(pixels), "PNG", compress_level=1)
 
 
 def _with_one(rows: Tensor) -> Tensor:

@@ -18,15 +18,11 @@ from typing import Literal
 
 from ..errors import UserError
 from .device import Device, Turn
+from .messages import INSIDE, OUT_OF_MEMORY, sentence
 
 log = logging.getLogger(__name__)
 
 State = Literal["waiting", "working", "done", "stopped", "failed"]
-OUT_OF_MEMORY = (
-    "The device ran out of memory. It was freed and the app goes on: choose a smaller picture, or close other programs "
-    "that use the device."
-)
-INSIDE = "Something went wrong inside; the terminal that runs the app says what."
 
 
 class Stopped(Exception):
@@ -131,7 +127,7 @@ class Run:
         except Stopped:
             self.report(state="stopped", seconds=time.monotonic() - started, message="Interrupted.", preview="")
         except UserError as error:
-            self.report(state="failed", message=str(error)[:1].upper() + str(error)[1:], preview="")
+            self.report(state="failed", message=sentence(error), preview="")
         except Exception as error:
             self._failed(error)
         finally:

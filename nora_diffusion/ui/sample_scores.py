@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..files import write_atomic
-from .jobs import Job
+from .job import Job
 
 FILE = "scores.json"
 

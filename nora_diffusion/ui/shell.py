@@ -9,9 +9,10 @@ from typing import Any
 
 import gradio as gr
 
-from .engine import MAX_PROMPT
 from .look import look
+from .messages import short_name
 from .page import Page
+from .request import MAX_PROMPT
 from .state import App
 from .tabs.generate_settings import defaults
 
@@ -24,8 +25,8 @@ def build(app: App) -> tuple[Any, dict[str, Any]]:
     from .server import CACHE_SECONDS
 
     with gr.Blocks(title="nora_diffusion", delete_cache=CACHE_SECONDS, analytics_enabled=False) as blocks:
-        base = "the embedded base" if app.engine.is_embedded else app.config.base
-        gr.HTML(f"<h1>nora_diffusion</h1><p>{html.escape(str(base))}</p>", elem_id="title")
+        base = "embedded base" if app.engine.is_embedded else short_name(str(app.config.base))
+        gr.HTML(f"<h1>nora_diffusion</h1><p>{html.escape(base)}</p>", elem_id="title")
         prompt = gr.Textbox(
             defaults(app.engine)["prompt"], label="Prompt", lines=3, max_lines=8, max_length=MAX_PROMPT, render=False,
             elem_id="prompt", placeholder="What shall the picture show?",

@@ -56,7 +56,7 @@ class App:
 
     def warm_up(self) -> None:
         """Load the base ahead of the first picture; what goes wrong is said when somebody asks for a picture."""
-        with contextlib.suppress(UserError), self.device.join("loading the base"):
+        with contextlib.suppress(Exception), self.device.join("loading the base"):
             _ = self.engine.preview
 
     def hand_out(self, file: Path) -> str:

@@ -67,7 +67,7 @@ def final_scores(folder: Path) -> dict[str, float]:
     """
     import yaml
 
-    from .jobs import read_job
+    from .job import read_job
     from .sample_scores import SampleScores
 
     settings = yaml.safe_load((folder / "request.yaml").read_text(encoding="utf-8"))

@@ -15,9 +15,11 @@ from PIL import Image
 from nora_diffusion import UserError
 from nora_diffusion.pictures import read_settings
 from nora_diffusion.ui.device import Device
-from nora_diffusion.ui.engine import Engine, Request, Wanted
+from nora_diffusion.ui.engine import Engine
+from nora_diffusion.ui.messages import OUT_OF_MEMORY
 from nora_diffusion.ui.preview import LatentPreview
-from nora_diffusion.ui.runs import OUT_OF_MEMORY, Progress, Run
+from nora_diffusion.ui.request import Request, Wanted
+from nora_diffusion.ui.runs import Progress, Run
 from nora_diffusion.ui.weights import AdapterWeights
 
 SMALL = {"steps": 4, "guidance": 2.0, "width": 16, "height": 16}

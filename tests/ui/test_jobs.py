@@ -17,7 +17,8 @@ from factories import write_photos
 
 from nora_diffusion import UserError, inspect_adapter
 from nora_diffusion.adapter_file import FILE_NAME
-from nora_diffusion.ui.jobs import Job, Jobs, read_job
+from nora_diffusion.ui.job import Job, read_job
+from nora_diffusion.ui.jobs import Jobs
 from nora_diffusion.ui.locks import FileLock, is_held
 from nora_diffusion.ui.worker import boot_id
 

@@ -18,8 +18,9 @@ from nora_diffusion.ui import entries as reading
 from nora_diffusion.ui import library as module
 from nora_diffusion.ui.cards import cards, facts, read_preview
 from nora_diffusion.ui.device import Device
-from nora_diffusion.ui.engine import Engine, Request, Wanted
+from nora_diffusion.ui.engine import Engine
 from nora_diffusion.ui.library import Library, safe_name
+from nora_diffusion.ui.request import Request, Wanted
 from nora_diffusion.ui.runs import Run
 from nora_diffusion.ui.worker import publish
 

@@ -12,8 +12,8 @@ import gradio as gr
 from ...evaluation.axes import Cell
 from ...evaluation.grid import GridConfig
 from ..comparison import AXES, BASE_ALONE, Comparison, build_axis, build_grid, compare, suggestion
-from ..engine import MAX_PROMPT, MAX_STEPS
 from ..page import QUIET, Page, handler, who
+from ..request import MAX_PROMPT, MAX_STEPS
 from ..runs import Run
 from ..state import App
 from .generate import whole

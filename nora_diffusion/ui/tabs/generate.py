@@ -10,8 +10,8 @@ import gradio as gr
 
 from ...composition.tags import Tag, parse_tags
 from ...errors import UserError
-from ..engine import MAX_PICTURES, MAX_PROMPT, Request, Wanted
 from ..page import Page, handler, who
+from ..request import MAX_PICTURES, MAX_PROMPT, Request, Wanted
 from ..runs import Progress, Run
 from ..state import App
 from ..weights import AdapterWeights

@@ -9,8 +9,9 @@ from typing import Any
 
 import gradio as gr
 
-from ..engine import MAX_PICTURES, MAX_PROMPT, MAX_SIDE, MAX_STEPS, Engine
+from ..engine import Engine
 from ..page import QUIET, Page
+from ..request import MAX_PICTURES, MAX_PROMPT, MAX_SIDE, MAX_STEPS
 
 KEPT = "nora_diffusion"
 FIRST_PROMPT = "a red car in the forest"

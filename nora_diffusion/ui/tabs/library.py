@@ -13,7 +13,7 @@ from ...errors import UserError
 from ...export import export_lora
 from ..cards import EMPTY, NOTHING, cards, facts
 from ..library import SORTS, safe_name
-from ..page import HIDDEN, Page, handler, sentence
+from ..page import HIDDEN, Page, handler, toast
 from ..state import App
 
 TITLE = "Library"
@@ -204,9 +204,9 @@ def importer(app: App) -> Any:
             try:
                 app.library.add(Path(file), Path(file).name)
             except UserError as error:
-                refused.append(str(error).replace(str(Path(file).parent) + "/", ""))
+                refused.append(str(error))
         if refused:
-            gr.Warning(sentence("; ".join(refused)), title="Not imported", duration=15)
+            gr.Warning(toast("; ".join(refused)), title="Not imported", duration=15)
         return [None, changes + 1]
 
     return take

@@ -12,9 +12,9 @@ from ...composition.modes import Mode
 from ...composition.tags import parse_tags
 from ...errors import UserError
 from ..cards import table
-from ..engine import MAX_PICTURES, MAX_PROMPT, Request, Wanted
 from ..library import safe_name
 from ..page import HIDDEN, Page, handler, who
+from ..request import MAX_PICTURES, MAX_PROMPT, Request, Wanted
 from ..runs import Progress, Run
 from ..state import App
 from .generate import first_seed, follow, stopper, wanted, whole

@@ -12,7 +12,7 @@ import gradio as gr
 from ...demo import EXAMPLES, open_example
 from ...errors import UserError
 from ...training.config import Method
-from ..jobs import Job
+from ..job import Job
 from ..page import QUIET, Page, handler
 from ..sample_scores import SampleScores, step_of
 from ..state import App

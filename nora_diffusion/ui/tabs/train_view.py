@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from ...plots import line_chart
-from ..jobs import Job
+from ..job import Job
 from ..training_form import Checked
 
 WORDS = {

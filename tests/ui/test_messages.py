@@ -1,0 +1,41 @@
+"""What a page says of errors: sentences without this machine's folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nora_diffusion.ui.messages import sentence, short_name, without_dashes, without_folders
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (
+            "cannot write /home/ann/lib/x.png: No space left; free space",
+            "cannot write x.png: No space left; free space",
+        ),
+        ("the base '/home/ann/My Models/sd 15' is gone", "the base 'sd 15' is gone"),
+        (r"C:\Users\ann\x.png is damaged", "x.png is damaged"),
+        ("/srv/a/b/, /srv/c/d.txt", ", d.txt"),
+        ("see https://huggingface.co/a/b, half (1/2) and/or the whole", None),
+        ("unet/ has no weights; </p> stays", None),
+    ],
+)
+def test_paths_are_cut_down_to_their_names(said: str, shown: str | None) -> None:
+    assert without_folders(said) == (said if shown is None else shown)
+
+
+def test_folders_with_spaces_that_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "Ann Smith"))
+    assert sentence(f"{tmp_path}/Ann Smith/photos of her/1.png is empty") == "Photos of her/1.png is empty"
+
+
+def test_names_and_flags() -> None:
+    assert (short_name("/models/sd15"), short_name("org/model"), short_name("")) == (
+        "sd15",
+        "org/model",
+        "another base",
+    )
+    assert without_dashes("use --train_batch_size 1 -- or less") == "use train_batch_size 1 -- or less"
