@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .command import main
     from .config import TrainConfig
-    from .loop import TrainResult, check, train
+    from .loop import TrainResult, check, check_on, train
     from .subjects import train_subjects
 
-__all__ = ["TrainConfig", "TrainResult", "check", "main", "train", "train_subjects"]
+__all__ = ["TrainConfig", "TrainResult", "check", "check_on", "main", "train", "train_subjects"]
 _HOMES = {
-    "TrainConfig": "config", "TrainResult": "loop", "check": "loop", "main": "command", "train": "loop",
-    "train_subjects": "subjects",
+    "TrainConfig": "config", "TrainResult": "loop", "check": "loop", "check_on": "loop", "main": "command",
+    "train": "loop", "train_subjects": "subjects",
 }  # fmt: skip
 
 

@@ -15,13 +15,14 @@ from accelerate import Accelerator
 
 from ..errors import UserError
 from .checkpoints import Checkpoint, check_identity, find_checkpoint, prune, recover
-from .checks import check_config
+from .checks import check_config, check_pipeline
 from .config import TrainConfig
 from .defaults import with_defaults
+from .denoiser import denoiser
 from .identity import identity_of
 from .preflight import Finding, Plan, preflight, report
 from .rundir import RunFolder
-from .setup import Material, Run, build_latents, build_run, check_targets, open_base, settle
+from .setup import Material, Run, build_latents, build_run, check_targets, objective_of, open_base, settle
 from .signals import Interrupted, StopRequests
 from .steps import Stepper
 from .subject import Subject, read_subject
@@ -100,6 +101,20 @@ def check(config: TrainConfig) -> list[Finding]:
     accelerator = build_accelerator(config)
     with RunFolder(config.folder, accelerator.is_main_process) as folder, StopRequests() as stop:
         return preflight(plan_run(config, subject, accelerator, folder, stop))
+
+
+def check_on(config: TrainConfig, pipe: Any) -> list[Finding]:
+    """The same for a new run on a base that is open already, which stays as it is."""
+    check_config(config)
+    subject, config = read_subject(config)
+    config = with_defaults(config)
+    check_pipeline(config, pipe)
+    objective_of(config, pipe)
+    device = denoiser(pipe).device
+    config = settle(config, pipe, None, len(subject.photos), device, processes=1)
+    check_targets(config, pipe)
+    measure = plan_measure(config, subject, device)
+    return preflight(Plan(config, pipe, subject.captions, subject.trigger, config.folder, measure=measure))
 
 
 def plan_run(

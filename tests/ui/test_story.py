@@ -77,7 +77,7 @@ def test_the_story(app: Server, tab: Any, tmp_path: Path) -> None:
     tab.set_input_files("#train-photos input[type=file]", [str(TIGER / f"{n}.png") for n in range(5)])
     tab.get_by_label("Name", exact=True).fill("tiger")
     tab.get_by_label("What it is").fill("cat")
-    tab.get_by_text("Everything", exact=True).click()
+    tab.get_by_text("All settings", exact=True).click()
     tab.locator("#train-extra textarea").fill(SMALL)
     learn(tab, "tiger")
     assert tab.locator("#train-curves svg").count() == 2  # loss; subject and prompt fidelity of the samples

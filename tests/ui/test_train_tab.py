@@ -11,7 +11,7 @@ from factories import write_photos
 
 from nora_diffusion import inspect_adapter
 from nora_diffusion.captions import read_captions
-from nora_diffusion.ui.training_form import with_captions
+from nora_diffusion.ui.photos import with_captions
 
 from .conftest import Server
 
@@ -33,9 +33,9 @@ def status(page: Any, pattern: str) -> str:
 
 
 def fill(page: Any, name: str, **settings: Any) -> None:
-    page.get_by_label("Name", exact=True).fill(name)
+    page.get_by_label("Name").fill(name)
     page.get_by_label("What it is").fill("dog")
-    page.get_by_text("Everything", exact=True).click()
+    page.get_by_text("All settings", exact=True).click()
     small = {"rank": 4, "inner_rank": 2, "basis": "svd", "train_batch_size": 1, "sample_steps": 1, **settings}
     page.locator("#train-extra textarea").fill("\n".join(f"{key}: {value}" for key, value in small.items()))
 
@@ -59,7 +59,8 @@ def test_photos_are_shown_as_trained_and_rejects_have_reasons(page: Any, tmp_pat
     page.get_by_role("button", name="Check").click()
     page.locator("#train-findings p").first.wait_for()
     said = page.locator("#train-findings").inner_text()
-    assert "more views make a truer subject" in said and "1 of 3 files" in said
+    assert "There are only 2 photos: with 3 to 10" in said  # the trainer's own words
+    assert "fake.png is no JPEG" in page.locator("#train-report").inner_text()
 
 
 def test_captions_are_dropped_beside_their_photos(page: Any, tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_an_example_subject_takes_one_click(page: Any) -> None:
     open_tab(page)
     page.locator("#train-examples button").filter(has_text="tiger").click()
     page.locator("#train-prepared img").nth(5).wait_for()
-    assert page.get_by_label("Name", exact=True).input_value() == "tiger"
+    assert page.get_by_label("Name").input_value() == "tiger"
     assert page.get_by_label("What it is").input_value() == "cat"
 
 

@@ -13,10 +13,15 @@ from factories import write_photos
 from PIL import Image
 
 from nora_diffusion import UserError
+from nora_diffusion.data import read_photos
 from nora_diffusion.training import TrainConfig
 from nora_diffusion.training.checks import check_config
+from nora_diffusion.training.dataset import transform_of, views_of
+from nora_diffusion.training.defaults import with_defaults
+from nora_diffusion.training.setup import bucket_step
 from nora_diffusion.ui.engine import Engine
-from nora_diffusion.ui.training_form import Checked, build_settings, check_photos, preflight, read_extra
+from nora_diffusion.ui.photos import check_photos
+from nora_diffusion.ui.training_form import build_settings, preflight, read_extra
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,7 @@ def bomb(path: Path, width: int = 16000, height: int = 8000) -> Path:
     return path
 
 
-def test_each_photo_is_shown_as_trained_or_refused_with_a_reason(tmp_path: Path) -> None:
+def test_each_photo_is_shown_as_trained_or_refused_with_a_reason(engine: Engine, tmp_path: Path) -> None:
     good = sorted(write_photos(tmp_path, 2, (48, 32)).glob("*.png"))
     twin = tmp_path / "twin.png"
     twin.write_bytes(good[0].read_bytes())
@@ -48,17 +53,36 @@ def test_each_photo_is_shown_as_trained_or_refused_with_a_reason(tmp_path: Path)
     files = [*good, twin, bomb(tmp_path / "bomb.png"), *(tmp_path / n for n in (
         "text.jpg", "vector.png", "empty.png", "tiff.png", "dot.png"))]  # fmt: skip
     assert (tmp_path / "bomb.png").stat().st_size < 30_000
-    found = check_photos(files, 16)
-    assert [c.picture is not None for c in found] == [True, True, *[False] * 7]
+    found = check_photos(files, engine, {"crop": "center"})
+    assert [bool(c.pictures) for c in found] == [True, True, *[False] * 7]
     reasons = ["same photo", "megapixels", "no JPEG", "no JPEG", "empty", "is TIFF", "smaller than"]
     for photo, reason in zip(found[2:], reasons, strict=True):
         assert reason in photo.fault and photo.path.name in photo.fault
     with Image.open(good[0]) as opened:
         expected = np.asarray(opened.resize((16, 16), Image.Resampling.LANCZOS, box=(8, 0, 40, 32)), dtype=int)
-    assert found[0].picture is not None and np.abs(np.asarray(found[0].picture, dtype=int) - expected).max() <= 1
-    assert found[0].remark == "crops along the long side" and "enlarged" in check_photos(good, 64)[0].remark
+    (shown,) = found[0].pictures
+    assert np.abs(np.asarray(shown, dtype=int) - expected).max() <= 1
+    assert found[0].remark == "" and "enlarged 2.0 times" in check_photos(good, engine, {"resolution": 64})[0].remark
     with pytest.raises(UserError, match="too many"):
-        check_photos(good * 60, 16)
+        check_photos(good * 60, engine, {})
+
+
+def test_what_is_shown_is_what_the_trainer_makes(engine: Engine, tmp_path: Path) -> None:
+    """Every crop of a run with these settings, pixel for pixel."""
+    photos = sorted(write_photos(tmp_path, 2, (48, 32)).glob("*.png"))
+    settings = build_settings(engine, "Fast", "sks", "dog", {"seed": 5, "random_flip": True})
+    config = with_defaults(TrainConfig.from_mapping({**settings, "instance_data_dir": str(tmp_path), "resolution": 16}))
+    read = read_photos(tmp_path)
+    views = views_of(transform_of(config, bucket_step(engine.pipe)), read, 5)
+    found = check_photos(photos, engine, settings)
+    assert len(found[0].pictures) == 8  # four crops, mirrored too
+    for photo, own, shown in zip(read, views, found, strict=True):
+        assert [p.tobytes() for p in shown.pictures] == [view.picture(photo.image).tobytes() for view in own]
+    with Image.open(photos[0]) as opened:
+        opened.point(lambda value: min(255, value + 3)).save(tmp_path / "lighter.png")
+    again = check_photos([*photos, tmp_path / "lighter.png", photos[0]], engine, settings)
+    assert f"looks like {photos[0].name}" in again[2].remark and again[2].pictures
+    assert "is the same photo as" in again[3].fault and not again[3].pictures
 
 
 def test_presets_scale_the_defaults_of_the_base(engine: Engine) -> None:
@@ -109,19 +133,20 @@ def test_words_are_checked(engine: Engine, preset: str, trigger: str, word: str,
         build_settings(engine, preset, trigger, word, {})
 
 
-def test_preflight_says_what_is_odd(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    photos = [Checked(tmp_path / f"{n}.png", Image.new("RGB", (16, 16))) for n in range(3)]
+def test_the_trainer_s_findings_are_said(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = sorted(write_photos(tmp_path / "photos", 3).glob("*.png"))
+    small = {"rank": 4, "inner_rank": 2, "basis": "svd", "train_batch_size": 1, "max_train_steps": 60}
 
-    def said(trigger: str = "sks", photos: Any = photos, **changes: Any) -> str:
-        settings = build_settings(engine, "Fast", trigger, "dog", changes)
+    def said(trigger: str = "zwxq", photos: list[Path] = photos, **changes: Any) -> str:
+        settings = build_settings(engine, "Fast", trigger, "dog", {**small, **changes})
         return " ".join(preflight(engine, settings, photos, tmp_path))
 
     assert said() == ""
-    assert "more views" in said(photos=photos[:1])
-    assert "left out" in said(photos=[*photos, Checked(tmp_path / "x.png", fault="broken")])
-    assert "word that the base knows" in said("beach") and "word that the base knows" not in said("zwxq")
-    assert "not in the validation prompt" in said(validation_prompt="a dog")
-    assert "far from the usual" in said(learning_rate=0.5)
+    assert "There is only 1 photo: with 3 to 10" in said(photos=photos[:1])
+    assert "'cat' is a word that the base knows" in said("cat")
+    assert "The validation prompt lacks the trigger 'zwxq'" in said(validation_prompt="a dog")
+    assert "A learning_rate of 0.5 is outside the usual" in said(learning_rate=0.5)  # no flags on a page
+    assert "use max_train_steps 30 or more" in said(max_train_steps=3)
     for fault, message in (({"rank": -1}, "rank"), ({"target_modules": ["nothing"]}, "matches no projection")):
         with pytest.raises(UserError, match=message):
             said(**fault)
@@ -130,3 +155,4 @@ def test_preflight_says_what_is_odd(engine: Engine, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(UserError, match="free some space"):
         said()
+    assert not (tmp_path / ".jobs").exists()

@@ -8,13 +8,13 @@ from typing import Any
 import gradio as gr
 
 from ...adapters import PRESETS
-from ...composition.tags import Tag, parse_tags, write_tags
 from ...errors import UserError
 from ...export import export_lora
 from ..cards import EMPTY, NOTHING, cards, facts
 from ..library import SORTS, safe_name
 from ..page import HIDDEN, Page, handler, toast
 from ..state import App
+from .rack import inserter
 
 TITLE = "Library"
 PAGE_SIZE = 60
@@ -137,25 +137,6 @@ def chooser(app: App) -> Any:
         return changes + 1
 
     return choose
-
-
-def inserter(app: App) -> Any:
-    """Put a tag, and the subject's words where they are missing, into the prompt and go there."""
-
-    def insert(prompt: str, name: str) -> list[Any]:
-        entry = app.library.entry(name)
-        misfit = app.misfit(entry)
-        if misfit or entry.info is None:
-            raise UserError(f"{name} cannot be used here: {misfit}")
-        clean, tags = parse_tags(prompt or "")
-        words = entry.info.instance_prompt or entry.info.trigger
-        if entry.info.trigger and entry.info.trigger not in clean.split():
-            prompt = write_tags(words, tags)
-        if all(tag.name != entry.tag for tag in tags):
-            prompt = write_tags(prompt or "", [*tags, Tag(entry.tag, 1.0, 1.0)])
-        return [prompt, gr.Tabs(selected="generate")]
-
-    return insert
 
 
 def exporter(app: App) -> Any:

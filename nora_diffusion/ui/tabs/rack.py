@@ -10,6 +10,7 @@ import gradio as gr
 from ...composition.tags import Tag, parse_tags, write_tags
 from ...errors import UserError
 from ..page import QUIET, Page, handler
+from ..state import App
 from ..weights import BLOCKS
 
 SLOTS = 6
@@ -136,3 +137,22 @@ def remove(prompt: str, name: str) -> str:
 def factor(factors: dict[str, dict[str, float]], name: str, *values: float) -> dict[str, dict[str, float]]:
     """Remember the factors by block of one adapter."""
     return {**factors, name: dict(zip(BLOCKS, map(float, values), strict=True))} if name else factors
+
+
+def inserter(app: App) -> Any:
+    """Put a tag, and the subject's words where they are missing, into the prompt and go there."""
+
+    def insert(prompt: str, name: str) -> list[Any]:
+        entry = app.library.entry(name)
+        misfit = app.misfit(entry)
+        if misfit or entry.info is None:
+            raise UserError(f"{name} cannot be used here: {misfit}")
+        clean, tags = parse_tags(prompt or "")
+        words = entry.info.instance_prompt or entry.info.trigger
+        if entry.info.trigger and entry.info.trigger not in clean.split():
+            prompt = write_tags(words, tags)
+        if all(tag.name != entry.tag for tag in tags):
+            prompt = write_tags(prompt or "", [*tags, Tag(entry.tag, 1.0, 1.0)])
+        return [prompt, gr.Tabs(selected="generate")]
+
+    return insert

@@ -7,7 +7,7 @@ from html import escape
 
 from ...plots import line_chart
 from ..job import Job
-from ..training_form import Checked
+from ..photos import Checked
 
 WORDS = {
     "waiting": "Waiting for the device …",
@@ -32,11 +32,13 @@ def photo_report(photos: Sequence[Checked], faults: Sequence[str] = ()) -> str:
     """How many photos will do, and why others, or their captions (``faults``), will not."""
     if not photos and not faults:
         return ""
-    used = [photo for photo in photos if photo.picture is not None]
-    faults = [*(photo.fault for photo in photos if photo.picture is None), *faults]
+    used = [photo for photo in photos if photo.pictures]
+    faults = [*(photo.fault for photo in photos if not photo.pictures), *faults]
     own = sum(bool(photo.caption) for photo in used)
+    crops = sum(len(photo.pictures) for photo in used)
     said = line(
         f"{len(used)} photo{'' if len(used) == 1 else 's'} will be trained on, shown as the trainer sees them"
+        f"{f', in {crops} crops' if crops > len(used) else ''}"
         f"{f'; {own} with a caption of its own' if own else ''}."
     )
     return said + "".join(line(f"Left out: {fault}.", bad=True) for fault in faults)
