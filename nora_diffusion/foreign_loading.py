@@ -44,7 +44,7 @@ def load_foreign(pipe: Any, info: AdapterInfo, name: str, activate: bool, weight
                 stack.enter_context(keeping_trained(component(pipe, part)))
             if family != "lora":
                 _inject(pipe, reader, family, name, found)
-            elif info.kind.startswith("PEFT"):
+            elif info.kind.startswith("PEFT") or info.kind == "kohya DoRA":  # whose dora_scale diffusers leaves out
                 pipe.load_lora_weights(_renamed(reader, found), adapter_name=name)
             else:
                 pipe.load_lora_weights(info.path, adapter_name=name)
@@ -97,15 +97,27 @@ def _check_applied(pipe: Any, path: str, name: str, wanted: int) -> None:
 
 
 def _renamed(reader: TensorFile, found: Fitting) -> Tensors:
-    """A file of PEFT's own with diffusers' keys; its scale, which these have no place for, goes into ``B``."""
+    """A file of PEFT's or kohya's with diffusers' keys; its scale, which these have no place for, goes into ``B``."""
     scales, renamed = Scales(reader), {}
     for (part, path), (module, own) in found.items():
-        if "dora" in own:
-            raise UserError(f"{reader.path} is a DoRA in PEFT's own format: save it by diffusers, or load it with PEFT")
         scale = scales.of(module, own)
         renamed[f"{part}.{path}.lora_A.weight"] = own["down"]
         renamed[f"{part}.{path}.lora_B.weight"] = own["up"] if scale == 1 else own["up"] * scale
+        if "dora" in own:
+            renamed[f"{part}.{path}.lora_magnitude_vector.weight"] = _magnitude(reader, module, own)
     return renamed
+
+
+def _magnitude(reader: TensorFile, module: Module, own: Tensors) -> Tensor:
+    """DoRA's magnitude as diffusers lays it out: ``[d_out]``, or ``[1, d_out, 1, 1]`` for a convolution."""
+    m, up = own["dora"], own["up"]
+    by_row = m.numel() == up.shape[0] and ("lora_magnitude" in module.keys["dora"] or m.shape[0] == up.shape[0])
+    if not by_row or "mid" in own:
+        raise UserError(
+            f"{reader.path} is a DoRA that diffusers and PEFT do not compute: {module.name} has its magnitude by input "
+            "channel, or a core in its middle; load it with the tool that made it"
+        )
+    return m.flatten() if up.ndim == 2 else m.reshape(1, -1, 1, 1)
 
 
 def _inject(pipe: Any, reader: TensorFile, family: str, name: str, found: Fitting) -> None:

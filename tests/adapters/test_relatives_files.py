@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nora_diffusion import (
     UserError,
@@ -93,6 +93,35 @@ def test_a_dora_in_peft(pipe: Any, tmp_path: Path) -> None:
         model = PeftModel.from_pretrained(pipe.unet, tmp_path / "peft" / "unet")
         assert model.peft_config["default"].use_dora
         torch.testing.assert_close(model(x, 3, states).sample, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["kohya", "peft"])
+def test_a_dora_of_other_tools_comes_back_with_its_magnitude(
+    pipe: Any, render: Any, tmp_path: Path, form: Literal["kohya", "peft"]
+) -> None:
+    before = render(pipe)
+    saved(pipe, dora(r=3, alpha=6.0, target_modules=["attn", "conv"]), tmp_path / "dog")
+    picture = render(pipe)
+    delete_adapter(pipe, "one")
+    path = export_lora(tmp_path / "dog", tmp_path / "dog.safetensors", format=form).path
+    parts = [path / part for part in PARTS] if form == "peft" else [path]
+    for number, part in enumerate(parts):
+        load_adapter(pipe, part, f"plain{number}")
+    torch.testing.assert_close(render(pipe), picture, atol=2e-5, rtol=1e-4)
+    for number, _ in enumerate(parts):
+        delete_adapter(pipe, f"plain{number}")
+    assert torch.equal(render(pipe), before)
+
+
+def test_a_dora_by_input_channel_is_refused(pipe: Any, render: Any, tmp_path: Path) -> None:
+    before = render(pipe)
+    saved(pipe, dora(r=3), tmp_path / "dog")
+    delete_adapter(pipe, "one")
+    tensors = load_file(export_lora(tmp_path / "dog", tmp_path / "dog.safetensors", format="kohya").path)
+    save_file({k: v.T.contiguous() if "dora" in k else v for k, v in tensors.items()}, tmp_path / "old.safetensors")
+    with pytest.raises(UserError, match="by input channel"):
+        load_adapter(pipe, tmp_path / "old.safetensors")
+    assert torch.equal(render(pipe), before)
 
 
 def test_fixed_maps_are_not_stored(pipe: Any, tmp_path: Path) -> None:
