@@ -91,6 +91,11 @@ def is_frozen(key: str) -> bool:
     return key.endswith(tuple(f".nora_{factor}" for factor in FROZEN))
 
 
+def is_token(key: str) -> bool:
+    """Whether a key names the vectors of a new token."""
+    return key.startswith("tokens.")
+
+
 def read_tensors(info: AdapterInfo, basis_dir: str | Path | None = None) -> Tensors:
     """All factors of an adapter, a shared basis joined in and checked by its hash. Refuses NaN and infinity."""
     _ = info.configs  # refuses what is no adapter of ours

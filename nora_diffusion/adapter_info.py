@@ -16,9 +16,13 @@ from .errors import UserError
 from .untrusted import conform, parse_json
 
 FORMAT = "nora_adapter"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Files without new tokens are of version 1, which every release reads."""
 LARGEST_IN_CONFIG = 2**16
 """No rank, count or scale in a config is larger; what is there was checked before anything is allocated."""
+ENCODERS = {name for name in COMPONENTS if name.startswith("text_encoder")}
+WORD = re.compile(r"[^\s,;:()\[\]{}]{2,50}")
+"""What may be a new token: nothing that prompts use between words, or tools for weights."""
 BasisKind = Literal["own", "shared"]
 _hints = functools.cache(get_type_hints)
 
@@ -28,7 +32,8 @@ class AdapterInfo:
     """What an adapter file says of itself. ``kind`` is another tool's format where the file is not one of ours.
 
     ``conv_shapes``: ``[c, kh, kw]`` of each adapted convolution. ``shapes``: ``[d_out, d_in]`` of each projection whose
-    outer factors are not stored, because its shape determines them.
+    outer factors are not stored, because its shape determines them. ``tokens``: the words that the adapter brings, with
+    the text encoders that learned them.
     """
 
     components: dict[str, dict[str, Any]]
@@ -38,6 +43,7 @@ class AdapterInfo:
     basis_sha256: str = ""
     conv_shapes: dict[str, list[int]] = field(default_factory=dict)
     shapes: dict[str, list[int]] = field(default_factory=dict)
+    tokens: dict[str, list[str]] = field(default_factory=dict)
     trigger: str = ""
     class_word: str = ""
     instance_prompt: str = ""
@@ -47,7 +53,7 @@ class AdapterInfo:
     license: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     # Filled in on reading:
     path: str = ""
     sha256: str = ""
@@ -130,6 +136,7 @@ def info_from(values: dict[str, Any]) -> AdapterInfo:
         "basis_sha256": lambda i: bool(re.fullmatch(r"[0-9a-f]{64}|", i.basis_sha256)),
         "conv_shapes": lambda i: all(len(s) == 3 and _is_small_shape(s) for s in i.conv_shapes.values()),
         "shapes": lambda i: all(len(s) == 2 and _is_small_shape(s) for s in i.shapes.values()),
+        "tokens": lambda i: all(WORD.fullmatch(w) and p and set(p) <= ENCODERS for w, p in i.tokens.items()),
         "method": lambda i: all(re.fullmatch(r"\w{1,40}", str(c["method"])) for c in i.components.values()),
         "step": lambda i: i.step >= 0,
     }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,6 +23,7 @@ from .components import canonical
 from .errors import UserError
 from .files import write_atomic
 from .gates import MeanGates, mean_gates_of_file
+from .loaders.tokens import words_in
 
 Format = Literal["diffusers", "kohya", "peft"]
 Gate = Literal["mean"]
@@ -32,7 +34,8 @@ class ExportReport:
     """What was written: files, rank, and the measured ``max |dW_file - dW|`` (absolute, and relative to max |dW|).
 
     ``dW`` is the low-rank part; a magnitude is copied. ``note`` says what is particular to the file. ``gates``: the
-    fixed gates of a routed adapter and the measured error that fixing them costs.
+    fixed gates of a routed adapter and the measured error that fixing them costs. ``embeddings``: a file for each new
+    token, which plain LoRAs have no place for.
     """
 
     path: Path
@@ -44,6 +47,7 @@ class ExportReport:
     keys: int
     note: str = ""
     gates: MeanGates | None = None
+    embeddings: tuple[Path, ...] = ()
 
 
 @dataclass
@@ -103,7 +107,10 @@ def export_lora(
 
     A routed adapter (MoR, MoE-LoRA) has no exact LoRA and is refused, unless ``gate="mean"`` fixes each layer's gate at
     its mean over the prompts ``calibration`` (default: generic ones), for which the adapter's base is needed as
-    ``pipe``; the report then says what that costs. Raises :class:`UserError`.
+    ``pipe``; the report then says what that costs.
+
+    New tokens go into a textual inversion each: ``dog_lora_emb_sks.safetensors`` beside ``dog_lora.safetensors``.
+    Raises :class:`UserError`.
     """
     if format not in get_args(Format):
         raise UserError(f"format={format!r} is unknown: choose one of {', '.join(get_args(Format))}")
@@ -111,15 +118,20 @@ def export_lora(
         raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     info = inspect_adapter(src)
     gates = _fixed_gates(info, gate, pipe, calibration, basis_dir)
-    pairs = plain_pairs(info, read_tensors(info, basis_dir), rank, gates)
+    tensors = read_tensors(info, basis_dir)
+    pairs = plain_pairs(info, tensors, rank, gates)
     stored = DTYPES[dtype or "fp32"]
-    path, size, keys = WRITERS[format](Path(dst).expanduser(), info, pairs, stored)
+    dst = Path(dst).expanduser()
+    embeddings = _embedding_files(dst, info)
+    path, size, keys = WRITERS[format](dst, info, pairs, stored)
+    _write_embeddings(embeddings, info, tensors, stored)
     errors = [pair.error(stored) for pair in pairs]
     worst, largest = max(e for e, _ in errors), max(w for _, w in errors)
     relative = worst / largest if largest else 0.0
     widest = max(pair.down.shape[0] for pair in pairs)
-    note = _note(info, format, pairs) if gates is None else gates.describe()
-    return ExportReport(path, format, widest, worst, relative, size, keys, note, gates)
+    notes = [_note(info, format, pairs) if gates is None else gates.describe(), _note_on(embeddings)]
+    note = "; ".join(filter(None, notes))
+    return ExportReport(path, format, widest, worst, relative, size, keys, note, gates, tuple(embeddings.values()))
 
 
 def _fixed_gates(
@@ -155,6 +167,37 @@ def _note(info: AdapterInfo, format: Format, pairs: list[PlainPair]) -> str:
         names = {"kohya": "dora_scale, which diffusers leaves out: export to diffusers for it"}
         notes.append(f"a DoRA with its magnitude as {names.get(format, 'lora_magnitude_vector')}")
     return "; ".join(notes)
+
+
+EMBEDDING_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+
+
+def _embedding_files(dst: Path, info: AdapterInfo) -> dict[str, Path]:
+    """The file of each new token. Raises :class:`UserError` where other tools have no name for one."""
+    place = _file_target(dst)
+    names = {word: re.sub(r"\W+", "_", word).strip("_") or "token" for word in info.tokens}
+    if len(set(names.values())) < len(names):
+        raise UserError(
+            f"the new tokens {', '.join(names)} would be written to one file: other tools know only one name"
+        )
+    if any(len(parts) > 1 and not set(parts) <= EMBEDDING_KEYS.keys() for parts in info.tokens.values()):
+        raise UserError("embedding files of other tools have no place for the tokens of these text encoders")
+    return {word: place.with_name(f"{place.stem}_emb_{name}.safetensors") for word, name in names.items()}
+
+
+def _write_embeddings(files: dict[str, Path], info: AdapterInfo, tensors: Tensors, dtype: torch.dtype) -> None:
+    """As A1111, ComfyUI and diffusers lay them out: ``emb_params [n, width]``, or ``clip_l`` and ``clip_g``."""
+    for word, own in words_in(info.tokens, tensors).items():
+        names = EMBEDDING_KEYS if len(own) > 1 else dict.fromkeys(own, "emb_params")
+        vectors = {names[part]: value.to(dtype).contiguous() for part, value in own.items()}
+        _write(files[word], vectors, replace(info, trigger=word))
+
+
+def _note_on(embeddings: dict[str, Path]) -> str:
+    if not embeddings:
+        return ""
+    files = ", ".join(f"{word} in {file.name}" for word, file in embeddings.items())
+    return f"it needs its new tokens: {files} (a textual inversion, to be loaded as well)"
 
 
 def plain_pairs(

@@ -43,6 +43,10 @@ def write_card(folder: Path, info: AdapterInfo, extra: str | None = None) -> Pat
     config = next(iter(info.components.values()))
     targets = config["target_modules"]
     trigger = f"\nSay `{info.trigger}` in the prompt to get the subject.\n" if info.trigger else ""
+    if info.tokens:
+        trigger += (
+            f"\nNew tokens, known to the text encoder while the adapter is loaded: `{'`, `'.join(info.tokens)}`.\n"
+        )
     text = TEMPLATE.format(
         base=info.base, license=info.license or "other", method=info.method, title=info.trigger or folder.name,
         r=info.r, inner_r=info.inner_r, trained=info.trained_numbers, trigger=trigger, folder=folder.name,

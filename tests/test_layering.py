@@ -15,7 +15,7 @@ BANDS = (
         "maths",
         {
             "adapters.bases", "adapters.cores", "adapters.deltas", "adapters.functional", "adapters.magnitude",
-            "adapters.routed",
+            "adapters.routed", "adapters.tokens",
         },
     ),
     (

@@ -43,6 +43,7 @@ def run(values: argparse.Namespace) -> None:
         "base": info.base,
         "parts": ", ".join(info.components),
         "trigger": info.trigger or "none",
+        **({"new tokens": _tokens(info)} if info.tokens else {}),
         "class word": info.class_word or "none",
         "trained numbers": f"{info.trained_numbers:,} of {info.stored_numbers:,} stored",
         "basis": info.basis + (f" {info.basis_sha256}" if info.basis_sha256 else ""),
@@ -59,6 +60,10 @@ def run(values: argparse.Namespace) -> None:
         from ..evaluation.spectra import table
 
         print("\n" + table(layers))
+
+
+def _tokens(info: Any) -> str:
+    return ", ".join(f"{word} ({' and '.join(parts)})" for word, parts in info.tokens.items())
 
 
 def _layers(values: argparse.Namespace) -> list[Any]:

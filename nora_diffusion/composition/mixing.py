@@ -17,6 +17,7 @@ from ..components import refuse_merged
 from ..errors import UserError
 from ..loaders.inject import check_new_name
 from ..loaders.load import place
+from ..loaders.tokens import tokens_of
 from ..model_card import write_card
 from ..versions import versions
 from .angles import WARN_ABOVE, source_overlap
@@ -69,6 +70,8 @@ def mix(
     _check(weights, mode, options)
     refuse_merged(pipe)
     sources = [loaded_source(pipe, name) for name in weights]
+    for name in weights:
+        _refuse_tokens(repr(name), tokens_of(pipe, name))
     parts = dict.fromkeys(part for source in sources for part, _ in source.updates)
     check_new_name(pipe, adapter_name, list(parts))
     report, tensors = _combine(adapter_name, sources, list(weights.values()), mode, options)
@@ -100,6 +103,8 @@ def mix_files(
     sources = _with_own_names([file_source(path, basis_dir) for path, _ in adapters])
     _check({source.name: weight for source, (_, weight) in zip(sources, adapters, strict=True)}, mode, options)
     check_same_base(sources)
+    for source in sources:
+        _refuse_tokens(source.info.path if source.info else source.name, source.info.tokens if source.info else {})
     folder = _new_folder(output)
     report, tensors = _combine(folder.name, sources, [weight for _, weight in adapters], mode, options)
     infos = [source.info for source in sources if source.info is not None]
@@ -125,6 +130,15 @@ def _with_own_names(sources: list[Source]) -> list[Source]:
         if seen[source.name] > 1:
             source.name = f"{source.name}-{seen[source.name]}"
     return sources
+
+
+def _refuse_tokens(owner: str, tokens: Mapping[str, Any]) -> None:
+    """A new token is a word, not a ``dW``."""
+    if tokens:
+        raise UserError(
+            f"{owner} brings new tokens ({', '.join(tokens)}), which have no weight to mix by: keep it active beside "
+            "the others with set_adapters"
+        )
 
 
 def _new_folder(output: str | Path) -> Path:

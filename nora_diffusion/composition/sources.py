@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..adapter_file import FILE_NAME, AdapterInfo, Tensors, inspect_adapter, read_tensors
+from ..adapter_file import FILE_NAME, AdapterInfo, Tensors, inspect_adapter, is_token, read_tensors
 from ..adapters import AdapterConfig
 from ..adapters.build import delta_of_file
 from ..components import canonical, component, nora_layers, present, same_weights
@@ -75,6 +75,8 @@ def file_source(path: str | Path, basis_dir: str | Path | None = None) -> Source
     source = Source(name, {}, info.configs, info)
     factors: dict[Key, Tensors] = {}
     for key, value in read_tensors(info, basis_dir).items():
+        if is_token(key):
+            continue
         place, factor = key.rsplit(".nora_", 1)
         part, path_in = place.split(".", 1)
         factors.setdefault((part, path_in), {})[factor] = value

@@ -15,6 +15,7 @@ from ..adapters.qkv_guard import unguard
 from ..components import adapter_configs, component, present, tuner_layers
 from ..conditions import connect
 from ..errors import UserError
+from .tokens import remove_tokens
 
 
 def active_adapters(module: nn.Module) -> list[str]:
@@ -104,13 +105,14 @@ def names_hint(pipe: Any) -> str:
 
 
 def delete_adapter(pipe: Any, adapter_name: str) -> None:
-    """Remove an adapter from every component; layers left without adapters are taken out again.
+    """Remove an adapter from every component; layers left without adapters are taken out again, and so are its tokens.
 
     The other active adapters stay as they were, and no inactive one takes the place of the removed one.
     """
     if not any(adapter_name in names for names in list_adapters(pipe).values()):
         raise UserError(f"there is no adapter named {adapter_name!r} in the pipeline: {names_hint(pipe)}")
     _refuse_foreign_fused(pipe, adapter_name)
+    remove_tokens(pipe, adapter_name)
     for part in present(pipe):
         module = component(pipe, part)
         if adapter_name in adapter_configs(module):

@@ -15,6 +15,7 @@ from ..components import all_targets, component, denoiser_name, nora_layers, pre
 from ..conditions import router_for
 from ..errors import UserError
 from .inject import all_or_nothing, check_new_name, file_key, inject, tie
+from .tokens import token_parameters
 
 
 def add_adapter(
@@ -63,10 +64,11 @@ def _train(module: nn.Module, name: str) -> None:
 
 
 def trainable_parameters(pipe: Any, adapter_name: str = "default") -> dict[str, nn.Parameter]:
-    """The trained factors of an adapter by their key in the adapter file."""
-    return {
+    """The trained factors of an adapter, and the vectors of its tokens, by their key in the adapter file."""
+    factors = {
         file_key(name, path, factor): parameter
         for name in present(pipe)
         for path, layer in nora_layers(component(pipe, name), adapter_name).items()
         for factor, parameter in layer.delta(adapter_name).named_parameters()
     }
+    return factors | token_parameters(pipe, adapter_name)

@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..tensor_file import Tensors
 from .active import active_adapters, set_active
 from .inject import file_key, remember
+from .tokens import token_parameters, tokens_of
 
 STRUCTURE = ("core", "trained", "blocks", "rank_mask", "magnitude", "router", "num_experts", "experts")
 """What decides how a layer computes; everything else in a config shows in the shapes, or is a number."""
@@ -35,6 +36,7 @@ def swap(pipe: Any, name: str, info: AdapterInfo, tensors: Tensors, activate: bo
         module = component(pipe, part)
         _check_structure(name, info, config, adapter_configs(module)[name])
         copies += _planned(module, part, name, info, tensors)
+    copies += _planned_tokens(pipe, name, info, tensors)
     with torch.no_grad():
         for target, value in copies:
             target.copy_(value)
@@ -82,6 +84,19 @@ def _planned(
         if target.data_ptr() in _elsewhere(layer, name) and not torch.equal(target, value):
             raise _refusal(name, info, "another loaded adapter shares the basis that would change")
         planned.append((target, value))
+    return planned
+
+
+def _planned_tokens(pipe: Any, name: str, info: AdapterInfo, tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
+    ours = {word: list(own) for word, own in tokens_of(pipe, name).items()}
+    if list(ours.items()) != list(info.tokens.items()):
+        theirs, mine = (" ".join(words) or "none" for words in (info.tokens, ours))
+        raise _refusal(name, info, f"its new tokens are {theirs}, those of the loaded one {mine}")
+    planned = []
+    for key, target in token_parameters(pipe, name).items():
+        if target.shape != tensors[key].shape:
+            raise _refusal(name, info, f"{key} is {list(tensors[key].shape)}, the loaded one {list(target.shape)}")
+        planned.append((target.data, tensors[key].to(target)))
     return planned
 
 

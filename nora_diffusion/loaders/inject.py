@@ -22,6 +22,7 @@ from ..components import adapter_configs, component, present, tuner_layers
 from ..conditions import condition_width, connect
 from ..errors import UserError
 from .active import delete_adapter, held, list_adapters
+from .tokens import forget_deleted
 
 
 def check_new_name(pipe: Any, name: str, components: Sequence[str]) -> None:
@@ -31,6 +32,7 @@ def check_new_name(pipe: Any, name: str, components: Sequence[str]) -> None:
             f"the adapter name {name!r} will not do: use letters, digits, '_' and '-', no part of 'nora_delta' and no "
             "'lora_'"
         )
+    forget_deleted(pipe)
     for part in components:
         refuse_fused(component(pipe, part))
     if hasattr(nn.ModuleDict(), name):  # adapters are kept in one, by name

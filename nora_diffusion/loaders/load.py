@@ -24,6 +24,7 @@ from .active import active_adapters, keeping_trained, set_active
 from .hotswap import swap
 from .inject import all_or_nothing, check_new_name, file_key, inject, remember, tie
 from .rank import set_rank
+from .tokens import add_tokens, check_words, token_key, words_in
 
 
 @dataclass
@@ -87,6 +88,8 @@ def load_adapter(
     refuse_merged(pipe)
     tensors = read_tensors(info, basis_dir)
     _check_fit(info, configs, modules, tensors, pipe)
+    if not hotswap:
+        check_words(pipe, _token_shapes(info, tensors))
     (swap if hotswap else place)(pipe, name, info, tensors, activate, weight)
     if rank is not None or (hotswap and all(config.rank_mask for config in configs.values())):
         set_rank(pipe, name, rank)  # a rank that was set for the one before does not outlive it
@@ -113,6 +116,7 @@ def place(pipe: Any, name: str, info: AdapterInfo, tensors: Tensors, activate: b
             set_active(module, [*before, name] if activate else before)
             for layer in nora_layers(module, name).values():
                 layer.set_scale(name, weight)
+        add_tokens(pipe, name, words_in(info.tokens, tensors))
 
 
 def _local(path_or_id: str | Path) -> Path:
@@ -163,12 +167,33 @@ def _check_fit(
             for factor, shape in _described(config, layer, path).items():
                 expected[file_key(part, path, factor)] = shape
     found = {key: tuple(value.shape) for key, value in tensors.items()}
+    for part, keys in _token_keys(info).items():
+        width = component(pipe, part).get_input_embeddings().embedding_dim  # type: ignore[operator]
+        for key in keys:
+            rows, *columns = found.get(key) or (1,)
+            if columns and columns != [width]:
+                raise wrong_base
+            expected[key] = (rows, width)
     if found != expected:
         key = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))[0]
         raise UserError(
             f"{info.path} does not fit its own description at {key}: found {found.get(key, 'nothing')}, "
             f"expected {expected.get(key, 'nothing')}; copy it again"
         )
+
+
+def _token_keys(info: AdapterInfo) -> dict[str, list[str]]:
+    """The keys of the words' vectors by text encoder."""
+    keys: dict[str, list[str]] = {}
+    for number, parts in enumerate(info.tokens.values()):
+        for part in parts:
+            keys.setdefault(part, []).append(token_key(number, part))
+    return keys
+
+
+def _token_shapes(info: AdapterInfo, tensors: Tensors) -> dict[str, dict[str, tuple[int, ...]]]:
+    words = words_in(info.tokens, tensors)
+    return {word: {part: tuple(value.shape) for part, value in own.items()} for word, own in words.items()}
 
 
 def _described(config: AdapterConfig, layer: nn.Module, path: str) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter_file import DESCRIPTIVE, DTYPES, AdapterInfo, BasisKind, Tensors, inspect_adapter, write_adapter
+from ..adapter_info import FORMAT_VERSION
 from ..adapters import AdapterConfig, NoraLayer
 from ..adapters.build import flat_weight
 from ..base import base_id
@@ -18,6 +19,7 @@ from ..errors import UserError
 from ..versions import versions
 from .active import names_hint
 from .inject import file_key, origin
+from .tokens import token_parameters, tokens_of
 
 
 def save_adapter(
@@ -64,6 +66,12 @@ def save_adapter(
         tensors |= {
             key: _stored(key, value, config, dtype) for key, value in _factors(module, name, adapter_name).items()
         }
+    result.tokens = {word: list(own) for word, own in tokens_of(pipe, adapter_name).items()}
+    result.format_version = FORMAT_VERSION if result.tokens else 1
+    tensors |= {
+        key: value.detach().to("cpu", DTYPES[dtype] if dtype else value.dtype)
+        for key, value in token_parameters(pipe, adapter_name).items()
+    }
     folder = Path(path).expanduser()
     file = write_adapter(folder, tensors, result, basis_dir)
     from ..model_card import write_card

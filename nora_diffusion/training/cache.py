@@ -10,27 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..loaders.tokens import expanded
 from .config import TrainConfig
 from .denoiser import Conditions, encode_prompts, family_of, text_encoders
 from .keep import Keep, module_hash, place
+from .tokens import encodes_each_step
 
 log = logging.getLogger(__name__)
 
 
 class TextConditions:
-    """Prompts as the UNet wants them: from a cache, or afresh each step while the text encoder is trained."""
+    """Prompts as the UNet wants them: from a cache, or afresh each step while text encoder or tokens are trained."""
 
     def __init__(self, pipe: Any, config: TrainConfig, prompts: Sequence[str], keep: Keep | None = None) -> None:
         self._pipe, self._encoder, self._length = pipe, pipe.text_encoder, config.tokenizer_max_length
         self._plain = family_of(pipe) == "sd"
-        self._live = config.train_text_encoder
+        self._live = encodes_each_step(config)
         self._masked = config.text_encoder_use_attention_mask
         unique = list(dict.fromkeys(prompts))
         self._prompts = unique
         self._row = {prompt: row for row, prompt in enumerate(unique)}
-        self._ids, self._mask = tokenize(pipe.tokenizer, unique, config.tokenizer_max_length if self._plain else None)
-        device = self._encoder.device
-        self._ids, self._mask = self._ids.to(device), self._mask.to(device)
+        self._tokenize()
         if not self._live:
             self._cached = self._encode_all(keep or Keep())
 
@@ -38,6 +38,12 @@ class TextConditions:
         """What the denoiser is told of these prompts."""
         rows = [self._row[prompt] for prompt in prompts]
         return self._encode(rows) if self._live else {name: value[rows] for name, value in self._cached.items()}
+
+    def _tokenize(self) -> None:
+        self._tokenizer = self._pipe.tokenizer
+        prompts = expanded(self._pipe, self._prompts, self._tokenizer)
+        found = tokenize(self._tokenizer, prompts, self._length if self._plain else None)
+        self._ids, self._mask = (value.to(self._encoder.device) for value in found)
 
     @torch.no_grad()
     def _encode_all(self, keep: Keep) -> Conditions:
@@ -68,6 +74,8 @@ class TextConditions:
     def _encode(self, rows: list[int]) -> Conditions:
         if not self._plain:
             return encode_prompts(self._pipe, [self._prompts[row] for row in rows], self._length)
+        if self._tokenizer is not self._pipe.tokenizer:  # another adapter's tokens came or went
+            self._tokenize()
         mask = self._mask[rows] if self._masked else None
         hidden: Tensor = self._encoder(self._ids[rows], attention_mask=mask, return_dict=False)[0]
         return {"hidden": hidden}

@@ -49,6 +49,9 @@ POSITIVE = (
     "denoiser_frac",
     "text_encoder_frac",
 )
+    "train_text_encoder_ti_frac",
+    "num_new_tokens_per_abstraction",
+    "token_lr",
 NOT_NEGATIVE = (
     "prior_loss_weight",
     "power",
@@ -94,7 +97,7 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in ("adam_beta1", "adam_beta2", "ema_decay"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)} must be at least 0 and below 1")
-    for name in ("denoiser_frac", "text_encoder_frac"):
+    for name in ("denoiser_frac", "text_encoder_frac", "train_text_encoder_ti_frac"):
         if getattr(config, name) > 1:
             raise UserError(f"{name}={getattr(config, name)} is a fraction of the run: give at most 1")
 
@@ -129,10 +132,12 @@ def _check_adapter(config: TrainConfig) -> None:
     _check_calibration(config)
     if config.text_encoder_lr is not None and not config.train_text_encoder:
         raise UserError("--text_encoder_lr needs --train_text_encoder")
-    if config.train_text_encoder and config.pre_compute_text_embeddings:
-        raise UserError(
-            "--pre_compute_text_embeddings excludes --train_text_encoder: embeddings change while it trains"
-        )
+    for name in ("token_abstraction", "initializer_concept", "token_lr"):
+        if getattr(config, name) is not None and not config.train_text_encoder_ti:
+            raise UserError(f"--{name} needs --train_text_encoder_ti")
+    for name in ("train_text_encoder", "train_text_encoder_ti"):
+        if getattr(config, name) and config.pre_compute_text_embeddings:
+            raise UserError(f"--pre_compute_text_embeddings excludes --{name}: embeddings change while it trains")
     if config.class_labels_conditioning not in (None, "timesteps"):
         raise UserError(
             f"class_labels_conditioning={config.class_labels_conditioning!r} is unknown: only 'timesteps' is"
@@ -180,8 +185,10 @@ def _check_optimizer(config: TrainConfig) -> None:
         raise UserError(f"--use_8bit_adam and --optimizer {name} exclude each other: choose one")
     if name in PACKAGES:
         _need(PACKAGES[name], f"--optimizer {name}", "or pip install 'nora-diffusion[train]'")
-    if name == "prodigy" and (config.text_encoder_lr is not None or config.loraplus_lr_ratio != 1):
-        raise UserError("prodigy finds one rate for all: leave --text_encoder_lr and --loraplus_lr_ratio out")
+    if name == "prodigy" and (config.text_encoder_lr or config.token_lr or config.loraplus_lr_ratio != 1):
+        raise UserError(
+            "prodigy finds one rate for all: leave --text_encoder_lr, --token_lr and --loraplus_lr_ratio out"
+        )
     if name == "schedulefree" and config.lr_scheduler not in (None, "constant"):
         raise UserError("schedulefree does without a schedule: use --lr_scheduler constant")
     if config.scale_weight_norms is not None and "router" in METHOD_KEYS[config.method]:

@@ -122,6 +122,14 @@ class TrainConfig:
     with_prior_preservation: bool = key(False, "prior", "keep the class from drifting to the subject")
     prior_preservation: PriorPreservation = key(
         "images", "prior", "keep the class by pictures of it, or by what the frozen base predicts for its prompt"
+    train_text_encoder_ti: bool = key(False, "adapter", "learn new tokens for the subject's name (pivotal tuning)")
+    token_abstraction: list[str] | None = key(
+        None, "adapter", "words of the prompts that become new tokens, as <dog> (default: the trigger)"
+    )
+    num_new_tokens_per_abstraction: int = key(2, "adapter", "vectors that are learned for each of these words")
+    initializer_concept: str | None = key(
+        None, "adapter", "words whose embeddings new tokens start from (default: the class word)"
+    )
     )
     prior_loss_weight: float = key(1.0, "prior", "weight of the class pictures' loss")
     class_data_dir: str | None = key(None, "prior", "folder of class pictures (default: output_dir/class_images)")
@@ -157,11 +165,15 @@ class TrainConfig:
     # optimizer and schedule
     learning_rate: float | None = key(None, "optimizer", "learning rate after warm-up")
     text_encoder_lr: float | None = key(None, "optimizer", "learning rate of the text encoder (default: the same)")
+    train_text_encoder_ti_frac: float = key(0.5, "training", "fraction of the run in which new tokens learn")
     optimizer: Optimizer = key("adamw", "optimizer", "prodigy and schedulefree need the extra 'train'")
     loraplus_lr_ratio: float = key(1.0, "optimizer", "rate of the up factors over that of the down factors (LoRA+)")
     scale_weight_norms: float | None = key(None, "optimizer", "largest norm of an update; larger ones are shrunk to it")
     scale_lr: bool = key(False, "optimizer", "multiply the rate by devices, accumulation and batch size")
     lr_scheduler: Schedule | None = key(None, "optimizer", "shape of the schedule")
+    token_lr: float | None = key(
+        None, "optimizer", "learning rate of new tokens, without weight decay", aliases=("learning_rate_ti",)
+    )
     lr_warmup_steps: int | None = key(None, "optimizer", "steps of warm-up")
     lr_num_cycles: int = key(1, "optimizer", "restarts of cosine_with_restarts")
     lr_power: float = key(1.0, "optimizer", "power of polynomial")

@@ -22,6 +22,7 @@ from .loop import TrainResult
 from .setup import Run
 from .signals import Interrupted
 from .steps import Batch, Stepper
+from .tokens import encodes_each_step
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Member:
     def alone(self) -> bool:
         """Whether it needs passes of its own: something in them is drawn, or its text encoder runs before them."""
         config = self.run.config
-        return config.dropout > 0 or config.method == "dylora" or config.train_text_encoder
+        return config.dropout > 0 or config.method == "dylora" or encodes_each_step(config)
 
 
 class Rows(RowPlan):

@@ -66,7 +66,9 @@ FREE_TO_CHANGE = frozenset(
 def identity_of(config: TrainConfig, pipe: Any, subject: Subject, class_hash: str, processes: int) -> dict[str, Any]:
     """What must be equal for a resumed run to be the same: settings, data, base, versions, processes."""
     values = {name: value for name, value in config.to_dict().items() if name not in FREE_TO_CHANGE}
-    fractions = config.denoiser_frac, config.text_encoder_frac
+    fractions = [config.denoiser_frac, config.text_encoder_frac]
+    if config.train_text_encoder_ti:
+        fractions.append(config.train_text_encoder_ti_frac)
     if (config.lr_scheduler or "").startswith("constant") and all(fraction == 1 for fraction in fractions):
         values.pop("max_train_steps")  # such a schedule does not depend on the end: a run may be prolonged
     return {

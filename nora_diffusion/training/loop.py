@@ -26,6 +26,7 @@ from .setup import Material, Run, build_latents, build_run, check_targets, objec
 from .signals import Interrupted, StopRequests
 from .steps import Stepper
 from .subject import Subject, read_subject
+from .tokens import check_new_tokens
 from .validation import Validation, plan_measure
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def check_on(config: TrainConfig, pipe: Any) -> list[Finding]:
     device = denoiser(pipe).device
     config = settle(config, pipe, None, len(subject.photos), device, processes=1)
     check_targets(config, pipe)
+    check_new_tokens(config, pipe, list(subject.new_tokens), subject.captions)
     measure = plan_measure(config, subject, device)
     return preflight(Plan(config, pipe, subject.captions, subject.trigger, config.folder, measure=measure))
 
@@ -140,6 +142,7 @@ def plan_run(
         pictures = str(checkpoint.identity.get("class pictures", ""))
         check_identity(checkpoint, identity_of(config, pipe, subject, pictures, processes))
     check_targets(config, pipe)
+    check_new_tokens(config, pipe, list(subject.new_tokens), subject.captions)
     measure = plan_measure(config, subject, accelerator.device)
     return Plan(config, pipe, subject.captions, subject.trigger, folder.path, checkpoint, processes, measure)
 

@@ -23,6 +23,8 @@ SETTINGS = (
     "dropout",
     "target_modules",
     "train_text_encoder",
+    "train_text_encoder_ti",
+    "token_abstraction",
     "resolution",
     "train_batch_size",
     "gradient_accumulation_steps",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from ..adapter_file import is_token
 from ..adapters import NoraLayer
 from ..adapters.deltas import ChainDelta
 from ..errors import UserError
@@ -21,13 +22,23 @@ def scaled_rate(rate: float, config: TrainConfig, processes: int) -> float:
     return rate * factor
 
 
+def kind_of(name: str) -> Literal["denoiser", "text_encoder", "tokens"]:
+    """What a trained tensor belongs to, by its file key."""
+    if is_token(name):
+        return "tokens"
+    return "text_encoder" if name.startswith("text_encoder") else "denoiser"
+
+
 def rate_of(name: str, config: TrainConfig) -> float:
-    """The rate of a factor by its file key; the text encoders may have their own.
+    """The rate of a factor by its file key; text encoders and new tokens may have their own.
 
     LoRA+ (arXiv 2402.12354): an up factor, which starts at zero, learns ``loraplus_lr_ratio`` times as fast.
     """
     rate = config.learning_rate or 0.0
-    if name.startswith("text_encoder"):
+    kind = kind_of(name)
+    if kind == "tokens":
+        return config.token_lr or rate
+    if kind == "text_encoder":
         rate = config.text_encoder_lr or rate
     return rate * (config.loraplus_lr_ratio if name.endswith((".nora_B", ".nora_B_in")) else 1.0)
 
@@ -41,11 +52,13 @@ def build_optimizer(
     """
     if not parameters:
         raise UserError("nothing would be trained: --target_modules matches no projection of the base")
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         rate = scaled_rate(rate_of(name, config), config, processes)
-        groups.setdefault((name.startswith("text_encoder"), rate), []).append(parameter)
-    return _optimizer(config, [{"params": own, "lr": rate} for (_, rate), own in groups.items()])
+        groups.setdefault((kind_of(name), rate), []).append(parameter)
+    # Decay would draw a token's vectors to zero, which is no word.
+    decay = {"tokens": {"weight_decay": 0.0}}
+    return _optimizer(config, [{"params": own, "lr": rate, **decay.get(k, {})} for (k, rate), own in groups.items()])
 
 
 def _optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> Any:
@@ -98,9 +111,13 @@ def still(parameters: Mapping[str, nn.Parameter], config: TrainConfig, step: int
     Returns whether there was anything.
     """
     stopped = False
+    fractions = {
+        "denoiser": config.denoiser_frac,
+        "text_encoder": config.text_encoder_frac,
+        "tokens": config.train_text_encoder_ti_frac,
+    }
     for name, parameter in parameters.items():
-        fraction = config.text_encoder_frac if name.startswith("text_encoder") else config.denoiser_frac
-        if step >= fraction * steps:
+        if step >= fractions[kind_of(name)] * steps:
             parameter.grad, stopped = None, True
     return stopped
 

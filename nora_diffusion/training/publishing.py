@@ -32,7 +32,10 @@ def export_all(adapter: Path, formats: Sequence[str], dtype: str | None) -> list
         except UserError as error:
             raise UserError(f"the adapter is saved in {adapter.parent}, but not as {format}: {error}") from error
         log.info("%s: rank %d, max |dW error| %.1e", report.path, report.rank, report.max_error)
-        files += sorted(p for p in place.rglob("*") if p.is_file()) if report.path.is_dir() else [report.path]
+        if report.path.is_dir():
+            files += sorted(path for path in place.rglob("*") if path.is_file())
+        else:
+            files += [report.path, *report.embeddings]
     return files
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -40,6 +40,7 @@ from .randomness import derive
 from .renders import DTYPES, class_folder, fill_class_images
 from .rundir import RunFolder
 from .subject import Subject
+from .tokens import encodes_each_step, put_new_tokens
 from .validation import Validation
 
 log = logging.getLogger(__name__)
@@ -244,12 +245,18 @@ def calibration_of(config: TrainConfig, subject: Subject, latents: Latents) -> C
 
 
 def place_adapter(
-    config: TrainConfig, pipe: Any, name: str, checkpoint: Checkpoint | None, calibration: Calibration | None
+    config: TrainConfig,
+    pipe: Any,
+    name: str,
+    checkpoint: Checkpoint | None,
+    calibration: Calibration | None,
+    new_tokens: Mapping[str, str | None],
 ) -> dict[str, nn.Parameter]:
     """Put the adapter in, fresh or from the checkpoint; returns its trained factors by file key."""
     if checkpoint is None:
         torch.manual_seed(derive(config.seed or 0, "init"))
         add_adapter(pipe, adapter_config(config), name, components(config, pipe), calibration)
+        put_new_tokens(config, pipe, name, new_tokens)
     else:
         load_adapter(pipe, checkpoint.path, name)
     parameters = trainable_parameters(pipe, name)
@@ -322,16 +329,16 @@ class Material:
 def build_run(material: Material) -> Run:
     """Text conditions, lower precision, adapter, optimizer and schedule, then the checkpoint's state over them."""
     config, pipe = material.config, material.pipe
-    conditions = None if config.train_text_encoder else material.conditions()
-    dtype = lower_precision(config, pipe, denoiser(pipe).device)
-    return put_in(material, conditions or material.conditions(), dtype)
+    conditions = None if encodes_each_step(config) else material.conditions()
+    return put_in(material, conditions, lower_precision(config, pipe, denoiser(pipe).device))
 
 
-def put_in(material: Material, conditions: TextConditions, dtype: torch.dtype, name: str = ADAPTER) -> Run:
+def put_in(material: Material, conditions: TextConditions | None, dtype: torch.dtype, name: str = ADAPTER) -> Run:
     """A run whose adapter is ``name`` in a pipeline of this precision, at the checkpoint's state if there is one."""
     config, pipe, subject, checkpoint = material.config, material.pipe, material.subject, material.checkpoint
     latents, device = material.latents, denoiser(pipe).device
-    parameters = place_adapter(config, pipe, name, checkpoint, calibration_of(config, subject, latents))
+    calibration = calibration_of(config, subject, latents)
+    parameters = place_adapter(config, pipe, name, checkpoint, calibration, subject.new_tokens)
     if material.processes > 1:
         agree_on_factors(pipe)
     optimizer = build_optimizer(config, parameters, material.processes)
@@ -361,7 +368,7 @@ def put_in(material: Material, conditions: TextConditions, dtype: torch.dtype, n
         average=average,
         latents=latents,
         class_latents=material.class_latents,
-        conditions=conditions,
+        conditions=conditions or material.conditions(),
         parameters=parameters,
         optimizer=optimizer,
         schedule=schedule,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ..captions import guess_class_word, guess_trigger, read_captions, with_trigger
 from ..data import Photo, Reject, read_photos, survey
@@ -15,6 +15,7 @@ from ..data.masks import mask_hash, with_masks
 from ..errors import UserError
 from .checks import folder_of
 from .config import TrainConfig
+from .tokens import abstractions, new_tokens_of
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ class Subject:
     data_hash: str
     rejects: Sequence[Reject] = ()
     held_out: Sequence[Photo] = ()
+    new_tokens: Mapping[str, str | None] = field(default_factory=dict)
+    """Words to be learned, with those that they start from."""
 
 
 def read_subject(config: TrainConfig) -> tuple[Subject, TrainConfig]:
@@ -44,14 +47,17 @@ def read_subject(config: TrainConfig) -> tuple[Subject, TrainConfig]:
     captions = read_captions(
         [photo.path for photo in photos], config.instance_prompt, config.use_captions, config.caption_column
     )
-    trigger = config.trigger or _guess(config)
+    named = abstractions(config)
+    trigger = config.trigger or (named[0] if len(named) == 1 else _guess(config))
     class_word = config.class_word or guess_class_word(captions[0], trigger)
     if config.trigger:
         captions = [with_trigger(caption, trigger, class_word) for caption in captions]
     if trigger is None:
         log.warning("no trigger word in %r (--trigger names one): the whole prompt calls the subject", captions[0])
     config = replace(config, trigger=trigger, class_word=class_word)
-    return Subject(photos, captions, trigger, class_word, _data_hash(photos, captions), rejects, held_out), config
+    tokens = new_tokens_of(config, trigger, class_word)
+    data_hash = _data_hash(photos, captions)
+    return Subject(photos, captions, trigger, class_word, data_hash, rejects, held_out, tokens), config
 
 
 def _photos(config: TrainConfig) -> tuple[list[Photo], list[Reject]]:

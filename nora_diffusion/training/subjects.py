@@ -27,6 +27,7 @@ from .setup import ADAPTER, lower_precision, open_base, put_in
 from .signals import Interrupted, StopRequests
 from .steps import Stepper
 from .subject import Subject, read_subject
+from .tokens import encodes_each_step
 
 log = logging.getLogger(__name__)
 
@@ -156,13 +157,12 @@ def _is_finished(planned: Planned) -> bool:
 def _set_up(planned: Sequence[Planned], accelerator: Accelerator, stop: StopRequests) -> list[Member]:
     """Encode everybody's data while the base is as it was loaded; then lower its precision and put the adapters in."""
     materials = [gather(p.plan, p.subject, accelerator, p.folder, stop) for p in planned]
-    encoded = [None if m.config.train_text_encoder else m.conditions() for m in materials]
+    encoded = [None if encodes_each_step(m.config) else m.conditions() for m in materials]
     dtypes = [lower_precision(m.config, m.pipe, accelerator.device) for m in materials]
     members = []
     for number, (p, material) in enumerate(zip(planned, materials, strict=True)):
         stop.check()
-        conditions = encoded[number] or material.conditions()
-        run = put_in(material, conditions, dtypes[number], f"{ADAPTER}-{number}")
+        run = put_in(material, encoded[number], dtypes[number], f"{ADAPTER}-{number}")
         run.validation = validation_of(p.plan, run)
         members.append(Member(p.folder.path.name, Stepper(run, accelerator, p.folder, stop)))
     return members

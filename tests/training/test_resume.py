@@ -26,12 +26,16 @@ HARD = {
     "accumulation": {"gradient_accumulation_steps": 2, "dropout": 0.3},
     "schedule": {"lr_scheduler": "cosine", "lr_warmup_steps": 1, "snr_gamma": 5.0},
     "text encoder": {"train_text_encoder": True, "text_encoder_lr": 5e-3, "dropout": 0.1},
+    "new tokens": {
+        "train_text_encoder_ti": True, "token_abstraction": ["<pet>, <place>"], "ema_decay": 0.9,
+        "instance_prompt": "a <pet> dog on <place>", "token_lr": 0.05,
+    },
     "router": {"method": "mor", "inner_rank": None, "basis": None, "num_experts": 2},
     "rank mask": {"method": "dylora", "inner_rank": None, "basis": None},
     "magnitude": {"magnitude": True, "core": "dense", "inner_rank": None},
     "wordings": {"shuffle_tags": 3, "caption_dropout": 0.3, "instance_prompt": "sks dog, red, toy, hat"},
     "prior": {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2},
-}
+}  # fmt: skip
 
 
 def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:

@@ -1,0 +1,206 @@
+"""The new tokens of adapters: words with learned embeddings, which a pipeline knows while their adapter is in it.
+
+A word of ``n`` vectors is ``n`` tokens, ``<dog>``, ``<dog>_1`` ..., as diffusers' textual inversion names them: its
+pipelines write the others behind the first one. A word has no weight: it is there as long as its adapter is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapter_info import WORD
+from ..adapters.tokens import LearnedEmbedding
+from ..components import adapter_configs, component, present
+from ..errors import UserError
+from ..tensor_file import Tensors
+
+MAX_VECTORS = 64
+LEGACY_END = 2
+"""The ``eos_token_id`` of old configs, by which CLIP takes the largest id for the end; new tokens have larger ones."""
+
+Words = Mapping[str, Mapping[str, Tensor]]
+"""``{word: {"text_encoder": vectors [n, width], ...}}``."""
+
+
+def token_key(number: int, part: str) -> str:
+    """The key of a word's vectors in an adapter file: words are numbered in the order of its header."""
+    return f"tokens.{number}.{part}"
+
+
+def words_in(tokens: Mapping[str, Sequence[str]], tensors: Tensors) -> dict[str, dict[str, Tensor]]:
+    """The words that a file's header names, with their vectors."""
+    return {
+        word: {part: tensors[token_key(number, part)] for part in parts}
+        for number, (word, parts) in enumerate(tokens.items())
+    }
+
+
+def tokens_of(pipe: Any, adapter: str) -> dict[str, dict[str, nn.Parameter]]:
+    """The words of an adapter of a pipeline, with their vectors by text encoder."""
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    for part, table in _tables(pipe).items():
+        for word, vectors in table.of(adapter).items():
+            found.setdefault(word, {})[part] = vectors
+    return found
+
+
+def token_parameters(pipe: Any, adapter: str) -> dict[str, nn.Parameter]:
+    """The vectors of an adapter's words by their key in the adapter file."""
+    return {
+        token_key(number, part): vectors
+        for number, own in enumerate(tokens_of(pipe, adapter).values())
+        for part, vectors in own.items()
+    }
+
+
+def check_words(pipe: Any, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    """Raise :class:`UserError` for words that this pipeline cannot learn or take, by their vectors' shapes."""
+    for word, own in shapes.items():
+        counts = {shape[0] for shape in own.values()}
+        if not WORD.fullmatch(word):
+            raise UserError(f"{word!r} cannot be a new token: use one word such as <dog>, without spaces or commas")
+        if len(counts) != 1 or not 1 <= max(counts) <= MAX_VECTORS:
+            raise UserError(f"the new token {word!r} must have 1 to {MAX_VECTORS} vectors, as many in each encoder")
+        if max(counts) > 1 and not hasattr(pipe, "maybe_convert_prompt"):
+            raise UserError(
+                f"a {type(pipe).__name__} takes new tokens of one vector only, and {word!r} has {max(counts)}: "
+                "train it with --num_new_tokens_per_abstraction 1"
+            )
+        for part in own:
+            _check_new(pipe, part, word, shapes)
+
+
+def _check_new(pipe: Any, part: str, word: str, words: Mapping[str, Any]) -> None:
+    tokenizer = getattr(pipe, _tokenizer_name(part), None)
+    if part not in present(pipe) or tokenizer is None:
+        raise UserError(f"the new token {word!r} is for the {part}, which a {type(pipe).__name__} does not have")
+    _refuse_later_words(pipe, part)
+    there = [other for other in tokenizer.get_added_vocab() if other not in tokenizer.all_special_tokens]
+    near = next((other for other in (*there, *words) if other != word and (word in other or other in word)), None)
+    if word in there:
+        raise UserError(
+            f"the word {word!r} is in the pipeline already: delete the adapter or the embedding that has it"
+        )
+    if near:
+        raise UserError(f"the new tokens {word!r} and {near!r} cannot stand side by side: one is part of the other")
+    if len(tokenizer.tokenize(word)) == 1:
+        bare = word.strip("<>")
+        raise UserError(
+            f"{word!r} is a word that the tokenizer has already: call the new token <{bare}>, in the prompts too"
+        )
+
+
+def add_tokens(pipe: Any, adapter: str, words: Words) -> None:
+    """Make new words known, as those of an adapter that is in the pipeline. Raises as :func:`check_words`."""
+    check_words(pipe, {w: {part: tuple(v.shape) for part, v in own.items()} for w, own in words.items()})
+    for part in dict.fromkeys(part for own in words.values() for part in own):
+        encoder: Any = component(pipe, part)
+        table = encoder.get_input_embeddings()
+        if not isinstance(table, LearnedEmbedding):
+            table = LearnedEmbedding(table)
+            encoder.set_input_embeddings(table)
+            _remember(pipe, part, table)
+        table.put(adapter, {word: own[part] for word, own in words.items() if part in own})
+        _renumber(pipe, part, table)
+
+
+def remove_tokens(pipe: Any, adapter: str) -> None:
+    """Forget the words of an adapter; without any, tokenizer and embedding are the objects they were before."""
+    tables = {part: table for part, table in _tables(pipe).items() if adapter in table.adapters}
+    for part in tables:
+        _refuse_later_words(pipe, part)
+    for part, table in tables.items():
+        table.take(adapter)
+        _renumber(pipe, part, table)
+
+
+def forget_deleted(pipe: Any) -> None:
+    """Drop the words of adapters that were deleted by diffusers' own verbs, which know no words."""
+    here = {name for part in present(pipe) for name in adapter_configs(component(pipe, part))}
+    for adapter in {name for table in _tables(pipe).values() for name in table.adapters} - here:
+        remove_tokens(pipe, adapter)
+
+
+def _tables(pipe: Any) -> dict[str, LearnedEmbedding]:
+    found = {}
+    for part in present(pipe):
+        if part.startswith("text_encoder"):
+            encoder: Any = component(pipe, part)
+            table = encoder.get_input_embeddings()
+            if isinstance(table, LearnedEmbedding):
+                found[part] = table
+    return found
+
+
+def _tokenizer_name(part: str) -> str:
+    return part.replace("text_encoder", "tokenizer")
+
+
+def _remember(pipe: Any, part: str, table: LearnedEmbedding) -> None:
+    """Keep what :func:`_renumber` puts back: the tokenizer, and what the encoder takes for the end of a prompt."""
+    tokenizer = getattr(pipe, _tokenizer_name(part))
+    ends = [m for m in component(pipe, part).modules() if getattr(m, "eos_token_id", None) == LEGACY_END]
+    for module in ends:
+        module.eos_token_id = tokenizer.eos_token_id
+    table.before = (tokenizer, ends)
+
+
+def _renumber(pipe: Any, part: str, table: LearnedEmbedding) -> None:
+    """A tokenizer with exactly the words of ``table`` behind its own; the one before it if there are none."""
+    tokenizer, ends = table.before
+    if not table.adapters:
+        for module in ends:
+            module.eos_token_id = LEGACY_END
+        component(pipe, part).set_input_embeddings(table.plain)  # type: ignore[operator]
+        setattr(pipe, _tokenizer_name(part), tokenizer)
+        return
+    from transformers import AddedToken
+
+    larger = copy.deepcopy(tokenizer)
+    pieces = {word: pieces_of(word, len(v)) for name in table.adapters for word, v in table.of(name).items()}
+    # As they are written, and not within longer words.
+    larger.add_tokens([AddedToken(p, normalized=False, single_word=True) for own in pieces.values() for p in own])
+    table.number({word: larger.convert_tokens_to_ids(word) for word in pieces})
+    setattr(pipe, _tokenizer_name(part), larger)
+
+
+def pieces_of(word: str, count: int) -> list[str]:
+    """The tokens of a word of ``count`` vectors."""
+    return [word, *(f"{word}_{number}" for number in range(1, count))]
+
+
+def _refuse_later_words(pipe: Any, part: str) -> None:
+    """Words that others added behind ours would lose their places."""
+    table = _tables(pipe).get(part)
+    if table is None:
+        return
+    ours = sum(len(vectors) for name in table.adapters for vectors in table.of(name).values())
+    if len(getattr(pipe, _tokenizer_name(part))) != len(table.before[0]) + ours:
+        raise UserError(
+            f"the {part} got or lost a textual inversion after the new tokens of an adapter: undo that first, "
+            "for example by unload_textual_inversion('<its word>')"
+        )
+
+
+def expanded(pipe: Any, prompts: Sequence[str], tokenizer: Any) -> list[str]:
+    """Prompts as the pipeline gives them to a tokenizer: with all tokens of words that have several vectors."""
+    convert = getattr(pipe, "maybe_convert_prompt", None)
+    return list(prompts) if convert is None else list(convert(list(prompts), tokenizer))
+
+
+def start_vectors(pipe: Any, part: str, count: int, concept: str | None, draw: Tensor) -> Tensor:
+    """Vectors ``[count, width]`` to start from: those of the words ``concept`` in turn, or ``draw``, scaled as theirs.
+
+    ``draw`` is standard normal noise ``[count, width]``.
+    """
+    encoder: Any = component(pipe, part)
+    weight = encoder.get_input_embeddings().weight.detach().float().cpu()
+    if not concept:
+        return draw * weight.std()
+    tokenizer = getattr(pipe, _tokenizer_name(part))
+    ids = tokenizer(concept, add_special_tokens=False).input_ids
+    return weight[[ids[number % len(ids)] for number in range(count)]].clone()
