@@ -39,6 +39,7 @@ POSITIVE = (
     "num_class_images",
     "tokenizer_max_length",
     "rows_at_once",
+    "subjects_per_task",
     "max_grad_norm",
     "adam_epsilon",
     "lr_power",
@@ -48,10 +49,10 @@ POSITIVE = (
     "scale_weight_norms",
     "denoiser_frac",
     "text_encoder_frac",
-)
     "train_text_encoder_ti_frac",
     "num_new_tokens_per_abstraction",
     "token_lr",
+)
 NOT_NEGATIVE = (
     "prior_loss_weight",
     "power",
@@ -67,6 +68,7 @@ NOT_NEGATIVE = (
     "noise_offset",
     "input_perturbation",
     "ema_decay",
+    "task_retries",
 )
 
 
@@ -105,6 +107,8 @@ def _check_ranges(config: TrainConfig) -> None:
 def _check_data(config: TrainConfig) -> None:
     if config.subjects:
         raise UserError("several subjects are trained by training.train_subjects, or by nora-diffusion train")
+    if config.engine != "local" or config.address:
+        raise UserError("--engine and --address are for several subjects: give their list with --subjects")
     if not config.instance_data_dir:
         raise UserError("no photos: give their folder with --instance_data_dir")
     if config.use_captions and config.caption_column:

@@ -29,6 +29,7 @@ Optimizer = Literal["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"
 Calibrated = Literal["generic", "subject"]
 Crop = Literal["random", "center", "subject"]
 CachePlace = Literal["memory", "disk"]
+Engine = Literal["local", "ray"]
 
 GROUPS = {
     "base": "the frozen model",
@@ -70,6 +71,10 @@ class TrainConfig:
     # data
     subjects: str | None = key(None, "data", "YAML list of subjects to train together; its settings win over flags")
     rows_at_once: int | None = key(None, "data", "most rows of several subjects in one pass (default: all)")
+    engine: Engine = key("local", "data", "train the list here, or as tasks of a Ray cluster (extra 'ray')")
+    address: str | None = key(None, "data", "Ray cluster, as 'auto' or HOST:PORT (default: one on this machine)")
+    subjects_per_task: int = key(4, "data", "subjects that one Ray task trains together")
+    task_retries: int = key(2, "data", "times that a Ray task whose process was killed is started again")
     instance_data_dir: str | None = key(None, "data", "folder with the photos of the subject")
     instance_prompt: str | None = key(None, "data", "prompt for all photos, for example 'a photo of sks dog'")
     use_captions: bool = key(False, "data", "read each photo's prompt in the .txt beside it or in metadata.jsonl")
@@ -117,11 +122,6 @@ class TrainConfig:
     calibration: Calibrated = key("generic", "adapter", "calibrate awsvd on generic prompts or the subject's photos")
     calibration_prompts: list[str] | None = key(None, "adapter", "prompts that calibrate awsvd instead")
     train_text_encoder: bool = key(False, "adapter", "adapt the text encoder as well")
-
-    # prior preservation
-    with_prior_preservation: bool = key(False, "prior", "keep the class from drifting to the subject")
-    prior_preservation: PriorPreservation = key(
-        "images", "prior", "keep the class by pictures of it, or by what the frozen base predicts for its prompt"
     train_text_encoder_ti: bool = key(False, "adapter", "learn new tokens for the subject's name (pivotal tuning)")
     token_abstraction: list[str] | None = key(
         None, "adapter", "words of the prompts that become new tokens, as <dog> (default: the trigger)"
@@ -130,6 +130,11 @@ class TrainConfig:
     initializer_concept: str | None = key(
         None, "adapter", "words whose embeddings new tokens start from (default: the class word)"
     )
+
+    # prior preservation
+    with_prior_preservation: bool = key(False, "prior", "keep the class from drifting to the subject")
+    prior_preservation: PriorPreservation = key(
+        "images", "prior", "keep the class by pictures of it, or by what the frozen base predicts for its prompt"
     )
     prior_loss_weight: float = key(1.0, "prior", "weight of the class pictures' loss")
     class_data_dir: str | None = key(None, "prior", "folder of class pictures (default: output_dir/class_images)")
@@ -160,20 +165,20 @@ class TrainConfig:
     text_encoder_frac: float = key(
         1.0, "training", "fraction of the run in which the text encoder learns", aliases=("train_text_encoder_frac",)
     )
+    train_text_encoder_ti_frac: float = key(0.5, "training", "fraction of the run in which new tokens learn")
     ema_decay: float = key(0.0, "training", "decay of the moving average that is saved, 0.999 is usual; 0: none")
 
     # optimizer and schedule
     learning_rate: float | None = key(None, "optimizer", "learning rate after warm-up")
     text_encoder_lr: float | None = key(None, "optimizer", "learning rate of the text encoder (default: the same)")
-    train_text_encoder_ti_frac: float = key(0.5, "training", "fraction of the run in which new tokens learn")
+    token_lr: float | None = key(
+        None, "optimizer", "learning rate of new tokens, without weight decay", aliases=("learning_rate_ti",)
+    )
     optimizer: Optimizer = key("adamw", "optimizer", "prodigy and schedulefree need the extra 'train'")
     loraplus_lr_ratio: float = key(1.0, "optimizer", "rate of the up factors over that of the down factors (LoRA+)")
     scale_weight_norms: float | None = key(None, "optimizer", "largest norm of an update; larger ones are shrunk to it")
     scale_lr: bool = key(False, "optimizer", "multiply the rate by devices, accumulation and batch size")
     lr_scheduler: Schedule | None = key(None, "optimizer", "shape of the schedule")
-    token_lr: float | None = key(
-        None, "optimizer", "learning rate of new tokens, without weight decay", aliases=("learning_rate_ti",)
-    )
     lr_warmup_steps: int | None = key(None, "optimizer", "steps of warm-up")
     lr_num_cycles: int = key(1, "optimizer", "restarts of cosine_with_restarts")
     lr_power: float = key(1.0, "optimizer", "power of polynomial")

@@ -266,14 +266,14 @@ def place_adapter(
 
 
 @torch.no_grad()
-def agree_on_factors(pipe: Any) -> None:
-    """The first process's factors for all: elsewhere the same basis may have come out otherwise, up to signs."""
-    for module in (denoiser(pipe), *text_encoders(pipe)):
-        for name, value in (*module.named_parameters(), *module.named_buffers()):
-            if ".nora_" in name:
-                whole = value.detach().contiguous()
-                torch.distributed.broadcast(whole, src=0)
-                value.copy_(whole)
+def agree_on_factors(pipe: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+    """The first process's numbers for all: elsewhere the same basis may have come out otherwise, up to signs."""
+    modules = (denoiser(pipe), *text_encoders(pipe))
+    frozen = [buffer for module in modules for name, buffer in module.named_buffers() if ".nora_" in name]
+    for value in (*parameters.values(), *frozen):
+        whole = value.detach().contiguous()
+        torch.distributed.broadcast(whole, src=0)
+        value.copy_(whole)
 
 
 def lower_precision(config: TrainConfig, pipe: Any, device: torch.device) -> torch.dtype:
@@ -340,7 +340,7 @@ def put_in(material: Material, conditions: TextConditions | None, dtype: torch.d
     calibration = calibration_of(config, subject, latents)
     parameters = place_adapter(config, pipe, name, checkpoint, calibration, subject.new_tokens)
     if material.processes > 1:
-        agree_on_factors(pipe)
+        agree_on_factors(pipe, parameters)
     optimizer = build_optimizer(config, parameters, material.processes)
     average = Average(parameters, config.ema_decay) if config.ema_decay else None
     steps = config.max_train_steps or 0

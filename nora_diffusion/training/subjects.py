@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 SHARED = (
     "pretrained_model_name_or_path", "revision", "variant", "tokenizer_name", "mixed_precision",
     "gradient_checkpointing", "allow_tf32", "enable_xformers_memory_efficient_attention", "local_rank",
-    "rescale_zero_snr", "quantize", "new_token", "init_token",
+    "rescale_zero_snr", "quantize",
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "preflight_only", "strict", "subjects",
-    "rows_at_once",
+    "rows_at_once", "engine", "address", "subjects_per_task", "task_retries",
 )  # fmt: skip
 """Settings of the whole run: they change the frozen base, or say how the run as such goes."""
 
@@ -50,17 +50,17 @@ class Planned:
     plan: Plan
 
 
-def train_subjects(config: TrainConfig) -> list[TrainResult]:
+def train_subjects(config: TrainConfig, only: Collection[str] | None = None) -> list[TrainResult]:
     """Train every subject of the list ``config.subjects`` on one frozen base; ``output_dir/NAME`` is its run's folder.
 
     A subject's result is that of its own run, up to the rounding of its rows in a larger batch: data, noise, loss,
     clipping, optimizer, schedule and random numbers are its own. Subjects finish when they are through; one that
     fails is left out, and the others go on. Raises :class:`UserError` for a user's mistake before anything is
     written, or at the end for the subjects that failed; :class:`.signals.Interrupted` after SIGINT or SIGTERM, when
-    every subject that was in training has a checkpoint.
+    every subject that was in training has a checkpoint. ``only`` names some of the list.
     """
     started = time.monotonic()
-    with _opened(config) as (accelerator, folders, stop, planned):
+    with _opened(config, only) as (accelerator, folders, stop, planned):
         report(_findings(planned), config.strict)
         with _told(folders):
             members = _set_up([p for p in planned if not _is_finished(p)], accelerator, stop)
@@ -98,7 +98,8 @@ def read_subjects(config: TrainConfig) -> dict[str, TrainConfig]:
             own = TrainConfig.from_mapping(values)
             given = {names()[key].name for key in values}
             changes = {key: getattr(own, key) for key in given}
-            found[name] = replace(config, **changes, subjects=None, output_dir=str(config.folder / name))
+            single: dict[str, Any] = {"subjects": None, "engine": "local", "address": None}
+            found[name] = replace(config, **changes, **single, output_dir=str(config.folder / name))
             check_config(found[name])
         except UserError as error:
             raise UserError(f"{place} ({name}): {error}") from error
@@ -107,10 +108,10 @@ def read_subjects(config: TrainConfig) -> dict[str, TrainConfig]:
 
 @contextmanager
 def _opened(
-    config: TrainConfig,
+    config: TrainConfig, only: Collection[str] | None = None
 ) -> Iterator[tuple[Accelerator, list[RunFolder], StopRequests, list[Planned]]]:
     """The folders, locked, and the plan of every subject on one base."""
-    configs = read_subjects(config)
+    configs = {name: own for name, own in read_subjects(config).items() if only is None or name in only}
     subjects = {name: read_subject(own) for name, own in configs.items()}
     accelerator = build_accelerator(config)
     if accelerator.num_processes > 1:
