@@ -23,6 +23,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     show_log()
     try:
         config = parse(argv, prog)
+        if config.subjects and config.engine == "ray" and not config.preflight_only:
+            from .cluster import train_on_cluster
+
+            return train_on_cluster(config)
         if config.subjects:
             from .subjects import check_subjects as check
             from .subjects import train_subjects as train_all
