@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -271,10 +272,15 @@ def _write_diffusers(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype
     return _write(_file_target(dst), tensors, info)
 
 
+def _is_one_of_two(info: AdapterInfo, pairs: list[PlainPair]) -> bool:
+    """Whether the base has a second text encoder (SDXL): adapted as well, or read by the UNet beside the first."""
+    widths = {pair.component: pair.down.shape[1] for pair in pairs if pair.path.endswith(("attn2.to_k", "q_proj"))}
+    return "text_encoder_2" in info.components or widths.get("unet", 0) > widths.get("text_encoder", math.inf)
+
+
 def _write_kohya(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype) -> tuple[Path, int, int]:
-    two_encoders = "text_encoder_2" in info.components
     prefixes = {"unet": "lora_unet", "text_encoder_2": "lora_te2"}
-    prefixes["text_encoder"] = "lora_te1" if two_encoders else "lora_te"
+    prefixes["text_encoder"] = "lora_te1" if _is_one_of_two(info, pairs) else "lora_te"
     tensors: Tensors = {}
     for pair in pairs:
         if pair.component not in prefixes:

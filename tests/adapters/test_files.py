@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from architectures import tiny_pipeline
 from factories import tiny_random_pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -255,6 +256,21 @@ def test_export_is_exact_in_stock_diffusers(
     torch.testing.assert_close(render(pipe), picture, atol=2e-5, rtol=1e-4)
     pipe.unload_lora_weights()
     assert torch.equal(render(pipe), before)
+
+
+@pytest.mark.parametrize(
+    ("model", "parts", "name"),
+    [("sd1", PARTS, "lora_te_"), ("sd2", PARTS, "lora_te_"), ("sdxl", PARTS, "lora_te1_"),
+     ("sdxl", (*PARTS, "text_encoder_2"), "lora_te1_")],
+)  # fmt: skip
+def test_kohya_names_the_first_of_two_text_encoders(
+    tmp_path: Path, model: str, parts: tuple[str, ...], name: str
+) -> None:
+    pipe = tiny_pipeline(model, tmp_path)
+    trained(pipe, lora(r=2), parts)
+    save_adapter(pipe, tmp_path / "dog", "one")
+    keys = load_file(export_lora(tmp_path / "dog", tmp_path / "dog.safetensors", format="kohya").path)
+    assert {"lora_unet_", name} == {key[: key.index("_", 5) + 1] for key in keys if not key.startswith("lora_te2_")}
 
 
 def test_export_to_peft_loads_in_peft(pipe: Any, tmp_path: Path) -> None:
