@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .tensor_file import check_whole
 
 EMBEDDED_BASE_ID = "nora_diffusion/tiny_sd"
 EMBEDDED_WEIGHTS = Path(__file__).parent / "tiny_sd" / "weights"
@@ -50,13 +51,16 @@ def _looks_like_path(source: str) -> bool:
 def _from_pretrained(source: str | Path, dtype: Any, revision: str | None, variant: str | None) -> Any:
     import torch
     from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
 
     try:
         return DiffusionPipeline.from_pretrained(
             source, dtype=dtype or torch.float32, revision=revision, variant=variant,
             use_safetensors=True, safety_checker=None, requires_safety_checker=False,
         )  # fmt: skip
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
+        for file in sorted(source.glob("*/*.safetensors")) if isinstance(source, Path) else ():
+            check_whole(file)
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"cannot load the pipeline {str(source)!r}: {first} Give a diffusers folder with safetensors weights "

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend."""
+"""The one exception for mistakes that a user can mend, and how memory that ran out shows itself."""
 
 from __future__ import annotations
 
@@ -8,3 +8,13 @@ class UserError(ValueError):
 
     The command line prints the sentence and exits with code 2, without a stack trace.
     """
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on any kind of device; on a CPU torch says so in words only."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)

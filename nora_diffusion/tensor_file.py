@@ -175,6 +175,21 @@ class TensorFile:
             raise self._damaged(f"its tensors end at byte {start:,} of {self.size:,}")
 
 
+def check_whole(path: Path) -> None:
+    """Raise :class:`UserError` for a file that is no safetensors, or not as long as its header says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            return
+    except (OSError, SafetensorError) as error:
+        with path.open("rb") as file:
+            start = file.read(64)
+        sound = start[8:9] == b"{"
+        reason = f"is damaged or truncated ({error}): copy it again" if sound else _what_else(start)
+        raise UserError(f"{path} {reason}") from error
+
+
 def _what_else(start: bytes) -> str:
     """What a file that begins like this is instead of safetensors."""
     for magic, message in STRANGERS.items():

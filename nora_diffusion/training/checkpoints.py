@@ -197,17 +197,24 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
     """Refuse to go on under other settings, data, base or versions; the message shows each difference."""
-    keys = sorted({*checkpoint.identity, *identity})
+    before, now = _flat(checkpoint.identity), _flat(identity)
     changes = [
-        f"{key}: {_short(checkpoint.identity.get(key))} -> {_short(identity.get(key))}"
-        for key in keys
-        if checkpoint.identity.get(key) != identity.get(key)
+        f"{key}: {_short(before.get(key))} -> {_short(now.get(key))}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
     ]
     if changes:
         raise UserError(
             f"the checkpoint {checkpoint.path} is of another run ({'; '.join(changes)}): "
             "restore these, or start anew in another --output_dir"
         )
+
+
+def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """With one entry for each of the versions, so that a message names those that differ."""
+    versions = identity.get("versions") or {}
+    rest = {key: value for key, value in identity.items() if key != "versions"}
+    return rest | {f"version of {name}": version for name, version in versions.items()}
 
 
 def _short(value: Any) -> str:

@@ -154,7 +154,7 @@ class Table:
 
     def rows(self, groups: Sequence[Group]) -> Rows:
         """Name, state, steps, loss and starts of each subject."""
-        rows = []
+        rows: Rows = []
         for group in groups:
             for name in group.names:
                 state = self.state(name)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..errors import UserError
+from ..errors import UserError, out_of_memory
 from .checkpoints import Checkpoint, check_identity, find_checkpoint, prune, recover
 from .checks import check_config, check_pipeline
 from .config import TrainConfig
@@ -64,10 +64,10 @@ def train(config: TrainConfig) -> TrainResult:
         except Interrupted as interrupted:
             folder.state("interrupted", message=str(interrupted))
             raise
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            folder.state("failed", message="out of memory")
-            raise UserError(OUT_OF_MEMORY.format(folder=folder.checkpoints)) from error
         except Exception as error:
+            if out_of_memory(error):
+                folder.state("failed", message="out of memory")
+                raise UserError(OUT_OF_MEMORY.format(folder=folder.checkpoints)) from error
             folder.state("failed", message=str(error))
             if accelerator.num_processes > 1 and _is_lost_connection(error):
                 raise UserError("another process of this run has stopped; what it said is the reason") from error

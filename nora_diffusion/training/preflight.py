@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 FEW_PHOTOS = 3
 FEW_VIEWS = 10
+TRIGGERS = ("sks", "ohwx", "zqx", "qxzvj")
 RARE_SHARE = 0.9
 """Byte-pair vocabularies are ordered by how often a piece is met: the last tenth holds the rare words."""
 
@@ -164,15 +165,15 @@ def _trigger(plan: Plan) -> Iterator[Finding]:
     trigger = plan.trigger
     if trigger is None:
         yield Finding(
-            "No trigger word was found, so the whole prompt calls the subject: put a rare word such as 'sks' before "
-            "the class word, or name yours with --trigger."
+            f"No trigger word was found, so the whole prompt calls the subject: put a rare word such as "
+            f"'{rare_word(plan.pipe.tokenizer)}' before the class word, or name yours with --trigger."
         )
         return
     known = [word for word in trigger.split() if is_known(plan.pipe.tokenizer, word)]
     if known:
         yield Finding(
             f"'{known[0]}' is a word that the base knows, and its meaning fights the subject's: take a rare trigger "
-            "such as 'sks'."
+            f"such as '{rare_word(plan.pipe.tokenizer)}'."
         )
 
 
@@ -180,6 +181,11 @@ def is_known(tokenizer: Any, word: str) -> bool:
     """Whether a tokenizer has a word as one piece, and not among its rarest."""
     pieces = tokenizer.tokenize(word)
     return len(pieces) == 1 and tokenizer.convert_tokens_to_ids(pieces[0]) < RARE_SHARE * len(tokenizer)
+
+
+def rare_word(tokenizer: Any) -> str:
+    """A usual trigger that the base does not know."""
+    return next((word for word in TRIGGERS if not is_known(tokenizer, word)), TRIGGERS[-1])
 
 
 def _prompts(plan: Plan) -> Iterator[Finding]:

@@ -45,6 +45,7 @@ class RunFolder:
         self._lock: IO[str] | None = None
         self._state: dict[str, Any] = {}
         self._state_time = 0.0
+        self._told = False
 
     @property
     def checkpoints(self) -> Path:
@@ -169,10 +170,14 @@ class RunFolder:
             return
         self._state_time = now
         temporary = self.path / ".state.json.tmp"
-        # Renamed for whoever watches, but not flushed to disk: a step must not wait for it.
-        with user_errors(self.path / "state.json"):
+        # Renamed for whoever watches, but not flushed to disk: a step must not wait for it, nor fail with it.
+        try:
             temporary.write_text(json.dumps(self._state), encoding="utf-8")
             temporary.replace(self.path / "state.json")
+        except OSError as error:
+            if not self._told:
+                log.warning("state.json cannot be written, so who watches sees no progress: %s", error.strerror)
+            self._told = True
 
 
 class RunLog:

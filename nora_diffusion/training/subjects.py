@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..errors import UserError
+from ..errors import UserError, out_of_memory
 from .arguments import read_list
 from .checks import check_config, check_pipeline
 from .config import TrainConfig, names
@@ -182,11 +182,11 @@ def _told(folders: Sequence[RunFolder]) -> Iterator[None]:
     except Interrupted as interrupted:
         _tell(folders, "interrupted", str(interrupted))
         raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        _tell(folders, "failed", "out of memory")
-        place = "each subject's folder"
-        raise UserError(f"{OUT_OF_MEMORY.format(folder=place)}; --rows_at_once makes passes smaller") from error
     except Exception as error:
+        if out_of_memory(error):
+            _tell(folders, "failed", "out of memory")
+            place = "each subject's folder"
+            raise UserError(f"{OUT_OF_MEMORY.format(folder=place)}; --rows_at_once makes passes smaller") from error
         _tell(folders, "failed", str(error))
         raise
 

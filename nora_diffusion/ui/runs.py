@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from ..errors import UserError
+from ..errors import UserError, out_of_memory
 from .device import Device, Turn
 from .messages import INSIDE, OUT_OF_MEMORY, sentence
 
@@ -149,16 +149,6 @@ class Run:
             return
         log.error("a run failed", exc_info=error)
         self.report(state="failed", message=INSIDE, preview="")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on any kind of device."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
 def free_memory() -> None:

@@ -170,30 +170,44 @@ def when(condition: Any, then: Any) -> threading.Thread:
 
 
 @pytest.mark.slow
-def test_a_worker_is_killed_in_the_middle(two_workers: Any, listed: Configure, tmp_path: Path) -> None:
+def test_a_worker_is_killed_in_the_middle(
+    two_workers: Any, listed: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGKILL to one of two workers: every step of every subject once, the other group's task started once."""
-    steps, run = 40, tmp_path / "run"
-    killed: dict[str, Any] = {}
 
-    def kill() -> None:
-        state = json.loads((run / "toy/state.json").read_text())
-        found = run.glob("toy/checkpoints/step-*/manifest.json")
-        killed["checkpoints"] = {path: path.stat().st_mtime_ns for path in found}
-        os.kill(state["pid"], signal.SIGKILL)
+    def dying(settings: Any, names: Any, place: Any) -> str:
+        import os
+        import signal
 
-    thread = when(lambda: (run / "toy/checkpoints/step-5").exists(), kill)
-    config = listed(max_train_steps=steps, checkpointing_steps=5, seed=3)
-    starts = []
-    original, cluster._start = cluster._start, lambda *given: starts.append(given[2].names) or original(*given)
-    try:
-        assert train_on_cluster(config) == 0
-    finally:
-        cluster._start = original
-        thread.join()
+        from nora_diffusion.training.cluster import train_group
+        from nora_diffusion.training.steps import Stepper
+
+        original = Stepper.record
+
+        def record(self: Any, done: int, *rest: Any) -> None:
+            original(self, done, *rest)
+            left = self.folder.path.parent / "killed"
+            if self.folder.path.name == "toy" and done == 8 and not left.exists():
+                found = self.folder.checkpoints.glob("*/manifest.json")
+                left.write_text("\n".join(f"{path} {path.stat().st_mtime_ns}" for path in found))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Stepper.record = record  # type: ignore[method-assign]
+        try:
+            return train_group(settings, names, place)
+        finally:
+            Stepper.record = original  # type: ignore[method-assign]
+
+    monkeypatch.setattr(cluster, "train_group", dying)
+    starts: list[list[str]] = []
+    start = cluster._start
+    monkeypatch.setattr(cluster, "_start", lambda *given: starts.append(given[2].names) or start(*given))
+    steps, run = 20, tmp_path / "run"
+    assert train_on_cluster(listed(max_train_steps=steps, checkpointing_steps=5, seed=3)) == 0
     assert sorted(starts) == [["dog", "cat"], ["toy", "hat"], ["toy", "hat"]]
-    assert killed["checkpoints"]
-    for path, time_written in killed["checkpoints"].items():
-        assert path.stat().st_mtime_ns == time_written  # these steps were not done again
+    (line,) = (run / "killed").read_text().splitlines()
+    path, written = line.split()
+    assert path.endswith("step-5/manifest.json") and Path(path).stat().st_mtime_ns == int(written)  # not done again
     train_subjects(listed(max_train_steps=steps, seed=3, output_dir=str(tmp_path / "here"), engine="local"))
     for name in NAMES:
         assert [row[0] for row in journal(run / name)] == [*range(1, steps + 1)]

@@ -232,24 +232,6 @@ def test_two_trainers_in_one_folder(configure: Configure) -> None:
         train(configure())
 
 
-def test_a_full_disk_keeps_what_is_whole(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = configure(checkpointing_steps=1, max_train_steps=4)
-    original, calls = os.fsync, []
-
-    def full(handle: int) -> None:
-        calls.append(handle)
-        if len(list(config.folder.glob("checkpoints/step-*"))) == 2:
-            raise OSError(28, "No space left on device")
-        original(handle)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="No space left on device"):
-        train(config)
-    assert sorted(path.name for path in (config.folder / "checkpoints").iterdir()) == ["step-1", "step-2"]
-    monkeypatch.setattr(os, "fsync", original)
-    assert train(configure(checkpointing_steps=1, max_train_steps=4, resume_from_checkpoint="latest")).steps == 4
-
-
 def test_a_disk_that_is_nearly_full_is_refused_before_anything_is_written(
     configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,15 +252,6 @@ def test_a_failing_tracker_or_preview_does_not_stop_training(
     monkeypatch.setattr("nora_diffusion.training.renders.render", broken)
     assert train(configure(validation_prompt="a dog", report_to="tensorboard")).steps == 3
     assert "the tracker tensorboard failed" in caplog.text and "no sample pictures" in caplog.text
-
-
-def test_out_of_memory_is_advice(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    def exhausted(*_: Any) -> None:
-        raise torch.OutOfMemoryError("x")
-
-    monkeypatch.setattr(Stepper, "loss", exhausted)
-    with pytest.raises(UserError, match="lower --train_batch_size"):
-        train(configure())
 
 
 def test_what_leaves_a_run_is_listed_and_holds_no_secret(
