@@ -16,6 +16,7 @@ from .adapters.rows import RowPlan, serve_rows
 from .components import component, denoiser_name, present, refuse_merged, tuner_layers
 from .errors import UserError
 from .loaders import list_adapters
+from .loaders.active import check_weight
 
 Row = str | tuple[str, float] | None
 RowSpec = Row | Sequence[Row]
@@ -46,6 +47,9 @@ def mixed_batch(pipe: Any, rows: Sequence[RowSpec], weights: Sequence[float] | f
             hint = ", ".join(sorted({n for adapters in known.values() for n in adapters})) or "none"
             raise UserError(f"there is no adapter named {name!r} in the pipeline: it has {hint}")
     refuse_merged(pipe)
+    for spec in specs:
+        for name, weight in spec.items():
+            check_weight(name, weight)
     for part in present(pipe):
         _refuse(component(pipe, part), part, names)
     with ExitStack() as stack:

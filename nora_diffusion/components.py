@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from .adapters import AdapterConfig, NoraLayer
+from .adapters.config import fits
 from .adapters.targets import TARGET_GROUPS
 from .errors import UserError
 
@@ -78,7 +79,8 @@ def targets(module: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
 def all_targets(pipe: Any, names: Iterable[str], config: AdapterConfig) -> dict[str, dict[str, nn.Module]]:
     """The projections that ``config`` picks in each of these components, by path.
 
-    Raises :class:`UserError` when it picks none in one of them, or names a module that is in none of them.
+    Raises :class:`UserError` when it picks none in one of them, or names a module, or has a pattern for ranks, that is
+    in none of them.
     """
     picked = {name: targets(component(pipe, name), config) for name in names}
     paths = [path for group in picked.values() for path in group]
@@ -90,6 +92,10 @@ def all_targets(pipe: Any, names: Iterable[str], config: AdapterConfig) -> dict[
                 f"target_modules: no projection of the {', '.join(picked)} is named {wanted!r}, or it is excluded: "
                 f"{_names_there([wanted], available)}"
             )
+    for table in ("rank_pattern", "alpha_pattern"):
+        unused = next((p for p in getattr(config, table) if not any(fits(p, path) for path in paths)), None)
+        if unused is not None:
+            raise UserError(f"{table}: {unused!r} matches no adapted projection: {_names_there([unused], paths)}")
     return picked
 
 

@@ -119,8 +119,10 @@ class AdapterConfig(PeftConfig):
 
     def _check_scale(self) -> None:
         for name, value in {"alpha": self.alpha, **self.alpha_pattern}.items():
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"alpha={value} of {name!r} must be above 0: it scales what the adapter adds")
+            if value is not None and not (_is_finite(value) and value > 0):
+                raise UserError(f"alpha={value!r} of {name!r} must be above 0: it scales what the adapter adds")
+        if not _is_finite(self.power):
+            raise UserError(f"power={self.power!r} is no number: activation strengths are raised to it, 0.5 by default")
         for name, rank in self.rank_pattern.items():
             if not isinstance(rank, int) or rank < 1:
                 raise UserError(f"rank {rank!r} of {name!r} is no rank: give a whole number of at least 1")
@@ -172,6 +174,14 @@ class AdapterConfig(PeftConfig):
 
 
 def _pattern(patterns: dict[str, Any], key: str) -> str | None:
+    return next((pattern for pattern in patterns if fits(pattern, key)), None)
+
+
+def fits(pattern: str, key: str) -> bool:
+    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` means the module at path ``key``."""
     # CLIP's layers lie in a text_model or not, as transformers' release has it: files and patterns serve both.
-    key = key.removeprefix("text_model.")
-    return next((p for p in patterns if suffix_matcher(p.removeprefix("text_model.")).match(key)), None)
+    return bool(suffix_matcher(pattern.removeprefix("text_model.")).match(key.removeprefix("text_model.")))
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

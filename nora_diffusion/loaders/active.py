@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -72,13 +74,17 @@ def set_adapters(pipe: Any, names: str | Sequence[str], weights: Weight | Sequen
     ``{"unet": {"down": 0.5, "up": {"block_1": 1.0}}, "text_encoder": 0.3}``.
     """
     names = [names] if isinstance(names, str) else list(names)
-    weights = [weights] * len(names) if isinstance(weights, int | float | Mapping) else list(weights)
+    alone = isinstance(weights, str | Mapping) or not isinstance(weights, Iterable)
+    weights = [weights] * len(names) if alone else list(weights)  # type: ignore[list-item, arg-type]
     if len(weights) != len(names):
         raise UserError(f"{len(names)} adapters but {len(weights)} weights: give one weight each")
     known = {name for group in list_adapters(pipe).values() for name in group}
     for name in names:
         if name not in known:
             raise UserError(f"there is no adapter named {name!r} in the pipeline: {names_hint(pipe)}")
+    for name, weight in zip(names, weights, strict=True):
+        if not isinstance(weight, Mapping):
+            check_weight(name, weight)
     if any(isinstance(weight, Mapping) for weight in weights):
         _set_by_block(pipe, names, weights)
         return
@@ -88,6 +94,12 @@ def set_adapters(pipe: Any, names: str | Sequence[str], weights: Weight | Sequen
         for layer in tuner_layers(module):
             for name, weight in zip(names, weights, strict=True):
                 layer.set_scale(name, weight)
+
+
+def check_weight(name: str, weight: object) -> None:
+    """Raises :class:`UserError` for a weight that is no finite number."""
+    if not isinstance(weight, Real) or not math.isfinite(weight):
+        raise UserError(f"the weight {weight!r} of {name!r} is no number: give 0.8 or the like")
 
 
 def _set_by_block(pipe: Any, names: list[str], weights: list[Weight]) -> None:

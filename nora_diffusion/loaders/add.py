@@ -22,7 +22,7 @@ def add_adapter(
     pipe: Any,
     config: AdapterConfig,
     adapter_name: str = "default",
-    components: Sequence[str] | None = None,
+    components: str | Sequence[str] | None = None,
     calibration: Calibration | Sequence[str] | None = None,
 ) -> None:
     """Put a fresh adapter into a pipeline; it starts as an exact no-op, is active and trainable.
@@ -31,7 +31,7 @@ def add_adapter(
     base is shown for the activation statistics of ``awsvd``, as prompts or as a :class:`Calibration` with a subject's
     pictures (default: generic prompts, so that the basis belongs to no subject).
     """
-    names = list(components or [denoiser_name(pipe)])
+    names = [components] if isinstance(components, str) else list(components or [denoiser_name(pipe)])
     modules = {name: component(pipe, name) for name in names}
     check_new_name(pipe, adapter_name, names)
     refuse_merged(pipe)

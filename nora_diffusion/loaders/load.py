@@ -20,7 +20,7 @@ from ..base import base_id
 from ..components import canonical, component, fingerprint, nora_layers, refuse_merged, same_weights, targets
 from ..conditions import condition_width
 from ..errors import UserError
-from .active import active_adapters, keeping_trained, set_active
+from .active import active_adapters, check_weight, keeping_trained, set_active
 from .hotswap import swap
 from .inject import all_or_nothing, check_new_name, file_key, inject, remember, tie
 from .rank import set_rank
@@ -70,6 +70,7 @@ def load_adapter(
     """
     info = inspect_adapter(_local(path_or_id))
     name = adapter_name or _name_from(Path(info.path))
+    check_weight(name, weight)
     if info.kind != "nora":
         from ..foreign_loading import load_foreign
 

@@ -42,6 +42,9 @@ def save_adapter(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+    folder = Path(path).expanduser()
+    if folder.suffix == ".safetensors":
+        raise UserError(f"{path} is a file name: give a folder for the adapter and its card")
     holders = [name for name in present(pipe) if nora_layers(component(pipe, name), adapter_name)]
     if not holders:
         raise UserError(f"there is no adapter named {adapter_name!r} in the pipeline: {names_hint(pipe)}")
@@ -72,7 +75,6 @@ def save_adapter(
         key: value.detach().to("cpu", DTYPES[dtype] if dtype else value.dtype)
         for key, value in token_parameters(pipe, adapter_name).items()
     }
-    folder = Path(path).expanduser()
     file = write_adapter(folder, tensors, result, basis_dir)
     from ..model_card import write_card
 

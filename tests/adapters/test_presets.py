@@ -16,6 +16,7 @@ from nora_diffusion import (
     add_adapter,
     delete_adapter,
     load_adapter,
+    mixed_batch,
     save_adapter,
     set_adapters,
 )
@@ -251,11 +252,30 @@ def test_beside_an_ordinary_lora(pipe: Any, render: Render, tmp_path: Path) -> N
         (lambda: nora(basis="svdd"), "svdd"),  # type: ignore[arg-type]
         (lambda: nora(dropout=1.0), "dropout"),
         (lambda: mor(num_experts=0), "num_experts"),
+        (lambda: nora(alpha="8"), "alpha='8'"),  # type: ignore[arg-type]
+        (lambda: nora(power=float("nan")), "power=nan"),
     ],
 )
 def test_bad_config_is_refused_by_name(make: Callable[[], AdapterConfig], word: str) -> None:
     with pytest.raises(UserError, match=word):
         make()
+
+
+@pytest.mark.parametrize("weight", [float("nan"), "0.8", None])
+def test_weights_that_are_no_numbers_are_refused(pipe: Any, render: Render, tmp_path: Path, weight: Any) -> None:
+    add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "one")
+    save_adapter(pipe, tmp_path, "one")
+    before = render(pipe)
+    for call in (
+        lambda: set_adapters(pipe, "one", weight),
+        lambda: set_adapters(pipe, ["one"], [weight]),
+        lambda: load_adapter(pipe, tmp_path, "two", weight=weight),
+    ):
+        with pytest.raises(UserError, match="is no number"):
+            call()
+    with pytest.raises(UserError, match="is no number"), mixed_batch(pipe, ["one"], float("nan")):
+        pass
+    assert torch.equal(render(pipe), before)
 
 
 def test_bad_use_is_refused_and_leaves_the_pipeline(pipe: Any, render: Render) -> None:
@@ -268,6 +288,7 @@ def test_bad_use_is_refused_and_leaves_the_pipeline(pipe: Any, render: Render) -
         (lambda: set_adapters(pipe, "ghost"), "ghost"),
         (lambda: delete_adapter(pipe, "ghost"), "ghost"),
         (lambda: save_adapter(pipe, "unused", "ghost"), "ghost"),
+        (lambda: save_adapter(pipe, "unused.safetensors"), "is a file name"),
         (lambda: pipe.unet.add_adapter(nora(), "one"), "calibrates"),
     ]:
         with pytest.raises(UserError, match=word):

@@ -311,6 +311,17 @@ def test_targets_that_match_nothing_name_what_is_near(
     assert not nora_layers(pipe.unet, "one")
 
 
+def test_a_pattern_for_nothing_is_refused(pipe: Any) -> None:
+    config = nora(r=4, inner_r=2, basis="svd", rank_pattern={"to_v": 3, "to_qq": 2})
+    with pytest.raises(UserError, match="'to_qq' matches no adapted projection: did you mean to_q"):
+        add_adapter(pipe, config, "one")
+    config = nora(r=4, inner_r=2, basis="svd", rank_pattern={"to_v": 3, "text_model.encoder.layers.1.*": 2})
+    add_adapter(pipe, config, "one", present(pipe))
+    delete_adapter(pipe, "one")
+    with pytest.raises(UserError, match="rank_pattern"):
+        add_adapter(pipe, config, "one", "unet")
+
+
 def test_a_name_may_belong_to_one_component_only(pipe: Any) -> None:
     add_adapter(pipe, nora(r=2, inner_r=1, basis="svd", target_modules=["to_q", "q_proj"]), "one", present(pipe))
     assert nora_layers(pipe.unet, "one") and nora_layers(pipe.text_encoder, "one")
