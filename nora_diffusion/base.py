@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .tensor_file import check_whole
 
 EMBEDDED_BASE_ID = "nora_diffusion/tiny_sd"
 EMBEDDED_WEIGHTS = Path(__file__).parent / "tiny_sd" / "weights"
@@ -52,6 +51,8 @@ def _from_pretrained(source: str | Path, dtype: Any, revision: str | None, varia
     import torch
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
+
+    from .tensor_file import check_whole
 
     try:
         return DiffusionPipeline.from_pretrained(
