@@ -122,6 +122,11 @@ def guess_class_word(prompt: str, trigger: str | None) -> str | None:
     return " ".join(following[:stop]) or None
 
 
+def says(prompt: str, word: str) -> bool:
+    """Whether ``word`` stands in ``prompt``, as a word and in any case."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE) is not None
+
+
 def with_trigger(caption: str, trigger: str | None, class_word: str | None) -> str:
     """The caption with the trigger in it: before the class word where that stands, else in front."""
     if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):

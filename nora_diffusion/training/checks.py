@@ -105,11 +105,16 @@ def _check_ranges(config: TrainConfig) -> None:
 
 
 def _check_data(config: TrainConfig) -> None:
-    if config.subjects:
+    if config.joint and not config.subjects:
+        raise UserError("--joint needs the list of subjects: give it with --subjects")
+    if config.subjects and not config.joint:
         raise UserError("several subjects are trained by training.train_subjects, or by nora-diffusion train")
     if config.engine != "local" or config.address:
         raise UserError("--engine and --address are for several subjects: give their list with --subjects")
-    if not config.instance_data_dir:
+    own = [name for name in ("instance_data_dir", "instance_prompt", "trigger", "class_word") if getattr(config, name)]
+    if config.joint and own:
+        raise UserError(f"--joint takes each subject's own {own[0]} from the list: leave --{own[0]} out")
+    if not config.instance_data_dir and not config.joint:
         raise UserError("no photos: give their folder with --instance_data_dir")
     if config.use_captions and config.caption_column:
         raise UserError("--use_captions and --caption_column exclude each other: choose where captions come from")
@@ -159,7 +164,7 @@ def _check_calibration(config: TrainConfig) -> None:
 
 def _check_prior(config: TrainConfig) -> None:
     if config.with_prior_preservation:
-        if not config.class_prompt and not config.class_word:
+        if not config.class_prompt and not config.class_word and not config.joint:
             raise UserError("--with_prior_preservation needs --class_prompt, for example 'a photo of a dog'")
         if config.prior_preservation == "frozen" and config.class_data_dir:
             raise UserError("--prior_preservation frozen needs no class pictures: leave --class_data_dir out")

@@ -18,8 +18,9 @@ from typing import Any
 
 from ..errors import UserError
 from .config import TrainConfig
+from .listing import read_subjects
 from .signals import Interrupted, StopRequests
-from .subjects import read_subjects, train_subjects
+from .subjects import train_subjects
 
 log = logging.getLogger(__name__)
 

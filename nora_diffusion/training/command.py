@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
@@ -23,19 +23,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     show_log()
     try:
         config = parse(argv, prog)
-        if config.subjects and config.engine == "ray" and not config.preflight_only:
+        if config.subjects and not config.joint and config.engine == "ray" and not config.preflight_only:
             from .cluster import train_on_cluster
 
             return train_on_cluster(config)
-        if config.subjects:
-            from .subjects import check_subjects as check
-            from .subjects import train_subjects as train_all
-        else:
-            from .loop import check, train
-
-            def train_all(config: TrainConfig) -> list[TrainResult]:
-                return [train(config)]
-
+        check, train_all = _trainer(config)
         if config.preflight_only:
             return say(check(config), config.strict)
         results = train_all(config)
@@ -52,6 +44,19 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         numbers = f"{result.trainable_parameters:,} trained numbers, {result.steps} steps, {result.seconds:.1f} s"
         print(f"{result.adapter_path}: {numbers}, loss {result.final_loss:.4f}")
     return 0
+
+
+def _trainer(
+    config: TrainConfig,
+) -> tuple[Callable[[TrainConfig], list[Finding]], Callable[[TrainConfig], list[TrainResult]]]:
+    """What checks, and what trains, the adapters of ``config``."""
+    if config.subjects and not config.joint:
+        from .subjects import check_subjects, train_subjects
+
+        return check_subjects, train_subjects
+    from .loop import check, train
+
+    return check, lambda config: [train(config)]
 
 
 def say(findings: Sequence[Finding], strict: bool) -> int:

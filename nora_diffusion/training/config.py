@@ -70,6 +70,7 @@ class TrainConfig:
 
     # data
     subjects: str | None = key(None, "data", "YAML list of subjects to train together; its settings win over flags")
+    joint: bool = key(False, "data", "one adapter for all subjects of the list, told apart by their triggers")
     rows_at_once: int | None = key(None, "data", "most rows of several subjects in one pass (default: all)")
     engine: Engine = key("local", "data", "train the list here, or as tasks of a Ray cluster (extra 'ray')")
     address: str | None = key(None, "data", "Ray cluster, as 'auto' or HOST:PORT (default: one on this machine)")

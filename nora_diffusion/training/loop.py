@@ -20,12 +20,13 @@ from .config import TrainConfig
 from .defaults import with_defaults
 from .denoiser import denoiser
 from .identity import identity_of
+from .joint import read_data
 from .preflight import Finding, Plan, preflight, report
 from .rundir import RunFolder
 from .setup import Material, Run, build_latents, build_run, check_targets, objective_of, open_base, settle
 from .signals import Interrupted, StopRequests
 from .steps import Stepper
-from .subject import Subject, read_subject
+from .subject import Subject
 from .tokens import check_new_tokens
 from .validation import Validation, plan_measure
 
@@ -53,7 +54,7 @@ def train(config: TrainConfig) -> TrainResult:
     if config.preflight_only:
         raise UserError("preflight_only trains nothing: call nora_diffusion.training.check, or leave it out")
     started = time.monotonic()
-    subject, config = read_subject(config)
+    subject, config = read_data(config)
     config = with_defaults(config)
     accelerator = build_accelerator(config)
     with RunFolder(config.folder, accelerator.is_main_process) as folder, StopRequests() as stop:
@@ -97,7 +98,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 def check(config: TrainConfig) -> list[Finding]:
     """What speaks against a run, without training; nothing is written. Raises :class:`UserError` as ``train`` would."""
     check_config(config)
-    subject, config = read_subject(config)
+    subject, config = read_data(config)
     config = with_defaults(config)
     accelerator = build_accelerator(config)
     with RunFolder(config.folder, accelerator.is_main_process) as folder, StopRequests() as stop:
@@ -107,7 +108,7 @@ def check(config: TrainConfig) -> list[Finding]:
 def check_on(config: TrainConfig, pipe: Any) -> list[Finding]:
     """The same for a new run on a base that is open already, which stays as it is."""
     check_config(config)
-    subject, config = read_subject(config)
+    subject, config = read_data(config)
     config = with_defaults(config)
     check_pipeline(config, pipe)
     objective_of(config, pipe)
@@ -116,7 +117,12 @@ def check_on(config: TrainConfig, pipe: Any) -> list[Finding]:
     check_targets(config, pipe)
     check_new_tokens(config, pipe, list(subject.new_tokens), subject.captions)
     measure = plan_measure(config, subject, device)
-    return preflight(Plan(config, pipe, subject.captions, subject.trigger, config.folder, measure=measure))
+    return preflight(plan_of(config, pipe, subject, config.folder, measure=measure))
+
+
+def plan_of(config: TrainConfig, pipe: Any, subject: Subject, place: Path, **rest: Any) -> Plan:
+    """What preflight looks at."""
+    return Plan(config, pipe, subject.captions, subject.trigger, place, members=subject.members, **rest)
 
 
 def plan_run(
@@ -144,7 +150,7 @@ def plan_run(
     check_targets(config, pipe)
     check_new_tokens(config, pipe, list(subject.new_tokens), subject.captions)
     measure = plan_measure(config, subject, accelerator.device)
-    return Plan(config, pipe, subject.captions, subject.trigger, folder.path, checkpoint, processes, measure)
+    return plan_of(config, pipe, subject, folder.path, checkpoint=checkpoint, processes=processes, measure=measure)
 
 
 def set_up(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..captions import says
 from ..errors import UserError
 from ..loaders import check_adapter
 from .checkpoints import Checkpoint, list_checkpoints
@@ -23,6 +23,7 @@ from .optimization import scaled_rate
 from .renders import DTYPES, class_folder, count_pictures
 from .rundir import CHECKPOINTS, SPARE_BYTES
 from .setup import adapter_config, components
+from .subject import Subject
 from .validation import Measure
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,12 @@ class Plan:
     checkpoint: Checkpoint | None = None
     processes: int = 1
     measure: Measure | None = None
+    members: Sequence[Subject] = ()
+
+    @property
+    def called(self) -> list[tuple[str | None, Sequence[str]]]:
+        """The trigger of each subject, and its captions."""
+        return [(m.trigger, m.captions) for m in self.members] or [(self.trigger, self.captions)]
 
 
 def preflight(plan: Plan) -> list[Finding]:
@@ -162,14 +169,15 @@ def _photos(plan: Plan) -> Iterator[Finding]:
 
 
 def _trigger(plan: Plan) -> Iterator[Finding]:
-    trigger = plan.trigger
-    if trigger is None:
+    if plan.trigger is None:
         yield Finding(
             f"No trigger word was found, so the whole prompt calls the subject: put a rare word such as "
             f"'{rare_word(plan.pipe.tokenizer)}' before the class word, or name yours with --trigger."
         )
         return
-    known = [word for word in trigger.split() if is_known(plan.pipe.tokenizer, word)]
+    known = [
+        word for trigger, _ in plan.called for word in (trigger or "").split() if is_known(plan.pipe.tokenizer, word)
+    ]
     if known:
         yield Finding(
             f"'{known[0]}' is a word that the base knows, and its meaning fights the subject's: take a rare trigger "
@@ -189,29 +197,28 @@ def rare_word(tokenizer: Any) -> str:
 
 
 def _prompts(plan: Plan) -> Iterator[Finding]:
-    trigger, config = plan.trigger, plan.config
-    if trigger is None:
-        return
-    without = [caption for caption in plan.captions if not _says(caption, trigger)]
+    config, named = plan.config, [(trigger, captions) for trigger, captions in plan.called if trigger]
+    for trigger, captions in named:
+        yield from _captions(config, trigger, captions)
+    if config.validation_prompt and named and not any(says(config.validation_prompt, trigger) for trigger, _ in named):
+        yield Finding(
+            f"The validation prompt lacks the trigger '{named[0][0]}', so its pictures will not show the subject: put "
+            "it in."
+        )
+
+
+def _captions(config: TrainConfig, trigger: str, captions: Sequence[str]) -> Iterator[Finding]:
+    without = [caption for caption in captions if not says(caption, trigger)]
     if without:
         yield Finding(
-            f"{len(without)} of {len(plan.captions)} captions lack the trigger '{trigger}', such as '{without[0]}': "
+            f"{len(without)} of {len(captions)} captions lack the trigger '{trigger}', such as '{without[0]}': "
             f"put it in, or let --trigger {trigger} do so."
         )
-    if config.validation_prompt and not _says(config.validation_prompt, trigger):
-        yield Finding(
-            f"The validation prompt lacks the trigger '{trigger}', so its pictures will not show the subject: put it "
-            "in."
-        )
-    if config.class_prompt and _says(config.class_prompt, trigger):
+    if config.class_prompt and says(config.class_prompt, trigger):
         yield Finding(
             f"The class prompt has the trigger '{trigger}', so the class would learn the subject's name: leave it out "
             "there."
         )
-
-
-def _says(prompt: str, word: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE) is not None
 
 
 def _rates(plan: Plan) -> Iterator[Finding]:

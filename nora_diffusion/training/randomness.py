@@ -42,6 +42,19 @@ def batch_rows(seed: int, name: str, groups: Sequence[Hashable], number: int, si
     return [rows[i] for i in shuffled_rows(seed, f"{name} {group}", len(rows), earlier * size, size)]
 
 
+def balanced_rows(seed: int, name: str, owners: Sequence[Hashable], start: int, size: int) -> list[int]:
+    """Rows ``start .. start + size`` of endless rounds in which every owner comes once, in a fresh order.
+
+    Row ``i`` is of ``owners[i]``; each owner goes through its rows in endless permutations of its own.
+    """
+    names = list(dict.fromkeys(owners))
+    found = []
+    for place, turn in enumerate(shuffled_rows(seed, f"{name} owners", len(names), start, size), start):
+        own = [row for row, owner in enumerate(owners) if owner == names[turn]]
+        found.append(own[shuffled_rows(seed, f"{name} {names[turn]}", len(own), place // len(names), 1)[0]])
+    return found
+
+
 def _rows_from(seed: int, name: str, count: int, start: int) -> Iterator[int]:
     epoch, offset = divmod(start, count)
     while True:

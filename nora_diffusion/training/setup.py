@@ -80,10 +80,20 @@ class Run:
         """What each photo may be called."""
         return wordings_of(self.config, self.subject.captions)
 
+    @functools.cached_property
+    def class_prompts(self) -> list[str]:
+        """What each photo's class is called."""
+        return class_prompts_of(self.config, self.subject)
+
     @property
     def info(self) -> dict[str, Any]:
-        """What the adapter file says of its subject."""
+        """What the adapter file says of its subject, or of its subjects."""
+        members = [
+            {"name": m.name, "trigger": m.trigger, "class_word": m.class_word or "", "prompt": m.captions[0]}
+            for m in self.subject.members
+        ]
         return {
+            "extra": {"subjects": members} if members else {},
             "trigger": self.subject.trigger or "",
             "class_word": self.subject.class_word or "",
             "instance_prompt": self.config.instance_prompt or self.subject.captions[0],
@@ -91,6 +101,11 @@ class Run:
             "seed": self.seed,
             "license": self.config.license or "",
         }
+
+
+def class_prompts_of(config: TrainConfig, subject: Subject) -> list[str]:
+    """The class prompt of each photo."""
+    return list(subject.class_prompts) or [config.class_prompt or ""] * len(subject.photos)
 
 
 def open_base(config: TrainConfig, device: torch.device) -> Any:
@@ -321,7 +336,7 @@ class Material:
 
     def conditions(self) -> TextConditions:
         """The prompts of photos and class pictures, encoded at the text encoder's present precision."""
-        prior: list[str] = [self.config.class_prompt or ""] if self.config.with_prior_preservation else []
+        prior = class_prompts_of(self.config, self.subject) if self.config.with_prior_preservation else []
         prompts = [*wordings_of(self.config, self.subject.captions).all(), *prior]
         return TextConditions(self.pipe, self.config, prompts, Keep(self.config.cache_latents == "disk"))
 

@@ -25,7 +25,7 @@ from .checks import trackers
 from .denoiser import Conditions, denoiser, predict, text_encoders
 from .noise import draw_levels, draw_noise
 from .optimization import bound_norms, clip, schedule_state, still
-from .randomness import batch_rows, derive, generator, shuffled_rows
+from .randomness import balanced_rows, batch_rows, derive, generator, shuffled_rows
 from .renders import save_samples
 from .rundir import RunFolder, RunLog
 from .setup import Run, epoch_steps
@@ -147,8 +147,7 @@ class Stepper:
         torch.manual_seed(derive(run.seed, "dropout", step, micro, own))
         size = (config.train_batch_size or 1) * self.accelerator.num_processes
         number = step * config.gradient_accumulation_steps + micro
-        sizes = [run.latents.size_of(photo) for photo in range(len(run.subject.photos))]
-        photos = batch_rows(run.seed, "photos", sizes, number, size)
+        photos = self._photos(number, size)
         picked = run.latents.pick(photos, source)
         latents, regions = run.latents.draw(picked, source), run.latents.weights(picked)
         prompts = run.wordings.draw(photos, generator(run.seed, "captions", step, micro, 0))
@@ -161,8 +160,15 @@ class Stepper:
         elif config.with_prior_preservation:  # by the frozen base: the same photos, called by the class alone
             latents = torch.cat([latents, latents])
             regions = None if regions is None else torch.cat([regions, torch.ones_like(regions)])
-            prompts += [config.class_prompt or ""] * size
+            prompts += [run.class_prompts[photo] for photo in photos]
         return self._noised(latents, prompts, source, regions)
+
+    def _photos(self, number: int, size: int) -> list[int]:
+        run = self.run
+        if run.subject.members:
+            return balanced_rows(run.seed, "photos", run.subject.owners, number * size, size)
+        sizes = [run.latents.size_of(photo) for photo in range(len(run.subject.photos))]
+        return batch_rows(run.seed, "photos", sizes, number, size)
 
     def mean_loss(self, batch: Batch, prediction: Tensor) -> Tensor:
         """What :meth:`loss` is for a batch's prediction."""

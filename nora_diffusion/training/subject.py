@@ -33,6 +33,16 @@ class Subject:
     held_out: Sequence[Photo] = ()
     new_tokens: Mapping[str, str | None] = field(default_factory=dict)
     """Words to be learned, with those that they start from."""
+    class_prompts: Sequence[str] = ()
+    """The class prompt of each photo, where they differ."""
+    name: str = ""
+    members: Sequence[Subject] = ()
+    """The subjects that this one is made of, if one adapter learns several; their photos follow one another."""
+
+    @property
+    def owners(self) -> list[str]:
+        """Whose each photo is."""
+        return [member.name for member in self.members for _ in member.photos] or [self.name] * len(self.photos)
 
 
 def read_subject(config: TrainConfig) -> tuple[Subject, TrainConfig]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,11 +14,11 @@ import torch
 from accelerate import Accelerator
 
 from ..errors import UserError, out_of_memory
-from .arguments import read_list
-from .checks import check_config, check_pipeline
-from .config import TrainConfig, names
+from .checks import check_pipeline
+from .config import TrainConfig
 from .crowd import Crowd, Member
 from .defaults import with_defaults
+from .listing import read_subjects
 from .loop import OUT_OF_MEMORY, TrainResult, build_accelerator, conclude, gather, plan_run, validation_of
 from .preflight import Finding, Plan, preflight, report
 from .rundir import RunFolder
@@ -30,15 +29,6 @@ from .subject import Subject, read_subject
 from .tokens import encodes_each_step
 
 log = logging.getLogger(__name__)
-
-SHARED = (
-    "pretrained_model_name_or_path", "revision", "variant", "tokenizer_name", "mixed_precision",
-    "gradient_checkpointing", "allow_tf32", "enable_xformers_memory_efficient_attention", "local_rank",
-    "rescale_zero_snr", "quantize",
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "preflight_only", "strict", "subjects",
-    "rows_at_once", "engine", "address", "subjects_per_task", "task_retries",
-)  # fmt: skip
-"""Settings of the whole run: they change the frozen base, or say how the run as such goes."""
 
 
 @dataclass(frozen=True)
@@ -73,37 +63,6 @@ def check_subjects(config: TrainConfig) -> list[Finding]:
     """What speaks against a run of several subjects, without training; nothing is written."""
     with _opened(config) as (_, _, _, planned):
         return _findings(planned)
-
-
-def read_subjects(config: TrainConfig) -> dict[str, TrainConfig]:
-    """A config for each entry of the list, by the subject's name.
-
-    An entry holds settings of :class:`TrainConfig`, which win over those of ``config``, and ``name``: that of its
-    folder (default: the name of ``instance_data_dir``). Raises :class:`UserError` for a setting that all must share,
-    or a name that is no folder's or is given twice.
-    """
-    found: dict[str, TrainConfig] = {}
-    path = Path(config.subjects or "").expanduser()
-    for number, values in enumerate(read_list(path), start=1):
-        name = str(values.pop("name", "") or Path(str(values.get("instance_data_dir", ""))).name)
-        place = f"subject {number} of {path}"
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise UserError(f"{place}: {name!r} names no folder: give it a 'name' of letters, digits, '-' and '_'")
-        if name.casefold() in {known.casefold() for known in found}:
-            raise UserError(f"{place}: {name!r} is there already: give each subject a 'name' of its own")
-        shared = [key for key in values if key in SHARED]
-        if shared:
-            raise UserError(f"{place}: {shared[0]} is the same for all subjects: give it as a flag, --{shared[0]}")
-        try:
-            own = TrainConfig.from_mapping(values)
-            given = {names()[key].name for key in values}
-            changes = {key: getattr(own, key) for key in given}
-            single: dict[str, Any] = {"subjects": None, "engine": "local", "address": None}
-            found[name] = replace(config, **changes, **single, output_dir=str(config.folder / name))
-            check_config(found[name])
-        except UserError as error:
-            raise UserError(f"{place} ({name}): {error}") from error
-    return found
 
 
 @contextmanager

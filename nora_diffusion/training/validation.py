@@ -70,6 +70,10 @@ def plan_measure(config: TrainConfig, subject: Subject, device: torch.device) ->
     """Load the judges and settle the prompts; ``None`` where nothing asks for it. Raises :class:`UserError`."""
     if not is_measured(config):
         return None
+    if subject.members:
+        raise UserError(
+            "measuring on the way knows one subject: leave the settings of --judge and --validation_... out"
+        )
     if config.judge is None and not is_embedded(config.pretrained_model_name_or_path):
         raise UserError("measuring needs --judge, for example openai/clip-vit-base-patch32: the tiny one that is taken "
                         "without it knows only the pictures of the embedded base")  # fmt: skip

@@ -1,0 +1,58 @@
+"""The list of subjects: ``--subjects subjects.yaml``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .arguments import read_list
+from .checks import check_config
+from .config import TrainConfig, names
+
+SHARED = (
+    "pretrained_model_name_or_path", "revision", "variant", "tokenizer_name", "mixed_precision",
+    "gradient_checkpointing", "allow_tf32", "enable_xformers_memory_efficient_attention", "local_rank",
+    "rescale_zero_snr", "quantize",
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "preflight_only", "strict", "subjects",
+    "rows_at_once", "joint", "engine", "address", "subjects_per_task", "task_retries",
+)  # fmt: skip
+"""Settings of the whole run: they change the frozen base, or say how the run as such goes."""
+OWN = (
+    "name", "instance_data_dir", "instance_prompt", "use_captions", "caption_column", "trigger", "class_word",
+    "class_prompt", "token_abstraction", "initializer_concept",
+)  # fmt: skip
+"""What is a subject's own where all are learned by one adapter."""
+
+
+def read_subjects(config: TrainConfig) -> dict[str, TrainConfig]:
+    """A config for each entry of the list, by the subject's name.
+
+    An entry holds settings of :class:`TrainConfig`, which win over those of ``config``, and ``name``: that of its
+    folder (default: the name of ``instance_data_dir``). Raises :class:`UserError` for a setting that all must share,
+    or a name that is no folder's or is given twice.
+    """
+    found: dict[str, TrainConfig] = {}
+    path = Path(config.subjects or "").expanduser()
+    for number, values in enumerate(read_list(path), start=1):
+        name = str(values.pop("name", "") or Path(str(values.get("instance_data_dir", ""))).name)
+        place = f"subject {number} of {path}"
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise UserError(f"{place}: {name!r} names no folder: give it a 'name' of letters, digits, '-' and '_'")
+        if name.casefold() in {known.casefold() for known in found}:
+            raise UserError(f"{place}: {name!r} is there already: give each subject a 'name' of its own")
+        shared = [key for key in values if (key not in OWN if config.joint else key in SHARED)]
+        if shared:
+            raise UserError(f"{place}: {shared[0]} is the same for all subjects: give it as a flag, --{shared[0]}")
+        try:
+            own = TrainConfig.from_mapping(values)
+            given = {names()[key].name for key in values}
+            changes = {key: getattr(own, key) for key in given}
+            single: dict[str, Any] = {"subjects": None, "joint": False, "engine": "local", "address": None}
+            found[name] = replace(config, **changes, **single, output_dir=str(config.folder / name))
+            check_config(found[name])
+        except UserError as error:
+            raise UserError(f"{place} ({name}): {error}") from error
+    return found
