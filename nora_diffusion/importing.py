@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ from torch import Tensor
 from .adapter_file import inspect_adapter
 from .adapters import AdapterConfig, nora
 from .adapters.cores import DenseCore, NestedCore
-from .components import COMPONENTS, canonical, component, nora_layers
+from .components import COMPONENTS, canonical, component, nora_layers, present
 from .errors import UserError
 from .foreign_updates import fitting, updates
 from .loaders import add_adapter, delete_adapter, save_adapter
+from .loaders.active import keeping_trained
 from .tensor_file import TensorFile
 
 NAME = "imported"
@@ -46,13 +49,16 @@ def import_lora(
     write of the adapter (trigger ...). The pipeline is left as it was. Raises :class:`UserError` for a file that is no
     LoRA or was made for another base, and for a config without a basis and core.
     """
-    config = nora() if config is None else config
+    config = nora() if config is None else copy.copy(config)
     if config.core not in CORES or not config.frozen_outer or config.blocks > 1 or config.magnitude:
         raise UserError(f"method {config.method!r} has no frozen basis to project onto: import as nora or lora_xs")
     foreign = inspect_adapter(src)
     if foreign.kind in ("nora", "textual inversion"):
         raise UserError(f"{foreign.path} is no LoRA of another tool: there is nothing to import")
-    with TensorFile(Path(foreign.path)) as reader:
+    with ExitStack() as stack:
+        reader = stack.enter_context(TensorFile(Path(foreign.path)))
+        for part in present(pipe):
+            stack.enter_context(keeping_trained(component(pipe, part)))
         wanted = {(part, canonical(path)) for part, path in fitting(pipe, reader)}
         parts = [part for part in COMPONENTS if any(part == p for p, _ in wanted)]
         # Plain paths: the same list serves all components, and a projection that the file has not gets a zero update.

@@ -14,6 +14,7 @@ from ..calibration import Calibration, Strengths, activation_strengths
 from ..components import all_targets, component, denoiser_name, nora_layers, present, refuse_merged
 from ..conditions import router_for
 from ..errors import UserError
+from .active import active_adapters, set_active
 from .inject import all_or_nothing, check_new_name, file_key, inject, tie
 from .tokens import token_parameters
 
@@ -25,7 +26,7 @@ def add_adapter(
     components: str | Sequence[str] | None = None,
     calibration: Calibration | Sequence[str] | None = None,
 ) -> None:
-    """Put a fresh adapter into a pipeline; it starts as an exact no-op, is active and trainable.
+    """Put a fresh adapter into a pipeline; it starts as an exact no-op, is active (beside others) and alone trainable.
 
     ``components``: names among unet, transformer, text_encoder ... (default: the denoiser). ``calibration``: what the
     base is shown for the activation statistics of ``awsvd``, as prompts or as a :class:`Calibration` with a subject's
@@ -48,9 +49,11 @@ def add_adapter(
         for name, module in modules.items():
             measured = strengths.get(name, {})
             start = Start(measured, outer_pairs(config, layers[name], measured))
+            before = active_adapters(module)
             inject(module, router_for(config, name), adapter_name, start)
             for layer in nora_layers(module, adapter_name).values():
                 tie(layer, adapter_name)
+            set_active(module, [*before, adapter_name])
             _train(module, adapter_name)
 
 

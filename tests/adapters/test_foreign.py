@@ -439,6 +439,19 @@ def test_import_says_what_was_lost(pipe: Any, made: dict[str, tuple[Path, Tensor
         assert square and all(report.layers[path] < 1e-5 for path in square)
 
 
+def test_an_import_leaves_adapters_and_config_alone(
+    pipe: Any, made: dict[str, tuple[Path, Tensor]], tmp_path: Path
+) -> None:
+    add_adapter(pipe, lora(r=2), "one")
+    for parameter in trainable_parameters(pipe, "one").values():
+        parameter.data.normal_(std=0.3)
+    before, config = output(pipe), nora(r=4, inner_r=2, basis="svd", dropout=0.5)
+    import_lora(pipe, made["kohya"][0], tmp_path / "x", config)
+    assert torch.equal(output(pipe), before)
+    assert all(parameter.requires_grad for parameter in trainable_parameters(pipe, "one").values())
+    assert config.dropout == 0.5 and config.target_modules == nora().target_modules
+
+
 def test_import_refusals(pipe: Any, made: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
     before = state(pipe)
     with pytest.raises(UserError, match="no frozen basis"):

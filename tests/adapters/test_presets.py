@@ -206,6 +206,17 @@ def test_active_set_is_kept_on_request(pipe: Any, render: Render, tmp_path: Path
     assert list_adapters(pipe) == {"unet": ["one", "quiet", "loud"]}
 
 
+def test_a_fresh_adapter_beside_an_active_one_is_a_no_op(pipe: Any, render: Render) -> None:
+    add_adapter(pipe, lora(r=2), "one", PARTS)
+    randomise(pipe)
+    picture = render(pipe)
+    add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "two", PARTS)
+    assert active_adapters(pipe.unet) == ["one", "two"]
+    assert torch.equal(render(pipe), picture)
+    delete_adapter(pipe, "two")
+    assert torch.equal(render(pipe), picture)
+
+
 def test_adapters_add_up(pipe: Any) -> None:
     """Two active adapters with weights equal the base with both dense updates added."""
     layer_path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
