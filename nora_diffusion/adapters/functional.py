@@ -45,6 +45,17 @@ def collapse(factors: Sequence[Tensor]) -> Tensor:
     return product
 
 
+def product_svd(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``U [d_out, n]``, ``S [n]``, ``V [d_in, n]`` of ``B A = U diag(S) V^T`` without forming it, ``n <= k``.
+
+    With ``B = Q_B R_B`` and ``A^T = Q_A R_A`` the singular values of ``B A`` are those of the small ``R_B R_A^T``.
+    """
+    up_basis, up_rest = torch.linalg.qr(up)
+    down_basis, down_rest = torch.linalg.qr(down.T)
+    u, s, vt = torch.linalg.svd(up_rest @ down_rest.T, full_matrices=False)
+    return up_basis @ u, s, down_basis @ vt.T
+
+
 def routed_delta(p: Tensor, gates: Tensor, up: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
     """``sum_i g_i * diag(b_i) B diag(a_i) p``, the mixture of ranks (MoR, arXiv 2410.13408) without its scale.
 
@@ -57,8 +68,13 @@ def routed_delta(p: Tensor, gates: Tensor, up: Tensor, inner: Tensor, outer: Ten
 
 
 def router_gates(logits: Tensor) -> Tensor:
-    """Dense softmax gates over the experts, formed in fp32 for half-precision inputs."""
-    return torch.softmax(logits.float(), dim=-1).to(logits.dtype)
+    """Dense softmax gates over the experts, formed at least in fp32."""
+    return torch.softmax(at_least_single(logits), dim=-1).to(logits.dtype)
+
+
+def at_least_single(value: Tensor) -> Tensor:
+    """fp16 and bf16 numbers as fp32, others as they are."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def rowwise(p: Tensor, matrices: Tensor) -> Tensor:

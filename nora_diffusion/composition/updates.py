@@ -13,6 +13,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from ..adapters import functional
 from ..adapters.deltas import ChainDelta, Delta
 from ..errors import UserError
 
@@ -52,15 +53,8 @@ class Update:
         return up @ down
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``U [d_out, n]``, ``S [n]``, ``V [d_in, n]`` with ``dW = U diag(S) V^T`` and ``n <= k``, in fp64.
-
-        With ``B = Q_B R_B`` and ``A^T = Q_A R_A`` the singular values of ``B A`` are those of the small ``R_B R_A^T``.
-        """
-        down, up = self.pair()
-        up_basis, up_rest = torch.linalg.qr(up)
-        down_basis, down_rest = torch.linalg.qr(down.T)
-        u, s, vt = torch.linalg.svd(up_rest @ down_rest.T, full_matrices=False)
-        return up_basis @ u, s, down_basis @ vt.T
+        """``U [d_out, n]``, ``S [n]``, ``V [d_in, n]`` with ``dW = U diag(S) V^T`` and ``n <= k``, in fp64."""
+        return functional.product_svd(*self.pair())
 
     def shares_basis(self, other: Update) -> bool:
         """Whether both move inside the very same frozen outer pair."""

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..adapters import NoraLayer
+from ..adapters import NoraLayer, functional
 from ..adapters.deltas import ChainDelta
 from ..adapters.routed import RoutedDelta
 from ..base import open_pipeline
@@ -110,11 +110,7 @@ def layer_spectrum(part: str, path: str, layer: NoraLayer, name: str, intruders:
 
 
 def _singular_values(layer: NoraLayer, name: str, dense: bool) -> tuple[Tensor, Tensor | None]:
-    """The singular values of ``dW`` and, where asked for, ``dW`` itself.
-
-    From the factors where there are any: with ``B = Q_B R_B`` and ``A^T = Q_A R_A``, ``dW = B A`` has the singular
-    values of the small ``R_B R_A^T``.
-    """
+    """The singular values of ``dW``, from its factors where there are any, and, where asked for, ``dW`` itself."""
     delta, scale = layer.delta(name), float(layer.scaling[name])
     if isinstance(delta, RoutedDelta):
         down, up = delta.pair(torch.full((delta.W_g.shape[0],), 1 / delta.W_g.shape[0], device=delta.W_g.device))
@@ -124,10 +120,7 @@ def _singular_values(layer: NoraLayer, name: str, dense: bool) -> tuple[Tensor, 
         update = layer.get_delta_weight(name).flatten(1).float().cpu()
         return torch.linalg.svdvals(update), update
     down, up = down.float().cpu(), scale * up.float().cpu()
-    if max(down.shape[0], up.shape[1]) >= min(up.shape[0], down.shape[1]):
-        return torch.linalg.svdvals(up @ down), up @ down
-    small = torch.linalg.qr(up)[1] @ torch.linalg.qr(down.T)[1].T
-    return torch.linalg.svdvals(small), up @ down if dense else None
+    return functional.product_svd(down, up)[1], up @ down if dense else None
 
 
 def count_intruders(weight: Tensor, update: Tensor, top: int = TOP, threshold: float = THRESHOLD) -> int:
