@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-EXTRAS := app,train,track,ray,dev
+EXTRAS := app,train,track,quantize,ray,dev
 
 .PHONY: help setup app demo screenshots test test-slow check clean
 

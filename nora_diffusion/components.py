@@ -147,7 +147,12 @@ def refuse_merged(pipe: Any) -> None:
 
 
 def fingerprint(layer: nn.Module, path: str) -> float:
-    """``u^T W v / sqrt(d_out d_in)`` with seeded normal ``u``, ``v``: nearly equal for fp16, bf16, fp32 copies."""
+    """``u^T W v / sqrt(d_out d_in)`` with seeded normal ``u``, ``v``: nearly equal for fp16, bf16, fp32 copies.
+
+    Of a layer whose weight was quantised since it is what was noted of the weight before, in ``true_fingerprint``.
+    """
+    if (noted := getattr(layer, "true_fingerprint", None)) is not None:
+        return float(noted)
     weight: Tensor = layer.weight.detach().flatten(1).float().cpu()  # type: ignore[operator]
     generator = torch.Generator().manual_seed(sum(canonical(path).encode()))
     u = torch.randn(weight.shape[0], generator=generator)

@@ -205,6 +205,10 @@ def _check_optimizer(config: TrainConfig) -> None:
 
 
 def _check_system(config: TrainConfig) -> None:
+    if config.quantize_base:
+        _need("torchao", "--quantize_base", "pip install 'nora-diffusion[quantize]'")
+        if config.magnitude or config.method == "dora":
+            raise UserError("--quantize_base excludes DoRA's magnitude, which needs the true weights: leave one out")
     if config.use_8bit_adam:
         _need("bitsandbytes", "--use_8bit_adam")
     if config.enable_xformers_memory_efficient_attention:

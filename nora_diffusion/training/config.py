@@ -28,6 +28,7 @@ PriorPreservation = Literal["images", "frozen"]
 Optimizer = Literal["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor", "sgd"]
 Calibrated = Literal["generic", "subject"]
 Crop = Literal["random", "center", "subject"]
+Quantized = Literal["int8"]
 CachePlace = Literal["memory", "disk"]
 Engine = Literal["local", "ray"]
 
@@ -225,6 +226,7 @@ class TrainConfig:
 
     # system
     mixed_precision: Precision | None = key(None, "system", "precision of the frozen model's work")
+    quantize_base: Quantized | None = key(None, "system", "keep the frozen denoiser's weights in 8 bits (torchao)")
     gradient_checkpointing: bool = key(False, "system", "less memory, more time")
     allow_tf32: bool = key(False, "system", "TF32 matrix products on NVIDIA GPUs")
     enable_xformers_memory_efficient_attention: bool = key(False, "system", "attention of xformers, if installed")

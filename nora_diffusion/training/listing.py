@@ -15,7 +15,7 @@ from .config import TrainConfig, names
 SHARED = (
     "pretrained_model_name_or_path", "revision", "variant", "tokenizer_name", "mixed_precision",
     "gradient_checkpointing", "allow_tf32", "enable_xformers_memory_efficient_attention", "local_rank",
-    "rescale_zero_snr", "quantize",
+    "rescale_zero_snr", "quantize_base",
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "preflight_only", "strict", "subjects",
     "rows_at_once", "joint", "engine", "address", "subjects_per_task", "task_retries",
 )  # fmt: skip

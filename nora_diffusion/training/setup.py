@@ -36,6 +36,7 @@ from .keep import Keep
 from .latents import Latents, encode_photos
 from .objective import Objective, is_flow, with_zero_snr
 from .optimization import build_optimizer, build_schedule, restore_schedule
+from .quantized import quantize_base
 from .randomness import derive
 from .renders import DTYPES, class_folder, fill_class_images
 from .rundir import RunFolder
@@ -345,7 +346,9 @@ def build_run(material: Material) -> Run:
     """Text conditions, lower precision, adapter, optimizer and schedule, then the checkpoint's state over them."""
     config, pipe = material.config, material.pipe
     conditions = None if encodes_each_step(config) else material.conditions()
-    return put_in(material, conditions, lower_precision(config, pipe, denoiser(pipe).device))
+    run = put_in(material, conditions, lower_precision(config, pipe, denoiser(pipe).device))
+    quantize_base(config, pipe)
+    return run
 
 
 def put_in(material: Material, conditions: TextConditions | None, dtype: torch.dtype, name: str = ADAPTER) -> Run:

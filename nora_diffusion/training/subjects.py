@@ -21,6 +21,7 @@ from .defaults import with_defaults
 from .listing import read_subjects
 from .loop import OUT_OF_MEMORY, TrainResult, build_accelerator, conclude, gather, plan_run, validation_of
 from .preflight import Finding, Plan, preflight, report
+from .quantized import quantize_base
 from .rundir import RunFolder
 from .setup import ADAPTER, lower_precision, open_base, put_in
 from .signals import Interrupted, StopRequests
@@ -125,6 +126,8 @@ def _set_up(planned: Sequence[Planned], accelerator: Accelerator, stop: StopRequ
         run = put_in(material, encoded[number], dtypes[number], f"{ADAPTER}-{number}")
         run.validation = validation_of(p.plan, run)
         members.append(Member(p.folder.path.name, Stepper(run, accelerator, p.folder, stop)))
+    if members:
+        quantize_base(materials[0].config, materials[0].pipe)
     return members
 
 
