@@ -270,3 +270,38 @@ def test_a_trigger_that_is_known_is_not_advised(configure: Configure) -> None:
     texts = [finding.text for finding in check(configure(instance_prompt="a sks dog"))]
     (text,) = [text for text in texts if "a word that the base knows" in text]
     assert text.startswith("'sks' is") and text.endswith("such as 'ohwx'.")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_a_power_cut_finds_nothing_half_written(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file of a checkpoint is on the disk before its name is, the manifest last, then the folder's name."""
+    events: list[tuple[str, str]] = []
+    flush, rename = os.fsync, Path.replace
+
+    def fsync(handle: int) -> None:
+        flush(handle)
+        events.append(("flushed", Path(f"/proc/self/fd/{handle}").readlink().name))
+
+    def replaced(self: Path, target: Path) -> Path:
+        events.append((f"{self.name} becomes", Path(target).name))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replaced)
+    train(configure(max_train_steps=1))
+    (end,) = [number for number, event in enumerate(events) if event == (".tmp-step-1 becomes", "step-1")]
+    assert events[end + 1] == ("flushed", "checkpoints")
+    named = []
+    for number, (what, name) in enumerate(events[:end]):
+        if what.endswith(" becomes") and name in ("nora_adapter.safetensors", "optimizer.safetensors", "manifest.json"):
+            named.append(name)
+            assert events[number - 1] == ("flushed", what.removesuffix(" becomes"))  # the content, then the name
+            assert events[number + 1] == ("flushed", ".tmp-step-1")
+    assert named == ["nora_adapter.safetensors", "optimizer.safetensors", "manifest.json"]
+
+
+def test_a_finished_run_says_that_it_is(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
+    config = configure(max_train_steps=1)
+    train(config)
+    train(replace(config, resume_from_checkpoint="latest"))
+    assert "this run is complete at step 1: raise --max_train_steps to go on" in caplog.text
