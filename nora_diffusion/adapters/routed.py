@@ -44,7 +44,7 @@ class Conditions:
                     f"a layer with the {router!r} router ran where no {missing[0]} is known: call the whole unet or "
                     "transformer, and target only layers that run after its time embedding"
                 )
-            rows = torch.cat([self.vectors[name].float() for name in router.split("+")], dim=-1)
+            rows = torch.cat([functional.at_least_single(self.vectors[name]) for name in router.split("+")], dim=-1)
             if torch.is_grad_enabled() or torch.compiler.is_compiling():
                 self._parts[router] = rows, torch.arange(rows.shape[0], device=rows.device)
             else:
@@ -145,16 +145,16 @@ class RoutedDelta(nn.Module):
         return functional.rowwise(p, ups.transpose(1, 2)[index])
 
     def row_gates(self) -> tuple[Tensor, Tensor]:
-        """Distinct gates ``[u, N]`` of the running batch, fp32, and the index ``[rows]`` of each row's own."""
+        """Distinct gates ``[u, N]`` of the running batch, at least in fp32, and the index ``[rows]`` of each row."""
         if self.conditions is None:
             raise UserError(f"the {self.router!r} router is not connected to its model: use nora_diffusion.add_adapter")
         vectors, index = self.conditions.distinct(self.router)
-        return functional.router_gates(F.linear(vectors, self.W_g.float())), index
+        return functional.router_gates(F.linear(vectors, self.W_g.to(vectors.dtype))), index
 
     def gates(self, x: Tensor, contract: functional.Contract) -> Tensor:
-        """The gates of an input: ``[..., N]``, one a token, or ``[rows, N]``; fp32."""
+        """The gates of an input: ``[..., N]``, one a token, or ``[rows, N]``; at least in fp32."""
         if not self.conditioned:
-            return functional.router_gates(contract(x, self.W_g).float())
+            return functional.router_gates(functional.at_least_single(contract(x, self.W_g)))
         gates, index = self.row_gates()
         return gates[index]
 

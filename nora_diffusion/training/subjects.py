@@ -84,6 +84,7 @@ def _opened(
         stack.enter_context(torch.random.fork_rng())
         pipe: Any = None
         planned = []
+        words: dict[str, str] = {}
         for (name, (subject, own)), folder in zip(subjects.items(), folders, strict=True):
             own = with_defaults(own)
             pipe = pipe or open_base(own, accelerator.device)
@@ -92,6 +93,9 @@ def _opened(
                 planned.append(Planned(subject, folder, plan_run(own, subject, accelerator, folder, stop, pipe)))
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
+            for word in subject.new_tokens:
+                if words.setdefault(word, name) != name:
+                    raise UserError(f"{name}: the new token {word!r} is that of {words[word]}: give each its own")
         yield accelerator, folders, stop, planned
 
 

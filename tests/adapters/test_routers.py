@@ -63,7 +63,7 @@ def gated_weight(delta: RoutedDelta, condition: Tensor) -> Tensor:
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)  # gates are formed in fp32
+    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
