@@ -159,7 +159,7 @@ def evaluate(weights: Path, images: Path | None, prompts: int = 0) -> dict[str, 
 
 
 def evaluate_teaching(weights: Path, images: Path | None) -> dict[str, float]:
-    """LoRA and NoRA on four held-out subjects (some minutes); writes ``base_taught.png`` to ``images`` if given."""
+    """LoRA and NoRA against the base on held-out subjects, in some minutes; ``base_taught.png`` goes to ``images``."""
     report, lessons = teach_all(weights)
     if images is not None:
         rows = [[(p, scene.caption) for p, scene in zip(lesson.pictures, new_scenes(lesson.subject), strict=True)]

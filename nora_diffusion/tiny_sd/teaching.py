@@ -19,7 +19,11 @@ from .render import render
 from .scenes import Ground, Scene, random_ground
 
 SUBJECTS = ("cyclops-purple", "tiger", "backpack-green", "tractor")  # fixed before anything was trained
-METHODS: dict[str, dict[str, Any]] = {"lora": {"method": "lora", "rank": 8, "inner_rank": None}, "nora": {}}
+METHODS: dict[str, dict[str, Any] | None] = {
+    "base": None,  # the control: what the class word alone is worth
+    "lora": {"method": "lora", "rank": 8, "inner_rank": None},
+    "nora": {},
+}
 _NEW = ("forest", "desert", "mountains", "road", "wall", "sea", "sky", "night", "sunset")  # in no training picture
 _EACH = 80  # rendered pictures of each held-out subject that the probe is fitted to
 
@@ -75,30 +79,35 @@ def _heldout(network: Any, seed: int, each: int) -> tuple[list[str], Any]:
     return names, probe.features(network, np.stack([render(scene) for scene in scenes]))
 
 
-def teach(weights: Path, probes: Probes, slug: str, method: str) -> Lesson:
-    """Learn one subject from its six pictures, and draw it once in each new scene (seeds 0 to 9)."""
-    from ..base import open_pipeline
-    from ..generation import EMBEDDED_GUIDANCE, run
-    from ..loaders import load_adapter
+def learn(base: Path, slug: str, values: dict[str, Any], out: Path) -> None:
+    """Train an adapter on the subject's six pictures."""
     from ..training import TrainConfig, train
     from ..training.defaults import EMBEDDED
 
-    scenes, base = new_scenes(slug), weights / "pipeline"
-    with tempfile.TemporaryDirectory() as folder:
-        photos, out = Path(folder) / "photos", Path(folder) / "adapter"
-        write_subject(slug, photos)
-        thing = scenes[0].things[0]
+    word = subject_thing(slug).class_word
+    with tempfile.TemporaryDirectory() as photos:
+        write_subject(slug, Path(photos))
         config = TrainConfig(
-            pretrained_model_name_or_path=str(base), instance_data_dir=str(photos), output_dir=str(out), seed=0,
-            instance_prompt=f"a {TRIGGER} {thing.class_word}", class_word=thing.class_word, use_captions=True,
-            **{**EMBEDDED, **METHODS[method]},
+            pretrained_model_name_or_path=str(base), instance_data_dir=photos, output_dir=str(out), seed=0,
+            instance_prompt=f"a {TRIGGER} {word}", class_word=word, use_captions=True, **{**EMBEDDED, **values},
         )  # fmt: skip
-        started = time.monotonic()
         train(config)
-        seconds = time.monotonic() - started
-        pipe = open_pipeline(base)
-        load_adapter(pipe, out, "subject")
-        pictures = run(pipe, [s.caption for s in scenes], list(range(len(scenes))), 20, EMBEDDED_GUIDANCE)
+
+
+def teach(weights: Path, probes: Probes, slug: str, method: str) -> Lesson:
+    """Learn one subject, and draw it once in each new scene (seeds 0 to 9)."""
+    from ..base import open_pipeline
+    from ..generation import EMBEDDED_GUIDANCE, run
+    from ..loaders import load_adapter
+
+    scenes, base, values = new_scenes(slug), weights / "pipeline", METHODS[method]
+    pipe, started = open_pipeline(base), time.monotonic()
+    if values is not None:
+        with tempfile.TemporaryDirectory() as out:
+            learn(base, slug, values, Path(out) / "adapter")
+            load_adapter(pipe, Path(out) / "adapter", "subject")
+    seconds = time.monotonic() - started
+    pictures = run(pipe, [s.caption for s in scenes], list(range(len(scenes))), 20, EMBEDDED_GUIDANCE)
     seen = probe.features(probes.network, np.stack([np.asarray(p) for p in pictures]))
     return Lesson(
         slug, method, seconds, pictures,
