@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..captions import without_trigger
 from ..errors import UserError
 from ..files import write_atomic
 from .job import Job
@@ -73,8 +74,7 @@ class SampleScores:
                     picture = opened.convert("RGB")
             except (UserError, OSError, SyntaxError, ValueError):
                 continue
-            if trigger:
-                prompt = re.sub(rf"\b{re.escape(trigger)}\b\s*", "", prompt)
+            prompt = without_trigger(prompt, trigger)
             found[sample.name] = {
                 "subject": subject_score(self._judge, [picture], photos),
                 "prompt": prompt_score(self._judge, [picture], [prompt]),
