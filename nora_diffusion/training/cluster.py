@@ -139,12 +139,12 @@ def _cluster(address: str | None) -> Iterator[Any]:
 
 
 class Table:
-    """One line a subject, read from the folders: redrawn in place on a terminal, else printed when a state changes."""
+    """One line a subject, read from the folders: redrawn in place on a terminal, else the lines whose state changes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._drawn = 0
-        self._before: Any = None
+        self._before: set[tuple[str, str, str]] = set()
 
     def state(self, name: str) -> dict[str, Any]:
         """What a subject's ``state.json`` says."""
@@ -170,13 +170,14 @@ class Table:
     def show(self, groups: Sequence[Group], last: bool = False) -> None:
         """Print the table on stderr."""
         rows, live = self.rows(groups), sys.stderr.isatty()
-        now = rows if live else [(name, status, tries) for name, status, _, _, tries in rows]
-        if now == self._before and not last:
-            return
-        lines = drawn([("subject", "state", "step", "loss", "starts"), *rows])
-        back = f"\x1b[{self._drawn}F\x1b[J" if live and self._drawn else ""
-        print(back + "\n".join(lines), file=sys.stderr, flush=True)
-        self._before, self._drawn = now, len(lines)
+        now = {(name, status, tries) for name, status, _, _, tries in rows}
+        if not live and not last:
+            rows = [row for row in rows if (row[0], row[1], row[4]) in now - self._before]
+        if rows:
+            lines = drawn([("subject", "state", "step", "loss", "starts"), *rows])
+            back = f"\x1b[{self._drawn}F\x1b[J" if live and self._drawn else ""
+            print(back + "\n".join(lines), file=sys.stderr, flush=True)
+            self._before, self._drawn = now, len(lines)
 
 
 def drawn(rows: Rows) -> list[str]:

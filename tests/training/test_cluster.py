@@ -139,6 +139,8 @@ def test_the_table_reads_the_folders(tmp_path: Path, capsys: pytest.CaptureFixtu
         "dog      training  7/20  0.2500  1",
         "cat      waiting   0/?           0",
     ]
+    table.show([Group(["dog"], tries=2), Group(["cat"])])
+    assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == ["subject", "dog"]
 
 
 @pytest.fixture(scope="module")
