@@ -59,6 +59,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "instance_data_dir": "{shapes}", "background_loss_weight": 0.2, "aspect_buckets": True, "shuffle_tags": 3,
         "caption_dropout": 0.3, "instance_prompt": "sks dog, red, toy, hat", "noise_offset": 0.1,
     },
+    "new tokens": {"train_text_encoder_ti": True, "instance_prompt": "a photo of <sks> dog", "token_lr": 1e-2},
     "rank mask": {"method": "dylora", "inner_rank": None, "basis": None},
 }  # fmt: skip
 
