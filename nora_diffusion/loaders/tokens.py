@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..adapter_info import WORD
@@ -193,14 +194,16 @@ def expanded(pipe: Any, prompts: Sequence[str], tokenizer: Any) -> list[str]:
 
 
 def start_vectors(pipe: Any, part: str, count: int, concept: str | None, draw: Tensor) -> Tensor:
-    """Vectors ``[count, width]`` to start from: those of the words ``concept`` in turn, or ``draw``, scaled as theirs.
+    """Vectors ``[count, width]`` to start from: those of the words ``concept``, or ``draw`` in the size of all words'.
 
-    ``draw`` is standard normal noise ``[count, width]``.
+    Few pieces are taken in turn, many are averaged in their order. ``draw [count, width]`` is standard normal noise.
     """
     encoder: Any = component(pipe, part)
     weight = encoder.get_input_embeddings().weight.detach().float().cpu()
     if not concept:
         return draw * weight.std()
     tokenizer = getattr(pipe, _tokenizer_name(part))
-    ids = tokenizer(concept, add_special_tokens=False).input_ids
-    return weight[[ids[number % len(ids)] for number in range(count)]].clone()
+    pieces = weight[tokenizer(concept, add_special_tokens=False).input_ids]
+    if len(pieces) > count:
+        return torch.stack([some.mean(0) for some in pieces.tensor_split(count)])
+    return pieces[[number % len(pieces) for number in range(count)]].clone()

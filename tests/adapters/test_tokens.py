@@ -28,7 +28,7 @@ from nora_diffusion.adapter_file import FILE_NAME
 from nora_diffusion.adapters import nora
 from nora_diffusion.cli import main
 from nora_diffusion.loaders import trainable_parameters
-from nora_diffusion.loaders.tokens import add_tokens
+from nora_diffusion.loaders.tokens import add_tokens, start_vectors
 from nora_diffusion.pack_writing import create_pack, extract_from_pack
 
 WIDTH = 16
@@ -271,6 +271,15 @@ def test_files_that_lie_about_their_words_are_refused(pipe: Any, tmp_path: Path)
         with pytest.raises(UserError, match=sentence):
             load_adapter(pipe, folder, "dog")
     assert "<pet>" not in pipe.tokenizer.get_vocab()
+
+
+def test_words_start_from_what_they_are_like(pipe: Any) -> None:
+    table, ids = pipe.text_encoder.get_input_embeddings().weight, pipe.tokenizer("red hat with dog").input_ids[1:-1]
+    noise = torch.randn(2, WIDTH)
+    assert torch.equal(start_vectors(pipe, "text_encoder", 3, "red hat", noise), table[[ids[0], ids[1], ids[0]]])
+    halves = torch.stack([table[ids[:2]].mean(0), table[ids[2:]].mean(0)])
+    assert torch.allclose(start_vectors(pipe, "text_encoder", 2, "red hat with dog", noise), halves)
+    assert torch.allclose(start_vectors(pipe, "text_encoder", 2, None, noise), noise * table.std())
 
 
 def test_the_commands(pipe: Any, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
