@@ -123,10 +123,14 @@ def _load_all(pipe: Any, adapters: Sequence[Known]) -> dict[Known, LoadedAdapter
 
 
 def _use(pipe: Any, tags: dict[str, Tag]) -> None:
-    """Make exactly these adapters active, by the names that the pipeline knows them under."""
+    """Make exactly these adapters active, by the names that the pipeline knows them under.
+
+    A textual inversion is not among those: it is a word, and acts where a prompt has it.
+    """
     held = list_adapters(pipe)
     parts = {name: [part for part, names in held.items() if name in names] for name in tags}
-    set_adapters(pipe, list(tags), [_weights(tag, parts[name]) for name, tag in tags.items()])
+    live = [name for name in tags if parts[name]]
+    set_adapters(pipe, live, [_weights(tags[name], parts[name]) for name in live])
 
 
 def _weights(tag: Tag, parts: Sequence[str]) -> float | dict[str, float]:

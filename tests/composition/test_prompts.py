@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from nora_diffusion import UserError, add_adapter, lora, open_pipeline, save_adapter
 from nora_diffusion.composition.library import Known, adapters_in, given, name_of, resolve
@@ -74,6 +76,15 @@ def test_a_tag_overrides_the_weight_of_a_given_adapter(tiny_base: Path, library:
     assert [read_settings(f).adapters[0]["weight"] for f in files] == [0.8, 0.3]
     again = pictures(tiny_base, out, "a dog", adapters=[f"{library / 'dog'}:0.3"])
     assert pixels(files[1]) == pixels(again[0]) != pixels(files[0])
+
+
+def test_a_textual_inversion_acts_where_a_prompt_has_its_word(tiny_base: Path, library: Path, tmp_path: Path) -> None:
+    word = tmp_path / "qqq.safetensors"
+    save_file({"emb_params": 5 * torch.randn(1, 16)}, word)
+    given = [str(word), f"{library / 'dog'}:0.8"]
+    with_word, without = pictures(tiny_base, tmp_path / "one", "a qqq", "a dog", adapters=given)
+    plain, same = pictures(tiny_base, tmp_path / "two", "a qqq", "a dog", adapters=given[1:])
+    assert pixels(without) == pixels(same) and pixels(with_word) != pixels(plain)
 
 
 @pytest.mark.parametrize(

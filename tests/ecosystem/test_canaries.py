@@ -7,8 +7,10 @@ docs/compatibility.md lists them with the releases that were run.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -35,6 +37,15 @@ def canary(library: str, internal: str, needed_by: str) -> Iterator[None]:
     except Exception as error:
         detail = f"{type(error).__name__}: {error}"
         pytest.fail(f"{library} {VERSIONS[library]} changed {internal}; {needed_by} depends on it ({detail})")
+
+
+def test_the_table_of_releases_has_the_pinned_ones() -> None:
+    root = Path(__file__).parents[2]
+    documented = (root / "docs" / "compatibility.md").read_text()
+    pinned = (root / "constraints.txt").read_text()
+    pins = dict(re.findall(r'^(\w+)==([\d.]+)(?:; python_version >= "3.11")?$', pinned, re.M))
+    for library in ("peft", "diffusers", "transformers", "torch"):
+        assert re.search(rf"^\| {library} \|.*\*\*{re.escape(pins[library])}\*\*", documented, re.M), library
 
 
 class Holder(nn.Module):
