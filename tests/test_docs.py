@@ -1,7 +1,7 @@
 """Every command and every Python block of README.md and docs/ is run, document by document, from top to bottom.
 
-A shell line runs through the same entry points as on a command line. The model's hub id stands for a tiny random
-pipeline of its layout, and training is cut to two steps; nothing else is changed.
+A shell line runs through the same entry points as on a command line. A model's hub id stands for a tiny random pipeline
+of its layout, in a folder of ``base``, and training is cut to two steps; nothing else is changed.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from architectures import tiny_pipeline
 from factories import tiny_random_pipeline, write_photos
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-HUB_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+HUB_IDS = {"stable-diffusion-v1-5/stable-diffusion-v1-5": "sd", "stabilityai/stable-diffusion-xl-base-1.0": "sdxl"}
 SHORT = ["--max_train_steps", "2", "--num_class_images", "2", "--sample_steps", "1", "--num_validation_images", "1"]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -57,7 +59,8 @@ def serve_once(flags: list[str]) -> None:
 
 
 def run_command(words: list[str], base: Path) -> None:
-    words = [word.replace(HUB_ID, str(base)) for word in words]
+    for hub_id, folder in HUB_IDS.items():
+        words = [word.replace(hub_id, str(base / folder)) for word in words]
     if words[:2] == ["accelerate", "launch"]:
         words = ["python", *words[2:]]
     if words[0] == "make":
@@ -79,10 +82,15 @@ def run_command(words: list[str], base: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
 def test_documents_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tiny_random_pipeline(tmp_path / "base")
+    base = tmp_path / "base"
+    tiny_random_pipeline(base / "sd")
+    tiny_pipeline("sdxl", tmp_path / "files").save_pretrained(base / "sdxl")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    write_photos(tmp_path / "photos" / "dog", 4)
+    for name in ("dog", "vase", "prints"):
+        write_photos(tmp_path / "photos" / name, 4)
+    (tmp_path / "photos/vase/masks").mkdir()
+    Image.new("L", (24, 20), 255).save(tmp_path / "photos/vase/masks/0.png")
     namespace: dict[str, object] = {}
     runners: dict[str, Callable[[str], None]] = {
         "bash": lambda text: [run_command(words, base) for words in commands(text)] and None,

@@ -129,9 +129,11 @@ def _cluster(address: str | None) -> Iterator[Any]:
     local = {} if address else {"include_dashboard": False}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of a start that took too long Ray says so by a plain one
+        ray.shutdown()
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"no Ray cluster at --address {address}: {first}; start one with `ray start --head`") from error
+        place = f"at --address {address}" if address else "on this machine"
+        raise UserError(f"no Ray cluster {place}: {first}; start one with `ray start --head`") from error
     try:
         yield ray
     finally:

@@ -127,6 +127,18 @@ def test_mistakes_are_sentences(listed: Configure, monkeypatch: pytest.MonkeyPat
     assert main(["--engine", "ray", "--instance_data_dir", str(photos)]) == 2
 
 
+def test_a_cluster_that_is_not_there(listed: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**given: Any) -> None:
+        raise Exception(f"The current node timed out during startup. {given['address']}")
+
+    fake = SimpleNamespace(is_initialized=lambda: False, init=init, shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    with pytest.raises(UserError, match="no Ray cluster at --address auto: The current node timed out"):
+        train_on_cluster(listed(address="auto"))
+    with pytest.raises(UserError, match=r"no Ray cluster on this machine: .*start one with `ray start --head`"):
+        train_on_cluster(listed())
+
+
 def test_the_table_reads_the_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, state in (("dog", {"status": "training", "step": 7, "total": 20, "loss": 0.25}), ("cat", {})):
         (tmp_path / name).mkdir()
