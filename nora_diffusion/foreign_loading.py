@@ -37,6 +37,11 @@ def load_foreign(pipe: Any, info: AdapterInfo, name: str, activate: bool, weight
         check_new_name(pipe, name, parts)
         refuse_merged(pipe)
         found = fitting(pipe, reader)
+        if any("mid" in own for _, own in found.values()):
+            raise UserError(
+                f"{info.path} is {info.note} in Tucker form (lora_mid), which diffusers does not load: make an adapter "
+                "of it with `nora-diffusion import`"
+            )
         before = {part: active_adapters(component(pipe, part)) for part in present(pipe)}
         with ExitStack() as stack:
             stack.enter_context(_all_or_nothing(pipe, info.path, name, before))
@@ -112,10 +117,10 @@ def _magnitude(reader: TensorFile, module: Module, own: Tensors) -> Tensor:
     """DoRA's magnitude as diffusers lays it out: ``[d_out]``, or ``[1, d_out, 1, 1]`` for a convolution."""
     m, up = own["dora"], own["up"]
     by_row = m.numel() == up.shape[0] and ("lora_magnitude" in module.keys["dora"] or m.shape[0] == up.shape[0])
-    if not by_row or "mid" in own:
+    if not by_row:
         raise UserError(
             f"{reader.path} is a DoRA that diffusers and PEFT do not compute: {module.name} has its magnitude by input "
-            "channel, or a core in its middle; load it with the tool that made it"
+            "channel; load it with the tool that made it"
         )
     return m.flatten() if up.ndim == 2 else m.reshape(1, -1, 1, 1)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from .adapter_file import inspect_adapter
 from .adapters import AdapterConfig, nora
 from .adapters.cores import DenseCore, NestedCore
+from .adapters.rows import core_matrix
 from .components import COMPONENTS, canonical, component, nora_layers, present
 from .errors import UserError
 from .foreign_updates import fitting, updates
@@ -91,8 +92,7 @@ def _fill(delta: Any, dense: Tensor, scale: float) -> float:
     else:
         delta.core.A_in.data.copy_(core[0])
         delta.core.B_in.data.copy_(core[1])
-    core_down, core_up = (factor.detach().double() for factor in delta.core.pair())
-    return float((dense - scale * up @ core_up @ core_down @ down).norm())
+    return float((dense - scale * up @ core_matrix(delta).detach().to(dense) @ down).norm())
 
 
 def project(dense: Tensor, down: Tensor, up: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from nora_diffusion import (
     save_adapter,
     set_adapters,
 )
-from nora_diffusion.adapters import lora, nora
+from nora_diffusion.adapters import lora, lora_xs, nora
 from nora_diffusion.adapters.bases import BASES
 from nora_diffusion.foreign_updates import updates
 from nora_diffusion.importing import import_lora, project
@@ -437,6 +437,23 @@ def test_import_says_what_was_lost(pipe: Any, made: dict[str, tuple[Path, Tensor
         shapes = {path: pipe.unet.get_submodule(path.removeprefix("unet.")).weight for path in paths}
         square = [path for path, weight in shapes.items() if weight.shape[0] == weight[0].numel()]
         assert square and all(report.layers[path] < 1e-5 for path in square)
+
+
+def test_a_locon_in_tucker_form_is_imported_but_not_loaded(pipe: Any, tmp_path: Path) -> None:
+    before, name = output(pipe), "lora_unet_mid_block_resnets_0_conv1"
+    factors = {"down": torch.randn(2, 16, 1, 1), "mid": torch.randn(2, 2, 3, 3), "up": 0.1 * torch.randn(16, 2, 1, 1)}
+    save_file({f"{name}.lora_{key}.weight": value for key, value in factors.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"Tucker form \(lora_mid\).*import"):
+        load_adapter(pipe, tmp_path / "x.safetensors")
+    assert torch.equal(output(pipe), before) and list_adapters(pipe) == {}
+    config = lora_xs(r=16, basis="orthogonal", basis_dtype="float32")
+    report = import_lora(pipe, tmp_path / "x.safetensors", tmp_path / "imported", config)
+    dense = torch.einsum("or,rskl,sc->ockl", factors["up"].flatten(1), factors["mid"], factors["down"].flatten(1))
+    load_adapter(pipe, report.path, "one")
+    layer = pipe.unet.get_submodule("mid_block.resnets.0.conv1")
+    basis = layer.delta("one").A_out  # all rows of the kernel, and as many of its 144 columns
+    kept = dense.flatten(1) @ basis.T @ basis
+    torch.testing.assert_close(layer.get_delta_weight("one").flatten(1), kept, atol=1e-5, rtol=1e-4)
 
 
 def test_an_import_leaves_adapters_and_config_alone(
