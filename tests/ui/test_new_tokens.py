@@ -1,0 +1,41 @@
+"""An adapter that brings a word of its own, in the app: the word is known to its pictures and to no others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from nora_diffusion import add_adapter, delete_adapter, open_pipeline, save_adapter
+from nora_diffusion.adapters import nora
+from nora_diffusion.loaders.tokens import add_tokens
+from nora_diffusion.pictures import read_settings
+from nora_diffusion.ui.device import Device
+from nora_diffusion.ui.engine import Engine
+from nora_diffusion.ui.request import Request, Wanted
+from nora_diffusion.ui.runs import Run
+
+
+def test_a_word_comes_and_goes_with_its_adapter(base: Path, tmp_path: Path) -> None:
+    pipe = open_pipeline(base)
+    add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "pet")
+    width = pipe.text_encoder.get_input_embeddings().embedding_dim
+    add_tokens(pipe, "pet", {"<pet>": {"text_encoder": torch.randn(2, width)}})
+    file = save_adapter(pipe, tmp_path / "pet", "pet", info={"trigger": "<pet>"})
+    delete_adapter(pipe, "pet")
+    engine = Engine(str(base), "cpu")
+    tokenizer = engine.pipe.tokenizer
+    pictures = []
+    for number, adapters in enumerate([(), (Wanted("pet", file),), ()]):
+        order = Request((("a <pet>", 0),), adapters, steps=2, guidance=2.0, width=16, height=16)
+        out = tmp_path / str(number)
+        made = Run(
+            Device(tmp_path / "lock", max_waiting=1), "pictures", lambda run, o=order, p=out: engine.make(o, p, run)
+        )
+        made.join(60)
+        assert made.progress.state == "done", made.progress
+        pictures.append(next(out.glob("*.png")))
+    told = read_settings(pictures[1])
+    assert told.prompt == "a <pet>" and told.adapters[0]["trigger"] == "<pet>"
+    first, word, last = (picture.read_bytes() for picture in pictures)
+    assert word != first and last == first and engine.pipe.tokenizer is tokenizer
