@@ -33,14 +33,19 @@ def open_pipeline(
 
     ``None`` or ``"tiny_sd"`` is the embedded base. Raises :class:`UserError` that names what is missing.
     """
+    pipe = _from_pretrained(check_base(path_or_id), dtype, revision, variant)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe if device is None else pipe.to(device)
+
+
+def check_base(path_or_id: str | Path | None) -> str | Path:
+    """The folder or hub id of a base. Raises :class:`UserError` for a folder that is no pipeline; loads nothing."""
     source: str | Path = EMBEDDED_WEIGHTS / "pipeline" if is_embedded(path_or_id) else str(path_or_id)
     local = Path(str(source)).expanduser()
     if local.exists() or is_embedded(path_or_id) or _looks_like_path(str(source)):
         check_pipeline_folder(local)
-        source = local
-    pipe = _from_pretrained(source, dtype, revision, variant)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe if device is None else pipe.to(device)
+        return local
+    return source
 
 
 def _looks_like_path(source: str) -> bool:

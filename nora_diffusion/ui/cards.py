@@ -20,7 +20,7 @@ THUMBNAIL_SIDE = 192
 MAX_PIXELS = 40_000_000
 EMPTY = (
     '<div class="empty"><b>The library is empty.</b><br>Teach it a subject in the Train tab: an example subject takes '
-    "one click. Or drop a <code>.safetensors</code> adapter above.</div>"
+    "one click. Or drop a <code>.safetensors</code> file into the field for imports.</div>"
 )
 NOTHING = '<div class="empty">No adapter matches. Search for fewer words, or show all methods.</div>'
 

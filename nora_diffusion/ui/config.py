@@ -6,6 +6,7 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..base import check_base
 from ..errors import UserError
 
 DEFAULT_PORT = 7860
@@ -31,6 +32,7 @@ class AppConfig:
 
     def check(self) -> None:
         """Raises :class:`UserError` for the first setting that makes no sense or is not safe."""
+        check_base(self.base)
         if not 0 <= self.port <= 65535:
             raise UserError(f"port={self.port} is out of range: choose 1 to 65535, or 0 for any free one")
         if self.auth is not None and not all(self.credentials):

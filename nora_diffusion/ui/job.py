@@ -91,7 +91,7 @@ def _message(folder: Path, status: Status, state: Mapping[str, Any], outcome: Ma
         process = read_json(folder / "process.json")
         if process and process.get("boot") != boot_id():
             return "the machine was restarted while this ran"
-        return "killed by the system, probably for want of memory: choose a smaller batch or resolution"
+        return "the system ended it, probably for want of memory: choose a smaller batch or resolution"
     if status == "failed":
         said = outcome.get("message") or _last_error(folder / "output.log") or state.get("message") or ""
         return without_dashes(without_folders(str(said)))

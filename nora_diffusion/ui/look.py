@@ -11,8 +11,12 @@ MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 CSS = """
 .gradio-container { max-width: 1280px !important; width: 100% !important; margin: 0 auto !important; }
+#title .prose { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 .75rem; }
 #title h1 { font-size: 1.15rem; font-weight: 650; margin: 0; letter-spacing: -0.01em; }
-#title p { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; }
+#title p { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; overflow-wrap: anywhere; }
+.html-container { padding: 0 !important; }
+.block:has(> .html-container > .prose:empty) { display: none; }
+:is(#train-photos, #import, #drop-picture) .icon-wrap { display: none; }
 .status { margin: 0; min-height: 1.5em; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 .status.bad { color: var(--error-text-color); font-weight: 550; }
 .bar { height: 4px; border-radius: 2px; background: var(--border-color-primary); overflow: hidden; margin: .4rem 0; }
@@ -21,7 +25,10 @@ CSS = """
 .pixels img, .card img { image-rendering: pixelated; object-fit: contain; }
 #generate-areas { display: grid; gap: var(--layout-gap); grid-template: "ask result" auto "more result" 1fr / 5fr 6fr; }
 #generate-ask { grid-area: ask; } #generate-more { grid-area: more; } #generate-result { grid-area: result; }
-#generate-areas > * { min-width: 0 !important; }
+#library-areas { display: grid; gap: var(--layout-gap);
+  grid-template: "cards chosen" auto "cards import" 1fr / 7fr 4fr; }
+#library-cards { grid-area: cards; } #library-chosen { grid-area: chosen; } #library-import { grid-area: import; }
+:is(#generate-areas, #library-areas) > * { min-width: 0 !important; }
 #gallery .grid-wrap, #batch-gallery .grid-wrap { height: auto !important; max-height: none !important; }
 .cards { display: grid; gap: .75rem; padding: 0; margin: 0;
   grid-template-columns: repeat(auto-fill, minmax(135px, 1fr)); }
@@ -47,10 +54,12 @@ CSS = """
 .facts td + td, .facts thead th:last-child { padding-left: .8rem; }
 .facts td { padding: .25rem 0; overflow-wrap: anywhere; }
 .facts tr.new td { font-weight: 600; }
+.row:has(> .remove) { background: var(--block-background-fill); }
 .remove { align-self: center !important; margin: .6rem; flex: none !important; }
 .empty { border: 1px dashed var(--border-color-primary); border-radius: 10px; padding: 1.2rem;
   color: var(--body-text-color-subdued); }
 #train-prepared .grid-wrap, #train-samples .grid-wrap { min-height: 0; }
+#train-prepared .grid-wrap { max-height: 340px; overflow-y: auto; }
 .plots { display: grid; gap: .75rem; }
 .plots + .plots { margin-top: 1.5rem; }
 .plot { margin: 0; }
@@ -61,9 +70,9 @@ CSS = """
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; color: var(--body-text-color-subdued); }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
 @media (max-width: 640px) { .gradio-container { padding: .5rem !important; } .facts th { white-space: normal; }
-  #inspect-adapter, #inspect-intruders { flex-basis: 100% !important; }
   :is(#train-examples, #train-samples) .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
   #generate-areas { grid-template: "ask" auto "result" auto "more" auto / 1fr; }
+  #library-areas { grid-template: "chosen" auto "cards" auto "import" auto / 1fr; }
   .plot svg { font-size: 14px; } }
 """
 

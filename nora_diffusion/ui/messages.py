@@ -25,7 +25,7 @@ def sentence(error: object) -> str:
 def without_folders(text: str) -> str:
     """``text`` with every absolute path cut down to its last name; addresses of web pages stay."""
     text = _QUOTED.sub(r"\1\2\1", text)
-    for known in {Path.cwd(), Path(tempfile.gettempdir()), Path.home()}:  # these may have spaces in their names
+    for known in (Path(tempfile.gettempdir()), Path.home()):  # these may have spaces in their names
         if len(known.parts) > 1:
             text = text.replace(f"{known}{os.sep}", "")
     return _PLAIN.sub("", text)

@@ -84,6 +84,7 @@ def _launch(app: App) -> tuple[Any, str]:
             server_name=config.listen, server_port=config.port or _free_port(config.listen), prevent_thread_lock=True,
             auth=security.Password(*config.credentials) if config.auth else None,
             share=False, mcp_server=False, ssr_mode=False, enable_monitoring=False, run_history=False, pwa=False,
+            _frontend=False,  # else it asks itself for its page, and gives up on a busy machine after 3 seconds
             show_error=False, quiet=True, inbrowser=False, debug=False, strict_cors=True, footer_links=[], root_path="",
             allowed_paths=[], blocked_paths=[str(path) for path in blocked(app)], max_file_size=security.MAX_UPLOAD,
             app_kwargs={

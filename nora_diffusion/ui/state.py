@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +13,7 @@ from ..errors import UserError
 from .config import AppConfig
 from .device import Device
 from .engine import Engine
-from .entries import Entry
+from .entries import Entry, Stamp
 from .jobs import Jobs
 from .library import Library
 from .runs import Runs
@@ -31,6 +31,7 @@ class App:
     scratch: Path
     """Private folder for files that are handed to the browser; emptied when the server ends."""
     _handed: dict[tuple[Path, int], Path] = field(default_factory=dict)
+    _overlaps: dict[tuple[Stamp, ...], float] = field(default_factory=dict)
     runs: Runs = field(default_factory=Runs)
 
     @cached_property
@@ -55,9 +56,12 @@ class App:
         return Engine(self.config.base_name, self.config.device)
 
     def warm_up(self) -> None:
-        """Load the base ahead of the first picture; what goes wrong is said when somebody asks for a picture."""
-        with contextlib.suppress(Exception), self.device.join("loading the base"):
-            _ = self.engine.preview
+        """Load the base ahead of the first picture; what goes wrong is said here, and to whoever asks for one."""
+        try:
+            with self.device.join("loading the base"):
+                _ = self.engine.pipe
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
 
     def hand_out(self, file: Path) -> str:
         """A copy of a file that a page may show or download: nothing outside the private folder is served."""
@@ -69,6 +73,19 @@ class App:
     def private_folder(self) -> Path:
         """A new empty folder whose files may be handed to the browser."""
         return Path(tempfile.mkdtemp(dir=self.scratch))
+
+    def overlap(self, one: str, two: str) -> float:
+        """How much two adapters of the library change the same, 0 to 1; 0 too where that is no one number (MoR)."""
+        from ..composition.angles import overlap_files
+
+        try:
+            entries = [self.library.entry(name) for name in (one, two)]
+            key = tuple(entry.stamp for entry in entries)
+            if key not in self._overlaps:
+                self._overlaps[key] = overlap_files(entries[0].file, entries[1].file).score
+            return self._overlaps[key]
+        except UserError:
+            return 0.0
 
     def misfit(self, entry: Entry) -> str | None:
         """Why an adapter cannot be used here, or None."""

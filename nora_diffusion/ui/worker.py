@@ -39,7 +39,10 @@ def _train(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     lock = FileLock(Path(job["device_lock"]))
     try:
         lock.acquire()
-        code = _trainer()(["--config", str(folder / "request.yaml"), *job["flags"]])
+        # A run that ended well but did not get into the library, for want of space say, is not trained again.
+        code = (
+            0 if is_finished(folder / "run") else _trainer()(["--config", str(folder / "request.yaml"), *job["flags"]])
+        )
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows is short and must not end halfway
         if code != 0:
             return {"code": code, "message": ""}
@@ -58,6 +61,14 @@ def _trainer() -> Callable[[list[str]], int]:
     from ..training import main
 
     return main
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the trainer said that it is done, and its adapter is there."""
+    from ..adapter_file import FILE_NAME
+    from .job import read_json
+
+    return read_json(run / "state.json").get("status") == "done" and (run / FILE_NAME).is_file()
 
 
 def final_scores(folder: Path) -> dict[str, float]:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,7 @@ class Server:
     def call(self, name: str, *data: Any, event: dict[str, Any] | None = None, session: str = "test") -> dict[str, Any]:
         """Run a handler as a script would, past the page; returns the last message: ``success`` and ``output``."""
         with self.client() as http:
-            if not self.functions:
-                found = http.get("/config").json()["dependencies"]
-                self.functions = {f["api_name"]: f["id"] for f in found}
-            body = {"data": data, "fn_index": self.functions[name], "session_hash": session, "event_data": event}
+            body = {"data": data, "fn_index": self.find(name), "session_hash": session, "event_data": event}
             joined = http.post("/gradio_api/queue/join", content=json.dumps(body, allow_nan=True).encode(),
                                headers={"content-type": "application/json"})  # fmt: skip
             if joined.status_code != 200:
@@ -64,6 +62,20 @@ class Server:
                     if message.get("msg") == "process_completed":
                         return message
         raise AssertionError("the stream ended without a result")
+
+    def press(self, name: str, *data: Any, session: str = "test") -> httpx.Response:
+        """A handler that answers past the queue, as the page's script calls it."""
+        with self.client() as http:
+            body = {"data": data, "fn_index": self.find(name), "session_hash": session}
+            return http.post("/gradio_api/run/predict", json=body)
+
+    def find(self, name: str) -> int:
+        """The number under which the page calls a handler."""
+        if not self.functions:
+            with self.client() as http:
+                found = http.get("/config").json()["dependencies"]
+            self.functions = {f["api_name"]: f["id"] for f in found}
+        return self.functions[name]
 
     def stop(self) -> int:
         """End it as a system would."""
@@ -173,16 +185,23 @@ def open_tab(page: Any, name: str) -> None:
     page.wait_for_selector(f"{LANDMARKS[name]}:visible")
 
 
-@pytest.fixture
-def page(browser: Any, server: Server) -> Iterator[Any]:
-    """A fresh visit to the app; errors of the page's scripts fail the test."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
+@contextmanager
+def visitor(browser: Any) -> Iterator[Any]:
+    """An empty page of a visitor without a past; errors of the page's scripts fail the test."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     tab = context.new_page()
     faults: list[str] = []
     tab.on("pageerror", lambda error: faults.append(str(error)))
     tab.on("dialog", lambda dialog: (faults.append(f"dialog: {dialog.message}"), dialog.dismiss()))
     tab.set_default_timeout(90_000)  # a slow machine is no fault
-    visit(tab, server.url)
     yield tab
     context.close()
     assert not faults, faults
+
+
+@pytest.fixture
+def page(browser: Any, server: Server) -> Iterator[Any]:
+    """A fresh visit to the app."""
+    with visitor(browser) as tab:
+        visit(tab, server.url)
+        yield tab

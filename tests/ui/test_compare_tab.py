@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from nora_diffusion import mor, open_pipeline
 from nora_diffusion.generation import GenerateConfig, generate
 
-from .conftest import Server
+from .conftest import Server, save_random
 
 AXES = ["seed", "1,2", "weight", "0,1", "none", ""]
 
@@ -21,15 +23,20 @@ def choose(page: Any, field: str, value: str) -> None:
     page.get_by_role("option", name=value, exact=True).click()
 
 
+def open_compare(page: Any, prompt: str) -> None:
+    page.get_by_role("tab", name="Compare").click()
+    page.wait_for_function("document.querySelector('#compare-adapter input').value != ''")  # the newest is chosen
+    choose(page, "#compare-adapter", "dog")
+    page.locator("#compare-prompt textarea").fill(prompt)
+
+
 def compare(page: Any) -> None:
     page.get_by_role("button", name="Compare", exact=True).click()
     page.locator("#compare-status").filter(has_text="cells in").wait_for(timeout=120_000)
 
 
 def test_a_grid_with_downloads_and_a_slider(page: Any, server: Server, base: Path, tmp_path: Path) -> None:
-    page.get_by_role("tab", name="Compare").click()
-    page.locator("#compare-prompt textarea").fill("a sks dog")
-    choose(page, "#compare-adapter", "dog")
+    open_compare(page, "a sks dog")
     page.locator("#compare-x-values").locator("input, textarea").fill("1,2")
     page.get_by_text("Settings of all cells").click()
     page.get_by_label("number input for Steps").locator("visible=true").fill("2")
@@ -70,7 +77,7 @@ def test_a_grid_with_downloads_and_a_slider(page: Any, server: Server, base: Pat
     ],
 )  # fmt: skip
 def test_absurd_grids_are_refused(server: Server, change: dict[int, Any], message: str) -> None:
-    data = ["a dog", "none", 1.0, 1, 2, 5.0, "", False, *AXES]
+    data = ["a dog", "dog", 1.0, 1, 2, 5.0, "", False, *AXES]
     for place, value in change.items():
         data[place] = value
     answer = server.call("compare", *data, session=f"compare {sorted(change)}")
@@ -96,3 +103,34 @@ def test_inspecting_what_is_not_there(server: Server) -> None:
         answer = server.call("inspect", name, False, session=f"inspect {name}")
         said = str(answer["output"])
         assert not answer["success"] or "status bad" in said, answer
+
+
+def test_a_stopped_grid_goes_on_where_it_was(page: Any, server: Server) -> None:
+    open_compare(page, "a sks dog, stopped")
+    page.locator("#compare-x-values").locator("input, textarea").fill("1..4")
+    page.get_by_text("Settings of all cells").click()
+    page.get_by_label("number input for Steps").locator("visible=true").fill("20")
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.locator("#compare-status").filter(has_text="Picture 3 of 12").wait_for(timeout=120_000)
+    page.locator("#compare-stop").click()
+    page.locator("#compare-status").filter(has_text="Interrupted").wait_for()
+    cells = {f: f.stat().st_mtime_ns for f in (server.library / ".grids" / "cells").glob("*.png")}
+    compare(page)
+    page.locator("#compare-status").filter(has_text="12 cells in").wait_for()
+    assert {f: f.stat().st_mtime_ns for f in cells} == cells  # what was there is not made again
+
+
+def test_a_weight_needs_an_adapter(server: Server) -> None:
+    answer = server.call("compare", "a dog", "none", 1.0, 1, 2, 5.0, "", False, *AXES, session="weightless")
+    assert not answer["success"] and "changes nothing without an adapter" in str(answer["output"])
+
+
+def test_the_routers_of_a_mixture_are_shown(server: Server, base: Path, tmp_path: Path) -> None:
+    file = save_random(open_pipeline(base), tmp_path / "mixed", mor(r=2, num_experts=3), instance_prompt="a zwx hat")
+    shutil.copytree(file.parent, server.library / "mixed")
+    try:
+        answer = server.call("inspect", "mixed", False, session="gates")
+        said = str(answer["output"])
+        assert answer["success"] and "Router: mean gate of each expert" in said and "expert 3" in said
+    finally:
+        shutil.rmtree(server.library / "mixed")

@@ -246,6 +246,15 @@ def test_a_training_holds_the_device(tmp_path: Path) -> None:
     training.release()
 
 
+def test_a_preview_that_fails_costs_no_picture(
+    engine: Engine, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert engine.look(torch.zeros(4, 2, 2)).startswith("data:image/png")
+    assert engine.look(torch.zeros(16, 64)) == ""  # as Flux packs its latents
+    monkeypatch.setattr(engine.preview, "weight", None)
+    assert run(device, engine, request("a dog"), tmp_path).progress.state == "done"
+
+
 def test_a_closed_page_stops_its_run(engine: Engine, device: Device, tmp_path: Path) -> None:
     made = Run(device, "pictures", lambda run: engine.make(request("a dog", steps=150), tmp_path, run))
     follower = made.follow()

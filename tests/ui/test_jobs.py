@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,12 @@ def test_what_the_files_say(tmp_path: Path) -> None:
     failed = fake(tmp_path / "c", process=whole, exit={"code": 2, "message": ""})
     (failed / "output.log").write_text("a remark\nerror: no photos here\n")
     assert (read_job(failed).status, read_job(failed).message) == ("failed", "no photos here")
+    # Out of memory: the advice in a page's words, without folders; the checkpoint is there to go on from.
+    (failed / "output.log").write_text(f"error: out of memory: lower --train_batch_size; {tmp_path}/c/run is kept\n")
+    (failed / "run" / "checkpoints" / "step-7").mkdir(parents=True)
+    (failed / "run" / "checkpoints" / "step-7" / "manifest.json").write_text("{}")
+    assert read_job(failed).message == "out of memory: lower train_batch_size; run is kept"
+    assert read_job(failed).resumable and read_job(failed).checkpoint == 7
 
 
 def test_a_living_process_is_told_by_its_lock_alone(tmp_path: Path) -> None:
@@ -167,7 +174,7 @@ def test_a_job_from_start_to_library(jobs: Jobs, settings: dict[str, Any], photo
     job = finished(jobs, identity)
     assert job.status == "done", (job.message, (job.folder / "output.log").read_text())
     assert (job.step, job.total, len(job.losses)) == (3, 3, 3)
-    assert [s.name for s in job.samples] == ["step-000002-0.png", "step-000003-0.png"]
+    assert [s.name for s in job.samples] == [f"step-00000{n}-0.png" for n in (0, 2, 3)]
     assert job.adapter == jobs.library / "dog"
     assert inspect_adapter(job.adapter).sha256 == inspect_adapter(job.folder / "run").sha256
     assert (job.adapter / "thumbnail.png").read_bytes() == job.samples[-1].read_bytes()
@@ -251,3 +258,25 @@ def test_an_adapter_that_cannot_be_read_again_is_not_done(
         signal.signal(signal.SIGTERM, before)
     assert jobs.get(folder.name).status == "failed" and "safetensors" in jobs.get(folder.name).message
     assert not jobs.library.exists()
+
+
+def test_a_finished_run_that_found_no_room_in_the_library_is_not_trained_again(
+    jobs: Jobs, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nora_diffusion.ui import worker
+
+    folder = fake(jobs.root / "20260101-000000-abc", state={"status": "done"})
+    shutil.copy(library / "dog" / FILE_NAME, folder / "run")
+    job = {"name": "dog", "library": str(jobs.library), "device_lock": str(jobs.device_lock), "flags": []}
+    (folder / "job.json").write_text(json.dumps(job))
+    (folder / "request.yaml").write_text("pretrained_model_name_or_path: elsewhere\n")
+    monkeypatch.setattr(worker, "_trainer", lambda: pytest.fail("trained again"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with monkeypatch.context() as full:
+        full.setattr(worker.shutil, "copy2", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert worker.main(folder) == worker.UNREADABLE
+    said = jobs.get(folder.name)
+    assert said.status == "failed" and "No space left" in said.message and str(jobs.library) not in said.message
+    assert list(jobs.library.iterdir()) == []
+    assert worker.main(folder) == 0 and jobs.get(folder.name).status == "done"
+    assert inspect_adapter(jobs.library / "dog").sha256 == inspect_adapter(library / "dog").sha256

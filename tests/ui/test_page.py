@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from nora_diffusion.pictures import read_settings
+from nora_diffusion.ui.tabs.generate_settings import KEPT
 
-from .conftest import LANDMARKS, Server, open_tab, visit
+from .conftest import LANDMARKS, Server, open_tab, visit, visitor
 
 TAGS = "a sks dog <lora:dog:0.8>"
 
@@ -80,8 +81,8 @@ def test_a_picture_in_two_actions_whose_download_carries_its_settings(
 def test_ctrl_enter_interrupt_and_skip(page: Any, server: Server) -> None:
     settle(page, 200)
     number(page, "Pictures", 64)  # more than any machine makes before it is interrupted
-    page.get_by_label("Seed").first.fill("100")
-    page.get_by_label("Seed").first.blur()
+    page.locator("#seed input").fill("100")
+    page.locator("#seed input").blur()
     fill(page, "a dog, skipped")
     page.press("#prompt textarea", "Control+Enter")
     page.get_by_text(re.compile(r"Picture \d+ of 64, step [1-9]\d* of 200")).wait_for()
@@ -122,11 +123,11 @@ def test_seed_dice_and_reuse(page: Any, server: Server) -> None:
     fill(page, "a dog")
     made = generate(page, server)
     page.click("#reuse")
-    seed = page.get_by_label("Seed").first
-    page.wait_for_function("document.querySelector('input[aria-label=\"Seed\"]').value != '-1'")
+    seed = page.locator("#seed input")
+    page.wait_for_function("document.querySelector('#seed input').value != '-1'")
     assert read_settings(made).seed == int(seed.input_value())
     page.click("#dice")
-    page.wait_for_function("document.querySelector('input[aria-label=\"Seed\"]').value == '-1'")
+    page.wait_for_function("document.querySelector('#seed input').value == '-1'")
 
 
 def test_the_rack_and_the_prompt_say_the_same(page: Any, server: Server) -> None:
@@ -146,6 +147,55 @@ def test_the_rack_and_the_prompt_say_the_same(page: Any, server: Server) -> None
     page.get_by_role("button", name="Remove").first.click()
     page.wait_for_function("!document.querySelector('#prompt textarea').value.includes('dog:')")
     assert page.input_value("#prompt textarea") == "a sks dog <lora:hat:0.8>"
+
+
+def test_the_text_encoder_has_a_weight_of_its_own(page: Any, server: Server) -> None:
+    fill(page, TAGS)
+    page.get_by_role("button", name="Text encoder and blocks").locator("visible=true").first.click()
+    own = page.get_by_label("number input for Text encoder").locator("visible=true")
+    own.fill("0.5")
+    own.press("Enter")
+    own.blur()
+    page.wait_for_function("document.querySelector('#prompt textarea').value.includes('<lora:dog:unet=0.8:te=0.5>')")
+
+
+def test_stored_settings_that_make_no_sense_are_left_out(page: Any, server: Server) -> None:
+    settle(page, 7)
+    fill(page, "a cat with a hat")
+    page.wait_for_function(f"localStorage.{KEPT}")
+    for spoiled in ("not json", '{"steps": 1e9}'):
+        page.evaluate("([key, text]) => localStorage.setItem(key, text)", [KEPT, spoiled])
+        visit(page)
+        page.get_by_role("button", name="Settings", exact=False).first.click()
+        assert page.get_by_label("number input for Steps").first.input_value() == "30"  # the first value of this base
+    settle(page, 3)
+    fill(page, "a dog")
+    generate(page, server)
+
+
+def test_the_page_goes_on_after_the_network_was_gone(page: Any, server: Server) -> None:
+    settle(page)
+    fill(page, "a dog by the sea")
+    page.context.set_offline(True)
+    page.click("#generate")
+    page.wait_for_timeout(1000)
+    page.context.set_offline(False)
+    visit(page)  # as people do; nothing is lost
+    page.wait_for_function("document.querySelector('#prompt textarea').value == 'a dog by the sea'")
+    generate(page, server)
+
+
+def test_an_adapter_that_was_deleted_while_listed(page: Any, server: Server) -> None:
+    shutil.copytree(server.library / "hat", server.library / "short-lived")
+    page.get_by_role("tab", name="Library").click()
+    card = page.locator("[data-name=short-lived]")
+    card.wait_for()
+    shutil.rmtree(server.library / "short-lived")
+    card.click()
+    page.get_by_text(re.compile("There is no adapter .short-lived. in the library: refresh it")).wait_for()
+    open_tab(page, "mix")
+    open_tab(page, "library")
+    card.wait_for(state="detached")
 
 
 def test_only_what_fits_can_be_added(page: Any, server: Server) -> None:
@@ -249,7 +299,15 @@ def test_factors_by_block_come_back_with_a_picture(page: Any, server: Server, tm
     page.locator("#changes table").wait_for()
     page.click("#apply")
     page.wait_for_function(f"document.querySelector('#prompt textarea').value == {TAGS!r}")
+    page.get_by_role("button", name="Text encoder and blocks").locator("visible=true").first.click()
+    page.wait_for_function("document.querySelector('[aria-label=\"number input for Block: mid\"]').value == '0.5'")
+    assert page.get_by_label("number input for Block: up").locator("visible=true").input_value() == "1"
     assert generate(page, server).read_bytes() == picture.read_bytes()
+    # Taken out and put in again, the adapter is as it was made.
+    page.get_by_role("button", name="Remove").first.click()
+    page.wait_for_function("document.querySelector('#prompt textarea').value == 'a sks dog'")
+    fill(page, TAGS)
+    page.wait_for_function("document.querySelector('[aria-label=\"number input for Block: mid\"]').value == '1'")
 
 
 @pytest.mark.slow
@@ -293,8 +351,20 @@ def test_a_mix_becomes_an_adapter_of_the_library(page: Any, server: Server) -> N
     report.get_by_text("overlap of dog and hat").wait_for()
     assert "both" in report.inner_text() and "100.0%" in report.inner_text()
     page.get_by_role("tab", name="Library").click()
-    page.locator(".card", has_text="both").wait_for()
+    page.locator("[data-name=both]").click()
+    page.get_by_role("button", name="Export", exact=True).click()
+    page.get_by_text(re.compile("Exported: rank")).wait_for()
     shutil.rmtree(server.library / "both")
+
+
+def test_two_that_change_the_same_are_warned_of(page: Any, server: Server) -> None:
+    shutil.copytree(server.library / "dog", server.library / "twin")
+    fill(page, "a dog <lora:dog:0.8> <lora:hat:0.5>")
+    page.get_by_label("number input for hat: weight").wait_for()
+    assert page.locator("#add-adapter-overlap p").count() == 0
+    fill(page, "a dog <lora:dog:0.8> <lora:twin:0.5>")
+    page.locator("#add-adapter-overlap").get_by_text("dog and twin overlap by 1.00").wait_for()
+    shutil.rmtree(server.library / "twin")
 
 
 @pytest.mark.slow
@@ -322,28 +392,23 @@ def test_a_second_user_sees_the_queue(page: Any, server: Server, browser: Any) -
     fill(page, "a dog")
     page.click("#generate")
     page.get_by_text(re.compile(r"step \d+ of 200")).wait_for()
-    context = browser.new_context()
-    other = context.new_page()
-    visit(other, server.url)
-    settle(other)
-    fill(other, "a cat")
-    other.click("#generate")
-    other.get_by_text("You are number 1 in the queue; now running: pictures.").wait_for()
-    assert "a dog" not in other.inner_text("#status")  # what others ask for is theirs
-    page.close()  # a closed page stops its run and frees the device
-    other.get_by_text(re.compile("1 picture in")).wait_for()
-    context.close()
+    with visitor(browser) as other:
+        visit(other, server.url)
+        settle(other)
+        fill(other, "a cat")
+        other.click("#generate")
+        other.get_by_text("You are number 1 in the queue; now running: pictures.").wait_for()
+        assert "a dog" not in other.inner_text("#status")  # what others ask for is theirs
+        page.close()  # a closed page stops its run and frees the device
+        other.get_by_text(re.compile("1 picture in")).wait_for()
 
 
 def test_nothing_is_fetched_from_elsewhere(browser: Any, server: Server) -> None:
-    context = browser.new_context()
-    page, foreign = context.new_page(), []
-    page.on("request", lambda request: foreign.append(request.url) if not request.url.startswith(
-        (server.url, "data:", "blob:")) else None)  # fmt: skip
-    page.goto(server.url)
-    page.wait_for_selector("html[data-ready]", state="attached")
-    for name in LANDMARKS:
-        open_tab(page, name)
-    context.close()
-    if foreign:
-        pytest.fail(str(foreign))
+    asked: list[str] = []
+    with visitor(browser) as page:
+        page.on("request", lambda request: asked.append(request.url))
+        visit(page, server.url)
+        for name in LANDMARKS:
+            open_tab(page, name)
+    foreign = [url for url in asked if not url.startswith((server.url, "data:", "blob:"))]
+    assert asked and not foreign

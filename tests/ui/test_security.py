@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
 
 from nora_diffusion import UserError
-from nora_diffusion.ui import AppConfig
+from nora_diffusion.ui import AppConfig, security
 
 from .conftest import ROOT, Server, start
 
@@ -224,6 +227,62 @@ def test_a_prompt_of_a_megabyte_is_refused_before_it_is_read(server: Server) -> 
         assert refused.status_code >= 400
 
 
+def test_uploads_are_limited_together_and_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = security.Gatekeeper(None, {"localhost"}, tmp_path)  # type: ignore[arg-type]
+
+    def answer(size: object, path: str = UPLOAD) -> int | None:
+        said = gate.refusal({"path": path, "method": "POST"}, {"host": "localhost", "content-length": str(size)})
+        return said[0] if said else None
+
+    # The length is that of all files of a request together.
+    assert [answer(n) for n in (security.MAX_UPLOAD, security.MAX_UPLOAD + 1, "-1", "x")] == [None, 413, 413, 413]
+    assert answer(security.MAX_BODY + 1, JOIN) == 413
+    monkeypatch.setattr(security, "MAX_STORED_FILES", 3)
+    for number in range(4):
+        (tmp_path / str(number)).touch()
+    assert answer(1) == 507 and answer(1, JOIN) is None
+    monkeypatch.setattr(security, "MAX_STORED_FILES", 100)
+    monkeypatch.setattr(security, "MAX_STORED", 10)
+    (tmp_path / "large").write_bytes(bytes(11))
+    assert answer(1) == 507
+
+
+def test_an_unsound_adapter_is_refused_and_the_next_picture_is_as_before(server: Server, library: Path) -> None:
+    """All or nothing: no number in it may be missing, unknown, of another shape or no number."""
+    from safetensors.torch import load_file, save_file
+
+    def made() -> bytes:
+        assert generate(server)["success"]
+        return max((server.library / "pictures").glob("*.png"), key=lambda f: f.name).read_bytes()
+
+    source = library / "dog" / "nora_adapter.safetensors"
+    with safe_open(source, "pt") as file:
+        said = file.metadata()
+    tensors = load_file(source)
+    first = next(iter(tensors))
+    changes: dict[str, dict[str, Any]] = {
+        "nan": {first: torch.full_like(tensors[first], float("nan"))},
+        "shape": {first: torch.zeros(3, 5)},
+        "dtype": {first: tensors[first].to(torch.float64)},
+        "unknown": {"unet.nothing.nora_core": torch.zeros(2, 2)},
+        "half": {first: None},
+    }
+    before = made()
+    for name, change in changes.items():
+        place = server.library / f"bad-{name}"
+        place.mkdir()
+        kept = {key: value for key, value in {**tensors, **change}.items() if value is not None}
+        save_file(kept, place / source.name, said)
+        try:
+            result = generate(server, prompt=f"a dog <lora:bad-{name}:1>")
+            output = str(result["output"])
+            assert not result["success"] or "status bad" in output, (name, output)
+            assert "terminal" not in output and "Traceback" not in output, (name, output)
+            assert made() == before, name
+        finally:
+            shutil.rmtree(place)
+
+
 def test_the_app_goes_on_after_all_this(server: Server) -> None:
     result = generate(server)
     assert result["success"], result
@@ -267,8 +326,6 @@ def test_settings_are_checked() -> None:
 @pytest.mark.slow
 def test_a_shared_app(tmp_path: Path, base: Path, library: Path) -> None:
     """Everything asks for the password; training, upload and delete stay closed; guessing is slowed down."""
-    import shutil
-
     shutil.copytree(library / "dog", tmp_path / "library" / "dog")
     shared = start(tmp_path, "--listen", "0.0.0.0", "--auth", "nora:secret", "--base", str(base))
     try:

@@ -15,7 +15,7 @@ from nora_diffusion import inspect_adapter
 from nora_diffusion.pictures import read_settings
 from nora_diffusion.ui.jobs import Jobs
 
-from .conftest import ROOT, Server, open_tab, start
+from .conftest import ROOT, Server, open_tab, start, visitor
 from .conftest import visit as open_page
 
 TIGER = ROOT / "examples" / "subjects" / "tiger"
@@ -46,14 +46,8 @@ def app(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def tab(browser: Any) -> Iterator[Any]:
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
-    page = context.new_page()
-    faults: list[str] = []
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.set_default_timeout(60_000)
-    yield page
-    context.close()
-    assert not faults, faults
+    with visitor(browser) as page:
+        yield page
 
 
 def visit(page: Any, server: Server, tab: str) -> None:
@@ -99,6 +93,7 @@ def test_the_story(app: Server, tab: Any, tmp_path: Path) -> None:
 
     # Compare them, with scores by the judge that the base brings.
     tab.get_by_role("tab", name="Compare").click()
+    tab.wait_for_function("document.querySelector('#compare-adapter input').value != ''")
     tab.locator("#compare-prompt textarea").fill("a sks cat on the beach")
     for axis, name, values in (("x", "adapter", "none, tiger, tractor"), ("y", "seed", "1")):
         tab.locator(f"#compare-{axis} input").click()

@@ -13,7 +13,7 @@ from nora_diffusion import inspect_adapter
 from nora_diffusion.captions import read_captions
 from nora_diffusion.ui.photos import with_captions
 
-from .conftest import Server
+from .conftest import Server, visit, visitor
 
 LONG = 180_000
 FORGED = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
@@ -133,22 +133,22 @@ def test_a_training_from_drop_to_library(page: Any, server: Server, browser: Any
     # A reload and a new tab of another browser find it again.
     page.reload()
     open_tab(page)
-    other = browser.new_context()
-    second = other.new_page()
-    second.goto(server.url)
-    open_tab(second)
-    for tab in (page, second):
-        assert "library as 'my-dog'" in status(tab, "Done")
-        tab.locator("#train-samples img").nth(3).wait_for()
-        assert (
-            tab.locator("#train-curves svg")
-            .first.get_attribute("aria-label", timeout=1000)
-            .startswith("Loss, loss over")
-        )
-    other.close()
+    with visitor(browser) as second:
+        visit(second, server.url)
+        open_tab(second)
+        for tab in (page, second):
+            assert "library as 'my-dog'" in status(tab, "Done")
+            tab.locator("#train-samples img").nth(5).wait_for()
+            curve = tab.locator("#train-curves svg").first
+            assert curve.get_attribute("aria-label", timeout=1000).startswith("Loss, loss over")
     assert inspect_adapter(server.library / "my-dog").step == 4
     page.get_by_role("tab", name="Library").click()
     page.locator("[data-name=my-dog]").wait_for()
+    # From the finished training to a picture: one click leads to a prompt that calls it.
+    page.get_by_role("tab", name="Train").click()
+    page.click("#train-use")
+    page.wait_for_selector("#generate:visible")
+    assert page.input_value("#prompt textarea") == "a sks dog <lora:my-dog:1>"
 
 
 @pytest.mark.slow

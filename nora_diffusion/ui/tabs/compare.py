@@ -9,7 +9,8 @@ from typing import Any
 
 import gradio as gr
 
-from ...evaluation.axes import Cell
+from ...errors import UserError
+from ...evaluation.axes import NONE, Cell
 from ...evaluation.grid import GridConfig
 from ..comparison import AXES, BASE_ALONE, Comparison, build_axis, build_grid, compare, suggestion
 from ..page import QUIET, Page, handler, who
@@ -40,7 +41,7 @@ def _form(page: Page) -> SimpleNamespace:
     prompt = gr.Textbox(
         first["prompt"], label="Prompt", lines=2, max_length=MAX_PROMPT, elem_id="compare-prompt",
     )  # fmt: skip
-    adapter = gr.Dropdown([BASE_ALONE], value=BASE_ALONE, label="Adapter", elem_id="compare-adapter", interactive=True)
+    adapter = gr.Dropdown([BASE_ALONE], value=None, label="Adapter", elem_id="compare-adapter", interactive=True)
     axes = []
     for key, title, start in (("x", "Columns", "seed"), ("y", "Rows", "weight"), ("z", "Sheets", BASE_ALONE)):
         with gr.Row():
@@ -99,9 +100,10 @@ def _result(page: Page) -> SimpleNamespace:
 
 def _wire(page: Page, form: SimpleNamespace, shown: SimpleNamespace) -> None:
     app = page.app
-    refresh = handler(lambda: gr.update(choices=[BASE_ALONE, *names(page)]))
+    parts = [form.prompt, form.adapter, *form.axes[1]]
     for event in (page.blocks.load, page.tab.select, page.library_changed.change):
-        event(refresh, None, form.adapter, **QUIET)
+        event(handler(offerer(page)), parts, parts, **QUIET)
+    form.adapter.input(handler(speaker(app)), [form.prompt, form.adapter], form.prompt, **QUIET)
     for name, values in form.axes:
         name.input(
             handler(lambda n, a, p: suggestion(app, n or "", a or "", p or "")), [name, form.adapter, form.prompt],
@@ -116,11 +118,43 @@ def _wire(page: Page, form: SimpleNamespace, shown: SimpleNamespace) -> None:
         [form.go, form.stop, shown.said, *results],
         api_name="compare", api_visibility="private", concurrency_limit=None, show_progress="hidden",
     )  # fmt: skip
-    form.stop.click(handler(stopper(app)), **QUIET)
+    form.stop.click(handler(stopper(app)), api_name="compare_stop", **QUIET)
     gr.on(
         [shown.left.input, shown.right.input], handler(pick), [shown.left, shown.right, shown.cells], shown.slider,
         **QUIET,
     )  # fmt: skip
+
+
+def offerer(page: Page) -> Any:
+    """The adapters to choose from, the newest one chosen at first; without one there is no weight to compare."""
+    speak, first = speaker(page.app), defaults(page.app.engine)["prompt"]
+
+    def offer(prompt: str, adapter: str | None, rows: str, _: str) -> list[Any]:
+        found = names(page)
+        choices = [BASE_ALONE, *found]
+        if adapter in choices:
+            return [gr.skip(), gr.update(choices=choices), gr.skip(), gr.skip()]
+        chosen = found[0] if found else None
+        rest = [BASE_ALONE, ""] if not found and rows == "weight" else [gr.skip(), gr.skip()]
+        return [
+            speak(prompt, chosen) if prompt == first else gr.skip(),
+            gr.update(choices=choices, value=chosen),
+            *rest,
+        ]
+
+    return offer
+
+
+def speaker(app: App) -> Any:
+    """The prompt with the chosen adapter's own words, unless it calls its subject already."""
+
+    def speak(prompt: str, adapter: str | None) -> Any:
+        info = app.library.entry(adapter).info if adapter and adapter != BASE_ALONE else None
+        if info is None or not info.trigger or info.trigger in (prompt or "").split():
+            return gr.skip()
+        return info.instance_prompt or info.trigger
+
+    return speak
 
 
 def comparer(app: App) -> Any:
@@ -150,6 +184,8 @@ def comparer(app: App) -> Any:
 def _plan(app: App, cell: Cell, adapter: str, axes: tuple[tuple[str, str], ...]) -> GridConfig:
     built = [build_axis(app, name, values, adapter) for name, values in axes]
     if not any("adapter" in change for axis in built for change in axis.changes):
+        if adapter in NONE and any(name == "weight" for name, _ in axes):
+            raise UserError("a weight changes nothing without an adapter: choose one, or compare something else")
         cell = replace(cell, **build_axis(app, "adapter", adapter, adapter).changes[0])
     return build_grid(app, cell, built)
 

@@ -10,7 +10,7 @@ import gradio as gr
 
 from ...composition.tags import Tag, parse_tags
 from ...errors import UserError
-from ..page import Page, handler, who
+from ..page import QUIET, Page, handler, who
 from ..request import MAX_PICTURES, MAX_PROMPT, Request, Wanted
 from ..runs import Progress, Run
 from ..state import App
@@ -51,8 +51,8 @@ def build(page: Page) -> None:
         [*buttons, said, preview, gallery, settings.last_seed], api_name="generate", api_visibility="private",
         concurrency_limit=None, show_progress="hidden",
     )  # fmt: skip
-    for button, act in ((interrupt, Run.interrupt), (skip, Run.skip)):
-        button.click(handler(stopper(app, act)), api_visibility="private", queue=False, show_progress="hidden")
+    interrupt.click(handler(stopper(app, Run.interrupt)), api_name="interrupt", **QUIET)
+    skip.click(handler(stopper(app, Run.skip)), api_name="skip", **QUIET)
 
 
 def generator(app: App) -> Any:
@@ -77,7 +77,8 @@ def follow(app: App, run: Run) -> Iterator[tuple[Any, ...]]:
     """Updates of (Generate, Interrupt, Skip, status, preview, gallery) as a run goes on."""
     shown: tuple[Any, ...] = ()
     for progress in run.follow():
-        items = gr.skip() if progress.files == shown else gallery_items(app, progress.files)
+        same = progress.files == shown
+        items = gr.skip() if same else gr.update(value=gallery_items(app, progress.files), visible=True)
         shown = progress.files
         going = not progress.over
         buttons = gr.update(visible=not going), gr.update(visible=going), gr.update(visible=going)

@@ -60,10 +60,11 @@ def build(page: Page) -> Settings:
     first = defaults(page.app.engine)
     with gr.Row():
         count = gr.Slider(1, MAX_PICTURES, first["count"], step=1, label="Pictures", scale=2, min_width=160)
-        seed = gr.Number(first["seed"], label="Seed", info="-1 is random", precision=0, minimum=-1, min_width=120)
+        seed = gr.Number(first["seed"], label="Seed, -1: random", precision=0, minimum=-1, min_width=120,
+                         elem_id="seed")  # fmt: skip
     with gr.Row():
-        dice = gr.Button("Random seed", size="sm", elem_id="dice")
-        reuse = gr.Button("Reuse last seed", size="sm", elem_id="reuse")
+        dice = gr.Button("Random seed", size="sm", elem_id="dice", min_width=120)
+        reuse = gr.Button("Reuse last seed", size="sm", elem_id="reuse", min_width=120)
     with gr.Accordion("Settings", open=False):
         negative = gr.Textbox(label="Negative prompt", info="What to avoid", max_length=MAX_PROMPT)
         with gr.Row():

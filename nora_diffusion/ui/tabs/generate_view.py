@@ -48,5 +48,5 @@ def live(progress: Progress) -> str:
 
 
 def gallery_items(app: App, files: Sequence[Path]) -> list[tuple[str, str]]:
-    """Newest first. Copies are handed out by path, so that the settings in the PNGs survive."""
-    return [(app.hand_out(file), file.stem) for file in reversed(files)]
+    """Newest first, with their seeds. Copies are handed out by path, so that the settings in the PNGs survive."""
+    return [(app.hand_out(file), f"seed {file.stem.partition('-')[2]}") for file in reversed(files)]

@@ -28,19 +28,19 @@ SHORTER = {
 
 
 def build(page: Page) -> None:
-    """The choice above, the plots below."""
+    """The choice and the adapter's facts on the left, the plots on the right."""
     app = page.app
     with gr.Row():
-        adapter = gr.Dropdown([], label="Adapter", elem_id="inspect-adapter", interactive=True, scale=4, min_width=220)
-        intruders = gr.Checkbox(
-            False, label="Count intruder dimensions (slower)", elem_id="inspect-intruders", scale=3, min_width=220
-        )
-        go = gr.Button("Inspect", variant="primary", elem_id="inspect-go", scale=2, min_width=120)
-    said = gr.HTML(HINT, elem_id="inspect-status")
-    with gr.Row():
         with gr.Column(scale=4, min_width=320):
+            adapter = gr.Dropdown([], label="Adapter", elem_id="inspect-adapter", interactive=True)
+            intruders = gr.Checkbox(
+                False, label="Count intruder dimensions (slower)", info="New directions, often a sign of forgetting",
+                elem_id="inspect-intruders",
+            )  # fmt: skip
+            go = gr.Button("Inspect", variant="primary", elem_id="inspect-go")
             about = gr.HTML("", elem_id="inspect-about")
         with gr.Column(scale=7, min_width=320):
+            said = gr.HTML(HINT, elem_id="inspect-status")
             plots = gr.HTML("", elem_id="inspect-plots")
     refresh = handler(lambda chosen: _choices(page, chosen))
     for event in (page.blocks.load, page.tab.select, page.library_changed.change):

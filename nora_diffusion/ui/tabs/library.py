@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -30,67 +31,78 @@ MAX_IMPORTS = 50
 
 
 def build(page: Page) -> None:
-    """Search above the cards; what is chosen is told beside them."""
+    """Search above the cards; what is chosen is told beside them, on a phone before them."""
     app = page.app
-    shown, chosen, deleted, offered = gr.State(PAGE_SIZE), gr.State(""), gr.State(""), gr.State([])
-    drop = gr.File(
-        label="Import adapters or packs (.safetensors)", file_count="multiple",
-        file_types=[".safetensors"], height=150, elem_id="import", visible=app.config.may_change,
-    )  # fmt: skip
     with gr.Row():
         words = gr.Textbox(label="Search", placeholder="name, trigger, base, hash", elem_id="search", scale=3)
         sort = gr.Dropdown(list(SORTS), value=SORTS[0], label="Sort by", min_width=140)
         method = gr.Dropdown(list(METHODS), value="all", label="Method", min_width=140, allow_custom_value=True)
-    with gr.Row():
-        with gr.Column(scale=7, min_width=320):
+    with gr.Row(elem_id="library-areas"):
+        with gr.Column(elem_id="library-cards"):
             grid = gr.HTML("", elem_id="cards", js_on_load=PICK)
             more = gr.Button("Show more", visible=False)
-        with gr.Column(scale=4, min_width=300, visible=False) as panel:
-            about = gr.HTML("", elem_id="about")
-            insert = gr.Button("Use in the prompt", variant="primary", elem_id="insert")
-            with gr.Row():
-                form = gr.Dropdown(list(FORMATS), value="diffusers", label="Export as a plain LoRA", min_width=140)
-                export = gr.Button("Export", min_width=90)
-            with gr.Accordion(
-                "Choose its picture: click one that was made with it",
-                open=True,
-                visible=False,
-                elem_id="choose-picture",
-            ) as choose:
-                candidates = gr.Gallery(
-                    label="Pictures made with it", show_label=False, columns=4, height=150, allow_preview=False,
-                    format="png", interactive=False, buttons=[],
-                    elem_classes=["pixels"] if app.engine.is_embedded else [],
-                )  # fmt: skip
-            exported = gr.File(label="Exported", visible=False, interactive=False)
-            delete = gr.Button("Delete", variant="stop", visible=app.config.may_change, elem_id="delete")
-    undo = gr.Button("Undo the deletion", visible=False, elem_id="undo")
-
-    view = [grid, more]
-    query = [words, sort, method, shown, chosen]
+        with gr.Column(visible=False, elem_id="library-chosen") as panel:
+            chosen = _panel(app, panel)
+        with gr.Column(elem_id="library-import"):
+            undo = gr.Button("Undo the deletion", visible=False, elem_id="undo")
+            drop = gr.File(
+                label="Import adapters or packs (.safetensors)", file_count="multiple",
+                file_types=[".safetensors"], height=120, elem_id="import", visible=app.config.may_change,
+            )  # fmt: skip
+    shown = gr.State(PAGE_SIZE)
+    view, query = [grid, more], [words, sort, method, shown, chosen.name]
     listing = handler(lister(app))
     gr.on([words.change, sort.change, method.change], listing, query, view, trigger_mode="always_last", **HIDDEN)
     for event in (page.tab.select, page.blocks.load, page.library_changed.change):
         event(listing, query, view, **HIDDEN)
     more.click(lambda n: n + PAGE_SIZE, shown, shown, **HIDDEN).then(listing, query, view, **HIDDEN)
     picked = grid.click(
-        handler(picker(app)), None, [chosen, panel, about, exported, insert, delete, choose, candidates, offered],
+        handler(picker(app)), None,
+        [chosen.name, panel, chosen.about, chosen.exported, chosen.insert, chosen.delete, chosen.choose,
+         chosen.candidates, chosen.offered],
         api_name="pick", **HIDDEN,
     )  # fmt: skip
     picked.then(listing, query, view, **HIDDEN)
-    candidates.select(
-        handler(chooser(app)), [chosen, offered, page.library_changed], page.library_changed, api_name="choose_picture",
-        **HIDDEN,
+    _act(page, chosen, undo, drop)
+
+
+def _panel(app: App, panel: gr.Column) -> SimpleNamespace:
+    """What is known of the chosen adapter and can be done with it."""
+    about = gr.HTML("", elem_id="about")
+    insert = gr.Button("Use in the prompt", variant="primary", elem_id="insert")
+    form = gr.Dropdown(list(FORMATS), value="diffusers", label="Export as a plain LoRA for")
+    export = gr.Button("Export")
+    exported = gr.File(label="Exported", visible=False, interactive=False, height=100)
+    with gr.Accordion(
+        "Choose its picture: click one that was made with it", open=True, visible=False, elem_id="choose-picture"
+    ) as choose:
+        candidates = gr.Gallery(
+            label="Pictures made with it", show_label=False, columns=4, height=150, allow_preview=False,
+            format="png", interactive=False, buttons=[], elem_classes=["pixels"] if app.engine.is_embedded else [],
+        )  # fmt: skip
+    delete = gr.Button("Delete", variant="stop", visible=app.config.may_change, elem_id="delete")
+    return SimpleNamespace(
+        panel=panel, about=about, insert=insert, form=form, export=export, exported=exported, choose=choose,
+        candidates=candidates, delete=delete, name=gr.State(""), offered=gr.State([]),
     )  # fmt: skip
-    insert.click(handler(inserter(app)), [page.prompt, chosen], [page.prompt, page.tabs], **HIDDEN)
-    export.click(handler(exporter(app)), [chosen, form], exported, api_visibility="private")
-    delete.click(
-        handler(deleter(app)), [chosen, page.library_changed], [deleted, undo, chosen, panel, page.library_changed],
+
+
+def _act(page: Page, chosen: SimpleNamespace, undo: gr.Button, drop: gr.File) -> None:
+    """Wire what changes something."""
+    app, changed, deleted = page.app, page.library_changed, gr.State("")
+    chosen.candidates.select(
+        handler(chooser(app)), [chosen.name, chosen.offered, changed], changed, api_name="choose_picture", **HIDDEN
+    )
+    chosen.insert.click(handler(inserter(app)), [page.prompt, chosen.name], [page.prompt, page.tabs], **HIDDEN)
+    chosen.export.click(
+        handler(exporter(app)), [chosen.name, chosen.form], chosen.exported, api_name="export", api_visibility="private"
+    )
+    chosen.delete.click(
+        handler(deleter(app)), [chosen.name, changed], [deleted, undo, chosen.name, chosen.panel, changed],
         api_name="delete", **HIDDEN,
     )  # fmt: skip
-    undo.click(handler(restorer(app)), [deleted, page.library_changed], [undo, page.library_changed], **HIDDEN)
-    drop.upload(handler(importer(app)), [drop, page.library_changed], [drop, page.library_changed], api_name="import",
-                **HIDDEN)  # fmt: skip
+    undo.click(handler(restorer(app)), [deleted, changed], [undo, changed], **HIDDEN)
+    drop.upload(handler(importer(app)), [drop, changed], [drop, changed], api_name="import", **HIDDEN)
 
 
 def lister(app: App) -> Any:
@@ -147,7 +159,8 @@ def exporter(app: App) -> Any:
         target = app.private_folder() / f"{safe_name(entry.name)}_{form}.safetensors"
         report = export_lora(entry.file, target, form)  # type: ignore[arg-type]
         label = f"rank {report.rank}, largest error {report.max_error:.1e}"
-        return gr.update(value=str(report.path), visible=True, label=f"Exported: {label}")
+        files = [str(file) for file in (report.path, *report.embeddings)]
+        return gr.update(value=files if report.embeddings else files[0], visible=True, label=f"Exported: {label}")
 
     return export
 

@@ -18,6 +18,7 @@ from ..request import MAX_PICTURES, MAX_PROMPT, Request, Wanted
 from ..runs import Progress, Run
 from ..state import App
 from .generate import first_seed, follow, stopper, wanted, whole
+from .generate_settings import defaults
 from .generate_view import status
 from .rack import build_rack
 
@@ -45,16 +46,16 @@ def build(page: Page) -> None:
 
 def _recipe(page: Page) -> None:
     app = page.app
-    gr.Markdown("### Make one adapter of several")
+    gr.Markdown("### One adapter of several")
     recipe = gr.Textbox(
         label="Recipe", placeholder="<lora:dog:0.8> <lora:hat:0.6>", elem_id="recipe", max_length=MAX_PROMPT,
-        info="Choose adapters below, or write tags",
+        info="Choose adapters below, write tags, or take those of the prompt",
     )  # fmt: skip
     take = gr.Button("Take the adapters of the prompt", size="sm", elem_id="recipe-take")
     build_rack(page, recipe, "recipe-add")
     with gr.Row():
         mode = gr.Dropdown(list(MODES.items()), value="cat", label="Mode", min_width=220)
-        name = gr.Textbox("mix", label="Name of the mix", max_length=64, min_width=140)
+        name = gr.Textbox("mix", label="Name of the mix", max_length=64, min_width=140, elem_id="mix-name")
     with gr.Accordion("Settings of the modes", open=False), gr.Row():
         rank = gr.Number(0, label="Rank", info="0: the sum of the parts' ranks", precision=0, minimum=0, min_width=120)
         density = gr.Slider(0.05, 1, 0.5, step=0.05, label="Density", info="Share kept by pruning", min_width=140)
@@ -64,7 +65,7 @@ def _recipe(page: Page) -> None:
     take.click(handler(tags_only), page.prompt, recipe, queue=False, **HIDDEN)
     go.click(
         handler(mixer(app)), [recipe, mode, name, rank, density, seed, page.library_changed],
-        [report, page.library_changed], api_visibility="private",
+        [report, page.library_changed], api_name="mix", api_visibility="private",
     )  # fmt: skip
 
 
@@ -123,21 +124,21 @@ def _batch(page: Page) -> None:
     app = page.app
     gr.Markdown("### Many subjects in one batch")
     lines = gr.Textbox(
-        label="One prompt a line, each with its own tags", lines=5, max_lines=16, max_length=8 * MAX_PROMPT,
+        label="One prompt a line, each with its own adapters", lines=5, max_lines=16, max_length=8 * MAX_PROMPT,
         placeholder="a sks dog on the beach <lora:dog:1>\na zwx hat on the beach <lora:hat:0.8>\na cat on the beach",
         elem_id="batch",
     )  # fmt: skip
     with gr.Row():
-        steps = gr.Slider(1, 200, 20, step=1, label="Steps", min_width=140)
-        guidance = gr.Slider(0, 30, app.engine.guidance, step=0.1, label="Guidance", min_width=140)
-        seed = gr.Number(0, label="Seed of all", info="-1 is random", precision=0, minimum=-1, min_width=110)
+        steps = gr.Number(defaults(app.engine)["steps"], label="Steps", precision=0, minimum=1, min_width=90)
+        guidance = gr.Number(app.engine.guidance, label="Guidance", minimum=0, step=0.5, min_width=90)
+        seed = gr.Number(-1, label="Seed of all, -1: random", precision=0, minimum=-1, min_width=160)
     with gr.Row():
         go = gr.Button("Generate the batch", variant="primary", elem_id="batch-go")
         interrupt = gr.Button("Interrupt", variant="stop", visible=False)
     said = gr.HTML(status(Progress(message=" "), idle=False), elem_id="batch-status", visible=False)
     gallery = gr.Gallery(
         label="Batch", format="png", columns=3, object_fit="contain", height="auto", elem_id="batch-gallery",
-        elem_classes=["pixels"] if app.engine.is_embedded else [], buttons=["download", "fullscreen"],
+        elem_classes=["pixels"] if app.engine.is_embedded else [], buttons=["download", "fullscreen"], visible=False,
     )  # fmt: skip
     go.click(
         handler(batcher(app)), [lines, steps, guidance, seed], [go, interrupt, said, gallery],

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from html import escape
+from itertools import combinations
 from typing import Any
 
 import gradio as gr
 
+from ...composition.angles import WARN_ABOVE
 from ...composition.tags import Tag, parse_tags, write_tags
 from ...errors import UserError
 from ..page import QUIET, Page, handler
@@ -14,7 +17,9 @@ from ..state import App
 from ..weights import BLOCKS
 
 SLOTS = 6
+SLIDERS = 2 + len(BLOCKS)
 NEW_WEIGHT = 0.8
+NONE_YET = "None yet: teach one in the Train tab, or import one in the Library"
 
 
 @dataclass
@@ -29,9 +34,9 @@ class Slot:
     blocks: list[gr.Slider]
     remove: gr.Button
 
-    def parts(self) -> list[Any]:
-        """What a change of the prompt writes."""
-        return [self.group, self.name, self.unet, self.te]
+    def sliders(self) -> list[gr.Slider]:
+        """All its numbers."""
+        return [self.unet, self.te, *self.blocks]
 
 
 def build_rack(page: Page, prompt: gr.Textbox, elem_id: str) -> gr.State:
@@ -41,10 +46,15 @@ def build_rack(page: Page, prompt: gr.Textbox, elem_id: str) -> gr.State:
     )
     factors = gr.State({})
     slots = [_slot() for _ in range(SLOTS)]
-    shown = [part for slot in slots for part in slot.parts()]
-    weights = [slider for slot in slots for slider in (slot.unet, slot.te)]
-    prompt.change(handler(show), [prompt, *weights], shown, trigger_mode="always_last", **QUIET)
-    refresh = handler(lambda: gr.update(choices=names(page), value=None))
+    alike, seen = gr.HTML("", elem_id=f"{elem_id}-overlap"), gr.State("")
+    shown = [part for slot in slots for part in (slot.group, slot.name, *slot.sliders())]
+    values = [slider for slot in slots for slider in slot.sliders()]
+    gr.on(
+        [prompt.change, factors.change], handler(show), [prompt, factors, *values], shown, trigger_mode="always_last",
+        **QUIET,
+    )  # fmt: skip
+    prompt.change(handler(overlap_teller(page.app)), [prompt, seen], [alike, seen], trigger_mode="always_last", **QUIET)
+    refresh = handler(lambda: offer(names(page)))
     for event in (page.blocks.load, page.tab.select, page.library_changed.change):
         event(refresh, None, choose, **QUIET)
     choose.input(handler(add), [prompt, choose], [prompt, choose], **QUIET)
@@ -53,7 +63,7 @@ def build_rack(page: Page, prompt: gr.Textbox, elem_id: str) -> gr.State:
         last: dict[str, Any] = {"trigger_mode": "always_last", **QUIET}
         slot.unet.release(handler(weigh), [prompt, slot.name, slot.unet], prompt, **last)
         slot.te.release(handler(weigh_text), [prompt, slot.name, slot.te], prompt, **last)
-        slot.remove.click(handler(remove), [prompt, slot.name], prompt, **QUIET)
+        slot.remove.click(handler(remove), [prompt, slot.name, factors], [prompt, factors], **QUIET)
         gr.on([b.release for b in slot.blocks], handler(factor), [factors, slot.name, *slot.blocks], factors, **last)
     return factors
 
@@ -71,34 +81,59 @@ def _slot() -> Slot:
     return Slot(group, name, unet, te, fold, blocks, out)
 
 
+def offer(found: list[str]) -> Any:
+    """The adapters to choose from, or where they come from."""
+    return gr.update(choices=found, value=None, info=None if found else NONE_YET)
+
+
 def names(page: Page) -> list[str]:
     """Adapters of the library that fit the base; the Library tab says why others do not."""
     return [e.tag for e in page.app.library.entries() if e.info and not page.app.misfit(e)]
 
 
-def show(prompt: str, *weights: float) -> list[Any]:
-    """The rack for a prompt; nothing changes while a tag is half written.
+def show(prompt: str, factors: dict[str, dict[str, float]], *values: float) -> list[Any]:
+    """The rack for a prompt and its factors by block; nothing changes while a tag is half written.
 
-    A slider that already says what its tag says is left alone: it may be moving on while this answer travels.
+    A slider that already says what it should is left alone: it may be moving on while this answer travels.
     """
     try:
         _, tags = parse_tags(prompt or "")
     except UserError:
-        return [gr.skip()] * (SLOTS * 4)
+        return [gr.skip()] * (SLOTS * (2 + SLIDERS))
     rows: list[Any] = []
     for index in range(SLOTS):
-        tag = tags[index] if index < len(tags) else None
-        if tag is None:
-            rows += [gr.update(visible=False), "", gr.skip(), gr.skip()]
-        else:
-            label = f"{tag.name}: weight"
-            unet, te = weights[2 * index : 2 * index + 2]
-            rows += [
-                gr.update(visible=True), tag.name,
-                gr.update(label=label) if unet == tag.unet else gr.update(value=tag.unet, label=label),
-                gr.skip() if te == tag.te else tag.te,
-            ]  # fmt: skip
+        if index >= len(tags):
+            rows += [gr.update(visible=False), "", *[gr.skip()] * SLIDERS]
+            continue
+        tag, now = tags[index], values[index * SLIDERS : (index + 1) * SLIDERS]
+        own = (factors or {}).get(tag.name, {})
+        wanted = [tag.unet, tag.te, *(own.get(block, 1.0) for block in BLOCKS)]
+        sliders = [gr.skip() if old == new else gr.update(value=new) for old, new in zip(now, wanted, strict=True)]
+        sliders[0] = gr.update(label=f"{tag.name}: weight", **({} if now[0] == tag.unet else {"value": tag.unet}))
+        rows += [gr.update(visible=True), tag.name, *sliders]
     return rows
+
+
+def overlap_teller(app: App) -> Any:
+    """A sentence for each two subjects that change the same directions, told before anything is made with them."""
+
+    def tell(prompt: str, seen: str) -> tuple[Any, Any]:
+        try:
+            names = sorted({tag.name for tag in parse_tags(prompt or "")[1]})
+        except UserError:
+            return gr.skip(), gr.skip()
+        if (now := " ".join(names)) == seen:
+            return gr.skip(), gr.skip()
+        pairs = [(one, two, app.overlap(one, two)) for one, two in combinations(names[:SLOTS], 2)]
+        said = [
+            f'<p class="status bad" role="status">{escape(one)} and {escape(two)} overlap by {score:.2f}: they change '
+            "much the same and will disturb each other. Lower their weights, or keep one.</p>"
+            for one, two, score in pairs
+            if score > WARN_ABOVE
+        ]
+        return "".join(said), now
+
+    return tell
 
 
 def add(prompt: str, name: str | None) -> tuple[str, Any]:
@@ -129,9 +164,10 @@ def _with(prompt: str, tags: list[Tag], changed: list[Tag]) -> str:
     return write_tags(prompt, [new.get(tag.name, tag) for tag in tags])
 
 
-def remove(prompt: str, name: str) -> str:
-    """The prompt without this adapter."""
-    return write_tags(prompt, [tag for tag in parse_tags(prompt)[1] if tag.name != name])
+def remove(prompt: str, name: str, factors: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The prompt without this adapter, and without a memory of its factors."""
+    without = write_tags(prompt, [tag for tag in parse_tags(prompt)[1] if tag.name != name])
+    return without, {key: value for key, value in factors.items() if key != name}
 
 
 def factor(factors: dict[str, dict[str, float]], name: str, *values: float) -> dict[str, dict[str, float]]:

@@ -45,7 +45,7 @@ def _form(page: Page) -> SimpleNamespace:
     with gr.Accordion("Or take an example subject", open=True, visible=bool(slugs)):
         examples = gr.Gallery(
             [(page.app.hand_out(EXAMPLES / slug / "0.png"), slug) for slug in slugs], label="Example subjects",
-            show_label=False, columns=5, height=184, allow_preview=False, elem_id="train-examples", elem_classes=pixels,
+            show_label=False, columns=4, height=190, allow_preview=False, elem_id="train-examples", elem_classes=pixels,
             interactive=False, buttons=[],
         )  # fmt: skip
     report = gr.HTML("", elem_id="train-report")
@@ -56,7 +56,7 @@ def _form(page: Page) -> SimpleNamespace:
     with gr.Row():
         word = gr.Textbox("", label="What it is", info="One word", placeholder="dog", max_length=40, min_width=140,
                           elem_id="train-class")  # fmt: skip
-        trigger = gr.Textbox("sks", label="Trigger word", info="A rare word that will call it", max_length=40,
+        trigger = gr.Textbox("sks", label="Trigger word", info="A rare one", max_length=40,
                              min_width=140, elem_id="train-trigger")  # fmt: skip
         name = gr.Textbox("my-subject", label="Name", info="In the library", max_length=64, min_width=140,
                           elem_id="train-name")  # fmt: skip
