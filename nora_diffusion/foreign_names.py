@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -35,17 +36,31 @@ def places(pipe: Any, path: str, modules: list[Module]) -> dict[Place, Module]:
     Raises :class:`UserError` for one that this pipeline has not, or that the file names twice.
     """
     names = {part: names_of(component(pipe, part)) for part in present(pipe)}
+    nameless = _component_of(path, names, [module.name for module in modules if not module.component])
     found: dict[Place, Module] = {}
     for module in modules:
-        # PEFT's own files do not say which component they are for; the names of the projections tell.
-        parts = [module.component] if module.component else list(names)
-        where = next(((p, names[p][module.name]) for p in parts if module.name in names.get(p, {})), None)
+        part = module.component or nameless
+        where = (part, names[part][module.name]) if module.name in names.get(part, {}) else None
         if where is None:
             raise UserError(f"{path} was made for another base: this pipeline has no {module.name}")
         if where in found:
             raise UserError(f"{path} is for {'.'.join(where)} twice, as {found[where].name} and {module.name}")
         found[where] = module
     return found
+
+
+def _component_of(path: str, names: dict[str, dict[str, str]], wanted: list[str]) -> str:
+    """What PEFT's own files are for, which do not say it: the folder's name tells, or else the projections' names.
+
+    Raises :class:`UserError` where two components have projections of these names.
+    """
+    folder = Path(path).parent.name
+    parts = [part for part, known in names.items() if wanted and wanted[0] in known]
+    if len(parts) > 1 and folder not in parts:
+        raise UserError(
+            f"{path} does not say which of {' and '.join(parts)} it is for: put it in a folder of that name"
+        )
+    return folder if folder in parts else next(iter(parts), "")
 
 
 def names_of(model: nn.Module) -> dict[str, str]:

@@ -439,6 +439,25 @@ def test_import_says_what_was_lost(pipe: Any, made: dict[str, tuple[Path, Tensor
         assert square and all(report.layers[path] < 1e-5 for path in square)
 
 
+def test_a_peft_file_for_one_of_two_encoders_is_told_by_its_folder(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sdxl", tmp_path)
+    add_adapter(pipe, lora(r=2), "one", ("text_encoder_2",))
+    for parameter in trainable_parameters(pipe, "one").values():
+        parameter.data.normal_(std=0.5)
+    words = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        expected = pipe.text_encoder_2(words).last_hidden_state
+        save_adapter(pipe, tmp_path / "dog", "one")
+        delete_adapter(pipe, "one")
+        export_lora(tmp_path / "dog", tmp_path / "peft", format="peft")
+        load_adapter(pipe, tmp_path / "peft" / "text_encoder_2", "plain")
+        torch.testing.assert_close(pipe.text_encoder_2(words).last_hidden_state, expected, atol=1e-5, rtol=1e-4)
+    assert list_adapters(pipe) == {"text_encoder_2": ["plain"]}
+    (tmp_path / "peft" / "text_encoder_2").rename(tmp_path / "peft" / "elsewhere")
+    with pytest.raises(UserError, match="which of text_encoder and text_encoder_2 it is for"):
+        load_adapter(pipe, tmp_path / "peft" / "elsewhere", "other")
+
+
 def test_a_locon_in_tucker_form_is_imported_but_not_loaded(pipe: Any, tmp_path: Path) -> None:
     before, name = output(pipe), "lora_unet_mid_block_resnets_0_conv1"
     factors = {"down": torch.randn(2, 16, 1, 1), "mid": torch.randn(2, 2, 3, 3), "up": 0.1 * torch.randn(16, 2, 1, 1)}
