@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import UserError
+from ..versions import hush
 from . import app, data, demo, evaluate, export, generate, grid, import_, inspect, methods, mix, pack
 
 COMMANDS = {
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ..training import main as train
 
         return train(words[1:], "nora-diffusion train")
+    hush()
     try:
         parser = build_parser()
         values = parser.parse(words)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..versions import hush
 from .arguments import parse
 from .signals import Interrupted
 
@@ -75,6 +76,7 @@ def first_process() -> bool:
 
 def show_log() -> None:
     """Print this package's remarks and warnings, and no other library's, as plain lines on stderr."""
+    hush()
     logger = logging.getLogger("nora_diffusion")
     logger.setLevel(logging.INFO if first_process() else logging.WARNING)
     if not logger.hasHandlers():
