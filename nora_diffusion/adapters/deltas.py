@@ -107,6 +107,7 @@ class ChainDelta(nn.Module):
         return functional.collapse(below), functional.collapse(above)
 
     def forward(self, x: Tensor, contract: functional.Contract) -> Tensor:
+        """``dy = B_out core(A_out x)``, ``[..., d_out]`` with channels last, unscaled."""
         below, above = self._halves(self.working_rank)
         p: Tensor = self.dropout(contract(x, below[0]))
         for factor in (*below[1:], *above):
@@ -114,9 +115,11 @@ class ChainDelta(nn.Module):
         return p
 
     def skinny_weight(self) -> Tensor:
+        """``A_in A_out [k, d_in]``."""
         return functional.collapse(self._halves(self.rank)[0])
 
     def from_skinny(self, p: Tensor) -> Tensor:
+        """``dy [..., d_out]`` from ``p = A_in A_out x [..., k]``."""
         return F.linear(p, functional.collapse(self._halves(self.rank)[1]).to(p.dtype))
 
     def delta_weight(self) -> Tensor:

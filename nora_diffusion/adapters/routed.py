@@ -121,9 +121,11 @@ class RoutedDelta(nn.Module):
         return self.router != "token"
 
     def forward(self, x: Tensor, contract: functional.Contract) -> Tensor:
+        """``dy = sum_i g_i E_i x``, ``[..., d_out]`` with channels last, unscaled."""
         return self.from_skinny(contract(x, self.skinny_weight()))
 
     def skinny_weight(self) -> Tensor:
+        """``A [k, d_in]``, with a token router ``[A; W_g] [k + N, d_in]``."""
         return self.experts.A if self.conditioned else torch.cat([self.experts.A, self.W_g])
 
     def from_skinny(self, p: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -163,4 +165,5 @@ class RoutedDelta(nn.Module):
         return self.experts.A, self.experts.up_for(gate.unsqueeze(0))[0]
 
     def delta_weight(self) -> Tensor:
+        """There is none: raises ``ValueError``."""
         raise ValueError("a routed mixture has no single dW: it cannot be merged or exported exactly")

@@ -112,6 +112,7 @@ def _set_by_block(pipe: Any, names: list[str], weights: list[Weight]) -> None:
 
 
 def names_hint(pipe: Any) -> str:
+    """The end of a sentence that names the adapters there are."""
     known = sorted({name for group in list_adapters(pipe).values() for name in group})
     return f"it has {', '.join(known)}" if known else "it has none"
 
@@ -147,6 +148,7 @@ def _refuse_foreign_fused(pipe: Any, adapter_name: str) -> None:
 
 
 def eject_empty(module: nn.Module) -> None:
+    """Put the frozen projections back where our layers hold no adapter any more."""
     for parent in list(module.modules()):
         for child_name, child in list(parent.named_children()):
             if isinstance(child, NoraLayer) and not child.nora_delta:

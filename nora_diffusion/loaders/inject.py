@@ -26,6 +26,7 @@ from .tokens import forget_deleted
 
 
 def check_new_name(pipe: Any, name: str, components: Sequence[str]) -> None:
+    """Raise :class:`UserError` for a name that is taken or cannot be one, and where q, k and v are fused."""
     # PEFT and transformers find an adapter's keys by looking for its name, and LoRAs' by "lora_", anywhere in the key.
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in "nora_delta" or "lora_" in name:
         raise UserError(
@@ -43,6 +44,7 @@ def check_new_name(pipe: Any, name: str, components: Sequence[str]) -> None:
 
 
 def inject(module: nn.Module, config: AdapterConfig, name: str, start: Start) -> None:
+    """Put an adapter into one component by PEFT, connected to what its router looks at."""
     own = copy.deepcopy(config)
     disabled = any(layer.disable_adapters and held(layer) for layer in tuner_layers(module))
     own.start = replace(start, condition=condition_width(module, own.router))
@@ -86,6 +88,7 @@ def all_or_nothing(pipe: Any, name: str) -> Iterator[None]:
 
 
 def file_key(component_name: str, path: str, factor: str) -> str:
+    """The key of a factor in an adapter file: ``unet.<path>.nora_A_in``."""
     return f"{component_name}.{path}.nora_{factor.rpartition('.')[2]}"
 
 
