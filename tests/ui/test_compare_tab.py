@@ -131,6 +131,6 @@ def test_the_routers_of_a_mixture_are_shown(server: Server, base: Path, tmp_path
     try:
         answer = server.call("inspect", "mixed", False, session="gates")
         said = str(answer["output"])
-        assert answer["success"] and "Router: mean gate of each expert" in said and "expert 3" in said
+        assert answer["success"] and "Router: mean gate of each expert" in said and "expert 3" in said, said[:2000]
     finally:
         shutil.rmtree(server.library / "mixed")

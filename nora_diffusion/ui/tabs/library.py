@@ -13,7 +13,7 @@ from ...errors import UserError
 from ...export import export_lora
 from ..cards import EMPTY, NOTHING, cards, facts
 from ..library import SORTS, safe_name
-from ..page import HIDDEN, Page, handler, toast
+from ..page import HIDDEN, QUIET, Page, handler, toast
 from ..state import App
 from .rack import inserter
 
@@ -27,6 +27,7 @@ element.addEventListener('click', (event) => {
   if (card) trigger('click', {name: card.dataset.name});
 });
 """
+SHOW_CHOSEN = "() => { if (innerWidth < 640) document.querySelector('#library-chosen')?.scrollIntoView(); }"
 MAX_IMPORTS = 50
 
 
@@ -62,7 +63,7 @@ def build(page: Page) -> None:
          chosen.candidates, chosen.offered],
         api_name="pick", **HIDDEN,
     )  # fmt: skip
-    picked.then(listing, query, view, **HIDDEN)
+    picked.then(listing, query, view, **HIDDEN).then(None, js=SHOW_CHOSEN, **QUIET)
     _act(page, chosen, undo, drop)
 
 
