@@ -13,7 +13,7 @@ from PIL import Image
 from nora_diffusion import mor, open_pipeline
 from nora_diffusion.generation import GenerateConfig, generate
 
-from .conftest import Server, save_random
+from .conftest import Server, save_random, visit
 
 AXES = ["seed", "1,2", "weight", "0,1", "none", ""]
 
@@ -125,12 +125,16 @@ def test_a_weight_needs_an_adapter(server: Server) -> None:
     assert not answer["success"] and "changes nothing without an adapter" in str(answer["output"])
 
 
-def test_the_routers_of_a_mixture_are_shown(server: Server, base: Path, tmp_path: Path) -> None:
+def test_the_routers_of_a_mixture_are_shown(page: Any, server: Server, base: Path, tmp_path: Path) -> None:
     file = save_random(open_pipeline(base), tmp_path / "mixed", mor(r=2, num_experts=3), instance_prompt="a zwx hat")
     shutil.copytree(file.parent, server.library / "mixed")
     try:
-        answer = server.call("inspect", "mixed", False, session="gates")
-        said = str(answer["output"])
-        assert answer["success"] and "Router: mean gate of each expert" in said and "expert 3" in said, said[:2000]
+        visit(page)
+        page.get_by_role("tab", name="Inspect").click()
+        choose(page, "#inspect-adapter", "mixed")
+        page.get_by_role("button", name="Inspect", exact=True).click()
+        plot = page.locator("#inspect-plots figure").filter(has_text="Router: mean gate of each expert")
+        plot.wait_for(timeout=120_000)
+        assert "expert 3" in plot.inner_html()
     finally:
         shutil.rmtree(server.library / "mixed")

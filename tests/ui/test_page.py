@@ -168,7 +168,10 @@ def test_stored_settings_that_make_no_sense_are_left_out(page: Any, server: Serv
         visit(page)
         page.get_by_role("button", name="Settings", exact=False).first.click()
         assert page.get_by_label("number input for Steps").first.input_value() == "30"  # the first value of this base
-    settle(page, 3)
+    number(page, "Steps", 3)
+    page.get_by_label("Width").fill("16")
+    page.get_by_label("Height").fill("16")
+    page.get_by_label("Height").blur()
     fill(page, "a dog")
     generate(page, server)
 
