@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect
 
 from nora_diffusion.pictures import read_settings
 from nora_diffusion.ui.tabs.generate_settings import KEPT
@@ -303,14 +304,16 @@ def test_factors_by_block_come_back_with_a_picture(page: Any, server: Server, tm
     page.click("#apply")
     page.wait_for_function(f"document.querySelector('#prompt textarea').value == {TAGS!r}")
     page.get_by_role("button", name="Text encoder and blocks").locator("visible=true").first.click()
-    page.wait_for_function("document.querySelector('[aria-label=\"number input for Block: mid\"]').value == '0.5'")
+    mid = page.get_by_label("number input for Block: mid").locator("visible=true")
+    expect(mid).to_have_value("0.5")
     assert page.get_by_label("number input for Block: up").locator("visible=true").input_value() == "1"
     assert generate(page, server).read_bytes() == picture.read_bytes()
     # Taken out and put in again, the adapter is as it was made.
     page.get_by_role("button", name="Remove").first.click()
     page.wait_for_function("document.querySelector('#prompt textarea').value == 'a sks dog'")
     fill(page, TAGS)
-    page.wait_for_function("document.querySelector('[aria-label=\"number input for Block: mid\"]').value == '1'")
+    page.get_by_label("number input for dog: weight").wait_for()
+    expect(page.get_by_label("number input for Block: mid").first).to_have_value("1")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import gradio as gr
 
 from ...composition.tags import write_tags
 from ...pictures import PictureSettings, read_settings, tag_of
-from ..page import QUIET, Page, handler
+from ..page import HIDDEN, QUIET, Page, handler
 from ..state import App
 from .generate_settings import Settings
 
@@ -51,7 +51,8 @@ def build(page: Page, settings: Settings, blocks: gr.State) -> None:
     seen = [found, changes, choice]
     drop.upload(handler(look), [drop, *fields.values()], seen, api_name="look", **QUIET)
     drop.clear(handler(lambda: [None, "", gr.update(visible=False)]), None, seen, **QUIET)
-    apply.click(handler(take), found, [*fields.values(), blocks, drop, changes, choice], **QUIET)
+    # In the queue: what is answered past it tells nobody that a state has changed, and the rack listens to `blocks`.
+    apply.click(handler(take), found, [*fields.values(), blocks, drop, changes, choice], **HIDDEN)
     leave.click(handler(lambda: [None, "", gr.update(visible=False), None]), None, [*seen, drop], **QUIET)
 
 
