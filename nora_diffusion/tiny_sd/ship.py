@@ -71,7 +71,9 @@ def frozen_vae(size: Size, run: Path, seed: int, init: Path | None = None) -> Au
     if not folder.exists():
         vae = finish_vae(size, run, seed) if init is None else AutoencoderKL.from_pretrained(init / "vae")
         replace_folder(folder, lambda fresh: vae.save_pretrained(fresh))
-    return AutoencoderKL.from_pretrained(folder).float().eval()
+    vae = AutoencoderKL.from_pretrained(folder).float().eval()
+    vae.register_to_config(_name_or_path="vae")  # the folder of the run is nobody's business
+    return vae
 
 
 def finish_vae(size: Size, run: Path, seed: int) -> AutoencoderKL:
