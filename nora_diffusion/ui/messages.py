@@ -13,6 +13,7 @@ OUT_OF_MEMORY = (
     "that use the device."
 )
 _QUOTED = re.compile(r"""(['"])(?:[A-Za-z]:)?[\\/](?:[^'"\n]*[\\/])?([^'"\n\\/]+)\1""")
+_BELOW_KNOWN = re.compile(r"""\0(?:[^\s\\/:;,'"<>]+[\\/])*""")
 _PLAIN = re.compile(r"""(?<![\w:/.<>])(?:[A-Za-z]:)?[\\/](?:[^\s\\/:;,'"<>]+[\\/])+""")
 
 
@@ -25,10 +26,10 @@ def sentence(error: object) -> str:
 def without_folders(text: str) -> str:
     """``text`` with every absolute path cut down to its last name; addresses of web pages stay."""
     text = _QUOTED.sub(r"\1\2\1", text)
-    for known in (Path(tempfile.gettempdir()), Path.home()):  # these may have spaces in their names
-        if len(known.parts) > 1:
-            text = text.replace(f"{known}{os.sep}", "")
-    return _PLAIN.sub("", text)
+    known = (str(folder) for folder in (Path(tempfile.gettempdir()), Path.home()) if len(folder.parts) > 1)
+    for folder in sorted(known, key=len, reverse=True):  # these may have spaces in their names
+        text = text.replace(f"{folder}{os.sep}", "\0")
+    return _PLAIN.sub("", _BELOW_KNOWN.sub("", text))
 
 
 def without_dashes(text: str) -> str:

@@ -263,7 +263,7 @@ def test_an_unsound_adapter_is_refused_and_the_next_picture_is_as_before(server:
     changes: dict[str, dict[str, Any]] = {
         "nan": {first: torch.full_like(tensors[first], float("nan"))},
         "shape": {first: torch.zeros(3, 5)},
-        "dtype": {first: tensors[first].to(torch.float64)},
+        "dtype": {first: tensors[first].to(torch.int64)},
         "unknown": {"unet.nothing.nora_core": torch.zeros(2, 2)},
         "half": {first: None},
     }

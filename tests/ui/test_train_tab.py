@@ -74,7 +74,7 @@ def test_captions_are_dropped_beside_their_photos(page: Any, tmp_path: Path) -> 
     said = page.locator("#train-report").inner_text()
     assert "2 photos will be trained on" in said and "1 with a caption of its own" in said
     assert "alone.txt belongs to no photo" in said
-    page.locator("#train-prepared").get_by_text("a sks dog in <b>snow</b>").wait_for()
+    page.locator("#train-prepared").get_by_text("a sks dog in <b>snow</b>").first.wait_for()
 
 
 def test_captions_lie_where_the_trainer_looks(tmp_path: Path) -> None:

@@ -41,7 +41,9 @@ def _form(page: Page) -> SimpleNamespace:
     prompt = gr.Textbox(
         first["prompt"], label="Prompt", lines=2, max_length=MAX_PROMPT, elem_id="compare-prompt",
     )  # fmt: skip
-    adapter = gr.Dropdown([BASE_ALONE], value=None, label="Adapter", elem_id="compare-adapter", interactive=True)
+    adapter = gr.Dropdown(
+        [BASE_ALONE, *names(page)], value=None, label="Adapter", elem_id="compare-adapter", interactive=True
+    )
     axes = []
     for key, title, start in (("x", "Columns", "seed"), ("y", "Rows", "weight"), ("z", "Sheets", BASE_ALONE)):
         with gr.Row():
