@@ -69,7 +69,7 @@ def test_the_story(app: Server, tab: Any, tmp_path: Path) -> None:
     # Five photos of an example subject, dropped; then another subject by one click.
     visit(tab, app, "Train")
     tab.set_input_files("#train-photos input[type=file]", [str(TIGER / f"{n}.png") for n in range(5)])
-    tab.get_by_label("Name", exact=True).fill("tiger")
+    tab.locator("#train-name textarea, #train-name input").fill("tiger")
     tab.get_by_label("What it is").fill("cat")
     tab.get_by_text("All settings", exact=True).click()
     tab.locator("#train-extra textarea").fill(SMALL)
