@@ -14,14 +14,11 @@ from PIL import Image
 from ..generation import EMBEDDED_GUIDANCE
 from ..judges import Judge, image_features, load_judge, text_features
 from ..pictures import contact_sheet
-from . import world
-from .examples import subject_thing
 from .following import measure
-from .render import render, sample
-from .scenes import Scene, random_ground
+from .render import sample
 from .ship import WEIGHTS
 from .stage_vae import to_tensor
-from .teaching import new_scenes, teach_all
+from .teaching import heldout_pictures, new_scenes, teach_all
 
 TEST_SEED = 900_001  # no training stage draws from it
 STEPS = 20
@@ -108,18 +105,10 @@ def judge_top1(judge: Judge, count: int = 512, among: int = 64) -> float:
 
 def subject_auc(judge: Judge, each: int = 8) -> float:
     """P(same subject scores above another subject), pictures of held-out subjects on random grounds."""
-    from random import Random
-
-    rng = Random(TEST_SEED)
-    slugs = list(world.SUBJECTS)
-    pictures = [
-        render(Scene((subject_thing(s),), random_ground(rng), "", rng.getrandbits(32)))
-        for s in slugs
-        for _ in range(each)
-    ]
-    features = image_features(judge, as_images(np.stack(pictures)))
+    names, pictures = heldout_pictures(TEST_SEED, each)
+    features = image_features(judge, as_images(pictures))
     scores = (features @ features.T).numpy()
-    owner = np.repeat(np.arange(len(slugs)), each)
+    owner = np.array(names)
     upper = np.triu(np.ones_like(scores, dtype=bool), 1)
     same = owner[:, None] == owner[None, :]
     positive, negative = scores[upper & same], np.sort(scores[upper & ~same])

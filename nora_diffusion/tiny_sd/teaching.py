@@ -73,10 +73,16 @@ def fit_probes(fitted: int = 4000, tested: int = 500, each: int = _EACH) -> Prob
 
 def _heldout(network: Any, seed: int, each: int) -> tuple[list[str], Any]:
     """Names and features of pictures of every held-out subject on random grounds."""
-    rng = Random(PROBE_SEED + seed)
+    names, pictures = heldout_pictures(PROBE_SEED + seed, each)
+    return names, probe.features(network, pictures)
+
+
+def heldout_pictures(seed: int, each: int) -> tuple[list[str], np.ndarray]:
+    """``each`` rendered pictures of every held-out subject on random grounds, and whose they are."""
+    rng = Random(seed)
     names = [slug for slug in world.SUBJECTS for _ in range(each)]
     scenes = [Scene((subject_thing(n),), random_ground(rng), "", rng.getrandbits(32)) for n in names]
-    return names, probe.features(network, np.stack([render(scene) for scene in scenes]))
+    return names, np.stack([render(scene) for scene in scenes])
 
 
 def learn(base: Path, slug: str, values: dict[str, Any], out: Path) -> None:
