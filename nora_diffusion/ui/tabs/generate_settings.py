@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,18 @@ from ..request import MAX_PICTURES, MAX_PROMPT, MAX_SIDE, MAX_STEPS
 
 KEPT = "nora_diffusion"
 FIRST_PROMPT = "a red car in the forest"
+REMEMBER = """
+(...values) => {
+  const kept = Object.fromEntries(FIELDS.map((name, n) => [name, values[n]]));
+  try { localStorage.setItem(KEY, JSON.stringify(kept)); } catch (full) { /* a browser that keeps nothing */ }
+  return [];
+}
+"""
 RECALL = """
-(stored) => {
-  const kept = stored && typeof stored === 'object' ? stored : {};
+() => {
+  let kept = null;
+  try { kept = JSON.parse(localStorage.getItem(KEY)); } catch (spoiled) { /* as on a first visit */ }
+  kept = kept && typeof kept === 'object' ? kept : {};
   document.documentElement.dataset.ready = 'true';
   return RULES.map(([name, first, low, high]) => {
     const value = kept[name];
@@ -85,15 +94,18 @@ def build(page: Page) -> Settings:
 
 
 def _keep(page: Page, settings: Settings, first: dict[str, Any], back: gr.Button) -> None:
-    kept = gr.BrowserState({}, storage_key=KEPT, secret=KEPT)  # the browser's own data: nothing to be kept from it
     fields = {"prompt": page.prompt} | settings.components()
     parts = list(fields.values())
     # In the browser alone: a slow server would write old values over what somebody types meanwhile.
-    remember = f"(...values) => Object.fromEntries({json.dumps(list(fields))}.map((name, n) => [name, values[n]]))"
-    gr.on([part.change for part in parts], None, parts, kept, js=remember, trigger_mode="always_last", **QUIET)
-    page.blocks.load(None, kept, parts, js=recall(first), **QUIET)
+    gr.on([part.change for part in parts], None, parts, None, js=remember(fields), trigger_mode="always_last", **QUIET)
+    page.blocks.load(None, None, parts, js=recall(first), **QUIET)
     names = [name for name in fields if name != "prompt"]
     back.click(lambda: [first[name] for name in names], None, [fields[name] for name in names], **QUIET)
+
+
+def remember(fields: Iterable[str]) -> str:
+    """The script that stores the values of these fields in the browser, by name."""
+    return REMEMBER.replace("FIELDS", json.dumps(list(fields))).replace("KEY", json.dumps(KEPT))
 
 
 def recall(first: Mapping[str, Any]) -> str:
@@ -103,4 +115,4 @@ def recall(first: Mapping[str, Any]) -> str:
         "width": (0, MAX_SIDE), "height": (0, MAX_SIDE),
     }  # fmt: skip
     rules = [[name, value, *ranges.get(name, (0, MAX_PROMPT))] for name, value in first.items()]
-    return RECALL.replace("RULES", json.dumps(rules))
+    return RECALL.replace("RULES", json.dumps(rules)).replace("KEY", json.dumps(KEPT))
