@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .configs import SIZES, Size
 from .stage_diffusion import TRAINING_FILE, build_diffusion, build_scheduler
-from .stage_vae import build_vae
+from .stage_vae import build_vae, read_vae
 from .tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
@@ -65,14 +65,19 @@ def normalise_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
 
 def frozen_vae(size: Size, run: Path, seed: int, init: Path | None = None) -> AutoencoderKL:
     """The autoencoder of a run: the folder ``run/vae``, made once from ``init`` or from the run's own VAE stage."""
-    from diffusers import AutoencoderKL
-
     folder = run / "vae"
     if not folder.exists():
-        vae = finish_vae(size, run, seed) if init is None else AutoencoderKL.from_pretrained(init / "vae")
+        vae = finish_vae(size, run, seed) if init is None else continued_vae(run, init)
         replace_folder(folder, lambda fresh: vae.save_pretrained(fresh))
-    vae = AutoencoderKL.from_pretrained(folder).float().eval()
-    vae.register_to_config(_name_or_path="vae")  # the folder of the run is nobody's business
+    return read_vae(folder)
+
+
+def continued_vae(run: Path, init: Path) -> AutoencoderKL:
+    """The autoencoder of a pipeline, with the decoder that the run's VAE stage went on training, if it did."""
+    vae = read_vae(init / "vae")
+    state = run / "vae.state.safetensors"
+    if state.exists():
+        vae.load_state_dict(ema_weights(state), strict=False)
     return vae
 
 

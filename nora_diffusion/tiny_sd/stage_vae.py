@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .configs import Size
 from .loop import LoopOptions, Trainer
@@ -37,6 +38,15 @@ def build_vae(size: Size, seed: int) -> AutoencoderKL:
     return AutoencoderKL(**size.vae)
 
 
+def read_vae(folder: Path) -> AutoencoderKL:
+    """The autoencoder of a folder, in fp32."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(folder).float().eval()
+    vae.register_to_config(_name_or_path="vae")  # where a run's folder was is nobody's business
+    return vae
+
+
 def _gradient(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
@@ -59,15 +69,25 @@ def _batch(seed: int, step: int, n: int, cropped: bool) -> np.ndarray:
     return np.stack([sample(seed, step * n + i)[0][y : y + 32, x : x + 32] for i, (y, x) in enumerate(corners)])
 
 
-def train_vae(size: Size, options: LoopOptions, seed: int, device: torch.device) -> Trainer:
-    """Train the autoencoder; the result is the trainer's EMA (see :mod:`ship`)."""
-    vae = build_vae(size, seed).to(device).train()
+def train_vae(size: Size, options: LoopOptions, seed: int, device: torch.device, init: Path | None = None) -> Trainer:
+    """Train the autoencoder; the result is the trainer's EMA (see :mod:`ship`).
+
+    With the pipeline folder ``init`` only its decoder goes on learning, from the same latents, so that a UNet that
+    was trained on them fits the new decoder too.
+    """
+    vae = build_vae(size, seed) if init is None else read_vae(init / "vae")
+    vae.to(device).train()
+    learned: nn.Module = vae
+    if init is not None:
+        learned = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
+        vae.requires_grad_(False)
+        learned.requires_grad_(True)
     config = size.stages["vae"]
-    trainer = Trainer("vae", vae, config, options)
+    trainer = Trainer("vae", learned, config, options)
 
     def forward(picture: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, logvar = vae.quant_conv(vae.encoder(picture)).chunk(2, dim=1)
-        logvar = logvar.float().clamp(-12, 4)
+        logvar = logvar.float().clamp(-30, 4)
         z = mean.float() + torch.exp(0.5 * logvar) * noise
         return vae.decoder(vae.post_quant_conv(z)).float(), mean.float(), logvar
 

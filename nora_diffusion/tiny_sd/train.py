@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -31,11 +31,12 @@ def run_stage(
 ) -> None:
     """Train one stage, from its state in ``options.out`` if there is one.
 
-    Diffusion needs a trained autoencoder: the VAE stage's state, or that of the pipeline folder ``init``.
+    With the pipeline folder ``init`` the decoder (stage vae) or UNet and text encoder (stage diffusion) start there.
+    Diffusion needs a trained autoencoder: the VAE stage's state, or that of ``init``.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if stage == "vae":
-        train_vae(size, options, seed, where)
+        train_vae(size, options, seed, where, init)
         return
     tokenizer = build_tokenizer(options.out / "tokenizer")
     if stage == "diffusion":
@@ -45,11 +46,10 @@ def run_stage(
         train_judge(size, tokenizer, options, seed, where)
 
 
-def with_steps(size: Size, stage: Stage, steps: int | None) -> Size:
-    """The size with another number of steps for a stage (the learning rate's decay moves with it)."""
-    if steps is None:
-        return size
-    return replace(size, stages={**size.stages, stage: replace(size.stages[stage], steps=steps)})
+def adjusted(size: Size, stage: Stage, **settings: Any) -> Size:
+    """The size with other settings of a stage, those that are not None (the rate's decay moves with the steps)."""
+    changes = {name: value for name, value in settings.items() if value is not None}
+    return replace(size, stages={**size.stages, stage: replace(size.stages[stage], **changes)})
 
 
 def main() -> None:
@@ -59,9 +59,10 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
     parser.add_argument("--out", type=Path, required=True, help="folder of the states, the log and the weights")
     parser.add_argument("--steps", type=int, help="steps of the stage (default: the size's own)")
+    parser.add_argument("--lr", type=float, help="learning rate of the stage (default: the size's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu or cuda (default: what is there)")
-    parser.add_argument("--init", help="'shipped' or a pipeline folder: where the diffusion stage starts")
+    parser.add_argument("--init", help="'shipped' or a pipeline folder: where decoder and UNet start")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes once, then faster")
     parser.add_argument("--save-every", type=int, default=200)
     args = parser.parse_args()
@@ -69,7 +70,7 @@ def main() -> None:
     chosen: tuple[Stage, ...] | tuple[Literal["vae", "diffusion", "judge"]]
     chosen = STAGES if args.stage == "all" else (args.stage,)
     for stage in chosen:
-        size = with_steps(SIZES[args.size], stage, args.steps)
+        size = adjusted(SIZES[args.size], stage, steps=args.steps, lr=args.lr)
         options = LoopOptions(args.out, save_every=args.save_every)
         run_stage(stage, size, options, args.seed, args.device, init, args.compile)
     if (args.out / "diffusion.state.safetensors").exists():

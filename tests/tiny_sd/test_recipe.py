@@ -15,10 +15,10 @@ from nora_diffusion.tiny_sd.configs import SIZES, Stage, StageConfig
 from nora_diffusion.tiny_sd.loop import LoopOptions, learning_rate
 from nora_diffusion.tiny_sd.muon import orthogonalise
 from nora_diffusion.tiny_sd.render import sample
-from nora_diffusion.tiny_sd.ship import WEIGHTS, export_all, finish_vae
+from nora_diffusion.tiny_sd.ship import WEIGHTS, export_all, finish_vae, frozen_vae
 from nora_diffusion.tiny_sd.stage_diffusion import build_scheduler, loss_weight
-from nora_diffusion.tiny_sd.stage_vae import to_tensor
-from nora_diffusion.tiny_sd.train import STAGES, run_stage
+from nora_diffusion.tiny_sd.stage_vae import read_vae, to_tensor
+from nora_diffusion.tiny_sd.train import STAGES, adjusted, run_stage
 
 NANO = SIZES["nano"]
 
@@ -64,6 +64,16 @@ def test_nano_weights_load_in_stock_diffusers(nano_run: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_a_decoder_goes_on_learning_and_the_latents_stay(nano_run: Path, tmp_path: Path) -> None:
+    export_all(nano_run, tmp_path / "weights", "nano")
+    init = tmp_path / "weights" / "pipeline"
+    run_stage("vae", NANO, LoopOptions(tmp_path), device="cpu", init=init)
+    before, after = read_vae(init / "vae"), frozen_vae(NANO, tmp_path, 0, init)
+    moved = {k for k, v in after.state_dict().items() if not torch.equal(v, before.state_dict()[k])}
+    assert moved == {k for k in before.state_dict() if k.startswith(("decoder.", "post_quant_conv."))}
+
+
+@pytest.mark.slow
 def test_finished_latents_have_mean_zero_and_deviation_one(nano_run: Path) -> None:
     vae = finish_vae(NANO, nano_run, 0)
     pictures = torch.stack([to_tensor(sample(10, i)[0][None])[0] for i in range(16)])
@@ -92,11 +102,9 @@ def test_pure_noise_has_weight_and_clean_pictures_little() -> None:
 
 
 def test_steps_can_be_changed_without_touching_the_other_stages() -> None:
-    from nora_diffusion.tiny_sd.train import with_steps
-
-    changed = with_steps(NANO, "vae", 9)
+    changed = adjusted(NANO, "vae", steps=9, lr=None)
     assert changed.stages["vae"] == replace(NANO.stages["vae"], steps=9)
-    assert changed.stages["judge"] == NANO.stages["judge"] and with_steps(NANO, "vae", None) is NANO
+    assert changed.stages["judge"] == NANO.stages["judge"] and adjusted(NANO, "vae", steps=None) == NANO
 
 
 def test_shipped_weights_load_and_have_the_documented_size() -> None:
