@@ -277,7 +277,7 @@ def test_processes_share_it(cache: Path) -> None:
         )
         for i in range(2)
     ]  # fmt: skip
-    results = [process.communicate(timeout=120) for process in running]
+    results = [process.communicate(timeout=600) for process in running]
     assert [process.returncode for process in running] == [0, 0], results
     assert results[0][0] == results[1][0] != ""
     assert not [err for _, err in results if "damaged" in err]

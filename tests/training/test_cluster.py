@@ -171,7 +171,7 @@ def when(condition: Any, then: Any) -> threading.Thread:
     """Do something once a condition holds, beside the test."""
 
     def watch() -> None:
-        end = time.monotonic() + 180
+        end = time.monotonic() + 600
         while not condition():
             if time.monotonic() > end:
                 return

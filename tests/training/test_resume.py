@@ -99,7 +99,7 @@ def test_signal_saves_and_says_how_to_go_on(number: int, code: int, configure: C
     child = run_script(config)
     wait_for(lambda: (config.folder / "log.jsonl").exists() and bool(journal(config.folder)), child)
     child.send_signal(number)
-    _, errors = child.communicate(timeout=60)
+    _, errors = child.communicate(timeout=600)
     assert child.returncode == code
     assert "--resume_from_checkpoint latest" in errors and "Traceback" not in errors
     state = json.loads((config.folder / "state.json").read_text())
@@ -158,7 +158,7 @@ def run_script(config: TrainConfig) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(condition: Any, child: subprocess.Popen[str], seconds: float = 90) -> None:
+def wait_for(condition: Any, child: subprocess.Popen[str], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert child.poll() is None, child.communicate()[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import struct
-import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -81,16 +80,12 @@ def test_five_hundred_adapters_cost_one_header_each(
         return inspect(file, hashed=hashed)
 
     monkeypatch.setattr(reading, "inspect_adapter", counted)
-    start = time.process_time()
     assert len(shelf.entries()) == 500
-    seconds = time.process_time() - start
     assert len(reads) == len(set(reads)) == 500
     assert len(shelf.find("sks")) == 500 and len(reads) == 500  # nothing is read twice
     (tmp_path / "dog007" / "nora_adapter.safetensors").write_bytes(content)
     shelf.entries()
     assert len(reads) == 501
-    print(f"500 adapters in {seconds:.2f} s of processor time")
-    assert seconds < 3
 
 
 def test_hashes_are_kept(shelf: Library, monkeypatch: pytest.MonkeyPatch) -> None:
