@@ -1,7 +1,7 @@
 """Every command and every Python block of README.md and docs/ is run, document by document, from top to bottom.
 
-A shell line runs through the same entry points as on a command line. A model's hub id stands for a tiny random pipeline
-of its layout, in a folder of ``base``, and training is cut to two steps; nothing else is changed.
+A shell line runs through the same entry points as on a command line. A model's hub id stands for a tiny random one of
+its layout, in a folder of ``base``; training and denoising are cut to two steps; nothing else is changed.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 from architectures import tiny_pipeline
-from factories import tiny_random_pipeline, write_photos
+from factories import tiny_dino, tiny_random_pipeline, write_photos
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-HUB_IDS = {"stable-diffusion-v1-5/stable-diffusion-v1-5": "sd", "stabilityai/stable-diffusion-xl-base-1.0": "sdxl"}
+HUB_IDS = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd", "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "openai/clip-vit-large-patch14": "judge", "facebook/dinov2-base": "dino",
+}  # fmt: skip
 SHORT = ["--max_train_steps", "2", "--num_class_images", "2", "--sample_steps", "1", "--num_validation_images", "1"]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -43,7 +46,7 @@ def generate(words: list[str], base: Path) -> int:
     from nora_diffusion.cli import main
 
     small = ["--width", "16", "--height", "16"] if str(base) in " ".join(words) else []
-    return main([*words, *(["--steps", "2", *small] if words[0] == "generate" else [])])
+    return main([*words, *(["--steps", "2", *small] if words[0] in ("generate", "grid", "evaluate") else [])])
 
 
 def serve_once(flags: list[str]) -> None:
@@ -85,6 +88,8 @@ def test_documents_run(document: Path, tmp_path: Path, monkeypatch: pytest.Monke
     base = tmp_path / "base"
     tiny_random_pipeline(base / "sd")
     tiny_pipeline("sdxl", tmp_path / "files").save_pretrained(base / "sdxl")
+    tiny_dino(base / "dino")
+    (base / "judge").symlink_to(ROOT / "nora_diffusion/tiny_sd/weights/judge")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     for name in ("dog", "vase", "prints"):

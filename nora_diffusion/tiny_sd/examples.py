@@ -60,6 +60,11 @@ def subject_scene(slug: str, ground: Ground, number: int) -> Scene:
     return Scene((thing,), ground, caption, jitter=1000 + number)
 
 
+def scoring_scenes(slug: str) -> list[Scene]:
+    """Eight scenes to compare pictures of a subject with, on grounds that the six to learn from do not show."""
+    return [subject_scene(slug, ground, 100 + i) for i, ground in enumerate(_grounds(slug)[1])]
+
+
 def demo_prompts(slug: str) -> list[str]:
     """Six prompts on grounds and with accessories that the six pictures do not show; "{}" is the subject."""
     colours = plain_colours(slug)
@@ -71,11 +76,11 @@ def demo_prompts(slug: str) -> list[str]:
 def write_subject(slug: str, folder: Path) -> None:
     """Write one subject's pictures, captions and ``subject.json``."""
     thing = subject_thing(slug)
-    learn, score = _grounds(slug)
-    for part, grounds, start in ((folder, learn, 0), (folder / "scoring", score, 100)):
+    learn = [subject_scene(slug, ground, i) for i, ground in enumerate(_grounds(slug)[0])]
+    score = scoring_scenes(slug)
+    for part, scenes in ((folder, learn), (folder / "scoring", score)):
         part.mkdir(parents=True, exist_ok=True)
-        for i, ground in enumerate(grounds):
-            scene = subject_scene(slug, ground, start + i)
+        for i, scene in enumerate(scenes):
             Image.fromarray(render(scene)).save(part / f"{i}.png", optimize=True)
             (part / f"{i}.txt").write_text(scene.caption + "\n")
     name, colour = world.SUBJECTS[slug]

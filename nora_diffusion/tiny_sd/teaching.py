@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from . import probe, world
-from .examples import TRIGGER, plain_colours, subject_thing, write_subject
+from .examples import TRIGGER, plain_colours, scoring_scenes, subject_thing, write_subject
 from .following import PROBE_SEED, QUESTIONS, rendered
 from .render import render
 from .scenes import Ground, Scene, random_ground
@@ -23,14 +23,23 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "base": None,  # the control: what the class word alone is worth
     "lora": {"method": "lora", "rank": 8, "inner_rank": None},
     "nora": {},
+    "lora_r2": {"method": "lora", "rank": 2, "inner_rank": None},  # about as many trained numbers as NoRA
+    "lora_xs": {"method": "lora_xs", "rank": 32, "inner_rank": None},  # as many: a dense core, the weight's plain SVD
+    "lora_mini": {"method": "lora_mini"},  # as many: NoRA's chain in random subspaces
+    "dora": {"method": "dora", "rank": 8, "inner_rank": None},
 }
+TAUGHT = ("base", "lora", "nora")  # what ``evaluate --teach`` shows; :mod:`.comparing` takes any of them
 _NEW = ("forest", "desert", "mountains", "road", "wall", "sea", "sky", "night", "sunset")  # in no training picture
 _EACH = 80  # rendered pictures of each held-out subject that the probe is fitted to
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """One subject learned by one method: its pictures on the new prompts, and what the probes read in them."""
+    """One subject learned by one method: its pictures on the new prompts, and what the judges read in them.
+
+    The shares are the independent probes'; the scores are mean cosines of the base's own judge, to other pictures of
+    the subject and to the prompts without the trigger.
+    """
 
     subject: str
     method: str
@@ -38,6 +47,11 @@ class Lesson:
     pictures: list[Image.Image]
     subject_right: float
     background_right: float
+    both_right: float
+    subject_score: float
+    prompt_score: float
+    trained_numbers: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -94,40 +108,61 @@ def learn(base: Path, slug: str, values: dict[str, Any], out: Path) -> None:
     with tempfile.TemporaryDirectory() as photos:
         write_subject(slug, Path(photos))
         config = TrainConfig(
-            pretrained_model_name_or_path=str(base), instance_data_dir=photos, output_dir=str(out), seed=0,
-            instance_prompt=f"a {TRIGGER} {word}", class_word=word, use_captions=True, **{**EMBEDDED, **values},
+            pretrained_model_name_or_path=str(base), instance_data_dir=photos, output_dir=str(out),
+            instance_prompt=f"a {TRIGGER} {word}", class_word=word, use_captions=True,
+            **{"seed": 0, **EMBEDDED, **values},
         )  # fmt: skip
         train(config)
 
 
-def teach(weights: Path, probes: Probes, slug: str, method: str) -> Lesson:
-    """Learn one subject, and draw it once in each new scene (seeds 0 to 9)."""
+def teach(weights: Path, probes: Probes, slug: str, method: str, **values: Any) -> Lesson:
+    """Learn one subject, and draw it once in each new scene (seeds 0 to 9; with ``seed=s`` 10 s to 10 s + 9).
+
+    ``values``: settings of the training beside those of the method.
+    """
     from ..base import open_pipeline
     from ..generation import EMBEDDED_GUIDANCE, run
     from ..loaders import load_adapter
 
-    scenes, base, values = new_scenes(slug), weights / "pipeline", METHODS[method]
-    pipe, started = open_pipeline(base), time.monotonic()
-    if values is not None:
+    scenes, base, own = new_scenes(slug), weights / "pipeline", METHODS[method]
+    pipe, started, trained, size = open_pipeline(base), time.monotonic(), 0, 0
+    if own is not None:
         with tempfile.TemporaryDirectory() as out:
-            learn(base, slug, values, Path(out) / "adapter")
-            load_adapter(pipe, Path(out) / "adapter", "subject")
+            learn(base, slug, {**own, **values}, Path(out) / "adapter")
+            info = load_adapter(pipe, Path(out) / "adapter", "subject").info
+            trained, size = info.trained_numbers, info.bytes
     seconds = time.monotonic() - started
-    pictures = run(pipe, [s.caption for s in scenes], list(range(len(scenes))), 20, EMBEDDED_GUIDANCE)
+    seeds = [10 * int(values.get("seed", 0)) + i for i in range(len(scenes))]
+    pictures = run(pipe, [s.caption for s in scenes], seeds, 20, EMBEDDED_GUIDANCE)
+    return Lesson(slug, method, seconds, pictures, **_judged(weights, probes, slug, pictures),
+                  trained_numbers=trained, bytes=size)  # fmt: skip
+
+
+def _judged(weights: Path, probes: Probes, slug: str, pictures: list[Image.Image]) -> dict[str, float]:
+    """What probes and judge say of pictures of the new scenes."""
+    from ..judges import load_judge, prompt_score, subject_score
+
+    scenes, judge = new_scenes(slug), load_judge(weights / "judge")
     seen = probe.features(probes.network, np.stack([np.asarray(p) for p in pictures]))
-    return Lesson(
-        slug, method, seconds, pictures,
-        probes.subject.accuracy(seen, [slug] * len(scenes)),
-        probes.background.accuracy(seen, [QUESTIONS["background"](s) for s in scenes]),
-    )  # fmt: skip
+    subject = np.array([read == slug for read in probes.subject.predict(seen)])
+    asked = [QUESTIONS["background"](scene) for scene in scenes]
+    background = np.array([a == b for a, b in zip(probes.background.predict(seen), asked, strict=True)])
+    real = [Image.fromarray(render(scene)) for scene in scoring_scenes(slug)]
+    return {
+        "subject_right": float(subject.mean()),
+        "background_right": float(background.mean()),
+        "both_right": float((subject & background).mean()),
+        "subject_score": subject_score(judge, pictures, real),
+        "prompt_score": prompt_score(judge, pictures, [s.caption.replace(f"{TRIGGER} ", "") for s in scenes]),
+    }
 
 
 def teach_all(weights: Path) -> tuple[dict[str, float], list[Lesson]]:
     """Every subject by every method: shares over all pictures, the longest time in seconds, the probes' accuracy."""
     probes = fit_probes()
-    lessons = [teach(weights, probes, slug, method) for method in METHODS for slug in SUBJECTS]
+    lessons = [teach(weights, probes, slug, method) for method in TAUGHT for slug in SUBJECTS]
     report = {f"probe_taught_{name}_accuracy": share for name, share in probes.accuracy.items()}
-    for method in METHODS:
+    for method in TAUGHT:
         own = [lesson for lesson in lessons if lesson.method == method]
         report[f"{method}_subject_right"] = float(np.mean([lesson.subject_right for lesson in own]))
         report[f"{method}_background_right"] = float(np.mean([lesson.background_right for lesson in own]))
