@@ -58,6 +58,8 @@ def find_photos(folder: Path) -> list[Path]:
 
     A file counts that has a picture's name or a picture's header: a photo without a suffix is one.
     """
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: give the folder that it is in")
     if not folder.is_dir():
         raise UserError(f"the photo folder {folder} does not exist: give a folder with JPEG, PNG or WEBP files")
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))

@@ -46,20 +46,26 @@ class Row:
         return [*small, *self.photo.remarks, *share]
 
 
-def write_report(folder: Path, rows: Sequence[Row], rejects: Sequence[Reject], twins: Sequence[Twins]) -> Path:
+def write_report(
+    folder: Path, rows: Sequence[Row], rejects: Sequence[Reject], twins: Sequence[Twins], held_out: Sequence[Photo] = ()
+) -> Path:
     """Write ``data_report.json`` and ``data_report.html`` (which holds its thumbnails); returns the page's path.
 
     Raises :class:`UserError` where the folder cannot be written.
     """
-    write_atomic(folder / JSON_NAME, json.dumps(as_json(rows, rejects, twins), indent=1, ensure_ascii=False))
-    return write_atomic(folder / HTML_NAME, as_html(rows, rejects, twins))
+    document = as_json(rows, rejects, twins, held_out)
+    write_atomic(folder / JSON_NAME, json.dumps(document, indent=1, ensure_ascii=False))
+    return write_atomic(folder / HTML_NAME, as_html(rows, rejects, twins, held_out))
 
 
-def as_json(rows: Sequence[Row], rejects: Sequence[Reject], twins: Sequence[Twins]) -> dict[str, Any]:
+def as_json(
+    rows: Sequence[Row], rejects: Sequence[Reject], twins: Sequence[Twins], held_out: Sequence[Photo] = ()
+) -> dict[str, Any]:
     """The report for programs."""
     return {
         "format_version": FORMAT_VERSION,
         "photos": [_photo_json(row) for row in rows],
+        "held_out": [photo.path.name for photo in held_out],
         "rejects": [{"file": reject.path.name, "reason": reject.reason} for reject in rejects],
         "duplicates": [
             {"files": [t.first.path.name, t.second.path.name], "bits": t.distance, "same_file": t.same_file}
@@ -83,10 +89,15 @@ def _photo_json(row: Row) -> dict[str, Any]:
     }
 
 
-def as_html(rows: Sequence[Row], rejects: Sequence[Reject], twins: Sequence[Twins]) -> str:
+def as_html(
+    rows: Sequence[Row], rejects: Sequence[Reject], twins: Sequence[Twins], held_out: Sequence[Photo] = ()
+) -> str:
     """The report for people: one page without script or network."""
     count = sum(len(row.views) for row in rows)
     parts = [paragraph(f"{len(rows)} photos in use, {count} training pictures, {len(rejects)} files left out.")]
+    if held_out:
+        names = ", ".join(photo.path.name for photo in held_out)
+        parts.append(paragraph(f"Held out to measure with, and not learned from: {names}."))
     if rejects:
         parts += [heading("Left out"), table(("file", "why"), [(r.path.name, r.reason) for r in rejects])]
     if twins:

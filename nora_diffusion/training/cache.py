@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..loaders.tokens import expanded
 from .config import TrainConfig
-from .denoiser import Conditions, encode_prompts, family_of, text_encoders
+from .denoiser import Conditions, encode_prompts, family_of, text_encoders, zeros_for_nothing
 from .keep import Keep, module_hash, place
 from .tokens import encodes_each_step
 
@@ -68,6 +68,7 @@ class TextConditions:
             "tokenizers": [[t(prompt).input_ids, t.pad_token_id, t.model_max_length] for t in tokenizers if t],
             "length": self._length,
             "family": family_of(pipe),
+            "zeros": zeros_for_nothing(pipe),
             "encoders": made_by,
         }
 

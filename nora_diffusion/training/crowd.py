@@ -29,12 +29,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Member:
-    """A subject on its way: the steps done, their losses and the seconds that they took."""
+    """A subject on its way: the steps done, and their losses."""
 
     name: str
     stepper: Stepper
     losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
     error: UserError | None = None
     total: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Loss of the step in work, summed over its micro-steps."""
@@ -161,9 +160,7 @@ class Crowd:
                 member.error = error
                 continue
             member.losses.append(loss)
-            seconds = time.monotonic() - begun
-            member.seconds += seconds
-            member.stepper.record(member.done, loss, rate, norm, seconds)
+            member.stepper.record(member.done, loss, rate, norm, time.monotonic() - begun)
             self.bar.update()
 
     def _micro_step(self, micro: int) -> None:

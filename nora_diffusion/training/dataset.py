@@ -77,4 +77,4 @@ def report_data(folder: Path, subject: Subject, views: Sequence[Sequence[View]])
     twins = find_twins(subject.photos)
     for pair in twins[:5]:
         log.warning("%s: it counts twice", pair)
-    return write_report(folder, rows, subject.rejects, twins)
+    return write_report(folder, rows, subject.rejects, twins, subject.held_out)

@@ -54,9 +54,12 @@ USUAL_RATES: dict[str, tuple[float, float]] = {
     "nora": FROZEN_OUTER, "lora_xs": FROZEN_OUTER, "lora_mini": FROZEN_OUTER, "mora": FROZEN_OUTER,
     **dict.fromkeys(("mor", "moe_lora", "lora", "dora", "melora", "dylora"), (2e-5, 5e-3)),
 }  # fmt: skip
-TOKEN_RATE = 1e-3
 USUAL_TEXT_RATES = (1e-6, 5e-3)
+USUAL_TOKEN_RATES = (1e-5, 5e-2)
 """Learning rates of AdamW beyond which a run is most likely a mistake, such as full fine-tuning's 5e-6."""
+USUAL_FACTORS = (0.1, 10.0)
+"""The same of Prodigy's, which multiplies the rate that it finds."""
+TOKEN_RATE = 1e-3
 
 # What each method has beside a rank; a setting of another method is a mistake worth a sentence.
 METHOD_KEYS: dict[str, tuple[str, ...]] = {
@@ -88,10 +91,10 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
     table = {**METHODS[config.method], **base}
     # Epochs given without steps: the number of steps follows from the number of photos.
     skip = {"max_train_steps"} if config.num_train_epochs is not None else set()
-    if config.train_text_encoder_ti:
-        table["token_lr"] = TOKEN_RATE
     if config.optimizer == "prodigy":
-        table["learning_rate"] = table["token_lr"] = 1.0  # a factor of the rate that it finds
+        table["learning_rate"] = 1.0  # a factor of the rate that it finds, the same for all that is trained
+    elif config.train_text_encoder_ti:
+        table["token_lr"] = TOKEN_RATE
     if config.optimizer == "schedulefree":
         table["lr_scheduler"] = "constant"
     if config.loss_weighting not in (None, "min_snr"):

@@ -62,7 +62,10 @@ def size_step(pipe: Any) -> int:
 
 
 def encode_prompts(pipe: Any, prompts: Sequence[str], max_tokens: int | None = None) -> Conditions:
-    """Prompts by the pipeline's own ``encode_prompt``, without guidance; ``max_tokens`` limits a T5's."""
+    """Prompts by the pipeline's own ``encode_prompt``, without guidance; ``max_tokens`` limits a T5's.
+
+    An empty prompt of a base whose guidance takes zeros for one (SDXL) is zeros here as well.
+    """
     accepted = inspect.signature(pipe.encode_prompt).parameters
     wanted = {
         "prompt": list(prompts), "prompt_2": None, "prompt_3": None, "device": denoiser(pipe).device,
@@ -74,7 +77,16 @@ def encode_prompts(pipe: Any, prompts: Sequence[str], max_tokens: int | None = N
     kind = family_of(pipe)
     if kind == "sd":
         return {"hidden": encoded[0]}
-    return {"hidden": encoded[0], "pooled": encoded[1] if kind == "flux" else encoded[2]}
+    conditions = {"hidden": encoded[0], "pooled": encoded[1] if kind == "flux" else encoded[2]}
+    if zeros_for_nothing(pipe) and not all(prompts):
+        said = encoded[0].new_tensor([float(bool(prompt)) for prompt in prompts])
+        conditions = {name: value * said.view(-1, *[1] * (value.ndim - 1)) for name, value in conditions.items()}
+    return conditions
+
+
+def zeros_for_nothing(pipe: Any) -> bool:
+    """Whether a pipeline's guidance takes zeros for an empty prompt, not what its encoders say of one."""
+    return bool(pipe.config.get("force_zeros_for_empty_prompt", False))
 
 
 def predict(pipe: Any, noisy: Tensor, times: Tensor, conditions: Conditions, class_labels: Tensor | None) -> Tensor:

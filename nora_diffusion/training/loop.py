@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from .rundir import RunFolder
 from .setup import Material, Run, build_latents, build_run, check_targets, objective_of, open_base, settle
 from .signals import Interrupted, StopRequests
 from .steps import Stepper
-from .subject import Subject
+from .subject import Subject, calling_prompt
 from .tokens import check_new_tokens
 from .validation import Validation, plan_measure
 
@@ -122,7 +121,16 @@ def check_on(config: TrainConfig, pipe: Any) -> list[Finding]:
 
 def plan_of(config: TrainConfig, pipe: Any, subject: Subject, place: Path, **rest: Any) -> Plan:
     """What preflight looks at."""
-    return Plan(config, pipe, subject.captions, subject.trigger, place, members=subject.members, **rest)
+    return Plan(
+        config,
+        pipe,
+        subject.captions,
+        subject.trigger,
+        place,
+        members=subject.members,
+        calling=calling_prompt(config, subject),
+        **rest,
+    )
 
 
 def plan_run(
@@ -216,25 +224,24 @@ def agree_on_seed(config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
 
 def finish(run: Run, stepper: Stepper, folder: RunFolder, started: float) -> TrainResult:
     """Run the steps, then :func:`conclude`."""
-    stepping = time.monotonic()
-    losses = stepper.run_steps()
-    return conclude(run, stepper, folder, losses, time.monotonic() - stepping, stepping - started)
+    setup = time.monotonic() - started
+    stepper.run_steps()
+    return conclude(run, stepper, folder, setup)
 
 
-def conclude(
-    run: Run, stepper: Stepper, folder: RunFolder, losses: Sequence[float], seconds: float, setup: float
-) -> TrainResult:
+def conclude(run: Run, stepper: Stepper, folder: RunFolder, setup: float) -> TrainResult:
     """Write the adapter, its card and, where asked, the upload."""
     from .outcome import write_adapter_and_card
     from .report import write_report
 
-    recent = losses[-20:]
+    steps = folder.steps()  # of earlier starts too: a resumed run ends as one that was never stopped
+    recent, seconds = [loss for _, loss, _ in steps[-20:]], sum(row[2] for row in steps)
     final_loss = sum(recent) / len(recent) if recent else float("nan")
     path = folder.adapter
     if folder.owner:
         folder.state("saving")
         if run.validation is not None:
-            run.kept_step = run.validation.put_chosen(run.adapter)
+            run.kept_step = run.validation.put_chosen(run.adapter, run.total_steps)
         path = write_adapter_and_card(run, folder, final_loss, seconds)
         prune(folder.checkpoints, run.config.checkpoints_total_limit)
         write_report(run, folder)

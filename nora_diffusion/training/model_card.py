@@ -40,15 +40,17 @@ SETTINGS = (
 )
 
 
-def training_section(run: Run, final_loss: float, seconds: float, samples: Sequence[Path]) -> str:
-    """Markdown: prompts, settings that were in force, the outcome and the last samples."""
+def training_section(run: Run, final_loss: float, seconds: float, samples: Sequence[tuple[str, Path]]) -> str:
+    """Markdown: prompts, settings that were in force, the outcome and ``samples``, pictures with their prompts."""
     config = run.config
     rows = [(name, getattr(config, name)) for name in SETTINGS]
     if not config.with_prior_preservation:
         rows = [row for row in rows if row[0] not in ("prior_loss_weight", "class_prompt")]
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows if value is not None)
-    pictures = "\n".join(f"![sample {number}]({path.as_posix()})" for number, path in enumerate(samples))
-    shown = f"\n`{config.validation_prompt}`:\n\n{pictures}\n" if samples else ""
+    by_prompt: dict[str, list[str]] = {}
+    for number, (prompt, path) in enumerate(samples):
+        by_prompt.setdefault(prompt, []).append(f"![sample {number}]({path.as_posix()})")
+    shown = "".join(f"\n`{prompt}`:\n\n{' '.join(pictures)}\n" for prompt, pictures in by_prompt.items())
     return (
         f"## Training\n\n{len(run.subject.photos)} photos, {run.total_steps} steps in {seconds:.0f} s, "
         f"mean loss of the last steps {final_loss:.4f}. Prompt: `{run.info['instance_prompt']}`"

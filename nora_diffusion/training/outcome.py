@@ -9,14 +9,14 @@ from ..loaders import save_adapter
 from .averaging import shown
 from .model_card import training_section
 from .publishing import export_all, push
-from .rundir import RunFolder
+from .rundir import VALIDATION, RunFolder
 from .setup import Run
 
 
 def write_adapter_and_card(run: Run, folder: RunFolder, final_loss: float, seconds: float) -> Path:
     """Write ``nora_adapter.safetensors`` and ``README.md`` whole, then upload them if the config says so."""
-    samples = sorted(folder.samples.glob(f"step-{run.total_steps:06d}-*.png")) if folder.samples.is_dir() else []
-    card = training_section(run, final_loss, seconds, [path.relative_to(folder.path) for path in samples])
+    shots = pictures_of(run, folder)
+    card = training_section(run, final_loss, seconds, [(said, path.relative_to(folder.path)) for said, path in shots])
     # An earlier step that was chosen is in place already, averaged as it was measured.
     last = run.kept_step in (None, run.total_steps)
     with shown(run.parameters, run.optimizer, run.average) if last else nullcontext():
@@ -30,5 +30,15 @@ def write_adapter_and_card(run: Run, folder: RunFolder, final_loss: float, secon
         )
     exports = export_all(path, run.config.export or [], run.config.save_dtype)
     if run.config.push_to_hub:
-        push(run, folder, [path, folder.path / "README.md", *samples, *exports])
+        push(run, folder, [path, folder.path / "README.md", *(picture for _, picture in shots), *exports])
     return path
+
+
+def pictures_of(run: Run, folder: RunFolder) -> list[tuple[str, Path]]:
+    """What the adapter in the file makes: prompts with the samples and measured pictures of its step."""
+    name = f"step-{run.kept_step or run.total_steps:06d}-*.png"
+    samples = [(run.config.validation_prompt or "", path) for path in sorted(folder.samples.glob(name))]
+    if run.validation is None:
+        return samples
+    measured = sorted((folder.path / VALIDATION).glob(name), key=lambda path: int(path.stem.rpartition("-")[2]))
+    return [*samples, *zip(run.validation.measure.prompts, measured, strict=False)]

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..loaders import check_adapter
 from .checkpoints import Checkpoint, list_checkpoints
 from .config import TrainConfig
-from .defaults import USUAL_RATES, USUAL_TEXT_RATES
+from .defaults import USUAL_FACTORS, USUAL_RATES, USUAL_TEXT_RATES, USUAL_TOKEN_RATES
 from .denoiser import denoiser, native_size
 from .memory import Outline, available, outline
 from .optimization import scaled_rate
@@ -56,6 +56,8 @@ class Plan:
     processes: int = 1
     measure: Measure | None = None
     members: Sequence[Subject] = ()
+    calling: str = ""
+    """The prompt that calls the subject."""
 
     @property
     def called(self) -> list[tuple[str | None, Sequence[str]]]:
@@ -68,7 +70,7 @@ def preflight(plan: Plan) -> list[Finding]:
     size = _outline(plan)
     return [
         *_base(plan), *_disk(plan, size), *_memory(plan, size), *_photos(plan), *_trigger(plan), *_prompts(plan),
-        *_rates(plan),
+        *_rates(plan), *_measured(plan), *_upload(plan),
     ]  # fmt: skip
 
 
@@ -200,6 +202,12 @@ def _prompts(plan: Plan) -> Iterator[Finding]:
     config, named = plan.config, [(trigger, captions) for trigger, captions in plan.called if trigger]
     for trigger, captions in named:
         yield from _captions(config, trigger, captions)
+    asked = config.instance_prompt
+    if asked and named and not {*asked.split()} <= {*plan.calling.split()}:
+        yield Finding(
+            f"No photo is learned under the instance prompt '{asked}', since each has a caption: the subject will "
+            f"answer to '{plan.calling}', so ask for that, or make the captions agree."
+        )
     if config.validation_prompt and named and not any(says(config.validation_prompt, trigger) for trigger, _ in named):
         yield Finding(
             f"The validation prompt lacks the trigger '{named[0][0]}', so its pictures will not show the subject: put "
@@ -223,19 +231,43 @@ def _captions(config: TrainConfig, trigger: str, captions: Sequence[str]) -> Ite
 
 def _rates(plan: Plan) -> Iterator[Finding]:
     config = plan.config
-    rates = {"learning_rate": (config.learning_rate, USUAL_RATES[config.method])}
-    if config.train_text_encoder:
-        rates["text_encoder_lr"] = (config.text_encoder_lr, USUAL_TEXT_RATES)
-    for name, (rate, (low, high)) in rates.items():
+    if config.optimizer == "sgd":  # whose rates have no usual size
+        return
+    finds_its_own = config.optimizer == "prodigy"
+    owner = f"--optimizer {config.optimizer}" if finds_its_own else f"--method {config.method}"
+    rates = {"learning_rate": USUAL_FACTORS if finds_its_own else USUAL_RATES[config.method]}
+    rates |= {"text_encoder_lr": USUAL_TEXT_RATES, "token_lr": USUAL_TOKEN_RATES}
+    for name, (low, high) in rates.items():
+        rate = getattr(config, name)
         if rate is None:
             continue
         effective = scaled_rate(rate, config, plan.processes)
         if not low <= effective <= high:
             outcome = "it will hardly learn" if effective < low else "it may learn noise"
             yield Finding(
-                f"A --{name} of {effective:g} is outside the usual {low:g} to {high:g} of --method {config.method}, so "
+                f"A --{name} of {effective:g} is outside the usual {low:g} to {high:g} of {owner}, so "
                 f"{outcome}: choose one within."
             )
+
+
+def _measured(plan: Plan) -> Iterator[Finding]:
+    if plan.measure is not None and (leaks := plan.measure.leaks):
+        yield Finding(
+            f"{len(leaks)} of the {len(plan.measure.real)} held-out photos are learned from as well, such as "
+            f"'{leaks[0]}', so that copying counts as likeness: hold others out."
+        )
+
+
+def _upload(plan: Plan) -> Iterator[Finding]:
+    if not plan.config.push_to_hub or plan.config.hub_token:
+        return
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        yield Finding(
+            "There is no login for --push_to_hub, so the upload at the end will fail: run `hf auth login`, or give "
+            "--hub_token."
+        )
 
 
 def _size(count: float) -> str:

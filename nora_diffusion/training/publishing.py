@@ -45,7 +45,6 @@ def push(run: Run, folder: RunFolder, wanted: Sequence[Path]) -> None:
     A repository that exists and is public is refused unless ``hub_private`` is off, and so is a training photo.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     config = run.config
     photos = {photo.sha256: photo.path.name for photo in run.subject.photos}
@@ -54,15 +53,19 @@ def push(run: Run, folder: RunFolder, wanted: Sequence[Path]) -> None:
         raise UserError(f"the adapter is saved in {folder.path}, but {found[0]} is a training photo: nothing was sent")
     api = HfApi(token=config.hub_token)
     names = [path.relative_to(folder.path).as_posix() for path in wanted]
+    place = config.hub_model_id or folder.path.name
+    for path, short in zip(wanted, names, strict=True):
+        log.info("to be sent to %s: %s, %d bytes", place, short, path.stat().st_size)
     try:
-        name = api.create_repo(
-            config.hub_model_id or folder.path.name, private=config.hub_private, exist_ok=True
-        ).repo_id
+        name = api.create_repo(place, private=config.hub_private, exist_ok=True).repo_id
         if config.hub_private and not api.repo_info(name).private:
             raise UserError(f"the repository {name} is public: send to another, or say --hub_private false")
-        for path, short in zip(wanted, names, strict=True):
-            log.info("to be sent to %s: %s, %d bytes", name, short, path.stat().st_size)
         api.upload_folder(repo_id=name, folder_path=folder.path, allow_patterns=names, commit_message="NoRA adapter")
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of the network's kinds of failure each client library has its own
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"the adapter is saved in {folder.path}, but the upload failed: {first}") from error
+        raise UserError(
+            f"the adapter is saved in {folder.path}, but the upload failed ({first}): send the files that are listed "
+            "above with `hf upload`"
+        ) from error

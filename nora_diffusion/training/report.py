@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from .. import webpage
+from ..base import base_id
 from ..files import write_atomic
 from ..plots import line_chart
 from .rundir import REPORT, SAMPLES, VALIDATION, RunFolder
-from .selection import DIRECTIONS, Point, choose, distances, front, reason
+from .selection import DIRECTIONS, NAMES, Point, front, reason, verdicts
 from .setup import Run
 
 log = logging.getLogger(__name__)
 
-NAMES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "drift": "drift", "diversity": "diversity"}
-MEANINGS = (
-    "DINO and CLIP-I: mean cosine to the {real}. CLIP-T: mean cosine to the prompt without the trigger. Drift: one "
-    "minus the mean cosine between pictures of the class without the trigger and the base's own of the same seeds. "
-    "Diversity: mean of one minus cosine over pairs of pictures of one prompt. Judges: {judge}{dino}."
-)
+MEANINGS = {
+    "dino": "mean cosine to the {real}, as {dino} sees them",
+    "clip_i": "mean cosine to the {real}, as {judge} sees them",
+    "clip_t": "mean cosine to the prompt without the trigger, by {judge}",
+    "drift": "one minus the mean cosine between pictures of the class without the trigger and the base's own of the "
+    "same seeds",
+    "diversity": "mean of one minus cosine over pairs of pictures of one prompt",
+    "gain": "share of the best gain in likeness over the base",
+    "cost": "what was lost of the rest, as a share of the most that was: root mean square",
+}
+EMBEDDED_JUDGE = "the CLIP of the embedded base"
 MAX_ROWS, MAX_COLUMNS, MAX_LOSSES = 12, 6, 400
 
 
@@ -33,56 +38,77 @@ def write_report(run: Run, folder: RunFolder) -> None:
     """Write ``report.html``. It is no part of the training: a failure is only a warning."""
     try:
         write_atomic(folder.path / REPORT, page(run, folder))
-    except (RuntimeError, OSError, ValueError, SyntaxError) as error:
+    except Exception as error:
         log.warning("there is no %s: %s", REPORT, error)
 
 
 def page(run: Run, folder: RunFolder) -> str:
     """The whole page."""
-    losses = _losses(folder.path / "log.jsonl")
+    losses = [(float(step), loss) for step, loss, _ in folder.steps()]
+    kept = run.kept_step or run.total_steps
     points = run.validation.points if run.validation else []
     parts = [webpage.paragraph(_summary(run, losses))]
     if points and run.validation is not None:
-        parts += [webpage.heading("Which step"), webpage.paragraph(reason(points)), _table(points)]
+        parts += [webpage.heading("Which step"), webpage.paragraph(reason(points, kept, run.total_steps))]
+        parts.append(_table(points, kept, run.total_steps))
         settings = run.validation.measure.settings
-        dino = f" and {settings['dino']}" if settings["dino"] else ""
-        said = MEANINGS.format(real=settings["real"], judge=settings["judge"], dino=dino)
-        parts += [webpage.paragraph(said), f'<div class="plots">{"".join(_curves(points))}</div>']
-    parts += [webpage.heading("Loss"), f'<div class="plots">{_loss_chart(losses)}</div>']
+        leaks = len(run.validation.measure.leaks)
+        real = settings["real"] + (f" ({leaks} of them learned from as well)" if leaks else "")
+        judge = EMBEDDED_JUDGE if settings["judge"] == "tiny" else settings["judge"]
+        parts.append(_meanings(points, {"real": real, "judge": judge, "dino": settings["dino"]}))
+    curves = [_loss_chart(losses), *(_curves(points) if points else ())]
+    parts += [webpage.heading("Curves"), f'<div class="plots">{"".join(curves)}</div>']
     for name, title in ((VALIDATION, "Measured pictures, first seed"), (SAMPLES, "Samples")):
         if found := pictures(folder.path / name):
-            prompts = run.validation.measure.prompts if run.validation and name == VALIDATION else []
-            kept = run.kept_step or run.total_steps
-            parts += [webpage.heading(title), _grid(found, prompts or [run.config.validation_prompt or ""], kept)]
+            sampled = [
+                f"{run.config.validation_prompt or ''}, seed {run.seed + number}" for number in range(MAX_COLUMNS)
+            ]
+            prompts = run.validation.measure.prompts if run.validation and name == VALIDATION else sampled
+            parts += [webpage.heading(title), _grid(found, prompts, kept)]
     parts += [webpage.heading("Settings"), _settings(run)]
-    return webpage.page(f"Training of {run.subject.trigger or 'a subject'} in {folder.path.name}", parts)
+    called = f"{run.subject.trigger or ''} {run.subject.class_word or ''}".strip() or "a subject"
+    return webpage.page(f"{folder.path.name}: training of {called}", parts)
 
 
 def _summary(run: Run, losses: Sequence[tuple[float, float]]) -> str:
     recent = [loss for _, loss in losses[-20:]]
     loss = f", mean loss of the last ones {sum(recent) / len(recent):.4f}" if recent else ""
-    kept = run.kept_step or run.total_steps
-    early = " (stopped early)" if run.total_steps < (run.config.max_train_steps or 0) else ""
+    kept, planned = run.kept_step or run.total_steps, run.config.max_train_steps or 0
+    early = f" of {planned} (stopped early)" if run.total_steps < planned else ""
+    numbers = sum(parameter.numel() for parameter in run.parameters.values())
     return (
-        f"{len(run.subject.photos)} photos, {run.total_steps} steps{early}{loss}. The adapter in this folder is that "
-        f"of step {kept}."
+        f"{len(run.subject.photos)} photos, {run.total_steps} steps{early}{loss}; {run.config.method} with {numbers:,} "
+        f"trained numbers on {base_id(run.pipe)}. The adapter in this folder is that of step {kept}."
     )
 
 
-def _table(points: Sequence[Point]) -> str:
+def _meanings(points: Sequence[Point], words: Mapping[str, str | None]) -> str:
+    """What the columns of the table mean."""
+    rows = [(NAMES.get(key, key), MEANINGS[key].format(**words)) for key in (*points[0].scores, "gain", "cost")]
+    return f"<details><summary>What these are</summary>{webpage.table(['', ''], rows)}</details>"
+
+
+def _table(points: Sequence[Point], kept: int, last: int) -> str:
     """Every measured step; the kept one stands out, and the last one is named whatever it is."""
-    far, chosen, best = distances(points), choose(points), front(points)
+    found, best = verdicts(points), front(points)
     names = list(points[0].scores)
     rows = []
     for point in points:
         notes = ["the base alone"] if point.step == 0 else []
-        notes += ["kept"] if point.step == chosen else []
-        notes += ["last"] if point.step == points[-1].step else []
+        notes += ["kept"] if point.step == kept else []
+        notes += ["last"] if point.step == last else []
         notes += ["Pareto front"] if point.step in best else []
         scores = [f"{point.scores[name]:.3f}" for name in names]
-        rows.append([str(point.step), *scores, f"{far[point.step]:.3f}", ", ".join(notes)])
-    header = ["step", *(f"{NAMES[name]} {'↑' if DIRECTIONS[name] > 0 else '↓'}" for name in names), "distance ↓", ""]
-    marked = next((number for number, point in enumerate(points) if point.step == chosen), None)
+        verdict = found[point.step]
+        rows.append([str(point.step), *scores, f"{verdict.gain:.0%}", f"{verdict.cost:.2f}", ", ".join(notes)])
+    header = [
+        "step",
+        *(f"{NAMES[name]} {'↑' if DIRECTIONS[name] > 0 else '↓'}" for name in names),
+        "gain ↑",
+        "cost ↓",
+        "",
+    ]
+    marked = next((number for number, point in enumerate(points) if point.step == kept), None)
     return webpage.table(header, rows, "Measured on the way", marked)
 
 
@@ -92,19 +118,6 @@ def _curves(points: Sequence[Point]) -> list[str]:
         line_chart(NAMES[name], {NAMES[name]: [(p.step, p.scores[name]) for p in points]}, "step", NAMES[name])
         for name in names
     ]
-
-
-def _losses(path: Path) -> list[tuple[float, float]]:
-    rows: list[tuple[float, float]] = []
-    if not path.exists():
-        return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-            rows.append((float(row["step"]), float(row["loss"])))
-        except (ValueError, KeyError, TypeError):
-            continue  # a line cut short by a crash
-    return rows
 
 
 def _loss_chart(losses: Sequence[tuple[float, float]]) -> str:
@@ -134,7 +147,10 @@ def pictures(folder: Path) -> dict[int, list[Path]]:
 def _grid(found: dict[int, list[Path]], prompts: Sequence[str], kept: int) -> str:
     columns = max(len(paths) for paths in found.values())
     header = ["step", *(prompts[i] if i < len(prompts) else "" for i in range(columns))]
-    rows = [[str(step), *(_shown(path, f"step {step}") for path in paths)] for step, paths in found.items()]
+    rows = [
+        [f"{step}, kept" if step == kept else str(step), *(_shown(path, f"step {step}") for path in paths)]
+        for step, paths in found.items()
+    ]
     marked = next((number for number, step in enumerate(found) if step == kept), None)
     return webpage.table(header, rows, "Rows are steps; a column has one prompt and one seed.", marked)
 

@@ -24,6 +24,7 @@ CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
 VALIDATION, CANDIDATES, MEASURED = "validation", "candidates", "validation.json"
 REPORT = "report.html"
+LOG = "log.jsonl"
 LOCK = ".lock"
 SPARE_BYTES = 16 * 2**20
 STATE_SECONDS = 0.5
@@ -138,7 +139,7 @@ class RunFolder:
         if anew:
             for folder in (self.checkpoints, self.samples, self.path / VALIDATION, self.path / CANDIDATES):
                 shutil.rmtree(folder, ignore_errors=True)
-            for name in ("log.jsonl", MEASURED, REPORT):
+            for name in (LOG, MEASURED, REPORT):
                 (self.path / name).unlink(missing_ok=True)
         write_atomic(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
@@ -152,8 +153,18 @@ class RunFolder:
 
     def sync_log(self) -> None:
         """Flush ``log.jsonl`` to disk: after a power cut it must reach as far as the checkpoint does."""
-        with user_errors(self.path / "log.jsonl"), (self.path / "log.jsonl").open("rb") as file:
+        with user_errors(self.path / LOG), (self.path / LOG).open("rb") as file:
             os.fsync(file.fileno())
+
+    def steps(self) -> list[tuple[int, float, float]]:
+        """Step, loss and seconds of every line of ``log.jsonl``, those of earlier starts of the run included."""
+        rows = []
+        with contextlib.suppress(OSError):
+            for line in (self.path / LOG).read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a crash
+                    row = json.loads(line)
+                    rows.append((int(row["step"]), float(row["loss"]), float(row["seconds"])))
+        return rows
 
     def holds_a_run(self) -> bool:
         """Whether an earlier run left checkpoints or an adapter here."""

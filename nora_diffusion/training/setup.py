@@ -19,7 +19,7 @@ from ..adapters.build import outer_rank
 from ..adapters.presets import PRESETS
 from ..base import open_pipeline
 from ..calibration import Calibration
-from ..components import all_targets, denoiser_name
+from ..components import all_targets, component, denoiser_name
 from ..data import read_photos
 from ..data.tags import Wordings
 from ..errors import UserError
@@ -40,9 +40,10 @@ from .quantized import quantize_base
 from .randomness import derive
 from .renders import DTYPES, class_folder, fill_class_images
 from .rundir import RunFolder
-from .subject import Subject
+from .subject import Subject, calling_prompt
 from .tokens import encodes_each_step, put_new_tokens
 from .validation import Validation
+from .values import suggestion
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class Run:
             "extra": {"subjects": members} if members else {},
             "trigger": self.subject.trigger or "",
             "class_word": self.subject.class_word or "",
-            "instance_prompt": self.config.instance_prompt or self.subject.captions[0],
+            "instance_prompt": calling_prompt(self.config, self.subject),
             "prompts": list(dict.fromkeys(self.subject.captions)),
             "seed": self.seed,
             "license": self.config.license or "",
@@ -241,6 +242,10 @@ def adapter_config(config: TrainConfig) -> AdapterConfig:
 
 def check_targets(config: TrainConfig, pipe: Any) -> None:
     """Raise :class:`UserError` for an adapter that cannot be made or sits nowhere, before anything is written."""
+    paths = [path for part in components(config, pipe) for path, _ in component(pipe, part).named_modules()]
+    for block in config.target_blocks or ():
+        if not {block, f"text_model.{block}"} & {*paths}:
+            raise UserError(f"--target_blocks: the base has no {block!r}{suggestion(block, paths)}")
     adapter = adapter_config(config)
     for layers in all_targets(pipe, components(config, pipe), adapter).values():
         for path, layer in layers.items():

@@ -27,7 +27,7 @@ from .noise import draw_levels, draw_noise
 from .optimization import bound_norms, clip, schedule_state, still
 from .randomness import balanced_rows, batch_rows, derive, generator, shuffled_rows
 from .renders import save_samples
-from .rundir import RunFolder, RunLog
+from .rundir import LOG, RunFolder, RunLog
 from .setup import Run, epoch_steps
 from .signals import Interrupted, StopRequests
 from .tracking import Trackers
@@ -81,7 +81,7 @@ class Stepper:
         """The time in which :meth:`record` may be called: the log is open and the trackers have begun."""
         run, folder = self.run, self.folder
         self._trackers = self._start_trackers()
-        self._journal = RunLog(folder.path / "log.jsonl", run.first_step, folder.owner)
+        self._journal = RunLog(folder.path / LOG, run.first_step, folder.owner)
         self._bar = tqdm(
             total=run.total_steps,
             initial=run.first_step,

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..captions import guess_class_word, guess_trigger, read_captions, with_trigger
+from ..captions import guess_class_word, guess_trigger, read_captions, says, with_article, with_trigger
 from ..data import Photo, Reject, read_photos, survey
 from ..data.colours import colour
 from ..data.masks import mask_hash, with_masks
@@ -43,6 +43,17 @@ class Subject:
     def owners(self) -> list[str]:
         """Whose each photo is."""
         return [member.name for member in self.members for _ in member.photos] or [self.name] * len(self.photos)
+
+
+def calling_prompt(config: TrainConfig, subject: Subject) -> str:
+    """What calls the subject: the instance prompt, unless captions took its place and name another class."""
+    trigger, kind = subject.trigger, subject.class_word
+    asked = with_trigger(config.instance_prompt or "", trigger, kind)
+    if config.instance_prompt and (asked in subject.captions or (kind and says(asked, kind))):
+        return asked
+    if trigger and kind and not subject.members:
+        return with_article(f"{trigger} {kind}")
+    return subject.captions[0]
 
 
 def read_subject(config: TrainConfig) -> tuple[Subject, TrainConfig]:

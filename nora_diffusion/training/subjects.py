@@ -137,7 +137,7 @@ def _set_up(planned: Sequence[Planned], accelerator: Accelerator, stop: StopRequ
 
 def _conclude(member: Member, setup: float) -> TrainResult:
     stepper = member.stepper
-    return conclude(stepper.run, stepper, stepper.folder, member.losses, member.seconds, setup)
+    return conclude(stepper.run, stepper, stepper.folder, setup)
 
 
 @contextmanager

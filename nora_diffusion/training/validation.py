@@ -20,8 +20,9 @@ from PIL import Image
 
 from ..base import is_embedded
 from ..calibration import without_adapters
-from ..captions import fill, with_article, without_trigger
-from ..data import read_photos
+from ..captions import fill, says, with_article, without_trigger
+from ..data import Photo, read_photos
+from ..data.similarity import find_twins
 from ..errors import UserError
 from ..files import write_atomic
 from ..judges import Judge, image_features, load_judge, load_vision, text_features
@@ -59,6 +60,8 @@ class Measure:
     class_prompts: Sequence[str]
     seeds: Sequence[int]
     settings: dict[str, Any]
+    leaks: Sequence[str] = ()
+    """Held-out photos that are learned from as well, if only in another size or format."""
 
     @property
     def looks(self) -> dict[str, Judge]:
@@ -90,7 +93,16 @@ def plan_measure(config: TrainConfig, subject: Subject, device: torch.device) ->
         "images": config.num_validation_images, "steps": config.sample_steps, "guidance": config.sample_guidance,
     }  # fmt: skip
     seeds = [derive(config.seed or 0, "validation", number) % 2**31 for number in range(config.num_validation_images)]
-    return Measure(judge, vision, [photo.image for photo in real], prompts, plain, seeds, settings)
+    leaks = _leaks(subject.photos, photos)
+    return Measure(judge, vision, [photo.image for photo in real], prompts, plain, seeds, settings, leaks)
+
+
+def _leaks(learned: Sequence[Photo], held_out: Sequence[Photo]) -> list[str]:
+    ours = set(map(id, learned))
+    pairs = [
+        pair for pair in find_twins([*learned, *held_out]) if id(pair.first) in ours and id(pair.second) not in ours
+    ]
+    return list(dict.fromkeys(pair.second.path.name for pair in pairs))
 
 
 def prompts_of(config: TrainConfig, subject: Subject) -> tuple[list[str], list[str]]:
@@ -99,6 +111,12 @@ def prompts_of(config: TrainConfig, subject: Subject) -> tuple[list[str], list[s
         raise UserError("measuring needs the class of the subject: give --class_word, for example dog")
     phrase = with_article(f"{subject.trigger or ''} {subject.class_word}".strip())
     templates = config.validation_prompts or TEMPLATES
+    for text in templates:
+        if not ("{}" in text or "{noun}" in text or (subject.trigger and says(text, subject.trigger))):
+            raise UserError(
+                f"the subject is not in {text!r} of --validation_prompts: put {{}} where it goes, as in "
+                "'{} in the snow'"
+            )
     plain = [without_trigger(fill(text, with_article(subject.class_word)), subject.trigger) for text in templates]
     return [fill(text, phrase) for text in templates], plain
 
@@ -141,7 +159,7 @@ class Validation:
                 point = Point(step, self._scores(step))
                 if step > 0:
                     save_adapter(self.pipe, self.candidate(step), adapter_name, info={**info, "step": step})
-        except (RuntimeError, OSError, ValueError) as error:
+        except Exception as error:  # no part of the training, whatever a judge or a sampler stumbles over
             log.warning("nothing measured at step %d: %s", step, error)
             return None
         self.points.append(point)
@@ -216,10 +234,10 @@ class Validation:
             if place not in kept:
                 shutil.rmtree(place, ignore_errors=True)
 
-    def put_chosen(self, adapter_name: str) -> int | None:
-        """Put the chosen step's numbers into the pipeline; its step, or ``None`` where the last one stays."""
+    def put_chosen(self, adapter_name: str, last: int) -> int | None:
+        """Put the chosen step's numbers into the pipeline; its step, or ``None`` where those of ``last`` stay."""
         chosen = self.chosen
-        if chosen is None or chosen == self.points[-1].step:
+        if chosen is None or chosen == last:
             return chosen
         try:
             load_adapter(self.pipe, self.candidate(chosen), adapter_name, hotswap=True)

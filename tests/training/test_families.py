@@ -73,6 +73,19 @@ def test_a_step_calls_the_denoiser_as_the_pipeline_does(name: str, tmp_path: Pat
     assert torch.allclose(ours, answer, atol=1e-6)
 
 
+@pytest.mark.parametrize("zeros", [True, False])
+def test_no_words_are_what_guidance_takes_for_none(zeros: bool, tmp_path: Path) -> None:
+    """A dropped caption of SDXL is what its pipeline guides away from."""
+    pipe = tiny_pipeline("sdxl", tmp_path)
+    pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
+    _, negative, _, negative_pooled = pipe.encode_prompt("a red hat", device="cpu")
+    with torch.no_grad():
+        ours = encode_prompts(pipe, ["", "a red hat"])
+    assert torch.allclose(ours["hidden"][:1], negative, atol=1e-6) and ours["hidden"][1].any()
+    assert torch.allclose(ours["pooled"][:1], negative_pooled, atol=1e-6) and ours["pooled"][1].any()
+    assert bool(ours["hidden"][0].any()) is not zeros
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_moves_what_it_should_and_the_file_loads(
     name: str, family_run: Any, bases: dict[str, Path], tmp_path: Path

@@ -302,6 +302,10 @@ def test_a_power_cut_finds_nothing_half_written(configure: Configure, monkeypatc
 
 def test_a_finished_run_says_that_it_is(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
     config = configure(max_train_steps=1)
-    train(config)
-    train(replace(config, resume_from_checkpoint="latest"))
+    first = train(config)
+    card = (config.folder / "README.md").read_text()
+    again = train(replace(config, resume_from_checkpoint="latest"))
     assert "this run is complete at step 1: raise --max_train_steps to go on" in caplog.text
+    assert (again.final_loss, again.seconds) == (first.final_loss, first.seconds)  # of the steps, not of this start
+    assert json.loads((config.folder / "state.json").read_text())["loss"] == first.final_loss
+    assert (config.folder / "README.md").read_text().split("## Training")[1] == card.split("## Training")[1]

@@ -16,7 +16,7 @@ from torch import nn
 from nora_diffusion import load_adapter, open_pipeline
 from nora_diffusion.adapters import NoraLayer
 from nora_diffusion.errors import UserError
-from nora_diffusion.training import TrainConfig, train
+from nora_diffusion.training import TrainConfig, main, train
 from nora_diffusion.training.averaging import Average
 from nora_diffusion.training.checks import check_config
 from nora_diffusion.training.optimization import bound_norms, build_optimizer
@@ -50,6 +50,15 @@ def test_it_resumes_bit_for_bit_at_every_step(variation: dict[str, Any], configu
         assert again.keys() == last.keys() and all(torch.equal(again[key], last[key]) for key in last)
         now = (whole.parent / "log.jsonl").read_text().splitlines()
         assert [json.loads(line)["loss"] for line in now] == [json.loads(line)["loss"] for line in log]
+
+
+def test_prodigy_has_one_rate_with_new_tokens_too(configure: Configure) -> None:
+    """Whatever factor is given; and the run's own config.yaml repeats it."""
+    pytest.importorskip("prodigyopt")
+    words = {"instance_prompt": "a photo of <pet> dog", "train_text_encoder_ti": True, "validation_prompt": "a <pet>"}
+    config = configure(optimizer="prodigy", learning_rate=0.5, **words)
+    train(config)
+    assert main(["--config", str(config.folder / "config.yaml"), "--overwrite_output_dir"]) == 0
 
 
 def test_lora_plus_is_a_rate_for_the_up_factors() -> None:

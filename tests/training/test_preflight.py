@@ -15,7 +15,7 @@ from architectures import tiny_pipeline
 from factories import tiny_random_pipeline, write_photos
 from runs import Configure, flags
 
-from nora_diffusion import load_base, open_pipeline
+from nora_diffusion import inspect_adapter, load_base, open_pipeline
 from nora_diffusion.adapters import PRESETS
 from nora_diffusion.components import denoiser_name
 from nora_diffusion.errors import UserError
@@ -50,6 +50,9 @@ def test_nothing_is_said_of_a_run_in_order(configure: Configure) -> None:
         ({"learning_rate": 5e-6}, "A --learning_rate of 5e-06 is outside the usual 5e-05 to 0.01 of --method nora"),
         ({"learning_rate": 1e-3, "scale_lr": True, "gradient_accumulation_steps": 16}, "rate of 0.032 is outside"),
         ({"train_text_encoder": True, "text_encoder_lr": 0.5}, "A --text_encoder_lr of 0.5 is outside"),
+        ({"optimizer": "prodigy", "learning_rate": 1e-4}, "usual 0.1 to 10 of --optimizer prodigy"),
+        ({"train_text_encoder_ti": True, "token_lr": 1.0}, "A --token_lr of 1 is outside the usual 1e-05 to 0.05"),
+        ({"push_to_hub": True}, "There is no login for --push_to_hub, so the upload at the end will fail"),
         ({"trigger": "cat", "instance_prompt": "a cat dog"}, "'cat' is a word that the base knows"),
         ({"trigger": None, "instance_prompt": "a dog"}, "No trigger word was found"),
         ({"validation_prompt": "a dog on the beach"}, "The validation prompt lacks the trigger 'zqx'"),
@@ -59,11 +62,19 @@ def test_nothing_is_said_of_a_run_in_order(configure: Configure) -> None:
     ],
 )
 def test_each_finding_is_one_sentence_with_its_remedy(
-    changes: dict[str, Any], words: str, configure: Configure
+    changes: dict[str, Any], words: str, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     found = check(configure(**{**RIGHT, **changes}))
     assert len(found) == 1 and words in found[0].text and not found[0].fatal
     assert found[0].text.endswith(".") and (": " in found[0].text or "," in found[0].text)
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "prodigy", "learning_rate": None}, {"optimizer": "sgd"}])
+def test_the_rates_of_other_optimizers_are_their_own(changes: dict[str, Any], configure: Configure) -> None:
+    if changes["optimizer"] == "prodigy":
+        pytest.importorskip("prodigyopt")
+    assert check(configure(**{**RIGHT, "learning_rate": 1.0, **changes})) == []
 
 
 def test_few_photos_and_captions_without_the_trigger(configure: Configure, tmp_path: Path) -> None:
@@ -72,6 +83,20 @@ def test_few_photos_and_captions_without_the_trigger(configure: Configure, tmp_p
     found = said(check(configure(**{**RIGHT, "trigger": None}, instance_data_dir=str(place), use_captions=True)))
     assert "There are only 2 photos: with 3 to 10" in found
     assert "1 of 2 captions lack the trigger 'zqx', such as 'a toy dog': put it in, or let --trigger zqx" in found
+
+
+def test_an_instance_prompt_that_captions_replace(configure: Configure, tmp_path: Path) -> None:
+    """The file then says what the subject answers to, not what nothing was learned under."""
+    place = write_photos(tmp_path / "own", 3)
+    for number in range(3):
+        (place / f"{number}.txt").write_text(f"a zqx cat on the beach {number}")
+    changes = {"instance_data_dir": str(place), "use_captions": True, "trigger": None}
+    for prompt, called in (("a zqx dog", "a zqx cat"), ("a photo of zqx cat", "a photo of zqx cat")):
+        config = configure(**{**RIGHT, **changes, "instance_prompt": prompt}, overwrite_output_dir=True)
+        found = said(check(config))
+        assert (f"No photo is learned under the instance prompt '{prompt}'" in found) == (prompt != called)
+        assert called in found or prompt == called
+        assert inspect_adapter(train(replace(config, max_train_steps=1)).adapter_path).instance_prompt == called
 
 
 def test_the_usual_rates_know_every_method_and_hold_the_defaults() -> None:

@@ -203,6 +203,8 @@ def test_bad_photos_and_bases_leave_nothing_behind(configure: Configure, tmp_pat
 def test_targets_that_match_nothing(configure: Configure) -> None:
     with pytest.raises(UserError, match="matches no projection"):
         train(configure(target_modules=["to_nowhere"]))
+    with pytest.raises(UserError, match=r"the base has no 'up_block.1': did you mean 'up_blocks.1'"):
+        train(configure(target_blocks=["mid_block", "up_block.1"]))
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +248,7 @@ def test_a_failing_tracker_or_preview_does_not_stop_training(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_: Any, **__: Any) -> None:
-        raise RuntimeError("the service is down")
+        raise LookupError("the service is down")
 
     monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.log", broken)
     monkeypatch.setattr("nora_diffusion.training.renders.render", broken)
@@ -289,12 +291,30 @@ def test_what_leaves_a_run_is_listed_and_holds_no_secret(
         "exports/diffusers/pytorch_lora_weights.safetensors", "exports/kohya/run.safetensors",
         "exports/peft/unet/adapter_config.json", "exports/peft/unet/adapter_model.safetensors",
     ]  # fmt: skip
-    assert all(f"to be sent to me/run: {name}, " in caplog.text for name in sent["allow_patterns"])
+    assert all(f"to be sent to run: {name}, " in caplog.text for name in sent["allow_patterns"])
     assert "![sample 0](samples/step-000003-0.png)" in (result.adapter_path.parent / "README.md").read_text()
     exported = open_pipeline(str(configure().pretrained_model_name_or_path))
     exported.load_lora_weights(result.adapter_path.parent / "exports/diffusers")
     texts = [path.read_text(errors="ignore") for path in result.adapter_path.parent.rglob("*") if path.is_file()]
     assert not any("secret" in text for text in texts)
+
+
+def test_an_upload_that_fails_is_a_sentence_after_the_list(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Offline(Exception):
+        """As those of HTTP libraries, which are no OSError."""
+
+    def create_repo(*_: Any, **__: Any) -> None:
+        raise Offline("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create_repo)
+    with (
+        caplog.at_level("INFO"),
+        pytest.raises(UserError, match=r"is saved in .* failed \(Name or service not known\)"),
+    ):
+        train(configure(push_to_hub=True))
+    assert "to be sent to run: nora_adapter.safetensors, " in caplog.text and configure().folder.is_dir()
 
 
 def test_a_training_photo_is_never_sent(configure: Configure, monkeypatch: pytest.MonkeyPatch, photos: Path) -> None:

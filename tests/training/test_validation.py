@@ -15,16 +15,16 @@ import pytest
 import torch
 from factories import tiny_clip, tiny_dino, write_photos
 from PIL import Image
-from runs import Configure
+from runs import Configure, assert_equal_tensors
 from safetensors.torch import load_file
 
 from nora_diffusion import inspect_adapter, load_adapter, open_pipeline
 from nora_diffusion.errors import UserError
 from nora_diffusion.generation import run
 from nora_diffusion.judges import image_features, load_judge, load_vision, prompt_score, subject_score
-from nora_diffusion.training import train, validation
+from nora_diffusion.training import check, train, validation
 from nora_diffusion.training.randomness import derive
-from nora_diffusion.training.selection import Point, choose, distances, dominates, front, reason, stalled
+from nora_diffusion.training.selection import Point, choose, dominates, front, reason, stalled, verdicts
 from nora_diffusion.training.signals import Interrupted
 from nora_diffusion.training.steps import Stepper
 from nora_diffusion.training.tracking import Trackers
@@ -218,6 +218,33 @@ def test_a_lost_candidate_leaves_the_last_step(
     shutil.rmtree(folder / "candidates/step-2")
     train(measured(resume_from_checkpoint="latest"))
     assert inspect_adapter(folder).step == 4 and "the last step is kept" in caplog.text
+    page = (folder / "report.html").read_text()
+    assert "Step 2 would be kept" in page and "could not be read, so step 4 is kept" in page
+    assert "The adapter in this folder is that of step 4" in page and "kept, last" in page
+
+
+def test_a_last_step_that_was_not_measured_is_not_taken_for_the_chosen_one(
+    measured: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers in the file are those of the step that it names."""
+    scripted(monkeypatch, {0: 0.1, 2: 0.9})  # at step 4 it fails, whatever kind of error that is
+    folder = train(measured(checkpointing_steps=2)).adapter_path.parent
+    assert inspect_adapter(folder).step == 2
+    assert_equal_tensors(folder / "nora_adapter.safetensors", folder / "checkpoints/step-2/nora_adapter.safetensors")
+    assert "The last step, 4, was not measured." in (folder / "report.html").read_text()
+
+
+def test_the_card_shows_the_step_in_the_file(measured: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Validation._scores
+
+    def scores(self: Validation, step: int) -> dict[str, float]:
+        return {**original(self, step), "dino": {0: 0.1, 2: 0.9, 4: 0.5}[step]}
+
+    monkeypatch.setattr(Validation, "_scores", scores)
+    card = (train(measured(validation_prompt="a sks dog in snow")).adapter_path.parent / "README.md").read_text()
+    shown = ("samples/step-000002-0.png", "samples/step-000002-1.png", "validation/step-000002-0.png")
+    assert all(f"({name})" in card for name in shown) and "step-000004" not in card
+    assert all(f"`{prompt}`:" in card for prompt in ("a sks dog in snow", "a sks dog", "a red sks dog"))
 
 
 def test_a_failing_measurement_is_a_warning(
@@ -240,9 +267,24 @@ def test_held_out_photos_are_not_learned_from(measured: Configure, tmp_path: Pat
     settings = json.loads((folder / "validation.json").read_text())["settings"]
     assert settings["real"] == "held-out photos" and len(settings["photos"]) == 2
     assert "3 photos" in (folder / "report.html").read_text()
+    names = json.loads((folder / "data_report.json").read_text())["held_out"]
+    assert len(names) == 2 and f"not learned from: {', '.join(names)}." in (folder / "data_report.html").read_text()
     with pytest.raises(UserError, match="leaves nothing of 5 photos"):
         train(measured(instance_data_dir=str(place), validation_data_dir=None, validation_split=5,
                        output_dir=str(tmp_path / "none")))  # fmt: skip
+
+
+def test_held_out_photos_that_are_learned_from_are_named(measured: Configure, photos: Path, tmp_path: Path) -> None:
+    place = write_photos(tmp_path / "held", 1, (24, 20), seed=5)
+    with Image.open(photos / "1.png") as photo:
+        photo.save(place / "copy.webp", lossless=True)
+    config = measured(validation_data_dir=str(place))
+    findings = "\n".join(finding.text for finding in check(config))
+    assert "1 of the 2 held-out photos are learned from as well, such as 'copy.webp'" in findings
+    assert "(1 of them learned from as well)" in (train(config).adapter_path.parent / "report.html").read_text()
+    assert "learned from as well" not in "\n".join(
+        finding.text for finding in check(measured(overwrite_output_dir=True))
+    )
 
 
 def test_mistakes(measured: Configure, tmp_path: Path) -> None:
@@ -253,6 +295,7 @@ def test_mistakes(measured: Configure, tmp_path: Path) -> None:
         ({"instance_prompt": "sks"}, "give --class_word"),
         ({"validation_split": 1}, "exclude each other"),
         ({"early_stopping": 0}, "must be above 0"),
+        ({"validation_prompts": ["{}", "a dog in snow"]}, "the subject is not in 'a dog in snow'"),
         ({"validation_data_dir": str(tmp_path / "nowhere")}, "does not exist"),
     ):
         with pytest.raises(UserError, match=words):
@@ -285,23 +328,40 @@ RUN = points((0, 0.5, 0.3, 0.0), (10, 0.6, 0.3, 0.05), (20, 0.8, 0.29, 0.1), (30
 
 
 def test_the_rule_against_its_formula() -> None:
-    far = distances(RUN)
-    expected = (0.5 * ((0.82 - 0.8) / 0.32) ** 2 + 0.25 * ((0.3 - 0.29) / 0.1) ** 2 + 0.25 * (0.1 / 0.4) ** 2) ** 0.5
-    assert far[20] == pytest.approx(expected) and choose(RUN) == 20
-    assert far[0] == pytest.approx(0.5**0.5)  # all likeness missing
-    assert "Step 20 is kept" in reason(RUN) and "The last step, 30, is at" in reason(RUN)
+    """Step 10 costs least and has too little likeness; step 30 has most of it and costs most."""
+    found = verdicts(RUN)
+    assert [found[step].gain for step in (0, 10, 20, 30)] == pytest.approx([0, 0.1 / 0.32, 0.3 / 0.32, 1])
+    expected = (((0.3 - 0.29) / 0.1) ** 2 / 2 + (0.1 / 0.4) ** 2 / 2) ** 0.5
+    assert found[20].cost == pytest.approx(expected) and (found[0].cost, found[30].cost) == (0, 1)
+    assert choose(RUN) == 20
+    said = reason(RUN, 20, 30)
+    assert "Step 20 is kept" in said and "(CLIP-I, here 94%) it cost least in CLIP-T and drift (0.19)" in said
+    assert "The last step, 30, has 100% of the gain, at a cost of 1.00." in said
+
+
+def test_a_half_learned_subject_is_not_kept_for_its_diversity() -> None:
+    """As measured on the embedded base: at step 50 it is no more than a cat, and its pictures differ most."""
+    scores = {0: (0.13, 0.376, 0.0, 0.044), 50: (0.455, 0.312, 0.321, 0.273), 100: (0.576, 0.306, 0.46, 0.111),
+              150: (0.651, 0.291, 0.498, 0.104), 200: (0.666, 0.295, 0.505, 0.112)}  # fmt: skip
+    rows = [Point(s, dict(zip(("clip_i", "clip_t", "drift", "diversity"), v, strict=True))) for s, v in scores.items()]
+    assert choose(rows) == 100 and verdicts(rows)[50].losses["diversity"] == 0
 
 
 def test_noise_does_not_choose() -> None:
     """A score that hardly moves is not blown up to its range."""
-    still = points((0, 0.5, 0.3, 0.0), (10, 0.7, 0.3001, 0.0), (20, 0.8, 0.3, 0.0))
-    assert choose(still) == 20
+    still = points((0, 0.5, 0.3, 0.0), (10, 0.7, 0.3, 0.0), (20, 0.8, 0.2999, 0.0))
+    assert choose(still) == 20 and verdicts(still)[20].cost < 0.01
+
+
+def test_a_run_in_which_nothing_is_gained_keeps_the_best_there_is() -> None:
+    assert choose(points((0, 0.5, 0.3, 0.0), (10, 0.4, 0.3, 0.1), (20, 0.45, 0.3, 0.2))) == 20
 
 
 def test_the_front_has_what_nothing_beats() -> None:
     worse = points((40, 0.7, 0.2, 0.5))
-    assert front(RUN + worse) == [10, 20, 30] and dominates(RUN[2], worse[0])
-    twins = points((10, 0.6, 0.3, 0.1), (20, 0.6, 0.3, 0.1))
+    found = verdicts(RUN + worse)
+    assert front(RUN + worse) == [10, 20, 30] and dominates(found[20], found[40])
+    twins = points((0, 0.5, 0.3, 0.0), (10, 0.6, 0.3, 0.1), (20, 0.6, 0.3, 0.1))
     assert front(twins) == [10, 20] and choose(twins) == 10
 
 
