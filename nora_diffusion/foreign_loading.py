@@ -17,8 +17,8 @@ from .errors import UserError
 from .foreign import Module, family_of, token_of
 from .foreign_names import Place
 from .foreign_updates import Scales, fitting, peft_config
-from .loaders.active import active_adapters, delete_adapter, held, keeping_trained, list_adapters, set_active
-from .loaders.inject import check_new_name
+from .loaders.active import active_adapters, held, keeping_trained, set_active
+from .loaders.inject import all_or_nothing, check_new_name
 from .tensor_file import TensorFile, Tensors, all_finite
 
 Fitting = dict[Place, tuple[Module, Tensors]]
@@ -33,10 +33,9 @@ def load_foreign(pipe: Any, info: AdapterInfo, name: str, activate: bool, weight
         family = family_of(reader)
         if family == "embedding":
             return _load_embedding(pipe, reader)
-        parts = [part for part in info.components if part in present(pipe)]
-        check_new_name(pipe, name, parts)
-        refuse_merged(pipe)
         found = fitting(pipe, reader)
+        check_new_name(pipe, name, list(dict.fromkeys(part for part, _ in found)))
+        refuse_merged(pipe)
         if any("mid" in own for _, own in found.values()):
             raise UserError(
                 f"{info.path} is {info.note} in Tucker form (lora_mid), which diffusers does not load: make an adapter "
@@ -44,7 +43,8 @@ def load_foreign(pipe: Any, info: AdapterInfo, name: str, activate: bool, weight
             )
         before = {part: active_adapters(component(pipe, part)) for part in present(pipe)}
         with ExitStack() as stack:
-            stack.enter_context(_all_or_nothing(pipe, info.path, name, before))
+            stack.enter_context(_as_before(pipe, info.path, before))
+            stack.enter_context(all_or_nothing(pipe, name))
             for part in present(pipe):
                 stack.enter_context(keeping_trained(component(pipe, part)))
             if family != "lora":
@@ -64,14 +64,12 @@ def load_foreign(pipe: Any, info: AdapterInfo, name: str, activate: bool, weight
 
 
 @contextmanager
-def _all_or_nothing(pipe: Any, path: str, name: str, before: dict[str, list[str]]) -> Iterator[None]:
-    """Takes out what another library has put in when it, or a check after it, fails."""
+def _as_before(pipe: Any, path: str, before: dict[str, list[str]]) -> Iterator[None]:
+    """Takes out the empty wrappers that another library leaves, and says what went wrong, when that fails."""
     wrapped = {part: {id(layer) for layer in tuner_layers(component(pipe, part))} for part in present(pipe)}
     try:
         yield
     except BaseException as error:
-        if any(name in names for names in list_adapters(pipe).values()):
-            delete_adapter(pipe, name)
         for part, known in wrapped.items():
             module = component(pipe, part)
             _unwrap(module, known)

@@ -126,7 +126,12 @@ def delete_adapter(pipe: Any, adapter_name: str) -> None:
         raise UserError(f"there is no adapter named {adapter_name!r} in the pipeline: {names_hint(pipe)}")
     _refuse_foreign_fused(pipe, adapter_name)
     remove_tokens(pipe, adapter_name)
-    for part in present(pipe):
+    take_out(pipe, adapter_name, present(pipe))
+
+
+def take_out(pipe: Any, adapter_name: str, parts: Iterable[str]) -> None:
+    """Remove an adapter from these components only."""
+    for part in parts:
         module = component(pipe, part)
         if adapter_name in adapter_configs(module):
             others = [name for name in active_adapters(module) if name != adapter_name]
@@ -139,6 +144,14 @@ def delete_adapter(pipe: Any, adapter_name: str) -> None:
             del adapter_configs(module)[adapter_name]
             eject_empty(module)
             connect(module)
+            regroup(module)
+
+
+def regroup(module: nn.Module) -> None:
+    """Have ``enable_group_offload`` count in the tensors that have come, and no more those that have gone."""
+    from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+    _maybe_remove_and_reapply_group_offloading(module)
 
 
 def _refuse_foreign_fused(pipe: Any, adapter_name: str) -> None:

@@ -21,7 +21,7 @@ from ..adapters.qkv_guard import refuse_fused
 from ..components import adapter_configs, component, present, tuner_layers
 from ..conditions import condition_width, connect
 from ..errors import UserError
-from .active import delete_adapter, held, list_adapters
+from .active import delete_adapter, held, list_adapters, regroup, take_out
 from .tokens import forget_deleted
 
 
@@ -78,13 +78,32 @@ def tie(layer: NoraLayer, name: str) -> None:
 
 @contextmanager
 def all_or_nothing(pipe: Any, name: str) -> Iterator[None]:
-    """Takes a half-added adapter out again when anything fails on the way (out of memory, say)."""
+    """Takes a half-added adapter out again when anything fails on the way (out of memory, say).
+
+    What wanted gradients then does so again, and an adapter of that name in another component stays.
+    """
+    before = _holders(pipe, name)
+    trained = {id(parameter) for parameter in _parameters(pipe) if parameter.requires_grad}
     try:
-        yield
+        with torch.inference_mode(False):  # what is made here may be used outside of a caller's inference mode
+            yield
+        for part in _holders(pipe, name):
+            regroup(component(pipe, part))
     except BaseException:
-        if any(name in names for names in list_adapters(pipe).values()):
+        if not before and _holders(pipe, name):
             delete_adapter(pipe, name)
+        take_out(pipe, name, _holders(pipe, name) - before)
+        for parameter in _parameters(pipe):
+            parameter.requires_grad_(id(parameter) in trained)
         raise
+
+
+def _holders(pipe: Any, name: str) -> set[str]:
+    return {part for part, names in list_adapters(pipe).items() if name in names}
+
+
+def _parameters(pipe: Any) -> Iterator[nn.Parameter]:
+    return (parameter for part in present(pipe) for parameter in component(pipe, part).parameters())
 
 
 def file_key(component_name: str, path: str, factor: str) -> str:

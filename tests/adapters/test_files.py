@@ -215,6 +215,31 @@ def test_a_failure_half_way_takes_the_adapter_out(
     assert torch.equal(render(pipe), before)
 
 
+def test_a_failure_half_way_leaves_a_namesake_and_what_is_trained(
+    pipe: Any, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One name may stand for an adapter in each component; what fails in one is no business of the other's."""
+    from nora_diffusion.loaders import add
+
+    add_adapter(pipe, lora(r=2), "dog", "unet")
+    add_adapter(pipe, lora(r=2), "cat", "unet")
+    wanting = [p.requires_grad for p in pipe.unet.parameters()]
+
+    set_active = add.set_active
+
+    def fail_on_text(module: Any, names: list[str]) -> None:
+        if module is pipe.text_encoder:
+            raise MemoryError
+        set_active(module, names)
+
+    monkeypatch.setattr(add, "set_active", fail_on_text)
+    for name, parts in (("dog", "text_encoder"), ("bird", PARTS)):
+        with pytest.raises(MemoryError):
+            add_adapter(pipe, lora(r=2), name, parts)
+        assert list_adapters(pipe) == {"unet": ["dog", "cat"]}
+        assert [p.requires_grad for p in pipe.unet.parameters()] == wanting
+
+
 def test_save_leaves_the_old_file_when_it_cannot_write(pipe: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
