@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .adapters import NoraLayer
 from .adapters.deltas import ChainDelta, Delta
+from .adapters.offloading import is_offloaded
 from .adapters.routed import RoutedDelta
 from .components import component, denoiser_name
 from .errors import UserError
@@ -58,12 +59,12 @@ def remove_adapter_processors(pipe: Any) -> None:
 def fused_deltas(layer: nn.Module, kinds: Kinds) -> list[LiveDelta] | None:
     """The live deltas of a projection if all are of these kinds and the layer stands alone, else None.
 
-    A foreign tuner layer around ours (an ordinary LoRA), a hook, a delta in training mode, of another kind or with a
-    magnitude (DoRA, which rescales the frozen output too) means that the projection must be called as it is.
+    A foreign tuner layer around ours (an ordinary LoRA), a hook, offloading, a delta in training mode, of another kind
+    or with a magnitude (DoRA, which rescales the frozen output too) means that the projection must be called as it is.
     """
     if not isinstance(layer, NoraLayer) or (layer.disable_adapters and layer.merged) or layer.rows is not None:
         return None
-    if layer._forward_hooks or layer._forward_pre_hooks or torch.is_grad_enabled():
+    if layer._forward_hooks or layer._forward_pre_hooks or torch.is_grad_enabled() or is_offloaded(layer.base_layer):
         return None
     live: list[LiveDelta] = [(layer.live_scale(name), layer.delta(name)) for name in layer.live_names()]
     fits = all(isinstance(d, kinds) and not d.training and getattr(d, "m", None) is None for _, d in live)

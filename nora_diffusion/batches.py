@@ -13,7 +13,7 @@ from torch import nn
 
 from .adapters import NoraLayer
 from .adapters.rows import RowPlan, serve_rows
-from .components import component, denoiser_name, present, refuse_merged, tuner_layers
+from .components import component, denoiser_name, present, refuse_merged, refuse_offloaded, tuner_layers
 from .errors import UserError
 from .loaders import list_adapters
 from .loaders.active import check_weight
@@ -47,6 +47,7 @@ def mixed_batch(pipe: Any, rows: Sequence[RowSpec], weights: Sequence[float] | f
             hint = ", ".join(sorted({n for adapters in known.values() for n in adapters})) or "none"
             raise UserError(f"there is no adapter named {name!r} in the pipeline: it has {hint}")
     refuse_merged(pipe)
+    refuse_offloaded(pipe)
     for spec in specs:
         for name, weight in spec.items():
             check_weight(name, weight)

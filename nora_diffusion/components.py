@@ -146,6 +146,16 @@ def refuse_merged(pipe: Any) -> None:
             raise UserError(f"an adapter is fused into the {name}: call unfuse_lora() first")
 
 
+def refuse_offloaded(pipe: Any) -> None:
+    """Refuse to read or write weights that are elsewhere until their layer is called."""
+    for name in present(pipe):
+        if any(parameter.is_meta for parameter in component(pipe, name).parameters()):
+            raise UserError(
+                f"the weights of the {name} are offloaded layer by layer: call pipe.remove_all_hooks() first, and "
+                "enable_sequential_cpu_offload() again afterwards"
+            )
+
+
 def fingerprint(layer: nn.Module, path: str) -> float:
     """``u^T W v / sqrt(d_out d_in)`` with seeded normal ``u``, ``v``: nearly equal for fp16, bf16, fp32 copies.
 

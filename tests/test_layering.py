@@ -22,8 +22,8 @@ BANDS = (
         "tuner",
         {
             "adapters", "adapters.build", "adapters.config", "adapters.layer", "adapters.model", "adapters.presets",
-            "adapters.merging", "adapters.qkv_guard", "adapters.rank_mask", "adapters.register",
-            "adapters.patterns", "adapters.rows", "adapters.targets",
+            "adapters.merging", "adapters.offloading", "adapters.qkv_guard", "adapters.rank_mask",
+            "adapters.register", "adapters.patterns", "adapters.rows", "adapters.targets",
         },
     ),
     (

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .cores import Core
-from .magnitude import row_factors
+from .magnitude import row_norms
 from .routed import RoutedDelta
 
 
@@ -128,11 +128,16 @@ class ChainDelta(nn.Module):
         return up.float() @ down.float()
 
     def row_factors(self, weight: Tensor, scale: float, rank: int | None) -> Tensor | None:
-        """DoRA's ``c = m / ||W + s dW|| [d_out]`` for the frozen ``W [d_out, d_in]``; ``None`` without a magnitude."""
+        """DoRA's ``c = m / ||W + s dW|| [d_out]`` for the frozen ``W [d_out, d_in]``; ``None`` without a magnitude.
+
+        The norm is held constant in backward, as in section 4.3 of the paper.
+        """
         if self.m is None:
             return None
-        below, above = self._halves(rank)
-        return row_factors(self.m, weight, functional.collapse(below), functional.collapse(above), scale)
+        with torch.no_grad(), functional.without_autocast(weight.device):
+            down, up = (functional.collapse(factors) for factors in self._halves(rank))
+            norms = row_norms(weight, down, up, scale)
+        return self.m.to(norms.dtype) / norms
 
 
 Delta = ChainDelta | RoutedDelta

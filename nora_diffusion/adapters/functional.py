@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +74,15 @@ def router_gates(logits: Tensor) -> Tensor:
 
 
 def at_least_single(value: Tensor) -> Tensor:
-    """fp16 and bf16 numbers as fp32, others as they are."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+    """fp8, fp16 and bf16 numbers as fp32, fp64 ones as they are."""
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Switches off a caller's autocast, for sums of which half precision would leave two digits."""
+    if device.type == "meta":  # which knows no autocast
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def rowwise(p: Tensor, matrices: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from .build import build_delta, contraction, flat_weight
 from .config import AdapterConfig
 from .deltas import ChainDelta, Delta
 from .merging import Merged, bit_sum
+from .offloading import is_offloaded, onloaded
 from .routed import RoutedDelta
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("nora_delta",)
     other_param_names = ("r", "scaling", "nora_scale")
+    cast_input_dtype_enabled = False  # what diffusers' layerwise casting switches off in every tuner layer
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -118,6 +120,13 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         base: Tensor = self.base_layer(x, *args, **kwargs)
+        if not is_offloaded(self.base_layer):
+            return self._adapted(x, base)
+        with onloaded(self.nora_delta, *([self.base_layer] if self._rescales() else [])):
+            return self._adapted(x, base)
+
+    def _adapted(self, x: Tensor, base: Tensor) -> Tensor:
+        """The output for an input whose frozen output is ``base``."""
         if self.rows is not None and not self.disable_adapters:
             return self.rows.add(x, base)
         y = base
@@ -156,7 +165,8 @@ class NoraLayer(nn.Module, BaseTunerLayer):
             plain = self._contract(x, self._frozen_weight().flatten(1))
             plain = plain.movedim(-1, 1) if is_conv else plain
         else:
-            plain = base if bias is None else base - (bias.view(-1, 1, 1) if is_conv else bias)
+            bias = None if bias is None else (bias.view(-1, 1, 1) if is_conv else bias).to(base.dtype)
+            plain = base if bias is None else base - bias
         factors = factors.view(-1, 1, 1) if is_conv else factors
         return (factors - 1) * plain + factors * scale * dy
 
@@ -187,7 +197,8 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self._scales.setdefault(adapter, self._scale_tensor(scaling)).fill_(scaling)
 
     def _scale_tensor(self, scaling: float) -> Tensor:
-        return torch.tensor(scaling, dtype=torch.float32, device=cast(Tensor, self.base_layer.weight).device)
+        with torch.inference_mode(False):  # else it could not be filled again outside of a caller's inference mode
+            return torch.tensor(scaling, dtype=torch.float32, device=cast(Tensor, self.base_layer.weight).device)
 
     def _active_here(self) -> list[str]:
         names = self.active if self.rows is None else self.rows.names
@@ -217,7 +228,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self._merge({n: self.scaling[n] for n in names if n not in routed}, safe_merge)
 
     def _merge(self, scalings: dict[str, float], safe_merge: bool = False) -> None:
-        rescaling = any(getattr(delta, "m", None) is not None for delta in self.nora_delta.values())
+        rescaling = self._rescales()
         # A magnitude rescales the frozen weight itself: it is kept even if only a LoRA on top of us is being fused.
         if not scalings and not rescaling:
             return
@@ -254,6 +265,10 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
         self._merged = None
 
+    def _rescales(self) -> bool:
+        """Whether an adapter has a magnitude, for which the frozen weight is read."""
+        return any(getattr(delta, "m", None) is not None for delta in self.nora_delta.values())
+
     def _with_deltas(self, weight: Tensor, scalings: dict[str, float], sign: float = 1.0) -> Tensor:
         if not scalings:
             return weight
@@ -267,7 +282,8 @@ class NoraLayer(nn.Module, BaseTunerLayer):
             others = {n: s for n, s in self._merged.scalings.items() if n != adapter_name}
             self.unmerge()
         self._drop(adapter_name)
-        self._merge(others)
+        if others:
+            self._merge(others)
 
     def _drop(self, adapter_name: str) -> None:
         active = [name for name in self.active if name != adapter_name]

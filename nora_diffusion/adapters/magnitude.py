@@ -6,8 +6,9 @@ the frozen weight: ``dW_eff = (c - 1) W + c s dW`` with ``c = m / ||W + s dW||``
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from . import functional
 
 SMALLEST = 1e-12
 """Norms are clamped to this, so that a row of zeros stays zero."""
@@ -18,8 +19,8 @@ def row_norms(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
 
     ``||W||^2 + 2 s <W, B A> + s^2 ||B A||^2`` row by row, where both products need rank-``r`` matrices only.
     """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    weight, down, up = weight.to(dtype), down.to(dtype), up.to(dtype)
+    weight = functional.at_least_single(weight)
+    down, up = down.to(weight.dtype), up.to(weight.dtype)
     cross = ((weight @ down.T) * up).sum(1)
     own = ((up @ (down @ down.T)) * up).sum(1)
     return (weight.square().sum(1) + 2 * scale * cross + scale**2 * own).clamp(min=SMALLEST**2).sqrt()
@@ -29,10 +30,3 @@ def start_magnitude(weight: Tensor) -> Tensor:
     """``m = ||W||`` by rows: with ``dW = 0`` nothing changes."""
     none = weight.new_zeros(0, weight.shape[1]), weight.new_zeros(weight.shape[0], 0)
     return row_norms(weight, *none, scale=0.0)
-
-
-def row_factors(magnitude: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """``c = m / ||W + s B A|| [d_out]``; the norm is held constant in backward, as in section 4.3 of the paper."""
-    with torch.no_grad():
-        norms = row_norms(weight, down, up, scale)
-    return magnitude.to(norms.dtype) / norms

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from ..adapter_file import FILE_NAME, AdapterInfo, inspect_adapter, write_adapter
 from ..base import base_id
-from ..components import refuse_merged
+from ..components import refuse_merged, refuse_offloaded
 from ..errors import UserError
 from ..loaders.inject import check_new_name
 from ..loaders.load import place
@@ -69,6 +69,7 @@ def mix(
     options = Options(rank, density, seed)
     _check(weights, mode, options)
     refuse_merged(pipe)
+    refuse_offloaded(pipe)
     sources = [loaded_source(pipe, name) for name in weights]
     for name in weights:
         _refuse_tokens(repr(name), tokens_of(pipe, name))

@@ -11,7 +11,7 @@ from ..adapters import AdapterConfig
 from ..adapters.config import Start
 from ..basis_cache import outer_pairs
 from ..calibration import Calibration, Strengths, activation_strengths
-from ..components import all_targets, component, denoiser_name, nora_layers, present, refuse_merged
+from ..components import all_targets, component, denoiser_name, nora_layers, present, refuse_merged, refuse_offloaded
 from ..conditions import router_for
 from ..errors import UserError
 from .active import active_adapters, set_active
@@ -36,6 +36,7 @@ def add_adapter(
     modules = {name: component(pipe, name) for name in names}
     check_new_name(pipe, adapter_name, names)
     refuse_merged(pipe)
+    refuse_offloaded(pipe)
     layers = all_targets(pipe, names, config)
     strengths: Strengths = {}
     if config.basis == "awsvd":

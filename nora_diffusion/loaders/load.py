@@ -17,7 +17,16 @@ from ..adapters.build import build_delta, flat_weight
 from ..adapters.config import Start
 from ..adapters.rank_mask import check_rank
 from ..base import base_id
-from ..components import canonical, component, fingerprint, nora_layers, refuse_merged, same_weights, targets
+from ..components import (
+    canonical,
+    component,
+    fingerprint,
+    nora_layers,
+    refuse_merged,
+    refuse_offloaded,
+    same_weights,
+    targets,
+)
 from ..conditions import condition_width
 from ..errors import UserError
 from .active import active_adapters, check_weight, keeping_trained, set_active
@@ -87,6 +96,7 @@ def load_adapter(
     if not hotswap:
         check_new_name(pipe, name, list(configs))
     refuse_merged(pipe)
+    refuse_offloaded(pipe)
     tensors = read_tensors(info, basis_dir)
     _check_fit(info, configs, modules, tensors, pipe)
     if not hotswap:

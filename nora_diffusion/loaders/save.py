@@ -14,7 +14,7 @@ from ..adapter_info import FORMAT_VERSION
 from ..adapters import AdapterConfig, NoraLayer
 from ..adapters.build import flat_weight
 from ..base import base_id
-from ..components import adapter_configs, component, fingerprint, nora_layers, present
+from ..components import adapter_configs, component, fingerprint, nora_layers, present, refuse_offloaded
 from ..errors import UserError
 from ..versions import versions
 from .active import names_hint
@@ -48,6 +48,7 @@ def save_adapter(
     holders = [name for name in present(pipe) if nora_layers(component(pipe, name), adapter_name)]
     if not holders:
         raise UserError(f"there is no adapter named {adapter_name!r} in the pipeline: {names_hint(pipe)}")
+    refuse_offloaded(pipe)
     tensors: Tensors = {}
     result = _describe(origin(pipe, adapter_name) if info is None else info)
     result.base, result.basis, result.versions = base_id(pipe), basis, versions()

@@ -148,6 +148,14 @@ def test_deleting_a_fused_adapter_restores_the_weights(pipe: Any, render: Render
     assert torch.equal(render(pipe), before)
 
 
+def test_deleting_an_adapter_beside_a_magnitude_copies_no_weights(pipe: Any) -> None:
+    """Only what is fused needs the weight from before."""
+    add_adapter(pipe, dora(r=2), "one")
+    add_adapter(pipe, nora(r=4, inner_r=2), "two")
+    delete_adapter(pipe, "two")
+    assert all(layer._merged is None for layer in nora_layers(pipe.unet, "one").values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_repeated_fusing_in_half_precision_leaves_the_weights(pipe: Any, dtype: torch.dtype) -> None:
     pipe.to(dtype=dtype)

@@ -112,6 +112,14 @@ def test_dora_beside_others_is_a_sum_live_and_merged() -> None:
         assert torch.equal(layer.base_layer.weight, weight)
 
 
+@pytest.mark.parametrize("config", [dora(r=2), nora(r=4, inner_r=2, magnitude=True)], ids=lambda c: c.method)
+def test_row_norms_keep_their_digits_under_autocast(config: AdapterConfig) -> None:
+    layer, _, _ = layer_with(config)
+    exact = layer.float().row_factors("x")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.row_factors("x"), exact)
+
+
 def test_dora_starts_as_a_no_op_and_survives_a_row_of_zeros() -> None:
     base = nn.Linear(D_IN, D_OUT)
     base.weight.data[3] = 0

@@ -1,0 +1,161 @@
+"""What programs do with a pipeline beside calling it: copy it, send it off, cast it, keep its weights elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nora_diffusion import (
+    AdapterConfig,
+    UserError,
+    add_adapter,
+    delete_adapter,
+    load_adapter,
+    save_adapter,
+    set_adapters,
+)
+from nora_diffusion.adapters import dora, dylora, lora, mor, nora
+from nora_diffusion.components import nora_layers
+from nora_diffusion.loaders import trainable_parameters
+
+PARTS = ("unet", "text_encoder")
+KINDS: dict[str, Callable[[], AdapterConfig]] = {
+    "nora": lambda: nora(r=4, inner_r=2, basis="svd"),
+    "dora": lambda: dora(r=2),
+    "dylora": lambda: dylora(r=4),
+    "mor": lambda: mor(r=4, num_experts=2),
+    "mor-prompt+timestep": lambda: mor(r=4, num_experts=2, router="prompt+timestep"),
+}
+Render = Callable[[Any], torch.Tensor]
+
+
+@pytest.fixture
+def add(pipe: Any) -> Callable[[str], None]:
+    """``add(kind)``: an adapter of that kind with random numbers, called ``dog``."""
+
+    def put(kind: str) -> None:
+        torch.manual_seed(0)
+        add_adapter(pipe, KINDS[kind](), "dog", PARTS)
+        for parameter in trainable_parameters(pipe, "dog").values():
+            parameter.data += 0.3 * torch.randn(parameter.shape)
+
+    return put
+
+
+def sent(module: torch.nn.Module) -> torch.nn.Module:
+    """As another process gets it."""
+    content = io.BytesIO()
+    torch.save(module, content)
+    content.seek(0)
+    received: torch.nn.Module = torch.load(content, weights_only=False)
+    return received
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, sent])
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_compute_the_same_and_are_independent(
+    pipe: Any, render: Render, add: Callable[[str], None], kind: str, way: Callable[[Any], Any]
+) -> None:
+    add(kind)
+    here = render(pipe)
+    originals = {part: getattr(pipe, part) for part in PARTS}
+    for part, module in originals.items():
+        setattr(pipe, part, way(module))
+    assert torch.equal(render(pipe), here)
+    set_adapters(pipe, "dog", 0.5)
+    assert not torch.equal(render(pipe), here)
+    for part, module in originals.items():
+        setattr(pipe, part, module)
+    assert torch.equal(render(pipe), here)
+
+
+def test_what_was_loaded_in_inference_mode_can_be_used_outside(pipe: Any, render: Render, tmp_path: Path) -> None:
+    add_adapter(pipe, lora(r=2), "dog", PARTS)
+    save_adapter(pipe, tmp_path, "dog")
+    delete_adapter(pipe, "dog")
+    with torch.inference_mode():
+        load_adapter(pipe, tmp_path, "cat")
+        pipe.to(torch.float64).to(torch.float32)
+    set_adapters(pipe, "cat", 0.5)
+    load_adapter(pipe, tmp_path, "cat", hotswap=True)
+    pipe.fuse_lora()
+    pipe.unfuse_lora()
+    assert torch.isfinite(render(pipe)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layerwise_casting_rounds_the_base_and_nothing_else(pipe: Any, add: Callable[[str], None], kind: str) -> None:
+    add(kind)
+    x, t, states = torch.randn(2, 4, 8, 8), torch.tensor([3, 7]), torch.randn(2, 5, 16)
+    twin = copy.deepcopy(pipe.unet)
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    rounded = dict(pipe.unet.named_parameters())
+    cast = [name for name, value in twin.named_parameters() if rounded[name].dtype != value.dtype]
+    assert cast and not any("nora_" in name for name in cast)
+    with torch.no_grad():
+        for name in cast:
+            twin.get_parameter(name).copy_(rounded[name])
+        assert torch.equal(pipe.unet(x, t, states).sample, twin(x, t, states).sample)
+
+
+def sequentially(pipe: Any, _: Path) -> None:
+    """``enable_sequential_cpu_offload``, which wants a GPU, as it does its work."""
+    from accelerate import cpu_offload
+
+    for module in (pipe.unet, pipe.text_encoder, pipe.vae):
+        cpu_offload(module, torch.device("cpu"), offload_buffers=len(module._parameters) > 0)
+
+
+def by_leaves(pipe: Any, folder: Path) -> None:
+    """To disk, so that tensors are not at hand unless they are asked for, on a CPU too."""
+    from diffusers.hooks import apply_group_offloading
+
+    here = torch.device("cpu")
+    for part in PARTS:
+        apply_group_offloading(
+            getattr(pipe, part), here, here, offload_type="leaf_level", offload_to_disk_path=str(folder / part)
+        )
+
+
+@pytest.mark.parametrize("how", [sequentially, by_leaves])
+@pytest.mark.parametrize("kind", KINDS)
+def test_offloaded_layers_compute_the_same(
+    pipe: Any, render: Render, add: Callable[[str], None], tmp_path: Path, kind: str, how: Callable[[Any, Path], None]
+) -> None:
+    add(kind)
+    here = render(pipe)
+    how(pipe, tmp_path)
+    assert torch.equal(render(pipe), here)
+    assert torch.equal(render(pipe), here)
+
+
+def test_group_offloading_takes_in_what_is_loaded(pipe: Any, render: Render, tmp_path: Path) -> None:
+    add_adapter(pipe, nora(r=4, inner_r=2), "dog")
+    save_adapter(pipe, tmp_path, "dog")
+    delete_adapter(pipe, "dog")
+    before, here = render(pipe), torch.device("cpu")
+    pipe.unet.enable_group_offload(here, here, offload_type="leaf_level")
+    load_adapter(pipe, tmp_path, "dog")
+    for layer in nora_layers(pipe.unet, "dog").values():
+        holders = [m for m in layer.modules() if m._parameters or m._buffers]
+        assert len(holders) == 3  # the projection, the outer pair, the inner pair
+        assert all(m._diffusers_hook.get_hook("group_offloading") is not None for m in holders)  # type: ignore[union-attr, operator]
+    delete_adapter(pipe, "dog")
+    assert torch.equal(render(pipe), before)
+
+
+def test_what_is_elsewhere_is_not_read(pipe: Any, tmp_path: Path) -> None:
+    add_adapter(pipe, lora(r=2), "dog", PARTS)
+    save_adapter(pipe, tmp_path, "dog")
+    sequentially(pipe, tmp_path)
+    calls = (lambda: load_adapter(pipe, tmp_path, "cat"), lambda: add_adapter(pipe, nora(r=2, inner_r=1), "cat"),
+             lambda: save_adapter(pipe, tmp_path, "dog"))  # fmt: skip
+    for call in calls:
+        with pytest.raises(UserError, match=r"remove_all_hooks.*enable_sequential_cpu_offload"):
+            call()
