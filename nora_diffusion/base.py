@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 EMBEDDED_BASE_ID = "nora_diffusion/tiny_sd"
 EMBEDDED_WEIGHTS = Path(__file__).parent / "tiny_sd" / "weights"
@@ -57,20 +57,21 @@ def _from_pretrained(source: str | Path, dtype: Any, revision: str | None, varia
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
 
+    from .quiet import no_loading_bars
     from .tensor_file import check_whole
 
     try:
-        return DiffusionPipeline.from_pretrained(
-            source, dtype=dtype or torch.float32, revision=revision, variant=variant,
-            use_safetensors=True, safety_checker=None, requires_safety_checker=False,
-        )  # fmt: skip
+        with no_loading_bars():
+            return DiffusionPipeline.from_pretrained(
+                source, dtype=dtype or torch.float32, revision=revision, variant=variant,
+                use_safetensors=True, safety_checker=None, requires_safety_checker=False,
+            )  # fmt: skip
     except (OSError, ValueError, SafetensorError) as error:
         for file in sorted(source.glob("*/*.safetensors")) if isinstance(source, Path) else ():
             check_whole(file)
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"cannot load the pipeline {str(source)!r}: {first} Give a diffusers folder with safetensors weights "
-            "or a hub id that this machine can reach."
+            f"cannot load the pipeline {str(source)!r}: {first_line(error)} Give a diffusers folder with "
+            "safetensors weights or a hub id that this machine can reach."
         ) from error
 
 
@@ -90,8 +91,11 @@ def check_pipeline_folder(folder: Path) -> None:
         parts = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{index} is not valid JSON: copy the pipeline again") from error
+    if not isinstance(parts, dict):
+        raise UserError(f"{index} is no table of a pipeline's parts: copy the pipeline again")
     for name, kind in parts.items():
-        if isinstance(kind, list) and kind[0] is not None and name not in ("safety_checker", "feature_extractor"):
+        is_part = isinstance(kind, list) and len(kind) == 2 and kind[0] is not None
+        if is_part and name not in ("safety_checker", "feature_extractor"):
             _check_part(folder / name, str(kind[1]))
 
 

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend, and how memory that ran out shows itself."""
+"""The one exception for mistakes that a user can mend, and what other libraries' errors say."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ class UserError(ValueError):
 
     The command line prints the sentence and exits with code 2, without a stack trace.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing: other libraries explain at length."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from .base import EMBEDDED_WEIGHTS
-from .errors import UserError
+from .errors import UserError, first_line
+from .quiet import no_loading_bars
 
 BATCH = 32
 
@@ -41,12 +42,13 @@ def load_judge(path_or_id: str | Path | None = None) -> Judge:
     source = str(EMBEDDED_WEIGHTS / "judge" if path_or_id in (None, "tiny") else path_or_id)
     try:
         # Scores are computed in fp32 whatever the weights are stored in: in fp16 they would have three digits.
-        model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        with no_loading_bars():
+            model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
         model = model.eval().requires_grad_(False)
         tokenizer = AutoTokenizer.from_pretrained(source)
         settings = _preprocessing(source)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the judge {source!r}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"cannot load the judge {source!r}: {first_line(error)}") from error
     side = int(model.config.vision_config.image_size)
     mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
     return Judge(model, tokenizer, side, mean, std)
@@ -61,10 +63,11 @@ def load_vision(path_or_id: str | Path) -> Judge:
 
     source = str(path_or_id)
     try:
-        model = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        with no_loading_bars():
+            model = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
         settings = _preprocessing(source)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the vision model {source!r}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"cannot load the vision model {source!r}: {first_line(error)}") from error
     if hasattr(model.config, "text_config") or not hasattr(model.config, "num_channels"):
         raise UserError(f"{source} is no vision model such as facebook/dinov2-base: a CLIP goes with --judge")
     mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))

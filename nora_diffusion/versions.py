@@ -1,8 +1,7 @@
-"""Versions of what an artefact was made with, and what other packages say of theirs."""
+"""Versions of what an artefact was made with."""
 
 from __future__ import annotations
 
-import logging
 from importlib import metadata
 
 PACKAGES = ("nora-diffusion", "torch", "diffusers", "transformers", "peft")
@@ -17,12 +16,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed as a package"
     return found
-
-
-def hush() -> None:
-    """Have nothing said of torchao, which transformers and diffusers look at wherever it is installed.
-
-    Before torch is imported, and in commands only: a program that uses this package has its own log.
-    """
-    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nora_diffusion"
-EVERYWHERE = {"errors", "files", "versions", ""}
+EVERYWHERE = {"errors", "files", "quiet", "versions", ""}
 BANDS = (
     (
         "maths",

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import UserError
-from ..versions import hush
+from ..quiet import hush
 from . import app, data, demo, evaluate, export, generate, grid, import_, inspect, methods, mix, pack
 
 COMMANDS = {

@@ -20,6 +20,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import alone_in, sha256, write_atomic
 from ..metrics import interval, resampled
+from ..quiet import hush
 from ..training.defaults import EMBEDDED
 from ..training.signals import Interrupted
 from .ship import WEIGHTS
@@ -222,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs/comparing"),
                         help="folder of lessons.jsonl, report.md and pictures/ (default: %(default)s)")  # fmt: skip
     values = parser.parse_args(argv)
+    hush()
     wanted = tasks(values.methods, values.rates, values.seeds, values.subjects, values.max_train_steps)
     try:
         text = report(compare(values.weights, wanted, values.out))

@@ -14,6 +14,7 @@ from PIL import Image
 from ..generation import EMBEDDED_GUIDANCE
 from ..judges import Judge, image_features, load_judge, text_features
 from ..pictures import contact_sheet
+from ..quiet import hush
 from .following import measure
 from .render import sample
 from .ship import WEIGHTS
@@ -171,6 +172,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200, help="unseen captions for the probe; 0: no probe")
     parser.add_argument("--teach", action="store_true", help="also teach it four held-out subjects (some minutes)")
     args = parser.parse_args()
+    hush()
     report = evaluate(args.weights, args.images, args.prompts)
     if args.teach:
         report |= evaluate_teaching(args.weights, args.images)

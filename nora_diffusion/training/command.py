@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..versions import hush
+from ..quiet import hush
 from .arguments import parse
 from .signals import Interrupted
 

@@ -1,0 +1,56 @@
+"""A command's screen shows what the command says, and what matters of what other libraries say."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from diffusers.utils import logging as diffusers
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+from transformers.utils import logging as transformers
+
+from nora_diffusion.quiet import REMARKS, hush, no_loading_bars
+
+
+def test_a_command_prints_its_result_and_nothing_else(tiny_base: Path, tmp_path: Path) -> None:
+    words = [
+        "generate",
+        "--base",
+        str(tiny_base),
+        "--prompt",
+        "a dog",
+        "--steps",
+        "1",
+        "--width",
+        "16",
+        "--height",
+        "16",
+    ]
+    command = [sys.executable, "-m", "nora_diffusion", *words, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(tmp_path / "out/0000-0.png")]
+    assert done.stderr == ""
+
+
+def test_only_the_known_remarks_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    hush()
+    hush()
+    for name, text in REMARKS.items():
+        logging.getLogger(name).warning("before %s after", text)
+        logging.getLogger(name).warning("your disk is on fire")
+        assert len([f for f in logging.getLogger(name).filters if getattr(f, "text", "") == text]) == 1
+    assert [record.getMessage() for record in caplog.records] == ["your disk is on fire"] * len(REMARKS)
+
+
+def test_bars_are_as_they_were_after_loading() -> None:
+    before = [lib.is_progress_bar_enabled() for lib in (diffusers, transformers)] + [are_progress_bars_disabled()]
+    with pytest.raises(ZeroDivisionError), no_loading_bars():
+        assert not diffusers.is_progress_bar_enabled() and not transformers.is_progress_bar_enabled()
+        assert are_progress_bars_disabled() == before[-1]  # a download is worth a bar
+        raise ZeroDivisionError
+    assert [lib.is_progress_bar_enabled() for lib in (diffusers, transformers)] + [
+        are_progress_bars_disabled()
+    ] == before
