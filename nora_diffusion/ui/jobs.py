@@ -7,6 +7,7 @@ and, once it ended by itself, ``exit.json``. The app only reads these files, so 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -91,7 +92,11 @@ class Jobs:
         if not self.root.is_dir():
             return []
         names = sorted((f.parent.name for f in self.root.glob("*/job.json")), reverse=True)
-        return [self.get(name) for name in names]
+        found = []
+        for name in names:
+            with contextlib.suppress(UserError):  # removed meanwhile
+                found.append(self.get(name))
+        return found
 
     def get(self, identity: str) -> Job:
         """One job. Raises :class:`UserError` for an id that is none, wherever it points."""
@@ -104,7 +109,7 @@ class Jobs:
         if os.name == "nt":
             raise UserError("training in the app needs Linux or macOS: use nora-diffusion train here")
         alive = FileLock(folder / "alive.lock")
-        until = time.monotonic() + 1.0  # somebody may be asking whether it lives just now
+        until = time.monotonic() + 5.0  # somebody may be asking whether it lives just now
         if not alive.acquire(given_up=lambda: time.monotonic() > until):
             raise UserError(f"the training {name!r} is still running")
         try:

@@ -26,6 +26,9 @@ HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"
 """How events are wired that only the page itself may call."""
 QUIET: dict[str, Any] = {**HIDDEN, "queue": False}
 """The same for what answers at once and must not wait in a queue."""
+LAST: dict[str, Any] = {"trigger_mode": "always_last"}
+"""For what several events set off: it answers them one after the other, the last one always. As handlers of their own
+a late answer to an early event would be written over that to a later one; by itself Gradio drops the later event."""
 
 
 @dataclass
@@ -80,6 +83,17 @@ def _said(error: Exception) -> Exception:
 def toast(error: object) -> str:
     """A message that is safe to show: Gradio renders toasts as HTML."""
     return html.escape(sentence(error))
+
+
+def run_buttons(run: Any, go: gr.Button, *others: gr.Button) -> None:
+    """Offer a run's button again, and take back those that stop it, once the run's event is over.
+
+    A run's own last message would come too early: until its event is over, Gradio drops a click.
+    """
+    shown = ", ".join(["true", *["false"] * len(others)])
+    again = f"() => [{shown}].map((visible) => ({{__type__: 'update', visible}}))"
+    for over in (run.then, run.failure):
+        over(None, None, [go, *others], js=again, **QUIET)
 
 
 def who(request: gr.Request) -> tuple[str, str]:

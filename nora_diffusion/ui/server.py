@@ -79,6 +79,7 @@ def _launch(app: App) -> tuple[Any, str]:
     hosts = security.known_hosts(config)
     blocks, look = build(app)
     blocks.queue(max_size=64, default_concurrency_limit=16, api_open=False)
+    _let_it_start_slowly()
     try:
         _, url, _ = blocks.launch(
             server_name=config.listen, server_port=config.port or _free_port(config.listen), prevent_thread_lock=True,
@@ -98,6 +99,21 @@ def _launch(app: App) -> tuple[Any, str]:
             f"port {config.port} on {config.listen} is busy or not allowed: choose another --port"
         ) from error
     return blocks, url
+
+
+def _let_it_start_slowly() -> None:
+    """Gradio gives its server 5 seconds to start, which a busy machine may need: here it has as long as it lives."""
+    from gradio import http_server
+
+    def run_in_thread(server: Any) -> None:
+        server.thread = threading.Thread(target=server.run, daemon=True)
+        server.thread.start()
+        while not server.started:
+            server.thread.join(0.01)
+            if not server.thread.is_alive():
+                raise OSError("the server ended while it started")
+
+    http_server.Server.run_in_thread = run_in_thread
 
 
 def blocked(app: App) -> list[Path]:

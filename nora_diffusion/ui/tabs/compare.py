@@ -13,7 +13,7 @@ from ...errors import UserError
 from ...evaluation.axes import NONE, Cell
 from ...evaluation.grid import GridConfig
 from ..comparison import AXES, BASE_ALONE, Comparison, build_axis, build_grid, compare, suggestion
-from ..page import QUIET, Page, handler, who
+from ..page import LAST, QUIET, Page, handler, run_buttons, who
 from ..request import MAX_PROMPT, MAX_STEPS
 from ..runs import Run
 from ..state import App
@@ -103,27 +103,30 @@ def _result(page: Page) -> SimpleNamespace:
 def _wire(page: Page, form: SimpleNamespace, shown: SimpleNamespace) -> None:
     app = page.app
     parts = [form.prompt, form.adapter, *form.axes[1]]
-    for event in (page.blocks.load, page.tab.select, page.library_changed.change):
-        event(handler(offerer(page)), parts, parts, **QUIET)
-    form.adapter.input(handler(speaker(app)), [form.prompt, form.adapter], form.prompt, **QUIET)
+    gr.on(
+        [page.blocks.load, page.tab.select, page.library_changed.change], handler(offerer(page)), parts, parts,
+        **LAST, **QUIET,
+    )  # fmt: skip
+    form.adapter.input(handler(speaker(app)), [form.prompt, form.adapter], form.prompt, **LAST, **QUIET)
     for name, values in form.axes:
         name.input(
             handler(lambda n, a, p: suggestion(app, n or "", a or "", p or "")), [name, form.adapter, form.prompt],
-            values, **QUIET,
+            values, **LAST, **QUIET,
         )  # fmt: skip
     texts = [part for axis in form.axes for part in axis]
     results = [shown.sheet, shown.png, shown.report, shown.pair, shown.left, shown.right, shown.slider, shown.cells]
-    form.go.click(
+    run = form.go.click(
         handler(comparer(app)),
         [form.prompt, form.adapter, form.weight, form.seed, form.steps, form.guidance, form.negative, form.scored,
          *texts],
         [form.go, form.stop, shown.said, *results],
         api_name="compare", api_visibility="private", concurrency_limit=None, show_progress="hidden",
     )  # fmt: skip
+    run_buttons(run, form.go, form.stop)
     form.stop.click(handler(stopper(app)), api_name="compare_stop", **QUIET)
     gr.on(
         [shown.left.input, shown.right.input], handler(pick), [shown.left, shown.right, shown.cells], shown.slider,
-        **QUIET,
+        **LAST, **QUIET,
     )  # fmt: skip
 
 
@@ -178,7 +181,7 @@ def comparer(app: App) -> Any:
             over = progress.over
             said = status(progress) if not (over and found) else _done(found[0], progress.seconds)
             results = _results(app, found[0]) if over and found else [gr.skip()] * 8
-            yield gr.update(visible=over), gr.update(visible=not over), said, *results
+            yield gr.update(visible=False), gr.update(visible=True), said, *results
 
     return go
 

@@ -10,7 +10,7 @@ import gradio as gr
 
 from ...composition.tags import Tag, parse_tags
 from ...errors import UserError
-from ..page import QUIET, Page, handler, who
+from ..page import QUIET, Page, handler, run_buttons, who
 from ..request import MAX_PICTURES, MAX_PROMPT, Request, Wanted
 from ..runs import Progress, Run
 from ..state import App
@@ -46,11 +46,12 @@ def build(page: Page) -> None:
             )  # fmt: skip
     buttons = [go, interrupt, skip]
     values = [page.prompt, settings.negative, settings.count, settings.seed, settings.steps, settings.guidance]
-    go.click(
+    run = go.click(
         handler(generator(app)), [*values, settings.width, settings.height, blocks],
         [*buttons, said, preview, gallery, settings.last_seed], api_name="generate", api_visibility="private",
         concurrency_limit=None, show_progress="hidden",
     )  # fmt: skip
+    run_buttons(run, *buttons)
     interrupt.click(handler(stopper(app, Run.interrupt)), api_name="interrupt", **QUIET)
     skip.click(handler(stopper(app, Run.skip)), api_name="skip", **QUIET)
 
@@ -76,12 +77,12 @@ def generator(app: App) -> Any:
 def follow(app: App, run: Run) -> Iterator[tuple[Any, ...]]:
     """Updates of (Generate, Interrupt, Skip, status, preview, gallery) as a run goes on."""
     shown: tuple[Any, ...] = ()
+    buttons = gr.update(visible=False), gr.update(visible=True), gr.update(visible=True)
     for progress in run.follow():
         same = progress.files == shown
         items = gr.skip() if same else gr.update(value=gallery_items(app, progress.files), visible=True)
         shown = progress.files
         going = not progress.over
-        buttons = gr.update(visible=not going), gr.update(visible=going), gr.update(visible=going)
         yield *buttons, status(progress), gr.update(value=live(progress), visible=going), items
 
 

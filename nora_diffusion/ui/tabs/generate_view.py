@@ -21,8 +21,9 @@ def status(progress: Progress, idle: bool = False) -> str:
     if progress.state == "working":
         if not progress.steps:
             return _line("Loading …")
-        done = ((progress.picture - 1) + progress.step / progress.steps) / max(1, progress.pictures)
-        text = f"Picture {progress.picture} of {progress.pictures}, step {progress.step} of {progress.steps}"
+        step = min(progress.step, progress.steps)  # PNDM takes its first step twice
+        done = ((progress.picture - 1) + step / progress.steps) / max(1, progress.pictures)
+        text = f"Picture {progress.picture} of {progress.pictures}, step {step} of {progress.steps}"
         return _line(text) + f'<div class="bar"><span style="width:{100 * done:.0f}%"></span></div>'
     made = len(progress.files)
     pictures = f"{made} picture{'' if made == 1 else 's'} in {progress.seconds:.1f} s"

@@ -13,7 +13,7 @@ from ...gates import GateSummary
 from ...plots import bar_chart, line_chart
 from ..cards import facts
 from ..entries import Entry
-from ..page import QUIET, Page, handler, who
+from ..page import LAST, QUIET, Page, handler, who
 from ..runs import Progress, Run
 from ..state import App
 from .rack import names
@@ -43,8 +43,8 @@ def build(page: Page) -> None:
             said = gr.HTML(HINT, elem_id="inspect-status")
             plots = gr.HTML("", elem_id="inspect-plots")
     refresh = handler(lambda chosen: _choices(page, chosen))
-    for event in (page.blocks.load, page.tab.select, page.library_changed.change):
-        event(refresh, adapter, adapter, **QUIET)
+    refreshed = [page.blocks.load, page.tab.select, page.library_changed.change]
+    gr.on(refreshed, refresh, adapter, adapter, **LAST, **QUIET)
     go.click(
         handler(inspector(app)), [adapter, intruders], [said, about, plots], api_name="inspect",
         api_visibility="private", concurrency_limit=None, show_progress="hidden",
@@ -53,7 +53,9 @@ def build(page: Page) -> None:
 
 def _choices(page: Page, chosen: str | None) -> Any:
     found = names(page)
-    return gr.update(choices=found, value=chosen if chosen in found else found[0] if found else None)
+    if chosen in found:  # said again, it would be written over another choice that is made meanwhile
+        return gr.update(choices=found)
+    return gr.update(choices=found, value=found[0] if found else None)
 
 
 def inspector(app: App) -> Any:

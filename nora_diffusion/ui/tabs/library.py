@@ -13,7 +13,7 @@ from ...errors import UserError
 from ...export import export_lora
 from ..cards import EMPTY, NOTHING, cards, facts
 from ..library import SORTS, safe_name
-from ..page import HIDDEN, QUIET, Page, handler, toast
+from ..page import HIDDEN, LAST, QUIET, Page, handler, toast
 from ..state import App
 from .rack import inserter
 
@@ -51,19 +51,17 @@ def build(page: Page) -> None:
                 file_types=[".safetensors"], height=120, elem_id="import", visible=app.config.may_change,
             )  # fmt: skip
     shown = gr.State(PAGE_SIZE)
-    view, query = [grid, more], [words, sort, method, shown, chosen.name]
-    listing = handler(lister(app))
-    gr.on([words.change, sort.change, method.change], listing, query, view, trigger_mode="always_last", **HIDDEN)
-    for event in (page.tab.select, page.blocks.load, page.library_changed.change):
-        event(listing, query, view, **HIDDEN)
-    more.click(lambda n: n + PAGE_SIZE, shown, shown, **HIDDEN).then(listing, query, view, **HIDDEN)
+    query = [words, sort, method, shown, chosen.name]
+    changes = [part.change for part in (*query, page.library_changed)]
+    gr.on([page.blocks.load, page.tab.select, *changes], handler(lister(app)), query, [grid, more], **LAST, **HIDDEN)
+    more.click(lambda n: n + PAGE_SIZE, shown, shown, **HIDDEN)
     picked = grid.click(
         handler(picker(app)), None,
         [chosen.name, panel, chosen.about, chosen.exported, chosen.insert, chosen.delete, chosen.choose,
          chosen.candidates, chosen.offered],
         api_name="pick", **HIDDEN,
     )  # fmt: skip
-    picked.then(listing, query, view, **HIDDEN).then(None, js=SHOW_CHOSEN, **QUIET)
+    picked.then(None, js=SHOW_CHOSEN, **QUIET)
     _act(page, chosen, undo, drop)
 
 

@@ -13,7 +13,7 @@ from ...composition.tags import parse_tags
 from ...errors import UserError
 from ..cards import table
 from ..library import safe_name
-from ..page import HIDDEN, Page, handler, who
+from ..page import HIDDEN, Page, handler, run_buttons, who
 from ..request import MAX_PICTURES, MAX_PROMPT, Request, Wanted
 from ..runs import Progress, Run
 from ..state import App
@@ -140,10 +140,11 @@ def _batch(page: Page) -> None:
         label="Batch", format="png", columns=3, object_fit="contain", height="auto", elem_id="batch-gallery",
         elem_classes=["pixels"] if app.engine.is_embedded else [], buttons=["download", "fullscreen"], visible=False,
     )  # fmt: skip
-    go.click(
+    run = go.click(
         handler(batcher(app)), [lines, steps, guidance, seed], [go, interrupt, said, gallery],
         concurrency_limit=None, **HIDDEN,
     )  # fmt: skip
+    run_buttons(run, go, interrupt)
     interrupt.click(handler(stopper(app, Run.interrupt)), None, None, queue=False, **HIDDEN)
 
 

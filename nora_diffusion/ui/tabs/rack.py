@@ -12,7 +12,7 @@ import gradio as gr
 from ...composition.angles import WARN_ABOVE
 from ...composition.tags import Tag, parse_tags, write_tags
 from ...errors import UserError
-from ..page import QUIET, Page, handler
+from ..page import LAST, QUIET, Page, handler
 from ..state import App
 from ..weights import BLOCKS
 
@@ -49,22 +49,19 @@ def build_rack(page: Page, prompt: gr.Textbox, elem_id: str) -> gr.State:
     alike, seen = gr.HTML("", elem_id=f"{elem_id}-overlap"), gr.State("")
     shown = [part for slot in slots for part in (slot.group, slot.name, *slot.sliders())]
     values = [slider for slot in slots for slider in slot.sliders()]
-    gr.on(
-        [prompt.change, factors.change], handler(show), [prompt, factors, *values], shown, trigger_mode="always_last",
-        **QUIET,
-    )  # fmt: skip
-    prompt.change(handler(overlap_teller(page.app)), [prompt, seen], [alike, seen], trigger_mode="always_last", **QUIET)
+    gr.on([prompt.change, factors.change], handler(show), [prompt, factors, *values], shown, **LAST, **QUIET)
+    prompt.change(handler(overlap_teller(page.app)), [prompt, seen], [alike, seen], **LAST, **QUIET)
     refresh = handler(lambda: offer(names(page)))
-    for event in (page.blocks.load, page.tab.select, page.library_changed.change):
-        event(refresh, None, choose, **QUIET)
+    gr.on([page.blocks.load, page.tab.select, page.library_changed.change], refresh, None, choose, **LAST, **QUIET)
     choose.input(handler(add), [prompt, choose], [prompt, choose], **QUIET)
     for slot in slots:
-        # Gradio drops a change that comes while an earlier one is still on its way, unless told otherwise.
-        last: dict[str, Any] = {"trigger_mode": "always_last", **QUIET}
-        slot.unet.release(handler(weigh), [prompt, slot.name, slot.unet], prompt, **last)
-        slot.te.release(handler(weigh_text), [prompt, slot.name, slot.te], prompt, **last)
+        slot.unet.release(handler(weigh), [prompt, slot.name, slot.unet], prompt, **LAST, **QUIET)
+        slot.te.release(handler(weigh_text), [prompt, slot.name, slot.te], prompt, **LAST, **QUIET)
         slot.remove.click(handler(remove), [prompt, slot.name, factors], [prompt, factors], **QUIET)
-        gr.on([b.release for b in slot.blocks], handler(factor), [factors, slot.name, *slot.blocks], factors, **last)
+        gr.on(
+            [b.release for b in slot.blocks], handler(factor), [factors, slot.name, *slot.blocks], factors,
+            **LAST, **QUIET,
+        )  # fmt: skip
     return factors
 
 
@@ -83,7 +80,7 @@ def _slot() -> Slot:
 
 def offer(found: list[str]) -> Any:
     """The adapters to choose from, or where they come from."""
-    return gr.update(choices=found, value=None, info=None if found else NONE_YET)
+    return gr.update(choices=found, info=None if found else NONE_YET)
 
 
 def names(page: Page) -> list[str]:

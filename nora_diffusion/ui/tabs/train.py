@@ -12,7 +12,7 @@ import gradio as gr
 from ...demo import EXAMPLES, open_example
 from ...errors import UserError
 from ...training.config import Method
-from ..page import Page, handler
+from ..page import LAST, Page, handler
 from ..photos import MAX_PHOTOS, Checked, check_photos, with_captions
 from ..state import App
 from ..training_form import PRESETS, build_settings, preflight
@@ -98,14 +98,18 @@ def _wire(app: App, form: SimpleNamespace, chosen: gr.Dropdown) -> Any:
     gr.on(  # not `change`: an example empties the field, too
         [form.dropped.upload, form.dropped.clear, form.dropped.delete],
         handler(lambda files: take_photos(app, files)), form.dropped, shown, api_name="train_photos",
-        api_visibility="private",
+        api_visibility="private", **LAST,
     )  # fmt: skip
     form.examples.select(
         handler(example_taker(app)), None, [*shown, form.name, form.trigger, form.word, form.dropped],
         api_name="train_example", api_visibility="private",
     )  # fmt: skip
     form.check.click(
-        handler(checker(app)), values, [form.found, *shown], api_name="train_check", api_visibility="private"
+        handler(checker(app)),
+        values,
+        [form.found, form.prepared, form.report],
+        api_name="train_check",
+        api_visibility="private",
     )
     return form.start.click(
         handler(starter(app)), [form.name, *values], [form.found, chosen], api_name="train_start",
@@ -154,7 +158,7 @@ def checker(app: App) -> Any:
     def check(photos: list[str], *values: Any) -> tuple[Any, ...]:
         settings = form_settings(app, photos, *values)
         checked, warnings = look(app, photos, settings)
-        return view.findings(warnings), *show_photos(checked)
+        return view.findings(warnings), *show_photos(checked)[1:]
 
     return check
 

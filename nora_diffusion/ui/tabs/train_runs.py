@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from ..job import Job
-from ..page import QUIET, Page, handler
+from ..page import LAST, QUIET, Page, handler
 from ..sample_scores import SampleScores, step_of
 from ..state import App
 from . import train_view as view
@@ -56,7 +56,9 @@ def watch(page: Page, runs: SimpleNamespace, started: Any) -> None:
         )
         acted.success(refresh, state, seen, **QUIET)
     runs.use.click(handler(user(app)), [page.prompt, runs.chosen], [page.prompt, page.tabs], **QUIET)
-    gr.on([page.blocks.load, page.tab.select, runs.timer.tick, runs.chosen.input], refresh, state, seen, **QUIET)
+    gr.on(
+        [page.blocks.load, page.tab.select, runs.timer.tick, runs.chosen.input], refresh, state, seen, **LAST, **QUIET
+    )
 
 
 def actor(app: App, act: Any) -> Any:
@@ -100,10 +102,12 @@ def refresher(app: App, scores: SampleScores) -> Any:
             return (none, view.NO_RUN, *[hidden] * 4, "", hidden, gr.Timer(active=False), (), done, changed)
         listed, samples = [(view.label(j), j.id) for j in jobs], tuple(sample.name for sample in job.samples)
         now = (listed, job.id, samples)
+        # Said again, a choice would be written over another one that is made meanwhile.
+        chosen = {} if identity == job.id else {"value": job.id}
         same_list = identity == job.id and shown[:1] == (listed,)  # an open list must not close under the cursor
         judged = scores.curves(job) if app.engine.is_embedded else None
         return (
-            gr.skip() if same_list else gr.update(choices=listed, value=job.id, visible=True),
+            gr.skip() if same_list else gr.update(choices=listed, visible=True, **chosen),
             view.run_status(job),
             gr.update(visible=job.adapter is not None),
             gr.update(visible=job.running, interactive=job.status != "stopping"),
