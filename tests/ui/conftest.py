@@ -9,8 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from typing import Any
 import httpx
 import pytest
 from factories import tiny_random_pipeline
+from playwright.sync_api import Error, expect
+
+from nora_diffusion import UserError
+from nora_diffusion.ui.jobs import Jobs
 
 # What is seen once a tab is open and filled.
 LANDMARKS = {
@@ -25,11 +30,29 @@ LANDMARKS = {
     "compare": "#compare-go", "inspect": "#inspect-go",
 }  # fmt: skip
 ROOT = Path(__file__).parents[2]
+WAIT = 180.0
+"""Seconds that anything but a training may take: a slow machine is no fault."""
+LONG = 600.0
+"""Seconds that a training may take."""
+expect.set_options(timeout=1000 * WAIT)
 # What a hostile environment would set; the app must not listen to any of it.
 HOSTILE = {
     "GRADIO_SHARE": "True", "GRADIO_MCP_SERVER": "True", "GRADIO_ALLOWED_PATHS": "/", "GRADIO_SERVER_NAME": "0.0.0.0",
     "GRADIO_RUN_HISTORY": "True", "GRADIO_ROOT_PATH": "/elsewhere", "GRADIO_DEBUG": "1", "GRADIO_VIBE_MODE": "1",
 }  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that drive a browser may try three times, as those of Playwright's own runner; others may not.
+
+    Every wait in them is for what they assert. This is for what no test can wait for, such as a browser that the system
+    has killed. The summary names what was run again.
+    """
+    if not config.pluginmanager.hasplugin("rerunfailures"):
+        return
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.flaky(reruns=2))
 
 
 @dataclass
@@ -46,7 +69,7 @@ class Server:
 
     def client(self, **headers: str) -> httpx.Client:
         """An HTTP client of it."""
-        return httpx.Client(base_url=self.url, headers=headers, cookies=self.cookies, timeout=60)
+        return httpx.Client(base_url=self.url, headers=headers, cookies=self.cookies, timeout=WAIT)
 
     def call(self, name: str, *data: Any, event: dict[str, Any] | None = None, session: str = "test") -> dict[str, Any]:
         """Run a handler as a script would, past the page; returns the last message: ``success`` and ``output``."""
@@ -80,7 +103,7 @@ class Server:
     def stop(self) -> int:
         """End it as a system would."""
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(20)
+        code = self.process.wait(WAIT)
         if self.process.stdout is not None:
             self.process.stdout.close()
         return code
@@ -139,6 +162,33 @@ def library(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     return folder
 
 
+def jobs_of(server: Server) -> Jobs:
+    """Its trainings."""
+    folder = server.library / ".jobs"
+    return Jobs(folder, server.library, folder / "device.lock")
+
+
+def end_trainings(server: Server) -> None:
+    """Remove what would outlive its test as it outlives the app, and keep the device from the next one."""
+    jobs = jobs_of(server)
+    for job in jobs.list():
+        with suppress(UserError):  # over already
+            jobs.stop(job.id)
+        until(lambda job=job: not jobs.get(job.id).running)  # type: ignore[misc]
+        jobs.remove(job.id)
+
+
+def until(true: Callable[[], bool], seconds: float = WAIT, page: Any = None) -> None:
+    """Wait for something outside the page, which goes on meanwhile."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "nothing happened in time"
+        if page is None:
+            time.sleep(0.05)
+        else:
+            page.wait_for_timeout(50)
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, library: Path, base: Path) -> Iterator[Server]:
     """The app that most tests share, with that library."""
@@ -146,6 +196,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, library: Path, base: Path) 
     shutil.copytree(library, folder / "library")
     running = start(folder, "--base", str(base))
     yield running
+    end_trainings(running)
     running.stop()
 
 
@@ -174,28 +225,64 @@ def visit(page: Any, url: str = "") -> None:
 
 
 def open_tab(page: Any, name: str) -> None:
-    """Choose a tab, on a narrow screen from the menu of those that do not fit, and wait for its content."""
+    """Choose a tab, on a narrow screen from the menu of those that do not fit, and wait for its content.
+
+    Which tabs fit is measured by the page after it is drawn, so a tab may go into the menu while it is pressed.
+    """
     title = name.capitalize()
-    tab = page.get_by_role("tab", name=title, exact=True)
-    if tab.count():
-        tab.click()
-    else:
-        page.get_by_label("More tabs").click()
-        page.locator(".overflow-dropdown").get_by_text(title, exact=True).click()
-    page.wait_for_selector(f"{LANDMARKS[name]}:visible")
+    tab = page.get_by_role("tab", name=title, exact=True).locator("visible=true")
+    more = page.get_by_label("More tabs").locator("visible=true")
+    entry = page.locator(".overflow-dropdown").get_by_text(title, exact=True).locator("visible=true")
+    content = page.locator(f"{LANDMARKS[name]}:visible").first
+
+    def opened() -> bool:
+        with suppress(Error):
+            if not tab.count() and not entry.count():
+                more.click(timeout=2000)
+                entry.wait_for(timeout=2000)
+            (entry if entry.count() else tab).click(timeout=2000)
+            content.wait_for(timeout=2000)
+        return bool(content.is_visible())
+
+    until(opened)
+
+
+def number(page: Any, label: str, value: float) -> None:
+    """Write a slider's number, and wait until the slider stands there."""
+    box = page.get_by_label(f"number input for {label}").locator("visible=true").first
+    box.fill(str(value))
+    box.blur()
+    expect(page.get_by_label(f"range slider for {label}").locator("visible=true").first).to_have_value(str(value))
+
+
+def select(page: Any, field: str, value: str) -> None:
+    """Choose a value from a list."""
+    box = page.locator(f"{field} input")
+    box.click()
+    page.get_by_role("option", name=value, exact=True).click()
+    expect(box).to_have_value(value)
+
+
+def press(button: Any, line: Any) -> None:
+    """Press a button and wait for a new line about its work: what that says, it says of this press."""
+    line.locator("p").evaluate_all("lines => lines.forEach(line => line.dataset.old = true)")
+    button.click()
+    expect(line.locator("p:not([data-old])").first).to_be_attached()
 
 
 @contextmanager
 def visitor(browser: Any) -> Iterator[Any]:
     """An empty page of a visitor without a past; errors of the page's scripts fail the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    context.set_default_timeout(1000 * WAIT)
     tab = context.new_page()
     faults: list[str] = []
     tab.on("pageerror", lambda error: faults.append(str(error)))
     tab.on("dialog", lambda dialog: (faults.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    tab.set_default_timeout(90_000)  # a slow machine is no fault
-    yield tab
-    context.close()
+    try:
+        yield tab
+    finally:
+        context.close()
     assert not faults, faults
 
 

@@ -23,7 +23,7 @@ from nora_diffusion.ui.request import Request, Wanted
 from nora_diffusion.ui.runs import Run
 from nora_diffusion.ui.worker import publish
 
-from .conftest import save_random
+from .conftest import WAIT, save_random
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_the_subjects_of_a_pack_are_adapters_of_the_library(
     for number, file in enumerate((cat.file, pack.parent / "made" / "cat" / FILE_NAME)):
         order = Request((("a cat", 1),), (Wanted("x", file),), steps=2, guidance=2.0, width=16, height=16)
         run = Run(device, "pictures", lambda run, o=order, n=number: engine.make(o, tmp_path / str(n), run))  # type: ignore[misc]
-        run.join(60)
+        run.join(WAIT)
         assert run.progress.state == "done", run.progress
         made.append(Image.open(run.progress.files[0]).tobytes())
     assert made[0] == made[1]

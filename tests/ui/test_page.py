@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,52 +14,79 @@ import pytest
 from playwright.sync_api import expect
 
 from nora_diffusion.pictures import read_settings
+from nora_diffusion.ui.request import MAX_PICTURES, MAX_STEPS
 from nora_diffusion.ui.tabs.generate_settings import KEPT
 
-from .conftest import LANDMARKS, Server, open_tab, visit, visitor
+from .conftest import LANDMARKS, Server, number, open_tab, press, until, visit, visitor
 
 TAGS = "a sks dog <lora:dog:0.8>"
 
 
 def fill(page: Any, prompt: str) -> None:
     page.fill("#prompt textarea", prompt)
+    kept(page, prompt=prompt)
+
+
+def kept(page: Any, **values: Any) -> None:
+    """Wait until the page has taken these values: it writes each change down at once."""
+    page.wait_for_function(
+        """([key, values]) => {
+          const kept = JSON.parse(localStorage.getItem(key) ?? '{}');
+          return Object.entries(values).every(([name, value]) => kept[name] === value);
+        }""",
+        arg=[KEPT, values],
+    )
+
+
+def prompt_is(page: Any, prompt: str | re.Pattern[str]) -> None:
+    expect(page.locator("#prompt textarea")).to_have_value(prompt)
+
+
+def open_settings(page: Any) -> None:
+    page.get_by_role("button", name=re.compile("^Settings(?! from)")).click()
 
 
 def settle(page: Any, steps: int = 3) -> None:
     """Open the settings and ask for small pictures."""
-    page.get_by_role("button", name="Settings", exact=False).first.click()
+    open_settings(page)
+    small(page, steps)
+
+
+def small(page: Any, steps: int = 3) -> None:
     number(page, "Steps", steps)
-    page.get_by_label("Width").fill("16")
-    page.get_by_label("Height").fill("16")
-    page.get_by_label("Height").blur()
-
-
-def number(page: Any, label: str, value: float) -> None:
-    """Write a slider's number."""
-    box = page.get_by_label(f"number input for {label}").first
-    box.fill(str(value))
-    box.press("Enter")
-    box.blur()
+    for side in ("Width", "Height"):
+        page.get_by_label(side).fill("16")
+        page.get_by_label(side).blur()
+    kept(page, steps=steps, width=16, height=16)
 
 
 def generate(page: Any, server: Server) -> Path:
-    """Press Generate and wait for the picture."""
-    folder = server.library / "pictures"
+    """Press Generate and wait for the picture, and until another one can be made."""
+    folder, status = server.library / "pictures", page.locator("#status")
     before = set(folder.glob("*.png"))
-    page.click("#generate")
-    wait_until(page, lambda: set(folder.glob("*.png")) != before)
-    page.locator("#status").get_by_text(re.compile(r" in [\d.]+ s")).wait_for()
-    page.wait_for_selector("#generate:visible")
+    press(page.locator("#generate"), status)
+    expect(status).to_have_text(re.compile(r"^\s*1 picture in [\d.]+ s\.\s*$"))
+    expect(page.locator("#generate")).to_be_visible()
     (made,) = set(folder.glob("*.png")) - before
     return made
 
 
-def wait_until(page: Any, true: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for something outside the page, which goes on meanwhile."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        page.wait_for_timeout(100)
+def pick(page: Any, name: str) -> None:
+    """Press a card of the library and wait for what is told of it."""
+    page.locator(f'[data-name="{name}"]').click()
+    expect(page.locator("#about")).to_contain_text(name)
+    expect(page.locator(f'[data-name="{name}"]')).to_have_attribute("aria-pressed", "true")
+
+
+def open_blocks(page: Any) -> None:
+    page.get_by_role("button", name="Text encoder and blocks").locator("visible=true").first.click()
+
+
+def drop(page: Any, picture: Path) -> Any:
+    """Drop a picture with settings; returns the place that tells what would change."""
+    page.get_by_role("button", name="Settings from a picture").click()
+    page.set_input_files("#drop-picture input[type=file]", picture)
+    return page.locator("#changes")
 
 
 def test_a_picture_in_two_actions_whose_download_carries_its_settings(
@@ -67,8 +95,6 @@ def test_a_picture_in_two_actions_whose_download_carries_its_settings(
     fill(page, "a dog on the beach")  # the first action
     settle(page)
     made = generate(page, server)  # the second one
-    assert "1 picture in" in page.inner_text("#status")
-    page.locator("#gallery img").first.wait_for()
     page.locator("#gallery button.thumbnail-item, #gallery .thumbnail-item").first.click()
     with page.expect_download() as download:
         page.locator("#gallery").get_by_label(re.compile("download", re.IGNORECASE)).first.click()
@@ -80,30 +106,33 @@ def test_a_picture_in_two_actions_whose_download_carries_its_settings(
 
 
 def test_ctrl_enter_interrupt_and_skip(page: Any, server: Server) -> None:
-    settle(page, 200)
-    number(page, "Pictures", 64)  # more than any machine makes before it is interrupted
+    prompt = f"a dog, skipped {time.time_ns()}"
+    settle(page, MAX_STEPS)
+    number(page, "Pictures", MAX_PICTURES)  # more than any machine makes before it is interrupted
     page.locator("#seed input").fill("100")
     page.locator("#seed input").blur()
-    fill(page, "a dog, skipped")
+    fill(page, prompt)
+    kept(page, count=MAX_PICTURES, seed=100)
     page.press("#prompt textarea", "Control+Enter")
-    page.get_by_text(re.compile(r"Picture \d+ of 64, step [1-9]\d* of 200")).wait_for()
+    page.get_by_text(re.compile(rf"Picture \d+ of {MAX_PICTURES}, step [1-9]\d* of {MAX_STEPS}")).wait_for()
     page.wait_for_selector("#preview img")
     page.click("#skip")
     folder = server.library / "pictures"
-    wait_until(page, lambda: len(list(folder.glob("*.png"))) >= 2 and len(gaps(folder)) == 1)
+    until(lambda: len(gaps(folder, prompt)) == 1, page=page)
     page.click("#interrupt")
     page.get_by_text(re.compile(r"Interrupted after \d+ picture")).wait_for()
-    assert page.is_visible("#generate") and not page.is_visible("#interrupt")
-    before = len(list(folder.glob("*.png")))
+    expect(page.locator("#generate")).to_be_visible()
+    expect(page.locator("#interrupt")).to_be_hidden()
     number(page, "Pictures", 1)
+    number(page, "Steps", 3)
+    kept(page, count=1, steps=3)
     generate(page, server)  # and it goes on
-    assert len(list(folder.glob("*.png"))) == before + 1
 
 
-def gaps(folder: Path) -> set[int]:
+def gaps(folder: Path, prompt: str) -> set[int]:
     """Seeds of that test's pictures that are missing between the first and the last."""
     settings = [read_settings(file) for file in folder.glob("*.png")]
-    seeds = {s.seed for s in settings if s.prompt == "a dog, skipped"}
+    seeds = {s.seed for s in settings if s.prompt == prompt}
     return set(range(100, max(seeds, default=99) + 1)) - seeds
 
 
@@ -111,68 +140,57 @@ def test_settings_and_prompt_survive_a_reload(page: Any, server: Server) -> None
     settle(page, 7)
     fill(page, "a cat with a hat")
     number(page, "Guidance", 3.5)
-    page.wait_for_function("JSON.stringify(localStorage).length > 0")
+    kept(page, prompt="a cat with a hat", steps=7, guidance=3.5)
     visit(page)
-    page.wait_for_function("document.querySelector('#prompt textarea').value == 'a cat with a hat'")
-    page.get_by_role("button", name="Settings", exact=False).first.click()
-    assert page.get_by_label("number input for Steps").first.input_value() == "7"
-    assert page.get_by_label("number input for Guidance").first.input_value() == "3.5"
+    prompt_is(page, "a cat with a hat")
+    open_settings(page)
+    expect(page.get_by_label("number input for Steps").first).to_have_value("7")
+    expect(page.get_by_label("number input for Guidance").first).to_have_value("3.5")
 
 
 def test_seed_dice_and_reuse(page: Any, server: Server) -> None:
     settle(page)
     fill(page, "a dog")
     made = generate(page, server)
-    page.click("#reuse")
     seed = page.locator("#seed input")
-    page.wait_for_function("document.querySelector('#seed input').value != '-1'")
-    assert read_settings(made).seed == int(seed.input_value())
+    page.click("#reuse")
+    expect(seed).to_have_value(str(read_settings(made).seed))
     page.click("#dice")
-    page.wait_for_function("document.querySelector('#seed input').value == '-1'")
+    expect(seed).to_have_value("-1")
 
 
 def test_the_rack_and_the_prompt_say_the_same(page: Any, server: Server) -> None:
     fill(page, TAGS)
-    slider = page.get_by_label("number input for dog: weight")
-    slider.wait_for()
-    assert slider.input_value() == "0.8"
-    slider.fill("0.3")
-    slider.press("Enter")
-    slider.blur()
-    page.wait_for_function("document.querySelector('#prompt textarea').value.includes('<lora:dog:0.3>')")
+    expect(page.get_by_label("number input for dog: weight")).to_have_value("0.8")
+    number(page, "dog: weight", 0.3)
+    prompt_is(page, "a sks dog <lora:dog:0.3>")
     page.get_by_label("range slider for dog: weight").press("ArrowRight")
-    page.wait_for_function("document.querySelector('#prompt textarea').value.includes('<lora:dog:0.35>')")
+    prompt_is(page, "a sks dog <lora:dog:0.35>")
     page.click("#add-adapter input")
     page.get_by_role("option", name="hat", exact=True).click()
-    page.wait_for_function("document.querySelector('#prompt textarea').value.includes('<lora:hat:0.8>')")
-    page.get_by_role("button", name="Remove").first.click()
-    page.wait_for_function("!document.querySelector('#prompt textarea').value.includes('dog:')")
-    assert page.input_value("#prompt textarea") == "a sks dog <lora:hat:0.8>"
+    prompt_is(page, "a sks dog <lora:dog:0.35> <lora:hat:0.8>")
+    expect(page.get_by_label("number input for hat: weight")).to_have_value("0.8")
+    page.get_by_role("button", name="Remove").locator("visible=true").first.click()
+    prompt_is(page, "a sks dog <lora:hat:0.8>")
 
 
 def test_the_text_encoder_has_a_weight_of_its_own(page: Any, server: Server) -> None:
     fill(page, TAGS)
-    page.get_by_role("button", name="Text encoder and blocks").locator("visible=true").first.click()
-    own = page.get_by_label("number input for Text encoder").locator("visible=true")
-    own.fill("0.5")
-    own.press("Enter")
-    own.blur()
-    page.wait_for_function("document.querySelector('#prompt textarea').value.includes('<lora:dog:unet=0.8:te=0.5>')")
+    open_blocks(page)
+    number(page, "Text encoder", 0.5)
+    prompt_is(page, "a sks dog <lora:dog:unet=0.8:te=0.5>")
 
 
 def test_stored_settings_that_make_no_sense_are_left_out(page: Any, server: Server) -> None:
     settle(page, 7)
     fill(page, "a cat with a hat")
-    page.wait_for_function(f"localStorage.{KEPT}")
-    for spoiled in ("not json", '{"steps": 1e9}'):
+    for spoiled in ("not json", '{"steps": 1e9}', '{"steps": "7", "prompt": 7}', "[7]"):
+        page.goto(f"{server.url}/config")  # of the same origin, with no script that writes settings down
         page.evaluate("([key, text]) => localStorage.setItem(key, text)", [KEPT, spoiled])
-        visit(page)
-        page.get_by_role("button", name="Settings", exact=False).first.click()
-        assert page.get_by_label("number input for Steps").first.input_value() == "30"  # the first value of this base
-    number(page, "Steps", 3)
-    page.get_by_label("Width").fill("16")
-    page.get_by_label("Height").fill("16")
-    page.get_by_label("Height").blur()
+        visit(page, server.url)
+        open_settings(page)
+        expect(page.get_by_label("number input for Steps").first).to_have_value("30")  # the first value of this base
+    small(page)
     fill(page, "a dog")
     generate(page, server)
 
@@ -181,32 +199,45 @@ def test_the_page_goes_on_after_the_network_was_gone(page: Any, server: Server) 
     settle(page)
     fill(page, "a dog by the sea")
     page.context.set_offline(True)
-    page.click("#generate")
-    page.wait_for_timeout(1000)
+    with page.expect_event("requestfailed"):
+        page.click("#generate")
+    page.goto("about:blank")  # the page would load itself anew at any moment once the network is back
     page.context.set_offline(False)
-    visit(page)  # as people do; nothing is lost
-    page.wait_for_function("document.querySelector('#prompt textarea').value == 'a dog by the sea'")
+    visit(page, server.url)  # as people do; nothing is lost
+    prompt_is(page, "a dog by the sea")
     generate(page, server)
 
 
+@contextmanager
+def copied(server: Server, source: str, name: str) -> Iterator[Path]:
+    """An adapter of the library under another name as well, for a while."""
+    place = server.library / name
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(server.library / source, place)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def test_an_adapter_that_was_deleted_while_listed(page: Any, server: Server) -> None:
-    shutil.copytree(server.library / "hat", server.library / "short-lived")
-    page.get_by_role("tab", name="Library").click()
-    card = page.locator("[data-name=short-lived]")
-    card.wait_for()
-    shutil.rmtree(server.library / "short-lived")
-    card.click()
-    page.get_by_text(re.compile("There is no adapter .short-lived. in the library: refresh it")).wait_for()
-    open_tab(page, "mix")
-    open_tab(page, "library")
-    card.wait_for(state="detached")
+    with copied(server, "hat", "short-lived") as place:
+        open_tab(page, "library")
+        card = page.locator("[data-name=short-lived]")
+        card.wait_for()
+        shutil.rmtree(place)
+        card.click()
+        page.get_by_text(re.compile("There is no adapter .short-lived. in the library: refresh it")).wait_for()
+        open_tab(page, "mix")
+        open_tab(page, "library")
+        card.wait_for(state="detached")
 
 
 def test_only_what_fits_can_be_added(page: Any, server: Server) -> None:
     page.click("#add-adapter input")
-    page.get_by_role("option", name="hat", exact=True).wait_for()
+    for name in ("dog", "hat"):
+        page.get_by_role("option", name=name, exact=True).wait_for()
     offered = page.get_by_role("option").all_inner_texts()
-    assert {"dog", "hat"} <= {text.strip().removeprefix("✓").strip() for text in offered}
     assert not any("stranger" in text or "broken" in text for text in offered)
 
 
@@ -216,14 +247,13 @@ def test_a_dropped_picture_shows_what_would_change(page: Any, server: Server, tm
     picture = tmp_path / "mine.png"
     shutil.copy(generate(page, server), picture)
     fill(page, "something else")
-    page.get_by_role("button", name="Settings from a picture").click()
-    page.set_input_files("#drop-picture input[type=file]", picture)
-    changes = page.locator("#changes")
-    changes.get_by_text("<lora:dog:0.8>").wait_for()
-    assert "something else" in changes.inner_text()
-    assert page.input_value("#prompt textarea") == "something else"  # nothing is changed yet
+    changes = drop(page, picture)
+    expect(changes).to_contain_text("<lora:dog:0.8>")
+    expect(changes).to_contain_text("something else")
+    prompt_is(page, "something else")  # nothing is changed yet
     page.click("#apply")
-    page.wait_for_function(f"document.querySelector('#prompt textarea').value == {TAGS!r}")
+    prompt_is(page, TAGS)
+    kept(page, prompt=TAGS, seed=read_settings(picture).seed)
     assert generate(page, server).read_bytes() == picture.read_bytes()  # the same picture again
 
 
@@ -235,82 +265,70 @@ def test_a_missing_adapter_is_named(page: Any, server: Server, tmp_path: Path) -
     digest = "ab" * 32
     adapters = [{"name": "dog", "weight": 0.5, "sha256": digest, "path": ""}]
     settings = PictureSettings("x <b>y</b>", 1, 2, 3.0, 16, 16, adapters=adapters, base="elsewhere")
-    picture = save_picture(Image.new("RGB", (16, 16)), tmp_path / "p.png", settings)
-    page.get_by_role("button", name="Settings from a picture").click()
-    page.set_input_files("#drop-picture input[type=file]", picture)
-    page.locator("#changes").get_by_text(f"The adapter dog (SHA-256 {digest}) is not in the library").wait_for()
-    text = page.inner_text("#changes")
-    assert "x <b>y</b>" in text and "<lora:" not in text and "elsewhere" in text
+    changes = drop(page, save_picture(Image.new("RGB", (16, 16)), tmp_path / "p.png", settings))
+    expect(changes).to_contain_text(f"The adapter dog (SHA-256 {digest}) is not in the library")
+    expect(changes).to_contain_text("x <b>y</b>")
+    expect(changes).to_contain_text("elsewhere")
+    expect(changes).not_to_contain_text("<lora:")
 
 
 def test_hostile_names_are_shown_as_text(page: Any, server: Server) -> None:
-    page.get_by_role("tab", name="Library").click()
+    open_tab(page, "library")
     card = page.locator(".card", has_text="<img src=x onerror=alert(1)>")
-    card.wait_for()
     card.click()
     page.locator("#about").get_by_text("<script>alert(2)</script>").wait_for()
-    assert page.locator("#cards img[src=x], #about img[src=x], #about script").count() == 0
+    expect(card).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#cards img[src=x], #about img[src=x], #about script")).to_have_count(0)
 
 
 def test_the_library_says_why_something_cannot_be_used(page: Any, server: Server) -> None:
-    page.get_by_role("tab", name="Library").click()
-    stranger = page.locator(".card", has_text="stranger")
-    stranger.wait_for()
-    assert "weights differ" in stranger.inner_text()
-    stranger.click()
-    page.locator("#about").get_by_text("stranger", exact=True).wait_for()
-    assert page.locator("#insert").is_disabled()
+    open_tab(page, "library")
+    expect(page.locator(".card", has_text="stranger")).to_contain_text("weights differ")
+    pick(page, "stranger")
+    expect(page.locator("#insert")).to_be_disabled()
     page.locator("#search input, #search textarea").fill("zwx")
-    page.wait_for_function("document.querySelectorAll('.card').length == 1")
-    page.keyboard.press("Tab")
-    page.locator(".card", has_text="hat").focus()
-    page.keyboard.press("Enter")  # cards are buttons
+    expect(page.locator(".card")).to_have_count(1)
+    page.locator(".card", has_text="hat").press("Enter")  # cards are buttons
     page.locator("#about").get_by_text("zwx", exact=True).wait_for()
-    assert re.search(r"[0-9a-f]{64}", page.inner_text("#about").replace("\n", ""))
+    expect(page.locator("#about")).to_contain_text(re.compile("[0-9a-f]{64}"))
     page.click("#insert")
-    page.wait_for_function("document.querySelector('#prompt textarea').value == 'a zwx hat <lora:hat:1>'")
-    page.wait_for_selector("#generate:visible")
+    prompt_is(page, "a zwx hat <lora:hat:1>")
+    expect(page.locator("#generate")).to_be_visible()
 
 
 def test_a_picture_of_the_adapter_is_chosen_by_a_click(page: Any, server: Server) -> None:
     settle(page)
     fill(page, "a zwx hat <lora:hat:1>")
-    made = generate(page, server)
-    chosen = server.library / "hat" / "thumbnail.png"
-    open_tab(page, "library")
-    page.locator("[data-name=hat]").click()
-    page.locator("#choose-picture img").first.wait_for()
-    page.locator("#choose-picture button").filter(has=page.locator("img")).first.click()
-    page.locator("[data-name=hat] img").wait_for()
-    assert chosen.read_bytes() == made.read_bytes()
-    chosen.unlink()
+    with copied(server, "hat", "hat-with-a-picture") as place:  # the same file: what was made with one, is of both
+        made = generate(page, server)
+        open_tab(page, "library")
+        pick(page, place.name)
+        page.locator("#choose-picture button").filter(has=page.locator("img")).first.click()
+        page.locator(f"[data-name={place.name}] img").wait_for()
+        assert (place / "thumbnail.png").read_bytes() == made.read_bytes()
 
 
 def test_factors_by_block_come_back_with_a_picture(page: Any, server: Server, tmp_path: Path) -> None:
     settle(page)
     fill(page, TAGS)
-    page.get_by_role("button", name="Text encoder and blocks").locator("visible=true").first.click()
-    mid = page.get_by_label("number input for Block: mid").locator("visible=true")
-    mid.fill("0.5")
-    mid.press("Enter")
-    mid.blur()
-    wait_until(page, lambda: read_settings(generate(page, server)).adapters[0].get("blocks") == {"mid": 0.5})
+    open_blocks(page)
+    with page.expect_response(re.compile("/run/predict")):  # kept by the server alone, so there is no more to see
+        number(page, "Block: mid", 0.5)
     picture = tmp_path / "blocks.png"
-    shutil.copy(max((server.library / "pictures").glob("*.png"), key=lambda f: f.stat().st_mtime), picture)
+    shutil.copy(generate(page, server), picture)
+    assert read_settings(picture).adapters[0].get("blocks") == {"mid": 0.5}
     visit(page)
-    page.get_by_role("button", name="Settings from a picture").click()
-    page.set_input_files("#drop-picture input[type=file]", picture)
-    page.locator("#changes table").wait_for()
+    drop(page, picture).locator("table").wait_for()
     page.click("#apply")
-    page.wait_for_function(f"document.querySelector('#prompt textarea').value == {TAGS!r}")
-    page.get_by_role("button", name="Text encoder and blocks").locator("visible=true").first.click()
-    mid = page.get_by_label("number input for Block: mid").locator("visible=true")
-    expect(mid).to_have_value("0.5")
-    assert page.get_by_label("number input for Block: up").locator("visible=true").input_value() == "1"
+    prompt_is(page, TAGS)
+    kept(page, prompt=TAGS, seed=read_settings(picture).seed)
+    open_blocks(page)
+    expect(page.get_by_label("number input for Block: mid").locator("visible=true")).to_have_value("0.5")
+    expect(page.get_by_label("number input for Block: up").locator("visible=true")).to_have_value("1")
     assert generate(page, server).read_bytes() == picture.read_bytes()
     # Taken out and put in again, the adapter is as it was made.
-    page.get_by_role("button", name="Remove").first.click()
-    page.wait_for_function("document.querySelector('#prompt textarea').value == 'a sks dog'")
+    page.get_by_role("button", name="Remove").locator("visible=true").first.click()
+    prompt_is(page, "a sks dog")
     fill(page, TAGS)
     page.get_by_label("number input for dog: weight").wait_for()
     expect(page.get_by_label("number input for Block: mid").first).to_have_value("1")
@@ -323,14 +341,13 @@ def test_import_export_delete_undo(page: Any, server: Server, library: Path, bas
     from .conftest import save_random
 
     file = save_random(open_pipeline(base), tmp_path / "new", lora(r=1), trigger="fresh")
-    page.get_by_role("tab", name="Library").click()
-    page.locator(".card", has_text="dog").first.wait_for()
+    open_tab(page, "library")
     named = tmp_path / "imported.safetensors"
     shutil.copy(file, named)
     page.set_input_files("#import input[type=file]", named)
     card = page.locator(".card", has_text="imported")
     card.wait_for()
-    card.click()
+    pick(page, "imported")
     page.locator("#about").get_by_text("fresh", exact=True).wait_for()
     page.get_by_role("button", name="Export", exact=True).click()
     page.get_by_text(re.compile("Exported: rank 1, largest error")).wait_for()
@@ -340,42 +357,44 @@ def test_import_export_delete_undo(page: Any, server: Server, library: Path, bas
     card.wait_for()
     page.set_input_files("#import input[type=file]", named)
     page.get_by_text(re.compile("in the library already")).wait_for()
-    page.locator(".card", has_text="imported").click()
+    pick(page, "imported")
     page.locator("#about").get_by_text("fresh", exact=True).wait_for()
     page.click("#delete")
     card.wait_for(state="detached")
 
 
 def test_a_mix_becomes_an_adapter_of_the_library(page: Any, server: Server) -> None:
+    shutil.rmtree(server.library / "both", ignore_errors=True)
     fill(page, "a dog <lora:dog:0.8> <lora:hat:0.5>")
-    page.get_by_role("tab", name="Mix").click()
+    open_tab(page, "mix")
     page.click("#recipe-take")
-    page.wait_for_function("/dog:0.8.*hat:0.5/.test(document.querySelector('#recipe textarea, #recipe input').value)")
+    expect(page.locator("#recipe").locator("textarea, input")).to_have_value(re.compile("dog:0.8.*hat:0.5"))
     page.get_by_label("Name of the mix").fill("both")
     page.click("#mix")
     report = page.locator("#mix-report")
-    report.get_by_text("overlap of dog and hat").wait_for()
-    assert "both" in report.inner_text() and "100.0%" in report.inner_text()
-    page.get_by_role("tab", name="Library").click()
-    page.locator("[data-name=both]").click()
-    page.get_by_role("button", name="Export", exact=True).click()
-    page.get_by_text(re.compile("Exported: rank")).wait_for()
-    shutil.rmtree(server.library / "both")
+    for said in ("overlap of dog and hat", "both", "100.0%"):
+        expect(report).to_contain_text(said)
+    try:
+        open_tab(page, "library")
+        pick(page, "both")
+        page.get_by_role("button", name="Export", exact=True).click()
+        page.get_by_text(re.compile("Exported: rank")).wait_for()
+    finally:
+        shutil.rmtree(server.library / "both")
 
 
 def test_two_that_change_the_same_are_warned_of(page: Any, server: Server) -> None:
-    shutil.copytree(server.library / "dog", server.library / "twin")
-    fill(page, "a dog <lora:dog:0.8> <lora:hat:0.5>")
-    page.get_by_label("number input for hat: weight").wait_for()
-    assert page.locator("#add-adapter-overlap p").count() == 0
-    fill(page, "a dog <lora:dog:0.8> <lora:twin:0.5>")
-    page.locator("#add-adapter-overlap").get_by_text("dog and twin overlap by 1.00").wait_for()
-    shutil.rmtree(server.library / "twin")
+    said = page.locator("#add-adapter-overlap")
+    with copied(server, "dog", "twin"):
+        fill(page, "a dog <lora:dog:0.8> <lora:twin:0.5>")
+        expect(said).to_contain_text("dog and twin overlap by 1.00")
+        fill(page, "a dog <lora:dog:0.8> <lora:hat:0.5>")
+        expect(said.locator("p")).to_have_count(0)
 
 
 @pytest.mark.slow
 def test_a_batch_of_many_subjects(page: Any, server: Server) -> None:
-    page.get_by_role("tab", name="Mix").click()
+    open_tab(page, "mix")
     page.fill("#batch textarea", "a dog <lora:dog:1>\na hat <lora:hat:0.8>\na cat")
     before = set((server.library / "pictures").glob("*.png"))
     page.click("#batch-go")
@@ -388,25 +407,26 @@ def test_mistakes_are_said_in_a_sentence(page: Any, server: Server) -> None:
     fill(page, "a dog <lora:nobody:1>")
     page.click("#generate")
     page.get_by_text(re.compile("There is no adapter .nobody. in the library")).wait_for()
-    assert page.is_visible("#generate")
+    expect(page.locator("#generate")).to_be_visible()
 
 
 @pytest.mark.slow
 def test_a_second_user_sees_the_queue(page: Any, server: Server, browser: Any) -> None:
-    settle(page, 200)
-    number(page, "Pictures", 20)
+    settle(page, MAX_STEPS)
+    number(page, "Pictures", MAX_PICTURES)  # longer than any other page needs to open
     fill(page, "a dog")
+    kept(page, count=MAX_PICTURES)
     page.click("#generate")
-    page.get_by_text(re.compile(r"step \d+ of 200")).wait_for()
+    page.get_by_text(re.compile(rf"step \d+ of {MAX_STEPS}")).wait_for()
     with visitor(browser) as other:
         visit(other, server.url)
         settle(other)
         fill(other, "a cat")
         other.click("#generate")
-        other.get_by_text("You are number 1 in the queue; now running: pictures.").wait_for()
-        assert "a dog" not in other.inner_text("#status")  # what others ask for is theirs
+        # What others ask for is theirs: the line says no more than this.
+        expect(other.locator("#status")).to_have_text("You are number 1 in the queue; now running: pictures.")
         page.close()  # a closed page stops its run and frees the device
-        other.get_by_text(re.compile("1 picture in")).wait_for()
+        expect(other.locator("#status")).to_have_text(re.compile(r"^\s*1 picture in"))
 
 
 def test_nothing_is_fetched_from_elsewhere(browser: Any, server: Server) -> None:
