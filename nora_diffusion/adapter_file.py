@@ -53,6 +53,12 @@ def split_address(path: str | Path) -> tuple[Path, str] | None:
     return (Path(f"{file}.safetensors"), subject) if mark else None
 
 
+def given_name(path: str | Path) -> str:
+    """What an adapter is called by its place: the subject of a pack, the folder of our file, else the file itself."""
+    address, file = split_address(path), Path(path)
+    return address[1] if address else file.parent.name if file.name == FILE_NAME else file.stem
+
+
 def inspect_adapter(path: str | Path, hashed: bool = True) -> AdapterInfo:
     """Read only the header of an adapter file, of a subject in a pack (``pack.safetensors#name``) or of a foreign file.
 

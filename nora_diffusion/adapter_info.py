@@ -74,6 +74,11 @@ class AdapterInfo:
         return {name: AdapterConfig(**_axes(values)) for name, values in self.components.items()}
 
     @property
+    def fingerprints(self) -> dict[tuple[str, str], float]:
+        """The base's fingerprint of each projection, by component and path."""
+        return {(part, path): f for part, prints in self.base_fingerprint.items() for path, f in prints.items()}
+
+    @property
     def method(self) -> str:
         """The preset's name: ``nora``, ``mor`` ..."""
         return str(self._first["method"])

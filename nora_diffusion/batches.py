@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .adapters import NoraLayer
@@ -16,7 +15,7 @@ from .adapters.rows import RowPlan, serve_rows
 from .components import component, denoiser_name, present, refuse_merged, refuse_offloaded, tuner_layers
 from .errors import UserError
 from .loaders import list_adapters
-from .loaders.active import check_weight
+from .loaders.active import check_weight, held
 
 Row = str | tuple[str, float] | None
 RowSpec = Row | Sequence[Row]
@@ -96,8 +95,8 @@ def _refuse(model: nn.Module, part: str, names: set[str]) -> None:
     for layer in tuner_layers(model):
         if layer.disable_adapters:
             raise UserError(f"the adapters of the {part} are disabled: call enable_lora() first")
-        held = set(layer.active_adapters) | names
-        if not isinstance(layer, NoraLayer | LoraLayer) and any(_holds(layer, name) for name in held):
+        asked = set(layer.active_adapters) | names
+        if not isinstance(layer, NoraLayer | LoraLayer) and held(layer) & asked:
             raise UserError(
                 f"the {part} has an adapter of the kind {type(layer).__name__}, which cannot be mixed by rows: "
                 "deactivate it with set_adapters, or delete it"
@@ -106,33 +105,29 @@ def _refuse(model: nn.Module, part: str, names: set[str]) -> None:
             raise UserError("a LoRA with a magnitude (DoRA) cannot be mixed by rows: PEFT does not support it")
 
 
-def _holds(layer: BaseTunerLayer, name: str) -> bool:
-    return any(name in getattr(layer, attribute) for attribute in layer.adapter_layer_names)
-
-
 @contextmanager
 def _serve_loras(model: nn.Module, part: str, plan: RowPlan) -> Iterator[None]:
     """Have ordinary LoRAs follow the plan, by PEFT's ``adapter_names``."""
     layers = [layer for layer in tuner_layers(model) if isinstance(layer, LoraLayer)]
-    held = {name for name in plan.names if any(_holds(layer, name) for layer in layers)}
+    mine = {name for name in plan.names if any(name in held(layer) for layer in layers)}
     weights: dict[str, float] = {}
     for spec in plan.specs:
-        mine = [name for name in spec if name in held]
-        if len(mine) > 1:
-            raise UserError(f"{' and '.join(mine)} are ordinary LoRAs of the {part}: a row can have only one of those")
-        for name in mine:
+        here = [name for name in spec if name in mine]
+        if len(here) > 1:
+            raise UserError(f"{' and '.join(here)} are ordinary LoRAs of the {part}: a row can have only one of those")
+        for name in here:
             if weights.setdefault(name, spec[name]) != spec[name]:
                 raise UserError(f"{name!r} is an ordinary LoRA: it must have the same weight in all rows")
 
     def choose(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        chosen = [next((name for name in plan.specs[spec] if name in held), BASE) for spec in plan.batch]
+        chosen = [next((name for name in plan.specs[spec] if name in mine), BASE) for spec in plan.batch]
         return args, kwargs | {"adapter_names": chosen}
 
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(choose, with_kwargs=True).remove)
             stack.callback(_restore, layer, list(layer.active_adapters), dict(layer.scaling))
-            layer._active_adapter = list(held)  # so that a scale given to the pipeline's call reaches them
+            layer._active_adapter = list(mine)  # so that a scale given to the pipeline's call reaches them
             for name, weight in weights.items():
                 layer.set_scale(name, weight)
         yield

@@ -19,6 +19,7 @@ from safetensors.torch import save
 
 from .adapter_file import (
     FILE_NAME,
+    given_name,
     inspect_adapter,
     is_frozen,
     read_tensors,
@@ -124,7 +125,7 @@ def _subjects(file: Path, adapters: Adapters, basis_dir: str | Path | None) -> l
 def _subject(file: Path, name: str, path: str | Path, basis_dir: str | Path | None, known: set[str]) -> Subject:
     """Read one adapter, checked; its basis is written beside the pack once (``known``)."""
     info = inspect_adapter(path)
-    name = name or _name_of(info.path)
+    name = name or given_name(info.path)
     if not re.fullmatch(NAME, name):
         raise UserError(f"{name!r} is no name for a subject: use letters, digits, '_' and '-'")
     if not all(config.frozen_outer for config in info.configs.values()):
@@ -144,11 +145,6 @@ def _subject(file: Path, name: str, path: str | Path, basis_dir: str | Path | No
     return Subject(
         name, info, layout, size, lambda: picture.read_bytes() if picture else b"", lambda: _numbers(info.path)
     )
-
-
-def _name_of(path: str) -> str:
-    address, file = split_address(path), Path(path)
-    return address[1] if address else file.parent.name if file.name == FILE_NAME else file.stem
 
 
 def _share_basis(info: AdapterInfo, bases: Path, basis_dir: str | Path | None, known: set[str]) -> None:
@@ -261,13 +257,9 @@ def _check_together(file: Path, subjects: Sequence[Subject]) -> None:
                 f"{subject.name!r} has another basis than {first.name!r}: one pack holds one basis; "
                 "train both with the same basis settings on the same base, or make two packs"
             )
-        if not _same_base(subject.info.base_fingerprint, first.info.base_fingerprint):
+        ours, theirs = subject.info.fingerprints, first.info.fingerprints
+        if ours.keys() != theirs.keys() or not same_weights(ours, theirs):
             raise UserError(
                 f"{subject.name!r} was made for the base {subject.info.base}, {first.name!r} for {first.info.base}: "
                 "their weights differ, so make two packs"
             )
-
-
-def _same_base(one: dict[str, dict[str, float]], other: dict[str, dict[str, float]]) -> bool:
-    ours, theirs = ({(p, k): v for p, part in side.items() for k, v in part.items()} for side in (one, other))
-    return ours.keys() == theirs.keys() and same_weights(ours, theirs)

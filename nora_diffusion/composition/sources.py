@@ -11,12 +11,12 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..adapter_file import FILE_NAME, AdapterInfo, Tensors, inspect_adapter, is_token, read_tensors
+from ..adapter_file import AdapterInfo, Tensors, given_name, inspect_adapter, is_token, read_tensors
 from ..adapters import AdapterConfig
 from ..adapters.build import delta_of_file
 from ..components import canonical, component, nora_layers, present, same_weights
 from ..errors import UserError
-from ..loaders.active import names_hint
+from ..loaders.active import held, names_hint
 from ..loaders.inject import origin
 from .updates import Update, chain_update, lora_update
 
@@ -58,21 +58,15 @@ def _foreign(module: nn.Module, name: str) -> dict[str, Update]:
     for path, layer in module.named_modules():
         if isinstance(layer, LoraLayer) and name in layer.lora_A:
             found[canonical(path)] = lora_update(layer, name)
-        elif isinstance(layer, BaseTunerLayer) and name in _held(layer):
+        elif isinstance(layer, BaseTunerLayer) and name in held(layer):
             raise UserError(f"{name!r} has a {type(layer).__name__} at {path}: only plain LoRA layers can be mixed")
     return found
-
-
-def _held(layer: BaseTunerLayer) -> set[str]:
-    tables = (getattr(layer, table, None) for table in layer.adapter_layer_names)
-    return {name for table in tables if isinstance(table, nn.ModuleDict | nn.ParameterDict) for name in table}
 
 
 def file_source(path: str | Path, basis_dir: str | Path | None = None) -> Source:
     """An adapter file, without its base. Raises :class:`UserError` where it is damaged or has no ``dW`` to mix."""
     info = inspect_adapter(path)
-    name = Path(info.path).parent.name if Path(info.path).name == FILE_NAME else Path(info.path).stem
-    source = Source(name, {}, info.configs, info)
+    source = Source(given_name(info.path), {}, info.configs, info)
     factors: dict[Key, Tensors] = {}
     for key, value in read_tensors(info, basis_dir).items():
         if is_token(key):
@@ -101,7 +95,7 @@ def check_same_base(sources: Sequence[Source]) -> None:
     """Refuse adapters whose files name different weights, by the fingerprints of the projections both adapt."""
     infos = [source.info for source in sources if source.info is not None]
     for other in infos[1:]:
-        mine, theirs = _fingerprints(infos[0]), _fingerprints(other)
+        mine, theirs = infos[0].fingerprints, other.fingerprints
         common = mine.keys() & theirs.keys()
         same = same_weights(mine, {key: theirs[key] for key in common}) if common else infos[0].base == other.base
         if not same:
@@ -109,7 +103,3 @@ def check_same_base(sources: Sequence[Source]) -> None:
                 f"{infos[0].path} was made for the base {infos[0].base} and {other.path} for {other.base}: "
                 "adapters of different bases cannot be mixed"
             )
-
-
-def _fingerprints(info: AdapterInfo) -> dict[str, float]:
-    return {f"{part}.{path}": v for part, prints in info.base_fingerprint.items() for path, v in prints.items()}

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..adapter_file import FILE_NAME, AdapterInfo, inspect_adapter
+from ..adapter_file import AdapterInfo, given_name, inspect_adapter
 from ..base import open_pipeline
 from ..components import denoiser_name, fingerprint, projections
 from ..errors import UserError
@@ -160,7 +160,7 @@ class Grid:
             info = self.adapters[path]
             place = Path(info.path).name if self.config.private else info.path
             adapters = [
-                {"name": _name(info), "weight": cell.weight,
+                {"name": given_name(info.path), "weight": cell.weight,
                  "sha256": info.sha256, "path": place, "trigger": info.trigger}
             ]  # fmt: skip
         settings = picture_settings(
@@ -173,7 +173,7 @@ class Grid:
         cells = [
             MadeCell(place, self.files[place], asdict(read_settings(self.files[place]))) for place, _ in self.places
         ]
-        images = [_open(cell.file) for cell in cells]
+        images = [open_cell(cell.file) for cell in cells]
         if judge is not None:
             triggers = [info.trigger for info in self.adapters.values()]
             for cell, image in zip(cells, images, strict=True):
@@ -253,12 +253,8 @@ def score(
     return scores
 
 
-def _name(info: AdapterInfo) -> str:
-    file = Path(info.path)
-    return file.parent.name if file.name == FILE_NAME else file.stem
-
-
-def _open(file: Path) -> Image.Image:
+def open_cell(file: Path) -> Image.Image:
+    """The picture of a cell."""
     with Image.open(file) as image:
         return image.convert("RGB")
 

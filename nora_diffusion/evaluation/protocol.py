@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from PIL import Image
-
 from ..adapter_file import AdapterInfo, inspect_adapter
 from ..base import base_id, is_embedded, open_pipeline
 from ..captions import fill
@@ -21,7 +19,7 @@ from ..generation import default_guidance, parse_adapter
 from ..judges import Judge, image_features, load_judge, load_vision, text_features
 from ..metrics import agreement, diversity, likeness
 from .axes import NONE, Cell, axis
-from .grid import Grid, GridConfig
+from .grid import Grid, GridConfig, open_cell
 from .scoreboard import BASE, Scoreboard, Scored
 from .subjects import Subject, read_subject
 
@@ -163,7 +161,7 @@ class Scorer:
         rows = []
         for number, template in enumerate(self.subject.templates):
             files = [file for (_, y, _), file in grid.files.items() if y == number]
-            images = [_open(file) for file in files]
+            images = [open_cell(file) for file in files]
             features = {name: image_features(look, images) for name, look in self.looks.items()}
             scores = {name: statistics.fmean(likeness(features[name], self.references[name])) for name in self.looks}
             scores["clip_t"] = statistics.fmean(agreement(features["clip_i"], self.plain[number : number + 1]))
@@ -171,8 +169,3 @@ class Scorer:
                 scores["diversity"] = diversity(features["dino" if self.vision else "clip_i"])
             rows.append(Scored(label, self.subject.name, fill(template, self.subject.phrase), files, scores))
         return rows
-
-
-def _open(file: Path) -> Image.Image:
-    with Image.open(file) as image:
-        return image.convert("RGB")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter_file import FILE_NAME, AdapterInfo, Tensors, inspect_adapter, read_tensors, split_address
+from ..adapter_file import FILE_NAME, AdapterInfo, Tensors, given_name, inspect_adapter, read_tensors, split_address
 from ..adapters import AdapterConfig
 from ..adapters.build import build_delta, flat_weight
 from ..adapters.config import Start
@@ -78,7 +78,7 @@ def load_adapter(
     that does not fit the one it shall replace.
     """
     info = inspect_adapter(_local(path_or_id))
-    name = adapter_name or _name_from(Path(info.path))
+    name = adapter_name or re.sub(r"[^A-Za-z0-9_-]+", "_", given_name(info.path)) or "adapter"
     check_weight(name, weight)
     if info.kind != "nora":
         from ..foreign_loading import load_foreign
@@ -146,12 +146,6 @@ def _local(path_or_id: str | Path) -> Path:
         return Path(hf_hub_download(str(path_or_id), FILE_NAME))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"{path_or_id!r} is no local path, and the hub cannot be asked for it: {error}") from error
-
-
-def _name_from(file: Path) -> str:
-    address = split_address(file)
-    stem = address[1] if address else file.parent.name if file.name == FILE_NAME else file.stem
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem) or "adapter"
 
 
 def _check_fit(

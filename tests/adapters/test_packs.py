@@ -18,6 +18,7 @@ from nora_diffusion import (
     delete_adapter,
     inspect_adapter,
     load_adapter,
+    mix_files,
     open_pipeline,
     save_adapter,
 )
@@ -29,6 +30,7 @@ from nora_diffusion.loaders import list_adapters, trainable_parameters
 from nora_diffusion.pack_writing import _write, add_to_pack, create_pack, extract_from_pack, remove_from_pack
 from nora_diffusion.packs import Layout, Pack, Subject, cut, list_pack
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* overlap by")  # random numbers in one basis do
 PNG = b"\x89PNG\r\n\x1a\n" + b"picture"
 # Name -> inner rank, trigger.
 SUBJECTS = {"dog": (2, "sks"), "cat": (2, "zwx"), "hat": (3, "")}
@@ -58,6 +60,12 @@ def shelf(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def pack(shelf: Path, tmp_path: Path) -> Path:
     return create_pack(tmp_path / "pets.nora_pack.safetensors", [shelf / name for name in SUBJECTS])
+
+
+def test_subjects_go_by_their_own_names(pack: Path, tmp_path: Path) -> None:
+    report = mix_files([(f"{pack}#dog", 0.8), (f"{pack}#hat", 0.5)], tmp_path / "both", basis_dir=pack.parent / "bases")
+    assert [part["name"] for part in report.info.extra["mix"]["parts"]] == ["dog", "hat"]
+    assert list(report.overlaps) == [("dog", "hat")]
 
 
 def test_round_trip_is_exact_to_the_bit(shelf: Path, pack: Path, tmp_path: Path) -> None:
