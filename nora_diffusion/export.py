@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import save
-from torch import Tensor
 
 from .adapter_file import DTYPES, AdapterInfo, Tensors, inspect_adapter, read_tensors
 from .adapters import AdapterConfig
 from .adapters.build import delta_of_file
 from .adapters.deltas import ChainDelta
 from .adapters.rank_mask import check_rank
-from .components import canonical
 from .errors import UserError
-from .files import write_atomic
+from .export_formats import WRITERS, Format, PlainPair, file_target, write_tensors
 from .gates import MeanGates, mean_gates_of_file
 from .loaders.tokens import words_in
 
-Format = Literal["diffusers", "kohya", "peft"]
 Gate = Literal["mean"]
 
 
@@ -49,50 +42,6 @@ class ExportReport:
     note: str = ""
     gates: MeanGates | None = None
     embeddings: tuple[Path, ...] = ()
-
-
-@dataclass
-class PlainPair:
-    """One projection's LoRA: ``dW = B A`` with the scale folded into ``B``; a conv's kernel; DoRA's ``m``."""
-
-    component: str
-    path: str
-    down: Tensor
-    up: Tensor
-    kernel: list[int] | None
-    magnitude: Tensor | None = None
-
-    def shaped(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The factors as files hold them: 2-D for linear layers, 4-D for convolutions."""
-        down, up = self.down.to(dtype), self.up.to(dtype)
-        if self.kernel is None:
-            return down.contiguous(), up.contiguous()
-        return down.view(-1, *self.kernel).contiguous(), up[:, :, None, None].contiguous()
-
-    def peft_tensors(self, key: str, dtype: torch.dtype) -> Tensors:
-        """Under PEFT's names: ``lora_A``, ``lora_B`` and, ``[d_out]`` or ``[1, d_out, 1, 1]``, the magnitude."""
-        down, up = self.shaped(dtype)
-        tensors = {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
-        if self.magnitude is not None:
-            m = self.magnitude.to(dtype)
-            tensors[f"{key}.lora_magnitude_vector.weight"] = m if self.kernel is None else m.view(1, -1, 1, 1)
-        return tensors
-
-    def kohya_tensors(self, key: str, dtype: torch.dtype) -> Tensors:
-        """Under kohya's names: ``lora_down``, ``lora_up``, ``alpha`` and, ``[d_out, 1(, 1, 1)]``, ``dora_scale``."""
-        down, up = self.shaped(dtype)
-        tensors = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
-        # The scale is folded into B, so alpha equals the rank and every reader multiplies by 1.
-        tensors[f"{key}.alpha"] = torch.tensor(float(down.shape[0]), dtype=dtype)
-        if self.magnitude is not None:
-            tensors[f"{key}.dora_scale"] = self.magnitude.to(dtype).view(-1, *(1 for _ in down.shape[1:]))
-        return tensors
-
-    def error(self, dtype: torch.dtype) -> tuple[float, float]:
-        """``(max |dW_file - dW|, max |dW|)`` in fp64."""
-        exact = self.up @ self.down
-        stored = self.up.to(dtype).double() @ self.down.to(dtype).double()
-        return float((stored - exact).abs().max()), float(exact.abs().max())
 
 
 def export_lora(
@@ -175,7 +124,7 @@ EMBEDDING_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 def _embedding_files(dst: Path, info: AdapterInfo) -> dict[str, Path]:
     """The file of each new token. Raises :class:`UserError` where other tools have no name for one."""
-    place = _file_target(dst)
+    place = file_target(dst)
     names = {word: re.sub(r"\W+", "_", word).strip("_") or "token" for word in info.tokens}
     if len(set(names.values())) < len(names):
         raise UserError(
@@ -191,7 +140,7 @@ def _write_embeddings(files: dict[str, Path], info: AdapterInfo, tensors: Tensor
     for word, own in words_in(info.tokens, tensors).items():
         names = EMBEDDING_KEYS if len(own) > 1 else dict.fromkeys(own, "emb_params")
         vectors = {names[part]: value.to(dtype).contiguous() for part, value in own.items()}
-        _write(files[word], vectors, replace(info, trigger=word))
+        write_tensors(files[word], vectors, replace(info, trigger=word))
 
 
 def _note_on(embeddings: dict[str, Path]) -> str:
@@ -234,95 +183,3 @@ def _plain_pair(
     down, up = (factor.detach() for factor in pair)
     magnitude = delta.m.detach() if isinstance(delta, ChainDelta) and delta.m is not None else None
     return PlainPair(component, path, down, up * config.scale_for(path), info.conv_shapes.get(full), magnitude)
-
-
-def _long_path(pair: PlainPair) -> str:
-    """The path that other tools expect: CLIP text encoders always with ``text_model.``, T5 without."""
-    path = canonical(pair.path)
-    return f"text_model.{path}" if _is_clip(pair) else path
-
-
-def _is_clip(pair: PlainPair) -> bool:
-    return pair.component.startswith("text_encoder") and canonical(pair.path).startswith("encoder.layers.")
-
-
-def _peft_path(pair: PlainPair) -> str:
-    """The path in the model itself: PEFT reads no other, and transformers has moved CLIP's layers about."""
-    return _clip_prefix(pair.component) + canonical(pair.path) if _is_clip(pair) else canonical(pair.path)
-
-
-@functools.cache
-def _clip_prefix(component: str) -> str:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    with torch.device("meta"):
-        kind = CLIPTextModelWithProjection if component == "text_encoder_2" else CLIPTextModel
-        layers = [name for name, _ in kind(CLIPTextConfig(num_hidden_layers=1)).named_parameters()]
-    return "text_model." if any(name.startswith("text_model.encoder.") for name in layers) else ""
-
-
-def _file_target(dst: Path) -> Path:
-    return dst if dst.suffix == ".safetensors" else dst / "lora.safetensors"
-
-
-def _write_diffusers(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype) -> tuple[Path, int, int]:
-    tensors: Tensors = {}
-    for pair in pairs:
-        tensors |= pair.peft_tensors(f"{pair.component}.{_long_path(pair)}", dtype)
-    return _write(_file_target(dst), tensors, info)
-
-
-def _is_one_of_two(info: AdapterInfo, pairs: list[PlainPair]) -> bool:
-    """Whether the base has a second text encoder (SDXL): adapted as well, or read by the UNet beside the first."""
-    widths = {pair.component: pair.down.shape[1] for pair in pairs if pair.path.endswith(("attn2.to_k", "q_proj"))}
-    return "text_encoder_2" in info.components or widths.get("unet", 0) > widths.get("text_encoder", math.inf)
-
-
-def _write_kohya(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype) -> tuple[Path, int, int]:
-    prefixes = {"unet": "lora_unet", "text_encoder_2": "lora_te2"}
-    prefixes["text_encoder"] = "lora_te1" if _is_one_of_two(info, pairs) else "lora_te"
-    tensors: Tensors = {}
-    for pair in pairs:
-        if pair.component not in prefixes:
-            raise UserError(f"kohya files have no name for {pair.component}: export to diffusers instead")
-        tensors |= pair.kohya_tensors(f"{prefixes[pair.component]}_{_long_path(pair).replace('.', '_')}", dtype)
-    return _write(_file_target(dst), tensors, info)
-
-
-def _write_peft(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype) -> tuple[Path, int, int]:
-    from peft import LoraConfig
-
-    size = keys = 0
-    for component in info.components:
-        mine = [pair for pair in pairs if pair.component == component]
-        tensors: Tensors = {}
-        for pair in mine:
-            tensors |= pair.peft_tensors(f"base_model.model.{_peft_path(pair)}", dtype)
-        ranks = {_peft_path(pair): int(pair.down.shape[0]) for pair in mine}
-        r = max(ranks.values())
-        odd = {path: rank for path, rank in ranks.items() if rank != r}
-        config = LoraConfig(
-            r=r, lora_alpha=r, target_modules=sorted(ranks), rank_pattern=odd, alpha_pattern=dict(odd),
-            use_dora=any(pair.magnitude is not None for pair in mine),
-        )  # fmt: skip
-        values = config.to_dict() | {"target_modules": sorted(ranks), "inference_mode": True}
-        write_atomic(dst / component / "adapter_config.json", json.dumps(values, indent=2, default=str))
-        _, written, count = _write(dst / component / "adapter_model.safetensors", tensors, info)
-        size, keys = size + written, keys + count
-    return dst, size, keys
-
-
-def _write(path: Path, tensors: Tensors, info: AdapterInfo) -> tuple[Path, int, int]:
-    notes = {"trigger": info.trigger, "base": info.base, "source_sha256": info.sha256, "made_by": "nora_diffusion"}
-    metadata = {"format": "pt", **{k: v for k, v in notes.items() if v}}
-    if info.trigger:
-        metadata["modelspec.trigger_phrase"] = info.trigger
-    write_atomic(path, save(tensors, metadata))
-    return path, path.stat().st_size, len(tensors)
-
-
-WRITERS: dict[str, Callable[[Path, AdapterInfo, list[PlainPair], torch.dtype], tuple[Path, int, int]]] = {
-    "diffusers": _write_diffusers,
-    "kohya": _write_kohya,
-    "peft": _write_peft,
-}

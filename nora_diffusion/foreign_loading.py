@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .adapter_info import AdapterInfo
 from .components import component, present, refuse_merged, tuner_layers
-from .errors import UserError
+from .errors import UserError, first_line
 from .foreign import Module, family_of, token_of
 from .foreign_names import Place
 from .foreign_updates import Scales, fitting, peft_config
@@ -76,8 +76,7 @@ def _as_before(pipe: Any, path: str, before: dict[str, list[str]]) -> Iterator[N
             set_active(module, before[part])
         if isinstance(error, UserError) or not isinstance(error, Exception):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is refused by the library that loads such files: {reason}") from error
+        raise UserError(f"{path} is refused by the library that loads such files: {first_line(error)}") from error
 
 
 def _unwrap(module: nn.Module, known: set[int]) -> None:

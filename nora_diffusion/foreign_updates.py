@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .components import component, present, projections
-from .errors import UserError
+from .errors import UserError, first_line
 from .foreign import Module, read_modules
 from .foreign_names import Place, places
 from .tensor_file import TensorFile, Tensors, all_finite
@@ -83,7 +83,7 @@ def dense_update(factors: Tensors) -> Tensor:
         w2 = f["lokr_w2"] if "lokr_w2" in f else _product(f, "lokr_w2", "lokr_t2")
         return torch.kron(w1 if w2.dim() == 2 else w1[:, :, None, None], w2)
     except RuntimeError as error:
-        raise UserError(f"its factors do not fit together ({str(error).splitlines()[0]})") from None
+        raise UserError(f"its factors do not fit together ({first_line(error)})") from None
 
 
 def _product(f: Tensors, name: str, core: str) -> Tensor:

@@ -30,7 +30,7 @@ BANDS = (
         "bridge",
         {
             "adapter_file", "adapter_info", "attention", "base", "basis_cache", "batches", "calibration", "captions",
-            "components", "composition", "conditions", "data", "export", "foreign", "foreign_loading",
+            "components", "composition", "conditions", "data", "export", "export_formats", "foreign", "foreign_loading",
             "foreign_names", "foreign_updates", "gates", "generation", "importing", "judges", "loaders", "methods",
             "metrics", "model_card", "pack_writing", "packs", "pictures", "plots", "tensor_cache", "tensor_file",
             "untrusted", "webpage",

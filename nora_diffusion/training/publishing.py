@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import cast
 
 from ..errors import UserError
-from ..export import Format, export_lora
+from ..export import export_lora
+from ..export_formats import Format
 from ..files import sha256
 from .rundir import RunFolder
 from .setup import Run

@@ -28,6 +28,7 @@ from nora_diffusion import (
 )
 from nora_diffusion.adapter_file import FILE_NAME
 from nora_diffusion.adapters import lora, lora_xs, mor, nora
+from nora_diffusion.export_formats import PlainPair
 from nora_diffusion.loaders import list_adapters, trainable_parameters
 
 PARTS = ("unet", "text_encoder")
@@ -256,6 +257,22 @@ def test_save_leaves_the_old_file_when_it_cannot_write(pipe: Any, saved: Path, m
     assert not [f for f in saved.iterdir() if f.name.startswith(".")]
 
 
+def test_files_are_as_readable_as_the_process_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without touching the mask, which all threads share."""
+    import os
+
+    from nora_diffusion.files import write_atomic
+
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "umask", lambda mask: pytest.fail("another thread could write with this mask"))
+            file = write_atomic(tmp_path / "x" / "y.txt", "text")
+        assert file.stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
 def test_unknown_info_is_refused(pipe: Any, tmp_path: Path) -> None:
     trained(pipe, lora(r=2))
     with pytest.raises(UserError, match="triger"):
@@ -312,6 +329,13 @@ def test_export_to_peft_loads_in_peft(pipe: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(model(x, 3, states).sample, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_alpha_is_the_rank_in_every_precision() -> None:
+    """bf16 has no 257: a reader would scale by 256 / 257 (MoRA and MELoRA have such ranks)."""
+    pair = PlainPair("unet", "to_q", torch.randn(257, 300).double(), torch.randn(300, 257).double(), None)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert pair.kohya_tensors("x", dtype)["x.alpha"].item() == 257
+
+
 def test_half_precision_export_reports_its_error(pipe: Any, tmp_path: Path) -> None:
     trained(pipe, METHODS["nora"])
     save_adapter(pipe, tmp_path / "dog", "one")
@@ -360,6 +384,7 @@ def test_export_works_where_this_package_is_not_imported(
 BASE_FAULTS = {
     "absent": ("does not exist", lambda p: shutil.rmtree(p)),
     "index": ("model_index.json is missing", lambda p: (p / "model_index.json").unlink()),
+    "list": ("no table of a pipeline's parts", lambda p: (p / "model_index.json").write_text("[]")),
     "part": ("unet/ is missing", lambda p: shutil.rmtree(p / "unet")),
     "config": ("vae/config.json is missing", lambda p: (p / "vae" / "config.json").unlink()),
     "weights": ("no safetensors weights in unet/", lambda p: next((p / "unet").glob("*.safetensors")).unlink()),
