@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,13 @@ def test_imports_point_downwards(path: Path) -> None:
         # The config names the registered type and the registration names the config: one knot, within one band.
         same_band_is_fine = LEVELS[here] < LEVELS["training"]
         assert LEVELS[target] < LEVELS[here] or (same_band_is_fine and LEVELS[target] == LEVELS[here])
+
+
+def test_the_architecture_names_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+\.py)`", text[text.index("## The modules") : text.index("## The adapter file")]))
+    modules = {path.relative_to(PACKAGE).as_posix() for path in FILES if not path.name.startswith("__")}
+    assert named == modules, f"docs/architecture.md: name {modules - named}, take out {named - modules}"
 
 
 def test_the_maths_needs_torch_only() -> None:
