@@ -28,7 +28,7 @@ from ..components import (
     targets,
 )
 from ..conditions import condition_width
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .active import active_adapters, check_weight, keeping_trained, set_active
 from .hotswap import swap
 from .inject import all_or_nothing, check_new_name, file_key, inject, remember, tie
@@ -77,7 +77,7 @@ def load_adapter(
     Raises :class:`UserError` for a damaged file, another base (both are named), a name that is taken, or an adapter
     that does not fit the one it shall replace.
     """
-    info = inspect_adapter(_local(path_or_id))
+    info = inspect_adapter(located(path_or_id))
     name = adapter_name or re.sub(r"[^A-Za-z0-9_-]+", "_", given_name(info.path)) or "adapter"
     check_weight(name, weight)
     if info.kind != "nora":
@@ -130,7 +130,8 @@ def place(pipe: Any, name: str, info: AdapterInfo, tensors: Tensors, activate: b
         add_tokens(pipe, name, words_in(info.tokens, tensors))
 
 
-def _local(path_or_id: str | Path) -> Path:
+def located(path_or_id: str | Path) -> Path:
+    """Where an adapter lies; one with a hub id is fetched first. Raises :class:`UserError` where it cannot be."""
     path = Path(path_or_id)
     try:
         path = path.expanduser()
@@ -140,12 +141,13 @@ def _local(path_or_id: str | Path) -> Path:
     if known or split_address(path) or str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/")):
         return path
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(str(path_or_id), FILE_NAME))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{path_or_id!r} is no local path, and the hub cannot be asked for it: {error}") from error
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = first_line(error)
+        raise UserError(f"{path_or_id!r} is no local path, and the hub cannot be asked for it: {reason}") from error
 
 
 def _check_fit(
@@ -155,10 +157,7 @@ def _check_fit(
     tensors: Tensors,
     pipe: Any,
 ) -> None:
-    wrong_base = UserError(
-        f"{info.path} was made for the base {info.base or 'unknown'}, which is not this pipeline's {base_id(pipe)}: "
-        "load it into its own base"
-    )
+    wrong_base = _wrong_base(info, base_id(pipe))
     expected: dict[str, tuple[int, ...]] = {}
     for part, module in modules.items():
         config = copy.deepcopy(configs[part])
@@ -185,6 +184,18 @@ def _check_fit(
             f"{info.path} does not fit its own description at {key}: found {found.get(key, 'nothing')}, "
             f"expected {expected.get(key, 'nothing')}; copy it again"
         )
+
+
+def _wrong_base(info: AdapterInfo, here: str) -> UserError:
+    if info.base == here:
+        return UserError(
+            f"{info.path} was made for the base {here} with other weights than these: load it before they are cast to "
+            "8 bits or otherwise changed"
+        )
+    return UserError(
+        f"{info.path} was made for the base {info.base or 'unknown'}, which is not this pipeline's {here}: load it into "
+        "its own base"
+    )
 
 
 def _token_keys(info: AdapterInfo) -> dict[str, list[str]]:

@@ -104,6 +104,15 @@ def test_layerwise_casting_rounds_the_base_and_nothing_else(pipe: Any, add: Call
         assert torch.equal(pipe.unet(x, t, states).sample, twin(x, t, states).sample)
 
 
+def test_weights_that_were_cast_before_are_said_to_be(pipe: Any, tmp_path: Path) -> None:
+    add_adapter(pipe, lora(r=2), "dog")
+    save_adapter(pipe, tmp_path, "dog")
+    delete_adapter(pipe, "dog")
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(UserError, match="before they are cast to 8 bits"):
+        load_adapter(pipe, tmp_path, "dog")
+
+
 def sequentially(pipe: Any, _: Path) -> None:
     """``enable_sequential_cpu_offload``, which wants a GPU, as it does its work."""
     from accelerate import cpu_offload
