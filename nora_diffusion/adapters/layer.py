@@ -233,6 +233,8 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         if not scalings and not rescaling:
             return
         weight = cast(Tensor, self.base_layer.weight)
+        if weight.is_meta:
+            raise UserError("the weights are offloaded layer by layer: call pipe.remove_all_hooks() before fusing")
         before = self._merged
         if before is None and rescaling and self._mark not in (None, bit_sum(weight)):
             raise UserError(
