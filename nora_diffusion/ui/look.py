@@ -60,6 +60,7 @@ CSS = """
   color: var(--body-text-color-subdued); }
 #train-prepared .grid-wrap, #train-samples .grid-wrap { min-height: 0; }
 #train-prepared .grid-wrap { max-height: 340px; overflow-y: auto; }
+#train-prepared .grid-container { grid-template-columns: repeat(5, minmax(0, 1fr)) !important; }
 .plots { display: grid; gap: .75rem; }
 .plots + .plots { margin-top: 1.5rem; }
 .plot { margin: 0; }

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """How events are wired that only the page itself may call."""
 QUIET: dict[str, Any] = {**HIDDEN, "queue": False}
-"""The same for what answers at once and must not wait in a queue."""
+"""The same for what answers at once and must not wait in a queue. Not for what may refuse: Gradio would not say so."""
 LAST: dict[str, Any] = {"trigger_mode": "always_last"}
 """For what several events set off: it answers them one after the other, the last one always. As handlers of their own
 a late answer to an early event would be written over that to a later one; by itself Gradio drops the later event."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from ...errors import UserError
 from ...evaluation.spectra import TOP, LayerSpectrum, gate_summaries, iter_spectra
 from ...gates import GateSummary
 from ...plots import bar_chart, line_chart
@@ -16,7 +17,7 @@ from ..entries import Entry
 from ..page import LAST, QUIET, Page, handler, who
 from ..runs import Progress, Run
 from ..state import App
-from .rack import names
+from .rack import NONE_YET, names
 
 TITLE = "Inspect"
 HINT = '<p class="status">Choose an adapter to see what it changes.</p>'
@@ -54,15 +55,17 @@ def build(page: Page) -> None:
 def _choices(page: Page, chosen: str | None) -> Any:
     found = names(page)
     if chosen in found:  # said again, it would be written over another choice that is made meanwhile
-        return gr.update(choices=found)
-    return gr.update(choices=found, value=found[0] if found else None)
+        return gr.update(choices=found, info=None)
+    return gr.update(choices=found, value=found[0] if found else None, info=None if found else NONE_YET)
 
 
 def inspector(app: App) -> Any:
     """The handler of the button; a generator, so that a closed page ends the work."""
 
     def inspect(name: str | None, intruders: bool, request: gr.Request) -> Iterator[Any]:
-        entry = app.library.entry(name or "")
+        if not name:
+            raise UserError("there is nothing to inspect: choose an adapter")
+        entry = app.library.entry(name)
         app.library.hash_all([entry])
         found: list[LayerSpectrum] = []
         gates: dict[str, GateSummary] = {}

@@ -62,7 +62,7 @@ def _recipe(page: Page) -> None:
         seed = gr.Number(0, label="Seed", info="Of what DARE drops", precision=0, minimum=0, min_width=120)
     go = gr.Button("Mix and save in the library", variant="primary", elem_id="mix", interactive=app.config.may_change)
     report = gr.HTML("", elem_id="mix-report")
-    take.click(handler(tags_only), page.prompt, recipe, queue=False, **HIDDEN)
+    take.click(handler(tags_only), page.prompt, recipe, **HIDDEN)
     go.click(
         handler(mixer(app)), [recipe, mode, name, rank, density, seed, page.library_changed],
         [report, page.library_changed], api_name="mix", api_visibility="private",

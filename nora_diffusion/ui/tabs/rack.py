@@ -12,7 +12,7 @@ import gradio as gr
 from ...composition.angles import WARN_ABOVE
 from ...composition.tags import Tag, parse_tags, write_tags
 from ...errors import UserError
-from ..page import LAST, QUIET, Page, handler
+from ..page import HIDDEN, LAST, QUIET, Page, handler
 from ..state import App
 from ..weights import BLOCKS
 
@@ -53,11 +53,11 @@ def build_rack(page: Page, prompt: gr.Textbox, elem_id: str) -> gr.State:
     prompt.change(handler(overlap_teller(page.app)), [prompt, seen], [alike, seen], **LAST, **QUIET)
     refresh = handler(lambda: offer(names(page)))
     gr.on([page.blocks.load, page.tab.select, page.library_changed.change], refresh, None, choose, **LAST, **QUIET)
-    choose.input(handler(add), [prompt, choose], [prompt, choose], **QUIET)
+    choose.input(handler(add), [prompt, choose], [prompt, choose], **HIDDEN)
     for slot in slots:
         slot.unet.release(handler(weigh), [prompt, slot.name, slot.unet], prompt, **LAST, **QUIET)
         slot.te.release(handler(weigh_text), [prompt, slot.name, slot.te], prompt, **LAST, **QUIET)
-        slot.remove.click(handler(remove), [prompt, slot.name, factors], [prompt, factors], **QUIET)
+        slot.remove.click(handler(remove), [prompt, slot.name, factors], [prompt, factors], **HIDDEN)
         gr.on(
             [b.release for b in slot.blocks], handler(factor), [factors, slot.name, *slot.blocks], factors,
             **LAST, **QUIET,

@@ -49,7 +49,7 @@ def build(page: Page, settings: Settings, blocks: gr.State) -> None:
         return [*values, restored["blocks"], None, "Applied.", gr.update(visible=False)]
 
     seen = [found, changes, choice]
-    drop.upload(handler(look), [drop, *fields.values()], seen, api_name="look", **QUIET)
+    drop.upload(handler(look), [drop, *fields.values()], seen, api_name="look", **HIDDEN)
     drop.clear(handler(lambda: [None, "", gr.update(visible=False)]), None, seen, **QUIET)
     # In the queue: what is answered past it tells nobody that a state has changed, and the rack listens to `blocks`.
     apply.click(handler(take), found, [*fields.values(), blocks, drop, changes, choice], **HIDDEN)

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from ..job import Job
-from ..page import LAST, QUIET, Page, handler
+from ..page import HIDDEN, LAST, QUIET, Page, handler
 from ..sample_scores import SampleScores, step_of
 from ..state import App
 from . import train_view as view
@@ -52,10 +52,10 @@ def watch(page: Page, runs: SimpleNamespace, started: Any) -> None:
     acts = {"stop": app.jobs.stop, "resume": app.jobs.resume, "remove": app.jobs.remove}
     for name, act in acts.items():
         acted = getattr(runs, name).click(
-            handler(actor(app, act)), runs.chosen, None, api_name=f"train_{name}", **QUIET
+            handler(actor(app, act)), runs.chosen, None, api_name=f"train_{name}", **HIDDEN
         )
         acted.success(refresh, state, seen, **QUIET)
-    runs.use.click(handler(user(app)), [page.prompt, runs.chosen], [page.prompt, page.tabs], **QUIET)
+    runs.use.click(handler(user(app)), [page.prompt, runs.chosen], [page.prompt, page.tabs], **HIDDEN)
     gr.on(
         [page.blocks.load, page.tab.select, runs.timer.tick, runs.chosen.input], refresh, state, seen, **LAST, **QUIET
     )
