@@ -33,9 +33,23 @@ def open_pipeline(
 
     ``None`` or ``"tiny_sd"`` is the embedded base. Raises :class:`UserError` that names what is missing.
     """
+    if device is not None:
+        check_device(device)
     pipe = _from_pretrained(check_base(path_or_id), dtype, revision, variant)
     pipe.set_progress_bar_config(disable=True)
     return pipe if device is None else pipe.to(device)
+
+
+def check_device(device: Any) -> None:
+    """Raises :class:`UserError` for a device that torch does not know or does not have here."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(
+            f"the device {str(device)!r} will not do here: {first_line(error)}; choose cpu, or leave --device out"
+        ) from error
 
 
 def check_base(path_or_id: str | Path | None) -> str | Path:
@@ -69,9 +83,10 @@ def _from_pretrained(source: str | Path, dtype: Any, revision: str | None, varia
     except (OSError, ValueError, SafetensorError) as error:
         for file in sorted(source.glob("*/*.safetensors")) if isinstance(source, Path) else ():
             check_whole(file)
+        reason = first_line(error).split(" (")[0].rstrip(".")  # the hub explains at length in brackets
         raise UserError(
-            f"cannot load the pipeline {str(source)!r}: {first_line(error)} Give a diffusers folder with "
-            "safetensors weights or a hub id that this machine can reach."
+            f"cannot load the pipeline {str(source)!r}: {reason}; give a diffusers folder with safetensors weights or "
+            "a hub id that this machine can reach"
         ) from error
 
 

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .adapter_file import inspect_adapter
 from .base import base_id, is_embedded, open_pipeline
 from .composition.library import Known, adapters_in, given, resolve
 from .composition.tags import Tag, parse_tags, parse_weight
 from .errors import UserError
 from .files import user_errors
 from .loaders import LoadedAdapter, list_adapters, load_adapter, set_adapters
+from .loaders.load import located
 from .pictures import PictureSettings, save_picture
 from .versions import versions
 
@@ -82,6 +84,8 @@ def generate(config: GenerateConfig) -> list[Path]:
     wanted = [_read_prompt(prompt, known, shelf) for prompt in config.prompts]
     out = Path(config.out).expanduser()
     _check_writable(out)
+    for adapter in dict.fromkeys(adapter for _, live in wanted for adapter in live):
+        inspect_adapter(located(adapter.path))  # refuse before a model is loaded
     pipe = open_pipeline(config.base, device=config.device)
     loaded = _load_all(pipe, [adapter for _, live in wanted for adapter in live])
     guidance = default_guidance(config.base) if config.guidance is None else config.guidance

@@ -6,7 +6,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import UserError
@@ -29,8 +29,20 @@ COMMANDS = {
 }
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default that its flag's help does not put into words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unsaid = action.default in (None, "", []) or isinstance(action.default, bool)
+        return action.help if unsaid or "default" in (action.help or "") else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Raises :class:`UserError` instead of exiting, and suggests the flag that was meant."""
+
+    def __init__(self, **settings: Any) -> None:
+        # Half a flag's name is a typo here, as it is for `train`.
+        super().__init__(**{"formatter_class": Help, "allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -41,7 +53,11 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [flag for action in self._flags(values) for flag in action.option_strings]
             near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"
+            hint = (
+                f"; did you mean {near[0]}?"
+                if near
+                else f"; see {' '.join(filter(None, (self.prog, values.command)))} --help"
+            )
             raise UserError(f"unknown argument {unknown[0]!r}{hint}")
         return values
 
@@ -50,6 +66,14 @@ class Parser(argparse.ArgumentParser):
             if isinstance(action, argparse._SubParsersAction) and getattr(values, "command", None):
                 return list(action.choices[values.command]._actions)
         return self._actions
+
+
+def check_command(words: Sequence[str]) -> None:
+    """Raises :class:`UserError` for a command that there is not."""
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        near = difflib.get_close_matches(words[0], [*COMMANDS, "train"], 1)
+        hint = f"did you mean {near[0]}?" if near else "nora-diffusion --help lists those there are"
+        raise UserError(f"there is no command {words[0]!r}: {hint}")
 
 
 def build_parser() -> Parser:
@@ -74,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(words[1:], "nora-diffusion train")
     hush()
     try:
+        check_command(words)
         parser = build_parser()
         values = parser.parse(words)
         if values.command is None:

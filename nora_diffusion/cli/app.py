@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--listen", default=first.listen, metavar="ADDRESS", help=f"default {first.listen}, this machine only"
     )
-    parser.add_argument("--library", default=first.library, metavar="DIR", help="folder of adapters and pictures")
+    parser.add_argument(
+        "--library", default=first.library, metavar="DIR", help="folder of adapters, pictures and trainings"
+    )
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for a password; needed with --listen")
     parser.add_argument(
         "--allow-changes", action="store_true", help="with --listen: let users train, upload and delete"

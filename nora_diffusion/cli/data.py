@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="outputs/data", help="folder of the report")
     parser.add_argument("--resolution", type=int, default=512, help="side of the training pictures in pixels")
     parser.add_argument("--aspect_buckets", action="store_true", help="crop to the nearest of several shapes")
-    parser.add_argument("--crop", choices=("random", "center", "subject"), default="random")
+    parser.add_argument("--crop", choices=("random", "center", "subject"), default="random",
+                        help="where a photo of another shape is cropped; subject: around its mask")  # fmt: skip
     parser.add_argument("--crops_per_image", type=int, default=4, help="random crops of a photo of another shape")
     parser.add_argument("--background", default="white", help="colour that shows through transparent places")
     parser.add_argument("--instance_prompt", default="", help="prompt of photos without a caption")

@@ -9,9 +9,9 @@ HELP = "learn an example subject on the embedded base and generate it"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this command."""
-    parser.add_argument("--subject", help="folder name in examples/subjects")
+    parser.add_argument("--subject", help="folder name in examples/subjects (default: stripemug-red)")
     parser.add_argument("--out", default="outputs/demo", help="folder for the results")
-    parser.add_argument("--max_train_steps", type=int, help="fewer or more steps than the default")
+    parser.add_argument("--max_train_steps", type=int, help="training steps (default: 300)")
 
 
 def run(values: argparse.Namespace) -> None:

@@ -15,14 +15,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--subjects", nargs="+", metavar="FOLDER", required=True, help="folders of real pictures")
     parser.add_argument("--base", help="pipeline folder or hub id; without it the embedded base")
-    parser.add_argument("--prompts", help="object, live, or a text file of prompts with {} for the subject")
-    parser.add_argument("--seeds", type=int, default=4, help="pictures of each prompt, with the seeds 0, 1 ...")
+    parser.add_argument(
+        "--prompts",
+        help="object, live, or a text file of prompts with {} for the subject (default: its own, else object)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=4, help="pictures of each prompt, 1 to 100, with the seeds 0, 1 ..."
+    )
     parser.add_argument("--judge", help="CLIP folder or hub id (default on the embedded base: its tiny one)")
     parser.add_argument("--dino", help="vision model folder or hub id, for example facebook/dinov2-base")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
-    parser.add_argument("--guidance", type=float, help="guidance scale (default: what suits the base)")
-    parser.add_argument("--width", type=int, help="width in pixels (default: the base's own)")
-    parser.add_argument("--height", type=int, help="height in pixels (default: the base's own)")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps, 1 to 1000")
+    parser.add_argument("--guidance", type=float, help="guidance scale, 0 to 100 (default: what suits the base)")
+    parser.add_argument("--width", type=int, help="width in pixels, a multiple of 8 (default: the base's own)")
+    parser.add_argument("--height", type=int, help="height in pixels, a multiple of 8 (default: the base's own)")
     parser.add_argument("--device", help="cpu, cuda, mps ... (default: where the pipeline loads)")
     parser.add_argument("--out", default="outputs/evaluation", help="folder; the same one goes on with it")
 

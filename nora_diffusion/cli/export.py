@@ -12,8 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this command."""
     parser.add_argument("adapter", help="adapter file or folder")
     parser.add_argument("out", help="file to write (a folder for --format peft)")
-    parser.add_argument("--format", choices=("diffusers", "kohya", "peft"), default="diffusers")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
+    parser.add_argument("--format", choices=("diffusers", "kohya", "peft"), default="diffusers",
+                        help="names of the tensors: pipe.load_lora_weights; A1111 and ComfyUI; PEFT")  # fmt: skip
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="number type of the file")
     parser.add_argument("--gate", choices=("mean",), help="fix a mixture's gates at their mean over prompts")
     parser.add_argument("--calibration_prompts", nargs="+", metavar="PROMPT", help="prompts for it (default: generic)")
     parser.add_argument("--base", help="base to measure it on: folder or hub id (default: the one the adapter names)")

@@ -9,19 +9,18 @@ HELP = "compare pictures over adapter, weight, method, seed, step, steps, guidan
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this command."""
-    for name, what in (("x", "columns"), ("y", "rows"), ("z", "sheets below each other")):
-        parser.add_argument(
-            f"--{name}", metavar="AXIS=VALUES", required=name == "x", help=f"{what}: seed=1..4, weight=0,0.5,1 ..."
-        )
+    values = "seed=1..4, weight=0,0.5,1 ... (axes: adapter, weight, method, seed, step, steps, guidance, prompt)"
+    for name, what in (("x", f"columns: {values}"), ("y", "rows, likewise"), ("z", "sheets below each other")):
+        parser.add_argument(f"--{name}", metavar="AXIS=VALUES", required=name == "x", help=what)
     parser.add_argument("--prompt", default="", help="what to show, unless an axis says it")
     parser.add_argument("--adapter", metavar="PATH[:WEIGHT]", help="adapter of all cells, unless an axis says it")
     parser.add_argument("--base", help="pipeline folder or hub id; without it the embedded base")
     parser.add_argument("--negative_prompt", default="", help="what to avoid")
     parser.add_argument("--seed", type=int, default=0, help="seed of all cells")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
-    parser.add_argument("--guidance", type=float, help="guidance scale (default: what suits the base)")
-    parser.add_argument("--width", type=int, help="width in pixels (default: the base's own)")
-    parser.add_argument("--height", type=int, help="height in pixels (default: the base's own)")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps, 1 to 1000")
+    parser.add_argument("--guidance", type=float, help="guidance scale, 0 to 100 (default: what suits the base)")
+    parser.add_argument("--width", type=int, help="width in pixels, a multiple of 8 (default: the base's own)")
+    parser.add_argument("--height", type=int, help="height in pixels, a multiple of 8 (default: the base's own)")
     parser.add_argument("--judge", help="CLIP folder or hub id; 'tiny' is the one of the embedded base")
     parser.add_argument("--references", help="folder of real pictures of the subject, for the subject score")
     parser.add_argument("--device", help="cpu, cuda, mps ... (default: where the pipeline loads)")

@@ -12,10 +12,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("lora", help="LoRA, LoHa or LoKr file (safetensors) or folder")
     parser.add_argument("out", help="folder for the adapter")
     parser.add_argument("--base", help="pipeline folder or hub id; without it the embedded base")
-    parser.add_argument("--method", choices=("nora", "lora_xs"), default="nora")
+    parser.add_argument("--method", choices=("nora", "lora_xs"), default="nora", help="adapter to make")
     parser.add_argument("--rank", type=int, default=32, help="outer rank r of the basis")
     parser.add_argument("--inner_rank", type=int, default=4, help="inner rank r' (nora)")
-    parser.add_argument("--basis", choices=("svd", "awsvd", "orthogonal"), default="svd")
+    parser.add_argument("--basis", choices=("svd", "awsvd", "orthogonal"), default="svd",
+                        help="frozen outer pair to project onto")  # fmt: skip
     parser.add_argument("--trigger", help="the word that calls the subject, where the file does not say")
 
 

@@ -16,8 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--mode", choices=MODES, default="cat", help="see docs/mixing.md (default: cat, exact)")
     parser.add_argument("--rank", type=int, help="rank of the result, where the mode truncates (default: the sum)")
-    parser.add_argument("--density", type=float, default=0.5, help="share of entries that ties and dare keep")
-    parser.add_argument("--seed", type=int, default=0, help="what dare drops")
+    parser.add_argument(
+        "--density",
+        type=float,
+        default=0.5,
+        help="share of entries that magnitude_prune, ties and dare keep, above 0 up to 1",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of what dare drops")
 
 
 def run(values: argparse.Namespace) -> None:

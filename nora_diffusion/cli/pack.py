@@ -43,7 +43,8 @@ def run(values: argparse.Namespace) -> None:
     else:
         verb = pack_writing.create_pack if values.verb == "create" else pack_writing.add_to_pack
         file = verb(values.pack, [tuple(text.split("=", 1)) if "=" in text else ("", text) for text in values.adapters])
-    print(f"{file}: {len(list_pack(file))} subjects, {file.stat().st_size:,} bytes")
+    count = len(list_pack(file))
+    print(f"{file}: {count} {'subject' if count == 1 else 'subjects'}, {file.stat().st_size:,} bytes")
 
 
 def _list(values: argparse.Namespace) -> None:

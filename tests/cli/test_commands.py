@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 
 from nora_diffusion import add_adapter, nora, open_pipeline, save_adapter
 from nora_diffusion.cli import main
+from nora_diffusion.demo import SUBJECT
 from nora_diffusion.generation import parse_adapter
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.pictures import read_settings
+from nora_diffusion.training.defaults import EMBEDDED
 
 Capture = pytest.CaptureFixture[str]
 
@@ -72,9 +74,12 @@ def test_export(dog: Path, tmp_path: Path, capsys: Capture, form: str) -> None:
 
 
 MISTAKES = {
-    "no such command": (["genrate"], "genrate"),
+    "no such command": (["genrate"], "there is no command 'genrate': did you mean generate?"),
+    "no such command, nor one like it": (["xyz"], "nora-diffusion --help"),
     "flag with a typo": (["generate", "--promt", "x", "--prompt", "x"], "did you mean --prompt"),
     "flag with a typo and nothing else": (["generate", "--promt", "x"], "did you mean --prompt"),
+    "half a flag": (["generate", "--guidanc", "3", "--prompt", "x"], "did you mean --guidance"),
+    "stray word": (["demo", "tiger"], "see nora-diffusion demo --help"),
     "no prompt": (["generate"], "--prompt"),
     "empty prompt": (["generate", "--prompt", " "], "no prompt"),
     "absurd steps": (["generate", "--prompt", "x", "--steps", "1000000000"], "out of range"),
@@ -86,12 +91,32 @@ MISTAKES = {
     "nothing but a tag": (["generate", "--prompt", "<lora:dog>", "--adapter", "dog"], "no prompt beside"),
     "word as weight": (["generate", "--prompt", "x", "--adapter", "dog:big"], "no number"),
     "absent base": (["generate", "--prompt", "x", "--base", "./nowhere"], "does not exist"),
+    "base that no hub gives": (
+        ["generate", "--prompt", "x", "--base", "no/where"],
+        "cannot load the pipeline 'no/where'",
+    ),
+    "unknown device": (["generate", "--prompt", "x", "--device", "cudaa"], "the device 'cudaa' will not do here"),
+    "device that is not here": (["generate", "--prompt", "x", "--device", "hpu"], "leave --device out"),
     "absent adapter": (["inspect", "nowhere"], "no adapter at nowhere"),
+    "absent adapter to generate with": (["generate", "--prompt", "x", "--adapter", "nowhere"], "no adapter at nowhere"),
+    "two weights": (["generate", "--prompt", "x", "--adapter", "out/dog:0.8:3"], "is no local path"),
     "unknown format": (["export", "a", "b", "--format", "onnx"], "onnx"),
     "absent subject": (["demo", "--subject", "unicorn"], "unicorn"),
     "training without photos": (["train", "--instance_data_dir", "nowhere", "--instance_prompt", "x"], "nowhere"),
     "training flag with a typo": (["train", "--instance_promt", "x"], "instance_prompt"),
 }
+
+
+def test_help_says_every_default(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    said = {}
+    for command in ("generate", "demo"):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--help"])
+        assert stopped.value.code == 0
+        said[command] = " ".join(capsys.readouterr().out.split())
+    assert "1 to 1000 (default: 20)" in said["generate"] and "count up (default: 0)" in said["generate"]
+    assert f"(default: {SUBJECT})" in said["demo"] and f"(default: {EMBEDDED['max_train_steps']})" in said["demo"]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

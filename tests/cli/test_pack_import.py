@@ -45,7 +45,7 @@ def test_pack_from_end_to_end(shelf: Path, tmp_path: Path, capsys: Capture) -> N
     assert main(["pack", "extract", pack, "kitten", str(tmp_path / "kitten")]) == 0
     assert (tmp_path / "kitten" / FILE_NAME).read_bytes() == (shelf / "cat" / FILE_NAME).read_bytes()
     assert main(["pack", "remove", pack, "dog"]) == 0
-    assert "1 subjects" in capsys.readouterr().out
+    assert ": 1 subject," in capsys.readouterr().out
 
 
 def test_import_prints_what_was_lost(shelf: Path, tiny_base: Path, tmp_path: Path, capsys: Capture) -> None:
