@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -138,6 +138,15 @@ def write_photos(folder: Path, count: int = 3, size: tuple[int, int] = (24, 20),
         pixels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.png")
     return folder
+
+
+def randomise(pipe: Any, name: str = "one", seed: int = 0, size: float = 0.3) -> None:
+    """Seeded normal numbers for all that an adapter trains."""
+    from nora_diffusion.loaders import trainable_parameters
+
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in trainable_parameters(pipe, name).values():
+        parameter.data.copy_(size * torch.randn(parameter.shape, generator=generator))
 
 
 def tiny_clip(path: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from factories import randomise
 from peft import LoKrConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -21,12 +22,6 @@ from nora_diffusion.loaders import trainable_parameters
 PARTS = ("unet", "text_encoder")
 EVERYTHING = ["attn", "ff", "proj", "conv"]
 Spec = dict[str, float]
-
-
-def randomise(pipe: Any, name: str, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in trainable_parameters(pipe, name).values():
-        parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 def fill(pipe: Any, configs: dict[str, AdapterConfig], parts: Sequence[str] = PARTS) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from factories import randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -26,7 +27,7 @@ from nora_diffusion.adapter_file import FILE_NAME
 from nora_diffusion.adapter_info import AdapterInfo
 from nora_diffusion.adapters import lora, nora
 from nora_diffusion.files import alone_in
-from nora_diffusion.loaders import list_adapters, trainable_parameters
+from nora_diffusion.loaders import list_adapters
 from nora_diffusion.pack_writing import _write, add_to_pack, create_pack, extract_from_pack, remove_from_pack
 from nora_diffusion.packs import Layout, Pack, Subject, cut, list_pack
 
@@ -38,9 +39,7 @@ SUBJECTS = {"dog": (2, "sks"), "cat": (2, "zwx"), "hat": (3, "")}
 
 def write(pipe: Any, folder: Path, inner_r: int = 2, seed: int = 0, info: Any = None, **options: Any) -> Path:
     add_adapter(pipe, nora(r=4, inner_r=inner_r, basis="svd"), "one", ("unet", "text_encoder"))
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in trainable_parameters(pipe, "one").values():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    randomise(pipe, seed=seed, size=1.0)
     file = save_adapter(pipe, folder, "one", basis=options.pop("basis", "shared"), info=info, **options)
     delete_adapter(pipe, "one")
     return file

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from factories import randomise
 
 from nora_diffusion import (
     AdapterConfig,
@@ -55,12 +56,6 @@ PRESETS: dict[str, Callable[[], AdapterConfig]] = {
 }
 PARTS = ("unet", "text_encoder")
 Render = Callable[[Any], torch.Tensor]
-
-
-def randomise(pipe: Any, name: str = "one", seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in trainable_parameters(pipe, name).values():
-        parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 def all_factors(pipe: Any, name: str) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from factories import randomise
 from torch import Tensor, nn
 
 from nora_diffusion import UserError, add_adapter, delete_adapter, load_adapter, save_adapter, set_adapters
@@ -191,12 +192,6 @@ class Pipe:
 
     def __init__(self, model: nn.Module) -> None:
         setattr(self, "unet" if hasattr(model, "down_blocks") else "transformer", model)
-
-
-def randomise(pipe: Any, name: str = "one", seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in trainable_parameters(pipe, name).values():
-        parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 def only(inputs: dict[str, Any], row: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from factories import randomise
 from torch import Tensor
 
 from nora_diffusion import (
@@ -46,17 +47,11 @@ def quiet_overlap() -> Iterator[None]:
         yield
 
 
-def fill(pipe: Any, name: str, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in trainable_parameters(pipe, name).values():
-        parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-
-
 def two(pipe: Any, one: AdapterConfig, other: AdapterConfig | None = None, parts: tuple[str, ...] = PARTS) -> None:
     """Adapters named dog and hat with random numbers."""
     for seed, (name, config) in enumerate({"dog": one, "hat": other or one}.items()):
         add_adapter(pipe, config, name, parts)
-        fill(pipe, name, seed)
+        randomise(pipe, name, seed)
 
 
 def dense(pipe: Any, name: str) -> Dense:
@@ -126,7 +121,7 @@ def test_linear_is_exact_for_any_number_of_adapters(pipe: Any, r: int, count: in
     weights = {f"a{i}": 0.3 * i - 1 for i in range(count)}
     for seed, name in enumerate(weights):
         add_adapter(pipe, nora(r=r, inner_r=1, basis="svd"), name)
-        fill(pipe, name, seed)
+        randomise(pipe, name, seed)
     mix(pipe, weights, "linear", "all")
     config = pipe.unet.peft_config["all"]
     assert (config.core, config.inner_r) == (core, inner_r)
@@ -231,8 +226,8 @@ def test_parts_on_different_layers(pipe: Any) -> None:
     """What only one part adapts is that part alone; other components and targets join."""
     add_adapter(pipe, nora(r=4, inner_r=2, basis="svd", target_modules=["to_q", "to_k"]), "dog", ["unet"])
     add_adapter(pipe, lora(r=2, target_modules=["to_k", "q_proj"]), "hat", PARTS)
-    fill(pipe, "dog", 0)
-    fill(pipe, "hat", 1)
+    randomise(pipe, "dog", 0)
+    randomise(pipe, "hat", 1)
     mix(pipe, WEIGHTS, "cat", "both")
     assert_close(dense(pipe, "both"), weighted(pipe, WEIGHTS))
 
@@ -240,8 +235,8 @@ def test_parts_on_different_layers(pipe: Any) -> None:
 def test_linear_pads_where_only_one_part_sits(pipe: Any) -> None:
     add_adapter(pipe, nora(r=8, inner_r=1, basis="svd", target_modules=["to_q", "to_k"]), "dog", ["unet"])
     add_adapter(pipe, nora(r=8, inner_r=1, basis="svd", target_modules=["to_k"]), "hat", ["unet"])
-    fill(pipe, "dog", 0)
-    fill(pipe, "hat", 1)
+    randomise(pipe, "dog", 0)
+    randomise(pipe, "hat", 1)
     mix(pipe, WEIGHTS, "linear", "both")
     assert pipe.unet.peft_config["both"].inner_r == 2
     assert_close(dense(pipe, "both"), weighted(pipe, WEIGHTS))
@@ -253,7 +248,7 @@ def test_a_plain_lora_of_the_pipeline_is_a_part(pipe: Any) -> None:
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "conv1"], init_lora_weights=False)
     pipe.unet.add_adapter(config, "hat")
     add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "dog")
-    fill(pipe, "dog", 0)
+    randomise(pipe, "dog", 0)
     set_adapters(pipe, ["dog", "hat"], [0.1, 0.2])  # weights in force play no part
     expected = {key: 0.8 * dw for key, dw in dense(pipe, "dog").items()}
     for path, layer in pipe.unet.named_modules():
@@ -267,7 +262,7 @@ def test_a_plain_lora_of_the_pipeline_is_a_part(pipe: Any) -> None:
 
 def test_a_lora_file_loaded_by_diffusers_is_a_part(pipe: Any, tmp_path: Path) -> None:
     add_adapter(pipe, nora(r=4, inner_r=2, alpha=3.0, basis="svd", target_modules=EVERYTHING), "dog", PARTS)
-    fill(pipe, "dog", 0)
+    randomise(pipe, "dog", 0)
     save_adapter(pipe, tmp_path, "dog")
     export_lora(tmp_path, tmp_path / "plain.safetensors")
     pipe.load_lora_weights(tmp_path / "plain.safetensors", adapter_name="plain")
@@ -387,7 +382,7 @@ def test_every_preset_mixes_or_is_refused_in_words(pipe: Any, method: str, mode:
     weights = WEIGHTS
     for seed, name in enumerate(weights):
         add_adapter(pipe, PRESETS[method](r=4, target_modules=["to_q", "to_k"], **SMALL.get(method, {})), name)
-        fill(pipe, name, seed)
+        randomise(pipe, name, seed)
         save_adapter(pipe, tmp_path / name, name)
     config = pipe.unet.peft_config["dog"]
     shared = all(

@@ -9,26 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from factories import randomise
 from torch import Tensor
 
 from nora_diffusion import UserError, add_adapter, lora, mix, mor, nora, overlap, overlap_files, save_adapter
 from nora_diffusion.components import nora_layers
 from nora_diffusion.composition.angles import ENERGY, WARN_ABOVE
-from nora_diffusion.loaders import trainable_parameters
 
 TARGETS = ["to_q", "to_k"]
-
-
-def fill(pipe: Any, name: str, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in trainable_parameters(pipe, name).values():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
 
 
 def add(pipe: Any, *names: str, r: int = 2) -> None:
     for seed, name in enumerate(names):
         add_adapter(pipe, lora(r=r, target_modules=TARGETS), name)
-        fill(pipe, name, seed)
+        randomise(pipe, name, seed, size=1.0)
 
 
 def deltas(pipe: Any, name: str) -> list[Any]:
@@ -96,14 +90,14 @@ def test_layers_count_by_both_norms(pipe: Any) -> None:
     cats[0].B.data.zero_()
     assert overlap(pipe, "dog", "cat").score == 0.0
     add_adapter(pipe, lora(r=2, target_modules=["to_v"]), "bird")
-    fill(pipe, "bird", 5)
+    randomise(pipe, "bird", 5, size=1.0)
     assert overlap(pipe, "dog", "bird").score == 0.0 and overlap(pipe, "dog", "bird").layers == {}
 
 
 def test_files_score_as_loaded(pipe: Any, tmp_path: Path) -> None:
     for seed, name in enumerate(("dog", "cat")):
         add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), name)
-        fill(pipe, name, seed)
+        randomise(pipe, name, seed, size=1.0)
         save_adapter(pipe, tmp_path / name, name)
     found = overlap_files(tmp_path / "dog", tmp_path / "cat")
     assert found.score == pytest.approx(overlap(pipe, "dog", "cat").score, abs=1e-9)
