@@ -109,6 +109,8 @@ def _check_data(config: TrainConfig) -> None:
         raise UserError("--joint needs the list of subjects: give it with --subjects")
     if config.subjects and not config.joint:
         raise UserError("several subjects are trained by training.train_subjects, or by nora-diffusion train")
+    if config.joint and (config.engine != "local" or config.address):
+        raise UserError("--joint is one run: leave --engine and --address out, which spread a list of runs")
     if config.engine != "local" or config.address:
         raise UserError("--engine and --address are for several subjects: give their list with --subjects")
     own = [name for name in ("instance_data_dir", "instance_prompt", "trigger", "class_word") if getattr(config, name)]
@@ -126,6 +128,8 @@ def _check_data(config: TrainConfig) -> None:
         raise UserError("the trigger is empty: give a rare word such as 'sks', or leave --trigger out")
     if config.center_crop and config.crop == "subject":
         raise UserError("--center_crop and --crop subject exclude each other: choose where photos are cropped")
+    if config.joint and config.validation_data_dir:
+        raise UserError("--joint holds photos of each subject out: use --validation_split, not --validation_data_dir")
     if config.validation_data_dir and config.validation_split:
         raise UserError("--validation_data_dir and --validation_split exclude each other: choose the held-out photos")
     if config.validation_images:

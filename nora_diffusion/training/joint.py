@@ -23,8 +23,6 @@ def read_together(config: TrainConfig) -> tuple[Subject, TrainConfig]:
 
     Raises :class:`UserError` where they cannot be told apart, and for settings that know one subject only.
     """
-    if config.aspect_buckets:
-        raise UserError("--joint takes turns among subjects whose pictures have one shape: leave --aspect_buckets out")
     if config.with_prior_preservation and config.prior_preservation == "images" and not config.class_prompt:
         raise UserError("--joint has one set of class pictures: give --class_prompt, or --prior_preservation frozen")
     found = {name: read_subject(own) for name, own in read_subjects(config).items()}
@@ -38,6 +36,7 @@ def read_together(config: TrainConfig) -> tuple[Subject, TrainConfig]:
         class_word=", ".join(dict.fromkeys(member.class_word for member in members if member.class_word)) or None,
         data_hash=hashlib.sha256("\n".join(member.data_hash for member in members).encode()).hexdigest(),
         rejects=[reject for member in members for reject in member.rejects],
+        held_out=[photo for member in members for photo in member.held_out],
         new_tokens={word: start for member in members for word, start in member.new_tokens.items()},
         class_prompts=class_prompts if config.with_prior_preservation else (),
         members=members,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import torch
 from ..captions import says
 from ..errors import UserError
 from ..loaders import check_adapter
+from ..pictures import read_settings
 from .checkpoints import Checkpoint, list_checkpoints
 from .config import TrainConfig
 from .defaults import USUAL_FACTORS, USUAL_RATES, USUAL_TEXT_RATES, USUAL_TOKEN_RATES
@@ -70,7 +72,7 @@ def preflight(plan: Plan) -> list[Finding]:
     size = _outline(plan)
     return [
         *_base(plan), *_disk(plan, size), *_memory(plan, size), *_photos(plan), *_trigger(plan), *_prompts(plan),
-        *_rates(plan), *_measured(plan), *_upload(plan),
+        *_rates(plan), *_measured(plan), *_class_pictures(plan), *_upload(plan),
     ]  # fmt: skip
 
 
@@ -255,6 +257,21 @@ def _measured(plan: Plan) -> Iterator[Finding]:
         yield Finding(
             f"{len(leaks)} of the {len(plan.measure.real)} held-out photos are learned from as well, such as "
             f"'{leaks[0]}', so that copying counts as likeness: hold others out."
+        )
+
+
+def _class_pictures(plan: Plan) -> Iterator[Finding]:
+    config = plan.config
+    if not config.with_prior_preservation or config.prior_preservation == "frozen":
+        return
+    others = []
+    for path in sorted(class_folder(config).glob("class-*.png")):
+        with contextlib.suppress(UserError):  # somebody's own picture
+            others += [made.prompt] if (made := read_settings(path)).prompt != config.class_prompt else []
+    if others:
+        yield Finding(
+            f"{len(others)} of the class pictures in {class_folder(config)} were made of '{others[0]}', not of "
+            f"'{config.class_prompt}': name another --class_data_dir, or remove them."
         )
 
 

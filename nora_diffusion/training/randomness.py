@@ -55,6 +55,20 @@ def balanced_rows(seed: int, name: str, owners: Sequence[Hashable], start: int, 
     return found
 
 
+def owned_rows(
+    seed: int, name: str, owners: Sequence[Hashable], groups: Sequence[Hashable], number: int, size: int
+) -> list[int]:
+    """``size`` rows of batch ``number``, all of one owner and one group: owners take turns batch by batch.
+
+    Row ``i`` is of ``owners[i]`` and ``groups[i]``; an owner's own batches are those of :func:`batch_rows`.
+    """
+    names = list(dict.fromkeys(owners))
+    owner = names[shuffled_rows(seed, f"{name} owners", len(names), number, 1)[0]]
+    own = [row for row, whose in enumerate(owners) if whose == owner]
+    kinds = [groups[row] for row in own]
+    return [own[i] for i in batch_rows(seed, f"{name} {owner}", kinds, number // len(names), size)]
+
+
 def _rows_from(seed: int, name: str, count: int, start: int) -> Iterator[int]:
     epoch, offset = divmod(start, count)
     while True:

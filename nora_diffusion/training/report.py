@@ -31,7 +31,7 @@ MEANINGS = {
     "cost": "what was lost of the rest, as a share of the most that was: root mean square",
 }
 EMBEDDED_JUDGE = "the CLIP of the embedded base"
-MAX_ROWS, MAX_COLUMNS, MAX_LOSSES = 12, 6, 400
+MAX_ROWS, MAX_COLUMNS, MAX_LOSSES = 12, 12, 400
 
 
 def write_report(run: Run, folder: RunFolder) -> None:

@@ -25,7 +25,7 @@ from .checks import trackers
 from .denoiser import Conditions, denoiser, predict, text_encoders
 from .noise import draw_levels, draw_noise
 from .optimization import bound_norms, clip, schedule_state, still
-from .randomness import balanced_rows, batch_rows, derive, generator, shuffled_rows
+from .randomness import balanced_rows, batch_rows, derive, generator, owned_rows, shuffled_rows
 from .renders import save_samples
 from .rundir import LOG, RunFolder, RunLog
 from .setup import Run, epoch_steps
@@ -165,9 +165,11 @@ class Stepper:
 
     def _photos(self, number: int, size: int) -> list[int]:
         run = self.run
+        sizes = [run.latents.size_of(photo) for photo in range(len(run.subject.photos))]
+        if run.subject.members and len(set(sizes)) > 1:
+            return owned_rows(run.seed, "photos", run.subject.owners, sizes, number, size)
         if run.subject.members:
             return balanced_rows(run.seed, "photos", run.subject.owners, number * size, size)
-        sizes = [run.latents.size_of(photo) for photo in range(len(run.subject.photos))]
         return batch_rows(run.seed, "photos", sizes, number, size)
 
     def mean_loss(self, batch: Batch, prediction: Tensor) -> Tensor:

@@ -62,6 +62,9 @@ class Measure:
     settings: dict[str, Any]
     leaks: Sequence[str] = ()
     """Held-out photos that are learned from as well, if only in another size or format."""
+    who: Sequence[int] = ()
+    whose: Sequence[int] = ()
+    """Which subject each prompt asks for, and each real picture shows, where one adapter learns several."""
 
     @property
     def looks(self) -> dict[str, Judge]:
@@ -73,20 +76,20 @@ def plan_measure(config: TrainConfig, subject: Subject, device: torch.device) ->
     """Load the judges and settle the prompts; ``None`` where nothing asks for it. Raises :class:`UserError`."""
     if not is_measured(config):
         return None
-    if subject.members:
-        raise UserError(
-            "measuring on the way knows one subject: leave the settings of --judge and --validation_... out"
-        )
     if config.judge is None and not is_embedded(config.pretrained_model_name_or_path):
         raise UserError("measuring needs --judge, for example openai/clip-vit-base-patch32: the tiny one that is taken "
                         "without it knows only the pictures of the embedded base")  # fmt: skip
-    prompts, plain = prompts_of(config, subject)
+    members = subject.members or [subject]
+    asked = [prompts_of(config, member) for member in members]
+    prompts, plain = ([text for own in asked for text in own[side]] for side in (0, 1))
     judge = load_judge(config.judge)
     vision = load_vision(config.dino) if config.dino else None
     for look in filter(None, (judge, vision)):
         look.model.to(device)
     photos = read_photos(folder_of(config.validation_data_dir)) if config.validation_data_dir else subject.held_out
-    real = photos or subject.photos
+    held = [member.held_out for member in subject.members] or [photos]
+    owned = [own or member.photos for own, member in zip(held, members, strict=True)]
+    real = [photo for own in owned for photo in own]
     settings = {
         "judge": config.judge or "tiny", "dino": config.dino, "prompts": prompts, "class prompts": plain,
         "real": "held-out photos" if photos else "training photos", "photos": sorted(photo.sha256 for photo in real),
@@ -94,7 +97,10 @@ def plan_measure(config: TrainConfig, subject: Subject, device: torch.device) ->
     }  # fmt: skip
     seeds = [derive(config.seed or 0, "validation", number) % 2**31 for number in range(config.num_validation_images)]
     leaks = _leaks(subject.photos, photos)
-    return Measure(judge, vision, [photo.image for photo in real], prompts, plain, seeds, settings, leaks)
+    who = [number for number, (texts, _) in enumerate(asked) for _ in texts]
+    whose = [number for number, own in enumerate(owned) for _ in own]
+    images = [photo.image for photo in real]
+    return Measure(judge, vision, images, prompts, plain, seeds, settings, leaks, who, whose)
 
 
 def _leaks(learned: Sequence[Photo], held_out: Sequence[Photo]) -> list[str]:
@@ -178,7 +184,7 @@ class Validation:
         features = {name: image_features(look, flat) for name, look in measure.looks.items()}
         if not self._real:
             self._real = {name: image_features(look, measure.real) for name, look in measure.looks.items()}
-        scores = {name: statistics.fmean(likeness(seen, self._real[name])) for name, seen in features.items()}
+        scores = {name: self._likeness(name, seen) for name, seen in features.items()}
         asked = text_features(measure.judge, [text for text in measure.class_prompts for _ in measure.seeds])
         scores["clip_t"] = statistics.fmean(agreement(features["clip_i"], asked))
         now = self._look(self._class_pictures())
@@ -187,6 +193,16 @@ class Validation:
             groups = features["dino" if measure.vision else "clip_i"].split(len(measure.seeds))
             scores["diversity"] = statistics.fmean(map(diversity, groups))
         return {name: round(value, 6) for name, value in scores.items()}
+
+    def _likeness(self, name: str, seen: torch.Tensor) -> float:
+        """The mean over the pictures of their likeness to the photos of the subject that each was asked for."""
+        measure = self.measure
+        who = torch.tensor([n for n in measure.who or [0] * len(measure.prompts) for _ in measure.seeds])
+        whose = torch.tensor(measure.whose or [0] * len(measure.real))
+        real = self._real[name]
+        return statistics.fmean(
+            value for n in who.unique().tolist() for value in likeness(seen[who == n], real[whose == n])
+        )
 
     def _look(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         return image_features(self.measure.vision or self.measure.judge, pictures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from factories import write_photos
+from factories import tiny_clip, write_photos
 from runs import Configure, assert_same_run, flags
 from safetensors.torch import load_file
 
 from nora_diffusion import inspect_adapter
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import main, train
-from nora_diffusion.training.randomness import balanced_rows
+from nora_diffusion.training.randomness import balanced_rows, owned_rows
 from nora_diffusion.training.signals import Interrupted
 from nora_diffusion.training.steps import Stepper
 
@@ -47,6 +48,33 @@ def test_turns_are_even_among_subjects_and_among_their_photos() -> None:
     assert all({owners[row] for row in rows[i : i + 3]} == {"a", "b", "c"} for i in range(0, 36, 3))
     assert rows[:18] != rows[18:]
     assert rows[7:9] == balanced_rows(5, "photos", owners, 7, 2)
+
+
+def test_batches_of_one_shape_are_of_one_subject_and_turns_are_even() -> None:
+    owners, shapes = ["a"] * 2 + ["b"] * 3, [1, 2, 1, 1, 2]
+    batches = [owned_rows(5, "photos", owners, shapes, number, 4) for number in range(12)]
+    assert all(len({(owners[row], shapes[row]) for row in rows}) == 1 for rows in batches)
+    assert all({owners[rows[0]] for rows in batches[i : i + 2]} == {"a", "b"} for i in range(0, 12, 2))
+    assert Counter(row for rows in batches for row in rows) == {0: 12, 1: 12, 2: 8, 3: 8, 4: 8}
+
+
+def test_buckets_and_measuring_know_several_subjects(together: Configure, tmp_path: Path) -> None:
+    """Photos of each are held out, each is asked for and compared with its own; resumed it is the same run."""
+    write_photos(tmp_path / "toy", 4, (20, 48), seed=9)
+    changes: dict[str, Any] = {
+        "aspect_buckets": True, "judge": str(tiny_clip(tmp_path / "clip")), "validation_split": 1, "resolution": 32,
+        "validation_prompts": ["{}"], "validation_steps": 2, "checkpointing_steps": 1, "max_train_steps": 4,
+    }  # fmt: skip
+    own = {"dog": {"class_word": "dog"}, "toy": {"class_word": "toy"}}
+    folder = train(together(own, **changes)).adapter_path.parent
+    measured = json.loads((folder / "validation.json").read_text())
+    assert measured["settings"]["prompts"] == ["a sks dog", "a xyz toy"] and len(measured["settings"]["photos"]) == 2
+    assert [point["step"] for point in measured["points"]] == [0, 2, 4]
+    assert len(json.loads((folder / "data_report.json").read_text())["held_out"]) == 2
+    kept = shutil.copytree(folder, tmp_path / "kept")
+    train(together(own, **changes, resume_from_checkpoint=str(folder / "checkpoints/step-1")))
+    assert_same_run(folder, kept, last=4)
+    assert json.loads((folder / "validation.json").read_text()) == measured
 
 
 @pytest.mark.parametrize("method", ["nora", "mor"])
@@ -130,8 +158,8 @@ MISTAKES: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any], str]] = {
     "own rate": ({"dog": {"learning_rate": 1.0}}, {}, "learning_rate is the same for all subjects"),
     "no list": ({}, {"subjects": None}, "--joint needs the list of subjects"),
     "one prompt": ({}, {"instance_prompt": "a dog"}, "own instance_prompt from the list"),
-    "measured": ({}, {"validation_split": 1}, "measuring on the way knows one subject"),
-    "shapes": ({}, {"aspect_buckets": True}, "leave --aspect_buckets out"),
+    "held out": ({}, {"validation_data_dir": "photos"}, "use --validation_split, not --validation_data_dir"),
+    "cluster": ({}, {"engine": "ray"}, "--joint is one run: leave --engine and --address out"),
 }
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from nora_diffusion import inspect_adapter, load_adapter, open_pipeline
 from nora_diffusion.errors import UserError
 from nora_diffusion.pictures import read_settings
-from nora_diffusion.training import main, train
+from nora_diffusion.training import check, main, train
 from nora_diffusion.training.config import Method
 from nora_diffusion.training.defaults import METHOD_KEYS
 from nora_diffusion.training.rundir import RunFolder, RunLog
@@ -146,6 +146,11 @@ def test_prior_preservation_fills_and_reuses_class_images(configure: Configure, 
     (folder / sorted(made)[0]).unlink()
     train(configure(**prior, output_dir=str(tmp_path / "third")))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == made
+    write_photos(folder, 1)  # somebody's own picture says nothing of its prompt
+    prior["output_dir"] = str(tmp_path / "fourth")
+    findings = "\n".join(finding.text for finding in check(configure(**{**prior, "class_prompt": "a photo of cat"})))
+    assert f"3 of the class pictures in {folder} were made of 'a photo of dog', not of 'a photo of cat'" in findings
+    assert "class pictures" not in "\n".join(finding.text for finding in check(configure(**prior)))
 
 
 def test_captions_carry_the_trigger(configure: Configure, photos: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from factories import tiny_clip, tiny_dino, write_photos
 from PIL import Image
 from runs import Configure, assert_equal_tensors
@@ -101,6 +102,18 @@ def test_the_scores_are_their_definitions(
     }  # fmt: skip
     assert scores == pytest.approx(expected, abs=2e-6) and list(scores) == list(expected)
     assert scores["drift"] > 1e-3
+
+
+def test_likeness_is_to_the_subject_that_was_asked_for() -> None:
+    """With two subjects: 2 seeds of prompts 0 and 1 against photos 0 and 1, 2 of prompt 2 against photo 2."""
+    source = torch.Generator().manual_seed(0)
+    seen, real = (F.normalize(torch.randn(n, 4, generator=source), dim=1) for n in (6, 3))
+    measure = Measure(Any, None, [Any] * 3, ["a", "b", "c"], [], [5, 6], {}, (), [0, 0, 1], [0, 0, 1])
+    found = Validation(measure, Any, Any, Path(), torch.float32)
+    found._real["clip_i"] = real
+    cosines = seen @ real.T
+    expected = (cosines[:4, :2].mean(1).sum() + cosines[4:, 2].sum()) / 6
+    assert found._likeness("clip_i", seen) == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_a_run_measures_its_own_pictures(measured: Configure, judges: Path, tiny_base: Path) -> None:
