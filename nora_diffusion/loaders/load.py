@@ -77,8 +77,11 @@ def load_adapter(
     Raises :class:`UserError` for a damaged file, another base (both are named), a name that is taken, or an adapter
     that does not fit the one it shall replace.
     """
-    info = inspect_adapter(located(path_or_id))
-    name = adapter_name or re.sub(r"[^A-Za-z0-9_-]+", "_", given_name(info.path)) or "adapter"
+    file = located(path_or_id)
+    info = inspect_adapter(file)
+    is_here = file == Path(path_or_id).expanduser()  # the folder of a download is named by a commit
+    called = given_name(info.path) if is_here else str(path_or_id).rpartition("/")[2]
+    name = adapter_name or re.sub(r"[^A-Za-z0-9_-]+", "_", called) or "adapter"
     check_weight(name, weight)
     if info.kind != "nora":
         from ..foreign_loading import load_foreign
@@ -193,8 +196,8 @@ def _wrong_base(info: AdapterInfo, here: str) -> UserError:
             "8 bits or otherwise changed"
         )
     return UserError(
-        f"{info.path} was made for the base {info.base or 'unknown'}, which is not this pipeline's {here}: load it into "
-        "its own base"
+        f"{info.path} was made for the base {info.base or 'unknown'}, which is not this pipeline's {here}: load it "
+        "into its own base"
     )
 
 

@@ -257,6 +257,14 @@ def test_save_leaves_the_old_file_when_it_cannot_write(pipe: Any, saved: Path, m
     assert not [f for f in saved.iterdir() if f.name.startswith(".")]
 
 
+def test_an_adapter_of_the_hub_goes_by_its_name_there(pipe: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    folder = shutil.copytree(saved, saved.parent / "0f3a9c0f3a9c")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, file: str(folder / file))
+    assert load_adapter(pipe, "somebody/my.dog").name == "my_dog"
+
+
 def test_files_are_as_readable_as_the_process_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without touching the mask, which all threads share."""
     import os
