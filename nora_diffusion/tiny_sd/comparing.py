@@ -145,7 +145,7 @@ def by_rate(rows: Sequence[dict[str, Any]]) -> str:
 
 def _costs(group: Sequence[dict[str, Any]]) -> list[str]:
     seconds = statistics.median(row["seconds"] for row in group)
-    return [f"{group[0]['trained_numbers']:,}", f"{group[0]['bytes'] / 2**20:.2f} MiB", f"{seconds:.0f}"]
+    return [f"{group[0]['trained_numbers']:,}", f"{group[0]['bytes'] / 1e6:.2f} MB", f"{seconds:.0f}"]
 
 
 def _spread(group: Sequence[dict[str, Any]], name: str) -> str:

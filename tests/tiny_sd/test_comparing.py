@@ -101,7 +101,7 @@ def test_the_table_is_mean_over_subjects_and_deviation_between_seeds() -> None:
     deviation = statistics.stdev([0.4, 0.6])
     assert base == "| base |  | 0.100 | 1.000 | 0.100 | 0.500 | 0.250 |  |  |  |"
     assert f"| nora | 0.001 | 0.500 ± {deviation:.3f} | 1.000 ± 0.000 |" in nora
-    assert nora.endswith("| 1,234 | 1.00 MiB | 60 |")
+    assert nora.endswith("| 1,234 | 1.05 MB | 60 |")
 
 
 def test_a_subjects_rate_is_chosen_on_the_other_subjects() -> None:
