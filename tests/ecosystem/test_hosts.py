@@ -21,6 +21,7 @@ from nora_diffusion import (
     set_adapters,
 )
 from nora_diffusion.adapters import dora, dylora, lora, mor, nora
+from nora_diffusion.attention import set_adapter_processors
 from nora_diffusion.components import nora_layers
 from nora_diffusion.loaders import trainable_parameters
 
@@ -141,7 +142,8 @@ def test_offloaded_layers_compute_the_same(
     here = render(pipe)
     how(pipe, tmp_path)
     assert torch.equal(render(pipe), here)
-    assert torch.equal(render(pipe), here)
+    set_adapter_processors(pipe)
+    torch.testing.assert_close(render(pipe), here, atol=1e-5, rtol=1e-4)
 
 
 def test_group_offloading_takes_in_what_is_loaded(pipe: Any, render: Render, tmp_path: Path) -> None:
