@@ -224,6 +224,32 @@ def test_diffusers_attention_interface() -> None:
             assert hasattr(attention, name), name
 
 
+def test_hooks_that_offload_have_their_names() -> None:
+    with canary("diffusers", "hooks of group offloading", "adapters/offloading.py, loaders/active.py"):
+        from diffusers.hooks import apply_group_offloading
+        from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+        model, here = Holder(), torch.device("cpu")
+        apply_group_offloading(model, here, here, offload_type="leaf_level")
+        model.add_module("more", nn.Linear(4, 4))
+        _maybe_remove_and_reapply_group_offloading(model)
+        for layer in (model.to_q, model.get_submodule("more")):
+            hook: Any = layer._diffusers_hook.get_hook("group_offloading")  # type: ignore[operator, union-attr]
+            assert callable(hook.pre_forward) and callable(hook.post_forward)
+    with canary("diffusers", "cast_input_dtype_enabled of tuner layers", "layerwise casting: adapters/layer.py"):
+        from peft.helpers import disable_input_dtype_casting
+
+        with disable_input_dtype_casting(stacked(ours_first=True)):
+            pass
+    with canary("peft", "accelerate's _hf_hook on offloaded layers", "adapters/offloading.py"):
+        from accelerate import cpu_offload
+
+        offloaded = cpu_offload(Holder(), here)
+        assert offloaded.to_q.weight.is_meta
+        offloaded.to_q._hf_hook.pre_forward(offloaded.to_q)
+        assert not offloaded.to_q.weight.is_meta
+
+
 def test_transformers_keeps_configs_of_adapters() -> None:
     with canary("transformers", "PreTrainedModel.peft_config / _hf_peft_config_loaded", "loaders (text encoders)"):
         from transformers import CLIPTextConfig, CLIPTextModel
