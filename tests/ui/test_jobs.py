@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from nora_diffusion.ui.jobs import Jobs
 from nora_diffusion.ui.locks import FileLock, is_held
 from nora_diffusion.ui.worker import boot_id
 
-WAIT = 120.0
+from .conftest import LONG, until
 
 
 @pytest.fixture
@@ -48,15 +47,8 @@ def settings(tiny_base: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def until(condition: Callable[[], bool]) -> None:
-    limit = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < limit, "nothing happened in time"
-        time.sleep(0.05)
-
-
 def finished(jobs: Jobs, identity: str) -> Job:
-    until(lambda: not jobs.get(identity).running)
+    until(lambda: not jobs.get(identity).running, LONG)
     return jobs.get(identity)
 
 
@@ -192,16 +184,16 @@ def test_a_job_from_start_to_library(jobs: Jobs, settings: dict[str, Any], photo
 
 @pytest.mark.slow
 def test_stop_saves_and_resume_goes_on_from_there(jobs: Jobs, settings: dict[str, Any], photos: list[Path]) -> None:
-    settings |= {"max_train_steps": 2000, "lr_scheduler": "constant", "validation_steps": 100_000}
+    settings |= {"max_train_steps": 100_000, "lr_scheduler": "constant", "validation_steps": 1_000_000}
     identity = jobs.start("dog", settings, photos)
-    until(lambda: jobs.get(identity).step > 0)
+    until(lambda: jobs.get(identity).step > 0, LONG)
     jobs.stop(identity)
     jobs.stop(identity)  # a second click loses nothing
     job = finished(jobs, identity)
     assert job.status == "stopped" and job.resumable and job.checkpoint == job.step and job.adapter is None
     assert not jobs.library.exists()
     assert jobs.resume(identity) == job.checkpoint
-    until(lambda: jobs.get(identity).step > job.step)
+    until(lambda: jobs.get(identity).step > job.step, LONG)
     # Killed by the system: said so, and the checkpoint is still there.
     os.kill(json.loads((job.folder / "process.json").read_text())["pid"], signal.SIGKILL)
     killed = finished(jobs, identity)
@@ -227,7 +219,7 @@ def test_a_job_outlives_the_app_and_waits_for_the_device(
     )
     identity = app.communicate()[0].decode().strip()
     assert app.returncode == -signal.SIGKILL
-    until(lambda: (jobs.root / identity / "process.json").exists())
+    until(lambda: (jobs.root / identity / "process.json").exists(), LONG)
     time.sleep(1)
     assert jobs.get(identity).status == "waiting"
     generation.release()

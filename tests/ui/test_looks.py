@@ -34,11 +34,14 @@ def violations(page: Any) -> list[str]:
 def test_axe_finds_nothing_serious(page: Any, scheme: str) -> None:
     page.emulate_media(color_scheme=scheme)
     visit(page)
-    found: dict[str, list[str]] = {}
     for name in TABS:
         open_tab(page, name)
-        found |= {name: lines} if (lines := violations(page)) else {}
-    assert not found, "\n".join(f"{tab}: {line}" for tab, lines in found.items() for line in lines)
+        found = violations(page)
+        for _ in range(3):  # what fades in has little contrast meanwhile
+            if found:
+                page.wait_for_timeout(2000)
+                found = violations(page)
+        assert not found, f"{name}: " + "\n".join(found)
 
 
 def test_everything_fits_a_phone(page: Any) -> None:
@@ -46,5 +49,4 @@ def test_everything_fits_a_phone(page: Any) -> None:
     visit(page)
     for name in TABS:
         open_tab(page, name)
-        wide = page.evaluate("document.documentElement.scrollWidth")
-        assert wide <= 390, f"{name} is {wide} pixels wide"
+        page.wait_for_function("document.documentElement.scrollWidth <= 390")

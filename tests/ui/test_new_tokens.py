@@ -15,6 +15,8 @@ from nora_diffusion.ui.engine import Engine
 from nora_diffusion.ui.request import Request, Wanted
 from nora_diffusion.ui.runs import Run
 
+from .conftest import WAIT
+
 
 def test_a_word_comes_and_goes_with_its_adapter(base: Path, tmp_path: Path) -> None:
     pipe = open_pipeline(base)
@@ -32,7 +34,7 @@ def test_a_word_comes_and_goes_with_its_adapter(base: Path, tmp_path: Path) -> N
         made = Run(
             Device(tmp_path / "lock", max_waiting=1), "pictures", lambda run, o=order, p=out: engine.make(o, p, run)
         )
-        made.join(60)
+        made.join(WAIT)
         assert made.progress.state == "done", made.progress
         pictures.append(next(out.glob("*.png")))
     told = read_settings(pictures[1])

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from playwright.sync_api import expect
 
-from nora_diffusion.pictures import read_settings
+from nora_diffusion.pictures import PictureSettings, read_settings, save_picture
 from nora_diffusion.ui.request import MAX_PICTURES, MAX_STEPS
 from nora_diffusion.ui.tabs.generate_settings import KEPT
 
@@ -258,10 +259,6 @@ def test_a_dropped_picture_shows_what_would_change(page: Any, server: Server, tm
 
 
 def test_a_missing_adapter_is_named(page: Any, server: Server, tmp_path: Path) -> None:
-    from PIL import Image
-
-    from nora_diffusion.pictures import PictureSettings, save_picture
-
     digest = "ab" * 32
     adapters = [{"name": "dog", "weight": 0.5, "sha256": digest, "path": ""}]
     settings = PictureSettings("x <b>y</b>", 1, 2, 3.0, 16, 16, adapters=adapters, base="elsewhere")
@@ -403,7 +400,11 @@ def test_a_batch_of_many_subjects(page: Any, server: Server) -> None:
     assert [[a["name"] for a in read_settings(f).adapters] for f in made] == [["dog"], ["hat"], []]
 
 
-def test_mistakes_are_said_in_a_sentence(page: Any, server: Server) -> None:
+def test_mistakes_are_said_in_a_sentence(page: Any, server: Server, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.png"
+    Image.new("RGB", (16, 16)).save(plain)
+    drop(page, plain)
+    page.get_by_text("Plain.png carries no settings").wait_for()
     fill(page, "a dog <lora:nobody:1>")
     page.click("#generate")
     page.get_by_text(re.compile("There is no adapter .nobody. in the library")).wait_for()

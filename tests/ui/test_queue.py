@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from typing import Any
 
-from nora_diffusion.ui.device import MAX_WAITING
+from playwright.sync_api import expect
 
-from .conftest import Server, open_tab
+from nora_diffusion.ui.device import MAX_WAITING
+from nora_diffusion.ui.request import MAX_PICTURES, MAX_STEPS
+
+from .conftest import Server, open_tab, until
+
+ENDLESS = (MAX_PICTURES, MAX_STEPS)  # longer than any page needs for what is done meanwhile
 
 
 def order(prompt: str, count: int = 1, steps: int = 2, seed: int = 3) -> list[Any]:
     return [prompt, "", count, seed, steps, 2.0, 16, 16, {}]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 class Asked:
@@ -53,13 +49,13 @@ def pictures(server: Server) -> int:
 
 def test_a_full_queue_is_said_plainly_and_empties(page: Any, server: Server) -> None:
     # One works, as many as may be are waiting, and one too many is told so at once.
-    asked = [Asked(server, f"page {number}", *order("a dog", 64, 50)) for number in range(MAX_WAITING + 2)]
+    asked = [Asked(server, f"page {number}", *order("a dog", *ENDLESS)) for number in range(MAX_WAITING + 2)]
     try:
         until(lambda: any("queue is full" in one.said for one in asked))
         page.fill("#prompt textarea", "a cat")
         page.click("#generate")
         page.get_by_text(f"The queue is full ({MAX_WAITING} are waiting): try again in a moment").wait_for()
-        assert page.is_visible("#generate")
+        expect(page.locator("#generate")).to_be_visible()
     finally:
         ends = [one.end() for one in asked]
     assert ["Interrupted" in end for end in ends].count(True) == MAX_WAITING + 1
@@ -68,13 +64,16 @@ def test_a_full_queue_is_said_plainly_and_empties(page: Any, server: Server) -> 
 
 def test_nobody_stops_the_run_of_another_page(server: Server) -> None:
     before = pictures(server)
-    mine = Asked(server, "mine", *order("a dog", 64, 50))
-    until(lambda: pictures(server) > before)
-    for name in ("interrupt", "skip"):
-        server.press(name, session="somebody else")
-    now = pictures(server)
-    until(lambda: pictures(server) > now)
-    assert "Interrupted" in mine.end()
+    mine = Asked(server, "mine", *order("a dog", *ENDLESS))
+    try:
+        until(lambda: pictures(server) > before)
+        for name in ("interrupt", "skip"):
+            server.press(name, session="somebody else")
+        now = pictures(server)
+        until(lambda: pictures(server) > now)
+    finally:
+        said = mine.end()
+    assert "Interrupted" in said
 
 
 def test_a_removed_adapter_leaves_no_trace_in_the_running_app(server: Server) -> None:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from nora_diffusion import UserError
 from nora_diffusion.ui import AppConfig, security
 
-from .conftest import ROOT, Server, start
+from .conftest import LONG, ROOT, Server, start
 
 JOIN = "/gradio_api/queue/join"
 UPLOAD = "/gradio_api/upload"
@@ -307,7 +307,7 @@ def test_it_listens_where_it_says(server: Server) -> None:
 @pytest.mark.parametrize("flags", [[], ["--auth", "user"], ["--auth", ":x"], ["--auth", "x:"]])
 def test_no_listening_without_a_password(flags: list[str]) -> None:
     words = [sys.executable, "app.py", "--listen", "0.0.0.0", *flags]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=LONG)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --") and "auth" in done.stderr and "Traceback" not in done.stderr
 

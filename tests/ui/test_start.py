@@ -9,13 +9,13 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from .conftest import ROOT, Server
+from .conftest import LONG, ROOT, Server
 
 
 def refused(*flags: str) -> str:
     """What the app says when it does not start."""
     words = [sys.executable, "app.py", *flags]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=LONG)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     return done.stderr
 

@@ -13,13 +13,11 @@ from safetensors import safe_open
 
 from nora_diffusion import inspect_adapter
 from nora_diffusion.pictures import read_settings
-from nora_diffusion.ui.jobs import Jobs
 
-from .conftest import ROOT, Server, open_tab, start, visitor
+from .conftest import LONG, ROOT, Server, end_trainings, open_tab, select, start, visitor
 from .conftest import visit as open_page
 
 TIGER = ROOT / "examples" / "subjects" / "tiger"
-LONG = 400_000
 SMALL = """basis: svd
 rank: 4
 inner_rank: 2
@@ -35,11 +33,7 @@ checkpointing_steps: 3"""
 def app(tmp_path: Path) -> Iterator[Server]:
     running = start(tmp_path / "first")
     yield running
-    folder = running.library / ".jobs"
-    jobs = Jobs(folder, running.library, folder / "device.lock")
-    for job in jobs.list():
-        if job.running:  # it would outlive the test as it outlives the app
-            jobs.stop(job.id)
+    end_trainings(running)
     if running.process.poll() is None:
         running.stop()
 
@@ -58,10 +52,9 @@ def visit(page: Any, server: Server, tab: str) -> None:
 def learn(page: Any, name: str) -> None:
     page.locator("#train-prepared img").nth(4).wait_for()
     page.locator("#train-start").click()
-    page.locator("#train-status").filter(has_text=re.compile(f"library as '{name}'|Failed|Killed")).wait_for(
-        timeout=LONG
-    )
-    assert f"library as '{name}'" in page.locator("#train-status").inner_text()
+    status = page.locator("#train-status")
+    expect(status).to_contain_text(re.compile(f"library as '{name}'|Failed|Killed"), timeout=1000 * LONG)
+    expect(status).to_contain_text(f"library as '{name}'", timeout=1000)  # it stays what it is
 
 
 @pytest.mark.slow
@@ -74,17 +67,17 @@ def test_the_story(app: Server, tab: Any, tmp_path: Path) -> None:
     tab.get_by_text("All settings", exact=True).click()
     tab.locator("#train-extra textarea").fill(SMALL)
     learn(tab, "tiger")
-    assert tab.locator("#train-curves svg").count() == 2  # loss; subject and prompt fidelity of the samples
+    expect(tab.locator("#train-curves svg")).to_have_count(2)  # loss; subject and prompt fidelity of the samples
     tab.locator("#train-examples button").filter(has_text="tractor").click()
     tab.locator("#train-report").filter(has_text="6 photos").wait_for()
     learn(tab, "tractor")
     hashes = {name: inspect_adapter(app.library / name).sha256 for name in ("tiger", "tractor")}
 
     # Both in one picture.
-    tab.get_by_role("tab", name="Generate").click()
+    open_tab(tab, "generate")
     tab.fill("#prompt textarea", "a sks cat on the beach <lora:tiger:0.8> <lora:tractor:0.4>")
     tab.click("#generate")
-    tab.locator("#status").get_by_text(re.compile(r"1 picture in")).wait_for(timeout=LONG)
+    expect(tab.locator("#status")).to_contain_text("1 picture in")
     (picture,) = (app.library / "pictures").glob("*.png")
     settings = read_settings(picture)
     assert {a["name"]: (a["weight"], a["sha256"]) for a in settings.adapters} == {
@@ -92,28 +85,28 @@ def test_the_story(app: Server, tab: Any, tmp_path: Path) -> None:
     }  # fmt: skip
 
     # Compare them, with scores by the judge that the base brings.
-    tab.get_by_role("tab", name="Compare").click()
-    tab.wait_for_function("document.querySelector('#compare-adapter input').value != ''")
+    open_tab(tab, "compare")
+    expect(tab.locator("#compare-adapter input")).not_to_have_value("")
     tab.locator("#compare-prompt textarea").fill("a sks cat on the beach")
     for axis, name, values in (("x", "adapter", "none, tiger, tractor"), ("y", "seed", "1")):
-        tab.locator(f"#compare-{axis} input").click()
-        tab.get_by_role("option", name=name, exact=True).click()
+        select(tab, f"#compare-{axis}", name)
         field = tab.locator(f"#compare-{axis}-values").locator("input, textarea")
-        if name == "adapter":  # the suggested values come first
-            expect(field).to_have_value(re.compile("tractor"))
+        expect(field).to_have_value(re.compile("tractor" if name == "adapter" else "1..4"))  # suggested values
         field.fill(values)
-    tab.get_by_role("button", name="Compare", exact=True).click()
-    tab.locator("#compare-status").filter(has_text="3 cells in").wait_for(timeout=LONG)
+    tab.locator("#compare-go").click()
+    expect(tab.locator("#compare-status")).to_contain_text("3 cells in")
     with tab.expect_download() as download:
         tab.locator("#compare-json").click()
     assert '"prompt": 0.' in Path(download.value.path()).read_text()
 
     # Export to a plain LoRA.
-    tab.get_by_role("tab", name="Library").click()
+    open_tab(tab, "library")
     tab.locator("[data-name=tiger]").click()
     tab.get_by_role("button", name="Export", exact=True).click()
+    link = tab.locator("a[download$='.safetensors'], .file-preview a").first
+    link.wait_for()
     with tab.expect_download() as download:
-        tab.locator("a[download$='.safetensors'], .file-preview a").first.click(timeout=LONG)
+        link.click()
     with safe_open(download.value.path(), "pt") as exported:
         assert all("lora" in key for key in exported.keys())  # noqa: SIM118
 
@@ -125,7 +118,7 @@ def test_the_story(app: Server, tab: Any, tmp_path: Path) -> None:
     try:
         visit(tab, again, "Train")
         tab.locator("#train-status").filter(has_text="library as 'tractor'").wait_for()
-        tab.get_by_role("tab", name="Library").click()
+        open_tab(tab, "library")
         tab.locator("[data-name=tractor]").wait_for()
         assert {name: inspect_adapter(app.library / name).sha256 for name in hashes} == hashes
     finally:
