@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -16,6 +15,7 @@ from PIL import Image
 
 from ..adapter_file import AdapterInfo, given_name, inspect_adapter
 from ..base import open_pipeline
+from ..captions import without_trigger
 from ..components import denoiser_name, fingerprint, projections
 from ..errors import UserError
 from ..files import write_atomic
@@ -245,8 +245,8 @@ def score(
     judge: Judge, image: Image.Image, prompt: str, triggers: Sequence[str], references: Sequence[Image.Image]
 ) -> dict[str, float]:
     """``prompt``: CLIP-T without the triggers; ``subject``: CLIP-I, where there are reference pictures."""
-    for trigger in filter(None, triggers):
-        prompt = re.sub(rf"\b{re.escape(trigger)}\b\s*", "", prompt)
+    for trigger in triggers:
+        prompt = without_trigger(prompt, trigger)
     scores = {"prompt": round(prompt_score(judge, [image], [prompt]), 4)}
     if references:
         scores["subject"] = round(subject_score(judge, [image], references), 4)

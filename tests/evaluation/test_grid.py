@@ -143,8 +143,9 @@ def test_scores_are_those_of_the_judge(tiny_base: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(grid, "subject_score", lambda judge, images, real: asked.append(([], len(real))) or 0.75)
     real = [Image.new("RGB", (8, 8))] * 2
     judge: Any = object()
-    assert grid.score(judge, real[0], "a sks dog and skska", ["sks", ""], real) == {"prompt": 0.25, "subject": 0.75}
-    assert asked == [(["a dog and skska"], 0), ([], 2)]
+    said, triggers = "a sks dog, skska and a <rex> cat", ["sks", "", "<rex>"]
+    assert grid.score(judge, real[0], said, triggers, real) == {"prompt": 0.25, "subject": 0.75}
+    assert asked == [(["a dog, skska and a cat"], 0), ([], 2)]
     assert grid.score(judge, real[0], "a dog", [], []) == {"prompt": 0.25}
 
 
