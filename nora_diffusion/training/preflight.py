@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..adapter_info import info_from
 from ..captions import says
 from ..errors import UserError
 from ..loaders import check_adapter
@@ -72,7 +73,7 @@ def preflight(plan: Plan) -> list[Finding]:
     size = _outline(plan)
     return [
         *_base(plan), *_disk(plan, size), *_memory(plan, size), *_photos(plan), *_trigger(plan), *_prompts(plan),
-        *_rates(plan), *_measured(plan), *_class_pictures(plan), *_upload(plan),
+        *_rates(plan), *_file(plan), *_measured(plan), *_class_pictures(plan), *_upload(plan),
     ]  # fmt: skip
 
 
@@ -250,6 +251,20 @@ def _rates(plan: Plan) -> Iterator[Finding]:
                 f"A --{name} of {effective:g} is outside the usual {low:g} to {high:g} of {owner}, so "
                 f"{outcome}: choose one within."
             )
+
+
+def _file(plan: Plan) -> Iterator[Finding]:
+    """What the run's file will say of itself, read as a reader would: not first when there is something to save."""
+    parts, adapter = components(plan.config, plan.pipe), adapter_config(plan.config).to_dict()
+    values = {
+        "components": dict.fromkeys(parts, adapter), "base_fingerprint": {part: {} for part in parts},
+        "prompts": list(dict.fromkeys(plan.captions)), "trigger": plan.trigger or "", "instance_prompt": plan.calling,
+        "license": plan.config.license or "",
+    }  # fmt: skip
+    try:
+        info_from(values)
+    except ValueError as error:
+        yield Finding(f"No reader would take the file of this adapter ({error}): lower or shorten that.", fatal=True)
 
 
 def _measured(plan: Plan) -> Iterator[Finding]:

@@ -99,6 +99,21 @@ def test_an_instance_prompt_that_captions_replace(configure: Configure, tmp_path
         assert inspect_adapter(train(replace(config, max_train_steps=1)).adapter_path).instance_prompt == called
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rank": 100_000}, "r is not what it should be"),
+        ({"license": "x" * 10_001}, "license is not what it should be"),
+    ],
+)
+def test_what_could_not_be_loaded_again_is_refused_before_the_first_step(
+    changes: dict[str, Any], words: str, configure: Configure
+) -> None:
+    with pytest.raises(UserError, match=rf"No reader would take the file of this adapter \({words}\)"):
+        train(configure(**{**RIGHT, **changes}))
+    assert not configure().folder.exists()
+
+
 def test_the_usual_rates_know_every_method_and_hold_the_defaults() -> None:
     assert USUAL_RATES.keys() == METHODS.keys() == set(get_args(Method))
     for low, high in USUAL_RATES.values():
