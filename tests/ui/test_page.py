@@ -18,7 +18,7 @@ from nora_diffusion.pictures import PictureSettings, read_settings, save_picture
 from nora_diffusion.ui.request import MAX_PICTURES, MAX_STEPS
 from nora_diffusion.ui.tabs.generate_settings import KEPT
 
-from .conftest import LANDMARKS, Server, number, open_tab, press, until, visit, visitor
+from .conftest import LANDMARKS, LONG, Server, number, open_tab, press, until, visit, visitor
 
 TAGS = "a sks dog <lora:dog:0.8>"
 
@@ -108,18 +108,18 @@ def test_a_picture_in_two_actions_whose_download_carries_its_settings(
 
 def test_ctrl_enter_interrupt_and_skip(page: Any, server: Server) -> None:
     prompt = f"a dog, skipped {time.time_ns()}"
-    settle(page, MAX_STEPS)
+    settle(page, 60)
     number(page, "Pictures", MAX_PICTURES)  # more than any machine makes before it is interrupted
     page.locator("#seed input").fill("100")
     page.locator("#seed input").blur()
     fill(page, prompt)
     kept(page, count=MAX_PICTURES, seed=100)
     page.press("#prompt textarea", "Control+Enter")
-    page.get_by_text(re.compile(rf"Picture \d+ of {MAX_PICTURES}, step [1-9]\d* of {MAX_STEPS}")).wait_for()
+    page.get_by_text(re.compile(rf"Picture \d+ of {MAX_PICTURES}, step [1-9]\d* of 60")).wait_for()
     page.wait_for_selector("#preview img")
     page.click("#skip")
     folder = server.library / "pictures"
-    until(lambda: len(gaps(folder, prompt)) == 1, page=page)
+    until(lambda: len(gaps(folder, prompt)) == 1, LONG, page)
     page.click("#interrupt")
     page.get_by_text(re.compile(r"Interrupted after \d+ picture")).wait_for()
     expect(page.locator("#generate")).to_be_visible()

@@ -10,7 +10,7 @@ from playwright.sync_api import expect
 from nora_diffusion.ui.device import MAX_WAITING
 from nora_diffusion.ui.request import MAX_PICTURES, MAX_STEPS
 
-from .conftest import Server, open_tab, until
+from .conftest import LONG, Server, open_tab, until
 
 ENDLESS = (MAX_PICTURES, MAX_STEPS)  # longer than any page needs for what is done meanwhile
 
@@ -64,13 +64,13 @@ def test_a_full_queue_is_said_plainly_and_empties(page: Any, server: Server) -> 
 
 def test_nobody_stops_the_run_of_another_page(server: Server) -> None:
     before = pictures(server)
-    mine = Asked(server, "mine", *order("a dog", *ENDLESS))
+    mine = Asked(server, "mine", *order("a dog", MAX_PICTURES, 50))
     try:
-        until(lambda: pictures(server) > before)
+        until(lambda: pictures(server) > before, LONG)
         for name in ("interrupt", "skip"):
             server.press(name, session="somebody else")
         now = pictures(server)
-        until(lambda: pictures(server) > now)
+        until(lambda: pictures(server) > now, LONG)
     finally:
         said = mine.end()
     assert "Interrupted" in said
