@@ -32,6 +32,7 @@ from .adapter_info import AdapterInfo, dump_info
 from .components import same_weights
 from .errors import UserError
 from .files import alone_in, write_atomic
+from .model_card import write_card
 from .packs import (
     MAX_PREVIEW,
     NAME,
@@ -91,8 +92,6 @@ def remove_from_pack(path: str | Path, names: Sequence[str]) -> Path:
 
 def extract_from_pack(path: str | Path, name: str, folder: str | Path, basis_dir: str | Path | None = None) -> Path:
     """Write one subject as an adapter folder, with its preview; bit for bit what was packed. Returns its file."""
-    from .model_card import write_card
-
     file, folder = pack_path(path), Path(folder).expanduser()
     if (folder / FILE_NAME).exists():
         raise UserError(f"{folder / FILE_NAME} exists: choose another folder")

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import UserError
 from .bases import BASES, COMPUTED, PLACEMENTS, Basis, Pair, Placement
 from .patterns import check_patterns, suffix_matcher
+from .register import NORA
 from .targets import expand_targets
 
 CoreKind = Literal["none", "diagonal", "dense", "nested"]
@@ -19,7 +20,6 @@ Factor = Literal["down", "core", "up"]
 Router = Literal["none", "token", "prompt", "timestep", "prompt+timestep"]
 ExpertKind = Literal["shared", "independent"]
 BasisDtype = Literal["float32", "float16", "bfloat16"]
-PEFT_TYPE_NAME = "NORA"
 
 
 @dataclass
@@ -71,8 +71,6 @@ class AdapterConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from .register import NORA
-
         self.peft_type = NORA
         self.target_modules = expand_targets(self.target_modules)
         if self.core != "nested":
@@ -157,10 +155,8 @@ class AdapterConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """All fields that describe the adapter, ready for JSON (``start`` is not one of them)."""
-        skip = {"start"}
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
-        values["peft_type"] = str(PEFT_TYPE_NAME)
-        return values
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "start"}
+        return values | {"peft_type": str(self.peft_type)}
 
     @property
     def stored_outer(self) -> bool:

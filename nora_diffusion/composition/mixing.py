@@ -15,6 +15,7 @@ from ..adapter_file import FILE_NAME, AdapterInfo, inspect_adapter, write_adapte
 from ..base import base_id
 from ..components import refuse_merged, refuse_offloaded
 from ..errors import UserError
+from ..loaders import set_adapters
 from ..loaders.inject import check_new_name
 from ..loaders.load import place
 from ..loaders.tokens import tokens_of
@@ -79,8 +80,6 @@ def mix(
     report.info.base = base_id(pipe)
     place(pipe, adapter_name, report.info, tensors, activate=False, weight=1.0)
     if activate:
-        from ..loaders import set_adapters
-
         set_adapters(pipe, adapter_name)
     return report
 

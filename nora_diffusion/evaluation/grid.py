@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from ..adapter_file import AdapterInfo, given_name, inspect_adapter
-from ..base import open_pipeline
+from ..base import base_id, open_pipeline
 from ..captions import without_trigger
 from ..components import denoiser_name, fingerprint, projections
 from ..errors import UserError
@@ -226,8 +226,6 @@ def run_grid(config: GridConfig, judge: Judge | None = None, references: Sequenc
 
 def base_description(pipe: Any) -> dict[str, Any]:
     """What of the base a picture depends on: its name, some of its weights, its sampler, precision and versions."""
-    from ..base import base_id
-
     denoiser = getattr(pipe, denoiser_name(pipe))
     prints = [round(fingerprint(layer, path), 9) for path, layer in list(projections(denoiser).items())[:8]]
     sampler = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str)

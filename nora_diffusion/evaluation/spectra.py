@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..adapter_file import inspect_adapter
 from ..adapters import NoraLayer, functional
 from ..adapters.deltas import ChainDelta
 from ..adapters.routed import RoutedDelta
@@ -62,8 +63,6 @@ def iter_spectra(path: str | Path, pipe: Any = None, intruders: bool = False) ->
     tool.
     """
     if pipe is None:
-        from ..adapter_file import inspect_adapter
-
         pipe = open_pipeline(inspect_adapter(path).base or None)
     load_adapter(pipe, path, NAME, activate=False)
     try:

@@ -16,6 +16,7 @@ from ..adapters.build import flat_weight
 from ..base import base_id
 from ..components import adapter_configs, component, fingerprint, nora_layers, present, refuse_offloaded
 from ..errors import UserError
+from ..model_card import write_card
 from ..versions import versions
 from .active import names_hint
 from .inject import file_key, origin
@@ -77,8 +78,6 @@ def save_adapter(
         for key, value in token_parameters(pipe, adapter_name).items()
     }
     file = write_adapter(folder, tensors, result, basis_dir)
-    from ..model_card import write_card
-
     write_card(folder, inspect_adapter(file), card)
     return file
 
