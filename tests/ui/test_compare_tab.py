@@ -3,44 +3,45 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from playwright.sync_api import expect
 
 from nora_diffusion import mor, open_pipeline
 from nora_diffusion.generation import GenerateConfig, generate
 
-from .conftest import Server, save_random, visit
+from .conftest import Server, number, open_tab, press, save_random, select, until
 
 AXES = ["seed", "1,2", "weight", "0,1", "none", ""]
 
 
-def choose(page: Any, field: str, value: str) -> None:
-    page.locator(f"{field} input").click()
-    page.get_by_role("option", name=value, exact=True).click()
+def open_compare(page: Any, prompt: str, columns: str, steps: int) -> None:
+    open_tab(page, "compare")
+    expect(page.locator("#compare-adapter input")).not_to_have_value("")  # the newest is chosen
+    select(page, "#compare-adapter", "dog")
+    words = page.locator("#compare-prompt textarea")
+    expect(words).to_have_value("a sks dog")  # the adapter's own words
+    words.fill(prompt)
+    page.locator("#compare-x-values").locator("input, textarea").fill(columns)
+    page.get_by_text("Settings of all cells").click()
+    number(page, "Steps", steps)
 
 
-def open_compare(page: Any, prompt: str) -> None:
-    page.get_by_role("tab", name="Compare").click()
-    page.wait_for_function("document.querySelector('#compare-adapter input').value != ''")  # the newest is chosen
-    choose(page, "#compare-adapter", "dog")
-    page.locator("#compare-prompt textarea").fill(prompt)
-
-
-def compare(page: Any) -> None:
-    page.get_by_role("button", name="Compare", exact=True).click()
-    page.locator("#compare-status").filter(has_text="cells in").wait_for(timeout=120_000)
+def compare(page: Any, cells: int) -> None:
+    """Press the button, wait for the grid, and until another one can be made."""
+    press(page.locator("#compare-go"), page.locator("#compare-status"))
+    expect(page.locator("#compare-status")).to_have_text(re.compile(rf"^\s*{cells} cells in"))
+    expect(page.locator("#compare-go")).to_be_visible()
 
 
 def test_a_grid_with_downloads_and_a_slider(page: Any, server: Server, base: Path, tmp_path: Path) -> None:
-    open_compare(page, "a sks dog")
-    page.locator("#compare-x-values").locator("input, textarea").fill("1,2")
-    page.get_by_text("Settings of all cells").click()
-    page.get_by_label("number input for Steps").locator("visible=true").fill("2")
-    compare(page)
+    open_compare(page, "a sks dog", "1,2", 2)
+    compare(page, 6)
     page.locator("#compare-sheet img").wait_for()
     page.locator("#compare-slider img").nth(1).wait_for()
     with page.expect_download() as download:
@@ -61,9 +62,9 @@ def test_a_grid_with_downloads_and_a_slider(page: Any, server: Server, base: Pat
     assert str(server.library) not in json.dumps(cells)  # a download says nothing of this machine's folders
     # Once more: every cell is there already.
     stamp = made.stat().st_mtime_ns
-    compare(page)
+    compare(page, 6)
     assert made.stat().st_mtime_ns == stamp
-    choose(page, "#compare-left", "seed = 2, weight = 1")
+    select(page, "#compare-left", "seed = 2, weight = 1")
 
 
 @pytest.mark.parametrize(
@@ -85,39 +86,65 @@ def test_absurd_grids_are_refused(server: Server, change: dict[int, Any], messag
 
 
 def test_inspect_shows_what_an_adapter_changes(page: Any) -> None:
-    page.get_by_role("tab", name="Inspect").click()
-    choose(page, "#inspect-adapter", "dog")
-    page.get_by_label("Count intruder dimensions").check()
-    page.get_by_role("button", name="Inspect", exact=True).click()
-    page.locator("#inspect-status").filter(has_text="layers in").wait_for(timeout=120_000)
-    names = page.locator("#inspect-plots figcaption").all_inner_texts()
-    assert names[:3] == ["Size of the update by part of the model", "Layers that change most",
-                         "Singular values of the update"]  # fmt: skip
+    inspect(page, "dog", intruders=True)
+    titles = page.locator("#inspect-plots figcaption")
+    for place, title in enumerate(("Size of the update by part of the model", "Layers that change most",
+                                    "Singular values of the update")):  # fmt: skip
+        expect(titles.nth(place)).to_have_text(title)
     page.locator("#inspect-plots summary").click()
-    assert page.locator("#inspect-plots tbody tr").count() > 10
-    assert "new to the base" in page.locator("#inspect-plots").inner_text()
+    page.locator("#inspect-plots tbody tr").nth(10).wait_for()
+    expect(page.locator("#inspect-plots")).to_contain_text("new to the base")
+
+
+def inspect(page: Any, adapter: str, intruders: bool = False) -> None:
+    open_tab(page, "inspect")
+    expect(page.locator("#inspect-adapter input")).not_to_have_value("")  # the newest is chosen
+    select(page, "#inspect-adapter", adapter)
+    page.get_by_label("Count intruder dimensions").set_checked(intruders)
+    page.locator("#inspect-go").click()
+    page.locator("#inspect-status").filter(has_text="layers in").wait_for()
+
+
+def test_a_late_answer_is_not_written_over_a_choice(page: Any) -> None:
+    box, held = page.locator("#inspect-adapter input"), []
+    open_tab(page, "inspect")
+    expect(box).not_to_have_value("")
+    select(page, "#inspect-adapter", "hat")
+    open_tab(page, "mix")
+    page.route("**/run/predict", lambda route: held.append(route))
+    open_tab(page, "inspect")  # asks which adapters there are
+    until(lambda: bool(held), page=page)
+    select(page, "#inspect-adapter", "dog")
+    for route in held:
+        route.continue_()
+    page.unroute("**/run/predict")
+    open_tab(page, "mix")
+    with page.expect_response("**/run/predict"):  # asked only after the answer to the last question came
+        open_tab(page, "inspect")
+    expect(box).to_have_value("dog")
 
 
 def test_inspecting_what_is_not_there(server: Server) -> None:
-    for name in ("nothing", "../dog", None, "broken", "stranger"):
+    for name in ("nothing", "../dog", None, "", "broken", "stranger"):
         answer = server.call("inspect", name, False, session=f"inspect {name}")
         said = str(answer["output"])
         assert not answer["success"] or "status bad" in said, answer
 
 
 def test_a_stopped_grid_goes_on_where_it_was(page: Any, server: Server) -> None:
-    open_compare(page, "a sks dog, stopped")
-    page.locator("#compare-x-values").locator("input, textarea").fill("1..4")
-    page.get_by_text("Settings of all cells").click()
-    page.get_by_label("number input for Steps").locator("visible=true").fill("20")
-    page.get_by_role("button", name="Compare", exact=True).click()
-    page.locator("#compare-status").filter(has_text="Picture 3 of 12").wait_for(timeout=120_000)
+    shutil.rmtree(server.library / ".grids", ignore_errors=True)
+    open_compare(page, "a sks dog, stopped", "1..30", 20)
+    status = page.locator("#compare-status")
+    page.locator("#compare-go").click()
+    expect(status).to_contain_text(re.compile(r"Picture ([3-9]|\d\d) of 90"))
     page.locator("#compare-stop").click()
-    page.locator("#compare-status").filter(has_text="Interrupted").wait_for()
+    expect(status).to_contain_text("Interrupted")
+    expect(page.locator("#compare-go")).to_be_visible()
     cells = {f: f.stat().st_mtime_ns for f in (server.library / ".grids" / "cells").glob("*.png")}
-    compare(page)
-    page.locator("#compare-status").filter(has_text="12 cells in").wait_for()
+    page.locator("#compare-x-values").locator("input, textarea").fill("1,2")
+    compare(page, 6)
     assert {f: f.stat().st_mtime_ns for f in cells} == cells  # what was there is not made again
+    assert len(list((server.library / ".grids" / "cells").glob("*.png"))) == len(cells) + 4  # the first two were
 
 
 def test_a_weight_needs_an_adapter(server: Server) -> None:
@@ -127,14 +154,10 @@ def test_a_weight_needs_an_adapter(server: Server) -> None:
 
 def test_the_routers_of_a_mixture_are_shown(page: Any, server: Server, base: Path, tmp_path: Path) -> None:
     file = save_random(open_pipeline(base), tmp_path / "mixed", mor(r=2, num_experts=3), instance_prompt="a zwx hat")
-    shutil.copytree(file.parent, server.library / "mixed")
+    shutil.copytree(file.parent, server.library / "mixed", dirs_exist_ok=True)
     try:
-        visit(page)
-        page.get_by_role("tab", name="Inspect").click()
-        choose(page, "#inspect-adapter", "mixed")
-        page.get_by_role("button", name="Inspect", exact=True).click()
+        inspect(page, "mixed")
         plot = page.locator("#inspect-plots figure").filter(has_text="Router: mean gate of each expert")
-        plot.wait_for(timeout=120_000)
-        assert "expert 3" in plot.inner_html()
+        expect(plot).to_contain_text("expert 3")
     finally:
         shutil.rmtree(server.library / "mixed")
