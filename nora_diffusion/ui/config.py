@@ -6,7 +6,7 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..base import check_base
+from ..base import check_base, check_device
 from ..errors import UserError
 
 DEFAULT_PORT = 7860
@@ -33,6 +33,8 @@ class AppConfig:
     def check(self) -> None:
         """Raises :class:`UserError` for the first setting that makes no sense or is not safe."""
         check_base(self.base)
+        if self.device is not None:
+            check_device(self.device)
         if not 0 <= self.port <= 65535:
             raise UserError(f"port={self.port} is out of range: choose 1 to 65535, or 0 for any free one")
         if self.auth is not None and not all(self.credentials):

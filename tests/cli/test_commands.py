@@ -97,6 +97,7 @@ MISTAKES = {
     ),
     "unknown device": (["generate", "--prompt", "x", "--device", "cudaa"], "the device 'cudaa' will not do here"),
     "device that is not here": (["generate", "--prompt", "x", "--device", "hpu"], "leave --device out"),
+    "device that the app cannot have": (["app", "--device", "cudaa"], "leave --device out"),
     "absent adapter": (["inspect", "nowhere"], "no adapter at nowhere"),
     "absent adapter to generate with": (["generate", "--prompt", "x", "--adapter", "nowhere"], "no adapter at nowhere"),
     "two weights": (["generate", "--prompt", "x", "--adapter", "out/dog:0.8:3"], "is no local path"),
