@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..base import is_embedded
 from ..errors import UserError
 from ..quiet import hush
 from .arguments import parse
@@ -44,7 +47,17 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     for result in results if first_process() else ():
         numbers = f"{result.trainable_parameters:,} trained numbers, {result.steps} steps, {result.seconds:.1f} s"
         print(f"{result.adapter_path}: {numbers}, loss {result.final_loss:.4f}")
+    if first_process() and len(results) == 1:
+        print(f"make pictures with it: {next_command(config, results[0].adapter_path.parent)}")
     return 0
+
+
+def next_command(config: TrainConfig, folder: Path) -> str:
+    """What makes pictures with the adapter that was just trained."""
+    words = ["nora-diffusion", "generate", "--adapter", str(folder), "--prompt", config.instance_prompt or "..."]
+    if not is_embedded(config.pretrained_model_name_or_path):
+        words += ["--base", str(config.pretrained_model_name_or_path)]
+    return shlex.join(words)
 
 
 def _trainer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from .selection import reason
 from .setup import Run
 
 SETTINGS = (
@@ -46,7 +47,9 @@ def training_section(run: Run, final_loss: float, seconds: float, samples: Seque
     rows = [(name, getattr(config, name)) for name in SETTINGS]
     if not config.with_prior_preservation:
         rows = [row for row in rows if row[0] not in ("prior_loss_weight", "class_prompt")]
-    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows if value is not None)
+    table = "\n".join(
+        f"| {name} | {_cell(value)} |" for name, value in rows if value is not None and value is not False
+    )
     by_prompt: dict[str, list[str]] = {}
     for number, (prompt, path) in enumerate(samples):
         by_prompt.setdefault(prompt, []).append(f"![sample {number}]({path.as_posix()})")
@@ -63,9 +66,9 @@ def _class_line(run: Run) -> str:
 
 
 def _kept_line(run: Run) -> str:
-    if run.kept_step in (None, run.total_steps):
+    if run.validation is None:
         return ""
-    return f" By its measurements step {run.kept_step} is the one in this file; report.html says why"
+    return f"\n\n{reason(run.validation.points, run.kept_step or run.total_steps, run.total_steps)}"
 
 
 def _cell(value: object) -> str:

@@ -205,7 +205,7 @@ def test_the_chosen_step_is_the_adapter_of_the_run(measured: Configure, monkeypa
         not torch.equal(kept[key], last[key]) for key in kept
     )
     assert sorted(p.name for p in (folder / "candidates").iterdir()) == ["step-2", "step-4"]  # the front and the last
-    assert "step 2 is the one in this file" in (folder / "README.md").read_text()
+    assert "Step 2 is kept: of the steps with at least 80% of" in (folder / "README.md").read_text()
     again = train(measured(validation_steps=1, checkpointing_steps=1, resume_from_checkpoint="latest"))
     assert inspect_adapter(again.adapter_path).step == 2
 
