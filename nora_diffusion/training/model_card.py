@@ -44,12 +44,11 @@ SETTINGS = (
 def training_section(run: Run, final_loss: float, seconds: float, samples: Sequence[tuple[str, Path]]) -> str:
     """Markdown: prompts, settings that were in force, the outcome and ``samples``, pictures with their prompts."""
     config = run.config
-    rows = [(name, getattr(config, name)) for name in SETTINGS]
+    values = ((name, getattr(config, name)) for name in SETTINGS)
+    rows = [(name, value) for name, value in values if value is not None and value is not False]
     if not config.with_prior_preservation:
         rows = [row for row in rows if row[0] not in ("prior_loss_weight", "class_prompt")]
-    table = "\n".join(
-        f"| {name} | {_cell(value)} |" for name, value in rows if value is not None and value is not False
-    )
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
     by_prompt: dict[str, list[str]] = {}
     for number, (prompt, path) in enumerate(samples):
         by_prompt.setdefault(prompt, []).append(f"![sample {number}]({path.as_posix()})")
