@@ -18,6 +18,8 @@ from nora_diffusion.demo import SUBJECT
 from nora_diffusion.generation import parse_adapter
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.pictures import read_settings
+from nora_diffusion.training import TrainConfig
+from nora_diffusion.training.command import next_command
 from nora_diffusion.training.defaults import EMBEDDED
 
 Capture = pytest.CaptureFixture[str]
@@ -106,6 +108,13 @@ MISTAKES = {
     "training without photos": (["train", "--instance_data_dir", "nowhere", "--instance_prompt", "x"], "nowhere"),
     "training flag with a typo": (["train", "--instance_promt", "x"], "instance_prompt"),
 }
+
+
+def test_a_finished_training_says_how_to_use_it() -> None:
+    ours = TrainConfig(instance_prompt="a sks dog")
+    assert next_command(ours, Path("my dog")) == "nora-diffusion generate --adapter 'my dog' --prompt 'a sks dog'"
+    other = TrainConfig(instance_prompt="x", pretrained_model_name_or_path="some/model")
+    assert next_command(other, Path("dog")) == "nora-diffusion generate --adapter dog --prompt x --base some/model"
 
 
 def test_help_says_every_default(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
