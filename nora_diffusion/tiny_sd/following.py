@@ -77,12 +77,12 @@ def measure(
     fitted: int = 4000,
     tested: int = 500,
 ) -> Following:
-    """Fit the probes to rendered scenes, test them on others, and let them read pictures of unseen captions.
+    """Fit the probes to softened scenes, test them on others, and let them read pictures of unseen captions.
 
     The companion (accessory, tree, second object) is judged only where a caption names one.
     """
     network = probe.load_network()
-    train, test = rendered(network, 0, fitted), rendered(network, fitted, tested)
+    train, test = rendered(network, 0, fitted, soft=True), rendered(network, fitted, tested)
     scenes = unseen_scenes(weights, prompts)
     drawn = probe.features(network, generate([scene.caption for scene in scenes]))
     right, accuracy = {}, {}
@@ -94,7 +94,8 @@ def measure(
     return Following(right, accuracy, prompts)
 
 
-def rendered(network: Any, start: int, count: int) -> tuple[list[Scene], Any]:
-    """Rendered scenes that no stage trained on, and their features."""
+def rendered(network: Any, start: int, count: int, soft: bool = False) -> tuple[list[Scene], Any]:
+    """Rendered scenes that no stage trained on, and their features; ``soft``: of softened pictures."""
     scenes = [random_scene(PROBE_SEED, start + i) for i in range(count)]
-    return scenes, probe.features(network, np.stack([render(scene) for scene in scenes]))
+    pictures = np.stack([render(scene) for scene in scenes])
+    return scenes, probe.features(network, probe.soften(pictures) if soft else pictures)

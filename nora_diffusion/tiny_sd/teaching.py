@@ -72,11 +72,11 @@ def new_scenes(slug: str) -> list[Scene]:
 
 
 def fit_probes(fitted: int = 4000, tested: int = 500, each: int = _EACH) -> Probes:
-    """Fit both probes to rendered scenes and test them on others."""
+    """Fit both probes to softened scenes and test them on others."""
     network, answer = probe.load_network(), QUESTIONS["background"]
-    train, test = rendered(network, 0, fitted), rendered(network, fitted, tested)
+    train, test = rendered(network, 0, fitted, soft=True), rendered(network, fitted, tested)
     background = probe.fit(train[1], [answer(scene) for scene in train[0]])
-    known, unknown = _heldout(network, 0, each), _heldout(network, 1, each // 4)
+    known, unknown = _heldout(network, 0, each, soft=True), _heldout(network, 1, each // 4)
     subject = probe.fit(known[1], known[0])
     accuracy = {
         "subject": subject.accuracy(unknown[1], unknown[0]),
@@ -85,10 +85,10 @@ def fit_probes(fitted: int = 4000, tested: int = 500, each: int = _EACH) -> Prob
     return Probes(network, subject, background, accuracy)
 
 
-def _heldout(network: Any, seed: int, each: int) -> tuple[list[str], Any]:
-    """Names and features of pictures of every held-out subject on random grounds."""
+def _heldout(network: Any, seed: int, each: int, soft: bool = False) -> tuple[list[str], Any]:
+    """Names and features of pictures of every held-out subject on random grounds; ``soft``: of softened pictures."""
     names, pictures = heldout_pictures(PROBE_SEED + seed, each)
-    return names, probe.features(network, pictures)
+    return names, probe.features(network, probe.soften(pictures) if soft else pictures)
 
 
 def heldout_pictures(seed: int, each: int) -> tuple[list[str], np.ndarray]:

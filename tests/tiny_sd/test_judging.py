@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,15 @@ def test_a_probe_learns_what_is_linear_and_nothing_from_noise() -> None:
     assert fit.accuracy(x[300:], truth[300:]) > 0.9
     noise = probe.fit(x[:300, 4:], truth[:300])
     assert noise.accuracy(x[300:, 4:], truth[300:]) < 0.65
+
+
+def test_pictures_are_softened_by_chance_and_the_same_way_again() -> None:
+    edge = np.zeros((20, 16, 16, 3), np.uint8)
+    edge[:, :, 8:] = 255
+    soft = probe.soften(edge, seed=1)
+    assert np.array_equal(soft, probe.soften(edge, seed=1)) and not np.array_equal(soft, probe.soften(edge, seed=2))
+    steepest = np.abs(np.diff(soft[:, 8, :, 0].astype(int), axis=1)).max(1)
+    assert steepest.min() < 90 < 200 < steepest.max()  # from plainly blurred to all but sharp
 
 
 def test_unseen_captions_are_no_training_captions(tmp_path: Path) -> None:
