@@ -107,7 +107,7 @@ SIZES: dict[str, Size] = {
         stages={
             "vae": StageConfig(steps=3600, batch=16, lr=1.5e-3, ema=0.995),
             "diffusion": StageConfig(
-                steps=1350, batch=64, lr=1.5e-3, warmup=60, decay=0.8, ema=0.995, optimizer="muon"
+                steps=1350, batch=64, lr=1.5e-3, warmup=60, decay=0.4, ema=0.995, optimizer="muon"
             ),
             "judge": StageConfig(steps=2400, batch=128, lr=1.5e-3, warmup=60, decay=0.5, ema=0.99, optimizer="muon"),
         },

@@ -51,7 +51,7 @@ class Following:
 
 
 def training_captions(weights: Path) -> set[str]:
-    """Every caption that the UNet of these weights may have been trained on."""
+    """Every caption that the UNet of these weights was trained on."""
     ranges = json.loads((weights / TRAINING_FILE).read_text(encoding="utf-8"))["scenes"]
     return {random_scene(seed, i).caption for seed, total in ranges for i in range(total)}
 

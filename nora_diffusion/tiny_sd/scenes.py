@@ -107,20 +107,6 @@ def random_scene(seed: int, index: int) -> Scene:
     return scene_with(rng, *random_thing(rng))
 
 
-def harder_scene(seed: int, index: int) -> Scene:
-    """The harder of two training scenes, ``2 index`` and ``2 index + 1``: what the UNet learns from.
-
-    Small objects and two things side by side are what a base of this size gets wrong most, three to five times as
-    often as one object of its usual size; drawn this way they make up a half of the pictures instead of a quarter.
-    """
-    return max(random_scene(seed, 2 * index), random_scene(seed, 2 * index + 1), key=is_hard)
-
-
-def is_hard(scene: Scene) -> bool:
-    """Whether a small object, a tree or a second object is in it."""
-    return scene.size == "small" or scene.tree or len(set(scene.things)) > 1
-
-
 def scene_pair(seed: int, index: int) -> tuple[Scene, Scene]:
     """Two scenes around one and the same object, often in an unusual colour: what a judge of subjects learns from."""
     rng = Random(seed * 1_000_003 + index)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from .configs import CONTEXT, Size
 from .loop import LoopOptions, Trainer
-from .render import render
-from .scenes import harder_scene
+from .render import sample
 from .stage_vae import autocast, to_tensor
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 _CHUNK = 64  # scenes encoded together, always the same ones, so that a resumed run sees the same bits
-TRAINING_FILE = "training.json"  # beside the weights: among which scenes the UNet's were, as [[seed, count], ...]
+TRAINING_FILE = "training.json"  # beside the weights: the scenes that the UNet saw, as [[seed, count], ...]
 EMPTY_SHARE = 0.1
 GAMMA = 5.0
 
@@ -97,13 +96,13 @@ class LatentPool:
 
     @torch.no_grad()
     def _encode(self, start: int) -> None:
-        scenes = [harder_scene(self.seed, start + i) for i in range(_CHUNK)]
-        picture = to_tensor(np.stack([render(scene) for scene in scenes])).to(self.device)
+        pairs = [sample(self.seed, start + i) for i in range(_CHUNK)]
+        picture = to_tensor(np.stack([p for p, _ in pairs])).to(self.device)
         with autocast(self.device):
             latent = self.vae.encode(picture).latent_dist.mean.float() * self.vae.config.scaling_factor
         slots = torch.arange(start, start + _CHUNK) % self.size.pool
         self.latents[slots] = latent.cpu()
-        self.ids[slots] = tokens(self.tokenizer, [scene.caption for scene in scenes])
+        self.ids[slots] = tokens(self.tokenizer, [c for _, c in pairs])
 
 
 def loss_weight(snr: Tensor) -> Tensor:
@@ -155,12 +154,12 @@ def train_diffusion(
         return (loss_weight(snr) * error).mean(), {"v_mse": round(error.mean().item(), 5)}
 
     trainer.run(loss_fn)
-    record_scenes(options.out / TRAINING_FILE, init, seed, 2 * pool.end)  # one of two is learned
+    record_scenes(options.out / TRAINING_FILE, init, seed, pool.end)
     return trainer
 
 
 def record_scenes(path: Path, init: Path | None, seed: int, count: int) -> None:
-    """Write among which scenes the UNet's were: those of the weights that it started from, and its own."""
+    """Write which scenes the UNet was trained on: those of the weights that it started from, and its own."""
     before = init.parent / TRAINING_FILE if init else None
     scenes = json.loads(before.read_text(encoding="utf-8"))["scenes"] if before and before.exists() else []
     path.write_text(json.dumps({"scenes": [*scenes, [seed, count]]}) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from nora_diffusion.tiny_sd import world
 from nora_diffusion.tiny_sd.configs import CONTEXT
 from nora_diffusion.tiny_sd.examples import demo_prompts, write_subject
 from nora_diffusion.tiny_sd.render import render, sample
-from nora_diffusion.tiny_sd.scenes import harder_scene, is_hard, random_scene
+from nora_diffusion.tiny_sd.scenes import random_scene
 from nora_diffusion.tiny_sd.tokenizer import build_tokenizer, caption_words
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "subjects"
@@ -88,12 +88,3 @@ def test_demo_prompts_ask_for_what_the_pictures_do_not_show(slug: str) -> None:
     for prompt in info["demo_prompts"]:
         assert "{}" in prompt and not any(prompt.endswith(g) for g in grounds)
     assert not any("wearing" in c for c in captions)
-
-
-def test_the_unet_learns_from_the_harder_of_two_scenes() -> None:
-    scenes = [random_scene(3, i) for i in range(400)]
-    learned = [harder_scene(3, i) for i in range(200)]
-    assert all(one in pair for one, pair in zip(learned, zip(scenes[::2], scenes[1::2], strict=True), strict=True))
-    hard = [is_hard(a) or is_hard(b) for a, b in zip(scenes[::2], scenes[1::2], strict=True)]
-    assert [is_hard(scene) for scene in learned] == hard
-    assert sum(hard) > 1.4 * sum(map(is_hard, scenes[:200]))
