@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 SizeName = Literal["tiny", "nano"]
-Stage = Literal["vae", "diffusion", "judge"]
+Stage = Literal["vae", "decoder", "diffusion", "judge"]  # decoder: the autoencoder's, its latents kept
 CONTEXT = 32  # tokens of a prompt, start and end included
 
 
@@ -28,7 +28,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class Size:
-    """One size of the whole model: diffusers and transformers configurations and the three stages."""
+    """One size of the whole model: diffusers and transformers configurations and the stages."""
 
     name: str
     vae: dict[str, Any]
@@ -40,7 +40,7 @@ class Size:
     refresh: int = 50  # steps between two renewals of the oldest part of the pool
     renew: int = 768  # scenes renewed each time
     crop_share: float = 0.7  # of the VAE's steps on 32 x 32 crops, which cost a quarter; the rest on whole pictures
-    weights: dict[str, float] = field(default_factory=lambda: {"l1": 1.0, "l2": 0.5, "gradient": 0.5, "kl": 2e-5})
+    weights: dict[str, float] = field(default_factory=lambda: {"l1": 1.0, "l2": 4.0, "gradient": 0.5, "kl": 2e-5})
 
 
 def _vae(channels: tuple[int, ...]) -> dict[str, Any]:
@@ -106,6 +106,7 @@ SIZES: dict[str, Size] = {
         },
         stages={
             "vae": StageConfig(steps=3600, batch=16, lr=1.5e-3, ema=0.995),
+            "decoder": StageConfig(steps=3200, batch=16, lr=1e-3, ema=0.995),
             "diffusion": StageConfig(
                 steps=1350, batch=64, lr=1.5e-3, warmup=60, decay=0.4, ema=0.995, optimizer="muon"
             ),
@@ -132,6 +133,7 @@ SIZES: dict[str, Size] = {
         },
         stages={
             "vae": StageConfig(steps=4, batch=2, lr=1e-3, warmup=2),
+            "decoder": StageConfig(steps=4, batch=2, lr=1e-3, warmup=2),
             "diffusion": StageConfig(steps=4, batch=4, lr=1e-3, warmup=2, optimizer="muon"),
             "judge": StageConfig(steps=4, batch=4, lr=1e-3, warmup=2),
         },

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .configs import SIZES, Size
 from .stage_diffusion import TRAINING_FILE, build_diffusion, build_scheduler
-from .stage_vae import build_vae, read_vae
+from .stage_vae import build_vae, read_vae, to_tensor
 from .tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
@@ -67,33 +67,40 @@ def frozen_vae(size: Size, run: Path, seed: int, init: Path | None = None) -> Au
     """The autoencoder of a run: the folder ``run/vae``, made once from ``init`` or from the run's own VAE stage."""
     folder = run / "vae"
     if not folder.exists():
-        vae = finish_vae(size, run, seed) if init is None else continued_vae(run, init)
+        vae = finish_vae(size, run, seed) if init is None else continued_vae(size, run, init, seed)
         replace_folder(folder, lambda fresh: vae.save_pretrained(fresh))
     return read_vae(folder)
 
 
-def continued_vae(run: Path, init: Path) -> AutoencoderKL:
-    """The autoencoder of a pipeline, with the decoder that the run's VAE stage went on training, if it did."""
+def continued_vae(size: Size, run: Path, init: Path, seed: int) -> AutoencoderKL:
+    """The autoencoder of a pipeline with what the run's VAE or decoder stage went on training, if it did."""
     vae = read_vae(init / "vae")
     state = run / "vae.state.safetensors"
     if state.exists():
-        vae.load_state_dict(ema_weights(state), strict=False)
+        learned = ema_weights(state)
+        vae.load_state_dict(learned, strict=False)
+        if any(name.startswith("encoder.") for name in learned):
+            normalise_latents(vae, normalising_pictures(size, seed))
     return vae
 
 
 def finish_vae(size: Size, run: Path, seed: int) -> AutoencoderKL:
     """The trained autoencoder, averaged weights, latents of mean 0 and deviation 1, scaling factor 1."""
+    vae = build_vae(size, seed)
+    vae.load_state_dict(ema_weights(run / "vae.state.safetensors"))
+    normalise_latents(vae, normalising_pictures(size, seed))
+    vae.register_to_config(scaling_factor=1.0)
+    return vae.eval()
+
+
+def normalising_pictures(size: Size, seed: int) -> Tensor:
+    """The scenes whose latents get mean 0 and deviation 1."""
     import numpy as np
 
     from .render import sample
-    from .stage_vae import to_tensor
 
-    vae = build_vae(size, seed)
-    vae.load_state_dict(ema_weights(run / "vae.state.safetensors"))
     count = 512 if size.name == "tiny" else 16
-    normalise_latents(vae, to_tensor(np.stack([sample(seed + 10, i)[0] for i in range(count)])))
-    vae.register_to_config(scaling_factor=1.0)
-    return vae.eval()
+    return to_tensor(np.stack([sample(seed + 10, i)[0] for i in range(count)]))
 
 
 def export_pipeline(size: Size, run: Path, target: Path, seed: int) -> None:

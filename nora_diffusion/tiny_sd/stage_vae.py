@@ -18,7 +18,7 @@ from .render import SIDE, sample
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-DECODER_WEIGHTS = {"l2": 4.0}  # once the latents are given, the mean over what they leave open has the least error
+DECODER_NOISE = 0.25  # of the encoder's deviation: a UNet's latents are nearly clean, and a decoder of noisy ones blurs
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
@@ -54,7 +54,7 @@ def _gradient(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def vae_loss(picture: Tensor, output: Tensor, mean: Tensor, logvar: Tensor, w: dict[str, float]) -> Tensor:
-    """``L1 + 0.5 L2 + 0.5 L1 of the image gradients + 2e-5 KL`` (sum over the latent, mean over the batch)."""
+    """``L1 + 4 L2 + 0.5 L1 of the image gradients + 2e-5 KL`` (sum over the latent, mean over the batch)."""
     loss = w["l1"] * F.l1_loss(output, picture) + w["l2"] * F.mse_loss(output, picture)
     for a, b in zip(_gradient(output), _gradient(picture), strict=True):
         loss = loss + w["gradient"] * F.l1_loss(a, b)
@@ -71,27 +71,33 @@ def _batch(seed: int, step: int, n: int, cropped: bool) -> np.ndarray:
     return np.stack([sample(seed, step * n + i)[0][y : y + 32, x : x + 32] for i, (y, x) in enumerate(corners)])
 
 
-def train_vae(size: Size, options: LoopOptions, seed: int, device: torch.device, init: Path | None = None) -> Trainer:
-    """Train the autoencoder; the result is the trainer's EMA (see :mod:`ship`).
+def train_vae(
+    size: Size,
+    options: LoopOptions,
+    seed: int,
+    device: torch.device,
+    init: Path | None = None,
+    decoder_only: bool = False,
+) -> Trainer:
+    """Train the autoencoder, or go on with that of the pipeline ``init``; the result is the trainer's EMA.
 
-    With the pipeline folder ``init`` only its decoder goes on learning, from the same latents, so that a UNet that
-    was trained on them fits the new decoder too.
+    ``decoder_only``: the latents stay what they are, so that a UNet that was trained on them fits the new decoder too.
     """
     vae = build_vae(size, seed) if init is None else read_vae(init / "vae")
     vae.to(device).train()
     learned: nn.Module = vae
-    if init is not None:
+    if decoder_only:
         learned = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
         vae.requires_grad_(False)
         learned.requires_grad_(True)
-    weights = size.weights if init is None else size.weights | DECODER_WEIGHTS
-    config = size.stages["vae"]
+    config = size.stages["decoder" if decoder_only else "vae"]
     trainer = Trainer("vae", learned, config, options)
+    noise_share = DECODER_NOISE if decoder_only else 1.0
 
     def forward(picture: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, logvar = vae.quant_conv(vae.encoder(picture)).chunk(2, dim=1)
         logvar = logvar.float().clamp(-30, 4)
-        z = mean.float() + torch.exp(0.5 * logvar) * noise
+        z = mean.float() + torch.exp(0.5 * logvar) * noise * noise_share
         return vae.decoder(vae.post_quant_conv(z)).float(), mean.float(), logvar
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -100,7 +106,7 @@ def train_vae(size: Size, options: LoopOptions, seed: int, device: torch.device,
         noise = torch.randn(n, 4, h // 4, w // 4, generator=torch.Generator().manual_seed(seed * 7919 + step))
         with autocast(device):
             output, mean, logvar = forward(picture, noise.to(device))
-        loss = vae_loss(picture, output, mean, logvar, weights)
+        loss = vae_loss(picture, output, mean, logvar, size.weights)
         mse = (output.detach() - picture).square().mean().item()
         return loss, {"psnr": round(10 * np.log10(4 / max(mse, 1e-9)), 2)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 
@@ -31,12 +31,14 @@ def run_stage(
 ) -> None:
     """Train one stage, from its state in ``options.out`` if there is one.
 
-    With the pipeline folder ``init`` the decoder (stage vae) or UNet and text encoder (stage diffusion) start there.
+    Autoencoder, UNet and text encoder start from those of the pipeline folder ``init``, which the decoder alone must.
     Diffusion needs a trained autoencoder: the VAE stage's state, or that of ``init``.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if stage == "vae":
-        train_vae(size, options, seed, where, init)
+    if stage in ("vae", "decoder"):
+        if stage == "decoder" and init is None:
+            raise SystemExit("error: --stage decoder goes on from trained latents: name them by --init")
+        train_vae(size, options, seed, where, init, decoder_only=stage == "decoder")
         return
     tokenizer = build_tokenizer(options.out / "tokenizer")
     if stage == "diffusion":
@@ -55,20 +57,19 @@ def adjusted(size: Size, stage: Stage, **settings: Any) -> Size:
 def main() -> None:
     """Command line of the recipe."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
+    parser.add_argument("--stage", choices=[*get_args(Stage), "all"], default="all")
     parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
     parser.add_argument("--out", type=Path, required=True, help="folder of the states, the log and the weights")
     parser.add_argument("--steps", type=int, help="steps of the stage (default: the size's own)")
     parser.add_argument("--lr", type=float, help="learning rate of the stage (default: the size's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu or cuda (default: what is there)")
-    parser.add_argument("--init", help="'shipped' or a pipeline folder: where decoder and UNet start")
+    parser.add_argument("--init", help="'shipped' or a pipeline folder: where the stage starts")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes once, then faster")
     parser.add_argument("--save-every", type=int, default=200)
     args = parser.parse_args()
     init = None if args.init is None else WEIGHTS / "pipeline" if args.init == "shipped" else Path(args.init)
-    chosen: tuple[Stage, ...] | tuple[Literal["vae", "diffusion", "judge"]]
-    chosen = STAGES if args.stage == "all" else (args.stage,)
+    chosen: tuple[Stage, ...] = STAGES if args.stage == "all" else (args.stage,)
     for stage in chosen:
         size = adjusted(SIZES[args.size], stage, steps=args.steps, lr=args.lr)
         options = LoopOptions(args.out, save_every=args.save_every)
