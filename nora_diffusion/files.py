@@ -50,7 +50,8 @@ def write_atomic(path: Path, content: bytes | str | Iterable[bytes]) -> Path:
     with user_errors(path):
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            with temporary.open("xb") as file:  # by the process's own mask; mkstemp would hide it from everybody else
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the process's own mask
+            with os.fdopen(handle, "wb") as file:
                 for piece in pieces:
                     file.write(piece)
                 file.flush()

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from nora_diffusion.training import identity, main, train
 from nora_diffusion.training.steps import Stepper
 
 WAYS: dict[str, tuple[Any, str]] = {
-    "making": (tempfile, "mkstemp"),
+    "making": (files.os, "open"),
     "writing": (files.os, "fdopen"),
     "flushing": (os, "fsync"),
     "renaming": (Path, "replace"),
