@@ -18,7 +18,7 @@ import pytest
 from runs import Configure, assert_same_run
 
 from nora_diffusion import files, open_pipeline
-from nora_diffusion.training import TrainConfig, setup, train
+from nora_diffusion.training import TrainConfig, rundir, setup, train
 from nora_diffusion.training.checkpoints import list_checkpoints, read_checkpoint
 from nora_diffusion.training.steps import Stepper
 
@@ -84,6 +84,7 @@ def forked(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Forked:
     pipe = open_pipeline(tiny_base)  # loaded once: a fork has its own copy
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setattr(setup, "open_pipeline", lambda *_, **__: pipe)
+    monkeypatch.setattr(rundir, "STATE_SECONDS", 0)  # or the clock decides how many events there are
 
     def run(config: TrainConfig, kill_at: int | None = None) -> int:
         reader, writer = os.pipe()
