@@ -17,6 +17,7 @@ KEPT = "nora_diffusion"
 FIRST_PROMPT = "a red car in the forest"
 REMEMBER = """
 (...values) => {
+  if (document.documentElement.dataset.ready !== 'true') return [];  // first values, before the stored ones are back
   const kept = Object.fromEntries(FIELDS.map((name, n) => [name, values[n]]));
   try { localStorage.setItem(KEY, JSON.stringify(kept)); } catch (full) { /* a browser that keeps nothing */ }
   return [];
