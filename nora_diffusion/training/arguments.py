@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .config import GROUPS, TrainConfig, names, settings
 from .values import suggestion
 
@@ -94,4 +94,4 @@ def _load(path: Path, what: str) -> Any:
     except OSError as error:
         raise UserError(f"cannot read the {what} {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is not valid YAML: {first_line(error)}") from error

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .config import TrainConfig
 from .listing import read_subjects
 from .signals import Interrupted, StopRequests
@@ -131,9 +131,8 @@ def _cluster(address: str | None) -> Iterator[Any]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     except Exception as error:  # of a start that took too long Ray says so by a plain one
         ray.shutdown()
-        first = str(error).strip().splitlines()[0]
         place = f"at --address {address}" if address else "on this machine"
-        raise UserError(f"no Ray cluster {place}: {first}; start one with `ray start --head`") from error
+        raise UserError(f"no Ray cluster {place}: {first_line(error)}; start one with `ray start --head`") from error
     try:
         yield ray
     finally:

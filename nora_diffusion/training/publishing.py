@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..export import export_lora
 from ..export_formats import Format
 from ..files import sha256
@@ -65,8 +65,7 @@ def push(run: Run, folder: RunFolder, wanted: Sequence[Path]) -> None:
     except UserError:
         raise
     except Exception as error:  # of the network's kinds of failure each client library has its own
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"the adapter is saved in {folder.path}, but the upload failed ({first}): send the files that are listed "
-            "above with `hf upload`"
+            f"the adapter is saved in {folder.path}, but the upload failed ({first_line(error)}): send the files "
+            "that are listed above with `hf upload`"
         ) from error

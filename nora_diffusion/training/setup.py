@@ -22,7 +22,7 @@ from ..calibration import Calibration
 from ..components import all_targets, component, denoiser_name
 from ..data import read_photos
 from ..data.tags import Wordings
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..loaders import add_adapter, load_adapter, trainable_parameters
 from .averaging import Average
 from .cache import TextConditions
@@ -134,8 +134,7 @@ def _other_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load the tokenizer {name!r}: {first}") from error
+        raise UserError(f"cannot load the tokenizer {name!r}: {first_line(error)}") from error
 
 
 def settle(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .engine import Engine
 from .jobs import copy_photos
 from .messages import without_dashes
@@ -80,7 +80,7 @@ def read_extra(text: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text or "") or {}
     except yaml.YAMLError as error:
-        raise UserError(f"the further settings are not 'key: value' lines: {str(error).splitlines()[0]}") from error
+        raise UserError(f"the further settings are not 'key: value' lines: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError("the further settings must be lines 'key: value', one a setting")
     from ..training.config import names
