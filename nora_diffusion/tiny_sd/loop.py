@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from . import processes
 from .configs import StageConfig
 from .muon import Muon
 
@@ -100,6 +101,7 @@ class Trainer:
             p.grad = None
         loss.backward()
         params = list(self.params.values())
+        processes.average(p.grad for p in params)
         nn.utils.clip_grad_norm_(params, self.config.clip)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -110,6 +112,8 @@ class Trainer:
         torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in params], 1 - decay)
 
     def _log(self, mean: float, metrics: dict[str, float], rate: float) -> None:
+        if processes.rank() > 0:
+            return
         row = {
             "stage": self.name,
             "step": self.step,
@@ -129,6 +133,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write the whole state; the JSON with the step number stands in the file's metadata."""
+        if processes.rank() > 0:
+            return
         tensors = {f"model.{k}": p.detach() for k, p in self.params.items()}
         tensors |= {f"ema.{k}": p for k, p in self.ema.items()}
         for key, p in self.params.items():

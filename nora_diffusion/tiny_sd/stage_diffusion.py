@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import processes
 from .configs import CONTEXT, Size
 from .loop import LoopOptions, Trainer
 from .render import sample
@@ -123,7 +124,10 @@ def train_diffusion(
     init: Path | None = None,
     compiled: bool = False,
 ) -> Trainer:
-    """Train UNet and text encoder on v-prediction with stratified timesteps and 10% empty prompts."""
+    """Train UNet and text encoder on v-prediction with stratified timesteps and 10% empty prompts.
+
+    Several processes (:mod:`.processes`) share each batch.
+    """
     model = build_diffusion(size, tokenizer, seed)
     if init is not None:
         load_weights(model, init)
@@ -131,14 +135,15 @@ def train_diffusion(
     unet = torch.compile(model["unet"]) if compiled else model["unet"]
     config = size.stages["diffusion"]
     trainer = Trainer("diffusion", model, config, options)
-    pool = LatentPool(vae.to(device).eval(), tokenizer, size, seed, device)
+    own_seed = processes.seeds(seed)[processes.rank()]
+    pool = LatentPool(vae.to(device).eval(), tokenizer, size, own_seed, device)
     alphas = build_scheduler().alphas_cumprod
     empty = tokens(tokenizer, [""])
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         pool.advance(step)
-        g = torch.Generator().manual_seed(seed * 7919 + step)
-        n = config.batch
+        g = torch.Generator().manual_seed(own_seed * 7919 + step)
+        n = config.batch // processes.count()
         pick = torch.randint(0, size.pool, (n,), generator=g)
         x0, ids = pool.latents[pick], pool.ids[pick]
         ids = torch.where(torch.rand(n, 1, generator=g) < EMPTY_SHARE, empty, ids)
@@ -154,7 +159,8 @@ def train_diffusion(
         return (loss_weight(snr) * error).mean(), {"v_mse": round(error.mean().item(), 5)}
 
     trainer.run(loss_fn)
-    record_scenes(options.out / TRAINING_FILE, init, seed, pool.end)
+    if processes.rank() == 0:
+        record_scenes(options.out / TRAINING_FILE, init, seed, pool.end)
     return trainer
 
 
@@ -162,7 +168,8 @@ def record_scenes(path: Path, init: Path | None, seed: int, count: int) -> None:
     """Write which scenes the UNet was trained on: those of the weights that it started from, and its own."""
     before = init.parent / TRAINING_FILE if init else None
     scenes = json.loads(before.read_text(encoding="utf-8"))["scenes"] if before and before.exists() else []
-    path.write_text(json.dumps({"scenes": [*scenes, [seed, count]]}) + "\n", encoding="utf-8")
+    own = [[own_seed, count] for own_seed in processes.seeds(seed)]
+    path.write_text(json.dumps({"scenes": [*scenes, *own]}) + "\n", encoding="utf-8")
 
 
 def load_weights(model: nn.ModuleDict, pipeline: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import torch
 
+from . import processes
 from .configs import SIZES, Size, Stage
 from .loop import LoopOptions
 from .ship import WEIGHTS, export_all, frozen_vae
@@ -34,15 +35,18 @@ def run_stage(
     Autoencoder, UNet and text encoder start from those of the pipeline folder ``init``, which the decoder alone must.
     Diffusion needs a trained autoencoder: the VAE stage's state, or that of ``init``.
     """
+    if stage != "diffusion" and processes.count() > 1:
+        raise SystemExit(f"error: --stage {stage} runs in one process; only --stage diffusion is shared by several")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if stage in ("vae", "decoder"):
         if stage == "decoder" and init is None:
             raise SystemExit("error: --stage decoder goes on from trained latents: name them by --init")
         train_vae(size, options, seed, where, init, decoder_only=stage == "decoder")
         return
-    tokenizer = build_tokenizer(options.out / "tokenizer")
-    if stage == "diffusion":
-        vae = frozen_vae(size, options.out, seed, init)
+    with processes.first_alone():
+        tokenizer = build_tokenizer(options.out / "tokenizer")
+        vae = frozen_vae(size, options.out, seed, init) if stage == "diffusion" else None
+    if vae is not None:
         train_diffusion(size, vae, tokenizer, options, seed, where, init, compiled)
     else:
         train_judge(size, tokenizer, options, seed, where)
@@ -61,6 +65,7 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
     parser.add_argument("--out", type=Path, required=True, help="folder of the states, the log and the weights")
     parser.add_argument("--steps", type=int, help="steps of the stage (default: the size's own)")
+    parser.add_argument("--batch", type=int, help="pictures of a step, over all processes (default: the size's own)")
     parser.add_argument("--lr", type=float, help="learning rate of the stage (default: the size's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu or cuda (default: what is there)")
@@ -68,13 +73,14 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes once, then faster")
     parser.add_argument("--save-every", type=int, default=200)
     args = parser.parse_args()
+    processes.join()
     init = None if args.init is None else WEIGHTS / "pipeline" if args.init == "shipped" else Path(args.init)
     chosen: tuple[Stage, ...] = STAGES if args.stage == "all" else (args.stage,)
     for stage in chosen:
-        size = adjusted(SIZES[args.size], stage, steps=args.steps, lr=args.lr)
+        size = adjusted(SIZES[args.size], stage, steps=args.steps, batch=args.batch, lr=args.lr)
         options = LoopOptions(args.out, save_every=args.save_every)
         run_stage(stage, size, options, args.seed, args.device, init, args.compile)
-    if (args.out / "diffusion.state.safetensors").exists():
+    if processes.rank() == 0 and (args.out / "diffusion.state.safetensors").exists():
         export_all(args.out, args.out / "weights", args.size, args.seed)
 
 

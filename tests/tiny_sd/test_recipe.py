@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from nora_diffusion.judges import load_judge, text_features
+from nora_diffusion.tiny_sd import processes
 from nora_diffusion.tiny_sd.configs import SIZES, Stage, StageConfig
 from nora_diffusion.tiny_sd.loop import LoopOptions, learning_rate
 from nora_diffusion.tiny_sd.muon import orthogonalise
@@ -122,3 +125,56 @@ def test_shipped_weights_load_and_have_the_documented_size() -> None:
     assert 15e6 < total < 40e6
     card = (WEIGHTS / "README.md").read_text()
     assert "OFL" in card and "license" in card
+
+
+def _mean_of_two(rank: int, store: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    gradient = torch.arange(12.0).view(1, 3, 2, 2).to(memory_format=torch.channels_last) * (rank + 1)
+    other = torch.full((5,), float(rank))
+    processes.average([gradient, None, other])
+    torch.testing.assert_close(gradient, torch.arange(12.0).view(1, 3, 2, 2) * 1.5)
+    torch.testing.assert_close(other, torch.full((5,), 0.5))
+
+
+@pytest.mark.slow
+def test_gradients_are_averaged_over_processes(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_mean_of_two, (str(tmp_path / "store"),), nprocs=2)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_unet_on_scenes_of_their_own(nano_run: Path, tmp_path: Path) -> None:
+    export_all(nano_run, tmp_path / "weights", "nano")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "-m",
+        "nora_diffusion.tiny_sd.train",
+    ]
+    command += [
+        "-m",
+        "nora_diffusion.tiny_sd.train",
+        "--stage",
+        "diffusion",
+        "--size",
+        "nano",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run([*command, "--init", str(tmp_path / "weights" / "pipeline")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4], "only the first process writes"
+    seen = json.loads((tmp_path / "run" / "weights" / "training.json").read_text())["scenes"]
+    assert [seed for seed, _ in seen] == [0, 0, 1000]
+    assert all(count >= NANO.pool for _, count in seen)
+
+
+def test_only_the_unet_is_trained_by_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(SystemExit, match="--stage vae runs in one process"):
+        run_stage("vae", NANO, LoopOptions(tmp_path))
+    assert not any(tmp_path.iterdir())
