@@ -40,7 +40,7 @@ class Size:
     refresh: int = 50  # steps between two renewals of the oldest part of the pool
     renew: int = 768  # scenes renewed each time
     crop_share: float = 0.7  # of the VAE's steps on 32 x 32 crops, which cost a quarter; the rest on whole pictures
-    weights: dict[str, float] = field(default_factory=lambda: {"l1": 1.0, "l2": 4.0, "gradient": 0.5, "kl": 2e-5})
+    weights: dict[str, float] = field(default_factory=lambda: {"l1": 1.0, "l2": 4.0, "gradient": 0.5, "kl": 1e-6})
 
 
 def _vae(channels: tuple[int, ...]) -> dict[str, Any]:

@@ -93,10 +93,33 @@ def _scaled(image: Image.Image, factor: float) -> Image.Image:
     return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=1.5)
 
 
-def _place(scene: Scene, rng: Random, i: int, side: float) -> tuple[float, float]:
-    """Centre x and bottom y (in canvas units) of the i-th thing, whose longer side is ``side``."""
-    n = len(scene.things) + scene.tree
+def _beside(scene: Scene) -> bool:
+    """Whether the first thing, the subject, has a tree or another thing beside it (and not more of its own kind)."""
+    return scene.tree or len(set(scene.things)) > 1
+
+
+def _sides(scene: Scene, rng: Random) -> tuple[float, float]:
+    """The longer sides of the first thing and of every other, in canvas units: no part so small that it blurs."""
+    if _beside(scene):
+        return rng.uniform(0.54, 0.60) * _CANVAS, rng.uniform(0.45, 0.50) * _CANVAS
+    n = len(scene.things)
     if n > 1:
+        side = (1.04 if n == 2 else 0.98) * _CANVAS / n * rng.uniform(0.9, 1.0)
+        return side, side
+    low, high = {"small": (0.38, 0.46), "big": (0.84, 0.94)}.get(scene.size, (0.62, 0.76))
+    if scene.accessory and scene.accessory != "sunglasses":
+        low, high = min(low, 0.54), min(high, 0.68)
+    side = rng.uniform(low, high) * _CANVAS
+    return side, side
+
+
+def _place(scene: Scene, rng: Random, i: int, side: float, mirrored: bool) -> tuple[float, float]:
+    """Centre x and bottom y, in canvas units, of the i-th thing (a tree is the second) of longer side ``side``."""
+    n = len(scene.things)
+    if _beside(scene):
+        x = (0.29, 0.77)[i]
+        x = (1 - x if mirrored else x) * _CANVAS
+    elif n > 1:
         x = _CANVAS * (2 * i + 1) / (2 * n)
     elif scene.position:
         x = 0.3 * _CANVAS if scene.position == "left" else 0.7 * _CANVAS
@@ -106,16 +129,6 @@ def _place(scene: Scene, rng: Random, i: int, side: float) -> tuple[float, float
         bottom = rng.uniform(113, 119)
         return x, min(bottom + max(0.0, side - 96) / 4, 126)
     return x, 0.5 * _CANVAS + side / 2 + rng.uniform(-3, 3)
-
-
-def _side(scene: Scene, rng: Random) -> float:
-    n = len(scene.things) + scene.tree
-    if n > 1:
-        return (1.04 if n == 2 else 0.98) * _CANVAS / n * rng.uniform(0.9, 1.0)
-    low, high = {"small": (0.3, 0.38), "big": (0.84, 0.94)}.get(scene.size, (0.62, 0.76))
-    if scene.accessory and scene.accessory != "sunglasses":
-        low, high = min(low, 0.54), min(high, 0.68)
-    return rng.uniform(low, high) * _CANVAS
 
 
 def _dress(canvas: Image.Image, scene: Scene, thing: Thing, box: tuple[float, float, float, float]) -> None:
@@ -142,16 +155,17 @@ def render(scene: Scene) -> np.ndarray:
         canvas = backgrounds.scene(ground.kind, rng)
     else:
         canvas = backgrounds.pattern(ground.kind, ground.a, ground.b)
-    side = _side(scene, rng)
-    tree_first = scene.tree and rng.random() < 0.5
+    first, other = _sides(scene, rng)
+    mirrored = scene.tree and rng.random() < 0.5
     if scene.tree:
-        tree = _scaled(_prop("tree"), 1.1 * side / 96)
-        cx, bottom = _place(scene, rng, 0 if tree_first else 1, 1.1 * side)
+        tree = _scaled(_prop("tree"), 1.1 * other / 96)
+        cx, bottom = _place(scene, rng, 1, 1.1 * other, mirrored)
         _paste(canvas, tree, cx - tree.width / 2, bottom - tree.height)
     for i, thing in enumerate(scene.things):
+        side = other if i else first
         image = cut_out(thing)
         image = _scaled(image, side / max(image.size))
-        cx, bottom = _place(scene, rng, i + tree_first, side)
+        cx, bottom = _place(scene, rng, i, side, mirrored)
         if ground.kind not in backgrounds.GROUND:
             bottom -= (side - image.height) / 2
         y = bottom - image.height

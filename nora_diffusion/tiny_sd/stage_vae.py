@@ -54,7 +54,7 @@ def _gradient(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def vae_loss(picture: Tensor, output: Tensor, mean: Tensor, logvar: Tensor, w: dict[str, float]) -> Tensor:
-    """``L1 + 4 L2 + 0.5 L1 of the image gradients + 2e-5 KL`` (sum over the latent, mean over the batch)."""
+    """``L1 + 4 L2 + 0.5 L1 of the image gradients + 1e-6 KL`` (sum over the latent, mean over the batch)."""
     loss = w["l1"] * F.l1_loss(output, picture) + w["l2"] * F.mse_loss(output, picture)
     for a, b in zip(_gradient(output), _gradient(picture), strict=True):
         loss = loss + w["gradient"] * F.l1_loss(a, b)
