@@ -66,6 +66,8 @@ def run_command(words: list[str], base: Path) -> None:
         words = [word.replace(hub_id, str(base / folder)) for word in words]
     if words[:2] == ["accelerate", "launch"]:
         words = ["python", *words[2:]]
+    if words[0] == "torchrun":
+        words = ["python", *words[words.index("-m") :]]
     if words[0] == "make":
         assert re.search(rf"^{re.escape(words[1])}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
     elif words[:2] == ["python", "train_dreambooth_nora.py"] or words[:2] == ["nora-diffusion", "train"]:
