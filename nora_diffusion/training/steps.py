@@ -125,7 +125,12 @@ class Stepper:
         value = self._across(total).item()
         if not math.isfinite(value):
             self._refuse(step, "the loss is not finite")
+        self._average_gradients()
+        stopped = still(run.parameters, run.config, step, run.config.max_train_steps or 0)
         norm = self._update(step)
+        # A loss of 0 gives none: that of a first crop beside the subject, where the background does not count.
+        if norm == 0 and value > 0 and step == run.first_step and not stopped:
+            raise UserError("no trained factor gets a gradient: nothing would be learned with these --target_modules")
         run.schedule.step()
         return value, norm
 
@@ -221,21 +226,23 @@ class Stepper:
 
     def _update(self, step: int) -> float:
         run = self.run
-        self._average_gradients()
-        stopped = still(run.parameters, run.config, step, run.config.max_train_steps or 0)
-        run.scaler.unscale_(run.optimizer)
-        norm = clip(run.parameters, run.config.max_grad_norm)
-        if not math.isfinite(norm) and not run.scaler.is_enabled():
-            self._refuse(step, "the gradients are not finite")
-        if norm == 0 and step == run.first_step and not stopped:
-            raise UserError("no trained factor gets a gradient: nothing would be learned with these --target_modules")
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
+        learns = any(factor.grad is not None for factor in run.parameters.values())
+        norm = self._step_optimizer(step) if learns else 0.0  # the scaler fails where there is no gradient
         if run.config.scale_weight_norms is not None:
             layers = [layer for part in present(run.pipe) for layer in self._layers(part)]
             bound_norms(layers, run.adapter, run.config.scale_weight_norms)
         if run.average is not None:
             run.average.update(run.parameters, step + 1)
+        return norm
+
+    def _step_optimizer(self, step: int) -> float:
+        run = self.run
+        run.scaler.unscale_(run.optimizer)
+        norm = clip(run.parameters, run.config.max_grad_norm)
+        if not math.isfinite(norm) and not run.scaler.is_enabled():
+            self._refuse(step, "the gradients are not finite")
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
         return norm
 
     def _layers(self, part: str) -> Iterable[NoraLayer]:

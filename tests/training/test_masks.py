@@ -156,3 +156,13 @@ def test_a_run_with_masks(configure: Configure, masked: Path, tmp_path: Path) ->
     cut_out.unlink()
     with pytest.raises(UserError, match=r"no photo in .* has a mask"):
         train(configure(instance_data_dir=str(masked), background_loss_weight=0.1))
+
+
+def test_a_first_crop_beside_the_subject_is_no_reason_to_stop(configure: Configure, tmp_path: Path) -> None:
+    """Where the background does not count such a crop has no loss, and nothing is learned from it."""
+    folder = write_photos(tmp_path / "beside", 1)
+    (folder / "masks").mkdir()
+    paint((0, 0, 1, 1)).save(folder / "masks" / "0.png")
+    crops = {"background_loss_weight": 0.0, "crop": "center", "train_batch_size": 1, "max_train_steps": 2}
+    assert train(configure(instance_data_dir=str(folder), **crops)).steps == 2
+    assert losses(tmp_path / "run") == [0, 0]

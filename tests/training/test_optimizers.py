@@ -133,6 +133,20 @@ def test_a_part_stops_learning_at_its_fraction(configure: Configure, monkeypatch
     assert moved == [{"unet", "text_encoder"}, {"unet", "text_encoder"}, {"unet"}, set()]
 
 
+def test_a_scaled_run_goes_on_when_nothing_learns_any_more(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in fp16, whose scaler takes no step without a gradient."""
+    original = Stepper.run_steps
+
+    def run_steps(self: Stepper) -> list[float]:
+        self.run.scaler = torch.amp.GradScaler("cpu")
+        return original(self)
+
+    monkeypatch.setattr(Stepper, "run_steps", run_steps)
+    assert train(configure(denoiser_frac=0.5)).steps == 3
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
