@@ -42,6 +42,8 @@ def load_foreign(pipe: Any, info: AdapterInfo, name: str, activate: bool, weight
                 "of it with `nora-diffusion import`"
             )
         before = {part: active_adapters(component(pipe, part)) for part in present(pipe)}
+        # diffusers leaves out kohya's dora_scale, and loses the alphas of files in which they differ.
+        renamed = family == "lora" and not info.kind.startswith("diffusers")
         with ExitStack() as stack:
             stack.enter_context(_as_before(pipe, info.path, before))
             stack.enter_context(all_or_nothing(pipe, name))
@@ -49,16 +51,16 @@ def load_foreign(pipe: Any, info: AdapterInfo, name: str, activate: bool, weight
                 stack.enter_context(keeping_trained(component(pipe, part)))
             if family != "lora":
                 _inject(pipe, reader, family, name, found)
-            elif info.kind.startswith("PEFT") or info.kind == "kohya DoRA":  # whose dora_scale diffusers leaves out
-                pipe.load_lora_weights(_renamed(reader, found), adapter_name=name)
             else:
-                pipe.load_lora_weights(info.path, adapter_name=name)
+                pipe.load_lora_weights(_renamed(reader, found) if renamed else info.path, adapter_name=name)
             _check_applied(pipe, info.path, name, len(found))
             for part in present(pipe):
                 module = component(pipe, part)
                 mine = [layer for layer in tuner_layers(module) if name in held(layer)]
                 set_active(module, [*before[part], name] if activate and mine else before[part])
                 for layer in mine:
+                    if renamed:  # older diffusers take the alpha of all modules from the rank of one
+                        layer.lora_alpha[name] = layer.r[name]
                     layer.set_scale(name, weight)
         return len(reader.entries)
 
@@ -102,9 +104,10 @@ def _renamed(reader: TensorFile, found: Fitting) -> Tensors:
     """A file of PEFT's or kohya's with diffusers' keys; its scale, which these have no place for, goes into ``B``."""
     scales, renamed = Scales(reader), {}
     for (part, path), (module, own) in found.items():
-        scale = scales.of(module, own)
+        scale, up = scales.of(module, own), own["up"]
         renamed[f"{part}.{path}.lora_A.weight"] = own["down"]
-        renamed[f"{part}.{path}.lora_B.weight"] = own["up"] if scale == 1 else own["up"] * scale
+        # In fp32, so that the one rounding is that to the model's type.
+        renamed[f"{part}.{path}.lora_B.weight"] = up if scale == 1 else up.float() * scale
         if "dora" in own:
             renamed[f"{part}.{path}.lora_magnitude_vector.weight"] = _magnitude(reader, module, own)
     return renamed

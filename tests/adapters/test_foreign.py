@@ -28,6 +28,7 @@ from nora_diffusion import (
 )
 from nora_diffusion.adapters import lora, lora_xs, nora
 from nora_diffusion.adapters.bases import BASES
+from nora_diffusion.components import canonical, projections
 from nora_diffusion.foreign_updates import updates
 from nora_diffusion.importing import import_lora, project
 from nora_diffusion.loaders import list_adapters, trainable_parameters
@@ -225,18 +226,17 @@ def test_kohya_files_for_sdxl_are_imported(sdxl_file: Any, tmp_path: Path) -> No
 
 
 def test_kohya_files_for_sdxl_load_and_are_checked(sdxl_file: Any, tmp_path: Path) -> None:
-    """diffusers renames attention alone: what it loads is the update; NaN is refused before it is asked."""
+    """Under either set of names what is loaded is the update; NaN is refused before diffusers is asked."""
     pipe, folder, tensors = sdxl_file
-    attention = {key: value for key, value in tensors.items() if "in_layers" not in key}
-    save_file(attention, tmp_path / "sgm.safetensors")
+    save_file(tensors, tmp_path / "sgm.safetensors")
     load_adapter(pipe, tmp_path / "sgm.safetensors", "cat")
     with TensorFile(tmp_path / "sgm.safetensors") as reader:
         for part, path, dense in updates(pipe, reader):
             layer = getattr(pipe, part).get_submodule(path)
-            torch.testing.assert_close(layer.get_delta_weight("cat"), dense.float(), atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(layer.get_delta_weight("cat").flatten(1), dense.float(), atol=1e-6, rtol=1e-5)
     delete_adapter(pipe, "cat")
-    attention[min(attention)] = torch.full_like(attention[min(attention)], float("nan"))
-    save_file(attention, tmp_path / "nan.safetensors")
+    damaged = tensors | {min(tensors): torch.full_like(tensors[min(tensors)], float("nan"))}
+    save_file(damaged, tmp_path / "nan.safetensors")
     with pytest.raises(UserError, match="NaN"):
         load_adapter(pipe, tmp_path / "nan.safetensors", "cat")
     twice = load_file(folder / "kohya.safetensors") | tensors
@@ -244,6 +244,26 @@ def test_kohya_files_for_sdxl_load_and_are_checked(sdxl_file: Any, tmp_path: Pat
     with pytest.raises(UserError, match="twice"):
         load_adapter(pipe, tmp_path / "twice.safetensors", "cat")
     assert list_adapters(pipe) == {}
+
+
+def test_kohya_files_may_have_ranks_and_alphas_of_their_own_everywhere(pipe: Any, tmp_path: Path) -> None:
+    """As sd-scripts writes them after resizing: every projection gets ``(alpha / r) B A``."""
+    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te_text_model"}
+    tensors, wanted = {}, {}
+    for part, prefix in prefixes.items():
+        paths = [path for path in projections(getattr(pipe, part)) if path.endswith(("to_q", "to_out.0", "q_proj"))]
+        for number, path in enumerate(paths):
+            r, alpha, name = 1 + number % 3, (0.5, 4.0)[number % 2], f"{prefix}_{canonical(path).replace('.', '_')}"
+            d_out, d_in = getattr(pipe, part).get_submodule(path).weight.shape
+            down, up = torch.randn(r, d_in).half(), torch.randn(d_out, r).half()
+            tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+            tensors[f"{name}.alpha"] = torch.tensor(alpha)
+            wanted[part, path] = alpha / r * up.float() @ down.float()
+    save_file(tensors, tmp_path / "resized.safetensors")
+    load_adapter(pipe, tmp_path / "resized.safetensors", "cat")
+    for (part, path), dense in wanted.items():
+        found = getattr(pipe, part).get_submodule(path).get_delta_weight("cat")
+        torch.testing.assert_close(found, dense, atol=1e-6, rtol=1e-5, msg=lambda said, path=path: f"{path}: {said}")
 
 
 def test_a_textual_inversion_of_two_encoders_is_all_or_nothing(
