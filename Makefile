@@ -14,7 +14,7 @@ help:
 	@echo "make check      ruff and a strict type check"
 	@echo "make screenshots  pictures of every tab in outputs/screenshots (needs Chromium)"
 	@echo "make setup      only build .venv with the pinned dependencies"
-	@echo "make clean      remove .venv, outputs and caches"
+	@echo "make clean      remove .venv and caches; outputs stays, which holds the library of the app"
 
 setup: $(STAMP)
 
@@ -49,5 +49,5 @@ check: $(STAMP)
 	@$(BIN)/mypy
 
 clean:
-	rm -rf .venv outputs build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

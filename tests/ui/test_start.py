@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from nora_diffusion.ui.config import DEFAULT_LIBRARY
+
 from .conftest import LONG, ROOT, Server
 
 
@@ -59,3 +61,8 @@ def test_a_page_says_nothing_of_this_machine(server: Server, base: Path) -> None
     for text in (page, str(broken["output"]), str(gone["output"])):
         for private in (server.library, base, ROOT, Path.home()):
             assert f"{private}/" not in text and f'{private}"' not in text, private
+
+
+def test_make_clean_keeps_the_default_library() -> None:
+    words = subprocess.run(["make", "--dry-run", "clean"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert ".mypy_cache" in words.split() and Path(DEFAULT_LIBRARY).parts[0] not in words.split()
