@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 from ..base import base_id
 from ..data import find_photos
 from ..errors import UserError
-from ..files import make_folder
+from ..files import alone_in
 from ..generation import run
 from ..pictures import PictureSettings, save_picture
 from ..versions import versions
@@ -45,12 +46,19 @@ def class_folder(config: TrainConfig) -> Path:
 def fill_class_images(pipe: Any, folder: Path, config: TrainConfig, seed: int, check: Callable[[], None]) -> int:
     """Generate the missing class pictures, in batches; returns how many were made.
 
-    Each is written whole and has a seed of its own, so that an interrupted filling goes on where it stopped.
+    Each is written whole and has a seed of its own, so that an interrupted filling goes on where it stopped. Another
+    training that fills the same folder is waited for.
     """
-    missing = config.num_class_images - count_pictures(folder)
-    if missing <= 0:
-        return 0
-    make_folder(folder)
+    with alone_in(folder):
+        missing = config.num_class_images - count_pictures(folder)
+        if missing > 0:
+            _draw_class_images(pipe, folder, config, seed, missing, check)
+        return max(missing, 0)
+
+
+def _draw_class_images(
+    pipe: Any, folder: Path, config: TrainConfig, seed: int, missing: int, check: Callable[[], None]
+) -> None:
     names = [f"class-{number:05d}.png" for number in range(config.num_class_images + missing)]
     wanted = [name for name in names if not (folder / name).exists()][:missing]
     autocast = DTYPES[config.prior_generation_precision or _fast_precision(pipe)]
@@ -62,7 +70,6 @@ def fill_class_images(pipe: Any, folder: Path, config: TrainConfig, seed: int, c
         for name, picture_seed, image in zip(batch, seeds, images, strict=True):
             settings = describe(pipe, config.class_prompt or "", picture_seed, image, config)
             save_picture(image, folder / name, settings)
-    return missing
 
 
 def _fast_precision(pipe: Any) -> str:
@@ -75,10 +82,28 @@ def render(
     """Pictures by the pipeline as it stands, adapters included; the modules keep their modes."""
     device, lower = denoiser(pipe).device.type, autocast != torch.float32
     steps, guidance = config.sample_steps or 30, config.sample_guidance or 0.0
-    with _evaluating(pipe), torch.no_grad(), torch.autocast(device, autocast if lower else None, enabled=lower):
+    lowered = torch.autocast(device, autocast if lower else None, enabled=lower)
+    with _evaluating(pipe), torch.no_grad(), _decoding_precisely(pipe.vae), lowered:
         return run(
             pipe, [prompt] * len(seeds), seeds, steps, guidance, width=config.resolution, height=config.resolution
         )
+
+
+@contextlib.contextmanager
+def _decoding_precisely(vae: Any) -> Iterator[None]:
+    """Keep ``vae.decode`` in its weights' precision: in fp16 SDXL's overflows, and its pictures are black."""
+    decode = vae.decode
+
+    @functools.wraps(decode)
+    def decode_precisely(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode(latents.to(vae.dtype), *args, **kwargs)
+
+    vae.decode = decode_precisely
+    try:
+        yield
+    finally:
+        del vae.decode
 
 
 @contextlib.contextmanager
