@@ -19,6 +19,7 @@ import gradio as gr
 
 from ..errors import UserError
 from .messages import INSIDE, sentence
+from .runs import Run
 from .state import App
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,17 @@ def run_buttons(run: Any, go: gr.Button, *others: gr.Button) -> None:
         over(None, None, [go, *others], js=again, **QUIET)
 
 
-def who(request: gr.Request) -> tuple[str, str]:
-    """The user and the page of a request: what a page started, only that page may stop."""
-    return request.username or "", request.session_hash or ""
+def who(request: gr.Request, work: str) -> tuple[str, str, str]:
+    """The key of a run: what a page started, only that page may stop, and each kind of work by itself."""
+    return request.username or "", request.session_hash or "", work
+
+
+def stopper(app: App, act: Callable[[Run], None], work: str) -> Any:
+    """Interrupt or skip what this user's page does, and what nobody else does."""
+
+    def stop(request: gr.Request) -> None:
+        run = app.runs.get(who(request, work))
+        if run is not None:
+            act(run)
+
+    return stop

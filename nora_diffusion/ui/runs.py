@@ -162,19 +162,19 @@ def free_memory() -> None:
 
 
 class Runs:
-    """The last run of each user and page, so that a button can stop it and nobody else's."""
+    """The last run of each user, page and kind of work, so that a button can stop it and no other one."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._last: dict[tuple[str, str], Run] = {}
+        self._last: dict[tuple[str, str, str], Run] = {}
 
-    def put(self, key: tuple[str, str], run: Run) -> None:
+    def put(self, key: tuple[str, str, str], run: Run) -> None:
         """Remember a run; those that are over are forgotten."""
         with self._lock:
             self._last = {k: r for k, r in self._last.items() if not r.progress.over}
             self._last[key] = run
 
-    def get(self, key: tuple[str, str]) -> Run | None:
+    def get(self, key: tuple[str, str, str]) -> Run | None:
         """The last run under this key."""
         with self._lock:
             return self._last.get(key)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from playwright.sync_api import expect
 
-from nora_diffusion.ui.device import MAX_WAITING
+from nora_diffusion.ui.device import MAX_WAITING, Device
+from nora_diffusion.ui.page import stopper
 from nora_diffusion.ui.request import MAX_PICTURES, MAX_STEPS
+from nora_diffusion.ui.runs import Run, Runs
+from nora_diffusion.ui.tabs import compare, generate, mix
 
-from .conftest import LONG, Server, open_tab, until
+from .conftest import LONG, WAIT, Server, open_tab, until
 
 ENDLESS = (MAX_PICTURES, MAX_STEPS)  # longer than any page needs for what is done meanwhile
 
@@ -74,6 +80,28 @@ def test_nobody_stops_the_run_of_another_page(server: Server) -> None:
     finally:
         said = mine.end()
     assert "Interrupted" in said
+
+
+@pytest.mark.parametrize(("work", "end"), [(generate.WORK, "0 pictures in"), (mix.WORK, "Interrupted after")])
+def test_a_batch_is_stopped_by_its_own_button_alone(work: str, end: str, tmp_path: Path) -> None:
+    pressed = threading.Event()
+
+    def make_batch(order: Any, rows: Any, out: Any, run: Run) -> None:
+        assert pressed.wait(WAIT)
+        run.check()
+
+    app: Any = SimpleNamespace(
+        device=Device(tmp_path / "lock"), runs=Runs(), engine=SimpleNamespace(make_batch=make_batch),
+        library=SimpleNamespace(pictures=tmp_path),
+    )  # fmt: skip
+    page: Any = SimpleNamespace(username="", session_hash="page")
+    batch = mix.batcher(app)("a dog", 2, 2.0, 1, page)
+    next(batch)
+    for act in (Run.interrupt, Run.skip) if work == generate.WORK else (Run.interrupt,):
+        stopper(app, act, work)(page)
+    pressed.set()
+    assert end in [said["value"] for _, _, said, _ in batch][-1]
+    assert len({generate.WORK, mix.WORK, compare.WORK}) == 3
 
 
 def test_a_removed_adapter_leaves_no_trace_in_the_running_app(server: Server) -> None:

@@ -13,7 +13,7 @@ from ...errors import UserError
 from ...evaluation.axes import NONE, Cell
 from ...evaluation.grid import GridConfig
 from ..comparison import AXES, BASE_ALONE, Comparison, build_axis, build_grid, compare, suggestion
-from ..page import LAST, QUIET, Page, handler, run_buttons, who
+from ..page import LAST, QUIET, Page, handler, run_buttons, stopper, who
 from ..request import MAX_PROMPT, MAX_STEPS
 from ..runs import Run
 from ..state import App
@@ -23,6 +23,7 @@ from .generate_view import status
 from .rack import names
 
 TITLE = "Compare"
+WORK = "a comparison"
 HINT = '<p class="status">Choose what changes along columns and rows, then press Compare.</p>'
 
 
@@ -123,7 +124,7 @@ def _wire(page: Page, form: SimpleNamespace, shown: SimpleNamespace) -> None:
         api_name="compare", api_visibility="private", concurrency_limit=None, show_progress="hidden",
     )  # fmt: skip
     run_buttons(run, form.go, form.stop)
-    form.stop.click(handler(stopper(app)), api_name="compare_stop", **QUIET)
+    form.stop.click(handler(stopper(app, Run.interrupt, WORK)), api_name="compare_stop", **QUIET)
     gr.on(
         [shown.left.input, shown.right.input], handler(pick), [shown.left, shown.right, shown.cells], shown.slider,
         **LAST, **QUIET,
@@ -175,8 +176,8 @@ def comparer(app: App) -> Any:
         )  # fmt: skip
         grid = _plan(app, cell, adapter or BASE_ALONE, ((x, xs), (y, ys), (z, zs)))
         found: list[Comparison] = []
-        run = Run(app.device, "a comparison", lambda run: found.append(compare(app, grid, adapter, bool(scored), run)))
-        app.runs.put(key(request), run)
+        run = Run(app.device, WORK, lambda run: found.append(compare(app, grid, adapter, bool(scored), run)))
+        app.runs.put(who(request, WORK), run)
         for progress in run.follow():
             over = progress.over
             said = status(progress) if not (over and found) else _done(found[0], progress.seconds)
@@ -193,23 +194,6 @@ def _plan(app: App, cell: Cell, adapter: str, axes: tuple[tuple[str, str], ...])
             raise UserError("a weight changes nothing without an adapter: choose one, or compare something else")
         cell = replace(cell, **build_axis(app, "adapter", adapter, adapter).changes[0])
     return build_grid(app, cell, built)
-
-
-def key(request: gr.Request) -> tuple[str, str]:
-    """Comparisons and pictures of one page are stopped apart."""
-    user, page = who(request)
-    return user, f"{page} compare"
-
-
-def stopper(app: App) -> Any:
-    """Stop the comparison of this page; finished cells are kept."""
-
-    def stop(request: gr.Request) -> None:
-        run = app.runs.get(key(request))
-        if run is not None:
-            run.interrupt()
-
-    return stop
 
 
 def _done(result: Comparison, seconds: float) -> str:

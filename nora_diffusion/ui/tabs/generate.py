@@ -10,7 +10,7 @@ import gradio as gr
 
 from ...composition.tags import Tag, parse_tags
 from ...errors import UserError
-from ..page import QUIET, Page, handler, run_buttons, who
+from ..page import QUIET, Page, handler, run_buttons, stopper, who
 from ..request import MAX_PICTURES, MAX_PROMPT, Request, Wanted
 from ..runs import Progress, Run
 from ..state import App
@@ -20,6 +20,7 @@ from .generate_view import gallery_items, live, status
 from .rack import build_rack
 
 TITLE = "Generate"
+WORK = "pictures"
 MAX_SEED = 2**32 - 1
 
 
@@ -52,8 +53,8 @@ def build(page: Page) -> None:
         concurrency_limit=None, show_progress="hidden",
     )  # fmt: skip
     run_buttons(run, *buttons)
-    interrupt.click(handler(stopper(app, Run.interrupt)), api_name="interrupt", **QUIET)
-    skip.click(handler(stopper(app, Run.skip)), api_name="skip", **QUIET)
+    interrupt.click(handler(stopper(app, Run.interrupt, WORK)), api_name="interrupt", **QUIET)
+    skip.click(handler(stopper(app, Run.skip, WORK)), api_name="skip", **QUIET)
 
 
 def generator(app: App) -> Any:
@@ -66,8 +67,8 @@ def generator(app: App) -> Any:
         first = first_seed(seed)
         order = build_request(app, prompt, negative, whole(count), first, steps, guidance, width, height, blocks)
         out = app.library.pictures
-        run = Run(app.device, "pictures", lambda run: app.engine.make(order, out, run))
-        app.runs.put(who(request), run)
+        run = Run(app.device, WORK, lambda run: app.engine.make(order, out, run))
+        app.runs.put(who(request, WORK), run)
         for updates in follow(app, run):
             yield *updates, first
 
@@ -130,14 +131,3 @@ def first_seed(seed: float | None) -> int:
     if seed is None or seed == -1:
         return random.randint(0, MAX_SEED)
     return whole(seed, "the seed")
-
-
-def stopper(app: App, act: Any) -> Any:
-    """Interrupt or skip the run of this user's page, and of nobody else's."""
-
-    def stop(request: gr.Request) -> None:
-        run = app.runs.get(who(request))
-        if run is not None:
-            act(run)
-
-    return stop

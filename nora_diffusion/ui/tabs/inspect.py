@@ -14,7 +14,7 @@ from ...gates import GateSummary
 from ...plots import bar_chart, line_chart
 from ..cards import facts
 from ..entries import Entry
-from ..page import LAST, QUIET, Page, handler, who
+from ..page import LAST, QUIET, Page, handler
 from ..runs import Progress, Run
 from ..state import App
 from .rack import NONE_YET, names
@@ -62,7 +62,7 @@ def _choices(page: Page, chosen: str | None) -> Any:
 def inspector(app: App) -> Any:
     """The handler of the button; a generator, so that a closed page ends the work."""
 
-    def inspect(name: str | None, intruders: bool, request: gr.Request) -> Iterator[Any]:
+    def inspect(name: str | None, intruders: bool) -> Iterator[Any]:
         if not name:
             raise UserError("there is nothing to inspect: choose an adapter")
         entry = app.library.entry(name)
@@ -79,7 +79,6 @@ def inspector(app: App) -> Any:
                 gates.update(gate_summaries(entry.file, app.engine.pipe, prompts(entry)))
 
         run = Run(app.device, "an inspection", work)
-        app.runs.put((*who(request)[:1], f"{who(request)[1]} inspect"), run)
         about = facts(entry, app.misfit(entry))
         for progress in run.follow():
             done = progress.state == "done"

@@ -13,16 +13,17 @@ from ...composition.tags import parse_tags
 from ...errors import UserError
 from ..cards import table
 from ..library import safe_name
-from ..page import HIDDEN, Page, handler, run_buttons, who
+from ..page import HIDDEN, Page, handler, run_buttons, stopper, who
 from ..request import MAX_PICTURES, MAX_PROMPT, Request, Wanted
 from ..runs import Progress, Run
 from ..state import App
-from .generate import first_seed, follow, stopper, wanted, whole
+from .generate import first_seed, follow, wanted, whole
 from .generate_settings import defaults
 from .generate_view import status
 from .rack import build_rack
 
 TITLE = "Mix"
+WORK = "a batch"
 MODES = {
     "cat: exact sum, ranks add up": "cat",
     "linear: exact sum inside one shared basis": "linear",
@@ -145,7 +146,7 @@ def _batch(page: Page) -> None:
         concurrency_limit=None, **HIDDEN,
     )  # fmt: skip
     run_buttons(run, go, interrupt)
-    interrupt.click(handler(stopper(app, Run.interrupt)), None, None, queue=False, **HIDDEN)
+    interrupt.click(handler(stopper(app, Run.interrupt, WORK)), None, None, queue=False, **HIDDEN)
 
 
 def batcher(app: App) -> Any:
@@ -156,8 +157,8 @@ def batcher(app: App) -> Any:
     ) -> Iterator[tuple[Any, ...]]:
         order, rows = read_batch(app, lines or "", steps, guidance, first_seed(seed))
         out = app.library.pictures
-        run = Run(app.device, "a batch", lambda run: app.engine.make_batch(order, rows, out, run))
-        app.runs.put(who(request), run)
+        run = Run(app.device, WORK, lambda run: app.engine.make_batch(order, rows, out, run))
+        app.runs.put(who(request, WORK), run)
         for go, interrupt, _, said, _, items in follow(app, run):
             yield go, interrupt, gr.update(value=said, visible=True), items
 
