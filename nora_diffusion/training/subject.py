@@ -44,6 +44,11 @@ class Subject:
         """Whose each photo is."""
         return [member.name for member in self.members for _ in member.photos] or [self.name] * len(self.photos)
 
+    @property
+    def says_trigger(self) -> bool:
+        """Whether every caption has the trigger, so that giving it changes none."""
+        return all(with_trigger(caption, self.trigger, self.class_word) == caption for caption in self.captions)
+
 
 def calling_prompt(config: TrainConfig, subject: Subject) -> str:
     """What calls the subject: the instance prompt, unless captions took its place and name another class."""

@@ -162,6 +162,20 @@ def test_captions_carry_the_trigger(configure: Configure, photos: Path, tmp_path
     assert inspect_adapter(result.adapter_path).prompts == [f"a toy sks dog with {n} hats" for n in range(3)]
 
 
+def test_a_guessed_trigger_stays_out_of_captions_when_the_run_is_repeated(
+    configure: Configure, photos: Path, tmp_path: Path
+) -> None:
+    """A given one is put into captions that lack it; the one that was found in the prompt was not."""
+    place = shutil.copytree(photos, tmp_path / "captioned")
+    (place / "0.txt").write_text("a toy dog with a hat")
+    first = train(configure(instance_data_dir=str(place), use_captions=True, max_train_steps=1)).adapter_path
+    again = ["--config", str(first.parent / "config.yaml"), "--output_dir", str(tmp_path / "again")]
+    assert main(again) == 0
+    for adapter in (first, tmp_path / "again"):
+        info = inspect_adapter(adapter)
+        assert (info.trigger, info.prompts) == ("sks", ["a toy dog with a hat", "a photo of sks dog"])
+
+
 def test_other_settings_run(configure: Configure, tmp_path: Path) -> None:
     for number, changes in enumerate(
         (
