@@ -175,9 +175,9 @@ def epoch_steps(config: TrainConfig, photos: int, processes: int) -> int:
 
 
 def launched_precision(device: torch.device) -> Precision:
-    """What `accelerate launch` was told, else the best for the device."""
-    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "")
-    return cast(Precision, told) if told in ("no", "fp16", "bf16") else best_precision(device)
+    """The half precision that `accelerate launch` was told, else the best for the device."""
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "")  # "no" where it was told nothing, too
+    return cast(Precision, told) if told in ("fp16", "bf16") else best_precision(device)
 
 
 def best_precision(device: torch.device) -> Precision:
