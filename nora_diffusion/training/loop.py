@@ -6,11 +6,13 @@ import logging
 import os
 import time
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from ..errors import UserError, out_of_memory
 from .checkpoints import Checkpoint, check_identity, find_checkpoint, prune, recover
@@ -91,7 +93,10 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         raise UserError("--local_rank is set by the launcher: start with `accelerate launch` and leave it out")
     # Without a device accelerate takes launched processes for strangers, unless it is told of the CPU.
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return Accelerator(cpu=launched and not torch.accelerator.is_available())
+    # The others wait while the first process draws class pictures or measures, for longer than NCCL's ten minutes;
+    # where one process ends, the launcher ends the others.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    return Accelerator(cpu=launched and not torch.accelerator.is_available(), kwargs_handlers=[patient])
 
 
 def check(config: TrainConfig) -> list[Finding]:
@@ -186,7 +191,8 @@ def gather(plan: Plan, subject: Subject, accelerator: Accelerator, folder: RunFo
     """Claim the folder and encode the data of a run that nothing speaks against."""
     config, pipe, checkpoint, processes = plan.config, plan.pipe, plan.checkpoint, plan.processes
     stop.check()
-    again = replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
+    trigger = config.trigger if subject.says_trigger else None  # a given one would be put into captions without it
+    again = replace(config, trigger=trigger, resume_from_checkpoint=None, overwrite_output_dir=False)
     folder.claim(anew=checkpoint is None, config=again.to_dict())
     folder.state("starting", total=config.max_train_steps, step=checkpoint.step if checkpoint else 0)
     data = build_latents(config, pipe, subject, folder, accelerator.wait_for_everyone, stop.check)

@@ -23,6 +23,8 @@ from runs import Configure, distance, flags, in_double, journal
 
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import TrainConfig, train
+from nora_diffusion.training.loop import build_accelerator
+from nora_diffusion.training.setup import launched_precision
 from nora_diffusion.training.steps import Stepper
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -133,6 +135,32 @@ def test_two_processes_are_one_with_twice_the_batch(
     config = configure(train_batch_size=2, **values)
     assert forked(lambda _: train(config)) == [0, 0]
     assert_same(config.folder, one)
+
+
+@needs_fork
+def test_the_others_wait_for_as_long_as_the_first_one_draws(configure: Configure, tmp_path: Path) -> None:
+    def run(rank: int) -> None:
+        original: Any = torch.distributed.init_process_group
+
+        def init(**given: Any) -> None:
+            (tmp_path / str(rank)).write_text(str(given["timeout"]))
+            original(**given)
+
+        torch.distributed.init_process_group = init
+        assert build_accelerator(configure()).num_processes == 2
+
+    assert forked(run) == [0, 0]
+    assert (tmp_path / "1").read_text() == "1 day, 0:00:00"
+
+
+def test_the_launchers_no_is_no_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so where it was told nothing: then the hardware decides, as without it."""
+    monkeypatch.setattr("nora_diffusion.training.setup.best_precision", lambda device: "bf16")
+    found = []
+    for told in ("no", "fp8", "fp16", "bf16"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
+        found.append(launched_precision(torch.device("cpu")))
+    assert found == ["bf16", "bf16", "fp16", "bf16"]
 
 
 @needs_fork
