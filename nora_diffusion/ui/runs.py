@@ -83,11 +83,14 @@ class Run:
 
     def check(self) -> None:
         """Raises :class:`Stopped` or :class:`Skipped` once the user asked for it; called after every step."""
-        if self._stop.is_set():
-            raise Stopped
+        self._check_stop()
         if self._skip.is_set():
             self._skip.clear()
             raise Skipped
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Stopped
 
     def report(self, **values: object) -> None:
         """Change the snapshot and wake whoever follows."""
@@ -135,11 +138,12 @@ class Run:
 
     def _wait_in_line(self) -> None:
         while not self._turn.wait(0.2):
-            self.check()
+            self._check_stop()
             now = (self._turn.ahead, self.device.busy_with or "")
             if now != (self.progress.ahead, self.progress.busy_with):
                 self.report(ahead=now[0], busy_with=now[1])
-        self.check()
+        self._check_stop()
+        self._skip.clear()  # there was no picture yet to leave
 
     def _failed(self, error: Exception) -> None:
         if out_of_memory(error):

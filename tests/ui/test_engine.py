@@ -167,6 +167,17 @@ def test_skip_leaves_one_picture_out(engine: Engine, device: Device, tmp_path: P
     assert [read_settings(f).prompt for f in made.progress.files] == ["a dog", "a hat"]
 
 
+def test_skip_in_the_line_leaves_nothing_out(engine: Engine, device: Device, tmp_path: Path) -> None:
+    before = device.join("another")
+    assert before.wait(WAIT)
+    made = Run(device, "pictures", lambda run: engine.make(request("a dog"), tmp_path, run))
+    until(lambda: made.progress.ahead == 1)
+    made.skip()
+    before.leave()
+    made.join(WAIT)
+    assert made.progress.state == "done" and len(made.progress.files) == 1
+
+
 @pytest.mark.parametrize(
     "error",
     [

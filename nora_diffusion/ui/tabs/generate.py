@@ -78,12 +78,12 @@ def generator(app: App) -> Any:
 def follow(app: App, run: Run) -> Iterator[tuple[Any, ...]]:
     """Updates of (Generate, Interrupt, Skip, status, preview, gallery) as a run goes on."""
     shown: tuple[Any, ...] = ()
-    buttons = gr.update(visible=False), gr.update(visible=True), gr.update(visible=True)
     for progress in run.follow():
         same = progress.files == shown
         items = gr.skip() if same else gr.update(value=gallery_items(app, progress.files), visible=True)
         shown = progress.files
         going = not progress.over
+        buttons = [gr.update(visible=visible) for visible in (False, True, progress.state == "working")]
         yield *buttons, status(progress), gr.update(value=live(progress), visible=going), items
 
 
