@@ -20,7 +20,7 @@ from ..state import App
 from .generate import whole
 from .generate_settings import defaults
 from .generate_view import status
-from .rack import names
+from .rack import called, names
 
 TITLE = "Compare"
 WORK = "a comparison"
@@ -152,13 +152,12 @@ def offerer(page: Page) -> Any:
 
 
 def speaker(app: App) -> Any:
-    """The prompt with the chosen adapter's own words, unless it calls its subject already."""
+    """The prompt with the words that call the chosen adapter's subject."""
 
     def speak(prompt: str, adapter: str | None) -> Any:
         info = app.library.entry(adapter).info if adapter and adapter != BASE_ALONE else None
-        if info is None or not info.trigger or info.trigger in (prompt or "").split():
-            return gr.skip()
-        return info.instance_prompt or info.trigger
+        words = called(app, prompt or "", info) if info else prompt
+        return gr.skip() if words == prompt else words
 
     return speak
 

@@ -9,12 +9,15 @@ from typing import Any
 
 import gradio as gr
 
+from ...adapter_info import AdapterInfo
+from ...captions import says, with_trigger
 from ...composition.angles import WARN_ABOVE
 from ...composition.tags import Tag, parse_tags, write_tags
 from ...errors import UserError
 from ..page import HIDDEN, LAST, QUIET, Page, handler
 from ..state import App
 from ..weights import BLOCKS
+from .generate_settings import defaults
 
 SLOTS = 6
 SLIDERS = 2 + len(BLOCKS)
@@ -180,12 +183,35 @@ def inserter(app: App) -> Any:
         misfit = app.misfit(entry)
         if misfit or entry.info is None:
             raise UserError(f"{name} cannot be used here: {misfit}")
-        clean, tags = parse_tags(prompt or "")
-        words = entry.info.instance_prompt or entry.info.trigger
-        if entry.info.trigger and entry.info.trigger not in clean.split():
-            prompt = write_tags(words, tags)
+        prompt = called(app, prompt or "", entry.info)
+        tags = parse_tags(prompt)[1]
         if all(tag.name != entry.tag for tag in tags):
-            prompt = write_tags(prompt or "", [*tags, Tag(entry.tag, 1.0, 1.0)])
+            prompt = write_tags(prompt, [*tags, Tag(entry.tag, 1.0, 1.0)])
         return [prompt, gr.Tabs(selected="generate")]
 
     return insert
+
+
+def called(app: App, prompt: str, info: AdapterInfo) -> str:
+    """The prompt with the words that call an adapter's subject; what somebody wrote stays, and so do all tags."""
+    clean, tags = parse_tags(prompt)
+    missing = [word for word in info.trigger.replace(",", " ").split() if not says(clean, word)]
+    if info.trigger and _is_offered(app, clean, alone=not tags):
+        return write_tags(own_words(info), tags)
+    if not missing:
+        return prompt
+    word = "" if "," in info.class_word else info.class_word  # a mix has those of all its parts
+    return write_tags(with_trigger(clean, " ".join(missing), word), tags)
+
+
+def own_words(info: AdapterInfo) -> str:
+    """What an adapter is called by."""
+    return (info.instance_prompt or info.trigger).strip()
+
+
+def _is_offered(app: App, words: str, alone: bool) -> bool:
+    """Whether the page itself wrote these words: its first prompt, or those of an adapter whose tag is gone."""
+    offered = {"", defaults(app.engine)["prompt"]}
+    if alone:
+        offered |= {own_words(entry.info) for entry in app.library.entries() if entry.info}
+    return words.strip() in offered
