@@ -40,6 +40,15 @@ def open_pipeline(
     return pipe if device is None else pipe.to(device)
 
 
+def best_device() -> str:
+    """``cuda``, ``mps`` or ``cpu``, the first that there is."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def check_device(device: Any) -> None:
     """Raises :class:`UserError` for a device that torch does not know or does not have here."""
     import torch

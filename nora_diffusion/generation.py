@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter_file import inspect_adapter
-from .base import base_id, is_embedded, open_pipeline
+from .base import base_id, best_device, is_embedded, open_pipeline
 from .composition.library import Known, adapters_in, given, resolve
 from .composition.tags import Tag, parse_tags, parse_weight
 from .errors import UserError
@@ -86,7 +86,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     _check_writable(out)
     for adapter in dict.fromkeys(adapter for _, live in wanted for adapter in live):
         inspect_adapter(located(adapter.path))  # refuse before a model is loaded
-    pipe = open_pipeline(config.base, device=config.device)
+    pipe = open_pipeline(config.base, device=config.device or best_device())
     loaded = _load_all(pipe, [adapter for _, live in wanted for adapter in live])
     guidance = default_guidance(config.base) if config.guidance is None else config.guidance
     jobs = [(prompt, config.seed + i, live) for prompt, live in wanted for i in range(config.num)]

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, help="guidance scale, 0 to 100 (default: what suits the base)")
     parser.add_argument("--width", type=int, help="width in pixels, a multiple of 8 (default: the base's own)")
     parser.add_argument("--height", type=int, help="height in pixels, a multiple of 8 (default: the base's own)")
-    parser.add_argument("--device", help="cpu, cuda, mps ... (default: where the pipeline loads)")
+    parser.add_argument("--device", help="cpu, cuda, mps ... (default: the best there is)")
     parser.add_argument("--out", default="outputs/evaluation", help="folder; the same one goes on with it")
 
 

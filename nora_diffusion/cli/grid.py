@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="height in pixels, a multiple of 8 (default: the base's own)")
     parser.add_argument("--judge", help="CLIP folder or hub id; 'tiny' is the one of the embedded base")
     parser.add_argument("--references", help="folder of real pictures of the subject, for the subject score")
-    parser.add_argument("--device", help="cpu, cuda, mps ... (default: where the pipeline loads)")
+    parser.add_argument("--device", help="cpu, cuda, mps ... (default: the best there is)")
     parser.add_argument("--out", default="outputs/grid", help="folder of the grid; the same one goes on with it")
 
 

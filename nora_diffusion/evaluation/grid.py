@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from ..adapter_file import AdapterInfo, given_name, inspect_adapter
-from ..base import base_id, open_pipeline
+from ..base import base_id, best_device, open_pipeline
 from ..captions import without_trigger
 from ..components import denoiser_name, fingerprint, projections
 from ..errors import UserError
 from ..files import write_atomic
 from ..generation import OnStep, default_guidance, picture_settings, run
-from ..judges import Judge, prompt_score, subject_score
+from ..judges import Judge, image_features, text_features
 from ..loaders import delete_adapter, load_adapter, set_adapters
+from ..metrics import agreement, likeness
 from ..pictures import contact_sheet, read_settings, save_picture
 from ..versions import versions
 from .axes import Axis, Cell
@@ -93,7 +95,7 @@ class Grid:
         self.places = config.cells()
         paths = {path for _, cell in self.places if (path := cell.path) is not None}
         self.adapters: dict[Path, AdapterInfo] = {path: inspect_adapter(path) for path in paths}
-        self.pipe = open_pipeline(config.base, device=config.device) if pipe is None else pipe
+        self.pipe = open_pipeline(config.base, device=config.device or best_device()) if pipe is None else pipe
         self._base = base_description(self.pipe)
         self.files = {place: self._file(cell) for place, cell in self.places}
 
@@ -176,8 +178,9 @@ class Grid:
         images = [open_cell(cell.file) for cell in cells]
         if judge is not None:
             triggers = [info.trigger for info in self.adapters.values()]
+            real = image_features(judge, references) if references else None
             for cell, image in zip(cells, images, strict=True):
-                cell.scores = score(judge, image, cell.settings["prompt"], triggers, references)
+                cell.scores = score(judge, image, cell.settings["prompt"], triggers, real)
         write_atomic(self.folder / "grid.png", _png(self._sheet(cells, images)))
         write_atomic(self.folder / "grid.json", json.dumps(self._report(cells), indent=1))
         return cells
@@ -240,15 +243,16 @@ def base_description(pipe: Any) -> dict[str, Any]:
 
 
 def score(
-    judge: Judge, image: Image.Image, prompt: str, triggers: Sequence[str], references: Sequence[Image.Image]
+    judge: Judge, image: Image.Image, prompt: str, triggers: Sequence[str], real: Tensor | None
 ) -> dict[str, float]:
-    """``prompt``: CLIP-T without the triggers; ``subject``: CLIP-I, where there are reference pictures."""
+    """``prompt``: CLIP-T without the triggers; ``subject``: CLIP-I to ``real``, the features of reference pictures."""
     for trigger in triggers:
         prompt = without_trigger(prompt, trigger)
-    scores = {"prompt": round(prompt_score(judge, [image], [prompt]), 4)}
-    if references:
-        scores["subject"] = round(subject_score(judge, [image], references), 4)
-    return scores
+    seen = image_features(judge, [image])
+    scores = {"prompt": agreement(seen, text_features(judge, [prompt]))[0]}
+    if real is not None:
+        scores["subject"] = likeness(seen, real)[0]
+    return {name: round(value, 4) for name, value in scores.items()}
 
 
 def open_cell(file: Path) -> Image.Image:

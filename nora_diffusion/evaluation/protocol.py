@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..adapter_file import AdapterInfo, inspect_adapter
-from ..base import base_id, is_embedded, open_pipeline
+from ..base import base_id, best_device, is_embedded, open_pipeline
 from ..captions import fill
 from ..errors import UserError
 from ..generation import default_guidance, parse_adapter
@@ -81,7 +81,7 @@ def evaluate(config: EvaluationConfig) -> Scoreboard:
 
     contenders, subjects = check(config)
     judge, vision = load_judge(config.judge), load_vision(config.dino) if config.dino else None
-    pipe = open_pipeline(config.base, device=config.device)
+    pipe = open_pipeline(config.base, device=config.device or best_device())
     for look in filter(None, (judge, vision)):
         look.model.to(pipe.device)
     settings = asdict(config) | {"base": base_id(pipe), "judge": config.judge or "tiny"}

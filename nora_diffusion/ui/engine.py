@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter_file import AdapterInfo
-from ..base import base_id, is_embedded, open_pipeline
+from ..base import base_id, best_device, is_embedded, open_pipeline
 from ..batches import mixed_batch
 from ..components import canonical, fingerprint, present, projections, same_weights
 from ..errors import UserError
@@ -206,12 +206,3 @@ def _stamp(path: Path) -> Stamp:
     if stamp is None:
         raise UserError(f"the adapter {path.name} is gone: refresh the library")
     return stamp
-
-
-def best_device() -> str:
-    """``cuda``, ``mps`` or ``cpu``, the first that there is."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -143,6 +143,25 @@ def test_mistakes_get_one_sentence(
     assert not [f for f in tmp_path.rglob("*") if f.is_file()]
 
 
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("generation", ["generate", "--prompt", "x"]),
+        ("evaluation.grid", ["grid", "--prompt", "x", "--x", "seed=1"]),
+        ("evaluation.protocol", ["evaluate", "--subjects", "{tiger}", "--adapters", "{dog}"]),
+    ],
+)
+def test_pictures_are_made_on_the_best_device(
+    module: str, words: list[str], dog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Unless another one is named; here it is one that no machine has."""
+    tiger = Path(__file__).parents[2] / "examples/subjects/tiger"
+    monkeypatch.setattr(f"nora_diffusion.{module}.best_device", lambda: "cudaa")
+    words = [word.format(tiger=tiger, dog=dog) for word in words]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert "the device 'cudaa' will not do here" in capsys.readouterr().err
+
+
 def test_adapter_for_another_base_is_refused(dog: Path, tmp_path: Path, capsys: Capture) -> None:
     from factories import tiny_random_pipeline
 

@@ -18,6 +18,7 @@ from nora_diffusion.cli import main
 from nora_diffusion.evaluation.axes import Cell, axis, checkpoint, parse_axis
 from nora_diffusion.evaluation.grid import Grid, GridConfig, run_grid
 from nora_diffusion.generation import GenerateConfig, generate
+from nora_diffusion.judges import load_judge
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.pictures import read_settings
 
@@ -138,15 +139,27 @@ def test_method_and_step_pick_adapters(tiny_base: Path, adapters: Path, tmp_path
 def test_scores_are_those_of_the_judge(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nora_diffusion.evaluation import grid
 
-    asked: list[tuple[list[str], int]] = []
-    monkeypatch.setattr(grid, "prompt_score", lambda judge, images, prompts: asked.append((prompts, 0)) or 0.25)
-    monkeypatch.setattr(grid, "subject_score", lambda judge, images, real: asked.append(([], len(real))) or 0.75)
-    real = [Image.new("RGB", (8, 8))] * 2
-    judge: Any = object()
+    asked: list[Any] = []
+    features = {"text": torch.tensor([[0.6, 0.8]]), "picture": torch.tensor([[1.0, 0.0]])}
+    monkeypatch.setattr(grid, "text_features", lambda judge, texts: asked.append(texts) or features["text"])
+    monkeypatch.setattr(grid, "image_features", lambda judge, images: features["picture"])
+    picture, judge, real = Image.new("RGB", (8, 8)), object(), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     said, triggers = "a sks dog, skska and a <rex> cat", ["sks", "", "<rex>"]
-    assert grid.score(judge, real[0], said, triggers, real) == {"prompt": 0.25, "subject": 0.75}
-    assert asked == [(["a dog, skska and a cat"], 0), ([], 2)]
-    assert grid.score(judge, real[0], "a dog", [], []) == {"prompt": 0.25}
+    assert grid.score(judge, picture, said, triggers, real) == {"prompt": 0.6, "subject": 0.5}
+    assert grid.score(judge, picture, "a dog", [], None) == {"prompt": 0.6}
+    assert asked == [["a dog, skska and a cat"], ["a dog"]]
+
+
+def test_reference_pictures_are_looked_at_once(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nora_diffusion.evaluation import grid
+
+    seen: list[int] = []
+    original = grid.image_features
+    monkeypatch.setattr(grid, "image_features", lambda judge, some: (seen.append(len(some)), original(judge, some))[1])
+    run_grid(config(tiny_base, tmp_path, "seed=1..2"), load_judge(), [Image.new("RGB", (8, 8))] * 3)
+    assert seen == [3, 1, 1]
 
 
 def test_the_sheet_shows_every_cell(tiny_base: Path, tmp_path: Path) -> None:
