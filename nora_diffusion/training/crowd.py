@@ -218,19 +218,27 @@ class Crowd:
                     member.stepper.between(member.done)
                 except Interrupted as stop:
                     stops[member] = stop
+                except UserError as error:
+                    member.error = error
         return stops
 
     def _part(self) -> None:
         """Write the adapters of those that are through; they and those that failed leave the pipeline."""
         for member in [member for member in self.live if member.through or member.error]:
+            if member.error is None:
+                self._conclude(member)
             if member.error is not None:
                 log.warning("%s failed, the others go on: %s", member.name, member.error)
                 member.stepper.folder.state("failed", message=str(member.error))
                 self.failed.append(f"{member.name}: {member.error}")
-            else:
-                self.results.append(self.conclude(member))
             self.live.remove(member)
             delete_adapter(member.run.pipe, member.run.adapter)
+
+    def _conclude(self, member: Member) -> None:
+        try:
+            self.results.append(self.conclude(member))
+        except UserError as error:  # a full disk, an upload that fails
+            member.error = error
 
 
 def kind_of(batch: Batch) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def read_subjects(config: TrainConfig) -> dict[str, TrainConfig]:
 
     An entry holds settings of :class:`TrainConfig`, which win over those of ``config``, and ``name``: that of its
     folder (default: the name of ``instance_data_dir``). Raises :class:`UserError` for a setting that all must share,
-    or a name that is no folder's or is given twice.
+    or a name that is no folder's or is given twice, or two uploads to one repository.
     """
     found: dict[str, TrainConfig] = {}
     path = Path(config.subjects or "").expanduser()
@@ -55,4 +56,17 @@ def read_subjects(config: TrainConfig) -> dict[str, TrainConfig]:
             check_config(found[name])
         except UserError as error:
             raise UserError(f"{place} ({name}): {error}") from error
+    if not config.joint:
+        _check_uploads(path, found)
     return found
+
+
+def _check_uploads(path: Path, found: Mapping[str, TrainConfig]) -> None:
+    """Raise :class:`UserError` for a repository that two subjects would overwrite each other in."""
+    owners: dict[str, str] = {}
+    for name, own in found.items():
+        if own.hub_model_id and owners.setdefault(own.hub_model_id, name) != name:
+            raise UserError(
+                f"{owners[own.hub_model_id]} and {name} would both be uploaded to {own.hub_model_id}: leave "
+                f"--hub_model_id out, or give each subject its own hub_model_id in {path}"
+            )

@@ -174,6 +174,27 @@ def test_one_subject_goes_on_alone(together: Configure, tmp_path: Path) -> None:
     assert main(["--config", str(config), "--resume_from_checkpoint", "latest"]) == 0
 
 
+@pytest.mark.parametrize("where", ["_save", "conclude"])
+def test_a_subject_that_cannot_be_written_is_left_out(
+    where: str, together: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its disk is full, or its upload fails, when the others are not through."""
+    owner: Any = Stepper if where == "_save" else subjects
+    original = getattr(owner, where)
+
+    def fail(*given: Any) -> Any:
+        stepper = given[0] if where == "_save" else given[1]
+        if stepper.folder.path.name == "cat":
+            raise UserError("there is no room: free some space")
+        return original(*given)
+
+    monkeypatch.setattr(owner, where, fail)
+    with pytest.raises(UserError, match=r"^cat: there is no room: free some space; 2 other subjects are trained$"):
+        train_subjects(together(max_train_steps=2))
+    states = {n: json.loads((tmp_path / "run" / n / "state.json").read_text())["status"] for n in ("dog", "cat", "toy")}
+    assert states == {"dog": "done", "cat": "failed", "toy": "done"}
+
+
 def test_a_subject_that_fails_is_left_out(together: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_subjects(together(output_dir=str(tmp_path / "whole"), max_train_steps=4))
     original = Stepper.mean_loss
@@ -215,6 +236,10 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "shared": ([{"name": "dog", "mixed_precision": "bf16"}], "same for all subjects: give it as a flag, --mixed_prec"),
     "unknown": ([{"name": "dog", "ranc": 4}], "unknown setting 'ranc': did you mean 'rank'"),
     "prompt": ([{"instance_data_dir": "{photos}", "instance_prompt": " "}], "instance prompt is empty"),
+    "upload": (
+        [{"name": n, "instance_data_dir": "{photos}", "push_to_hub": True, "hub_model_id": "me/zoo"}
+         for n in ("dog", "cat")], "dog and cat would both be uploaded to me/zoo: leave --hub_model_id out",
+    ),
     "token": (
         [{"name": n, "instance_data_dir": "{photos}", "instance_prompt": "<a> dog", "train_text_encoder_ti": True}
          for n in ("dog", "cat")], "cat: the new token '<a>' is that of dog",
