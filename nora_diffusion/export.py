@@ -16,7 +16,7 @@ from .adapters.build import delta_of_file
 from .adapters.deltas import ChainDelta
 from .adapters.rank_mask import check_rank
 from .errors import UserError
-from .export_formats import WRITERS, Format, PlainPair, file_target, write_tensors
+from .export_formats import WRITERS, Format, PlainPair, file_target, with_one_alpha, write_tensors
 from .gates import MeanGates, mean_gates_of_file
 from .loaders.tokens import words_in
 
@@ -70,6 +70,8 @@ def export_lora(
     gates = _fixed_gates(info, gate, pipe, calibration, basis_dir)
     tensors = read_tensors(info, basis_dir)
     pairs = plain_pairs(info, tensors, rank, gates)
+    if format == "kohya":
+        pairs = with_one_alpha(pairs)
     stored = DTYPES[dtype or "fp32"]
     dst = Path(dst).expanduser()
     embeddings = _embedding_files(dst, info)
@@ -78,7 +80,7 @@ def export_lora(
     errors = [pair.error(stored) for pair in pairs]
     worst, largest = max(e for e, _ in errors), max(w for _, w in errors)
     relative = worst / largest if largest else 0.0
-    widest = max(pair.down.shape[0] for pair in pairs)
+    widest = max(pair.rank for pair in pairs)
     notes = [_note(info, format, pairs) if gates is None else gates.describe(), _note_on(embeddings)]
     note = "; ".join(filter(None, notes))
     return ExportReport(path, format, widest, worst, relative, size, keys, note, gates, tuple(embeddings.values()))
@@ -107,7 +109,7 @@ def _note(info: AdapterInfo, format: Format, pairs: list[PlainPair]) -> str:
     notes = []
     numbers = sum(pair.down.numel() + pair.up.numel() for pair in pairs)
     if not any(config.frozen_outer for config in info.configs.values()) and numbers > info.trained_numbers:
-        low, high = (pick(pair.down.shape[0] for pair in pairs) for pick in (min, max))
+        low, high = (pick(pair.rank for pair in pairs) for pick in (min, max))
         ranks = str(high) if low == high else f"{low} to {high}"
         notes.append(
             f"as a plain LoRA this {info.method} adapter has its full rank, {ranks}, and so {numbers:,} numbers for "

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
@@ -24,7 +24,10 @@ Format = Literal["diffusers", "kohya", "peft"]
 
 @dataclass
 class PlainPair:
-    """One projection's LoRA: ``dW = B A`` with the scale folded into ``B``; a conv's kernel; DoRA's ``m``."""
+    """One projection's LoRA: ``dW = (alpha / r) B A``; a conv's kernel; DoRA's ``m``.
+
+    Without an ``alpha`` it is the rank: the scale is folded into ``B``, and every reader multiplies by 1.
+    """
 
     component: str
     path: str
@@ -32,6 +35,12 @@ class PlainPair:
     up: Tensor
     kernel: list[int] | None
     magnitude: Tensor | None = None
+    alpha: int | None = None
+
+    @property
+    def rank(self) -> int:
+        """``r``."""
+        return self.down.shape[0]
 
     def shaped(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The factors as files hold them: 2-D for linear layers, 4-D for convolutions."""
@@ -53,17 +62,23 @@ class PlainPair:
         """Under kohya's names: ``lora_down``, ``lora_up``, ``alpha`` and, ``[d_out, 1(, 1, 1)]``, ``dora_scale``."""
         down, up = self.shaped(dtype)
         tensors = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
-        # The scale is folded into B, so alpha equals the rank and every reader multiplies by 1: bf16 has no 257.
-        tensors[f"{key}.alpha"] = torch.tensor(float(down.shape[0]))
+        tensors[f"{key}.alpha"] = torch.tensor(float(self.alpha or self.rank))  # in fp32: bf16 has no 257
         if self.magnitude is not None:
             tensors[f"{key}.dora_scale"] = self.magnitude.to(dtype).view(-1, *(1 for _ in down.shape[1:]))
         return tensors
 
     def error(self, dtype: torch.dtype) -> tuple[float, float]:
         """``(max |dW_file - dW|, max |dW|)`` in fp64."""
-        exact = self.up @ self.down
-        stored = self.up.to(dtype).double() @ self.down.to(dtype).double()
+        scale = (self.alpha or self.rank) / self.rank
+        exact = scale * (self.up @ self.down)
+        stored = scale * (self.up.to(dtype).double() @ self.down.to(dtype).double())
         return float((stored - exact).abs().max()), float(exact.abs().max())
+
+
+def with_one_alpha(pairs: Sequence[PlainPair]) -> list[PlainPair]:
+    """The same updates with the largest rank as everybody's alpha: diffusers loses kohya's alphas where they differ."""
+    alpha = max(pair.rank for pair in pairs)
+    return [replace(pair, up=pair.up * (pair.rank / alpha), alpha=alpha) for pair in pairs]
 
 
 def _long_path(pair: PlainPair) -> str:
@@ -100,7 +115,33 @@ def _write_diffusers(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype
     tensors: Tensors = {}
     for pair in pairs:
         tensors |= pair.peft_tensors(f"{pair.component}.{_long_path(pair)}", dtype)
-    return write_tensors(file_target(dst), tensors, info)
+    settings = {part: _lora_settings([p for p in pairs if p.component == part]) for part in info.components}
+    notes = {}
+    if any(own["rank_pattern"] for own in settings.values()):  # else diffusers 0.38 takes the first rank for all alphas
+        said = {f"{part}.{name}": value for part, own in settings.items() for name, value in own.items()}
+        notes["lora_adapter_metadata"] = json.dumps(said)
+    return write_tensors(file_target(dst), tensors, info, notes)
+
+
+def _lora_settings(pairs: Sequence[PlainPair]) -> dict[str, Any]:
+    """What PEFT's ``LoraConfig`` has to know of a component's pairs: the ranks, and that each alpha is the rank.
+
+    PEFT looks for the ends of paths: CLIP's, whose beginning depends on transformers' release, are none of others.
+    """
+    ranks = {_pattern(pair): pair.rank for pair in pairs}
+    r = max(ranks.values())
+    odd = {pattern: rank for pattern, rank in ranks.items() if rank != r}
+    return {
+        "r": r, "lora_alpha": r, "rank_pattern": odd, "alpha_pattern": odd,
+        "target_modules": sorted(canonical(pair.path) for pair in pairs),
+        "use_dora": any(pair.magnitude is not None for pair in pairs),
+    }  # fmt: skip
+
+
+def _pattern(pair: PlainPair) -> str:
+    """The pattern of a pair's path; a name from the very top (Flux's ``proj_out``) is the end of others as well."""
+    path = canonical(pair.path)
+    return path if "." in path else f"^{path}"
 
 
 def _is_one_of_two(info: AdapterInfo, pairs: list[PlainPair]) -> bool:
@@ -129,24 +170,22 @@ def _write_peft(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: tor
         tensors: Tensors = {}
         for pair in mine:
             tensors |= pair.peft_tensors(f"base_model.model.{_peft_path(pair)}", dtype)
-        ranks = {_peft_path(pair): int(pair.down.shape[0]) for pair in mine}
-        r = max(ranks.values())
-        odd = {path: rank for path, rank in ranks.items() if rank != r}
-        config = LoraConfig(
-            r=r, lora_alpha=r, target_modules=sorted(ranks), rank_pattern=odd, alpha_pattern=dict(odd),
-            use_dora=any(pair.magnitude is not None for pair in mine),
-        )  # fmt: skip
-        values = config.to_dict() | {"target_modules": sorted(ranks), "inference_mode": True}
+        settings = _lora_settings(mine)
+        values = LoraConfig(**settings).to_dict() | {
+            "target_modules": settings["target_modules"], "inference_mode": True,
+        }  # fmt: skip
         write_atomic(dst / component / "adapter_config.json", json.dumps(values, indent=2, default=str))
         _, written, count = write_tensors(dst / component / "adapter_model.safetensors", tensors, info)
         size, keys = size + written, keys + count
     return dst, size, keys
 
 
-def write_tensors(path: Path, tensors: Tensors, info: AdapterInfo) -> tuple[Path, int, int]:
-    """Write one file that says where it comes from; returns its path, bytes and number of tensors."""
+def write_tensors(
+    path: Path, tensors: Tensors, info: AdapterInfo, more: Mapping[str, str] | None = None
+) -> tuple[Path, int, int]:
+    """Write one file that says where it comes from, and ``more``; returns its path, bytes and number of tensors."""
     notes = {"trigger": info.trigger, "base": info.base, "source_sha256": info.sha256, "made_by": "nora_diffusion"}
-    metadata = {"format": "pt", **{k: v for k, v in notes.items() if v}}
+    metadata = {"format": "pt", **{k: v for k, v in notes.items() if v}, **(more or {})}
     if info.trigger:
         metadata["modelspec.trigger_phrase"] = info.trigger
     write_atomic(path, save(tensors, metadata))

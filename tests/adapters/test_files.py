@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from architectures import tiny_pipeline
+from diffusers.utils import peft_utils
 from factories import tiny_random_pipeline
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -28,6 +30,7 @@ from nora_diffusion import (
 )
 from nora_diffusion.adapter_file import FILE_NAME
 from nora_diffusion.adapters import lora, lora_xs, mor, nora
+from nora_diffusion.components import canonical, nora_layers
 from nora_diffusion.export_formats import PlainPair
 from nora_diffusion.loaders import list_adapters, trainable_parameters
 
@@ -342,6 +345,40 @@ def test_alpha_is_the_rank_in_every_precision() -> None:
     pair = PlainPair("unet", "to_q", torch.randn(257, 300).double(), torch.randn(300, 257).double(), None)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert pair.kohya_tensors("x", dtype)["x.alpha"].item() == 257
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_an_export_of_several_ranks_is_exact_in_stock_diffusers(
+    pipe: Any, tmp_path: Path, form: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = lora(r=4, alpha=2.0, rank_pattern={"to_q": 3, "q_proj": 1, "conv1": 2}, target_modules=EVERYTHING)
+    trained(pipe, config)
+    wanted = {
+        (part, path): layer.get_delta_weight("one")
+        for part in PARTS
+        for path, layer in nora_layers(getattr(pipe, part), "one").items()
+    }
+    save_adapter(pipe, tmp_path / "dog", "one")
+    delete_adapter(pipe, "one")
+    report = export_lora(tmp_path / "dog", tmp_path / "dog.safetensors", format=form)
+    assert report.relative_error < 1e-6
+    half = export_lora(tmp_path / "dog", tmp_path / "half.safetensors", format=form, dtype="fp16")
+    assert 1e-5 < half.relative_error < 2e-3
+    newest = peft_utils.get_peft_kwargs
+
+    def as_in_038(ranks: dict[str, int], *args: Any, network_alpha_dict: Any, **more: Any) -> Any:
+        found = newest(ranks, *args, network_alpha_dict=network_alpha_dict, **more)
+        return found if network_alpha_dict else found | {"lora_alpha": next(iter(ranks.values())), "alpha_pattern": {}}
+
+    monkeypatch.setattr(peft_utils, "get_peft_kwargs", as_in_038)
+    for load in (pipe.load_lora_weights, lambda path, adapter_name: load_adapter(pipe, path, adapter_name)):
+        load(str(report.path), adapter_name="plain")
+        for (part, path), dense in wanted.items():
+            modules = getattr(pipe, part).named_modules()
+            layers = {canonical(name): layer for name, layer in modules if isinstance(layer, LoraLayer)}
+            found = layers[path].get_delta_weight("plain").view(dense.shape)
+            torch.testing.assert_close(found, dense, atol=1e-6, rtol=1e-4)
+        delete_adapter(pipe, "plain")
 
 
 def test_half_precision_export_reports_its_error(pipe: Any, tmp_path: Path) -> None:
