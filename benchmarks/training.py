@@ -35,7 +35,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "class pictures": {"with_prior_preservation": True, "class_prompt": "a tiger", "num_class_images": 4,
                        "sample_steps": 1},
     "text encoder": {"train_text_encoder": True},
-    "8-bit base": {"quantize_base": "int8"},
+    "checkpointing, 8-bit base": {"gradient_checkpointing": True, "quantize_base": "int8"},
     "EMA": {"ema_decay": 0.999},
 }  # fmt: skip
 

@@ -213,6 +213,11 @@ def _check_system(config: TrainConfig) -> None:
         _need("torchao", "--quantize_base", "pip install 'nora-diffusion[quantize]'")
         if config.magnitude or config.method == "dora":
             raise UserError("--quantize_base excludes DoRA's magnitude, which needs the true weights: leave one out")
+        if not config.gradient_checkpointing:
+            raise UserError(
+                "--quantize_base needs --gradient_checkpointing: without it every layer's widened weight is kept until "
+                "the backward pass, and the run takes more memory instead of less"
+            )
     if config.use_8bit_adam:
         _need("bitsandbytes", "--use_8bit_adam")
     if config.enable_xformers_memory_efficient_attention:

@@ -226,7 +226,7 @@ class TrainConfig:
 
     # system
     mixed_precision: Precision | None = key(None, "system", "precision of the frozen model's work")
-    quantize_base: Quantized | None = key(None, "system", "keep the frozen denoiser's weights in 8 bits (torchao)")
+    quantize_base: Quantized | None = key(None, "system", "the frozen denoiser in 8 bits, with gradient_checkpointing")
     gradient_checkpointing: bool = key(False, "system", "less memory, more time")
     allow_tf32: bool = key(False, "system", "TF32 matrix products on NVIDIA GPUs")
     enable_xformers_memory_efficient_attention: bool = key(False, "system", "attention of xformers, if installed")

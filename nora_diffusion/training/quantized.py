@@ -1,4 +1,8 @@
-"""The frozen denoiser in 8 bits, by torchao: less memory for the base, the adapter as before."""
+"""The frozen denoiser in 8 bits, by torchao: less memory for the base, the adapter as before.
+
+Only with gradient checkpointing: the widened weights are what autograd keeps of frozen layers for the backward pass, of
+one block then, of all without it.
+"""
 
 from __future__ import annotations
 

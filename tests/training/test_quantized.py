@@ -18,12 +18,17 @@ from nora_diffusion.training import setup, train
 from nora_diffusion.training.steps import Stepper
 from nora_diffusion.training.subjects import train_subjects
 
-INT8 = {"quantize_base": "int8"}
+INT8 = {"quantize_base": "int8", "gradient_checkpointing": True}
 
 
-def test_it_needs_the_package_and_the_true_weights(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_needs_the_package_the_true_weights_and_checkpointing(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchao")
     with pytest.raises(UserError, match="excludes DoRA's magnitude"):
         train(configure(**INT8, magnitude=True))
+    with pytest.raises(UserError, match="--quantize_base needs --gradient_checkpointing"):
+        train(configure(quantize_base="int8"))
     monkeypatch.setattr("nora_diffusion.training.checks.find_spec", lambda package: None)
     with pytest.raises(UserError, match=r"needs the package torchao.*nora-diffusion\[quantize\]"):
         train(configure(**INT8))
