@@ -42,8 +42,8 @@ def load_foreign(pipe: Any, info: AdapterInfo, name: str, activate: bool, weight
                 "of it with `nora-diffusion import`"
             )
         before = {part: active_adapters(component(pipe, part)) for part in present(pipe)}
-        # diffusers leaves out kohya's dora_scale, and loses the alphas of files in which they differ.
-        renamed = family == "lora" and not info.kind.startswith("diffusers")
+        # diffusers leaves out kohya's dora_scale, and loses alphas and ranks that differ within a file.
+        renamed = family == "lora" and not _describes_itself(reader, info)
         with ExitStack() as stack:
             stack.enter_context(_as_before(pipe, info.path, before))
             stack.enter_context(all_or_nothing(pipe, name))
@@ -51,8 +51,11 @@ def load_foreign(pipe: Any, info: AdapterInfo, name: str, activate: bool, weight
                 stack.enter_context(keeping_trained(component(pipe, part)))
             if family != "lora":
                 _inject(pipe, reader, family, name, found)
-            else:
-                pipe.load_lora_weights(_renamed(reader, found) if renamed else info.path, adapter_name=name)
+            elif renamed:
+                pipe.load_lora_weights(_renamed(reader, found), adapter_name=name)
+            else:  # by folder and name: older diffusers know a file by its path only when they may ask the hub
+                file = Path(info.path)
+                pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
             _check_applied(pipe, info.path, name, len(found))
             for part in present(pipe):
                 module = component(pipe, part)
@@ -100,8 +103,13 @@ def _check_applied(pipe: Any, path: str, name: str, wanted: int) -> None:
         )
 
 
+def _describes_itself(reader: TensorFile, info: AdapterInfo) -> bool:
+    """Whether a LoRA brings PEFT's configs in the metadata that diffusers reads."""
+    return info.kind.startswith("diffusers") and "lora_adapter_metadata" in reader.metadata
+
+
 def _renamed(reader: TensorFile, found: Fitting) -> Tensors:
-    """A file of PEFT's or kohya's with diffusers' keys; its scale, which these have no place for, goes into ``B``."""
+    """A LoRA with diffusers' keys; its scale, which these have no place for, goes into ``B``."""
     scales, renamed = Scales(reader), {}
     for (part, path), (module, own) in found.items():
         scale, up = scales.of(module, own), own["up"]

@@ -246,17 +246,22 @@ def test_kohya_files_for_sdxl_load_and_are_checked(sdxl_file: Any, tmp_path: Pat
     assert list_adapters(pipe) == {}
 
 
-def test_kohya_files_may_have_ranks_and_alphas_of_their_own_everywhere(pipe: Any, tmp_path: Path) -> None:
-    """As sd-scripts writes them after resizing: every projection gets ``(alpha / r) B A``."""
-    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te_text_model"}
+KOHYA = {"unet": "lora_unet_{}", "text_encoder": "lora_te_text_model_{}"}, "_", "lora_down", "lora_up"
+DIFFUSERS = {"unet": "unet.{}", "text_encoder": "text_encoder.text_model.{}"}, ".", "lora_A", "lora_B"
+
+
+@pytest.mark.parametrize("names", [KOHYA, DIFFUSERS], ids=["kohya", "diffusers"])
+def test_every_projection_may_have_a_rank_and_an_alpha_of_its_own(pipe: Any, tmp_path: Path, names: Any) -> None:
+    """As sd-scripts writes them after resizing: each gets ``(alpha / r) B A``."""
     tensors, wanted = {}, {}
+    prefixes, dot, lora_down, lora_up = names
     for part, prefix in prefixes.items():
         paths = [path for path in projections(getattr(pipe, part)) if path.endswith(("to_q", "to_out.0", "q_proj"))]
         for number, path in enumerate(paths):
-            r, alpha, name = 1 + number % 3, (0.5, 4.0)[number % 2], f"{prefix}_{canonical(path).replace('.', '_')}"
+            r, alpha, name = 1 + number % 3, (0.5, 4.0)[number % 2], prefix.format(canonical(path).replace(".", dot))
             d_out, d_in = getattr(pipe, part).get_submodule(path).weight.shape
             down, up = torch.randn(r, d_in).half(), torch.randn(d_out, r).half()
-            tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+            tensors |= {f"{name}.{lora_down}.weight": down, f"{name}.{lora_up}.weight": up}
             tensors[f"{name}.alpha"] = torch.tensor(alpha)
             wanted[part, path] = alpha / r * up.float() @ down.float()
     save_file(tensors, tmp_path / "resized.safetensors")

@@ -95,9 +95,9 @@ def test_a_dora_in_peft(pipe: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(model(x, 3, states).sample, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["kohya", "peft"])
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "peft"])
 def test_a_dora_of_other_tools_comes_back_with_its_magnitude(
-    pipe: Any, render: Any, tmp_path: Path, form: Literal["kohya", "peft"]
+    pipe: Any, render: Any, tmp_path: Path, form: Literal["diffusers", "kohya", "peft"]
 ) -> None:
     before = render(pipe)
     saved(pipe, dora(r=3, alpha=6.0, target_modules=["attn", "conv"]), tmp_path / "dog")
