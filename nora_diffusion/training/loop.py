@@ -24,7 +24,17 @@ from .identity import identity_of
 from .joint import read_data
 from .preflight import Finding, Plan, preflight, report
 from .rundir import RunFolder
-from .setup import Material, Run, build_latents, build_run, check_targets, objective_of, open_base, settle
+from .setup import (
+    Material,
+    Run,
+    build_latents,
+    build_run,
+    check_targets,
+    objective_of,
+    open_base,
+    opening_dtype,
+    settle,
+)
 from .signals import Interrupted, StopRequests
 from .steps import Stepper
 from .subject import Subject, calling_prompt
@@ -152,7 +162,7 @@ def plan_run(
         recover(folder.checkpoints)
     accelerator.wait_for_everyone()
     checkpoint = wanted_checkpoint(config, folder)
-    pipe = pipe or open_base(config, accelerator.device)
+    pipe = pipe or open_base(config, accelerator.device, opening_dtype([config], accelerator.device))
     config = settle(config, pipe, checkpoint, len(subject.photos), accelerator.device, processes)
     config = agree_on_seed(config, accelerator)
     stop.check()

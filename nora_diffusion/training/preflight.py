@@ -20,7 +20,7 @@ from ..pictures import read_settings
 from .checkpoints import Checkpoint, list_checkpoints
 from .config import TrainConfig
 from .defaults import USUAL_FACTORS, USUAL_RATES, USUAL_TEXT_RATES, USUAL_TOKEN_RATES
-from .denoiser import denoiser, native_size
+from .denoiser import denoiser, native_size, text_encoders
 from .memory import Outline, available, outline
 from .optimization import scaled_rate
 from .renders import DTYPES, class_folder, count_pictures
@@ -141,7 +141,7 @@ def _memory(plan: Plan, size: Outline) -> Iterator[Finding]:
     device = denoiser(plan.pipe).device
     if device.type not in ("cpu", "cuda"):
         return
-    free = available(device)
+    free = available(device) + given_back(plan)
     if size.memory <= free:
         return
     remedies = ["--train_batch_size 1"] if (plan.config.train_batch_size or 1) > 1 else []
@@ -153,6 +153,13 @@ def _memory(plan: Plan, size: Outline) -> Iterator[Finding]:
         f"A step will take about {_size(size.memory)} of memory beside the base, and {device} has {_size(free)} left: "
         f"use {', '.join(remedies)}."
     )
+
+
+def given_back(plan: Plan) -> int:
+    """Bytes that the frozen parts will take less once they have the run's precision."""
+    size = DTYPES[plan.config.mixed_precision or "no"].itemsize
+    modules = (denoiser(plan.pipe), *text_encoders(plan.pipe))
+    return sum(p.numel() * (p.element_size() - size) for module in modules for p in module.parameters())
 
 
 def _photos(plan: Plan) -> Iterator[Finding]:

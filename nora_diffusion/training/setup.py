@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -110,8 +110,8 @@ def class_prompts_of(config: TrainConfig, subject: Subject) -> list[str]:
     return list(subject.class_prompts) or [config.class_prompt or ""] * len(subject.photos)
 
 
-def open_base(config: TrainConfig, device: torch.device) -> Any:
-    """The base pipeline, frozen, checked to be one that this trainer knows, on ``device``."""
+def open_base(config: TrainConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """The base pipeline, frozen, checked to be one this trainer knows, on ``device``, its denoiser in ``dtype``."""
     pipe = open_pipeline(config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant)
     check_pipeline(config, pipe)
     objective_of(config, pipe)
@@ -125,7 +125,22 @@ def open_base(config: TrainConfig, device: torch.device) -> Any:
     if config.enable_xformers_memory_efficient_attention:
         pipe.enable_xformers_memory_efficient_attention()
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    nn.Module.to(denoiser(pipe), dtype)  # on the CPU: the device may have no room for it in fp32
     return pipe.to(device)
+
+
+def opening_dtype(configs: Sequence[TrainConfig], device: torch.device) -> torch.dtype:
+    """The denoiser's number type from the start: that of the runs on it, where it is known before the base is open.
+
+    Nothing is computed with the denoiser before :func:`lower_precision`, which would cast it anyway, but for class
+    pictures, which are the unrounded model's.
+    """
+    config = configs[0]
+    if any(own.with_prior_preservation and own.prior_preservation == "images" for own in configs):
+        return torch.float32
+    if config.resume_from_checkpoint and not config.mixed_precision:
+        return torch.float32  # the checkpoint knows
+    return DTYPES[config.mixed_precision or launched_precision(device)]
 
 
 def _other_tokenizer(name: str) -> Any:

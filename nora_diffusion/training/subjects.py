@@ -23,7 +23,7 @@ from .loop import OUT_OF_MEMORY, TrainResult, build_accelerator, conclude, gathe
 from .preflight import Finding, Plan, preflight, report
 from .quantized import quantize_base
 from .rundir import RunFolder
-from .setup import ADAPTER, lower_precision, open_base, put_in
+from .setup import ADAPTER, lower_precision, open_base, opening_dtype, put_in
 from .signals import Interrupted, StopRequests
 from .steps import Stepper
 from .subject import Subject, read_subject
@@ -87,7 +87,7 @@ def _opened(
         words: dict[str, str] = {}
         for (name, (subject, own)), folder in zip(subjects.items(), folders, strict=True):
             own = with_defaults(own)
-            pipe = pipe or open_base(own, accelerator.device)
+            pipe = pipe or open_base(own, accelerator.device, opening_dtype([*configs.values()], accelerator.device))
             try:
                 check_pipeline(own, pipe)
                 planned.append(Planned(subject, folder, plan_run(own, subject, accelerator, folder, stop, pipe)))

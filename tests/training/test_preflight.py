@@ -25,9 +25,9 @@ from nora_diffusion.training.config import Method
 from nora_diffusion.training.defaults import METHODS, USUAL_RATES, with_defaults
 from nora_diffusion.training.denoiser import native_size
 from nora_diffusion.training.memory import outline
-from nora_diffusion.training.preflight import Plan, is_known, preflight
+from nora_diffusion.training.preflight import Plan, given_back, is_known, preflight
 from nora_diffusion.training.rundir import SPARE_BYTES
-from nora_diffusion.training.setup import adapter_config
+from nora_diffusion.training.setup import adapter_config, lower_precision
 
 RIGHT: dict[str, Any] = {
     "instance_prompt": "a photo of zqx dog", "trigger": "zqx", "max_train_steps": 60, "learning_rate": 1e-3,
@@ -153,6 +153,15 @@ def test_memory_that_is_not_there(configure: Configure, monkeypatch: pytest.Monk
     monkeypatch.setattr("nora_diffusion.training.preflight.available", lambda device: 1000)
     found = said(check(configure(**RIGHT)))
     assert "of memory beside the base" in found and "use --train_batch_size 1, --gradient_checkpointing" in found
+
+
+def test_memory_that_a_lower_precision_gives_back_is_counted(configure: Configure, pipe: Any) -> None:
+    config = configure(mixed_precision="bf16")
+    plan = Plan(config, pipe, ["a sks dog"], "sks", config.folder)
+    held = sum(p.nbytes for part in (pipe.unet, pipe.text_encoder) for p in part.parameters())
+    assert given_back(plan) == held / 2
+    lower_precision(config, pipe, torch.device("cpu"))
+    assert given_back(plan) == 0
 
 
 @pytest.mark.parametrize(("method", "parts"), [("nora", ["unet"]), ("lora", ["unet", "text_encoder"])])

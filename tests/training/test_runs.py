@@ -14,16 +14,17 @@ import pytest
 import torch
 import yaml
 from factories import tiny_random_pipeline, write_photos
-from runs import Configure
+from runs import Configure, assert_equal_tensors
 from safetensors.torch import load_file
 
 from nora_diffusion import inspect_adapter, load_adapter, open_pipeline
 from nora_diffusion.errors import UserError
 from nora_diffusion.pictures import read_settings
-from nora_diffusion.training import check, main, train
+from nora_diffusion.training import check, loop, main, train
 from nora_diffusion.training.config import Method
 from nora_diffusion.training.defaults import METHOD_KEYS
 from nora_diffusion.training.rundir import RunFolder, RunLog
+from nora_diffusion.training.setup import open_base, opening_dtype
 from nora_diffusion.training.steps import Stepper
 
 SCRIPT = Path(__file__).parents[2] / "train_dreambooth_nora.py"
@@ -193,6 +194,29 @@ def test_other_settings_run(configure: Configure, tmp_path: Path) -> None:
     ):
         result = train(configure(output_dir=str(tmp_path / str(number)), **changes))
         assert result.adapter_path.exists(), changes
+
+
+def test_the_denoiser_is_opened_in_the_precision_of_the_run(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU need never hold it in fp32, and no number depends on that."""
+    half, cpu = configure(mixed_precision="bf16"), torch.device("cpu")
+    prior = {"with_prior_preservation": True, "class_prompt": "a dog"}
+    drawing = configure(mixed_precision="bf16", **prior)
+    frozen = configure(mixed_precision="bf16", **prior, prior_preservation="frozen")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    unknown = configure(mixed_precision=None, resume_from_checkpoint="latest")
+    found = [opening_dtype(runs, cpu) for runs in ([half], [frozen], [half, drawing], [unknown], [configure()])]
+    assert found == [torch.bfloat16] * 2 + [torch.float32] * 3
+    assert opening_dtype([configure(mixed_precision=None)], cpu) == torch.bfloat16
+    pipe = open_base(half, cpu, torch.bfloat16)
+    assert (pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    early = train(half).adapter_path
+    monkeypatch.setattr(loop, "opening_dtype", lambda *_: torch.float32)
+    late = train(configure(mixed_precision="bf16", output_dir=str(tmp_path / "late"))).adapter_path
+    assert_equal_tensors(early, late)
+    fingerprints = [inspect_adapter(path).base_fingerprint for path in (early, late)]
+    assert fingerprints[0] == fingerprints[1]
 
 
 def test_a_prompt_is_needed(configure: Configure) -> None:
