@@ -133,15 +133,17 @@ def take_out(pipe: Any, adapter_name: str, parts: Iterable[str]) -> None:
     """Remove an adapter from these components only."""
     for part in parts:
         module = component(pipe, part)
-        if adapter_name in adapter_configs(module):
+        layers = list(tuner_layers(module))
+        # PEFT keeps a first adapter's config only after injecting it: a failure leaves layers that no config knows.
+        if adapter_name in adapter_configs(module) or any(adapter_name in held(layer) for layer in layers):
             others = [name for name in active_adapters(module) if name != adapter_name]
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".* was active which is now deleted")
-                for layer in list(tuner_layers(module)):
+                for layer in layers:
                     layer.delete_adapter(adapter_name)
             if active_adapters(module) != others:
                 set_active(module, others)
-            del adapter_configs(module)[adapter_name]
+            adapter_configs(module).pop(adapter_name, None)
             eject_empty(module)
             connect(module)
             regroup(module)

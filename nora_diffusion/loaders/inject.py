@@ -92,7 +92,7 @@ def all_or_nothing(pipe: Any, name: str) -> Iterator[None]:
     except BaseException:
         if not before and _holders(pipe, name):
             delete_adapter(pipe, name)
-        take_out(pipe, name, _holders(pipe, name) - before)
+        take_out(pipe, name, set(present(pipe)) - before)
         for parameter in _parameters(pipe):
             parameter.requires_grad_(id(parameter) in trained)
         raise

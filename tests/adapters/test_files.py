@@ -244,6 +244,19 @@ def test_a_failure_half_way_leaves_a_namesake_and_what_is_trained(
         assert [p.requires_grad for p in pipe.unet.parameters()] == wanting
 
 
+def test_a_first_injection_that_fails_leaves_nothing(pipe: Any, render: Any) -> None:
+    before, wanting = render(pipe), [p.requires_grad for p in pipe.unet.parameters()]
+    modules = {part: dict(getattr(pipe, part).named_modules()) for part in PARTS}
+    with pytest.raises(UserError, match="token router cannot gate"):
+        add_adapter(pipe, mor(r=2, num_experts=2, target_modules=["attn", "conv"]), "one", ("text_encoder", "unet"))
+    assert list_adapters(pipe) == {}
+    assert all(dict(getattr(pipe, part).named_modules()) == found for part, found in modules.items())
+    assert [p.requires_grad for p in pipe.unet.parameters()] == wanting
+    assert torch.equal(render(pipe), before)
+    trained(pipe, mor(r=2, num_experts=2))
+    assert not torch.equal(render(pipe), before)
+
+
 def test_save_leaves_the_old_file_when_it_cannot_write(pipe: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 

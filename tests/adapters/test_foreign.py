@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_pipeline
-from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoHaConfig, LoHaModel, LoKrConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -351,6 +351,25 @@ def test_a_failure_half_way_takes_everything_out(
     with pytest.raises(UserError, match="no more memory"):
         load_adapter(pipe, made[name][0], "cat")
     assert same(state(pipe), before) and list_adapters(pipe) == {}
+
+
+def test_peft_failing_half_way_leaves_nothing(
+    pipe: Any, made: dict[str, tuple[Path, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, create, calls = state(pipe), LoHaModel._create_and_replace, []
+
+    def fail_third(self: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("no more memory")
+        create(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoHaModel, "_create_and_replace", fail_third)
+    with pytest.raises(UserError, match="no more memory"):
+        load_adapter(pipe, made["peft-loha"][0], "cat")
+    assert same(state(pipe), before) and list_adapters(pipe) == {}
+    load_adapter(pipe, made["peft-loha"][0], "cat")
+    torch.testing.assert_close(output(pipe), made["peft-loha"][1], atol=1e-5, rtol=1e-4)
 
 
 STRANGERS = {
