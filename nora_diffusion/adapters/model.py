@@ -41,6 +41,8 @@ class NoraModel(BaseTuner):
             parent, target_name, target = target, "base_layer", target.base_layer
         if not isinstance(target, NoraLayer):
             if not isinstance(target, nn.Linear | nn.Conv2d):
+                if isinstance(peft_config.target_modules, str):
+                    return  # a pattern looks at all paths there are, a name means a projection
                 raise UserError(
                     f"{current_key!r} is a {type(target).__name__}: only linear and conv layers can be adapted"
                 )

@@ -259,6 +259,12 @@ def test_convolutions_by_pattern(name: str, tmp_path: Path) -> None:
         close(stage.outputs(overrides=dense), live)
 
 
+def test_a_pattern_passes_over_what_is_no_projection(pipe: Any) -> None:
+    add_adapter(pipe, nora(r=2, inner_r=1, basis="svd", target_modules=r".*attn1\.to_.*"), "one")
+    endings = {path.rpartition("attn1.")[2] for path in nora_layers(pipe.unet, "one")}
+    assert endings == {"to_q", "to_k", "to_v", "to_out.0"}
+
+
 BLOCKS = {
     "sd1": ["up_blocks.0.attentions.1", "mid_block"],
     "sdxl": ["down_blocks.1"],
