@@ -182,6 +182,17 @@ def test_the_text_encoder_has_a_weight_of_its_own(page: Any, server: Server) -> 
     prompt_is(page, "a sks dog <lora:dog:unet=0.8:te=0.5>")
 
 
+def test_a_weight_beyond_the_usual_leaves_the_rack_alive(page: Any) -> None:
+    fill(page, "a sks dog <lora:dog:unet=3:te=-4>")
+    weight = page.get_by_label("number input for dog: weight")
+    expect(weight).to_have_value("3")
+    page.get_by_label("range slider for dog: weight").press("ArrowLeft")
+    prompt_is(page, "a sks dog <lora:dog:unet=2.95:te=-4>")
+    fill(page, "a sks dog <lora:dog:unet=0.5:te=-4> <lora:hat:0.3>")
+    expect(weight).to_have_value("0.5")
+    expect(page.get_by_label("number input for hat: weight")).to_have_value("0.3")
+
+
 def test_stored_settings_that_make_no_sense_are_left_out(page: Any, server: Server) -> None:
     settle(page, 7)
     fill(page, "a cat with a hat")

@@ -22,6 +22,8 @@ from .generate_settings import defaults
 SLOTS = 6
 SLIDERS = 2 + len(BLOCKS)
 NEW_WEIGHT = 0.8
+USUAL = 2
+"""Sliders go from -USUAL to USUAL, or as far as the prompt does."""
 NONE_YET = "None yet: teach one in the Train tab, or import one in the Library"
 
 
@@ -72,12 +74,14 @@ def _slot() -> Slot:
     with gr.Group(visible=False) as group:
         name = gr.State("")
         with gr.Row():
-            unet = gr.Slider(-2, 2, 1, step=0.05, label="Weight", min_width=200, scale=4)
+            unet = gr.Slider(-USUAL, USUAL, 1, step=0.05, label="Weight", min_width=200, scale=4)
             out = gr.Button("Remove", size="sm", min_width=90, scale=0, elem_classes="remove")
         with gr.Accordion("Text encoder and blocks", open=False) as fold:
-            te = gr.Slider(-2, 2, 1, step=0.05, label="Text encoder")
+            te = gr.Slider(-USUAL, USUAL, 1, step=0.05, label="Text encoder")
             with gr.Row():
-                blocks = [gr.Slider(-2, 2, 1, step=0.05, label=f"Block: {b}", min_width=120) for b in BLOCKS]
+                blocks = [
+                    gr.Slider(-USUAL, USUAL, 1, step=0.05, label=f"Block: {b}", min_width=120) for b in BLOCKS
+                ]
     return Slot(group, name, unet, te, fold, blocks, out)
 
 
@@ -108,10 +112,15 @@ def show(prompt: str, factors: dict[str, dict[str, float]], *values: float) -> l
         tag, now = tags[index], values[index * SLIDERS : (index + 1) * SLIDERS]
         own = (factors or {}).get(tag.name, {})
         wanted = [tag.unet, tag.te, *(own.get(block, 1.0) for block in BLOCKS)]
-        sliders = [gr.skip() if old == new else gr.update(value=new) for old, new in zip(now, wanted, strict=True)]
-        sliders[0] = gr.update(label=f"{tag.name}: weight", **({} if now[0] == tag.unet else {"value": tag.unet}))
+        sliders = [gr.skip() if old == new else gr.update(**_at(new)) for old, new in zip(now, wanted, strict=True)]
+        sliders[0] = gr.update(label=f"{tag.name}: weight", **({} if now[0] == tag.unet else _at(tag.unet)))
         rows += [gr.update(visible=True), tag.name, *sliders]
     return rows
+
+
+def _at(value: float) -> dict[str, float]:
+    """A slider at this value, with room for it: what is out of bounds, Gradio refuses in every event from then on."""
+    return {"value": value, "minimum": min(-USUAL, value), "maximum": max(USUAL, value)}
 
 
 def overlap_teller(app: App) -> Any:
