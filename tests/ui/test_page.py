@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
+from nora_diffusion.composition.tags import parse_tags
 from nora_diffusion.pictures import PictureSettings, read_settings, save_picture
 from nora_diffusion.ui.request import MAX_PICTURES, MAX_STEPS
 from nora_diffusion.ui.tabs.generate_settings import KEPT
+from nora_diffusion.ui.tabs.rack import TEXT, UNET, weigher
 
 from .conftest import LANDMARKS, LONG, Server, number, open_tab, press, until, visit, visitor
 
@@ -182,15 +185,55 @@ def test_the_text_encoder_has_a_weight_of_its_own(page: Any, server: Server) -> 
     prompt_is(page, "a sks dog <lora:dog:unet=0.8:te=0.5>")
 
 
+def test_a_slider_keeps_what_is_typed_meanwhile(page: Any) -> None:
+    fill(page, TAGS)
+    expect(page.get_by_label("number input for dog: weight")).to_have_value("0.8")
+    held: list[Any] = []
+    page.route("**/run/predict", lambda route: held.append(route))  # a server that takes its time
+    page.get_by_label("range slider for dog: weight").press("ArrowLeft")
+    page.locator("#prompt textarea").press("End")
+    page.keyboard.type(" in the snow")
+    prompt_is(page, "a sks dog <lora:dog:0.75> in the snow")
+    until(lambda: bool(held), page=page)
+    for route in held:
+        route.continue_()
+    page.unroute("**/run/predict")
+    fill(page, "a sks dog <lora:dog:0.75> in the snow <lora:hat:0.5>")
+    expect(page.get_by_label("number input for hat: weight")).to_have_value("0.5")
+    prompt_is(page, "a sks dog <lora:dog:0.75> in the snow <lora:hat:0.5>")
+    expect(page.get_by_label("number input for dog: weight")).to_have_value("0.75")
+
+
 def test_a_weight_beyond_the_usual_leaves_the_rack_alive(page: Any) -> None:
     fill(page, "a sks dog <lora:dog:unet=3:te=-4>")
     weight = page.get_by_label("number input for dog: weight")
     expect(weight).to_have_value("3")
     page.get_by_label("range slider for dog: weight").press("ArrowLeft")
     prompt_is(page, "a sks dog <lora:dog:unet=2.95:te=-4>")
+    weight.fill("5")
+    weight.blur()
+    prompt_is(page, "a sks dog <lora:dog:unet=5:te=-4>")
+    expect(page.get_by_label("range slider for dog: weight")).to_have_attribute("max", "5")
     fill(page, "a sks dog <lora:dog:unet=0.5:te=-4> <lora:hat:0.3>")
     expect(weight).to_have_value("0.5")
     expect(page.get_by_label("number input for hat: weight")).to_have_value("0.3")
+
+
+def test_the_sliders_write_tags_as_python_does(page: Any) -> None:
+    def weighed(change: str, tag: str, value: float) -> str:
+        said = page.evaluate(f"(values) => ({weigher(change)})(...values)", [f"a {tag} <lora:hat:0.50>", "dog", value])
+        return str(said).removeprefix("a ").removesuffix(" <lora:hat:0.50>")
+
+    for written in ("", ":0.8", ":0.6:0.8", ":te=0.6", ":unet=0.8", ":te=0.6: unet = .5", ":0.7:unet=+2.", ":1e-1:0.1"):
+        for value in (-1, 0, 0.35, 0.8, 3, 100):
+            tag = f"< LORA:dog{written} >"
+            old = parse_tags(tag)[1][0]
+            together = replace(old, unet=value, te=value if old.te == old.unet else old.te)
+            assert weighed(UNET, tag, value) == str(together)
+            assert weighed(TEXT, tag, value) == str(replace(old, te=value))
+    assert weighed(UNET, "<lora:dog:1>", -500) == "<lora:dog:-100>"
+    for tag in ("<lora:other:0.5>", "<lora:dog:>", "<lora:dog:0x1>", "<lora:dog:unet=>", "<lora:dog:0.5"):
+        assert weighed(UNET, tag, 0.3) == tag
 
 
 def test_stored_settings_that_make_no_sense_are_left_out(page: Any, server: Server) -> None:

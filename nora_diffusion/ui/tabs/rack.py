@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 from itertools import combinations
 from typing import Any
@@ -12,7 +12,7 @@ import gradio as gr
 from ...adapter_info import AdapterInfo
 from ...captions import says, with_trigger
 from ...composition.angles import WARN_ABOVE
-from ...composition.tags import Tag, parse_tags, write_tags
+from ...composition.tags import MAX_WEIGHT, NUMBER, TAG, Tag, parse_tags, write_tags
 from ...errors import UserError
 from ..page import HIDDEN, LAST, QUIET, Page, handler
 from ..state import App
@@ -24,6 +24,24 @@ SLIDERS = 2 + len(BLOCKS)
 NEW_WEIGHT = 0.8
 USUAL = 2
 """Sliders go from -USUAL to USUAL, or as far as the prompt does."""
+WEIGH = """
+(prompt, name, value) => !name ? prompt : prompt.replace(/TAG/gi, (tag) => {
+  const [own, ...fields] = tag.slice(1, -1).split(':').slice(1).map((field) => field.trim());
+  if (own !== name) return tag;
+  const named = Object.fromEntries(
+    fields.filter((field) => field.includes('=')).map((field) => field.split('=').map((part) => part.trim())));
+  const plain = fields.filter((field) => !field.includes('='));
+  const number = (text) => /^(NUMBER)$/.test(text) ? Number(text) : NaN;
+  const both = named.te ?? plain[0] ?? '1';
+  let te = number(both), unet = number(named.unet ?? plain[1] ?? both);
+  if (Number.isNaN(te + unet)) return tag;  // half written
+  value = Math.min(MOST, Math.max(-MOST, value ?? 0));  // Gradio shows an emptied field as 0
+  CHANGE
+  return unet === te ? `<lora:${own}:${unet}>` : `<lora:${own}:unet=${unet}:te=${te}>`;
+})
+"""
+UNET = "if (te === unet) te = value; unet = value;  // together until they were set apart"
+TEXT = "te = value;"
 NONE_YET = "None yet: teach one in the Train tab, or import one in the Library"
 
 
@@ -32,7 +50,7 @@ class Slot:
     """One adapter of the rack."""
 
     group: gr.Group
-    name: gr.State
+    name: gr.Textbox
     unet: gr.Slider
     te: gr.Slider
     fold: gr.Accordion
@@ -60,8 +78,8 @@ def build_rack(page: Page, prompt: gr.Textbox, elem_id: str) -> gr.State:
     gr.on([page.blocks.load, page.tab.select, page.library_changed.change], refresh, None, choose, **LAST, **QUIET)
     choose.input(handler(add), [prompt, choose], [prompt, choose], **HIDDEN)
     for slot in slots:
-        slot.unet.release(handler(weigh), [prompt, slot.name, slot.unet], prompt, **LAST, **QUIET)
-        slot.te.release(handler(weigh_text), [prompt, slot.name, slot.te], prompt, **LAST, **QUIET)
+        slot.unet.release(None, [prompt, slot.name, slot.unet], prompt, js=weigher(UNET), **QUIET)
+        slot.te.release(None, [prompt, slot.name, slot.te], prompt, js=weigher(TEXT), **QUIET)
         slot.remove.click(handler(remove), [prompt, slot.name, factors], [prompt, factors], **HIDDEN)
         gr.on(
             [b.release for b in slot.blocks], handler(factor), [factors, slot.name, *slot.blocks], factors,
@@ -72,17 +90,25 @@ def build_rack(page: Page, prompt: gr.Textbox, elem_id: str) -> gr.State:
 
 def _slot() -> Slot:
     with gr.Group(visible=False) as group:
-        name = gr.State("")
+        name = gr.Textbox("", visible="hidden")  # a script of the page reads no gr.State
         with gr.Row():
             unet = gr.Slider(-USUAL, USUAL, 1, step=0.05, label="Weight", min_width=200, scale=4)
             out = gr.Button("Remove", size="sm", min_width=90, scale=0, elem_classes="remove")
         with gr.Accordion("Text encoder and blocks", open=False) as fold:
             te = gr.Slider(-USUAL, USUAL, 1, step=0.05, label="Text encoder")
             with gr.Row():
-                blocks = [
-                    gr.Slider(-USUAL, USUAL, 1, step=0.05, label=f"Block: {b}", min_width=120) for b in BLOCKS
-                ]
+                blocks = [gr.Slider(-USUAL, USUAL, 1, step=0.05, label=f"Block: {b}", min_width=120) for b in BLOCKS]
     return Slot(group, name, unet, te, fold, blocks, out)
+
+
+def weigher(change: str) -> str:
+    """The script that writes a slider's weight into its adapter's tag; ``change`` is UNET or TEXT.
+
+    In the browser alone: a server would write an old prompt over what somebody types meanwhile. So this is a second
+    reader of ``composition/tags``; a test holds it to the first.
+    """
+    script = WEIGH.replace("CHANGE", change).replace("MOST", str(MAX_WEIGHT))
+    return script.replace("TAG", TAG.pattern).replace("NUMBER", NUMBER.pattern)
 
 
 def offer(found: list[str]) -> Any:
@@ -153,24 +179,6 @@ def add(prompt: str, name: str | None) -> tuple[str, Any]:
     if all(tag.name != name for tag in tags):
         tags.append(Tag(name, NEW_WEIGHT, NEW_WEIGHT))
     return write_tags(prompt or "", tags), None
-
-
-def weigh(prompt: str, name: str, unet: float) -> str:
-    """The slider's weight in the adapter's tag. The text encoder follows until it was set apart."""
-    tags = parse_tags(prompt)[1]
-    changed = [replace(t, unet=float(unet), te=float(unet) if t.te == t.unet else t.te) for t in tags if t.name == name]
-    return _with(prompt, tags, changed)
-
-
-def weigh_text(prompt: str, name: str, te: float) -> str:
-    """The text encoder's own weight in the adapter's tag."""
-    tags = parse_tags(prompt)[1]
-    return _with(prompt, tags, [replace(tag, te=float(te)) for tag in tags if tag.name == name])
-
-
-def _with(prompt: str, tags: list[Tag], changed: list[Tag]) -> str:
-    new = {tag.name: tag for tag in changed}
-    return write_tags(prompt, [new.get(tag.name, tag) for tag in tags])
 
 
 def remove(prompt: str, name: str, factors: dict[str, Any]) -> tuple[str, dict[str, Any]]:
