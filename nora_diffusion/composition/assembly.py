@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -70,19 +69,21 @@ def _with_core(updates: Mapping[str, Update], parents: Sequence[AdapterConfig]) 
         if first.stored_outer:
             kept = getattr(torch, first.basis_dtype)  # they were rounded to it when they were made
             factors |= {f"{path}.nora_A_out": update.down.to(kept), f"{path}.nora_B_out": update.up.to(kept)}
-    # A basis that follows from the shapes has its own way from r to the outer rank, the same for all parents.
-    r, pattern = _ranks(outer) if first.stored_outer else (first.r, first.rank_pattern)
+    # A basis that follows from the shapes has its own way from r to the outer rank, the same for all parents. Blocks
+    # are written out where they are stored; a cut to a rank would take away the later parts.
+    r, pattern, blocks = (*_ranks(outer), 1) if first.stored_outer else (first.r, first.rank_pattern, first.blocks)
     core: CoreKind = "nested" if nested else "dense"
     config = replace(
         first, r=r, rank_pattern=pattern, core=core, inner_r=inner_r if nested else 1, alpha=None, alpha_pattern={},
         method=first.method if first.core == core else "nora" if nested else "lora_xs", trained=[], dropout=0.0,
+        blocks=blocks, rank_mask=False,
     )  # fmt: skip
     return config, factors
 
 
 def _ranks(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
-    """The commonest rank, and the others by path."""
-    r = Counter(ranks.values()).most_common(1)[0][0]
+    """The largest rank, and the others by path."""
+    r = max(ranks.values())
     return r, {path: rank for path, rank in ranks.items() if rank != r}
 
 

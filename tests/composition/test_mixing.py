@@ -65,7 +65,8 @@ def dense(pipe: Any, name: str) -> Dense:
                 dw = f["B"] @ f["A"]
             else:
                 core = f["R"] if "R" in f else f["B_in"] @ f["A_in"]
-                dw = f["B_out"] @ core @ f["A_out"]
+                down, up = (torch.block_diag(*f[side].chunk(config.blocks)) for side in ("A_out", "B_out"))
+                dw = up @ core @ down
             found[part, path] = config.scale_for(path) * dw
     return found
 
@@ -126,6 +127,29 @@ def test_linear_is_exact_for_any_number_of_adapters(pipe: Any, r: int, count: in
     config = pipe.unet.peft_config["all"]
     assert (config.core, config.inner_r) == (core, inner_r)
     assert_close(dense(pipe, "all"), weighted(pipe, weights), 5e-6)
+
+
+INSIDE = {
+    "blocks": nora(r=8, inner_r=2, basis="svd", blocks=4),
+    "rank-mask": nora(r=8, inner_r=2, basis="svd", rank_mask=True),
+    "ranks": nora(r=2, inner_r=1, basis="svd", rank_pattern=dict.fromkeys(["to_q", "to_k", "q_proj", "k_proj"], 15)),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_linear_leaves_out_what_a_sum_has_not(pipe: Any, name: str, tmp_path: Path) -> None:
+    """No blocks in a basis that is written out, no rank to cut to, room for all parts at every projection's rank."""
+    weights = {"dog": 0.8, "hat": -0.5, "cup": 0.4}
+    for seed, adapter in enumerate(weights):
+        add_adapter(pipe, INSIDE[name], adapter, PARTS)
+        randomise(pipe, adapter, seed)
+    mix(pipe, weights, "linear", "both")
+    assert_close(dense(pipe, "both"), weighted(pipe, weights))
+    save_adapter(pipe, tmp_path / "both", "both")
+    load_adapter(pipe, tmp_path / "both", "again")
+    assert_close(dense(pipe, "again"), weighted(pipe, weights))
+    with pytest.raises(UserError, match="rank"):
+        export_lora(tmp_path / "both", tmp_path / "cut.safetensors", rank=2)
 
 
 def test_svd_is_the_best_of_its_rank(pipe: Any) -> None:
