@@ -24,7 +24,7 @@ from .entries import Stamp, stamp_of
 from .messages import short_name
 from .preview import LatentPreview
 from .request import Request, Wanted
-from .runs import Run, Skipped
+from .runs import Run, Skipped, free_memory
 from .weights import set_weights
 
 log = logging.getLogger(__name__)
@@ -48,10 +48,26 @@ class Engine:
         """The pipeline, loaded when first asked for."""
         with self._loading:
             if self._pipe is None:
-                pipe = open_pipeline(self.base, device=self.device or best_device())
+                pipe = open_pipeline(self.base, device=self._home)
                 self._fingerprints = _fingerprints(pipe)
                 self._pipe = pipe
             return self._pipe
+
+    @property
+    def _home(self) -> str:
+        """Where pictures are made."""
+        return self.device or best_device()
+
+    @property
+    def rests(self) -> bool:
+        """Whether it takes nothing of an accelerator."""
+        return self._pipe is None or self._pipe.device.type == "cpu"
+
+    def rest(self) -> None:
+        """Leave the accelerator, which a training needs for itself, until the next :meth:`use`."""
+        if not self.rests:
+            self._pipe.to("cpu")
+            free_memory()
 
     @property
     def base_id(self) -> str:
@@ -102,6 +118,8 @@ class Engine:
 
     def use(self, adapters: Sequence[Wanted]) -> list[dict[str, Any]]:
         """Make exactly these adapters live, others leave no trace; returns what pictures say of them."""
+        if self.pipe.device.type != self._home.partition(":")[0]:
+            self.pipe.to(self._home)
         wanted = {adapter.name: adapter for adapter in adapters}
         for name, (stamp, loaded) in list(self._loaded.items()):
             if name not in wanted or stamp != _stamp(wanted[name].path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +64,16 @@ class App:
                 _ = self.engine.pipe
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
+
+    def make_room(self) -> None:
+        """For a training that was started just now: take the base from the accelerator before it begins."""
+
+        def leave() -> None:
+            with contextlib.suppress(UserError), self.device.join("making room for a training"):
+                self.engine.rest()
+
+        if not self.engine.rests:
+            threading.Thread(target=leave, name="make room", daemon=True).start()
 
     def hand_out(self, file: Path) -> str:
         """A copy of a file that a page may show or download: nothing outside the private folder is served."""

@@ -16,12 +16,14 @@ from PIL import Image
 
 from nora_diffusion import UserError
 from nora_diffusion.pictures import read_settings
+from nora_diffusion.ui.config import AppConfig
 from nora_diffusion.ui.device import Device
 from nora_diffusion.ui.engine import Engine
 from nora_diffusion.ui.messages import OUT_OF_MEMORY
 from nora_diffusion.ui.preview import LatentPreview
 from nora_diffusion.ui.request import Request, Wanted
 from nora_diffusion.ui.runs import Progress, Run
+from nora_diffusion.ui.state import App
 from nora_diffusion.ui.weights import AdapterWeights
 
 from .conftest import WAIT, until
@@ -272,6 +274,37 @@ def test_a_training_holds_the_device(tmp_path: Path) -> None:
     turn.leave()
     assert training.try_acquire()
     training.release()
+
+
+class Placed:
+    """What stands for a pipeline on an accelerator."""
+
+    def __init__(self) -> None:
+        self.device, self.moves = torch.device("cuda"), list[str]()
+
+    def to(self, device: str) -> None:
+        self.device = torch.device(device)
+        self.moves.append(device)
+
+
+def test_the_base_leaves_the_accelerator_to_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nora_diffusion.ui.engine.set_weights", lambda *_: None)
+    app = App(AppConfig(library=str(tmp_path), device="cuda:1"), tmp_path)
+    app.make_room()  # nothing is loaded yet
+    assert app.engine.rests
+    placed = app.engine._pipe = Placed()
+    pictures = app.device.join("pictures")
+    assert pictures.wait(WAIT)
+    app.make_room()
+    assert app.device.position(app.device.join("another")) == 2 and not placed.moves  # only once it is its turn
+    pictures.leave()
+    until(lambda: placed.moves == ["cpu"])
+    app.make_room()
+    app.engine.rest()
+    assert placed.moves == ["cpu"]
+    for _ in range(2):
+        app.engine.use([])
+    assert placed.moves == ["cpu", "cuda:1"]
 
 
 def test_a_preview_that_fails_costs_no_picture(

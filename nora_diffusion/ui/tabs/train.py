@@ -171,6 +171,7 @@ def starter(app: App) -> Any:
         settings = form_settings(app, photos, *values)
         checked, warnings = look(app, photos, settings)
         identity = app.jobs.start(name.strip(), settings, [photo.path for photo in checked if photo.pictures])
+        app.make_room()
         return view.findings(warnings) if warnings else "", gr.update(choices=choices(app), value=identity)
 
     return start

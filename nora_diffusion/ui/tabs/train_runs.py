@@ -49,7 +49,7 @@ def watch(page: Page, runs: SimpleNamespace, started: Any) -> None:
         runs.shown, runs.finished, page.library_changed,
     ]  # fmt: skip
     started.success(refresh, state, seen, **QUIET)
-    acts = {"stop": app.jobs.stop, "resume": app.jobs.resume, "remove": app.jobs.remove}
+    acts = {"stop": app.jobs.stop, "resume": resumer(app), "remove": app.jobs.remove}
     for name, act in acts.items():
         acted = getattr(runs, name).click(
             handler(actor(app, act)), runs.chosen, None, api_name=f"train_{name}", **HIDDEN
@@ -69,6 +69,16 @@ def actor(app: App, act: Any) -> Any:
         act(identity or "")
 
     return do
+
+
+def resumer(app: App) -> Any:
+    """Go on with a run, which gets the device to itself."""
+
+    def resume(identity: str) -> None:
+        app.jobs.resume(identity)
+        app.make_room()
+
+    return resume
 
 
 def user(app: App) -> Any:
