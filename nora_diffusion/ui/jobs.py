@@ -31,10 +31,13 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 class Jobs:
-    """The jobs under ``root``. Finished adapters go to ``library``; ``device_lock`` is shared with generation."""
+    """The jobs under ``root``. Finished adapters go to ``library``; ``device_lock`` is shared with generation.
 
-    def __init__(self, root: Path, library: Path, device_lock: Path) -> None:
-        self.root, self.library, self.device_lock = root, library, device_lock
+    They train on ``device``, or on the best there is.
+    """
+
+    def __init__(self, root: Path, library: Path, device_lock: Path, device: str | None = None) -> None:
+        self.root, self.library, self.device_lock, self.device = root, library, device_lock, device
 
     def start(self, name: str, settings: Mapping[str, Any], photos: Sequence[Path]) -> str:
         """Start a training on copies of ``photos`` (and of captions beside them); returns the job's id.
@@ -128,7 +131,7 @@ class Jobs:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "nora_diffusion.ui.worker", str(folder.absolute())],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, umask=0o077,
-                    pass_fds=[alive.handle or 0], cwd=folder, env=_environment(),
+                    pass_fds=[alive.handle or 0], cwd=folder, env=_environment(self.device),
                 )  # fmt: skip
         finally:
             alive.release()
@@ -144,10 +147,13 @@ def copy_photos(photos: Sequence[Path], folder: Path) -> None:
                 shutil.copyfile(file, folder / f"{number:03d}-{file.name}")
 
 
-def _environment() -> dict[str, str]:
+def _environment(device: str | None) -> dict[str, str]:
     """The app's own, without progress bars, and with this package found wherever it was imported from."""
     places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    chosen = {"ACCELERATE_TORCH_DEVICE": device} if device else {}
+    if device == "cpu":  # else accelerate looks for what a GPU could do
+        chosen["ACCELERATE_USE_CPU"] = "true"
+    return {**os.environ, **chosen, "TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}
 
 
 def _check(values: Mapping[str, Any]) -> None:

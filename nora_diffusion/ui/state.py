@@ -45,7 +45,7 @@ class App:
     def jobs(self) -> Jobs:
         """The trainings, in ``.jobs`` of the library."""
         folder = self.library.folder / ".jobs"
-        return Jobs(folder, self.library.folder, folder / "device.lock")
+        return Jobs(folder, self.library.folder, folder / "device.lock", self.config.device)
 
     @cached_property
     def library(self) -> Library:

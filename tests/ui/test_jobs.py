@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from factories import write_photos
 
 from nora_diffusion import UserError, inspect_adapter
 from nora_diffusion.adapter_file import FILE_NAME
+from nora_diffusion.ui.config import AppConfig
 from nora_diffusion.ui.job import Job, read_job
 from nora_diffusion.ui.jobs import Jobs
 from nora_diffusion.ui.locks import FileLock, is_held
+from nora_diffusion.ui.state import App
 from nora_diffusion.ui.worker import boot_id
 
 from .conftest import LONG, until
@@ -152,6 +155,21 @@ def test_nothing_is_written_for_a_mistake(
     with pytest.raises(UserError, match=message):
         jobs.start(name, {**settings, **change}, photos)
     assert not jobs.root.exists()
+
+
+@pytest.mark.parametrize(("device", "found"), [("cpu", "cpu True"), ("meta", "meta False")])
+def test_the_app_s_device_is_that_of_its_trainings(
+    settings: dict[str, Any], photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str,
+    found: str,
+) -> None:  # fmt: skip
+    app = App(AppConfig(library=str(tmp_path / "library"), device=device), tmp_path)
+    started: dict[str, Any] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", lambda words, **how: started.update(how) or SimpleNamespace(wait=int))
+        app.jobs.start("dog", settings, photos)
+    told = "from accelerate import Accelerator as A; print(A().device, A().state._cpu)"
+    told_by = subprocess.run([sys.executable, "-c", told], env=started["env"], capture_output=True, text=True)
+    assert told_by.stdout.strip() == found, told_by.stderr
 
 
 # Real processes
