@@ -27,7 +27,6 @@ UNREADABLE = 3
 
 def main(folder: Path) -> int:
     """Run the job of ``folder``; returns the trainer's exit code, or 3 if what it wrote cannot be used."""
-    write_atomic(folder / "process.json", json.dumps({"pid": os.getpid(), "boot": boot_id()}))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     outcome = _train(folder, job)
@@ -38,6 +37,8 @@ def main(folder: Path) -> int:
 def _train(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     lock = FileLock(Path(job["device_lock"]))
     try:
+        # From here on it can be told to stop.
+        write_atomic(folder / "process.json", json.dumps({"pid": os.getpid(), "boot": boot_id()}))
         lock.acquire()
         # A run that ended well but did not get into the library, for want of space say, is not trained again.
         code = (

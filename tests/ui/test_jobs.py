@@ -270,6 +270,30 @@ def test_an_adapter_that_cannot_be_read_again_is_not_done(
     assert not jobs.library.exists()
 
 
+def test_a_stop_as_soon_as_the_process_is_known_is_told(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nora_diffusion.ui import worker
+
+    folder = fake(jobs.root / "20260101-000000-abc")
+    job = {"name": "dog", "library": str(jobs.library), "device_lock": str(jobs.device_lock), "flags": []}
+    (folder / "job.json").write_text(json.dumps(job))
+    write = worker.write_atomic
+
+    def write_and_be_stopped(path: Path, text: str) -> None:
+        write(path, text)
+        if path.name == "process.json":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(worker, "write_atomic", write_and_be_stopped)
+    monkeypatch.setattr(worker, "_trainer", lambda: lambda words: 0)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # in the worker itself it would be the end
+    try:
+        assert worker.main(folder) == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert jobs.get(folder.name).status == "stopped"
+    assert jobs.get(folder.name).message == "stopped before training began"
+
+
 def test_a_finished_run_that_found_no_room_in_the_library_is_not_trained_again(
     jobs: Jobs, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
