@@ -83,7 +83,7 @@ def read_extra(text: str) -> dict[str, Any]:
         raise UserError(f"the further settings are not 'key: value' lines: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError("the further settings must be lines 'key: value', one a setting")
-    from ..training.config import names
+    from ..training.config import TrainConfig, names
     from ..training.values import suggestion
 
     known = names()
@@ -94,7 +94,8 @@ def read_extra(text: str) -> dict[str, Any]:
         allowed = (setting.metadata["group"] in OPEN_GROUPS or setting.name in OPEN) and setting.name not in CLOSED
         if not allowed:
             raise UserError(f"the setting {name!r} is the app's own: use nora-diffusion train for it")
-    return {known[name].name: value for name, value in values.items()}
+    config = TrainConfig.from_mapping(values)  # YAML reads 1e3 as text, and the trainer as a number
+    return {known[name].name: getattr(config, known[name].name) for name in values}
 
 
 def preflight(engine: Engine, settings: Mapping[str, Any], photos: Sequence[Path], library: Path) -> list[str]:

@@ -97,6 +97,11 @@ def test_presets_scale_the_defaults_of_the_base(engine: Engine) -> None:
         check_config(TrainConfig.from_mapping({**settings, "instance_data_dir": "photos"}))
 
 
+def test_further_settings_are_read_as_the_trainer_reads_them(engine: Engine) -> None:
+    own = build_settings(engine, "Fast", "sks", "dog", {}, "max_train_steps: 1e3\nlora_dropout: '0.1'")
+    assert (own["max_train_steps"], own["validation_steps"], own["dropout"]) == (1000, 200, 0.1)
+
+
 REFUSED = {
     "output_dir: /etc": "app's own",
     "pretrained_model_name_or_path: /somewhere": "app's own",
@@ -111,6 +116,7 @@ REFUSED = {
     "rank: [": "key: value",
     "a: &x [1]\nb: *x": "plain lines",
     "x" * 5000: "at most",
+    "max_train_steps: many": "max_train_steps='many' does not fit: give a whole number",
     "!!python/object/apply:os.system ['true']": "key: value",
 }
 
