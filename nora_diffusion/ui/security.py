@@ -6,6 +6,7 @@ import hmac
 import ipaddress
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
@@ -121,10 +122,12 @@ def _full(folder: Path) -> bool:
     count = size = 0
     for file in folder.rglob("*"):
         try:
-            size += file.lstat().st_size
+            found = file.lstat()
         except OSError:
             continue
-        count += 1
+        if stat.S_ISDIR(found.st_mode):  # Gradio leaves its folders behind when it deletes what was in them
+            continue
+        count, size = count + 1, size + found.st_size
         if count > MAX_STORED_FILES or size > MAX_STORED:
             return True
     return False

@@ -20,6 +20,9 @@ from .jobs import Jobs
 from .library import Library
 from .runs import Runs
 
+MAX_HANDED = 1000
+"""Copies of pictures that pages may still show."""
+
 
 @dataclass
 class App:
@@ -33,6 +36,7 @@ class App:
     scratch: Path
     """Private folder for files that are handed to the browser; emptied when the server ends."""
     _handed: dict[tuple[Path, int], Path] = field(default_factory=dict)
+    _handing: threading.Lock = field(default_factory=threading.Lock)
     _overlaps: dict[tuple[Stamp, ...], float] = field(default_factory=dict)
     runs: Runs = field(default_factory=Runs)
 
@@ -76,11 +80,21 @@ class App:
             threading.Thread(target=leave, name="make room", daemon=True).start()
 
     def hand_out(self, file: Path) -> str:
-        """A copy of a file that a page may show or download: nothing outside the private folder is served."""
+        """A copy of a file that a page may show or download: nothing outside the private folder is served.
+
+        The copies that were asked for last are kept.
+        """
         stamp = (file, file.stat().st_mtime_ns)
-        if stamp not in self._handed or not self._handed[stamp].exists():
-            self._handed[stamp] = Path(shutil.copyfile(file, self.private_folder() / file.name))
-        return str(self._handed[stamp])
+        with self._handing:
+            copy = self._handed.pop(stamp, None)
+            self._handed[stamp] = copy if copy and copy.exists() else self.copy_for_good(file)
+            while len(self._handed) > MAX_HANDED:
+                shutil.rmtree(self._handed.pop(next(iter(self._handed))).parent, ignore_errors=True)
+            return str(self._handed[stamp])
+
+    def copy_for_good(self, file: Path) -> Path:
+        """The same for what every page shows, as long as the app runs."""
+        return Path(shutil.copyfile(file, self.private_folder() / file.name))
 
     def private_folder(self) -> Path:
         """A new empty folder whose files may be handed to the browser."""

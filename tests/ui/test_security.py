@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from nora_diffusion import UserError
 from nora_diffusion.ui import AppConfig, security
+from nora_diffusion.ui.state import App
 
 from .conftest import LONG, ROOT, Server, start
 
@@ -239,12 +240,31 @@ def test_uploads_are_limited_together_and_on_disk(tmp_path: Path, monkeypatch: p
     assert answer(security.MAX_BODY + 1, JOIN) == 413
     monkeypatch.setattr(security, "MAX_STORED_FILES", 3)
     for number in range(4):
+        (tmp_path / "empty" / str(number)).mkdir(parents=True)
+    assert answer(1) is None  # folders are nothing
+    for number in range(4):
         (tmp_path / str(number)).touch()
     assert answer(1) == 507 and answer(1, JOIN) is None
     monkeypatch.setattr(security, "MAX_STORED_FILES", 100)
     monkeypatch.setattr(security, "MAX_STORED", 10)
     (tmp_path / "large").write_bytes(bytes(11))
     assert answer(1) == 507
+
+
+def test_what_was_shown_long_ago_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nora_diffusion.ui.state.MAX_HANDED", 2)
+    (tmp_path / "scratch").mkdir()
+    app = App(AppConfig(library=str(tmp_path / "library")), tmp_path / "scratch")
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    for file in files:
+        file.write_text(file.name)
+    every_page_s = app.copy_for_good(files[0])
+    old, *_ = (Path(app.hand_out(file)) for file in (files[0], files[1], files[2], files[1]))
+    assert not old.parent.exists()
+    again = Path(app.hand_out(files[0]))  # in the place of what was asked for longest ago
+    kept = [Path(app.hand_out(files[1])), again, every_page_s]
+    assert [copy.read_text() for copy in kept] == ["1.png", "0.png", "0.png"]
+    assert sorted((tmp_path / "scratch").rglob("*.png")) == sorted(kept)
 
 
 def test_an_unsound_adapter_is_refused_and_the_next_picture_is_as_before(server: Server, library: Path) -> None:

@@ -44,7 +44,7 @@ def _form(page: Page) -> SimpleNamespace:
     slugs = sorted(f.parent.name for f in EXAMPLES.glob("*/subject.json")) if EXAMPLES.is_dir() else []
     with gr.Accordion("Or take an example subject", open=True, visible=bool(slugs)):
         examples = gr.Gallery(
-            [(page.app.hand_out(EXAMPLES / slug / "0.png"), slug) for slug in slugs], label="Example subjects",
+            [(page.app.copy_for_good(EXAMPLES / slug / "0.png"), slug) for slug in slugs], label="Example subjects",
             show_label=False, columns=4, height=190, allow_preview=False, elem_id="train-examples", elem_classes=pixels,
             interactive=False, buttons=[],
         )  # fmt: skip
