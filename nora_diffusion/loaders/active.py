@@ -83,32 +83,37 @@ def set_adapters(pipe: Any, names: str | Sequence[str], weights: Weight | Sequen
         if name not in known:
             raise UserError(f"there is no adapter named {name!r} in the pipeline: {names_hint(pipe)}")
     for name, weight in zip(names, weights, strict=True):
-        if not isinstance(weight, Mapping):
-            check_weight(name, weight)
-    if any(isinstance(weight, Mapping) for weight in weights):
-        _set_by_block(pipe, names, weights)
-        return
+        for number in weight.values() if isinstance(weight, Mapping) else [weight]:
+            if not isinstance(number, Mapping):
+                check_weight(name, number)
     for part in present(pipe):
-        module = component(pipe, part)
-        set_active(module, names)
-        for layer in tuner_layers(module):
-            for name, weight in zip(names, weights, strict=True):
-                layer.set_scale(name, weight)
+        own = [weight.get(part, 1.0) if isinstance(weight, Mapping) else weight for weight in weights]
+        (_weigh_blocks if any(isinstance(weight, Mapping) for weight in own) else _weigh)(pipe, part, names, own)
+
+
+def _weigh(pipe: Any, part: str, names: list[str], weights: list[Any]) -> None:
+    module = component(pipe, part)
+    set_active(module, names)
+    for layer in tuner_layers(module):
+        for name, weight in zip(names, weights, strict=True):
+            layer.set_scale(name, weight)
+
+
+def _weigh_blocks(pipe: Any, part: str, names: list[str], weights: list[Any]) -> None:
+    module: Any = component(pipe, part)
+    if not hasattr(module, "set_adapters"):
+        raise UserError(f"the {part} knows no weights by block: give each adapter one number for it")
+    try:
+        with keeping_trained(module):
+            module.set_adapters(names, weights)
+    except (LookupError, ValueError, TypeError) as error:
+        raise UserError(f"the {part} refuses the weights by block: {error}") from error
 
 
 def check_weight(name: str, weight: object) -> None:
     """Raises :class:`UserError` for a weight that is no finite number."""
     if not isinstance(weight, Real) or not math.isfinite(weight):
         raise UserError(f"the weight {weight!r} of {name!r} is no number: give 0.8 or the like")
-
-
-def _set_by_block(pipe: Any, names: list[str], weights: list[Weight]) -> None:
-    if not hasattr(pipe, "set_adapters"):
-        raise UserError(f"{type(pipe).__name__} knows no weights by block: give each adapter one number")
-    try:
-        pipe.set_adapters(names, list(weights))
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"the pipeline refuses the weights by block: {error}") from error
 
 
 def names_hint(pipe: Any) -> str:

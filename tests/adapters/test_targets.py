@@ -22,6 +22,7 @@ from nora_diffusion import (
     load_adapter,
     nora,
     save_adapter,
+    set_adapters,
 )
 from nora_diffusion.adapters import TARGET_GROUPS, in_blocks
 from nora_diffusion.components import canonical, denoiser_name, nora_layers, present, projections
@@ -326,6 +327,26 @@ def test_a_pattern_for_nothing_is_refused(pipe: Any) -> None:
     delete_adapter(pipe, "one")
     with pytest.raises(UserError, match="rank_pattern"):
         add_adapter(pipe, config, "one", "unet")
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "pixart"])
+def test_weights_by_part_reach_every_part(name: str, tmp_path: Path) -> None:
+    """T5 encoders as well, of which diffusers' own verb knows nothing."""
+    pipe = tiny_pipeline(name, tmp_path)
+    for adapter in ("one", "two"):
+        add_adapter(pipe, nora(r=2, inner_r=1, basis="svd"), adapter, present(pipe))
+    add_adapter(pipe, nora(r=2, inner_r=1, basis="svd"), "three", present(pipe)[-1:])
+    weights = {part: 0.1 * number for number, part in enumerate(present(pipe), 1)}
+    set_adapters(pipe, ["one", "three"], [weights, weights])
+    for part in present(pipe):
+        for layer in nora_layers(getattr(pipe, part), "one").values():
+            assert {name: layer.scaling[name] for name in layer.live_names()} == dict.fromkeys(
+                [name for name in ("one", "three") if name in layer.nora_delta], weights[part]
+            )
+    with pytest.raises(UserError, match="knows no weights by block"):
+        set_adapters(pipe, "one", {present(pipe)[-1]: {"block_1": 0.5}})
+    with pytest.raises(UserError, match="is no number"):
+        set_adapters(pipe, "one", {present(pipe)[-1]: "half"})
 
 
 def test_a_name_may_belong_to_one_component_only(pipe: Any) -> None:
