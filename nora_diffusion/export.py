@@ -81,8 +81,8 @@ def export_lora(
     worst, largest = max(e for e, _ in errors), max(w for _, w in errors)
     relative = worst / largest if largest else 0.0
     widest = max(pair.rank for pair in pairs)
-    notes = [_note(info, format, pairs) if gates is None else gates.describe(), _note_on(embeddings)]
-    note = "; ".join(filter(None, notes))
+    notes = [_note(info, format, pairs) if gates is None else gates.describe(), _note_on_t5(format, pairs)]
+    note = "; ".join(filter(None, [*notes, _note_on(embeddings)]))
     return ExportReport(path, format, widest, worst, relative, size, keys, note, gates, tuple(embeddings.values()))
 
 
@@ -119,6 +119,14 @@ def _note(info: AdapterInfo, format: Format, pairs: list[PlainPair]) -> str:
         names = {"kohya": "dora_scale, which diffusers leaves out: export to diffusers for it"}
         notes.append(f"a DoRA with its magnitude as {names.get(format, 'lora_magnitude_vector')}")
     return "; ".join(notes)
+
+
+def _note_on_t5(format: Format, pairs: list[PlainPair]) -> str:
+    """What diffusers leaves out without a word."""
+    t5 = any(p.component.startswith("text_encoder") and p.path.startswith("encoder.block.") for p in pairs)
+    if format != "diffusers" or not t5:
+        return ""
+    return "its T5 part is read by PEFT only: pipe.load_lora_weights leaves it out"
 
 
 EMBEDDING_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}

@@ -353,6 +353,20 @@ def test_export_to_peft_loads_in_peft(pipe: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(model(x, 3, states).sample, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("model", "part"), [("sd3", "text_encoder_3"), ("flux", "text_encoder_2")])
+def test_an_export_says_that_diffusers_leaves_t5_out(tmp_path: Path, model: str, part: str) -> None:
+    pipe = tiny_pipeline(model, tmp_path)
+    trained(pipe, lora(r=2), ("transformer", "text_encoder", part))
+    save_adapter(pipe, tmp_path / "dog", "one")
+    delete_adapter(pipe, "one")
+    said = "its T5 part is read by PEFT only"
+    report = export_lora(tmp_path / "dog", tmp_path / "dog.safetensors")
+    assert said in report.note
+    assert said not in export_lora(tmp_path / "dog", tmp_path / "peft", format="peft").note
+    pipe.load_lora_weights(str(report.path), adapter_name="plain")
+    assert {place for place, names in list_adapters(pipe).items() if names} == {"transformer", "text_encoder"}
+
+
 def test_alpha_is_the_rank_in_every_precision() -> None:
     """bf16 has no 257: a reader would scale by 256 / 257 (MoRA and MELoRA have such ranks)."""
     pair = PlainPair("unet", "to_q", torch.randn(257, 300).double(), torch.randn(300, 257).double(), None)
