@@ -44,6 +44,7 @@ class Jobs:
 
         ``settings`` are those of :class:`TrainConfig`, checked here before anything is written.
         """
+        _check_system()
         if not NAME.fullmatch(name):
             raise UserError(f"the name {name!r} will not do: use up to 64 letters, digits, '_' and '-'")
         identity = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
@@ -62,6 +63,7 @@ class Jobs:
 
     def resume(self, identity: str) -> int:
         """Go on from the last whole checkpoint; returns its step."""
+        _check_system()
         job = self.get(identity)
         if job.running:
             raise UserError(f"the training {job.name!r} is still running")
@@ -109,8 +111,6 @@ class Jobs:
         return read_job(folder)
 
     def _launch(self, folder: Path, name: str, flags: Sequence[str]) -> None:
-        if os.name == "nt":
-            raise UserError("training in the app needs Linux or macOS: use nora-diffusion train here")
         alive = FileLock(folder / "alive.lock")
         until = time.monotonic() + 5.0  # somebody may be asking whether it lives just now
         if not alive.acquire(given_up=lambda: time.monotonic() > until):
@@ -136,6 +136,11 @@ class Jobs:
         finally:
             alive.release()
         threading.Thread(target=process.wait, daemon=True).start()
+
+
+def _check_system() -> None:
+    if os.name == "nt":  # a lock that a child inherits, and a signal that asks it to save
+        raise UserError("training in the app needs Linux or macOS: use nora-diffusion train here")
 
 
 def copy_photos(photos: Sequence[Path], folder: Path) -> None:

@@ -172,6 +172,18 @@ def test_the_app_s_device_is_that_of_its_trainings(
     assert told_by.stdout.strip() == found, told_by.stderr
 
 
+def test_windows_is_told_before_anything_is_copied(
+    jobs: Jobs, settings: dict[str, Any], photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        with pytest.raises(UserError, match="Linux or macOS"):
+            jobs.start("dog", settings, photos)
+        with pytest.raises(UserError, match="Linux or macOS"):
+            jobs.resume("20260101-000000-abc")
+    assert not jobs.root.exists()
+
+
 # Real processes
 
 
