@@ -52,8 +52,12 @@ def given(adapters: Sequence[tuple[str, float]]) -> list[Known]:
 
 
 def resolve(tag: Tag, known: list[Known]) -> Known:
-    """The adapter that a tag names. Raises :class:`UserError` where there is none, or more than one."""
+    """The adapter that a tag names, one given by path before those of a library.
+
+    Raises :class:`UserError` where there is none, or more than one.
+    """
     found = [adapter for adapter in known if adapter.name == tag.name]
+    found = [adapter for adapter in found if adapter.always] or found
     if len(found) == 1:
         return found[0]
     if found:

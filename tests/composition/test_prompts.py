@@ -72,7 +72,9 @@ def test_each_prompt_gets_the_adapters_it_names(tiny_base: Path, library: Path, 
 
 def test_a_tag_overrides_the_weight_of_a_given_adapter(tiny_base: Path, library: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    files = pictures(tiny_base, out, "a dog", "a dog <lora:dog:0.3>", adapters=[f"{library / 'dog'}:0.8"])
+    files = pictures(
+        tiny_base, out, "a dog", "a dog <lora:dog:0.3>", adapters=[f"{library / 'dog'}:0.8"], library=str(library)
+    )
     assert [read_settings(f).adapters[0]["weight"] for f in files] == [0.8, 0.3]
     again = pictures(tiny_base, out, "a dog", adapters=[f"{library / 'dog'}:0.3"])
     assert pixels(files[1]) == pixels(again[0]) != pixels(files[0])
