@@ -138,12 +138,9 @@ def _subject(file: Path, name: str, path: str | Path, basis_dir: str | Path | No
     letters = next(letters for letters, dtype in READABLE.items() if dtype in dtypes)
     layout = Layout(letters, tuple((key, tuple(value.shape)) for key, value in tensors.items()))
     info.sha256 = hashlib.sha256(save(tensors, {"nora": dump_info(info)})).hexdigest()
-    picture = _preview(Path(info.path).parent)
-    size = picture.stat().st_size if picture else 0
     # Numbers and picture are read again when they are written: a pack of thousands need not fit in memory.
-    return Subject(
-        name, info, layout, size, lambda: picture.read_bytes() if picture else b"", lambda: _numbers(info.path)
-    )
+    size = len(_preview(info.path))
+    return Subject(name, info, layout, size, lambda: _preview(info.path), lambda: _numbers(info.path))
 
 
 def _share_basis(info: AdapterInfo, bases: Path, basis_dir: str | Path | None, known: set[str]) -> None:
@@ -169,13 +166,18 @@ def _numbers(path: str) -> bytes:
     return b"".join(value.flatten().view(torch.uint8).numpy().tobytes() for value in _trained(path).values())
 
 
-def _preview(folder: Path) -> Path | None:
+def _preview(path: str) -> bytes:
+    """The picture in an adapter's folder, or that of a subject of another pack; empty where there is none."""
+    address = split_address(path)
+    if address:
+        with Pack(address[0]) as pack:
+            return pack.find(address[1]).preview()
     for ending, magic in PREVIEWS.items():
-        picture = folder / f"preview{ending}"
+        picture = Path(path).parent / f"preview{ending}"
         if picture.is_file() and picture.stat().st_size <= MAX_PREVIEW:
-            with picture.open("rb") as file:
-                return picture if file.read(len(magic)) == magic else None
-    return None
+            found = picture.read_bytes()
+            return found if found.startswith(magic) else b""
+    return b""
 
 
 def _write(file: Path, subjects: Sequence[Subject]) -> Path:

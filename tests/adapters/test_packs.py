@@ -105,6 +105,15 @@ def test_add_and_remove(shelf: Path, pack: Path, tmp_path: Path) -> None:
     assert extract_from_pack(other, "rex", tmp_path / "rex").read_bytes() == (shelf / "dog" / FILE_NAME).read_bytes()
 
 
+def test_a_subject_of_another_pack_keeps_its_own_preview(pack: Path, tmp_path: Path) -> None:
+    (pack.parent / "preview.png").write_bytes(PNG + b" of the folder")
+    other = create_pack(tmp_path / "more.nora_pack.safetensors", [f"{pack}#dog", f"{pack}#cat"])
+    for name in ("dog", "cat"):
+        extract_from_pack(other, name, tmp_path / "out" / name)
+    assert (tmp_path / "out" / "dog" / "preview.png").read_bytes() == PNG
+    assert not (tmp_path / "out" / "cat" / "preview.png").exists()
+
+
 def test_adapters_that_hold_their_own_basis_are_packed_too(pipe: Any, pack: Path, tmp_path: Path) -> None:
     write(pipe, tmp_path / "own", basis="own")
     add_to_pack(pack, [tmp_path / "own"])
