@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .adapter_file import AdapterInfo, Tensors
+from .adapters.patterns import pattern_of
 from .components import canonical
 from .errors import UserError
 from .files import write_atomic
@@ -128,7 +129,7 @@ def _lora_settings(pairs: Sequence[PlainPair]) -> dict[str, Any]:
 
     PEFT looks for the ends of paths: CLIP's, whose beginning depends on transformers' release, are none of others.
     """
-    ranks = {_pattern(pair): pair.rank for pair in pairs}
+    ranks = {pattern_of(canonical(pair.path)): pair.rank for pair in pairs}
     r = max(ranks.values())
     odd = {pattern: rank for pattern, rank in ranks.items() if rank != r}
     return {
@@ -136,12 +137,6 @@ def _lora_settings(pairs: Sequence[PlainPair]) -> dict[str, Any]:
         "target_modules": sorted(canonical(pair.path) for pair in pairs),
         "use_dora": any(pair.magnitude is not None for pair in pairs),
     }  # fmt: skip
-
-
-def _pattern(pair: PlainPair) -> str:
-    """The pattern of a pair's path; a name from the very top (Flux's ``proj_out``) is the end of others as well."""
-    path = canonical(pair.path)
-    return path if "." in path else f"^{path}"
 
 
 def _is_one_of_two(info: AdapterInfo, pairs: list[PlainPair]) -> bool:

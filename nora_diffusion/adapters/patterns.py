@@ -75,3 +75,8 @@ def _check_dialect(pattern: str) -> None:
 def suffix_matcher(pattern: str) -> re.Pattern[str]:
     """How PEFT reads the keys of ``rank_pattern``: the pattern must match the end of a path, at a dot."""
     return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def pattern_of(path: str) -> str:
+    """The key of ``rank_pattern`` that means this path only: a name from the very top may be the end of others too."""
+    return path if "." in path else f"^{path}"

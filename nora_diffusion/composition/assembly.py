@@ -11,6 +11,7 @@ from torch import Tensor
 from ..adapter_file import Tensors
 from ..adapters import AdapterConfig, lora
 from ..adapters.config import CoreKind
+from ..adapters.patterns import pattern_of
 from .sources import Key, Source
 from .updates import Update
 
@@ -84,7 +85,7 @@ def _with_core(updates: Mapping[str, Update], parents: Sequence[AdapterConfig]) 
 def _ranks(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
     """The largest rank, and the others by path."""
     r = max(ranks.values())
-    return r, {path: rank for path, rank in ranks.items() if rank != r}
+    return r, {pattern_of(path): rank for path, rank in ranks.items() if rank != r}
 
 
 def _at_most_full(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

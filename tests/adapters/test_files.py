@@ -14,6 +14,7 @@ import torch
 from architectures import tiny_pipeline
 from diffusers.utils import peft_utils
 from factories import tiny_random_pipeline
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -340,8 +341,6 @@ def test_kohya_names_the_first_of_two_text_encoders(
 
 
 def test_export_to_peft_loads_in_peft(pipe: Any, tmp_path: Path) -> None:
-    from peft import PeftModel
-
     trained(pipe, METHODS["nora"], ("unet",))
     x, states = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
     with torch.no_grad():
@@ -351,6 +350,24 @@ def test_export_to_peft_loads_in_peft(pipe: Any, tmp_path: Path) -> None:
         export_lora(tmp_path / "dog", tmp_path / "peft", format="peft")
         model = PeftModel.from_pretrained(pipe.unet, tmp_path / "peft" / "unet")
         torch.testing.assert_close(model(x, 3, states).sample, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "peft"])
+def test_a_rank_at_the_very_top_is_no_one_elses(tmp_path: Path, form: Any) -> None:
+    """Flux has a ``proj_out`` of its own, and one in each single block."""
+    pipe = tiny_pipeline("flux", tmp_path)
+    trained(pipe, lora(r=4, target_modules=["proj"], rank_pattern={"^proj_out": 2}), ("transformer",))
+    wanted = {path: layer.get_delta_weight("one") for path, layer in nora_layers(pipe.transformer, "one").items()}
+    save_adapter(pipe, tmp_path / "dog", "one")
+    delete_adapter(pipe, "one")
+    file = export_lora(tmp_path / "dog", tmp_path / "dog.safetensors", format=form).path
+    if form == "peft":
+        name, model = "default", PeftModel.from_pretrained(pipe.transformer, file / "transformer").base_model.model
+    else:
+        pipe.load_lora_weights(str(file), adapter_name="plain")
+        name, model = "plain", pipe.transformer
+    for path, dense in wanted.items():
+        torch.testing.assert_close(model.get_submodule(path).get_delta_weight(name), dense, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("model", "part"), [("sd3", "text_encoder_3"), ("flux", "text_encoder_2")])

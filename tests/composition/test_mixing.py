@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import tiny_pipeline
 from factories import randomise
 from torch import Tensor
 
@@ -264,6 +265,21 @@ def test_linear_pads_where_only_one_part_sits(pipe: Any) -> None:
     mix(pipe, WEIGHTS, "linear", "both")
     assert pipe.unet.peft_config["both"].inner_r == 2
     assert_close(dense(pipe, "both"), weighted(pipe, WEIGHTS))
+
+
+def test_a_rank_at_the_very_top_is_no_one_elses(tmp_path: Path) -> None:
+    """Flux has a ``proj_out`` of its own, and one in each single block."""
+    pipe = tiny_pipeline("flux", tmp_path)
+    for seed, name in enumerate(WEIGHTS):
+        add_adapter(pipe, lora(r=4, target_modules=["proj"], rank_pattern={"^proj_out": 2}), name)
+        randomise(pipe, name, seed)
+    mix(pipe, WEIGHTS, "cat", "both")
+    for path, layer in nora_layers(pipe.transformer, "both").items():
+        assert layer.r["both"] == (4 if path == "proj_out" else 8)
+        for name in WEIGHTS:
+            layer.set_scale(name, 1.0)
+        expected = sum(weight * layer.get_delta_weight(name) for name, weight in WEIGHTS.items())
+        torch.testing.assert_close(layer.get_delta_weight("both"), expected, atol=1e-6, rtol=1e-4)
 
 
 def test_a_plain_lora_of_the_pipeline_is_a_part(pipe: Any) -> None:
