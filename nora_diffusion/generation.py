@@ -24,7 +24,7 @@ from .pictures import PictureSettings, save_picture
 from .versions import versions
 
 OnStep = Callable[[int, Any], None]
-EMBEDDED_GUIDANCE, OTHER_GUIDANCE = 5.0, 7.5
+EMBEDDED_GUIDANCE, OTHER_GUIDANCE = 3.5, 7.5
 MAX_STEPS, MAX_SIDE, MAX_PROMPT = 1000, 4096, 4000
 
 

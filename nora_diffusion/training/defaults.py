@@ -20,7 +20,7 @@ EMBEDDED: dict[str, Any] = {
     "snr_gamma": 5.0,
     "timestep_sampling": "stratified",
     "sample_steps": 20,
-    "sample_guidance": 5.0,
+    "sample_guidance": 3.5,
 }
 
 # Other bases: as diffusers' script, but for the steps (its one epoch over five photos is two) and the warm-up (its 500
