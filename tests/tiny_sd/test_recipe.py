@@ -144,27 +144,10 @@ def test_gradients_are_averaged_over_processes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_train_one_unet_on_scenes_of_their_own(nano_run: Path, tmp_path: Path) -> None:
     export_all(nano_run, tmp_path / "weights", "nano")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "-m",
-        "nora_diffusion.tiny_sd.train",
-    ]
-    command += [
-        "-m",
-        "nora_diffusion.tiny_sd.train",
-        "--stage",
-        "diffusion",
-        "--size",
-        "nano",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    done = subprocess.run([*command, "--init", str(tmp_path / "weights" / "pipeline")], capture_output=True, text=True)
+    flags = f"--nproc_per_node=2 -m nora_diffusion.tiny_sd.train --stage diffusion --size nano --out {tmp_path / 'run'}"
+    flags += f" --device cpu --init {tmp_path / 'weights' / 'pipeline'}"
+    command = [sys.executable, "-m", "torch.distributed.run", *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [4], "only the first process writes"
