@@ -10,6 +10,7 @@ from .errors import UserError, first_line
 
 EMBEDDED_BASE_ID = "nora_diffusion/tiny_sd"
 EMBEDDED_WEIGHTS = Path(__file__).parent / "tiny_sd" / "weights"
+EMBEDDED_GUIDANCE, OTHER_GUIDANCE = 3.5, 7.5
 _EMBEDDED_NAMES = (None, "", "tiny_sd", EMBEDDED_BASE_ID)
 
 

@@ -106,8 +106,8 @@ def _train_config(example: Example, folder: Path, max_train_steps: int | None) -
 
 
 def _generate(example: Example, folder: Path) -> tuple[list[Image.Image], list[Image.Image]]:
-    from .base import load_base
-    from .generation import EMBEDDED_GUIDANCE, run
+    from .base import EMBEDDED_GUIDANCE, load_base
+    from .generation import run
     from .loaders import load_adapter
 
     pipe = load_base()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter_file import inspect_adapter
-from .base import base_id, best_device, is_embedded, open_pipeline
+from .base import EMBEDDED_GUIDANCE, OTHER_GUIDANCE, base_id, best_device, is_embedded, open_pipeline
 from .composition.library import Known, adapters_in, given, resolve
 from .composition.tags import Tag, parse_tags, parse_weight
 from .errors import UserError
@@ -24,7 +24,6 @@ from .pictures import PictureSettings, save_picture
 from .versions import versions
 
 OnStep = Callable[[int, Any], None]
-EMBEDDED_GUIDANCE, OTHER_GUIDANCE = 3.5, 7.5
 MAX_STEPS, MAX_SIDE, MAX_PROMPT = 1000, 4096, 4000
 
 

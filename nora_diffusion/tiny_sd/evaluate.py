@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..generation import EMBEDDED_GUIDANCE
+from ..base import EMBEDDED_GUIDANCE
 from ..judges import Judge, image_features, load_judge, text_features
 from ..pictures import contact_sheet
 from ..quiet import hush

@@ -120,8 +120,8 @@ def teach(weights: Path, probes: Probes, slug: str, method: str, **values: Any) 
 
     ``values``: settings of the training beside those of the method.
     """
-    from ..base import open_pipeline
-    from ..generation import EMBEDDED_GUIDANCE, run
+    from ..base import EMBEDDED_GUIDANCE, open_pipeline
+    from ..generation import run
     from ..loaders import load_adapter
 
     scenes, base, own = new_scenes(slug), weights / "pipeline", METHODS[method]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..base import is_embedded
+from ..base import EMBEDDED_GUIDANCE, OTHER_GUIDANCE, is_embedded
 from .config import TrainConfig
 
 # The embedded base is small and its subjects are learned in about a minute on a CPU.
@@ -20,7 +20,7 @@ EMBEDDED: dict[str, Any] = {
     "snr_gamma": 5.0,
     "timestep_sampling": "stratified",
     "sample_steps": 20,
-    "sample_guidance": 3.5,
+    "sample_guidance": EMBEDDED_GUIDANCE,
 }
 
 # Other bases: as diffusers' script, but for the steps (its one epoch over five photos is two) and the warm-up (its 500
@@ -33,7 +33,7 @@ OTHER: dict[str, Any] = {
     "lr_scheduler": "constant",
     "snr_gamma": 0.0,
     "sample_steps": 30,
-    "sample_guidance": 7.5,
+    "sample_guidance": OTHER_GUIDANCE,
 }
 
 METHODS: dict[str, dict[str, Any]] = {
