@@ -37,6 +37,9 @@ def run_stage(
     """
     if stage != "diffusion" and processes.count() > 1:
         raise SystemExit(f"error: --stage {stage} runs in one process; only --stage diffusion is shared by several")
+    batch = size.stages[stage].batch
+    if batch % processes.count():
+        raise SystemExit(f"error: {processes.count()} processes cannot share --batch {batch} evenly: choose a multiple")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if stage in ("vae", "decoder"):
         if stage == "decoder" and init is None:

@@ -161,3 +161,10 @@ def test_only_the_unet_is_trained_by_several_processes(tmp_path: Path, monkeypat
     with pytest.raises(SystemExit, match="--stage vae runs in one process"):
         run_stage("vae", NANO, LoopOptions(tmp_path))
     assert not any(tmp_path.iterdir())
+
+
+def test_processes_share_a_batch_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    with pytest.raises(SystemExit, match="3 processes cannot share --batch 10 evenly"):
+        run_stage("diffusion", adjusted(NANO, "diffusion", batch=10), LoopOptions(tmp_path))
+    assert not any(tmp_path.iterdir())
