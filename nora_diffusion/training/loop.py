@@ -119,19 +119,22 @@ def check(config: TrainConfig) -> list[Finding]:
         return preflight(plan_run(config, subject, accelerator, folder, stop))
 
 
-def check_on(config: TrainConfig, pipe: Any) -> list[Finding]:
-    """The same for a new run on a base that is open already, which stays as it is."""
+def check_on(config: TrainConfig, pipe: Any, device: str | torch.device | None = None) -> list[Finding]:
+    """The same for a new run on a base that is open already, which stays as it is.
+
+    ``device`` is where the run will be, if the base is not there now.
+    """
     check_config(config)
     subject, config = read_data(config)
     config = with_defaults(config)
     check_pipeline(config, pipe)
     objective_of(config, pipe)
-    device = denoiser(pipe).device
-    config = settle(config, pipe, None, len(subject.photos), device, processes=1)
+    place = torch.device(device) if device else denoiser(pipe).device
+    config = settle(config, pipe, None, len(subject.photos), place, processes=1)
     check_targets(config, pipe)
     check_new_tokens(config, pipe, list(subject.new_tokens), subject.captions)
-    measure = plan_measure(config, subject, device)
-    return preflight(plan_of(config, pipe, subject, config.folder, measure=measure))
+    measure = plan_measure(config, subject, place)
+    return preflight(plan_of(config, pipe, subject, config.folder, device=place, measure=measure))
 
 
 def plan_of(config: TrainConfig, pipe: Any, subject: Subject, place: Path, **rest: Any) -> Plan:

@@ -48,13 +48,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Plan:
-    """A settled run that has not begun. ``place`` is where it will write; ``pipe`` is on its device."""
+    """A settled run that has not begun. ``place`` is where it will write, ``device`` where it will be: ``pipe``'s."""
 
     config: TrainConfig
     pipe: Any
     captions: Sequence[str]
     trigger: str | None
     place: Path
+    device: torch.device | None = None
     checkpoint: Checkpoint | None = None
     processes: int = 1
     measure: Measure | None = None
@@ -138,10 +139,10 @@ def _existing(place: Path) -> Path:
 
 
 def _memory(plan: Plan, size: Outline) -> Iterator[Finding]:
-    device = denoiser(plan.pipe).device
+    device = plan.device or denoiser(plan.pipe).device
     if device.type not in ("cpu", "cuda"):
         return
-    free = available(device) + given_back(plan)
+    free = available(device) + given_back(plan, device)
     if size.memory <= free:
         return
     remedies = ["--train_batch_size 1"] if (plan.config.train_batch_size or 1) > 1 else []
@@ -155,11 +156,15 @@ def _memory(plan: Plan, size: Outline) -> Iterator[Finding]:
     )
 
 
-def given_back(plan: Plan) -> int:
-    """Bytes that the frozen parts will take less once they have the run's precision."""
+def given_back(plan: Plan, device: torch.device) -> int:
+    """Bytes of ``device`` that the frozen parts hold now, less what they will take in the run's precision.
+
+    Negative for parts that lie elsewhere and have yet to come.
+    """
     size = DTYPES[plan.config.mixed_precision or "no"].itemsize
     modules = (denoiser(plan.pipe), *text_encoders(plan.pipe))
-    return sum(p.numel() * (p.element_size() - size) for module in modules for p in module.parameters())
+    parameters = [p for module in modules for p in module.parameters()]
+    return sum(p.numel() * ((p.element_size() if p.device.type == device.type else 0) - size) for p in parameters)
 
 
 def _photos(plan: Plan) -> Iterator[Finding]:

@@ -48,14 +48,14 @@ class Engine:
         """The pipeline, loaded when first asked for."""
         with self._loading:
             if self._pipe is None:
-                pipe = open_pipeline(self.base, device=self._home)
+                pipe = open_pipeline(self.base, device=self.home)
                 self._fingerprints = _fingerprints(pipe)
                 self._pipe = pipe
             return self._pipe
 
     @property
-    def _home(self) -> str:
-        """Where pictures are made."""
+    def home(self) -> str:
+        """Where pictures are made, and subjects learned while the base rests."""
         return self.device or best_device()
 
     @property
@@ -118,8 +118,8 @@ class Engine:
 
     def use(self, adapters: Sequence[Wanted]) -> list[dict[str, Any]]:
         """Make exactly these adapters live, others leave no trace; returns what pictures say of them."""
-        if self.pipe.device.type != self._home.partition(":")[0]:
-            self.pipe.to(self._home)
+        if self.pipe.device.type != self.home.partition(":")[0]:
+            self.pipe.to(self.home)
         wanted = {adapter.name: adapter for adapter in adapters}
         for name, (stamp, loaded) in list(self._loaded.items()):
             if name not in wanted or stamp != _stamp(wanted[name].path):

@@ -108,7 +108,7 @@ def preflight(engine: Engine, settings: Mapping[str, Any], photos: Sequence[Path
         place = Path(folder) / "photos"
         copy_photos(photos, place)
         values = {**settings, "instance_data_dir": str(place), "output_dir": str(library / ".jobs" / "next")}
-        findings = check_on(TrainConfig.from_mapping(values), engine.pipe)
+        findings = check_on(TrainConfig.from_mapping(values), engine.pipe, engine.home)
     fatal = [finding.text for finding in findings if finding.fatal]
     if fatal:
         raise UserError(without_dashes(" ".join(fatal)))

@@ -20,7 +20,7 @@ from nora_diffusion.adapters import PRESETS
 from nora_diffusion.components import denoiser_name
 from nora_diffusion.errors import UserError
 from nora_diffusion.loaders import add_adapter, trainable_parameters
-from nora_diffusion.training import TrainConfig, check, main, train
+from nora_diffusion.training import TrainConfig, check, check_on, main, train
 from nora_diffusion.training.config import Method
 from nora_diffusion.training.defaults import METHODS, USUAL_RATES, with_defaults
 from nora_diffusion.training.denoiser import native_size
@@ -159,9 +159,23 @@ def test_memory_that_a_lower_precision_gives_back_is_counted(configure: Configur
     config = configure(mixed_precision="bf16")
     plan = Plan(config, pipe, ["a sks dog"], "sks", config.folder)
     held = sum(p.nbytes for part in (pipe.unet, pipe.text_encoder) for p in part.parameters())
-    assert given_back(plan) == held / 2
-    lower_precision(config, pipe, torch.device("cpu"))
-    assert given_back(plan) == 0
+    cpu = torch.device("cpu")
+    assert given_back(plan, cpu) == held / 2
+    lower_precision(config, pipe, cpu)
+    assert given_back(plan, cpu) == 0
+
+
+def test_a_base_that_rests_elsewhere_is_counted_where_the_run_will_be(
+    configure: Configure, pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The app's base lies in the CPU's memory while another training has the GPU."""
+    asked = []
+    monkeypatch.setattr("nora_diffusion.training.preflight.available", lambda device: asked.append(device) or 1000)
+    found = said(check_on(configure(**RIGHT, mixed_precision="bf16"), pipe, "cuda"))
+    assert asked == [torch.device("cuda")] and "cuda has" in found
+    held = sum(p.nbytes for part in (pipe.unet, pipe.text_encoder) for p in part.parameters())
+    plan = Plan(configure(mixed_precision="bf16"), pipe, ["a sks dog"], "sks", configure().folder)
+    assert given_back(plan, torch.device("cuda")) == -held / 2
 
 
 @pytest.mark.parametrize(("method", "parts"), [("nora", ["unet"]), ("lora", ["unet", "text_encoder"])])
