@@ -94,6 +94,12 @@ class AdapterInfo:
         return int(self._first["inner_r"])
 
     @property
+    def ranks(self) -> str:
+        """Both ranks in words: ``r = 32, r' = 4``; the inner one only where there is a nested core."""
+        nested = self._first.get("core") == "nested"
+        return f"r = {self.r}" + (f", r' = {self.inner_r}" if nested else "")
+
+    @property
     def _first(self) -> dict[str, Any]:
         return next(iter(self.components.values()))
 

@@ -15,7 +15,7 @@ tags: [text-to-image, diffusers, {method}, subject-driven]
 ---
 # {title}
 
-A {method} adapter (outer rank {r}, inner rank {inner_r}) for `{base}`: {trained:,} trained numbers.
+A {method} adapter ({ranks}) for `{base}`: {trained:,} trained numbers.
 {trigger}
 ```python
 from nora_diffusion import load_adapter, open_pipeline
@@ -49,7 +49,7 @@ def write_card(folder: Path, info: AdapterInfo, extra: str | None = None) -> Pat
         )
     text = TEMPLATE.format(
         base=info.base, license=info.license or "other", method=info.method, title=info.trigger or folder.name,
-        r=info.r, inner_r=info.inner_r, trained=info.trained_numbers, trigger=trigger, folder=folder.name,
+        ranks=info.ranks, trained=info.trained_numbers, trigger=trigger, folder=folder.name,
         prompt=info.instance_prompt or info.trigger or "your prompt", parts=", ".join(info.components),
         targets=targets if isinstance(targets, str) else ", ".join(targets), step=info.step, seed=info.seed,
         bytes=info.bytes, sha256=info.sha256,

@@ -39,7 +39,7 @@ def run(values: argparse.Namespace) -> None:
     rows = {
         "file": info.path,
         **({"what": info.note} if info.note else {}),
-        "method": f"{info.method}, r = {info.r}" + (f", r' = {info.inner_r}" if info.inner_r > 1 else ""),
+        "method": f"{info.method}, {info.ranks}",
         "base": info.base,
         "parts": ", ".join(info.components),
         "trigger": info.trigger or "none",

@@ -56,8 +56,8 @@ def _list(values: argparse.Namespace) -> None:
     if values.json:
         print(json.dumps([asdict(info) for info in infos], indent=2))
         return
-    print(f"{'name':<24} {'trigger':<12} {'class':<12} {'method':<10} {'bytes':>9}  licence")
+    print(f"{'name':<24} {'trigger':<12} {'class':<12} {'method':<28} {'bytes':>9}  licence")
     for info in infos:
         name = info.path.rpartition("#")[2]
-        rank = f"{info.method} {info.inner_r}"
-        print(f"{name:<24} {info.trigger:<12} {info.class_word:<12} {rank:<10} {info.bytes:>9,}  {info.license}")
+        method = f"{info.method}, {info.ranks}"
+        print(f"{name:<24} {info.trigger:<12} {info.class_word:<12} {method:<28} {info.bytes:>9,}  {info.license}")

@@ -86,9 +86,8 @@ def method(entry: Entry) -> str:
     """Method and ranks, for example ``nora r = 32, r' = 4``."""
     if entry.info is None:
         return "unreadable"
-    inner = f", r' = {entry.info.inner_r}" if entry.info.method == "nora" else ""
     name = entry.info.method if entry.info.kind == "nora" else entry.info.kind
-    return f"{name} r = {entry.info.r}{inner}"
+    return f"{name} {entry.info.ranks}"
 
 
 def short_number(count: int) -> str:

@@ -29,8 +29,8 @@ from nora_diffusion import (
     open_pipeline,
     save_adapter,
 )
-from nora_diffusion.adapter_file import FILE_NAME
-from nora_diffusion.adapters import lora, lora_xs, mor, nora
+from nora_diffusion.adapter_file import FILE_NAME, AdapterInfo
+from nora_diffusion.adapters import AdapterConfig, lora, lora_mini, lora_xs, mor, nora
 from nora_diffusion.components import canonical, nora_layers
 from nora_diffusion.export_formats import PlainPair
 from nora_diffusion.loaders import list_adapters, trainable_parameters
@@ -67,7 +67,21 @@ def test_file_describes_itself(saved: Path, tiny_base: Path) -> None:
         assert not any("lora" in key for key in keys)
         inner = [reader.get_tensor(key).numel() for key in keys if key.endswith(("A_in", "B_in"))]
     assert info.trained_numbers == sum(inner)
-    assert "sks" in (saved / "README.md").read_text()
+    card = (saved / "README.md").read_text()
+    assert "sks" in card and "A nora adapter (r = 4, r' = 2) for" in card
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (nora(r=8, inner_r=2), "r = 8, r' = 2"),
+        (lora_mini(r=8, inner_r=1), "r = 8, r' = 1"),
+        (nora(r=8, core="dense"), "r = 8"),
+        (lora(r=3), "r = 3"),
+    ],
+)
+def test_ranks_are_told_wherever_there_are_two(config: AdapterConfig, told: str) -> None:
+    assert AdapterInfo(components={"unet": config.to_dict()}).ranks == told
 
 
 def test_expected_sizes_on_the_layout_of_sd_1_5(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_pack_from_end_to_end(shelf: Path, tmp_path: Path, capsys: Capture) -> N
     assert "2 subjects" in capsys.readouterr().out
     assert main(["pack", "list", pack]) == 0
     table = capsys.readouterr().out
-    assert "kitten" in table and "skscat" in table and "sksdog" in table
+    assert "kitten" in table and "skscat" in table and "nora, r = 4, r' = 2" in table
     assert main(["pack", "list", pack, "--json"]) == 0
     assert [subject["class_word"] for subject in json.loads(capsys.readouterr().out)] == ["dog", "cat"]
     assert main(["inspect", f"{pack}#kitten"]) == 0
