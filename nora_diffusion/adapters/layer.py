@@ -92,10 +92,6 @@ class NoraLayer(nn.Module, BaseTunerLayer):
             if counts and name in self.nora_delta and name not in self.merged_adapters:
                 yield name
 
-    def live(self) -> Iterator[tuple[float, Delta]]:
-        """``(scaling, delta)`` of every adapter that ``forward`` adds now."""
-        return ((self.scaling[name], self.delta(name)) for name in self.live_names())
-
     def live_scale(self, adapter: str) -> float | Tensor:
         """The scaling as ``forward`` uses it: a tensor in a compiled graph, which then serves every weight."""
         return self._scales[adapter] if torch.compiler.is_compiling() else self.scaling[adapter]

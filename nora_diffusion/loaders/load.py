@@ -46,11 +46,6 @@ class LoadedAdapter:
     info: AdapterInfo
 
     @property
-    def base(self) -> str:
-        """The base that the adapter was trained on."""
-        return self.info.base
-
-    @property
     def trigger(self) -> str:
         """The word that calls the subject."""
         return self.info.trigger

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-SizeName = Literal["tiny", "nano"]
 Stage = Literal["vae", "decoder", "diffusion", "judge"]  # decoder: the autoencoder's, its latents kept
 CONTEXT = 32  # tokens of a prompt, start and end included
 

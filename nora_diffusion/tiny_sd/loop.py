@@ -72,7 +72,7 @@ class Trainer:
         self.step = 0
         self._load()
 
-    def run(self, loss_fn: LossFn, on_save: Callable[[], None] | None = None) -> float:
+    def run(self, loss_fn: LossFn) -> float:
         """Train to ``config.steps`` (or ``options.stop_at``); returns the mean loss of the last log interval."""
         end = min(self.config.steps, self.options.stop_at or self.config.steps)
         total, count, started = 0.0, 0, time.time()
@@ -91,8 +91,6 @@ class Trainer:
                 total, count, started = 0.0, 0, time.time()
             if self.step % self.options.save_every == 0 or self.step == end:
                 self.save()
-                if on_save:
-                    on_save()
                 started = time.time()
         return mean
 
@@ -161,15 +159,13 @@ class Trainer:
             for key, p in self.params.items():
                 p.copy_(tensors[f"model.{key}"])
                 self.ema[key].copy_(tensors[f"ema.{key}"])
-        names = dict(self.params.items())
         for full, value in tensors.items():
             if full.startswith("opt."):
                 _, part, key = full.split(".", 2)
-                owner = self._owner(names[key])
-                p = names[key]
+                p = self.params[key]
                 # laid out in memory like its parameter: products of matrices round by their layout
                 same = value.shape == p.shape
-                owner.state[p][part] = torch.empty_like(p).copy_(value) if same else value.to(p.device)
+                self._owner(p).state[p][part] = torch.empty_like(p).copy_(value) if same else value.to(p.device)
 
     def _owner(self, p: nn.Parameter) -> torch.optim.Optimizer:
         return next(o for o in self.optimizers for g in o.param_groups if any(q is p for q in g["params"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 
 from . import world
@@ -52,7 +52,6 @@ class Scene:
     position: str = ""
     accessory: str = ""
     tree: bool = False
-    extra: dict[str, str] = field(default_factory=dict)
 
 
 _EMOJI = world.training_emoji()
@@ -137,7 +136,7 @@ def scene_with(rng: Random, thing: Thing, phrase: str) -> Scene:
             phrase = f"{size} " * bool(size) + f"{rare_word(rng)} {colour}{thing.class_word}"
         text = _with_article(phrase)
         if 0.15 <= draw < 0.31:
-            accessory = rng.choice(("top hat", "crown", "party hat", "sun hat", "sunglasses"))
+            accessory = rng.choice(world.ACCESSORIES)
             if accessory == "sunglasses" and not has_eyes(thing):
                 accessory = "crown"
             text += " wearing " + (accessory if accessory == "sunglasses" else _with_article(accessory))

@@ -129,7 +129,7 @@ PROPS: tuple[tuple[str, str], ...] = (
     ("sun hat", "👒"),
     ("tree", "🌳"),
 )
-HATS = ("top hat", "crown", "sun hat", "party hat")
+ACCESSORIES = ("top hat", "crown", "party hat", "sun hat", "sunglasses")
 FAMILIES = ("monster", "mug", "robot")
 CLASS_WORDS: tuple[str, ...] = tuple(dict.fromkeys(e.class_word for e in EMOJI)) + FAMILIES
 PLURALS = {"fish": "fish", "house": "houses"}

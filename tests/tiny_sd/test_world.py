@@ -61,7 +61,7 @@ def test_captions_are_whole_words_within_the_context(tmp_path: Path) -> None:
 def test_all_kinds_of_scene_and_accessory_render() -> None:
     seen = [random_scene(1, i) for i in range(1500)]
     assert {s.ground.kind for s in seen} == set(world.SCENES) | set(world.PATTERNS)
-    assert {s.accessory for s in seen} == {"", *world.HATS, "sunglasses"}
+    assert {s.accessory for s in seen} == {"", *world.ACCESSORIES}
     bare = next(s for s in seen if s.accessory == "crown")
     assert not np.array_equal(render(bare), render(random_scene(1, 0)))
 

@@ -53,7 +53,6 @@ class Slot:
     name: gr.Textbox
     unet: gr.Slider
     te: gr.Slider
-    fold: gr.Accordion
     blocks: list[gr.Slider]
     remove: gr.Button
 
@@ -94,11 +93,11 @@ def _slot() -> Slot:
         with gr.Row():
             unet = gr.Slider(-USUAL, USUAL, 1, step=0.05, label="Weight", min_width=200, scale=4)
             out = gr.Button("Remove", size="sm", min_width=90, scale=0, elem_classes="remove")
-        with gr.Accordion("Text encoder and blocks", open=False) as fold:
+        with gr.Accordion("Text encoder and blocks", open=False):
             te = gr.Slider(-USUAL, USUAL, 1, step=0.05, label="Text encoder")
             with gr.Row():
                 blocks = [gr.Slider(-USUAL, USUAL, 1, step=0.05, label=f"Block: {b}", min_width=120) for b in BLOCKS]
-    return Slot(group, name, unet, te, fold, blocks, out)
+    return Slot(group, name, unet, te, blocks, out)
 
 
 def weigher(change: str) -> str:
