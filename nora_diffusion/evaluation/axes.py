@@ -12,6 +12,7 @@ from ..adapter_file import FILE_NAME, inspect_adapter
 from ..composition.tags import parse_tags
 from ..errors import UserError
 from ..generation import GenerateConfig, parse_adapter
+from ..run_layout import CHECKPOINTS, checkpoint_steps
 
 NONE = ("", "none", "None")
 INTEGERS = ("seed", "steps", "step")
@@ -67,13 +68,12 @@ class Cell:
 
 def checkpoint(run: Path, step: int) -> Path:
     """The adapter of a run after ``step`` steps. Raises :class:`UserError` that lists the steps there are."""
-    place = run / "checkpoints" / f"step-{step}"
-    if (place / FILE_NAME).is_file():
-        return place
+    whole = {s: place for s, place in checkpoint_steps(run / CHECKPOINTS).items() if (place / FILE_NAME).is_file()}
+    if step in whole:
+        return whole[step]
     if inspect_adapter(run).step == step:
         return run
-    found = sorted(int(p.parent.name[5:]) for p in run.glob(f"checkpoints/step-*/{FILE_NAME}"))
-    known = ", ".join(map(str, found)) or "no checkpoints"
+    known = ", ".join(map(str, whole)) or "no checkpoints"
     raise UserError(f"{run} has no adapter of step {step}: it has {known}")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,12 +23,12 @@ from ..adapter_file import FILE_NAME
 from ..errors import UserError
 from ..files import make_folder, sha256, sync_folder, user_errors, write_atomic
 from ..loaders import save_adapter
+from ..run_layout import MANIFEST, checkpoint_steps
 from .optimizer_state import restore_state, state_numbers, state_tensors
 
 log = logging.getLogger(__name__)
 
 OPTIMIZER = "optimizer.safetensors"
-MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
 
@@ -110,18 +109,12 @@ def restore_optimizer(
     return tensors
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders by step, oldest first."""
-    found = {int(m.group(1)): p for p in folder.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))}
-    return [found[step] for step in sorted(found)]
-
-
 def prune(folder: Path, keep: int | None) -> None:
     """Delete the oldest checkpoints beyond ``keep``, once the newest is whole; and what a crash left over."""
     for rest in (*folder.glob(".tmp-step-*"), *folder.glob(".old-step-*")):
         shutil.rmtree(rest, ignore_errors=True)
     if keep is not None:
-        for old in list_checkpoints(folder)[:-keep]:
+        for old in list(checkpoint_steps(folder).values())[:-keep]:
             gone = old.with_name(f".tmp-{old.name}")  # in one go: half a checkpoint never has a checkpoint's name
             with contextlib.suppress(OSError):
                 old.replace(gone)
@@ -152,7 +145,7 @@ def find_checkpoint(folder: Path, wanted: str) -> Checkpoint | None:
 
 def _newest(folder: Path) -> Checkpoint | None:
     damaged = None
-    for path in reversed(list_checkpoints(folder)):
+    for path in reversed(checkpoint_steps(folder).values()):
         try:
             return read_checkpoint(path)
         except DamagedCheckpointError as error:
@@ -168,7 +161,7 @@ def _checkpoint_at(folder: Path, wanted: str) -> Path:
     for candidate in (path, folder / path.name):
         if (candidate / MANIFEST).is_file():
             return candidate
-    known = ", ".join(p.name for p in list_checkpoints(folder)) or "none"
+    known = ", ".join(p.name for p in checkpoint_steps(folder).values()) or "none"
     raise UserError(f"{wanted} is no checkpoint; those of this run: {known}")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, first_line
+from ..run_layout import STATE
 from .config import TrainConfig
 from .listing import read_subjects
 from .signals import Interrupted, StopRequests
@@ -150,7 +151,7 @@ class Table:
     def state(self, name: str) -> dict[str, Any]:
         """What a subject's ``state.json`` says."""
         try:
-            return dict(json.loads((self.folder / name / "state.json").read_text(encoding="utf-8")))
+            return dict(json.loads((self.folder / name / STATE).read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return {}
 

@@ -6,10 +6,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from ..loaders import save_adapter
+from ..run_layout import VALIDATION
 from .averaging import shown
 from .model_card import training_section
 from .publishing import export_all, push
-from .rundir import VALIDATION, RunFolder
+from .rundir import RunFolder
 from .setup import Run
 
 

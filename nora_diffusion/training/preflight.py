@@ -17,14 +17,15 @@ from ..captions import says
 from ..errors import UserError
 from ..loaders import check_adapter
 from ..pictures import read_settings
-from .checkpoints import Checkpoint, list_checkpoints
+from ..run_layout import CHECKPOINTS, checkpoint_steps
+from .checkpoints import Checkpoint
 from .config import TrainConfig
 from .defaults import USUAL_FACTORS, USUAL_RATES, USUAL_TEXT_RATES, USUAL_TOKEN_RATES
 from .denoiser import denoiser, native_size, text_encoders
 from .memory import Outline, available, outline
 from .optimization import scaled_rate
 from .renders import DTYPES, class_folder, count_pictures
-from .rundir import CHECKPOINTS, SPARE_BYTES
+from .rundir import SPARE_BYTES
 from .setup import adapter_config, components
 from .subject import Subject
 from .validation import Measure
@@ -114,7 +115,7 @@ def _disk(plan: Plan, size: Outline) -> Iterator[Finding]:
     config, free = plan.config, shutil.disk_usage(_existing(plan.place)).free
     one = size.checkpoint_bytes
     made = -(-(config.max_train_steps or 1) // config.checkpointing_steps)
-    there = len(list_checkpoints(plan.place / CHECKPOINTS))
+    there = len(checkpoint_steps(plan.place / CHECKPOINTS))
     kept = max(min(made, config.checkpoints_total_limit or made) - there, 0)
     pictures = 0
     if config.with_prior_preservation:

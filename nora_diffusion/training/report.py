@@ -14,7 +14,8 @@ from .. import webpage
 from ..base import base_id
 from ..files import write_atomic
 from ..plots import line_chart
-from .rundir import REPORT, SAMPLES, VALIDATION, RunFolder
+from ..run_layout import REPORT, SAMPLES, VALIDATION
+from .rundir import RunFolder
 from .selection import DIRECTIONS, NAMES, Point, front, reason, verdicts
 from .setup import Run
 

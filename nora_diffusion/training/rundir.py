@@ -16,16 +16,11 @@ from typing import IO, Any, Literal
 from ..adapter_file import FILE_NAME
 from ..errors import UserError
 from ..files import make_folder, user_errors, write_atomic
+from ..run_layout import CANDIDATES, CHECKPOINTS, CONFIG, LOCK, LOG, MEASURED, REPORT, SAMPLES, STATE, VALIDATION
 
 log = logging.getLogger(__name__)
 
 Status = Literal["starting", "training", "saving", "done", "interrupted", "failed"]
-CHECKPOINTS = "checkpoints"
-SAMPLES = "samples"
-VALIDATION, CANDIDATES, MEASURED = "validation", "candidates", "validation.json"
-REPORT = "report.html"
-LOG = "log.jsonl"
-LOCK = ".lock"
 SPARE_BYTES = 16 * 2**20
 STATE_SECONDS = 0.5
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -105,7 +100,7 @@ class RunFolder:
     def _say_how_it_ended(self) -> None:
         """The lock was free, so a process that ``state.json`` shows at work is gone, whoever has its number now."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            before = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+            before = json.loads((self.path / STATE).read_text(encoding="utf-8"))
             if before.get("status") in ("starting", "training", "saving"):
                 log.warning(
                     "the earlier run in %s was killed at step %s, probably for want of memory (a smaller "
@@ -141,7 +136,7 @@ class RunFolder:
                 shutil.rmtree(folder, ignore_errors=True)
             for name in (LOG, MEASURED, REPORT):
                 (self.path / name).unlink(missing_ok=True)
-        write_atomic(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        write_atomic(self.path / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
     def require(self, size: int) -> None:
         """Raise :class:`UserError` unless ``size`` bytes are free on the folder's disk."""
@@ -180,11 +175,11 @@ class RunFolder:
         if not changed and now - self._state_time < STATE_SECONDS:
             return
         self._state_time = now
-        temporary = self.path / ".state.json.tmp"
+        temporary = self.path / f".{STATE}.tmp"
         # Renamed for whoever watches, but not flushed to disk: a step must not wait for it, nor fail with it.
         try:
             temporary.write_text(json.dumps(self._state), encoding="utf-8")
-            temporary.replace(self.path / "state.json")
+            temporary.replace(self.path / STATE)
         except OSError as error:
             if not self._told:
                 log.warning("state.json cannot be written, so who watches sees no progress: %s", error.strerror)

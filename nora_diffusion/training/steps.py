@@ -19,15 +19,16 @@ from ..adapters import NoraLayer
 from ..calibration import without_adapters
 from ..components import component, nora_layers, present
 from ..errors import UserError
+from ..run_layout import LOG, checkpoint_steps
 from .averaging import shown
-from .checkpoints import list_checkpoints, prune, save_checkpoint
+from .checkpoints import prune, save_checkpoint
 from .checks import trackers
 from .denoiser import Conditions, denoiser, predict, text_encoders
 from .noise import draw_levels, draw_noise
 from .optimization import bound_norms, clip, schedule_state, still
 from .randomness import balanced_rows, batch_rows, derive, generator, owned_rows, shuffled_rows
 from .renders import save_samples
-from .rundir import LOG, RunFolder, RunLog
+from .rundir import RunFolder, RunLog
 from .setup import Run, epoch_steps
 from .signals import Interrupted, StopRequests
 from .tracking import Trackers
@@ -269,7 +270,7 @@ class Stepper:
         return reduced
 
     def _refuse(self, step: int, what: str) -> None:
-        whole = list_checkpoints(self.folder.checkpoints)
+        whole = list(checkpoint_steps(self.folder.checkpoints).values())
         kept = f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
         raise UserError(
             f"{what} at step {step + 1}, so training stopped; {kept}: lower --learning_rate, or use "

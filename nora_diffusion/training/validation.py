@@ -29,11 +29,11 @@ from ..judges import Judge, image_features, load_judge, load_vision, text_featur
 from ..loaders import load_adapter, save_adapter
 from ..metrics import agreement, diversity, likeness
 from ..pictures import save_picture
+from ..run_layout import CANDIDATES, MEASURED, VALIDATION
 from .checks import folder_of
 from .config import TrainConfig
 from .randomness import derive
 from .renders import describe, render
-from .rundir import CANDIDATES, MEASURED, VALIDATION
 from .selection import Point, choose, front, stalled
 from .subject import Subject
 

@@ -13,6 +13,7 @@ from ..adapter_file import FILE_NAME
 from ..errors import UserError
 from ..evaluation.axes import NONE, Axis, Cell, parse_axis
 from ..evaluation.grid import NO_AXIS, Grid, GridConfig, MadeCell
+from ..run_layout import CHECKPOINTS, checkpoint_steps
 from .entries import Entry
 from .job import Job
 from .request import MAX_SIDE, MAX_STEPS
@@ -96,8 +97,8 @@ def checkpoints(app: App, adapter: str) -> dict[int, Path]:
     job = None if not adapter or adapter in NONE else job_of(app, adapter)
     if job is None:
         return {}
-    files = (job.folder / "run" / "checkpoints").glob(f"step-*/{FILE_NAME}")
-    return dict(sorted((int(file.parent.name[5:]), file) for file in files if file.parent.name[5:].isdigit()))
+    found = checkpoint_steps(job.folder / "run" / CHECKPOINTS)
+    return {step: file for step, place in found.items() if (file := place / FILE_NAME).is_file()}
 
 
 def suggestion(app: App, name: str, adapter: str, prompt: str) -> str:

@@ -13,6 +13,7 @@ from ..composition.tags import tag_name
 from ..errors import UserError
 from ..files import write_atomic
 from ..packs import SUFFIX, Pack, Subject
+from ..run_layout import SAMPLES
 
 THUMBNAIL, SCORES = "thumbnail.png", "scores.json"
 MAX_SCORES = 2**16
@@ -91,7 +92,7 @@ class Entry:
         chosen = self._own_thumbnail()
         if chosen.is_file():
             return chosen
-        samples = (self.file.parent / "samples").glob("**/*.png") if self.in_own_folder else ()
+        samples = (self.file.parent / SAMPLES).glob("**/*.png") if self.in_own_folder else ()
         return max(samples, key=lambda f: f.stat().st_mtime, default=None)
 
     def choose_thumbnail(self, picture: Path) -> None:

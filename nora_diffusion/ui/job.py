@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..run_layout import CHECKPOINTS, LOG, MANIFEST, SAMPLES, STATE, checkpoint_steps
 from .locks import is_held
 from .messages import without_dashes, without_folders
 from .worker import boot_id
@@ -50,8 +51,8 @@ class Job:
 def read_job(folder: Path) -> Job:
     """The job of a folder, from what its process left there."""
     run = folder / "run"
-    rows = _log_rows(run / "log.jsonl")
-    state, outcome = read_json(run / "state.json"), read_json(folder / "exit.json")
+    rows = _log_rows(run / LOG)
+    state, outcome = read_json(run / STATE), read_json(folder / "exit.json")
     status = _status(folder, state, outcome)
     step = int(rows[-1]["step"]) if rows else 0
     total = int(state.get("total") or 0)
@@ -65,10 +66,10 @@ def read_job(folder: Path) -> Job:
         step=total if status == "done" else step,
         total=total,
         eta=_eta(rows, total) if status == "training" else None,
-        checkpoint=_last_checkpoint(run / "checkpoints"),
+        checkpoint=_last_checkpoint(run / CHECKPOINTS),
         adapter=adapter,
         losses=_thin([(int(row["step"]), float(row["loss"])) for row in rows]),
-        samples=sorted((run / "samples").glob("step-*.png")),
+        samples=sorted((run / SAMPLES).glob("step-*.png")),
     )
 
 
@@ -114,7 +115,7 @@ def _eta(rows: Sequence[Mapping[str, Any]], total: int) -> float | None:
 
 
 def _last_checkpoint(folder: Path) -> int | None:
-    steps = [int(p.parent.name[5:]) for p in folder.glob("step-*/manifest.json") if p.parent.name[5:].isdigit()]
+    steps = [step for step, place in checkpoint_steps(folder).items() if (place / MANIFEST).is_file()]
     return max(steps, default=None)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..base import is_embedded
 from ..files import make_folder, sync_folder, user_errors, write_atomic
+from ..run_layout import SAMPLES, STATE
 from .entries import SCORES
 from .locks import FileLock
 
@@ -69,7 +70,7 @@ def is_finished(run: Path) -> bool:
     from ..adapter_file import FILE_NAME
     from .job import read_json
 
-    return read_json(run / "state.json").get("status") == "done" and (run / FILE_NAME).is_file()
+    return read_json(run / STATE).get("status") == "done" and (run / FILE_NAME).is_file()
 
 
 def final_scores(folder: Path) -> dict[str, float]:
@@ -111,7 +112,7 @@ def publish(run: Path, library: Path, name: str, scores: Mapping[str, float]) ->
                 shutil.copy2(run / "README.md", temporary)
             if scores:
                 write_atomic(temporary / SCORES, json.dumps(dict(scores)))
-            samples = sorted((run / "samples").glob("*.png"))
+            samples = sorted((run / SAMPLES).glob("*.png"))
             if samples:
                 last = samples[-1].name.rpartition("-")[0]
                 shutil.copy2(next(s for s in samples if s.name.startswith(last)), temporary / "thumbnail.png")

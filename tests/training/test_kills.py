@@ -18,8 +18,9 @@ import pytest
 from runs import Configure, assert_same_run
 
 from nora_diffusion import files, open_pipeline
+from nora_diffusion.run_layout import checkpoint_steps
 from nora_diffusion.training import TrainConfig, rundir, setup, train
-from nora_diffusion.training.checkpoints import list_checkpoints, read_checkpoint
+from nora_diffusion.training.checkpoints import read_checkpoint
 from nora_diffusion.training.steps import Stepper
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -127,7 +128,7 @@ def check_every(step: int, offset: int, nano: Callable[..., TrainConfig], forked
     for kill_at in range(1 + offset, count + 1, step):
         config = nano(f"killed{kill_at}")
         assert forked(config, kill_at) == -signal.SIGKILL
-        for path in list_checkpoints(config.folder / "checkpoints"):
+        for path in checkpoint_steps(config.folder / "checkpoints").values():
             assert read_checkpoint(path).step > 0  # whole, or not there
         again = nano(f"killed{kill_at}", resume_from_checkpoint="latest", overwrite_output_dir=True)
         assert forked(again) > 0, f"the run that was killed at event {kill_at} did not go on"
@@ -162,4 +163,4 @@ def test_the_second_signal_stops_at_once(
     monkeypatch.setattr(Stepper, "_update", twice)
     config = nano("twice")
     assert forked(config) == -number
-    assert [p.name for p in list_checkpoints(config.folder / "checkpoints")] == ["step-1"]
+    assert list(checkpoint_steps(config.folder / "checkpoints")) == [1]
