@@ -11,6 +11,12 @@ from .config import AdapterConfig, CoreKind, Router
 Targets = str | list[str] | None
 
 
+def _pair(method: str, **axes: Any) -> AdapterConfig:
+    """The form of LoRA and its children: an outer pair that starts at random and no core."""
+    # What is given here cannot be given by the caller as well: an inner rank for none would be ignored silently.
+    return AdapterConfig(method=method, basis="kaiming", core="none", inner_r=1, **axes)
+
+
 def nora(
     r: int = 32,
     inner_r: int = 4,
@@ -48,8 +54,8 @@ def mor(
     The router looks at ``c``: the token, the prompt, the timestep or the last two (``nora_diffusion.conditions``).
     The published best is r = 32 with 8 experts; more than 12 experts or rank above 64 hurts. https://arxiv.org/abs/2410.13408
     """
-    return AdapterConfig(
-        method="mor", r=r, num_experts=num_experts, alpha=alpha, basis="kaiming", core="none", inner_r=1,
+    return _pair(
+        "mor", r=r, num_experts=num_experts, alpha=alpha,
         router=router, dropout=dropout, target_modules=target_modules, **axes,
     )  # fmt: skip
 
@@ -58,10 +64,7 @@ def lora(
     r: int = 8, alpha: float | None = None, dropout: float = 0.0, target_modules: Targets = None, **axes: Any
 ) -> AdapterConfig:
     """LoRA: ``dW = (alpha/r) B A``, both trained. https://arxiv.org/abs/2106.09685"""
-    return AdapterConfig(
-        method="lora", r=r, alpha=alpha, basis="kaiming", core="none", inner_r=1,
-        dropout=dropout, target_modules=target_modules, **axes,
-    )  # fmt: skip
+    return _pair("lora", r=r, alpha=alpha, dropout=dropout, target_modules=target_modules, **axes)
 
 
 def lora_xs(
@@ -109,10 +112,7 @@ def dora(
 
     Any other preset without a router takes ``magnitude=True``. https://arxiv.org/abs/2402.09353
     """
-    return AdapterConfig(
-        method="dora", r=r, alpha=alpha, basis="kaiming", core="none", inner_r=1, magnitude=True,
-        dropout=dropout, target_modules=target_modules, **axes,
-    )  # fmt: skip
+    return _pair("dora", r=r, alpha=alpha, magnitude=True, dropout=dropout, target_modules=target_modules, **axes)
 
 
 def mora(
@@ -141,10 +141,7 @@ def melora(
 
     Rank ``r`` in all, for the numbers of a LoRA of rank ``r / n``. https://arxiv.org/abs/2402.17263
     """
-    return AdapterConfig(
-        method="melora", r=r, blocks=blocks, alpha=alpha, basis="kaiming", core="none", inner_r=1,
-        dropout=dropout, target_modules=target_modules, **axes,
-    )  # fmt: skip
+    return _pair("melora", r=r, blocks=blocks, alpha=alpha, dropout=dropout, target_modules=target_modules, **axes)
 
 
 def dylora(
@@ -156,10 +153,7 @@ def dylora(
     ``alpha/b``; here it stays ``alpha/r``, so that a lower rank is the same adapter cut short, in any format.
     https://arxiv.org/abs/2210.07558
     """
-    return AdapterConfig(
-        method="dylora", r=r, alpha=alpha, basis="kaiming", core="none", inner_r=1, rank_mask=True,
-        dropout=dropout, target_modules=target_modules, **axes,
-    )  # fmt: skip
+    return _pair("dylora", r=r, alpha=alpha, rank_mask=True, dropout=dropout, target_modules=target_modules, **axes)
 
 
 def moe_lora(
@@ -175,8 +169,8 @@ def moe_lora(
 
     ``num_experts`` independent pairs of rank ``r`` each, with MoR's routers. https://arxiv.org/abs/2310.18339
     """
-    return AdapterConfig(
-        method="moe_lora", r=r, num_experts=num_experts, alpha=alpha, basis="kaiming", core="none", inner_r=1,
+    return _pair(
+        "moe_lora", r=r, num_experts=num_experts, alpha=alpha,
         router=router, experts="independent", dropout=dropout, target_modules=target_modules, **axes,
     )  # fmt: skip
 

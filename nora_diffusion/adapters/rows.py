@@ -34,10 +34,10 @@ class RowPlan:
     each repeated ``repeats`` times in succession (``num_images_per_prompt``).
     """
 
-    def __init__(self, specs: Sequence[RowSpec], repeats: int = 1) -> None:
+    def __init__(self, specs: Sequence[RowSpec]) -> None:
         self.specs = [{name: weight for name, weight in spec.items() if weight} for spec in specs]
         self.names = list(dict.fromkeys(name for spec in self.specs for name in spec))
-        self.repeats = repeats
+        self.repeats = 1
         self.batch: list[int] = []
         self._tensors: dict[Any, Tensor] = {}
 
