@@ -14,7 +14,7 @@ from torch import nn
 from ..adapter_file import AdapterInfo, Tensors, given_name, inspect_adapter, is_token, read_tensors
 from ..adapters import AdapterConfig
 from ..adapters.build import delta_of_file
-from ..components import canonical, component, nora_layers, present, same_weights
+from ..components import adapter_configs, canonical, component, nora_layers, present, same_weights
 from ..errors import UserError
 from ..loaders.active import held, names_hint
 from ..loaders.inject import origin
@@ -39,7 +39,7 @@ def loaded_source(pipe: Any, name: str) -> Source:
     source = Source(name, {}, info=origin(pipe, name))
     for part in present(pipe):
         module = component(pipe, part)
-        config = getattr(module, "peft_config", {}).get(name)
+        config = adapter_configs(module).get(name)
         if isinstance(config, AdapterConfig):
             refuse_routed(config, repr(name))
             source.configs[part] = config

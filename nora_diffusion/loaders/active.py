@@ -175,5 +175,5 @@ def eject_empty(module: nn.Module) -> None:
                 setattr(parent, child_name, child.base_layer)
     if not any(isinstance(layer, NoraLayer) for layer in tuner_layers(module)):
         unguard(module)
-    if not getattr(module, "peft_config", None) and not any(True for _ in tuner_layers(module)):
+    if not adapter_configs(module) and not any(True for _ in tuner_layers(module)):
         module._hf_peft_config_loaded = False  # type: ignore[assignment]

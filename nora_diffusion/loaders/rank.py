@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..adapters.rank_mask import check_rank, masked_deltas
-from ..components import component, nora_layers, present, refuse_merged
+from ..components import adapter_configs, component, nora_layers, present, refuse_merged
 from ..errors import UserError
 from .active import names_hint
 
@@ -21,7 +21,7 @@ def set_rank(pipe: Any, adapter_name: str, rank: int | None = None) -> None:
         raise UserError(f"there is no adapter named {adapter_name!r} in the pipeline: {names_hint(pipe)}")
     refuse_merged(pipe)
     for part in layers:
-        config = getattr(component(pipe, part), "peft_config", {}).get(adapter_name)
+        config = adapter_configs(component(pipe, part)).get(adapter_name)
         if config is not None:
             check_rank(config, 1 if rank is None else rank)
     for group in layers.values():

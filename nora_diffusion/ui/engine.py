@@ -14,7 +14,7 @@ from typing import Any
 from ..adapter_file import AdapterInfo
 from ..base import base_id, best_device, is_embedded, open_pipeline
 from ..batches import mixed_batch
-from ..components import canonical, fingerprint, present, projections, same_weights
+from ..components import canonical, component, denoiser_name, fingerprint, present, projections, same_weights
 from ..errors import UserError
 from ..generation import default_guidance, free_name, picture_settings
 from ..generation import run as run_pipeline
@@ -88,8 +88,7 @@ class Engine:
     def side(self) -> int:
         """The side of a picture of the base's own size, in pixels."""
         pipe = self.pipe
-        denoiser = getattr(pipe, "unet", None) or pipe.transformer
-        size = denoiser.config.sample_size
+        size: Any = component(pipe, denoiser_name(pipe)).config.sample_size  # type: ignore[union-attr]
         return int((size if isinstance(size, int) else size[0]) * getattr(pipe, "vae_scale_factor", 8))
 
     @cached_property
@@ -201,7 +200,7 @@ class Engine:
 def _fingerprints(pipe: Any) -> dict[str, dict[str, float]]:
     """Of every projection, read once while no adapter is in: lists of adapters are compared with them."""
     return {
-        part: {canonical(path): fingerprint(layer, path) for path, layer in projections(getattr(pipe, part)).items()}
+        part: {canonical(path): fingerprint(layer, path) for path, layer in projections(component(pipe, part)).items()}
         for part in present(pipe)
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..components import present
+from ..components import component, present
 from ..composition.tags import check_weight
 from ..errors import UserError
 from ..loaders import set_adapters
@@ -53,8 +53,7 @@ def set_weights(pipe: Any, weights: Mapping[str, AdapterWeights]) -> None:
     """Make exactly these adapters active, each with its weights."""
     set_adapters(pipe, list(weights), [w.unet for w in weights.values()])
     for part in present(pipe):
-        module = getattr(pipe, part)
-        for path, layer in module.named_modules():
+        for path, layer in component(pipe, part).named_modules():
             if hasattr(layer, "set_scale"):
                 for name, weight in weights.items():
                     layer.set_scale(name, weight.at(part, path.removeprefix("text_model.")))

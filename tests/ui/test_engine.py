@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from nora_diffusion import UserError
+from nora_diffusion.components import component
 from nora_diffusion.pictures import read_settings
 from nora_diffusion.ui.config import AppConfig
 from nora_diffusion.ui.device import Device
@@ -101,15 +102,21 @@ def test_a_changed_file_is_loaded_anew(engine: Engine, device: Device, library: 
     assert gone.progress.state == "failed" and "gone" in gone.progress.message
 
 
-def test_weights_by_part_and_block(engine: Engine, library: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_by_part_and_block(engine: Engine, library: Path, compiled: bool) -> None:
+    """A model that ``torch.compile`` wraps has the same blocks."""
+    plain = engine.pipe.unet
+    if compiled:
+        engine.pipe.unet = torch.compile(plain, backend="eager")
     weights = AdapterWeights(0.5, 0.25, {"down": 0.0, "up": 2.0})
     engine.use([Wanted("dog", library / "dog" / "nora_adapter.safetensors", weights)])
     scales: dict[str, set[float]] = {}
     for part in ("unet", "text_encoder"):
-        for path, layer in getattr(engine.pipe, part).named_modules():
+        for path, layer in component(engine.pipe, part).named_modules():
             for name, native in getattr(layer, "nora_scale", {}).items():
                 scales.setdefault(f"{part}.{path.split('_block')[0]}"[:9], set()).add(layer.scaling[name] / native)
     engine.use([])
+    engine.pipe.unet = plain
     assert scales["unet.down"] == {0.0} and scales["unet.up"] == {1.0} and scales["text_enco"] == {0.25}
     for bad in ({"unet": float("nan")}, {"te": 1e9}, {"blocks": {"side": 1.0}}):
         with pytest.raises(UserError):
