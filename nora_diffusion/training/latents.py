@@ -46,10 +46,6 @@ class Latents:
         mean = torch.stack([self.mean[self.of_photo[photo][0]] for photo in photos])
         return photos, (mean - self.shift) * self.factor
 
-    def sample(self, photos: Sequence[int], source: torch.Generator) -> Tensor:
-        """Scaled latents of one random picture of each photo ``[B, C, h, w]``."""
-        return self.draw(self.pick(photos, source), source)
-
     def pick(self, photos: Sequence[int], source: torch.Generator, size: tuple[int, ...] | None = None) -> list[int]:
         """One random picture of each photo, of those with latents of ``size`` where that is given."""
         picked = []

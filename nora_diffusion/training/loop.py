@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -53,7 +52,6 @@ class TrainResult:
     seconds: float
     final_loss: float
     trainable_parameters: int
-    setup_seconds: float = 0.0
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -64,7 +62,6 @@ def train(config: TrainConfig) -> TrainResult:
     check_config(config)
     if config.preflight_only:
         raise UserError("preflight_only trains nothing: call nora_diffusion.training.check, or leave it out")
-    started = time.monotonic()
     subject, config = read_data(config)
     config = with_defaults(config)
     accelerator = build_accelerator(config)
@@ -72,7 +69,9 @@ def train(config: TrainConfig) -> TrainResult:
         try:
             with torch.random.fork_rng():
                 run = set_up(config, subject, accelerator, folder, stop)
-                return finish(run, Stepper(run, accelerator, folder, stop), folder, started)
+                stepper = Stepper(run, accelerator, folder, stop)
+                stepper.run_steps()
+                return conclude(run, stepper, folder)
         except Interrupted as interrupted:
             folder.state("interrupted", message=str(interrupted))
             raise
@@ -241,14 +240,7 @@ def agree_on_seed(config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
     return replace(config, seed=broadcast_object_list([config.seed])[0])
 
 
-def finish(run: Run, stepper: Stepper, folder: RunFolder, started: float) -> TrainResult:
-    """Run the steps, then :func:`conclude`."""
-    setup = time.monotonic() - started
-    stepper.run_steps()
-    return conclude(run, stepper, folder, setup)
-
-
-def conclude(run: Run, stepper: Stepper, folder: RunFolder, setup: float) -> TrainResult:
+def conclude(run: Run, stepper: Stepper, folder: RunFolder) -> TrainResult:
     """Write the adapter, its card and, where asked, the upload."""
     from .outcome import write_adapter_and_card
     from .report import write_report
@@ -267,4 +259,4 @@ def conclude(run: Run, stepper: Stepper, folder: RunFolder, setup: float) -> Tra
     stepper.end_trackers()
     folder.state("done", step=run.total_steps, loss=final_loss)
     numbers = sum(parameter.numel() for parameter in run.parameters.values())
-    return TrainResult(path, run.total_steps, seconds, final_loss, numbers, setup)
+    return TrainResult(path, run.total_steps, seconds, final_loss, numbers)

@@ -102,18 +102,12 @@ class Objective:
             error = 2 * h * ((d.square() + h**2).sqrt() - h)
         return error * self.weights(t).view(-1, 1, 1, 1)
 
-    def losses(
-        self, prediction: Tensor, latents: Tensor, noise: Tensor, t: Tensor, regions: Tensor | None = None
-    ) -> Tensor:
-        """Mean weighted error of each row ``[B]`` against :meth:`target`.
+    def losses(self, prediction: Tensor, target: Tensor, t: Tensor, regions: Tensor | None = None) -> Tensor:
+        """Mean weighted error of each row ``[B]``.
 
         ``regions [B, 1, H, W]`` weights the places of a picture: ``sum_p w_p mean_c(e) / sum_p w_p``, so that a small
         subject counts as much as a large one. A row without any weight has the loss 0.
         """
-        return self.losses_against(prediction, self.target(latents, noise, t), t, regions)
-
-    def losses_against(self, prediction: Tensor, target: Tensor, t: Tensor, regions: Tensor | None = None) -> Tensor:
-        """The same against any target."""
         errors = self.errors(prediction, target, t)
         if regions is None:
             return errors.mean(dim=(1, 2, 3))

@@ -61,7 +61,6 @@ class Run:
     seed: int
     total_steps: int
     first_step: int
-    resolution: int
     dtype: torch.dtype
     objective: Objective
     latents: Latents
@@ -399,7 +398,6 @@ def put_in(material: Material, conditions: TextConditions | None, dtype: torch.d
         seed=config.seed or 0,
         total_steps=steps,
         first_step=checkpoint.step if checkpoint else 0,
-        resolution=config.resolution or 0,
         dtype=dtype,
         objective=objective_of(config, pipe),
         average=average,

@@ -181,7 +181,7 @@ class Stepper:
     def mean_loss(self, batch: Batch, prediction: Tensor) -> Tensor:
         """What :meth:`loss` is for a batch's prediction."""
         run, config = self.run, self.run.config
-        losses = run.objective.losses_against(prediction, batch.target, batch.t, batch.regions)
+        losses = run.objective.losses(prediction, batch.target, batch.t, batch.regions)
         size = config.train_batch_size or 1
         mean = losses[:size].mean()
         return mean + config.prior_loss_weight * losses[size:].mean() if len(losses) > size else mean

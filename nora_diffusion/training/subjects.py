@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -50,13 +49,11 @@ def train_subjects(config: TrainConfig, only: Collection[str] | None = None) -> 
     written, or at the end for the subjects that failed; :class:`.signals.Interrupted` after SIGINT or SIGTERM, when
     every subject that was in training has a checkpoint. ``only`` names some of the list.
     """
-    started = time.monotonic()
     with _opened(config, only) as (accelerator, folders, stop, planned):
         report(_findings(planned), config.strict)
         with _told(folders):
             members = _set_up([p for p in planned if not _is_finished(p)], accelerator, stop)
-            setup = time.monotonic() - started
-            crowd = Crowd(members, lambda member: _conclude(member, setup), config.rows_at_once)
+            crowd = Crowd(members, _conclude, config.rows_at_once)
             return crowd.run()
 
 
@@ -135,9 +132,9 @@ def _set_up(planned: Sequence[Planned], accelerator: Accelerator, stop: StopRequ
     return members
 
 
-def _conclude(member: Member, setup: float) -> TrainResult:
+def _conclude(member: Member) -> TrainResult:
     stepper = member.stepper
-    return conclude(stepper.run, stepper, stepper.folder, setup)
+    return conclude(stepper.run, stepper, stepper.folder)
 
 
 @contextmanager

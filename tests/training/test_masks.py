@@ -89,22 +89,23 @@ def test_the_weighted_loss_by_its_formula() -> None:
     objective = Objective.of(SCHEDULER)
     prediction, latents, noise = torch.randn(3, 2, 4, 6, 5).unbind()
     t, regions = torch.tensor([3, 500]), torch.rand(2, 1, 6, 5)
-    error = (prediction - objective.target(latents, noise, t)).double() ** 2
+    target = objective.target(latents, noise, t)
+    error = (prediction - target).double() ** 2
     expected = [
         sum(float(regions[b, 0, y, x]) * float(error[b, :, y, x].mean()) for y in range(6) for x in range(5))
         / float(regions[b].sum())
         * float(objective.weights(t)[b])
         for b in range(2)
     ]
-    assert objective.losses(prediction, latents, noise, t, regions).tolist() == pytest.approx(expected, rel=1e-5)
-    even = objective.losses(prediction, latents, noise, t, torch.full_like(regions, 0.3))
-    torch.testing.assert_close(even, objective.losses(prediction, latents, noise, t))
+    assert objective.losses(prediction, target, t, regions).tolist() == pytest.approx(expected, rel=1e-5)
+    even = objective.losses(prediction, target, t, torch.full_like(regions, 0.3))
+    torch.testing.assert_close(even, objective.losses(prediction, target, t))
     # Where nothing counts the loss is 0, and what lies beside the subject has no influence at weight 0.
-    assert objective.losses(prediction, latents, noise, t, torch.zeros_like(regions)).tolist() == [0, 0]
+    assert objective.losses(prediction, target, t, torch.zeros_like(regions)).tolist() == [0, 0]
     regions[:, :, :3] = 0
     changed = prediction.clone()
     changed[:, :, :3] += 5
-    assert torch.equal(*(objective.losses(p, latents, noise, t, regions) for p in (prediction, changed)))
+    assert torch.equal(*(objective.losses(p, target, t, regions) for p in (prediction, changed)))
 
 
 def test_weights_follow_their_pictures(masked: Path) -> None:
