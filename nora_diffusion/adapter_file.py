@@ -6,7 +6,6 @@ the file instead of misreading it. The metadata entry ``nora`` is one JSON docum
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from safetensors.torch import save
 from .adapter_info import DESCRIPTIVE, AdapterInfo, BasisKind, dump_info, parse_info
 from .errors import UserError
 from .files import sha256, write_atomic
-from .tensor_file import TensorFile, Tensors, all_finite
+from .tensor_file import TensorFile, Tensors, all_finite, named_hash
 
 FILE_NAME = "nora_adapter.safetensors"
 IN_FOLDERS = (
@@ -130,16 +129,6 @@ def require_finite(tensors: Tensors, path: str) -> None:
         raise UserError(f"{path}: {broken} holds NaN or infinity: the adapter is broken")
 
 
-def basis_hash(tensors: Tensors) -> str:
-    """SHA-256 over names, shapes and bytes of a basis, whatever file it lies in."""
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        value = tensors[key].detach().cpu().contiguous()
-        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def basis_places(adapter_folder: Path, basis_dir: str | Path | None) -> list[Path]:
     """Where a shared basis is looked for, in order; the first is also where it is written."""
     if basis_dir is not None:
@@ -163,14 +152,14 @@ def read_basis(file: Path) -> Tensors:
     with TensorFile(file) as reader:
         reader.require_floats()
         tensors = {key: reader.tensor(key) for key in reader.entries}
-    if basis_hash(tensors) != file.stem:
+    if named_hash(tensors) != file.stem:
         raise UserError(f"{file} does not hash to its name: it is damaged, copy it again")
     return tensors
 
 
 def write_basis(folder: Path, basis: Tensors) -> str:
     """Write ``folder/<sha256>.safetensors`` unless a sound one is there; returns the hash."""
-    digest = basis_hash(basis)
+    digest = named_hash(basis)
     target = folder / f"{digest}.safetensors"
     try:
         read_basis(target)

@@ -12,7 +12,6 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
 from torch import Tensor, nn
 
 from . import tensor_cache
@@ -20,6 +19,7 @@ from .adapters import AdapterConfig
 from .adapters.bases import Pair
 from .adapters.build import flat_weight, outer_pair, outer_rank
 from .adapters.config import Start
+from .tensor_file import tensor_hash
 
 VERSION = 1
 """Raised whenever ``adapters/bases.py`` gives other numbers, so that no old entry is taken for a new one."""
@@ -72,11 +72,3 @@ def entry_key(config: AdapterConfig, layers: Mapping[str, nn.Module], strengths:
         for (path, layer), weight in zip(layers.items(), weights, strict=True)
     ]
     return hashlib.sha256(json.dumps([settings, sorted(parts)]).encode()).hexdigest()
-
-
-def tensor_hash(tensor: Tensor) -> str:
-    """SHA-256 over dtype, shape and bytes."""
-    tensor = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(tensor.view(torch.uint8).numpy().data)
-    return digest.hexdigest()

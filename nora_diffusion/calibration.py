@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from . import tensor_cache
 from .adapters.merging import bit_sum
-from .basis_cache import tensor_hash
 from .components import canonical, component, present, projections, tuner_layers
 from .errors import UserError
+from .tensor_file import tensor_hash
 
 GENERIC_PROMPTS = (
     "a dog in the grass",

@@ -21,9 +21,9 @@ from pathlib import Path
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from .adapter_file import basis_hash
 from .errors import UserError
 from .files import write_atomic
+from .tensor_file import named_hash
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def store(name: str, tensors: dict[str, Tensor]) -> None:
     if path is None:
         return
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    note = json.dumps({"name": name, "sha256": basis_hash(plain)})
+    note = json.dumps({"name": name, "sha256": named_hash(plain)})
     data = safetensors.save(plain, {"nora_cache": note})
     if len(data) > bound:
         return
@@ -116,7 +116,7 @@ def _checked(data: bytes, name: str) -> dict[str, Tensor]:
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     note = json.loads(header["__metadata__"]["nora_cache"])
     tensors = safetensors.load(data)
-    if note != {"name": name, "sha256": basis_hash(tensors)}:
+    if note != {"name": name, "sha256": named_hash(tensors)}:
         raise ValueError("its hash is not the one written in it")
     return tensors
 

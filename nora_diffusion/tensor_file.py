@@ -6,6 +6,7 @@ cannot be counted. Every byte passes :meth:`TensorFile.read`.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from pathlib import Path
@@ -210,3 +211,21 @@ def all_finite(value: Tensor) -> bool:
         return True
     low, high = value.aminmax()
     return bool(low.isfinite() and high.isfinite())
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """SHA-256 over dtype, shape and bytes."""
+    tensor = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def named_hash(tensors: Tensors) -> str:
+    """SHA-256 over names, shapes and bytes, whatever file the tensors lie in."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        value = tensors[key].detach().cpu().contiguous()
+        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

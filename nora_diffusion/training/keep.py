@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import tensor_cache
-from ..adapter_file import basis_hash
+from ..tensor_file import named_hash
 from ..versions import versions
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def module_hash(module: nn.Module) -> str:
     settings: Any = getattr(module, "config", {})
     settings = settings.to_dict() if hasattr(settings, "to_dict") else dict(settings)
     shown = {name: repr(value) for name, value in settings.items() if name not in ("_name_or_path", "name_or_path")}
-    parts = [type(module).__name__, json.dumps(shown, sort_keys=True), basis_hash(dict(module.state_dict()))]
+    parts = [type(module).__name__, json.dumps(shown, sort_keys=True), named_hash(dict(module.state_dict()))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

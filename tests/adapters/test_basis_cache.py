@@ -21,6 +21,7 @@ from nora_diffusion.basis_cache import entry_key, outer_pairs
 from nora_diffusion.calibration import Calibration, activation_strengths
 from nora_diffusion.components import nora_layers
 from nora_diffusion.loaders import delete_adapter, trainable_parameters
+from nora_diffusion.tensor_file import named_hash, tensor_hash
 
 PARTS = ("unet", "text_encoder")
 
@@ -33,6 +34,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("NORA_CACHE_GB", raising=False)
     tensor_cache._warn_once.cache_clear()
     return folder
+
+
+def test_hashes_stay_what_they_are() -> None:
+    """Shared bases and entries of the cache are found by them: other digests would orphan what is on disk."""
+    numbers = torch.arange(6.0).view(2, 3)
+    assert tensor_hash(numbers) == "e20933188a476ce2418266391f2f875503b2dbea37a1f5a230c18b535bc495b5"
+    named = named_hash({"b": numbers.half(), "a": numbers.T})
+    assert named == "bea4be484e2fc66bd714605b0028e4fa8d66f4f317c4c9c7e0ec46ad38036dd7"
 
 
 def some_layers() -> dict[str, nn.Module]:
