@@ -11,21 +11,7 @@ from typing import Any
 from ..errors import UserError
 from .arguments import read_list
 from .checks import check_config
-from .config import TrainConfig, names
-
-SHARED = (
-    "pretrained_model_name_or_path", "revision", "variant", "tokenizer_name", "mixed_precision",
-    "gradient_checkpointing", "allow_tf32", "enable_xformers_memory_efficient_attention", "local_rank",
-    "rescale_zero_snr", "quantize_base",
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "preflight_only", "strict", "subjects",
-    "rows_at_once", "joint", "engine", "address", "subjects_per_task", "task_retries",
-)  # fmt: skip
-"""Settings of the whole run: they change the frozen base, or say how the run as such goes."""
-OWN = (
-    "name", "instance_data_dir", "instance_prompt", "use_captions", "caption_column", "trigger", "class_word",
-    "class_prompt", "token_abstraction", "initializer_concept",
-)  # fmt: skip
-"""What is a subject's own where all are learned by one adapter."""
+from .config import TrainConfig, having, names
 
 
 def read_subjects(config: TrainConfig) -> dict[str, TrainConfig]:
@@ -36,6 +22,7 @@ def read_subjects(config: TrainConfig) -> dict[str, TrainConfig]:
     or a name that is no folder's or is given twice, or two uploads to one repository.
     """
     found: dict[str, TrainConfig] = {}
+    own = ("name", *having("own"))
     path = Path(config.subjects or "").expanduser()
     for number, values in enumerate(read_list(path), start=1):
         name = str(values.pop("name", "") or Path(str(values.get("instance_data_dir", ""))).name)
@@ -44,13 +31,13 @@ def read_subjects(config: TrainConfig) -> dict[str, TrainConfig]:
             raise UserError(f"{place}: {name!r} names no folder: give it a 'name' of letters, digits, '-' and '_'")
         if name.casefold() in {known.casefold() for known in found}:
             raise UserError(f"{place}: {name!r} is there already: give each subject a 'name' of its own")
-        shared = [key for key in values if (key not in OWN if config.joint else key in SHARED)]
+        shared = [key for key in values if (key not in own if config.joint else key in having("shared"))]
         if shared:
             raise UserError(f"{place}: {shared[0]} is the same for all subjects: give it as a flag, --{shared[0]}")
         try:
-            own = TrainConfig.from_mapping(values)
+            entry = TrainConfig.from_mapping(values)
             given = {names()[key].name for key in values}
-            changes = {key: getattr(own, key) for key in given}
+            changes = {key: getattr(entry, key) for key in given}
             single: dict[str, Any] = {"subjects": None, "joint": False, "engine": "local", "address": None}
             found[name] = replace(config, **changes, **single, output_dir=str(config.folder / name))
             check_config(found[name])

@@ -5,46 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from .config import having
 from .selection import reason
 from .setup import Run
-
-SETTINGS = (
-    "method",
-    "rank",
-    "inner_rank",
-    "core",
-    "num_experts",
-    "router",
-    "blocks",
-    "magnitude",
-    "alpha",
-    "basis",
-    "placement",
-    "power",
-    "dropout",
-    "target_modules",
-    "train_text_encoder",
-    "train_text_encoder_ti",
-    "token_abstraction",
-    "resolution",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "text_encoder_lr",
-    "lr_scheduler",
-    "lr_warmup_steps",
-    "snr_gamma",
-    "mixed_precision",
-    "prior_loss_weight",
-    "class_prompt",
-    "seed",
-)
 
 
 def training_section(run: Run, final_loss: float, seconds: float, samples: Sequence[tuple[str, Path]]) -> str:
     """Markdown: prompts, settings that were in force, the outcome and ``samples``, pictures with their prompts."""
     config = run.config
-    values = ((name, getattr(config, name)) for name in SETTINGS)
+    values = ((name, getattr(config, name)) for name in having("card"))
     rows = [(name, value) for name, value in values if value is not None and value is not False]
     if not config.with_prior_preservation:
         rows = [row for row in rows if row[0] not in ("prior_loss_weight", "class_prompt")]

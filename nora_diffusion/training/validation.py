@@ -31,7 +31,7 @@ from ..metrics import agreement, diversity, likeness
 from ..pictures import save_picture
 from ..run_layout import CANDIDATES, MEASURED, VALIDATION
 from .checks import folder_of
-from .config import TrainConfig
+from .config import TrainConfig, having
 from .randomness import derive
 from .renders import describe, render
 from .selection import Point, choose, front, stalled
@@ -41,12 +41,11 @@ log = logging.getLogger(__name__)
 
 TEMPLATES = ("{}", "{} in the snow", "{} on the beach", "{} on a wooden table")
 CLASS_SEEDS = 2
-ASKS_FOR_IT = ("judge", "dino", "validation_data_dir", "validation_split", "validation_prompts", "early_stopping")
 
 
 def is_measured(config: TrainConfig) -> bool:
     """Whether any setting asks for measuring."""
-    return any(getattr(config, name) is not None for name in ASKS_FOR_IT)
+    return any(getattr(config, name) is not None for name in having("measures"))
 
 
 @dataclass

@@ -19,14 +19,6 @@ PRESETS: dict[str, tuple[float, float]] = {"Fast": (1 / 3, 1.0), "Balanced": (1.
 """Factors of the base's default steps and learning rate."""
 
 OPEN_GROUPS = ("adapter", "prior", "training", "optimizer")
-OPEN = {
-    "resolution", "crop", "aspect_buckets", "background", "background_loss_weight", "center_crop",
-    "crops_per_image", "random_flip", "shuffle_tags", "keep_tokens", "caption_dropout",
-    "image_interpolation_mode", "gradient_checkpointing",
-    "mixed_precision", "checkpointing_steps", "checkpoints_total_limit", "validation_prompt", "num_validation_images",
-    "validation_steps", "sample_steps", "sample_guidance", "save_dtype", "license",
-}  # fmt: skip
-CLOSED = {"class_data_dir", "use_8bit_adam"}
 
 
 def build_settings(
@@ -91,8 +83,8 @@ def read_extra(text: str) -> dict[str, Any]:
         setting = known.get(name)
         if setting is None:
             raise UserError(f"unknown setting {name!r}{suggestion(str(name), known)}")
-        allowed = (setting.metadata["group"] in OPEN_GROUPS or setting.name in OPEN) and setting.name not in CLOSED
-        if not allowed:
+        group, facts = setting.metadata["group"], setting.metadata["facts"]
+        if "closed" in facts or not (group in OPEN_GROUPS or "open" in facts):
             raise UserError(f"the setting {name!r} is the app's own: use nora-diffusion train for it")
     config = TrainConfig.from_mapping(values)  # YAML reads 1e3 as text, and the trainer as a number
     return {known[name].name: getattr(config, known[name].name) for name in values}

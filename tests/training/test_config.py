@@ -15,8 +15,8 @@ from nora_diffusion.adapters import PRESETS
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import TrainConfig
 from nora_diffusion.training.arguments import build_parser, parse
-from nora_diffusion.training.checks import check_config
-from nora_diffusion.training.config import Method
+from nora_diffusion.training.checks import BOUNDS, check_config
+from nora_diffusion.training.config import Fact, Method, settings
 from nora_diffusion.training.defaults import METHOD_KEYS, METHODS, PRESET_KEYS, with_defaults
 from nora_diffusion.training.setup import adapter_config
 
@@ -86,6 +86,14 @@ def test_mistyped_flags(words: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=r"^[^\n]+$") as error:
         parse(words)
     assert sentence in str(error.value)
+
+
+def test_every_number_has_one_bound() -> None:
+    for setting in settings():
+        number = {"int", "float"} & set(str(setting.type).split())
+        bounds = [fact for fact in setting.metadata["facts"] if fact in BOUNDS]
+        assert len(bounds) == bool(number) or setting.name == "local_rank", setting.name
+        assert {*setting.metadata["facts"]} <= {*get_args(Fact)}
 
 
 @pytest.mark.parametrize(
