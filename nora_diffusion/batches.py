@@ -14,8 +14,7 @@ from .adapters import NoraLayer
 from .adapters.rows import RowPlan, serve_rows
 from .components import component, denoiser_name, present, refuse_merged, refuse_offloaded, tuner_layers
 from .errors import UserError
-from .loaders import list_adapters
-from .loaders.active import check_weight, held
+from .loaders.active import check_finite, held, require_adapter
 
 Row = str | tuple[str, float] | None
 RowSpec = Row | Sequence[Row]
@@ -40,16 +39,13 @@ def mixed_batch(pipe: Any, rows: Sequence[RowSpec], weights: Sequence[float] | f
     """
     specs = _parse(rows, weights)
     names = {name for spec in specs for name in spec}
-    known = list_adapters(pipe)
     for name in sorted(names):
-        if not any(name in adapters for adapters in known.values()):
-            hint = ", ".join(sorted({n for adapters in known.values() for n in adapters})) or "none"
-            raise UserError(f"there is no adapter named {name!r} in the pipeline: it has {hint}")
+        require_adapter(pipe, name)
     refuse_merged(pipe)
     refuse_offloaded(pipe)
     for spec in specs:
         for name, weight in spec.items():
-            check_weight(name, weight)
+            check_finite(name, weight)
     for part in present(pipe):
         _refuse(component(pipe, part), part, names)
     with ExitStack() as stack:

@@ -25,7 +25,7 @@ from .angles import WARN_ABOVE, source_overlap
 from .assembly import assemble
 from .modes import MODES, Mixed, Mode, Options
 from .sources import Key, Source, check_same_base, file_source, loaded_source
-from .tags import check_weight
+from .tags import check_range
 
 
 @dataclass
@@ -156,7 +156,7 @@ def _check(weights: Mapping[str, float], mode: str, options: Options) -> None:
     if not weights:
         raise UserError("there is nothing to mix: name at least one adapter with its weight")
     for name, weight in weights.items():
-        check_weight(weight, f"the mix for {name!r}")
+        check_range(weight, f"the mix for {name!r}")
     options.check()
 
 

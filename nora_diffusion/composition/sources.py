@@ -16,7 +16,7 @@ from ..adapters import AdapterConfig
 from ..adapters.build import delta_of_file
 from ..components import adapter_configs, canonical, component, nora_layers, present, same_weights
 from ..errors import UserError
-from ..loaders.active import held, names_hint
+from ..loaders.active import held, unknown_adapter
 from ..loaders.inject import origin
 from .updates import Update, chain_update, lora_update
 
@@ -48,7 +48,7 @@ def loaded_source(pipe: Any, name: str) -> Source:
         elif config is not None:
             source.updates |= {(part, path): update for path, update in _foreign(module, name).items()}
     if not source.updates:
-        raise UserError(f"there is no adapter named {name!r} in the pipeline: {names_hint(pipe)}")
+        raise unknown_adapter(pipe, name)
     return source
 
 

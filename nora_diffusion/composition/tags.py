@@ -35,7 +35,7 @@ class Tag:
         if not self.name or self.name != self.name.strip() or FORBIDDEN.search(self.name):
             raise UserError(f"the adapter name {self.name!r} cannot stand in a tag: write <lora:name:0.8>")
         for weight in (self.unet, self.te):
-            check_weight(weight, f"the tag of {self.name!r}")
+            check_range(weight, f"the tag of {self.name!r}")
 
     def __str__(self) -> str:
         if self.unet == self.te:
@@ -83,10 +83,10 @@ def parse_weight(text: str, where: str) -> float:
     """A weight from a prompt or a command line. Raises :class:`UserError` that names ``where`` it stands."""
     if not NUMBER.fullmatch(text.strip()):
         raise UserError(f"the weight {text.strip()!r} in {where} is no number: write 0.8 or the like")
-    return check_weight(float(text), where)
+    return check_range(float(text), where)
 
 
-def check_weight(weight: float, where: str) -> float:
+def check_range(weight: float, where: str) -> float:
     """``weight`` itself. Raises :class:`UserError` unless it is finite and at most :data:`MAX_WEIGHT` in size."""
     if not math.isfinite(weight) or abs(weight) > MAX_WEIGHT:
         raise UserError(f"the weight {weight:g} in {where} is out of range: choose -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")

@@ -78,14 +78,12 @@ def set_adapters(pipe: Any, names: str | Sequence[str], weights: Weight | Sequen
     weights = [weights] * len(names) if alone else list(weights)  # type: ignore[list-item, arg-type]
     if len(weights) != len(names):
         raise UserError(f"{len(names)} adapters but {len(weights)} weights: give one weight each")
-    known = {name for group in list_adapters(pipe).values() for name in group}
     for name in names:
-        if name not in known:
-            raise UserError(f"there is no adapter named {name!r} in the pipeline: {names_hint(pipe)}")
+        require_adapter(pipe, name)
     for name, weight in zip(names, weights, strict=True):
         for number in weight.values() if isinstance(weight, Mapping) else [weight]:
             if not isinstance(number, Mapping):
-                check_weight(name, number)
+                check_finite(name, number)
     for part in present(pipe):
         own = [weight.get(part, 1.0) if isinstance(weight, Mapping) else weight for weight in weights]
         (_weigh_blocks if any(isinstance(weight, Mapping) for weight in own) else _weigh)(pipe, part, names, own)
@@ -110,16 +108,26 @@ def _weigh_blocks(pipe: Any, part: str, names: list[str], weights: list[Any]) ->
         raise UserError(f"the {part} refuses the weights by block: {error}") from error
 
 
-def check_weight(name: str, weight: object) -> None:
+def check_finite(name: str, weight: object) -> None:
     """Raises :class:`UserError` for a weight that is no finite number."""
     if not isinstance(weight, Real) or not math.isfinite(weight):
         raise UserError(f"the weight {weight!r} of {name!r} is no number: give 0.8 or the like")
 
 
-def names_hint(pipe: Any) -> str:
-    """The end of a sentence that names the adapters there are."""
-    known = sorted({name for group in list_adapters(pipe).values() for name in group})
-    return f"it has {', '.join(known)}" if known else "it has none"
+def unknown_adapter(pipe: Any, name: str) -> UserError:
+    """The error for a name that no adapter has; it names those there are."""
+    known = ", ".join(sorted(_names(pipe))) or "none"
+    return UserError(f"there is no adapter named {name!r} in the pipeline: it has {known}")
+
+
+def require_adapter(pipe: Any, name: str) -> None:
+    """Raises :class:`UserError` unless some component has an adapter of this name, ours or an ordinary LoRA."""
+    if name not in _names(pipe):
+        raise unknown_adapter(pipe, name)
+
+
+def _names(pipe: Any) -> set[str]:
+    return {name for group in list_adapters(pipe).values() for name in group}
 
 
 def delete_adapter(pipe: Any, adapter_name: str) -> None:
@@ -127,8 +135,7 @@ def delete_adapter(pipe: Any, adapter_name: str) -> None:
 
     The other active adapters stay as they were, and no inactive one takes the place of the removed one.
     """
-    if not any(adapter_name in names for names in list_adapters(pipe).values()):
-        raise UserError(f"there is no adapter named {adapter_name!r} in the pipeline: {names_hint(pipe)}")
+    require_adapter(pipe, adapter_name)
     _refuse_foreign_fused(pipe, adapter_name)
     remove_tokens(pipe, adapter_name)
     take_out(pipe, adapter_name, present(pipe))

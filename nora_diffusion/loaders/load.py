@@ -29,7 +29,7 @@ from ..components import (
 )
 from ..conditions import condition_width
 from ..errors import UserError, first_line
-from .active import active_adapters, check_weight, keeping_trained, set_active
+from .active import active_adapters, check_finite, keeping_trained, set_active
 from .hotswap import swap
 from .inject import all_or_nothing, check_new_name, file_key, inject, remember, tie
 from .rank import set_rank
@@ -77,7 +77,7 @@ def load_adapter(
     is_here = file == Path(path_or_id).expanduser()  # the folder of a download is named by a commit
     called = given_name(info.path) if is_here else str(path_or_id).rpartition("/")[2]
     name = adapter_name or re.sub(r"[^A-Za-z0-9_-]+", "_", called) or "adapter"
-    check_weight(name, weight)
+    check_finite(name, weight)
     if info.kind != "nora":
         from ..foreign_loading import load_foreign
 

@@ -6,8 +6,7 @@ from typing import Any
 
 from ..adapters.rank_mask import check_rank, masked_deltas
 from ..components import adapter_configs, component, nora_layers, present, refuse_merged
-from ..errors import UserError
-from .active import names_hint
+from .active import unknown_adapter
 
 
 def set_rank(pipe: Any, adapter_name: str, rank: int | None = None) -> None:
@@ -18,7 +17,7 @@ def set_rank(pipe: Any, adapter_name: str, rank: int | None = None) -> None:
     """
     layers = {part: nora_layers(component(pipe, part), adapter_name) for part in present(pipe)}
     if not any(layers.values()):
-        raise UserError(f"there is no adapter named {adapter_name!r} in the pipeline: {names_hint(pipe)}")
+        raise unknown_adapter(pipe, adapter_name)
     refuse_merged(pipe)
     for part in layers:
         config = adapter_configs(component(pipe, part)).get(adapter_name)

@@ -18,7 +18,7 @@ from ..components import adapter_configs, component, fingerprint, nora_layers, p
 from ..errors import UserError
 from ..model_card import write_card
 from ..versions import versions
-from .active import names_hint
+from .active import unknown_adapter
 from .inject import file_key, origin
 from .tokens import token_parameters, tokens_of
 
@@ -48,7 +48,7 @@ def save_adapter(
         raise UserError(f"{path} is a file name: give a folder for the adapter and its card")
     holders = [name for name in present(pipe) if nora_layers(component(pipe, name), adapter_name)]
     if not holders:
-        raise UserError(f"there is no adapter named {adapter_name!r} in the pipeline: {names_hint(pipe)}")
+        raise unknown_adapter(pipe, adapter_name)
     refuse_offloaded(pipe)
     tensors: Tensors = {}
     result = _describe(origin(pipe, adapter_name) if info is None else info)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..components import component, present
-from ..composition.tags import check_weight
+from ..composition.tags import check_range
 from ..errors import UserError
 from ..loaders import set_adapters
 
@@ -25,7 +25,7 @@ class AdapterWeights:
 
     def __post_init__(self) -> None:
         for weight in (self.unet, self.text, *self.blocks.values()):
-            check_weight(weight, "the mix")
+            check_range(weight, "the mix")
         unknown = set(self.blocks) - set(BLOCKS)
         if unknown:
             raise UserError(f"{sorted(unknown)[0]!r} is no block: choose among {', '.join(BLOCKS)}")

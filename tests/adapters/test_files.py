@@ -26,14 +26,17 @@ from nora_diffusion import (
     export_lora,
     inspect_adapter,
     load_adapter,
+    mixed_batch,
     open_pipeline,
     save_adapter,
+    set_adapters,
 )
 from nora_diffusion.adapter_file import FILE_NAME, AdapterInfo
 from nora_diffusion.adapters import AdapterConfig, lora, lora_mini, lora_xs, mor, nora
 from nora_diffusion.components import canonical, nora_layers
+from nora_diffusion.composition.sources import loaded_source
 from nora_diffusion.export_formats import PlainPair
-from nora_diffusion.loaders import list_adapters, trainable_parameters
+from nora_diffusion.loaders import list_adapters, set_rank, trainable_parameters
 
 PARTS = ("unet", "text_encoder")
 EVERYTHING = ["attn", "ff", "proj", "conv"]
@@ -106,6 +109,19 @@ def test_expected_sizes_on_the_layout_of_sd_1_5(tmp_path: Path) -> None:
     assert info.trained_numbers == info.stored_numbers == 32_768
     assert file.stat().st_size <= 128 * 1024
     assert len(list((tmp_path / "bases").glob("*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("verb", [set_adapters, delete_adapter, set_rank, loaded_source, "save", "batch"])
+def test_an_unknown_name_is_answered_with_those_there_are(pipe: Any, tmp_path: Path, verb: Any) -> None:
+    trained(pipe, METHODS["lora"], ("unet",))
+    with pytest.raises(UserError, match=r"^there is no adapter named 'ghost' in the pipeline: it has one$"):
+        if verb == "save":
+            save_adapter(pipe, tmp_path, "ghost")
+        elif verb == "batch":
+            with mixed_batch(pipe, ["one", "ghost"]):
+                pass
+        else:
+            verb(pipe, "ghost")
 
 
 def test_equal_adapters_are_equal_files(pipe: Any, tmp_path: Path) -> None:
