@@ -11,6 +11,7 @@ from .errors import UserError, first_line
 EMBEDDED_BASE_ID = "nora_diffusion/tiny_sd"
 EMBEDDED_WEIGHTS = Path(__file__).parent / "tiny_sd" / "weights"
 EMBEDDED_GUIDANCE, OTHER_GUIDANCE = 3.5, 7.5
+EMBEDDED_STEPS, OTHER_STEPS = 20, 30
 _EMBEDDED_NAMES = (None, "", "tiny_sd", EMBEDDED_BASE_ID)
 
 
@@ -24,6 +25,16 @@ def is_embedded(path_or_id: str | Path | None) -> bool:
     if path_or_id is None or str(path_or_id) in _EMBEDDED_NAMES:
         return True
     return Path(path_or_id).resolve() == (EMBEDDED_WEIGHTS / "pipeline").resolve()
+
+
+def default_guidance(base: str | Path | None) -> float:
+    """The guidance scale that suits a base."""
+    return EMBEDDED_GUIDANCE if is_embedded(base) else OTHER_GUIDANCE
+
+
+def default_steps(base: str | Path | None) -> int:
+    """The denoising steps that suit a base."""
+    return EMBEDDED_STEPS if is_embedded(base) else OTHER_STEPS
 
 
 def open_pipeline(

@@ -18,7 +18,6 @@ from .pictures import contact_sheet
 SUBJECT = "stripemug-red"
 EXAMPLES = Path(__file__).parents[1] / "examples" / "subjects"
 SEED = 0
-STEPS = 20
 
 
 @dataclass
@@ -106,16 +105,16 @@ def _train_config(example: Example, folder: Path, max_train_steps: int | None) -
 
 
 def _generate(example: Example, folder: Path) -> tuple[list[Image.Image], list[Image.Image]]:
-    from .base import EMBEDDED_GUIDANCE, load_base
+    from .base import EMBEDDED_GUIDANCE, EMBEDDED_STEPS, load_base
     from .generation import run
     from .loaders import load_adapter
 
     pipe = load_base()
     seeds = [SEED + i for i in range(len(example.prompts))]
     prompts = [p.format(example.phrase) for p in example.prompts]
-    base = run(pipe, prompts, seeds, STEPS, EMBEDDED_GUIDANCE)
+    base = run(pipe, prompts, seeds, EMBEDDED_STEPS, EMBEDDED_GUIDANCE)
     load_adapter(pipe, folder, "subject")
-    return base, run(pipe, prompts, seeds, STEPS, EMBEDDED_GUIDANCE)
+    return base, run(pipe, prompts, seeds, EMBEDDED_STEPS, EMBEDDED_GUIDANCE)
 
 
 def _grid(example: Example, base: list[Image.Image], nora: list[Image.Image]) -> Image.Image:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter_file import inspect_adapter
-from .base import EMBEDDED_GUIDANCE, OTHER_GUIDANCE, base_id, best_device, is_embedded, open_pipeline
+from .base import base_id, best_device, default_guidance, default_steps, open_pipeline
 from .composition.library import Known, adapters_in, given, resolve
 from .composition.tags import Tag, parse_tags, parse_weight
 from .errors import UserError
@@ -32,7 +32,7 @@ class GenerateConfig:
     """What to generate: ``num`` pictures of each prompt; picture ``i`` has the seed ``seed + i``.
 
     ``adapters`` act on every prompt, at their weight or at the one that a prompt's ``<lora:name:0.8>`` gives; those in
-    the folder ``library`` only on prompts that name them.
+    the folder ``library`` only on prompts that name them. ``None`` is what suits the base.
     """
 
     prompts: list[str]
@@ -42,7 +42,7 @@ class GenerateConfig:
     negative_prompt: str = ""
     num: int = 1
     seed: int = 0
-    steps: int = 20
+    steps: int | None = None
     guidance: float | None = None
     width: int | None = None
     height: int | None = None
@@ -56,11 +56,11 @@ class GenerateConfig:
             raise UserError("there is no prompt: give --prompt")
         if max(map(len, self.prompts)) > MAX_PROMPT:
             raise UserError(f"a prompt has more than {MAX_PROMPT} characters: shorten it")
-        for name, low, high in (("num", 1, 10_000), ("steps", 1, MAX_STEPS), ("batch", 1, 256), ("seed", 0, 2**63)):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"{name}={getattr(self, name)} is out of range: choose {low} to {high}")
-        if self.guidance is not None and not 0 <= self.guidance <= 100:
-            raise UserError(f"guidance={self.guidance} is out of range: choose 0 to 100")
+        ranges = {"num": 10_000, "steps": MAX_STEPS, "batch": 256, "seed": 2**63, "guidance": 100}
+        for name, high in ranges.items():
+            value, low = getattr(self, name), 0 if name in ("seed", "guidance") else 1
+            if value is not None and not low <= value <= high:
+                raise UserError(f"{name}={value} is out of range: choose {low} to {high}")
         for name in ("width", "height"):
             side = getattr(self, name)
             if side is not None and not (8 <= side <= MAX_SIDE and side % 8 == 0):
@@ -88,19 +88,18 @@ def generate(config: GenerateConfig) -> list[Path]:
     pipe = open_pipeline(config.base, device=config.device or best_device())
     loaded = _load_all(pipe, [adapter for _, live in wanted for adapter in live])
     guidance = default_guidance(config.base) if config.guidance is None else config.guidance
+    steps = config.steps or default_steps(config.base)
     jobs = [(prompt, config.seed + i, live) for prompt, live in wanted for i in range(config.num)]
     files = []
     for batch, live in _batches(jobs, config.batch):
         _use(pipe, {loaded[adapter].name: tag for adapter, tag in live.items()})
         images = run(
-            pipe, [p for p, _ in batch], [s for _, s in batch], config.steps, guidance,
+            pipe, [p for p, _ in batch], [s for _, s in batch], steps, guidance,
             config.negative_prompt, config.width, config.height,
         )  # fmt: skip
         described = [_describe(loaded[adapter], tag) for adapter, tag in live.items()]
         for image, (prompt, seed) in zip(images, batch, strict=True):
-            settings = picture_settings(
-                pipe, image, prompt, seed, config.steps, guidance, config.negative_prompt, described
-            )
+            settings = picture_settings(pipe, image, prompt, seed, steps, guidance, config.negative_prompt, described)
             files.append(save_picture(image, free_name(out, seed), settings))
     return files
 
@@ -140,11 +139,6 @@ def _weights(tag: Tag, parts: Sequence[str]) -> float | dict[str, float]:
     if tag.unet == tag.te:
         return tag.unet
     return {part: tag.te if part.startswith("text_encoder") else tag.unet for part in parts}
-
-
-def default_guidance(base: str | None) -> float:
-    """The guidance scale that suits a base."""
-    return EMBEDDED_GUIDANCE if is_embedded(base) else OTHER_GUIDANCE
 
 
 def run(

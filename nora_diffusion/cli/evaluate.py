@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--judge", help="CLIP folder or hub id (default on the embedded base: its tiny one)")
     parser.add_argument("--dino", help="vision model folder or hub id, for example facebook/dinov2-base")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps, 1 to 1000")
+    parser.add_argument("--steps", type=int, help="denoising steps, 1 to 1000 (default: what suits the base)")
     parser.add_argument("--guidance", type=float, help="guidance scale, 0 to 100 (default: what suits the base)")
     parser.add_argument("--width", type=int, help="width in pixels, a multiple of 8 (default: the base's own)")
     parser.add_argument("--height", type=int, help="height in pixels, a multiple of 8 (default: the base's own)")

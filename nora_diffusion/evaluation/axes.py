@@ -27,7 +27,7 @@ class Cell:
     """The settings of one picture.
 
     ``adapter``: a path, or ``None`` for the base alone; ``{method}`` in it stands for ``method``. ``step`` picks that
-    checkpoint of a run folder. ``guidance=None`` is what suits the base.
+    checkpoint of a run folder. ``None`` for ``steps`` or ``guidance`` is what suits the base.
     """
 
     prompt: str = ""
@@ -36,7 +36,7 @@ class Cell:
     method: str | None = None
     step: int | None = None
     seed: int = 0
-    steps: int = 20
+    steps: int | None = None
     guidance: float | None = None
     negative_prompt: str = ""
     width: int | None = None

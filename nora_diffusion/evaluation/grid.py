@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..adapter_file import AdapterInfo, given_name, inspect_adapter
-from ..base import base_id, best_device, open_pipeline
+from ..base import base_id, best_device, default_guidance, default_steps, open_pipeline
 from ..captions import without_trigger
 from ..components import denoiser_name, fingerprint, projections
 from ..errors import UserError
 from ..files import write_atomic
-from ..generation import OnStep, default_guidance, picture_settings, run
+from ..generation import OnStep, picture_settings, run
 from ..judges import Judge, image_features, text_features
 from ..loaders import delete_adapter, load_adapter, set_adapters
 from ..metrics import agreement, likeness
@@ -101,7 +101,8 @@ class Grid:
 
     def _settled(self, cell: Cell) -> Cell:
         guidance = default_guidance(self.config.base) if cell.guidance is None else cell.guidance
-        return replace(cell, guidance=float(guidance), weight=float(cell.weight))
+        steps = cell.steps or default_steps(self.config.base)
+        return replace(cell, steps=steps, guidance=float(guidance), weight=float(cell.weight))
 
     def _file(self, cell: Cell) -> Path:
         """Where a cell lies: named by the hash of all that its pixels depend on."""
@@ -153,8 +154,9 @@ class Grid:
                 delete_adapter(self.pipe, NAME)
 
     def _render(self, cell: Cell, on_step: OnStep | None) -> None:
+        steps, guidance = cell.steps or 0, cell.guidance or 0.0  # settled
         image = run(
-            self.pipe, [cell.prompt], [cell.seed], cell.steps, cell.guidance or 0.0, cell.negative_prompt,
+            self.pipe, [cell.prompt], [cell.seed], steps, guidance, cell.negative_prompt,
             cell.width, cell.height, on_step,
         )[0]  # fmt: skip
         adapters = []
@@ -166,7 +168,7 @@ class Grid:
                  "sha256": info.sha256, "path": place, "trigger": info.trigger}
             ]  # fmt: skip
         settings = picture_settings(
-            self.pipe, image, cell.prompt, cell.seed, cell.steps, cell.guidance or 0.0, cell.negative_prompt, adapters
+            self.pipe, image, cell.prompt, cell.seed, steps, guidance, cell.negative_prompt, adapters
         )
         save_picture(image, self._file(cell), settings)
 

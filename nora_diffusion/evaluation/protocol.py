@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..adapter_file import AdapterInfo, inspect_adapter
-from ..base import base_id, best_device, is_embedded, open_pipeline
+from ..base import base_id, best_device, default_steps, is_embedded, open_pipeline
 from ..captions import fill
 from ..errors import UserError
-from ..generation import default_guidance, parse_adapter
+from ..generation import parse_adapter
 from ..judges import Judge, image_features, load_judge, load_vision, text_features
 from ..metrics import agreement, diversity, likeness
 from .axes import NONE, Cell, axis
@@ -39,7 +39,7 @@ class EvaluationConfig:
     seeds: int = 4
     judge: str | None = None
     dino: str | None = None
-    steps: int = 20
+    steps: int | None = None
     guidance: float | None = None
     width: int | None = None
     height: int | None = None
@@ -84,7 +84,8 @@ def evaluate(config: EvaluationConfig) -> Scoreboard:
     pipe = open_pipeline(config.base, device=config.device or best_device())
     for look in filter(None, (judge, vision)):
         look.model.to(pipe.device)
-    settings = asdict(config) | {"base": base_id(pipe), "judge": config.judge or "tiny"}
+    steps = config.steps or default_steps(config.base)
+    settings = asdict(config) | {"base": base_id(pipe), "judge": config.judge or "tiny", "steps": steps}
     board = Scoreboard(settings, [c.label for c in contenders], Path(config.out).expanduser())
     total = sum(len(s.templates) for s in subjects) * len(contenders) * config.seeds
     with tqdm(total=total, desc="pictures", mininterval=0.5) as bar:
@@ -132,9 +133,8 @@ def _inspect(contenders: Sequence[Contender], subject: Subject) -> list[AdapterI
 
 
 def _grid(config: EvaluationConfig, contender: Contender, subject: Subject) -> GridConfig:
-    guidance = default_guidance(config.base) if config.guidance is None else config.guidance
     cell = Cell(
-        adapter=contender.adapter(subject.name), weight=contender.weight, steps=config.steps, guidance=guidance,
+        adapter=contender.adapter(subject.name), weight=contender.weight, steps=config.steps, guidance=config.guidance,
         width=config.width, height=config.height,
     )  # fmt: skip
     prompts = [fill(template, subject.phrase) for template in subject.templates]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..base import EMBEDDED_GUIDANCE, OTHER_GUIDANCE, is_embedded
+from ..base import EMBEDDED_GUIDANCE, EMBEDDED_STEPS, OTHER_GUIDANCE, OTHER_STEPS, is_embedded
 from .config import TrainConfig
 
 # The embedded base is small and its subjects are learned in about a minute on a CPU.
@@ -19,7 +19,7 @@ EMBEDDED: dict[str, Any] = {
     "lr_scheduler": "cosine",
     "snr_gamma": 5.0,
     "timestep_sampling": "stratified",
-    "sample_steps": 20,
+    "sample_steps": EMBEDDED_STEPS,
     "sample_guidance": EMBEDDED_GUIDANCE,
 }
 
@@ -32,7 +32,7 @@ OTHER: dict[str, Any] = {
     "train_batch_size": 4,
     "lr_scheduler": "constant",
     "snr_gamma": 0.0,
-    "sample_steps": 30,
+    "sample_steps": OTHER_STEPS,
     "sample_guidance": OTHER_GUIDANCE,
 }
 

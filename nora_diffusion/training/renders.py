@@ -13,13 +13,12 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..base import base_id
+from ..base import default_steps
 from ..data import find_photos
 from ..errors import UserError
 from ..files import alone_in
-from ..generation import run
+from ..generation import picture_settings, run
 from ..pictures import PictureSettings, save_picture
-from ..versions import versions
 from .checks import folder_of
 from .config import TrainConfig
 from .denoiser import denoiser, text_encoders
@@ -81,12 +80,10 @@ def render(
 ) -> list[Image.Image]:
     """Pictures by the pipeline as it stands, adapters included; the modules keep their modes."""
     device, lower = denoiser(pipe).device.type, autocast != torch.float32
-    steps, guidance = config.sample_steps or 30, config.sample_guidance or 0.0
     lowered = torch.autocast(device, autocast if lower else None, enabled=lower)
     with _evaluating(pipe), torch.no_grad(), _decoding_precisely(pipe.vae), lowered:
-        return run(
-            pipe, [prompt] * len(seeds), seeds, steps, guidance, width=config.resolution, height=config.resolution
-        )
+        side = config.resolution
+        return run(pipe, [prompt] * len(seeds), seeds, *_sampling(config), width=side, height=side)
 
 
 @contextlib.contextmanager
@@ -136,14 +133,10 @@ def save_samples(pipe: Any, folder: Path, step: int, config: TrainConfig, autoca
 
 def describe(pipe: Any, prompt: str, seed: int, image: Image.Image, config: TrainConfig) -> PictureSettings:
     """The settings that a picture carries."""
-    return PictureSettings(
-        prompt=prompt,
-        seed=seed,
-        steps=config.sample_steps or 30,
-        guidance=config.sample_guidance or 0.0,
-        width=image.width,
-        height=image.height,
-        sampler=type(pipe.scheduler).__name__,
-        base=base_id(pipe),
-        versions=versions(),
-    )
+    return picture_settings(pipe, image, prompt, seed, *_sampling(config), "", [])
+
+
+def _sampling(config: TrainConfig) -> tuple[int, float]:
+    """Steps and guidance."""
+    steps = config.sample_steps or default_steps(config.pretrained_model_name_or_path)
+    return steps, config.sample_guidance or 0.0

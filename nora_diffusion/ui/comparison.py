@@ -121,7 +121,7 @@ def check_size(config: GridConfig) -> GridConfig:
     if len(cells) > MAX_CELLS:
         raise UserError(f"{len(cells)} cells are too many here: {MAX_CELLS} are the limit; see nora-diffusion grid")
     for _, cell in cells:
-        if cell.steps > MAX_STEPS or max(cell.width or 0, cell.height or 0) > MAX_SIDE:
+        if (cell.steps or 0) > MAX_STEPS or max(cell.width or 0, cell.height or 0) > MAX_SIDE:
             raise UserError(f"a cell has more than {MAX_STEPS} steps or {MAX_SIDE} pixels: choose fewer")
     return config
 
@@ -145,7 +145,7 @@ def compare(app: App, config: GridConfig, adapter: str, scored: bool, run: Run) 
 
     for done, total in grid.make(watch):
         run.check()
-        run.report(picture=min(done + 1, total), pictures=total, step=0, steps=config.cell.steps)
+        run.report(picture=min(done + 1, total), pictures=total, step=0, steps=config.cell.steps or 0)
     judge, references = _judge(app, adapter) if scored else (None, [])
     made = grid.finish(judge, references)
     folder = grid.folder

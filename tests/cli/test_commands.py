@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from nora_diffusion import add_adapter, nora, open_pipeline, save_adapter
-from nora_diffusion.cli import main
-from nora_diffusion.demo import SUBJECT
-from nora_diffusion.generation import parse_adapter
+from nora_diffusion.cli import build_parser, main
+from nora_diffusion.composition.mixing import mix_files
+from nora_diffusion.demo import SUBJECT, run_demo
+from nora_diffusion.evaluation.axes import Cell
+from nora_diffusion.evaluation.grid import GridConfig
+from nora_diffusion.evaluation.protocol import EvaluationConfig
+from nora_diffusion.generation import GenerateConfig, parse_adapter
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.pictures import read_settings
 from nora_diffusion.training import TrainConfig
@@ -125,7 +130,9 @@ def test_help_says_every_default(capsys: Capture, monkeypatch: pytest.MonkeyPatc
             main([command, "--help"])
         assert stopped.value.code == 0
         said[command] = " ".join(capsys.readouterr().out.split())
-    assert "1 to 1000 (default: 20)" in said["generate"] and "count up (default: 0)" in said["generate"]
+    assert (
+        "1 to 1000 (default: what suits the base)" in said["generate"] and "count up (default: 0)" in said["generate"]
+    )
     assert f"(default: {SUBJECT})" in said["demo"] and f"(default: {EMBEDDED['max_train_steps']})" in said["demo"]
 
 
@@ -189,6 +196,27 @@ def test_output_that_cannot_be_written(tiny_base: Path, tmp_path: Path, capsys: 
 )
 def test_parse_adapter(text: str, expected: tuple[str, float]) -> None:
     assert parse_adapter(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "owner", "renamed"),
+    [
+        ("generate", GenerateConfig, {}),
+        ("evaluate --adapters a --subjects b", EvaluationConfig, {}),
+        ("grid --x seed=1", GridConfig, {}),
+        ("grid --x seed=1", Cell, {}),
+        ("mix a --output b", mix_files, {}),
+        ("import a b", nora, {"r": "rank", "inner_r": "inner_rank"}),
+        ("demo", run_demo, {"slug": "subject"}),
+    ],
+)
+def test_flags_have_the_defaults_of_what_they_set(words: str, owner: Any, renamed: dict[str, str]) -> None:
+    """They are stated twice, so that ``--help`` needs no torch. The one default of an import is its own."""
+    flags = vars(build_parser().parse(words.split()))
+    for name, parameter in signature(owner).parameters.items():
+        flag, told = renamed.get(name, name), parameter.default
+        if isinstance(told, int | float | str) and flag in flags and (owner, flag) != (nora, "basis"):
+            assert flags[flag] == told, flag
 
 
 def test_module_runs_and_is_quick_to_help() -> None:

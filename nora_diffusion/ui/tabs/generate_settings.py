@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from ...base import default_steps
 from ..engine import Engine
 from ..page import QUIET, Page
 from ..request import MAX_PICTURES, MAX_PROMPT, MAX_SIDE, MAX_STEPS
@@ -61,7 +62,7 @@ def defaults(engine: Engine) -> dict[str, Any]:
     """The values of a first visit. The sizes are 0, which means the base's own."""
     return {
         "prompt": FIRST_PROMPT if engine.is_embedded else "", "negative": "", "count": 1, "seed": -1,
-        "steps": 20 if engine.is_embedded else 30, "guidance": engine.guidance, "width": 0, "height": 0,
+        "steps": default_steps(engine.base), "guidance": engine.guidance, "width": 0, "height": 0,
     }  # fmt: skip
 
 
