@@ -17,7 +17,7 @@ from torch import Tensor
 from ..adapter_file import AdapterInfo, given_name, inspect_adapter
 from ..base import base_id, best_device, default_guidance, default_steps, open_pipeline
 from ..captions import without_trigger
-from ..components import denoiser_name, fingerprint, projections
+from ..components import component, denoiser_name, fingerprint, projections
 from ..errors import UserError
 from ..files import write_atomic
 from ..generation import OnStep, picture_settings, run
@@ -231,7 +231,7 @@ def run_grid(config: GridConfig, judge: Judge | None = None, references: Sequenc
 
 def base_description(pipe: Any) -> dict[str, Any]:
     """What of the base a picture depends on: its name, some of its weights, its sampler, precision and versions."""
-    denoiser = getattr(pipe, denoiser_name(pipe))
+    denoiser: Any = component(pipe, denoiser_name(pipe))
     prints = [round(fingerprint(layer, path), 9) for path, layer in list(projections(denoiser).items())[:8]]
     sampler = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str)
     return {

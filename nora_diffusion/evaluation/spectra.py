@@ -19,7 +19,7 @@ from ..adapters import NoraLayer, functional
 from ..adapters.deltas import ChainDelta
 from ..adapters.routed import RoutedDelta
 from ..base import open_pipeline
-from ..components import nora_layers, present
+from ..components import component, nora_layers, present
 from ..errors import UserError
 from ..gates import GateSummary, router_summary
 from ..loaders import delete_adapter, load_adapter
@@ -69,7 +69,7 @@ def iter_spectra(path: str | Path, pipe: Any = None, intruders: bool = False) ->
         layers = [
             (part, place, layer)
             for part in present(pipe)
-            for place, layer in nora_layers(getattr(pipe, part), NAME).items()
+            for place, layer in nora_layers(component(pipe, part), NAME).items()
         ]
         if not layers:
             raise UserError(f"{path} holds no layers of this toolkit: bring it in with nora-diffusion import first")

@@ -231,8 +231,7 @@ def build_latents(
 
 def bucket_step(pipe: Any) -> int:
     """Pixels that a side of a bucket is a multiple of, so that latents halve at every level of the denoiser."""
-    settings = getattr(pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer, "config", {})
-    levels = len(settings.get("block_out_channels", (0, 0)))
+    levels = len(denoiser(pipe).config.get("block_out_channels", (0, 0)))
     return int(pipe.vae_scale_factor) * 2 ** (levels - 1)
 
 
@@ -320,7 +319,8 @@ def lower_precision(config: TrainConfig, pipe: Any, device: torch.device) -> tor
     if config.gradient_checkpointing:
         denoiser(pipe).enable_gradient_checkpointing()
         for name in components(config, pipe)[1:]:
-            getattr(pipe, name).gradient_checkpointing_enable({"use_reentrant": False})
+            encoder: Any = component(pipe, name)
+            encoder.gradient_checkpointing_enable({"use_reentrant": False})
     return dtype
 
 
@@ -390,7 +390,7 @@ def put_in(material: Material, conditions: TextConditions | None, dtype: torch.d
         if checkpoint.scaler:
             scaler.load_state_dict(checkpoint.scaler)
     for part in components(config, pipe):
-        getattr(pipe, part).train()
+        component(pipe, part).train()
     return Run(
         config=config,
         pipe=pipe,
