@@ -6,6 +6,7 @@ the file instead of misreading it. The metadata entry ``nora`` is one JSON docum
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -53,9 +54,13 @@ def split_address(path: str | Path) -> tuple[Path, str] | None:
 
 
 def given_name(path: str | Path) -> str:
-    """What an adapter is called by its place: the subject of a pack, the folder of our file, else the file itself."""
-    address, file = split_address(path), Path(path)
-    return address[1] if address else file.parent.name if file.name == FILE_NAME else file.stem
+    """What an adapter is called by its path or hub id: the subject of a pack, the folder of our file, else itself."""
+    address = split_address(path)
+    if address:
+        return address[1]
+    # "." gets a name, and a link keeps its own, which resolve() would lose.
+    place = Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100
+    return place.parent.name if place.name == FILE_NAME else place.name.removesuffix(".safetensors")
 
 
 def inspect_adapter(path: str | Path, hashed: bool = True) -> AdapterInfo:

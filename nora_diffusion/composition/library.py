@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from ..adapter_file import FILE_NAME, split_address
+from ..adapter_file import FILE_NAME, given_name
 from ..errors import UserError
 from .tags import Tag, tag_name
 
@@ -22,29 +22,18 @@ class Known:
     always: Tag | None = None
 
 
-def name_of(path: str) -> str:
-    """The name of an adapter given by path, hub id or address in a pack: that of its folder, file or subject."""
-    address = split_address(path)
-    if address:
-        return tag_name(address[1])
-    place = Path(path).expanduser()
-    if place.name == FILE_NAME:
-        place = place.resolve().parent
-    return tag_name(place.resolve().name if place.is_dir() else place.name.removesuffix(".safetensors"))
-
-
 def adapters_in(folder: str | Path) -> list[Known]:
     """The adapters of a library: ``NAME.safetensors`` and ``NAME/nora_adapter.safetensors``. Raises for no folder."""
     place = Path(folder).expanduser()
     if not place.is_dir():
         raise UserError(f"the library {folder} is no folder: give the one that holds your adapters")
     files = [*place.glob("*.safetensors"), *place.glob(f"*/{FILE_NAME}")]
-    return [Known(name_of(str(file)), str(file)) for file in sorted(files) if not file.name.startswith(".")]
+    return [Known(_name(file), str(file)) for file in sorted(files) if not file.name.startswith(".")]
 
 
 def given(adapters: Sequence[tuple[str, float]]) -> list[Known]:
     """Adapters that act at their weight on every prompt that says nothing else. Raises for two of one name."""
-    known = [Known(name := name_of(path), path, Tag(name, weight, weight)) for path, weight in adapters]
+    known = [Known(name := _name(path), path, Tag(name, weight, weight)) for path, weight in adapters]
     for one, two in combinations(known, 2):
         if one.name == two.name:
             raise UserError(f"{one.path} and {two.path} are both named {one.name!r}: give one of them, or rename it")
@@ -66,3 +55,7 @@ def resolve(tag: Tag, known: list[Known]) -> Known:
     near = difflib.get_close_matches(tag.name, names, 3) or names[:10]
     hint = f"there is {', '.join(near)}" if near else "give it with --adapter, or its folder with --library"
     raise UserError(f"{tag} names no adapter that is known: {hint}")
+
+
+def _name(path: str | Path) -> str:
+    return tag_name(given_name(path))

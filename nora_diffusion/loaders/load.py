@@ -46,6 +46,11 @@ class LoadedAdapter:
     info: AdapterInfo
 
     @property
+    def base(self) -> str:
+        """The base that the adapter was trained on."""
+        return self.info.base
+
+    @property
     def trigger(self) -> str:
         """The word that calls the subject."""
         return self.info.trigger
@@ -75,7 +80,7 @@ def load_adapter(
     file = located(path_or_id)
     info = inspect_adapter(file)
     is_here = file == Path(path_or_id).expanduser()  # the folder of a download is named by a commit
-    called = given_name(info.path) if is_here else str(path_or_id).rpartition("/")[2]
+    called = given_name(info.path if is_here else path_or_id)
     name = adapter_name or re.sub(r"[^A-Za-z0-9_-]+", "_", called) or "adapter"
     check_finite(name, weight)
     if info.kind != "nora":

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapter_file import FILE_NAME, AdapterInfo, basis_places, inspect_adapter, split_address
+from ..adapter_file import FILE_NAME, AdapterInfo, basis_places, given_name, inspect_adapter, split_address
 from ..composition.tags import tag_name
 from ..errors import UserError
 from ..files import write_atomic
@@ -109,7 +109,7 @@ def read_entries(file: Path, stamp: Stamp) -> list[Entry]:
     """What one file of the library holds: one adapter, or the subjects of a pack; a fault where it cannot be used."""
     if file.name.endswith(SUFFIX):
         return _read_pack(file, stamp)
-    entry = Entry(file.parent.name if file.name == FILE_NAME else file.stem, file, stamp)
+    entry = Entry(given_name(file), file, stamp)
     try:
         entry.info = inspect_adapter(file, hashed=False)
     except (UserError, OSError) as error:

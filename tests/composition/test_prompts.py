@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from nora_diffusion import UserError, add_adapter, lora, open_pipeline, save_adapter
-from nora_diffusion.composition.library import Known, adapters_in, given, name_of, resolve
+from nora_diffusion.adapter_file import given_name
+from nora_diffusion.composition.library import Known, adapters_in, given, resolve
 from nora_diffusion.composition.tags import Tag
 from nora_diffusion.generation import GenerateConfig, generate
 from nora_diffusion.loaders import delete_adapter, trainable_parameters
@@ -103,11 +104,14 @@ def test_mistakes_are_found_before_anything_is_loaded(library: Path, tmp_path: P
     assert says in str(caught.value)
 
 
-def test_names(library: Path, tmp_path: Path) -> None:
-    assert name_of("out/dog") == name_of("user/dog") == name_of("out/dog.safetensors") == "dog"
-    assert name_of(str(library / "dog" / "nora_adapter.safetensors")) == "dog"
-    assert name_of("pets.nora_pack.safetensors#cat") == "cat"
-    assert name_of("a<b>:c") == "a_b__c"
+def test_names(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("out/dog", "user/dog", "out/dog.safetensors", library / "dog" / "nora_adapter.safetensors"):
+        assert given_name(place) == "dog"
+    assert given_name("pets.nora_pack.safetensors#cat") == "cat"
+    monkeypatch.chdir(library / "dog")
+    for place in (".", "nora_adapter.safetensors", "../dog", "../dog/nora_adapter.safetensors"):
+        assert given_name(place) == "dog"
+    assert [adapter.name for adapter in given([("user/a<b>:c", 1.0)])] == ["a_b__c"]
     assert [adapter.name for adapter in adapters_in(library)] == ["dog", "my hat"]
     with pytest.raises(UserError, match="is no folder"):
         adapters_in(tmp_path / "nowhere")
