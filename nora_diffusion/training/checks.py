@@ -195,33 +195,26 @@ def _need(package: str, flag: str, note: str = "") -> None:
 
 def check_pipeline(config: TrainConfig, pipe: Any) -> None:
     """Refuse pipelines that this trainer does not know, by what they lack."""
-    from .denoiser import KNOWN, denoiser, family_of, size_step
+    from .denoiser import KNOWN, is_plain, latent_channels, prompt_limit, size_step
 
     lacking = [part for part in ("vae", "text_encoder", "tokenizer", "scheduler") if not hasattr(pipe, part)]
     if lacking:
         raise UserError(f"{type(pipe).__name__} has no {lacking[0]}: this trainer takes {KNOWN}")
-    kind = family_of(pipe)
-    channels = denoiser(pipe).config.in_channels // (4 if kind == "flux" else 1)
+    channels = latent_channels(pipe)
     if channels != pipe.vae.config.latent_channels:
         raise UserError(f"the denoiser takes {channels} channels (inpainting?): use the text-to-image model")
     if config.resolution is not None and config.resolution % size_step(pipe):
         raise UserError(f"resolution={config.resolution} must be a multiple of {size_step(pipe)}")
     for name in ("text_encoder_use_attention_mask", "class_labels_conditioning"):
-        if getattr(config, name) and kind != "sd":
+        if getattr(config, name) and not is_plain(pipe):
             raise UserError(f"--{name} is for Stable Diffusion 1.x and 2.x: leave it out for {type(pipe).__name__}")
-    _check_prompt_length(config, pipe, kind)
-
-
-def _check_prompt_length(config: TrainConfig, pipe: Any, kind: str) -> None:
-    length = config.tokenizer_max_length
-    if length is None or kind in ("sd3", "flux"):  # a T5 takes any
+    length, limit = config.tokenizer_max_length, prompt_limit(pipe)
+    if length is None or limit is None:
         return
-    if kind == "sdxl":
+    if not limit:
         raise UserError("--tokenizer_max_length has no meaning for SDXL: its prompts have one length")
-    if length > pipe.tokenizer.model_max_length:
-        raise UserError(
-            f"tokenizer_max_length={length} exceeds the {pipe.tokenizer.model_max_length} tokens of the text encoder"
-        )
+    if length > limit:
+        raise UserError(f"tokenizer_max_length={length} exceeds the {limit} tokens of the text encoder")
 
 
 def folder_of(path: str) -> Path:

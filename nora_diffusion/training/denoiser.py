@@ -61,6 +61,34 @@ def size_step(pipe: Any) -> int:
     return int(pipe.vae_scale_factor) * (2 if family_of(pipe) == "flux" else 1)
 
 
+def latent_channels(pipe: Any) -> int:
+    """Channels of the latents that the denoiser takes."""
+    return int(denoiser(pipe).config.in_channels) // (4 if family_of(pipe) == "flux" else 1)
+
+
+def is_plain(pipe: Any) -> bool:
+    """Whether one CLIP's hidden states are all that the denoiser is told, as in Stable Diffusion 1.x and 2.x."""
+    return family_of(pipe) == "sd"
+
+
+def prompt_limit(pipe: Any) -> int | None:
+    """The most tokens that prompts may be given; 0 where their length is fixed (SDXL), ``None`` for any (a T5)."""
+    limits = {"sd": int(pipe.tokenizer.model_max_length), "sdxl": 0}
+    return limits.get(family_of(pipe))
+
+
+def outline_conditions(settings: Any, rows: int, dtype: torch.dtype) -> Conditions:
+    """Prompts of 77 tokens, of 512 for Flux, in the widths that a denoiser's ``settings`` name; without numbers."""
+    get = settings.get
+    width = get("cross_attention_dim") or get("joint_attention_dim")
+    pooled = get("pooled_projection_dim")
+    if get("addition_embed_type") == "text_time":
+        pooled = settings.projection_class_embeddings_input_dim - 6 * settings.addition_time_embed_dim
+    tokens = 77 if get("cross_attention_dim") else 512
+    conditions = {"hidden": torch.empty(rows, tokens, width, dtype=dtype)}
+    return conditions if pooled is None else {**conditions, "pooled": torch.empty(rows, pooled, dtype=dtype)}
+
+
 def encode_prompts(pipe: Any, prompts: Sequence[str], max_tokens: int | None = None) -> Conditions:
     """Prompts by the pipeline's own ``encode_prompt``, without guidance; ``max_tokens`` limits a T5's.
 

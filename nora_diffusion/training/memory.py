@@ -15,7 +15,7 @@ from ..adapters import AdapterConfig
 from ..adapters.config import Start
 from ..components import component, denoiser_name
 from ..loaders.inject import inject
-from .denoiser import Conditions, predict
+from .denoiser import outline_conditions, predict
 
 OVERHEAD = 1.15
 """Workspaces and fragmentation, over what is counted."""
@@ -98,7 +98,7 @@ def kept_by(pipe: Any, module: nn.Module, rows: int, side: int, dtype: torch.dty
         noisy = torch.empty(rows, pipe.vae.config.latent_channels, height, height, dtype=dtype)
         times = torch.zeros(rows, dtype=torch.long)
         labels = times if getattr(settings, "class_embed_type", None) == "timestep" else None
-        predict(_Stand(pipe, module), noisy, times, _conditions(settings, rows, dtype), labels)
+        predict(_Stand(pipe, module), noisy, times, outline_conditions(settings, rows, dtype), labels)
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -111,18 +111,6 @@ class _Stand:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipe, name)
-
-
-def _conditions(settings: Any, rows: int, dtype: torch.dtype) -> Conditions:
-    """Prompts of 77 tokens, of 512 for Flux, in the widths that a denoiser takes."""
-    get = settings.get
-    width = get("cross_attention_dim") or get("joint_attention_dim")
-    pooled = get("pooled_projection_dim")
-    if get("addition_embed_type") == "text_time":
-        pooled = settings.projection_class_embeddings_input_dim - 6 * settings.addition_time_embed_dim
-    tokens = 77 if get("cross_attention_dim") else 512
-    conditions = {"hidden": torch.empty(rows, tokens, width, dtype=dtype)}
-    return conditions if pooled is None else {**conditions, "pooled": torch.empty(rows, pooled, dtype=dtype)}
 
 
 class _FusedAttention(TorchFunctionMode):

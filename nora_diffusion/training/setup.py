@@ -25,7 +25,6 @@ from ..data.tags import Wordings
 from ..errors import UserError, first_line
 from ..loaders import add_adapter, load_adapter, trainable_parameters
 from .averaging import Average
-from .cache import TextConditions
 from .checkpoints import Checkpoint, restore_optimizer
 from .checks import check_pipeline
 from .config import Precision, TrainConfig
@@ -36,6 +35,7 @@ from .keep import Keep
 from .latents import Latents, encode_photos
 from .objective import Objective, is_flow, with_zero_snr
 from .optimization import build_optimizer, build_schedule, restore_schedule
+from .prompts import TextConditions
 from .quantized import quantize_base
 from .randomness import derive
 from .renders import DTYPES, class_folder, fill_class_images

@@ -20,9 +20,9 @@ from nora_diffusion.base import open_pipeline
 from nora_diffusion.data import Photo, read_photo
 from nora_diffusion.data.transforms import Transform
 from nora_diffusion.training import TrainConfig, train
-from nora_diffusion.training.cache import TextConditions
 from nora_diffusion.training.keep import Keep
 from nora_diffusion.training.latents import Latents, encode_photos
+from nora_diffusion.training.prompts import TextConditions
 from nora_diffusion.training.steps import Stepper
 
 SQUARE = Transform([(16, 16)])

@@ -44,7 +44,7 @@ def test_the_prompt_is_encoded_as_the_pipeline_encodes_it(
     configure: Configure, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The denoiser is told the same of a prompt in the last training step and by the pipeline that loads the file."""
-    from nora_diffusion.training.cache import TextConditions
+    from nora_diffusion.training.prompts import TextConditions
 
     seen: list[torch.Tensor] = []
     original = TextConditions.__call__

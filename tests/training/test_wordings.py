@@ -17,7 +17,7 @@ from nora_diffusion.data import find_photos
 from nora_diffusion.data.tags import Wordings, orders
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import train
-from nora_diffusion.training.cache import TextConditions
+from nora_diffusion.training.prompts import TextConditions
 
 
 def source(seed: int = 0) -> torch.Generator:

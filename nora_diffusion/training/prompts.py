@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..loaders.tokens import expanded
 from .config import TrainConfig
-from .denoiser import Conditions, encode_prompts, family_of, text_encoders, zeros_for_nothing
+from .denoiser import Conditions, encode_prompts, family_of, is_plain, text_encoders, zeros_for_nothing
 from .keep import Keep, module_hash, place
 from .tokens import encodes_each_step
 
@@ -24,7 +24,7 @@ class TextConditions:
 
     def __init__(self, pipe: Any, config: TrainConfig, prompts: Sequence[str], keep: Keep | None = None) -> None:
         self._pipe, self._encoder, self._length = pipe, pipe.text_encoder, config.tokenizer_max_length
-        self._plain = family_of(pipe) == "sd"
+        self._plain = is_plain(pipe)
         self._live = encodes_each_step(config)
         self._masked = config.text_encoder_use_attention_mask
         unique = list(dict.fromkeys(prompts))
