@@ -50,6 +50,11 @@ def text_encoders(pipe: Any) -> list[nn.Module]:
     return [encoder for name in names if (encoder := getattr(pipe, name, None)) is not None]
 
 
+def networks(pipe: Any) -> list[nn.Module]:
+    """The denoiser and the text encoders: what adapters may sit in, frozen beneath them."""
+    return [denoiser(pipe), *text_encoders(pipe)]
+
+
 def native_size(pipe: Any) -> int:
     """The side in pixels of the pictures that the base was trained for."""
     side = getattr(denoiser(pipe).config, "sample_size", None) or pipe.default_sample_size

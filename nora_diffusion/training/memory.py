@@ -34,13 +34,18 @@ class Outline:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of the adapter in fp32 with its frozen factors, of AdamW's two moments, and of the names of all these."""
-        return self.frozen_bytes + 12 * self.trained + NAME_BYTES * self.factors
+        """What one checkpoint takes."""
+        return checkpoint_bytes(self.trained, self.frozen_bytes, self.factors)
 
     @property
     def memory(self) -> int:
         """Bytes beside the loaded model: kept activations, the adapter, its gradients and AdamW's two moments."""
         return int(OVERHEAD * (self.activations + self.frozen_bytes + 16 * self.trained))
+
+
+def checkpoint_bytes(trained: int, frozen_bytes: int, factors: int) -> int:
+    """Of the adapter in fp32 with its frozen factors, of AdamW's two moments, and of the names of all these."""
+    return frozen_bytes + 12 * trained + NAME_BYTES * factors
 
 
 def outline(

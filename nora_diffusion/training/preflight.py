@@ -21,7 +21,7 @@ from ..run_layout import CHECKPOINTS, checkpoint_steps
 from .checkpoints import Checkpoint
 from .config import TrainConfig
 from .defaults import USUAL_FACTORS, USUAL_RATES, USUAL_TEXT_RATES, USUAL_TOKEN_RATES
-from .denoiser import denoiser, native_size, text_encoders
+from .denoiser import denoiser, native_size, networks
 from .memory import Outline, available, outline
 from .optimization import scaled_rate
 from .renders import DTYPES, class_folder, count_pictures
@@ -163,8 +163,7 @@ def given_back(plan: Plan, device: torch.device) -> int:
     Negative for parts that lie elsewhere and have yet to come.
     """
     size = DTYPES[plan.config.mixed_precision or "no"].itemsize
-    modules = (denoiser(plan.pipe), *text_encoders(plan.pipe))
-    parameters = [p for module in modules for p in module.parameters()]
+    parameters = [p for module in networks(plan.pipe) for p in module.parameters()]
     return sum(p.numel() * ((p.element_size() if p.device.type == device.type else 0) - size) for p in parameters)
 
 

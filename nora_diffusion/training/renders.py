@@ -21,7 +21,7 @@ from ..generation import picture_settings, run
 from ..pictures import PictureSettings, save_picture
 from .checks import folder_of
 from .config import TrainConfig
-from .denoiser import denoiser, text_encoders
+from .denoiser import denoiser, networks
 from .randomness import derive
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _decoding_precisely(vae: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _evaluating(pipe: Any) -> Iterator[None]:
-    modules = [denoiser(pipe), *text_encoders(pipe), pipe.vae]
+    modules = [*networks(pipe), pipe.vae]
     modes = [module.training for module in modules]
     try:
         for module in modules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,20 +36,20 @@ EMBEDDED_JUDGE = "the CLIP of the embedded base"
 MAX_ROWS, MAX_COLUMNS, MAX_LOSSES = 12, 12, 400
 
 
-def write_report(run: Run, folder: RunFolder) -> None:
+def write_report(run: Run, folder: RunFolder, final_loss: float) -> None:
     """Write ``report.html``. It is no part of the training: a failure is only a warning."""
     try:
-        write_atomic(folder.path / REPORT, page(run, folder))
+        write_atomic(folder.path / REPORT, page(run, folder, final_loss))
     except Exception as error:
         log.warning("there is no %s: %s", REPORT, error)
 
 
-def page(run: Run, folder: RunFolder) -> str:
+def page(run: Run, folder: RunFolder, final_loss: float) -> str:
     """The whole page."""
     losses = [(float(step), loss) for step, loss, _ in folder.steps()]
     kept = run.kept_step or run.total_steps
     points = run.validation.points if run.validation else []
-    parts = [webpage.paragraph(_summary(run, losses))]
+    parts = [webpage.paragraph(_summary(run, final_loss))]
     if points and run.validation is not None:
         parts += [webpage.heading("Which step"), webpage.paragraph(reason(points, kept, run.total_steps))]
         parts.append(_table(points, kept, run.total_steps))
@@ -71,15 +72,13 @@ def page(run: Run, folder: RunFolder) -> str:
     return webpage.page(f"{folder.path.name}: training of {called}", parts)
 
 
-def _summary(run: Run, losses: Sequence[tuple[float, float]]) -> str:
-    recent = [loss for _, loss in losses[-20:]]
-    loss = f", mean loss of the last ones {sum(recent) / len(recent):.4f}" if recent else ""
+def _summary(run: Run, final_loss: float) -> str:
+    loss = f", mean loss of the last ones {final_loss:.4f}" if math.isfinite(final_loss) else ""
     kept, planned = run.kept_step or run.total_steps, run.config.max_train_steps or 0
     early = f" of {planned} (stopped early)" if run.total_steps < planned else ""
-    numbers = sum(parameter.numel() for parameter in run.parameters.values())
     return (
-        f"{len(run.subject.photos)} photos, {run.total_steps} steps{early}{loss}; {run.config.method} with {numbers:,} "
-        f"trained numbers on {base_id(run.pipe)}. The adapter in this folder is that of step {kept}."
+        f"{len(run.subject.photos)} photos, {run.total_steps} steps{early}{loss}; {run.config.method} with "
+        f"{run.trained:,} trained numbers on {base_id(run.pipe)}. The adapter in this folder is that of step {kept}."
     )
 
 

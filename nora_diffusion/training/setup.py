@@ -30,7 +30,7 @@ from .checks import check_pipeline
 from .config import Precision, TrainConfig
 from .dataset import class_views, report_data, transform_of, views_of, wordings_of
 from .defaults import PRESET_KEYS
-from .denoiser import TRAINED_ENCODERS, denoiser, family_of, native_size, text_encoders
+from .denoiser import TRAINED_ENCODERS, denoiser, family_of, native_size, networks
 from .keep import Keep
 from .latents import Latents, encode_photos
 from .objective import Objective, is_flow, with_zero_snr
@@ -87,6 +87,11 @@ class Run:
         return class_prompts_of(self.config, self.subject)
 
     @property
+    def trained(self) -> int:
+        """How many numbers are trained."""
+        return sum(factor.numel() for factor in self.parameters.values())
+
+    @property
     def info(self) -> dict[str, Any]:
         """What the adapter file says of its subject, or of its subjects."""
         members = [
@@ -118,7 +123,7 @@ def open_base(config: TrainConfig, device: torch.device, dtype: torch.dtype = to
         pipe.scheduler = with_zero_snr(pipe.scheduler)
     if config.tokenizer_name:
         pipe.tokenizer = _other_tokenizer(config.tokenizer_name)
-    for module in (denoiser(pipe), pipe.vae, *text_encoders(pipe)):
+    for module in (pipe.vae, *networks(pipe)):
         module.requires_grad_(False)
         module.eval()
     if config.enable_xformers_memory_efficient_attention:
@@ -298,12 +303,16 @@ def place_adapter(
     return parameters
 
 
+def frozen_factors(pipe: Any) -> list[torch.Tensor]:
+    """The buffers of all adapters in a pipeline."""
+    named = (pair for module in networks(pipe) for pair in module.named_buffers())
+    return [buffer for name, buffer in named if ".nora_" in name]
+
+
 @torch.no_grad()
 def agree_on_factors(pipe: Any, parameters: Mapping[str, nn.Parameter]) -> None:
     """The first process's numbers for all: elsewhere the same basis may have come out otherwise, up to signs."""
-    modules = (denoiser(pipe), *text_encoders(pipe))
-    frozen = [buffer for module in modules for name, buffer in module.named_buffers() if ".nora_" in name]
-    for value in (*parameters.values(), *frozen):
+    for value in (*parameters.values(), *frozen_factors(pipe)):
         whole = value.detach().contiguous()
         torch.distributed.broadcast(whole, src=0)
         value.copy_(whole)
@@ -312,7 +321,7 @@ def agree_on_factors(pipe: Any, parameters: Mapping[str, nn.Parameter]) -> None:
 def lower_precision(config: TrainConfig, pipe: Any, device: torch.device) -> torch.dtype:
     """Cast the frozen denoiser and text encoders; on a CPU with channels last. Returns the dtype."""
     dtype = DTYPES[config.mixed_precision or "no"]
-    for module in (denoiser(pipe), *text_encoders(pipe)):
+    for module in networks(pipe):
         nn.Module.to(module, dtype)  # diffusers' own `to` warns of modules to keep in fp32 even if there are none
     if device.type == "cpu":
         denoiser(pipe).to(memory_format=torch.channels_last)

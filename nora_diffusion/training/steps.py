@@ -23,13 +23,14 @@ from ..run_layout import LOG, checkpoint_steps
 from .averaging import shown
 from .checkpoints import prune, save_checkpoint
 from .checks import trackers
-from .denoiser import Conditions, denoiser, predict, text_encoders
+from .denoiser import Conditions, denoiser, predict
+from .memory import checkpoint_bytes
 from .noise import draw_levels, draw_noise
 from .optimization import bound_norms, clip, schedule_state, still
 from .randomness import balanced_rows, batch_rows, derive, generator, owned_rows, shuffled_rows
 from .renders import save_samples
 from .rundir import RunFolder, RunLog
-from .setup import Run, epoch_steps
+from .setup import Run, epoch_steps, frozen_factors
 from .signals import Interrupted, StopRequests
 from .tracking import Trackers
 
@@ -327,7 +328,9 @@ class Stepper:
         run, folder = self.run, self.folder
         if not folder.owner:
             return
-        folder.require(2 * self._checkpoint_bytes())
+        frozen = frozen_factors(run.pipe)
+        size = checkpoint_bytes(run.trained, sum(factor.nbytes for factor in frozen), len(run.parameters) + len(frozen))
+        folder.require(2 * size)
         folder.sync_log()
         self.saved = save_checkpoint(
             folder.checkpoints,
@@ -343,11 +346,6 @@ class Stepper:
             None if run.average is None else run.average.tensors(),
         )
         prune(folder.checkpoints, run.config.checkpoints_total_limit)
-
-    def _checkpoint_bytes(self) -> int:
-        modules = (denoiser(self.run.pipe), *text_encoders(self.run.pipe))
-        frozen = sum(b.numel() * b.element_size() for m in modules for n, b in m.named_buffers() if ".nora_" in n)
-        return frozen + 12 * sum(p.numel() for p in self.run.parameters.values())
 
     def _start_trackers(self) -> Trackers:
         config = self.run.config
