@@ -36,7 +36,7 @@ from .setup import (
 )
 from .signals import Interrupted, StopRequests
 from .steps import Stepper
-from .subject import Subject, calling_prompt
+from .subject import Subject
 from .tokens import check_new_tokens
 from .validation import Validation, plan_measure
 
@@ -59,11 +59,9 @@ def train(config: TrainConfig) -> TrainResult:
 
     Raises :class:`UserError` for a user's mistake, :class:`.signals.Interrupted` after SIGINT or SIGTERM.
     """
-    check_config(config)
     if config.preflight_only:
         raise UserError("preflight_only trains nothing: call nora_diffusion.training.check, or leave it out")
-    subject, config = read_data(config)
-    config = with_defaults(config)
+    subject, config = prepared(config)
     accelerator = build_accelerator(config)
     with RunFolder(config.folder, accelerator.is_main_process) as folder, StopRequests() as stop:
         try:
@@ -83,6 +81,13 @@ def train(config: TrainConfig) -> TrainResult:
             if accelerator.num_processes > 1 and _is_lost_connection(error):
                 raise UserError("another process of this run has stopped; what it said is the reason") from error
             raise
+
+
+def prepared(config: TrainConfig) -> tuple[Subject, TrainConfig]:
+    """What a run learns, and its settings, checked, with prompts and defaults filled in. Raises :class:`UserError`."""
+    check_config(config)
+    subject, config = read_data(config)
+    return subject, with_defaults(config)
 
 
 def _is_lost_connection(error: Exception) -> bool:
@@ -110,9 +115,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
 def check(config: TrainConfig) -> list[Finding]:
     """What speaks against a run, without training; nothing is written. Raises :class:`UserError` as ``train`` would."""
-    check_config(config)
-    subject, config = read_data(config)
-    config = with_defaults(config)
+    subject, config = prepared(config)
     accelerator = build_accelerator(config)
     with RunFolder(config.folder, accelerator.is_main_process) as folder, StopRequests() as stop:
         return preflight(plan_run(config, subject, accelerator, folder, stop))
@@ -123,9 +126,7 @@ def check_on(config: TrainConfig, pipe: Any, device: str | torch.device | None =
 
     ``device`` is where the run will be, if the base is not there now.
     """
-    check_config(config)
-    subject, config = read_data(config)
-    config = with_defaults(config)
+    subject, config = prepared(config)
     check_pipeline(config, pipe)
     objective_of(config, pipe)
     place = torch.device(device) if device else denoiser(pipe).device
@@ -133,21 +134,7 @@ def check_on(config: TrainConfig, pipe: Any, device: str | torch.device | None =
     check_targets(config, pipe)
     check_new_tokens(config, pipe, list(subject.new_tokens), subject.captions)
     measure = plan_measure(config, subject, place)
-    return preflight(plan_of(config, pipe, subject, config.folder, device=place, measure=measure))
-
-
-def plan_of(config: TrainConfig, pipe: Any, subject: Subject, place: Path, **rest: Any) -> Plan:
-    """What preflight looks at."""
-    return Plan(
-        config,
-        pipe,
-        subject.captions,
-        subject.trigger,
-        place,
-        members=subject.members,
-        calling=calling_prompt(config, subject),
-        **rest,
-    )
+    return preflight(Plan(config, pipe, subject, config.folder, device=place, measure=measure))
 
 
 def plan_run(
@@ -175,7 +162,7 @@ def plan_run(
     check_targets(config, pipe)
     check_new_tokens(config, pipe, list(subject.new_tokens), subject.captions)
     measure = plan_measure(config, subject, accelerator.device)
-    return plan_of(config, pipe, subject, folder.path, checkpoint=checkpoint, processes=processes, measure=measure)
+    return Plan(config, pipe, subject, folder.path, checkpoint=checkpoint, processes=processes, measure=measure)
 
 
 def set_up(
@@ -185,7 +172,7 @@ def set_up(
     plan = plan_run(config, subject, accelerator, folder, stop)
     if folder.owner:
         report(preflight(plan), config.strict)
-    run = build_run(gather(plan, subject, accelerator, folder, stop))
+    run = build_run(gather(plan, accelerator, folder, stop))
     run.validation = validation_of(plan, run)
     return run
 
@@ -199,9 +186,10 @@ def validation_of(plan: Plan, run: Run) -> Validation | None:
     return validation
 
 
-def gather(plan: Plan, subject: Subject, accelerator: Accelerator, folder: RunFolder, stop: StopRequests) -> Material:
+def gather(plan: Plan, accelerator: Accelerator, folder: RunFolder, stop: StopRequests) -> Material:
     """Claim the folder and encode the data of a run that nothing speaks against."""
-    config, pipe, checkpoint, processes = plan.config, plan.pipe, plan.checkpoint, plan.processes
+    config, pipe, subject = plan.config, plan.pipe, plan.subject
+    checkpoint, processes = plan.checkpoint, plan.processes
     stop.check()
     trigger = config.trigger if subject.says_trigger else None  # a given one would be put into captions without it
     again = replace(config, trigger=trigger, resume_from_checkpoint=None, overwrite_output_dir=False)

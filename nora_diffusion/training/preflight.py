@@ -27,7 +27,7 @@ from .optimization import scaled_rate
 from .renders import DTYPES, class_folder, count_pictures
 from .rundir import SPARE_BYTES
 from .setup import adapter_config, components
-from .subject import Subject
+from .subject import Subject, calling_prompt
 from .validation import Measure
 
 log = logging.getLogger(__name__)
@@ -53,21 +53,22 @@ class Plan:
 
     config: TrainConfig
     pipe: Any
-    captions: Sequence[str]
-    trigger: str | None
+    subject: Subject
     place: Path
     device: torch.device | None = None
     checkpoint: Checkpoint | None = None
     processes: int = 1
     measure: Measure | None = None
-    members: Sequence[Subject] = ()
-    calling: str = ""
-    """The prompt that calls the subject."""
+
+    @property
+    def calling(self) -> str:
+        """The prompt that calls the subject."""
+        return calling_prompt(self.config, self.subject)
 
     @property
     def called(self) -> list[tuple[str | None, Sequence[str]]]:
         """The trigger of each subject, and its captions."""
-        return [(m.trigger, m.captions) for m in self.members] or [(self.trigger, self.captions)]
+        return [(own.trigger, own.captions) for own in self.subject.members or [self.subject]]
 
 
 def preflight(plan: Plan) -> list[Finding]:
@@ -168,7 +169,7 @@ def given_back(plan: Plan, device: torch.device) -> int:
 
 
 def _photos(plan: Plan) -> Iterator[Finding]:
-    config, photos = plan.config, len(plan.captions)
+    config, photos = plan.config, len(plan.subject.captions)
     if photos < FEW_PHOTOS:
         there = "There is only 1 photo" if photos == 1 else f"There are only {photos} photos"
         yield Finding(
@@ -186,7 +187,7 @@ def _photos(plan: Plan) -> Iterator[Finding]:
 
 
 def _trigger(plan: Plan) -> Iterator[Finding]:
-    if plan.trigger is None:
+    if plan.subject.trigger is None:
         yield Finding(
             f"No trigger word was found, so the whole prompt calls the subject: put a rare word such as "
             f"'{rare_word(plan.pipe.tokenizer)}' before the class word, or name yours with --trigger."
@@ -267,11 +268,11 @@ def _rates(plan: Plan) -> Iterator[Finding]:
 
 def _file(plan: Plan) -> Iterator[Finding]:
     """What the run's file will say of itself, read as a reader would: not first when there is something to save."""
-    parts, adapter = components(plan.config, plan.pipe), adapter_config(plan.config).to_dict()
+    parts, adapter, subject = components(plan.config, plan.pipe), adapter_config(plan.config).to_dict(), plan.subject
     values = {
         "components": dict.fromkeys(parts, adapter), "base_fingerprint": {part: {} for part in parts},
-        "prompts": list(dict.fromkeys(plan.captions)), "trigger": plan.trigger or "", "instance_prompt": plan.calling,
-        "license": plan.config.license or "",
+        "prompts": list(dict.fromkeys(subject.captions)), "trigger": subject.trigger or "",
+        "instance_prompt": plan.calling, "license": plan.config.license or "",
     }  # fmt: skip
     try:
         info_from(values)

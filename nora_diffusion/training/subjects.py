@@ -25,7 +25,7 @@ from .rundir import RunFolder
 from .setup import ADAPTER, lower_precision, open_base, opening_dtype, put_in
 from .signals import Interrupted, StopRequests
 from .steps import Stepper
-from .subject import Subject, read_subject
+from .subject import read_subject
 from .tokens import encodes_each_step
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 class Planned:
     """A subject whose run is settled and has not begun."""
 
-    subject: Subject
     folder: RunFolder
     plan: Plan
 
@@ -87,7 +86,7 @@ def _opened(
             pipe = pipe or open_base(own, accelerator.device, opening_dtype([*configs.values()], accelerator.device))
             try:
                 check_pipeline(own, pipe)
-                planned.append(Planned(subject, folder, plan_run(own, subject, accelerator, folder, stop, pipe)))
+                planned.append(Planned(folder, plan_run(own, subject, accelerator, folder, stop, pipe)))
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
             for word in subject.new_tokens:
@@ -118,7 +117,7 @@ def _is_finished(planned: Planned) -> bool:
 
 def _set_up(planned: Sequence[Planned], accelerator: Accelerator, stop: StopRequests) -> list[Member]:
     """Encode everybody's data while the base is as it was loaded; then lower its precision and put the adapters in."""
-    materials = [gather(p.plan, p.subject, accelerator, p.folder, stop) for p in planned]
+    materials = [gather(p.plan, accelerator, p.folder, stop) for p in planned]
     encoded = [None if encodes_each_step(m.config) else m.conditions() for m in materials]
     dtypes = [lower_precision(m.config, m.pipe, accelerator.device) for m in materials]
     members = []

@@ -28,6 +28,7 @@ from nora_diffusion.training.memory import outline
 from nora_diffusion.training.preflight import Plan, given_back, is_known, preflight
 from nora_diffusion.training.rundir import SPARE_BYTES
 from nora_diffusion.training.setup import adapter_config, lower_precision
+from nora_diffusion.training.subject import Subject
 
 RIGHT: dict[str, Any] = {
     "instance_prompt": "a photo of zqx dog", "trigger": "zqx", "max_train_steps": 60, "learning_rate": 1e-3,
@@ -37,6 +38,10 @@ RIGHT: dict[str, Any] = {
 
 def said(findings: list[Any]) -> str:
     return "\n".join(finding.text for finding in findings)
+
+
+def subject_of(caption: str, trigger: str) -> Subject:
+    return Subject([], [caption] * 3, trigger, "dog", "")
 
 
 def test_nothing_is_said_of_a_run_in_order(configure: Configure) -> None:
@@ -157,7 +162,7 @@ def test_memory_that_is_not_there(configure: Configure, monkeypatch: pytest.Monk
 
 def test_memory_that_a_lower_precision_gives_back_is_counted(configure: Configure, pipe: Any) -> None:
     config = configure(mixed_precision="bf16")
-    plan = Plan(config, pipe, ["a sks dog"], "sks", config.folder)
+    plan = Plan(config, pipe, subject_of("a sks dog", "sks"), config.folder)
     held = sum(p.nbytes for part in (pipe.unet, pipe.text_encoder) for p in part.parameters())
     cpu = torch.device("cpu")
     assert given_back(plan, cpu) == held / 2
@@ -174,7 +179,7 @@ def test_a_base_that_rests_elsewhere_is_counted_where_the_run_will_be(
     found = said(check_on(configure(**RIGHT, mixed_precision="bf16"), pipe, "cuda"))
     assert asked == [torch.device("cuda")] and "cuda has" in found
     held = sum(p.nbytes for part in (pipe.unet, pipe.text_encoder) for p in part.parameters())
-    plan = Plan(configure(mixed_precision="bf16"), pipe, ["a sks dog"], "sks", configure().folder)
+    plan = Plan(configure(mixed_precision="bf16"), pipe, subject_of("a sks dog", "sks"), configure().folder)
     assert given_back(plan, torch.device("cuda")) == -held / 2
 
 
@@ -275,7 +280,7 @@ def test_it_takes_seconds(configure: Configure, tiny_base: Path) -> None:
     pipe = open_pipeline(tiny_base)
     config = configure(**RIGHT)
     begun = time.process_time()  # whatever else the machine does
-    preflight(Plan(config, pipe, ["a zqx dog"] * 3, "zqx", config.folder))
+    preflight(Plan(config, pipe, subject_of("a zqx dog", "zqx"), config.folder))
     assert time.process_time() - begun < 10
 
 
