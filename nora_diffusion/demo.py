@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from PIL import Image
 
 from .errors import UserError
 from .files import make_folder, write_atomic
-from .pictures import contact_sheet
+from .pictures import contact_sheet, png, read_picture
 
 SUBJECT = "stripemug-red"
 EXAMPLES = Path(__file__).parents[1] / "examples" / "subjects"
@@ -42,10 +41,10 @@ class Example:
         return [str(p) for p in self.values["demo_prompts"]]
 
     def pictures(self) -> list[Image.Image]:
-        return [Image.open(f).convert("RGB") for f in sorted(self.folder.glob("*.png"))]
+        return [read_picture(f) for f in sorted(self.folder.glob("*.png"))]
 
     def scoring_pictures(self) -> list[Image.Image]:
-        return [Image.open(self.folder / name).convert("RGB") for name in self.values["heldout"]]
+        return [read_picture(self.folder / name) for name in self.values["heldout"]]
 
 
 def open_example(slug: str) -> Example:
@@ -77,7 +76,7 @@ def run_demo(
     export = export_lora(folder, folder / "subject_lora.safetensors")
     base, nora = _generate(example, folder)
     finished = time.monotonic()
-    write_atomic(folder / "grid.png", _png(_grid(example, base, nora)))
+    write_atomic(folder / "grid.png", png(_grid(example, base, nora)))
     report = {
         "subject": slug,
         "seconds": {"learning": round(learned - started, 1), "generating": round(finished - learned, 1)},
@@ -125,12 +124,6 @@ def _grid(example: Example, base: list[Image.Image], nora: list[Image.Image]) ->
         ["What it learned from", "The base, without the adapter", "With the NoRA adapter, same seeds"],
         side=192,
     )
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _scores(example: Example, base: list[Image.Image], nora: list[Image.Image]) -> dict[str, dict[str, float]]:

@@ -71,9 +71,20 @@ def save_picture(image: Image.Image, path: Path, settings: PictureSettings) -> P
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", settings.parameters_text())
     info.add_text(JSON_KEY, json.dumps(asdict(settings)))
+    return write_atomic(path, png(image, info))
+
+
+def png(image: Image.Image, info: PngImagePlugin.PngInfo | None = None) -> bytes:
+    """The picture as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
-    return write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def read_picture(path: Path) -> Image.Image:
+    """The picture of a file that this toolkit wrote, in RGB."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def read_settings(path: str | Path) -> PictureSettings:

@@ -14,12 +14,12 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import UserError
+from ..pictures import MAX_PIXELS
 from .colours import WHITE, Colour, to_rgb
 from .formats import is_picture, open_picture, refusal, size_of
 
 log = logging.getLogger(__name__)
 
-MAX_PIXELS = 40_000_000
 MIN_SIDE = 16
 MAX_ASPECT = 8.0
 ORIENTATION = 0x0112

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +23,7 @@ from ..generation import OnStep, picture_settings, run
 from ..judges import Judge, image_features, text_features
 from ..loaders import delete_adapter, load_adapter, set_adapters
 from ..metrics import agreement, likeness
-from ..pictures import contact_sheet, read_settings, save_picture
+from ..pictures import contact_sheet, png, read_picture, read_settings, save_picture
 from ..versions import versions
 from .axes import Axis, Cell
 
@@ -177,13 +176,13 @@ class Grid:
         cells = [
             MadeCell(place, self.files[place], asdict(read_settings(self.files[place]))) for place, _ in self.places
         ]
-        images = [open_cell(cell.file) for cell in cells]
+        images = [read_picture(cell.file) for cell in cells]
         if judge is not None:
             triggers = [info.trigger for info in self.adapters.values()]
             real = image_features(judge, references) if references else None
             for cell, image in zip(cells, images, strict=True):
                 cell.scores = score(judge, image, cell.settings["prompt"], triggers, real)
-        write_atomic(self.folder / "grid.png", _png(self._sheet(cells, images)))
+        write_atomic(self.folder / "grid.png", png(self._sheet(cells, images)))
         write_atomic(self.folder / "grid.json", json.dumps(self._report(cells), indent=1))
         return cells
 
@@ -257,12 +256,6 @@ def score(
     return {name: round(value, 4) for name, value in scores.items()}
 
 
-def open_cell(file: Path) -> Image.Image:
-    """The picture of a cell."""
-    with Image.open(file) as image:
-        return image.convert("RGB")
-
-
 def _is_sound(file: Path) -> bool:
     try:
         read_settings(file)
@@ -279,9 +272,3 @@ def _scores_text(scores: dict[str, float]) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= LABEL_LENGTH else text[: LABEL_LENGTH - 1] + "…"
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -18,8 +18,9 @@ from ..errors import UserError
 from ..generation import parse_adapter
 from ..judges import Judge, image_features, load_judge, load_vision, text_features
 from ..metrics import agreement, diversity, likeness
+from ..pictures import read_picture
 from .axes import NONE, Cell, axis
-from .grid import Grid, GridConfig, open_cell
+from .grid import Grid, GridConfig
 from .scoreboard import BASE, Scoreboard, Scored
 from .subjects import Subject, read_subject
 
@@ -161,7 +162,7 @@ class Scorer:
         rows = []
         for number, template in enumerate(self.subject.templates):
             files = [file for (_, y, _), file in grid.files.items() if y == number]
-            images = [open_cell(file) for file in files]
+            images = [read_picture(file) for file in files]
             features = {name: image_features(look, images) for name, look in self.looks.items()}
             scores = {name: statistics.fmean(likeness(features[name], self.references[name])) for name in self.looks}
             scores["clip_t"] = statistics.fmean(agreement(features["clip_i"], self.plain[number : number + 1]))

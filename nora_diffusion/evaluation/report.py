@@ -6,10 +6,9 @@ import math
 import statistics
 from pathlib import Path
 
-from PIL import Image
-
 from .. import webpage
 from ..files import write_atomic
+from ..pictures import read_picture
 from .scoreboard import Scoreboard, Table, as_json, compare, rows_of, summarise
 
 MAX_SUBJECTS, MAX_PROMPTS = 6, 6
@@ -78,11 +77,7 @@ def _pictures(board: Scoreboard, subject: str) -> str:
     rows = {label: [row for row in board.of(label) if row.subject == subject][:MAX_PROMPTS] for label in board.labels}
     header = ["", *(row.prompt for row in rows[board.labels[0]])]
     body = [
-        [label, *(_shown(row.files[0], f"{label}: {row.prompt}") for row in found)] for label, found in rows.items()
+        [label, *(webpage.picture(read_picture(row.files[0]), f"{label}: {row.prompt}") for row in found)]
+        for label, found in rows.items()
     ]
     return webpage.table(header, body, "The first seed of the first prompts.")
-
-
-def _shown(file: Path, alt: str) -> webpage.Picture:
-    with Image.open(file) as image:
-        return webpage.picture(image.convert("RGB"), alt)

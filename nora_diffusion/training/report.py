@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from .. import webpage
 from ..base import base_id
 from ..files import write_atomic
+from ..pictures import read_picture
 from ..plots import line_chart
 from ..run_layout import REPORT, SAMPLES, VALIDATION
 from .rundir import RunFolder
@@ -148,16 +147,14 @@ def _grid(found: dict[int, list[Path]], prompts: Sequence[str], kept: int) -> st
     columns = max(len(paths) for paths in found.values())
     header = ["step", *(prompts[i] if i < len(prompts) else "" for i in range(columns))]
     rows = [
-        [f"{step}, kept" if step == kept else str(step), *(_shown(path, f"step {step}") for path in paths)]
+        [
+            f"{step}, kept" if step == kept else str(step),
+            *(webpage.picture(read_picture(path), f"step {step}", side=112) for path in paths),
+        ]
         for step, paths in found.items()
     ]
     marked = next((number for number, step in enumerate(found) if step == kept), None)
     return webpage.table(header, rows, "Rows are steps; a column has one prompt and one seed.", marked)
-
-
-def _shown(path: Path, alt: str) -> webpage.Picture:
-    with Image.open(path) as image:
-        return webpage.picture(image.convert("RGB"), alt, side=112)
 
 
 def _settings(run: Run) -> str:

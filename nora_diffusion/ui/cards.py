@@ -12,12 +12,12 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import UserError
+from ..pictures import MAX_PIXELS
 from ..webpage import data_uri
 from .entries import Entry
 from .messages import short_name
 
 THUMBNAIL_SIDE = 192
-MAX_PIXELS = 40_000_000
 EMPTY = (
     '<div class="empty"><b>The library is empty.</b><br>Teach it a subject in the Train tab: an example subject takes '
     "one click. Or drop a <code>.safetensors</code> file into the field for imports.</div>"
