@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .base import EMBEDDED_WEIGHTS
+from .base import EMBEDDED_WEIGHTS, is_embedded
 from .errors import UserError, first_line
 from .quiet import no_loading_bars
 
@@ -73,6 +73,24 @@ def load_vision(path_or_id: str | Path) -> Judge:
     mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
     side = _side(settings) or int(model.config.image_size)
     return Judge(model.eval().requires_grad_(False), None, side, mean, std)
+
+
+def check_judge(judge: str | None, base: str | None) -> None:
+    """Raises :class:`UserError` where the tiny judge would look at pictures of another base than its own."""
+    if judge is None and not is_embedded(base):
+        raise UserError("measuring needs --judge, for example openai/clip-vit-base-patch32: the tiny one that is taken "
+                        "without it knows only the pictures of the embedded base")  # fmt: skip
+
+
+def load_judges(clip: str | None, vision: str | None, device: Any) -> dict[str, Judge]:
+    """The judges of likeness by the names of their scores: ``clip_i`` and, where a vision model is given, ``dino``.
+
+    The last one tells individuals apart best, so it measures drift and diversity as well.
+    """
+    judges = {"clip_i": load_judge(clip)} | ({"dino": load_vision(vision)} if vision else {})
+    for judge in judges.values():
+        judge.model.to(device)
+    return judges
 
 
 def _side(settings: dict[str, Any]) -> int:

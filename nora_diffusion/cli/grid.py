@@ -47,7 +47,7 @@ def run(values: argparse.Namespace) -> None:
         raise UserError("there is no prompt: give --prompt, or an axis prompt=...")
     cell = Cell(**shared, adapter=adapter, weight=weight, width=values.width, height=values.height)
     references = [p.image for p in read_photos(Path(values.references).expanduser())] if values.references else []
-    judge = load_judge(None if values.judge == "tiny" else values.judge) if values.judge else None
+    judge = load_judge(values.judge) if values.judge else None
     config = GridConfig(cell, axes["x"], axes["y"], axes["z"], base=values.base, device=values.device, out=values.out)
     folder = run_grid(config, judge, references)
     print(f"{folder}/grid.png: {len(config.cells())} cells; settings and scores in {folder}/grid.json")

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..adapter_file import AdapterInfo, inspect_adapter
-from ..base import base_id, best_device, default_steps, is_embedded, open_pipeline
+from ..base import base_id, best_device, check_device, default_steps, open_pipeline
 from ..captions import fill
 from ..errors import UserError
 from ..generation import parse_adapter
-from ..judges import Judge, image_features, load_judge, load_vision, text_features
+from ..judges import Judge, check_judge, image_features, load_judges, text_features
 from ..metrics import agreement, diversity, likeness
 from ..pictures import read_picture
 from .axes import NONE, Cell, axis
@@ -81,17 +81,17 @@ def evaluate(config: EvaluationConfig) -> Scoreboard:
     from tqdm.auto import tqdm
 
     contenders, subjects = check(config)
-    judge, vision = load_judge(config.judge), load_vision(config.dino) if config.dino else None
-    pipe = open_pipeline(config.base, device=config.device or best_device())
-    for look in filter(None, (judge, vision)):
-        look.model.to(pipe.device)
+    device = config.device or best_device()
+    check_device(device)
+    judges = load_judges(config.judge, config.dino, device)
+    pipe = open_pipeline(config.base, device=device)
     steps = config.steps or default_steps(config.base)
     settings = asdict(config) | {"base": base_id(pipe), "judge": config.judge or "tiny", "steps": steps}
     board = Scoreboard(settings, [c.label for c in contenders], Path(config.out).expanduser())
     total = sum(len(s.templates) for s in subjects) * len(contenders) * config.seeds
     with tqdm(total=total, desc="pictures", mininterval=0.5) as bar:
         for subject in subjects:
-            scorer = Scorer(subject, judge, vision)
+            scorer = Scorer(subject, judges)
             board.real[subject.name] = scorer.real()
             for contender in contenders:
                 bar.set_postfix_str(f"{subject.name}, {contender.label}")
@@ -124,9 +124,7 @@ def _check(config: EvaluationConfig) -> None:
         raise UserError("there is no subject: give --subjects examples/subjects/tiger, or a folder of photos")
     if not 1 <= config.seeds <= 100:
         raise UserError(f"seeds={config.seeds} is out of range: choose 1 to 100")
-    if config.judge is None and not is_embedded(config.base):
-        raise UserError("give the judge with --judge, for example openai/clip-vit-base-patch32: the tiny one that is "
-                        "taken without it knows only the pictures of the embedded base")  # fmt: skip
+    check_judge(config.judge, config.base)
 
 
 def _inspect(contenders: Sequence[Contender], subject: Subject) -> list[AdapterInfo]:
@@ -147,11 +145,10 @@ def _grid(config: EvaluationConfig, contender: Contender, subject: Subject) -> G
 class Scorer:
     """Scores the pictures of one subject against its real ones; features of those are computed once."""
 
-    def __init__(self, subject: Subject, judge: Judge, vision: Judge | None) -> None:
-        self.subject, self.judge, self.vision = subject, judge, vision
-        self.looks = {"clip_i": judge} | ({"dino": vision} if vision else {})
-        self.references = {name: image_features(look, subject.references) for name, look in self.looks.items()}
-        self.plain = text_features(judge, [fill(t, subject.class_phrase) for t in subject.templates])
+    def __init__(self, subject: Subject, judges: dict[str, Judge]) -> None:
+        self.subject, self.judges = subject, judges
+        self.references = {name: image_features(judge, subject.references) for name, judge in judges.items()}
+        self.plain = text_features(judges["clip_i"], [fill(t, subject.class_phrase) for t in subject.templates])
 
     def real(self) -> dict[str, float]:
         """How alike the real pictures are among themselves: what likeness can reach at best."""
@@ -163,10 +160,10 @@ class Scorer:
         for number, template in enumerate(self.subject.templates):
             files = [file for (_, y, _), file in grid.files.items() if y == number]
             images = [read_picture(file) for file in files]
-            features = {name: image_features(look, images) for name, look in self.looks.items()}
-            scores = {name: statistics.fmean(likeness(features[name], self.references[name])) for name in self.looks}
+            features = {name: image_features(judge, images) for name, judge in self.judges.items()}
+            scores = {name: statistics.fmean(likeness(features[name], self.references[name])) for name in features}
             scores["clip_t"] = statistics.fmean(agreement(features["clip_i"], self.plain[number : number + 1]))
             if len(files) > 1:
-                scores["diversity"] = diversity(features["dino" if self.vision else "clip_i"])
+                scores["diversity"] = diversity([*features.values()][-1])
             rows.append(Scored(label, self.subject.name, fill(template, self.subject.phrase), files, scores))
         return rows

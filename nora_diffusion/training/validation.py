@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..base import is_embedded
 from ..calibration import without_adapters
 from ..captions import fill, says, with_article, without_trigger
 from ..data import Photo, read_photos
 from ..data.similarity import find_twins
 from ..errors import UserError
 from ..files import write_atomic
-from ..judges import Judge, image_features, load_judge, load_vision, text_features
+from ..judges import Judge, check_judge, image_features, load_judges, text_features
 from ..loaders import load_adapter, save_adapter
 from ..metrics import agreement, diversity, likeness
 from ..pictures import save_picture
@@ -50,10 +49,9 @@ def is_measured(config: TrainConfig) -> bool:
 
 @dataclass
 class Measure:
-    """What is measured and by whom: judges, real pictures and prompts."""
+    """What is measured and by whom: judges (:func:`load_judges`), real pictures and prompts."""
 
-    judge: Judge
-    vision: Judge | None
+    judges: dict[str, Judge]
     real: Sequence[Image.Image]
     prompts: Sequence[str]
     class_prompts: Sequence[str]
@@ -65,26 +63,16 @@ class Measure:
     whose: Sequence[int] = ()
     """Which subject each prompt asks for, and each real picture shows, where one adapter learns several."""
 
-    @property
-    def looks(self) -> dict[str, Judge]:
-        """The judges of likeness; the last one also measures drift and diversity."""
-        return {"clip_i": self.judge} | ({"dino": self.vision} if self.vision else {})
-
 
 def plan_measure(config: TrainConfig, subject: Subject, device: torch.device) -> Measure | None:
     """Load the judges and settle the prompts; ``None`` where nothing asks for it. Raises :class:`UserError`."""
     if not is_measured(config):
         return None
-    if config.judge is None and not is_embedded(config.pretrained_model_name_or_path):
-        raise UserError("measuring needs --judge, for example openai/clip-vit-base-patch32: the tiny one that is taken "
-                        "without it knows only the pictures of the embedded base")  # fmt: skip
+    check_judge(config.judge, config.pretrained_model_name_or_path)
     members = subject.members or [subject]
     asked = [prompts_of(config, member) for member in members]
     prompts, plain = ([text for own in asked for text in own[side]] for side in (0, 1))
-    judge = load_judge(config.judge)
-    vision = load_vision(config.dino) if config.dino else None
-    for look in filter(None, (judge, vision)):
-        look.model.to(device)
+    judges = load_judges(config.judge, config.dino, device)
     photos = read_photos(folder_of(config.validation_data_dir)) if config.validation_data_dir else subject.held_out
     held = [member.held_out for member in subject.members] or [photos]
     owned = [own or member.photos for own, member in zip(held, members, strict=True)]
@@ -99,7 +87,7 @@ def plan_measure(config: TrainConfig, subject: Subject, device: torch.device) ->
     who = [number for number, (texts, _) in enumerate(asked) for _ in texts]
     whose = [number for number, own in enumerate(owned) for _ in own]
     images = [photo.image for photo in real]
-    return Measure(judge, vision, images, prompts, plain, seeds, settings, leaks, who, whose)
+    return Measure(judges, images, prompts, plain, seeds, settings, leaks, who, whose)
 
 
 def _leaks(learned: Sequence[Photo], held_out: Sequence[Photo]) -> list[str]:
@@ -180,16 +168,16 @@ class Validation:
         pictures = [self._render(prompt, measure.seeds) for prompt in measure.prompts]
         self._keep(step, pictures)
         flat = [image for group in pictures for image in group]
-        features = {name: image_features(look, flat) for name, look in measure.looks.items()}
+        features = {name: image_features(judge, flat) for name, judge in measure.judges.items()}
         if not self._real:
-            self._real = {name: image_features(look, measure.real) for name, look in measure.looks.items()}
+            self._real = {name: image_features(judge, measure.real) for name, judge in measure.judges.items()}
         scores = {name: self._likeness(name, seen) for name, seen in features.items()}
-        asked = text_features(measure.judge, [text for text in measure.class_prompts for _ in measure.seeds])
+        asked = text_features(measure.judges["clip_i"], [text for text in measure.class_prompts for _ in measure.seeds])
         scores["clip_t"] = statistics.fmean(agreement(features["clip_i"], asked))
         now = self._look(self._class_pictures())
         scores["drift"] = 1 - statistics.fmean(agreement(now, self._base))
         if len(measure.seeds) > 1:
-            groups = features["dino" if measure.vision else "clip_i"].split(len(measure.seeds))
+            groups = [*features.values()][-1].split(len(measure.seeds))
             scores["diversity"] = statistics.fmean(map(diversity, groups))
         return {name: round(value, 6) for name, value in scores.items()}
 
@@ -204,7 +192,7 @@ class Validation:
         )
 
     def _look(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        return image_features(self.measure.vision or self.measure.judge, pictures)
+        return image_features([*self.measure.judges.values()][-1], pictures)
 
     def _class_pictures(self) -> list[Image.Image]:
         seeds = self.measure.seeds[:CLASS_SEEDS]

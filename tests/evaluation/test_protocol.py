@@ -150,7 +150,7 @@ def test_mistakes_are_refused_before_anything_is_made(tiny_base: Path, place: Pa
     (tmp_path / "bare.txt").write_text("a dog\n")
     nameless = f"{place}/rex-nora"
     for changes, words in (
-        ({"judge": None}, "give the judge"),
+        ({"judge": None}, "measuring needs --judge"),
         ({"seeds": 0}, "out of range"),
         ({"adapters": ["none"]}, "takes part anyway"),
         ({"adapters": [f"a={nameless}", f"a={nameless}"]}, "two adapters are called 'a'"),

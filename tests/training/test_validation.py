@@ -84,8 +84,9 @@ def test_the_scores_are_their_definitions(
     )
     monkeypatch.setattr(Validation, "_keep", lambda *_: None)
     clip, dino = load_judge(judges / "clip"), load_vision(judges / "dino") if with_dino else None
+    both = {"clip_i": clip, **({"dino": dino} if dino else {})}
     real = [picture("real", number, True) for number in range(2)]
-    measure = Measure(clip, dino, real, ["a sks dog", "sks"], ["a dog", "dog"], [5, 6, 7], {})
+    measure = Measure(both, real, ["a sks dog", "sks"], ["a dog", "dog"], [5, 6, 7], {})
     scores = Validation(measure, Any, Any, tmp_path, torch.float32)._scores(3)
     groups = [[picture(prompt, seed, True) for seed in (5, 6, 7)] for prompt in ("a sks dog", "sks")]
     looked = [image_features(dino or clip, group) for group in groups]
@@ -108,7 +109,7 @@ def test_likeness_is_to_the_subject_that_was_asked_for() -> None:
     """With two subjects: 2 seeds of prompts 0 and 1 against photos 0 and 1, 2 of prompt 2 against photo 2."""
     source = torch.Generator().manual_seed(0)
     seen, real = (F.normalize(torch.randn(n, 4, generator=source), dim=1) for n in (6, 3))
-    measure = Measure(Any, None, [Any] * 3, ["a", "b", "c"], [], [5, 6], {}, (), [0, 0, 1], [0, 0, 1])
+    measure = Measure({}, [Any] * 3, ["a", "b", "c"], [], [5, 6], {}, (), [0, 0, 1], [0, 0, 1])
     found = Validation(measure, Any, Any, Path(), torch.float32)
     found._real["clip_i"] = real
     cosines = seen @ real.T
