@@ -1,15 +1,20 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of either; and their hashes."""
+"""Writing files so that a crash leaves the old one or the new one, never half of either; hashes and locks."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .errors import UserError
+
+POLL_SECONDS = 0.1
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def sha256(path: Path) -> str:
@@ -64,25 +69,98 @@ def write_atomic(path: Path, content: bytes | str | Iterable[bytes]) -> Path:
     return path
 
 
+class NoLocksError(UserError):
+    """The disk has no file locks, as some network drives."""
+
+
+class FileLock:
+    """An exclusive lock on ``path``, for threads and processes alike; as a context manager it waits for its turn.
+
+    No pid and no time stamp is trusted: the system frees the lock when its holder ends, however it ends. Raises
+    :class:`NoLocksError`, or :class:`UserError` where the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.handle: int | None = None
+
+    def try_acquire(self, shared: bool = False) -> bool:
+        """Take the lock if nobody holds it (``shared``: if nobody holds it alone); says whether that worked."""
+        make_folder(self.path.parent)
+        flags = os.O_RDONLY if self.path.is_dir() else os.O_RDWR | os.O_CREAT
+        with user_errors(self.path):
+            handle = os.open(self.path, flags, 0o666)  # less the process's own mask
+        try:
+            _lock(handle, shared)
+        except OSError as error:
+            os.close(handle)
+            if error.errno in NO_LOCKS:
+                raise NoLocksError(
+                    f"the disk of {self.path.parent} has no file locks: choose a folder elsewhere"
+                ) from error
+            return False
+        self.handle = handle
+        return True
+
+    def acquire(self, given_up: Callable[[], bool] = lambda: False) -> bool:
+        """Wait for the lock; ``False`` if ``given_up`` said so first."""
+        while not self.try_acquire():
+            if given_up():
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def release(self) -> None:
+        """Let go; nothing happens where the lock is not held."""
+        if self.handle is not None:
+            os.close(self.handle)
+            self.handle = None
+
+    def __enter__(self) -> FileLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _lock(handle: int, shared: bool) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+        return
+    fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody holds the lock at ``path``; on a disk without locks nobody does."""
+    if not path.is_file():
+        return False
+    lock = FileLock(path)
+    with contextlib.suppress(NoLocksError):
+        if not lock.try_acquire(shared=True):  # so that two who ask at once do not see each other
+            return True
+    lock.release()
+    return False
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Wait until no other process is in here with the same folder; for read, change and write of what lies in it.
 
-    The folder itself is locked, so that nothing is left behind. Where the platform cannot, this does nothing.
+    The folder itself is locked where the platform can, so that nothing is left behind. On a disk without locks this
+    does nothing.
     """
+    lock = FileLock(make_folder(folder) if hasattr(os, "O_DIRECTORY") else folder / ".alone.lock")
+    with contextlib.suppress(NoLocksError):
+        lock.acquire()
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with user_errors(folder):
-        handle = os.open(make_folder(folder), os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a network drive without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 def sync_folder(path: Path) -> None:

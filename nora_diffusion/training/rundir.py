@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from typing import IO, Any, Literal
 
 from ..adapter_file import FILE_NAME
 from ..errors import UserError
-from ..files import make_folder, user_errors, write_atomic
+from ..files import FileLock, make_folder, user_errors, write_atomic
 from ..run_layout import CANDIDATES, CHECKPOINTS, CONFIG, LOCK, LOG, MEASURED, REPORT, SAMPLES, STATE, VALIDATION
 
 log = logging.getLogger(__name__)
@@ -23,7 +22,6 @@ log = logging.getLogger(__name__)
 Status = Literal["starting", "training", "saving", "done", "interrupted", "failed"]
 SPARE_BYTES = 16 * 2**20
 STATE_SECONDS = 0.5
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class RunFolder:
@@ -38,7 +36,7 @@ class RunFolder:
         self.owner = owner
         self._created = False
         self._claimed = False
-        self._lock: IO[str] | None = None
+        self._lock = FileLock(path / LOCK)
         self._state: dict[str, Any] = {}
         self._state_time = 0.0
         self._told = False
@@ -70,25 +68,14 @@ class RunFolder:
             raise UserError(f"the output folder {self.path} is a file: choose another --output_dir")
         self._created = not self.path.exists()
         make_folder(self.path)
-        with user_errors(self.path):
-            self._lock = (self.path / LOCK).open("a+")
-        try:
-            _acquire(self._lock)
-        except OSError as error:
-            self._lock.seek(0)
-            holder = self._lock.read(20).strip()
-            self._lock.close()
-            if error.errno in NO_LOCKS:
-                raise UserError(
-                    f"the disk of {self.path} has no file locks: choose an --output_dir elsewhere"
-                ) from error
+        if not self._lock.try_acquire():
             raise UserError(
-                f"another training runs in {self.path}{f' (process {holder})' if holder else ''}: wait for it or "
-                "choose another --output_dir"
-            ) from error
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
+                f"another training runs in {self.path}{self._holder()}: wait for it or choose another --output_dir"
+            )
+        handle = self._lock.handle
+        assert handle is not None
+        os.truncate(handle, 0)
+        os.write(handle, str(os.getpid()).encode())
         self._say_how_it_ended()
         try:
             self.require(SPARE_BYTES)
@@ -96,6 +83,11 @@ class RunFolder:
             self._leave()
             raise
         return self
+
+    def _holder(self) -> str:
+        with contextlib.suppress(OSError, ValueError):  # Windows lets nobody read what is locked
+            return f" (process {int(self._lock.path.read_text())})"
+        return ""
 
     def _say_how_it_ended(self) -> None:
         """The lock was free, so a process that ``state.json`` shows at work is gone, whoever has its number now."""
@@ -112,9 +104,7 @@ class RunFolder:
         self._leave()
 
     def _leave(self) -> None:
-        if self._lock is None:
-            return
-        self._lock.close()  # closing releases the lock, and so does the death of the process
+        self._lock.release()
         if self._created and not self._claimed:
             with contextlib.suppress(OSError):
                 (self.path / LOCK).unlink()
@@ -221,14 +211,3 @@ def _step(line: str) -> float:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")  # a line cut short by a crash
-
-
-def _acquire(file: IO[str]) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
-        return
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

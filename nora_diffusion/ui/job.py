@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..files import is_held
 from ..run_layout import CHECKPOINTS, LOG, MANIFEST, SAMPLES, STATE, checkpoint_steps
-from .locks import is_held
 from .messages import without_dashes, without_folders
 from .worker import boot_id
 

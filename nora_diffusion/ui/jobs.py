@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import user_errors, write_atomic
+from ..files import FileLock, is_held, user_errors, write_atomic
 from .job import Job, read_job, read_json
-from .locks import FileLock, is_held
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 

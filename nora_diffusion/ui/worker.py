@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ..base import is_embedded
-from ..files import make_folder, sync_folder, user_errors, write_atomic
+from ..files import FileLock, make_folder, sync_folder, user_errors, write_atomic
 from ..run_layout import SAMPLES, STATE
 from .entries import SCORES
-from .locks import FileLock
 
 UNREADABLE = 3
 

@@ -268,7 +268,7 @@ def test_one_at_a_time_in_order(device: Device) -> None:
 
 
 def test_a_training_holds_the_device(tmp_path: Path) -> None:
-    from nora_diffusion.ui.locks import FileLock
+    from nora_diffusion.files import FileLock
 
     device, training = Device(tmp_path / "lock"), FileLock(tmp_path / "lock")
     assert training.try_acquire()

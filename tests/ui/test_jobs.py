@@ -18,10 +18,10 @@ from factories import write_photos
 
 from nora_diffusion import UserError, inspect_adapter
 from nora_diffusion.adapter_file import FILE_NAME
+from nora_diffusion.files import FileLock
 from nora_diffusion.ui.config import AppConfig
 from nora_diffusion.ui.job import Job, read_job
 from nora_diffusion.ui.jobs import Jobs
-from nora_diffusion.ui.locks import FileLock, is_held
 from nora_diffusion.ui.state import App
 from nora_diffusion.ui.worker import boot_id
 
@@ -63,29 +63,6 @@ def fake(folder: Path, **files: Any) -> Path:
         place = folder / "run" / "state.json" if name == "state" else folder / f"{name}.json"
         place.write_text(json.dumps(value))
     return folder
-
-
-# The lock
-
-
-def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
-    path = tmp_path / "lock"
-    assert not is_held(path)
-    with FileLock(path):
-        assert is_held(path) and not FileLock(path).try_acquire()
-        assert not FileLock(path).acquire(given_up=lambda: True)
-    assert not is_held(path)
-    code = (
-        "import sys, time; from pathlib import Path; from nora_diffusion.ui.locks import FileLock\n"
-        "FileLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(600)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
-    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-    assert is_held(path) and is_held(path)
-    holder.kill()
-    holder.wait()
-    holder.stdout.close()
-    assert not is_held(path)
 
 
 # What a folder means
