@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import UserError
 from ..quiet import hush
+from ..training.arguments import with_underscores
 from . import app, data, demo, evaluate, export, generate, grid, import_, inspect, methods, mix, pack
 
 COMMANDS = {
@@ -49,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse, with a suggestion for the first unknown flag."""
-        values, unknown = self.parse_known_args(argv)
+        values, unknown = self.parse_known_args([with_underscores(word) for word in argv])
         if unknown:
             flags = [flag for action in self._flags(values) for flag in action.option_strings]
             near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)

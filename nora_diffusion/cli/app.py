@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for a password; needed with --listen")
     parser.add_argument(
-        "--allow-changes", action="store_true", help="with --listen: let users train, upload and delete"
+        "--allow_changes", action="store_true", help="with --listen: let users train, upload and delete"
     )
     parser.add_argument("--device", help="cpu, cuda, mps ... (default: the best there is)")
 

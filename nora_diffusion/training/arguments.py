@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> TrainConfig:
     """Flags over the YAML file over defaults. Raises :class:`UserError` with an unknown flag's nearest."""
     import sys
 
-    words = [_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
     parsed, unknown = build_parser(prog).parse_known_args(words)
     if unknown:
         flag = next((word for word in unknown if word.startswith("--")), unknown[0])
@@ -57,7 +57,8 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> TrainConfig:
     return TrainConfig.from_mapping({**(read_yaml(Path(path)) if path else {}), **values})
 
 
-def _with_underscores(word: str) -> str:
+def with_underscores(word: str) -> str:
+    """A flag's name under the spelling that parsers know: ``--a-b`` is ``--a_b``."""
     if not word.startswith("--"):
         return word
     name, mark, value = word.partition("=")

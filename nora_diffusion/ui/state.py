@@ -122,4 +122,4 @@ class App:
     def require_changes(self) -> None:
         """Call it inside every handler that trains, uploads or deletes: endpoints answer over HTTP, hidden or not."""
         if not self.config.may_change:
-            raise UserError("this server is shared: start it with --allow-changes to train, upload and delete")
+            raise UserError("this server is shared: start it with --allow_changes to train, upload and delete")

@@ -219,6 +219,12 @@ def test_flags_have_the_defaults_of_what_they_set(words: str, owner: Any, rename
             assert flags[flag] == told, flag
 
 
+def test_hyphens_in_flags_are_underscores() -> None:
+    values = build_parser().parse(["generate", "--negative-prompt=a-b", "--prompt", "a-b"])
+    assert (values.negative_prompt, values.prompt) == ("a-b", ["a-b"])
+    assert build_parser().parse(["app", "--allow-changes"]).allow_changes
+
+
 def test_module_runs_and_is_quick_to_help() -> None:
     code = "import sys; from nora_diffusion.cli import main; main(['--help'])"
     check = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"

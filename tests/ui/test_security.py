@@ -357,8 +357,8 @@ def test_a_shared_app(tmp_path: Path, base: Path, library: Path) -> None:
             assert http.post("/login", data={"username": "nora", "password": "secret"}).status_code == 200
             shared.cookies = dict(http.cookies)
             assert http.get("/config").status_code == 200
-        assert "--allow-changes" in error(shared.call("delete", "dog", 0))
-        assert "--allow-changes" in error(shared.call("import", None, 0))
+        assert "--allow_changes" in error(shared.call("delete", "dog", 0))
+        assert "--allow_changes" in error(shared.call("import", None, 0))
         assert (shared.library / "dog").is_dir()
         with shared.client() as http:
             tries = [http.post("/login", data={"username": "nora", "password": str(n)}) for n in range(8)]
