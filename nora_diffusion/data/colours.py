@@ -22,20 +22,24 @@ def colour(name: str) -> Colour:
         raise UserError(f"background={name!r} is no colour: give a name such as white or grey, or #rrggbb") from error
 
 
-def to_rgb(image: Image.Image, background: Colour = WHITE) -> tuple[Image.Image, Image.Image | None]:
-    """8-bit sRGB on ``background``, and the alpha channel ``L`` where something is transparent, else ``None``."""
+def to_rgb(image: Image.Image, background: Colour = WHITE) -> tuple[Image.Image, Image.Image | None, bool]:
+    """8-bit sRGB on ``background``, and the alpha channel ``L`` where something is transparent, else ``None``.
+
+    The last value is false where the picture's colour profile is broken, so that its colours are taken as sRGB.
+    """
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_eight_bits(image)).convert("RGB"), None
+        return Image.fromarray(_eight_bits(image)).convert("RGB"), None, True
     if not image.has_transparency_data:
-        return _srgb(image), None
+        rgb, sound = _srgb(image)
+        return rgb, None, sound
     layers = image.convert("RGBA")
     alpha = layers.getchannel("A")
     rgb = layers.convert("RGB")  # drops the alpha, keeps the colours beneath
     rgb.info["icc_profile"] = image.info.get("icc_profile")
-    rgb = _srgb(rgb)
+    rgb, sound = _srgb(rgb)
     if np.asarray(alpha).min(initial=255) == 255:
-        return rgb, None
-    return Image.composite(rgb, Image.new("RGB", rgb.size, background), alpha), alpha
+        return rgb, None, sound
+    return Image.composite(rgb, Image.new("RGB", rgb.size, background), alpha), alpha, sound
 
 
 def _eight_bits(image: Image.Image) -> np.ndarray[Any, Any]:
@@ -43,7 +47,7 @@ def _eight_bits(image: Image.Image) -> np.ndarray[Any, Any]:
     return np.clip(np.round(np.asarray(image).astype(np.float64) / 257.0), 0, 255).astype(np.uint8)
 
 
-def _srgb(image: Image.Image) -> Image.Image:
+def _srgb(image: Image.Image) -> tuple[Image.Image, bool]:
     profile = image.info.get("icc_profile")
     image = image.convert("RGB") if image.mode in ("P", "1") else image
     if profile and image.mode in ("RGB", "CMYK", "L"):
@@ -53,6 +57,5 @@ def _srgb(image: Image.Image) -> Image.Image:
             converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
         except (ImageCms.PyCMSError, OSError, ValueError):
             converted = None  # a broken or foreign profile is worth less than none
-        if converted is not None:
-            return converted
-    return image.convert("RGB")
+        return converted or image.convert("RGB"), converted is not None
+    return image.convert("RGB"), True

@@ -128,12 +128,14 @@ def _content(path: Path) -> bytes:
 def _decoded(path: Path, picture: Image.Image, sha256: str, background: Colour) -> Photo:
     mode, frames = picture.mode, getattr(picture, "n_frames", 1)
     upright, turned = _upright(picture)
-    image, alpha = to_rgb(upright, background)
+    image, alpha, sound = to_rgb(upright, background)
     remarks = ["turned as its EXIF says"] if turned else []
     if alpha is not None:
         place = "#{:02x}{:02x}{:02x}".format(*background)
         remarks.append(f"transparent in places, which become {'white' if background == WHITE else place}")
         log.warning("%s is %s", path.name, remarks[-1])
+    if not sound:
+        remarks.append("its colour profile cannot be used: its colours are taken as sRGB")
     if mode not in ("RGB", "RGBA"):
         remarks.append(f"converted from {mode} to RGB")
     if frames > 1 and picture.format != "MPO":

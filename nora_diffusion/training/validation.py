@@ -135,7 +135,10 @@ class Validation:
             stored = json.loads((self.folder / MEASURED).read_text(encoding="utf-8"))
             same = stored["settings"] == json.loads(json.dumps(self.measure.settings))
             points = [Point(int(p["step"]), dict(p["scores"])) for p in stored["points"]]
-        except (OSError, ValueError, KeyError, TypeError):
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is damaged (%r): what it measured is left out", self.folder / MEASURED, error)
             return
         if not same:
             log.warning("validation is measured otherwise than before: its earlier points are left out")

@@ -88,6 +88,15 @@ def test_a_profile_is_applied_beneath_transparency_as_without(tmp_path: Path) ->
     assert plain.getpixel((5, 5)) == composed.getpixel((5, 5)) and composed.getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_broken_profile_is_remarked(tmp_path: Path, mode: str) -> None:
+    halves(mode).save(tmp_path / "photo.png", icc_profile=b"no profile")
+    halves(mode).save(tmp_path / "plain.png")
+    broken, plain = (read_photo(tmp_path / name) for name in ("photo.png", "plain.png"))
+    assert broken.image.tobytes() == plain.image.tobytes() and not plain.remarks
+    assert broken.remarks == ("its colour profile cannot be used: its colours are taken as sRGB",)
+
+
 def swapping_profile() -> bytes:
     """sRGB with the tags of its red and blue primaries exchanged."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())

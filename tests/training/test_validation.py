@@ -117,6 +117,16 @@ def test_likeness_is_to_the_subject_that_was_asked_for() -> None:
     assert found._likeness("clip_i", seen) == pytest.approx(float(expected), abs=1e-6)
 
 
+def test_a_damaged_record_is_said_and_a_missing_one_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    measure = Measure({}, [], [], [], [], {})
+    found = Validation(measure, Any, Any, tmp_path, torch.float32)
+    found.restore(4)
+    assert not caplog.text
+    (tmp_path / "validation.json").write_text('{"settings": {}, "points": [')
+    found.restore(4)
+    assert f"{tmp_path / 'validation.json'} is damaged" in caplog.text and found.points == []
+
+
 def test_a_run_measures_its_own_pictures(measured: Configure, judges: Path, tiny_base: Path) -> None:
     """Likeness and prompts as of pictures that another pipeline makes with the adapter kept of a step."""
     strong = {"method": "lora", "inner_rank": None, "basis": None, "target_modules": ["attn", "ff", "proj", "conv"]}
