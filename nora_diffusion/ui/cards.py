@@ -128,6 +128,11 @@ def facts(entry: Entry, misfit: str | None) -> str:
     return table((name, value) for name, value in rows.items() if value)
 
 
+def line(text: str, bad: bool = False) -> str:
+    """One line of status."""
+    return f'<p class="status{" bad" if bad else ""}" role="status">{escape(text)}</p>'
+
+
 def table(rows: object) -> str:
     """Rows of ``(name, value)`` as a table with row headings."""
     cells = "".join(f'<tr><th scope="row">{escape(str(n))}</th><td>{escape(str(v))}</td></tr>' for n, v in rows)  # type: ignore[attr-defined]

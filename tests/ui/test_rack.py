@@ -25,7 +25,7 @@ INFOS = {
 def app() -> Any:
     entries = {name: SimpleNamespace(info=info, tag=name, fault="") for name, info in INFOS.items()}
     return SimpleNamespace(
-        engine=SimpleNamespace(is_embedded=True, guidance=5.0), misfit=lambda entry: None,
+        engine=SimpleNamespace(base=None, is_embedded=True, guidance=5.0), misfit=lambda entry: None,
         library=SimpleNamespace(entry=entries.get, entries=lambda: list(entries.values())),
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ import gradio as gr
 from ...errors import UserError
 from ...evaluation.axes import NONE, Cell
 from ...evaluation.grid import GridConfig
+from ..cards import line
 from ..comparison import AXES, BASE_ALONE, Comparison, build_axis, build_grid, compare, suggestion
 from ..page import LAST, QUIET, Page, handler, run_buttons, stopper, who
 from ..request import MAX_PROMPT, MAX_STEPS
@@ -24,7 +25,7 @@ from .rack import called, names
 
 TITLE = "Compare"
 WORK = "a comparison"
-HINT = '<p class="status">Choose what changes along columns and rows, then press Compare.</p>'
+HINT = line("Choose what changes along columns and rows, then press Compare.")
 
 
 def build(page: Page) -> None:
@@ -196,7 +197,7 @@ def _plan(app: App, cell: Cell, adapter: str, axes: tuple[tuple[str, str], ...])
 
 
 def _done(result: Comparison, seconds: float) -> str:
-    return f'<p class="status" role="status">{len(result.cells)} cells in {seconds:.1f} s.</p>'
+    return line(f"{len(result.cells)} cells in {seconds:.1f} s.")
 
 
 def _results(app: App, result: Comparison) -> list[Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from ..cards import line
 from ..runs import Progress
 from ..state import App
 
@@ -13,21 +14,21 @@ from ..state import App
 def status(progress: Progress, idle: bool = False) -> str:
     """One line: the place in the queue, how far the work is, or how it ended."""
     if idle:
-        return _line("Write a prompt and press Generate, or Ctrl+Enter.")
+        return line("Write a prompt and press Generate, or Ctrl+Enter.")
     if progress.state == "failed":
-        return _line(progress.message, bad=True)
+        return line(progress.message, bad=True)
     if progress.state == "waiting":
-        return _line(_waiting(progress))
+        return line(_waiting(progress))
     if progress.state == "working":
         if not progress.steps:
-            return _line("Loading …")
+            return line("Loading …")
         step = min(progress.step, progress.steps)  # PNDM takes its first step twice
         done = ((progress.picture - 1) + step / progress.steps) / max(1, progress.pictures)
         text = f"Picture {progress.picture} of {progress.pictures}, step {step} of {progress.steps}"
-        return _line(text) + f'<div class="bar"><span style="width:{100 * done:.0f}%"></span></div>'
+        return line(text) + f'<div class="bar"><span style="width:{100 * done:.0f}%"></span></div>'
     made = len(progress.files)
     pictures = f"{made} picture{'' if made == 1 else 's'} in {progress.seconds:.1f} s"
-    return _line(f"Interrupted after {pictures}." if progress.state == "stopped" else f"{pictures}.")
+    return line(f"Interrupted after {pictures}." if progress.state == "stopped" else f"{pictures}.")
 
 
 def _waiting(progress: Progress) -> str:
@@ -35,10 +36,6 @@ def _waiting(progress: Progress) -> str:
         return "Starting …"
     place = f"You are number {progress.ahead} in the queue" if progress.ahead else "You are next"
     return f"{place}; now running: {progress.busy_with}."
-
-
-def _line(text: str, bad: bool = False) -> str:
-    return f'<p class="status{" bad" if bad else ""}" role="status">{escape(text)}</p>'
 
 
 def live(progress: Progress) -> str:

@@ -12,7 +12,7 @@ from ...errors import UserError
 from ...evaluation.spectra import TOP, LayerSpectrum, gate_summaries, iter_spectra
 from ...gates import GateSummary
 from ...plots import bar_chart, line_chart
-from ..cards import facts
+from ..cards import facts, line
 from ..entries import Entry
 from ..page import LAST, QUIET, Page, handler
 from ..runs import Progress, Run
@@ -20,7 +20,7 @@ from ..state import App
 from .rack import NONE_YET, names
 
 TITLE = "Inspect"
-HINT = '<p class="status">Choose an adapter to see what it changes.</p>'
+HINT = line("Choose an adapter to see what it changes.")
 MOST_BARS, MOST_LINES = 24, 6
 SHORTER = {
     ".transformer_blocks.0.": ".", "transformer_blocks": "block", "attentions": "attn", "down_blocks": "down",
@@ -89,12 +89,12 @@ def inspector(app: App) -> Any:
 
 def _status(progress: Progress) -> str:
     if progress.state == "failed":
-        return f'<p class="status bad" role="status">{escape(progress.message)}</p>'
+        return line(progress.message, bad=True)
     if progress.state == "waiting":
-        return f'<p class="status" role="status">Waiting; now running: {escape(progress.busy_with or "nothing")}.</p>'
+        return line(f"Waiting; now running: {progress.busy_with or 'nothing'}.")
     if progress.state == "done":
-        return f'<p class="status" role="status">{progress.pictures} layers in {progress.seconds:.1f} s.</p>'
-    return f'<p class="status" role="status">Layer {progress.picture} of {progress.pictures or "…"}</p>'
+        return line(f"{progress.pictures} layers in {progress.seconds:.1f} s.")
+    return line(f"Layer {progress.picture} of {progress.pictures or '…'}")
 
 
 def show(found: Sequence[LayerSpectrum]) -> str:
@@ -113,14 +113,16 @@ def show(found: Sequence[LayerSpectrum]) -> str:
         most = sorted(counted, key=lambda s: -(s.intruders or 0))[:MOST_BARS]
         mean = sum(s.intruders or 0 for s in counted) / len(counted)
         parts.append(
-            f'<p class="status">{mean:.2f} of the {TOP} largest directions of an adapted layer are new to the base '
-            "on average (intruder dimensions, arXiv 2410.21228); many of them go with forgetting.</p>"
+            line(
+                f"{mean:.2f} of the {TOP} largest directions of an adapted layer are new to the base on average "
+                "(intruder dimensions, arXiv 2410.21228); many of them go with forgetting."
+            )
         )
         if any(s.intruders for s in most):
             bars = [(label(s), float(s.intruders or 0)) for s in most if s.intruders]
             parts.append(bar_chart("Intruder dimensions", bars, f"of {TOP}"))
     if any(s.mixture for s in found):
-        parts.append('<p class="status">This is a mixture: the numbers are those of even gates.</p>')
+        parts.append(line("This is a mixture: the numbers are those of even gates."))
     return f'<div class="plots">{"".join(parts)}{table(strongest)}</div>'
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from html import escape
 from itertools import combinations
 from typing import Any
 
@@ -14,6 +13,7 @@ from ...captions import says, with_trigger
 from ...composition.angles import WARN_ABOVE
 from ...composition.tags import MAX_WEIGHT, NUMBER, TAG, Tag, parse_tags, write_tags
 from ...errors import UserError
+from ..cards import line
 from ..page import HIDDEN, LAST, QUIET, Page, handler
 from ..state import App
 from ..weights import BLOCKS
@@ -160,8 +160,11 @@ def overlap_teller(app: App) -> Any:
             return gr.skip(), gr.skip()
         pairs = [(one, two, app.overlap(one, two)) for one, two in combinations(names[:SLOTS], 2)]
         said = [
-            f'<p class="status bad" role="status">{escape(one)} and {escape(two)} overlap by {score:.2f}: they change '
-            "much the same and will disturb each other. Lower their weights, or keep one.</p>"
+            line(
+                f"{one} and {two} overlap by {score:.2f}: they change much the same and will disturb each other. "
+                "Lower their weights, or keep one.",
+                bad=True,
+            )
             for one, two, score in pairs
             if score > WARN_ABOVE
         ]

@@ -10,6 +10,7 @@ import gradio as gr
 
 from ...composition.tags import write_tags
 from ...pictures import PictureSettings, read_settings, tag_of
+from ..cards import line
 from ..page import HIDDEN, QUIET, Page, handler
 from ..state import App
 from .generate_settings import Settings
@@ -91,7 +92,7 @@ def table(now: dict[str, Any], then: dict[str, Any], notes: list[str]) -> str:
         if now[name] != value
     ]
     head = '<tr><th scope="col">Setting</th><th scope="col">Now</th><th scope="col">In the picture</th></tr>'
-    said = "".join(f'<p class="status bad">{escape(note)}</p>' for note in notes)
+    said = "".join(line(note, bad=True) for note in notes)
     if not rows:
-        return f"{said}<p class='status'>All settings are as in the picture already.</p>"
+        return said + line("All settings are as in the picture already.")
     return f'{said}<table class="facts"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 
 from ...plots import line_chart
+from ..cards import line
 from ..job import Job
 from ..photos import Checked
 
@@ -21,11 +21,6 @@ WORDS = {
     "killed": "Killed",
 }
 NO_RUN = '<p class="empty">No training yet. Drop photos or pick an example subject, then press Train.</p>'
-
-
-def line(text: str, bad: bool = False) -> str:
-    """One line of status."""
-    return f'<p class="status{" bad" if bad else ""}" role="status">{escape(text)}</p>'
 
 
 def photo_report(photos: Sequence[Checked], faults: Sequence[str] = ()) -> str:
