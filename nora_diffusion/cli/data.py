@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 HELP = "look at the photos of a folder as a training would see them: a report as one page and as JSON"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this command, which are called as in ``train``."""
+    from ..training.config import Crop
+
     parser.add_argument("folder", help="folder with photos")
     parser.add_argument("--out", default="outputs/data", help="folder of the report")
     parser.add_argument("--resolution", type=int, default=512, help="side of the training pictures in pixels")
     parser.add_argument("--aspect_buckets", action="store_true", help="crop to the nearest of several shapes")
-    parser.add_argument("--crop", choices=("random", "center", "subject"), default="random",
+    parser.add_argument("--crop", choices=get_args(Crop), default="random",
                         help="where a photo of another shape is cropped; subject: around its mask")  # fmt: skip
     parser.add_argument("--crops_per_image", type=int, default=4, help="random crops of a photo of another shape")
     parser.add_argument("--background", default="white", help="colour that shows through transparent places")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .config import LossType, LossWeighting
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SMALLEST_SNR = 1e-4
 """Where debiased weights would be infinite (zero terminal SNR), they are those of this ratio."""
-Weighting = Literal["none", "min_snr", "debiased"]
-LossType = Literal["l2", "huber"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Objective:
     noise: Tensor
     times: Tensor
     kind: str
-    weighting: Weighting = "none"
+    weighting: LossWeighting = "none"
     gamma: float = 5.0
     loss: LossType = "l2"
     huber_c: float = 0.1

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..adapter_file import FILE_NAME
 from ..errors import UserError
+from ..evaluation.axes import AXES as AXES
 from ..evaluation.axes import NONE, Axis, Cell, parse_axis
 from ..evaluation.grid import NO_AXIS, Grid, GridConfig, MadeCell
 from ..run_layout import CHECKPOINTS, checkpoint_steps
@@ -20,7 +21,6 @@ from .request import MAX_SIDE, MAX_STEPS
 from .runs import Run, Skipped
 from .state import App
 
-AXES = ("adapter", "weight", "method", "seed", "step", "steps", "guidance", "prompt")
 MAX_CELLS = 100
 KEPT_CELLS = 2000
 MAX_TEXT = 4000

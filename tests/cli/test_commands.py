@@ -7,7 +7,7 @@ import subprocess
 import sys
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,15 +16,18 @@ from safetensors.torch import load_file
 from nora_diffusion import add_adapter, nora, open_pipeline, save_adapter
 from nora_diffusion.cli import build_parser, main
 from nora_diffusion.composition.mixing import mix_files
+from nora_diffusion.composition.modes import Mode
 from nora_diffusion.demo import SUBJECT, run_demo
 from nora_diffusion.evaluation.axes import Cell
 from nora_diffusion.evaluation.grid import GridConfig
 from nora_diffusion.evaluation.protocol import EvaluationConfig
+from nora_diffusion.export_formats import Format
 from nora_diffusion.generation import GenerateConfig, parse_adapter
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.pictures import read_settings
 from nora_diffusion.training import TrainConfig
 from nora_diffusion.training.command import next_command
+from nora_diffusion.training.config import SaveDtype
 from nora_diffusion.training.defaults import EMBEDDED
 
 Capture = pytest.CaptureFixture[str]
@@ -217,6 +220,19 @@ def test_flags_have_the_defaults_of_what_they_set(words: str, owner: Any, rename
         flag, told = renamed.get(name, name), parameter.default
         if isinstance(told, int | float | str) and flag in flags and (owner, flag) != (nora, "basis"):
             assert flags[flag] == told, flag
+
+
+@pytest.mark.parametrize(
+    ("words", "flag", "kind"),
+    [
+        ("mix a --output b", "--mode", Mode),
+        ("export a b", "--format", Format),
+        ("export a b", "--dtype", SaveDtype),
+    ],
+)
+def test_flags_have_all_choices(words: str, flag: str, kind: Any) -> None:
+    for choice in get_args(kind):
+        assert getattr(build_parser().parse([*words.split(), flag, choice]), flag[2:]) == choice
 
 
 def test_hyphens_in_flags_are_underscores() -> None:
