@@ -16,22 +16,20 @@ from torch import Tensor, nn
 
 from . import tensor_cache
 from .adapters import AdapterConfig
-from .adapters.bases import Pair
+from .adapters.bases import FROM_WEIGHTS, Pair
 from .adapters.build import flat_weight, outer_pair, outer_rank
 from .adapters.config import Start
 from .tensor_file import tensor_hash
 
 VERSION = 1
 """Raised whenever ``adapters/bases.py`` gives other numbers, so that no old entry is taken for a new one."""
-CACHED = ("svd", "awsvd")
-"""Kinds of basis that follow from the weights; the others are drawn at random, afresh for each adapter."""
 
 
 def outer_pairs(
     config: AdapterConfig, layers: Mapping[str, nn.Module], strengths: Mapping[str, Tensor]
 ) -> dict[str, Pair]:
     """The outer pair of each of ``layers`` by path, from the cache or computed and stored there; empty if random."""
-    if config.basis not in CACHED:
+    if config.basis not in FROM_WEIGHTS:
         return {}
     name = f"basis-{entry_key(config, layers, strengths)}"
     stored = tensor_cache.load(name)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .adapters import PRESETS, AdapterConfig
+from .adapters.bases import FROM_WEIGHTS
 from .adapters.build import build_delta, flat_weight
 from .adapters.config import Start
 from .adapters.deltas import ChainDelta
@@ -35,8 +36,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
 }
 """Settings of ``UNet2DConditionModel`` that make the UNets of Stable Diffusion 1.5 and SDXL."""
-FROM_WEIGHTS = ("svd", "awsvd")
-"""Bases that are the same for all subjects of one base model, so that one file of it serves them all."""
 TITLES = {"sd15": "SD 1.5", "sdxl": "SDXL"}
 
 

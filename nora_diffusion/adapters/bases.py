@@ -16,7 +16,6 @@ from torch import Tensor
 from ..errors import UserError
 
 Placement = Literal["up", "down", "sqrt", "none"]
-PLACEMENTS: tuple[Placement, ...] = ("up", "down", "sqrt", "none")
 Pair = tuple[Tensor, Tensor]
 
 EXACT_LIMIT = 512
@@ -127,5 +126,7 @@ BASES: dict[Basis, Callable[..., Pair]] = {
     "orthogonal": orthogonal,
     "sharing": sharing,
 }
+FROM_WEIGHTS = frozenset({"svd", "awsvd"})
+"""Bases that are the same for all subjects of one base model: computed once, and stored once for them all."""
 COMPUTED = frozenset({"sharing"})
 """Bases that follow from shapes alone: no file stores them."""

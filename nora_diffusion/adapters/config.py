@@ -10,7 +10,7 @@ from peft import PeftConfig
 from torch import Tensor
 
 from ..errors import UserError
-from .bases import BASES, COMPUTED, PLACEMENTS, Basis, Pair, Placement
+from .bases import COMPUTED, Basis, Pair, Placement
 from .patterns import check_patterns, suffix_matcher
 from .register import NORA
 from .targets import expand_targets
@@ -90,12 +90,12 @@ class AdapterConfig(PeftConfig):
             raise UserError(f"inner_r={self.inner_r} exceeds r={self.r}: the inner pair sits inside the outer one")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
-        self._check_choice("basis", tuple(BASES))
-        self._check_choice("placement", PLACEMENTS)
+        self._check_choice("basis", get_args(Basis))
+        self._check_choice("placement", get_args(Placement))
         self._check_choice("core", get_args(CoreKind))
         self._check_choice("router", get_args(Router))
         self._check_choice("experts", get_args(ExpertKind))
-        self._check_choice("basis_dtype", ("float32", "float16", "bfloat16"))
+        self._check_choice("basis_dtype", get_args(BasisDtype))
         if self.router != "none" and self.core != "none":
             raise UserError(f"router={self.router!r} needs core='none': experts share plain factors")
         if self.router != "none" and (self.blocks > 1 or self.rank_mask or self.magnitude):
