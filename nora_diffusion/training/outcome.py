@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from ..loaders import save_adapter
-from ..run_layout import VALIDATION
+from ..run_layout import VALIDATION, pictures_by_step
 from .averaging import shown
 from .model_card import training_section
 from .publishing import export_all, push
@@ -37,9 +37,11 @@ def write_adapter_and_card(run: Run, folder: RunFolder, final_loss: float, secon
 
 def pictures_of(run: Run, folder: RunFolder) -> list[tuple[str, Path]]:
     """What the adapter in the file makes: prompts with the samples and measured pictures of its step."""
-    name = f"step-{run.kept_step or run.total_steps:06d}-*.png"
-    samples = [(run.config.validation_prompt or "", path) for path in sorted(folder.samples.glob(name))]
+    drawn, measured = (
+        pictures_by_step(place).get(run.kept_step or run.total_steps, [])
+        for place in (folder.samples, folder.path / VALIDATION)
+    )
+    samples = [(run.config.validation_prompt or "", path) for path in drawn]
     if run.validation is None:
         return samples
-    measured = sorted((folder.path / VALIDATION).glob(name), key=lambda path: int(path.stem.rpartition("-")[2]))
     return [*samples, *zip(run.validation.measure.prompts, measured, strict=False)]

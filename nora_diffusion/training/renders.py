@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..files import alone_in
 from ..generation import picture_settings, run
 from ..pictures import PictureSettings, save_picture
+from ..run_layout import picture_name
 from .checks import folder_of
 from .config import TrainConfig
 from .denoiser import denoiser, networks
@@ -125,7 +126,7 @@ def save_samples(pipe: Any, folder: Path, step: int, config: TrainConfig, autoca
             seed = (config.seed or 0) + number
             image = render(pipe, prompt, [seed], config, autocast)[0]
             settings = describe(pipe, prompt, seed, image, config)
-            paths.append(save_picture(image, folder / f"step-{step:06d}-{number}.png", settings))
+            paths.append(save_picture(image, folder / picture_name(step, number), settings))
     except Exception as error:  # whatever a sampler stumbles over
         log.warning("no sample pictures at step %d: %s", step, error)
     return paths

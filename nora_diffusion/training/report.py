@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from ..base import base_id
 from ..files import write_atomic
 from ..pictures import read_picture
 from ..plots import line_chart
-from ..run_layout import REPORT, SAMPLES, VALIDATION
+from ..run_layout import REPORT, SAMPLES, VALIDATION, pictures_by_step
 from .rundir import RunFolder
 from .selection import DIRECTIONS, NAMES, Point, front, reason, verdicts
 from .setup import Run
@@ -132,15 +131,12 @@ def _mean(part: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def pictures(folder: Path) -> dict[int, list[Path]]:
-    """The pictures ``step-<step>-<number>.png`` of a folder by step, some steps left out where there are many."""
-    found: dict[int, dict[int, Path]] = {}
-    for path in folder.glob("step-*.png"):
-        if match := re.fullmatch(r"step-(\d+)-(\d+)\.png", path.name):
-            found.setdefault(int(match[1]), {})[int(match[2])] = path
-    steps = sorted(found)
+    """The pictures of a folder by step, some steps left out where there are many."""
+    found = pictures_by_step(folder)
+    steps = list(found)
     if len(steps) > MAX_ROWS:
         steps = sorted({steps[round(i * (len(steps) - 1) / (MAX_ROWS - 1))] for i in range(MAX_ROWS)})
-    return {step: [found[step][number] for number in sorted(found[step])][:MAX_COLUMNS] for step in steps}
+    return {step: found[step][:MAX_COLUMNS] for step in steps}
 
 
 def _grid(found: dict[int, list[Path]], prompts: Sequence[str], kept: int) -> str:

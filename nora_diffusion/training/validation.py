@@ -28,7 +28,7 @@ from ..judges import Judge, check_judge, image_features, load_judges, text_featu
 from ..loaders import load_adapter, save_adapter
 from ..metrics import agreement, diversity, likeness
 from ..pictures import save_picture
-from ..run_layout import CANDIDATES, MEASURED, VALIDATION
+from ..run_layout import CANDIDATES, MEASURED, VALIDATION, picture_name
 from .checks import folder_of
 from .config import TrainConfig, having
 from .randomness import derive
@@ -208,7 +208,7 @@ class Validation:
         """Keep the first seed's pictures, for the report."""
         for number, (prompt, group) in enumerate(zip(self.measure.prompts, pictures, strict=True)):
             settings = describe(self.pipe, prompt, self.measure.seeds[0], group[0], self.config)
-            save_picture(group[0], self.folder / VALIDATION / f"step-{step:06d}-{number}.png", settings)
+            save_picture(group[0], self.folder / VALIDATION / picture_name(step, number), settings)
 
     def candidate(self, step: int) -> Path:
         """Where the adapter of a step is kept."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..files import is_held
-from ..run_layout import CHECKPOINTS, LOG, MANIFEST, SAMPLES, STATE, checkpoint_steps
+from ..run_layout import CHECKPOINTS, LOG, MANIFEST, SAMPLES, STATE, checkpoint_steps, pictures_by_step
 from .messages import without_dashes, without_folders
 from .worker import boot_id
 
@@ -69,7 +69,7 @@ def read_job(folder: Path) -> Job:
         checkpoint=_last_checkpoint(run / CHECKPOINTS),
         adapter=adapter,
         losses=_thin([(int(row["step"]), float(row["loss"])) for row in rows]),
-        samples=sorted((run / SAMPLES).glob("step-*.png")),
+        samples=[picture for group in pictures_by_step(run / SAMPLES).values() for picture in group],
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import threading
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 from ..captions import without_trigger
 from ..errors import UserError
 from ..files import write_atomic
+from ..run_layout import step_of
 from .job import Job
 
 FILE = "scores.json"
@@ -87,9 +87,3 @@ def _trigger(job: Job) -> str:
 
     values = yaml.safe_load((job.folder / "request.yaml").read_text(encoding="utf-8"))
     return str(values.get("trigger") or "")
-
-
-def step_of(sample: Path) -> int:
-    """The step in the name of a sample picture, ``step-000100-0.png``."""
-    match = re.match(r"step-(\d+)-", sample.name)
-    return int(match[1]) if match else 0

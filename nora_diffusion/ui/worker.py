@@ -19,7 +19,7 @@ from typing import Any
 
 from ..base import is_embedded
 from ..files import FileLock, make_folder, sync_folder, user_errors, write_atomic
-from ..run_layout import SAMPLES, STATE
+from ..run_layout import SAMPLES, STATE, pictures_by_step
 from .entries import SCORES
 
 UNREADABLE = 3
@@ -111,10 +111,8 @@ def publish(run: Path, library: Path, name: str, scores: Mapping[str, float]) ->
                 shutil.copy2(run / "README.md", temporary)
             if scores:
                 write_atomic(temporary / SCORES, json.dumps(dict(scores)))
-            samples = sorted((run / SAMPLES).glob("*.png"))
-            if samples:
-                last = samples[-1].name.rpartition("-")[0]
-                shutil.copy2(next(s for s in samples if s.name.startswith(last)), temporary / "thumbnail.png")
+            if samples := pictures_by_step(run / SAMPLES):
+                shutil.copy2(samples[max(samples)][0], temporary / "thumbnail.png")
             temporary.chmod(0o755)
             for file in temporary.iterdir():
                 _flush(file)
