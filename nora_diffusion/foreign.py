@@ -6,6 +6,7 @@ they are asked for. Keys of LoRAs are brought to kohya's names: ``down``, ``up``
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,8 @@ FACTORS = {
     **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
     **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
 }  # fmt: skip
+RANKED = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+"""Factors whose first side is the rank."""
 REFUSED = {
     "model.diffusion_model.": "a whole checkpoint, not an adapter",
     "oft_": "an OFT adapter", "boft_": "a BOFT adapter", ".diff": "a full-weight difference",
@@ -87,7 +90,8 @@ def recognise(reader: TensorFile) -> AdapterInfo:
         info.kind = f"{_tool(reader)} {_variant(reader, family, modules)}"
         for module in modules:
             entry = info.components.setdefault(module.component or "unet", {"method": family, "r": 1, "inner_r": 1})
-            entry["r"] = max(entry["r"], _rank(reader, module))
+            shapes = {factor: reader.entries[key].shape for factor, key in module.keys.items()}
+            entry["r"] = max(entry["r"], rank_of(shapes) or 1)
     article = "an" if info.kind[0] in "aeiou" else "a"
     info.note = f"{article} {info.kind} file of another tool"
     return info
@@ -151,11 +155,9 @@ def _check_whole(reader: TensorFile, module: Module) -> None:
         raise UserError(f"{reader.path}: alpha of {module.name} is no single number")
 
 
-def _rank(reader: TensorFile, module: Module) -> int:
-    for factor, side in (("down", 0), ("hada_w1_b", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0)):
-        if factor in module.keys:
-            return reader.entries[module.keys[factor]].shape[side]
-    return 1
+def rank_of(shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """The rank that a module's factors have by their shapes; None where both Kronecker factors are stored whole."""
+    return next((shapes[factor][0] for factor in RANKED if factor in shapes), None)
 
 
 def token_of(reader: TensorFile) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .adapter_info import AdapterInfo
 from .components import component, present, refuse_merged, tuner_layers
 from .errors import UserError, first_line
-from .foreign import Module, family_of, token_of
+from .foreign import Module, family_of, rank_of, token_of
 from .foreign_names import Place
 from .foreign_updates import Scales, fitting, peft_config
 from .loaders.active import active_adapters, held, keeping_trained, set_active
@@ -32,40 +32,47 @@ def load_foreign(pipe: Any, info: AdapterInfo, name: str, activate: bool, weight
     with TensorFile(Path(info.path)) as reader:
         family = family_of(reader)
         if family == "embedding":
-            return _load_embedding(pipe, reader)
-        found = fitting(pipe, reader)
-        check_new_name(pipe, name, list(dict.fromkeys(part for part, _ in found)))
-        refuse_merged(pipe)
-        if any("mid" in own for _, own in found.values()):
-            raise UserError(
-                f"{info.path} is {info.note} in Tucker form (lora_mid), which diffusers does not load: make an adapter "
-                "of it with `nora-diffusion import`"
-            )
-        before = {part: active_adapters(component(pipe, part)) for part in present(pipe)}
-        # diffusers leaves out kohya's dora_scale, and loses alphas and ranks that differ within a file.
-        renamed = family == "lora" and not _describes_itself(reader, info)
-        with ExitStack() as stack:
-            stack.enter_context(_as_before(pipe, info.path, before))
-            stack.enter_context(all_or_nothing(pipe, name))
-            for part in present(pipe):
-                stack.enter_context(keeping_trained(component(pipe, part)))
-            if family != "lora":
-                _inject(pipe, reader, family, name, found)
-            elif renamed:
-                pipe.load_lora_weights(_renamed(reader, found), adapter_name=name)
-            else:  # by folder and name: older diffusers know a file by its path only when they may ask the hub
-                file = Path(info.path)
-                pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
-            _check_applied(pipe, info.path, name, len(found))
-            for part in present(pipe):
-                module = component(pipe, part)
-                mine = [layer for layer in tuner_layers(module) if name in held(layer)]
-                set_active(module, [*before[part], name] if activate and mine else before[part])
-                for layer in mine:
-                    if renamed:  # older diffusers take the alpha of all modules from the rank of one
-                        layer.lora_alpha[name] = layer.r[name]
-                    layer.set_scale(name, weight)
+            _load_embedding(pipe, reader)
+        else:
+            _load_layers(pipe, reader, family, info, name, activate, weight)
         return len(reader.entries)
+
+
+def _load_layers(
+    pipe: Any, reader: TensorFile, family: str, info: AdapterInfo, name: str, activate: bool, weight: float
+) -> None:
+    found = fitting(pipe, reader)
+    check_new_name(pipe, name, list(dict.fromkeys(part for part, _ in found)))
+    refuse_merged(pipe)
+    if any("mid" in own for _, own in found.values()):
+        raise UserError(
+            f"{info.path} is {info.note} in Tucker form (lora_mid), which diffusers does not load: make an adapter "
+            "of it with `nora-diffusion import`"
+        )
+    before = {part: active_adapters(component(pipe, part)) for part in present(pipe)}
+    # diffusers leaves out kohya's dora_scale, and loses alphas and ranks that differ within a file.
+    renamed = family == "lora" and not _describes_itself(reader, info)
+    with ExitStack() as stack:
+        stack.enter_context(_as_before(pipe, info.path, before))
+        stack.enter_context(all_or_nothing(pipe, name))
+        for part in present(pipe):
+            stack.enter_context(keeping_trained(component(pipe, part)))
+        if family != "lora":
+            _inject(pipe, reader, family, name, found)
+        elif renamed:
+            pipe.load_lora_weights(_renamed(reader, found), adapter_name=name)
+        else:  # by folder and name: older diffusers know a file by its path only when they may ask the hub
+            file = Path(info.path)
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+        _check_applied(pipe, info.path, name, len(found))
+        for part in present(pipe):
+            module = component(pipe, part)
+            mine = [layer for layer in tuner_layers(module) if name in held(layer)]
+            set_active(module, [*before[part], name] if activate and mine else before[part])
+            for layer in mine:
+                if renamed:  # older diffusers take the alpha of all modules from the rank of one
+                    layer.lora_alpha[name] = layer.r[name]
+                layer.set_scale(name, weight)
 
 
 @contextmanager
@@ -181,10 +188,8 @@ def _config(reader: TensorFile, family: str, mine: dict[str, tuple[Module, Tenso
 
 def _peft_rank(factors: Tensors) -> int:
     """The rank for which PEFT makes factors of these shapes; a whole ``w2`` is what it makes for a large one."""
-    for factor in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
-        if factor in factors:
-            return int(factors[factor].shape[0])
-    return max(factors["lokr_w2"].shape[:2])
+    shapes = {factor: value.shape for factor, value in factors.items()}
+    return rank_of(shapes) or max(shapes["lokr_w2"][:2])
 
 
 def _fill(reader: TensorFile, layer: Any, name: str, source: Module, factors: Tensors) -> None:
@@ -196,7 +201,7 @@ def _fill(reader: TensorFile, layer: Any, name: str, source: Module, factors: Te
         parameter.data.copy_(factors[factor])
 
 
-def _load_embedding(pipe: Any, reader: TensorFile) -> int:
+def _load_embedding(pipe: Any, reader: TensorFile) -> None:
     """A textual inversion, under its own token; the vectors must fit the text encoders."""
     if not hasattr(pipe, "load_textual_inversion"):
         raise UserError(f"{reader.path} is a textual inversion, and a {type(pipe).__name__} takes none")
@@ -231,7 +236,6 @@ def _load_embedding(pipe: Any, reader: TensorFile) -> int:
         for side in done:
             pipe.unload_textual_inversion(words, **side)
         raise UserError(f"{reader.path} is refused by diffusers, which loads such files: {error}") from error
-    return len(reader.entries)
 
 
 def _most_vectors(jobs: list[tuple[Tensor, Any, Any]]) -> int:

@@ -12,14 +12,12 @@ from torch import Tensor
 
 from .components import component, present, projections
 from .errors import UserError, first_line
-from .foreign import Module, read_modules
+from .foreign import Module, rank_of, read_modules
 from .foreign_names import Place, places
 from .tensor_file import TensorFile, Tensors, all_finite
 from .untrusted import parse_json
 
 MAX_CONFIG = 2**20
-RANKED = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
-"""Factors whose first side is the rank."""
 
 
 def updates(pipe: Any, reader: TensorFile) -> Iterator[tuple[str, str, Tensor]]:
@@ -101,7 +99,7 @@ class Scales:
 
     def of(self, module: Module, factors: Mapping[str, Tensor]) -> float:
         """The scale of one module."""
-        rank = next((factors[f].shape[0] for f in RANKED if f in factors), None)
+        rank = rank_of({factor: value.shape for factor, value in factors.items()})
         if "alpha" in factors:
             # LyCORIS ignores alpha where both Kronecker factors are stored whole.
             return float(factors["alpha"]) / rank if rank else 1.0
