@@ -10,9 +10,11 @@ HELP = "write an adapter as a plain LoRA for other tools, exactly"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this command."""
+    from ..training.checks import EXPORT_FORMATS
+
     parser.add_argument("adapter", help="adapter file or folder")
     parser.add_argument("out", help="file to write (a folder for --format peft)")
-    parser.add_argument("--format", choices=("diffusers", "kohya", "peft"), default="diffusers",
+    parser.add_argument("--format", choices=EXPORT_FORMATS, default="diffusers",
                         help="names of the tensors: pipe.load_lora_weights; A1111 and ComfyUI; PEFT")  # fmt: skip
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="number type of the file")
     parser.add_argument("--gate", choices=("mean",), help="fix a mixture's gates at their mean over prompts")

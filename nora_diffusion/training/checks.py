@@ -161,7 +161,7 @@ def _check_system(config: TrainConfig) -> None:
             "PyTorch's own fast attention is in use anyway",
         )
     for tracker in trackers(config):
-        _need(TRACKERS[tracker], f"--report_to {tracker}", "log.jsonl is always written")
+        _need(tracker, f"--report_to {tracker}", "log.jsonl is always written")
     for format in config.export or []:
         if format not in EXPORT_FORMATS:
             raise UserError(f"export={format!r} is unknown: choose among {', '.join(EXPORT_FORMATS)}")
@@ -180,7 +180,7 @@ def trackers(config: TrainConfig) -> list[str]:
     if wanted == ["none"]:
         return []
     if wanted == ["all"]:
-        return [name for name, package in TRACKERS.items() if find_spec(package)]
+        return [name for name in TRACKERS if find_spec(name)]
     unknown = [word for word in wanted if word not in TRACKERS]
     if unknown:
         raise UserError(f"report_to={config.report_to!r} is unknown: choose one of {', '.join(TRACKERS)}, all, none")

@@ -10,7 +10,8 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 PROJECT = "nora-dreambooth"
-TRACKERS = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb", "comet_ml": "comet_ml"}
+TRACKERS = ("tensorboard", "trackio", "wandb", "comet_ml")
+"""Each has the name of its package."""
 
 
 class Trackers:
