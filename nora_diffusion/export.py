@@ -53,7 +53,8 @@ def export_lora(
 
     ``format``: ``diffusers`` (``pipe.load_lora_weights``), ``kohya`` (A1111, ComfyUI ...), ``peft`` (a folder with one
     subfolder a component). ``dtype``: fp32 (default), fp16 or bf16. ``rank`` cuts an adapter that was trained for every
-    rank (DyLoRA). A magnitude is written as these formats name it (DoRA). Products are formed in fp64.
+    rank (DyLoRA). A magnitude is written as these formats name it (DoRA). Products are formed in fp64. ``basis_dir``:
+    where a shared basis lies, if not beside the adapter.
 
     A routed adapter (MoR, MoE-LoRA) has no exact LoRA and is refused, unless ``gate="mean"`` fixes each layer's gate at
     its mean over the prompts ``calibration`` (default: generic ones), for which the adapter's base is needed as

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,12 @@ from nora_diffusion import (
     UserError,
     add_adapter,
     delete_adapter,
+    export_lora,
     inspect_adapter,
     load_adapter,
     mix_files,
     open_pipeline,
+    overlap_files,
     save_adapter,
 )
 from nora_diffusion.adapter_file import FILE_NAME
@@ -29,7 +32,7 @@ from nora_diffusion.adapters import lora, nora
 from nora_diffusion.files import alone_in
 from nora_diffusion.loaders import list_adapters
 from nora_diffusion.pack_writing import _write, add_to_pack, create_pack, extract_from_pack, remove_from_pack
-from nora_diffusion.packs import Layout, Pack, Subject, cut, list_pack
+from nora_diffusion.packs import SUFFIX, Layout, Pack, Subject, cut, list_pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* overlap by")  # random numbers in one basis do
 PNG = b"\x89PNG\r\n\x1a\n" + b"picture"
@@ -59,6 +62,38 @@ def shelf(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def pack(shelf: Path, tmp_path: Path) -> Path:
     return create_pack(tmp_path / "pets.nora_pack.safetensors", [shelf / name for name in SUBJECTS])
+
+
+READERS: dict[str, Callable[..., Any]] = {
+    "load_adapter": lambda shelf, out, pipe, **where: load_adapter(pipe, shelf / "dog", **where),
+    "export_lora": lambda shelf, out, pipe, **where: export_lora(shelf / "dog", out / "dog.safetensors", **where),
+    "mix_files": lambda shelf, out, pipe, **where: mix_files(
+        [(shelf / "dog", 0.8), (shelf / "hat", 0.5)], out / "both", **where
+    ),
+    "overlap_files": lambda shelf, out, pipe, **where: overlap_files(shelf / "dog", shelf / "hat", **where),
+    "create_pack": lambda shelf, out, pipe, **where: create_pack(out / f"a{SUFFIX}", [shelf / "dog"], **where),
+    "add_to_pack": lambda shelf, out, pipe, **where: add_to_pack(
+        shutil.copy(shelf / f"pets{SUFFIX}", out), {"more": shelf / "dog"}, **where
+    ),
+    "extract_from_pack": lambda shelf, out, pipe, **where: extract_from_pack(
+        shelf / f"pets{SUFFIX}", "cat", out / "cat", **where
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", READERS)
+def test_a_basis_may_lie_elsewhere(verb: str, shelf: Path, pack: Path, pipe: Any, tmp_path: Path) -> None:
+    """Every verb that reads adapters takes ``basis_dir``; without it a basis that was moved is missed."""
+    moved, out, elsewhere = tmp_path / "moved" / "shelf", tmp_path / "out", tmp_path / "elsewhere"
+    for folder in (moved, out):
+        folder.mkdir(parents=True)
+    for name in SUBJECTS:
+        shutil.copytree(shelf / name, moved / name)
+    shutil.copy(pack, moved)
+    shutil.copytree(shelf / "bases", elsewhere)
+    with pytest.raises(UserError, match="not found in"):
+        READERS[verb](moved, out, pipe)
+    READERS[verb](moved, out, pipe, basis_dir=elsewhere)
 
 
 def test_subjects_go_by_their_own_names(pack: Path, tmp_path: Path) -> None:
