@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from .adapters import NoraLayer
 from .adapters.rows import RowPlan, serve_rows
@@ -55,7 +55,7 @@ def mixed_batch(pipe: Any, rows: Sequence[RowSpec], weights: Sequence[float] | f
             stack.enter_context(serve_rows(model, plan))
             stack.enter_context(_serve_loras(model, part, plan))
             if part == denoiser_name(pipe):
-                stack.enter_context(_counting_images(pipe, plan))
+                stack.enter_context(_counting(pipe, plan))
         yield
 
 
@@ -135,14 +135,16 @@ def _restore(layer: Any, active: list[str], scaling: dict[str, float]) -> None:
 
 
 @contextmanager
-def _counting_images(pipe: Any, plan: RowPlan) -> Iterator[None]:
-    """Learn ``num_images_per_prompt`` of each call of the pipeline: it is told to ``encode_prompt`` only."""
+def _counting(pipe: Any, plan: RowPlan) -> Iterator[None]:
+    """Count prompts and learn ``num_images_per_prompt`` of each call of the pipeline, as ``encode_prompt`` is told."""
     encode, finish = pipe.encode_prompt, pipe.maybe_free_model_hooks
     before = {name: value for name, value in vars(pipe).items() if name in ("encode_prompt", "maybe_free_model_hooks")}
     signature = inspect.signature(encode)
 
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-        plan.repeats = int(signature.bind(*args, **kwargs).arguments.get("num_images_per_prompt") or 1)
+        told = signature.bind(*args, **kwargs).arguments
+        plan.check_prompts(_prompts(told.get("prompt"), told.get("prompt_embeds")))
+        plan.repeats = int(told.get("num_images_per_prompt") or 1)
         return encode(*args, **kwargs)
 
     def maybe_free_model_hooks() -> None:
@@ -155,3 +157,10 @@ def _counting_images(pipe: Any, plan: RowPlan) -> Iterator[None]:
     finally:
         del pipe.encode_prompt, pipe.maybe_free_model_hooks
         vars(pipe).update(before)
+
+
+def _prompts(prompt: str | list[str] | None, embeds: Tensor | None) -> int:
+    """How many prompts a pipeline was given, as texts or embedded."""
+    if prompt is None:
+        return 0 if embeds is None else len(embeds)
+    return 1 if isinstance(prompt, str) else len(prompt)

@@ -52,6 +52,16 @@ class RowPlan:
             )
         self.batch = [(row % block) // self.repeats for row in range(rows)]
 
+    def check_prompts(self, prompts: int) -> None:
+        """Raise :class:`UserError` unless there is a prompt for each row: twice as many would pass for guidance.
+
+        A single row serves all.
+        """
+        if len(self.specs) not in (1, prompts):
+            raise UserError(
+                f"{prompts} prompts but {len(self.specs)} rows of mixed_batch: give one prompt for each row"
+            )
+
     def index(self, device: torch.device) -> Tensor:
         """For each row of the batch the number of its spec, ``[n]``."""
         return self._tensor(("index", device), self.batch, device)

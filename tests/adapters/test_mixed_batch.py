@@ -469,8 +469,11 @@ def test_what_cannot_be_mixed_is_refused(pipe: Any) -> None:
     with torch.no_grad(), mixed_batch(pipe, ["dog", None]):
         with pytest.raises(UserError, match="3 rows"):
             pipe.unet(*unet_inputs(3))
-        with pytest.raises(UserError, match="one prompt for each row"):
-            pipe("a dog", num_inference_steps=1, height=16, width=16)
+        for prompts in ("a dog", ["a dog"], ["a dog"] * 4):  # four would pass for two with guidance
+            with pytest.raises(UserError, match="one prompt for each row"):
+                pipe(prompts, num_inference_steps=1, height=16, width=16, guidance_scale=1.0)
+        with pytest.raises(UserError, match="4 prompts but 2 rows"):
+            pipe(prompt_embeds=torch.zeros(4, 16, 16), num_inference_steps=1, height=16, width=16, guidance_scale=1.0)
         layer = next(
             m for m in pipe.unet.modules() if isinstance(m, NoraLayer) and hasattr(m.base_layer, "in_features")
         )
