@@ -70,6 +70,13 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         return 1
 
     @property
+    def lora_A(self) -> nn.ModuleDict:
+        """The deltas, under the name by which diffusers' ``set_lora_device`` finds what it moves; so is ``lora_B``."""
+        return self.nora_delta
+
+    lora_B = lora_A
+
+    @property
     def active(self) -> list[str]:
         """Names of the active adapters of the whole model, held here or not."""
         return list(cast("list[str]", self.active_adapters))

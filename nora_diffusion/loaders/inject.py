@@ -41,6 +41,10 @@ def check_new_name(pipe: Any, name: str, components: Sequence[str]) -> None:
     taken = {c for c in components if name in adapter_configs(component(pipe, c))}
     if taken:
         raise UserError(f"an adapter named {name!r} is already in the {', '.join(sorted(taken))}: delete it or rename")
+    if any(name in path.split(".") for part in components for path, _ in component(pipe, part).named_modules()):
+        raise UserError(
+            f"the adapter name {name!r} is also that of a module, for which PEFT would take it: choose another"
+        )
 
 
 def inject(module: nn.Module, config: AdapterConfig, name: str, start: Start) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..adapter_file import DESCRIPTIVE, DTYPES, AdapterInfo, BasisKind, Tensors, inspect_adapter, write_adapter
 from ..adapter_info import FORMAT_VERSION
-from ..adapters import AdapterConfig, NoraLayer
+from ..adapters import AdapterConfig
 from ..adapters.build import flat_weight
 from ..base import base_id
-from ..components import adapter_configs, component, fingerprint, nora_layers, present, refuse_offloaded
+from ..components import adapter_configs, component, fingerprint, nora_layers, present, refuse_merged, refuse_offloaded
 from ..errors import UserError
 from ..model_card import write_card
 from ..versions import versions
@@ -49,6 +49,7 @@ def save_adapter(
     holders = [name for name in present(pipe) if nora_layers(component(pipe, name), adapter_name)]
     if not holders:
         raise unknown_adapter(pipe, adapter_name)
+    refuse_merged(pipe)
     refuse_offloaded(pipe)
     tensors: Tensors = {}
     result = _describe(origin(pipe, adapter_name) if info is None else info)
@@ -60,7 +61,7 @@ def save_adapter(
             raise UserError(f"method {config.method!r} has no frozen basis to share: save it with basis='own'")
         result.components[name] = config.to_dict()
         layers = nora_layers(module, adapter_name)
-        result.base_fingerprint[name] = {p: round(_clean_fingerprint(layer, p), 9) for p, layer in layers.items()}
+        result.base_fingerprint[name] = {p: round(fingerprint(layer.base_layer, p), 9) for p, layer in layers.items()}
         result.conv_shapes |= {
             f"{name}.{p}": list(layer.base_layer.weight.shape[1:])
             for p, layer in layers.items()
@@ -88,12 +89,6 @@ def _factors(module: nn.Module, component_name: str, adapter_name: str) -> Tenso
         for path, layer in nora_layers(module, adapter_name).items()
         for factor, value in layer.delta(adapter_name).state_dict().items()
     }
-
-
-def _clean_fingerprint(layer: NoraLayer, path: str) -> float:
-    if layer.merged:
-        raise UserError("an adapter is fused into the weights: call unfuse_lora() before saving")
-    return fingerprint(layer.base_layer, path)
 
 
 def _describe(info: AdapterInfo | Mapping[str, Any] | None) -> AdapterInfo:

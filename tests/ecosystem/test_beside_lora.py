@@ -171,3 +171,39 @@ def test_names_that_collide_with_keys_are_refused(world: World, name: str) -> No
     pipe = world.fresh()
     with pytest.raises(UserError, match="will not do"):
         add_adapter(pipe, nora(r=2, inner_r=1, basis="svd"), name)
+
+
+def test_set_lora_device_moves_ours_and_theirs(world: World) -> None:
+    pipe = world.fresh()
+    name = next(iter(OURS))
+    load_adapter(pipe, world.files[name], name)
+    pipe.load_lora_weights(dict(world.loras[next(iter(FOREIGN))]), adapter_name="plain")
+
+    def places() -> set[str]:
+        found = {p.device.type for p in trainable_parameters(pipe, name).values()}
+        return found | {p.device.type for key, p in pipe.unet.named_parameters() if key.endswith("lora_A.plain.weight")}
+
+    assert places() == {"cpu"}
+    pipe.set_lora_device([name, "plain"], "meta")
+    assert places() == {"meta"}
+
+
+def test_saving_beside_a_fused_lora_is_refused(world: World, tmp_path: Path) -> None:
+    """The base's fingerprint would be that of the fused weights, and the file refused on its own base."""
+    pipe = world.fresh()
+    name = next(iter(OURS))
+    load_adapter(pipe, world.files[name], name)
+    pipe.load_lora_weights(dict(world.loras[next(iter(FOREIGN))]), adapter_name="plain")
+    pipe.fuse_lora(adapter_names=["plain"])
+    with pytest.raises(UserError, match="unfuse_lora"):
+        save_adapter(pipe, tmp_path / "again", name)
+    assert not (tmp_path / "again").exists()
+    pipe.unfuse_lora()
+    load_adapter(pipe, save_adapter(pipe, tmp_path / "again", name), "again")
+
+
+def test_an_adapter_cannot_have_a_module_s_name(world: World) -> None:
+    pipe = world.fresh()
+    for taken in ("to_q", "0", "mid_block"):
+        with pytest.raises(UserError, match="that of a module"):
+            add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), taken)
