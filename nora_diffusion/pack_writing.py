@@ -256,7 +256,7 @@ def _check_together(file: Path, subjects: Sequence[Subject]) -> None:
         if subject.info.basis_sha256 != first.info.basis_sha256:
             raise UserError(
                 f"{subject.name!r} has another basis than {first.name!r}: one pack holds one basis; "
-                "train both with the same basis settings on the same base, or make two packs"
+                f"train {subject.name!r} from the other's (basis_from), or make two packs"
             )
         ours, theirs = subject.info.fingerprints, first.info.fingerprints
         if ours.keys() != theirs.keys() or not same_weights(ours, theirs):

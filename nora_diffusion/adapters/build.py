@@ -66,9 +66,15 @@ def build_basis(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Pai
         return weight.new_empty(shapes[0], dtype=torch.float32), weight.new_empty(shapes[1], dtype=torch.float32)
     down, up = config.start.pairs.get(key) or outer_pair(config, base, key, r)
     return (
-        down if "down" in config.trained else down.to(weight.dtype),
-        up if "up" in config.trained else up.to(weight.dtype),
+        down if "down" in config.trained else working(down, weight),
+        up if "up" in config.trained else working(up, weight),
     )
+
+
+def working(factor: Tensor, weight: Tensor) -> Tensor:
+    """A frozen factor in the weight's dtype where that keeps its every bit: what is saved is what was loaded."""
+    exact = torch.finfo(weight.dtype).bits >= 32
+    return factor.to(weight.dtype) if exact else factor
 
 
 def outer_pair(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Pair:

@@ -5,6 +5,7 @@ from .add import add_adapter, trainable_parameters
 from .load import LoadedAdapter, check_adapter, load_adapter
 from .rank import set_rank
 from .save import save_adapter
+from .sharing import pairs_from
 
 __all__ = [
     "LoadedAdapter",
@@ -14,6 +15,7 @@ __all__ = [
     "delete_adapter",
     "list_adapters",
     "load_adapter",
+    "pairs_from",
     "save_adapter",
     "set_adapters",
     "set_rank",

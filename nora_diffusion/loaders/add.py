@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from ..conditions import router_for
 from ..errors import UserError
 from .active import active_adapters, set_active
 from .inject import all_or_nothing, check_new_name, file_key, inject, tie
+from .sharing import pairs_from
 from .tokens import token_parameters
 
 
@@ -25,12 +27,16 @@ def add_adapter(
     adapter_name: str = "default",
     components: str | Sequence[str] | None = None,
     calibration: Calibration | Sequence[str] | None = None,
+    basis_from: str | Path | None = None,
 ) -> None:
     """Put a fresh adapter into a pipeline; it starts as an exact no-op, is active (beside others) and alone trainable.
 
     ``components``: names among unet, transformer, text_encoder ... (default: the denoiser). ``calibration``: what the
     base is shown for the activation statistics of ``awsvd``, as prompts or as a :class:`Calibration` with a subject's
-    pictures (default: generic prompts, so that the basis belongs to no subject).
+    pictures (default: generic prompts, so that the basis belongs to no subject). ``basis_from``: an adapter file whose
+    frozen outer pairs are taken over instead of computed (:func:`.sharing.pairs_from`).
+    Raises :class:`UserError` for a name that is taken or will not do, while something is fused or offloaded, and for
+    layers or a basis that do not fit.
     """
     names = [components] if isinstance(components, str) else list(components or [denoiser_name(pipe)])
     modules = {name: component(pipe, name) for name in names}
@@ -38,8 +44,9 @@ def add_adapter(
     refuse_merged(pipe)
     refuse_offloaded(pipe)
     layers = all_targets(pipe, names, config)
+    taken = pairs_from(pipe, basis_from, config, layers) if basis_from is not None else None
     strengths: Strengths = {}
-    if config.basis == "awsvd":
+    if config.basis == "awsvd" and taken is None:
         shown = calibration if calibration is None or isinstance(calibration, Calibration) else Calibration(calibration)
         strengths = activation_strengths(pipe, shown)
     for name in names:
@@ -49,7 +56,8 @@ def add_adapter(
     with all_or_nothing(pipe, adapter_name):
         for name, module in modules.items():
             measured = strengths.get(name, {})
-            start = Start(measured, outer_pairs(config, layers[name], measured))
+            pairs = outer_pairs(config, layers[name], measured) if taken is None else taken[name]
+            start = Start(measured, pairs)
             before = active_adapters(module)
             inject(module, router_for(config, name), adapter_name, start)
             for layer in nora_layers(module, adapter_name).values():

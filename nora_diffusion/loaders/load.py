@@ -13,7 +13,7 @@ from torch import nn
 
 from ..adapter_file import FILE_NAME, AdapterInfo, Tensors, given_name, inspect_adapter, read_tensors, split_address
 from ..adapters import AdapterConfig
-from ..adapters.build import build_delta, flat_weight
+from ..adapters.build import build_delta, flat_weight, working
 from ..adapters.config import Start
 from ..adapters.rank_mask import check_rank
 from ..base import base_id
@@ -232,8 +232,9 @@ def _check_fingerprint(stored: dict[str, float], layers: dict[str, nn.Module], e
 
 def _fill(module: nn.Module, part: str, name: str, tensors: Tensors) -> None:
     for path, layer in nora_layers(module, name).items():
-        state = layer.delta(name).state_dict()
-        layer.delta(name).load_state_dict({f: tensors[file_key(part, path, f)] for f in state})
-        for buffer_name, buffer in layer.delta(name).named_buffers():
-            layer.delta(name).get_buffer(buffer_name).data = buffer.to(flat_weight(layer.base_layer).dtype)
+        delta, weight = layer.delta(name), flat_weight(layer.base_layer)
+        stored = {f: tensors[file_key(part, path, f)] for f in delta.state_dict()}
+        delta.load_state_dict(stored)
+        for f, buffer in delta.named_buffers():
+            buffer.data = working(buffer.to(stored[f].dtype), weight) if f in stored else buffer.to(weight.dtype)
         tie(layer, name)

@@ -96,6 +96,8 @@ def _check_calibration(config: TrainConfig) -> None:
     for name, wanted in {"calibration_prompts": config.calibration_prompts, "calibration": config.calibration}.items():
         if wanted and wanted != "generic" and basis != "awsvd":
             raise UserError(f"--{name} needs --basis awsvd, not {basis}")
+        if wanted and wanted != "generic" and config.basis_from:
+            raise UserError(f"--basis_from takes a basis as it is: leave --{name} out")
     if config.calibration_prompts and config.calibration == "subject":
         raise UserError("--calibration subject takes the photos' own prompts: leave --calibration_prompts out")
 
@@ -109,9 +111,6 @@ def _check_prior(config: TrainConfig) -> None:
         return
     if config.prior_preservation == "frozen":
         raise UserError("--prior_preservation frozen needs --with_prior_preservation and --class_prompt")
-    for name in ("class_data_dir", "class_prompt", "prior_generation_precision"):
-        if getattr(config, name) is not None:
-            raise UserError(f"--{name} needs --with_prior_preservation")
 
 
 def _check_objective(config: TrainConfig) -> None:
@@ -170,8 +169,6 @@ def _check_system(config: TrainConfig) -> None:
                 f"--export: a {config.method} adapter has no plain LoRA that equals it: leave --export out, or use "
                 "`nora-diffusion export --gate mean` afterwards for an approximation"
             )
-    if (config.hub_token or config.hub_model_id) and not config.push_to_hub:
-        raise UserError("--hub_token and --hub_model_id need --push_to_hub")
 
 
 def trackers(config: TrainConfig) -> list[str]:

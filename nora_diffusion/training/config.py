@@ -19,7 +19,7 @@ Basis = Literal["awsvd", "svd", "orthogonal", "kaiming"]
 Precision = Literal["no", "fp16", "bf16"]
 PriorPrecision = Literal["no", "fp32", "fp16", "bf16"]
 SaveDtype = Literal["fp32", "fp16", "bf16"]
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+Interpolation = Literal["nearest", "nearest_exact", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 TimestepSampling = Literal["uniform", "stratified", "logit_normal"]
 LossWeighting = Literal["none", "min_snr", "debiased"]
@@ -169,6 +169,9 @@ class TrainConfig:
     )
     target_blocks: list[str] | None = key(
         None, "adapter", "only modules in these blocks, for example mid_block up_blocks.1.attentions.0"
+    )
+    basis_from: str | None = key(
+        None, "adapter", "an adapter whose frozen outer pairs this one takes, so that both fit one pack", "closed"
     )
     calibration: Calibrated = key("generic", "adapter", "calibrate awsvd on generic prompts or the subject's photos")
     calibration_prompts: list[str] | None = key(None, "adapter", "prompts that calibrate awsvd instead")

@@ -28,7 +28,8 @@ def transform_of(config: TrainConfig, step: int) -> Transform:
     side = config.resolution or 0
     shapes = bucket_shapes(side, step) if config.aspect_buckets else [(side, side)]
     crop = "center" if config.center_crop else config.crop
-    resample = Image.Resampling[config.image_interpolation_mode.upper()]
+    # torchvision has two of them; Pillow's is the exact one.
+    resample = Image.Resampling[config.image_interpolation_mode.removesuffix("_exact").upper()]
     return Transform(shapes, crop, config.crops_per_image, config.random_flip, resample)
 
 

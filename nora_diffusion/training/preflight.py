@@ -35,6 +35,11 @@ log = logging.getLogger(__name__)
 FEW_PHOTOS = 3
 FEW_VIEWS = 10
 TRIGGERS = ("sks", "ohwx", "zqx", "qxzvj")
+IDLE = {
+    "with_prior_preservation": ("class_data_dir", "class_prompt", "prior_generation_precision"),
+    "push_to_hub": ("hub_model_id", "hub_token"),
+}
+"""Settings that do nothing without another one; diffusers' script takes them, too."""
 RARE_SHARE = 0.9
 """Byte-pair vocabularies are ordered by how often a piece is met: the last tenth holds the rare words."""
 
@@ -76,7 +81,7 @@ def preflight(plan: Plan) -> list[Finding]:
     size = _outline(plan)
     return [
         *_base(plan), *_disk(plan, size), *_memory(plan, size), *_photos(plan), *_trigger(plan), *_prompts(plan),
-        *_rates(plan), *_file(plan), *_measured(plan), *_class_pictures(plan), *_upload(plan),
+        *_rates(plan), *_file(plan), *_measured(plan), *_class_pictures(plan), *_upload(plan), *_idle(plan),
     ]  # fmt: skip
 
 
@@ -313,6 +318,13 @@ def _upload(plan: Plan) -> Iterator[Finding]:
             "There is no login for --push_to_hub, so the upload at the end will fail: run `hf auth login`, or give "
             "--hub_token."
         )
+
+
+def _idle(plan: Plan) -> Iterator[Finding]:
+    for owner, names in IDLE.items():
+        told = [f"--{name}" for name in names if getattr(plan.config, name) is not None]
+        if told and not getattr(plan.config, owner):
+            yield Finding(f"{', '.join(told)} will do nothing without --{owner}: add that, or leave it out.")
 
 
 def _size(count: float) -> str:

@@ -23,7 +23,7 @@ from ..components import all_targets, component, denoiser_name
 from ..data import read_photos
 from ..data.tags import Wordings
 from ..errors import UserError, first_line
-from ..loaders import add_adapter, load_adapter, trainable_parameters
+from ..loaders import add_adapter, load_adapter, pairs_from, trainable_parameters
 from .averaging import Average
 from .checkpoints import Checkpoint, restore_optimizer
 from .checks import check_pipeline
@@ -264,9 +264,12 @@ def check_targets(config: TrainConfig, pipe: Any) -> None:
         if not {block, f"text_model.{block}"} & {*paths}:
             raise UserError(f"--target_blocks: the base has no {block!r}{suggestion(block, paths)}")
     adapter = adapter_config(config)
-    for layers in all_targets(pipe, components(config, pipe), adapter).values():
+    wanted = all_targets(pipe, components(config, pipe), adapter)
+    for layers in wanted.values():
         for path, layer in layers.items():
             outer_rank(adapter, layer, path)  # refuses blocks that do not divide a layer
+    if config.basis_from is not None:
+        pairs_from(pipe, config.basis_from, adapter, wanted)
 
 
 def components(config: TrainConfig, pipe: Any) -> list[str]:
@@ -293,7 +296,7 @@ def place_adapter(
     """Put the adapter in, fresh or from the checkpoint; returns its trained factors by file key."""
     if checkpoint is None:
         torch.manual_seed(derive(config.seed or 0, "init"))
-        add_adapter(pipe, adapter_config(config), name, components(config, pipe), calibration)
+        add_adapter(pipe, adapter_config(config), name, components(config, pipe), calibration, config.basis_from)
         put_new_tokens(config, pipe, name, new_tokens)
     else:
         load_adapter(pipe, checkpoint.path, name)

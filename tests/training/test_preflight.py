@@ -63,6 +63,8 @@ def test_nothing_is_said_of_a_run_in_order(configure: Configure) -> None:
         ({"validation_prompt": "a dog on the beach"}, "The validation prompt lacks the trigger 'zqx'"),
         ({"with_prior_preservation": True, "class_prompt": "a zqx dog"}, "The class prompt has the trigger 'zqx'"),
         ({"max_train_steps": 3}, "Each photo will be seen 2.0 times, too seldom to learn it: use --max_train_steps 15"),
+        ({"class_prompt": "a dog"}, "--class_prompt will do nothing without --with_prior_preservation: add that"),
+        ({"hub_model_id": "me/dog", "hub_token": "x"}, "--hub_model_id, --hub_token will do nothing without --push_to"),
         ({"resolution": 64}, "Pictures of 64 pixels are far from the 16 of this base"),
     ],
 )

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -110,6 +111,20 @@ def test_a_basis_calibrated_on_the_subject_is_its_own(configure: Configure, tmp_
     assert all(torch.equal(again[key], value) for key, value in one.items())
     assert any(not torch.equal(one[key], value) for key, value in two.items())
     assert any(not torch.equal(one[key], value) for key, value in generic.items())
+
+
+def test_subjects_of_several_machines_share_one_basis(configure: Configure, tmp_path: Path) -> None:
+    """Half precision gives the SVD other weights, as another machine gives it other rounding; taken over, it is one."""
+    first = train(configure(basis="svd", max_train_steps=1, output_dir=str(tmp_path / "first"))).adapter_path
+    settings = {"basis": "svd", "max_train_steps": 1, "mixed_precision": "bf16"}
+    own = train(configure(**settings, output_dir=str(tmp_path / "own"))).adapter_path
+    taken = configure(**settings, basis_from=str(first.parent), output_dir=str(tmp_path / "taken"))
+    second = train(taken).adapter_path
+    one, other, two = (inspect_adapter(path).basis_sha256 for path in (first, own, second))
+    assert one == two != other
+    with pytest.raises(UserError, match="this adapter would have r = 8: give both the same"):
+        train(replace(taken, rank=8, output_dir=str(tmp_path / "none")))
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_loss_falls(configure: Configure, tmp_path: Path) -> None:
