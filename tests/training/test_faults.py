@@ -81,17 +81,16 @@ def test_a_folder_that_is_read_only_from_the_start(
     config = configure()
     finished = train(config).adapter_path.parent
     before = contents(finished)
-    opened = Path.open
+    opened = os.open
 
-    def read_only(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if finished in self.parents and mode[0] != "r":
+    def read_only(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if finished in Path(path).parents and flags & (os.O_WRONLY | os.O_RDWR):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        return opened(self, mode, *args, **kwargs)
+        return opened(path, flags, *rest, **named)
 
-    monkeypatch.setattr(Path, "open", read_only)
-    with pytest.raises(
-        UserError, match=r"cannot write .*run: Read-only file system; free space or choose another place"
-    ):
+    monkeypatch.setattr(os, "open", read_only)
+    sentence = r"cannot write .*run/\.lock: Read-only file system; free space or choose another place"
+    with pytest.raises(UserError, match=sentence):
         train(replace(config, overwrite_output_dir=True))
     assert contents(finished) == before
     monkeypatch.setattr(Path, "mkdir", broken(Path.mkdir, lambda: True, errno.EROFS))
