@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter_file import FILE_NAME, AdapterInfo, Tensors, given_name, inspect_adapter, read_tensors, split_address
+from ..adapter_file import IN_FOLDERS, AdapterInfo, Tensors, given_name, inspect_adapter, read_tensors, split_address
 from ..adapters import AdapterConfig
 from ..adapters.build import build_delta, flat_weight, working
 from ..adapters.config import Start
@@ -143,14 +143,37 @@ def located(path_or_id: str | Path) -> Path:
         known = True  # no name that a file system takes: `inspect_adapter` says so
     if known or split_address(path) or str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/")):
         return path
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(str(path_or_id), FILE_NAME))
+        return _fetched(str(path_or_id))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = first_line(error)
         raise UserError(f"{path_or_id!r} is no local path, and the hub cannot be asked for it: {reason}") from error
+
+
+def _fetched(hub_id: str) -> Path:
+    """An adapter of a hub repository, by any name that adapters have in folders, and the shared basis that it needs."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def fetch(*names: str) -> Path | None:
+        for name in names:
+            try:
+                return Path(hf_hub_download(hub_id, name))
+            except LocalEntryNotFoundError:  # no connection
+                raise
+            except EntryNotFoundError:
+                continue
+        return None
+
+    file = fetch(*IN_FOLDERS)
+    if file is None:
+        raise UserError(f"the hub's repository {hub_id!r} holds no adapter: none of {', '.join(IN_FOLDERS)} is in it")
+    info = inspect_adapter(file, hashed=False)
+    if info.basis == "shared":
+        fetch(f"bases/{info.basis_sha256}.safetensors")  # where it is not, its reader says what is missing
+    return file
 
 
 def _check_fit(

@@ -312,6 +312,33 @@ def test_an_adapter_of_the_hub_goes_by_its_name_there(pipe: Any, saved: Path, mo
     assert load_adapter(pipe, "somebody/my.dog").name == "my_dog"
 
 
+def test_a_repository_of_the_hub_may_hold_a_shared_basis_or_a_lora(
+    pipe: Any, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    there, cache = tmp_path / "there", tmp_path / "cache"
+    load_adapter(pipe, saved, "one")
+    save_adapter(pipe, there / "shared", "one", basis="shared", basis_dir=there / "shared/bases")
+    (there / "lora").mkdir()
+    export_lora(saved, there / "lora/pytorch_lora_weights.safetensors")
+    (there / "empty").mkdir()
+
+    def download(repository: str, file: str) -> str:
+        name = repository.rpartition("/")[2]
+        if not (there / name / file).is_file():
+            raise EntryNotFoundError(f"404: {file}")
+        (cache / name / file).parent.mkdir(parents=True, exist_ok=True)
+        return str(shutil.copy(there / name / file, cache / name / file))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert load_adapter(pipe, "somebody/shared").info.basis == "shared"
+    assert load_adapter(pipe, "somebody/lora").applied > 0
+    with pytest.raises(UserError, match="holds no adapter: none of nora_adapter"):
+        load_adapter(pipe, "somebody/empty")
+
+
 def test_files_are_as_readable_as_the_process_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without touching the mask, which all threads share."""
     import os
