@@ -54,7 +54,7 @@ class PictureSettings:
             "Size": f"{self.width}x{self.height}",
             "Model": self.base,
         }
-        hashes = ", ".join(f"{a['name']}: {a['sha256']}" for a in self.adapters)
+        hashes = ", ".join(f"{a['name']}: {a['sha256']}" for a in self.adapters if a["sha256"])
         parts = [f"{key}: {value}" for key, value in values.items() if value != ""]
         lines.append(", ".join(parts + ([f'Lora hashes: "{hashes}"'] if hashes else [])))
         return "\n".join(lines)

@@ -22,11 +22,11 @@ def nora(
     inner_r: int = 4,
     alpha: float | None = None,
     basis: Basis = "awsvd",
+    dropout: float = 0.0,
+    target_modules: Targets = None,
     placement: Placement = "sqrt",
     power: float = 0.5,
     core: CoreKind = "nested",
-    dropout: float = 0.0,
-    target_modules: Targets = None,
     **axes: Any,
 ) -> AdapterConfig:
     """NoRA: ``dW = (alpha/r) B_out B_in A_in A_out``, outer pair frozen, inner pair trained.

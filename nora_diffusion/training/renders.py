@@ -125,16 +125,19 @@ def save_samples(pipe: Any, folder: Path, step: int, config: TrainConfig, autoca
         for number in range(config.num_validation_images):
             seed = (config.seed or 0) + number
             image = render(pipe, prompt, [seed], config, autocast)[0]
-            settings = describe(pipe, prompt, seed, image, config)
+            settings = describe(pipe, prompt, seed, image, config, step)
             paths.append(save_picture(image, folder / picture_name(step, number), settings))
     except Exception as error:  # whatever a sampler stumbles over
         log.warning("no sample pictures at step %d: %s", step, error)
     return paths
 
 
-def describe(pipe: Any, prompt: str, seed: int, image: Image.Image, config: TrainConfig) -> PictureSettings:
-    """The settings that a picture carries."""
-    return picture_settings(pipe, image, prompt, seed, *_sampling(config), "", [])
+def describe(
+    pipe: Any, prompt: str, seed: int, image: Image.Image, config: TrainConfig, step: int | None = None
+) -> PictureSettings:
+    """The settings that a picture carries. ``step``: that of the adapter in it, which has no file of its own yet."""
+    learned = {"name": config.folder.name, "weight": 1.0, "sha256": "", "path": str(config.folder), "step": step}
+    return picture_settings(pipe, image, prompt, seed, *_sampling(config), "", [] if step is None else [learned])
 
 
 def _sampling(config: TrainConfig) -> tuple[int, float]:

@@ -207,7 +207,7 @@ class Validation:
     def _keep(self, step: int, pictures: Sequence[Sequence[Image.Image]]) -> None:
         """Keep the first seed's pictures, for the report."""
         for number, (prompt, group) in enumerate(zip(self.measure.prompts, pictures, strict=True)):
-            settings = describe(self.pipe, prompt, self.measure.seeds[0], group[0], self.config)
+            settings = describe(self.pipe, prompt, self.measure.seeds[0], group[0], self.config, step)
             save_picture(group[0], self.folder / VALIDATION / picture_name(step, number), settings)
 
     def candidate(self, step: int) -> Path:

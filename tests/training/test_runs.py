@@ -51,6 +51,7 @@ def test_the_script_with_the_flags_of_diffusers(
     assert (info.trigger, info.class_word, info.step, info.seed) == ("sks", "dog", 2, 0)
     assert info.instance_prompt == "a photo of sks dog"
     settings = read_settings(out / "samples/step-000002-0.png")
+    assert settings.adapters == [{"name": out.name, "weight": 1.0, "sha256": "", "path": str(out), "step": 2}]
     assert (settings.width, settings.seed, settings.prompt) == (16, 0, "A photo of sks dog in snow")
     assert json.loads((out / "state.json").read_text())["status"] == "done"
     assert (
