@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nora_diffusion import add_adapter, load_base, nora, save_adapter
-from nora_diffusion.adapter_file import FILE_NAME
+from nora_diffusion.formats.adapter_file import FILE_NAME
 from nora_diffusion.ui.library import Library
 
 

@@ -21,21 +21,20 @@ _HOMES = {
     "loaders": (
         "add_adapter", "delete_adapter", "list_adapters", "load_adapter", "save_adapter", "set_adapters", "set_rank",
     ),
-    "adapter_file": ("AdapterInfo", "inspect_adapter"),
-    "export": ("export_lora",),
+    "formats.adapter_file": ("AdapterInfo", "inspect_adapter"),
+    "formats.export": ("export_lora",),
     "gates": ("router_summary",),
     "batches": ("mixed_batch",),
     "composition.angles": ("overlap", "overlap_files"),
     "composition.mixing": ("mix", "mix_files"),
-    "importing": ("import_lora",),
-    "pack_writing": ("add_to_pack", "create_pack", "extract_from_pack", "remove_from_pack"),
-    "packs": ("list_pack",),
+    "formats.importing": ("import_lora",),
+    "formats.pack_writing": ("add_to_pack", "create_pack", "extract_from_pack", "remove_from_pack"),
+    "formats.packs": ("list_pack",),
     "training": ("TrainConfig", "train"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
-    from .adapter_file import AdapterInfo, inspect_adapter
     from .adapters import (
         AdapterConfig,
         dora,
@@ -56,12 +55,13 @@ if TYPE_CHECKING:
     from .composition.angles import overlap, overlap_files
     from .composition.mixing import mix, mix_files
     from .errors import UserError
-    from .export import export_lora
+    from .formats.adapter_file import AdapterInfo, inspect_adapter
+    from .formats.export import export_lora
+    from .formats.importing import import_lora
+    from .formats.pack_writing import add_to_pack, create_pack, extract_from_pack, remove_from_pack
+    from .formats.packs import list_pack
     from .gates import router_summary
-    from .importing import import_lora
     from .loaders import add_adapter, delete_adapter, list_adapters, load_adapter, save_adapter, set_adapters, set_rank
-    from .pack_writing import add_to_pack, create_pack, extract_from_pack, remove_from_pack
-    from .packs import list_pack
     from .training import TrainConfig, train
 
 __all__ = [

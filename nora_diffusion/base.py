@@ -92,8 +92,8 @@ def _from_pretrained(source: str | Path, dtype: Any, revision: str | None, varia
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
 
+    from .formats.tensor_file import check_whole
     from .quiet import no_loading_bars
-    from .tensor_file import check_whole
 
     try:
         with no_loading_bars():

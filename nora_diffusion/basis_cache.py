@@ -19,7 +19,7 @@ from .adapters import AdapterConfig
 from .adapters.bases import FROM_WEIGHTS, Pair
 from .adapters.build import flat_weight, outer_pair, outer_rank
 from .adapters.config import Start
-from .tensor_file import tensor_hash
+from .formats.tensor_file import tensor_hash
 
 VERSION = 1
 """Raised whenever ``adapters/bases.py`` gives other numbers, so that no old entry is taken for a new one."""

@@ -16,7 +16,7 @@ from . import tensor_cache
 from .adapters.merging import bit_sum
 from .components import canonical, component, present, projections, tuner_layers
 from .errors import UserError
-from .tensor_file import tensor_hash
+from .formats.tensor_file import tensor_hash
 
 GENERIC_PROMPTS = (
     "a dog in the grass",

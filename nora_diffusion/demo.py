@@ -65,7 +65,7 @@ def run_demo(
     slug: str = SUBJECT, out: str | Path = "outputs/demo", max_train_steps: int | None = None
 ) -> dict[str, Any]:
     """Learn, export, generate, score; writes the adapter, its LoRA, ``grid.png`` and ``report.json`` into ``out``."""
-    from .export import export_lora
+    from .formats.export import export_lora
     from .training import train
 
     example = open_example(slug)

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .adapter_file import inspect_adapter
 from .base import base_id, best_device, default_guidance, default_steps, open_pipeline
 from .composition.library import Known, adapters_in, given, resolve
 from .composition.tags import Tag, parse_tags, parse_weight
 from .errors import UserError
 from .files import user_errors
+from .formats.adapter_file import inspect_adapter
 from .loaders import LoadedAdapter, list_adapters, load_adapter, set_adapters
 from .loaders.load import located
 from .pictures import PictureSettings, save_picture

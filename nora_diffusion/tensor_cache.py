@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .files import write_atomic
-from .tensor_file import named_hash
+from .formats.tensor_file import named_hash
 
 log = logging.getLogger(__name__)
 

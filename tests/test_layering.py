@@ -30,11 +30,9 @@ BANDS = (
     (
         "bridge",
         {
-            "adapter_file", "adapter_info", "attention", "base", "basis_cache", "batches", "calibration", "captions",
-            "components", "composition", "conditions", "data", "export", "export_formats", "foreign", "foreign_loading",
-            "foreign_names", "foreign_updates", "gates", "generation", "importing", "judges", "loaders", "methods",
-            "metrics", "model_card", "pack_writing", "packs", "pictures", "plots", "run_layout", "tensor_cache",
-            "tensor_file", "untrusted", "webpage",
+            "attention", "base", "basis_cache", "batches", "calibration", "captions", "components", "composition",
+            "conditions", "data", "formats", "gates", "generation", "judges", "loaders", "methods", "metrics",
+            "pictures", "plots", "run_layout", "tensor_cache", "webpage",
         },
     ),
     ("workflows", {"training", "evaluation"}),

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(values: argparse.Namespace) -> None:
     """Export and print what it cost."""
-    from ..export import export_lora
+    from ..formats.export import export_lora
 
     report = export_lora(
         values.adapter, values.out, values.format, values.dtype, rank=values.rank, gate=values.gate,
@@ -39,7 +39,7 @@ def run(values: argparse.Namespace) -> None:
 
 
 def _base(values: argparse.Namespace) -> Any:
-    from ..adapter_file import inspect_adapter
     from ..base import open_pipeline
+    from ..formats.adapter_file import inspect_adapter
 
     return open_pipeline(values.base or inspect_adapter(values.adapter).base)

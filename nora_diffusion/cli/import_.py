@@ -22,10 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(values: argparse.Namespace) -> None:
     """Import, and print what was lost by layer, worst first, and over all."""
-    from ..adapter_file import inspect_adapter
     from ..adapters import lora_xs, nora
     from ..base import open_pipeline
-    from ..importing import import_lora
+    from ..formats.adapter_file import inspect_adapter
+    from ..formats.importing import import_lora
 
     inspect_adapter(values.lora)  # refuse before a model is loaded
     config = (

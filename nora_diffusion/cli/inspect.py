@@ -25,7 +25,7 @@ def run(values: argparse.Namespace) -> None:
     """Print the description."""
     from dataclasses import asdict
 
-    from ..adapter_file import inspect_adapter
+    from ..formats.adapter_file import inspect_adapter
 
     if (values.intruders or values.base) and not values.layers:
         raise UserError("--intruders and --base say something about --layers: give it as well")

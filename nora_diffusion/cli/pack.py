@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(values: argparse.Namespace) -> None:
     """Do what the verb says, and print the result."""
-    from .. import pack_writing
-    from ..packs import list_pack
+    from ..formats import pack_writing
+    from ..formats.packs import list_pack
 
     if values.verb == "list":
         _list(values)
@@ -50,7 +50,7 @@ def run(values: argparse.Namespace) -> None:
 def _list(values: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from ..packs import list_pack
+    from ..formats.packs import list_pack
 
     infos = list_pack(values.pack)
     if values.json:

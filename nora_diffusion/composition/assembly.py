@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..adapter_file import Tensors
 from ..adapters import AdapterConfig, lora
 from ..adapters.config import CoreKind
 from ..adapters.patterns import pattern_of
+from ..formats.adapter_file import Tensors
 from .sources import Key, Source
 from .updates import Update
 

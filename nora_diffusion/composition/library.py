@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from ..adapter_file import FILE_NAME, given_name
 from ..errors import UserError
+from ..formats.adapter_file import FILE_NAME, given_name
 from .tags import Tag, tag_name
 
 

@@ -11,15 +11,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, get_args
 
-from ..adapter_file import FILE_NAME, AdapterInfo, inspect_adapter, write_adapter
 from ..base import base_id
 from ..components import refuse_merged, refuse_offloaded
 from ..errors import UserError
+from ..formats.adapter_file import FILE_NAME, AdapterInfo, inspect_adapter, write_adapter
+from ..formats.model_card import write_card
 from ..loaders import set_adapters
 from ..loaders.inject import check_new_name
 from ..loaders.load import place
 from ..loaders.tokens import tokens_of
-from ..model_card import write_card
 from ..versions import versions
 from .angles import WARN_ABOVE, source_overlap
 from .assembly import assemble

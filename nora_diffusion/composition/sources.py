@@ -11,11 +11,11 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..adapter_file import AdapterInfo, Tensors, given_name, inspect_adapter, is_token, read_tensors
 from ..adapters import AdapterConfig
 from ..adapters.build import delta_of_file
 from ..components import adapter_configs, canonical, component, nora_layers, present, same_weights
 from ..errors import UserError
+from ..formats.adapter_file import AdapterInfo, Tensors, given_name, inspect_adapter, is_token, read_tensors
 from ..loaders.active import held, unknown_adapter
 from ..loaders.inject import origin
 from .updates import Update, chain_update, lora_update

@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..adapter_file import FILE_NAME, inspect_adapter
 from ..composition.tags import parse_tags
 from ..errors import UserError
+from ..formats.adapter_file import FILE_NAME, inspect_adapter
 from ..generation import GenerateConfig, parse_adapter
 from ..run_layout import CHECKPOINTS, checkpoint_steps
 

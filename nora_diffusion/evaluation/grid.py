@@ -13,12 +13,12 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ..adapter_file import AdapterInfo, given_name, inspect_adapter
 from ..base import base_id, best_device, default_guidance, default_steps, open_pipeline
 from ..captions import without_trigger
 from ..components import component, denoiser_name, fingerprint, projections
 from ..errors import UserError
 from ..files import write_atomic
+from ..formats.adapter_file import AdapterInfo, given_name, inspect_adapter
 from ..generation import OnStep, picture_settings, run
 from ..judges import Judge, image_features, text_features
 from ..loaders import delete_adapter, load_adapter, set_adapters

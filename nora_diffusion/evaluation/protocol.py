@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..adapter_file import AdapterInfo, inspect_adapter
 from ..base import base_id, best_device, check_device, default_steps, open_pipeline
 from ..captions import fill
 from ..errors import UserError
+from ..formats.adapter_file import AdapterInfo, inspect_adapter
 from ..generation import parse_adapter
 from ..judges import Judge, check_judge, image_features, load_judges, text_features
 from ..metrics import agreement, diversity, likeness

@@ -14,13 +14,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..adapter_file import inspect_adapter
 from ..adapters import NoraLayer, functional
 from ..adapters.deltas import ChainDelta
 from ..adapters.routed import RoutedDelta
 from ..base import open_pipeline
 from ..components import component, nora_layers, present
 from ..errors import UserError
+from ..formats.adapter_file import inspect_adapter
 from ..gates import GateSummary, router_summary
 from ..loaders import delete_adapter, load_adapter
 

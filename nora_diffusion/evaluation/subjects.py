@@ -10,10 +10,10 @@ from typing import Any
 
 from PIL import Image
 
-from ..adapter_info import AdapterInfo
 from ..captions import with_article
 from ..data import read_photo, read_photos
 from ..errors import UserError
+from ..formats.adapter_info import AdapterInfo
 
 DESCRIPTION = "subject.json"
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter_info import AdapterInfo
 from ..adapters import AdapterConfig, NoraLayer
 from ..components import adapter_configs, component, nora_layers, present
 from ..errors import UserError
-from ..tensor_file import Tensors
+from ..formats.adapter_info import AdapterInfo
+from ..formats.tensor_file import Tensors
 from .active import active_adapters, set_active
 from .inject import file_key, remember
 from .tokens import token_parameters, tokens_of

@@ -14,13 +14,13 @@ import torch
 from peft import inject_adapter_in_model
 from torch import nn
 
-from ..adapter_file import AdapterInfo
 from ..adapters import AdapterConfig, NoraLayer
 from ..adapters.config import Start
 from ..adapters.qkv_guard import refuse_fused
 from ..components import adapter_configs, component, present, tuner_layers
 from ..conditions import condition_width, connect
 from ..errors import UserError
+from ..formats.adapter_file import AdapterInfo
 from .active import delete_adapter, held, list_adapters, regroup, take_out
 from .tokens import forget_deleted
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter_file import IN_FOLDERS, AdapterInfo, Tensors, given_name, inspect_adapter, read_tensors, split_address
 from ..adapters import AdapterConfig
 from ..adapters.build import build_delta, flat_weight, working
 from ..adapters.config import Start
@@ -29,6 +28,15 @@ from ..components import (
 )
 from ..conditions import condition_width
 from ..errors import UserError, first_line
+from ..formats.adapter_file import (
+    IN_FOLDERS,
+    AdapterInfo,
+    Tensors,
+    given_name,
+    inspect_adapter,
+    read_tensors,
+    split_address,
+)
 from .active import active_adapters, check_finite, keeping_trained, set_active
 from .hotswap import swap
 from .inject import all_or_nothing, check_new_name, file_key, inject, remember, tie
@@ -84,7 +92,7 @@ def load_adapter(
     name = adapter_name or re.sub(r"[^A-Za-z0-9_-]+", "_", called) or "adapter"
     check_finite(name, weight)
     if info.kind != "nora":
-        from ..foreign_loading import load_foreign
+        from ..formats.foreign_loading import load_foreign
 
         if hotswap or rank is not None:
             option = "hotswap" if hotswap else "rank"

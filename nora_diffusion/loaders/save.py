@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter_file import DESCRIPTIVE, DTYPES, AdapterInfo, BasisKind, Tensors, inspect_adapter, write_adapter
-from ..adapter_info import FORMAT_VERSION
 from ..adapters import AdapterConfig
 from ..adapters.build import flat_weight
 from ..base import base_id
 from ..components import adapter_configs, component, fingerprint, nora_layers, present, refuse_merged, refuse_offloaded
 from ..errors import UserError
-from ..model_card import write_card
+from ..formats.adapter_file import DESCRIPTIVE, DTYPES, AdapterInfo, BasisKind, Tensors, inspect_adapter, write_adapter
+from ..formats.adapter_info import FORMAT_VERSION
+from ..formats.model_card import write_card
 from ..versions import versions
 from .active import unknown_adapter
 from .inject import file_key, origin

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter_file import inspect_adapter, read_tensors
 from ..adapters import AdapterConfig
 from ..adapters.bases import Pair
 from ..components import canonical
 from ..errors import UserError
+from ..formats.adapter_file import inspect_adapter, read_tensors
 from .inject import file_key
 from .load import check_adapter
 

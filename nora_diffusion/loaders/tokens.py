@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter_info import WORD
 from ..adapters.tokens import LearnedEmbedding
 from ..components import adapter_configs, component, present
 from ..errors import UserError
-from ..tensor_file import Tensors
+from ..formats.adapter_info import WORD
+from ..formats.tensor_file import Tensors
 
 MAX_VECTORS = 64
 LEGACY_END = 2

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ..adapter_file import FILE_NAME
 from ..errors import UserError
 from ..files import make_folder, sha256, sync_folder, user_errors, write_atomic
+from ..formats.adapter_file import FILE_NAME
 from ..loaders import save_adapter
 from ..run_layout import MANIFEST, checkpoint_steps
 from .optimizer_state import restore_state, state_numbers, state_tensors

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import tensor_cache
-from ..tensor_file import named_hash
+from ..formats.tensor_file import named_hash
 from ..versions import versions
 
 log = logging.getLogger(__name__)

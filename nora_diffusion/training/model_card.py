@@ -1,4 +1,4 @@
-"""The training part of the model card; :mod:`nora_diffusion.model_card` writes the rest."""
+"""The training part of the model card; :mod:`nora_diffusion.formats.model_card` writes the rest."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..adapter_file import is_token
 from ..adapters import NoraLayer
 from ..adapters.deltas import ChainDelta
 from ..errors import UserError
+from ..formats.adapter_file import is_token
 from .config import TrainConfig
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ..adapter_info import info_from
 from ..captions import says
 from ..errors import UserError
+from ..formats.adapter_info import info_from
 from ..loaders import check_adapter
 from ..pictures import read_settings
 from ..run_layout import CHECKPOINTS, checkpoint_steps

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import cast
 
 from ..errors import UserError, first_line
-from ..export import export_lora
-from ..export_formats import Format
 from ..files import sha256
+from ..formats.export import export_lora
+from ..formats.export_formats import Format
 from .rundir import RunFolder
 from .setup import Run
 

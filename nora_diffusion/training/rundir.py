@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from ..adapter_file import FILE_NAME
 from ..errors import UserError
 from ..files import FileLock, make_folder, user_errors, write_atomic
+from ..formats.adapter_file import FILE_NAME
 from ..run_layout import CANDIDATES, CHECKPOINTS, CONFIG, LOCK, LOG, MEASURED, REPORT, SAMPLES, STATE, VALIDATION
 
 log = logging.getLogger(__name__)

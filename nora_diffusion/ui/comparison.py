@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapter_file import FILE_NAME
 from ..errors import UserError
 from ..evaluation.axes import AXES as AXES
 from ..evaluation.axes import NONE, Axis, Cell, parse_axis
 from ..evaluation.grid import NO_AXIS, Grid, GridConfig, MadeCell
+from ..formats.adapter_file import FILE_NAME
 from ..run_layout import CHECKPOINTS, checkpoint_steps
 from .entries import Entry
 from .job import Job

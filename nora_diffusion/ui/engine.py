@@ -11,11 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..adapter_file import AdapterInfo
 from ..base import base_id, best_device, default_guidance, is_embedded, open_pipeline
 from ..batches import mixed_batch
 from ..components import canonical, component, denoiser_name, fingerprint, present, projections, same_weights
 from ..errors import UserError
+from ..formats.adapter_file import AdapterInfo
 from ..generation import free_name, picture_settings
 from ..generation import run as run_pipeline
 from ..loaders import LoadedAdapter, delete_adapter, load_adapter

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapter_file import FILE_NAME, AdapterInfo, basis_places, given_name, inspect_adapter, split_address
 from ..composition.tags import tag_name
 from ..errors import UserError
 from ..files import write_atomic
-from ..packs import SUFFIX, Pack, Subject
+from ..formats.adapter_file import FILE_NAME, AdapterInfo, basis_places, given_name, inspect_adapter, split_address
+from ..formats.packs import SUFFIX, Pack, Subject
 from ..run_layout import SAMPLES
 
 THUMBNAIL, SCORES = "thumbnail.png", "scores.json"

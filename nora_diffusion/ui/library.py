@@ -11,10 +11,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..adapter_file import FILE_NAME, inspect_adapter
 from ..errors import UserError
 from ..files import make_folder, sha256, user_errors, write_atomic
-from ..packs import SUFFIX, Pack
+from ..formats.adapter_file import FILE_NAME, inspect_adapter
+from ..formats.packs import SUFFIX, Pack
 from ..pictures import read_settings
 from .entries import Entry, Stamp, read_entries, stamp_of
 from .messages import without_folders

@@ -66,7 +66,7 @@ def _trainer() -> Callable[[list[str]], int]:
 
 def is_finished(run: Path) -> bool:
     """Whether the trainer said that it is done, and its adapter is there."""
-    from ..adapter_file import FILE_NAME
+    from ..formats.adapter_file import FILE_NAME
     from .job import read_json
 
     return read_json(run / STATE).get("status") == "done" and (run / FILE_NAME).is_file()
@@ -98,7 +98,7 @@ def publish(run: Path, library: Path, name: str, scores: Mapping[str, float]) ->
 
     Raises :class:`UserError` if the file cannot be read again: then nothing is "done".
     """
-    from ..adapter_file import inspect_adapter, read_tensors
+    from ..formats.adapter_file import inspect_adapter, read_tensors
 
     info = inspect_adapter(run)
     read_tensors(info)

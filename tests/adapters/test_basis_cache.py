@@ -20,8 +20,8 @@ from nora_diffusion import AdapterConfig, UserError, add_adapter, basis_cache, c
 from nora_diffusion.basis_cache import entry_key, outer_pairs
 from nora_diffusion.calibration import Calibration, activation_strengths
 from nora_diffusion.components import nora_layers
+from nora_diffusion.formats.tensor_file import named_hash, tensor_hash
 from nora_diffusion.loaders import delete_adapter, trainable_parameters
-from nora_diffusion.tensor_file import named_hash, tensor_hash
 
 PARTS = ("unet", "text_encoder")
 

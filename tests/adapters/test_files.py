@@ -31,11 +31,11 @@ from nora_diffusion import (
     save_adapter,
     set_adapters,
 )
-from nora_diffusion.adapter_file import FILE_NAME, AdapterInfo
 from nora_diffusion.adapters import AdapterConfig, lora, lora_mini, lora_xs, mor, nora
 from nora_diffusion.components import canonical, nora_layers
 from nora_diffusion.composition.sources import loaded_source
-from nora_diffusion.export_formats import PlainPair
+from nora_diffusion.formats.adapter_file import FILE_NAME, AdapterInfo
+from nora_diffusion.formats.export_formats import PlainPair
 from nora_diffusion.loaders import list_adapters, set_rank, trainable_parameters
 
 PARTS = ("unet", "text_encoder")

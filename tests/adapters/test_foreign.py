@@ -29,10 +29,10 @@ from nora_diffusion import (
 from nora_diffusion.adapters import lora, lora_xs, nora
 from nora_diffusion.adapters.bases import BASES
 from nora_diffusion.components import canonical, projections
-from nora_diffusion.foreign_updates import updates
-from nora_diffusion.importing import import_lora, project
+from nora_diffusion.formats.foreign_updates import updates
+from nora_diffusion.formats.importing import import_lora, project
+from nora_diffusion.formats.tensor_file import TensorFile
 from nora_diffusion.loaders import list_adapters, trainable_parameters
-from nora_diffusion.tensor_file import TensorFile
 
 TARGETS = ["to_q", "to_v", "conv1"]
 Make = Callable[[Any, Path], Path]

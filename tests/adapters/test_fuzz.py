@@ -36,12 +36,12 @@ from nora_diffusion import (
     save_adapter,
     set_adapters,
 )
-from nora_diffusion.adapter_file import FILE_NAME, read_tensors
 from nora_diffusion.adapters import lora, mor, nora
 from nora_diffusion.adapters.patterns import check_pattern
+from nora_diffusion.formats.adapter_file import FILE_NAME, read_tensors
+from nora_diffusion.formats.tensor_file import MAX_HEADER, TensorFile
+from nora_diffusion.formats.untrusted import clean, parse_json
 from nora_diffusion.loaders import list_adapters, trainable_parameters
-from nora_diffusion.tensor_file import MAX_HEADER, TensorFile
-from nora_diffusion.untrusted import clean, parse_json
 
 FAST, ALL = 250, 2000
 LOADED = 80
@@ -417,7 +417,7 @@ def test_patterns_that_could_hang_are_refused(pattern: str) -> None:
 
 MEASURE = """
 import resource, sys
-from nora_diffusion.adapter_file import inspect_adapter, read_tensors
+from nora_diffusion.formats.adapter_file import inspect_adapter, read_tensors
 import torch
 torch.ones(8).aminmax()
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -26,13 +26,13 @@ from nora_diffusion import (
     overlap_files,
     save_adapter,
 )
-from nora_diffusion.adapter_file import FILE_NAME
-from nora_diffusion.adapter_info import AdapterInfo
 from nora_diffusion.adapters import lora, nora
 from nora_diffusion.files import alone_in
+from nora_diffusion.formats.adapter_file import FILE_NAME
+from nora_diffusion.formats.adapter_info import AdapterInfo
+from nora_diffusion.formats.pack_writing import _write, add_to_pack, create_pack, extract_from_pack, remove_from_pack
+from nora_diffusion.formats.packs import SUFFIX, Layout, Pack, Subject, cut, list_pack
 from nora_diffusion.loaders import list_adapters
-from nora_diffusion.pack_writing import _write, add_to_pack, create_pack, extract_from_pack, remove_from_pack
-from nora_diffusion.packs import SUFFIX, Layout, Pack, Subject, cut, list_pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* overlap by")  # random numbers in one basis do
 PNG = b"\x89PNG\r\n\x1a\n" + b"picture"
@@ -185,7 +185,7 @@ def _other_base(pipe: Any, shelf: Path, folder: Path) -> Path:
     folder.mkdir()
     info = inspect_adapter(shelf / "dog")
     info.base_fingerprint["unet"] = {path: value + 1 for path, value in info.base_fingerprint["unet"].items()}
-    from nora_diffusion.adapter_info import dump_info
+    from nora_diffusion.formats.adapter_info import dump_info
 
     save_file(load_file(shelf / "dog" / FILE_NAME), file, {"nora": dump_info(info)})
     (folder / "bases").symlink_to(shelf / "bases")

@@ -24,12 +24,12 @@ from nora_diffusion import (
     save_adapter,
     set_adapters,
 )
-from nora_diffusion.adapter_file import FILE_NAME
 from nora_diffusion.adapters import nora
 from nora_diffusion.cli import main
+from nora_diffusion.formats.adapter_file import FILE_NAME
+from nora_diffusion.formats.pack_writing import create_pack, extract_from_pack
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.loaders.tokens import add_tokens, start_vectors
-from nora_diffusion.pack_writing import create_pack, extract_from_pack
 
 WIDTH = 16
 

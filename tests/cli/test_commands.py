@@ -21,7 +21,7 @@ from nora_diffusion.demo import SUBJECT, run_demo
 from nora_diffusion.evaluation.axes import Cell
 from nora_diffusion.evaluation.grid import GridConfig
 from nora_diffusion.evaluation.protocol import EvaluationConfig
-from nora_diffusion.export_formats import Format
+from nora_diffusion.formats.export_formats import Format
 from nora_diffusion.generation import GenerateConfig, parse_adapter
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.pictures import read_settings

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from nora_diffusion import add_adapter, delete_adapter, inspect_adapter, nora, open_pipeline, save_adapter
-from nora_diffusion.adapter_file import FILE_NAME
 from nora_diffusion.cli import main
+from nora_diffusion.formats.adapter_file import FILE_NAME
 from nora_diffusion.loaders import trainable_parameters
 
 Capture = pytest.CaptureFixture[str]

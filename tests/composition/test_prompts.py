@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from nora_diffusion import UserError, add_adapter, lora, open_pipeline, save_adapter
-from nora_diffusion.adapter_file import given_name
 from nora_diffusion.composition.library import Known, adapters_in, given, resolve
 from nora_diffusion.composition.tags import Tag
+from nora_diffusion.formats.adapter_file import given_name
 from nora_diffusion.generation import GenerateConfig, generate
 from nora_diffusion.loaders import delete_adapter, trainable_parameters
 from nora_diffusion.pictures import read_settings

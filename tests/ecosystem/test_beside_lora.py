@@ -23,8 +23,8 @@ from nora_diffusion import (
     save_adapter,
     set_adapters,
 )
-from nora_diffusion.adapter_file import FILE_NAME
 from nora_diffusion.adapters import nora
+from nora_diffusion.formats.adapter_file import FILE_NAME
 from nora_diffusion.loaders import active_adapters, trainable_parameters
 
 

@@ -191,7 +191,9 @@ def test_diffusers_model_verbs() -> None:
 
 
 def test_diffusers_refuses_keys_without_lora() -> None:
-    with canary("diffusers", "load_lora_weights refuses keys that lack 'lora'", "adapter_file.py (names of our keys)"):
+    with canary(
+        "diffusers", "load_lora_weights refuses keys that lack 'lora'", "formats/adapter_file.py (names of keys)"
+    ):
         pipe_class = diffusers.StableDiffusionPipeline
         state: dict[str, Any] = {"unet.to_q.nora_A_in": torch.zeros(2, 4)}
         with pytest.raises(ValueError):

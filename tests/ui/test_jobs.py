@@ -17,8 +17,8 @@ import pytest
 from factories import write_photos
 
 from nora_diffusion import UserError, inspect_adapter
-from nora_diffusion.adapter_file import FILE_NAME
 from nora_diffusion.files import FileLock
+from nora_diffusion.formats.adapter_file import FILE_NAME
 from nora_diffusion.ui.config import AppConfig
 from nora_diffusion.ui.job import Job, read_job
 from nora_diffusion.ui.jobs import Jobs

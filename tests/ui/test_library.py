@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from nora_diffusion import UserError
-from nora_diffusion.adapter_file import FILE_NAME
+from nora_diffusion.formats.adapter_file import FILE_NAME
 from nora_diffusion.ui import entries as reading
 from nora_diffusion.ui import library as module
 from nora_diffusion.ui.cards import cards, facts, read_preview
@@ -200,7 +200,7 @@ def test_any_folder_can_be_named_in_a_prompt(shelf: Library) -> None:
 def pack(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a pack of two subjects and the basis that they share."""
     from nora_diffusion import nora, open_pipeline
-    from nora_diffusion.pack_writing import create_pack
+    from nora_diffusion.formats.pack_writing import create_pack
 
     folder = tmp_path_factory.mktemp("pack")
     pipe = open_pipeline(base)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nora_diffusion.adapter_info import AdapterInfo
+from nora_diffusion.formats.adapter_info import AdapterInfo
 from nora_diffusion.ui.tabs.compare import speaker
 from nora_diffusion.ui.tabs.generate_settings import FIRST_PROMPT
 from nora_diffusion.ui.tabs.rack import inserter

@@ -10,7 +10,7 @@ import gradio as gr
 
 from ...adapters import PRESETS
 from ...errors import UserError
-from ...export import export_lora
+from ...formats.export import export_lora
 from ..cards import EMPTY, NOTHING, cards, facts
 from ..library import SORTS, safe_name
 from ..page import HIDDEN, LAST, QUIET, Page, handler, toast

@@ -8,11 +8,11 @@ from typing import Any
 
 import gradio as gr
 
-from ...adapter_info import AdapterInfo
 from ...captions import says, with_trigger
 from ...composition.angles import WARN_ABOVE
 from ...composition.tags import MAX_WEIGHT, NUMBER, TAG, Tag, parse_tags, write_tags
 from ...errors import UserError
+from ...formats.adapter_info import AdapterInfo
 from ..cards import line
 from ..page import HIDDEN, LAST, QUIET, Page, handler
 from ..state import App

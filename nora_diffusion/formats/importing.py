@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters import AdapterConfig, nora
+from ..adapters.cores import DenseCore, NestedCore
+from ..adapters.rows import core_matrix
+from ..components import COMPONENTS, canonical, component, nora_layers, present
+from ..errors import UserError
+from ..loaders import add_adapter, delete_adapter, save_adapter
+from ..loaders.active import keeping_trained
 from .adapter_file import inspect_adapter
-from .adapters import AdapterConfig, nora
-from .adapters.cores import DenseCore, NestedCore
-from .adapters.rows import core_matrix
-from .components import COMPONENTS, canonical, component, nora_layers, present
-from .errors import UserError
 from .foreign_updates import fitting, updates
-from .loaders import add_adapter, delete_adapter, save_adapter
-from .loaders.active import keeping_trained
 from .tensor_file import TensorFile
 
 NAME = "imported"

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .components import component, present, projections
-from .errors import UserError, first_line
+from ..components import component, present, projections
+from ..errors import UserError, first_line
 from .foreign import Module, rank_of, read_modules
 from .foreign_names import Place, places
 from .tensor_file import TensorFile, Tensors, all_finite

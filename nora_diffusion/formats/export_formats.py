@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ..adapters.patterns import pattern_of
+from ..components import canonical
+from ..errors import UserError
+from ..files import write_atomic
 from .adapter_file import AdapterInfo, Tensors
-from .adapters.patterns import pattern_of
-from .components import canonical
-from .errors import UserError
-from .files import write_atomic
 
 Format = Literal["diffusers", "kohya", "peft"]
 

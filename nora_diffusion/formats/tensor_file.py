@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 from .untrusted import is_plain, parse_json
 
 MAX_HEADER = 10 * 2**20

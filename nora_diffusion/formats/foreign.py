@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import UserError
 from .adapter_info import AdapterInfo
-from .errors import UserError
 from .tensor_file import TensorFile
 from .untrusted import clean, is_plain
 

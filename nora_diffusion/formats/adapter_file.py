@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from ..errors import UserError
+from ..files import sha256, write_atomic
 from .adapter_info import DESCRIPTIVE, AdapterInfo, BasisKind, dump_info, parse_info
-from .errors import UserError
-from .files import sha256, write_atomic
 from .tensor_file import TensorFile, Tensors, all_finite, named_hash
 
 FILE_NAME = "nora_adapter.safetensors"

@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from ..components import same_weights
+from ..errors import UserError
+from ..files import alone_in, write_atomic
 from .adapter_file import (
     FILE_NAME,
     given_name,
@@ -29,9 +32,6 @@ from .adapter_file import (
     write_basis,
 )
 from .adapter_info import AdapterInfo, dump_info
-from .components import same_weights
-from .errors import UserError
-from .files import alone_in, write_atomic
 from .model_card import write_card
 from .packs import (
     MAX_PREVIEW,

@@ -10,15 +10,15 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from ..adapters import AdapterConfig
+from ..adapters.build import delta_of_file
+from ..adapters.deltas import ChainDelta
+from ..adapters.rank_mask import check_rank
+from ..errors import UserError
+from ..gates import MeanGates, mean_gates_of_file
+from ..loaders.tokens import words_in
 from .adapter_file import DTYPES, AdapterInfo, Tensors, inspect_adapter, read_tensors
-from .adapters import AdapterConfig
-from .adapters.build import delta_of_file
-from .adapters.deltas import ChainDelta
-from .adapters.rank_mask import check_rank
-from .errors import UserError
 from .export_formats import WRITERS, Format, PlainPair, file_target, with_one_alpha, write_tensors
-from .gates import MeanGates, mean_gates_of_file
-from .loaders.tokens import words_in
 
 Gate = Literal["mean"]
 

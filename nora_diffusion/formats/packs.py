@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..errors import UserError
 from .adapter_file import count_numbers
 from .adapter_info import AdapterInfo, dump_info, info_from
-from .errors import UserError
 from .tensor_file import FLOATS, READABLE, TensorFile, Tensors, all_finite
 from .untrusted import conform, parse_json
 

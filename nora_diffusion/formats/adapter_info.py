@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
-from .adapters import AdapterConfig
-from .components import COMPONENTS
-from .errors import UserError
+from ..adapters import AdapterConfig
+from ..components import COMPONENTS
+from ..errors import UserError
 from .untrusted import conform, parse_json
 
 FORMAT = "nora_adapter"

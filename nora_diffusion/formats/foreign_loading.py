@@ -11,14 +11,14 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..components import component, present, refuse_merged, tuner_layers
+from ..errors import UserError, first_line
+from ..loaders.active import active_adapters, held, keeping_trained, set_active
+from ..loaders.inject import all_or_nothing, check_new_name
 from .adapter_info import AdapterInfo
-from .components import component, present, refuse_merged, tuner_layers
-from .errors import UserError, first_line
 from .foreign import Module, family_of, rank_of, token_of
 from .foreign_names import Place
 from .foreign_updates import Scales, fitting, peft_config
-from .loaders.active import active_adapters, held, keeping_trained, set_active
-from .loaders.inject import all_or_nothing, check_new_name
 from .tensor_file import TensorFile, Tensors, all_finite
 
 Fitting = dict[Place, tuple[Module, Tensors]]

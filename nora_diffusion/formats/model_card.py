@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..files import write_atomic
 from .adapter_file import AdapterInfo
-from .files import write_atomic
 
 TEMPLATE = """---
 base_model: {base}

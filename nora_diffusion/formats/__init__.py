@@ -1,0 +1,1 @@
+"""Files: our own format, packs, plain LoRAs for other tools, and theirs."""
