@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from nora_diffusion.adapters import lora, lora_xs, mor, nora
-from nora_diffusion.adapters.bases import PLACEMENTS, awsvd, orthogonal, svd, truncated_svd
+from nora_diffusion.adapters.bases import Placement, awsvd, orthogonal, svd, truncated_svd
 from nora_diffusion.adapters.config import AdapterConfig, Start
 from nora_diffusion.adapters.layer import NoraLayer
 
@@ -96,7 +98,7 @@ def test_randomised_svd_agrees_with_the_full_one() -> None:
     assert torch.equal(vt, again[2])
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", get_args(Placement))
 def test_placements_span_the_same_space(placement: str) -> None:
     weight = decaying(20, 16)
     down, up = svd(weight, 4, None, placement=placement, power=1.0)  # type: ignore[arg-type]
