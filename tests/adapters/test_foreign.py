@@ -340,7 +340,7 @@ def test_broken_files_are_refused_and_leave_nothing(
 def test_a_failure_half_way_takes_everything_out(
     pipe: Any, made: dict[str, tuple[Path, Tensor]], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nora_diffusion import foreign_loading
+    from nora_diffusion.formats import foreign_loading
 
     before = state(pipe)
 
