@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import UserError
 
-FILLERS = frozenset(
-    {
-        "a",
-        "an",
-        "the",
-        "of",
-        "in",
-        "on",
-        "at",
-        "with",
-        "and",
-        "my",
-        "one",
-        "good",
-        "bad",
-        "close",
-        "up",
-        "closeup",
-    }
-    | {"photo", "photograph", "picture", "image", "portrait", "drawing", "painting", "rendering", "rendition"}
-)
+log = logging.getLogger(__name__)
+
+FILLERS = frozenset({
+    "a", "an", "the", "of", "in", "on", "at", "with", "and", "my", "our", "one", "good", "bad", "nice", "close", "up",
+    "closeup", "photo", "photograph", "picture", "image", "portrait", "drawing", "painting", "rendering", "rendition",
+    "selfie", "wearing", "holding", "sitting", "standing", "lying", "running", "walking", "playing",
+})  # fmt: skip
+TRIGGERS = ("sks", "ohwx", "zqx", "qxzvj")
+"""Words that are usual as triggers because no model knows them."""
 METADATA = "metadata.jsonl"
 COLUMN = "text"
 
@@ -53,6 +42,8 @@ def read_captions(
         own, source = {}, ""
     if not own and not prompt:
         raise UserError("there is no prompt: give --instance_prompt 'a photo of sks dog', or captions (--use_captions)")
+    if source and not own:
+        log.warning("no photo has %s of its own: all go by the instance prompt '%s'", source, prompt)
     bare = [path.name for path in photos if path.name not in own]
     if bare and not prompt:
         raise UserError(f"{bare[0]} has no caption: add {source} for it, or give --instance_prompt for such photos")
@@ -102,14 +93,24 @@ def _metadata_row(path: Path, number: int, line: str, column: str) -> tuple[str,
 def guess_trigger(prompt: str, class_word: str | None = None, class_prompt: str | None = None) -> str | None:
     """The word of ``prompt`` that names the subject: what the class's words and filler words leave over.
 
-    ``"a photo of sks dog"`` gives ``"sks"``; with one such word, as in ``"a photo of a dog"``, ``None``.
+    ``"a photo of sks dog"`` gives ``"sks"``; with one such word, as in ``"a photo of a dog"``, ``None``. A word
+    that nobody says is taken before any other.
     """
     words = [word for word in _words(prompt) if word.lower() not in FILLERS]
     ordinary = {word.lower() for word in _words(f"{class_word or ''} {class_prompt or ''}")}
     left = [word for word in words if word.lower() not in ordinary]
-    if ordinary:
-        return left[0] if left else None
-    return left[0] if len(left) > 1 else None
+    if made_up := [word for word in left if _is_made_up(word)]:
+        return made_up[0]
+    if not ordinary and len(left) > 1:  # "a professional photo of bobo dog": what it is a photo of
+        named = [word for word in _words(re.split(r"\bof\b", prompt)[-1]) if word in left]
+        return named[0] if len(named) > 1 else left[0]
+    return left[0] if left and ordinary else None
+
+
+def _is_made_up(word: str) -> bool:
+    """Whether a word is one of the usual triggers, or none that anybody would say: ``tqz``, ``tok3``."""
+    unspoken = len(word) > 2 and word.isascii() and not re.search("[aeiouy]", word, re.IGNORECASE)
+    return word.lower() in TRIGGERS or unspoken or any(sign.isdigit() for sign in word)
 
 
 def guess_class_word(prompt: str, trigger: str | None) -> str | None:

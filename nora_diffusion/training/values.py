@@ -17,7 +17,7 @@ _FALSE = ("false", "no", "off", "0")
 
 def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
     """``": did you mean 'x'?"`` for the nearest known name, or a hint where the names stand."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.65)
     return f": did you mean {prefix + close[0]!r}?" if close else ": see --help for all settings"
 
 

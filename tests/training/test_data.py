@@ -241,6 +241,10 @@ def test_triggers() -> None:
     assert guess_trigger("a photo of sks dog", class_word="dog") == "sks"
     assert guess_trigger("a photo of dog sks", class_prompt="a photo of a dog") == "sks"
     assert guess_trigger("a photo of a dog") is None
+    assert guess_trigger("a professional photo of sks dog") == guess_trigger("ein Foto von sks Hund") == "sks"
+    assert guess_trigger("a photo of my dog tqz") == "tqz" and guess_trigger("a photo of a big tok3 dog") == "tok3"
+    assert guess_trigger("an oil painting of bobo cat") == "bobo" and guess_trigger("a selfie of bobo man") == "bobo"
+    assert guess_class_word("a photo of sks dog wearing a hat", "sks") == "dog"
     assert guess_trigger("a photo of a dog", class_word="dog") is None
     assert guess_class_word("a photo of sks toy dog on the beach", "sks") == "toy dog"
     assert guess_class_word("sks toy dog, red, sunny", "sks") == "toy dog"
