@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> TrainResult:
         raise UserError("preflight_only trains nothing: call nora_diffusion.training.check, or leave it out")
     subject, config = prepared(config)
     accelerator = build_accelerator(config)
-    with RunFolder(config.folder, accelerator.is_main_process) as folder, StopRequests() as stop:
+    with run_folder(config, accelerator) as folder, StopRequests() as stop:
         try:
             with torch.random.fork_rng():
                 run = set_up(config, subject, accelerator, folder, stop)
@@ -113,11 +113,16 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     return Accelerator(cpu=launched and not torch.accelerator.is_available(), kwargs_handlers=[patient])
 
 
+def run_folder(config: TrainConfig, accelerator: Accelerator) -> RunFolder:
+    """The folder that ``config`` names."""
+    return RunFolder(config.folder, accelerator.is_main_process, config.overwrite_output_dir)
+
+
 def check(config: TrainConfig) -> list[Finding]:
     """What speaks against a run, without training; nothing is written. Raises :class:`UserError` as ``train`` would."""
     subject, config = prepared(config)
     accelerator = build_accelerator(config)
-    with RunFolder(config.folder, accelerator.is_main_process) as folder, StopRequests() as stop:
+    with run_folder(config, accelerator) as folder, StopRequests() as stop:
         return preflight(plan_run(config, subject, accelerator, folder, stop))
 
 

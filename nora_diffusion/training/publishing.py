@@ -11,12 +11,10 @@ from ..errors import UserError, first_line
 from ..files import sha256
 from ..formats.export import export_lora
 from ..formats.export_formats import Format
-from .rundir import RunFolder
+from .rundir import EXPORTS, RunFolder
 from .setup import Run
 
 log = logging.getLogger(__name__)
-
-EXPORTS = "exports"
 
 
 def export_all(adapter: Path, formats: Sequence[str], dtype: str | None) -> list[Path]:

@@ -12,28 +12,52 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from ..data import report as data_report
 from ..errors import UserError
 from ..files import FileLock, make_folder, user_errors, write_atomic
 from ..formats.adapter_file import FILE_NAME
-from ..run_layout import CANDIDATES, CHECKPOINTS, CONFIG, LOCK, LOG, MEASURED, REPORT, SAMPLES, STATE, VALIDATION
+from ..run_layout import (
+    CANDIDATES,
+    CHECKPOINTS,
+    CONFIG,
+    LOCK,
+    LOG,
+    MEASURED,
+    REPORT,
+    SAMPLES,
+    STATE,
+    VALIDATION,
+    checkpoint_steps,
+    pictures_by_step,
+)
 
 log = logging.getLogger(__name__)
 
 Status = Literal["starting", "training", "saving", "done", "interrupted", "failed"]
 SPARE_BYTES = 16 * 2**20
 STATE_SECONDS = 0.5
+EXPORTS = "exports"
+MARKS = (STATE, LOG, FILE_NAME)
+"""A folder with one of them holds a run."""
+WRITTEN = (
+    CONFIG, REPORT, MEASURED, "README.md", data_report.HTML_NAME, data_report.JSON_NAME,
+    CHECKPOINTS, SAMPLES, VALIDATION, CANDIDATES, EXPORTS,
+)  # fmt: skip
+"""Names that a run takes for itself, and somebody else may have, too."""
 
 
 class RunFolder:
     """Context manager that owns ``output_dir``: created, writable and locked, or a :class:`UserError`.
 
     Until :meth:`claim` nothing of an earlier run is touched; a folder made for nothing is removed again.
-    In processes beside the first one (``owner=False``) it writes nothing.
+    In processes beside the first one (``owner=False``) it writes nothing. A folder that is no run's and has files in
+    the way of one is refused, but with ``overwrite``.
     """
 
-    def __init__(self, path: Path, owner: bool = True) -> None:
+    def __init__(self, path: Path, owner: bool = True, overwrite: bool = False) -> None:
         self.path = path
         self.owner = owner
+        self._overwrite = overwrite
         self._created = False
         self._claimed = False
         self._lock = FileLock(path / LOCK)
@@ -66,6 +90,8 @@ class RunFolder:
             return self
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"the output folder {self.path} is a file: choose another --output_dir")
+        if not self._overwrite:
+            self._spare_others()
         self._created = not self.path.exists()
         make_folder(self.path)
         if not self._lock.try_acquire():
@@ -83,6 +109,16 @@ class RunFolder:
             self._leave()
             raise
         return self
+
+    def _spare_others(self) -> None:
+        if self.holds_a_run() or any((self.path / name).exists() for name in MARKS):
+            return
+        there = [name for name in WRITTEN if _is_used(self.path / name)]
+        if there:
+            raise UserError(
+                f"{self.path} is in use and holds no run, whose files would go between or over {', '.join(there)}: "
+                "choose another --output_dir, or give --overwrite_output_dir"
+            )
 
     def _holder(self) -> str:
         with contextlib.suppress(OSError, ValueError):  # Windows lets nobody read what is locked
@@ -111,10 +147,10 @@ class RunFolder:
                 self.path.rmdir()
 
     def claim(self, anew: bool, config: Mapping[str, Any]) -> None:
-        """From here on this run's files replace the earlier ones; ``anew`` removes its checkpoints and log.
+        """From here on this run's files replace the earlier ones; ``anew`` removes its checkpoints, pictures and log.
 
-        The earlier adapter stays until the new one replaces it. ``config.yaml`` holds every setting resolved:
-        ``--config`` with it repeats the run.
+        What has no name of ours stays, and the earlier adapter until the new one replaces it. ``config.yaml`` holds
+        every setting resolved: ``--config`` with it repeats the run.
         """
         import yaml
 
@@ -122,11 +158,22 @@ class RunFolder:
             return
         self._claimed = True
         if anew:
-            for folder in (self.checkpoints, self.samples, self.path / VALIDATION, self.path / CANDIDATES):
-                shutil.rmtree(folder, ignore_errors=True)
-            for name in (LOG, MEASURED, REPORT):
-                (self.path / name).unlink(missing_ok=True)
+            self._remove_earlier()
+            with user_errors(self.path / LOG):
+                (self.path / LOG).touch()  # a mark: a run killed in the next line is known by it
         write_atomic(self.path / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+
+    def _remove_earlier(self) -> None:
+        candidates, validation = self.path / CANDIDATES, self.path / VALIDATION
+        rests = [path for mark in ("tmp", "old") for path in self.checkpoints.glob(f".{mark}-step-*")]
+        for place in (*checkpoint_steps(self.checkpoints).values(), *checkpoint_steps(candidates).values(), *rests):
+            shutil.rmtree(place, ignore_errors=True)
+        pictures = [p for place in (self.samples, validation) for own in pictures_by_step(place).values() for p in own]
+        for path in (*pictures, *(self.path / name for name in (LOG, MEASURED, REPORT))):
+            path.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.samples, validation, candidates):
+            with contextlib.suppress(OSError):  # not there, or something else is in it
+                folder.rmdir()
 
     def require(self, size: int) -> None:
         """Raise :class:`UserError` unless ``size`` bytes are free on the folder's disk."""
@@ -153,7 +200,7 @@ class RunFolder:
 
     def holds_a_run(self) -> bool:
         """Whether an earlier run left checkpoints or an adapter here."""
-        return self.adapter.exists() or any(self.checkpoints.glob("step-*"))
+        return self.adapter.exists() or bool(checkpoint_steps(self.checkpoints))
 
     def state(self, status: Status, **values: Any) -> None:
         """Replace ``state.json``: at once when the status changes, else at most twice a second."""
@@ -204,6 +251,11 @@ class RunLog:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+
+
+def _is_used(path: Path) -> bool:
+    """Whether a file is there, or a folder with something in it."""
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def _step(line: str) -> float:

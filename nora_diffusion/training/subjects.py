@@ -18,7 +18,7 @@ from .config import TrainConfig
 from .crowd import Crowd, Member
 from .defaults import with_defaults
 from .listing import read_subjects
-from .loop import OUT_OF_MEMORY, TrainResult, build_accelerator, conclude, gather, plan_run, validation_of
+from .loop import OUT_OF_MEMORY, TrainResult, build_accelerator, conclude, gather, plan_run, run_folder, validation_of
 from .preflight import Finding, Plan, preflight, report
 from .quantized import quantize_base
 from .rundir import RunFolder
@@ -76,7 +76,7 @@ def _opened(
         stop = stack.enter_context(StopRequests())
         if not config.folder.exists():
             stack.callback(_remove_if_empty, config.folder)
-        folders = [stack.enter_context(RunFolder(own.folder)) for own in configs.values()]
+        folders = [stack.enter_context(run_folder(own, accelerator)) for own in configs.values()]
         stack.enter_context(torch.random.fork_rng())
         pipe: Any = None
         planned = []

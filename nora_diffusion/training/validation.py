@@ -28,7 +28,7 @@ from ..judges import Judge, check_judge, image_features, load_judges, text_featu
 from ..loaders import load_adapter, save_adapter
 from ..metrics import agreement, diversity, likeness
 from ..pictures import save_picture
-from ..run_layout import CANDIDATES, MEASURED, VALIDATION, picture_name
+from ..run_layout import CANDIDATES, MEASURED, VALIDATION, checkpoint_steps, picture_name
 from .checks import folder_of
 from .config import TrainConfig, having
 from .randomness import derive
@@ -236,7 +236,7 @@ class Validation:
     def _prune(self) -> None:
         """Keep the adapters on the Pareto front and the newest one."""
         kept = {self.candidate(step) for step in (*front(self.points), self.points[-1].step)}
-        for place in (self.folder / CANDIDATES).glob("step-*"):
+        for place in checkpoint_steps(self.folder / CANDIDATES).values():
             if place not in kept:
                 shutil.rmtree(place, ignore_errors=True)
 

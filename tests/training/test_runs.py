@@ -288,6 +288,37 @@ def test_an_output_folder_that_cannot_be_used(configure: Configure, tmp_path: Pa
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_folder_in_use_that_is_no_run_is_left_as_it_is(configure: Configure, tmp_path: Path) -> None:
+    config = configure(validation_prompt="a dog", validation_steps=1)
+    names = ["samples/a.txt", "validation/held.txt", "candidates/people.csv", "candidates/step-by-step/a.txt",
+             "checkpoints/sd15.txt", "checkpoints/step-1.txt", "report.html", "README.md", "config.yaml"]  # fmt: skip
+    for name in names:
+        (config.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (config.folder / name).write_text("mine")
+    for begin in (check, train):
+        with pytest.raises(UserError, match=r"holds no run, whose files would go between or over config\.yaml, report"):
+            begin(config)
+    assert sorted(str(p.relative_to(config.folder)) for p in config.folder.rglob("*") if p.is_file()) == sorted(names)
+    again = replace(config, overwrite_output_dir=True)
+    for _ in range(2):
+        train(replace(again, checkpointing_steps=1))
+        assert all((config.folder / name).read_text() == "mine" for name in names if "/" in name)
+    train(replace(again, max_train_steps=1, validation_prompt=None))
+    assert [p.name for p in (config.folder / "samples").iterdir()] == ["a.txt"]
+    assert {p.name for p in (config.folder / "checkpoints").iterdir()} == {"sd15.txt", "step-1.txt", "step-1"}
+
+
+def test_a_folder_without_anything_in_the_way_is_taken(configure: Configure) -> None:
+    config = configure()
+    for name in ("samples/", "class_images/", ".git/"):
+        (config.folder / name).mkdir(parents=True)
+    (config.folder / "notes.txt").write_text("mine")
+    check(config)
+    with RunFolder(config.folder) as folder:
+        folder.claim(anew=True, config={})  # and killed at once
+    assert train(config).steps == 3 and (config.folder / "notes.txt").read_text() == "mine"
+
+
 def test_two_trainers_in_one_folder(configure: Configure) -> None:
     with RunFolder(configure().folder), pytest.raises(UserError, match="another training runs in"):
         train(configure())
