@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from .config import Bound, TrainConfig, having
-from .defaults import METHOD_KEYS, METHODS, PRESET_KEYS
+from .defaults import METHOD_KEYS, METHODS, PRESET_KEYS, with_defaults
 from .tracking import TRACKERS
 
 BOUNDS: dict[Bound, tuple[Callable[[float], bool], str]] = {
@@ -76,6 +76,7 @@ def _check_adapter(config: TrainConfig) -> None:
         if value is not None and value is not False and name not in METHOD_KEYS[config.method]:
             owners = ", ".join(method for method, keys in METHOD_KEYS.items() if name in keys)
             raise UserError(f"--{name} has no meaning for --method {config.method}: it belongs to {owners}")
+    _check_inner_rank(with_defaults(config))
     _check_calibration(config)
     if config.text_encoder_lr is not None and not config.train_text_encoder:
         raise UserError("--text_encoder_lr needs --train_text_encoder")
@@ -88,6 +89,17 @@ def _check_adapter(config: TrainConfig) -> None:
     if config.class_labels_conditioning not in (None, "timesteps"):
         raise UserError(
             f"class_labels_conditioning={config.class_labels_conditioning!r} is unknown: only 'timesteps' is"
+        )
+
+
+def _check_inner_rank(config: TrainConfig) -> None:
+    nested = (
+        "inner_rank" in METHOD_KEYS[config.method] and config.core in (None, "nested") and config.basis != "sharing"
+    )
+    if nested and (config.inner_rank or 0) > (config.rank or 0):
+        raise UserError(
+            f"--inner_rank {config.inner_rank} exceeds --rank {config.rank}, and the inner pair sits inside the outer "
+            "one: lower --inner_rank, or raise --rank"
         )
 
 

@@ -101,4 +101,6 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
         table["snr_gamma"] = 0.0
     foreign = PRESET_KEYS.keys() - set(METHOD_KEYS[config.method])
     missing = {k: v for k, v in table.items() if getattr(config, k) is None and k not in skip | foreign}
+    if "inner_rank" in missing:
+        missing["inner_rank"] = min(missing["inner_rank"], config.rank or missing["rank"])
     return replace(config, **missing)

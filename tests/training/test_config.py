@@ -120,6 +120,8 @@ def test_mistyped_yaml(text: str, sentence: str, tmp_path: Path) -> None:
         ({"learning_rate": float("nan")}, "must be above 0"),
         ({"dropout": 1.0}, "dropout"),
         ({"method": "lora", "inner_rank": 4}, "--inner_rank has no meaning for --method lora: it belongs to nora"),
+        ({"rank": 4, "inner_rank": 8}, "--inner_rank 8 exceeds --rank 4"),
+        ({"method": "lora_mini", "inner_rank": 64}, "--inner_rank 64 exceeds --rank 32"),
         ({"method": "dora", "magnitude": True}, "--magnitude has no meaning for --method dora"),
         ({"method": "mor", "blocks": 2}, "--blocks has no meaning for --method mor: it belongs to melora"),
         ({"train_text_encoder": True, "pre_compute_text_embeddings": True}, "excludes --train_text_encoder"),
@@ -154,6 +156,13 @@ def test_defaults_fill_gaps_only() -> None:
     assert embedded.rank == 5 and embedded.inner_rank is not None and embedded.max_train_steps is not None
     assert (other.rank, other.inner_rank, other.learning_rate, other.train_batch_size) == (4, None, 5e-4, 4)
     assert with_defaults(TrainConfig(num_train_epochs=3)).max_train_steps is None
+
+
+def test_a_small_rank_takes_the_default_inner_rank_with_it() -> None:
+    for changes in ({}, {"method": "lora_mini"}, {"pretrained_model_name_or_path": "some/model"}):
+        config = TrainConfig(**DATA, **changes, rank=2)  # type: ignore[arg-type]
+        check_config(config)
+        assert with_defaults(config).inner_rank == 2
 
 
 def test_help_names_every_setting() -> None:
