@@ -10,14 +10,19 @@ from .config import TrainConfig, having
 from .subject import Subject
 
 
-def identity_of(config: TrainConfig, pipe: Any, subject: Subject, class_hash: str, processes: int) -> dict[str, Any]:
-    """What must be equal for a resumed run to be the same: settings, data, base, versions, processes."""
-    values = {name: value for name, value in config.to_dict().items() if name not in having("free")}
+def may_go_on(config: TrainConfig) -> bool:
+    """Whether a finished run may be prolonged: nothing in its schedule depends on the end."""
     fractions = [config.denoiser_frac, config.text_encoder_frac]
     if config.train_text_encoder_ti:
         fractions.append(config.train_text_encoder_ti_frac)
-    if (config.lr_scheduler or "").startswith("constant") and all(fraction == 1 for fraction in fractions):
-        values.pop("max_train_steps")  # such a schedule does not depend on the end: a run may be prolonged
+    return (config.lr_scheduler or "").startswith("constant") and all(fraction == 1 for fraction in fractions)
+
+
+def identity_of(config: TrainConfig, pipe: Any, subject: Subject, class_hash: str, processes: int) -> dict[str, Any]:
+    """What must be equal for a resumed run to be the same: settings, data, base, versions, processes."""
+    values = {name: value for name, value in config.to_dict().items() if name not in having("free")}
+    if may_go_on(config):
+        values.pop("max_train_steps")
     return {
         **values,
         "base": base_id(pipe),

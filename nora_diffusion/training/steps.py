@@ -24,6 +24,7 @@ from .averaging import shown
 from .checkpoints import prune, save_checkpoint
 from .checks import trackers
 from .denoiser import Conditions, denoiser, predict
+from .identity import may_go_on
 from .memory import checkpoint_bytes
 from .noise import draw_levels, draw_noise
 from .optimization import bound_norms, clip, schedule_state, still
@@ -35,6 +36,8 @@ from .signals import Interrupted, StopRequests
 from .tracking import Trackers
 
 log = logging.getLogger(__name__)
+
+ENDED = "its schedule ends there, and a longer run starts anew in another --output_dir"
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Stepper:
         """All steps that are left; returns their losses. Raises :class:`Interrupted` after a signal."""
         run = self.run
         if run.first_step >= run.total_steps:
-            log.warning("this run is complete at step %d: raise --max_train_steps to go on", run.first_step)
+            more = "raise --max_train_steps to go on" if may_go_on(run.config) else ENDED
+            log.warning("this run is complete at step %d: %s", run.first_step, more)
             return []
         losses = []
         with self.recording():

@@ -307,3 +307,14 @@ def test_a_finished_run_says_that_it_is(configure: Configure, caplog: pytest.Log
     assert (again.final_loss, again.seconds) == (first.final_loss, first.seconds)  # of the steps, not of this start
     assert json.loads((config.folder / "state.json").read_text())["loss"] == first.final_loss
     assert (config.folder / "README.md").read_text().split("## Training")[1] == card.split("## Training")[1]
+
+
+def test_a_finished_run_whose_schedule_has_ended_is_not_to_be_prolonged(
+    configure: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configure(max_train_steps=1, lr_scheduler="cosine")
+    train(config)
+    train(replace(config, resume_from_checkpoint="latest"))
+    assert "complete at step 1: its schedule ends there, and a longer run starts anew in another" in caplog.text
+    with pytest.raises(UserError, match="max_train_steps: 1 -> 2"):
+        train(replace(config, resume_from_checkpoint="latest", max_train_steps=2))
