@@ -28,7 +28,7 @@ from .teaching import METHODS, SUBJECTS, Lesson, Probes, fit_probes, new_scenes,
 from .world import SUBJECTS as HELD_OUT
 
 COMPARED = ("base", "nora", "lora", "lora_r2")
-RATES = (3e-4, 6e-4, 1.2e-3)
+RATES = (6e-4, 1.2e-3, 2.4e-3)
 SHARES = ("subject_right", "background_right", "both_right")
 SCORES = ("subject_score", "prompt_score")
 Teach = Callable[..., Lesson]
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(COMPARED), metavar="METHOD",
                         help=f"of {', '.join(METHODS)} (default: {' '.join(COMPARED)})")  # fmt: skip
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), metavar="RATE",
-                        help="learning rates, the same for every method (default: 3e-4 6e-4 1.2e-3)")  # fmt: skip
+                        help="learning rates, the same for every method (default: 6e-4 1.2e-3 2.4e-3)")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED",
                         help="of training and pictures (default: 0 1 2)")  # fmt: skip
     parser.add_argument("--subjects", nargs="+", choices=list(HELD_OUT), default=list(SUBJECTS), metavar="SUBJECT",

@@ -23,6 +23,9 @@ EMBEDDED: dict[str, Any] = {
     "sample_guidance": EMBEDDED_GUIDANCE,
 }
 
+FROZEN_OUTER_RATE = 1.2e-3
+"""Of methods with a frozen outer pair on the embedded base, which learn best at twice LoRA's (docs/comparing.md)."""
+
 # Other bases: as diffusers' script, but for the steps (its one epoch over five photos is two) and the warm-up (its 500
 # would fill the whole run): that is a tenth of the steps everywhere.
 OTHER: dict[str, Any] = {
@@ -81,9 +84,15 @@ PRESET_KEYS = {
 }  # fmt: skip
 
 
+def embedded(method: str) -> dict[str, Any]:
+    """The defaults of the embedded base for a method."""
+    own = {"learning_rate": FROZEN_OUTER_RATE} if USUAL_RATES[method] is FROZEN_OUTER else {}
+    return {**EMBEDDED, **own}
+
+
 def with_defaults(config: TrainConfig) -> TrainConfig:
     """``config`` with every ``None`` that has a default filled in. What the user gave is never changed."""
-    base = dict(EMBEDDED if is_embedded(config.pretrained_model_name_or_path) else OTHER)
+    base = embedded(config.method) if is_embedded(config.pretrained_model_name_or_path) else dict(OTHER)
     if config.method != "nora":
         base.pop("rank", None)
     if "router" in METHOD_KEYS[config.method] and config.router in (None, "token"):  # which cannot gate a convolution

@@ -155,6 +155,8 @@ def test_defaults_fill_gaps_only() -> None:
     other = with_defaults(TrainConfig(pretrained_model_name_or_path="some/model", method="lora"))
     assert embedded.rank == 5 and embedded.inner_rank is not None and embedded.max_train_steps is not None
     assert (other.rank, other.inner_rank, other.learning_rate, other.train_batch_size) == (4, None, 5e-4, 4)
+    rates = {method: with_defaults(TrainConfig(method=method)).learning_rate for method in ("nora", "lora_xs", "lora")}
+    assert rates == {"nora": 1.2e-3, "lora_xs": 1.2e-3, "lora": 6e-4}, "docs/comparing.md says why"
     assert with_defaults(TrainConfig(num_train_epochs=3)).max_train_steps is None
 
 
