@@ -93,9 +93,7 @@ def _check_adapter(config: TrainConfig) -> None:
 
 
 def _check_inner_rank(config: TrainConfig) -> None:
-    nested = (
-        "inner_rank" in METHOD_KEYS[config.method] and config.core in (None, "nested") and config.basis != "sharing"
-    )
+    nested = "inner_rank" in METHOD_KEYS[config.method] and config.core in (None, "nested")
     if nested and (config.inner_rank or 0) > (config.rank or 0):
         raise UserError(
             f"--inner_rank {config.inner_rank} exceeds --rank {config.rank}, and the inner pair sits inside the outer "
