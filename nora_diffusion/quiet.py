@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 # By the logger that says it. transformers and diffusers look at torchao wherever it is installed, used or not.
 REMARKS = {
+    "transformers.tokenization_utils_base": "Token indices sequence length is longer than",  # said in our own words
     "torchao": "Failed to load",  # its GPU kernels, on a machine without the GPU
     "torchao.kernel.intmm": "Detected no triton",
     "torch.utils._pytree": "is an Enum subclass",  # how torchao registers its enums

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..captions import says
+from ..captions import TRIGGERS, says
 from ..errors import UserError
 from ..formats.adapter_info import info_from
 from ..loaders import check_adapter
@@ -24,9 +24,10 @@ from .defaults import USUAL_FACTORS, USUAL_RATES, USUAL_TEXT_RATES, USUAL_TOKEN_
 from .denoiser import denoiser, native_size, networks
 from .memory import Outline, available, outline
 from .optimization import scaled_rate
+from .prompts import cut_off, tokens_of
 from .renders import DTYPES, class_folder, count_pictures
 from .rundir import SPARE_BYTES
-from .setup import adapter_config, components
+from .setup import adapter_config, components, prompts_of
 from .subject import Subject, calling_prompt
 from .validation import Measure
 
@@ -34,7 +35,6 @@ log = logging.getLogger(__name__)
 
 FEW_PHOTOS = 3
 FEW_VIEWS = 10
-TRIGGERS = ("sks", "ohwx", "zqx", "qxzvj")
 IDLE = {
     "with_prior_preservation": ("class_data_dir", "class_prompt", "prior_generation_precision"),
     "push_to_hub": ("hub_model_id", "hub_token"),
@@ -81,7 +81,8 @@ def preflight(plan: Plan) -> list[Finding]:
     size = _outline(plan)
     return [
         *_base(plan), *_disk(plan, size), *_memory(plan, size), *_photos(plan), *_trigger(plan), *_prompts(plan),
-        *_rates(plan), *_file(plan), *_measured(plan), *_class_pictures(plan), *_upload(plan), *_idle(plan),
+        *_lengths(plan), *_rates(plan), *_file(plan), *_measured(plan), *_class_pictures(plan), *_upload(plan),
+        *_idle(plan),
     ]  # fmt: skip
 
 
@@ -233,6 +234,15 @@ def _prompts(plan: Plan) -> Iterator[Finding]:
         yield Finding(
             f"The validation prompt lacks the trigger '{named[0][0]}', so its pictures will not show the subject: put "
             "it in."
+        )
+
+
+def _lengths(plan: Plan) -> Iterator[Finding]:
+    most, prompts = tokens_of(plan.config, plan.pipe), list(dict.fromkeys(prompts_of(plan.config, plan.subject)))
+    if long := cut_off(plan.pipe.tokenizer, prompts, most):
+        yield Finding(
+            f"{len(long)} of {len(prompts)} prompts have more than {most} tokens, so that their end is cut off, such "
+            f"as '{long[0]}': shorten them."
         )
 
 

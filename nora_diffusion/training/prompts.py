@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,14 +15,13 @@ from .denoiser import Conditions, encode_prompts, family_of, is_plain, text_enco
 from .keep import Keep, module_hash, place
 from .tokens import encodes_each_step
 
-log = logging.getLogger(__name__)
-
 
 class TextConditions:
     """Prompts as the UNet wants them: from a cache, or afresh each step while text encoder or tokens are trained."""
 
     def __init__(self, pipe: Any, config: TrainConfig, prompts: Sequence[str], keep: Keep | None = None) -> None:
-        self._pipe, self._encoder, self._length = pipe, pipe.text_encoder, config.tokenizer_max_length
+        self._pipe, self._config, self._encoder = pipe, config, pipe.text_encoder
+        self._length = config.tokenizer_max_length
         self._plain = is_plain(pipe)
         self._live = encodes_each_step(config)
         self._masked = config.text_encoder_use_attention_mask
@@ -42,7 +40,7 @@ class TextConditions:
     def _tokenize(self) -> None:
         self._tokenizer = self._pipe.tokenizer
         prompts = expanded(self._pipe, self._prompts, self._tokenizer)
-        found = tokenize(self._tokenizer, prompts, self._length if self._plain else None)
+        found = tokenize(self._tokenizer, prompts, tokens_of(self._config, self._pipe))
         self._ids, self._mask = (value.to(self._encoder.device) for value in found)
 
     @torch.no_grad()
@@ -82,11 +80,17 @@ class TextConditions:
         return {"hidden": hidden}
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str], length: int | None) -> tuple[Tensor, Tensor]:
-    """Token ids and padding mask ``[prompts, length]``; a prompt that is cut short is named in a warning."""
-    length = length or tokenizer.model_max_length
+def tokens_of(config: TrainConfig, pipe: Any) -> int:
+    """How many tokens the first text encoder is given of a prompt."""
+    return (config.tokenizer_max_length if is_plain(pipe) else None) or pipe.tokenizer.model_max_length
+
+
+def cut_off(tokenizer: Any, prompts: Sequence[str], length: int) -> list[str]:
+    """Those of the prompts that have more tokens than ``length``."""
+    return [prompt for prompt in prompts if len(tokenizer(prompt, truncation=False).input_ids) > length]
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+    """Token ids and padding mask ``[prompts, length]``; the end of a longer prompt is cut off."""
     encoded = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    for prompt in prompts:
-        if len(tokenizer(prompt, truncation=False).input_ids) > length:
-            log.warning("%r is longer than %d tokens: its end is cut off", prompt, length)
     return encoded.input_ids, encoded.attention_mask

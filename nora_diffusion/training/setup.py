@@ -114,6 +114,12 @@ def class_prompts_of(config: TrainConfig, subject: Subject) -> list[str]:
     return list(subject.class_prompts) or [config.class_prompt or ""] * len(subject.photos)
 
 
+def prompts_of(config: TrainConfig, subject: Subject) -> list[str]:
+    """All prompts that a run learns under, or practises beside them."""
+    prior = class_prompts_of(config, subject) if config.with_prior_preservation else []
+    return [*wordings_of(config, subject.captions).all(), *prior]
+
+
 def open_base(config: TrainConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
     """The base pipeline, frozen, checked to be one this trainer knows, on ``device``, its denoiser in ``dtype``."""
     pipe = open_pipeline(config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant)
@@ -367,8 +373,7 @@ class Material:
 
     def conditions(self) -> TextConditions:
         """The prompts of photos and class pictures, encoded at the text encoder's present precision."""
-        prior = class_prompts_of(self.config, self.subject) if self.config.with_prior_preservation else []
-        prompts = [*wordings_of(self.config, self.subject.captions).all(), *prior]
+        prompts = prompts_of(self.config, self.subject)
         return TextConditions(self.pipe, self.config, prompts, Keep(self.config.cache_latents == "disk"))
 
 

@@ -92,6 +92,14 @@ def test_few_photos_and_captions_without_the_trigger(configure: Configure, tmp_p
     assert "1 of 2 captions lack the trigger 'zqx', such as 'a toy dog': put it in, or let --trigger zqx" in found
 
 
+def test_a_prompt_that_is_cut_off_is_said_once(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
+    config = configure(**{**RIGHT, "instance_prompt": "a photo of zqx dog" + " on a mat" * 30, "max_train_steps": 1})
+    words = "1 of 1 prompts have more than"
+    assert words in said(check(config)) and "a mat': shorten them" in said(check(config))
+    train(config)
+    assert caplog.text.count(words) == caplog.text.count("cut off") == 1
+
+
 def test_an_instance_prompt_that_captions_replace(configure: Configure, tmp_path: Path) -> None:
     """The file then says what the subject answers to, not what nothing was learned under."""
     place = write_photos(tmp_path / "own", 3)
