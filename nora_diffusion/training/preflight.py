@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from ..adapters.build import flat_weight
 from ..captions import TRIGGERS, says
+from ..components import all_targets
 from ..errors import UserError
 from ..formats.adapter_info import info_from
 from ..loaders import check_adapter
@@ -81,8 +83,8 @@ def preflight(plan: Plan) -> list[Finding]:
     size = _outline(plan)
     return [
         *_base(plan), *_disk(plan, size), *_memory(plan, size), *_photos(plan), *_trigger(plan), *_prompts(plan),
-        *_lengths(plan), *_rates(plan), *_file(plan), *_measured(plan), *_class_pictures(plan), *_upload(plan),
-        *_idle(plan),
+        *_lengths(plan), *_rank(plan), *_rates(plan), *_file(plan), *_measured(plan), *_class_pictures(plan),
+        *_upload(plan), *_idle(plan),
     ]  # fmt: skip
 
 
@@ -257,6 +259,19 @@ def _captions(config: TrainConfig, trigger: str, captions: Sequence[str]) -> Ite
         yield Finding(
             f"The class prompt has the trigger '{trigger}', so the class would learn the subject's name: leave it out "
             "there."
+        )
+
+
+def _rank(plan: Plan) -> Iterator[Finding]:
+    adapter = adapter_config(plan.config)
+    if adapter.basis == "sharing":  # whose rank is that of a LoRA of the same size
+        return
+    layers = all_targets(plan.pipe, components(plan.config, plan.pipe), adapter).values()
+    most = max(min(flat_weight(layer).shape) for own in layers for layer in own.values())
+    if adapter.r > most:
+        yield Finding(
+            f"No layer here has a smaller side of more than {most}, which is the most that --rank {adapter.r} can be "
+            f"in any of them: choose at most {most}."
         )
 
 

@@ -57,6 +57,7 @@ def test_nothing_is_said_of_a_run_in_order(configure: Configure) -> None:
         ({"train_text_encoder": True, "text_encoder_lr": 0.5}, "A --text_encoder_lr of 0.5 is outside"),
         ({"optimizer": "prodigy", "learning_rate": 1e-4}, "usual 0.1 to 10 of --optimizer prodigy"),
         ({"train_text_encoder_ti": True, "token_lr": 1.0}, "A --token_lr of 1 is outside the usual 1e-05 to 0.05"),
+        ({"rank": 4096, "alpha": 32.0}, "--rank 4096 can be in any of them: choose at most"),
         ({"push_to_hub": True}, "There is no login for --push_to_hub, so the upload at the end will fail"),
         ({"trigger": "cat", "instance_prompt": "a cat dog"}, "'cat' is a word that the base knows"),
         ({"trigger": None, "instance_prompt": "a dog"}, "No trigger word was found"),
