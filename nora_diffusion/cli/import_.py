@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 HELP = "project a LoRA of another tool onto a NoRA basis and say how much was kept"
 
@@ -24,10 +25,11 @@ def run(values: argparse.Namespace) -> None:
     """Import, and print what was lost by layer, worst first, and over all."""
     from ..adapters import lora_xs, nora
     from ..base import open_pipeline
-    from ..formats.adapter_file import inspect_adapter
+    from ..formats.adapter_file import inspect_adapter, require_vacant
     from ..formats.importing import import_lora
 
     inspect_adapter(values.lora)  # refuse before a model is loaded
+    require_vacant(Path(values.out).expanduser())
     config = (
         nora(values.rank, values.inner_rank, basis=values.basis)
         if values.method == "nora"

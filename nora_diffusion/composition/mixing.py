@@ -14,7 +14,7 @@ from typing import Any, get_args
 from ..base import base_id
 from ..components import refuse_merged, refuse_offloaded
 from ..errors import UserError
-from ..formats.adapter_file import FILE_NAME, AdapterInfo, inspect_adapter, write_adapter
+from ..formats.adapter_file import AdapterInfo, inspect_adapter, require_vacant, write_adapter
 from ..formats.model_card import write_card
 from ..loaders import set_adapters
 from ..loaders.inject import check_new_name
@@ -145,8 +145,7 @@ def _new_folder(output: str | Path) -> Path:
     folder = Path(output).expanduser()
     if folder.suffix == ".safetensors" or folder.is_file():
         raise UserError(f"{output} is a file name: give a folder for the mix and its card")
-    if (folder / FILE_NAME).exists():
-        raise UserError(f"{folder} holds an adapter already: choose another folder")
+    require_vacant(folder)
     return folder
 
 

@@ -47,6 +47,12 @@ def locate(path: str | Path) -> Path:
     return file
 
 
+def require_vacant(folder: Path) -> None:
+    """Raise :class:`UserError` where a new adapter would replace one."""
+    if (folder / FILE_NAME).exists():
+        raise UserError(f"{folder} holds an adapter already: choose another folder")
+
+
 def split_address(path: str | Path) -> tuple[Path, str] | None:
     """``(pack, subject)`` of an address like ``pets.nora_pack.safetensors#dog``; ``None`` for any other path."""
     file, mark, subject = str(path).rpartition(".safetensors#")

@@ -18,7 +18,16 @@ from ..errors import UserError
 from ..gates import MeanGates, mean_gates_of_file
 from ..loaders.tokens import words_in
 from .adapter_file import DTYPES, AdapterInfo, Tensors, inspect_adapter, read_tensors
-from .export_formats import WRITERS, Format, PlainPair, file_target, with_one_alpha, write_tensors
+from .export_formats import (
+    WRITERS,
+    Format,
+    PlainPair,
+    file_target,
+    files_of,
+    require_replaceable,
+    with_one_alpha,
+    write_tensors,
+)
 
 Gate = Literal["mean"]
 
@@ -61,21 +70,23 @@ def export_lora(
     ``pipe``; the report then says what that costs.
 
     New tokens go into a textual inversion each: ``dog_lora_emb_sks.safetensors`` beside ``dog_lora.safetensors``.
-    Raises :class:`UserError`.
+    An older export is replaced; any other file in the way is left alone: :class:`UserError`, as for what cannot be
+    exported.
     """
     if format not in get_args(Format):
         raise UserError(f"format={format!r} is unknown: choose one of {', '.join(get_args(Format))}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     info = inspect_adapter(src)
+    dst = Path(dst).expanduser()
+    embeddings = _embedding_files(dst, info)
+    require_replaceable([*files_of(format, dst, info), *embeddings.values()])
     gates = _fixed_gates(info, gate, pipe, calibration, basis_dir)
     tensors = read_tensors(info, basis_dir)
     pairs = plain_pairs(info, tensors, rank, gates)
     if format == "kohya":
         pairs = with_one_alpha(pairs)
     stored = DTYPES[dtype or "fp32"]
-    dst = Path(dst).expanduser()
-    embeddings = _embedding_files(dst, info)
     path, size, keys = WRITERS[format](dst, info, pairs, stored)
     _write_embeddings(embeddings, info, tensors, stored)
     errors = [pair.error(stored) for pair in pairs]

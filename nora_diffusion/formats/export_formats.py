@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +19,11 @@ from ..components import canonical
 from ..errors import UserError
 from ..files import write_atomic
 from .adapter_file import AdapterInfo, Tensors
+from .tensor_file import TensorFile
 
 Format = Literal["diffusers", "kohya", "peft"]
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MAKER = "nora_diffusion"
 
 
 @dataclass
@@ -112,6 +115,28 @@ def file_target(dst: Path) -> Path:
     return dst if dst.suffix == ".safetensors" else dst / "lora.safetensors"
 
 
+def files_of(format: Format, dst: Path, info: AdapterInfo) -> list[Path]:
+    """What an export writes, new tokens aside."""
+    if format == "peft":
+        return [dst / component / name for component in info.components for name in (PEFT_FILE, PEFT_CONFIG)]
+    return [file_target(dst)]
+
+
+def require_replaceable(files: Iterable[Path]) -> None:
+    """Raise :class:`UserError` where something else than an older export of ours would be overwritten."""
+    for file in files:
+        if file.exists() and not _is_export(file.with_name(PEFT_FILE) if file.name == PEFT_CONFIG else file):
+            raise UserError(f"{file} exists and is no export of {MAKER}: choose another name")
+
+
+def _is_export(file: Path) -> bool:
+    try:
+        with TensorFile(file) as reader:
+            return reader.metadata.get("made_by") == MAKER
+    except UserError:
+        return False
+
+
 def _write_diffusers(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype) -> tuple[Path, int, int]:
     tensors: Tensors = {}
     for pair in pairs:
@@ -169,8 +194,8 @@ def _write_peft(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: tor
         values = LoraConfig(**settings).to_dict() | {
             "target_modules": settings["target_modules"], "inference_mode": True,
         }  # fmt: skip
-        write_atomic(dst / component / "adapter_config.json", json.dumps(values, indent=2, default=str))
-        _, written, count = write_tensors(dst / component / "adapter_model.safetensors", tensors, info)
+        _, written, count = write_tensors(dst / component / PEFT_FILE, tensors, info)
+        write_atomic(dst / component / PEFT_CONFIG, json.dumps(values, indent=2, default=str))
         size, keys = size + written, keys + count
     return dst, size, keys
 
@@ -179,7 +204,7 @@ def write_tensors(
     path: Path, tensors: Tensors, info: AdapterInfo, more: Mapping[str, str] | None = None
 ) -> tuple[Path, int, int]:
     """Write one file that says where it comes from, and ``more``; returns its path, bytes and number of tensors."""
-    notes = {"trigger": info.trigger, "base": info.base, "source_sha256": info.sha256, "made_by": "nora_diffusion"}
+    notes = {"trigger": info.trigger, "base": info.base, "source_sha256": info.sha256, "made_by": MAKER}
     metadata = {"format": "pt", **{k: v for k, v in notes.items() if v}, **(more or {})}
     if info.trigger:
         metadata["modelspec.trigger_phrase"] = info.trigger

@@ -18,7 +18,7 @@ from ..components import COMPONENTS, canonical, component, nora_layers, present
 from ..errors import UserError
 from ..loaders import add_adapter, delete_adapter, save_adapter
 from ..loaders.active import keeping_trained
-from .adapter_file import inspect_adapter
+from .adapter_file import inspect_adapter, require_vacant
 from .foreign_updates import fitting, updates
 from .tensor_file import TensorFile
 
@@ -48,8 +48,9 @@ def import_lora(
 
     ``config``: a preset with a frozen basis (default ``nora()``); its targets are those of the file. ``info``: what to
     write of the adapter (trigger ...). The pipeline is left as it was. Raises :class:`UserError` for a file that is no
-    LoRA or was made for another base, and for a config without a basis and core.
+    LoRA or was made for another base, for a config without a basis and core, and for a ``dst`` that holds an adapter.
     """
+    require_vacant(Path(dst).expanduser())
     config = nora() if config is None else copy.copy(config)
     if config.core not in CORES or not config.frozen_outer or config.blocks > 1 or config.magnitude:
         raise UserError(f"method {config.method!r} has no frozen basis to project onto: import as nora or lora_xs")

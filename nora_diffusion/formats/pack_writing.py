@@ -21,12 +21,12 @@ from ..components import same_weights
 from ..errors import UserError
 from ..files import alone_in, write_atomic
 from .adapter_file import (
-    FILE_NAME,
     given_name,
     inspect_adapter,
     is_frozen,
     read_tensors,
     require_finite,
+    require_vacant,
     split_address,
     write_adapter,
     write_basis,
@@ -93,8 +93,7 @@ def remove_from_pack(path: str | Path, names: Sequence[str]) -> Path:
 def extract_from_pack(path: str | Path, name: str, folder: str | Path, basis_dir: str | Path | None = None) -> Path:
     """Write one subject as an adapter folder, with its preview; bit for bit what was packed. Returns its file."""
     file, folder = pack_path(path), Path(folder).expanduser()
-    if (folder / FILE_NAME).exists():
-        raise UserError(f"{folder / FILE_NAME} exists: choose another folder")
+    require_vacant(folder)
     with Pack(file) as pack:
         subject = pack.find(name)
         preview = subject.preview()

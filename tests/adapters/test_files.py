@@ -397,6 +397,29 @@ def test_kohya_names_the_first_of_two_text_encoders(
     assert {"lora_unet_", name} == {key[: key.index("_", 5) + 1] for key in keys if not key.startswith("lora_te2_")}
 
 
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "peft"])
+def test_an_export_replaces_only_exports(pipe: Any, tmp_path: Path, form: Any) -> None:
+    trained(pipe, METHODS["nora"], ("unet",))
+    source, foreign = save_adapter(pipe, tmp_path / "dog", "one"), {"weight": torch.ones(2)}
+    place = tmp_path / ("peft" if form == "peft" else "dog.safetensors")
+    file = place / "unet" / "adapter_model.safetensors" if form == "peft" else place
+    in_the_way = [file, file.with_name("adapter_config.json")] if form == "peft" else [file]
+    for path in in_the_way:
+        path.parent.mkdir(exist_ok=True, parents=True)
+        save_file(foreign, path)
+        with pytest.raises(UserError, match="exists and is no export of nora_diffusion: choose another name"):
+            export_lora(source, place, form)
+        assert load_file(path).keys() == foreign.keys()
+        path.unlink()
+    export_lora(source, place, form)
+    assert export_lora(source, place, form, dtype="fp16").path == place
+    if form != "peft":
+        before = source.read_bytes()
+        with pytest.raises(UserError, match="is no export"):
+            export_lora(source, source, form)
+        assert source.read_bytes() == before
+
+
 def test_export_to_peft_loads_in_peft(pipe: Any, tmp_path: Path) -> None:
     trained(pipe, METHODS["nora"], ("unet",))
     x, states = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)

@@ -29,6 +29,7 @@ from nora_diffusion import (
 from nora_diffusion.adapters import lora, lora_xs, nora
 from nora_diffusion.adapters.bases import BASES
 from nora_diffusion.components import canonical, projections
+from nora_diffusion.formats.adapter_file import FILE_NAME
 from nora_diffusion.formats.foreign_updates import updates
 from nora_diffusion.formats.importing import import_lora, project
 from nora_diffusion.formats.tensor_file import TensorFile
@@ -541,3 +542,7 @@ def test_import_refusals(pipe: Any, made: dict[str, tuple[Path, Tensor]], tmp_pa
     with pytest.raises(UserError, match="made for another base"):
         import_lora(pipe, tmp_path / "x.safetensors", tmp_path / "x")
     assert same(state(pipe), before) and not (tmp_path / "x").exists()
+    kept = import_lora(pipe, made["kohya"][0], tmp_path / "x", lora_xs(r=4, basis="svd")).path.read_bytes()
+    with pytest.raises(UserError, match="x holds an adapter already: choose another folder"):
+        import_lora(pipe, made["kohya"][0], tmp_path / "x")
+    assert (tmp_path / "x" / FILE_NAME).read_bytes() == kept

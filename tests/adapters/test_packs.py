@@ -223,7 +223,7 @@ def test_other_refusals(pipe: Any, shelf: Path, pack: Path, tmp_path: Path) -> N
         (lambda: create_pack(tmp_path / "x.nora_pack.safetensors", []), "nothing to pack"),
         (lambda: remove_from_pack(pack, ["fox"]), "no subject 'fox'"),
         (lambda: remove_from_pack(pack, list(SUBJECTS)), "delete the file"),
-        (lambda: extract_from_pack(pack, "dog", shelf / "dog"), "exists: choose another folder"),
+        (lambda: extract_from_pack(pack, "dog", shelf / "dog"), "holds an adapter already: choose another folder"),
         (lambda: load_adapter(pipe, pack), "is a pack"),
         (lambda: load_adapter(pipe, f"{pack}#fox"), "no subject 'fox'"),
         (lambda: load_adapter(pipe, f"{tmp_path / 'no.safetensors'}#dog"), "no pack at"),
