@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from ..files import write_atomic
+from ..files import user_errors, write_atomic
 from .adapter_file import AdapterInfo
+
+log = logging.getLogger(__name__)
 
 TEMPLATE = """---
 base_model: {base}
@@ -39,7 +42,14 @@ As a plain LoRA for other tools: `nora-diffusion export {folder} {folder}_lora.s
 
 
 def write_card(folder: Path, info: AdapterInfo, extra: str | None = None) -> Path:
-    """Write ``README.md`` from what the adapter file says of itself, with ``extra`` Markdown at its end."""
+    """Write ``README.md`` from what the adapter file says of itself, with ``extra`` Markdown at its end.
+
+    A ``README.md`` that is no such card is left as it is, with a warning.
+    """
+    file = folder / "README.md"
+    if file.exists() and not _is_card(file):
+        log.warning("%s is no model card of nora_diffusion: it is left as it is, and no card is written", file)
+        return file
     config = next(iter(info.components.values()))
     targets = config["target_modules"]
     trigger = f"\nSay `{info.trigger}` in the prompt to get the subject.\n" if info.trigger else ""
@@ -55,4 +65,11 @@ def write_card(folder: Path, info: AdapterInfo, extra: str | None = None) -> Pat
         bytes=info.bytes, sha256=info.sha256,
         versions=", ".join(f"{name} {version}" for name, version in info.versions.items()),
     )  # fmt: skip
-    return write_atomic(folder / "README.md", text + (f"\n{extra}\n" if extra else ""))
+    return write_atomic(file, text + (f"\n{extra}\n" if extra else ""))
+
+
+def _is_card(file: Path) -> bool:
+    """Whether the front matter says that we wrote it."""
+    with user_errors(file):
+        front, *_ = file.read_text(encoding="utf-8", errors="replace").removeprefix("---").split("\n---\n")
+    return "library_name: nora_diffusion" in front.splitlines()

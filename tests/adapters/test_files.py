@@ -36,6 +36,7 @@ from nora_diffusion.components import canonical, nora_layers
 from nora_diffusion.composition.sources import loaded_source
 from nora_diffusion.formats.adapter_file import FILE_NAME, AdapterInfo
 from nora_diffusion.formats.export_formats import PlainPair
+from nora_diffusion.formats.model_card import write_card
 from nora_diffusion.loaders import list_adapters, set_rank, trainable_parameters
 
 PARTS = ("unet", "text_encoder")
@@ -72,6 +73,17 @@ def test_file_describes_itself(saved: Path, tiny_base: Path) -> None:
     assert info.trained_numbers == sum(inner)
     card = (saved / "README.md").read_text()
     assert "sks" in card and "A nora adapter (r = 4, r' = 2) for" in card
+
+
+def test_somebody_elses_readme_is_left_alone(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    card = tmp_path / "README.md"
+    write_card(tmp_path, inspect_adapter(saved))
+    ours = card.read_text()
+    write_card(tmp_path, inspect_adapter(saved), "more")
+    assert card.read_text() == f"{ours}\nmore\n" and not caplog.text
+    card.write_text("My notes on library_name: nora_diffusion")
+    write_card(tmp_path, inspect_adapter(saved))
+    assert card.read_text().startswith("My notes") and "README.md is no model card" in caplog.text
 
 
 @pytest.mark.parametrize(
