@@ -13,7 +13,7 @@ MODES = ("linear", "cat", "svd", "magnitude_prune", "ties", "dare_linear", "dare
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this command."""
     parser.add_argument("adapters", nargs="+", metavar="PATH[:WEIGHT]", help="adapter files or folders")
-    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--output", "--out", required=True, help="folder to write")
     parser.add_argument("--mode", choices=MODES, default="cat", help="see docs/mixing.md (default: cat, exact)")
     parser.add_argument("--rank", type=int, help="rank of the result, where the mode truncates (default: the sum)")
     parser.add_argument(

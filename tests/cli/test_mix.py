@@ -45,7 +45,7 @@ def test_mix_writes_an_adapter_and_says_what_it_is(parts: Path, tmp_path: Path, 
 
 
 def test_twins_are_warned_of_in_one_sentence(parts: Path, tmp_path: Path, capsys: Capture) -> None:
-    assert main(["mix", f"{parts}/dog", f"{parts}/dog", "--output", str(tmp_path / "both")]) == 0
+    assert main(["mix", f"{parts}/dog", f"{parts}/dog", "--out", str(tmp_path / "both")]) == 0
     err = capsys.readouterr().err
     assert err.startswith("warning: dog and dog-2 overlap by 1.00") and err.count("\n") == 1
 
