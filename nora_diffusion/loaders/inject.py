@@ -47,6 +47,13 @@ def check_new_name(pipe: Any, name: str, components: Sequence[str]) -> None:
         )
 
 
+def derived_name(text: str) -> str:
+    """An adapter's name after its file's, altered where :func:`check_new_name` would refuse it."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", text).replace("lora_", "lora-") or "adapter"
+    awkward = name in "nora_delta" or name.isdigit() or hasattr(nn.ModuleDict(), name)
+    return f"adapter_{name}" if awkward else name
+
+
 def inject(module: nn.Module, config: AdapterConfig, name: str, start: Start) -> None:
     """Put an adapter into one component by PEFT, connected to what its router looks at."""
     own = copy.deepcopy(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from ..formats.adapter_file import (
 )
 from .active import active_adapters, check_finite, keeping_trained, set_active
 from .hotswap import swap
-from .inject import all_or_nothing, check_new_name, file_key, inject, remember, tie
+from .inject import all_or_nothing, check_new_name, derived_name, file_key, inject, remember, tie
 from .rank import set_rank
 from .tokens import add_tokens, check_words, token_key, words_in
 
@@ -89,7 +88,7 @@ def load_adapter(
     info = inspect_adapter(file)
     is_here = file == Path(path_or_id).expanduser()  # the folder of a download is named by a commit
     called = given_name(info.path if is_here else path_or_id)
-    name = adapter_name or re.sub(r"[^A-Za-z0-9_-]+", "_", called) or "adapter"
+    name = adapter_name or derived_name(called)
     check_finite(name, weight)
     if info.kind != "nora":
         from ..formats.foreign_loading import load_foreign

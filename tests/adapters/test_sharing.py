@@ -114,3 +114,14 @@ def test_what_is_saved_is_what_was_loaded(basis_dtype: str, dtype: torch.dtype, 
     before, after = load_file(first), load_file(save_adapter(pipe, tmp_path / "again", "again"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("nora", "adapter_nora"), ("a", "adapter_a"), ("0", "adapter_0"), ("keys", "adapter_keys"),
+     ("my_lora_x", "my_lora-x"), ("my dog", "my_dog")],
+)  # fmt: skip
+def test_a_file_may_be_called_what_an_adapter_may_not(file: str, name: str, pipe: Any, tmp_path: Path) -> None:
+    first = save_one(pipe, nora(r=4, inner_r=2, basis="svd"), tmp_path)
+    first.parent.rename(tmp_path / file)
+    assert load_adapter(pipe, tmp_path / file).name == name
