@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+from pathlib import Path
 
 HELP = "many subjects with one shared basis in one file"
 
@@ -42,9 +44,16 @@ def run(values: argparse.Namespace) -> None:
         file = pack_writing.remove_from_pack(values.pack, values.names)
     else:
         verb = pack_writing.create_pack if values.verb == "create" else pack_writing.add_to_pack
-        file = verb(values.pack, [tuple(text.split("=", 1)) if "=" in text else ("", text) for text in values.adapters])
+        named = [tuple(text.split("=", 1)) if "=" in text else ("", text) for text in values.adapters]
+        file = verb(values.pack, [(name, path) for name, path in named if name or not _holds_bases(Path(path))])
     count = len(list_pack(file))
     print(f"{file}: {count} {'subject' if count == 1 else 'subjects'}, {file.stat().st_size:,} bytes")
+
+
+def _holds_bases(folder: Path) -> bool:
+    """Whether this is the folder of shared bases, which lies among the adapters that ``shelf/*`` names."""
+    files = list(folder.iterdir()) if folder.name == "bases" and folder.is_dir() else []
+    return bool(files) and all(re.fullmatch(r"[0-9a-f]{64}\.safetensors", file.name) for file in files)
 
 
 def _list(values: argparse.Namespace) -> None:

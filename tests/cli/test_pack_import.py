@@ -48,6 +48,14 @@ def test_pack_from_end_to_end(shelf: Path, tmp_path: Path, capsys: Capture) -> N
     assert ": 1 subject," in capsys.readouterr().out
 
 
+def test_pack_takes_a_whole_shelf(shelf: Path, tmp_path: Path, capsys: Capture) -> None:
+    """The folder of shared bases lies among the adapters that ``shelf/*`` names."""
+    everything = sorted(str(path) for path in shelf.iterdir())
+    assert str(shelf / "bases") in everything
+    assert main(["pack", "create", str(tmp_path / "all.nora_pack.safetensors"), *everything]) == 0
+    assert ": 2 subjects," in capsys.readouterr().out
+
+
 def test_import_prints_what_was_lost(shelf: Path, tiny_base: Path, tmp_path: Path, capsys: Capture) -> None:
     lora, out = str(tmp_path / "dog.safetensors"), tmp_path / "back"
     assert main(["export", str(shelf / "dog"), lora, "--format", "kohya"]) == 0
