@@ -47,7 +47,7 @@ def write_card(folder: Path, info: AdapterInfo, extra: str | None = None) -> Pat
     A ``README.md`` that is no such card is left as it is, with a warning.
     """
     file = folder / "README.md"
-    if file.exists() and not _is_card(file):
+    if file.exists() and not is_card(file):
         log.warning("%s is no model card of nora_diffusion: it is left as it is, and no card is written", file)
         return file
     config = next(iter(info.components.values()))
@@ -68,7 +68,7 @@ def write_card(folder: Path, info: AdapterInfo, extra: str | None = None) -> Pat
     return write_atomic(file, text + (f"\n{extra}\n" if extra else ""))
 
 
-def _is_card(file: Path) -> bool:
+def is_card(file: Path) -> bool:
     """Whether the front matter says that we wrote it."""
     with user_errors(file):
         front, *_ = file.read_text(encoding="utf-8", errors="replace").removeprefix("---").split("\n---\n")

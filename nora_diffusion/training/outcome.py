@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from pathlib import Path
 
+from ..formats.model_card import is_card
 from ..loaders import save_adapter
 from ..run_layout import VALIDATION, pictures_by_step
 from .averaging import shown
@@ -31,7 +32,9 @@ def write_adapter_and_card(run: Run, folder: RunFolder, final_loss: float, secon
         )
     exports = export_all(path, run.config.export or [], run.config.save_dtype)
     if run.config.push_to_hub:
-        push(run, folder, [path, folder.path / "README.md", *(picture for _, picture in shots), *exports])
+        card_file = folder.path / "README.md"
+        cards = [card_file] if is_card(card_file) else []  # a README of somebody's own stays here
+        push(run, folder, [path, *cards, *(picture for _, picture in shots), *exports])
     return path
 
 
