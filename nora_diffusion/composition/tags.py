@@ -111,11 +111,19 @@ def _parse(text: str) -> Tag:
 
 
 def _replace(prompt: str, text_for: Callable[[Tag], str]) -> str:
-    """Every tag replaced; one replaced by nothing takes a blank with it, the one before it or, at the start, after."""
+    """Every tag replaced; one replaced by nothing takes a blank with it, the one before it or, at the start, after.
+
+    Words on both its sides stay apart.
+    """
 
     def replaced(match: re.Match[str]) -> str:
         text = text_for(_parse(match["tag"]))
-        return match["blank"] + text if text else ""
+        if text:
+            return match["blank"] + text
+        before, after = prompt[: match.start()], prompt[match.end() :]
+        joins = before and after and " " not in (before[-1], after[0]) and not TAG.match(after)
+        inside = before.rfind("<") > before.rfind(">")  # of nonsense, which is refused as it is
+        return " " if joins and not inside else ""
 
     result = SPACED.sub(replaced, prompt)
     return result.removeprefix(" ") if TAG.match(prompt) else result

@@ -113,3 +113,18 @@ def test_any_text_is_read_or_refused(text: str) -> None:
         return
     assert parse_tags(clean) == (clean, [])
     assert parse_tags(write_tags(clean, tags)) == (clean, tags)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "without"),
+    [
+        ("a photo <lora:mug:0.8>of a mug", "a photo of a mug"),
+        ("a mug<lora:mug>in the snow", "a mug in the snow"),
+        ("a mug<lora:mug><lora:hat>in the snow", "a mug in the snow"),
+        ("a mug <lora:mug> <lora:hat> in the snow", "a mug in the snow"),
+        ("<lora:mug>a mug", "a mug"),
+        ("a mug<lora:mug>", "a mug"),
+    ],
+)
+def test_a_tag_between_words_leaves_them_apart(prompt: str, without: str) -> None:
+    assert parse_tags(prompt)[0] == without
