@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from ..errors import UserError, first_line
 from .config import GROUPS, TrainConfig, names, settings
@@ -26,6 +26,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         description="Learn a subject from a few photos with a nested low-rank adapter (DreamBooth).",
     )
     parser.add_argument("--config", help="YAML file with the same keys; flags win")
+    hints = get_type_hints(TrainConfig)
     groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
     for setting in settings():
         flags = [f"--{name}" for name in (setting.name, *setting.metadata["aliases"])]
@@ -35,10 +36,17 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
             options |= {"nargs": "?", "const": True, "metavar": "true|false"}
         elif kind.startswith("list"):
             options |= {"nargs": "+"}
+        if choices := _choices(hints[setting.name]):
+            options["help"] += f"; one of {', '.join(choices)}"
         if setting.default is not None and kind != "bool":
             options["help"] += f" (default: {setting.default})"
         groups[setting.metadata["group"]].add_argument(*flags, **options)
     return parser
+
+
+def _choices(hint: Any) -> list[str]:
+    """The values of a setting that takes one of a few."""
+    return [str(value) for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal for value in get_args(kind)]
 
 
 def parse(argv: Sequence[str] | None, prog: str | None = None) -> TrainConfig:
