@@ -182,10 +182,11 @@ def write_basis(folder: Path, basis: Tensors) -> str:
 def write_adapter(folder: Path, tensors: Tensors, info: AdapterInfo, basis_dir: str | Path | None = None) -> Path:
     """Write ``folder/nora_adapter.safetensors``; a shared basis goes to a file of its own, once."""
     basis = {key: value for key, value in tensors.items() if is_frozen(key)}
-    info.basis_sha256 = named_hash(basis) if basis else ""
     if info.basis == "shared":
-        write_basis(basis_places(folder, basis_dir)[0], basis)
+        info.basis_sha256 = write_basis(basis_places(folder, basis_dir)[0], basis)
         tensors = {key: value for key, value in tensors.items() if key not in basis}
+    else:
+        info.basis_sha256 = named_hash(basis) if basis else ""
     # One entry only: safetensors writes several in no fixed order, and equal adapters shall be equal files.
     return write_atomic(
         folder / FILE_NAME, save({k: v.contiguous() for k, v in tensors.items()}, {"nora": dump_info(info)})

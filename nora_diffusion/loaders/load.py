@@ -117,11 +117,12 @@ def load_adapter(
     return LoadedAdapter(name, applied=len(tensors), total=len(tensors), info=info)
 
 
-def check_adapter(pipe: Any, path: str | Path) -> None:
-    """Raise :class:`UserError` unless :func:`load_adapter` would take this file; the pipeline stays as it is."""
+def check_adapter(pipe: Any, path: str | Path) -> tuple[AdapterInfo, Tensors]:
+    """What a file holds. Raises :class:`UserError` unless :func:`load_adapter` would take it; nothing is changed."""
     info = inspect_adapter(path)
-    modules = {part: component(pipe, part) for part in info.configs}
-    _check_fit(info, info.configs, modules, read_tensors(info), pipe)
+    modules, tensors = {part: component(pipe, part) for part in info.configs}, read_tensors(info)
+    _check_fit(info, info.configs, modules, tensors, pipe)
+    return info, tensors
 
 
 def place(pipe: Any, name: str, info: AdapterInfo, tensors: Tensors, activate: bool, weight: float) -> None:

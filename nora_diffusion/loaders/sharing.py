@@ -12,7 +12,7 @@ from ..adapters import AdapterConfig
 from ..adapters.bases import Pair
 from ..components import canonical
 from ..errors import UserError
-from ..formats.adapter_file import inspect_adapter, read_tensors
+from ..formats.adapter_file import FROZEN, is_frozen
 from .inject import file_key
 from .load import check_adapter
 
@@ -33,15 +33,14 @@ def pairs_from(
     """
     if not config.frozen_outer:
         raise UserError(f"method {config.method!r} has no frozen basis that it could take from {path}")
-    check_adapter(pipe, path)
-    info = inspect_adapter(path)
-    theirs, tensors = info.configs, read_tensors(info)
+    info, tensors = check_adapter(pipe, path)
+    theirs = info.configs
     keys = {
-        part: {p: tuple(file_key(part, canonical(p), factor) for factor in ("A_out", "B_out")) for p in paths}
+        part: {p: tuple(file_key(part, canonical(p), factor) for factor in FROZEN) for p in paths}
         for part, paths in layers.items()
     }
     wanted = {key for pairs in keys.values() for pair in pairs.values() for key in pair}
-    held = {key for key in tensors if key.endswith((".nora_A_out", ".nora_B_out"))}
+    held = {key for key in tensors if is_frozen(key)}
     if not held or not all(theirs[part].frozen_outer for part in theirs):
         raise UserError(f"{path} holds no frozen basis that could be shared")
     for part in layers:
