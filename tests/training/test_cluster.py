@@ -234,16 +234,21 @@ def test_ctrl_c_saves_in_all_tasks_and_the_same_command_goes_on(
     two_workers: Any, listed: Configure, tmp_path: Path
 ) -> None:
     config = listed(max_train_steps=100_000, checkpointing_steps=100_000)
-    logs = [tmp_path / "run" / name / "log.jsonl" for name in ("dog", "toy")]
-    thread = when(lambda: all(log.exists() for log in logs), lambda: os.kill(os.getpid(), signal.SIGINT))
+    logs = [tmp_path / "run" / name / "log.jsonl" for name in ("dog", "toy")]  # the first of each task
+
+    def stepped() -> bool:
+        return all(log.exists() and log.stat().st_size for log in logs)
+
+    thread = when(stepped, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted, match="--resume_from_checkpoint latest") as stop:
         train_on_cluster(config)
     thread.join()
     assert stop.value.exit_code == 130
-    for name in NAMES:
-        state = json.loads((tmp_path / "run" / name / "state.json").read_text())
-        assert state["status"] == "interrupted" and state["step"] < 100_000
+    states = [json.loads((tmp_path / "run" / name / "state.json").read_text()) for name in NAMES]
+    for name, state in zip(NAMES, states, strict=True):
+        assert state["status"] == "interrupted" and 0 < state["step"] < 100_000
         assert (tmp_path / "run" / name / f"checkpoints/step-{state['step']}").is_dir()
-    step = json.loads((tmp_path / "run/dog/state.json").read_text())["step"]
-    words = flags(listed(max_train_steps=step + 2, resume_from_checkpoint="latest"))
-    assert main(words) == 0
+    total = max(state["step"] for state in states) + 2
+    assert main(flags(listed(max_train_steps=total, resume_from_checkpoint="latest"))) == 0
+    for name in NAMES:
+        assert [row[0] for row in journal(tmp_path / "run" / name)] == [*range(1, total + 1)]
