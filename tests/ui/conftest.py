@@ -256,11 +256,12 @@ def number(page: Any, label: str, value: float) -> None:
 
 
 def select(page: Any, field: str, value: str) -> None:
-    """Choose a value from a list."""
+    """Choose a value from a list, and wait until the list has faded: the next one may hold the same words."""
     box = page.locator(f"{field} input")
     box.click()
     page.get_by_role("option", name=value, exact=True).click()
     expect(box).to_have_value(value)
+    expect(page.get_by_role("option")).to_have_count(0)
 
 
 def press(button: Any, line: Any) -> None:
