@@ -44,9 +44,10 @@ from .packs import (
     Subject,
     document,
     read_subject,
+    require_pack,
     short_hash,
 )
-from .tensor_file import READABLE, TensorFile, Tensors
+from .tensor_file import READABLE, TensorFile, Tensors, named_hash
 
 MAX_LAYOUTS = 100
 PREVIEWS = {".png": b"\x89PNG\r\n\x1a\n", ".jpg": b"\xff\xd8\xff", ".webp": b"RIFF"}
@@ -65,29 +66,36 @@ def create_pack(path: str | Path, adapters: Adapters, basis_dir: str | Path | No
     one without a frozen basis, for a name that occurs twice, and where a pack is there already.
     """
     file = pack_path(path)
+    _require_new(file)  # at once, as reading thousands takes a while
+    subjects, bases = _read_adapters(adapters, basis_dir)
+    _check_together(file, subjects)
     with alone_in(file.parent):
-        if file.exists():
-            raise UserError(f"{file} exists: add to it, or choose another name")
-        return _write(file, _subjects(file, adapters, basis_dir))
+        _require_new(file)
+        return _write(file, subjects, bases)
 
 
 def add_to_pack(path: str | Path, adapters: Adapters, basis_dir: str | Path | None = None) -> Path:
     """Add adapters to a pack. Raises :class:`UserError` as :func:`create_pack` does."""
     file = pack_path(path)
+    require_pack(file)
+    added, bases = _read_adapters(adapters, basis_dir)
     with alone_in(file.parent), Pack(file) as pack:
-        return _write(file, [*pack, *_subjects(file, adapters, basis_dir)])
+        subjects = [*pack, *added]
+        _check_together(file, subjects)
+        return _write(file, subjects, bases)
 
 
 def remove_from_pack(path: str | Path, names: Sequence[str]) -> Path:
     """Take subjects out of a pack. Raises :class:`UserError` for a name that is not in it."""
     file = pack_path(path)
+    require_pack(file)
     with alone_in(file.parent), Pack(file) as pack:
         for name in names:
             pack.find(name)
         rest = [subject for subject in pack if subject.name not in names]
         if not rest:
             raise UserError(f"that would leave nothing in {file}: delete the file instead")
-        return _write(file, rest)
+        return _write(file, rest, {})
 
 
 def extract_from_pack(path: str | Path, name: str, folder: str | Path, basis_dir: str | Path | None = None) -> Path:
@@ -113,22 +121,30 @@ def pack_path(path: str | Path) -> Path:
     return file
 
 
-def _subjects(file: Path, adapters: Adapters, basis_dir: str | Path | None) -> list[Subject]:
+def _require_new(file: Path) -> None:
+    if file.exists():
+        raise UserError(f"{file} exists: add to it, or choose another name")
+
+
+def _read_adapters(adapters: Adapters, basis_dir: str | Path | None) -> tuple[list[Subject], dict[str, Tensors]]:
+    """Adapters, each checked, and their bases by hash. Nothing is written."""
     listed = adapters.items() if isinstance(adapters, Mapping) else adapters
     pairs = [entry if isinstance(entry, tuple) else ("", entry) for entry in listed]
-    known: set[str] = set()
-    return [_subject(file, name, path, basis_dir, known) for name, path in pairs]
+    if not pairs:
+        raise UserError("there is nothing to pack: name adapters")
+    bases: dict[str, Tensors] = {}
+    return [_subject(name, path, basis_dir, bases) for name, path in pairs], bases
 
 
-def _subject(file: Path, name: str, path: str | Path, basis_dir: str | Path | None, known: set[str]) -> Subject:
-    """Read one adapter, checked; its basis is written beside the pack once (``known``)."""
+def _subject(name: str, path: str | Path, basis_dir: str | Path | None, bases: dict[str, Tensors]) -> Subject:
+    """Read one adapter, checked; its basis goes into ``bases``."""
     info = inspect_adapter(path)
     name = name or given_name(info.path)
     if not re.fullmatch(NAME, name):
         raise UserError(f"{name!r} is no name for a subject: use letters, digits, '_' and '-'")
     if not all(config.frozen_outer for config in info.configs.values()):
         raise UserError(f"{info.path} is a {info.method} adapter without a frozen basis: only shared bases are packed")
-    _share_basis(info, file.parent / "bases", basis_dir, known)
+    _share_basis(info, basis_dir, bases)
     tensors = _trained(info.path)
     require_finite(tensors, info.path)
     dtypes = {value.dtype for value in tensors.values()}
@@ -142,14 +158,15 @@ def _subject(file: Path, name: str, path: str | Path, basis_dir: str | Path | No
     return Subject(name, info, layout, size, lambda: _preview(info.path), lambda: _numbers(info.path))
 
 
-def _share_basis(info: AdapterInfo, bases: Path, basis_dir: str | Path | None, known: set[str]) -> None:
-    """Check the adapter against its basis and put that beside the pack, once."""
-    if info.basis == "shared" and info.basis_sha256 in known:
+def _share_basis(info: AdapterInfo, basis_dir: str | Path | None, bases: dict[str, Tensors]) -> None:
+    """Check the adapter against its basis and keep that; only the first, as others are refused by their hashes."""
+    if info.basis == "shared" and info.basis_sha256 in bases:
         return
     tensors = read_tensors(info, basis_dir)
     basis = {key: value for key, value in tensors.items() if is_frozen(key)}
-    info.basis, info.basis_sha256 = "shared", write_basis(bases, basis)
-    known.add(info.basis_sha256)
+    info.basis, info.basis_sha256 = "shared", named_hash(basis)
+    if not bases:
+        bases[info.basis_sha256] = basis
 
 
 def _trained(path: str) -> Tensors:
@@ -179,14 +196,11 @@ def _preview(path: str) -> bytes:
     return b""
 
 
-def _write(file: Path, subjects: Sequence[Subject]) -> Path:
-    """Check that the subjects belong together, then write them all."""
+def _write(file: Path, subjects: Sequence[Subject], bases: Mapping[str, Tensors]) -> Path:
+    """Write subjects that belong together, and what is new of their basis."""
     ordered = sorted(subjects, key=lambda subject: (short_hash(subject.name.encode()), subject.name))
-    _check_together(file, ordered)
     common = {key: document(ordered[0].info).get(key) for key in SHARED_FIELDS}
     layouts = list(dict.fromkeys(subject.layout for subject in ordered))
-    if len(layouts) > MAX_LAYOUTS:
-        raise UserError(f"more than {MAX_LAYOUTS} different shapes of adapters in one pack: split it")
     stacks = [[subject for subject in ordered if subject.layout == layout] for layout in layouts]
     cards = {subject.name: _card(subject, common) for subject in ordered}
     shared = json.dumps({"common": common, "layouts": layouts}, separators=(",", ":")).encode()
@@ -209,6 +223,8 @@ def _write(file: Path, subjects: Sequence[Subject]) -> Path:
         yield from blobs.values()
         yield from (subject.preview() for subject in ordered)
 
+    for basis in bases.values():
+        write_basis(file.parent / "bases", basis)
     return write_atomic(file, pieces())
 
 
@@ -244,9 +260,7 @@ def _places(ordered: list[Subject], stacks: list[list[Subject]], cards: dict[str
 
 
 def _check_together(file: Path, subjects: Sequence[Subject]) -> None:
-    """One basis, one base, each name once."""
-    if not subjects:
-        raise UserError("there is nothing to pack: name adapters")
+    """One basis, one base, each name once, and not too many shapes."""
     first, names = subjects[0], [subject.name for subject in subjects]
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if twice:
@@ -263,3 +277,5 @@ def _check_together(file: Path, subjects: Sequence[Subject]) -> None:
                 f"{subject.name!r} was made for the base {subject.info.base}, {first.name!r} for {first.info.base}: "
                 "their weights differ, so make two packs"
             )
+    if len({subject.layout for subject in subjects}) > MAX_LAYOUTS:
+        raise UserError(f"more than {MAX_LAYOUTS} different shapes of adapters in one pack: split it")

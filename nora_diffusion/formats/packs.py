@@ -85,12 +85,17 @@ def document(info: AdapterInfo) -> dict[str, Any]:
     return values
 
 
+def require_pack(file: Path) -> None:
+    """Raise :class:`UserError` where there is no file."""
+    if not file.is_file():
+        raise UserError(f"there is no pack at {file}")
+
+
 class Pack:
     """An open pack; use it in a ``with``. Raises :class:`UserError` for a file that is none or a damaged one."""
 
     def __init__(self, file: Path) -> None:
-        if not file.is_file():
-            raise UserError(f"there is no pack at {file}")
+        require_pack(file)
         self.file, self.reader = file, TensorFile(file)
         try:
             self.common, self.layouts = self._open()

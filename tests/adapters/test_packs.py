@@ -207,13 +207,16 @@ def test_what_does_not_belong_is_refused(pipe: Any, shelf: Path, pack: Path, tmp
     make, words = REFUSED[case]
     whole = pack.read_bytes()
     path = make(pipe, shelf, tmp_path / "stranger")
+    there = sorted(tmp_path.rglob("*"))
     try:
         with pytest.raises(UserError, match=words):
             add_to_pack(pack, [path])
+        with pytest.raises(UserError, match=words):
+            create_pack(tmp_path / "new" / f"x{SUFFIX}", [shelf / "cat", path, *([path] if case == "twice" else [])])
     finally:
         if case == "odd name":
             path.rename(shelf / "dog")
-    assert pack.read_bytes() == whole
+    assert pack.read_bytes() == whole and sorted(tmp_path.rglob("*")) == there
 
 
 def test_other_refusals(pipe: Any, shelf: Path, pack: Path, tmp_path: Path) -> None:
@@ -221,6 +224,8 @@ def test_other_refusals(pipe: Any, shelf: Path, pack: Path, tmp_path: Path) -> N
         (lambda: create_pack(pack, [shelf / "dog"]), "exists: add to it"),
         (lambda: create_pack(tmp_path / "x.safetensors", [shelf / "dog"]), "let it end in"),
         (lambda: create_pack(tmp_path / "x.nora_pack.safetensors", []), "nothing to pack"),
+        (lambda: add_to_pack(tmp_path / "no/x.nora_pack.safetensors", [shelf / "dog"]), "no pack at"),
+        (lambda: remove_from_pack(tmp_path / "no/x.nora_pack.safetensors", ["dog"]), "no pack at"),
         (lambda: remove_from_pack(pack, ["fox"]), "no subject 'fox'"),
         (lambda: remove_from_pack(pack, list(SUBJECTS)), "delete the file"),
         (lambda: extract_from_pack(pack, "dog", shelf / "dog"), "holds an adapter already: choose another folder"),
@@ -231,7 +236,7 @@ def test_other_refusals(pipe: Any, shelf: Path, pack: Path, tmp_path: Path) -> N
     ]:
         with pytest.raises(UserError, match=words):
             call()
-    assert list_adapters(pipe) == {}
+    assert list_adapters(pipe) == {} and not (tmp_path / "no").exists()
 
 
 def read_all(pack: Path) -> dict[str, tuple[AdapterInfo, dict[str, torch.Tensor]] | None]:
@@ -279,7 +284,7 @@ def synthetic(count: int, file: Path) -> Path:
         numbers = torch.full((1024,), float(i)).numpy().tobytes()
         return Subject(f"subject-{i}", info, layout, 100, lambda: bytes(100), lambda: numbers)
 
-    return _write(file, [subject(i) for i in range(count)])
+    return _write(file, [subject(i) for i in range(count)], {})
 
 
 def bytes_read(file: Path, name: str) -> tuple[int, torch.Tensor]:
