@@ -110,14 +110,24 @@ def _clip_prefix(component: str) -> str:
     return "text_model." if any(name.startswith("text_model.encoder.") for name in layers) else ""
 
 
+FOREIGN = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".gguf", ".onnx")
+
+
 def file_target(dst: Path) -> Path:
-    """The file that a destination means: a folder gets ``lora.safetensors``."""
+    """The file that a destination means: a folder gets ``lora.safetensors``.
+
+    Raises :class:`UserError` for the name of another kind of file.
+    """
+    if dst.suffix in FOREIGN and not dst.is_dir():
+        raise UserError(f"{dst} is no name for it: safetensors is written only, so let it end in .safetensors")
     return dst if dst.suffix == ".safetensors" else dst / "lora.safetensors"
 
 
 def files_of(format: Format, dst: Path, info: AdapterInfo) -> list[Path]:
     """What an export writes, new tokens aside."""
     if format == "peft":
+        if dst.suffix == ".safetensors":
+            raise UserError(f"PEFT's format is a folder with files of fixed names: name one in place of {dst}")
         return [dst / component / name for component in info.components for name in (PEFT_FILE, PEFT_CONFIG)]
     return [file_target(dst)]
 

@@ -409,6 +409,17 @@ def test_kohya_names_the_first_of_two_text_encoders(
     assert {"lora_unet_", name} == {key[: key.index("_", 5) + 1] for key in keys if not key.startswith("lora_te2_")}
 
 
+def test_an_export_is_named_as_what_it_is(pipe: Any, tmp_path: Path) -> None:
+    trained(pipe, METHODS["nora"], ("unet",))
+    source = save_adapter(pipe, tmp_path / "dog", "one")
+    for name, form, words in [("a/dog.pt", "kohya", "let it end in .safetensors"),
+                              ("a/dog.safetensors", "peft", "PEFT's format is a folder")]:  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            export_lora(source, tmp_path / name, form)  # type: ignore[arg-type]
+    assert not (tmp_path / "a").exists()
+    assert export_lora(source, tmp_path / "v1.5").path == tmp_path / "v1.5" / "lora.safetensors"
+
+
 @pytest.mark.parametrize("form", ["diffusers", "kohya", "peft"])
 def test_an_export_replaces_only_exports(pipe: Any, tmp_path: Path, form: Any) -> None:
     trained(pipe, METHODS["nora"], ("unet",))
@@ -452,7 +463,7 @@ def test_a_rank_at_the_very_top_is_no_one_elses(tmp_path: Path, form: Any) -> No
     wanted = {path: layer.get_delta_weight("one") for path, layer in nora_layers(pipe.transformer, "one").items()}
     save_adapter(pipe, tmp_path / "dog", "one")
     delete_adapter(pipe, "one")
-    file = export_lora(tmp_path / "dog", tmp_path / "dog.safetensors", format=form).path
+    file = export_lora(tmp_path / "dog", tmp_path / ("peft" if form == "peft" else "dog.safetensors"), format=form).path
     if form == "peft":
         name, model = "default", PeftModel.from_pretrained(pipe.transformer, file / "transformer").base_model.model
     else:
