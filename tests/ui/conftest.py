@@ -248,11 +248,18 @@ def open_tab(page: Any, name: str) -> None:
 
 
 def number(page: Any, label: str, value: float) -> None:
-    """Write a slider's number, and wait until the slider stands there."""
+    """Write a slider's number until the slider stands there: one that has just opened may not listen yet."""
     box = page.get_by_label(f"number input for {label}").locator("visible=true").first
-    box.fill(str(value))
-    box.blur()
-    expect(page.get_by_label(f"range slider for {label}").locator("visible=true").first).to_have_value(str(value))
+    slider = page.get_by_label(f"range slider for {label}").locator("visible=true").first
+
+    def stands() -> bool:
+        box.fill(str(value))
+        box.blur()
+        with suppress(AssertionError):
+            expect(slider).to_have_value(str(value), timeout=5000)
+        return bool(slider.input_value() == str(value))
+
+    until(stands)
 
 
 def select(page: Any, field: str, value: str) -> None:
