@@ -113,7 +113,13 @@ def _read_prompt(prompt: str, known: list[Known], shelf: list[Known]) -> tuple[s
     if not clean.strip():
         raise UserError(f"there is no prompt beside the tags in {prompt!r}")
     live = {adapter: adapter.always for adapter in known if adapter.always is not None}
-    return clean, live | {resolve(tag, shelf): tag for tag in tags}
+    named: Live = {}
+    for tag in tags:
+        adapter = resolve(tag, shelf)
+        if adapter in named:
+            raise UserError(f"{named[adapter]} and {tag} are one adapter, {adapter.path}: write one tag")
+        named[adapter] = tag
+    return clean, live | named
 
 
 def _load_all(pipe: Any, adapters: Sequence[Known]) -> dict[Known, LoadedAdapter]:

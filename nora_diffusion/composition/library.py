@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -10,7 +11,10 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..formats.adapter_file import FILE_NAME, given_name
+from ..formats.packs import SUFFIX, list_pack
 from .tags import Tag, tag_name
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,28 @@ class Known:
 
 
 def adapters_in(folder: str | Path) -> list[Known]:
-    """The adapters of a library: ``NAME.safetensors`` and ``NAME/nora_adapter.safetensors``. Raises for no folder."""
+    """The adapters of a library: ``NAME.safetensors``, ``NAME/nora_adapter.safetensors``, the subjects of packs.
+
+    A subject is called ``PACK#NAME``, as in the app. A damaged pack is left out with a warning. Raises
+    :class:`UserError` for no folder.
+    """
     place = Path(folder).expanduser()
     if not place.is_dir():
         raise UserError(f"the library {folder} is no folder: give the one that holds your adapters")
     files = [*place.glob("*.safetensors"), *place.glob(f"*/{FILE_NAME}")]
-    return [Known(_name(file), str(file)) for file in sorted(files) if not file.name.startswith(".")]
+    listed = [_listed(file) for file in sorted(files) if not file.name.startswith(".")]
+    return [adapter for adapters in listed for adapter in adapters]
+
+
+def _listed(file: Path) -> list[Known]:
+    if not file.name.endswith(SUFFIX):
+        return [Known(_name(file), str(file))]
+    pack = file.name.removesuffix(SUFFIX)
+    try:
+        return [Known(tag_name(f"{pack}#{_name(info.path)}"), info.path) for info in list_pack(file)]
+    except UserError as error:
+        log.warning("%s; its subjects are left out", error)
+        return []
 
 
 def given(adapters: Sequence[tuple[str, float]]) -> list[Known]:
@@ -41,11 +61,12 @@ def given(adapters: Sequence[tuple[str, float]]) -> list[Known]:
 
 
 def resolve(tag: Tag, known: list[Known]) -> Known:
-    """The adapter that a tag names, one given by path before those of a library.
+    """The adapter that a tag names, one given by path before those of a library, the subject of a pack last.
 
     Raises :class:`UserError` where there is none, or more than one.
     """
     found = [adapter for adapter in known if adapter.name == tag.name]
+    found = found or [adapter for adapter in known if adapter.name.endswith(f"#{tag.name}")]
     found = [adapter for adapter in found if adapter.always] or found
     if len(found) == 1:
         return found[0]

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from nora_diffusion import UserError, add_adapter, lora, open_pipeline, save_adapter
+from nora_diffusion import UserError, add_adapter, create_pack, lora, nora, open_pipeline, save_adapter
 from nora_diffusion.composition.library import Known, adapters_in, given, resolve
 from nora_diffusion.composition.tags import Tag
 from nora_diffusion.formats.adapter_file import given_name
+from nora_diffusion.formats.packs import SUFFIX
 from nora_diffusion.generation import GenerateConfig, generate
 from nora_diffusion.loaders import delete_adapter, trainable_parameters
 from nora_diffusion.pictures import read_settings
@@ -102,6 +103,33 @@ def test_mistakes_are_found_before_anything_is_loaded(library: Path, tmp_path: P
     with pytest.raises(UserError) as caught:
         pictures(tmp_path / "no such base", tmp_path / "out", "fine", prompt, library=str(library))
     assert says in str(caught.value)
+
+
+def test_subjects_of_packs_are_named_as_in_the_app(tiny_base: Path, tmp_path: Path, caplog: Any) -> None:
+    pipe: Any = open_pipeline(tiny_base)
+    for seed, name in enumerate(("dog", "cat")):
+        add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), name)
+        torch.manual_seed(seed)
+        for parameter in trainable_parameters(pipe, name).values():
+            parameter.data.normal_(std=5.0)
+        save_adapter(pipe, tmp_path / "made" / name, name, basis="shared")
+        delete_adapter(pipe, name)
+    shelf = tmp_path / "shelf"
+    pack = create_pack(shelf / f"pets{SUFFIX}", [tmp_path / "made" / name for name in ("dog", "cat")])
+    (shelf / f"broken{SUFFIX}").write_bytes(b"\0" * 100)
+    known = adapters_in(shelf)
+    assert [adapter.name for adapter in known] == ["pets#cat", "pets#dog"] and "broken" in caplog.text
+    assert resolve(Tag("cat"), known) == resolve(Tag("pets#cat"), known) == known[0]
+    assert resolve(Tag("cat"), [*known, Known("cat", "a")]).path == "a"
+    with pytest.raises(UserError, match="may mean"):
+        resolve(Tag("cat"), [*known, Known("zoo#cat", "a")])
+    with pytest.raises(UserError, match="are one adapter"):
+        pictures(tiny_base, tmp_path / "no", "a <lora:dog:1> <lora:pets#dog:1>", library=str(shelf))
+    long, short, none = pictures(
+        tiny_base, tmp_path / "tags", "a dog <lora:pets#dog:0.8>", "a dog <lora:dog:0.8>", "a dog", library=str(shelf)
+    )
+    (alone,) = pictures(tiny_base, tmp_path / "alone", "a dog", adapters=[f"{pack}#dog:0.8"])
+    assert pixels(long) == pixels(short) == pixels(alone) != pixels(none)
 
 
 def test_names(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
