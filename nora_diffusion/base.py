@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, first_line
+from .files import is_path
 
 EMBEDDED_BASE_ID = "nora_diffusion/tiny_sd"
 EMBEDDED_WEIGHTS = Path(__file__).parent / "tiny_sd" / "weights"
@@ -77,14 +78,10 @@ def check_base(path_or_id: str | Path | None) -> str | Path:
     """The folder or hub id of a base. Raises :class:`UserError` for a folder that is no pipeline; loads nothing."""
     source: str | Path = EMBEDDED_WEIGHTS / "pipeline" if is_embedded(path_or_id) else str(path_or_id)
     local = Path(str(source)).expanduser()
-    if local.exists() or is_embedded(path_or_id) or _looks_like_path(str(source)):
+    if local.exists() or is_embedded(path_or_id) or is_path(str(source)):
         check_pipeline_folder(local)
         return local
     return source
-
-
-def _looks_like_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
 
 
 def _from_pretrained(source: str | Path, dtype: Any, revision: str | None, variant: str | None) -> Any:

@@ -26,6 +26,13 @@ def sha256(path: Path) -> str:
         return digest.hexdigest()
 
 
+def is_path(text: str) -> bool:
+    """Whether a name that may be a hub id, ``owner/name``, means a path: by its form, or as its folder is here."""
+    if text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1 or text.endswith(".safetensors"):
+        return True
+    return "/" in text and Path(text).parent.is_dir()
+
+
 @contextlib.contextmanager
 def user_errors(path: Path) -> Iterator[None]:
     """Turns an ``OSError`` about ``path`` (full disk, no permission, a file in the way) into a sentence."""

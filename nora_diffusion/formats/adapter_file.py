@@ -6,6 +6,7 @@ the file instead of misreading it. The metadata entry ``nora`` is one JSON docum
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,10 +42,18 @@ def locate(path: str | Path) -> Path:
     except (OSError, ValueError, RuntimeError):
         file, found = Path(path), False
     if not found:
-        raise UserError(f"no adapter at {path}: expected a {FILE_NAME} or a folder that holds one")
+        raise UserError(f"no adapter at {path}: expected a {FILE_NAME} or a folder that holds one{_near(Path(path))}")
     if file.suffix != ".safetensors":
         raise UserError(f"{file} is no safetensors file: other formats may run code when opened and are not read")
     return file
+
+
+def _near(path: Path) -> str:
+    try:
+        names = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], 3)
+    except (OSError, ValueError):
+        return ""
+    return f"; there is {', '.join(str(path.with_name(name)) for name in names)}" if names else ""
 
 
 def require_vacant(folder: Path) -> None:

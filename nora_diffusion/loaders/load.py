@@ -27,6 +27,7 @@ from ..components import (
 )
 from ..conditions import condition_width
 from ..errors import UserError, first_line
+from ..files import is_path
 from ..formats.adapter_file import (
     IN_FOLDERS,
     AdapterInfo,
@@ -149,7 +150,7 @@ def located(path_or_id: str | Path) -> Path:
         known = path.exists()
     except (OSError, RuntimeError, ValueError):
         known = True  # no name that a file system takes: `inspect_adapter` says so
-    if known or split_address(path) or str(path_or_id).count("/") != 1 or str(path_or_id).startswith((".", "/")):
+    if known or split_address(path) or is_path(str(path_or_id)) or "/" not in str(path_or_id):
         return path
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

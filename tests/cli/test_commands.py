@@ -172,6 +172,17 @@ def test_pictures_are_made_on_the_best_device(
     assert "the device 'cudaa' will not do here" in capsys.readouterr().err
 
 
+def test_a_mistyped_path_is_no_hub_id(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies in a folder that is here is meant as a path; the hub is not asked for it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "dog").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: pytest.fail("the hub was asked"))
+    assert main(["generate", "--prompt", "x", "--adapter", "out/dgo"]) == 2
+    assert "no adapter at out/dgo" in (said := capsys.readouterr().err) and "there is out/dog" in said
+    assert main(["generate", "--prompt", "x", "--base", "out/dgo"]) == 2
+    assert "out/dgo" in capsys.readouterr().err
+
+
 def test_adapter_for_another_base_is_refused(dog: Path, tmp_path: Path, capsys: Capture) -> None:
     from factories import tiny_random_pipeline
 
