@@ -12,6 +12,7 @@ from .. import __version__
 from ..errors import UserError
 from ..quiet import hush
 from ..training.arguments import with_underscores
+from ..training.values import unknown_argument
 from . import app, data, demo, evaluate, export, generate, grid, import_, inspect, methods, mix, pack
 
 COMMANDS = {
@@ -52,14 +53,8 @@ class Parser(argparse.ArgumentParser):
         """Parse, with a suggestion for the first unknown flag."""
         values, unknown = self.parse_known_args([with_underscores(word) for word in argv])
         if unknown:
-            flags = [flag for action in self._flags(values) for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-            hint = (
-                f"; did you mean {near[0]}?"
-                if near
-                else f"; see {' '.join(filter(None, (self.prog, values.command)))} --help"
-            )
-            raise UserError(f"unknown argument {unknown[0]!r}{hint}")
+            flags = [flag.lstrip("-") for action in self._flags(values) for flag in action.option_strings]
+            raise unknown_argument(unknown, flags, " ".join(filter(None, (self.prog, values.command))))
         return values
 
     def _flags(self, values: argparse.Namespace) -> list[argparse.Action]:

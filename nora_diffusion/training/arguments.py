@@ -9,7 +9,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from ..errors import UserError, first_line
 from .config import GROUPS, TrainConfig, names, settings
-from .values import suggestion
+from .values import suggestion, unknown_argument
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,12 +54,10 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> TrainConfig:
     import sys
 
     words = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
-    parsed, unknown = build_parser(prog).parse_known_args(words)
+    parser = build_parser(prog)
+    parsed, unknown = parser.parse_known_args(words)
     if unknown:
-        flag = next((word for word in unknown if word.startswith("--")), unknown[0])
-        name = flag.lstrip("-").split("=")[0]
-        kind = "flag" if flag.startswith("-") else "argument"
-        raise UserError(f"unknown {kind} {flag!r}{suggestion(name, [*names(), 'config'], '--')}")
+        raise unknown_argument(unknown, [*names(), "config"], parser.prog)
     values = vars(parsed)
     path = values.pop("config", None)
     return TrainConfig.from_mapping({**(read_yaml(Path(path)) if path else {}), **values})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal
 
@@ -15,10 +15,32 @@ _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
 
 
-def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
     """``": did you mean 'x'?"`` for the nearest known name, or a hint where the names stand."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.65)
-    return f": did you mean {prefix + close[0]!r}?" if close else ": see --help for all settings"
+    near = near_names(name, known)
+    return f": did you mean {' or '.join(map(repr, near))}?" if near else ": see --help for all settings"
+
+
+def unknown_argument(words: Sequence[str], known: Iterable[str], command: str) -> UserError:
+    """What to say of words on a command line that nothing takes; ``known`` are the names of flags."""
+    word = next((word for word in words if word.startswith("--")), words[0])
+    if not word.startswith("-"):
+        hint = "quote a value of several words"
+    elif near := near_names(word.lstrip("-").split("=")[0], known):
+        return UserError(f"unknown flag {word!r}: did you mean {' or '.join('--' + name for name in near)}?")
+    else:
+        hint = "there is none like it"
+    kind = "flag" if word.startswith("-") else "argument"
+    return UserError(f"unknown {kind} {word!r}: {hint}; see {command} --help")
+
+
+def near_names(name: str, known: Iterable[str]) -> list[str]:
+    """The one name that is spelt nearly so; else up to three that have it as one of their words, or as initials."""
+    names = list(known)
+    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.65):
+        return close
+    words = [(other, other.split("_")) for other in names]
+    return [other for other, own in words if name in own or name == "".join(word[:1] for word in own)][:3]
 
 
 def coerce(name: str, value: Any, annotation: str, owner: type) -> Any:

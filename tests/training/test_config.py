@@ -71,7 +71,11 @@ def test_secrets_are_not_written() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--learning_rat", "1"], "unknown flag '--learning_rat': did you mean '--learning_rate'"),
+        (["--learning_rat", "1"], "unknown flag '--learning_rat': did you mean --learning_rate?"),
+        (["--lr", "1"], "did you mean --learning_rate or --text_encoder_lr or --token_lr?"),
+        (["--epochs", "1"], "did you mean --num_train_epochs or"),
+        (["--frobnicate"], "unknown flag '--frobnicate': there is none like it; see"),
+        (["--instance_prompt", "a", "sks", "dog"], "unknown argument 'sks': quote a value of several words; see"),
         (["--rank", "four"], "rank='four' does not fit: give a whole number"),
         (["--rank", "4.5"], "give a whole number"),
         (["--method", "nore"], "did you mean 'nora'"),

@@ -66,7 +66,7 @@ def test_a_users_mistake_is_one_sentence_and_code_2(photos: Path, tmp_path: Path
     words = ["--instance_data_dir", str(photos), "--outputdir", str(tmp_path / "run")]
     done = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: unknown flag '--outputdir': did you mean '--output_dir'?"
+    assert done.stderr.strip() == "error: unknown flag '--outputdir': did you mean --output_dir?"
 
 
 def test_config_yaml_of_a_run_repeats_it(configure: Configure, tmp_path: Path) -> None:
