@@ -14,7 +14,16 @@ from ..adapters.build import flat_weight
 from ..base import base_id
 from ..components import adapter_configs, component, fingerprint, nora_layers, present, refuse_merged, refuse_offloaded
 from ..errors import UserError
-from ..formats.adapter_file import DESCRIPTIVE, DTYPES, AdapterInfo, BasisKind, Tensors, inspect_adapter, write_adapter
+from ..formats.adapter_file import (
+    DESCRIPTIVE,
+    DTYPES,
+    AdapterInfo,
+    BasisKind,
+    Tensors,
+    inspect_adapter,
+    is_frozen,
+    write_adapter,
+)
 from ..formats.adapter_info import FORMAT_VERSION
 from ..formats.model_card import write_card
 from ..versions import versions
@@ -41,6 +50,28 @@ def save_adapter(
     ``basis="shared"`` stores the frozen factors once in ``bases/<sha256>.safetensors`` beside the adapter's folder.
     ``info`` describes the adapter (trigger, prompts ...); by default what the file it was loaded from said.
     """
+    folder, holders = _check(pipe, path, adapter_name, dtype, basis)
+    result = _describe(origin(pipe, adapter_name) if info is None else info)
+    result.base, result.basis, result.versions = base_id(pipe), basis, versions()
+    tensors: Tensors = {}
+    for name in holders:
+        module = component(pipe, name)
+        _describe_part(result, name, module, adapter_name)
+        config = adapter_configs(module)[adapter_name]
+        factors = _factors(module, name, adapter_name)
+        tensors |= {key: _stored(key, value, config, dtype) for key, value in factors.items()}
+    result.tokens = {word: list(own) for word, own in tokens_of(pipe, adapter_name).items()}
+    result.format_version = FORMAT_VERSION if result.tokens else 1
+    tensors |= {key: _trained(value.detach(), dtype) for key, value in token_parameters(pipe, adapter_name).items()}
+    file = write_adapter(folder, tensors, result, basis_dir)
+    write_card(folder, inspect_adapter(file), card)
+    return file
+
+
+def _check(
+    pipe: Any, path: str | Path, adapter_name: str, dtype: str | None, basis: BasisKind
+) -> tuple[Path, list[str]]:
+    """The folder, and the components that hold the adapter; refuses what cannot be saved."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     folder = Path(path).expanduser()
@@ -49,38 +80,27 @@ def save_adapter(
     holders = [name for name in present(pipe) if nora_layers(component(pipe, name), adapter_name)]
     if not holders:
         raise unknown_adapter(pipe, adapter_name)
-    refuse_merged(pipe)
-    refuse_offloaded(pipe)
-    tensors: Tensors = {}
-    result = _describe(origin(pipe, adapter_name) if info is None else info)
-    result.base, result.basis, result.versions = base_id(pipe), basis, versions()
     for name in holders:
-        module = component(pipe, name)
-        config = adapter_configs(module)[adapter_name]
+        config = adapter_configs(component(pipe, name))[adapter_name]
         if basis == "shared" and not config.frozen_outer:
             raise UserError(f"method {config.method!r} has no frozen basis to share: save it with basis='own'")
-        result.components[name] = config.to_dict()
-        layers = nora_layers(module, adapter_name)
-        result.base_fingerprint[name] = {p: round(fingerprint(layer.base_layer, p), 9) for p, layer in layers.items()}
-        result.conv_shapes |= {
-            f"{name}.{p}": list(layer.base_layer.weight.shape[1:])
-            for p, layer in layers.items()
-            if isinstance(layer.base_layer, nn.Conv2d)
-        }
-        if not config.stored_outer:
-            result.shapes |= {f"{name}.{p}": list(flat_weight(layer.base_layer).shape) for p, layer in layers.items()}
-        tensors |= {
-            key: _stored(key, value, config, dtype) for key, value in _factors(module, name, adapter_name).items()
-        }
-    result.tokens = {word: list(own) for word, own in tokens_of(pipe, adapter_name).items()}
-    result.format_version = FORMAT_VERSION if result.tokens else 1
-    tensors |= {
-        key: value.detach().to("cpu", DTYPES[dtype] if dtype else value.dtype)
-        for key, value in token_parameters(pipe, adapter_name).items()
+    refuse_merged(pipe)
+    refuse_offloaded(pipe)
+    return folder, holders
+
+
+def _describe_part(info: AdapterInfo, name: str, module: nn.Module, adapter_name: str) -> None:
+    """Add what a file has to say of one component: its configuration and the layers that it was made for."""
+    config, layers = adapter_configs(module)[adapter_name], nora_layers(module, adapter_name)
+    info.components[name] = config.to_dict()
+    info.base_fingerprint[name] = {p: round(fingerprint(layer.base_layer, p), 9) for p, layer in layers.items()}
+    info.conv_shapes |= {
+        f"{name}.{p}": list(layer.base_layer.weight.shape[1:])
+        for p, layer in layers.items()
+        if isinstance(layer.base_layer, nn.Conv2d)
     }
-    file = write_adapter(folder, tensors, result, basis_dir)
-    write_card(folder, inspect_adapter(file), card)
-    return file
+    if not config.stored_outer:
+        info.shapes |= {f"{name}.{p}": list(flat_weight(layer.base_layer).shape) for p, layer in layers.items()}
 
 
 def _factors(module: nn.Module, component_name: str, adapter_name: str) -> Tensors:
@@ -100,6 +120,10 @@ def _describe(info: AdapterInfo | Mapping[str, Any] | None) -> AdapterInfo:
 
 
 def _stored(key: str, value: Tensor, config: AdapterConfig, dtype: str | None) -> Tensor:
-    if key.endswith(("nora_A_out", "nora_B_out")):
+    if is_frozen(key):
         return value.to("cpu", getattr(torch, config.basis_dtype))
+    return _trained(value, dtype)
+
+
+def _trained(value: Tensor, dtype: str | None) -> Tensor:
     return value.to("cpu", DTYPES[dtype] if dtype else value.dtype)

@@ -36,6 +36,27 @@ def build(page: Page) -> None:
 
 
 def _form(page: Page) -> SimpleNamespace:
+    photos = _photos(page)
+    with gr.Row():
+        word = gr.Textbox("", label="What it is", info="One word", placeholder="dog", max_length=40, min_width=140,
+                          elem_id="train-class")  # fmt: skip
+        trigger = gr.Textbox("sks", label="Trigger word", info="A rare one", max_length=40,
+                             min_width=140, elem_id="train-trigger")  # fmt: skip
+        name = gr.Textbox("my-subject", label="Name", info="In the library", max_length=64, min_width=140,
+                          elem_id="train-name")  # fmt: skip
+    settings = _settings()
+    with gr.Row():
+        check = gr.Button("Check", elem_id="train-check", scale=1, min_width=100)
+        start = gr.Button("Train", variant="primary", elem_id="train-start", scale=2, min_width=100,
+                          interactive=page.app.config.may_change)  # fmt: skip
+    found = gr.HTML("", elem_id="train-findings")
+    return SimpleNamespace(
+        **photos, **settings, name=name, trigger=trigger, word=word, check=check, start=start, found=found
+    )
+
+
+def _photos(page: Page) -> dict[str, Any]:
+    """Where photos come from, and what becomes of them."""
     pixels = ["pixels"] if page.app.engine.is_embedded else []
     dropped = gr.File(
         label="Drop 3 to 10 photos of one subject here", elem_id="train-photos", file_count="multiple",
@@ -53,13 +74,13 @@ def _form(page: Page) -> SimpleNamespace:
         label="As they will be trained on", show_label=False, columns=5, height="auto", visible=False,
         elem_id="train-prepared", elem_classes=pixels, interactive=False, buttons=[], format="png",
     )  # fmt: skip
-    with gr.Row():
-        word = gr.Textbox("", label="What it is", info="One word", placeholder="dog", max_length=40, min_width=140,
-                          elem_id="train-class")  # fmt: skip
-        trigger = gr.Textbox("sks", label="Trigger word", info="A rare one", max_length=40,
-                             min_width=140, elem_id="train-trigger")  # fmt: skip
-        name = gr.Textbox("my-subject", label="Name", info="In the library", max_length=64, min_width=140,
-                          elem_id="train-name")  # fmt: skip
+    return {
+        "dropped": dropped, "examples": examples, "report": report, "prepared": prepared, "photos": gr.State([]),
+    }  # fmt: skip
+
+
+def _settings() -> dict[str, Any]:
+    """A preset, and what may differ from it."""
     preset = gr.Radio(
         list(PRESETS), value="Balanced", label="Preset", elem_id="train-preset",
         info="Fast for a first look, Best for a keeper",
@@ -76,16 +97,10 @@ def _form(page: Page) -> SimpleNamespace:
             "", label="Further settings, one 'key: value' a line", lines=3, max_length=4000, elem_id="train-extra",
             placeholder="rank: 32\nvalidation_prompt: a sks dog in the snow",
         )  # fmt: skip
-    with gr.Row():
-        check = gr.Button("Check", elem_id="train-check", scale=1, min_width=100)
-        start = gr.Button("Train", variant="primary", elem_id="train-start", scale=2, min_width=100,
-                          interactive=page.app.config.may_change)  # fmt: skip
-    found = gr.HTML("", elem_id="train-findings")
-    return SimpleNamespace(
-        examples=examples, dropped=dropped, report=report, prepared=prepared, name=name, trigger=trigger, word=word,
-        preset=preset, method=method, steps=steps, rate=rate, encoder=encoder, prior=prior, extra=extra, check=check,
-        start=start, found=found, photos=gr.State([]),
-    )  # fmt: skip
+    return {
+        "preset": preset, "method": method, "steps": steps, "rate": rate, "encoder": encoder, "prior": prior,
+        "extra": extra,
+    }  # fmt: skip
 
 
 def _wire(app: App, form: SimpleNamespace, chosen: gr.Dropdown) -> Any:
