@@ -387,6 +387,15 @@ class TrainConfig:
         return {f.name: getattr(self, f.name) for f in settings() if secrets or not f.metadata["secret"]}
 
     @property
+    def batch_size(self) -> int:
+        """``train_batch_size``; every base has a default."""
+        return self.train_batch_size or 1
+
+    def pictures_per_step(self, processes: int) -> int:
+        """Pictures of the subject that one step learns from, over all processes and micro-steps."""
+        return self.batch_size * self.gradient_accumulation_steps * processes
+
+    @property
     def folder(self) -> Path:
         """``output_dir`` as a path."""
         return Path(self.output_dir).expanduser()

@@ -18,7 +18,7 @@ from .config import TrainConfig
 
 def scaled_rate(rate: float, config: TrainConfig, processes: int) -> float:
     """The learning rate, times devices, accumulation and batch size where ``scale_lr`` asks for that."""
-    factor = config.gradient_accumulation_steps * (config.train_batch_size or 1) * processes if config.scale_lr else 1
+    factor = config.pictures_per_step(processes) if config.scale_lr else 1
     return rate * factor
 
 

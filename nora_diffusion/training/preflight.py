@@ -100,7 +100,7 @@ def report(findings: Sequence[Finding], strict: bool = False) -> None:
 
 def _outline(plan: Plan) -> Outline:
     config = plan.config
-    rows = (config.train_batch_size or 1) * (2 if config.with_prior_preservation else 1)
+    rows = config.batch_size * (2 if config.with_prior_preservation else 1)
     dtype = DTYPES[config.mixed_precision or "no"]
     parts, side = components(config, plan.pipe), config.resolution or 0
     return outline(plan.pipe, adapter_config(config), parts, rows, side, dtype, config.gradient_checkpointing)
@@ -155,7 +155,7 @@ def _memory(plan: Plan, size: Outline) -> Iterator[Finding]:
     free = available(device) + given_back(plan, device)
     if size.memory <= free:
         return
-    remedies = ["--train_batch_size 1"] if (plan.config.train_batch_size or 1) > 1 else []
+    remedies = ["--train_batch_size 1"] if plan.config.batch_size > 1 else []
     remedies += [] if plan.config.gradient_checkpointing else ["--gradient_checkpointing"]
     bf16 = device.type == "cuda" and plan.config.mixed_precision == "no" and torch.cuda.is_bf16_supported()
     remedies += ["--mixed_precision bf16"] if bf16 else []
@@ -184,7 +184,7 @@ def _photos(plan: Plan) -> Iterator[Finding]:
             f"{there}: with 3 to 10, different in background and angle, the subject is told apart from what is around "
             "it."
         )
-    batch = (config.train_batch_size or 1) * config.gradient_accumulation_steps * plan.processes
+    batch = config.pictures_per_step(plan.processes)
     views = batch * (config.max_train_steps or 1) / photos
     if views < FEW_VIEWS:
         enough = -(-FEW_VIEWS * photos // batch)

@@ -195,7 +195,7 @@ def settle(
 
 def epoch_steps(config: TrainConfig, photos: int, processes: int) -> int:
     """Optimizer steps in one pass over the photos."""
-    batch = (config.train_batch_size or 1) * config.gradient_accumulation_steps * processes
+    batch = config.pictures_per_step(processes)
     return max(1, math.ceil(photos / batch))
 
 

@@ -156,7 +156,7 @@ class Stepper:
         # The adapter's dropout draws from the global generator, so that is a function of the step as well.
         own = self.accelerator.process_index if config.dropout > 0 else 0
         torch.manual_seed(derive(run.seed, "dropout", step, micro, own))
-        size = (config.train_batch_size or 1) * self.accelerator.num_processes
+        size = config.batch_size * self.accelerator.num_processes
         number = step * config.gradient_accumulation_steps + micro
         photos = self._photos(number, size)
         picked = run.latents.pick(photos, source)
@@ -187,7 +187,7 @@ class Stepper:
         """What :meth:`loss` is for a batch's prediction."""
         run, config = self.run, self.run.config
         losses = run.objective.losses(prediction, batch.target, batch.t, batch.regions)
-        size = config.train_batch_size or 1
+        size = config.batch_size
         mean = losses[:size].mean()
         return mean + config.prior_loss_weight * losses[size:].mean() if len(losses) > size else mean
 
@@ -214,7 +214,7 @@ class Stepper:
 
     def _own_rows(self, rows: int) -> list[int]:
         """This process's share of a batch: of its photos, and of what is practised beside them."""
-        size, accelerator = self.run.config.train_batch_size or 1, self.accelerator
+        size, accelerator = self.run.config.batch_size, self.accelerator
         first = size * accelerator.process_index
         return [row for row in range(rows) if first <= row % (size * accelerator.num_processes) < first + size]
 
