@@ -61,11 +61,12 @@ def routed_delta(p: Tensor, gates: Tensor, up: Tensor, inner: Tensor, outer: Ten
     """``sum_i g_i * diag(b_i) B diag(a_i) p``, the mixture of ranks (MoR, arXiv 2410.13408) without its scale.
 
     Shapes: ``p [..., r]``, ``gates [..., N]``, ``B [d_out, r]``, ``a [N, r]`` (inner), ``b [N, d_out]`` (outer).
-    The experts share ``B``: one product of ``[..., N, r]`` rows with ``B^T``, then a gated sum.
+    One product of gated ``[..., N r]`` rows with ``[diag(b_1) B, ..., diag(b_N) B]``: per token autograd keeps ``N r``
+    numbers for it, where a sum of lifted rows would have it keep ``N d_out``.
     """
-    scaled = p.unsqueeze(-2) * inner.to(p.dtype)
-    lifted = F.linear(scaled, up.to(p.dtype)) * outer.to(p.dtype)
-    return (gates.unsqueeze(-1) * lifted).sum(-2)
+    gated = gates.unsqueeze(-1) * p.unsqueeze(-2) * inner.to(p.dtype)
+    lift = outer.T.unsqueeze(-1) * up.unsqueeze(1)
+    return F.linear(gated.flatten(-2).to(p.dtype), lift.flatten(1).to(p.dtype))
 
 
 def router_gates(logits: Tensor) -> Tensor:

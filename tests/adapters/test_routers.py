@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nora_diffusion import UserError, add_adapter, delete_adapter, load_adapter, save_adapter, set_adapters
 from nora_diffusion.adapters import AdapterConfig, NoraLayer, moe_lora, mor
 from nora_diffusion.adapters.config import Start
+from nora_diffusion.adapters.functional import routed_delta
 from nora_diffusion.adapters.routed import Conditions, RoutedDelta
 from nora_diffusion.attention import MoRAttnProcessor
 from nora_diffusion.loaders import trainable_parameters
@@ -76,6 +77,26 @@ def test_token_router_gates_each_token(kind: Kind, grad: bool) -> None:
     )
     with torch.set_grad_enabled(grad):
         close(layer(x), expected)
+
+
+@pytest.mark.parametrize("width", [64, 640])
+def test_a_gate_for_each_token_keeps_little(width: int) -> None:
+    """What autograd keeps for a token grows with the ranks of all experts, whatever the width of their outputs."""
+    tokens, rank, experts = 500, 4, 8
+    p, gates = torch.randn(tokens, rank), torch.rand(tokens, experts)
+    up, inner, outer = torch.randn(width, rank), torch.randn(experts, rank), torch.randn(experts, width)
+    kept: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        mixed = routed_delta(*(value.requires_grad_() for value in (p, gates, up, inner, outer)))
+    alone = [gates[:, [i]] * (((p * inner[i]) @ up.T) * outer[i]) for i in range(experts)]
+    torch.testing.assert_close(mixed, torch.stack(alone).sum(0), atol=1e-4, rtol=1e-4)
+    shared = up.numel() + outer.numel() + width * rank * experts
+    assert sum(kept.values()) / 4 - shared <= 4 * tokens * rank * experts < tokens * 64 * experts
 
 
 @pytest.mark.parametrize("router", CONDITIONED)
