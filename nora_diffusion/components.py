@@ -163,11 +163,11 @@ def fingerprint(layer: nn.Module, path: str) -> float:
     """
     if (noted := getattr(layer, "true_fingerprint", None)) is not None:
         return float(noted)
-    weight: Tensor = layer.weight.detach().flatten(1).float().cpu()  # type: ignore[operator]
+    weight: Tensor = layer.weight.detach().flatten(1).float()  # type: ignore[operator]
+    # Drawn on the CPU, the same for all devices; the weight, gigabytes over a model, stays where it is.
     generator = torch.Generator().manual_seed(sum(canonical(path).encode()))
-    u = torch.randn(weight.shape[0], generator=generator)
-    v = torch.randn(weight.shape[1], generator=generator)
-    return float(u @ weight @ v) / (weight.shape[0] * weight.shape[1]) ** 0.5
+    u, v = (torch.randn(size, generator=generator).to(weight.device) for size in weight.shape)
+    return float(u @ weight @ v) / weight.numel() ** 0.5
 
 
 def same_weights(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> bool:
