@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import secrets
@@ -14,6 +15,8 @@ from pathlib import Path
 from .errors import UserError
 
 POLL_SECONDS = 0.1
+ABANDONED_SECONDS = 3600.0
+"""After which a half-written file that nobody has touched is nobody's."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -60,6 +63,7 @@ def write_atomic(path: Path, content: bytes | str | Iterable[bytes]) -> Path:
     pieces = (whole,) if isinstance(whole, bytes) else whole
     make_folder(path.parent)
     with user_errors(path):
+        _sweep(path)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
             handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the process's own mask
@@ -74,6 +78,14 @@ def write_atomic(path: Path, content: bytes | str | Iterable[bytes]) -> Path:
             raise
         sync_folder(path.parent)
     return path
+
+
+def _sweep(path: Path) -> None:
+    """Remove what writers of this file left that were killed on their way, unless it may still be on its way."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                left.unlink()
 
 
 class NoLocksError(UserError):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nora_diffusion import UserError, files
-from nora_diffusion.files import FileLock, alone_in, is_held
+from nora_diffusion.files import FileLock, alone_in, is_held, write_atomic
 from nora_diffusion.training.rundir import RunFolder
 
 
@@ -45,6 +45,18 @@ def test_a_folder_that_cannot_be_locked_itself_has_a_file_for_it(
         (lock,) = tmp_path.iterdir()
         assert is_held(lock)
     assert not is_held(lock)
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    """By the next one of the same file, and only what nobody can be writing any more."""
+    file = tmp_path / "a[1].safetensors"
+    names = {".a[1].safetensors.0123abcd": True, ".a[1].safetensors.0123abce": False, ".a1.safetensors.0123abcd": True}
+    for name, is_old in names.items():
+        (tmp_path / name).write_bytes(b"half")
+        if is_old:
+            os.utime(tmp_path / name, (0, 0))
+    write_atomic(file, b"whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*list(names)[1:], file.name])
 
 
 def test_a_disk_without_locks_is_told_apart_from_a_held_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..training.checks import EXPORT_FORMATS
 
     parser.add_argument("adapter", help="adapter file or folder")
-    parser.add_argument("out", help="file to write (a folder for --format peft)")
+    parser.add_argument("out", help="file to write, or a folder for --format peft; an older export is replaced")
     parser.add_argument("--format", choices=EXPORT_FORMATS, default="diffusers",
                         help="names of the tensors: pipe.load_lora_weights; A1111 and ComfyUI; PEFT")  # fmt: skip
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="number type of the file")

@@ -6,6 +6,7 @@ the file instead of misreading it. The metadata entry ``nora`` is one JSON docum
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from collections.abc import Mapping
@@ -35,6 +36,8 @@ __all__ = [
 
 def locate(path: str | Path) -> Path:
     """The adapter file that a path means: the file itself, or ``nora_adapter.safetensors`` in a folder."""
+    if not isinstance(path, str | Path):
+        raise UserError(f"{path!r} is no path of an adapter: give a file, a folder or a pack's address")
     try:
         path = Path(path).expanduser()
         file = next((f for name in IN_FOLDERS if (f := path / name).is_file()), path) if path.is_dir() else path
@@ -153,18 +156,32 @@ def basis_places(adapter_folder: Path, basis_dir: str | Path | None) -> list[Pat
     """Where a shared basis is looked for, in order; the first is also where it is written."""
     if basis_dir is not None:
         return [Path(basis_dir)]
-    return [adapter_folder.parent / "bases", adapter_folder / "bases"]
+    folder = Path(os.path.abspath(adapter_folder))  # noqa: PTH100 (as "." has no parent, and a link stays one)
+    return [folder.parent / "bases", folder / "bases"]
+
+
+def basis_files(info: AdapterInfo, basis_dir: str | Path | None = None) -> list[Path]:
+    """The files that may be the shared basis of an adapter; one that is reached by a link is looked for behind it too.
+
+    Raises :class:`UserError` where there is none.
+    """
+    address = split_address(info.path)
+    file = address[0] if address else Path(info.path)
+    folders = dict.fromkeys((file.parent, file.resolve().parent))
+    places = dict.fromkeys(place for folder in folders for place in basis_places(folder, basis_dir))
+    files = [found for place in places if (found := place / f"{info.basis_sha256}.safetensors").is_file()]
+    if not files:
+        looked = " or ".join(map(str, places))
+        raise UserError(f"{info.path} needs the basis {info.basis_sha256}.safetensors, not found in {looked}")
+    return files
 
 
 def _load_basis(info: AdapterInfo, basis_dir: str | Path | None) -> Tensors:
-    address = split_address(info.path)
-    folder = address[0].parent if address else Path(info.path).parent
-    places = basis_places(folder, basis_dir)
-    file = next((f for p in places if (f := p / f"{info.basis_sha256}.safetensors").is_file()), None)
-    if file is None:
-        looked = " or ".join(map(str, places))
-        raise UserError(f"{info.path} needs the basis {info.basis_sha256}.safetensors, not found in {looked}")
-    return read_basis(file)
+    files = basis_files(info, basis_dir)
+    for file in files[:-1]:
+        with contextlib.suppress(UserError):  # a damaged copy must not hide a sound one
+            return read_basis(file)
+    return read_basis(files[-1])
 
 
 def read_basis(file: Path) -> Tensors:

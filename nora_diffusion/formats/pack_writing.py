@@ -118,7 +118,7 @@ def pack_path(path: str | Path) -> Path:
     file = Path(path).expanduser()
     if not file.name.endswith(SUFFIX):
         raise UserError(f"{file} is no name for a pack: let it end in {SUFFIX}")
-    return file
+    return file.resolve() if file.is_symlink() else file  # what is written anew is the pack, not the link to it
 
 
 def _require_new(file: Path) -> None:
@@ -128,6 +128,8 @@ def _require_new(file: Path) -> None:
 
 def _read_adapters(adapters: Adapters, basis_dir: str | Path | None) -> tuple[list[Subject], dict[str, Tensors]]:
     """Adapters, each checked, and their bases by hash. Nothing is written."""
+    if isinstance(adapters, str | Path) or not isinstance(adapters, Mapping | Sequence):
+        raise UserError(f"adapters is a list of paths or a mapping of names to paths, not {adapters!r}")
     listed = adapters.items() if isinstance(adapters, Mapping) else adapters
     pairs = [entry if isinstance(entry, tuple) else ("", entry) for entry in listed]
     if not pairs:

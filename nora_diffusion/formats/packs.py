@@ -171,8 +171,15 @@ class Pack:
         return place
 
     def __iter__(self) -> Iterator[Subject]:
-        """All subjects, by the hash of their names."""
-        return (self._subject(self.place(row)) for row in range(len(self)))
+        """All subjects, by the hash of their names; raises where the index would not let them be found."""
+        last = None
+        for row in range(len(self)):
+            place = self.place(row)
+            subject = self._subject(place)
+            if place.name_hash != short_hash(subject.name.encode()) or (last is not None and place.name_hash < last):
+                raise self._damaged("its index is not sound")
+            last = place.name_hash
+            yield subject
 
     def find(self, name: str) -> Subject:
         """The subject of that name. Raises :class:`UserError` where there is none."""

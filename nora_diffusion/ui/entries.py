@@ -11,7 +11,7 @@ from pathlib import Path
 from ..composition.tags import tag_name
 from ..errors import UserError
 from ..files import write_atomic
-from ..formats.adapter_file import FILE_NAME, AdapterInfo, basis_places, given_name, inspect_adapter, split_address
+from ..formats.adapter_file import FILE_NAME, AdapterInfo, basis_files, given_name, inspect_adapter, split_address
 from ..formats.packs import SUFFIX, Pack, Subject
 from ..run_layout import SAMPLES
 
@@ -134,10 +134,12 @@ def _subject(pack: Path, stamp: Stamp, subject: Subject) -> Entry:
 
 def _lacks_basis(info: AdapterInfo, file: Path) -> str:
     """A shared basis lies beside the adapters that use it; without it their numbers mean nothing."""
-    name = f"{info.basis_sha256}.safetensors"
-    if info.basis != "shared" or any((place / name).is_file() for place in basis_places(file.parent, None)):
-        return ""
-    return f"its shared basis is missing: put bases/{name[:12]}….safetensors beside {file.name}"
+    if info.basis == "shared":
+        try:
+            basis_files(info)
+        except UserError:
+            return f"its shared basis is missing: put bases/{info.basis_sha256[:12]}….safetensors beside {file.name}"
+    return ""
 
 
 def stamp_of(path: Path) -> Stamp | None:

@@ -22,9 +22,12 @@ from safetensors.torch import load_file, save_file
 from nora_diffusion import (
     UserError,
     add_adapter,
+    add_to_pack,
+    create_pack,
     delete_adapter,
     export_lora,
     inspect_adapter,
+    list_pack,
     load_adapter,
     mixed_batch,
     open_pipeline,
@@ -37,6 +40,7 @@ from nora_diffusion.composition.sources import loaded_source
 from nora_diffusion.formats.adapter_file import FILE_NAME, AdapterInfo
 from nora_diffusion.formats.export_formats import PlainPair
 from nora_diffusion.formats.model_card import write_card
+from nora_diffusion.formats.packs import SUFFIX
 from nora_diffusion.loaders import list_adapters, set_rank, trainable_parameters
 
 PARTS = ("unet", "text_encoder")
@@ -161,6 +165,28 @@ def test_shared_basis_is_stored_once_and_checked(pipe: Any, tmp_path: Path) -> N
     with pytest.raises(UserError, match="not found in"):
         load_adapter(pipe, tmp_path / "dog")
     assert list_adapters(pipe) == {}
+
+
+def test_a_shared_basis_is_found_from_everywhere(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From within the adapter's folder, through links to the folder and to a pack, and beside a damaged copy."""
+    trained(pipe, nora(r=4, inner_r=2, basis="svd"))
+    save_adapter(pipe, tmp_path / "shelf" / "dog", "one", basis="shared")
+    pack = create_pack(tmp_path / "packs" / f"pets{SUFFIX}", [tmp_path / "shelf" / "dog"])
+    delete_adapter(pipe, "one")
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "dog").symlink_to("../shelf/dog")
+    (links / pack.name).symlink_to(pack)
+    monkeypatch.chdir(tmp_path / "shelf" / "dog")
+    for path in (".", FILE_NAME, links / "dog", f"{links / pack.name}#dog"):
+        load_adapter(pipe, path, "two")
+        delete_adapter(pipe, "two")
+    (basis,) = (tmp_path / "packs" / "bases").iterdir()
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / basis.name).write_bytes(basis.read_bytes()[:-1])
+    load_adapter(pipe, f"{pack}#dog", "two")
+    assert add_to_pack(links / pack.name, {"cat": tmp_path / "shelf" / "dog"}) == pack
+    assert len(list_pack(pack)) == 2 and (links / pack.name).is_symlink()
 
 
 def damage(saved: Path, how: str) -> None:

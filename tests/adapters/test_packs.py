@@ -133,7 +133,7 @@ def test_add_and_remove(shelf: Path, pack: Path, tmp_path: Path) -> None:
     remove_from_pack(pack, ["dog"])
     assert [info.path.partition("#")[2] for info in list_pack(pack)] == ["cat", "hat"]
     with pytest.raises(UserError, match="no subject 'dog'"):
-        load_adapter(None, f"{pack}#dog")
+        inspect_adapter(f"{pack}#dog")
     add_to_pack(pack, {"dog": shelf / "dog"})
     assert pack.read_bytes() == whole, "the order of adding makes no difference"
     other = create_pack(tmp_path / "more.nora_pack.safetensors", {"rex": f"{pack}#dog"})
@@ -224,6 +224,11 @@ def test_other_refusals(pipe: Any, shelf: Path, pack: Path, tmp_path: Path) -> N
         (lambda: create_pack(pack, [shelf / "dog"]), "exists: add to it"),
         (lambda: create_pack(tmp_path / "x.safetensors", [shelf / "dog"]), "let it end in"),
         (lambda: create_pack(tmp_path / "x.nora_pack.safetensors", []), "nothing to pack"),
+        (lambda: create_pack(tmp_path / "x.nora_pack.safetensors", str(shelf / "dog")), "is a list of paths"),
+        (lambda: create_pack(tmp_path / "x.nora_pack.safetensors", [None]), "is no path of an adapter"),  # type: ignore[list-item]
+        (lambda: load_adapter(pipe, None), "is no adapter"),  # type: ignore[arg-type]
+        (lambda: load_adapter(pipe.unet, shelf / "dog"), "give the pipeline that holds it"),
+        (lambda: load_adapter(pipe, shelf / "dog", 5), "the adapter name 5 will not do"),  # type: ignore[arg-type]
         (lambda: add_to_pack(tmp_path / "no/x.nora_pack.safetensors", [shelf / "dog"]), "no pack at"),
         (lambda: remove_from_pack(tmp_path / "no/x.nora_pack.safetensors", ["dog"]), "no pack at"),
         (lambda: remove_from_pack(pack, ["fox"]), "no subject 'fox'"),
@@ -250,6 +255,15 @@ def read_all(pack: Path) -> dict[str, tuple[AdapterInfo, dict[str, torch.Tensor]
         except UserError:
             found[name] = None
     return found
+
+
+def test_a_damaged_index_is_noticed_by_the_list(pack: Path) -> None:
+    whole = bytearray(pack.read_bytes())
+    start = 8 + int.from_bytes(whole[:8], "little")  # the index comes first, each row with the hash of its name first
+    whole[start] ^= 1
+    pack.write_bytes(whole)
+    with pytest.raises(UserError, match="damaged"):
+        list_pack(pack)
 
 
 def test_flipped_bits_are_noticed(pack: Path) -> None:

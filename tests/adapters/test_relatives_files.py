@@ -73,7 +73,9 @@ def test_a_dora_names_its_magnitude_in_every_format(pipe: Any, tmp_path: Path) -
         ("kohya", "lora_unet_{}.dora_scale", ((16, 1), (16, 1, 1, 1))),
         ("peft", "base_model.model.{}.lora_magnitude_vector.weight", ((16,), (1, 16, 1, 1))),
     ):
-        report = export_lora(tmp_path / "dog", tmp_path / f"{form}.safetensors", format=form)  # type: ignore[arg-type]
+        report = export_lora(
+            tmp_path / "dog", tmp_path / (form if form == "peft" else f"{form}.safetensors"), format=form
+        )  # type: ignore[arg-type]
         file = report.path / "unet" / "adapter_model.safetensors" if form == "peft" else report.path
         tensors = load_file(file)
         for path, shape in zip((linear, conv), shapes, strict=True):
@@ -103,7 +105,7 @@ def test_a_dora_of_other_tools_comes_back_with_its_magnitude(
     saved(pipe, dora(r=3, alpha=6.0, target_modules=["attn", "conv"]), tmp_path / "dog")
     picture = render(pipe)
     delete_adapter(pipe, "one")
-    path = export_lora(tmp_path / "dog", tmp_path / "dog.safetensors", format=form).path
+    path = export_lora(tmp_path / "dog", tmp_path / ("peft" if form == "peft" else "dog.safetensors"), format=form).path
     parts = [path / part for part in PARTS] if form == "peft" else [path]
     for number, part in enumerate(parts):
         load_adapter(pipe, part, f"plain{number}")
