@@ -19,7 +19,8 @@ _HOMES = {
     "calibration": ("Calibration",),
     "base": ("load_base", "open_pipeline"),
     "loaders": (
-        "add_adapter", "delete_adapter", "list_adapters", "load_adapter", "save_adapter", "set_adapters", "set_rank",
+        "add_adapter", "delete_adapter", "exclusive", "list_adapters", "load_adapter", "save_adapter", "set_adapters",
+        "set_rank",
     ),
     "formats.adapter_file": ("AdapterInfo", "inspect_adapter"),
     "formats.export": ("export_lora",),
@@ -61,15 +62,25 @@ if TYPE_CHECKING:
     from .formats.pack_writing import add_to_pack, create_pack, extract_from_pack, remove_from_pack
     from .formats.packs import list_pack
     from .gates import router_summary
-    from .loaders import add_adapter, delete_adapter, list_adapters, load_adapter, save_adapter, set_adapters, set_rank
+    from .loaders import (
+        add_adapter,
+        delete_adapter,
+        exclusive,
+        list_adapters,
+        load_adapter,
+        save_adapter,
+        set_adapters,
+        set_rank,
+    )
     from .training import TrainConfig, train
 
 __all__ = [
     "AdapterConfig", "AdapterInfo", "Calibration", "TrainConfig", "UserError", "add_adapter", "add_to_pack",
-    "create_pack", "delete_adapter", "dora", "dylora", "export_lora", "extract_from_pack", "import_lora", "in_blocks",
-    "inspect_adapter", "list_adapters", "list_pack", "load_adapter", "load_base", "lora", "lora_mini", "lora_xs",
-    "melora", "mix", "mix_files", "mixed_batch", "moe_lora", "mor", "mora", "nora", "open_pipeline", "overlap",
-    "overlap_files", "remove_from_pack", "router_summary", "save_adapter", "set_adapters", "set_rank", "train",
+    "create_pack", "delete_adapter", "dora", "dylora", "exclusive", "export_lora", "extract_from_pack",
+    "import_lora", "in_blocks", "inspect_adapter", "list_adapters", "list_pack", "load_adapter", "load_base",
+    "lora", "lora_mini", "lora_xs", "melora", "mix", "mix_files", "mixed_batch", "moe_lora", "mor", "mora", "nora",
+    "open_pipeline", "overlap", "overlap_files", "remove_from_pack", "router_summary", "save_adapter",
+    "set_adapters", "set_rank", "train",
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from .adapters.rows import RowPlan, serve_rows
 from .components import component, denoiser_name, present, refuse_merged, refuse_offloaded, tuner_layers
 from .errors import UserError
 from .loaders.active import check_finite, held, require_adapter
+from .loaders.locking import exclusive
 
 Row = str | tuple[str, float] | None
 RowSpec = Row | Sequence[Row]
@@ -35,20 +36,12 @@ def mixed_batch(pipe: Any, rows: Sequence[RowSpec], weights: Sequence[float] | f
     ``[negative..., positive...]``. Adapters with equal frozen bases are served by one product, others by their rows.
     Ordinary LoRAs are served by PEFT: one a row, with one weight in all rows.
 
+    Other threads that change the pipeline or serve a batch wait until the context ends (:func:`.exclusive`).
     Raises :class:`UserError` for an unknown name, or when something is merged or disabled.
     """
     specs = _parse(rows, weights)
-    names = {name for spec in specs for name in spec}
-    for name in sorted(names):
-        require_adapter(pipe, name)
-    refuse_merged(pipe)
-    refuse_offloaded(pipe)
-    for spec in specs:
-        for name, weight in spec.items():
-            check_finite(name, weight)
-    for part in present(pipe):
-        _refuse(component(pipe, part), part, names)
-    with ExitStack() as stack:
+    with exclusive(pipe), ExitStack() as stack:
+        _check(pipe, specs)
         for part in present(pipe):
             model = component(pipe, part)
             plan = RowPlan(specs)
@@ -59,8 +52,22 @@ def mixed_batch(pipe: Any, rows: Sequence[RowSpec], weights: Sequence[float] | f
         yield
 
 
+def _check(pipe: Any, specs: Sequence[Mapping[str, float]]) -> None:
+    names = {name for spec in specs for name in spec}
+    for name in sorted(names):
+        require_adapter(pipe, name)
+    refuse_merged(pipe)
+    refuse_offloaded(pipe)
+    for spec in specs:
+        for name, weight in spec.items():
+            check_finite(name, weight)
+    for part in present(pipe):
+        _refuse(component(pipe, part), part, names)
+
+
 def _parse(rows: Sequence[RowSpec], weights: Sequence[float] | float | None) -> list[dict[str, float]]:
-    rows = list(rows)
+    if isinstance(rows, str) or not isinstance(rows, Sequence):
+        raise UserError(f"mixed_batch takes a list with one entry for each prompt, not {rows!r}")
     if isinstance(weights, int | float) or weights is None:
         weights = [1.0 if weights is None else float(weights)] * len(rows)
     if not rows or len(weights) != len(rows):
@@ -82,7 +89,9 @@ def _spec(row: RowSpec, weight: float) -> dict[str, float]:
         if single is not None and not isinstance(single, str | tuple):
             raise UserError(f"{single!r} within a row is no name and no (name, weight)")
         for name, value in _spec(single, weight).items():
-            spec[name] = spec.get(name, 0.0) + value
+            if name in spec:
+                raise UserError(f"a row names {name!r} twice: give it once, with the weight you mean")
+            spec[name] = value
     return spec
 
 

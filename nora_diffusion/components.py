@@ -27,6 +27,8 @@ def denoiser_name(pipe: Any) -> str:
     for name in ("unet", "transformer"):
         if getattr(pipe, name, None) is not None:
             return name
+    if isinstance(pipe, nn.Module):
+        raise UserError(f"a {type(pipe).__name__} is one model: give the pipeline that holds it")
     raise UserError(f"{type(pipe).__name__} has neither a unet nor a transformer: adapters need one of them")
 
 
@@ -154,6 +156,12 @@ def refuse_offloaded(pipe: Any) -> None:
                 f"the weights of the {name} are offloaded layer by layer: call pipe.remove_all_hooks() first, and "
                 "enable_sequential_cpu_offload() again afterwards"
             )
+
+
+def refuse_serving(pipe: Any) -> None:
+    """Refuse to put adapters in or take them out while ``mixed_batch`` says which row has which."""
+    if any(getattr(component(pipe, name), "serves_rows", False) for name in present(pipe)):
+        raise UserError("the pipeline is serving a mixed batch: leave that context first")
 
 
 def fingerprint(layer: nn.Module, path: str) -> float:

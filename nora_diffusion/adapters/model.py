@@ -52,6 +52,12 @@ class NoraModel(BaseTuner):
         else:
             target.update_layer(adapter_name, peft_config, current_key)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """PEFT ends an injection by making the new adapter the only active one; an empty one waits to be filled."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        if not any(self.peft_config[name].start.empty for name in names):
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT's ``adapter_names``: one name for each row of the batch, ``"__base__"`` for the base alone."""

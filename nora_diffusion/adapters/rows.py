@@ -241,9 +241,11 @@ def serve_rows(model: nn.Module, plan: RowPlan) -> Iterator[None]:
     The plan's weights stand in for those that were set. Raises :class:`UserError` where a plan is followed already.
     """
     layers = [module for module in model.modules() if isinstance(module, NoraLayer)]
-    if any(layer.rows is not None for layer in layers):
+    if getattr(model, "serves_rows", False):
         raise UserError("this model already serves a mixed batch: leave that context first")
+    model.serves_rows = True  # type: ignore[assignment]
     with ExitStack() as stack:
+        stack.callback(delattr, model, "serves_rows")
         stack.callback(model.register_forward_pre_hook(_counting(plan), with_kwargs=True).remove)
         for layer in layers:
             stack.callback(_restore, layer, dict(layer.scaling))

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..base import base_id
-from ..components import refuse_merged, refuse_offloaded
+from ..components import refuse_merged, refuse_offloaded, refuse_serving
 from ..errors import UserError
 from ..formats.adapter_file import AdapterInfo, inspect_adapter, require_vacant, write_adapter
 from ..formats.model_card import write_card
 from ..loaders import set_adapters
 from ..loaders.inject import check_new_name
 from ..loaders.load import place
+from ..loaders.locking import one_at_a_time
 from ..loaders.tokens import tokens_of
 from ..versions import versions
 from .angles import WARN_ABOVE, source_overlap
@@ -48,6 +49,7 @@ class MixReport:
     info: AdapterInfo
 
 
+@one_at_a_time
 def mix(
     pipe: Any,
     weights: Mapping[str, float],
@@ -70,6 +72,7 @@ def mix(
     options = Options(rank, density, seed)
     _check(weights, mode, options)
     refuse_merged(pipe)
+    refuse_serving(pipe)
     refuse_offloaded(pipe)
     sources = [loaded_source(pipe, name) for name in weights]
     for name in weights:

@@ -3,6 +3,7 @@
 from .active import active_adapters, delete_adapter, list_adapters, set_adapters
 from .add import add_adapter, trainable_parameters
 from .load import LoadedAdapter, check_adapter, load_adapter
+from .locking import exclusive
 from .rank import set_rank
 from .save import save_adapter
 from .sharing import pairs_from
@@ -13,6 +14,7 @@ __all__ = [
     "add_adapter",
     "check_adapter",
     "delete_adapter",
+    "exclusive",
     "list_adapters",
     "load_adapter",
     "pairs_from",

@@ -14,9 +14,10 @@ from torch import nn
 
 from ..adapters import NoraLayer
 from ..adapters.qkv_guard import unguard
-from ..components import adapter_configs, component, present, tuner_layers
+from ..components import adapter_configs, component, present, refuse_serving, tuner_layers
 from ..conditions import connect
 from ..errors import UserError
+from .locking import one_at_a_time
 from .tokens import remove_tokens
 
 
@@ -67,12 +68,15 @@ def list_adapters(pipe: Any) -> dict[str, list[str]]:
 Weight = float | Mapping[str, Any]
 
 
+@one_at_a_time
 def set_adapters(pipe: Any, names: str | Sequence[str], weights: Weight | Sequence[Weight] = 1.0) -> None:
     """Make exactly these adapters active, with these weights. Raises :class:`UserError` for an unknown name.
 
     A weight is a number or, as for ``pipe.set_adapters``, a dict by component and block:
     ``{"unet": {"down": 0.5, "up": {"block_1": 1.0}}, "text_encoder": 0.3}``.
     """
+    if not isinstance(names, Iterable):
+        raise UserError(f"set_adapters takes a name or a list of names, not {names!r}")
     names = [names] if isinstance(names, str) else list(names)
     alone = isinstance(weights, str | Mapping) or not isinstance(weights, Iterable)
     weights = [weights] * len(names) if alone else list(weights)  # type: ignore[list-item, arg-type]
@@ -80,13 +84,47 @@ def set_adapters(pipe: Any, names: str | Sequence[str], weights: Weight | Sequen
         raise UserError(f"{len(names)} adapters but {len(weights)} weights: give one weight each")
     for name in names:
         require_adapter(pipe, name)
+        if names.count(name) > 1:
+            raise UserError(f"{name!r} is named twice: give it once, with the weight you mean")
     for name, weight in zip(names, weights, strict=True):
-        for number in weight.values() if isinstance(weight, Mapping) else [weight]:
-            if not isinstance(number, Mapping):
-                check_finite(name, number)
+        _check_weight(pipe, name, weight)
     for part in present(pipe):
         own = [weight.get(part, 1.0) if isinstance(weight, Mapping) else weight for weight in weights]
         (_weigh_blocks if any(isinstance(weight, Mapping) for weight in own) else _weigh)(pipe, part, names, own)
+
+
+def _check_weight(pipe: Any, name: str, weight: Weight) -> None:
+    if not isinstance(weight, Mapping):
+        check_finite(name, weight)
+        return
+    _check_keys(f"the weights of {name!r}", weight, present(pipe))
+    for part, own in weight.items():
+        if isinstance(own, Mapping):
+            _check_blocks(name, part, component(pipe, part), own)
+        else:
+            check_finite(name, own)
+
+
+def _check_blocks(name: str, part: str, module: Any, weights: Mapping[str, Any]) -> None:
+    """Weights by block of a UNet: diffusers would leave out what it does not know."""
+    if not (hasattr(module, "down_blocks") and hasattr(module, "up_blocks")):
+        return
+    _check_keys(f"the {part} weights of {name!r}", weights, ("down", "mid", "up"))
+    for side, own in weights.items():
+        if isinstance(own, Mapping):
+            blocks = getattr(module, f"{side}_blocks", ())
+            known = [f"block_{i}" for i, block in enumerate(blocks) if hasattr(block, "attentions")]
+            _check_keys(f"the {part} {side} weights of {name!r}", own, known)
+        for numbers in own.values() if isinstance(own, Mapping) else [own]:
+            for number in numbers if isinstance(numbers, list | tuple) else [numbers]:
+                check_finite(name, number)
+
+
+def _check_keys(what: str, weights: Mapping[str, Any], known: Sequence[str]) -> None:
+    unknown = next((key for key in weights if key not in known), None)
+    if unknown is not None or not weights:
+        wrong = f"{unknown!r} is unknown in" if weights else "there is nothing in"
+        raise UserError(f"{wrong} {what}: choose among {', '.join(known) or 'none, give one number'}")
 
 
 def _weigh(pipe: Any, part: str, names: list[str], weights: list[Any]) -> None:
@@ -122,7 +160,7 @@ def unknown_adapter(pipe: Any, name: str) -> UserError:
 
 def require_adapter(pipe: Any, name: str) -> None:
     """Raises :class:`UserError` unless some component has an adapter of this name, ours or an ordinary LoRA."""
-    if name not in _names(pipe):
+    if not isinstance(name, str) or name not in _names(pipe):
         raise unknown_adapter(pipe, name)
 
 
@@ -130,12 +168,14 @@ def _names(pipe: Any) -> set[str]:
     return {name for group in list_adapters(pipe).values() for name in group}
 
 
+@one_at_a_time
 def delete_adapter(pipe: Any, adapter_name: str) -> None:
     """Remove an adapter from every component; layers left without adapters are taken out again, and so are its tokens.
 
     The other active adapters stay as they were, and no inactive one takes the place of the removed one.
     """
     require_adapter(pipe, adapter_name)
+    refuse_serving(pipe)
     _refuse_foreign_fused(pipe, adapter_name)
     remove_tokens(pipe, adapter_name)
     take_out(pipe, adapter_name, present(pipe))

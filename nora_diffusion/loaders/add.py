@@ -12,15 +12,26 @@ from ..adapters import AdapterConfig
 from ..adapters.config import Start
 from ..basis_cache import outer_pairs
 from ..calibration import Calibration, Strengths, activation_strengths
-from ..components import all_targets, component, denoiser_name, nora_layers, present, refuse_merged, refuse_offloaded
+from ..components import (
+    all_targets,
+    component,
+    denoiser_name,
+    nora_layers,
+    present,
+    refuse_merged,
+    refuse_offloaded,
+    refuse_serving,
+)
 from ..conditions import router_for
 from ..errors import UserError
 from .active import active_adapters, set_active
 from .inject import all_or_nothing, check_new_name, file_key, inject, tie
+from .locking import one_at_a_time
 from .sharing import pairs_from
 from .tokens import token_parameters
 
 
+@one_at_a_time
 def add_adapter(
     pipe: Any,
     config: AdapterConfig,
@@ -43,6 +54,7 @@ def add_adapter(
     check_new_name(pipe, adapter_name, names)
     refuse_merged(pipe)
     refuse_offloaded(pipe)
+    refuse_serving(pipe)
     layers = all_targets(pipe, names, config)
     taken = pairs_from(pipe, basis_from, config, layers) if basis_from is not None else None
     strengths: Strengths = {}

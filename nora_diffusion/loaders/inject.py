@@ -28,7 +28,12 @@ from .tokens import forget_deleted
 def check_new_name(pipe: Any, name: str, components: Sequence[str]) -> None:
     """Raise :class:`UserError` for a name that is taken or cannot be one, and where q, k and v are fused."""
     # PEFT and transformers find an adapter's keys by looking for its name, and LoRAs' by "lora_", anywhere in the key.
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in "nora_delta" or "lora_" in name:
+    if (
+        not isinstance(name, str)
+        or not re.fullmatch(r"[A-Za-z0-9_-]+", name)
+        or name in "nora_delta"
+        or "lora_" in name
+    ):
         raise UserError(
             f"the adapter name {name!r} will not do: use letters, digits, '_' and '-', no part of 'nora_delta' and no "
             "'lora_'"

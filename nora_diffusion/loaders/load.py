@@ -22,6 +22,7 @@ from ..components import (
     nora_layers,
     refuse_merged,
     refuse_offloaded,
+    refuse_serving,
     same_weights,
     targets,
 )
@@ -40,6 +41,7 @@ from ..formats.adapter_file import (
 from .active import active_adapters, check_finite, keeping_trained, set_active
 from .hotswap import swap
 from .inject import all_or_nothing, check_new_name, derived_name, file_key, inject, remember, tie
+from .locking import one_at_a_time
 from .rank import set_rank
 from .tokens import add_tokens, check_words, token_key, words_in
 
@@ -64,6 +66,7 @@ class LoadedAdapter:
         return self.info.trigger
 
 
+@one_at_a_time
 def load_adapter(
     pipe: Any,
     path_or_id: str | Path,
@@ -85,6 +88,7 @@ def load_adapter(
     Raises :class:`UserError` for a damaged file, another base (both are named), a name that is taken, or an adapter
     that does not fit the one it shall replace.
     """
+    refuse_serving(pipe)
     file = located(path_or_id)
     info = inspect_adapter(file)
     is_here = file == Path(path_or_id).expanduser()  # the folder of a download is named by a commit
@@ -144,6 +148,8 @@ def place(pipe: Any, name: str, info: AdapterInfo, tensors: Tensors, activate: b
 
 def located(path_or_id: str | Path) -> Path:
     """Where an adapter lies; one with a hub id is fetched first. Raises :class:`UserError` where it cannot be."""
+    if not isinstance(path_or_id, str | Path):
+        raise UserError(f"{path_or_id!r} is no adapter: give a file, a folder, a pack's address or a hub id")
     path = Path(path_or_id)
     try:
         path = path.expanduser()

@@ -7,8 +7,10 @@ from typing import Any
 from ..adapters.rank_mask import check_rank, masked_deltas
 from ..components import adapter_configs, component, nora_layers, present, refuse_merged
 from .active import unknown_adapter
+from .locking import one_at_a_time
 
 
+@one_at_a_time
 def set_rank(pipe: Any, adapter_name: str, rank: int | None = None) -> None:
     """Use only the first ``rank`` directions of an adapter; ``None``: all of them again.
 

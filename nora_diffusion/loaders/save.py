@@ -29,9 +29,11 @@ from ..formats.model_card import write_card
 from ..versions import versions
 from .active import unknown_adapter
 from .inject import file_key, origin
+from .locking import one_at_a_time
 from .tokens import token_parameters, tokens_of
 
 
+@one_at_a_time
 def save_adapter(
     pipe: Any,
     path: str | Path,

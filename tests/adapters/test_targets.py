@@ -329,6 +329,29 @@ def test_a_pattern_for_nothing_is_refused(pipe: Any) -> None:
         add_adapter(pipe, config, "one", "unet")
 
 
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [
+        ({"unte": 0.0}, "'unte' is unknown in the weights of 'one': choose among unet, text_encoder"),
+        ({}, "nothing in the weights of 'one'"),
+        ({"unet": {"dwn": 0.0}}, "'dwn' is unknown in the unet weights of 'one': choose among down, mid, up"),
+        ({"unet": {"down": {"block_9": 0.0}}}, "'block_9' is unknown in the unet down weights of 'one'"),
+        ({"unet": {"down": {}}}, "nothing in the unet down weights"),
+        ({"unet": {"mid": float("nan")}}, "is no number"),
+        (None, "is no number"),
+    ],
+)
+def test_weights_for_what_there_is_not_are_refused(pipe: Any, weight: Any, words: str) -> None:
+    """They would count as full weight."""
+    add_adapter(pipe, nora(r=2, inner_r=1, basis="svd"), "one")
+    set_adapters(pipe, "one", 0.5)
+    with pytest.raises(UserError, match=words):
+        set_adapters(pipe, ["one"], [weight])
+    with pytest.raises(UserError, match="'one' is named twice"):
+        set_adapters(pipe, ["one", "one"], [1.0, 0.0])
+    assert {layer.scaling["one"] for layer in nora_layers(pipe.unet, "one").values()} == {0.5}
+
+
 @pytest.mark.parametrize("name", ["sd3", "flux", "pixart"])
 def test_weights_by_part_reach_every_part(name: str, tmp_path: Path) -> None:
     """T5 encoders as well, of which diffusers' own verb knows nothing."""
