@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import tensor_cache
 from .adapters.merging import bit_sum
-from .components import canonical, component, present, projections, tuner_layers
+from .components import canonical, component, present, projections, tokenizers, tuner_layers
 from .errors import UserError
 from .formats.tensor_file import tensor_hash
 
@@ -166,12 +166,11 @@ def _pixels(pipe: Any, latents: Tensor, side: int) -> int:
 
 def _entry_key(pipe: Any, calibration: Calibration) -> str:
     """SHA-256 over what the measurement depends on. Weights enter by a sum over their bits, which is quick."""
-    tokenizers = [t for n in ("tokenizer", "tokenizer_2", "tokenizer_3") if (t := getattr(pipe, n, None)) is not None]
     facts = {
         "version": VERSION,
         "pipeline": type(pipe).__name__,
         "scheduler": dict(pipe.scheduler.config),
-        "tokens": [tokenizer(list(calibration.prompts), truncation=True).input_ids for tokenizer in tokenizers],
+        "tokens": [tokenizer(list(calibration.prompts), truncation=True).input_ids for tokenizer in tokenizers(pipe)],
         "prompts": list(calibration.prompts),
         "latents": None if calibration.latents is None else tensor_hash(calibration.latents),
         "components": {part: _description(component(pipe, part)) for part in present(pipe)},

@@ -48,6 +48,22 @@ def present(pipe: Any) -> list[str]:
     return [name for name in COMPONENTS if getattr(pipe, name, None) is not None]
 
 
+def text_encoders(pipe: Any) -> list[nn.Module]:
+    """All text encoders of a pipeline, the first one first, without the wrapper of ``torch.compile``."""
+    return [component(pipe, name) for name in present(pipe) if name.startswith("text_encoder")]
+
+
+def tokenizers(pipe: Any) -> list[Any]:
+    """All tokenizers of a pipeline, in the order of their text encoders."""
+    names = [tokenizer_name(name) for name in COMPONENTS if name.startswith("text_encoder")]
+    return [tokenizer for name in names if (tokenizer := getattr(pipe, name, None)) is not None]
+
+
+def tokenizer_name(encoder: str) -> str:
+    """What pipelines call the tokenizer of a text encoder."""
+    return encoder.replace("text_encoder", "tokenizer")
+
+
 def canonical(path: str) -> str:
     """A module path as files write it: without tuner wrappers and without CLIP's optional ``text_model.``."""
     return path.replace(".base_layer", "").removeprefix("text_model.")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.tokens import LearnedEmbedding
-from ..components import adapter_configs, component, present
+from ..components import adapter_configs, component, present, tokenizer_name
 from ..errors import UserError
 from ..formats.adapter_info import WORD
 from ..formats.tensor_file import Tensors
@@ -76,7 +76,7 @@ def check_words(pipe: Any, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) 
 
 
 def _check_new(pipe: Any, part: str, word: str, words: Mapping[str, Any]) -> None:
-    tokenizer = getattr(pipe, _tokenizer_name(part), None)
+    tokenizer = getattr(pipe, tokenizer_name(part), None)
     if part not in present(pipe) or tokenizer is None:
         raise UserError(f"the new token {word!r} is for the {part}, which a {type(pipe).__name__} does not have")
     _refuse_later_words(pipe, part)
@@ -137,13 +137,9 @@ def _tables(pipe: Any) -> dict[str, LearnedEmbedding]:
     return found
 
 
-def _tokenizer_name(part: str) -> str:
-    return part.replace("text_encoder", "tokenizer")
-
-
 def _remember(pipe: Any, part: str, table: LearnedEmbedding) -> None:
     """Keep what :func:`_renumber` puts back: the tokenizer, and what the encoder takes for the end of a prompt."""
-    tokenizer = getattr(pipe, _tokenizer_name(part))
+    tokenizer = getattr(pipe, tokenizer_name(part))
     ends = [m for m in component(pipe, part).modules() if getattr(m, "eos_token_id", None) == LEGACY_END]
     for module in ends:
         module.eos_token_id = tokenizer.eos_token_id
@@ -157,7 +153,7 @@ def _renumber(pipe: Any, part: str, table: LearnedEmbedding) -> None:
         for module in ends:
             module.eos_token_id = LEGACY_END
         component(pipe, part).set_input_embeddings(table.plain)  # type: ignore[operator]
-        setattr(pipe, _tokenizer_name(part), tokenizer)
+        setattr(pipe, tokenizer_name(part), tokenizer)
         return
     from transformers import AddedToken
 
@@ -166,7 +162,7 @@ def _renumber(pipe: Any, part: str, table: LearnedEmbedding) -> None:
     # As they are written, and not within longer words.
     larger.add_tokens([AddedToken(p, normalized=False, single_word=True) for own in pieces.values() for p in own])
     table.number({word: larger.convert_tokens_to_ids(word) for word in pieces})
-    setattr(pipe, _tokenizer_name(part), larger)
+    setattr(pipe, tokenizer_name(part), larger)
 
 
 def pieces_of(word: str, count: int) -> list[str]:
@@ -180,7 +176,7 @@ def _refuse_later_words(pipe: Any, part: str) -> None:
     if table is None:
         return
     ours = sum(len(vectors) for name in table.adapters for vectors in table.of(name).values())
-    if len(getattr(pipe, _tokenizer_name(part))) != len(table.before[0]) + ours:
+    if len(getattr(pipe, tokenizer_name(part))) != len(table.before[0]) + ours:
         raise UserError(
             f"the {part} got or lost a textual inversion after the new tokens of an adapter: undo that first, "
             "for example by unload_textual_inversion('<its word>')"
@@ -202,7 +198,7 @@ def start_vectors(pipe: Any, part: str, count: int, concept: str | None, draw: T
     weight = encoder.get_input_embeddings().weight.detach().float().cpu()
     if not concept:
         return draw * weight.std()
-    tokenizer = getattr(pipe, _tokenizer_name(part))
+    tokenizer = getattr(pipe, tokenizer_name(part))
     pieces = weight[tokenizer(concept, add_special_tokens=False).input_ids]
     if len(pieces) > count:
         return torch.stack([some.mean(0) for some in pieces.tensor_split(count)])

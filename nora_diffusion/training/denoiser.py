@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..components import component, denoiser_name
+from ..components import component, denoiser_name, text_encoders
 from ..errors import UserError
 
 Family = Literal["sd", "sdxl", "sd3", "flux"]
@@ -42,12 +42,6 @@ def family_of(pipe: Any) -> Family:
 def denoiser(pipe: Any) -> Any:
     """The UNet or the transformer."""
     return component(pipe, denoiser_name(pipe))
-
-
-def text_encoders(pipe: Any) -> list[nn.Module]:
-    """All text encoders of a pipeline."""
-    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    return [encoder for name in names if (encoder := getattr(pipe, name, None)) is not None]
 
 
 def networks(pipe: Any) -> list[nn.Module]:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..components import text_encoders, tokenizers
 from ..loaders.tokens import expanded
 from .config import TrainConfig
-from .denoiser import Conditions, encode_prompts, family_of, is_plain, text_encoders, zeros_for_nothing
+from .denoiser import Conditions, encode_prompts, family_of, is_plain, zeros_for_nothing
 from .keep import Keep, module_hash, place
 from .tokens import encodes_each_step
 
@@ -58,12 +59,11 @@ class TextConditions:
     def _ingredients(self, row: int, made_by: list[Any]) -> dict[str, Any]:
         """All that the embedding of a prompt depends on: the tokens stand for the tokenizers."""
         prompt, pipe = self._prompts[row], self._pipe
-        tokenizers = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
         return {
             "prompt": prompt,
             "tokens": self._ids[row].tolist(),
             "mask": self._mask[row].tolist() if self._masked else None,
-            "tokenizers": [[t(prompt).input_ids, t.pad_token_id, t.model_max_length] for t in tokenizers if t],
+            "tokenizers": [[t(prompt).input_ids, t.pad_token_id, t.model_max_length] for t in tokenizers(pipe)],
             "length": self._length,
             "family": family_of(pipe),
             "zeros": zeros_for_nothing(pipe),

@@ -25,8 +25,17 @@ from nora_diffusion import (
     set_adapters,
 )
 from nora_diffusion.adapters import TARGET_GROUPS, in_blocks
-from nora_diffusion.components import canonical, denoiser_name, nora_layers, present, projections
+from nora_diffusion.components import (
+    canonical,
+    denoiser_name,
+    nora_layers,
+    present,
+    projections,
+    text_encoders,
+    tokenizers,
+)
 from nora_diffusion.loaders import trainable_parameters
+from nora_diffusion.training.denoiser import networks
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Outputs = dict[str, list[Tensor]]
@@ -264,6 +273,20 @@ def test_a_pattern_passes_over_what_is_no_projection(pipe: Any) -> None:
     add_adapter(pipe, nora(r=2, inner_r=1, basis="svd", target_modules=r".*attn1\.to_.*"), "one")
     endings = {path.rpartition("attn1.")[2] for path in nora_layers(pipe.unet, "one")}
     assert endings == {"to_q", "to_k", "to_v", "to_out.0"}
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux"])
+def test_encoders_and_tokenizers_are_those_the_pipeline_has(name: str, tmp_path: Path) -> None:
+    """Each tokenizer beside its encoder, and ``torch.compile`` changes nothing."""
+    pipe = tiny_pipeline(name, tmp_path)
+    encoders = [part for part in pipe.components if part.startswith("text_encoder")]
+    words = [getattr(pipe, part.replace("text_encoder", "tokenizer")) for part in sorted(encoders)]
+    plain = [getattr(pipe, part) for part in sorted(encoders)]
+    for part in encoders:
+        setattr(pipe, part, torch.compile(getattr(pipe, part), backend="eager"))
+    for found, meant in ((text_encoders(pipe), plain), (networks(pipe)[1:], plain), (tokenizers(pipe), words)):
+        assert len(found) == len(meant) > 0
+        assert all(one is other for one, other in zip(found, meant, strict=True))
 
 
 BLOCKS = {
