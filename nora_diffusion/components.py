@@ -48,6 +48,12 @@ def present(pipe: Any) -> list[str]:
     return [name for name in COMPONENTS if getattr(pipe, name, None) is not None]
 
 
+def devices(pipe: Any) -> set[torch.device]:
+    """Where the tensors of a pipeline lie, those of the VAE too; ``pipe.device`` is that of one part."""
+    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    return {tensor.device for module in modules for tensor in (*module.parameters(), *module.buffers())}
+
+
 def text_encoders(pipe: Any) -> list[nn.Module]:
     """All text encoders of a pipeline, the first one first, without the wrapper of ``torch.compile``."""
     return [component(pipe, name) for name in present(pipe) if name.startswith("text_encoder")]

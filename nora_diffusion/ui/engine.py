@@ -13,7 +13,16 @@ from typing import Any
 
 from ..base import base_id, best_device, default_guidance, is_embedded, open_pipeline
 from ..batches import mixed_batch
-from ..components import canonical, component, denoiser_name, fingerprint, present, projections, same_weights
+from ..components import (
+    canonical,
+    component,
+    denoiser_name,
+    devices,
+    fingerprint,
+    present,
+    projections,
+    same_weights,
+)
 from ..errors import UserError
 from ..formats.adapter_file import AdapterInfo
 from ..generation import free_name, picture_settings
@@ -61,13 +70,28 @@ class Engine:
     @property
     def rests(self) -> bool:
         """Whether it takes nothing of an accelerator."""
-        return self._pipe is None or self._pipe.device.type == "cpu"
+        return self._pipe is None or all(place.type == "cpu" for place in devices(self._pipe))
 
     def rest(self) -> None:
         """Leave the accelerator, which a training needs for itself, until the next :meth:`use`."""
         if not self.rests:
-            self._pipe.to("cpu")
-            free_memory()
+            self._leave()
+
+    def _come_home(self) -> None:
+        """Bring the base to where pictures are made; what is there already is not touched.
+
+        All of it or nothing: a pipeline in two places fails at every picture.
+        """
+        pipe = self.pipe
+        try:
+            pipe.to(self.home)
+        except Exception:
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
+        self._pipe.to("cpu", silence_dtype_warnings=True)  # in half precision too it computes nothing there
+        free_memory()
 
     @property
     def base_id(self) -> str:
@@ -117,8 +141,7 @@ class Engine:
 
     def use(self, adapters: Sequence[Wanted]) -> list[dict[str, Any]]:
         """Make exactly these adapters live, others leave no trace; returns what pictures say of them."""
-        if self.pipe.device.type != self.home.partition(":")[0]:
-            self.pipe.to(self.home)
+        self._come_home()
         wanted = {adapter.name: adapter for adapter in adapters}
         for name, (stamp, loaded) in list(self._loaded.items()):
             if name not in wanted or stamp != _stamp(wanted[name].path):
