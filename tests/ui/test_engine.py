@@ -25,6 +25,7 @@ from nora_diffusion.ui.preview import LatentPreview
 from nora_diffusion.ui.request import Request, Wanted
 from nora_diffusion.ui.runs import Progress, Run
 from nora_diffusion.ui.state import App
+from nora_diffusion.ui.tabs import inspect
 from nora_diffusion.ui.weights import AdapterWeights
 
 from .conftest import WAIT, until
@@ -283,20 +284,51 @@ def test_a_training_holds_the_device(tmp_path: Path) -> None:
     training.release()
 
 
-class Placed:
-    """What stands for a pipeline on an accelerator."""
+class Part(torch.nn.Module):
+    """One tensor; on ``meta``, which stands for an accelerator, there may be no room for it."""
 
     def __init__(self) -> None:
-        self.device, self.moves = torch.device("cuda"), list[str]()
+        super().__init__()
+        self.full = False
+        self.move("meta")
 
-    def to(self, device: str) -> None:
-        self.device = torch.device(device)
+    def move(self, device: str) -> None:
+        if self.full and device != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.weight = torch.nn.Parameter(torch.ones(1, device=device))
+
+
+class Placed:
+    """What stands for a pipeline on an accelerator; ``moves`` are those that changed something."""
+
+    def __init__(self) -> None:
+        self.components = {"vae": Part(), "tokenizer": None, "unet": Part()}
+        self.moves = list[str]()
+
+    @property
+    def parts(self) -> list[Part]:
+        return [part for part in self.components.values() if part]
+
+    @property
+    def places(self) -> list[str]:
+        return [part.weight.device.type for part in self.parts]
+
+    @property
+    def device(self) -> torch.device:
+        """As diffusers has it: that of the first part."""
+        return self.parts[0].weight.device
+
+    def to(self, device: str, silence_dtype_warnings: bool = False) -> None:
+        if {*self.places} == {device}:
+            return
+        for part in self.parts:
+            part.move(device)
         self.moves.append(device)
 
 
 def test_the_base_leaves_the_accelerator_to_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nora_diffusion.ui.engine.set_weights", lambda *_: None)
-    app = App(AppConfig(library=str(tmp_path), device="cuda:1"), tmp_path)
+    app = App(AppConfig(library=str(tmp_path), device="meta"), tmp_path)
     app.make_room()  # nothing is loaded yet
     assert app.engine.rests
     placed = app.engine._pipe = Placed()
@@ -311,7 +343,40 @@ def test_the_base_leaves_the_accelerator_to_a_training(tmp_path: Path, monkeypat
     assert placed.moves == ["cpu"]
     for _ in range(2):
         app.engine.use([])
-    assert placed.moves == ["cpu", "cuda:1"]
+    assert placed.moves == ["cpu", "meta"]
+
+
+def test_a_base_that_finds_no_room_comes_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of it on the accelerator would look at home, and every later picture would fail."""
+    monkeypatch.setattr("nora_diffusion.ui.engine.set_weights", lambda *_: None)
+    app = App(AppConfig(library=str(tmp_path), device="meta"), tmp_path)
+    placed = app.engine._pipe = Placed()
+    app.engine.rest()
+    placed.parts[1].full = True
+    for _ in range(2):
+        failed = Run(app.device, "pictures", lambda run: app.engine.use([]))
+        failed.join(WAIT)
+        assert (failed.progress.state, failed.progress.message) == ("failed", OUT_OF_MEMORY)
+        assert placed.places == ["cpu", "cpu"] and app.engine.rests
+    placed.parts[1].full = False
+    app.engine.use([])
+    assert placed.places == ["meta", "meta"]
+    placed.parts[0].move("cpu")
+    assert not app.engine.rests  # one part is enough to be in a training's way
+    app.engine.use([])
+    assert placed.places == ["meta", "meta"]
+
+
+def test_an_inspection_brings_the_base_home(
+    base: Path, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It samples with the base, which rests on the CPU after a training."""
+    app = App(AppConfig(base=str(base), library=str(library), device="cpu"), tmp_path)
+    order: list[str] = []
+    monkeypatch.setattr(app.engine, "use", lambda adapters: order.append(f"use {adapters}"))
+    monkeypatch.setattr(inspect, "iter_spectra", lambda *_: iter(order.append("spectra") or ()))
+    list(inspect.inspector(app)("dog", False))
+    assert order == ["use []", "spectra"]
 
 
 def test_a_preview_that_fails_costs_no_picture(

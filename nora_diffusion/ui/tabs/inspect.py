@@ -71,6 +71,7 @@ def inspector(app: App) -> Any:
         gates: dict[str, GateSummary] = {}
 
         def work(run: Run) -> None:
+            app.engine.use([])  # the base rests on the CPU after a training, where the routers' sampling takes minutes
             for spectrum, total in iter_spectra(entry.file, app.engine.pipe, bool(intruders)):
                 found.append(spectrum)
                 run.report(picture=len(found), pictures=total)
