@@ -44,10 +44,16 @@ def open_pipeline(
 ) -> Any:  # fmt: skip
     """Load a diffusers text-to-image pipeline from safetensors, without a safety checker.
 
-    ``None`` or ``"tiny_sd"`` is the embedded base. Raises :class:`UserError` that names what is missing.
+    ``None`` or ``"tiny_sd"`` is the embedded base. ``dtype`` is one of torch (default: fp32) or ``"auto"``, ``"fp32"``,
+    ``"fp16"``, ``"bf16"``; ``"auto"`` is what suits the device (:func:`.precision.resolve_dtype`). Raises
+    :class:`UserError` that names what is missing.
     """
     if device is not None:
         check_device(device)
+    if isinstance(dtype, str):
+        from .precision import resolve_dtype
+
+        dtype = resolve_dtype(dtype, device or "cpu")
     pipe = _from_pretrained(check_base(path_or_id), dtype, revision, variant)
     pipe.set_progress_bar_config(disable=True)
     return pipe if device is None else pipe.to(device)

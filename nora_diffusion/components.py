@@ -48,6 +48,13 @@ def present(pipe: Any) -> list[str]:
     return [name for name in COMPONENTS if getattr(pipe, name, None) is not None]
 
 
+def denoiser_dtype(pipe: Any) -> torch.dtype:
+    """The number type of the denoiser's weights."""
+    model: Any = component(pipe, denoiser_name(pipe))
+    dtype: torch.dtype = model.dtype
+    return dtype
+
+
 def devices(pipe: Any) -> set[torch.device]:
     """Where the tensors of a pipeline lie, those of the VAE too; ``pipe.device`` is that of one part."""
     modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]

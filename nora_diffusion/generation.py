@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import base_id, best_device, default_guidance, default_steps, open_pipeline
+from .components import denoiser_dtype
 from .composition.library import Known, adapters_in, given, resolve
 from .composition.tags import Tag, parse_tags, parse_weight
 from .errors import UserError
@@ -21,6 +22,7 @@ from .formats.adapter_file import inspect_adapter
 from .loaders import LoadedAdapter, list_adapters, load_adapter, set_adapters
 from .loaders.load import located
 from .pictures import PictureSettings, save_picture
+from .precision import AUTO, check_dtype, dtype_name, keeping_dtype
 from .versions import versions
 
 OnStep = Callable[[int, Any], None]
@@ -32,7 +34,8 @@ class GenerateConfig:
     """What to generate: ``num`` pictures of each prompt; picture ``i`` has the seed ``seed + i``.
 
     ``adapters`` act on every prompt, at their weight or at the one that a prompt's ``<lora:name:0.8>`` gives; those in
-    the folder ``library`` only on prompts that name them. ``None`` is what suits the base.
+    the folder ``library`` only on prompts that name them. ``None`` is what suits the base. ``dtype``, ``variant`` and
+    ``revision`` are as :func:`open_pipeline` has them.
     """
 
     prompts: list[str]
@@ -49,6 +52,9 @@ class GenerateConfig:
     batch: int = 4
     device: str | None = None
     out: str = "outputs"
+    dtype: str = AUTO
+    variant: str | None = None
+    revision: str | None = None
 
     def check(self) -> None:
         """Raises :class:`UserError` for the first setting that makes no sense."""
@@ -61,6 +67,7 @@ class GenerateConfig:
             value, low = getattr(self, name), 0 if name in ("seed", "guidance") else 1
             if value is not None and not low <= value <= high:
                 raise UserError(f"{name}={value} is out of range: choose {low} to {high}")
+        check_dtype(self.dtype)
         for name in ("width", "height"):
             side = getattr(self, name)
             if side is not None and not (8 <= side <= MAX_SIDE and side % 8 == 0):
@@ -85,7 +92,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     _check_writable(out)
     for adapter in dict.fromkeys(adapter for _, live in wanted for adapter in live):
         inspect_adapter(located(adapter.path))  # refuse before a model is loaded
-    pipe = open_pipeline(config.base, device=config.device or best_device())
+    pipe = open_pipeline(config.base, config.dtype, config.device or best_device(), config.revision, config.variant)
     loaded = _load_all(pipe, [adapter for _, live in wanted for adapter in live])
     guidance = default_guidance(config.base) if config.guidance is None else config.guidance
     steps = config.steps or default_steps(config.base)
@@ -158,7 +165,8 @@ def run(
     """
     import torch
 
-    with _predictions(pipe.scheduler, wanted=on_step is not None) as predicted:
+    # diffusers decodes in fp32 where fp16 overflows, and would leave the VAE so when memory runs out there.
+    with keeping_dtype(pipe.vae), _predictions(pipe.scheduler, wanted=on_step is not None) as predicted:
 
         def callback(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
             if on_step is not None:
@@ -203,7 +211,7 @@ def picture_settings(
     return PictureSettings(
         prompt=prompt, seed=seed, steps=steps, guidance=guidance, width=image.width, height=image.height,
         negative_prompt=negative, sampler=type(pipe.scheduler).__name__, base=base_id(pipe), adapters=adapters,
-        versions=versions(),
+        versions=versions(), dtype=dtype_name(denoiser_dtype(pipe)),
     )  # fmt: skip
 
 

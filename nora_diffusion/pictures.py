@@ -27,6 +27,7 @@ class PictureSettings:
     """Everything that made a picture.
 
     ``adapters`` are ``{"name", "weight", "sha256", "path"}``, with ``"te"`` where text encoders had another weight.
+    ``dtype`` is the number type of the denoiser's weights.
     """
 
     prompt: str
@@ -40,6 +41,7 @@ class PictureSettings:
     base: str = ""
     adapters: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    dtype: str = ""
 
     def parameters_text(self) -> str:
         """The text that A1111 and its relatives write and read under the PNG key ``parameters``."""

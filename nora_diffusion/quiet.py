@@ -14,6 +14,7 @@ REMARKS = {
     "torchao.kernel.intmm": "Detected no triton",
     "torch.utils._pytree": "is an Enum subclass",  # how torchao registers its enums
     "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
+    "diffusers.models.modeling_utils": "should be kept in float32: []",  # of the VAE that it decodes with in fp32
     "transformers.utils.import_utils": "requires torchvision (not installed)",  # the fallback does the same here
 }
 

@@ -32,7 +32,7 @@ BANDS = (
         {
             "attention", "base", "basis_cache", "batches", "calibration", "captions", "components", "composition",
             "conditions", "data", "formats", "gates", "generation", "judges", "loaders", "methods", "metrics",
-            "pictures", "plots", "run_layout", "tensor_cache", "webpage",
+            "pictures", "plots", "precision", "run_layout", "tensor_cache", "webpage",
         },
     ),
     ("workflows", {"training", "evaluation"}),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from .opening import add_opening_arguments
+
 HELP = "generate, mix, train and compare in the browser"
 
 
@@ -26,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow_changes", action="store_true", help="with --listen: let users train, upload and delete"
     )
     parser.add_argument("--device", help="cpu, cuda, mps ... (default: the best there is)")
+    add_opening_arguments(parser)
 
 
 def run(values: argparse.Namespace) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from .opening import add_opening_arguments
+
 HELP = "score adapters by the DreamBooth protocol: DINO, CLIP-I, CLIP-T and diversity, as JSON and one page"
 
 
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, help="width in pixels, a multiple of 8 (default: the base's own)")
     parser.add_argument("--height", type=int, help="height in pixels, a multiple of 8 (default: the base's own)")
     parser.add_argument("--device", help="cpu, cuda, mps ... (default: the best there is)")
+    add_opening_arguments(parser)
     parser.add_argument("--out", default="outputs/evaluation", help="folder; the same one goes on with it")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from .opening import add_opening_arguments
+
 HELP = "generate pictures with any base and adapters"
 
 
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="height in pixels, a multiple of 8 (default: the base's own)")
     parser.add_argument("--batch", type=int, default=4, help="pictures at a time; fewer take less memory")
     parser.add_argument("--device", help="cpu, cuda, mps ... (default: the best there is)")
+    add_opening_arguments(parser)
     parser.add_argument("--out", default="outputs", help="folder for the pictures; nothing in it is overwritten")
 
 

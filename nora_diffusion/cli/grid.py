@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from .opening import add_opening_arguments
+
 HELP = "compare pictures over adapter, weight, method, seed, step, steps, guidance or prompt"
 
 
@@ -24,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge", help="CLIP folder or hub id; 'tiny' is the one of the embedded base")
     parser.add_argument("--references", help="folder of real pictures of the subject, for the subject score")
     parser.add_argument("--device", help="cpu, cuda, mps ... (default: the best there is)")
+    add_opening_arguments(parser)
     parser.add_argument("--out", default="outputs/grid", help="folder of the grid; the same one goes on with it")
 
 
@@ -48,6 +51,7 @@ def run(values: argparse.Namespace) -> None:
     cell = Cell(**shared, adapter=adapter, weight=weight, width=values.width, height=values.height)
     references = [p.image for p in read_photos(Path(values.references).expanduser())] if values.references else []
     judge = load_judge(values.judge) if values.judge else None
-    config = GridConfig(cell, axes["x"], axes["y"], axes["z"], base=values.base, device=values.device, out=values.out)
+    opening = {k: getattr(values, k) for k in ("base", "device", "dtype", "variant", "revision", "out")}
+    config = GridConfig(cell, axes["x"], axes["y"], axes["z"], **opening)
     folder = run_grid(config, judge, references)
     print(f"{folder}/grid.png: {len(config.cells())} cells; settings and scores in {folder}/grid.json")

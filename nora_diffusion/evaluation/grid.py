@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..base import base_id, best_device, default_guidance, default_steps, open_pipeline
 from ..captions import without_trigger
-from ..components import component, denoiser_name, fingerprint, projections
+from ..components import component, denoiser_dtype, denoiser_name, fingerprint, projections
 from ..errors import UserError
 from ..files import write_atomic
 from ..formats.adapter_file import AdapterInfo, given_name, inspect_adapter
@@ -24,6 +24,7 @@ from ..judges import Judge, image_features, text_features
 from ..loaders import delete_adapter, load_adapter, set_adapters
 from ..metrics import agreement, likeness
 from ..pictures import contact_sheet, png, read_picture, read_settings, save_picture
+from ..precision import AUTO, dtype_name
 from ..versions import versions
 from .axes import Axis, Cell
 
@@ -38,6 +39,7 @@ class GridConfig:
     """A grid: the common settings and up to three axes.
 
     ``out`` keeps its cells, so that it can be gone on with; ``private`` leaves the adapters' folders out of them.
+    ``dtype``, ``variant`` and ``revision`` are as :func:`open_pipeline` has them.
     """
 
     cell: Cell
@@ -48,6 +50,9 @@ class GridConfig:
     device: str | None = None
     out: str = "outputs/grid"
     private: bool = False
+    dtype: str = AUTO
+    variant: str | None = None
+    revision: str | None = None
 
     def cells(self) -> list[tuple[tuple[int, int, int], Cell]]:
         """All ``((x, y, z), cell)``, row by row. Raises :class:`UserError` before anything is made."""
@@ -94,7 +99,7 @@ class Grid:
         self.places = config.cells()
         paths = {path for _, cell in self.places if (path := cell.path) is not None}
         self.adapters: dict[Path, AdapterInfo] = {path: inspect_adapter(path) for path in paths}
-        self.pipe = open_pipeline(config.base, device=config.device or best_device()) if pipe is None else pipe
+        self.pipe = _open(config) if pipe is None else pipe
         self._base = base_description(self.pipe)
         self.files = {place: self._file(cell) for place, cell in self.places}
 
@@ -206,6 +211,7 @@ class Grid:
         return {
             "axes": {key: {"name": a.name, "labels": a.labels} for key, a in axes.items() if a.name},
             "base": self._base["name"],
+            "dtype": dtype_name(denoiser_dtype(self.pipe)),
             "versions": versions(),
             "cells": [
                 {
@@ -217,6 +223,10 @@ class Grid:
                 for cell in cells
             ],
         }
+
+
+def _open(config: GridConfig) -> Any:
+    return open_pipeline(config.base, config.dtype, config.device or best_device(), config.revision, config.variant)
 
 
 def run_grid(config: GridConfig, judge: Judge | None = None, references: Sequence[Image.Image] = ()) -> Path:

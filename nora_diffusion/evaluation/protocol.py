@@ -19,6 +19,7 @@ from ..generation import parse_adapter
 from ..judges import Judge, check_judge, image_features, load_judges, text_features
 from ..metrics import agreement, diversity, likeness
 from ..pictures import read_picture
+from ..precision import AUTO, dtype_name, resolve_dtype
 from .axes import NONE, Cell, axis
 from .grid import Grid, GridConfig
 from .scoreboard import BASE, Scoreboard, Scored
@@ -30,7 +31,8 @@ class EvaluationConfig:
     """What ``nora-diffusion evaluate`` does.
 
     ``adapters`` are ``[LABEL=]PATH[:WEIGHT]``, ``{subject}`` in them stands for the subject's name; the base alone
-    always takes part. ``subjects`` are folders of real pictures.
+    always takes part. ``subjects`` are folders of real pictures. ``dtype``, ``variant`` and ``revision`` are as
+    :func:`open_pipeline` has them; the judges compute in fp32 whatever it is.
     """
 
     adapters: list[str]
@@ -46,6 +48,9 @@ class EvaluationConfig:
     height: int | None = None
     device: str | None = None
     out: str = "outputs/evaluation"
+    dtype: str = AUTO
+    variant: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,12 @@ def evaluate(config: EvaluationConfig) -> Scoreboard:
     contenders, subjects = check(config)
     device = config.device or best_device()
     check_device(device)
+    dtype = resolve_dtype(config.dtype, device)
     judges = load_judges(config.judge, config.dino, device)
-    pipe = open_pipeline(config.base, device=device)
+    pipe = open_pipeline(config.base, dtype, device, config.revision, config.variant)
     steps = config.steps or default_steps(config.base)
-    settings = asdict(config) | {"base": base_id(pipe), "judge": config.judge or "tiny", "steps": steps}
-    board = Scoreboard(settings, [c.label for c in contenders], Path(config.out).expanduser())
+    found = {"base": base_id(pipe), "judge": config.judge or "tiny", "steps": steps, "dtype": dtype_name(dtype)}
+    board = Scoreboard(asdict(config) | found, [c.label for c in contenders], Path(config.out).expanduser())
     total = sum(len(s.templates) for s in subjects) * len(contenders) * config.seeds
     with tqdm(total=total, desc="pictures", mininterval=0.5) as bar:
         for subject in subjects:

@@ -12,7 +12,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import save
 
 from ..errors import UserError
@@ -26,10 +25,9 @@ IN_FOLDERS = (
 )  # fmt: skip
 """What the file in a folder is called by us, PEFT and diffusers."""
 FROZEN = ("A_out", "B_out")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 __all__ = [
-    "DESCRIPTIVE", "DTYPES", "FILE_NAME", "AdapterInfo", "BasisKind", "Tensors", "inspect_adapter", "locate",
+    "DESCRIPTIVE", "FILE_NAME", "AdapterInfo", "BasisKind", "Tensors", "inspect_adapter", "locate",
     "read_tensors", "write_adapter",
 ]  # fmt: skip
 

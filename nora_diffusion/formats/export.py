@@ -17,7 +17,8 @@ from ..adapters.rank_mask import check_rank
 from ..errors import UserError
 from ..gates import MeanGates, mean_gates_of_file
 from ..loaders.tokens import words_in
-from .adapter_file import DTYPES, AdapterInfo, Tensors, inspect_adapter, read_tensors
+from ..precision import DTYPES
+from .adapter_file import AdapterInfo, Tensors, inspect_adapter, read_tensors
 from .export_formats import (
     WRITERS,
     Format,

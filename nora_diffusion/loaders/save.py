@@ -16,7 +16,6 @@ from ..components import adapter_configs, component, fingerprint, nora_layers, p
 from ..errors import UserError
 from ..formats.adapter_file import (
     DESCRIPTIVE,
-    DTYPES,
     AdapterInfo,
     BasisKind,
     Tensors,
@@ -26,6 +25,7 @@ from ..formats.adapter_file import (
 )
 from ..formats.adapter_info import FORMAT_VERSION
 from ..formats.model_card import write_card
+from ..precision import DTYPES
 from ..versions import versions
 from .active import unknown_adapter
 from .inject import file_key, origin

@@ -57,6 +57,8 @@ def next_command(config: TrainConfig, folder: Path) -> str:
     words = ["nora-diffusion", "generate", "--adapter", str(folder), "--prompt", config.instance_prompt or "..."]
     if not is_embedded(config.pretrained_model_name_or_path):
         words += ["--base", str(config.pretrained_model_name_or_path)]
+    for name in ("variant", "revision"):
+        words += [f"--{name}", value] if (value := getattr(config, name)) else []
     return shlex.join(words)
 
 

@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..formats.adapter_info import info_from
 from ..loaders import check_adapter
 from ..pictures import read_settings
+from ..precision import MIXED_DTYPES
 from ..run_layout import CHECKPOINTS, checkpoint_steps
 from .checkpoints import Checkpoint
 from .config import TrainConfig
@@ -27,7 +28,7 @@ from .denoiser import denoiser, native_size, networks
 from .memory import Outline, available, outline
 from .optimization import scaled_rate
 from .prompts import cut_off, tokens_of
-from .renders import DTYPES, class_folder, count_pictures
+from .renders import class_folder, count_pictures
 from .rundir import SPARE_BYTES
 from .setup import adapter_config, components, prompts_of
 from .subject import Subject, calling_prompt
@@ -101,7 +102,7 @@ def report(findings: Sequence[Finding], strict: bool = False) -> None:
 def _outline(plan: Plan) -> Outline:
     config = plan.config
     rows = config.batch_size * (2 if config.with_prior_preservation else 1)
-    dtype = DTYPES[config.mixed_precision or "no"]
+    dtype = MIXED_DTYPES[config.mixed_precision or "no"]
     parts, side = components(config, plan.pipe), config.resolution or 0
     return outline(plan.pipe, adapter_config(config), parts, rows, side, dtype, config.gradient_checkpointing)
 
@@ -171,7 +172,7 @@ def given_back(plan: Plan, device: torch.device) -> int:
 
     Negative for parts that lie elsewhere and have yet to come.
     """
-    size = DTYPES[plan.config.mixed_precision or "no"].itemsize
+    size = MIXED_DTYPES[plan.config.mixed_precision or "no"].itemsize
     parameters = [p for module in networks(plan.pipe) for p in module.parameters()]
     return sum(p.numel() * ((p.element_size() if p.device.type == device.type else 0) - size) for p in parameters)
 

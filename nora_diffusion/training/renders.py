@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..files import alone_in
 from ..generation import picture_settings, run
 from ..pictures import PictureSettings, save_picture
+from ..precision import MIXED_DTYPES
 from ..run_layout import picture_name
 from .checks import folder_of
 from .config import TrainConfig
@@ -26,8 +27,6 @@ from .denoiser import denoiser, networks
 from .randomness import derive
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def count_pictures(folder: Path) -> int:
@@ -61,7 +60,7 @@ def _draw_class_images(
 ) -> None:
     names = [f"class-{number:05d}.png" for number in range(config.num_class_images + missing)]
     wanted = [name for name in names if not (folder / name).exists()][:missing]
-    autocast = DTYPES[config.prior_generation_precision or _fast_precision(pipe)]
+    autocast = MIXED_DTYPES[config.prior_generation_precision or _fast_precision(pipe)]
     for start in tqdm(range(0, missing, config.sample_batch_size), desc="class images", mininterval=1.0):
         check()
         batch = wanted[start : start + config.sample_batch_size]

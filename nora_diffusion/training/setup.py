@@ -24,6 +24,7 @@ from ..data import read_photos
 from ..data.tags import Wordings
 from ..errors import UserError, first_line
 from ..loaders import add_adapter, load_adapter, pairs_from, trainable_parameters
+from ..precision import MIXED_DTYPES, best_precision
 from .averaging import Average
 from .checkpoints import Checkpoint, restore_optimizer
 from .checks import check_pipeline
@@ -38,7 +39,7 @@ from .optimization import build_optimizer, build_schedule, restore_schedule
 from .prompts import TextConditions
 from .quantized import quantize_base
 from .randomness import derive
-from .renders import DTYPES, class_folder, fill_class_images
+from .renders import class_folder, fill_class_images
 from .rundir import RunFolder
 from .subject import Subject, calling_prompt
 from .tokens import encodes_each_step, put_new_tokens
@@ -150,7 +151,7 @@ def opening_dtype(configs: Sequence[TrainConfig], device: torch.device) -> torch
         return torch.float32
     if config.resume_from_checkpoint and not config.mixed_precision:
         return torch.float32  # the checkpoint knows
-    return DTYPES[config.mixed_precision or launched_precision(device)]
+    return MIXED_DTYPES[config.mixed_precision or launched_precision(device)]
 
 
 def _other_tokenizer(name: str) -> Any:
@@ -203,14 +204,6 @@ def launched_precision(device: torch.device) -> Precision:
     """The half precision that `accelerate launch` was told, else the best for the device."""
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "")  # "no" where it was told nothing, too
     return cast(Precision, told) if told in ("fp16", "bf16") else best_precision(device)
-
-
-def best_precision(device: torch.device) -> Precision:
-    """bf16 where the hardware multiplies it fast, else fp32."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    probe: Callable[[], bool] | None = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return "bf16" if device.type == "cpu" and probe is not None and probe() else "no"
 
 
 def build_latents(
@@ -329,7 +322,7 @@ def agree_on_factors(pipe: Any, parameters: Mapping[str, nn.Parameter]) -> None:
 
 def lower_precision(config: TrainConfig, pipe: Any, device: torch.device) -> torch.dtype:
     """Cast the frozen denoiser and text encoders; on a CPU with channels last. Returns the dtype."""
-    dtype = DTYPES[config.mixed_precision or "no"]
+    dtype = MIXED_DTYPES[config.mixed_precision or "no"]
     for module in networks(pipe):
         nn.Module.to(module, dtype)  # diffusers' own `to` warns of modules to keep in fp32 even if there are none
     if device.type == "cpu":

@@ -6,7 +6,7 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..base import check_base, check_device
+from ..base import best_device, check_base, check_device
 from ..errors import UserError
 
 DEFAULT_PORT = 7860
@@ -19,7 +19,8 @@ class AppConfig:
 
     ``base``: pipeline folder or hub id (None: the embedded base). ``listen``: address to bind. ``library``: folder of
     adapters; pictures go to ``pictures/`` in it. ``auth``: ``user:password``. ``allow_changes``: off loopback, let
-    users train, upload and delete too.
+    users train, upload and delete too. ``dtype``, ``variant`` and ``revision`` are as :func:`open_pipeline` has them; a
+    training takes over the last two.
     """
 
     base: str | None = None
@@ -29,12 +30,18 @@ class AppConfig:
     auth: str | None = None
     allow_changes: bool = False
     device: str | None = None
+    dtype: str = "auto"
+    variant: str | None = None
+    revision: str | None = None
 
     def check(self) -> None:
         """Raises :class:`UserError` for the first setting that makes no sense or is not safe."""
+        from ..precision import resolve_dtype  # here, since torch is slow to import and the help of commands needs none
+
         check_base(self.base)
         if self.device is not None:
             check_device(self.device)
+        resolve_dtype(self.dtype, self.device or best_device())
         if not 0 <= self.port <= 65535:
             raise UserError(f"port={self.port} is out of range: choose 1 to 65535, or 0 for any free one")
         if self.auth is not None and not all(self.credentials):

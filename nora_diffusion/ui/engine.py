@@ -29,6 +29,7 @@ from ..generation import free_name, picture_settings
 from ..generation import run as run_pipeline
 from ..loaders import LoadedAdapter, delete_adapter, load_adapter
 from ..pictures import save_picture
+from ..precision import AUTO
 from .entries import Stamp, stamp_of
 from .messages import short_name
 from .preview import LatentPreview
@@ -44,9 +45,12 @@ PREVIEWS = 6
 class Engine:
     """Loads the base when first needed and keeps only the adapters of the last request in it."""
 
-    def __init__(self, base: str | None = None, device: str | None = None) -> None:
-        self.base = base
-        self.device = device
+    def __init__(
+        self, base: str | None = None, device: str | None = None, dtype: str = AUTO, variant: str | None = None,
+        revision: str | None = None,
+    ) -> None:  # fmt: skip
+        self.base, self.variant, self.revision = base, variant, revision
+        self.device, self.dtype = device, dtype
         self._loaded: dict[str, tuple[Stamp, LoadedAdapter]] = {}
         self._loading = threading.Lock()
         self._pipe: Any = None
@@ -57,7 +61,7 @@ class Engine:
         """The pipeline, loaded when first asked for."""
         with self._loading:
             if self._pipe is None:
-                pipe = open_pipeline(self.base, device=self.home)
+                pipe = open_pipeline(self.base, self.dtype, self.home, self.revision, self.variant)
                 self._fingerprints = _fingerprints(pipe)
                 self._pipe = pipe
             return self._pipe

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from ..precision import in_fp32
 from ..webpage import data_uri
 
 SAMPLES = 8
@@ -25,9 +26,8 @@ class LatentPreview:
     @classmethod
     def fit(cls, vae: Any) -> LatentPreview:
         """Least squares over smooth random pictures: their encoded latents against their own averaged pixels."""
-        parameter = next(vae.parameters())
-        pictures = _smooth_pictures().to(parameter.device, parameter.dtype)
-        with torch.no_grad():
+        pictures = _smooth_pictures().to(next(vae.parameters()).device)
+        with torch.no_grad(), in_fp32(vae):
             encoded = vae.encode(pictures * 2 - 1)
         latents = (encoded.latent_dist.mode() - _shift(vae)) * vae.config.scaling_factor
         small = functional.interpolate(pictures, latents.shape[-2:], mode="area")

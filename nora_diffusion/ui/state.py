@@ -59,7 +59,8 @@ class App:
     @cached_property
     def engine(self) -> Engine:
         """The one pipeline. Only whoever holds the device may generate with it."""
-        return Engine(self.config.base_name, self.config.device)
+        config = self.config
+        return Engine(config.base_name, config.device, config.dtype, config.variant, config.revision)
 
     def warm_up(self) -> None:
         """Load the base ahead of the first picture; what goes wrong is said here, and to whoever asks for one."""

@@ -40,6 +40,7 @@ def build_settings(
     every = max(1, int(steps) // 5)
     return {
         "pretrained_model_name_or_path": engine.base,
+        **{name: value for name in ("variant", "revision") if (value := getattr(engine, name))},
         "instance_prompt": f"a {trigger} {class_word}",
         "trigger": trigger,
         "class_word": class_word,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, get_args
@@ -122,7 +123,10 @@ def test_a_finished_training_says_how_to_use_it() -> None:
     ours = TrainConfig(instance_prompt="a sks dog")
     assert next_command(ours, Path("my dog")) == "nora-diffusion generate --adapter 'my dog' --prompt 'a sks dog'"
     other = TrainConfig(instance_prompt="x", pretrained_model_name_or_path="some/model")
-    assert next_command(other, Path("dog")) == "nora-diffusion generate --adapter dog --prompt x --base some/model"
+    told = "nora-diffusion generate --adapter dog --prompt x --base some/model"
+    assert next_command(other, Path("dog")) == told
+    other = replace(other, variant="fp16", revision="v2")
+    assert next_command(other, Path("dog")) == f"{told} --variant fp16 --revision v2"
 
 
 def test_help_says_every_default(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
