@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import tensor_cache
 from .adapters.merging import bit_sum
-from .components import canonical, component, present, projections, tokenizers, tuner_layers
+from .components import canonical, component, present, projections, tokenizers, without_adapters
 from .errors import UserError
 from .formats.tensor_file import tensor_hash
 
@@ -111,20 +111,6 @@ def _measure(pipe: Any, calibration: Calibration) -> Strengths:
     return {
         part: {path: meter.mean() for path, meter in group.items() if meter.count} for part, group in meters.items()
     }
-
-
-@contextmanager
-def without_adapters(pipe: Any) -> Iterator[None]:
-    """The base as it is without adapters, whatever is active; parameters keep their flags."""
-    layers = [layer for part in present(pipe) for layer in tuner_layers(component(pipe, part))]
-    before = [layer._disable_adapters for layer in layers]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = disabled
 
 
 def short_run(pipe: Any, calibration: Calibration) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -159,6 +160,20 @@ def adapter_configs(module: nn.Module) -> dict[str, Any]:
 def tuner_layers(module: nn.Module) -> Iterator[BaseTunerLayer]:
     """All tuner layers, foreign ones too."""
     return (layer for layer in module.modules() if isinstance(layer, BaseTunerLayer))
+
+
+@contextmanager
+def without_adapters(pipe: Any) -> Iterator[None]:
+    """The base as it is without adapters, whatever is active; parameters keep their flags."""
+    layers = [layer for part in present(pipe) for layer in tuner_layers(component(pipe, part))]
+    before = [layer.disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True  # PEFT's `enable_adapters` would set requires_grad as well
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
 
 
 def nora_layers(module: nn.Module, adapter_name: str) -> dict[str, NoraLayer]:

@@ -50,7 +50,8 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self._merged: Merged | None = None
         self._mark: int | None = None
         self._scales: dict[str, Tensor] = {}
-        self._contract = contraction(base_layer)
+        self.contract = contraction(base_layer)
+        """Applies a down-projection ``[k, d_in]`` to an input of this layer: ``p [..., k]``."""
         self.rows: LayerRows | None = None
 
     def update_layer(self, adapter_name: str, config: AdapterConfig, key: str) -> None:
@@ -146,11 +147,11 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         """``(scaling, dy)`` of one adapter for an input and its frozen output, which are these ``rows`` of a batch."""
         delta, scaling = self.delta(adapter), self.live_scale(adapter)
         if rows is not None and isinstance(delta, RoutedDelta):
-            dy = delta.from_skinny(self._contract(x, delta.skinny_weight()), rows)
+            dy = delta.from_skinny(self.contract(x, delta.skinny_weight()), rows)
         elif torch.is_grad_enabled() or delta.training:
-            dy = delta(x, self._contract)
+            dy = delta(x, self.contract)
         else:
-            dy = delta.from_skinny(self._contract(x, delta.skinny_weight()))
+            dy = delta.from_skinny(self.contract(x, delta.skinny_weight()))
         dy = self.channels_first(dy)
         factors = self.row_factors(adapter, working=True)
         if factors is not None:
@@ -167,7 +168,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         is_conv = isinstance(self.base_layer, nn.Conv2d)
         bias = cast("Tensor | None", self.base_layer.bias)
         if self._merged is not None:
-            plain = self._contract(x, self._frozen_weight().flatten(1))
+            plain = self.contract(x, self._frozen_weight().flatten(1))
             plain = plain.movedim(-1, 1) if is_conv else plain
         else:
             bias = None if bias is None else (bias.view(-1, 1, 1) if is_conv else bias).to(base.dtype)
@@ -179,25 +180,26 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
     def set_scale(self, adapter: str, scale: float) -> None:
         if adapter in self.scaling:
-            self._rescale(adapter, scale * self.nora_scale[adapter])
+            self.rescale(adapter, scale * self.nora_scale[adapter])
 
     def scale_layer(self, scale: float) -> None:
         for name in self._active_here():
-            self._rescale(name, self.scaling[name] * scale)
+            self.rescale(name, self.scaling[name] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         for name in self._active_here():
             if scale is None:
-                self._rescale(name, self.nora_scale[name])
+                self.rescale(name, self.nora_scale[name])
             elif scale != 0:
-                self._rescale(name, self.scaling[name] / scale)
+                self.rescale(name, self.scaling[name] / scale)
 
     def set_nora_scale(self, adapter: str, scale: float) -> None:
         """Set ``alpha / r`` of an adapter; its weight becomes 1."""
         self.nora_scale[adapter] = scale
-        self._rescale(adapter, scale)
+        self.rescale(adapter, scale)
 
-    def _rescale(self, adapter: str, scaling: float) -> None:
+    def rescale(self, adapter: str, scaling: float) -> None:
+        """Set the whole factor of an adapter, ``alpha / r`` times its weight."""
         self.scaling[adapter] = scaling
         self._scales.setdefault(adapter, self._scale_tensor(scaling)).fill_(scaling)
 

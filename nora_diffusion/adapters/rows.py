@@ -157,7 +157,7 @@ class CoreBank(Bank):
 
     def __call__(self, x: Tensor) -> Tensor:
         down, up = self.delta(self.names[0]).outer
-        p = self.layer._contract(x, down)
+        p = self.layer.contract(x, down)
         (cores,) = self.rows(p)
         return F.linear(functional.rowwise(p, cores.transpose(1, 2)), up.to(p.dtype))
 
@@ -259,7 +259,7 @@ def _restore(layer: NoraLayer, scaling: dict[str, float]) -> None:
     layer.rows = None
     for name, value in scaling.items():
         if name in layer.scaling:
-            layer._rescale(name, value)
+            layer.rescale(name, value)
 
 
 def _counting(plan: RowPlan) -> Any:

@@ -16,8 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..adapters import NoraLayer
-from ..calibration import without_adapters
-from ..components import component, nora_layers, present
+from ..components import component, nora_layers, present, without_adapters
 from ..errors import UserError
 from ..run_layout import LOG, checkpoint_steps
 from .averaging import shown

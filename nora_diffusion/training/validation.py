@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..calibration import without_adapters
 from ..captions import fill, says, with_article, without_trigger
+from ..components import without_adapters
 from ..data import Photo, read_photos
 from ..data.similarity import find_twins
 from ..errors import UserError
