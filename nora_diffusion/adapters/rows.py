@@ -62,9 +62,17 @@ class RowPlan:
                 f"{prompts} prompts but {len(self.specs)} rows of mixed_batch: give one prompt for each row"
             )
 
+    def used(self) -> list[RowSpec]:
+        """The specs that rows of the batch have, in order."""
+        return [self.specs[number] for number in self._numbers()]
+
     def index(self, device: torch.device) -> Tensor:
-        """For each row of the batch the number of its spec, ``[n]``."""
-        return self._tensor(("index", device), self.batch, device)
+        """For each row of the batch the place of its spec in :meth:`used`, ``[n]``."""
+        places = {number: place for place, number in enumerate(self._numbers())}
+        return self._tensor(("index", device), [places[number] for number in self.batch], device)
+
+    def _numbers(self) -> list[int]:
+        return sorted(set(self.batch))
 
     def share(self, name: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """``(rows [m], weights [m])`` of the rows of the batch that use an adapter; None when none does."""
@@ -106,7 +114,8 @@ class LayerRows:
             )
         y = base
         for bank in self.banks:
-            y = y + self.layer.channels_first(bank(x)).to(y.dtype)
+            if bank.is_used():
+                y = y + self.layer.channels_first(bank(x)).to(y.dtype)
         for name in self.single:
             share = self.plan.share(name, x.device)
             if share is not None:
@@ -122,7 +131,10 @@ class LayerRows:
 
 
 class Bank(ABC):
-    """Factors of several chains, stacked by row spec, so that a batch takes its rows' by an index."""
+    """Factors of several chains, stacked by row spec, so that a batch takes its rows' by an index.
+
+    Only specs that the batch has are stacked: of many subjects that train together a pass may hold two.
+    """
 
     def __init__(self, layer: NoraLayer, names: list[str], plan: RowPlan) -> None:
         self.layer, self.names, self.plan = layer, names, plan
@@ -133,20 +145,33 @@ class Bank(ABC):
         """``dy [n, ..., d_out]``, channels last."""
 
     @abstractmethod
-    def build(self) -> tuple[Tensor, ...]:
-        """The stacked factors."""
+    def build(self, specs: Sequence[RowSpec]) -> tuple[Tensor, ...]:
+        """The factors of these specs, stacked; at least one of them has a chain of this bank."""
+
+    def is_used(self) -> bool:
+        """Whether any row of the batch has a chain of this bank."""
+        return any(name in spec for spec in self.plan.used() for name in self.names)
 
     def rows(self, like: Tensor) -> tuple[Tensor, ...]:
         """The factors of each row. They are kept while no number in them changes, and formed anew under autograd."""
-        index = self.plan.index(like.device)
+        specs, index = self.plan.used(), self.plan.index(like.device)
         if torch.is_grad_enabled():
-            return tuple(factor.to(like.dtype)[index] for factor in self.build())
-        parameters = [p for name in self.names for p in self.delta(name).parameters()]
-        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
-        state = (like.dtype, versions, [self.layer.scaling[name] for name in self.names])
+            return tuple(factor.to(like.dtype)[index] for factor in self.build(specs))
+        state = (like.dtype, specs, [self._state(name) for name in self._members(specs)])
         if self._kept is None or self._kept[0] != state:
-            self._kept = state, tuple(factor.to(like.dtype) for factor in self.build())
+            self._kept = state, tuple(factor.to(like.dtype) for factor in self.build(specs))
         return tuple(factor[index] for factor in self._kept[1])
+
+    def _members(self, specs: Sequence[RowSpec]) -> list[str]:
+        """The chains of this bank that any of these specs has."""
+        return [name for name in self.names if any(name in spec for spec in specs)]
+
+    def _state(self, name: str) -> Any:
+        """What tells that the numbers of a chain are others than before."""
+        delta = self.delta(name)
+        factors = [*delta.parameters(), *delta.buffers()]
+        versions = [(f.data_ptr(), 0 if f.is_inference() else f._version) for f in factors]
+        return versions, delta.rank, self.layer.scaling[name]
 
     def delta(self, name: str) -> ChainDelta:
         return cast(ChainDelta, self.layer.delta(name))
@@ -161,10 +186,10 @@ class CoreBank(Bank):
         (cores,) = self.rows(p)
         return F.linear(functional.rowwise(p, cores.transpose(1, 2)), up.to(p.dtype))
 
-    def build(self) -> tuple[Tensor, ...]:
-        cores = {name: self.layer.scaling[name] * core_matrix(self.delta(name)) for name in self.names}
-        none = torch.zeros_like(cores[self.names[0]])
-        sums = [sum((w * cores[n] for n, w in spec.items() if n in cores), start=none) for spec in self.plan.specs]
+    def build(self, specs: Sequence[RowSpec]) -> tuple[Tensor, ...]:
+        cores = {name: self.layer.scaling[name] * core_matrix(self.delta(name)) for name in self._members(specs)}
+        none = torch.zeros_like(next(iter(cores.values())))
+        sums = [sum((w * cores[n] for n, w in spec.items() if n in cores), start=none) for spec in specs]
         return (torch.stack(sums),)
 
 
@@ -178,10 +203,10 @@ class PairBank(Bank):
         downs, ups = self.rows(x)
         return functional.rowwise(functional.rowwise(x, downs.transpose(1, 2)), ups.transpose(1, 2))
 
-    def build(self) -> tuple[Tensor, ...]:
-        pairs = {name: self.delta(name).pair() for name in self.names}
-        down, up = pairs[self.names[0]]
-        chosen = [[(name, weight) for name, weight in spec.items() if name in pairs] for spec in self.plan.specs]
+    def build(self, specs: Sequence[RowSpec]) -> tuple[Tensor, ...]:
+        pairs = {name: self.delta(name).pair() for name in self._members(specs)}
+        down, up = next(iter(pairs.values()))
+        chosen = [[(name, weight) for name, weight in spec.items() if name in pairs] for spec in specs]
         most = max(map(len, chosen))
         downs, ups = [], []
         for mine in chosen:

@@ -1,0 +1,96 @@
+"""Banks of many adapters: a pass costs what its own rows need, however many adapters the plan has."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nora_diffusion.adapters import NoraLayer, nora
+from nora_diffusion.adapters.rows import LayerRows
+from nora_diffusion.training.crowd import Rows
+
+WIDTH = 12
+BANKS = {"CoreBank": "svd", "PairBank": "orthogonal"}
+
+
+class Operations(TorchDispatchMode):
+    """Counts the aten operations in its time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return op(*args, **(kwargs or {}))
+
+
+def crowded(ranks: list[int], basis: Literal["svd", "orthogonal"]) -> tuple[NoraLayer, Rows]:
+    """A layer with an adapter for each inner rank, as many subjects train it."""
+    torch.manual_seed(0)
+    layer = NoraLayer(nn.Linear(WIDTH, WIDTH).requires_grad_(False))
+    for number, rank in enumerate(ranks):
+        layer.update_layer(f"s{number}", nora(r=4, inner_r=rank, basis=basis), "x")
+    for parameter in layer.nora_delta.parameters():
+        parameter.data.normal_()
+        parameter.requires_grad_(True)
+    plan = Rows([f"s{number}" for number in range(len(ranks))])
+    layer.rows = LayerRows(layer, plan)
+    return layer, plan
+
+
+def run(layer: NoraLayer, plan: Rows, shares: dict[int, int]) -> Tensor:
+    """The output for a pass in which subject ``number`` has so many rows."""
+    rows = sum(shares.values())
+    plan.share_out(shares)
+    plan.start(rows)
+    x = torch.randn(rows, 3, WIDTH, generator=torch.Generator().manual_seed(1))
+    return layer(x)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=BANKS)
+def bank(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
+def test_a_pass_costs_what_its_rows_need(bank: str, grad: bool) -> None:
+    counts = []
+    for members in (2, 9):
+        layer, plan = crowded([2] * members, BANKS[bank])  # type: ignore[arg-type]
+        assert layer.rows is not None and [type(b).__name__ for b in layer.rows.banks] == [bank]
+        with torch.set_grad_enabled(grad), Operations() as operations:
+            y = run(layer, plan, {0: 2, 1: 1})
+            if grad:
+                y.sum().backward()
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
+
+
+def test_only_who_has_rows_gets_gradients(bank: str) -> None:
+    layer, plan = crowded([2] * 5, BANKS[bank])  # type: ignore[arg-type]
+    run(layer, plan, {3: 1, 1: 2}).square().sum().backward()
+    learned = {name for name in layer.nora_delta for p in layer.delta(name).parameters() if p.grad is not None}
+    assert learned == {"s1", "s3"}
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
+def test_rows_are_their_subjects_whoever_else_there_is(bank: str, grad: bool) -> None:
+    """Pass after pass with other subjects, also of another rank: nothing of a former pass is left."""
+    layer, plan = crowded([2, 2, 2, 3, 3], BANKS[bank])  # type: ignore[arg-type]
+    with torch.set_grad_enabled(grad):
+        for shares in ({0: 1, 2: 2}, {2: 2, 0: 1}, {3: 1}, {4: 2, 3: 1}, {1: 1, 4: 1}, {0: 1, 2: 2}):
+            found = run(layer, plan, shares)
+            served, layer.rows = layer.rows, None
+            x = torch.randn(len(found), 3, WIDTH, generator=torch.Generator().manual_seed(1))
+            start = 0
+            for number, rows in shares.items():
+                layer.activate([f"s{number}"])
+                expected = layer(x[start : start + rows])
+                torch.testing.assert_close(found[start : start + rows], expected, atol=1e-5, rtol=1e-5)
+                start += rows
+            layer.rows = served
