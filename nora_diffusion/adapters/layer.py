@@ -120,7 +120,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
     def _frozen_weight(self) -> Tensor:
         """The weight without what is merged into it."""
         weight = cast(Tensor, self.base_layer.weight).detach()
-        return weight if self._merged is None else self._merged.clean.to(weight)
+        return weight if self._merged is None else self._merged.clean.to(weight)  # which lies on the CPU
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -256,7 +256,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         merged = self._with_deltas(start, added)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"merging {', '.join(added)} gives weights that are not finite: the adapter is broken")
-        clean = weight.detach().clone() if before is None else before.clean
+        clean = weight.detach().to("cpu", copy=True) if before is None else before.clean
         weight.data.copy_(merged)
         self._merged = Merged(clean, scalings, bit_sum(weight))
         self.merged_adapters[:] = scalings

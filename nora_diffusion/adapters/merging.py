@@ -12,6 +12,7 @@ from torch import Tensor
 class Merged:
     """``clean``: the weight before merging; ``scalings``: of the adapters merged since; ``mark``: of the weight after.
 
+    ``clean`` lies on the CPU: a copy of every adapted weight is too much for an accelerator that just fits the model.
     Scalings are kept, because a user may change them while the adapters are fused.
     """
 
