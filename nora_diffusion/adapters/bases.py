@@ -94,18 +94,19 @@ def awsvd(weight: Tensor, r: int, strength: Tensor | None, *, placement: Placeme
 
 def kaiming(weight: Tensor, r: int, strength: Tensor | None, *, placement: Placement, power: float) -> Pair:
     """Random factors with Kaiming-uniform rows, as LoRA (arXiv 2106.09685) starts ``A``."""
-    d_out, d_in = weight.shape
-    down, up = weight.new_empty(r, d_in, dtype=torch.float32), weight.new_empty(d_out, r, dtype=torch.float32)
-    torch.nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-    torch.nn.init.kaiming_uniform_(up, a=math.sqrt(5))
-    return down, up
+    return _drawn(weight, r, lambda factor: torch.nn.init.kaiming_uniform_(factor, a=math.sqrt(5)))
 
 
 def orthogonal(weight: Tensor, r: int, strength: Tensor | None, *, placement: Placement, power: float) -> Pair:
     """Random subspaces: ``A`` with orthonormal rows, ``B`` with orthonormal columns; a control for the SVD bases."""
+    return _drawn(weight, r, torch.nn.init.orthogonal_)
+
+
+def _drawn(weight: Tensor, r: int, draw: Callable[[Tensor], Tensor]) -> Pair:
+    """A random pair in fp32, drawn on the CPU, so that one seed gives the same adapter on every device."""
     d_out, d_in = weight.shape
-    down, up = weight.new_empty(r, d_in, dtype=torch.float32), weight.new_empty(d_out, r, dtype=torch.float32)
-    return torch.nn.init.orthogonal_(down), torch.nn.init.orthogonal_(up)
+    down, up = (draw(torch.empty(shape, dtype=torch.float32, device="cpu")) for shape in ((r, d_in), (d_out, r)))
+    return down.to(weight.device), up.to(weight.device)
 
 
 def sharing(weight: Tensor, r: int, strength: Tensor | None, *, placement: Placement, power: float) -> Pair:
