@@ -23,18 +23,17 @@ class Conditions:
 
     vectors: dict[str, Tensor] = field(default_factory=dict)
     was_read: bool = False
-    _parts: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _parts: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def open(self, vectors: dict[str, Tensor]) -> None:
         """Start a forward pass (or, without vectors, end it)."""
         self.vectors, self._parts = dict(vectors), {}
 
-    def distinct(self, router: str) -> tuple[Tensor, Tensor]:
-        """Vectors ``[u, d]`` that a router of this kind sees and, for each row of the batch, which is its own.
+    def rows(self, router: str) -> Tensor:
+        """What a router of this kind sees of each row of the batch, ``[rows, d]``.
 
-        At inference equal rows become one, so that what depends on the gate alone is formed once for all of them;
-        under autograd every row is kept, since finding equal ones has no gradient.
-        Raises :class:`UserError` outside of a forward pass.
+        Equal rows are not made one: to find them an accelerator would have to be waited for, which costs more than
+        forming what depends on the gate for each row. Raises :class:`UserError` outside of a forward pass.
         """
         self.was_read = True
         if router not in self._parts:
@@ -44,11 +43,8 @@ class Conditions:
                     f"a layer with the {router!r} router ran where no {missing[0]} is known: call the whole unet or "
                     "transformer, and target only layers that run after its time embedding"
                 )
-            rows = torch.cat([functional.at_least_single(self.vectors[name]) for name in router.split("+")], dim=-1)
-            if torch.is_grad_enabled() or torch.compiler.is_compiling():
-                self._parts[router] = rows, torch.arange(rows.shape[0], device=rows.device)
-            else:
-                self._parts[router] = torch.unique(rows, dim=0, return_inverse=True)
+            parts = [functional.at_least_single(self.vectors[name]) for name in router.split("+")]
+            self._parts[router] = torch.cat(parts, dim=-1)
         return self._parts[router]
 
 
@@ -133,32 +129,38 @@ class RoutedDelta(nn.Module):
         k = self.experts.A.shape[0]
         if not self.conditioned:
             return self.experts.mix(self.dropout(p[..., :k]), functional.router_gates(p[..., k:]))
-        gates, index = self.row_gates()
+        gates = self.row_gates()
+        gates = gates if rows is None or len(gates) == 1 else gates[rows]
+        if len(gates) not in (1, len(p)):
+            gates = self._common_gate(gates, len(p))
         ups = self.experts.up_for(gates).to(p.dtype)
         p = self.dropout(p)
-        if len(ups) == 1:
-            return F.linear(p, ups[0])
-        index = index if rows is None else index[rows]
-        if len(index) != len(p):
+        return F.linear(p, ups[0]) if len(ups) == 1 else functional.rowwise(p, ups.transpose(1, 2))
+
+    def _common_gate(self, gates: Tensor, rows: int) -> Tensor:
+        """The one gate ``[1, N]`` of a batch whose rows the model has rearranged (frames, say), if all have the same.
+
+        Raises :class:`UserError` if they have not.
+        """
+        if not torch.equal(gates, gates[:1].expand_as(gates)):
             raise UserError(
-                f"a layer with the {self.router!r} router got {len(p)} rows in a batch of {len(index)}: "
+                f"a layer with the {self.router!r} router got {rows} rows in a batch of {len(gates)}: "
                 "it cannot tell which row is whose; leave this layer out"
             )
-        return functional.rowwise(p, ups.transpose(1, 2)[index])
+        return gates[:1]
 
-    def row_gates(self) -> tuple[Tensor, Tensor]:
-        """Distinct gates ``[u, N]`` of the running batch, at least in fp32, and the index ``[rows]`` of each row."""
+    def row_gates(self) -> Tensor:
+        """The gates ``[rows, N]`` of the running batch, at least in fp32."""
         if self.conditions is None:
             raise UserError(f"the {self.router!r} router is not connected to its model: use nora_diffusion.add_adapter")
-        vectors, index = self.conditions.distinct(self.router)
-        return functional.router_gates(F.linear(vectors, self.W_g.to(vectors.dtype))), index
+        vectors = self.conditions.rows(self.router)
+        return functional.router_gates(F.linear(vectors, self.W_g.to(vectors.dtype)))
 
     def gates(self, x: Tensor, contract: functional.Contract) -> Tensor:
         """The gates of an input: ``[..., N]``, one a token, or ``[rows, N]``; at least in fp32."""
         if not self.conditioned:
             return functional.router_gates(functional.at_least_single(contract(x, self.W_g)))
-        gates, index = self.row_gates()
-        return gates[index]
+        return self.row_gates()
 
     def pair(self, gate: Tensor) -> tuple[Tensor, Tensor]:
         """The plain pair ``(A [k, d_in], B [d_out, k])`` of the same experts under one fixed gate ``[N]``."""

@@ -118,8 +118,8 @@ def test_conditioned_router_gates_each_row(kind: Kind, router: str, grad: bool, 
         conditions.open(vectors)
         close(layer(x), torch.stack(expected))
         close(layer(x[:, 0]), torch.stack(expected)[:, 0])
-    if not grad:
-        assert len(layer.delta("x").row_gates()[0]) == len(set(rows))
+    if len(set(rows)) == 1:  # whose row is whose does not matter then
+        close(layer(x[:3]), torch.stack(expected)[:3])
 
 
 def test_conditioned_router_gates_a_wide_convolution(kind: Kind) -> None:
