@@ -1,0 +1,186 @@
+"""The hot path on an accelerator, without one: fake tensors refuse what a real device would make slow or impossible.
+
+The ``meta`` device stands for the accelerator. Under torch's ``FakeTensorMode`` an operation on tensors of two devices
+raises, as does one on two dtypes, and so does whatever needs the numbers of a tensor, for which a host would have to
+wait for its device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from nora_diffusion.adapters import PRESETS, AdapterConfig, NoraLayer, lora, merging, nora
+from nora_diffusion.adapters import layer as layer_module
+from nora_diffusion.adapters.bases import BASES
+from nora_diffusion.adapters.config import Start
+from nora_diffusion.adapters.rows import RowPlan, serve_rows
+from nora_diffusion.attention import AdapterAttnProcessor
+from nora_diffusion.loaders.inject import inject
+
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+
+ACCELERATOR = torch.device("meta")
+ROUTERS = ("token", "prompt", "timestep", "prompt+timestep")
+CONFIGS: dict[str, Callable[[], AdapterConfig]] = {
+    **{name: make for name, make in PRESETS.items() if name != "mor"},
+    **{f"mor {router}": lambda router=router: PRESETS["mor"](router=router) for router in ROUTERS},  # type: ignore[misc]
+}
+PERMITTED = {
+    "torch.equal": "a mixed batch compares the bases of its adapters once, when it starts",
+    "torch.rand": "a sampled rank is drawn on the CPU, so that no device is waited for",
+}
+"""What may need the numbers of a tensor, and why; the passes themselves may need none."""
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fake tensors for the time of a test, with what is :data:`PERMITTED`."""
+
+    def draw(size: tuple[()], device: str) -> float:
+        assert device == "cpu"
+        return 0.5
+
+    stand_ins: dict[str, Any] = {"torch.equal": lambda one, two: one.shape == two.shape, "torch.rand": draw}
+    assert stand_ins.keys() == PERMITTED.keys()
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(name, stand_in)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=4, block_out_channels=(8,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("UpBlock2D",), mid_block_type=None, cross_attention_dim=16, attention_head_dim=2,
+        norm_num_groups=4,
+    )  # fmt: skip
+
+
+def move(model: nn.Module) -> None:
+    """What ``.to(device)`` does to parameters and buffers (it refuses to make fake tensors of real ones)."""
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                module._parameters[name] = nn.Parameter(elsewhere(value), requires_grad=value.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else elsewhere(buffer)
+
+
+def elsewhere(value: Tensor) -> Tensor:
+    return torch.empty(value.shape, dtype=value.dtype, device=ACCELERATOR)
+
+
+def adapted_unet(config: AdapterConfig) -> UNet2DConditionModel:
+    """A UNet in half precision on the accelerator with two active adapters that want gradients."""
+    with _disable_current_modes():
+        unet = tiny_unet().requires_grad_(False).half()
+        for name in ("one", "two"):
+            inject(unet, config, name, Start(empty=True))
+        for layer in layers(unet):
+            layer.activate(["one", "two"])
+            layer.nora_delta.requires_grad_(True)
+    move(unet)
+    return unet
+
+
+def layers(model: nn.Module) -> list[NoraLayer]:
+    return [module for module in model.modules() if isinstance(module, NoraLayer)]
+
+
+def predict(unet: Any) -> Tensor:
+    x = torch.empty(4, 4, 4, 4, device=ACCELERATOR, dtype=torch.float16)
+    states = torch.empty(4, 5, 16, device=ACCELERATOR, dtype=torch.float16)
+    return unet(x, torch.zeros(4, device=ACCELERATOR, dtype=torch.long), states).sample  # type: ignore[no-any-return]
+
+
+def learn(unet: Any) -> None:
+    for parameter in unet.parameters():
+        parameter.grad = None
+    predict(unet).float().square().mean().backward()
+    trained = [parameter for layer in layers(unet) for parameter in layer.nora_delta.parameters()]
+    assert trained and all(p.grad is not None and p.grad.device == ACCELERATOR for p in trained)
+
+
+def two_subjects(unet: Any) -> AbstractContextManager[None]:
+    return serve_rows(unet, RowPlan([{"one": 1.0}, {"two": 0.5}]))
+
+
+@pytest.mark.parametrize("make", CONFIGS.values(), ids=CONFIGS)
+def test_training_stays_on_the_device(fakes: None, make: Callable[[], AdapterConfig]) -> None:
+    unet = adapted_unet(make()).train()
+    with two_subjects(unet):
+        learn(unet)
+    unet.enable_gradient_checkpointing()
+    learn(unet)
+
+
+@pytest.mark.parametrize("make", CONFIGS.values(), ids=CONFIGS)
+@torch.no_grad()
+def test_inference_stays_on_the_device(fakes: None, make: Callable[[], AdapterConfig]) -> None:
+    unet = adapted_unet(make()).eval()
+    assert predict(unet).device == ACCELERATOR
+    with two_subjects(unet):
+        predict(unet)
+    for layer in layers(unet):
+        if layer.delta("one").mergeable:
+            assert layer.get_delta_weight("one").device == ACCELERATOR
+    unet.set_attn_processor(AdapterAttnProcessor())
+    predict(unet)
+
+
+def test_a_mix_of_devices_and_a_wait_are_noticed(fakes: None) -> None:
+    """The tests above can fail."""
+    with pytest.raises(Exception, match="device"):
+        torch.empty(2, 2, device=ACCELERATOR) @ torch.empty(2, 2, device="cpu")
+    with pytest.raises(Exception, match="_local_scalar_dense"):
+        float(torch.empty((), device=ACCELERATOR))
+    unet = adapted_unet(lora()).train()
+    delta = layers(unet)[0].delta("one")
+    delta.A = nn.Parameter(torch.empty(delta.A.shape))
+    with pytest.raises(Exception, match="device"):
+        predict(unet)
+
+
+# What is not part of a pass
+
+
+@pytest.mark.parametrize("basis", ["kaiming", "orthogonal"])
+def test_random_factors_do_not_depend_on_the_device(basis: Any) -> None:
+    """They are drawn on the CPU, so its generator moves on by the same draws, and not in the weight's precision."""
+    states, pairs = [], []
+    for dtype, device in ((torch.float32, "cpu"), (torch.float16, "cpu"), (torch.float32, "meta")):
+        torch.manual_seed(0)
+        pairs.append(BASES[basis](torch.empty(6, 8, dtype=dtype, device=device), 4, None, placement="sqrt", power=1.0))
+        states.append(torch.get_rng_state())
+        assert all(factor.device.type == device and factor.dtype == torch.float32 for factor in pairs[-1])
+    assert all(torch.equal(state, states[0]) for state in states)
+    assert all(torch.equal(one, other) for one, other in zip(pairs[0], pairs[1], strict=True))
+
+
+def test_merging_keeps_nothing_on_the_accelerator(fakes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (layer_module, merging):
+        monkeypatch.setattr(module, "bit_sum", lambda _: 0)  # a fake has no bits
+    with _disable_current_modes():
+        layer = NoraLayer(nn.Linear(8, 8, bias=False))
+        for name in ("one", "two"):
+            layer.update_layer(name, nora(r=4, inner_r=2, basis="orthogonal"), "x")
+    move(layer)
+    monkeypatch.setattr(FakeTensor, "is_meta", False)  # layers refuse to merge where there are no numbers
+    layer.merge(adapter_names=["one"])
+    layer.merge(adapter_names=["two"])
+    assert layer._merged is not None
+    kept = [value for value in vars(layer._merged).values() if isinstance(value, Tensor)]
+    assert sum(value.nbytes for value in kept if value.device == ACCELERATOR) == 0 < sum(v.nbytes for v in kept)
+    assert layer.get_delta_weight("one").device == ACCELERATOR
+    layer.delete_adapter("one")
+    layer.unmerge()
+    assert layer.base_layer.weight.device == ACCELERATOR
