@@ -62,7 +62,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self.r[adapter_name] = config.rank_for(key)
         self.set_nora_scale(adapter_name, config.scale_for(key))
         if config.start.empty:  # not to be seen until whoever fills it gives it a weight
-            self._rescale(adapter_name, 0.0)
+            self.rescale(adapter_name, 0.0)
         if config.magnitude and self._merged is None:
             self._mark = bit_sum(cast(Tensor, self.base_layer.weight))
         self.activate([*self.active, adapter_name], inference=config.inference_mode)
