@@ -37,6 +37,8 @@ from .tracking import Trackers
 log = logging.getLogger(__name__)
 
 ENDED = "its schedule ends there, and a longer run starts anew in another --output_dir"
+MOST_SKIPS = 20
+"""Steps in a row that fp16 may leave out for gradients that overflow, before the run is given up."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Stepper:
         self.run, self.accelerator, self.folder, self.stop = run, accelerator, folder, stop
         self.device = denoiser(run.pipe).device
         self.saved: Path | None = None
+        self.skipped = 0  # in a row, since this start; across starts the scaler's own state holds how far it sank
         self._trackers = Trackers([], folder.path, {})
 
     def run_steps(self) -> list[float]:
@@ -132,11 +135,11 @@ class Stepper:
             self._refuse(step, "the loss is not finite")
         self._average_gradients()
         stopped = still(run.parameters, run.config, step, run.config.max_train_steps or 0)
+        first = run.schedule.last_epoch == 0  # it counts the steps that were taken
         norm = self._update(step)
         # A loss of 0 gives none: that of a first crop beside the subject, where the background does not count.
-        if norm == 0 and value > 0 and step == run.first_step and not stopped:
+        if norm == 0 and value > 0 and first and not stopped:
             raise UserError("no trained factor gets a gradient: nothing would be learned with these --target_modules")
-        run.schedule.step()
         return value, norm
 
     def loss(self, step: int, micro: int) -> Tensor:
@@ -230,25 +233,43 @@ class Stepper:
         return replace(batch, target=torch.cat([batch.target[:half], prediction.to(batch.target.dtype)]))
 
     def _update(self, step: int) -> float:
+        """Move the factors, and what follows their moves; after a skipped step all stay. Returns the norm."""
         run = self.run
         learns = any(factor.grad is not None for factor in run.parameters.values())
-        norm = self._step_optimizer(step) if learns else 0.0  # the scaler fails where there is no gradient
+        # The scaler fails where there is no gradient.
+        norm, taken = self._step_optimizer(step) if learns else (0.0, True)
+        if not taken:
+            self._skip(step)
+            return norm
+        self.skipped = 0
         if run.config.scale_weight_norms is not None:
             layers = [layer for part in present(run.pipe) for layer in self._layers(part)]
             bound_norms(layers, run.adapter, run.config.scale_weight_norms)
         if run.average is not None:
             run.average.update(run.parameters, step + 1)
+        run.schedule.step()
         return norm
 
-    def _step_optimizer(self, step: int) -> float:
+    def _step_optimizer(self, step: int) -> tuple[float, bool]:
+        """The gradients' norm, and whether the step was taken: the scaler leaves it out where they overflow fp16."""
         run = self.run
         run.scaler.unscale_(run.optimizer)
         norm = clip(run.parameters, run.config.max_grad_norm)
         if not math.isfinite(norm) and not run.scaler.is_enabled():
             self._refuse(step, "the gradients are not finite")
+        scale = run.scaler.get_scale()
         run.scaler.step(run.optimizer)
         run.scaler.update()
-        return norm
+        return norm, run.scaler.get_scale() >= scale
+
+    def _skip(self, step: int) -> None:
+        """Count a step that was left out. Raises :class:`UserError` where there is no end of them, or of the run."""
+        self.skipped += 1
+        # The scale starts at 2^16 and halves each time: below 1 it is not the scale that makes them overflow.
+        if self.skipped >= MOST_SKIPS or self.run.scaler.get_scale() < 1:
+            self._refuse(step, "the gradients overflow fp16 however they are scaled")
+        if step + 1 == self.run.total_steps and self.run.schedule.last_epoch == 0:
+            self._refuse(step, "the gradients overflowed fp16 at every step, and nothing was learned")
 
     def _layers(self, part: str) -> Iterable[NoraLayer]:
         return nora_layers(component(self.run.pipe, part), self.run.adapter).values()
