@@ -123,24 +123,27 @@ def still(parameters: Mapping[str, nn.Parameter], config: TrainConfig, step: int
 
 
 @torch.no_grad()
-def bound_norms(layers: Iterable[NoraLayer], adapter: str, most: float) -> int:
-    """Shrink every update with ``||scale dW||_F > most`` to that norm; returns how many there were.
+def bound_norms(layers: Iterable[NoraLayer], adapter: str, most: float) -> None:
+    """Shrink every update with ``||scale dW||_F > most`` to that norm.
 
     ``dW`` is a product in which each of the ``k`` trained factors stands once, so each is multiplied by the ``k``-th
     root. The norm is ``sqrt(tr(B^T B A A^T))``, without the dense ``dW``; DoRA's magnitude is left as it is.
+    No number is read back: a GPU would stop for it at every layer.
     """
-    shrunk = 0
     for layer in layers:
         delta = layer.delta(adapter)
         assert isinstance(delta, ChainDelta)
-        down, up = (factor.double() for factor in delta.pair())
-        norm = abs(layer.nora_scale[adapter]) * float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
-        if norm > most:
-            factors = [value for name, value in delta.named_parameters() if name != "m"]
-            for factor in factors:
-                factor.mul_((most / norm) ** (1 / len(factors)))
-            shrunk += 1
-    return shrunk
+        down, up = (factor.to(widest(factor.device)) for factor in delta.pair())
+        norm = abs(layer.nora_scale[adapter]) * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
+        factors = [value for name, value in delta.named_parameters() if name != "m"]
+        shrink = (most / norm).clamp(max=1) ** (1 / len(factors))  # 1 where the norm is 0
+        for factor in factors:
+            factor.mul_(shrink)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The most precise floats that a device computes with: Apple's GPUs have no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def schedule_state(schedule: Any) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -243,8 +244,7 @@ class Stepper:
             return norm
         self.skipped = 0
         if run.config.scale_weight_norms is not None:
-            layers = [layer for part in present(run.pipe) for layer in self._layers(part)]
-            bound_norms(layers, run.adapter, run.config.scale_weight_norms)
+            bound_norms(self._layers, run.adapter, run.config.scale_weight_norms)
         if run.average is not None:
             run.average.update(run.parameters, step + 1)
         run.schedule.step()
@@ -271,8 +271,11 @@ class Stepper:
         if step + 1 == self.run.total_steps and self.run.schedule.last_epoch == 0:
             self._refuse(step, "the gradients overflowed fp16 at every step, and nothing was learned")
 
-    def _layers(self, part: str) -> Iterable[NoraLayer]:
-        return nora_layers(component(self.run.pipe, part), self.run.adapter).values()
+    @functools.cached_property
+    def _layers(self) -> list[NoraLayer]:
+        """The layers that hold the run's adapter, which stay the same from its first to its last step."""
+        pipe, adapter = self.run.pipe, self.run.adapter
+        return [layer for part in present(pipe) for layer in nora_layers(component(pipe, part), adapter).values()]
 
     def _average_gradients(self) -> None:
         """One mean over the processes, in one message; a factor that has a gradient nowhere keeps none."""

@@ -88,8 +88,11 @@ def test_the_guard_gives_exactly_the_norm_asked_for(method: str, configure: Conf
     layers = [layer for layer in pipe.unet.modules() if isinstance(layer, NoraLayer)]
     before = [layer.get_delta_weight("dog").double() for layer in layers]
     most = float(torch.stack([dw.norm() for dw in before]).median()) * 1.001  # between two of them
-    count = bound_norms(layers, "dog", most)
-    assert count == sum(float(dw.norm()) > most for dw in before) > 0
+    assert 0 < sum(float(dw.norm()) > most for dw in before) < len(before)
+    with pytest.MonkeyPatch.context() as patch:  # on a GPU each of these waits for all that is under way
+        for read in ("__float__", "__bool__", "item"):
+            patch.setattr(torch.Tensor, read, None)
+        bound_norms(layers, "dog", most)
     for layer, dw in zip(layers, before, strict=True):
         after = layer.get_delta_weight("dog").double()
         assert torch.allclose(after, dw * min(1.0, most / float(dw.norm())), atol=1e-6)
