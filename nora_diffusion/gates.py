@@ -164,7 +164,7 @@ class _GateMeter:
         self.count, self.gate, self.entropy = 0, torch.zeros(len(delta.W_g), dtype=torch.float64), 0.0
 
     def __call__(self, x: Tensor, output: Tensor) -> None:
-        gates = self.delta.gates(x, self.contract).reshape(-1, len(self.gate)).double().cpu()
+        gates = self.delta.gates(x, self.contract).reshape(-1, len(self.gate)).cpu().double()  # MPS has no fp64
         self.count += len(gates)
         self.gate += gates.sum(0)
         self.entropy += float(torch.special.entr(gates).sum())
@@ -194,4 +194,4 @@ class _ErrorMeter:
 
 
 def _square(x: Tensor) -> float:
-    return float(x.double().square().sum())
+    return float(x.float().square().sum(-1).cpu().double().sum())  # MPS has no fp64
