@@ -22,6 +22,7 @@ from .denoiser import denoiser
 from .identity import identity_of
 from .joint import read_data
 from .preflight import Finding, Plan, preflight, report
+from .randomness import forked
 from .rundir import RunFolder
 from .setup import (
     Material,
@@ -65,7 +66,7 @@ def train(config: TrainConfig) -> TrainResult:
     accelerator = build_accelerator(config)
     with run_folder(config, accelerator) as folder, StopRequests() as stop:
         try:
-            with torch.random.fork_rng():
+            with forked(accelerator.device):
                 run = set_up(config, subject, accelerator, folder, stop)
                 stepper = Stepper(run, accelerator, folder, stop)
                 stepper.run_steps()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -18,6 +19,13 @@ def derive(seed: int, *names: object) -> int:
 def generator(seed: int, *names: object) -> torch.Generator:
     """A CPU generator seeded by :func:`derive`; the same numbers come whatever device the model is on."""
     return torch.Generator().manual_seed(derive(seed, *names))
+
+
+def forked(device: torch.device) -> AbstractContextManager[None]:
+    """Puts the global generators of the CPU and of ``device`` back at the end, and starts no other device."""
+    if device.type == "cpu":
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device.index or 0], device_type=device.type)
 
 
 def shuffled_rows(seed: int, name: str, count: int, start: int, size: int) -> list[int]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from ..errors import UserError, out_of_memory
@@ -21,6 +20,7 @@ from .listing import read_subjects
 from .loop import OUT_OF_MEMORY, TrainResult, build_accelerator, conclude, gather, plan_run, run_folder, validation_of
 from .preflight import Finding, Plan, preflight, report
 from .quantized import quantize_base
+from .randomness import forked
 from .rundir import RunFolder
 from .setup import ADAPTER, lower_precision, open_base, opening_dtype, put_in
 from .signals import Interrupted, StopRequests
@@ -77,7 +77,7 @@ def _opened(
         if not config.folder.exists():
             stack.callback(_remove_if_empty, config.folder)
         folders = [stack.enter_context(run_folder(own, accelerator)) for own in configs.values()]
-        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(forked(accelerator.device))
         pipe: Any = None
         planned = []
         words: dict[str, str] = {}

@@ -31,7 +31,7 @@ from ..pictures import save_picture
 from ..run_layout import CANDIDATES, MEASURED, VALIDATION, checkpoint_steps, picture_name
 from .checks import folder_of
 from .config import TrainConfig, having
-from .randomness import derive
+from .randomness import derive, forked
 from .renders import describe, render
 from .selection import Point, choose, front, stalled
 from .subject import Subject
@@ -149,9 +149,8 @@ class Validation:
         """Measure, keep the adapter if it is worth it; ``None`` if that fails, which is only a warning."""
         if any(point.step == step for point in self.points):
             return None
-        cuda = [self.pipe.device.index or 0] if self.pipe.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(cuda):
+            with forked(self.pipe.device):
                 point = Point(step, self._scores(step))
                 if step > 0:
                     save_adapter(self.pipe, self.candidate(step), adapter_name, info={**info, "step": step})
