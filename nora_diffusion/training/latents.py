@@ -16,6 +16,9 @@ from ..data.photos import Photo
 from ..data.transforms import View
 from .keep import Keep, Tensors, module_hash, place
 
+MOST_VIEWS, MOST_PIXELS = 4, 2**20
+"""What the VAE is given at once: up to four views, as far as their pixels are those of one of 1024 x 1024."""
+
 
 @dataclass(frozen=True)
 class Latents:
@@ -119,9 +122,11 @@ def _ingredients(pixels: np.ndarray[Any, Any], made_by: list[str]) -> dict[str, 
 
 
 @torch.no_grad()
-def _encode(vae: Any, pixels: np.ndarray[Any, Any], batch: int = 4) -> Tensors:
+def _encode(vae: Any, pixels: np.ndarray[Any, Any]) -> Tensors:
     """The posteriors of one photo's views: the numbers of one photo do not depend on which others are there."""
     found = []
+    height, width = pixels.shape[-2:]
+    batch = min(MOST_VIEWS, max(1, MOST_PIXELS // (height * width)))
     for start in range(0, len(pixels), batch):
         chunk = torch.from_numpy(pixels[start : start + batch])
         posterior = vae.encode(chunk.to(vae.device, vae.dtype)).latent_dist

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from factories import write_photos
 from PIL import Image, ImageCms
 
@@ -15,6 +17,7 @@ from nora_diffusion.data import find_photos, read_photo, read_photos, survey
 from nora_diffusion.data.colours import colour
 from nora_diffusion.data.formats import sniff
 from nora_diffusion.errors import UserError
+from nora_diffusion.training.latents import _encode
 
 RED, BLUE = (200, 30, 40), (20, 40, 210)
 
@@ -252,3 +255,20 @@ def test_triggers() -> None:
     assert with_trigger("a sks dog", "sks", "dog") == "a sks dog"
     assert with_trigger("the beach", "sks", "dog") == "sks dog, the beach"
     assert with_trigger("the beach", "sks", None) == "sks, the beach"
+
+
+@pytest.mark.parametrize(("side", "views"), [(16, [4, 2]), (512, [4, 2]), (640, [2, 2, 2]), (1024, [1] * 6)])
+def test_large_views_go_through_the_vae_in_smaller_batches(side: int, views: list[int]) -> None:
+    sizes: list[int] = []
+
+    class Vae:
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def encode(self, chunk: torch.Tensor) -> SimpleNamespace:
+            sizes.append(len(chunk))
+            latent = chunk[:, :, ::64, ::64]
+            return SimpleNamespace(latent_dist=SimpleNamespace(mean=latent, std=latent))
+
+    pixels = np.zeros((6, 3, side, side), np.float32)
+    assert len(_encode(Vae(), pixels)["mean"]) == 6
+    assert sizes == views
