@@ -45,10 +45,15 @@ def key(kind: str, ingredients: Mapping[str, Any]) -> str:
     whole = {
         "kind": kind,
         "versions": versions(),
-        "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+        "tf32": [_tf32(torch.backends.cuda.matmul), _tf32(torch.backends.cudnn)],
         **ingredients,
     }
     return f"{kind}-{hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()}"
+
+
+def _tf32(backend: Any) -> Any:
+    """How a backend rounds fp32: by its newer name where there is one, for the older then may raise when it is read."""
+    return backend.fp32_precision if hasattr(backend, "fp32_precision") else backend.allow_tf32
 
 
 def module_hash(module: nn.Module) -> str:

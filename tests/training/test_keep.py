@@ -146,6 +146,20 @@ def test_versions_count(pipe: Any, photo: Photo, cache: Path, monkeypatch: pytes
     assert entries(cache, "latents") == 2
 
 
+def test_tf32_counts_whichever_way_it_was_set(pipe: Any, photo: Photo, cache: Path) -> None:
+    matmul: Any = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has one way only")
+    before = matmul.fp32_precision
+    encode(pipe, photo)
+    try:
+        matmul.fp32_precision = "tf32"
+        encode(pipe, photo)
+    finally:
+        matmul.fp32_precision = before
+    assert entries(cache, "latents") == 2
+
+
 def test_a_damaged_entry_is_made_again(pipe: Any, photo: Photo, cache: Path) -> None:
     first = encode(pipe, photo)
     (entry,) = cache.glob("latents-*")
