@@ -87,6 +87,8 @@ def adapted_unet(config: AdapterConfig) -> UNet2DConditionModel:
             inject(unet, config, name, Start(empty=True))
         for layer in layers(unet):
             layer.activate(["one", "two"])
+            for name in ("one", "two"):
+                layer.set_scale(name, 1.0)
             layer.nora_delta.requires_grad_(True)
     move(unet)
     return unet
