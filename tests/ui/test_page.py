@@ -178,6 +178,23 @@ def test_the_rack_and_the_prompt_say_the_same(page: Any, server: Server) -> None
     prompt_is(page, "a sks dog <lora:hat:0.8>")
 
 
+@pytest.mark.parametrize(("tab", "field"), [("generate", "#prompt"), ("mix", "#recipe")])
+def test_a_tag_that_comes_back_shows_no_inner_field(page: Any, tab: str, field: str) -> None:
+    open_tab(page, tab)
+    words, weight = page.locator(field).locator("textarea, input"), page.get_by_label("number input for hat: weight")
+    weight = weight.locator("visible=true")
+    for prompt, shown in (("a hat <lora:hat:0.7>", 1), ("a hat", 0), ("a hat <lora:hat:0.7>", 1)):
+        words.fill(prompt)
+        expect(weight).to_have_count(shown)
+    expect(weight).to_have_value("0.7")
+    expect(page.get_by_label("Textbox").locator("visible=true")).to_have_count(0)
+    slider = page.get_by_label("range slider for hat: weight").locator("visible=true")
+    slider.press("ArrowRight")
+    expect(words).to_have_value("a hat <lora:hat:0.75>")
+    page.get_by_role("button", name="Remove", exact=True).locator("visible=true").click()
+    expect(words).to_have_value(re.compile("^a hat ?$"))
+
+
 def test_the_text_encoder_has_a_weight_of_its_own(page: Any, server: Server) -> None:
     fill(page, TAGS)
     open_blocks(page)
