@@ -21,8 +21,11 @@ from .messages import without_folders
 
 PICTURES, TRASH, HASHES = "pictures", ".trash", ".hashes.json"
 SEARCHED_PICTURES = 500
+KEPT_DELETIONS = 20
+"""So many deletions can be undone; what was deleted before them is gone for good."""
 SORTS = ("newest", "name", "size", "trained numbers")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+TICKET = re.compile(r"\d{1,20}-.+", re.DOTALL)
 
 
 class Library:
@@ -144,17 +147,25 @@ class Library:
         source = entry.file.parent if entry.in_own_folder else entry.file
         with user_errors(source):
             shutil.move(str(source), place / source.name)
+        for old in self.deletions()[KEPT_DELETIONS:]:
+            shutil.rmtree(self.folder / TRASH / old, ignore_errors=True)
         return ticket
 
+    def deletions(self) -> list[str]:
+        """The tickets of the deletions that can be undone, newest first."""
+        places = [p for p in (self.folder / TRASH).glob("*-*") if TICKET.fullmatch(p.name) and any(p.iterdir())]
+        return sorted((p.name for p in places), key=lambda name: -int(name.partition("-")[0]))
+
     def restore(self, ticket: str) -> Entry:
-        """Undo a deletion. Raises :class:`UserError` where something of that name has taken the place."""
-        known = {p.name: p for p in (self.folder / TRASH).glob("*")}
+        """Undo a deletion, under a free name where something else has taken its own."""
+        known = {name: self.folder / TRASH / name for name in self.deletions()}
         if ticket not in known:
             raise UserError("there is nothing to bring back")
         (source,) = known[ticket].iterdir()
         target = self.folder / source.name
-        if target.exists():
-            raise UserError(f"{source.name} is in the library again already: rename that one first")
+        if target.exists():  # a refusal would keep all deletions before this one from being undone
+            bare = _bare(target)
+            target = self.folder / f"{self.free_folder(bare).name}{source.name.removeprefix(bare)}"
         with user_errors(target):
             source.rename(target)
             known[ticket].rmdir()

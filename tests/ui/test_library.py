@@ -169,9 +169,27 @@ def test_a_ticket_is_no_path(shelf: Library, ticket: str) -> None:
 def test_undo_never_overwrites(shelf: Library) -> None:
     ticket = shelf.delete("dog")
     shutil.copytree(shelf.folder / "hat", shelf.folder / "dog")
-    with pytest.raises(UserError, match="again already"):
-        shelf.restore(ticket)
-    assert shelf.entry("dog").info is not None
+    hat = shelf.entry("dog").file.read_bytes()
+    assert shelf.restore(ticket).name == "dog-2"
+    assert shelf.entry("dog").file.read_bytes() == hat != shelf.entry("dog-2").file.read_bytes()
+    single = shelf.folder / "single.safetensors"
+    single.write_bytes(hat)
+    ticket = shelf.delete("single")
+    single.write_bytes(hat)
+    assert shelf.restore(ticket).file.name == "single-2.safetensors"
+
+
+def test_all_deletions_but_the_oldest_can_be_undone(shelf: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT_DELETIONS", 2)
+    tickets = [shelf.delete(name) for name in ("dog", "hat", "stranger")]
+    (shelf.folder / module.TRASH / "99-halfway").mkdir()  # nothing was moved there
+    (shelf.folder / module.TRASH / "notes").mkdir()
+    again = Library(shelf.folder)  # as after a restart
+    assert again.deletions() == tickets[:0:-1]
+    assert not (shelf.folder / module.TRASH / tickets[0]).exists()
+    for ticket, name in zip(again.deletions(), ("stranger", "hat"), strict=True):
+        assert again.restore(ticket).name == name
+    assert again.deletions() == []
 
 
 @pytest.mark.parametrize(

@@ -305,6 +305,21 @@ def test_an_adapter_that_was_deleted_while_listed(page: Any, server: Server) -> 
         card.wait_for(state="detached")
 
 
+def test_every_deletion_can_be_undone_after_a_reload(page: Any, server: Server) -> None:
+    with copied(server, "hat", "first-gone"), copied(server, "hat", "then-gone"):
+        for name in ("first-gone", "then-gone"):
+            open_tab(page, "library")
+            pick(page, name)
+            page.click("#delete")
+            page.locator(f"[data-name={name}]").wait_for(state="detached")
+        visit(page)
+        open_tab(page, "library")
+        for name in ("then-gone", "first-gone"):
+            expect(page.locator("#undo")).to_have_text(f"Undo: bring {name} back")
+            page.click("#undo")
+            page.locator(f"[data-name={name}]").wait_for()
+
+
 def test_only_what_fits_can_be_added(page: Any, server: Server) -> None:
     page.click("#add-adapter input")
     for name in ("dog", "hat"):

@@ -89,6 +89,10 @@ def _panel(app: App, panel: gr.Column) -> SimpleNamespace:
 def _act(page: Page, chosen: SimpleNamespace, undo: gr.Button, drop: gr.File) -> None:
     """Wire what changes something."""
     app, changed, deleted = page.app, page.library_changed, gr.State("")
+    gr.on(
+        [page.blocks.load, page.tab.select, changed.change], handler(undoer(app)), None, [deleted, undo],
+        **LAST, **HIDDEN,
+    )  # fmt: skip
     chosen.candidates.select(
         handler(chooser(app)), [chosen.name, chosen.offered, changed], changed, api_name="choose_picture", **HIDDEN
     )
@@ -97,10 +101,10 @@ def _act(page: Page, chosen: SimpleNamespace, undo: gr.Button, drop: gr.File) ->
         handler(exporter(app)), [chosen.name, chosen.form], chosen.exported, api_name="export", api_visibility="private"
     )
     chosen.delete.click(
-        handler(deleter(app)), [chosen.name, changed], [deleted, undo, chosen.name, chosen.panel, changed],
+        handler(deleter(app)), [chosen.name, changed], [chosen.name, chosen.panel, changed],
         api_name="delete", **HIDDEN,
     )  # fmt: skip
-    undo.click(handler(restorer(app)), [deleted, changed], [undo, changed], **HIDDEN)
+    undo.click(handler(restorer(app)), [deleted, changed], changed, **HIDDEN)
     drop.upload(handler(importer(app)), [drop, changed], [drop, changed], api_name="import", **HIDDEN)
 
 
@@ -169,20 +173,30 @@ def deleter(app: App) -> Any:
 
     def delete(name: str, changes: int) -> list[Any]:
         app.require_changes()
-        ticket = app.library.delete(name)
-        undo = gr.update(visible=True, value=f"Undo: bring {name} back")
-        return [ticket, undo, "", gr.update(visible=False), changes + 1]
+        app.library.delete(name)
+        return ["", gr.update(visible=False), changes + 1]
 
     return delete
 
 
-def restorer(app: App) -> Any:
-    """Undo the last deletion of this page."""
+def undoer(app: App) -> Any:
+    """The newest deletion that can be undone, read from disk: a reload or another page forgets none."""
 
-    def restore(ticket: str, changes: int) -> list[Any]:
+    def offer() -> list[Any]:
+        newest = next(iter(app.library.deletions()), "")
+        name = newest.partition("-")[2]
+        return [newest, gr.update(visible=bool(newest) and app.config.may_change, value=f"Undo: bring {name} back")]
+
+    return offer
+
+
+def restorer(app: App) -> Any:
+    """Undo the newest deletion; then the one before it is offered."""
+
+    def restore(ticket: str, changes: int) -> int:
         app.require_changes()
         app.library.restore(ticket)
-        return [gr.update(visible=False), changes + 1]
+        return changes + 1
 
     return restore
 
