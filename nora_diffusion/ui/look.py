@@ -34,7 +34,7 @@ CSS = """
   grid-template-columns: repeat(auto-fill, minmax(135px, 1fr)); }
 .card { text-align: left; border: 1px solid var(--border-color-primary); border-radius: 10px; padding: .6rem;
   background: var(--block-background-fill); color: var(--body-text-color); cursor: pointer; width: 100%;
-  font-weight: 400; }
+  font-weight: 400; display: flex; flex-direction: column; justify-content: flex-start; align-items: stretch; }
 .card:hover { border-color: var(--color-accent); }
 .card:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 2px; }
 .card[aria-pressed=true] { border-color: var(--color-accent); box-shadow: 0 0 0 1px var(--color-accent); }
@@ -43,16 +43,17 @@ CSS = """
 .card img, .card .none { width: 100%; aspect-ratio: 1; border-radius: 6px; margin-bottom: .4rem; display: block;
   background: var(--background-fill-secondary); }
 .card .none { display: grid; place-items: center; font-size: 2rem; color: var(--body-text-color-subdued); }
-.card b { display: block; overflow-wrap: anywhere; }
+.card b { overflow-wrap: anywhere; overflow: hidden; flex: none;
+  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; }
 .card small { display: block; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 .card small.why { color: var(--error-text-color); }
 .facts { width: 100%; border-collapse: collapse; font-size: .92rem; }
 .facts, .facts th, .facts td, .facts tr { border: 0 !important; }
 .facts tr + tr { border-top: 1px solid var(--border-color-primary) !important; }
 .facts th { text-align: left; font-weight: 500; color: var(--body-text-color-subdued); padding: .25rem .8rem .25rem 0;
-  vertical-align: top; white-space: nowrap; }
+  vertical-align: top; overflow-wrap: anywhere; min-width: 7rem; }
 .facts td + td, .facts thead th:last-child { padding-left: .8rem; }
-.facts td { padding: .25rem 0; overflow-wrap: anywhere; }
+.facts td { padding: .25rem 0; overflow-wrap: anywhere; min-width: 6rem; }
 .facts tr.new td { font-weight: 600; }
 .row:has(> .remove) { background: var(--block-background-fill); }
 .remove { align-self: center !important; margin: .6rem; flex: none !important; }
@@ -70,7 +71,7 @@ CSS = """
 .plot .rule { stroke: var(--border-color-primary); stroke-width: 1; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; color: var(--body-text-color-subdued); }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
-@media (max-width: 640px) { .gradio-container { padding: .5rem !important; } .facts th { white-space: normal; }
+@media (max-width: 640px) { .gradio-container { padding: .5rem !important; }
   :is(#train-examples, #train-samples) .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
   #generate-areas { grid-template: "ask" auto "result" auto "more" auto / 1fr; }
   #library-areas { grid-template: "chosen" auto "cards" auto "import" auto / 1fr; }

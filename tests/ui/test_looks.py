@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from nora_diffusion.composition.mixing import MixReport
+from nora_diffusion.formats.adapter_info import AdapterInfo
+from nora_diffusion.ui.cards import cards
+from nora_diffusion.ui.look import CSS
 from nora_diffusion.ui.shell import TABS
+from nora_diffusion.ui.tabs.mix import describe
 
-from .conftest import open_tab, visit
+from .conftest import open_tab, visit, visitor
 
 pytestmark = pytest.mark.slow
 
@@ -50,3 +56,26 @@ def test_everything_fits_a_phone(page: Any) -> None:
     for name in TABS:
         open_tab(page, name)
         page.wait_for_function("document.documentElement.scrollWidth <= 390")
+
+
+LONG_NAME = "a-very-long-name-of-an-adapter-that-somebody-gave-it-in-a-hurry1"
+
+
+def test_long_names_leave_room_for_what_is_said_of_them(browser: Any) -> None:
+    report = MixReport("mix", "cat", 8, 1, 1.0, 0.0, {(LONG_NAME, "hat"): 0.25}, [], AdapterInfo({}))
+    with visitor(browser) as page:
+        page.set_content(f"<style>{CSS}</style><div style='width: 480px'>{describe(report)}</div>")
+        told, table = page.locator(".facts td").last.bounding_box(), page.locator(".facts").bounding_box()
+    assert told["width"] > 90 and told["x"] + told["width"] <= table["x"] + table["width"] + 1
+
+
+def test_cards_side_by_side_begin_at_one_height(browser: Any) -> None:
+    entries = [
+        SimpleNamespace(name=name, info=None, scores=dict, thumbnail=lambda: None, stamp=("", 0, 0))
+        for name in ("dog", LONG_NAME)
+    ]
+    with visitor(browser) as page:
+        page.set_content(f"<style>{CSS}</style><div style='width: 300px'>{cards(entries, [None, None])}</div>")  # type: ignore[arg-type]
+        (one, two), name = (p.bounding_box() for p in page.locator(".none").all()), page.locator(".card b").last
+        assert one["y"] == two["y"]
+        assert name.bounding_box()["height"] <= 3.5 * page.locator(".card b").first.bounding_box()["height"]
