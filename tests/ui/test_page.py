@@ -344,6 +344,19 @@ def test_a_dropped_picture_shows_what_would_change(page: Any, server: Server, tm
     assert generate(page, server).read_bytes() == picture.read_bytes()  # the same picture again
 
 
+def test_a_refused_picture_takes_back_what_was_said_of_the_last(page: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    settings = PictureSettings(prompt="a fox", seed=3, steps=2, guidance=2.0, width=16, height=16)
+    save_picture(Image.new("RGB", (16, 16)), tmp_path / "good.png", settings)
+    changes = drop(page, tmp_path / "good.png")
+    expect(changes).to_contain_text("a fox")
+    page.click("#apply")
+    expect(changes).to_have_text("Applied.")
+    page.set_input_files("#drop-picture input[type=file]", tmp_path / "plain.png")
+    expect(changes.locator(".bad")).to_contain_text("plain.png")
+    expect(changes).not_to_contain_text("Applied")
+
+
 def test_a_missing_adapter_is_named(page: Any, server: Server, tmp_path: Path) -> None:
     digest = "ab" * 32
     adapters = [{"name": "dog", "weight": 0.5, "sha256": digest, "path": ""}]

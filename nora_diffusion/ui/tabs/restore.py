@@ -9,8 +9,10 @@ from typing import Any
 import gradio as gr
 
 from ...composition.tags import write_tags
+from ...errors import UserError
 from ...pictures import PictureSettings, read_settings, tag_of
 from ..cards import line
+from ..messages import sentence
 from ..page import HIDDEN, QUIET, Page, handler
 from ..state import App
 from .generate_settings import Settings
@@ -38,8 +40,10 @@ def build(page: Page, settings: Settings, blocks: gr.State) -> None:
     def look(file: str | None, *now: Any) -> list[Any]:
         if not file:
             return [None, "", gr.update(visible=False)]
-        picture = read_settings(Path(file))
-        values, factors, notes = restored(page.app, picture)
+        try:
+            values, factors, notes = restored(page.app, read_settings(Path(file)))
+        except UserError as error:  # said where the table would be: a toast would leave the last answer standing
+            return [None, line(sentence(error), bad=True), gr.update(visible=False)]
         shown = table(dict(zip(fields, now, strict=True)), values, notes)
         return [{"values": values, "blocks": factors}, shown, gr.update(visible=True)]
 
@@ -47,7 +51,7 @@ def build(page: Page, settings: Settings, blocks: gr.State) -> None:
         if restored is None:
             return [gr.skip()] * (len(fields) + 1) + [None, "", gr.update(visible=False)]
         values = [restored["values"][name] for name in fields]
-        return [*values, restored["blocks"], None, "Applied.", gr.update(visible=False)]
+        return [*values, restored["blocks"], None, line("Applied."), gr.update(visible=False)]
 
     seen = [found, changes, choice]
     drop.upload(handler(look), [drop, *fields.values()], seen, api_name="look", **HIDDEN)
