@@ -59,7 +59,9 @@ class Library:
         for entry in self.entries():
             if name in (entry.name, entry.tag):
                 return entry
-        raise UserError(f"there is no adapter {name[:80]!r} in the library: refresh it, or import the adapter")
+        raise UserError(
+            f"there is no adapter {name[:80]!r} in the library: remove its tag, or bring it back in the Library tab"
+        )
 
     def find(self, text: str = "", sort: str = "newest", method: str = "all") -> list[Entry]:
         """Entries that match all words of ``text``, in the order ``sort``."""
