@@ -127,8 +127,10 @@ def parse_axis(text: str) -> Axis:
     name = name.strip()
     if name in INTEGERS and (match := RANGE.fullmatch(rest.strip())):
         first, last = int(match[1]), int(match[2])
-        if not first <= last < first + MAX_RANGE:
-            raise UserError(f"the range {rest.strip()} is empty or longer than {MAX_RANGE}")
+        if last < first:
+            raise UserError(f"the range {rest.strip()} goes backwards: write {last}..{first}")
+        if last >= first + MAX_RANGE:
+            raise UserError(f"the range {rest.strip()} has more than {MAX_RANGE} values: write a shorter one")
         return axis(name, range(first, last + 1))
     words = [word.strip() for word in rest.split("|" if name == "prompt" or "|" in rest else ",")]
     return axis(name, [_number(name, word) for word in words] if name in NUMBERS else words)

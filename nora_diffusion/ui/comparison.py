@@ -25,6 +25,7 @@ MAX_CELLS = 100
 KEPT_CELLS = 2000
 MAX_TEXT = 4000
 BASE_ALONE = "none"
+EXAMPLES = {"seed": ", for example 1..4", "weight": ", for example 0, 0.5, 1"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ def build_axis(app: App, name: str, values: str, adapter: str) -> Axis:
     if len(values or "") > MAX_TEXT:
         raise UserError(f"an axis has more than {MAX_TEXT} characters: take some values out")
     words = [word.strip() for word in re.split("[|,\n]", values or "") if word.strip()]
+    if not words:
+        raise UserError(f"there are no values of {name!r} to compare: write some{EXAMPLES.get(name, '')}")
     if name == "adapter":
         return Axis(name, tuple(words), tuple({"adapter": _path(app, word)} for word in words))
     if name == "method":

@@ -18,9 +18,10 @@ _PLAIN = re.compile(r"""(?<![\w:/.<>])(?:[A-Za-z]:)?[\\/](?:[^\s\\/:;,'"<>]+[\\/
 
 
 def sentence(error: object) -> str:
-    """An error as a page says it: no folders, a capital letter first. It is not escaped yet."""
+    """An error as a page says it: no folders, a capital letter first but for a file's name. It is not escaped yet."""
     text = without_folders(str(error))
-    return text[:1].upper() + text[1:]
+    first = text.partition(" ")[0].rstrip(".,:;")
+    return text if "." in first else text[:1].upper() + text[1:]
 
 
 def without_folders(text: str) -> str:

@@ -28,9 +28,8 @@ def build_settings(
 
     Raises :class:`UserError` for what the trainer refuses, and for settings that a page may not make.
     """
-    for name, word in (("trigger", trigger), ("class word", class_word)):
-        if not WORD.fullmatch(word.strip()):
-            raise UserError(f"the {name} {word.strip()[:40]!r} will not do: give one word, for example sks and dog")
+    for field, word, example in (("What it is", class_word, "dog"), ("Trigger word", trigger, "sks")):
+        check_word(field, word.strip(), example)
     if preset not in PRESETS:
         raise UserError(f"there is no preset {preset[:40]!r}: choose one of {', '.join(PRESETS)}")
     trigger, class_word = trigger.strip(), class_word.strip()
@@ -54,6 +53,15 @@ def build_settings(
         "seed": 0,
         **own,
     }
+
+
+def check_word(field: str, word: str, example: str) -> None:
+    """Raises :class:`UserError` for anything but one word; several are shown joined."""
+    if not word:
+        raise UserError(f"'{field}' is empty: give one word, for example {example}")
+    if not WORD.fullmatch(word):
+        joined = "-".join(re.sub("[<>]", " ", word).split())[:40] or example
+        raise UserError(f"'{field}' is {word[:40]!r}: give one word, for example {joined}")
 
 
 def _defaults(engine: Engine, method: str) -> Any:

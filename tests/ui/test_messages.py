@@ -32,6 +32,12 @@ def test_folders_with_spaces_that_are_known(tmp_path: Path, monkeypatch: pytest.
     assert sentence(f"{tmp_path}/Ann Smith/photos of her/1.png is empty") == "Photos of her/1.png is empty"
 
 
+def test_the_name_of_a_file_stays_as_it_is() -> None:
+    assert sentence("holiday.png carries no settings") == "holiday.png carries no settings"
+    assert sentence("/srv/holiday.png: no settings") == "holiday.png: no settings"
+    assert sentence("nothing.") == "Nothing."
+
+
 def test_names_and_flags() -> None:
     assert (short_name("/models/sd15"), short_name("org/model"), short_name("")) == (
         "sd15",

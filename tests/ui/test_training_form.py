@@ -24,6 +24,21 @@ from nora_diffusion.ui.photos import check_photos
 from nora_diffusion.ui.training_form import build_settings, preflight, read_extra
 
 
+@pytest.mark.parametrize(
+    ("trigger", "word", "said"),
+    [
+        ("sks", " ", "'What it is' is empty: give one word, for example dog"),
+        ("sks", "golden retriever", "'What it is' is 'golden retriever': give one word, for example golden-retriever"),
+        ("", "dog", "'Trigger word' is empty: give one word, for example sks"),
+        ("<sks>", "dog", "'Trigger word' is '<sks>': give one word, for example sks"),
+    ],
+)
+def test_a_word_is_asked_for_by_its_field(engine: Engine, trigger: str, word: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build_settings(engine, "Fast", trigger, word, {})
+    assert str(caught.value) == said
+
+
 @pytest.fixture(scope="module")
 def engine(tiny_base: Path) -> Engine:
     return Engine(str(tiny_base), "cpu")
