@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nora_diffusion import inspect_adapter, nora, open_pipeline
+from nora_diffusion import export_lora, inspect_adapter, nora, open_pipeline
 from nora_diffusion.ui.tabs.mix import MODES
 
 from .conftest import Server, save_random
@@ -47,6 +47,19 @@ def test_every_mode_makes_an_adapter_that_can_be_exported(server: Server, second
         assert server.call("generate", prompt, "", 1, 3, 2, 2.0, 16, 16, {}, session=f"use {mode}")["success"]
     finally:
         shutil.rmtree(place)
+
+
+def test_a_plain_lora_is_refused_in_a_page_s_words(server: Server, tmp_path: Path) -> None:
+    plain = export_lora(server.library / "hat", tmp_path / "plain.safetensors", "kohya").path
+    placed = server.library / "plain.safetensors"
+    shutil.copy(plain, placed)
+    try:
+        answer = mix(server, "<lora:dog:1> <lora:plain:1>", name="plain mix")
+    finally:
+        placed.unlink()
+    said = str(answer["output"])
+    assert not answer["success"] and "is a plain LoRA (kohya LoRA), which cannot be mixed: use its tag" in said
+    assert "load_adapter" not in said and not (server.library / "plain-mix").exists()
 
 
 @pytest.mark.parametrize(

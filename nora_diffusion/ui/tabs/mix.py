@@ -91,7 +91,7 @@ def mixer(app: App) -> Any:
         if uneven:
             raise UserError(f"{uneven!r} has two weights; in a mix each adapter has one: write <lora:{uneven}:0.8>")
         parts = [(wanted(app, tag, {}).path, tag.unet) for tag in tags]
-        refuse_routed(app, [tag.name for tag in tags])
+        refuse_unmixable(app, [tag.name for tag in tags])
         folder = app.library.free_folder(safe_name(name or "mix"))
         settings = {"rank": whole(rank, "the rank") or None, "density": float(density), "seed": whole(seed, "the seed")}
         report = mix_files(parts, folder, mode, **settings)  # type: ignore[arg-type]
@@ -100,11 +100,17 @@ def mixer(app: App) -> Any:
     return mix
 
 
-def refuse_routed(app: App, names: Sequence[str]) -> None:
-    """A mixture with a router decides anew at each input: there is no one update that could be saved."""
+def refuse_unmixable(app: App, names: Sequence[str]) -> None:
+    """A mixture with a router decides anew at each input, so there is no one update that could be saved; the files of
+    other tools are read by a pipeline only."""
     for name in names:
         info = app.library.entry(name).info
-        if info and info.kind == "nora" and any(config.router != "none" for config in info.configs.values()):
+        if info and info.kind != "nora":
+            raise UserError(
+                f"{name!r} is a plain LoRA ({info.kind}), which cannot be mixed: use its tag in the prompt, or mix the "
+                "adapter that it was exported from"
+            )
+        if info and any(config.router != "none" for config in info.configs.values()):
             raise UserError(f"{name!r} has a router and cannot become part of one adapter: use its tag in the prompt")
 
 
