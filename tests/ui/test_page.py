@@ -299,7 +299,9 @@ def test_an_adapter_that_was_deleted_while_listed(page: Any, server: Server) -> 
         card.wait_for()
         shutil.rmtree(place)
         card.click()
-        page.get_by_text(re.compile("There is no adapter .short-lived. in the library: remove its tag, or bring")).wait_for()
+        page.get_by_text(
+            re.compile("There is no adapter .short-lived. in the library: remove its tag, or bring")
+        ).wait_for()
         open_tab(page, "mix")
         open_tab(page, "library")
         card.wait_for(state="detached")

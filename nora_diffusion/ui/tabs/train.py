@@ -12,6 +12,7 @@ import gradio as gr
 from ...demo import EXAMPLES, open_example
 from ...errors import UserError
 from ...training.config import Method
+from ..jobs import check_name
 from ..page import LAST, Page, handler
 from ..photos import MAX_PHOTOS, Checked, check_photos, with_captions
 from ..state import App
@@ -121,7 +122,7 @@ def _wire(app: App, form: SimpleNamespace, chosen: gr.Dropdown) -> Any:
     )  # fmt: skip
     form.check.click(
         handler(checker(app)),
-        values,
+        [form.name, *values],
         [form.found, form.prepared, form.report],
         api_name="train_check",
         api_visibility="private",
@@ -170,7 +171,8 @@ def example_taker(app: App) -> Any:
 def checker(app: App) -> Any:
     """What the trainer says of the settings, and the photos as these would have them."""
 
-    def check(photos: list[str], *values: Any) -> tuple[Any, ...]:
+    def check(name: str, photos: list[str], *values: Any) -> tuple[Any, ...]:
+        check_name(name.strip())
         settings = form_settings(app, photos, *values)
         checked, warnings = look(app, photos, settings)
         return view.findings(warnings), *show_photos(checked)[1:]
