@@ -146,8 +146,9 @@ def test_a_page_may_not_set_everything(text: str) -> None:
 @pytest.mark.parametrize(
     ("preset", "trigger", "word", "message"),
     [
-        ("Huge", "sks", "dog", "no preset"), ("Fast", "", "dog", "trigger"), ("Fast", "s k", "dog", "trigger"),
-        ("Fast", "<lora:x>", "dog", "trigger"), ("Fast", "sks", "", "class word"), ("Fast", "sks", "d" * 50, "class"),
+        ("Huge", "sks", "dog", "no preset"), ("Fast", "", "dog", "'Trigger word' is empty"),
+        ("Fast", "s k", "dog", "'Trigger word' is 's k'"), ("Fast", "<lora:x>", "dog", "'Trigger word'"),
+        ("Fast", "sks", "", "'What it is' is empty"), ("Fast", "sks", "d" * 50, "'What it is'"),
     ],
 )  # fmt: skip
 def test_words_are_checked(engine: Engine, preset: str, trigger: str, word: str, message: str) -> None:
