@@ -56,6 +56,7 @@ CSS = """
 .facts td { padding: .25rem 0; overflow-wrap: anywhere; min-width: 6rem; }
 .facts tr.new td { font-weight: 600; }
 .row:has(> .remove) { background: var(--block-background-fill); }
+.inner { display: none !important; }
 .remove { align-self: center !important; margin: .6rem; flex: none !important; }
 .empty { border: 1px dashed var(--border-color-primary); border-radius: 10px; padding: 1.2rem;
   color: var(--body-text-color-subdued); }

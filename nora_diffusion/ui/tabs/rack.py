@@ -89,7 +89,8 @@ def build_rack(page: Page, prompt: gr.Textbox, elem_id: str) -> gr.State:
 
 def _slot() -> Slot:
     with gr.Group(visible=False) as group:
-        name = gr.Textbox("", visible="hidden")  # a script of the page reads no gr.State
+        # A script of the page reads no gr.State. Hidden by style: a group that is shown anew shows all its parts.
+        name = gr.Textbox("", elem_classes="inner")
         with gr.Row():
             unet = gr.Slider(-USUAL, USUAL, 1, step=0.05, label="Weight", min_width=200, scale=4)
             out = gr.Button("Remove", size="sm", min_width=90, scale=0, elem_classes="remove")
