@@ -29,12 +29,6 @@ from .job import Job, read_job, read_json
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
-def check_name(name: str) -> None:
-    """Raises :class:`UserError` for what no adapter of the library may be called."""
-    if not NAME.fullmatch(name):
-        raise UserError(f"the name {name!r} will not do: use up to 64 letters, digits, '_' and '-'")
-
-
 class Jobs:
     """The jobs under ``root``. Finished adapters go to ``library``; ``device_lock`` is shared with generation.
 
@@ -50,7 +44,8 @@ class Jobs:
         ``settings`` are those of :class:`TrainConfig`, checked here before anything is written.
         """
         _check_system()
-        check_name(name)
+        if not NAME.fullmatch(name):
+            raise UserError(f"the name {name!r} will not do: use up to 64 letters, digits, '_' and '-'")
         identity = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         folder = self.root / identity
         places = {"instance_data_dir": folder / "photos", "output_dir": folder / "run"}

@@ -16,6 +16,7 @@ from nora_diffusion import UserError, inspect_adapter
 from nora_diffusion.captions import read_captions
 from nora_diffusion.ui.jobs import Jobs
 from nora_diffusion.ui.photos import with_captions
+from nora_diffusion.ui.tabs.train import renamed
 
 from .conftest import LONG, Server, end_trainings, jobs_of, open_tab, until, visit, visitor
 
@@ -65,6 +66,9 @@ def test_photos_are_shown_as_trained_and_rejects_have_reasons(page: Any, tmp_pat
     page.get_by_role("button", name="Check").click()
     expect(page.locator("#train-findings")).to_contain_text("There are only 2 photos: with 3 to 10")  # the trainer's
     expect(report).to_contain_text("fake.png is no JPEG")
+    page.get_by_label("Name").fill("Rex the dog!")
+    page.get_by_role("button", name="Check").click()
+    expect(page.locator("#train-findings")).to_contain_text("It will be called 'Rex-the-dog'")
 
 
 def test_captions_are_dropped_beside_their_photos(page: Any, tmp_path: Path) -> None:
@@ -78,6 +82,11 @@ def test_captions_are_dropped_beside_their_photos(page: Any, tmp_path: Path) -> 
     for said in ("2 photos will be trained on", "1 with a caption of its own", "alone.txt belongs to no photo"):
         expect(page.locator("#train-report")).to_contain_text(said)
     page.locator("#train-prepared").get_by_text("a sks dog in <b>snow</b>").first.wait_for()
+
+
+def test_a_name_is_made_fit_as_in_the_mix_tab() -> None:
+    assert renamed(" my-dog ") == []
+    assert "'Rex-the-dog'" in renamed("Rex the dog!")[0] and "'adapter'" in renamed("")[0]
 
 
 def test_captions_lie_where_the_trainer_looks(tmp_path: Path) -> None:

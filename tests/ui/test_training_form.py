@@ -21,7 +21,6 @@ from nora_diffusion.training.defaults import with_defaults
 from nora_diffusion.training.setup import bucket_step
 from nora_diffusion.ui.engine import Engine
 from nora_diffusion.ui.photos import check_photos
-from nora_diffusion.ui.tabs.train import checker
 from nora_diffusion.ui.training_form import build_settings, preflight, read_extra
 
 
@@ -179,8 +178,3 @@ def test_the_trainer_s_findings_are_said(engine: Engine, tmp_path: Path, monkeyp
     with pytest.raises(UserError, match="free some space"):
         said()
     assert not (tmp_path / ".jobs").exists()
-
-
-def test_check_refuses_the_name_that_train_would() -> None:
-    with pytest.raises(UserError, match="the name 'Rex the dog!' will not do"):
-        checker(None)("Rex the dog!", [])  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import gradio as gr
 from ...demo import EXAMPLES, open_example
 from ...errors import UserError
 from ...training.config import Method
-from ..jobs import check_name
+from ..library import safe_name
 from ..page import LAST, Page, handler
 from ..photos import MAX_PHOTOS, Checked, check_photos, with_captions
 from ..state import App
@@ -172,10 +172,9 @@ def checker(app: App) -> Any:
     """What the trainer says of the settings, and the photos as these would have them."""
 
     def check(name: str, photos: list[str], *values: Any) -> tuple[Any, ...]:
-        check_name(name.strip())
         settings = form_settings(app, photos, *values)
         checked, warnings = look(app, photos, settings)
-        return view.findings(warnings), *show_photos(checked)[1:]
+        return view.findings([*warnings, *renamed(name)]), *show_photos(checked)[1:]
 
     return check
 
@@ -187,11 +186,18 @@ def starter(app: App) -> Any:
         app.require_changes()
         settings = form_settings(app, photos, *values)
         checked, warnings = look(app, photos, settings)
-        identity = app.jobs.start(name.strip(), settings, [photo.path for photo in checked if photo.pictures])
+        identity = app.jobs.start(safe_name(name), settings, [photo.path for photo in checked if photo.pictures])
         app.make_room()
-        return view.findings(warnings) if warnings else "", gr.update(choices=choices(app), value=identity)
+        said = [*warnings, *renamed(name)]
+        return view.findings(said) if said else "", gr.update(choices=choices(app), value=identity)
 
     return start
+
+
+def renamed(name: str) -> list[str]:
+    """What becomes of a name that is none for a folder and a tag; the Mix tab has the same rule."""
+    safe = safe_name(name)
+    return [] if safe == name.strip() else [f"It will be called '{safe}': a name has letters, digits, '_' and '-'."]
 
 
 def look(app: App, photos: Sequence[str], settings: Mapping[str, Any]) -> tuple[list[Checked], list[str]]:
