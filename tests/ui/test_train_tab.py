@@ -82,6 +82,10 @@ def test_captions_are_dropped_beside_their_photos(page: Any, tmp_path: Path) -> 
     for said in ("2 photos will be trained on", "1 with a caption of its own", "alone.txt belongs to no photo"):
         expect(page.locator("#train-report")).to_contain_text(said)
     page.locator("#train-prepared").get_by_text("a sks dog in <b>snow</b>").first.wait_for()
+    page.get_by_label("What it is").fill("dog")
+    page.get_by_role("button", name="Check").click()
+    page.locator("#train-findings p").first.wait_for()
+    expect(page.locator("#train-report")).to_contain_text("alone.txt belongs to no photo")
 
 
 def test_a_name_is_made_fit_as_in_the_mix_tab() -> None:

@@ -77,6 +77,7 @@ def _photos(page: Page) -> dict[str, Any]:
     )  # fmt: skip
     return {
         "dropped": dropped, "examples": examples, "report": report, "prepared": prepared, "photos": gr.State([]),
+        "faults": gr.State([]),
     }  # fmt: skip
 
 
@@ -106,7 +107,7 @@ def _settings() -> dict[str, Any]:
 
 def _wire(app: App, form: SimpleNamespace, chosen: gr.Dropdown) -> Any:
     """Wire the form; returns the event of a started training."""
-    shown = [form.photos, form.prepared, form.report]
+    shown = [form.photos, form.prepared, form.report, form.faults]
     values = [
         form.photos, form.preset, form.trigger, form.word, form.method, form.steps, form.rate, form.encoder, form.prior,
         form.extra,
@@ -122,7 +123,7 @@ def _wire(app: App, form: SimpleNamespace, chosen: gr.Dropdown) -> Any:
     )  # fmt: skip
     form.check.click(
         handler(checker(app)),
-        [form.name, *values],
+        [form.name, form.faults, *values],
         [form.found, form.prepared, form.report],
         api_name="train_check",
         api_visibility="private",
@@ -133,7 +134,7 @@ def _wire(app: App, form: SimpleNamespace, chosen: gr.Dropdown) -> Any:
     )  # fmt: skip
 
 
-def take_photos(app: App, files: Sequence[str] | None) -> tuple[list[str], Any, str]:
+def take_photos(app: App, files: Sequence[str] | None) -> tuple[list[str], Any, str, list[str]]:
     """Dropped files: which will do, shown as they will be trained on."""
     app.require_changes()
     paths = [Path(file) for file in files or []]
@@ -145,13 +146,14 @@ def take_photos(app: App, files: Sequence[str] | None) -> tuple[list[str], Any, 
     return show_photos(check_photos(photos, app.engine, {}), faults)
 
 
-def show_photos(checked: Sequence[Checked], faults: Sequence[str] = ()) -> tuple[list[str], Any, str]:
-    """The paths, what the trainer makes of them, and what is said of them."""
+def show_photos(checked: Sequence[Checked], faults: Sequence[str] = ()) -> tuple[list[str], Any, str, list[str]]:
+    """The paths, what the trainer makes of them, what is said of them, and the faults of captions for the next time."""
     pictures = [(picture, photo.caption or photo.remark) for photo in checked for picture in photo.pictures]
     return (
         [str(photo.path) for photo in checked],
         gr.update(value=pictures, visible=bool(pictures)),
         view.photo_report(checked, faults),
+        list(faults),
     )
 
 
@@ -171,10 +173,10 @@ def example_taker(app: App) -> Any:
 def checker(app: App) -> Any:
     """What the trainer says of the settings, and the photos as these would have them."""
 
-    def check(name: str, photos: list[str], *values: Any) -> tuple[Any, ...]:
+    def check(name: str, faults: list[str], photos: list[str], *values: Any) -> tuple[Any, ...]:
         settings = form_settings(app, photos, *values)
         checked, warnings = look(app, photos, settings)
-        return view.findings([*warnings, *renamed(name)]), *show_photos(checked)[1:]
+        return view.findings([*warnings, *renamed(name)]), *show_photos(checked, faults)[1:3]
 
     return check
 
