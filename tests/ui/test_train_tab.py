@@ -188,6 +188,25 @@ def test_stop_saves_and_resume_names_the_step(page: Any, server: Server, name: s
     until(lambda: name not in [job.name for job in jobs_of(server).list()], page=page)
 
 
+def test_a_refused_resume_shows_how_things_stand(page: Any, server: Server) -> None:
+    folder = jobs_of(server).root / "20260101-000000-abcdef"
+    checkpoint = folder / "run" / "checkpoints" / "step-7"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    (folder / "job.json").write_text('{"name": "old-dog"}')
+    (folder / "exit.json").write_text('{"code": 143, "message": ""}')
+    try:
+        open_tab(page, "train")
+        resume = page.get_by_role("button", name="Resume from step 7")
+        resume.wait_for()
+        shutil.rmtree(checkpoint)  # as by another page
+        resume.click()
+        page.get_by_text(re.compile("has no checkpoint to go on from")).wait_for()
+        expect(resume).to_be_hidden()
+    finally:
+        shutil.rmtree(folder)
+
+
 def test_what_is_removed_meanwhile_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = Jobs(tmp_path, tmp_path, tmp_path / "lock")
     (tmp_path / "gone").mkdir()

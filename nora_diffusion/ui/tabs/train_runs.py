@@ -55,7 +55,8 @@ def watch(page: Page, runs: SimpleNamespace, started: Any) -> None:
         acted = getattr(runs, name).click(
             handler(actor(app, act)), runs.chosen, None, api_name=f"train_{name}", **HIDDEN
         )
-        acted.success(refresh, state, seen, **QUIET)
+        for over in (acted.success, acted.failure):  # refused: another page was faster, and this one is out of date
+            over(refresh, state, seen, **QUIET)
     runs.use.click(handler(user(app)), [page.prompt, runs.chosen], [page.prompt, page.tabs], **HIDDEN)
     gr.on(
         [page.blocks.load, page.tab.select, runs.timer.tick, runs.chosen.input], refresh, state, seen, **LAST, **QUIET
