@@ -77,9 +77,12 @@ def _status(folder: Path, state: Mapping[str, Any], outcome: Mapping[str, Any]) 
     if is_held(folder / "alive.lock"):
         if (folder / "stopping").exists():
             return "stopping"
-        own = state.get("pid") == read_json(folder / "process.json").get("pid")
+        process = read_json(folder / "process.json")
+        own = "pid" in process and state.get("pid") == process["pid"]
         status = state.get("status") if own else None  # else the state is that of the process before this one
-        return status if status in ("starting", "training", "saving") else "saving" if status == "done" else "waiting"
+        if status is None:
+            return "waiting" if process.get("waiting") else "starting"
+        return status if status in ("starting", "training", "saving") else "saving" if status == "done" else "starting"
     if not outcome:
         return "killed"
     if outcome["code"] in STOP_CODES:

@@ -37,9 +37,11 @@ def main(folder: Path) -> int:
 def _train(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     lock = FileLock(Path(job["device_lock"]))
     try:
-        # From here on it can be told to stop.
-        write_atomic(folder / "process.json", json.dumps({"pid": os.getpid(), "boot": boot_id()}))
-        lock.acquire()
+        _say(folder, waiting=False)  # from here on it can be told to stop
+        if not lock.try_acquire():
+            _say(folder, waiting=True)
+            lock.acquire()
+            _say(folder, waiting=False)
         # A run that ended well but did not get into the library, for want of space say, is not trained again.
         code = (
             0 if is_finished(folder / "run") else _trainer()(["--config", str(folder / "request.yaml"), *job["flags"]])
@@ -56,6 +58,12 @@ def _train(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         return {"code": UNREADABLE, "message": str(error) or type(error).__name__}
     finally:
         lock.release()
+
+
+def _say(folder: Path, waiting: bool) -> None:
+    """Which process this is, and whether somebody else has the device."""
+    process = {"pid": os.getpid(), "boot": boot_id(), "waiting": waiting}
+    write_atomic(folder / "process.json", json.dumps(process))
 
 
 def _trainer() -> Callable[[list[str]], int]:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,7 +99,11 @@ def test_a_living_process_is_told_by_its_lock_alone(tmp_path: Path) -> None:
         job = read_job(folder)
         assert (job.status, job.step, job.total, job.eta) == ("training", 2, 4, 4.0)
         (folder / "process.json").write_text(json.dumps({"pid": other, "boot": ""}))
-        assert read_job(folder).status == "waiting"  # the state is that of the run before
+        assert read_job(folder).status == "starting"  # the state is that of the run before
+        (folder / "process.json").write_text(json.dumps({"pid": other, "boot": "", "waiting": True}))
+        assert read_job(folder).status == "waiting"
+        (folder / "process.json").unlink()
+        assert read_job(folder).status == "starting"
 
 
 def test_long_curves_are_thinned_to_means(tmp_path: Path) -> None:
@@ -226,9 +229,7 @@ def test_a_job_outlives_the_app_and_waits_for_the_device(
     )
     identity = app.communicate()[0].decode().strip()
     assert app.returncode == -signal.SIGKILL
-    until(lambda: (jobs.root / identity / "process.json").exists(), LONG)
-    time.sleep(1)
-    assert jobs.get(identity).status == "waiting"
+    until(lambda: jobs.get(identity).status == "waiting", LONG)
     generation.release()
     assert finished(jobs, identity).status == "done"
 
