@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ KEPT = "nora_diffusion"
 FIRST_PROMPT = "a red car in the forest"
 REMEMBER = """
 (...values) => {
-  if (document.documentElement.dataset.ready !== 'true') return [];  // first values, before the stored ones are back
+  if (document.documentElement.dataset[READY] !== 'true') return [];  // first values, before the stored ones are back
   const kept = Object.fromEntries(FIELDS.map((name, n) => [name, values[n]]));
   try { localStorage.setItem(KEY, JSON.stringify(kept)); } catch (full) { /* a browser that keeps nothing */ }
   return [];
@@ -29,11 +29,12 @@ RECALL = """
   let kept = null;
   try { kept = JSON.parse(localStorage.getItem(KEY)); } catch (spoiled) { /* as on a first visit */ }
   kept = kept && typeof kept === 'object' ? kept : {};
-  document.documentElement.dataset.ready = 'true';
-  return RULES.map(([name, first, low, high]) => {
+  document.documentElement.dataset[READY] = 'true';
+  return RULES.map(([name, first, low, high, known]) => {
     const value = kept[name];
-    const size = typeof value === 'string' ? value.length : value;
-    return typeof value === typeof first && Number.isFinite(size) && low <= size && size <= high ? value : first;
+    const size = typeof value === 'string' ? value.length : Number(value);
+    const fits = typeof value === typeof first && Number.isFinite(size) && low <= size && size <= high;
+    return fits && (!known || known.includes(value)) ? value : first;
   });
 }
 """
@@ -105,9 +106,9 @@ def _keep(page: Page, settings: Settings, first: dict[str, Any], back: gr.Button
     back.click(lambda: [first[name] for name in names], None, [fields[name] for name in names], **QUIET)
 
 
-def remember(fields: Iterable[str]) -> str:
-    """The script that stores the values of these fields in the browser, by name."""
-    return REMEMBER.replace("FIELDS", json.dumps(list(fields))).replace("KEY", json.dumps(KEPT))
+def remember(fields: Iterable[str], tab: str = "") -> str:
+    """The script that stores the values of these fields in the browser, by name; ``tab`` keeps those of tabs apart."""
+    return _for_tab(REMEMBER.replace("FIELDS", json.dumps(list(fields))), tab)
 
 
 def recall(first: Mapping[str, Any]) -> str:
@@ -116,5 +117,13 @@ def recall(first: Mapping[str, Any]) -> str:
         "count": (1, MAX_PICTURES), "seed": (-1, 2**53), "steps": (1, MAX_STEPS), "guidance": (0, 30),
         "width": (0, MAX_SIDE), "height": (0, MAX_SIDE),
     }  # fmt: skip
-    rules = [[name, value, *ranges.get(name, (0, MAX_PROMPT))] for name, value in first.items()]
-    return RECALL.replace("RULES", json.dumps(rules)).replace("KEY", json.dumps(KEPT))
+    return recall_by([[name, value, *ranges.get(name, (0, MAX_PROMPT))] for name, value in first.items()])
+
+
+def recall_by(rules: Iterable[Sequence[Any]], tab: str = "") -> str:
+    """The same by rules ``[name, first, low, high]``, with a list of what it may be as a fifth where it is chosen."""
+    return _for_tab(RECALL.replace("RULES", json.dumps(list(rules))), tab)
+
+
+def _for_tab(script: str, tab: str) -> str:
+    return script.replace("KEY", json.dumps(f"{KEPT}{tab}")).replace("READY", json.dumps(f"ready{tab}"))

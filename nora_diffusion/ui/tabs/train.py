@@ -13,11 +13,12 @@ from ...demo import EXAMPLES, open_example
 from ...errors import UserError
 from ...training.config import Method
 from ..library import safe_name
-from ..page import LAST, Page, handler
+from ..page import LAST, QUIET, Page, handler
 from ..photos import MAX_PHOTOS, Checked, check_photos, with_captions
 from ..state import App
-from ..training_form import PRESETS, build_settings, preflight
+from ..training_form import MAX_YAML, PRESETS, build_settings, preflight
 from . import train_view as view
+from .generate_settings import recall_by, remember
 from .train_runs import build_runs, choices, watch
 
 TITLE = "Train"
@@ -32,6 +33,7 @@ def build(page: Page) -> None:
             form = _form(page)
         with gr.Column(scale=6, min_width=320):
             runs = build_runs(page)
+    _keep(page, form)
     started = _wire(page.app, form, runs.chosen)
     watch(page, runs, started)
 
@@ -103,6 +105,20 @@ def _settings() -> dict[str, Any]:
         "preset": preset, "method": method, "steps": steps, "rate": rate, "encoder": encoder, "prior": prior,
         "extra": extra,
     }  # fmt: skip
+
+
+def _keep(page: Page, form: SimpleNamespace) -> None:
+    """Words and settings survive a reload, as those of the Generate tab do; photos are dropped anew."""
+    rules: dict[str, list[Any]] = {
+        "word": ["", 0, 40], "trigger": ["sks", 0, 40], "name": ["my-subject", 0, 64],
+        "preset": ["Balanced", 0, 40, list(PRESETS)], "method": ["nora", 0, 40, list(METHODS)],
+        "steps": [0, 0, 10**9], "rate": [0, 0, 10**3], "encoder": [False, 0, 1], "prior": [False, 0, 1],
+        "extra": ["", 0, MAX_YAML],
+    }  # fmt: skip
+    parts = [getattr(form, name) for name in rules]
+    gr.on([part.change for part in parts], None, parts, None, js=remember(rules, "Train"), **LAST, **QUIET)
+    found = recall_by([[name, *rule] for name, rule in rules.items()], "Train")
+    page.blocks.load(None, None, parts, js=found, **QUIET)
 
 
 def _wire(app: App, form: SimpleNamespace, chosen: gr.Dropdown) -> Any:
