@@ -117,7 +117,8 @@ def facts(entry: Entry, misfit: str | None) -> str:
             "base": short_name(info.base) if info.base else "unknown",
             "trained numbers": f"{info.trained_numbers:,} of {info.stored_numbers:,} stored",
             "scores": ", ".join(f"{name} {value:.3f}" for name, value in entry.scores().items()),
-            "steps, seed": f"{info.step}, {info.seed}",
+            "steps": str(info.step) if info.step else "",
+            "seed": "" if info.seed is None else str(info.seed),
             "licence": info.license,
         }
     rows |= {

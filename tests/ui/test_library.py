@@ -192,6 +192,13 @@ def test_all_deletions_but_the_oldest_can_be_undone(shelf: Library, monkeypatch:
     assert again.deletions() == []
 
 
+def test_what_is_not_known_is_not_told(shelf: Library) -> None:
+    entry = shelf.entry("dog")
+    assert entry.info is not None and ">seed<" not in facts(entry, None) and ">steps<" not in facts(entry, None)
+    entry.info.step, entry.info.seed = 7, 0
+    assert ">steps</th><td>7<" in facts(entry, None) and ">seed</th><td>0<" in facts(entry, None)
+
+
 @pytest.mark.parametrize(
     ("text", "name"),
     [("my dog", "my-dog"), ("../x", "x"), ("", "adapter"), ("ünï", "n"), ("a" * 99, "a" * 64), ("--", "adapter")],
