@@ -30,11 +30,15 @@ EXAMPLES = {"seed": ", for example 1..4", "weight": ", for example 0, 0.5, 1"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """A finished grid: labelled cells, and copies of its sheet and its description that a page may download."""
+    """A finished grid: labelled cells, and copies of its sheet and its description that a page may download.
+
+    ``across``: the number of the first row's last cell.
+    """
 
     cells: tuple[tuple[str, Path], ...]
     sheet: Path
     report: Path
+    across: int
 
 
 def build_axis(app: App, name: str, values: str, adapter: str) -> Axis:
@@ -156,9 +160,16 @@ def compare(app: App, config: GridConfig, adapter: str, scored: bool, run: Run) 
         tuple((cell_label(config, cell), cell.file) for cell in made),
         Path(app.hand_out(folder / "grid.png")),
         Path(app.hand_out(folder / "grid.json")),
+        last_across([cell.place for cell in made]),
     )
     _prune(folder / "cells", {cell.file for cell in made})
     return result
+
+
+def last_across(places: Sequence[tuple[int, ...]]) -> int:
+    """The last cell of the first row, which differs from the first cell in one thing; in a column alone its last."""
+    row = [number for number, place in enumerate(places) if place[1:] == places[0][1:]]
+    return row[-1] if len(row) > 1 else len(places) - 1
 
 
 def _judge(app: App, adapter: str) -> tuple[Any, list[Any]]:

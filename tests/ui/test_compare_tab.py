@@ -14,6 +14,7 @@ from playwright.sync_api import expect
 
 from nora_diffusion import mor, open_pipeline
 from nora_diffusion.generation import GenerateConfig, generate
+from nora_diffusion.ui.comparison import last_across
 
 from .conftest import Server, number, open_tab, press, save_random, select, until
 
@@ -84,6 +85,12 @@ def test_absurd_grids_are_refused(server: Server, change: dict[int, Any], messag
         data[place] = value
     answer = server.call("compare", *data, session=f"compare {sorted(change)}")
     assert not answer["success"] and message in str(answer["output"]), answer
+
+
+def test_side_by_side_begins_with_one_thing_changed() -> None:
+    places = [(x, y, z) for z in range(2) for y in range(2) for x in range(3)]
+    assert last_across(places) == 2 and last_across(sorted(places)) == 8
+    assert last_across([(0, 0, 0), (0, 1, 0)]) == 1 and last_across([(0, 0, 0)]) == 0
 
 
 def test_inspect_shows_what_an_adapter_changes(page: Any) -> None:

@@ -203,7 +203,7 @@ def _done(result: Comparison, seconds: float) -> str:
 def _results(app: App, result: Comparison) -> list[Any]:
     labels = [label for label, _ in result.cells]
     cells = [(label, app.hand_out(file)) for label, file in result.cells]
-    first, last = 0, len(cells) - 1
+    first, last = 0, result.across
     return [
         gr.update(value=str(result.sheet), visible=True),
         gr.update(value=str(result.sheet), visible=True),
