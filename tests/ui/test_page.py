@@ -443,6 +443,7 @@ def test_import_export_delete_undo(page: Any, server: Server, library: Path, bas
     named = tmp_path / "imported.safetensors"
     shutil.copy(file, named)
     page.set_input_files("#import input[type=file]", named)
+    page.get_by_text("Imported", exact=True).wait_for()
     card = page.locator(".card", has_text="imported")
     card.wait_for()
     pick(page, "imported")

@@ -206,12 +206,14 @@ def importer(app: App) -> Any:
 
     def take(files: list[str] | None, changes: int) -> list[Any]:
         app.require_changes()
-        refused = []
+        taken, refused = [], []
         for file in (files or [])[:MAX_IMPORTS]:
             try:
-                app.library.add(Path(file), Path(file).name)
+                taken.append(app.library.add(Path(file), Path(file).name).name)
             except UserError as error:
                 refused.append(str(error))
+        if taken:
+            gr.Info(toast(", ".join(taken)), title="Imported", duration=6)
         if refused:
             gr.Warning(toast("; ".join(refused)), title="Not imported", duration=15)
         return [None, changes + 1]
