@@ -133,20 +133,15 @@ def show(prompt: str, factors: dict[str, dict[str, float]], *values: float) -> l
     rows: list[Any] = []
     for index in range(SLOTS):
         if index >= len(tags):
-            rows += [gr.update(visible=False), _named(""), *[gr.skip()] * SLIDERS]
+            rows += [gr.update(visible=False), "", *[gr.skip()] * SLIDERS]
             continue
         tag, now = tags[index], values[index * SLIDERS : (index + 1) * SLIDERS]
         own = (factors or {}).get(tag.name, {})
         wanted = [tag.unet, tag.te, *(own.get(block, 1.0) for block in BLOCKS)]
         sliders = [gr.skip() if old == new else gr.update(**_at(new)) for old, new in zip(now, wanted, strict=True)]
         sliders[0] = gr.update(label=f"{tag.name}: weight", **({} if now[0] == tag.unet else _at(tag.unet)))
-        rows += [gr.update(visible=True), _named(tag.name), *sliders]
+        rows += [gr.update(visible=True), tag.name, *sliders]
     return rows
-
-
-def _named(name: str) -> Any:
-    """The hidden field with a name: a group that is shown a second time shows what is not hidden anew."""
-    return gr.update(value=name, visible="hidden")
 
 
 def _at(value: float) -> dict[str, float]:
