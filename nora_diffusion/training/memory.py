@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..adapters import AdapterConfig
 from ..adapters.config import Start
-from ..components import component, denoiser_name
+from ..components import component, denoiser_name, nora_layers
 from ..loaders.inject import inject
 from .denoiser import outline_conditions, predict
 
@@ -62,6 +62,8 @@ def outline(
         module = _shapes(component(pipe, part))
         with torch.device("meta"):
             inject(module, config, "outline", Start(empty=True))
+        for layer in nora_layers(module, "outline").values():
+            layer.set_scale("outline", 1.0)
         own = {name: value for name, value in module.state_dict(keep_vars=True).items() if ".nora_" in name}
         factors += len(own)
         trained += sum(value.numel() for value in own.values() if isinstance(value, nn.Parameter))
