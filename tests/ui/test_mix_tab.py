@@ -71,7 +71,7 @@ def test_a_plain_lora_is_refused_in_a_page_s_words(server: Server, tmp_path: Pat
         ({"recipe": "<lora:../dog:1> <lora:hat:1>"}, "no adapter"),
     ],
 )  # fmt: skip
-def test_mistakes_make_nothing(server: Server, change: dict[str, Any], words: str) -> None:
+def test_mistakes_make_nothing(server: Server, second: None, change: dict[str, Any], words: str) -> None:
     before = sorted(server.library.iterdir())
     answer = mix(server, **change)
     assert not answer["success"] and words in str(answer["output"]), answer
