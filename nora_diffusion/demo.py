@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,16 @@ from .files import make_folder, write_atomic
 from .pictures import contact_sheet, png, read_picture
 
 SUBJECT = "stripemug-red"
-EXAMPLES = Path(__file__).parents[1] / "examples" / "subjects"
 SEED = 0
+
+
+def find_examples(package: Path) -> Path:
+    """Folder of the example subjects: the wheel has the demo's inside the package, a clone has all beside it."""
+    shipped = package / "examples" / "subjects"
+    return shipped if shipped.is_dir() else package.parent / "examples" / "subjects"
+
+
+EXAMPLES = find_examples(Path(__file__).parent)
 
 
 @dataclass
@@ -47,18 +56,25 @@ class Example:
         return [read_picture(self.folder / name) for name in self.values["heldout"]]
 
 
+def example_names() -> list[str]:
+    """Names of the example subjects that this installation has."""
+    return sorted(f.parent.name for f in EXAMPLES.glob("*/subject.json"))
+
+
 def open_example(slug: str) -> Example:
-    """An example subject by name. Raises :class:`UserError` that lists those there are."""
-    if not EXAMPLES.is_dir():
-        raise UserError("the example subjects are in the source repository, not in the package: clone it for the demo")
+    """An example subject by name. Raises :class:`UserError` that lists the available ones."""
+    names = example_names()
+    if not names:
+        raise UserError(f"there are no example subjects in {EXAMPLES}: reinstall nora-diffusion")
+    if slug not in names:
+        raise UserError(f"there is no example subject {slug!r}: choose one of {_available(names)}")
     file = EXAMPLES / slug / "subject.json"
-    if not file.is_file():
-        raise UserError(f"there is no example subject {slug!r}: choose one of {', '.join(_slugs())}")
     return Example(file.parent, json.loads(file.read_text(encoding="utf-8")))
 
 
-def _slugs() -> list[str]:
-    return sorted(f.parent.name for f in EXAMPLES.glob("*/subject.json"))
+def _available(names: list[str]) -> str:
+    more = " (the package ships only this one; the source repository has more in examples/subjects)"
+    return ", ".join(names) + (more if len(names) == 1 else "")
 
 
 def run_demo(
@@ -154,5 +170,7 @@ def table(report: dict[str, Any]) -> str:
         f"export error       max |dW_file - dW| = {report['export_max_error']:.1e}",
         "                   subject score   prompt score   (tiny CLIP, cosine)",
         *(f"{name:<18} {s['subject']:>13.3f} {s['prompt']:>14.3f}" for name, s in scores.items()),
+        "",
+        *textwrap.wrap(f"--subject takes {_available(example_names())}", 100, break_on_hyphens=False),
     ]
     return "\n".join(lines)

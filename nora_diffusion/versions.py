@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from importlib import metadata
 
-PACKAGES = ("nora-diffusion", "torch", "diffusers", "transformers", "peft")
+from . import __version__
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft")
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that shape the numbers."""
-    found = {}
+    """Versions of the packages that shape the numbers.
+
+    This package's is that of the code that runs: an installed one may be another, or none beside a source tree.
+    """
+    found = {"nora-diffusion": __version__}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report["steps"] == 2
     assert set(report["scores"]) == {"base", "nora"}
     assert f"{report['trained_numbers']:,}" in printed and demo.SUBJECT in printed
+    assert "--subject takes" in printed and all(name in printed for name in demo.example_names())
     assert inspect_adapter(out).trained_numbers == report["trained_numbers"]
     assert report["bytes"]["subject_lora.safetensors"] == (out / "subject_lora.safetensors").stat().st_size
     assert load_file(out / "subject_lora.safetensors")
@@ -31,7 +33,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_examples_are_complete() -> None:
     """Six pictures to learn from, held-out ones to score with, six prompts; at least 16 subjects."""
-    slugs = [f.parent.name for f in demo.EXAMPLES.glob("*/subject.json")]
+    slugs = demo.example_names()
     assert len(slugs) >= 16 and demo.SUBJECT in slugs
     for slug in slugs:
         example = demo.open_example(slug)
@@ -40,7 +42,28 @@ def test_examples_are_complete() -> None:
         assert example.class_word in example.phrase
 
 
+def test_the_wheel_has_one_subject_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The wheel's folder inside the package comes first: beside it, in site-packages, lies what others installed."""
+    package = tmp_path / "site-packages/nora_diffusion"
+    shutil.copytree(demo.EXAMPLES / demo.SUBJECT, package / "examples/subjects" / demo.SUBJECT)
+    (tmp_path / "site-packages/examples/subjects/other").mkdir(parents=True)
+    monkeypatch.setattr(demo, "EXAMPLES", demo.find_examples(package))
+    assert demo.example_names() == [demo.SUBJECT] and len(demo.open_example(demo.SUBJECT).pictures()) == 6
+    assert main(["demo", "--subject", "tiger"]) == 2
+    said = capsys.readouterr().err
+    assert f"choose one of {demo.SUBJECT}" in said and "source repository has more" in said
+
+
+def test_a_clone_has_all_subjects_beside_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Path(__file__).parents[1] / "examples/subjects" == demo.EXAMPLES
+    assert main(["demo", "--subject", "unicorn"]) == 2
+    said = capsys.readouterr().err
+    assert all(name in said for name in demo.example_names()) and "source repository" not in said
+
+
 def test_installed_without_examples(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(demo, "EXAMPLES", Path("nowhere"))
     assert main(["demo"]) == 2
-    assert "source repository" in capsys.readouterr().err
+    assert "no example subjects in nowhere: reinstall" in capsys.readouterr().err
