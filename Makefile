@@ -1,20 +1,30 @@
 # Each target works on a fresh machine with Python 3.10+ and make: it builds .venv first when that is missing or outdated.
+# On Windows, run make from Git Bash.
+ifeq ($(OS),Windows_NT)
+PYTHON ?= python
+BIN := .venv/Scripts
+else
 PYTHON ?= python3
 BIN := .venv/bin
+endif
 STAMP := .venv/.installed
 EXTRAS := app,train,track,quantize,ray,dev
 
-.PHONY: help setup app demo screenshots test test-slow check clean
+.PHONY: help setup app demo browser screenshots test test-slow check build release-check clean
 
 help:
-	@echo "make app        generate, mix, train and compare in the browser"
-	@echo "make demo       learn a subject with NoRA and write outputs/demo (about 3 minutes on 2 cores)"
-	@echo "make test       the fast tests"
-	@echo "make test-slow  the tests that train or take long"
-	@echo "make check      ruff and a strict type check"
-	@echo "make screenshots  pictures of every tab in outputs/screenshots (needs Chromium)"
-	@echo "make setup      only build .venv with the pinned dependencies"
-	@echo "make clean      remove .venv and caches; outputs stays, which holds the library of the app"
+	@echo "make app            generate, mix, train and compare in the browser"
+	@echo "make demo           learn a subject with NoRA and write outputs/demo (about 3 minutes on 2 cores)"
+	@echo "make test           the fast tests"
+	@echo "make test-slow      the tests that train or take long"
+	@echo "make check          ruff and a strict type check"
+	@echo "make browser        download a Chromium for the tests of the app, where the system has none"
+	@echo "make screenshots    pictures of every tab in outputs/screenshots (needs Chromium)"
+	@echo "make build          write the wheel and the sdist into dist"
+	@echo "make release-check  build, check version and changelog, and try the wheel in an empty environment"
+	@echo "make setup          only build .venv with the pinned dependencies"
+	@echo "make clean          remove .venv, dist and caches; outputs stays, which holds the library of the app"
+	@echo "make help           this list"
 
 setup: $(STAMP)
 
@@ -30,6 +40,9 @@ app: $(STAMP)
 
 demo: $(STAMP)
 	@$(BIN)/nora-diffusion demo
+
+browser: $(STAMP)
+	@$(BIN)/python -m playwright install --with-deps chromium
 
 screenshots: $(STAMP)  # needs Chromium
 	@$(BIN)/python -m pytest tests/ui/screenshots.py
@@ -47,6 +60,13 @@ check: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+build: $(STAMP)
+	@rm -rf dist
+	@$(BIN)/python -m hatchling build
+
+release-check: build
+	@$(BIN)/python -m pytest tests/test_project.py tests/test_package.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

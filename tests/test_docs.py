@@ -1,4 +1,4 @@
-"""Every command and every Python block of README.md and docs/ is run, document by document, from top to bottom.
+"""Every command and every Python block of README.md and its neighbors and of docs/ is run, each document top to bottom.
 
 A shell line runs through the same entry points as on a command line. A model's hub id stands for a tiny random one of
 its layout, in a folder of ``base``; training and denoising are cut to two steps; nothing else is changed.
@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 from architectures import tiny_pipeline
@@ -17,17 +18,17 @@ from factories import tiny_dino, tiny_random_pipeline, write_photos
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 HUB_IDS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd", "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "openai/clip-vit-large-patch14": "judge", "facebook/dinov2-base": "dino",
 }  # fmt: skip
 SHORT = ["--max_train_steps", "2", "--num_class_images", "2", "--sample_steps", "1", "--num_validation_images", "1"]
-BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^ *```(bash|python)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 
 def blocks(path: Path) -> list[tuple[str, str]]:
-    return BLOCK.findall(path.read_text(encoding="utf-8"))
+    return [(language, dedent(text)) for language, text in BLOCK.findall(path.read_text(encoding="utf-8"))]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -70,6 +71,12 @@ def run_command(words: list[str], base: Path) -> None:
         words = ["python", *words[words.index("-m") :]]
     if words[0] == "make":
         assert re.search(rf"^{re.escape(words[1])}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+    elif words == ["pre-commit", "install"]:
+        assert (ROOT / ".pre-commit-config.yaml").is_file()
+    elif words == [".", ".venv/bin/activate"]:
+        pass
+    elif words[:3] == ["python", "-m", "pytest"]:
+        assert (ROOT / words[3]).exists(), words
     elif words[:2] == ["python", "train_dreambooth_nora.py"] or words[:2] == ["nora-diffusion", "train"]:
         assert train(words[2:], base) == 0, words
     elif words[:2] in (["python", "app.py"], ["nora-diffusion", "app"]):
@@ -85,7 +92,7 @@ def run_command(words: list[str], base: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+@pytest.mark.parametrize("document", [*filter(blocks, DOCUMENTS)], ids=lambda p: p.name)
 def test_documents_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tmp_path / "base"
     tiny_random_pipeline(base / "sd")

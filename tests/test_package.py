@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 NAME = f"nora_diffusion-{nora_diffusion.__version__}"
 WHEEL = f"{NAME}-py3-none-any.whl"
 IN_SDIST = ("nora_diffusion", "tests", "examples", "docs", "benchmarks")
-FILES_IN_SDIST = {"CITATION.cff", "LICENSE", "Makefile", "constraints.txt", "pyproject.toml"}
+FILES_IN_SDIST = {".pre-commit-config.yaml", "CITATION.cff", "LICENSE", "Makefile", "constraints.txt", "pyproject.toml"}
 OF_THE_BUILD = {"PKG-INFO", ".gitignore"}
 
 

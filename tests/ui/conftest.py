@@ -202,16 +202,17 @@ def server(tmp_path_factory: pytest.TempPathFactory, library: Path, base: Path) 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    """Debian's Chromium by Playwright. Without one the tests are skipped with a notice; in CI they fail."""
+    """The system's Chromium, or Playwright's own. Without one the tests are skipped with a notice; in CI they fail."""
     from playwright.sync_api import sync_playwright
 
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        notice = "no Chromium found: the browser tests need it (apt-get install chromium)"
-        if os.environ.get("CI"):
-            pytest.fail(notice)
-        pytest.skip(notice)
+    names = ("chromium", "chromium-browser", "google-chrome")
     with sync_playwright() as playwright:
+        program = next(filter(None, map(shutil.which, names)), playwright.chromium.executable_path)
+        if not Path(program).is_file():
+            notice = "no Chromium found: the browser tests need it (make browser, or apt-get install chromium)"
+            if os.environ.get("CI"):
+                pytest.fail(notice)
+            pytest.skip(notice)
         chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield chromium
         chromium.close()
