@@ -66,7 +66,7 @@ build: $(STAMP)
 	@$(BIN)/python -m hatchling build
 
 release-check: build
-	@$(BIN)/python -m pytest tests/test_project.py tests/test_package.py
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_project.py tests/test_package.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
