@@ -2,7 +2,7 @@
 
 import sys
 
-from nora_diffusion.cli.app import main
+from nora_diffusion.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["app", *sys.argv[1:]]))

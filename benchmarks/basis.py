@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from nora_diffusion import nora
-from nora_diffusion.adapters.build import flat_weight
-from nora_diffusion.basis_cache import outer_pairs
-from nora_diffusion.components import targets
+from nora_diffusion.adapters.tuner.build import flat_weight
+from nora_diffusion.pipelines.basis_cache import outer_pairs
+from nora_diffusion.pipelines.components import targets
 
 Layers = dict[str, nn.Module]
 

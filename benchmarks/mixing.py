@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from nora_diffusion import load_adapter, load_base, mix, overlap_files, set_adapters, train
-from nora_diffusion.base import EMBEDDED_GUIDANCE
 from nora_diffusion.composition.modes import MODES
 from nora_diffusion.demo import open_example
-from nora_diffusion.files import write_atomic
-from nora_diffusion.generation import run
-from nora_diffusion.judges import load_judge, subject_score
-from nora_diffusion.pictures import contact_sheet
+from nora_diffusion.generation.generate import run
+from nora_diffusion.io.files import write_atomic
+from nora_diffusion.pipelines.base import EMBEDDED_GUIDANCE
+from nora_diffusion.reports.sheets import contact_sheet
+from nora_diffusion.scoring.judges import load_judge, subject_score
 from nora_diffusion.training import TrainConfig
 
 PICTURE = ("stripemug-red", "cyclops-purple")

@@ -16,19 +16,19 @@ _HOMES = {
         "AdapterConfig", "dora", "dylora", "in_blocks", "lora", "lora_mini", "lora_xs", "melora", "moe_lora", "mor",
         "mora", "nora",
     ),
-    "calibration": ("Calibration",),
-    "base": ("load_base", "open_pipeline"),
+    "pipelines.calibration": ("Calibration",),
+    "pipelines.base": ("load_base", "open_pipeline"),
     "loaders": (
         "add_adapter", "delete_adapter", "exclusive", "list_adapters", "load_adapter", "save_adapter", "set_adapters",
         "set_rank",
     ),
     "formats.adapter_file": ("AdapterInfo", "inspect_adapter"),
-    "formats.export": ("export_lora",),
-    "gates": ("router_summary",),
-    "batches": ("mixed_batch",),
+    "conversion.export": ("export_lora",),
+    "loaders.gates": ("router_summary",),
+    "loaders.mixed_batch": ("mixed_batch",),
     "composition.angles": ("overlap", "overlap_files"),
     "composition.mixing": ("mix", "mix_files"),
-    "formats.importing": ("import_lora",),
+    "conversion.import_lora": ("import_lora",),
     "formats.pack_writing": ("add_to_pack", "create_pack", "extract_from_pack", "remove_from_pack"),
     "formats.packs": ("list_pack",),
     "training": ("TrainConfig", "train"),
@@ -36,7 +36,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
-    from .adapters import (
+    from .adapters import (  # fmt: skip
         AdapterConfig,
         dora,
         dylora,
@@ -49,19 +49,15 @@ if TYPE_CHECKING:
         mor,
         mora,
         nora,
-    )  # fmt: skip
-    from .base import load_base, open_pipeline
-    from .batches import mixed_batch
-    from .calibration import Calibration
+    )
     from .composition.angles import overlap, overlap_files
     from .composition.mixing import mix, mix_files
+    from .conversion.export import export_lora
+    from .conversion.import_lora import import_lora
     from .errors import UserError
     from .formats.adapter_file import AdapterInfo, inspect_adapter
-    from .formats.export import export_lora
-    from .formats.importing import import_lora
     from .formats.pack_writing import add_to_pack, create_pack, extract_from_pack, remove_from_pack
     from .formats.packs import list_pack
-    from .gates import router_summary
     from .loaders import (
         add_adapter,
         delete_adapter,
@@ -72,6 +68,10 @@ if TYPE_CHECKING:
         set_adapters,
         set_rank,
     )
+    from .loaders.gates import router_summary
+    from .loaders.mixed_batch import mixed_batch
+    from .pipelines.base import load_base, open_pipeline
+    from .pipelines.calibration import Calibration
     from .training import TrainConfig, train
 
 __all__ = [

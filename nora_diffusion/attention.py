@@ -15,11 +15,11 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from .adapters import NoraLayer
-from .adapters.deltas import ChainDelta, Delta
-from .adapters.offloading import is_offloaded
-from .adapters.routed import RoutedDelta
-from .components import component, denoiser_name
+from .adapters.deltas.chain import ChainDelta, Delta
+from .adapters.deltas.routed import RoutedDelta
+from .adapters.tuner.offloading import is_offloaded
 from .errors import UserError
+from .pipelines.components import component, denoiser_name
 
 LiveDelta = tuple[float | Tensor, Delta]
 Kinds = tuple[type[nn.Module], ...]

@@ -12,8 +12,9 @@ from typing import Any
 from PIL import Image
 
 from .errors import UserError
-from .files import make_folder, write_atomic
-from .pictures import contact_sheet, png, read_picture
+from .io.files import make_folder, write_atomic
+from .io.images import png, read_picture
+from .reports.sheets import contact_sheet
 
 SUBJECT = "stripemug-red"
 SEED = 0
@@ -81,7 +82,7 @@ def run_demo(
     slug: str = SUBJECT, out: str | Path = "outputs/demo", max_train_steps: int | None = None
 ) -> dict[str, Any]:
     """Learn, export, generate, score; writes the adapter, its LoRA, ``grid.png`` and ``report.json`` into ``out``."""
-    from .formats.export import export_lora
+    from .conversion.export import export_lora
     from .training import train
 
     example = open_example(slug)
@@ -120,9 +121,9 @@ def _train_config(example: Example, folder: Path, max_train_steps: int | None) -
 
 
 def _generate(example: Example, folder: Path) -> tuple[list[Image.Image], list[Image.Image]]:
-    from .base import EMBEDDED_GUIDANCE, EMBEDDED_STEPS, load_base
-    from .generation import run
+    from .generation.generate import run
     from .loaders import load_adapter
+    from .pipelines.base import EMBEDDED_GUIDANCE, EMBEDDED_STEPS, load_base
 
     pipe = load_base()
     seeds = [SEED + i for i in range(len(example.prompts))]
@@ -144,7 +145,7 @@ def _grid(example: Example, base: list[Image.Image], nora: list[Image.Image]) ->
 
 def _scores(example: Example, base: list[Image.Image], nora: list[Image.Image]) -> dict[str, dict[str, float]]:
     """CLIP-I against held-out pictures of the subject and CLIP-T against the prompts, by the tiny CLIP."""
-    from .judges import load_judge, prompt_score, subject_score
+    from .scoring.judges import load_judge, prompt_score, subject_score
 
     judge = load_judge()
     references = example.scoring_pictures()

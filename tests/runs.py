@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from nora_diffusion.training import TrainConfig, setup, subjects
+from nora_diffusion.training import TrainConfig
+from nora_diffusion.training.many import subjects
+from nora_diffusion.training.run import setup
 
 Configure = Callable[..., TrainConfig]
 

@@ -10,9 +10,9 @@ from peft import PeftConfig
 from torch import Tensor
 
 from ..errors import UserError
-from .bases import COMPUTED, Basis, Pair, Placement
+from .deltas.bases import COMPUTED, Basis, Pair, Placement
 from .patterns import check_patterns, suffix_matcher
-from .register import NORA
+from .peft_names import NORA
 from .targets import expand_targets
 
 CoreKind = Literal["none", "diagonal", "dense", "nested"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .bases import Basis, Placement
 from .config import AdapterConfig, CoreKind, Router
+from .deltas.bases import Basis, Placement
 
 Targets = str | list[str] | None
 
@@ -51,7 +51,8 @@ def mor(
 ) -> AdapterConfig:
     """MoR: ``dy = (alpha/r) sum_i g_i diag(b_i) B diag(a_i) A x``, ``g = softmax(W_g c)``.
 
-    The router looks at ``c``: the token, the prompt, the timestep or the last two (``nora_diffusion.conditions``).
+    The router looks at ``c``: the token, the prompt, the timestep or the last two
+    (``nora_diffusion.pipelines.router_inputs``).
     The published best is r = 32 with 8 experts; more than 12 experts or rank above 64 hurts. https://arxiv.org/abs/2410.13408
     """
     return _pair(

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import UserError
 from ..quiet import hush
-from ..training.arguments import with_underscores
-from ..training.values import unknown_argument
+from ..training.settings.arguments import with_underscores
+from ..training.settings.values import unknown_argument
 from . import app, data, demo, evaluate, export, generate, grid, import_, inspect, methods, mix, pack
 
 COMMANDS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 from .opening import add_opening_arguments
 
@@ -36,12 +35,3 @@ def run(values: argparse.Namespace) -> None:
     from ..ui import AppConfig, serve
 
     serve(AppConfig(**{k: v for k, v in vars(values).items() if k not in ("command", "run")}))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command ``app.py``: the same as ``nora-diffusion app``."""
-    import sys
-
-    from . import main as command
-
-    return command(["app", *(sys.argv[1:] if argv is None else argv)])

@@ -11,7 +11,7 @@ HELP = "look at the photos of a folder as a training would see them: a report as
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this command, which are called as in ``train``."""
-    from ..training.config import Crop
+    from ..training.settings.config import Crop
 
     parser.add_argument("folder", help="folder with photos")
     parser.add_argument("--out", default="outputs/data", help="folder of the report")
@@ -28,14 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(values: argparse.Namespace) -> None:
     """Write the report and say what is in it. Files that cannot be used are listed, not refused."""
-    from ..captions import read_captions
     from ..data import survey
-    from ..data.colours import colour
+    from ..data.captions import read_captions
+    from ..data.colors import colour
     from ..data.masks import FOLDER, with_masks
     from ..errors import UserError
     from ..training import TrainConfig
-    from ..training.dataset import report_data, transform_of, views_of
-    from ..training.subject import Subject
+    from ..training.data.dataset import report_data, transform_of, views_of
+    from ..training.data.subject import Subject
 
     folder = Path(values.folder).expanduser()
     settings: dict[str, Any] = {

@@ -10,7 +10,7 @@ HELP = "learn an example subject on the embedded base and generate it"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this command."""
     from ..demo import SUBJECT
-    from ..training.defaults import EMBEDDED
+    from ..training.settings.defaults import EMBEDDED
 
     parser.add_argument("--subject", default=SUBJECT, help="folder name in examples/subjects")
     parser.add_argument("--out", default="outputs/demo", help="folder for the results")

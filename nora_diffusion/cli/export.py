@@ -10,7 +10,7 @@ HELP = "write an adapter as a plain LoRA for other tools, exactly"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this command."""
-    from ..training.checks import EXPORT_FORMATS
+    from ..training.settings.checks import EXPORT_FORMATS
 
     parser.add_argument("adapter", help="adapter file or folder")
     parser.add_argument("out", help="file to write, or a folder for --format peft; an older export is replaced")
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(values: argparse.Namespace) -> None:
     """Export and print what it cost."""
-    from ..formats.export import export_lora
+    from ..conversion.export import export_lora
 
     report = export_lora(
         values.adapter, values.out, values.format, values.dtype, rank=values.rank, gate=values.gate,
@@ -39,7 +39,7 @@ def run(values: argparse.Namespace) -> None:
 
 
 def _base(values: argparse.Namespace) -> Any:
-    from ..base import open_pipeline
     from ..formats.adapter_file import inspect_adapter
+    from ..pipelines.base import open_pipeline
 
     return open_pipeline(values.base or inspect_adapter(values.adapter).base)

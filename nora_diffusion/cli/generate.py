@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(values: argparse.Namespace) -> None:
     """Generate and print the files."""
-    from ..generation import GenerateConfig, generate
+    from ..generation.generate import GenerateConfig, generate
 
     settings = {k: v for k, v in vars(values).items() if k not in ("command", "run", "prompt", "adapter")}
     for file in generate(GenerateConfig(prompts=values.prompt, adapters=values.adapter, **settings)):

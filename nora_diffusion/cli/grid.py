@@ -38,8 +38,8 @@ def run(values: argparse.Namespace) -> None:
     from ..errors import UserError
     from ..evaluation.axes import Cell, parse_axis
     from ..evaluation.grid import NO_AXIS, GridConfig, run_grid
-    from ..generation import parse_adapter
-    from ..judges import load_judge
+    from ..generation.generate import parse_adapter
+    from ..scoring.judges import load_judge
 
     if values.references and not values.judge:
         raise UserError("--references needs --judge: a score needs somebody who scores")

@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(values: argparse.Namespace) -> None:
     """Import, and print what was lost by layer, worst first, and over all."""
     from ..adapters import lora_xs, nora
-    from ..base import open_pipeline
+    from ..conversion.import_lora import import_lora
     from ..formats.adapter_file import inspect_adapter, require_vacant
-    from ..formats.importing import import_lora
+    from ..pipelines.base import open_pipeline
 
     inspect_adapter(values.lora)  # refuse before a model is loaded
     require_vacant(Path(values.out).expanduser())

@@ -67,8 +67,8 @@ def _tokens(info: Any) -> str:
 
 
 def _layers(values: argparse.Namespace) -> list[Any]:
-    from ..base import open_pipeline
     from ..evaluation.spectra import spectra
+    from ..pipelines.base import open_pipeline
 
     return spectra(values.adapter, open_pipeline(values.base) if values.base else None, values.intruders)
 

@@ -15,6 +15,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(values: argparse.Namespace) -> None:
     """Print the table as Markdown."""
-    from ..methods import method_table
+    from ..evaluation.method_costs import method_table
 
     print(method_table(values.method, values.layout))

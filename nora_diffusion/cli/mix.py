@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(values: argparse.Namespace) -> None:
     """Mix and print what became of it."""
     from ..composition.mixing import mix_files
-    from ..generation import parse_adapter
+    from ..generation.generate import parse_adapter
 
     parts = [parse_adapter(text) for text in values.adapters]
     with warnings.catch_warnings():

@@ -11,22 +11,22 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, get_args
 
-from ..base import base_id
-from ..components import refuse_merged, refuse_offloaded, refuse_serving
 from ..errors import UserError
 from ..formats.adapter_file import AdapterInfo, inspect_adapter, require_vacant, write_adapter
 from ..formats.model_card import write_card
+from ..generation.tags import check_range
 from ..loaders import set_adapters
 from ..loaders.inject import check_new_name
 from ..loaders.load import place
 from ..loaders.locking import one_at_a_time
 from ..loaders.tokens import tokens_of
+from ..pipelines.base import base_id
+from ..pipelines.components import refuse_merged, refuse_offloaded, refuse_serving
 from ..versions import versions
 from .angles import WARN_ABOVE, source_overlap
 from .assembly import assemble
 from .modes import MODES, Mixed, Mode, Options
 from .sources import Key, Source, check_same_base, file_source, loaded_source
-from .tags import check_range
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..adapters.bases import truncated_svd
+from ..adapters.deltas.bases import truncated_svd
 from ..errors import UserError
 from .updates import Update
 

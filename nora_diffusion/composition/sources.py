@@ -12,12 +12,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..adapters import AdapterConfig
-from ..adapters.build import delta_of_file
-from ..components import adapter_configs, canonical, component, nora_layers, present, same_weights
+from ..adapters.tuner.build import delta_of_file
 from ..errors import UserError
-from ..formats.adapter_file import AdapterInfo, Tensors, given_name, inspect_adapter, is_token, read_tensors
+from ..formats.adapter_file import AdapterInfo, Tensors, given_name, inspect_adapter, read_tensors
+from ..formats.keys import is_token
 from ..loaders.active import held, unknown_adapter
 from ..loaders.inject import origin
+from ..pipelines.components import adapter_configs, canonical, component, nora_layers, present, same_weights
 from .updates import Update, chain_update, lora_update
 
 Key = tuple[str, str]

@@ -13,8 +13,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from ..adapters import functional
-from ..adapters.deltas import ChainDelta, Delta
+from ..adapters.deltas import functional
+from ..adapters.deltas.chain import ChainDelta, Delta
 from ..errors import UserError
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import UserError
-from ..pictures import MAX_PIXELS
-from .colours import WHITE, Colour, to_rgb
+from ..io.images import MAX_PIXELS
+from .colors import WHITE, Colour, to_rgb
 from .formats import is_picture, open_picture, refusal, size_of
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..files import write_atomic
-from ..webpage import Picture, data_uri, heading, page, paragraph, table
+from ..io.files import write_atomic
+from ..reports.webpage import Picture, data_uri, heading, page, paragraph, table
 from .photos import Photo, Reject
 from .similarity import Twins, dhash
 from .transforms import View

@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..composition.tags import parse_tags
 from ..errors import UserError
 from ..formats.adapter_file import FILE_NAME, inspect_adapter
-from ..generation import GenerateConfig, parse_adapter
-from ..run_layout import CHECKPOINTS, checkpoint_steps
+from ..generation.generate import GenerateConfig, parse_adapter
+from ..generation.tags import parse_tags
+from ..io.run_layout import CHECKPOINTS, checkpoint_steps
 
 NONE = ("", "none", "None")
 INTEGERS = ("seed", "steps", "step")

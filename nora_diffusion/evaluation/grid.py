@@ -13,18 +13,20 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ..base import base_id, best_device, default_guidance, default_steps, open_pipeline
-from ..captions import without_trigger
-from ..components import component, denoiser_dtype, denoiser_name, fingerprint, projections
+from ..data.captions import without_trigger
 from ..errors import UserError
-from ..files import write_atomic
 from ..formats.adapter_file import AdapterInfo, given_name, inspect_adapter
-from ..generation import OnStep, picture_settings, run
-from ..judges import Judge, image_features, text_features
+from ..generation.generate import OnStep, picture_settings, run
+from ..generation.pictures import read_settings, save_picture
+from ..io.files import write_atomic
+from ..io.images import png, read_picture
 from ..loaders import delete_adapter, load_adapter, set_adapters
-from ..metrics import agreement, likeness
-from ..pictures import contact_sheet, png, read_picture, read_settings, save_picture
-from ..precision import AUTO, dtype_name
+from ..pipelines.base import base_id, best_device, default_guidance, default_steps, open_pipeline
+from ..pipelines.components import component, denoiser_dtype, denoiser_name, fingerprint, projections
+from ..pipelines.precision import AUTO, dtype_name
+from ..reports.sheets import contact_sheet
+from ..scoring.judges import Judge, image_features, text_features
+from ..scoring.metrics import agreement, likeness
 from ..versions import versions
 from .axes import Axis, Cell
 

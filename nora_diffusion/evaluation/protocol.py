@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..base import base_id, best_device, check_device, default_steps, open_pipeline
-from ..captions import fill
+from ..data.captions import fill
 from ..errors import UserError
 from ..formats.adapter_file import AdapterInfo, inspect_adapter
-from ..generation import parse_adapter
-from ..judges import Judge, check_judge, image_features, load_judges, text_features
-from ..metrics import agreement, diversity, likeness
-from ..pictures import read_picture
-from ..precision import AUTO, dtype_name, resolve_dtype
+from ..generation.generate import parse_adapter
+from ..io.images import read_picture
+from ..pipelines.base import base_id, best_device, check_device, default_steps, open_pipeline
+from ..pipelines.precision import AUTO, dtype_name, resolve_dtype
+from ..scoring.judges import Judge, check_judge, image_features, load_judges, text_features
+from ..scoring.metrics import agreement, diversity, likeness
 from .axes import NONE, Cell, axis
 from .grid import Grid, GridConfig
 from .scoreboard import BASE, Scoreboard, Scored

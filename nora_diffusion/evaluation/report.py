@@ -6,9 +6,9 @@ import math
 import statistics
 from pathlib import Path
 
-from .. import webpage
-from ..files import write_atomic
-from ..pictures import read_picture
+from ..io.files import write_atomic
+from ..io.images import read_picture
+from ..reports import webpage
 from .scoreboard import Scoreboard, Table, as_json, compare, rows_of, summarise
 
 MAX_SUBJECTS, MAX_PROMPTS = 6, 6

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..metrics import LEVEL, RESAMPLES, interval, resampled
+from ..scoring.metrics import LEVEL, RESAMPLES, interval, resampled
 from ..versions import versions
 
 BASE = "base"

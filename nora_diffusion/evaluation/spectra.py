@@ -14,15 +14,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..adapters import NoraLayer, functional
-from ..adapters.deltas import ChainDelta
-from ..adapters.routed import RoutedDelta
-from ..base import open_pipeline
-from ..components import component, nora_layers, present
+from ..adapters import NoraLayer
+from ..adapters.deltas import functional
+from ..adapters.deltas.chain import ChainDelta
+from ..adapters.deltas.routed import RoutedDelta
 from ..errors import UserError
 from ..formats.adapter_file import inspect_adapter
-from ..gates import GateSummary, router_summary
 from ..loaders import delete_adapter, load_adapter
+from ..loaders.gates import GateSummary, router_summary
+from ..pipelines.base import open_pipeline
+from ..pipelines.components import component, nora_layers, present
 
 NAME = "inspected"
 TOP = 10

@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..captions import with_article
 from ..data import read_photo, read_photos
+from ..data.captions import with_article
 from ..errors import UserError
 from ..formats.adapter_info import AdapterInfo
 

@@ -9,22 +9,23 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save
 
 from ..errors import UserError
-from ..files import sha256, write_atomic
+from ..io.files import sha256, write_atomic
+from ..io.tensor_file import TensorFile, Tensors, all_finite, named_hash
 from .adapter_info import DESCRIPTIVE, AdapterInfo, BasisKind, dump_info, parse_info
-from .tensor_file import TensorFile, Tensors, all_finite, named_hash
+from .foreign import recognise
+from .keys import count_numbers, is_frozen
+from .packs import inspect_subject, read_subject
 
 FILE_NAME = "nora_adapter.safetensors"
 IN_FOLDERS = (
     FILE_NAME, "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "learned_embeds.safetensors",
 )  # fmt: skip
 """What the file in a folder is called by us, PEFT and diffusers."""
-FROZEN = ("A_out", "B_out")
 
 __all__ = [
     "DESCRIPTIVE", "FILE_NAME", "AdapterInfo", "BasisKind", "Tensors", "inspect_adapter", "locate",
@@ -87,14 +88,10 @@ def inspect_adapter(path: str | Path, hashed: bool = True) -> AdapterInfo:
     """
     address = split_address(path)
     if address:
-        from .packs import inspect_subject
-
         return inspect_subject(*address)
     file = locate(path)
     with TensorFile(file) as reader:
         if "nora" not in reader.metadata:
-            from .foreign import recognise
-
             info = recognise(reader)
         else:
             reader.require_floats()
@@ -106,29 +103,11 @@ def inspect_adapter(path: str | Path, hashed: bool = True) -> AdapterInfo:
     return info
 
 
-def count_numbers(info: AdapterInfo, sizes: Mapping[str, int]) -> None:
-    """Fill in how many numbers a file stores and how many of them were trained."""
-    info.stored_numbers = sum(sizes.values())
-    info.trained_numbers = sum(n for key, n in sizes.items() if not is_frozen(key))
-
-
-def is_frozen(key: str) -> bool:
-    """Whether a key names a frozen factor, which belongs to the basis."""
-    return key.endswith(tuple(f".nora_{factor}" for factor in FROZEN))
-
-
-def is_token(key: str) -> bool:
-    """Whether a key names the vectors of a new token."""
-    return key.startswith("tokens.")
-
-
 def read_tensors(info: AdapterInfo, basis_dir: str | Path | None = None) -> Tensors:
     """All factors of an adapter, a shared basis joined in and checked by its hash. Refuses NaN and infinity."""
     _ = info.configs  # refuses what is no adapter of ours
     address = split_address(info.path)
     if address:
-        from .packs import read_subject
-
         tensors = read_subject(*address)
     else:
         with TensorFile(Path(info.path)) as reader:

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
 from ..adapters import AdapterConfig
-from ..components import COMPONENTS
 from ..errors import UserError
-from .untrusted import conform, parse_json
+from ..io.untrusted import conform, parse_json
+from ..pipelines.components import COMPONENTS
 
 FORMAT = "nora_adapter"
 FORMAT_VERSION = 2

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import UserError
+from ..io.tensor_file import TensorFile
+from ..io.untrusted import clean, is_plain
 from .adapter_info import AdapterInfo
-from .tensor_file import TensorFile
-from .untrusted import clean, is_plain
 
 Family = Literal["lora", "loha", "lokr", "embedding"]
 

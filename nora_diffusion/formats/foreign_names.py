@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..components import canonical, component, present, projections
 from ..errors import UserError
+from ..pipelines.components import canonical, component, present, projections
 from .foreign import Module
 
 Place = tuple[str, str]

@@ -10,12 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..components import component, present, projections
 from ..errors import UserError, first_line
+from ..io.tensor_file import TensorFile, Tensors, all_finite
+from ..io.untrusted import parse_json
+from ..pipelines.components import component, present, projections
 from .foreign import Module, rank_of, read_modules
 from .foreign_names import Place, places
-from .tensor_file import TensorFile, Tensors, all_finite
-from .untrusted import parse_json
 
 MAX_CONFIG = 2**20
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from ..files import user_errors, write_atomic
+from ..io.files import user_errors, write_atomic
 from .adapter_file import AdapterInfo
 
 log = logging.getLogger(__name__)

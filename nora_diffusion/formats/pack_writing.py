@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from ..components import same_weights
 from ..errors import UserError
-from ..files import alone_in, write_atomic
+from ..io.files import alone_in, write_atomic
+from ..io.tensor_file import READABLE, TensorFile, Tensors, named_hash
+from ..pipelines.components import same_weights
 from .adapter_file import (
     given_name,
     inspect_adapter,
-    is_frozen,
     read_tensors,
     require_finite,
     require_vacant,
@@ -32,6 +32,7 @@ from .adapter_file import (
     write_basis,
 )
 from .adapter_info import AdapterInfo, dump_info
+from .keys import is_frozen
 from .model_card import write_card
 from .packs import (
     MAX_PREVIEW,
@@ -47,7 +48,6 @@ from .packs import (
     require_pack,
     short_hash,
 )
-from .tensor_file import READABLE, TensorFile, Tensors, named_hash
 
 MAX_LAYOUTS = 100
 PREVIEWS = {".png": b"\x89PNG\r\n\x1a\n", ".jpg": b"\xff\xd8\xff", ".webp": b"RIFF"}

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
-from .adapter_file import count_numbers
+from ..io.tensor_file import FLOATS, READABLE, TensorFile, Tensors, all_finite
+from ..io.untrusted import conform, parse_json
 from .adapter_info import AdapterInfo, dump_info, info_from
-from .tensor_file import FLOATS, READABLE, TensorFile, Tensors, all_finite
-from .untrusted import conform, parse_json
+from .keys import count_numbers
 
 SUFFIX = ".nora_pack.safetensors"
 PACK_VERSION = 1

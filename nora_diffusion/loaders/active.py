@@ -13,10 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..adapters import NoraLayer
-from ..adapters.qkv_guard import unguard
-from ..components import adapter_configs, component, present, refuse_serving, tuner_layers
-from ..conditions import connect
+from ..adapters.tuner.qkv_guard import unguard
 from ..errors import UserError
+from ..pipelines.components import adapter_configs, component, present, refuse_serving, tuner_layers
+from ..pipelines.router_inputs import connect
 from .locking import one_at_a_time
 from .tokens import remove_tokens
 

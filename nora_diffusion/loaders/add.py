@@ -10,9 +10,10 @@ from torch import nn
 
 from ..adapters import AdapterConfig
 from ..adapters.config import Start
-from ..basis_cache import outer_pairs
-from ..calibration import Calibration, Strengths, activation_strengths
-from ..components import (
+from ..errors import UserError
+from ..pipelines.basis_cache import outer_pairs
+from ..pipelines.calibration import Calibration, Strengths, activation_strengths
+from ..pipelines.components import (
     all_targets,
     component,
     denoiser_name,
@@ -22,8 +23,7 @@ from ..components import (
     refuse_offloaded,
     refuse_serving,
 )
-from ..conditions import router_for
-from ..errors import UserError
+from ..pipelines.router_inputs import router_for
 from .active import active_adapters, set_active
 from .inject import all_or_nothing, check_new_name, file_key, inject, tie
 from .locking import one_at_a_time

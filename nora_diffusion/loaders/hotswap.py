@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import AdapterConfig, NoraLayer
-from ..components import adapter_configs, component, nora_layers, present
 from ..errors import UserError
 from ..formats.adapter_info import AdapterInfo
-from ..formats.tensor_file import Tensors
+from ..io.tensor_file import Tensors
+from ..pipelines.components import adapter_configs, component, nora_layers, present
 from .active import active_adapters, set_active
 from .inject import file_key, remember
 from .tokens import token_parameters, tokens_of

@@ -16,11 +16,11 @@ from torch import nn
 
 from ..adapters import AdapterConfig, NoraLayer
 from ..adapters.config import Start
-from ..adapters.qkv_guard import refuse_fused
-from ..components import adapter_configs, component, present, tuner_layers
-from ..conditions import condition_width, connect
+from ..adapters.tuner.qkv_guard import refuse_fused
 from ..errors import UserError
 from ..formats.adapter_file import AdapterInfo
+from ..pipelines.components import adapter_configs, component, present, tuner_layers
+from ..pipelines.router_inputs import condition_width, connect
 from .active import delete_adapter, held, list_adapters, regroup, take_out
 from .tokens import forget_deleted
 

@@ -11,11 +11,22 @@ import torch
 from torch import nn
 
 from ..adapters import AdapterConfig
-from ..adapters.build import build_delta, flat_weight, working
 from ..adapters.config import Start
-from ..adapters.rank_mask import check_rank
-from ..base import base_id
-from ..components import (
+from ..adapters.tuner.build import build_delta, flat_weight, working
+from ..adapters.tuner.rank_mask import check_rank
+from ..errors import UserError, first_line
+from ..formats.adapter_file import (
+    IN_FOLDERS,
+    AdapterInfo,
+    Tensors,
+    given_name,
+    inspect_adapter,
+    read_tensors,
+    split_address,
+)
+from ..io.files import is_path
+from ..pipelines.base import base_id
+from ..pipelines.components import (
     canonical,
     component,
     fingerprint,
@@ -26,18 +37,7 @@ from ..components import (
     same_weights,
     targets,
 )
-from ..conditions import condition_width
-from ..errors import UserError, first_line
-from ..files import is_path
-from ..formats.adapter_file import (
-    IN_FOLDERS,
-    AdapterInfo,
-    Tensors,
-    given_name,
-    inspect_adapter,
-    read_tensors,
-    split_address,
-)
+from ..pipelines.router_inputs import condition_width
 from .active import active_adapters, check_finite, keeping_trained, set_active
 from .hotswap import swap
 from .inject import all_or_nothing, check_new_name, derived_name, file_key, inject, remember, tie
@@ -96,7 +96,7 @@ def load_adapter(
     name = adapter_name or derived_name(called)
     check_finite(name, weight)
     if info.kind != "nora":
-        from ..formats.foreign_loading import load_foreign
+        from .foreign import load_foreign
 
         if hotswap or rank is not None:
             option = "hotswap" if hotswap else "rank"

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from ..components import component, denoiser_name
+from ..pipelines.components import component, denoiser_name
 
 P = ParamSpec("P")
 R = TypeVar("R")

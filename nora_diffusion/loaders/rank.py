@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..adapters.rank_mask import check_rank, masked_deltas
-from ..components import adapter_configs, component, nora_layers, present, refuse_merged
+from ..adapters.tuner.rank_mask import check_rank, masked_deltas
+from ..pipelines.components import adapter_configs, component, nora_layers, present, refuse_merged
 from .active import unknown_adapter
 from .locking import one_at_a_time
 

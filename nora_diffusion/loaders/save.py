@@ -10,22 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import AdapterConfig
-from ..adapters.build import flat_weight
-from ..base import base_id
-from ..components import adapter_configs, component, fingerprint, nora_layers, present, refuse_merged, refuse_offloaded
+from ..adapters.tuner.build import flat_weight
 from ..errors import UserError
-from ..formats.adapter_file import (
-    DESCRIPTIVE,
-    AdapterInfo,
-    BasisKind,
-    Tensors,
-    inspect_adapter,
-    is_frozen,
-    write_adapter,
-)
+from ..formats.adapter_file import DESCRIPTIVE, AdapterInfo, BasisKind, Tensors, inspect_adapter, write_adapter
 from ..formats.adapter_info import FORMAT_VERSION
+from ..formats.keys import is_frozen
 from ..formats.model_card import write_card
-from ..precision import DTYPES
+from ..pipelines.base import base_id
+from ..pipelines.components import (
+    adapter_configs,
+    component,
+    fingerprint,
+    nora_layers,
+    present,
+    refuse_merged,
+    refuse_offloaded,
+)
+from ..pipelines.precision import DTYPES
 from ..versions import versions
 from .active import unknown_adapter
 from .inject import file_key, origin

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from ..adapters import AdapterConfig
-from ..adapters.bases import Pair
-from ..components import canonical
+from ..adapters.deltas.bases import Pair
 from ..errors import UserError
-from ..formats.adapter_file import FROZEN, is_frozen
+from ..formats.keys import FROZEN, is_frozen
+from ..pipelines.components import canonical
 from .inject import file_key
 from .load import check_adapter
 

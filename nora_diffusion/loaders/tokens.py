@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.tokens import LearnedEmbedding
-from ..components import adapter_configs, component, present, tokenizer_name
+from ..adapters.deltas.tokens import LearnedEmbedding
 from ..errors import UserError
 from ..formats.adapter_info import WORD
-from ..formats.tensor_file import Tensors
+from ..io.tensor_file import Tensors
+from ..pipelines.components import adapter_configs, component, present, tokenizer_name
 
 MAX_VECTORS = 64
 LEGACY_END = 2

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import alone_in, sha256, write_atomic
-from ..metrics import interval, resampled
+from ..io.files import alone_in, sha256, write_atomic
+from ..pipelines.base import EMBEDDED_WEIGHTS
 from ..quiet import hush
-from ..training.defaults import EMBEDDED
-from ..training.signals import Interrupted
-from .ship import WEIGHTS
-from .teaching import METHODS, SUBJECTS, Lesson, Probes, fit_probes, new_scenes, teach
-from .world import SUBJECTS as HELD_OUT
+from ..scoring.metrics import interval, resampled
+from ..training.run.signals import Interrupted
+from ..training.settings.defaults import EMBEDDED
+from .measures.teaching import METHODS, SUBJECTS, Lesson, Probes, fit_probes, new_scenes, teach
+from .world.vocabulary import SUBJECTS as HELD_OUT
 
 COMPARED = ("base", "nora", "lora", "lora_r2")
 RATES = (6e-4, 1.2e-3, 2.4e-3)
@@ -122,7 +122,7 @@ def _append(out: Path, row: dict[str, Any]) -> None:
 
 
 def _draw(lesson: Lesson, file: Path) -> None:
-    from ..pictures import contact_sheet
+    from ..reports.sheets import contact_sheet
 
     file.parent.mkdir(parents=True, exist_ok=True)
     captions = [scene.caption for scene in new_scenes(lesson.subject)]
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--subjects", nargs="+", choices=list(HELD_OUT), default=list(SUBJECTS), metavar="SUBJECT",
                         help=f"folder names of examples/subjects (default: {' '.join(SUBJECTS)})")  # fmt: skip
     parser.add_argument("--max_train_steps", type=int, help="steps of each training (default: 300)")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the base (default: the shipped one)")
+    parser.add_argument("--weights", type=Path, default=EMBEDDED_WEIGHTS, help="the base (default: the shipped one)")
     parser.add_argument("--out", type=Path, default=Path("outputs/comparing"),
                         help="folder of lessons.jsonl, report.md and pictures/ (default: %(default)s)")  # fmt: skip
     values = parser.parse_args(argv)

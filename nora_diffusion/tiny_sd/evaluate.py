@@ -12,15 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..base import EMBEDDED_GUIDANCE
-from ..judges import Judge, image_features, load_judge, text_features
-from ..pictures import contact_sheet
+from ..pipelines.base import EMBEDDED_GUIDANCE, EMBEDDED_WEIGHTS
 from ..quiet import hush
-from .following import measure
-from .render import sample
-from .ship import WEIGHTS
-from .stage_vae import to_tensor
-from .teaching import heldout_pictures, new_scenes, teach_all
+from ..reports.sheets import contact_sheet
+from ..scoring.judges import Judge, image_features, load_judge, text_features
+from .measures.following import measure
+from .measures.teaching import heldout_pictures, new_scenes, teach_all
+from .recipe.stage_vae import to_tensor
+from .world.render import sample
 
 TEST_SEED = 900_001  # no training stage draws from it
 STEPS = 20
@@ -177,7 +176,7 @@ def evaluate_teaching(weights: Path, images: Path | None) -> dict[str, float]:
 def main() -> None:
     """Command line of the evaluation."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--weights", type=Path, default=EMBEDDED_WEIGHTS)
     parser.add_argument("--images", type=Path, help="where to write the two pictures")
     parser.add_argument("--report", type=Path, help="where to write the numbers as JSON")
     parser.add_argument("--prompts", type=int, default=200, help="unseen captions for the probe; 0: no probe")

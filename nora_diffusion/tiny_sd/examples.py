@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from . import world
-from .render import cut_out, render
-from .scenes import Ground, Scene, Thing
+from .world import vocabulary as world
+from .world.render import cut_out, render
+from .world.scenes import Ground, Scene, Thing
 
 TRIGGER = "sks"
 _LEARN = ("grass", "beach", "table", "snow")

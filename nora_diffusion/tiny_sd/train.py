@@ -9,14 +9,15 @@ from typing import Any, get_args
 
 import torch
 
-from . import processes
-from .configs import SIZES, Size, Stage
-from .loop import LoopOptions
-from .ship import WEIGHTS, export_all, frozen_vae
-from .stage_diffusion import train_diffusion
-from .stage_judge import train_judge
-from .stage_vae import train_vae
-from .tokenizer import build_tokenizer
+from ..pipelines.base import EMBEDDED_WEIGHTS
+from .recipe import processes
+from .recipe.configs import SIZES, Size, Stage
+from .recipe.loop import LoopOptions
+from .recipe.ship import export_all, frozen_vae
+from .recipe.stage_clip import train_judge
+from .recipe.stage_diffusion import train_diffusion
+from .recipe.stage_vae import train_vae
+from .recipe.tokenizer import build_tokenizer
 
 STAGES: tuple[Stage, ...] = ("vae", "diffusion", "judge")
 
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=200)
     args = parser.parse_args()
     processes.join()
-    init = None if args.init is None else WEIGHTS / "pipeline" if args.init == "shipped" else Path(args.init)
+    init = None if args.init is None else EMBEDDED_WEIGHTS / "pipeline" if args.init == "shipped" else Path(args.init)
     chosen: tuple[Stage, ...] = STAGES if args.stage == "all" else (args.stage,)
     for stage in chosen:
         size = adjusted(SIZES[args.size], stage, steps=args.steps, batch=args.batch, lr=args.lr)

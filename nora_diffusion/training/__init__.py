@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .command import main
-    from .config import TrainConfig
-    from .loop import TrainResult, check, check_on, train
-    from .subjects import train_subjects
+    from .many.subjects import train_subjects
+    from .run.train import TrainResult, check, check_on, train
+    from .settings.config import TrainConfig
 
 __all__ = ["TrainConfig", "TrainResult", "check", "check_on", "main", "train", "train_subjects"]
 _HOMES = {
-    "TrainConfig": "config", "TrainResult": "loop", "check": "loop", "check_on": "loop", "main": "command",
-    "train": "loop", "train_subjects": "subjects",
+    "TrainConfig": "settings.config", "TrainResult": "run.train", "check": "run.train", "check_on": "run.train",
+    "main": "command", "train": "run.train", "train_subjects": "many.subjects",
 }  # fmt: skip
 
 

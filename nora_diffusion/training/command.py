@@ -10,16 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..base import is_embedded
 from ..errors import UserError
+from ..pipelines.base import is_embedded
 from ..quiet import hush
-from .arguments import parse
-from .signals import Interrupted
+from .run.signals import Interrupted
+from .settings.arguments import parse
 
 if TYPE_CHECKING:
-    from .config import TrainConfig
-    from .loop import TrainResult
-    from .preflight import Finding
+    from .run.preflight import Finding
+    from .run.train import TrainResult
+    from .settings.config import TrainConfig
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         config = parse(argv, prog)
         if config.subjects and not config.joint and config.engine == "ray" and not config.preflight_only:
-            from .cluster import train_on_cluster
+            from .many.cluster import train_on_cluster
 
             return train_on_cluster(config)
         check, train_all = _trainer(config)
@@ -67,10 +67,10 @@ def _trainer(
 ) -> tuple[Callable[[TrainConfig], list[Finding]], Callable[[TrainConfig], list[TrainResult]]]:
     """What checks, and what trains, the adapters of ``config``."""
     if config.subjects and not config.joint:
-        from .subjects import check_subjects, train_subjects
+        from .many.subjects import check_subjects, train_subjects
 
         return check_subjects, train_subjects
-    from .loop import check, train
+    from .run.train import check, train
 
     return check, lambda config: [train(config)]
 

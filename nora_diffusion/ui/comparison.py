@@ -14,9 +14,9 @@ from ..evaluation.axes import AXES as AXES
 from ..evaluation.axes import NONE, Axis, Cell, parse_axis
 from ..evaluation.grid import NO_AXIS, Grid, GridConfig, MadeCell
 from ..formats.adapter_file import FILE_NAME
-from ..run_layout import CHECKPOINTS, checkpoint_steps
+from ..io.run_layout import CHECKPOINTS, checkpoint_steps
 from .entries import Entry
-from .job import Job
+from .jobs.job import Job
 from .request import MAX_SIDE, MAX_STEPS
 from .runs import Run, Skipped
 from .state import App
@@ -174,7 +174,7 @@ def last_across(places: Sequence[tuple[int, ...]]) -> int:
 
 def _judge(app: App, adapter: str) -> tuple[Any, list[Any]]:
     from ..data import read_photos
-    from ..judges import load_judge
+    from ..scoring.judges import load_judge
 
     job = job_of(app, adapter) if adapter and adapter not in NONE else None
     references = [photo.image for photo in read_photos(job.folder / "photos")] if job else []

@@ -6,11 +6,12 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..base import best_device, check_base, check_device
 from ..errors import UserError
+from ..pipelines.base import best_device, check_base, check_device
 
 DEFAULT_PORT = 7860
 DEFAULT_LIBRARY = "outputs/library"
+CACHE_SECONDS = (3600, 24 * 3600)
 
 
 @dataclass
@@ -36,7 +37,8 @@ class AppConfig:
 
     def check(self) -> None:
         """Raises :class:`UserError` for the first setting that makes no sense or is not safe."""
-        from ..precision import resolve_dtype  # here, since torch is slow to import and the help of commands needs none
+        # Imported here: torch is slow to import, and the help of commands does not need it.
+        from ..pipelines.precision import resolve_dtype
 
         check_base(self.base)
         if self.device is not None:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import FileLock
+from ..io.files import FileLock
 
 MAX_WAITING = 8
 POLL_SECONDS = 0.1

@@ -11,9 +11,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..base import base_id, best_device, default_guidance, is_embedded, open_pipeline
-from ..batches import mixed_batch
-from ..components import (
+from ..errors import UserError
+from ..formats.adapter_file import AdapterInfo
+from ..generation.generate import free_name, picture_settings
+from ..generation.generate import run as run_pipeline
+from ..generation.pictures import save_picture
+from ..loaders import LoadedAdapter, delete_adapter, load_adapter
+from ..loaders.mixed_batch import mixed_batch
+from ..pipelines.base import base_id, best_device, default_guidance, is_embedded, open_pipeline
+from ..pipelines.components import (
     canonical,
     component,
     denoiser_name,
@@ -23,13 +29,7 @@ from ..components import (
     projections,
     same_weights,
 )
-from ..errors import UserError
-from ..formats.adapter_file import AdapterInfo
-from ..generation import free_name, picture_settings
-from ..generation import run as run_pipeline
-from ..loaders import LoadedAdapter, delete_adapter, load_adapter
-from ..pictures import save_picture
-from ..precision import AUTO
+from ..pipelines.precision import AUTO
 from .entries import Stamp, stamp_of
 from .messages import short_name
 from .preview import LatentPreview

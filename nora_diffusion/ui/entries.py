@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..composition.tags import tag_name
 from ..errors import UserError
-from ..files import write_atomic
 from ..formats.adapter_file import FILE_NAME, AdapterInfo, basis_files, given_name, inspect_adapter, split_address
 from ..formats.packs import SUFFIX, Pack, Subject
-from ..run_layout import SAMPLES
+from ..generation.tags import tag_name
+from ..io.files import write_atomic
+from ..io.run_layout import SAMPLES
 
 THUMBNAIL, SCORES = "thumbnail.png", "scores.json"
 MAX_SCORES = 2**16

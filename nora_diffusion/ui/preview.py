@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from ..precision import in_fp32
-from ..webpage import data_uri
+from ..pipelines.precision import in_fp32
+from ..reports.webpage import data_uri
 
 SAMPLES = 8
 SIDE = 128

@@ -14,13 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..base import EMBEDDED_WEIGHTS
 from ..errors import UserError
+from ..pipelines.base import EMBEDDED_WEIGHTS
 from . import security
 from .config import AppConfig
 from .state import App
 
-CACHE_SECONDS = (3600, 24 * 3600)
 """How often Gradio looks for old files in its cache, and how old they may grow."""
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import gradio as gr
 
-from .look import look
+from .config import CACHE_SECONDS
+from .layout.look import look
+from .layout.page import Page
 from .messages import short_name
-from .page import Page
 from .request import MAX_PROMPT
 from .state import App
 from .tabs.generate_settings import defaults
@@ -22,8 +23,6 @@ TABS = ("generate", "mix", "library", "train", "compare", "inspect")
 
 def build(app: App) -> tuple[Any, dict[str, Any]]:
     """The page, and the arguments of ``launch`` that say how it looks."""
-    from .server import CACHE_SECONDS
-
     with gr.Blocks(title="nora_diffusion", delete_cache=CACHE_SECONDS, analytics_enabled=False) as blocks:
         base = "embedded base" if app.engine.is_embedded else short_name(str(app.config.base))
         gr.HTML(f"<h1>nora_diffusion</h1><p>{html.escape(base)}</p>", elem_id="title")

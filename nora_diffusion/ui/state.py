@@ -16,7 +16,7 @@ from .config import AppConfig
 from .device import Device
 from .engine import Engine
 from .entries import Entry, Stamp
-from .jobs import Jobs
+from .jobs.jobs import Jobs
 from .library import Library
 from .runs import Runs
 

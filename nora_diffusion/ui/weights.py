@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..components import component, present
-from ..composition.tags import check_range
 from ..errors import UserError
+from ..generation.tags import check_range
 from ..loaders import set_adapters
+from ..pipelines.components import component, present
 
 BLOCKS = ("down", "mid", "up")
 """Parts of a UNet that may have a factor of their own; module paths begin with ``<block>_block``."""

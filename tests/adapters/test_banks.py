@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nora_diffusion.adapters import NoraLayer, nora
-from nora_diffusion.adapters.rows import LayerRows
-from nora_diffusion.training.crowd import Rows
+from nora_diffusion.adapters.tuner.mixed_rows import LayerRows
+from nora_diffusion.training.many.batched import Rows
 
 WIDTH = 12
 BANKS = {"CoreBank": "svd", "PairBank": "orthogonal"}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nora_diffusion import UserError
-from nora_diffusion.adapters import bases
-from nora_diffusion.adapters.bases import EXACT_LIMIT, awsvd, svd, truncated_svd
+from nora_diffusion.adapters.deltas import bases
+from nora_diffusion.adapters.deltas.bases import EXACT_LIMIT, awsvd, svd, truncated_svd
 
 Spectrum = Callable[[Tensor], Tensor]
 SPECTRA: dict[str, Spectrum] = {

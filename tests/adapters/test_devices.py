@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nora_diffusion.adapters import PRESETS, AdapterConfig, NoraLayer, lora, merging, nora
-from nora_diffusion.adapters import layer as layer_module
-from nora_diffusion.adapters.bases import BASES
+from nora_diffusion.adapters import PRESETS, AdapterConfig, NoraLayer, lora, nora
 from nora_diffusion.adapters.config import Start
-from nora_diffusion.adapters.rows import RowPlan, serve_rows
+from nora_diffusion.adapters.deltas.bases import BASES
+from nora_diffusion.adapters.tuner import layer as layer_module
+from nora_diffusion.adapters.tuner import merging
+from nora_diffusion.adapters.tuner.mixed_rows import RowPlan, serve_rows
 from nora_diffusion.attention import AdapterAttnProcessor
 from nora_diffusion.loaders.inject import inject
 

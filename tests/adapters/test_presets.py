@@ -22,8 +22,8 @@ from nora_diffusion import (
     set_adapters,
 )
 from nora_diffusion.adapters import dora, dylora, lora, lora_mini, lora_xs, melora, moe_lora, mor, mora, nora
-from nora_diffusion.components import nora_layers
 from nora_diffusion.loaders import active_adapters, list_adapters, trainable_parameters
+from nora_diffusion.pipelines.components import nora_layers
 
 EVERYTHING = ["attn", "ff", "proj", "conv"]
 PRESETS: dict[str, Callable[[], AdapterConfig]] = {

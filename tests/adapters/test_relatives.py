@@ -12,7 +12,7 @@ from torch import nn
 
 from nora_diffusion.adapters import AdapterConfig, NoraLayer, dora, dylora, lora, lora_mini, melora, mora, nora
 from nora_diffusion.adapters.config import Start
-from nora_diffusion.adapters.rank_mask import sample_ranks, watch
+from nora_diffusion.adapters.tuner.rank_mask import sample_ranks, watch
 from nora_diffusion.errors import UserError
 
 D_OUT, D_IN = 10, 12

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from nora_diffusion import UserError, add_adapter, delete_adapter, load_adapter, save_adapter, set_adapters
 from nora_diffusion.adapters import AdapterConfig, NoraLayer, moe_lora, mor
 from nora_diffusion.adapters.config import Start
-from nora_diffusion.adapters.functional import routed_delta
-from nora_diffusion.adapters.routed import Conditions, RoutedDelta
+from nora_diffusion.adapters.deltas.functional import routed_delta
+from nora_diffusion.adapters.deltas.routed import Conditions, RoutedDelta
 from nora_diffusion.attention import MoRAttnProcessor
 from nora_diffusion.loaders import trainable_parameters
 

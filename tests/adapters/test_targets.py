@@ -25,7 +25,8 @@ from nora_diffusion import (
     set_adapters,
 )
 from nora_diffusion.adapters import TARGET_GROUPS, in_blocks
-from nora_diffusion.components import (
+from nora_diffusion.loaders import trainable_parameters
+from nora_diffusion.pipelines.components import (
     canonical,
     denoiser_name,
     nora_layers,
@@ -34,8 +35,7 @@ from nora_diffusion.components import (
     text_encoders,
     tokenizers,
 )
-from nora_diffusion.loaders import trainable_parameters
-from nora_diffusion.training.denoiser import networks
+from nora_diffusion.training.step.denoiser import networks
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Outputs = dict[str, list[Tensor]]

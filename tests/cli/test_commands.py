@@ -18,18 +18,18 @@ from nora_diffusion import add_adapter, nora, open_pipeline, save_adapter
 from nora_diffusion.cli import build_parser, main
 from nora_diffusion.composition.mixing import mix_files
 from nora_diffusion.composition.modes import Mode
+from nora_diffusion.conversion.lora_layouts import Format
 from nora_diffusion.demo import SUBJECT, run_demo
 from nora_diffusion.evaluation.axes import Cell
 from nora_diffusion.evaluation.grid import GridConfig
 from nora_diffusion.evaluation.protocol import EvaluationConfig
-from nora_diffusion.formats.export_formats import Format
-from nora_diffusion.generation import GenerateConfig, parse_adapter
+from nora_diffusion.generation.generate import GenerateConfig, parse_adapter
+from nora_diffusion.generation.pictures import read_settings
 from nora_diffusion.loaders import trainable_parameters
-from nora_diffusion.pictures import read_settings
 from nora_diffusion.training import TrainConfig
 from nora_diffusion.training.command import next_command
-from nora_diffusion.training.config import SaveDtype
-from nora_diffusion.training.defaults import EMBEDDED
+from nora_diffusion.training.settings.config import SaveDtype
+from nora_diffusion.training.settings.defaults import EMBEDDED
 
 Capture = pytest.CaptureFixture[str]
 

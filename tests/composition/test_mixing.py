@@ -28,11 +28,11 @@ from nora_diffusion import (
     set_adapters,
 )
 from nora_diffusion.adapters import PRESETS, lora, lora_xs, mor, nora
-from nora_diffusion.components import canonical, nora_layers
 from nora_diffusion.composition.mixing import _layer_seed
 from nora_diffusion.composition.modes import MODES
 from nora_diffusion.formats.adapter_file import read_tensors
 from nora_diffusion.loaders import active_adapters, trainable_parameters
+from nora_diffusion.pipelines.components import canonical, nora_layers
 
 PARTS = ("unet", "text_encoder")
 EVERYTHING = ["attn", "ff", "proj", "conv"]

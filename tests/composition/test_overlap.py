@@ -13,8 +13,8 @@ from factories import randomise
 from torch import Tensor
 
 from nora_diffusion import UserError, add_adapter, lora, mix, mor, nora, overlap, overlap_files, save_adapter
-from nora_diffusion.components import nora_layers
 from nora_diffusion.composition.angles import ENERGY, WARN_ABOVE
+from nora_diffusion.pipelines.components import nora_layers
 
 TARGETS = ["to_q", "to_k"]
 

@@ -13,13 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nora_diffusion import (
-    delete_adapter,
-    load_adapter,
-    set_adapters,
-)
+from nora_diffusion import delete_adapter, load_adapter, set_adapters
 from nora_diffusion.adapters import mor, nora
-from nora_diffusion.components import canonical, projections
+from nora_diffusion.pipelines.components import canonical, projections
 
 PARTS = ("unet", "text_encoder")
 OURS = {

@@ -24,7 +24,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from nora_diffusion.adapters import AdapterConfig, NoraLayer, lora
-from nora_diffusion.adapters.register import NORA, PREFIX
+from nora_diffusion.adapters.tuner.register import NORA, PREFIX
 
 VERSIONS = {"peft": peft.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__}
 
@@ -74,7 +74,7 @@ def tiny_unet() -> UNet2DConditionModel:
 
 
 def test_peft_tables_of_methods() -> None:
-    with canary("peft", "peft.mapping.PEFT_TYPE_TO_{CONFIG,TUNER,PREFIX}_MAPPING", "adapters/register.py"):
+    with canary("peft", "peft.mapping.PEFT_TYPE_TO_{CONFIG,TUNER,PREFIX}_MAPPING", "adapters/tuner/register.py"):
         from peft import mapping
 
         assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING[NORA] is AdapterConfig
@@ -90,7 +90,9 @@ def test_peft_finds_a_method_by_its_string() -> None:
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.filterwarnings("ignore")
 def test_peft_nests_tuner_layers(ours_first: bool) -> None:
-    with canary("peft", "how a second tuner wraps a projection (base_layer)", "adapters/model.py (ours is innermost)"):
+    with canary(
+        "peft", "how a second tuner wraps a projection (base_layer)", "adapters/tuner/model.py (ours is innermost)"
+    ):
         layer = stacked(ours_first).to_q
         assert type(layer).__module__.startswith("peft.tuners.lora")
         assert isinstance(layer.base_layer, NoraLayer)
@@ -109,7 +111,7 @@ def test_peft_strips_adapter_names_from_keys() -> None:
 
 
 def test_peft_layer_interface() -> None:
-    with canary("peft", "BaseTunerLayer's attributes", "adapters/layer.py"):
+    with canary("peft", "BaseTunerLayer's attributes", "adapters/tuner/layer.py"):
         for name in ("adapter_layer_names", "other_param_names", "merged_adapters", "_disable_adapters"):
             assert hasattr(BaseTunerLayer, name), name
         assert "inference_mode" in inspect.signature(BaseTunerLayer.set_adapter).parameters
@@ -119,13 +121,15 @@ def test_peft_layer_interface() -> None:
 
 
 def test_peft_hooks_of_the_tuner() -> None:
-    with canary("peft", "BaseTuner._post_injection_hook", "adapters/model.py (qkv guard, rank mask)"):
+    with canary("peft", "BaseTuner._post_injection_hook", "adapters/tuner/model.py (qkv guard, rank mask)"):
         unet = tiny_unet()
         unet.add_adapter(lora(r=2), "mine")
         assert "fuse_qkv_projections" in vars(unet)
-    with canary("peft", "BaseTuner._unload_and_optionally_merge", "adapters/model.py (merge_and_unload is refused)"):
+    with canary(
+        "peft", "BaseTuner._unload_and_optionally_merge", "adapters/tuner/model.py (merge_and_unload is refused)"
+    ):
         assert "_unload_and_optionally_merge" in vars(BaseTuner)
-    with canary("peft", "PeftModel._enable_peft_forward_hooks", "adapters/model.py (adapter_names: one a row)"):
+    with canary("peft", "PeftModel._enable_peft_forward_hooks", "adapters/tuner/model.py (adapter_names: one a row)"):
         assert "_enable_peft_forward_hooks" in inspect.getsource(peft.PeftModel)
 
 
@@ -143,11 +147,11 @@ def test_peft_lora_ignores_live_adapters_beside_merged_ones() -> None:
 
 
 def test_peft_merge_helpers() -> None:
-    with canary("peft", "peft.tuners.tuners_utils.check_adapters_to_merge", "adapters/layer.py (merge)"):
+    with canary("peft", "peft.tuners.tuners_utils.check_adapters_to_merge", "adapters/tuner/layer.py (merge)"):
         from peft.tuners.tuners_utils import check_adapters_to_merge
 
         assert check_adapters_to_merge(stacked(True).to_q, ["plain"]) == ["plain"]
-    with canary("peft", "peft.tuners.tuners_utils.check_target_module_exists", "components.py (targets)"):
+    with canary("peft", "peft.tuners.tuners_utils.check_target_module_exists", "pipelines/components.py (targets)"):
         from peft.tuners.tuners_utils import check_target_module_exists
 
         assert check_target_module_exists(lora(r=2, target_modules=["to_q"]), "block.to_q")
@@ -203,7 +207,7 @@ def test_diffusers_refuses_keys_without_lora() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_diffusers_fuse_qkv_reads_the_base_weight() -> None:
     with canary("diffusers", "fuse_qkv_projections reads to_q.weight and flags fused_projections", "qkv_guard.py"):
-        from nora_diffusion.adapters.qkv_guard import METHOD, refuse_fused
+        from nora_diffusion.adapters.tuner.qkv_guard import METHOD, refuse_fused
 
         unet = tiny_unet()
         assert hasattr(UNet2DConditionModel, METHOD)
@@ -227,7 +231,7 @@ def test_diffusers_attention_interface() -> None:
 
 
 def test_hooks_that_offload_have_their_names() -> None:
-    with canary("diffusers", "hooks of group offloading", "adapters/offloading.py, loaders/active.py"):
+    with canary("diffusers", "hooks of group offloading", "adapters/tuner/offloading.py, loaders/active.py"):
         from diffusers.hooks import apply_group_offloading
         from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 
@@ -238,12 +242,12 @@ def test_hooks_that_offload_have_their_names() -> None:
         for layer in (model.to_q, model.get_submodule("more")):
             hook: Any = layer._diffusers_hook.get_hook("group_offloading")  # type: ignore[operator, union-attr]
             assert callable(hook.pre_forward) and callable(hook.post_forward)
-    with canary("diffusers", "cast_input_dtype_enabled of tuner layers", "layerwise casting: adapters/layer.py"):
+    with canary("diffusers", "cast_input_dtype_enabled of tuner layers", "layerwise casting: adapters/tuner/layer.py"):
         from peft.helpers import disable_input_dtype_casting
 
         with disable_input_dtype_casting(stacked(ours_first=True)):
             pass
-    with canary("peft", "accelerate's _hf_hook on offloaded layers", "adapters/offloading.py"):
+    with canary("peft", "accelerate's _hf_hook on offloaded layers", "adapters/tuner/offloading.py"):
         from accelerate import cpu_offload
 
         offloaded = cpu_offload(Holder(), here)
@@ -273,7 +277,7 @@ def test_transformers_paths_of_clip() -> None:
     with canary("transformers", "module paths of CLIPTextModel", "components.canonical and exports (text_model.)"):
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-        from nora_diffusion.components import canonical
+        from nora_diffusion.pipelines.components import canonical
 
         with torch.device("meta"):
             for kind in (CLIPTextModel, CLIPTextModelWithProjection):

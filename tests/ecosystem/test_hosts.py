@@ -22,8 +22,8 @@ from nora_diffusion import (
 )
 from nora_diffusion.adapters import dora, dylora, lora, mor, nora
 from nora_diffusion.attention import set_adapter_processors
-from nora_diffusion.components import nora_layers
 from nora_diffusion.loaders import trainable_parameters
+from nora_diffusion.pipelines.components import nora_layers
 
 PARTS = ("unet", "text_encoder")
 KINDS: dict[str, Callable[[], AdapterConfig]] = {

@@ -17,10 +17,10 @@ from nora_diffusion import UserError, add_adapter, inspect_adapter, lora, nora, 
 from nora_diffusion.cli import main
 from nora_diffusion.evaluation.axes import Cell, axis, checkpoint, parse_axis
 from nora_diffusion.evaluation.grid import Grid, GridConfig, run_grid
-from nora_diffusion.generation import GenerateConfig, generate
-from nora_diffusion.judges import load_judge
+from nora_diffusion.generation.generate import GenerateConfig, generate
+from nora_diffusion.generation.pictures import read_settings
 from nora_diffusion.loaders import trainable_parameters
-from nora_diffusion.pictures import read_settings
+from nora_diffusion.scoring.judges import load_judge
 
 SMALL: dict[str, Any] = {"width": 16, "height": 16, "steps": 2, "prompt": "a sks dog"}
 

@@ -12,15 +12,15 @@ from factories import tiny_clip, tiny_dino, write_photos
 from PIL import Image
 
 from nora_diffusion import UserError, add_adapter, lora, nora, open_pipeline, save_adapter
-from nora_diffusion.captions import fill, with_article
 from nora_diffusion.cli import main
+from nora_diffusion.data.captions import fill, with_article
 from nora_diffusion.evaluation.protocol import EvaluationConfig, evaluate, parse_contender
 from nora_diffusion.evaluation.report import write_reports
 from nora_diffusion.evaluation.scoreboard import Scoreboard, compare, summarise
 from nora_diffusion.evaluation.subjects import PROMPTS, read_subject, read_templates
-from nora_diffusion.generation import run
-from nora_diffusion.judges import image_features, load_judge, load_vision, prompt_score, subject_score
+from nora_diffusion.generation.generate import run
 from nora_diffusion.loaders import load_adapter, trainable_parameters
+from nora_diffusion.scoring.judges import image_features, load_judge, load_vision, prompt_score, subject_score
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nora_diffusion import (
+from nora_diffusion import (  # fmt: skip
     AdapterConfig,
     UserError,
     add_adapter,
@@ -20,12 +20,12 @@ from nora_diffusion import (
     nora,
     open_pipeline,
     save_adapter,
-)  # fmt: skip
+)
 from nora_diffusion.adapters.presets import PRESETS
 from nora_diffusion.cli import main
-from nora_diffusion.components import nora_layers
 from nora_diffusion.evaluation.spectra import count_intruders, gate_summaries, iter_spectra, spectra
 from nora_diffusion.loaders import load_adapter, trainable_parameters
+from nora_diffusion.pipelines.components import nora_layers
 
 CONFIGS: dict[str, AdapterConfig] = {
     "nora": nora(r=4, inner_r=2, basis="svd", alpha=8.0, target_modules=["attn", "conv"]),

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from nora_diffusion import UserError
-from nora_diffusion.tiny_sd import comparing, probe, teaching
+from nora_diffusion.pipelines.base import EMBEDDED_WEIGHTS
+from nora_diffusion.tiny_sd import comparing
 from nora_diffusion.tiny_sd.comparing import Task, against_first, at_best_rate, by_rate, compare, tasks
-from nora_diffusion.tiny_sd.ship import WEIGHTS
-from nora_diffusion.tiny_sd.teaching import METHODS, SUBJECTS, Lesson, Probes, fit_probes, new_scenes, teach
+from nora_diffusion.tiny_sd.measures import probe, teaching
+from nora_diffusion.tiny_sd.measures.teaching import METHODS, SUBJECTS, Lesson, Probes, fit_probes, new_scenes, teach
 
 UNET = "pipeline/unet/diffusion_pytorch_model.safetensors"
 
@@ -132,7 +133,7 @@ def test_lessons_of_equal_size_on_the_embedded_base(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(module, "new_scenes", lambda slug: new_scenes(slug)[:2])
     probes: Probes = fit_probes(fitted=100, tested=10, each=4)
     wanted = [Task(method, 1e-3, 0, SUBJECTS[1], 1) for method in ("nora", "lora_r2")]
-    nora, lora = compare(WEIGHTS, wanted, tmp_path, teach, lambda: probes)
+    nora, lora = compare(EMBEDDED_WEIGHTS, wanted, tmp_path, teach, lambda: probes)
     assert nora["trained_numbers"] == 116_736
     assert 0.8 < lora["trained_numbers"] / nora["trained_numbers"] < 1.25
     for lesson in (nora, lora):

@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nora_diffusion.tiny_sd import probe
 from nora_diffusion.tiny_sd.examples import subject_thing, write_subject
-from nora_diffusion.tiny_sd.following import QUESTIONS, unseen_scenes
-from nora_diffusion.tiny_sd.scenes import Ground, Scene, Thing, random_scene, scene_pair
-from nora_diffusion.tiny_sd.stage_diffusion import TRAINING_FILE, record_scenes
-from nora_diffusion.tiny_sd.stage_judge import subject_loss
-from nora_diffusion.tiny_sd.teaching import SUBJECTS, new_scenes
+from nora_diffusion.tiny_sd.measures import probe
+from nora_diffusion.tiny_sd.measures.following import QUESTIONS, unseen_scenes
+from nora_diffusion.tiny_sd.measures.teaching import SUBJECTS, new_scenes
+from nora_diffusion.tiny_sd.recipe.stage_clip import subject_loss
+from nora_diffusion.tiny_sd.recipe.stage_diffusion import TRAINING_FILE, record_scenes
+from nora_diffusion.tiny_sd.world.scenes import Ground, Scene, Thing, random_scene, scene_pair
 
 
 def test_a_pair_of_scenes_shares_the_object_and_nothing_else() -> None:

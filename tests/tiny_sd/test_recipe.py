@@ -12,16 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nora_diffusion.judges import load_judge, text_features
-from nora_diffusion.tiny_sd import processes
-from nora_diffusion.tiny_sd.configs import SIZES, Stage, StageConfig
-from nora_diffusion.tiny_sd.loop import LoopOptions, learning_rate
-from nora_diffusion.tiny_sd.muon import orthogonalise
-from nora_diffusion.tiny_sd.render import sample
-from nora_diffusion.tiny_sd.ship import WEIGHTS, export_all, finish_vae, frozen_vae
-from nora_diffusion.tiny_sd.stage_diffusion import build_scheduler, loss_weight
-from nora_diffusion.tiny_sd.stage_vae import read_vae, to_tensor
+from nora_diffusion.pipelines.base import EMBEDDED_WEIGHTS
+from nora_diffusion.scoring.judges import load_judge, text_features
+from nora_diffusion.tiny_sd.recipe import processes
+from nora_diffusion.tiny_sd.recipe.configs import SIZES, Stage, StageConfig
+from nora_diffusion.tiny_sd.recipe.loop import LoopOptions, learning_rate
+from nora_diffusion.tiny_sd.recipe.muon import orthogonalise
+from nora_diffusion.tiny_sd.recipe.ship import export_all, finish_vae, frozen_vae
+from nora_diffusion.tiny_sd.recipe.stage_diffusion import build_scheduler, loss_weight
+from nora_diffusion.tiny_sd.recipe.stage_vae import read_vae, to_tensor
 from nora_diffusion.tiny_sd.train import STAGES, adjusted, run_stage
+from nora_diffusion.tiny_sd.world.render import sample
 
 NANO = SIZES["nano"]
 
@@ -113,7 +114,7 @@ def test_steps_can_be_changed_without_touching_the_other_stages() -> None:
 def test_shipped_weights_load_and_have_the_documented_size() -> None:
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / "pipeline", dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(EMBEDDED_WEIGHTS / "pipeline", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     tiny = SIZES["tiny"]
     assert tuple(pipe.unet.config.block_out_channels) == tiny.unet["block_out_channels"]
@@ -121,9 +122,9 @@ def test_shipped_weights_load_and_have_the_documented_size() -> None:
     assert pipe.tokenizer.model_max_length == pipe.text_encoder.config.max_position_embeddings == 32
     image = pipe("a fox in the snow", num_inference_steps=2).images[0]
     assert image.size == (64, 64)
-    total = sum(p.stat().st_size for p in WEIGHTS.rglob("*") if p.is_file())
+    total = sum(p.stat().st_size for p in EMBEDDED_WEIGHTS.rglob("*") if p.is_file())
     assert 15e6 < total < 40e6
-    card = (WEIGHTS / "README.md").read_text()
+    card = (EMBEDDED_WEIGHTS / "README.md").read_text()
     assert "OFL" in card and "license" in card
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nora_diffusion.tiny_sd import world
-from nora_diffusion.tiny_sd.configs import CONTEXT
 from nora_diffusion.tiny_sd.examples import demo_prompts, write_subject
-from nora_diffusion.tiny_sd.render import render, sample
-from nora_diffusion.tiny_sd.scenes import random_scene
-from nora_diffusion.tiny_sd.tokenizer import build_tokenizer, caption_words
+from nora_diffusion.tiny_sd.recipe.configs import CONTEXT
+from nora_diffusion.tiny_sd.recipe.tokenizer import build_tokenizer, caption_words
+from nora_diffusion.tiny_sd.world import vocabulary as world
+from nora_diffusion.tiny_sd.world.render import render, sample
+from nora_diffusion.tiny_sd.world.scenes import random_scene
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "subjects"
 

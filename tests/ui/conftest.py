@@ -22,7 +22,7 @@ from factories import tiny_random_pipeline
 from playwright.sync_api import Error, expect
 
 from nora_diffusion import UserError
-from nora_diffusion.ui.jobs import Jobs
+from nora_diffusion.ui.jobs.jobs import Jobs
 
 # What is seen once a tab is open and filled.
 LANDMARKS = {

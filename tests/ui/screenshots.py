@@ -11,10 +11,10 @@ import pytest
 
 from nora_diffusion.demo import open_example
 from nora_diffusion.ui.engine import Engine
-from nora_diffusion.ui.jobs import Jobs
+from nora_diffusion.ui.jobs.jobs import Jobs
+from nora_diffusion.ui.jobs.training_form import build_settings
 from nora_diffusion.ui.library import Library
 from nora_diffusion.ui.shell import TABS
-from nora_diffusion.ui.training_form import build_settings
 
 from .conftest import ROOT, open_tab, start, visit
 

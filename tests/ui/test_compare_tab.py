@@ -13,7 +13,7 @@ from PIL import Image
 from playwright.sync_api import expect
 
 from nora_diffusion import mor, open_pipeline
-from nora_diffusion.generation import GenerateConfig, generate
+from nora_diffusion.generation.generate import GenerateConfig, generate
 from nora_diffusion.ui.comparison import last_across
 
 from .conftest import Server, number, open_tab, press, save_random, select, until

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from nora_diffusion import UserError
-from nora_diffusion.components import component
-from nora_diffusion.pictures import read_settings
+from nora_diffusion.generation.pictures import read_settings
+from nora_diffusion.pipelines.components import component
 from nora_diffusion.ui.config import AppConfig
 from nora_diffusion.ui.device import Device
 from nora_diffusion.ui.engine import Engine
@@ -269,7 +269,7 @@ def test_one_at_a_time_in_order(device: Device) -> None:
 
 
 def test_a_training_holds_the_device(tmp_path: Path) -> None:
-    from nora_diffusion.files import FileLock
+    from nora_diffusion.io.files import FileLock
 
     device, training = Device(tmp_path / "lock"), FileLock(tmp_path / "lock")
     assert training.try_acquire()

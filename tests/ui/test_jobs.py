@@ -16,13 +16,12 @@ import pytest
 from factories import write_photos
 
 from nora_diffusion import UserError, inspect_adapter
-from nora_diffusion.files import FileLock
 from nora_diffusion.formats.adapter_file import FILE_NAME
+from nora_diffusion.io.files import FileLock
 from nora_diffusion.ui.config import AppConfig
-from nora_diffusion.ui.job import Job, read_job
-from nora_diffusion.ui.jobs import Jobs
+from nora_diffusion.ui.jobs.job import Job, boot_id, read_job
+from nora_diffusion.ui.jobs.jobs import Jobs
 from nora_diffusion.ui.state import App
-from nora_diffusion.ui.worker import boot_id
 
 from .conftest import LONG, until
 
@@ -216,7 +215,7 @@ def test_a_job_outlives_the_app_and_waits_for_the_device(
 ) -> None:
     (tmp_path / "start.json").write_text(json.dumps([str(jobs.root), settings, [str(p) for p in photos]]))
     code = (
-        "import json, os, signal, sys; from pathlib import Path; from nora_diffusion.ui.jobs import Jobs\n"
+        "import json, os, signal, sys; from pathlib import Path; from nora_diffusion.ui.jobs.jobs import Jobs\n"
         "root, settings, photos = json.loads(Path(sys.argv[1]).read_text()); root = Path(root)\n"
         "jobs = Jobs(root, root.parent / 'library', root.parent / 'device.lock')\n"
         "print(jobs.start('dog', settings, [Path(p) for p in photos]), flush=True)\n"
@@ -238,7 +237,7 @@ def test_a_job_outlives_the_app_and_waits_for_the_device(
 def test_an_adapter_that_cannot_be_read_again_is_not_done(
     jobs: Jobs, settings: dict[str, Any], photos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nora_diffusion.ui import worker
+    from nora_diffusion.ui.jobs.jobs import worker
 
     def spoiled(argv: list[str]) -> int:
         run = folder / "run"
@@ -261,7 +260,7 @@ def test_an_adapter_that_cannot_be_read_again_is_not_done(
 
 
 def test_a_stop_as_soon_as_the_process_is_known_is_told(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nora_diffusion.ui import worker
+    from nora_diffusion.ui.jobs.jobs import worker
 
     folder = fake(jobs.root / "20260101-000000-abc")
     job = {"name": "dog", "library": str(jobs.library), "device_lock": str(jobs.device_lock), "flags": []}
@@ -287,7 +286,7 @@ def test_a_stop_as_soon_as_the_process_is_known_is_told(jobs: Jobs, monkeypatch:
 def test_a_finished_run_that_found_no_room_in_the_library_is_not_trained_again(
     jobs: Jobs, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nora_diffusion.ui import worker
+    from nora_diffusion.ui.jobs.jobs import worker
 
     folder = fake(jobs.root / "20260101-000000-abc", state={"status": "done"})
     shutil.copy(library / "dog" / FILE_NAME, folder / "run")

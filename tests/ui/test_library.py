@@ -15,13 +15,13 @@ from nora_diffusion import UserError
 from nora_diffusion.formats.adapter_file import FILE_NAME
 from nora_diffusion.ui import entries as reading
 from nora_diffusion.ui import library as module
-from nora_diffusion.ui.cards import cards, facts, read_preview
 from nora_diffusion.ui.device import Device
 from nora_diffusion.ui.engine import Engine
+from nora_diffusion.ui.jobs.worker import publish
+from nora_diffusion.ui.layout.cards import cards, facts, read_preview
 from nora_diffusion.ui.library import Library, safe_name
 from nora_diffusion.ui.request import Request, Wanted
 from nora_diffusion.ui.runs import Run
-from nora_diffusion.ui.worker import publish
 
 from .conftest import WAIT, save_random
 

@@ -9,8 +9,8 @@ import pytest
 
 from nora_diffusion.composition.mixing import MixReport
 from nora_diffusion.formats.adapter_info import AdapterInfo
-from nora_diffusion.ui.cards import cards
-from nora_diffusion.ui.look import CSS
+from nora_diffusion.ui.layout.cards import cards
+from nora_diffusion.ui.layout.look import CSS
 from nora_diffusion.ui.shell import TABS
 from nora_diffusion.ui.tabs.mix import describe
 

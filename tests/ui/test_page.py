@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from nora_diffusion.composition.tags import parse_tags
-from nora_diffusion.pictures import PictureSettings, read_settings, save_picture
+from nora_diffusion.generation.pictures import PictureSettings, read_settings, save_picture
+from nora_diffusion.generation.tags import parse_tags
 from nora_diffusion.ui.request import MAX_PICTURES, MAX_STEPS
 from nora_diffusion.ui.tabs.generate_settings import KEPT
 from nora_diffusion.ui.tabs.rack import TEXT, UNET, weigher

@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import expect
 
 from nora_diffusion.ui.device import MAX_WAITING, Device
-from nora_diffusion.ui.page import stopper
+from nora_diffusion.ui.layout.page import stopper
 from nora_diffusion.ui.request import MAX_PICTURES, MAX_STEPS
 from nora_diffusion.ui.runs import Run, Runs
 from nora_diffusion.ui.tabs import compare, generate, mix

@@ -76,7 +76,8 @@ def test_no_file_outside_is_served(server: Server, base: Path) -> None:
     targets = [
         "/etc/passwd", "file:///etc/passwd", "http://169.254.169.254/latest/meta-data", "../../../etc/passwd",
         str(ROOT / "app.py"), str(adapter), str(base / "unet" / "config.json"), "app.py",
-        f"{server.scratch}/../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", str(ROOT / "nora_diffusion" / "base.py"),
+        f"{server.scratch}/../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd",
+        str(ROOT / "nora_diffusion" / "pipelines" / "base.py"),
     ]  # fmt: skip
     with server.client() as http:
         for target in targets:

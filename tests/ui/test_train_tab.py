@@ -13,9 +13,9 @@ from factories import write_photos
 from playwright.sync_api import expect
 
 from nora_diffusion import UserError, inspect_adapter
-from nora_diffusion.captions import read_captions
-from nora_diffusion.ui.jobs import Jobs
-from nora_diffusion.ui.photos import with_captions
+from nora_diffusion.data.captions import read_captions
+from nora_diffusion.ui.jobs.jobs import Jobs
+from nora_diffusion.ui.jobs.photos import with_captions
 from nora_diffusion.ui.tabs.generate_settings import KEPT
 from nora_diffusion.ui.tabs.train import renamed
 
@@ -241,5 +241,5 @@ def test_what_is_removed_meanwhile_is_not_listed(tmp_path: Path, monkeypatch: py
     def removed(_: Path) -> None:
         raise UserError("there is no such training")
 
-    monkeypatch.setattr("nora_diffusion.ui.jobs.read_job", removed)
+    monkeypatch.setattr("nora_diffusion.ui.jobs.jobs.read_job", removed)
     assert jobs.list() == []

@@ -15,13 +15,13 @@ from PIL import Image
 from nora_diffusion import UserError
 from nora_diffusion.data import read_photos
 from nora_diffusion.training import TrainConfig
-from nora_diffusion.training.checks import check_config
-from nora_diffusion.training.dataset import transform_of, views_of
-from nora_diffusion.training.defaults import with_defaults
-from nora_diffusion.training.setup import bucket_step
+from nora_diffusion.training.data.dataset import transform_of, views_of
+from nora_diffusion.training.run.setup import bucket_step
+from nora_diffusion.training.settings.checks import check_config
+from nora_diffusion.training.settings.defaults import with_defaults
 from nora_diffusion.ui.engine import Engine
-from nora_diffusion.ui.photos import check_photos
-from nora_diffusion.ui.training_form import build_settings, preflight, read_extra
+from nora_diffusion.ui.jobs.photos import check_photos
+from nora_diffusion.ui.jobs.training_form import build_settings, preflight, read_extra
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import gradio as gr
 from ...errors import UserError
 from ...evaluation.axes import NONE, Cell
 from ...evaluation.grid import GridConfig
-from ..cards import line
 from ..comparison import AXES, BASE_ALONE, Comparison, build_axis, build_grid, compare, suggestion
-from ..page import LAST, QUIET, Page, handler, run_buttons, stopper, who
+from ..layout.cards import line
+from ..layout.page import LAST, QUIET, Page, handler, run_buttons, stopper, who
 from ..request import MAX_PROMPT, MAX_STEPS
 from ..runs import Run
 from ..state import App

@@ -8,9 +8,9 @@ from typing import Any
 
 import gradio as gr
 
-from ...composition.tags import Tag, parse_tags
 from ...errors import UserError
-from ..page import QUIET, Page, handler, run_buttons, stopper, who
+from ...generation.tags import Tag, parse_tags
+from ..layout.page import QUIET, Page, handler, run_buttons, stopper, who
 from ..request import MAX_PICTURES, MAX_PROMPT, Request, Wanted
 from ..runs import Progress, Run
 from ..state import App

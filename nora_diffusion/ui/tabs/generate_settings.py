@@ -9,9 +9,9 @@ from typing import Any
 
 import gradio as gr
 
-from ...base import default_steps
+from ...pipelines.base import default_steps
 from ..engine import Engine
-from ..page import QUIET, Page
+from ..layout.page import QUIET, Page
 from ..request import MAX_PICTURES, MAX_PROMPT, MAX_SIDE, MAX_STEPS
 
 KEPT = "nora_diffusion"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from ..cards import line
+from ..layout.cards import line
 from ..runs import Progress
 from ..state import App
 

@@ -10,11 +10,11 @@ import gradio as gr
 
 from ...errors import UserError
 from ...evaluation.spectra import TOP, LayerSpectrum, gate_summaries, iter_spectra
-from ...gates import GateSummary
-from ...plots import bar_chart, line_chart
-from ..cards import facts, line
+from ...loaders.gates import GateSummary
+from ...reports.plots import bar_chart, line_chart
 from ..entries import Entry
-from ..page import LAST, QUIET, Page, handler
+from ..layout.cards import facts, line
+from ..layout.page import LAST, QUIET, Page, handler
 from ..runs import Progress, Run
 from ..state import App
 from .rack import NONE_YET, names

@@ -9,11 +9,11 @@ from typing import Any
 import gradio as gr
 
 from ...adapters import PRESETS
+from ...conversion.export import export_lora
 from ...errors import UserError
-from ...formats.export import export_lora
-from ..cards import EMPTY, NOTHING, cards, facts
+from ..layout.cards import EMPTY, NOTHING, cards, facts
+from ..layout.page import HIDDEN, LAST, QUIET, Page, handler, toast
 from ..library import SORTS, safe_name
-from ..page import HIDDEN, LAST, QUIET, Page, handler, toast
 from ..state import App
 from .rack import inserter
 

@@ -9,11 +9,11 @@ import gradio as gr
 
 from ...composition.mixing import MixReport, mix_files
 from ...composition.modes import Mode
-from ...composition.tags import parse_tags
 from ...errors import UserError
-from ..cards import table
+from ...generation.tags import parse_tags
+from ..layout.cards import table
+from ..layout.page import HIDDEN, Page, handler, run_buttons, stopper, who
 from ..library import safe_name
-from ..page import HIDDEN, Page, handler, run_buttons, stopper, who
 from ..request import MAX_PICTURES, MAX_PROMPT, Request, Wanted
 from ..runs import Progress, Run
 from ..state import App

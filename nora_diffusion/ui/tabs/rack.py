@@ -8,13 +8,13 @@ from typing import Any
 
 import gradio as gr
 
-from ...captions import says, with_trigger
 from ...composition.angles import WARN_ABOVE
-from ...composition.tags import MAX_WEIGHT, NUMBER, TAG, Tag, parse_tags, write_tags
+from ...data.captions import says, with_trigger
 from ...errors import UserError
 from ...formats.adapter_info import AdapterInfo
-from ..cards import line
-from ..page import HIDDEN, LAST, QUIET, Page, handler
+from ...generation.tags import MAX_WEIGHT, NUMBER, TAG, Tag, parse_tags, write_tags
+from ..layout.cards import line
+from ..layout.page import HIDDEN, LAST, QUIET, Page, handler
 from ..state import App
 from ..weights import BLOCKS
 from .generate_settings import defaults

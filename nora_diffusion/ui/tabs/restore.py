@@ -8,12 +8,12 @@ from typing import Any
 
 import gradio as gr
 
-from ...composition.tags import write_tags
 from ...errors import UserError
-from ...pictures import PictureSettings, read_settings, tag_of
-from ..cards import line
+from ...generation.pictures import PictureSettings, read_settings, tag_of
+from ...generation.tags import write_tags
+from ..layout.cards import line
+from ..layout.page import HIDDEN, QUIET, Page, handler
 from ..messages import sentence
-from ..page import HIDDEN, QUIET, Page, handler
 from ..state import App
 from .generate_settings import Settings
 

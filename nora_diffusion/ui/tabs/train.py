@@ -11,12 +11,12 @@ import gradio as gr
 
 from ...demo import EXAMPLES, open_example
 from ...errors import UserError
-from ...training.config import Method
+from ...training.settings.config import Method
+from ..jobs.photos import MAX_PHOTOS, Checked, check_photos, with_captions
+from ..jobs.training_form import MAX_YAML, PRESETS, build_settings, preflight
+from ..layout.page import LAST, QUIET, Page, handler
 from ..library import safe_name
-from ..page import LAST, QUIET, Page, handler
-from ..photos import MAX_PHOTOS, Checked, check_photos, with_captions
 from ..state import App
-from ..training_form import MAX_YAML, PRESETS, build_settings, preflight
 from . import train_view as view
 from .generate_settings import recall_by, remember
 from .train_runs import build_runs, choices, watch

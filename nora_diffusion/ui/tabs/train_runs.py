@@ -8,10 +8,10 @@ from typing import Any
 
 import gradio as gr
 
-from ...run_layout import step_of
-from ..job import Job
-from ..page import HIDDEN, LAST, QUIET, Page, handler
-from ..sample_scores import SampleScores
+from ...io.run_layout import step_of
+from ..jobs.job import Job
+from ..jobs.sample_scores import SampleScores
+from ..layout.page import HIDDEN, LAST, QUIET, Page, handler
 from ..state import App
 from . import train_view as view
 from .rack import inserter

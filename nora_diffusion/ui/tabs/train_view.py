@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ...plots import line_chart
-from ..cards import line
-from ..job import Job
-from ..photos import Checked
+from ...reports.plots import line_chart
+from ..jobs.job import Job
+from ..jobs.photos import Checked
+from ..layout.cards import line
 
 WORDS = {
     "waiting": "Waiting for the device …",

@@ -1,0 +1,1 @@
+"""The maths: what an adapter adds to one projection. Needs torch only."""

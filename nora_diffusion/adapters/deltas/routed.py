@@ -1,0 +1,171 @@
+"""Mixtures: deltas whose experts are weighed by a learned gate, per token or per row of the batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import UserError
+from . import functional
+
+
+@dataclass
+class Conditions:
+    """What the gates of one model may depend on beside the token, while its forward pass runs.
+
+    ``vectors``: ``prompt [rows, d]`` and ``timestep [rows, d]``; empty outside of a forward pass. Whoever knows the
+    model fills it in (``nora_diffusion.pipelines.router_inputs``); the deltas of that model share it.
+    """
+
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    was_read: bool = False
+    _parts: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def open(self, vectors: dict[str, Tensor]) -> None:
+        """Start a forward pass (or, without vectors, end it)."""
+        self.vectors, self._parts = dict(vectors), {}
+
+    def rows(self, router: str) -> Tensor:
+        """What a router of this kind sees of each row of the batch, ``[rows, d]``.
+
+        Equal rows are not made one: to find them an accelerator would have to be waited for, which costs more than
+        forming what depends on the gate for each row. Raises :class:`UserError` outside of a forward pass.
+        """
+        self.was_read = True
+        if router not in self._parts:
+            missing = [name for name in router.split("+") if name not in self.vectors]
+            if missing:
+                raise UserError(
+                    f"a layer with the {router!r} router ran where no {missing[0]} is known: call the whole unet or "
+                    "transformer, and target only layers that run after its time embedding"
+                )
+            parts = [functional.at_least_single(self.vectors[name]) for name in router.split("+")]
+            self._parts[router] = torch.cat(parts, dim=-1)
+        return self._parts[router]
+
+
+class SharedExperts(nn.Module):
+    """Experts ``diag(b_i) B diag(a_i) A`` that share their factors (MoR, arXiv 2410.13408).
+
+    ``A [r, d_in]``, ``B [d_out, r]``, ``a [N, r]``, ``b [N, d_out]``; all trained.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, num_experts: int) -> None:
+        super().__init__()
+        self.A = nn.Parameter(down)
+        self.B = nn.Parameter(torch.zeros_like(up))
+        # Ones plus noise: with equal scalings all experts would get equal gradients and never part ways.
+        self.a = nn.Parameter(1 + 0.1 * torch.randn(num_experts, down.shape[0]))
+        self.b = nn.Parameter(1 + 0.1 * torch.randn(num_experts, up.shape[0]))
+
+    def mix(self, p: Tensor, gates: Tensor) -> Tensor:
+        """``sum_i g_i diag(b_i) B diag(a_i) p`` for ``p [..., r]`` and one gate ``[..., N]`` a token."""
+        return functional.routed_delta(p, gates, self.B, self.a, self.b)
+
+    def up_for(self, gates: Tensor) -> Tensor:
+        """The up-projection that a gate makes of the experts: ``(sum_i g_i b_i a_i^T) o B``, ``[u, d_out, r]``."""
+        outer = gates.to(self.b.dtype).unsqueeze(-1) * self.b
+        return outer.transpose(1, 2) @ self.a * self.B
+
+
+class IndependentExperts(nn.Module):
+    """Experts ``B_i A_i`` with factors of their own (MoE-LoRA): ``A [N r, d_in]``, ``B [d_out, N r]`` hold them all."""
+
+    def __init__(self, down: Tensor, up: Tensor, num_experts: int) -> None:
+        super().__init__()
+        self.r = down.shape[0] // num_experts
+        self.A = nn.Parameter(down)
+        self.B = nn.Parameter(torch.zeros_like(up))
+
+    def mix(self, p: Tensor, gates: Tensor) -> Tensor:
+        """``sum_i g_i B_i p_i`` for ``p [..., N r]`` and one gate ``[..., N]`` a token."""
+        return F.linear(p * gates.repeat_interleave(self.r, dim=-1), self.B.to(p.dtype))
+
+    def up_for(self, gates: Tensor) -> Tensor:
+        """``[g_1 B_1, ..., g_N B_N]``, ``[u, d_out, N r]``."""
+        return gates.to(self.B.dtype).repeat_interleave(self.r, dim=-1).unsqueeze(1) * self.B
+
+
+Experts = SharedExperts | IndependentExperts
+
+
+class RoutedDelta(nn.Module):
+    """``dy = sum_i g_i E_i x`` with ``g = softmax(W_g c)`` over the experts ``E_i``, ``W_g [N, d_c]`` trained.
+
+    The ``token`` router looks at ``c = x``. Any other looks at a condition that is one vector a row of the batch
+    (:class:`Conditions`): the experts of a row then make one low-rank pair, and routing costs nothing per token.
+    The gate varies, so there is no one ``dW``: such a delta cannot be merged and stays live.
+    """
+
+    mergeable = False
+
+    def __init__(self, experts: Experts, num_experts: int, router: str, width: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.experts = experts
+        self.router = router
+        self.conditions: Conditions | None = None
+        self.W_g = nn.Parameter(0.1 / math.sqrt(width) * torch.randn(num_experts, width))
+        self.dropout = nn.Dropout(dropout)
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether the gate is one for each row of the batch."""
+        return self.router != "token"
+
+    def forward(self, x: Tensor, contract: functional.Contract) -> Tensor:
+        """``dy = sum_i g_i E_i x``, ``[..., d_out]`` with channels last, unscaled."""
+        return self.from_skinny(contract(x, self.skinny_weight()))
+
+    def skinny_weight(self) -> Tensor:
+        """``A [k, d_in]``, with a token router ``[A; W_g] [k + N, d_in]``."""
+        return self.experts.A if self.conditioned else torch.cat([self.experts.A, self.W_g])
+
+    def from_skinny(self, p: Tensor, rows: Tensor | None = None) -> Tensor:
+        """``dy`` from ``p = x S^T``; ``rows``: which rows of the running batch ``p`` holds, if not all."""
+        k = self.experts.A.shape[0]
+        if not self.conditioned:
+            return self.experts.mix(self.dropout(p[..., :k]), functional.router_gates(p[..., k:]))
+        gates = self.row_gates()
+        gates = gates if rows is None or len(gates) == 1 else gates[rows]
+        if len(gates) not in (1, len(p)):
+            gates = self._common_gate(gates, len(p))
+        ups = self.experts.up_for(gates).to(p.dtype)
+        p = self.dropout(p)
+        return F.linear(p, ups[0]) if len(ups) == 1 else functional.rowwise(p, ups.transpose(1, 2))
+
+    def _common_gate(self, gates: Tensor, rows: int) -> Tensor:
+        """The one gate ``[1, N]`` of a batch whose rows the model has rearranged (frames, say), if all have the same.
+
+        Raises :class:`UserError` if they have not.
+        """
+        if not torch.equal(gates, gates[:1].expand_as(gates)):
+            raise UserError(
+                f"a layer with the {self.router!r} router got {rows} rows in a batch of {len(gates)}: "
+                "it cannot tell which row is whose; leave this layer out"
+            )
+        return gates[:1]
+
+    def row_gates(self) -> Tensor:
+        """The gates ``[rows, N]`` of the running batch, at least in fp32."""
+        if self.conditions is None:
+            raise UserError(f"the {self.router!r} router is not connected to its model: use nora_diffusion.add_adapter")
+        vectors = self.conditions.rows(self.router)
+        return functional.router_gates(F.linear(vectors, self.W_g.to(vectors.dtype)))
+
+    def gates(self, x: Tensor, contract: functional.Contract) -> Tensor:
+        """The gates of an input: ``[..., N]``, one a token, or ``[rows, N]``; at least in fp32."""
+        if not self.conditioned:
+            return functional.router_gates(functional.at_least_single(contract(x, self.W_g)))
+        return self.row_gates()
+
+    def pair(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """The plain pair ``(A [k, d_in], B [d_out, k])`` of the same experts under one fixed gate ``[N]``."""
+        return self.experts.A, self.experts.up_for(gate.unsqueeze(0))[0]
+
+    def delta_weight(self) -> Tensor:
+        """There is none: raises ``ValueError``."""
+        raise ValueError("a routed mixture has no single dW: it cannot be merged or exported exactly")

@@ -1,0 +1,23 @@
+"""The names under which PEFT knows the tuner: a member of its closed enum of methods, and the prefix of its keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class _MethodName(str):
+    """Stands in for a ``PeftType`` member."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+    @property
+    def name(self) -> str:
+        return str(self)
+
+
+NORA: Any = _MethodName("NORA")
+PREFIX = "nora_"

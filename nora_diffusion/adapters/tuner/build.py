@@ -1,0 +1,185 @@
+"""Builds the parts of an adapter that a config describes for one projection."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ..config import AdapterConfig, Start
+from ..deltas import functional
+from ..deltas.bases import BASES, Pair
+from ..deltas.chain import ChainDelta, Delta
+from ..deltas.cores import Core, DenseCore, DiagonalCore, NestedCore
+from ..deltas.magnitude import start_magnitude
+from ..deltas.routed import IndependentExperts, RoutedDelta, SharedExperts
+
+
+def flat_weight(base: nn.Module) -> Tensor:
+    """The weight as a matrix ``[d_out, d_in]``; a convolution's is unfolded to ``[d_out, c * kh * kw]``."""
+    return cast(Tensor, base.weight).flatten(1)
+
+
+def outer_rank(config: AdapterConfig, base: nn.Module, key: str) -> int:
+    """The outer rank of the projection at path ``key``, at most its smaller side.
+
+    For the ``sharing`` basis it is the ``k = sqrt((d_in + d_out) r)`` at which a square core has the numbers of a LoRA
+    of rank ``r`` (MoRA, arXiv 2405.12130). Raises :class:`UserError` where blocks do not divide the projection.
+    """
+    d_out, d_in = flat_weight(base).shape
+    r = config.rank_for(key)
+    if config.basis == "sharing":
+        r = int(math.sqrt((d_in + d_out) * r) + 0.5)
+    r = min(r, d_out, d_in)
+    if any(size % config.blocks for size in (r, d_out, d_in)):
+        raise UserError(
+            f"blocks={config.blocks} does not divide {key!r}, which is {d_out} x {d_in} with rank {r}: choose a number "
+            "that divides all three, or leave this layer out"
+        )
+    return r
+
+
+def build_core(config: AdapterConfig, r: int) -> Core | None:
+    """The core axis of ``config`` for an outer rank ``r``."""
+    if config.core == "nested":
+        return NestedCore(r, min(config.inner_r, r))
+    if config.core == "diagonal":
+        return DiagonalCore(r)
+    return DenseCore(r) if config.core == "dense" else None
+
+
+def build_basis(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Pair:
+    """The outer pair of one projection in the numbers that the layer works with: new, or at hand in ``start``.
+
+    Shapes: ``[r, d_in / n]`` and ``[d_out, r / n]`` for ``n`` blocks.
+    """
+    weight = flat_weight(base)
+    if config.start.empty and config.stored_outer:
+        n = config.blocks
+        shapes = (r, weight.shape[1] // n), (weight.shape[0], r // n)
+        return weight.new_empty(shapes[0], dtype=torch.float32), weight.new_empty(shapes[1], dtype=torch.float32)
+    down, up = config.start.pairs.get(key) or outer_pair(config, base, key, r)
+    return (
+        down if "down" in config.trained else working(down, weight),
+        up if "up" in config.trained else working(up, weight),
+    )
+
+
+def working(factor: Tensor, weight: Tensor) -> Tensor:
+    """A frozen factor in the weight's dtype where that keeps its every bit: what is saved is what was loaded."""
+    exact = torch.finfo(weight.dtype).bits >= 32
+    return factor.to(weight.dtype) if exact else factor
+
+
+def outer_pair(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Pair:
+    """Compute an outer pair; what is frozen is rounded to ``basis_dtype``, so that saving it loses nothing.
+
+    With blocks, each diagonal block of the weight gets the basis of its own; they are returned stacked.
+    """
+    weight = flat_weight(base).detach()
+    d_out, d_in = weight.shape
+    strength = config.start.strengths.get(key)
+    if config.basis == "awsvd" and strength is None:
+        raise UserError(
+            "the 'awsvd' basis needs activation statistics: use nora_diffusion.add_adapter, which calibrates, "
+            "or basis='svd'"
+        )
+    if strength is not None:
+        strength = strength.repeat_interleave(d_in // strength.numel()).to(weight.device)
+    n, pairs = config.blocks, []
+    for i in range(n):
+        rows, columns = slice(i * d_out // n, (i + 1) * d_out // n), slice(i * d_in // n, (i + 1) * d_in // n)
+        part = None if strength is None else strength[columns]
+        block = weight[rows, columns]
+        pairs.append(BASES[config.basis](block, r // n, part, placement=config.placement, power=config.power))
+    downs, ups = zip(*pairs, strict=True)
+    return _rounded(config, "down", torch.cat(downs)), _rounded(config, "up", torch.cat(ups))
+
+
+def _rounded(config: AdapterConfig, name: str, factor: Tensor) -> Tensor:
+    # Contiguous, because safetensors stores plain tensors only.
+    return factor.to(torch.float32 if name in config.trained else getattr(torch, config.basis_dtype)).contiguous()
+
+
+def build_magnitude(config: AdapterConfig, base: nn.Module) -> Tensor:
+    """DoRA's magnitude ``[d_out]`` at its start."""
+    weight = flat_weight(base).detach()
+    return weight.new_empty(weight.shape[0], dtype=torch.float32) if config.start.empty else start_magnitude(weight)
+
+
+def build_delta(config: AdapterConfig, base: nn.Module, key: str) -> Delta:
+    """The delta that ``config`` describes for the projection ``base`` at path ``key``."""
+    r = outer_rank(config, base, key)
+    if config.router != "none":
+        return build_routed(config, base, key, r)
+    down, up = build_basis(config, base, key, r)
+    return ChainDelta(
+        down,
+        up,
+        build_core(config, r),
+        config.dropout,
+        trained=config.trained,
+        stored=config.stored_outer,
+        blocks=config.blocks,
+        magnitude=build_magnitude(config, base) if config.magnitude else None,
+        masked=config.rank_mask,
+    )
+
+
+def build_routed(config: AdapterConfig, base: nn.Module, key: str, r: int) -> RoutedDelta:
+    """A mixture of ``config.num_experts``; independent ones hold as many outer pairs of rank ``r``."""
+    token, n = config.router == "token", config.num_experts
+    if token and isinstance(base, nn.Conv2d) and base.kernel_size != (1, 1):
+        raise UserError(f"a token router cannot gate the {base.kernel_size} convolution {key!r}: leave it out")
+    width = flat_weight(base).shape[1] if token else config.start.condition
+    if not width:
+        raise UserError(f"router={config.router!r} looks at the model's inputs: use nora_diffusion.add_adapter")
+    experts = (
+        SharedExperts(*build_basis(config, base, key, r), n)
+        if config.experts == "shared"
+        else IndependentExperts(*build_basis(config, base, key, n * r), n)
+    )
+    return RoutedDelta(experts, n, config.router, width, config.dropout)
+
+
+def delta_of_file(
+    config: AdapterConfig, path: str, factors: Mapping[str, Tensor], shape: Sequence[int] | None = None
+) -> Delta:
+    """The delta whose stored ``factors`` (by name) a file holds for one projection, in their dtype, without its base.
+
+    ``shape``: ``[d_out, d_in]`` where the factors do not tell it. Raises :class:`UserError` if they do not fit.
+    """
+    config = copy.copy(config)
+    config.start = Start(empty=True, condition=factors["W_g"].shape[1] if "W_g" in factors else 0)
+    try:
+        down, up = factors.get("A", factors.get("A_out")), factors.get("B", factors.get("B_out"))
+        if shape is None and down is not None and up is not None:
+            shape = up.shape[0], down.shape[1] * config.blocks
+        if shape is None:
+            raise UserError(f"{path}: the file says neither its shape nor its outer factors: copy it again")
+        # What follows from shapes is computed and so needs a device; nothing else is touched.
+        base = nn.Linear(shape[1], shape[0], bias=False, device="meta").to_empty(device="cpu")
+        delta = build_delta(config, base, path)
+        delta.load_state_dict({name: factors[name.rpartition(".")[2]] for name in delta.state_dict()}, assign=True)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{path}: the file does not fit its own description: copy it again") from error
+    return delta
+
+
+def contraction(base: nn.Module) -> functional.Contract:
+    """How a down-projection is applied to the input of ``base``."""
+    if isinstance(base, nn.Conv2d):
+        return functools.partial(
+            functional.contract_conv,
+            kernel_size=cast("tuple[int, int]", base.kernel_size),
+            stride=cast("tuple[int, int]", base.stride),
+            padding=cast("tuple[int, int] | str", base.padding),
+            dilation=cast("tuple[int, int]", base.dilation),
+        )
+    return functional.contract_linear

@@ -1,0 +1,297 @@
+"""Mixed batches inside one model: each row of a batch gets adapters and weights of its own.
+
+``dy_row = sum_k w_row,k s_k delta_k(x_row)``. Adapters that sit in one frozen outer pair ``A``, ``B`` are served from a
+bank with one core a row, ``y += B bank[row] A x`` with ``bank[row] = sum_k w_row,k s_k core_k [r, r]`` (zero: the base
+alone): one down and one up product whatever the number of subjects. Chains of one rank in different bases are served
+from a bank of their collapsed pairs, two batched products. Any other adapter computes the rows that want it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ..deltas import functional
+from ..deltas.chain import ChainDelta
+from .layer import NoraLayer
+
+RowSpec = Mapping[str, float]
+"""The adapters of one row with their weights; empty for the base alone."""
+
+
+class RowPlan:
+    """Which adapters the rows of a model's batch use.
+
+    A batch of ``n = g len(specs) repeats`` rows is ``g`` copies (guidance: negative, positive) of the rows in order,
+    each repeated ``repeats`` times in succession (``num_images_per_prompt``).
+    """
+
+    def __init__(self, specs: Sequence[RowSpec]) -> None:
+        self.specs = [{name: weight for name, weight in spec.items() if weight} for spec in specs]
+        self.names = list(dict.fromkeys(name for spec in self.specs for name in spec))
+        self.repeats = 1
+        self.batch: list[int] = []
+        self._tensors: dict[Any, Tensor] = {}
+
+    def start(self, rows: int) -> None:
+        """Note that the model is called with so many rows. Raises :class:`UserError` if they cannot be told apart."""
+        block = len(self.specs) * self.repeats
+        if rows % block:
+            times = f" (times {self.repeats} images per prompt)" if self.repeats > 1 else ""
+            raise UserError(
+                f"a batch of {rows} rows is no multiple of the {len(self.specs)} rows of mixed_batch{times}: give one "
+                "prompt for each row"
+            )
+        self.batch = [(row % block) // self.repeats for row in range(rows)]
+
+    def check_prompts(self, prompts: int) -> None:
+        """Raise :class:`UserError` unless there is a prompt for each row: twice as many would pass for guidance.
+
+        A single row serves all.
+        """
+        if len(self.specs) not in (1, prompts):
+            raise UserError(
+                f"{prompts} prompts but {len(self.specs)} rows of mixed_batch: give one prompt for each row"
+            )
+
+    def used(self) -> list[RowSpec]:
+        """The specs that rows of the batch have, in order."""
+        return [self.specs[number] for number in self._numbers()]
+
+    def index(self, device: torch.device) -> Tensor:
+        """For each row of the batch the place of its spec in :meth:`used`, ``[n]``."""
+        places = {number: place for place, number in enumerate(self._numbers())}
+        return self._tensor(("index", device), [places[number] for number in self.batch], device)
+
+    def _numbers(self) -> list[int]:
+        return sorted(set(self.batch))
+
+    def share(self, name: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """``(rows [m], weights [m])`` of the rows of the batch that use an adapter; None when none does."""
+        rows = [row for row, spec in enumerate(self.batch) if name in self.specs[spec]]
+        if not rows:
+            return None
+        weights = [self.specs[self.batch[row]][name] for row in rows]
+        return self._tensor((name, device), rows, device), self._tensor((name, "weights", device), weights, device)
+
+    def _tensor(self, key: Any, values: Sequence[float], device: torch.device) -> Tensor:
+        key = (*key, len(self.batch), self.repeats)
+        if key not in self._tensors:
+            self._tensors[key] = torch.tensor(values, device=device)
+        return self._tensors[key]
+
+
+class LayerRows:
+    """What one layer adds to the rows of a batch."""
+
+    def __init__(self, layer: NoraLayer, plan: RowPlan) -> None:
+        self.layer, self.plan = layer, plan
+        self.names = [name for name in plan.names if name in layer.nora_delta]
+        chains = [name for name in self.names if _is_plain(layer, name)]
+        self.banks: list[Bank] = [CoreBank(layer, group, plan) for group in _alike(chains, partial(_same_basis, layer))]
+        chains = [name for name in chains if not self._banked(name)]
+        if isinstance(layer.base_layer, nn.Linear):
+            self.banks += [PairBank(layer, group, plan) for group in _alike(chains, partial(_same_rank, layer))]
+        self.single = [name for name in self.names if not self._banked(name)]
+
+    def _banked(self, name: str) -> bool:
+        return any(name in bank.names for bank in self.banks)
+
+    def add(self, x: Tensor, base: Tensor) -> Tensor:
+        """``y`` for the input ``x`` whose frozen output is ``base``."""
+        if len(x) != len(self.plan.batch):
+            raise UserError(
+                f"a layer got {len(x)} rows in a mixed batch of {len(self.plan.batch)}: call the whole model, and do "
+                "not adapt layers that rearrange the batch"
+            )
+        y = base
+        for bank in self.banks:
+            if bank.is_used():
+                y = y + self.layer.channels_first(bank(x)).to(y.dtype)
+        for name in self.single:
+            share = self.plan.share(name, x.device)
+            if share is not None:
+                y = self._add_single(name, x, base, y, *share)
+        return y
+
+    def _add_single(self, name: str, x: Tensor, base: Tensor, y: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+        everywhere = len(rows) == len(x)
+        some = (x, base) if everywhere else (x[rows], base[rows])
+        scaling, dy = self.layer.contribution(name, *some, rows=rows)
+        dy = (weights * scaling).to(y.dtype).view(-1, *[1] * (dy.ndim - 1)) * dy.to(y.dtype)
+        return y + dy if everywhere else y.index_add(0, rows, dy)
+
+
+class Bank(ABC):
+    """Factors of several chains, stacked by row spec, so that a batch takes its rows' by an index.
+
+    Only specs that the batch has are stacked: of many subjects that train together a pass may hold two.
+    """
+
+    def __init__(self, layer: NoraLayer, names: list[str], plan: RowPlan) -> None:
+        self.layer, self.names, self.plan = layer, names, plan
+        self._kept: tuple[Any, tuple[Tensor, ...]] | None = None
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """``dy [n, ..., d_out]``, channels last."""
+
+    @abstractmethod
+    def build(self, specs: Sequence[RowSpec]) -> tuple[Tensor, ...]:
+        """The factors of these specs, stacked; at least one of them has a chain of this bank."""
+
+    def is_used(self) -> bool:
+        """Whether any row of the batch has a chain of this bank."""
+        return any(name in spec for spec in self.plan.used() for name in self.names)
+
+    def rows(self, like: Tensor) -> tuple[Tensor, ...]:
+        """The factors of each row. They are kept while no number in them changes, and formed anew under autograd."""
+        specs, index = self.plan.used(), self.plan.index(like.device)
+        if torch.is_grad_enabled():
+            return tuple(factor.to(like.dtype)[index] for factor in self.build(specs))
+        state = (like.dtype, specs, [self._state(name) for name in self._members(specs)])
+        if self._kept is None or self._kept[0] != state:
+            self._kept = state, tuple(factor.to(like.dtype) for factor in self.build(specs))
+        return tuple(factor[index] for factor in self._kept[1])
+
+    def _members(self, specs: Sequence[RowSpec]) -> list[str]:
+        """The chains of this bank that any of these specs has."""
+        return [name for name in self.names if any(name in spec for spec in specs)]
+
+    def _state(self, name: str) -> Any:
+        """What tells that the numbers of a chain are others than before."""
+        delta = self.delta(name)
+        factors = [*delta.parameters(), *delta.buffers()]
+        versions = [(f.data_ptr(), 0 if f.is_inference() else f._version) for f in factors]
+        return versions, delta.rank, self.layer.scaling[name]
+
+    def delta(self, name: str) -> ChainDelta:
+        return cast(ChainDelta, self.layer.delta(name))
+
+
+class CoreBank(Bank):
+    """For chains in one frozen outer pair: ``bank[spec] = sum_k w_k s_k core_k``, ``[specs, r, r]``."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        down, up = self.delta(self.names[0]).outer
+        p = self.layer.contract(x, down)
+        (cores,) = self.rows(p)
+        return F.linear(functional.rowwise(p, cores.transpose(1, 2)), up.to(p.dtype))
+
+    def build(self, specs: Sequence[RowSpec]) -> tuple[Tensor, ...]:
+        cores = {name: self.layer.scaling[name] * core_matrix(self.delta(name)) for name in self._members(specs)}
+        none = torch.zeros_like(next(iter(cores.values())))
+        sums = [sum((w * cores[n] for n, w in spec.items() if n in cores), start=none) for spec in specs]
+        return (torch.stack(sums),)
+
+
+class PairBank(Bank):
+    """For chains of one rank ``k`` in bases of their own: pairs ``[specs, K, d_in]``, ``[specs, d_out, K]``.
+
+    ``K`` is ``k`` times the most of them that one row has; the other rows are filled up with zeros.
+    """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        downs, ups = self.rows(x)
+        return functional.rowwise(functional.rowwise(x, downs.transpose(1, 2)), ups.transpose(1, 2))
+
+    def build(self, specs: Sequence[RowSpec]) -> tuple[Tensor, ...]:
+        pairs = {name: self.delta(name).pair() for name in self._members(specs)}
+        down, up = next(iter(pairs.values()))
+        chosen = [[(name, weight) for name, weight in spec.items() if name in pairs] for spec in specs]
+        most = max(map(len, chosen))
+        downs, ups = [], []
+        for mine in chosen:
+            missing = most - len(mine)
+            downs.append(torch.cat([*(pairs[n][0] for n, _ in mine), *[torch.zeros_like(down)] * missing]))
+            scaled = (w * self.layer.scaling[n] * pairs[n][1] for n, w in mine)
+            ups.append(torch.cat([*scaled, *[torch.zeros_like(up)] * missing], dim=1))
+        return torch.stack(downs), torch.stack(ups)
+
+
+def core_matrix(delta: ChainDelta) -> Tensor:
+    """The core of a chain as a matrix ``[r, r]``, at least in fp32."""
+    assert delta.core is not None
+    down, up = delta.core.pair()
+    dtype = torch.promote_types(down.dtype, torch.float32)
+    return down.to(dtype) if up is None else up.to(dtype) @ down.to(dtype)
+
+
+def _alike(names: Sequence[str], alike: Callable[[str, str], bool]) -> list[list[str]]:
+    """Groups of two or more adapters that are alike."""
+    groups: list[list[str]] = []
+    for name in names:
+        group = next((group for group in groups if alike(group[0], name)), None)
+        if group is None:
+            groups.append([name])
+        else:
+            group.append(name)
+    return [group for group in groups if len(group) > 1]
+
+
+def _is_plain(layer: NoraLayer, name: str) -> bool:
+    """Whether an adapter is just a product of matrices: no gate, no magnitude, no sampled rank, no dropout at work."""
+    delta = layer.delta(name)
+    if not isinstance(delta, ChainDelta) or delta.m is not None:
+        return False
+    return not (delta.training and (delta.masked or delta.dropout.p > 0))
+
+
+def _same_basis(layer: NoraLayer, one: str, two: str) -> bool:
+    """Whether two chains are whole cores in one frozen outer pair."""
+    deltas = [cast(ChainDelta, layer.delta(name)) for name in (one, two)]
+    if any(d.core is None or d.rank is not None or any(f.requires_grad for f in d.outer) for d in deltas):
+        return False
+    pairs = zip(*(delta.outer for delta in deltas), strict=True)
+    return all(a is b or (a.shape == b.shape and torch.equal(a, b)) for a, b in pairs)
+
+
+def _same_rank(layer: NoraLayer, one: str, two: str) -> bool:
+    deltas = [cast(ChainDelta, layer.delta(name)) for name in (one, two)]
+    return len({delta.rank or delta.full_rank for delta in deltas}) == 1
+
+
+@contextmanager
+def serve_rows(model: nn.Module, plan: RowPlan) -> Iterator[None]:
+    """Have a model's layers follow a plan instead of their active set; all is as it was when the context ends.
+
+    The plan's weights stand in for those that were set. Raises :class:`UserError` where a plan is followed already.
+    """
+    layers = [module for module in model.modules() if isinstance(module, NoraLayer)]
+    if getattr(model, "serves_rows", False):
+        raise UserError("this model already serves a mixed batch: leave that context first")
+    model.serves_rows = True  # type: ignore[assignment]
+    with ExitStack() as stack:
+        stack.callback(delattr, model, "serves_rows")
+        stack.callback(model.register_forward_pre_hook(_counting(plan), with_kwargs=True).remove)
+        for layer in layers:
+            stack.callback(_restore, layer, dict(layer.scaling))
+            for name in plan.names:
+                layer.set_scale(name, 1.0)
+            layer.rows = LayerRows(layer, plan)
+        yield
+
+
+def _restore(layer: NoraLayer, scaling: dict[str, float]) -> None:
+    layer.rows = None
+    for name, value in scaling.items():
+        if name in layer.scaling:
+            layer.rescale(name, value)
+
+
+def _counting(plan: RowPlan) -> Any:
+    def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Rows of the batch: the length of the model's first tensor."""
+        named = [kwargs[key] for key in ("sample", "hidden_states", "input_ids") if key in kwargs]
+        given = next(t for t in (*named, *args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim)
+        plan.start(len(given))
+
+    return count

@@ -1,0 +1,96 @@
+"""The PEFT tuner: puts :class:`NoraLayer` around the targeted projections, innermost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from ...errors import UserError
+from ..config import AdapterConfig
+from ..peft_names import PREFIX
+from .layer import NoraLayer
+from .mixed_rows import RowPlan, serve_rows
+from .qkv_guard import guard
+from .rank_mask import watch
+
+
+class NoraModel(BaseTuner):
+    """One tuner for every method of this package; the method is in the config's axes."""
+
+    prefix = PREFIX
+    tuner_layer_cls = NoraLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def _create_and_replace(
+        self,
+        peft_config: AdapterConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        # Tuner layers of other methods (an ordinary LoRA, say) stay outside: their keys and numbers must not change.
+        while isinstance(target, BaseTunerLayer) and not isinstance(target, NoraLayer):
+            parent, target_name, target = target, "base_layer", target.base_layer
+        if not isinstance(target, NoraLayer):
+            if not isinstance(target, nn.Linear | nn.Conv2d):
+                if isinstance(peft_config.target_modules, str):
+                    return  # a pattern looks at all paths there are, a name means a projection
+                raise UserError(
+                    f"{current_key!r} is a {type(target).__name__}: only linear and conv layers can be adapted"
+                )
+            layer = NoraLayer(target).train(target.training)
+            layer.update_layer(adapter_name, peft_config, current_key)
+            setattr(parent, target_name, layer)
+        else:
+            target.update_layer(adapter_name, peft_config, current_key)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """PEFT ends an injection by making the new adapter the only active one; an empty one waits to be filled."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        if not any(self.peft_config[name].start.empty for name in names):
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's ``adapter_names``: one name for each row of the batch, ``"__base__"`` for the base alone."""
+        names: list[str] | None = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        unknown = set(names) - set(self.peft_config) - {"__base__"}
+        if unknown:
+            raise UserError(f"there is no adapter named {sorted(unknown)[0]!r}: it has {', '.join(self.peft_config)}")
+        with serve_rows(self.model, RowPlan([{} if name == "__base__" else {name: 1.0} for name in names])):
+            yield
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> None:
+        """PEFT's ``merge_and_unload()`` and ``unload()``, refused where they would lose an adapter without a word."""
+        layers = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)]
+        if any(isinstance(layer.base_layer, NoraLayer) for layer in layers):
+            raise UserError(
+                "an adapter of another method wraps this one, and PEFT would unload both but merge only the outer: "
+                "merge and unload them through the pipeline (fuse_lora, unload_lora_weights)"
+            )
+        routed = {n for layer in layers if isinstance(layer, NoraLayer) for n in layer.live_names() if merge
+                  and not layer.delta(n).mergeable}  # fmt: skip
+        if routed:
+            raise UserError(f"{', '.join(sorted(routed))}: a routed adapter cannot be merged, and unloading drops it")
+        super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
+    def _post_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
+        guard(model)
+        if config.rank_mask:
+            watch(model)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        key = re.sub(r"(\.base_layer)+\.nora_", ".nora_", key)
+        return key.replace(f".nora_delta.{adapter_name}.", ".nora_delta.", 1)

@@ -1,0 +1,60 @@
+"""DyLoRA's rank mask (arXiv 2210.07558): every training step works with a random truncation of the adapter.
+
+Directions are thereby ordered by use: the first ``b`` of them are an adapter of rank ``b`` for every ``b`` up to ``r``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import UserError
+from ..config import AdapterConfig
+from ..deltas.chain import ChainDelta
+
+
+def check_rank(config: AdapterConfig, rank: int) -> None:
+    """Refuse to cut an adapter that was not trained for it, or to a rank that it does not have."""
+    if not config.rank_mask:
+        raise UserError(
+            f"method {config.method!r} was trained at one rank: only an adapter with a rank mask (dylora) serves others"
+        )
+    most = config.inner_r if config.core == "nested" else config.r
+    if not 1 <= rank <= most:
+        raise UserError(f"rank={rank} is none of this adapter's: choose 1 to {most}")
+
+
+def masked_deltas(model: nn.Module) -> list[ChainDelta]:
+    """The deltas of a model whose rank is sampled."""
+    return [module for module in model.modules() if isinstance(module, ChainDelta) and module.masked]
+
+
+def sample_ranks(model: nn.Module, args: tuple[Any, ...] = ()) -> None:
+    """Draw one ``u`` in [0, 1) and give every masked delta in training mode the rank ``1 + floor(u r)``.
+
+    A forward pre-hook of the adapted model: one draw a pass from torch's CPU generator, the same for all layers, and
+    none where nothing is masked. Gradient checkpointing recomputes layers, not this.
+    """
+    deltas = masked_deltas(model)
+    if not deltas:
+        unwatch(model)
+        return
+    training = [delta for delta in deltas if delta.training]
+    if training:
+        share = float(torch.rand((), device="cpu"))
+        for delta in training:
+            delta.sampled_rank = 1 + int(share * delta.full_rank)
+
+
+def watch(model: nn.Module) -> None:
+    """Have the model sample ranks before each pass, once however many adapters want it."""
+    if sample_ranks not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(sample_ranks)
+
+
+def unwatch(model: nn.Module) -> None:
+    """Take the hook out again; it does so itself when the last masked delta is gone."""
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is sample_ranks]:
+        del model._forward_pre_hooks[key]

@@ -1,0 +1,1 @@
+"""Adapters as plain LoRAs for other tools, and plain LoRAs as adapters."""

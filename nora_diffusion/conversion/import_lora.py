@@ -1,0 +1,110 @@
+"""An existing LoRA as a NoRA: its update projected onto the frozen basis of each projection."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters import AdapterConfig, nora
+from ..adapters.deltas.cores import DenseCore, NestedCore
+from ..adapters.tuner.mixed_rows import core_matrix
+from ..errors import UserError
+from ..formats.adapter_file import inspect_adapter, require_vacant
+from ..formats.foreign_updates import fitting, updates
+from ..io.tensor_file import TensorFile
+from ..loaders import add_adapter, delete_adapter, save_adapter
+from ..loaders.active import keeping_trained
+from ..pipelines.components import COMPONENTS, canonical, component, nora_layers, present
+
+NAME = "imported"
+CORES = {"nested": NestedCore, "dense": DenseCore}
+
+
+@dataclass
+class ImportReport:
+    """What an import kept: ``||dW - dW'|| / ||dW||`` (Frobenius) of each projection by its path, and over all."""
+
+    path: Path
+    lost: float
+    layers: dict[str, float] = field(default_factory=dict)
+
+
+def import_lora(
+    pipe: Any, src: str | Path, dst: str | Path, config: AdapterConfig | None = None, info: dict[str, Any] | None = None
+) -> ImportReport:
+    """Project a LoRA (LoHa, LoKr) file onto bases of the pipeline's weights and write it as an adapter to ``dst``.
+
+    With the thin QR factors ``B_out = Q_b R_b`` and ``A_out^T = Q_a R_a``, every update within the basis is
+    ``Q_b N Q_a^T``, and the nearest one to ``dW`` in the Frobenius norm has ``N = Q_b^T dW Q_a``. For an inner pair,
+    ``N`` is cut to its top ``r'`` singular triplets ``U S V^T`` (Eckart and Young: what lies outside the basis is
+    orthogonal to it, so this is the optimum of rank ``r'`` over the whole basis), and
+    ``B_in = R_b^-1 U sqrt(S)``, ``A_in = sqrt(S) V^T R_a^-T``, over the scale. A dense core takes ``R_b^-1 N R_a^-T``.
+
+    ``config``: a preset with a frozen basis (default ``nora()``); its targets are those of the file. ``info``: what to
+    write of the adapter (trigger ...). The pipeline is left as it was. Raises :class:`UserError` for a file that is no
+    LoRA or was made for another base, for a config without a basis and core, and for a ``dst`` that holds an adapter.
+    """
+    require_vacant(Path(dst).expanduser())
+    config = nora() if config is None else copy.copy(config)
+    if config.core not in CORES or not config.frozen_outer or config.blocks > 1 or config.magnitude:
+        raise UserError(f"method {config.method!r} has no frozen basis to project onto: import as nora or lora_xs")
+    foreign = inspect_adapter(src)
+    if foreign.kind in ("nora", "textual inversion"):
+        raise UserError(f"{foreign.path} is no LoRA of another tool: there is nothing to import")
+    with ExitStack() as stack:
+        reader = stack.enter_context(TensorFile(Path(foreign.path)))
+        for part in present(pipe):
+            stack.enter_context(keeping_trained(component(pipe, part)))
+        wanted = {(part, canonical(path)) for part, path in fitting(pipe, reader)}
+        parts = [part for part in COMPONENTS if any(part == p for p, _ in wanted)]
+        # Plain paths: the same list serves all components, and a projection that the file has not gets a zero update.
+        config.target_modules = sorted({path for _, path in wanted})
+        config.dropout = 0.0
+        add_adapter(pipe, config, NAME, parts)
+        try:
+            lost, errors, norms = {}, [], []
+            layers = {part: nora_layers(component(pipe, part), NAME) for part in parts}
+            for part, path, dense in updates(pipe, reader):
+                error = _fill(layers[part][canonical(path)].delta(NAME), dense, config.scale_for(path))
+                norm = float(dense.norm())
+                errors.append(error)
+                norms.append(norm)
+                lost[f"{part}.{canonical(path)}"] = error / norm if norm else 0.0
+            notes = {"trigger": foreign.trigger, "extra": {"imported_from": foreign.sha256}} | (info or {})
+            file = save_adapter(pipe, dst, NAME, info=notes)
+        finally:
+            delete_adapter(pipe, NAME)
+    total = float(torch.tensor(norms).norm())
+    return ImportReport(file, float(torch.tensor(errors).norm()) / total if total else 0.0, lost)
+
+
+def _fill(delta: Any, dense: Tensor, scale: float) -> float:
+    """Set the core of one delta; returns ``||dW - dW'||`` with the numbers as they are stored."""
+    down, up = (factor.detach().double().to(dense.device) for factor in delta.outer)
+    core = project(dense / scale, down, up, None if isinstance(delta.core, DenseCore) else delta.core.A_in.shape[0])
+    if isinstance(delta.core, DenseCore):
+        delta.core.R.data.copy_(core[1] @ core[0])
+    else:
+        delta.core.A_in.data.copy_(core[0])
+        delta.core.B_in.data.copy_(core[1])
+    return float((dense - scale * up @ core_matrix(delta).detach().to(dense) @ down).norm())
+
+
+def project(dense: Tensor, down: Tensor, up: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+    """The core pair ``(A_in, B_in)`` for which ``B_out B_in A_in A_out`` is nearest to ``dW`` in the Frobenius norm.
+
+    Shapes: ``dW [d_out, d_in]``, ``A_out [r, d_in]``, ``B_out [d_out, r]``; ``rank=None`` keeps all ``r``. Directions
+    in which the basis itself is numerically zero are left out.
+    """
+    q_b, r_b = torch.linalg.qr(up)
+    q_a, r_a = torch.linalg.qr(down.T)
+    u, s, vt = torch.linalg.svd(q_b.T @ dense @ q_a, full_matrices=False)
+    root = s[:rank].sqrt()
+    inverse_b, inverse_a = torch.linalg.pinv(r_b), torch.linalg.pinv(r_a)
+    return (root[:, None] * vt[:rank]) @ inverse_a.T, inverse_b @ (u[:, :rank] * root)

@@ -1,0 +1,1 @@
+"""From a prompt with tags to images that carry their settings."""

@@ -1,0 +1,1 @@
+"""Files: whole writes, locks, safetensors of unknown origin, caches, the layout of a run."""

@@ -1,0 +1,72 @@
+"""Outer pairs by content: computed once for a set of weights and settings, then read from disk.
+
+One entry holds all projections of one component. Its name is a hash of everything that the pairs depend on: the
+weights, kind of basis, ranks, placement, power, storage dtype and, where they count, the activation strengths.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from torch import Tensor, nn
+
+from ..adapters import AdapterConfig
+from ..adapters.config import Start
+from ..adapters.deltas.bases import FROM_WEIGHTS, Pair
+from ..adapters.tuner.build import flat_weight, outer_pair, outer_rank
+from ..io import tensor_cache
+from ..io.tensor_file import tensor_hash
+
+VERSION = 1
+"""Raised whenever ``adapters/deltas/bases.py`` gives other numbers, so that no old entry is taken for a new one."""
+
+
+def outer_pairs(
+    config: AdapterConfig, layers: Mapping[str, nn.Module], strengths: Mapping[str, Tensor]
+) -> dict[str, Pair]:
+    """The outer pair of each of ``layers`` by path, from the cache or computed and stored there; empty if random."""
+    if config.basis not in FROM_WEIGHTS:
+        return {}
+    name = f"basis-{entry_key(config, layers, strengths)}"
+    stored = tensor_cache.load(name)
+    if stored is None:
+        stored = _compute(config, layers, strengths)
+        tensor_cache.store(name, stored)
+    return {path: (stored[f"{path}.down"], stored[f"{path}.up"]) for path in layers}
+
+
+def _compute(
+    config: AdapterConfig, layers: Mapping[str, nn.Module], strengths: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    config = copy.copy(config)
+    config.start = Start(dict(strengths))
+    stored = {}
+    for path, layer in layers.items():
+        down, up = outer_pair(config, layer, path, outer_rank(config, layer, path))
+        stored[f"{path}.down"], stored[f"{path}.up"] = down, up
+    return stored
+
+
+def entry_key(config: AdapterConfig, layers: Mapping[str, nn.Module], strengths: Mapping[str, Tensor]) -> str:
+    """SHA-256 over all that the pairs of ``layers`` depend on."""
+    weighted = config.basis == "awsvd"
+    settings = {
+        "version": VERSION,
+        "basis": config.basis,
+        "placement": config.placement,
+        "power": config.power if weighted else None,
+        "blocks": config.blocks,
+        "dtype": config.basis_dtype,
+        "trained": sorted(config.trained),
+    }
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+        weights = list(pool.map(lambda layer: tensor_hash(flat_weight(layer)), layers.values()))
+    parts = [
+        (path, outer_rank(config, layer, path), weight, tensor_hash(strengths[path]) if weighted else None)
+        for (path, layer), weight in zip(layers.items(), weights, strict=True)
+    ]
+    return hashlib.sha256(json.dumps([settings, sorted(parts)]).encode()).hexdigest()

@@ -1,0 +1,175 @@
+"""Activation statistics: how strongly each input channel of a projection fires, on ordinary prompts or on a subject."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.tuner.merging import bit_sum
+from ..errors import UserError
+from ..io import tensor_cache
+from ..io.tensor_file import tensor_hash
+from .components import canonical, component, present, projections, tokenizers, without_adapters
+
+GENERIC_PROMPTS = (
+    "a dog in the grass",
+    "a red car on the road",
+    "a cup on a wooden table",
+    "a bird in the sky",
+    "a house in the snow",
+    "a flower on a blue background",
+    "a portrait of a person at night",
+    "a boat on the sea at sunset",
+)
+"""Prompts of no subject in particular: a basis calibrated on them can be shared by all subjects."""
+VERSION = 1
+STEPS = 4
+GUIDANCE = 5.0
+AT_ONCE = 2
+"""Prompts in one batch: bounds the memory, changes no number."""
+
+Strengths = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the base is shown while it is measured: prompts, and pictures of a subject to go with them.
+
+    ``latents [n, c, h, w]``: scaled latents of one picture for each prompt. Without them the base dreams its own. A
+    basis that is calibrated on a subject is that subject's own: it cannot be shared.
+    """
+
+    prompts: Sequence[str] = GENERIC_PROMPTS
+    latents: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, str) or not self.prompts:
+            raise UserError(f"prompts={self.prompts!r} calibrate nothing: give a list of at least one prompt")
+        if self.latents is not None and len(self.latents) != len(self.prompts):
+            raise UserError(f"{len(self.latents)} pictures but {len(self.prompts)} prompts: give one prompt to each")
+
+
+class _MeanAbs:
+    """Running mean of ``|x|`` per input channel of one layer."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not inputs:
+            return
+        x = inputs[0].detach().float().abs()
+        x = x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x
+        rows = x.reshape(-1, x.shape[-1])
+        self.total = rows.sum(0) if self.total is None else self.total + rows.sum(0)
+        self.count += rows.shape[0]
+
+    def mean(self) -> Tensor:
+        assert self.total is not None
+        return (self.total / self.count).cpu()
+
+
+def activation_strengths(pipe: Any, calibration: Calibration | None = None) -> Strengths:
+    """``mean |x|`` per input channel ``[d_in]`` of every projection that was called, by component and path.
+
+    A short seeded sampling run (4 steps, guidance 5) of the untouched base feeds the layers their real inputs; its
+    result is kept on disk. Raises :class:`UserError` for pictures in a pipeline without a UNet.
+    """
+    calibration = calibration or Calibration()
+    if calibration.latents is not None and getattr(pipe, "unet", None) is None:
+        raise UserError(f"{type(pipe).__name__} cannot be calibrated on pictures, only UNets can: use prompts")
+    name = f"calibration-{_entry_key(pipe, calibration)}"
+    stored = tensor_cache.load(name)
+    if stored is None:
+        measured = _measure(pipe, calibration)
+        stored = {f"{part} {path}": value for part, group in measured.items() for path, value in group.items()}
+        tensor_cache.store(name, stored)
+    strengths: Strengths = {part: {} for part in present(pipe)}
+    for key, value in stored.items():
+        part, path = key.split(" ", 1)
+        strengths[part][path] = value
+    return strengths
+
+
+def _measure(pipe: Any, calibration: Calibration) -> Strengths:
+    layers = {part: projections(component(pipe, part)) for part in present(pipe)}
+    meters = {part: {path: _MeanAbs() for path in group} for part, group in layers.items()}
+    with ExitStack() as stack:
+        for part, group in layers.items():
+            for path, layer in group.items():
+                stack.callback(layer.register_forward_pre_hook(meters[part][path]).remove)
+        stack.enter_context(without_adapters(pipe))
+        short_run(pipe, calibration)
+    return {
+        part: {path: meter.mean() for path, meter in group.items() if meter.count} for part, group in meters.items()
+    }
+
+
+def short_run(pipe: Any, calibration: Calibration) -> None:
+    """A seeded sampling run of a few steps over the calibration, for the sake of what its layers see."""
+    bar = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        with torch.no_grad():
+            for start in range(0, len(calibration.prompts), AT_ONCE):
+                rows = slice(start, start + AT_ONCE)
+                prompts = list(calibration.prompts[rows])
+                pictures = {} if calibration.latents is None else _show(pipe, calibration.latents[rows])
+                pipe(
+                    prompt=prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="latent",
+                    generator=[torch.Generator().manual_seed(start + i) for i in range(len(prompts))], **pictures,
+                )  # fmt: skip
+    finally:
+        pipe.set_progress_bar_config(**bar)
+
+
+def _show(pipe: Any, latents: Tensor) -> dict[str, Any]:
+    """Arguments that put the noised pictures in place of what the base dreams, from the second step on."""
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+
+    def replace(pipe: Any, step: int, timestep: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        old, coming = values["latents"], pipe.scheduler.timesteps[step + 1 : step + 2]
+        if not len(coming):
+            return {}
+        clean, added = latents.to(old.device, torch.float32), noise.to(old.device)
+        noised: Tensor = pipe.scheduler.add_noise(clean, added, coming.expand(len(clean)))
+        return {"latents": noised.to(old.dtype)}
+
+    return {"callback_on_step_end": replace, "height": _pixels(pipe, latents, 2), "width": _pixels(pipe, latents, 3)}
+
+
+def _pixels(pipe: Any, latents: Tensor, side: int) -> int:
+    return int(latents.shape[side] * pipe.vae_scale_factor)
+
+
+def _entry_key(pipe: Any, calibration: Calibration) -> str:
+    """SHA-256 over what the measurement depends on. Weights enter by a sum over their bits, which is quick."""
+    facts = {
+        "version": VERSION,
+        "pipeline": type(pipe).__name__,
+        "scheduler": dict(pipe.scheduler.config),
+        "tokens": [tokenizer(list(calibration.prompts), truncation=True).input_ids for tokenizer in tokenizers(pipe)],
+        "prompts": list(calibration.prompts),
+        "latents": None if calibration.latents is None else tensor_hash(calibration.latents),
+        "components": {part: _description(component(pipe, part)) for part in present(pipe)},
+        "run": [STEPS, GUIDANCE],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _description(module: Any) -> list[Any]:
+    settings = module.config if isinstance(module.config, dict) else module.config.to_dict()
+    weights = {
+        canonical(name): [str(value.dtype), list(value.shape), bit_sum(value)]
+        for name, value in module.named_parameters()
+        if not any(part.startswith(("nora_", "lora_")) for part in name.split("."))
+    }
+    return [{key: value for key, value in dict(settings).items() if not key.startswith("_")}, weights]

@@ -1,0 +1,1 @@
+"""Reports as one HTML page, plots as SVG, contact sheets."""

@@ -1,0 +1,1 @@
+"""How close images are to a subject and to a prompt."""

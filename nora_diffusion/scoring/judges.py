@@ -1,0 +1,159 @@
+"""Scores by any CLIP in transformers' format: the shipped tiny one, a folder or a hub id; and by vision models alone.
+
+CLIP-I: mean cosine between features of generated and real pictures of a subject. CLIP-T: cosine between a picture and
+its prompt without the trigger. DINO: as CLIP-I, by the class token of a self-supervised vision model, which tells
+individuals of one class apart better. Numbers of different judges cannot be compared (DreamBooth, arXiv 2208.12242).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..errors import UserError, first_line
+from ..pipelines.base import EMBEDDED_WEIGHTS, is_embedded
+from ..quiet import no_loading_bars
+
+BATCH = 32
+
+
+@dataclass
+class Judge:
+    """A CLIP model with its tokenizer, or a vision model without one, and the normalisation of its pictures."""
+
+    model: Any
+    tokenizer: Any
+    side: int
+    mean: Tensor
+    std: Tensor
+
+
+def load_judge(path_or_id: str | Path | None = None) -> Judge:
+    """Load a CLIP; ``None`` or ``"tiny"`` is the embedded base's. Raises :class:`UserError` for anything else."""
+    from transformers import AutoTokenizer, CLIPModel
+
+    source = str(EMBEDDED_WEIGHTS / "judge" if path_or_id in (None, "tiny") else path_or_id)
+    try:
+        # Scores are computed in fp32 whatever the weights are stored in: in fp16 they would have three digits.
+        with no_loading_bars():
+            model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        model = model.eval().requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        settings = _preprocessing(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the judge {source!r}: {first_line(error)}") from error
+    side = int(model.config.vision_config.image_size)
+    mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
+    return Judge(model, tokenizer, side, mean, std)
+
+
+def load_vision(path_or_id: str | Path) -> Judge:
+    """Load a vision model in transformers' format (DINO, DINOv2, ViT ...), for pictures only.
+
+    Its feature is the class token of the last layer, or what a model without one pools. Raises :class:`UserError`.
+    """
+    from transformers import AutoModel
+
+    source = str(path_or_id)
+    try:
+        with no_loading_bars():
+            model = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        settings = _preprocessing(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load the vision model {source!r}: {first_line(error)}") from error
+    if hasattr(model.config, "text_config") or not hasattr(model.config, "num_channels"):
+        raise UserError(f"{source} is no vision model such as facebook/dinov2-base: a CLIP goes with --judge")
+    mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
+    side = _side(settings) or int(model.config.image_size)
+    return Judge(model.eval().requires_grad_(False), None, side, mean, std)
+
+
+def check_judge(judge: str | None, base: str | None) -> None:
+    """Raises :class:`UserError` where the tiny judge would look at pictures of another base than its own."""
+    if judge is None and not is_embedded(base):
+        raise UserError("measuring needs --judge, for example openai/clip-vit-base-patch32: the tiny one that is taken "
+                        "without it knows only the pictures of the embedded base")  # fmt: skip
+
+
+def load_judges(clip: str | None, vision: str | None, device: Any) -> dict[str, Judge]:
+    """The judges of likeness by the names of their scores: ``clip_i`` and, where a vision model is given, ``dino``.
+
+    The last one tells individuals apart best, so it measures drift and diversity as well.
+    """
+    judges = {"clip_i": load_judge(clip)} | ({"dino": load_vision(vision)} if vision else {})
+    for judge in judges.values():
+        judge.model.to(device)
+    return judges
+
+
+def _side(settings: dict[str, Any]) -> int:
+    """The side that the model's pictures are cropped or else resized to; 0 where its files do not say."""
+    for key in ("crop_size", "size"):
+        size = settings.get(key)
+        if isinstance(size, dict):
+            size = size.get("height") or size.get("shortest_edge")
+        if size:
+            return int(size)
+    return 0
+
+
+def _preprocessing(source: str) -> dict[str, Any]:
+    # The mixin only reads the file; the processors themselves would want torchvision.
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
+    return {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} | dict(processor)
+
+
+def _pixels(judge: Judge, image: Image.Image) -> Tensor:
+    """The picture's centre square at the judge's size, normalised: ``[3, side, side]``."""
+    short = min(image.size)
+    left, top = (image.width - short) // 2, (image.height - short) // 2
+    square = image.convert("RGB").crop((left, top, left + short, top + short))
+    square = square.resize((judge.side, judge.side), Image.Resampling.BICUBIC)
+    data = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(judge.side, judge.side, 3)
+    return (data.permute(2, 0, 1).float() / 255 - judge.mean) / judge.std
+
+
+@torch.no_grad()
+def image_features(judge: Judge, images: Sequence[Image.Image]) -> Tensor:
+    """Unit features ``[n, d]`` of pictures."""
+    parts = []
+    for start in range(0, len(images), BATCH):
+        pixels = torch.stack([_pixels(judge, image) for image in images[start : start + BATCH]])
+        parts.append(F.normalize(_seen(judge, pixels.to(judge.model.device)), dim=-1).cpu())
+    return torch.cat(parts)
+
+
+def _seen(judge: Judge, pixels: Tensor) -> Tensor:
+    if judge.tokenizer is not None:
+        return judge.model.visual_projection(judge.model.vision_model(pixel_values=pixels).pooler_output)
+    output = judge.model(pixel_values=pixels)
+    last = output.last_hidden_state
+    return last[:, 0] if last.ndim == 3 else output.pooler_output.flatten(1)
+
+
+@torch.no_grad()
+def text_features(judge: Judge, texts: Sequence[str]) -> Tensor:
+    """Unit features ``[n, d]`` of texts."""
+    tokens = judge.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
+    tokens = tokens.to(judge.model.device)
+    pooled = judge.model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
+    return F.normalize(judge.model.text_projection(pooled), dim=-1).cpu()
+
+
+def subject_score(judge: Judge, generated: Sequence[Image.Image], references: Sequence[Image.Image]) -> float:
+    """CLIP-I: mean cosine over all pairs of generated and reference pictures."""
+    return float((image_features(judge, generated) @ image_features(judge, references).T).mean())
+
+
+def prompt_score(judge: Judge, generated: Sequence[Image.Image], prompts: Sequence[str]) -> float:
+    """CLIP-T: mean cosine between each picture and its prompt (without the trigger)."""
+    return float((image_features(judge, generated) * text_features(judge, prompts)).sum(-1).mean())

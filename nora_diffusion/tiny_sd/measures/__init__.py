@@ -1,0 +1,1 @@
+"""What the embedded base can do: following prompts, learning subjects."""

@@ -1,0 +1,1 @@
+"""How the embedded base is trained, stage by stage."""

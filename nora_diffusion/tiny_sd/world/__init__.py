@@ -1,0 +1,1 @@
+"""The drawn world that the embedded base is trained on."""

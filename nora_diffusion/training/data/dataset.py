@@ -1,0 +1,81 @@
+"""The training pictures of a run, as its settings ask for them, and the report on them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ...data.masks import subject_box
+from ...data.photos import Photo
+from ...data.report import Row, write_report
+from ...data.similarity import find_twins
+from ...data.tags import Wordings, orders
+from ...data.transforms import Transform, View, bucket_shapes
+from ..settings.config import TrainConfig
+from ..step.randomness import derive, generator
+from .subject import Subject
+
+log = logging.getLogger(__name__)
+
+
+def transform_of(config: TrainConfig, step: int) -> Transform:
+    """How ``config`` makes training pictures. ``step``: sides of buckets are multiples of it, in pixels."""
+    side = config.resolution or 0
+    shapes = bucket_shapes(side, step) if config.aspect_buckets else [(side, side)]
+    crop = "center" if config.center_crop else config.crop
+    # torchvision has two of them; Pillow's is the exact one.
+    resample = Image.Resampling[config.image_interpolation_mode.removesuffix("_exact").upper()]
+    return Transform(shapes, crop, config.crops_per_image, config.random_flip, resample)
+
+
+def views_of(transform: Transform, photos: Sequence[Photo], seed: int) -> list[list[View]]:
+    """The training pictures of each photo: a function of the photo and the seed alone."""
+    return [
+        transform.views(
+            photo.image.size,
+            np.random.default_rng(derive(seed, "crops", photo.sha256)),
+            None if photo.mask is None else subject_box(photo.mask),
+        )
+        for photo in photos
+    ]
+
+
+def class_views(
+    transform: Transform, photos: Sequence[Photo], seed: int, like: Sequence[Sequence[View]]
+) -> list[list[View]]:
+    """Training pictures of the class pictures, in every shape that the photos have, to share a batch with them."""
+    shapes = sorted({view.shape for views in like for view in views})
+    plain = replace(transform, crop="random" if transform.crop == "subject" else transform.crop)
+    by_shape = [views_of(replace(plain, shapes=[shape]), photos, seed) for shape in shapes]
+    return [[view for views in each for view in views] for each in zip(*by_shape, strict=True)]
+
+
+def wordings_of(config: TrainConfig, captions: Sequence[str]) -> Wordings:
+    """What each photo may be called in the steps of a run."""
+    if not config.shuffle_tags:
+        return Wordings([[caption] for caption in captions], config.caption_dropout)
+    sources = [generator(config.seed or 0, "tags", caption) for caption in captions]
+    texts = [
+        orders(caption, config.shuffle_tags, config.keep_tokens, source)
+        for caption, source in zip(captions, sources, strict=True)
+    ]
+    return Wordings(texts, config.caption_dropout)
+
+
+def report_data(folder: Path, subject: Subject, views: Sequence[Sequence[View]]) -> Path:
+    """Write the data report; small photos and duplicates are warned of. Returns the path of the page."""
+    rows = [
+        Row(photo, caption, own) for photo, caption, own in zip(subject.photos, subject.captions, views, strict=True)
+    ]
+    small = [f"{row.photo.path.name} ({row.enlargement:.1f} times)" for row in rows if row.enlargement > 1.05]
+    if small:
+        log.warning("%s: smaller than the resolution, so enlarged", ", ".join(small[:5]))
+    twins = find_twins(subject.photos)
+    for pair in twins[:5]:
+        log.warning("%s: it counts twice", pair)
+    return write_report(folder, rows, subject.rejects, twins, subject.held_out)

@@ -1,0 +1,1 @@
+"""Several subjects in one run, in one batch or over a cluster."""

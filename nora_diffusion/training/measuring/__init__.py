@@ -1,0 +1,1 @@
+"""Measures of a run on its way, and which step they choose."""

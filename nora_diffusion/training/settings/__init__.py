@@ -1,0 +1,1 @@
+"""Every setting of a run: flags, YAML, defaults, checks."""

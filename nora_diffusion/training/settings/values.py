@@ -1,0 +1,119 @@
+"""Turns what a flag or a YAML key says into the type that its setting declares."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import typing
+from collections.abc import Iterable, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal
+
+from ...errors import UserError
+
+_TRUE = ("true", "yes", "on", "1")
+_FALSE = ("false", "no", "off", "0")
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """``": did you mean 'x'?"`` for the nearest known name, or a hint where the names stand."""
+    near = near_names(name, known)
+    return f": did you mean {' or '.join(map(repr, near))}?" if near else ": see --help for all settings"
+
+
+def unknown_argument(words: Sequence[str], known: Iterable[str], command: str) -> UserError:
+    """What to say of words on a command line that nothing takes; ``known`` are the names of flags."""
+    word = next((word for word in words if word.startswith("--")), words[0])
+    if not word.startswith("-"):
+        hint = "quote a value of several words"
+    elif near := near_names(word.lstrip("-").split("=")[0], known):
+        return UserError(f"unknown flag {word!r}: did you mean {' or '.join('--' + name for name in near)}?")
+    else:
+        hint = "there is none like it"
+    kind = "flag" if word.startswith("-") else "argument"
+    return UserError(f"unknown {kind} {word!r}: {hint}; see {command} --help")
+
+
+def near_names(name: str, known: Iterable[str]) -> list[str]:
+    """The one name that is spelt nearly so; else up to three that have it as one of their words, or as initials."""
+    names = list(known)
+    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.65):
+        return close
+    words = [(other, other.split("_")) for other in names]
+    return [other for other, own in words if name in own or name == "".join(word[:1] for word in own)][:3]
+
+
+def coerce(name: str, value: Any, annotation: str, owner: type) -> Any:
+    """``value`` as the type that ``annotation`` names. Raises :class:`UserError` that says what would fit."""
+    hint = _resolve(annotation, owner)
+    choices, optional = _split(hint)
+    if value is None or (optional and value == ""):
+        if optional:
+            return None
+        raise UserError(f"{name} needs a value: leave it out to use its default")
+    for kind in choices:
+        converted = _convert(value, kind)
+        if converted is not None:
+            return converted
+    raise UserError(f"{name}={value!r} does not fit: {_expected(choices, value)}")
+
+
+def _resolve(annotation: str, owner: type) -> Any:
+    return eval(annotation, vars(sys.modules[owner.__module__]))  # our own source, never a user's text
+
+
+def _split(hint: Any) -> tuple[list[Any], bool]:
+    kinds = (
+        list(typing.get_args(hint))
+        if isinstance(hint, UnionType) or typing.get_origin(hint) is typing.Union
+        else [hint]
+    )
+    return [kind for kind in kinds if kind is not NoneType], NoneType in kinds
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    if typing.get_origin(kind) is Literal:
+        return _literal(value, typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        items = value if isinstance(value, list) else [value]
+        return items if items and all(isinstance(item, str) for item in items) else None
+    if kind is bool:
+        return _boolean(value)
+    if kind is str:
+        return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+    return _number(value, kind)
+
+
+def _literal(value: Any, choices: tuple[Any, ...]) -> Any:
+    # YAML reads a bare `no` as False.
+    value = "no" if value is False and "no" in choices else value
+    return value if value in choices else None
+
+
+def _boolean(value: Any) -> bool | None:
+    if isinstance(value, bool):
+        return value
+    text = str(value).lower()
+    return True if text in _TRUE else False if text in _FALSE else None
+
+
+def _number(value: Any, kind: Any) -> Any:
+    # YAML 1.1 reads 1e-4 as text, so text is parsed here as it is for flags.
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    if kind is float:
+        return number
+    return int(number) if number == number and abs(number) < 2**63 and number == int(number) else None
+
+
+def _expected(choices: list[Any], value: Any) -> str:
+    kind = choices[0]
+    if typing.get_origin(kind) is Literal:
+        allowed = [str(choice) for choice in typing.get_args(kind)]
+        return f"choose one of {', '.join(allowed)}{suggestion(str(value), allowed)}"
+    words = {bool: "give true or false", int: "give a whole number", float: "give a number", str: "give text"}
+    return words.get(kind, "give one or more words")

@@ -1,0 +1,158 @@
+"""Optimizers over the trained factors, their rates, learning-rate schedules, clipping and the guard of the norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ...adapters import NoraLayer
+from ...adapters.deltas.chain import ChainDelta
+from ...errors import UserError
+from ...formats.keys import is_token
+from ..settings.config import TrainConfig
+
+
+def scaled_rate(rate: float, config: TrainConfig, processes: int) -> float:
+    """The learning rate, times devices, accumulation and batch size where ``scale_lr`` asks for that."""
+    factor = config.pictures_per_step(processes) if config.scale_lr else 1
+    return rate * factor
+
+
+def kind_of(name: str) -> Literal["denoiser", "text_encoder", "tokens"]:
+    """What a trained tensor belongs to, by its file key."""
+    if is_token(name):
+        return "tokens"
+    return "text_encoder" if name.startswith("text_encoder") else "denoiser"
+
+
+def rate_of(name: str, config: TrainConfig) -> float:
+    """The rate of a factor by its file key; text encoders and new tokens may have their own.
+
+    LoRA+ (arXiv 2402.12354): an up factor, which starts at zero, learns ``loraplus_lr_ratio`` times as fast.
+    """
+    rate = config.learning_rate or 0.0
+    kind = kind_of(name)
+    if kind == "tokens":
+        return config.token_lr or rate
+    if kind == "text_encoder":
+        rate = config.text_encoder_lr or rate
+    return rate * (config.loraplus_lr_ratio if name.endswith((".nora_B", ".nora_B_in")) else 1.0)
+
+
+def build_optimizer(
+    config: TrainConfig, parameters: Mapping[str, nn.Parameter], processes: int = 1
+) -> torch.optim.Optimizer:
+    """The optimizer of ``config.optimizer`` with one group of factors for each rate.
+
+    Raises :class:`UserError` if there is nothing to train.
+    """
+    if not parameters:
+        raise UserError("nothing would be trained: --target_modules matches no projection of the base")
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        rate = scaled_rate(rate_of(name, config), config, processes)
+        groups.setdefault((kind_of(name), rate), []).append(parameter)
+    # Decay would draw a token's vectors to zero, which is no word.
+    decay = {"tokens": {"weight_decay": 0.0}}
+    return _optimizer(config, [{"params": own, "lr": rate, **decay.get(k, {})} for (k, rate), own in groups.items()])
+
+
+def _optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> Any:
+    name = "adamw8bit" if config.use_8bit_adam else config.optimizer
+    decay = config.adam_weight_decay
+    if name == "sgd":
+        return torch.optim.SGD(groups, momentum=config.adam_beta1, weight_decay=decay)
+    if name == "adafactor":
+        return torch.optim.Adafactor(groups, weight_decay=decay)
+    adam: dict[str, Any] = {
+        "betas": (config.adam_beta1, config.adam_beta2), "weight_decay": decay, "eps": config.adam_epsilon,
+    }  # fmt: skip
+    if name == "adamw8bit":
+        return import_module("bitsandbytes").optim.AdamW8bit(groups, **adam)
+    if name == "prodigy":
+        return import_module("prodigyopt").Prodigy(
+            groups, lr=groups[0]["lr"], use_bias_correction=True, safeguard_warmup=True, **adam
+        )
+    if name == "schedulefree":
+        optimizer = import_module("schedulefree").AdamWScheduleFree(
+            groups, warmup_steps=config.lr_warmup_steps or 0, **adam
+        )
+        optimizer.train()
+        return optimizer
+    return torch.optim.AdamW(groups, **adam)
+
+
+def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """The learning-rate schedule of diffusers by name, stepped once an optimizer step."""
+    from diffusers.optimization import get_scheduler
+
+    return get_scheduler(
+        config.lr_scheduler or "constant",
+        optimizer=optimizer,
+        num_warmup_steps=config.lr_warmup_steps or 0,
+        num_training_steps=steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )
+
+
+def clip(parameters: Mapping[str, nn.Parameter], most: float) -> float:
+    """Clip the gradients to the norm ``most``; returns the norm before."""
+    return float(nn.utils.clip_grad_norm_(list(parameters.values()), most))
+
+
+def still(parameters: Mapping[str, nn.Parameter], config: TrainConfig, step: int, steps: int) -> bool:
+    """Take away the gradients of what has learned for its fraction of the run: every optimizer then leaves it alone.
+
+    Returns whether there was anything.
+    """
+    stopped = False
+    fractions = {
+        "denoiser": config.denoiser_frac,
+        "text_encoder": config.text_encoder_frac,
+        "tokens": config.train_text_encoder_ti_frac,
+    }
+    for name, parameter in parameters.items():
+        if step >= fractions[kind_of(name)] * steps:
+            parameter.grad, stopped = None, True
+    return stopped
+
+
+@torch.no_grad()
+def bound_norms(layers: Iterable[NoraLayer], adapter: str, most: float) -> None:
+    """Shrink every update with ``||scale dW||_F > most`` to that norm.
+
+    ``dW`` is a product in which each of the ``k`` trained factors stands once, so each is multiplied by the ``k``-th
+    root. The norm is ``sqrt(tr(B^T B A A^T))``, without the dense ``dW``; DoRA's magnitude is left as it is.
+    No number is read back: a GPU would stop for it at every layer.
+    """
+    for layer in layers:
+        delta = layer.delta(adapter)
+        assert isinstance(delta, ChainDelta)
+        down, up = (factor.to(widest(factor.device)) for factor in delta.pair())
+        norm = abs(layer.nora_scale[adapter]) * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
+        factors = [value for name, value in delta.named_parameters() if name != "m"]
+        shrink = (most / norm).clamp(max=1) ** (1 / len(factors))  # 1 where the norm is 0
+        for factor in factors:
+            factor.mul_(shrink)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The most precise floats that a device computes with: Apple's GPUs have no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def schedule_state(schedule: Any) -> dict[str, Any]:
+    """What JSON needs to hold of a schedule: all but its functions, which the config rebuilds."""
+    return {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"}
+
+
+def restore_schedule(schedule: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Put a schedule and the optimizer's rates back to where :func:`schedule_state` found them."""
+    schedule.load_state_dict({**state, "lr_lambdas": [None] * len(optimizer.param_groups)})
+    for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = rate

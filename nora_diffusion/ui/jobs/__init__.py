@@ -1,0 +1,1 @@
+"""Trainings that the app starts, each a process with a folder."""

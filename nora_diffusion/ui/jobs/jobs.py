@@ -1,0 +1,177 @@
+"""Training jobs: each a process of its own, found again by whoever asks after a reload or a restart of the app.
+
+A job is a private folder: ``job.json`` (what it is), ``request.yaml`` (the trainer's settings), ``photos/``,
+``run/`` (the trainer's folder), ``output.log``, ``alive.lock`` (locked as long as its process lives), ``process.json``
+and, once it ended by itself, ``exit.json``. The app only reads these files, so its own death harms no job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from ...io.files import FileLock, is_held, user_errors, write_atomic
+from .job import Job, read_job, read_json
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+class Jobs:
+    """The jobs under ``root``. Finished adapters go to ``library``; ``device_lock`` is shared with generation.
+
+    They train on ``device``, or on the best there is.
+    """
+
+    def __init__(self, root: Path, library: Path, device_lock: Path, device: str | None = None) -> None:
+        self.root, self.library, self.device_lock, self.device = root, library, device_lock, device
+
+    def start(self, name: str, settings: Mapping[str, Any], photos: Sequence[Path]) -> str:
+        """Start a training on copies of ``photos`` (and of captions beside them); returns the job's id.
+
+        ``settings`` are those of :class:`TrainConfig`, checked here before anything is written.
+        """
+        _check_system()
+        if not NAME.fullmatch(name):
+            raise UserError(f"the name {name!r} will not do: use up to 64 letters, digits, '_' and '-'")
+        identity = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        folder = self.root / identity
+        places = {"instance_data_dir": folder / "photos", "output_dir": folder / "run"}
+        values = {**settings, **{key: str(place.absolute()) for key, place in places.items()}}
+        _check(values)
+        with user_errors(folder):
+            folder.mkdir(parents=True, mode=0o700)
+            copy_photos(photos, places["instance_data_dir"])
+        import yaml
+
+        write_atomic(folder / "request.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        self._launch(folder, name, [])
+        return identity
+
+    def resume(self, identity: str) -> int:
+        """Go on from the last whole checkpoint; returns its step."""
+        _check_system()
+        job = self.get(identity)
+        if job.running:
+            raise UserError(f"the training {job.name!r} is still running")
+        if not job.resumable or job.checkpoint is None:
+            raise UserError(f"the training {job.name!r} has no checkpoint to go on from: start a new one")
+        self._launch(job.folder, job.name, ["--resume_from_checkpoint", "latest"])
+        return job.checkpoint
+
+    def stop(self, identity: str) -> None:
+        """Let the running step finish and a checkpoint be saved. Asking twice does no more than asking once."""
+        job = self.get(identity)
+        if not job.running:
+            raise UserError(f"the training {job.name!r} is not running")
+        if (job.folder / "stopping").exists():
+            return
+        pid = _pid(job.folder)
+        (job.folder / "stopping").touch()
+        # The pid is that of the lock's holder, which lives: a stale one is never signalled.
+        if is_held(job.folder / "alive.lock"):
+            os.kill(pid, signal.SIGTERM)
+
+    def remove(self, identity: str) -> None:
+        """Delete a job that does not run, its photos and checkpoints too; what is in the library stays."""
+        job = self.get(identity)
+        if job.running:
+            raise UserError(f"the training {job.name!r} is running: stop it first")
+        shutil.rmtree(job.folder)
+
+    def list(self) -> list[Job]:
+        """All jobs, newest first."""
+        if not self.root.is_dir():
+            return []
+        names = sorted((f.parent.name for f in self.root.glob("*/job.json")), reverse=True)
+        found = []
+        for name in names:
+            with contextlib.suppress(UserError):  # removed meanwhile
+                found.append(self.get(name))
+        return found
+
+    def get(self, identity: str) -> Job:
+        """One job. Raises :class:`UserError` for an id that is none, wherever it points."""
+        folder = self.root / identity
+        if not NAME.fullmatch(identity) or not (folder / "job.json").is_file():
+            raise UserError("there is no such training: it was removed, or belongs to another library")
+        return read_job(folder)
+
+    def _launch(self, folder: Path, name: str, flags: Sequence[str]) -> None:
+        alive = FileLock(folder / "alive.lock")
+        until = time.monotonic() + 5.0  # somebody may be asking whether it lives just now
+        if not alive.acquire(given_up=lambda: time.monotonic() > until):
+            raise UserError(f"the training {name!r} is still running")
+        try:
+            for stale in ("exit.json", "process.json", "stopping"):
+                (folder / stale).unlink(missing_ok=True)
+            job = {
+                "name": name,
+                "library": str(self.library.absolute()),
+                "device_lock": str(self.device_lock.absolute()),
+                "flags": list(flags),
+            }
+            write_atomic(folder / "job.json", json.dumps(job))
+            # The child inherits the lock, so there is no moment at which the job looks dead. A session of its own
+            # keeps the app's end (Ctrl-C, a closed terminal) from it.
+            with (folder / "output.log").open("ab") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "nora_diffusion.ui.jobs.worker", str(folder.absolute())],
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, umask=0o077,
+                    pass_fds=[alive.handle or 0], cwd=folder, env=_environment(self.device),
+                )  # fmt: skip
+        finally:
+            alive.release()
+        threading.Thread(target=process.wait, daemon=True).start()
+
+
+def _check_system() -> None:
+    if os.name == "nt":  # a lock that a child inherits, and a signal that asks it to save
+        raise UserError("training in the app needs Linux or macOS: use nora-diffusion train here")
+
+
+def copy_photos(photos: Sequence[Path], folder: Path) -> None:
+    """Copies of photos, and of the captions beside them, as a training finds them in ``folder``."""
+    folder.mkdir(mode=0o700)
+    for number, photo in enumerate(photos):
+        for file in (photo, photo.with_suffix(".txt")):
+            if file.is_file():  # numbered: two photos may have one name
+                shutil.copyfile(file, folder / f"{number:03d}-{file.name}")
+
+
+def _environment(device: str | None) -> dict[str, str]:
+    """The app's own, without progress bars, and with this package found wherever it was imported from."""
+    places = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
+    chosen = {"ACCELERATE_TORCH_DEVICE": device} if device else {}
+    if device == "cpu":  # else accelerate looks for what a GPU could do
+        chosen["ACCELERATE_USE_CPU"] = "true"
+    return {**os.environ, **chosen, "TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    from ...training import TrainConfig
+    from ...training.settings.checks import check_config
+
+    check_config(TrainConfig.from_mapping(values))
+
+
+def _pid(folder: Path, patience: float = 10.0) -> int:
+    """The process of a running job, which writes its number right after it started."""
+    until = time.monotonic() + patience
+    while not (values := read_json(folder / "process.json")):
+        if time.monotonic() > until:
+            raise UserError("the training is just starting: try again in a moment")
+        time.sleep(0.05)
+    return int(values["pid"])

@@ -1,0 +1,89 @@
+"""How true the samples of a training are, step by step, by the judge of the embedded base."""
+
+from __future__ import annotations
+
+import json
+import threading
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ...data.captions import without_trigger
+from ...errors import UserError
+from ...io.files import write_atomic
+from ...io.run_layout import step_of
+from .job import Job
+
+FILE = "scores.json"
+
+
+class SampleScores:
+    """Subject fidelity (CLIP-I against the photos) and prompt fidelity (CLIP-T) of sample pictures.
+
+    Each picture is scored once; the numbers are kept in the job's folder. One instance serves all pages.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    @cached_property
+    def _judge(self) -> Any:
+        from ...scoring.judges import load_judge
+
+        return load_judge()
+
+    def curves(self, job: Job) -> dict[str, list[tuple[float, float]]]:
+        """``{"subject": [(step, score)], "prompt": [...]}``: the means over each step's samples."""
+        with self._lock:
+            known = self._known(job)
+        steps: dict[int, list[dict[str, float]]] = {}
+        for sample in job.samples:
+            if sample.name in known:
+                steps.setdefault(step_of(sample), []).append(known[sample.name])
+        return {
+            kind: [(step, sum(s[kind] for s in scores) / len(scores)) for step, scores in sorted(steps.items())]
+            for kind in ("subject", "prompt")
+        }
+
+    def _known(self, job: Job) -> dict[str, dict[str, float]]:
+        file = job.folder / FILE
+        try:
+            known: dict[str, dict[str, float]] = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            known = {}
+        new = [sample for sample in job.samples if sample.name not in known]
+        if new:
+            known |= self._score(job, new)
+            write_atomic(file, json.dumps(known))
+        return known
+
+    def _score(self, job: Job, samples: list[Path]) -> dict[str, dict[str, float]]:
+        from ...data import read_photos
+        from ...generation.pictures import read_settings
+        from ...scoring.judges import prompt_score, subject_score
+
+        photos = [photo.image for photo in read_photos(job.folder / "photos")]
+        trigger = _trigger(job)
+        found = {}
+        for sample in samples:
+            try:
+                prompt = read_settings(sample).prompt
+                with Image.open(sample) as opened:
+                    picture = opened.convert("RGB")
+            except (UserError, OSError, SyntaxError, ValueError):
+                continue
+            prompt = without_trigger(prompt, trigger)
+            found[sample.name] = {
+                "subject": subject_score(self._judge, [picture], photos),
+                "prompt": prompt_score(self._judge, [picture], [prompt]),
+            }
+        return found
+
+
+def _trigger(job: Job) -> str:
+    import yaml
+
+    values = yaml.safe_load((job.folder / "request.yaml").read_text(encoding="utf-8"))
+    return str(values.get("trigger") or "")

@@ -1,0 +1,154 @@
+"""The process of one training job: ``python -m nora_diffusion.ui.jobs.worker FOLDER``, started by :mod:`.jobs`.
+
+It waits for the device, runs the trainer, checks that its adapter can be read again, puts it into the library, and
+writes ``exit.json`` last: a job without one whose process is gone was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...io.files import FileLock, make_folder, sync_folder, user_errors, write_atomic
+from ...io.run_layout import SAMPLES, STATE, pictures_by_step
+from ...pipelines.base import is_embedded
+from ..entries import SCORES
+from .job import boot_id, read_job, read_json
+from .sample_scores import SampleScores
+
+UNREADABLE = 3
+
+
+def main(folder: Path) -> int:
+    """Run the job of ``folder``; returns the trainer's exit code, or 3 if what it wrote cannot be used."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    outcome = _train(folder, job)
+    write_atomic(folder / "exit.json", json.dumps(outcome))
+    return int(outcome["code"])
+
+
+def _train(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+    lock = FileLock(Path(job["device_lock"]))
+    try:
+        _say(folder, waiting=False)  # from here on it can be told to stop
+        if not lock.try_acquire():
+            _say(folder, waiting=True)
+            lock.acquire()
+            _say(folder, waiting=False)
+        # A run that ended well but did not get into the library, for want of space say, is not trained again.
+        code = (
+            0 if is_finished(folder / "run") else _trainer()(["--config", str(folder / "request.yaml"), *job["flags"]])
+        )
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows is short and must not end halfway
+        if code != 0:
+            return {"code": code, "message": ""}
+        adapter = publish(folder / "run", Path(job["library"]), str(job["name"]), final_scores(folder))
+        return {"code": 0, "message": "", "adapter": str(adapter)}
+    except KeyboardInterrupt:
+        return {"code": 143, "message": "stopped before training began"}
+    except Exception as error:
+        traceback.print_exc()
+        return {"code": UNREADABLE, "message": str(error) or type(error).__name__}
+    finally:
+        lock.release()
+
+
+def _say(folder: Path, waiting: bool) -> None:
+    """Which process this is, and whether somebody else has the device."""
+    process = {"pid": os.getpid(), "boot": boot_id(), "waiting": waiting}
+    write_atomic(folder / "process.json", json.dumps(process))
+
+
+def _trainer() -> Callable[[list[str]], int]:
+    from ...training import main
+
+    return main
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the trainer said that it is done, and its adapter is there."""
+    from ...formats.adapter_file import FILE_NAME
+
+    return read_json(run / STATE).get("status") == "done" and (run / FILE_NAME).is_file()
+
+
+def final_scores(folder: Path) -> dict[str, float]:
+    """How true the last samples are, by the judge of the embedded base; nothing with another base.
+
+    A judge that fails costs the scores and not the training.
+    """
+    import yaml
+
+    settings = yaml.safe_load((folder / "request.yaml").read_text(encoding="utf-8"))
+    if not is_embedded(settings.get("pretrained_model_name_or_path")):
+        return {}
+    try:
+        curves = SampleScores().curves(read_job(folder))
+    except Exception:
+        traceback.print_exc()
+        return {}
+    return {f"{kind} fidelity": round(points[-1][1], 4) for kind, points in curves.items() if points}
+
+
+def publish(run: Path, library: Path, name: str, scores: Mapping[str, float]) -> Path:
+    """Copy a finished adapter into the library, whole or not at all, under a free name; returns its folder.
+
+    Raises :class:`UserError` if the file cannot be read again: then nothing is "done".
+    """
+    from ...formats.adapter_file import inspect_adapter, read_tensors
+
+    info = inspect_adapter(run)
+    read_tensors(info)
+    make_folder(library)
+    with user_errors(library):
+        temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=library))
+        try:
+            shutil.copy2(info.path, temporary)
+            if (run / "README.md").is_file():
+                shutil.copy2(run / "README.md", temporary)
+            if scores:
+                write_atomic(temporary / SCORES, json.dumps(dict(scores)))
+            if samples := pictures_by_step(run / SAMPLES):
+                shutil.copy2(samples[max(samples)][0], temporary / "thumbnail.png")
+            temporary.chmod(0o755)
+            for file in temporary.iterdir():
+                _flush(file)
+            target = _take(temporary, library, name)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync_folder(library)
+    return target
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _take(temporary: Path, library: Path, name: str) -> Path:
+    """Rename to the first free of ``name``, ``name-2`` ...; a rename never replaces a folder that holds something."""
+    number = 1
+    while True:
+        target = library / (name if number == 1 else f"{name}-{number}")
+        number += 1
+        if target.exists():
+            continue
+        try:
+            return temporary.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,63 @@
+"""The table of methods: counted right, and the one in the documentation is what its command prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from nora_diffusion import UserError, add_adapter, export_lora, save_adapter
+from nora_diffusion.adapters import PRESETS, AdapterConfig, dora, melora, mora, nora
+from nora_diffusion.cli import main
+from nora_diffusion.evaluation.method_costs import LAYOUTS, cost, layout, method_table
+from nora_diffusion.loaders import trainable_parameters
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "adapters.md"
+EVERYTHING = ["attn", "ff", "proj", "conv"]
+CONFIGS = {
+    "nora": lambda: nora(r=4, inner_r=2, basis="svd", target_modules=EVERYTHING),
+    "patterns": lambda: nora(r=4, inner_r=2, basis="svd", rank_pattern={"to_q": 6}, core="dense"),
+    "dora": lambda: dora(r=3, target_modules=EVERYTHING),
+    "mora": lambda: mora(r=2),
+    "melora": lambda: melora(r=4, blocks=2),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_costs_are_those_of_a_real_file(pipe: Any, tmp_path: Path, name: str) -> None:
+    counted = cost(CONFIGS[name](), pipe.unet)
+    add_adapter(pipe, CONFIGS[name](), "one")
+    tensors = load_file(save_adapter(pipe, tmp_path / "one", "one"))
+    assert counted.trained == sum(p.numel() for p in trainable_parameters(pipe, "one").values())
+    assert counted.file_bytes == sum(value.numel() * value.element_size() for value in tensors.values())
+    frozen = [value for key, value in tensors.items() if key.endswith(("A_out", "B_out"))]
+    assert counted.basis_bytes == sum(value.numel() * value.element_size() for value in frozen)
+    assert max(counted.ranks) == export_lora(tmp_path / "one", tmp_path / "plain.safetensors").rank
+
+
+@pytest.mark.parametrize(("name", "projections"), [("sd15", 128), ("sdxl", 560)])
+def test_layouts_have_the_attention_of_the_real_models(name: str, projections: int) -> None:
+    """Rank 1 trains ``d_in + d_out`` numbers a projection; SD 1.5 and SDXL are known by theirs."""
+    known = {"sd15": 199_296, "sdxl": 1_451_520}
+    model = layout(name)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert cost(AdapterConfig(r=1, inner_r=1, core="none", basis="kaiming"), model).trained == known[name]
+    assert cost(nora(r=1, inner_r=1), model).trained == 2 * projections
+
+
+def test_the_documented_table_is_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    table = capsys.readouterr().out.strip()
+    assert table in DOCUMENT.read_text(encoding="utf-8"), "run `nora-diffusion methods` and put its table there"
+    assert len(table.splitlines()) == len(PRESETS) + 2
+
+
+def test_a_part_of_the_table_and_what_is_unknown() -> None:
+    head, _, row = method_table(["nora"], ["sd15"]).splitlines()
+    assert "SDXL" not in head and "| 32,768 | 12.89 MB, 0.13 MB shared |" in row
+    with pytest.raises(UserError, match="nore"):
+        method_table(["nore"])
+    with pytest.raises(UserError, match=", ".join(LAYOUTS)):
+        method_table(["nora"], ["sd9"])

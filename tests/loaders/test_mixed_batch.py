@@ -1,0 +1,488 @@
+"""Every row of a mixed batch equals its solo run, whatever its neighbours are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from factories import randomise
+from peft import LoKrConfig, LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from nora_diffusion import UserError, add_adapter, load_base, mixed_batch, open_pipeline, set_adapters
+from nora_diffusion.adapters import AdapterConfig, NoraLayer, dora, dylora, lora, lora_xs, mor, mora, nora
+from nora_diffusion.adapters.deltas.chain import functional
+from nora_diffusion.adapters.presets import moe_lora
+from nora_diffusion.attention import NoRAAttnProcessor
+from nora_diffusion.loaders import trainable_parameters
+
+PARTS = ("unet", "text_encoder")
+EVERYTHING = ["attn", "ff", "proj", "conv"]
+Spec = dict[str, float]
+
+
+def fill(pipe: Any, configs: dict[str, AdapterConfig], parts: Sequence[str] = PARTS) -> Any:
+    for seed, (name, config) in enumerate(configs.items()):
+        add_adapter(pipe, config, name, parts)
+        randomise(pipe, name, seed)
+    return pipe
+
+
+SHARED: dict[str, Callable[[], AdapterConfig]] = {
+    "dog": lambda: nora(r=4, inner_r=2, basis="svd", target_modules=EVERYTHING),
+    "cat": lambda: nora(r=4, inner_r=3, basis="svd", alpha=2.0, target_modules=EVERYTHING),
+    "hat": lambda: lora_xs(r=4, placement="sqrt", target_modules=EVERYTHING),
+}
+OWN: dict[str, Callable[[], AdapterConfig]] = {
+    "dog": lambda: nora(r=4, inner_r=2, basis="svd", target_modules=EVERYTHING),
+    "cat": lambda: nora(r=6, inner_r=3, basis="orthogonal"),
+    "lora": lambda: lora(r=3, alpha=6.0, target_modules=EVERYTHING),
+    "mor": lambda: mor(r=4, num_experts=3),
+    "prompt": lambda: mor(r=4, num_experts=3, router="prompt+timestep"),
+    "moe": lambda: moe_lora(r=2, num_experts=3, router="prompt"),
+    "dora": lambda: dora(r=3, target_modules=EVERYTHING),
+    "mora": lambda: mora(r=2),
+    "dylora": lambda: dylora(r=3),
+}
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_base: Path) -> Any:
+    """A pipeline with adapters that sit in one basis (``hat`` is a LoRA-XS there)."""
+    return fill(open_pipeline(tiny_base), {name: make() for name, make in SHARED.items()})
+
+
+@pytest.fixture(scope="module")
+def own(tiny_base: Path) -> Any:
+    """A pipeline with one adapter of every kind."""
+    return fill(open_pipeline(tiny_base), {name: make() for name, make in OWN.items()})
+
+
+def solo(pipe: Any, spec: Spec, run: Callable[[], Tensor]) -> Tensor:
+    """The run with just these adapters active."""
+    set_adapters(pipe, list(spec), list(spec.values()))
+    return run()
+
+
+def assert_rows(found: Tensor, expected: Sequence[Tensor], tolerance: float = 1e-5) -> None:
+    """Each row within a relative (Frobenius) tolerance, and no two rows alike."""
+    assert len(found) == len(expected)
+    for row, (ours, alone) in enumerate(zip(found, expected, strict=True)):
+        error = float((ours - alone).norm() / alone.norm())
+        assert error <= tolerance, f"row {row}: {error:.1e}"
+
+
+def unet_inputs(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    t = torch.tensor([3, 700, 20, 400]).repeat(rows)[:rows]
+    return torch.randn(rows, 4, 8, 8, generator=g), t, torch.randn(rows, 5, 16, generator=g)
+
+
+def check_unet(pipe: Any, rows: Sequence[Any], specs: Sequence[Spec], copies: int, **options: Any) -> None:
+    specs = [*specs] * copies
+    x, t, states = unet_inputs(len(specs))
+    with torch.no_grad():
+        with mixed_batch(pipe, rows, **options):
+            found = pipe.unet(x, t, states).sample
+        expected = [
+            solo(pipe, spec, lambda i=i: pipe.unet(x[i : i + 1], t[i : i + 1], states[i : i + 1]).sample[0])  # type: ignore[misc]
+            for i, spec in enumerate(specs)
+        ]
+        base = solo(pipe, {}, lambda: pipe.unet(x, t, states).sample)
+    assert_rows(found, expected)
+    for row, spec in enumerate(specs):
+        assert (float((found[row] - base[row]).norm() / base[row].norm()) > 1e-3) == bool(spec)
+
+
+SHARED_ROWS: list[Any] = ["dog", ("cat", 0.5), None, [("hat", 0.7), "dog"]]
+SHARED_SPECS: list[Spec] = [{"dog": 1.0}, {"cat": 0.5}, {}, {"hat": 0.7, "dog": 1.0}]
+
+
+@pytest.mark.parametrize("copies", [1, 2], ids=["plain", "guidance"])
+def test_unet_rows_with_a_shared_basis(shared: Any, copies: int) -> None:
+    check_unet(shared, SHARED_ROWS, SHARED_SPECS, copies)
+
+
+@pytest.mark.parametrize("copies", [1, 2], ids=["plain", "guidance"])
+def test_unet_rows_of_every_kind(own: Any, copies: int) -> None:
+    rows: list[Any] = [*OWN, None, "prompt", "dog", [("cat", 0.3), ("lora", 0.6), ("mor", -0.5)], ("dog", 0.0)]
+    weights = [0.5 + 0.1 * i for i in range(len(rows))]
+    specs: list[Spec] = [{row: w} if isinstance(row, str) else {} for row, w in zip(rows, weights, strict=True)]
+    specs[-2] = {"cat": 0.3, "lora": 0.6, "mor": -0.5}
+    check_unet(own, rows, specs, copies, weights=weights)
+
+
+@pytest.mark.parametrize("fixture", ["shared", "own"])
+def test_text_encoder_rows(fixture: str, request: pytest.FixtureRequest) -> None:
+    pipe = request.getfixturevalue(fixture)
+    names: list[str | None] = [*(SHARED if fixture == "shared" else OWN), None]
+    ids = torch.randint(0, 90, (len(names), 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        with mixed_batch(pipe, names, 0.7):
+            found = pipe.text_encoder(ids)[0]
+        expected = [
+            solo(pipe, {name: 0.7} if name else {}, lambda i=i: pipe.text_encoder(ids[i : i + 1])[0][0])  # type: ignore[misc]
+            for i, name in enumerate(names)
+        ]
+    assert_rows(found, expected)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("images", [1, 2])
+def test_whole_calls(shared: Any, guidance: float, images: int) -> None:
+    """One pass a step; text encoders, the negative rows and ``num_images_per_prompt`` included."""
+    check_call(shared, ["dog", ("cat", 0.5), None], guidance, images, side=16)
+
+
+@pytest.mark.parametrize("basis", ["svd", "orthogonal"], ids=["shared", "own"])
+def test_whole_call_on_the_embedded_base(basis: str) -> None:
+    configs = {name: nora(r=8, inner_r=k, basis=basis) for name, k in (("dog", 2), ("cat", 4))}  # type: ignore[arg-type]
+    check_call(fill(load_base(), configs), ["dog", ("cat", 0.5), None], 5.0, 1, side=64)
+
+
+def check_call(pipe: Any, rows: Sequence[Any], guidance: float, images: int, side: int) -> None:
+    prompts = [f"a photo of {word}" for word in ("a dog", "a cat", "the beach")]
+    pipe.set_progress_bar_config(disable=True)
+
+    def run(chosen: Sequence[int]) -> Tensor:
+        seeds = [row * images + image for row in chosen for image in range(images)]
+        return pipe(
+            [prompts[row] for row in chosen], num_inference_steps=2, height=side, width=side, guidance_scale=guidance,
+            num_images_per_prompt=images, negative_prompt=["red hat"] * len(chosen) if guidance > 1 else None,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds], output_type="latent",
+        ).images  # fmt: skip
+
+    passes: list[int] = []
+    handle = pipe.unet.register_forward_hook(lambda *_: passes.append(1))
+    with mixed_batch(pipe, rows):
+        found = run([0, 1, 2])
+    together = len(passes)
+    expected = [
+        solo(pipe, spec, lambda row=row: run([row]))  # type: ignore[misc]
+        for row, spec in enumerate([{"dog": 1.0}, {"cat": 0.5}, {}])
+    ]
+    handle.remove()
+    assert len(passes) - together == 3 * together
+    # Two steps and guidance multiply what one pass may differ by.
+    assert_rows(found, [image for rows in expected for image in rows], tolerance=1e-4)
+
+
+@pytest.fixture(scope="module")
+def sd3() -> Any:
+    """A tiny SD3 pipeline without text encoders."""
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=12, out_channels=4,
+    ).eval()  # fmt: skip
+    nothing = dict.fromkeys(
+        ["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"]
+    )
+    pipe = StableDiffusion3Pipeline(transformer=model, scheduler=FlowMatchEulerDiscreteScheduler(), **nothing)
+    configs = {name: SHARED[name]() for name in ("dog", "cat")} | {
+        "own": nora(r=3, inner_r=1, basis="orthogonal"), "lora": lora(r=2), "prompt": mor(r=3, router="prompt"),
+    }  # fmt: skip
+    return fill(pipe, configs, ["transformer"])
+
+
+@pytest.mark.parametrize("copies", [1, 2], ids=["plain", "guidance"])
+def test_transformer_rows(sd3: Any, copies: int) -> None:
+    specs: list[Spec] = [{"dog": 1.0}, {"cat": 0.5}, {}, {"own": 1.0}, {"lora": 2.0}, {"prompt": 1.0}] * copies
+    n, g = len(specs), torch.Generator().manual_seed(0)
+    x, states, pooled = (torch.randn(n, *s, generator=g) for s in ((4, 8, 8), (5, 16), (12,)))
+    t = torch.full((n,), 300.0)
+
+    def run(rows: slice) -> Tensor:
+        out: Tensor = sd3.transformer(
+            hidden_states=x[rows], encoder_hidden_states=states[rows], pooled_projections=pooled[rows], timestep=t[rows]
+        ).sample
+        return out
+
+    with torch.no_grad():
+        with mixed_batch(sd3, [next(iter(spec.items())) if spec else None for spec in specs[: n // copies]]):
+            found = run(slice(None))
+        expected = [solo(sd3, spec, lambda i=i: run(slice(i, i + 1))[0]) for i, spec in enumerate(specs)]  # type: ignore[misc]
+    assert_rows(found, expected)
+
+
+def test_whole_call_of_a_transformer(sd3: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    embeds = {
+        name: torch.randn(2, *shape, generator=g)
+        for name, shape in {
+            "prompt_embeds": (5, 16), "negative_prompt_embeds": (5, 16), "pooled_prompt_embeds": (12,),
+            "negative_pooled_prompt_embeds": (12,),
+        }.items()
+    }  # fmt: skip
+    latents = torch.randn(2, 4, 8, 8, generator=g)
+    sd3.set_progress_bar_config(disable=True)
+
+    def run(rows: slice) -> Tensor:
+        out: Tensor = sd3(
+            **{name: value[rows] for name, value in embeds.items()}, latents=latents[rows].clone(), guidance_scale=4.0,
+            num_inference_steps=1, height=64, width=64, output_type="latent",
+        ).images  # fmt: skip
+        return out
+
+    with mixed_batch(sd3, ["dog", ("own", 0.5)]):
+        found = run(slice(None))
+    expected = [solo(sd3, {"dog": 1.0}, lambda: run(slice(0, 1)))[0]]
+    expected.append(solo(sd3, {"own": 0.5}, lambda: run(slice(1, 2)))[0])
+    assert_rows(found, expected, tolerance=1e-4)
+
+
+# Beside ordinary LoRAs
+
+
+@pytest.fixture
+def beside(pipe: Any) -> Any:
+    """Ordinary LoRAs, one there before ours and one after."""
+    add_lora(pipe, "plain")
+    fill(pipe, {name: SHARED[name]() for name in ("dog", "cat")})
+    return add_lora(pipe, "other")
+
+
+def add_lora(pipe: Any, name: str) -> Any:
+    for part in PARTS:
+        targets = ["to_q", "to_v", "conv1"] if part == "unet" else ["q_proj", "v_proj"]
+        config = LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False)
+        getattr(pipe, part).add_adapter(config, name)
+    return pipe
+
+
+@pytest.mark.parametrize("copies", [1, 2], ids=["plain", "guidance"])
+def test_rows_of_ordinary_loras(beside: Any, copies: int) -> None:
+    rows = ["dog", ("plain", 0.5), None, [("cat", 2.0), "other"], ("plain", 0.5)]
+    specs: list[Spec] = [{"dog": 1.0}, {"plain": 0.5}, {}, {"cat": 2.0, "other": 1.0}, {"plain": 0.5}]
+    check_unet(beside, rows, specs, copies)
+    ids = torch.randint(0, 90, (5, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        with mixed_batch(beside, rows):
+            found = beside.text_encoder(ids)[0]
+        expected = [
+            solo(beside, spec, lambda i=i: beside.text_encoder(ids[i : i + 1])[0][0]) for i, spec in enumerate(specs)
+        ]  # type: ignore[misc]
+    assert_rows(found, expected)
+
+
+# What it rests on
+
+
+def test_one_down_product_serves_all_subjects(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [m for m in shared.unet.modules() if isinstance(m, NoraLayer)]
+    products: list[int] = []
+    monkeypatch.setattr(
+        functional, "rowwise", lambda p, m: products.append(len(m)) or torch.bmm(p.flatten(1, -2), m).view_as(p)
+    )
+    with torch.no_grad(), mixed_batch(shared, SHARED_ROWS):
+        for layer in layers:
+            assert layer.rows is not None and not layer.rows.single
+            assert [bank.names for bank in layer.rows.banks] == [["dog", "cat", "hat"]]
+        shared.unet(*unet_inputs(8))
+    assert products == [8] * len(layers)
+
+
+def test_chains_of_one_rank_are_served_together(own: Any) -> None:
+    layer = own.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    with mixed_batch(own, ["dog", "cat", "lora", "dylora", "dora", "mor"]):
+        assert [bank.names for bank in layer.rows.banks] == [["cat", "lora", "dylora"]]
+        assert layer.rows.single == ["dog", "dora", "mor"]
+
+
+def test_numbers_that_change_inside_are_seen(shared: Any) -> None:
+    inputs, factor = unet_inputs(2), next(iter(trainable_parameters(shared, "dog").values()))
+    with torch.no_grad(), mixed_batch(shared, ["dog", "cat"]):
+        before = shared.unet(*inputs).sample
+        factor.mul_(2)
+        after = shared.unet(*inputs).sample
+        factor.div_(2)
+    assert not torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
+
+
+def test_many_subjects_learn_in_one_batch(shared: Any) -> None:
+    """The gradients of a mixed batch are those of separate batches."""
+    x, t, states = unet_inputs(2)
+
+    def gradients(loss: Tensor, name: str) -> list[Tensor]:
+        parameters = list(trainable_parameters(shared, name).values())
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        return [g for g in found if g is not None]
+
+    for name in ("dog", "cat"):
+        for parameter in trainable_parameters(shared, name).values():
+            parameter.requires_grad_(True)
+    with mixed_batch(shared, ["dog", ("cat", 0.5)]):
+        together = shared.unet(x, t, states).sample.square().sum((1, 2, 3))
+        found = {name: gradients(together.sum(), name) for name in ("dog", "cat")}
+    for row, (name, weight) in enumerate([("dog", 1.0), ("cat", 0.5)]):
+        set_adapters(shared, [name], [weight])
+        for parameter in trainable_parameters(shared, name).values():
+            parameter.requires_grad_(True)
+        alone = shared.unet(x[row : row + 1], t[row : row + 1], states[row : row + 1]).sample.square().sum()
+        expected = gradients(alone, name)
+        assert len(expected) == len(found[name]) > 0
+        for ours, theirs in zip(found[name], expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+
+
+def test_a_scale_given_to_the_call_counts(beside: Any) -> None:
+    x, t, states = unet_inputs(2)
+    half = {"cross_attention_kwargs": {"scale": 0.5}}
+    with torch.no_grad():
+        with mixed_batch(beside, ["dog", "plain"]):
+            found = beside.unet(x, t, states, **half).sample
+        expected = [
+            solo(beside, {name: 0.5}, lambda i=i: beside.unet(x[i : i + 1], t[i : i + 1], states[i : i + 1]).sample[0])  # type: ignore[misc]
+            for i, name in enumerate(["dog", "plain"])
+        ]
+    assert_rows(found, expected)
+
+
+def test_processors_step_aside(shared: Any) -> None:
+    inputs = unet_inputs(4)
+    standard = shared.unet.attn_processors
+    with torch.no_grad(), mixed_batch(shared, SHARED_ROWS):
+        expected = shared.unet(*inputs).sample
+        shared.unet.set_attn_processor(NoRAAttnProcessor())
+        found = shared.unet(*inputs).sample
+    shared.unet.set_attn_processor(standard)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(pipe: Any, dtype: torch.dtype) -> None:
+    fill(pipe, {name: make() for name, make in SHARED.items()}, ["unet"]).to(dtype=dtype)
+    x, t, states = unet_inputs(2)
+    with torch.no_grad(), mixed_batch(pipe, ["dog", "cat"]):
+        found = pipe.unet(x.to(dtype), t, states.to(dtype)).sample
+    assert found.dtype == dtype and torch.isfinite(found).all()
+
+
+class Toy(nn.Module):
+    """Two linear layers for PEFT's own wrapper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.tanh(self.one(x)))  # type: ignore[no-any-return]
+
+
+def test_adapter_names_of_peft() -> None:
+    torch.manual_seed(0)
+    config = {"target_modules": ["one", "two"], "basis": "svd"}
+    model: Any = get_peft_model(Toy(), nora(r=4, inner_r=2, **config), adapter_name="dog")  # type: ignore[arg-type]
+    model.add_adapter("cat", nora(r=4, inner_r=1, **config))  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if "nora_delta" in name:
+            parameter.data.normal_(std=0.5)
+    names, x = ["dog", "__base__", "cat", "dog"], torch.randn(4, 6)
+    with torch.no_grad():
+        found = model(x, adapter_names=names)
+        for row, name in enumerate(names):
+            if name == "__base__":
+                with model.disable_adapter():
+                    expected = model(x[row : row + 1])
+            else:
+                model.set_adapter(name)
+                expected = model(x[row : row + 1])
+            torch.testing.assert_close(found[row : row + 1], expected, atol=1e-6, rtol=1e-5)
+        with pytest.raises(UserError, match="ghost"):
+            model(x, adapter_names=["ghost"] * 4)
+        with pytest.raises(UserError, match="4 rows"):
+            model(x, adapter_names=["dog"] * 3)
+
+
+# Refusals, and what is left behind
+
+
+def state(pipe: Any) -> dict[str, Any]:
+    """Everything that a mixed batch might leave changed."""
+    found: dict[str, Any] = {"pipe": sorted(vars(pipe))}
+    for part in PARTS:
+        for path, module in getattr(pipe, part).named_modules():
+            found[f"{part}.{path}"] = (
+                len(module._forward_pre_hooks), len(module._forward_hooks), getattr(module, "rows", None),
+                list(getattr(module, "_active_adapter", [])), dict(getattr(module, "scaling", {})),
+                {name: p.requires_grad for name, p in module.named_parameters(recurse=False)},
+            )  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("fail", [False, True], ids=["quietly", "by an error"])
+def test_everything_is_as_before(beside: Any, fail: bool) -> None:
+    set_adapters(beside, ["cat", "plain"], [0.123, 0.777])
+    parameter = next(iter(trainable_parameters(beside, "dog").values()))
+    parameter.requires_grad_(True)
+    x = unet_inputs(2)
+    with torch.no_grad():
+        picture = beside.unet(*x).sample
+        before = state(beside)
+        try:
+            with mixed_batch(beside, [("dog", 0.3), "plain"]):
+                beside.unet(*x)
+                if fail:
+                    raise RuntimeError("out of memory")
+        except RuntimeError:
+            assert fail
+        assert state(beside) == before
+        assert torch.equal(beside.unet(*x).sample, picture)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "word"),
+    [
+        (["ghost"], {}, "ghost"),
+        ([], {}, "at least one row"),
+        (["dog", "cat"], {"weights": [1.0]}, "2 rows but 1 weights"),
+        ([3], {}, "not 3"),
+        ([["plain", "other"]], {}, "only one"),
+        ([("plain", 1.0), ("plain", 0.5)], {}, "same weight"),
+    ],
+)
+def test_bad_rows_are_refused(beside: Any, rows: Any, options: Any, word: str) -> None:
+    before = state(beside)
+    with pytest.raises(UserError, match=word), mixed_batch(beside, rows, **options):
+        pass
+    assert state(beside) == before
+
+
+def test_what_cannot_be_mixed_is_refused(pipe: Any) -> None:
+    fill(pipe, {"dog": SHARED["dog"]()})
+
+    def refused(word: str) -> None:
+        with pytest.raises(UserError, match=word), mixed_batch(pipe, ["dog", None]):
+            pass
+
+    pipe.fuse_lora()
+    refused("unfuse_lora")
+    pipe.unfuse_lora()
+    pipe.disable_lora()
+    refused("enable_lora")
+    pipe.enable_lora()
+    with torch.no_grad(), mixed_batch(pipe, ["dog", None]):
+        with pytest.raises(UserError, match="3 rows"):
+            pipe.unet(*unet_inputs(3))
+        for prompts in ("a dog", ["a dog"], ["a dog"] * 4):  # four would pass for two with guidance
+            with pytest.raises(UserError, match="one prompt for each row"):
+                pipe(prompts, num_inference_steps=1, height=16, width=16, guidance_scale=1.0)
+        with pytest.raises(UserError, match="4 prompts but 2 rows"):
+            pipe(prompt_embeds=torch.zeros(4, 16, 16), num_inference_steps=1, height=16, width=16, guidance_scale=1.0)
+        layer = next(
+            m for m in pipe.unet.modules() if isinstance(m, NoraLayer) and hasattr(m.base_layer, "in_features")
+        )
+        with pytest.raises(UserError, match="whole model"):
+            layer(torch.randn(5, 2, layer.base_layer.in_features))
+        refused("already serves")
+    pipe.unet.add_adapter(LoKrConfig(r=2, target_modules=["to_q"]), "lokr")
+    refused("lokr.Linear|cannot be mixed")
+    set_adapters(pipe, "dog")
+    with mixed_batch(pipe, ["dog", None]):
+        pass

@@ -1,0 +1,216 @@
+"""Number types: which one is taken where, that every command opens its base as told, and what half precision costs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import tiny_pipeline
+from factories import write_photos
+from PIL import Image
+from torch import Tensor
+
+from nora_diffusion import UserError, add_adapter, nora, open_pipeline, save_adapter
+from nora_diffusion.cli import main, opening
+from nora_diffusion.evaluation.grid import base_description
+from nora_diffusion.evaluation.protocol import EvaluationConfig, evaluate
+from nora_diffusion.generation.generate import run
+from nora_diffusion.generation.pictures import read_settings
+from nora_diffusion.loaders import trainable_parameters
+from nora_diffusion.pipelines.precision import (
+    AUTO,
+    DTYPES,
+    MIXED_DTYPES,
+    best_precision,
+    dtype_name,
+    in_fp32,
+    resolve_dtype,
+)
+from nora_diffusion.scoring.judges import Judge
+from nora_diffusion.ui.config import AppConfig
+from nora_diffusion.ui.jobs.training_form import build_settings
+from nora_diffusion.ui.preview import LatentPreview
+from nora_diffusion.ui.state import App
+
+ROOT = Path(__file__).parents[2]
+SIZE = ["--width", "16", "--height", "16", "--steps", "2"]
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_auto_is_half_precision_on_a_gpu_alone(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
+    found = {device: resolve_dtype(AUTO, device) for device in ("cpu", "mps", "cuda", "cuda:1", torch.device("cuda"))}
+    half = torch.bfloat16 if has_bf16 else torch.float16
+    assert found == dict.fromkeys(("cpu", "mps"), torch.float32) | dict.fromkeys([*found][2:], half)
+    assert best_precision(torch.device("cuda")) == ("bf16" if has_bf16 else "no")
+
+
+def test_what_is_told_is_taken() -> None:
+    told = {name: resolve_dtype(name, "cuda") for name in DTYPES}
+    assert told == DTYPES and resolve_dtype("bf16", "cpu") == torch.bfloat16
+    assert [dtype_name(dtype) for dtype in DTYPES.values()] == [*DTYPES] and dtype_name(torch.int8) == "int8"
+    assert {"no": torch.float32, **DTYPES} == MIXED_DTYPES and (AUTO, *DTYPES) == opening.DTYPES
+    with pytest.raises(UserError, match="fp16 needs a GPU: use bf16 or fp32"):
+        resolve_dtype("fp16", "cpu")
+    with pytest.raises(UserError, match="'fp8' is unknown: choose one of auto, fp32, fp16, bf16"):
+        resolve_dtype("fp8", "cuda")
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        AppConfig(dtype="fp16", device="cpu").check()
+
+
+def test_there_is_one_table() -> None:
+    tables = [file.name for file in (ROOT / "nora_diffusion").rglob("*.py")
+              if re.search(r"""["']fp16["']: *torch""", file.read_text(encoding="utf-8"))]  # fmt: skip
+    assert tables == ["pipelines/precision.py"]
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """How bases are opened: ``(dtype, revision, variant)``; none is."""
+    calls: list[tuple[Any, ...]] = []
+
+    def stop(source: Any, *how: Any) -> None:
+        calls.append(how)
+        raise UserError("enough")
+
+    monkeypatch.setattr("nora_diffusion.pipelines.base._from_pretrained", stop)
+    return calls
+
+
+@pytest.mark.parametrize("command", ["generate", "grid", "evaluate", "app"])
+def test_every_command_opens_the_base_as_told(
+    command: str, opened: list[tuple[Any, ...]], tiny_base: Path, tmp_path: Path
+) -> None:
+    words = {
+        "generate": ["--prompt", "a dog"], "grid": ["--x", "seed=1", "--prompt", "a dog"],
+        "evaluate": ["--adapters", "a=nowhere", "--subjects", str(write_photos(tmp_path / "rex", 2))],
+    }  # fmt: skip
+    flags = ["--base", str(tiny_base), "--dtype", "bf16", "--variant", "fp16", "--revision", "v2"]
+    if command == "evaluate":
+        flags += ["--judge", "tiny"]
+        words["evaluate"][1] = f"a={_adapter(tiny_base, tmp_path / 'dog')}"
+    if command == "app":
+        config = AppConfig(str(tiny_base), library=str(tmp_path), dtype="bf16", variant="fp16", revision="v2")
+        engine = App(config, tmp_path).engine
+        with pytest.raises(UserError, match="enough"):
+            _ = engine.pipe
+        settings = build_settings(engine, "Fast", "sks", "dog", {})
+        assert (settings["variant"], settings["revision"]) == ("fp16", "v2")  # a training opens it likewise
+    else:
+        assert main([command, *flags, *words[command], "--out", str(tmp_path / "out")]) == 2
+    assert opened == [(torch.bfloat16, "v2", "fp16")]
+
+
+def _adapter(base: Path, folder: Path) -> Path:
+    """Made without :func:`open_pipeline`, which a test may have stopped."""
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(base, safety_checker=None)
+    add_adapter(pipe, nora(r=2, inner_r=1, basis="svd"), "one")
+    save_adapter(pipe, folder, "one", info={"trigger": "sks", "class_word": "dog"})
+    return folder
+
+
+def test_a_variant_is_found_under_its_name(tiny_base: Path, tmp_path: Path, capsys: Any) -> None:
+    open_pipeline(tiny_base).save_pretrained(tmp_path / "base", variant="fp16")
+    words = ["generate", "--base", str(tmp_path / "base"), "--prompt", "a dog", "--out", str(tmp_path / "out"), *SIZE]
+    assert main(words) == 2
+    assert main([*words, "--variant", "fp16"]) == 0
+    file = Path(capsys.readouterr().out.strip())
+    assert read_settings(file).dtype == "fp32"  # the CPU's, whatever the files are stored in
+
+
+def test_half_precision_changes_no_picture_that_anybody_sees(tmp_path: Path, tiny_base: Path, capsys: Any) -> None:
+    """With an adapter on UNet and text encoder; the picture says what it was made in, and is another cell of a grid."""
+    pipe: Any = open_pipeline()
+    torch.manual_seed(0)
+    add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "one", ("unet", "text_encoder"))
+    for parameter in trainable_parameters(pipe, "one").values():
+        parameter.data.normal_(std=0.3)
+    save_adapter(pipe, tmp_path / "dog", "one")
+    pictures = {}
+    for name in ("auto", "fp32", "bf16"):
+        words = ["generate", "--adapter", str(tmp_path / "dog"), "--prompt", "a red fox", "--steps", "8"]
+        assert main([*words, "--device", "cpu", "--dtype", name, "--out", str(tmp_path / name)]) == 0
+        file = Path(capsys.readouterr().out.strip())
+        assert read_settings(file).dtype == ("fp32" if name == "auto" else name)
+        pictures[name] = np.asarray(Image.open(file), dtype=float)
+    assert (pictures["auto"] == pictures["fp32"]).all()
+    assert 0 < np.abs(pictures["bf16"] - pictures["fp32"]).mean() < 2
+    assert base_description(open_pipeline(tiny_base, "bf16"))["dtype"] == "torch.bfloat16"
+
+
+def test_judges_compute_in_fp32(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nora_diffusion.evaluation import protocol
+
+    seen: set[torch.dtype] = set()
+    original: Callable[..., Tensor] = protocol.image_features
+
+    def look(judge: Judge, images: Any) -> Tensor:
+        seen.update(parameter.dtype for parameter in judge.model.parameters())
+        return original(judge, images)
+
+    monkeypatch.setattr(protocol, "image_features", look)
+    config = EvaluationConfig(
+        [str(_adapter(tiny_base, tmp_path / "dog"))], [str(write_photos(tmp_path / "rex", 2))], str(tiny_base),
+        seeds=1, judge="tiny", steps=1, width=16, height=16, dtype="bf16", device="cpu", out=str(tmp_path / "out"),
+    )  # fmt: skip
+    (tmp_path / "one.txt").write_text("{} on the beach")
+    config.prompts = str(tmp_path / "one.txt")
+    board = evaluate(config)
+    assert seen == {torch.float32}
+    assert board.settings["dtype"] == "bf16" and set(asdict(config)) <= set(board.settings)
+    assert {read_settings(file).dtype for row in board.scored for file in row.files} == {"bf16"}
+
+
+def test_memory_that_runs_out_while_decoding_leaves_the_vae_in_half(tmp_path: Path) -> None:
+    """SDXL's pipeline decodes in fp32 where fp16 overflows, and forgets to come back when that fails."""
+    pipe = _sdxl_in_fp16(tmp_path)
+    decode, full = pipe.vae.decode, [True]
+
+    def decoding(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert latents.dtype == pipe.vae.dtype == torch.float32
+        if full.pop():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(latents, *args, **kwargs)
+
+    pipe.vae.decode = decoding
+    with pytest.raises(torch.OutOfMemoryError):
+        run(pipe, ["a dog"], [0], 1, 2.0, width=16, height=16)
+    assert pipe.vae.dtype == torch.float16
+    full[:] = [False]
+    assert np.asarray(run(pipe, ["a dog"], [0], 1, 2.0, width=16, height=16)[0]).std() > 1
+
+
+def _sdxl_in_fp16(folder: Path) -> Any:
+    from diffusers import AutoencoderKL
+
+    pipe = tiny_pipeline("sdxl", folder)
+    pipe.vae = AutoencoderKL(
+        latent_channels=4, norm_num_groups=4, block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    assert pipe.vae.config.force_upcast
+    for part in (pipe.vae, pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
+        torch.nn.Module.to(part, torch.float16)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_preview_is_fitted_in_fp32(dtype: torch.dtype) -> None:
+    """SDXL's VAE overflows in fp16; here the weights are as large by hand."""
+    vae = open_pipeline(None, dtype).vae
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.mul_(1e4)
+    fitted = LatentPreview.fit(vae)
+    assert fitted.weight.isfinite().all() and vae.dtype == dtype
+    with in_fp32(vae):
+        torch.testing.assert_close(LatentPreview.fit(vae).weight, fitted.weight)

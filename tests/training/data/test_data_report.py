@@ -1,0 +1,125 @@
+"""Duplicates, small photos and the data report."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageEnhance
+from runs import Configure
+
+from nora_diffusion.data import Photo, Reject, read_photo, read_photos
+from nora_diffusion.data.report import Row, write_report
+from nora_diffusion.data.similarity import dhash, find_twins
+from nora_diffusion.data.transforms import Transform
+from nora_diffusion.errors import UserError
+from nora_diffusion.training import train
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+@pytest.fixture(scope="module")
+def dogs() -> list[Photo]:
+    return read_photos(EXAMPLES / "photos" / "dog6")
+
+
+def again(image: Image.Image, how: str) -> Image.Image:
+    if how == "half":
+        return image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
+    if how == "brighter":
+        return ImageEnhance.Brightness(image).enhance(1.15)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=40)
+    return Image.open(buffer).convert("RGB")
+
+
+def test_dhash_is_the_signs_of_differences() -> None:
+    pixels = [[(37 * x * x + 91 * y) % 251 for x in range(9)] for y in range(8)]
+    image = Image.new("L", (9, 8))
+    image.putdata([value for row in pixels for value in row])
+    bits = "".join(str(int(row[x] > row[x + 1])) for row in pixels for x in range(8))
+    assert dhash(image) == int(bits, 2)
+    assert dhash(image.resize((90, 80), Image.Resampling.NEAREST)) == int(bits, 2)
+
+
+def test_different_photos_are_no_twins(dogs: list[Photo]) -> None:
+    assert not find_twins([*dogs, *read_photos(EXAMPLES / "photos" / "rc_car")])
+    assert not find_twins(read_photos(EXAMPLES / "subjects" / "tiger"))
+
+
+@pytest.mark.parametrize("how", ["half", "brighter", "JPEG"])
+def test_copies_are_found(dogs: list[Photo], how: str) -> None:
+    copy = Photo(Path("copy.jpg"), again(dogs[2].image, how), "other")
+    (twins,) = find_twins([*dogs, copy])
+    assert (twins.first.path.name, twins.second.path.name, twins.same_file) == ("02.jpg", "copy.jpg", False)
+
+
+def test_the_same_file_twice_is_named_so(dogs: list[Photo]) -> None:
+    (twins,) = find_twins([dogs[0], dogs[0]])
+    assert twins.same_file and str(twins) == "00.jpg and 00.jpg are the same photo"
+
+
+def test_report_shows_every_picture_and_escapes_every_name(dogs: list[Photo], tmp_path: Path) -> None:
+    evil = Photo(Path("<b onload=x>.png"), dogs[1].image, "1", remarks=("turned as its EXIF says",))
+    views = Transform([(64, 48)], "random", 2, flip=True).views(evil.image.size)
+    rows = [Row(evil, "a <script> dog", views)]
+    page = write_report(tmp_path, rows, [Reject(Path("x.png"), "x.png is empty")], [])
+    text = page.read_text(encoding="utf-8")
+    assert len(re.findall(r'src="data:image/jpeg;base64,', text)) == len(views) >= 2
+    assert "<script" not in text and "<b onload" not in text and "&lt;script&gt; dog" in text
+    assert "x.png is empty" in text and "turned as its EXIF says" in text
+    assert not re.findall(r'(?:src|href)="(?!data:)', text)
+    data = json.loads((tmp_path / "data_report.json").read_text(encoding="utf-8"))
+    (photo,) = data["photos"]
+    assert photo["caption"] == "a <script> dog" and photo["shape"] == [64, 48] and len(photo["views"]) == len(views)
+    assert data["rejects"] == [{"file": "x.png", "reason": "x.png is empty"}]
+
+
+def test_thumbnails_are_what_is_trained_on(tmp_path: Path) -> None:
+    """The picture in the page is the view, after crop and resize."""
+    image = Image.new("RGB", (80, 40), (200, 30, 40))
+    image.paste((20, 40, 210), (40, 0, 80, 40))
+    photo = Photo(tmp_path / "p.png", image, "0")
+    (view,) = Transform([(40, 40)]).views(image.size)
+    from base64 import b64decode
+
+    text = write_report(tmp_path, [Row(photo, "", [view])], [], []).read_text()
+    found = re.search(r'width="128" height="128" alt="p.png" src="data:image/jpeg;base64,([^"]+)"', text)
+    assert found
+    shown = Image.open(io.BytesIO(b64decode(found.group(1))))
+    assert shown.size == (40, 40)
+    left, right = shown.getpixel((5, 20)), shown.getpixel((35, 20))
+    assert isinstance(left, tuple) and isinstance(right, tuple)
+    assert left[0] > 180 > 60 > left[2] and right[2] > 180 > 60 > right[0]
+
+
+def test_a_run_writes_its_report(configure: Configure, photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = configure(resolution=32, max_train_steps=1)
+    train(config)
+    data = json.loads((config.folder / "data_report.json").read_text())
+    assert [photo["file"] for photo in data["photos"]] == [path.name for path in sorted(photos.glob("*.png"))]
+    assert all(photo["enlarged"] == 1.6 and "too small" in photo["remarks"][0] for photo in data["photos"])
+    assert "0.png (1.6 times)" in caplog.text
+    assert (config.folder / "data_report.html").is_file()
+
+
+def test_unusable_files_stop_a_run_or_are_left_out(
+    configure: Configure, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import shutil
+
+    folder = shutil.copytree(photos, tmp_path / "some")
+    (folder / "bad.png").write_bytes(b"")
+    shutil.copy(folder / "0.png", folder / "twin.png")
+    with pytest.raises(UserError, match=r"bad.png is empty; replace or remove them"):
+        train(configure(instance_data_dir=str(folder)))
+    config = configure(instance_data_dir=str(folder), skip_unreadable=True, max_train_steps=1)
+    train(config)
+    data = json.loads((config.folder / "data_report.json").read_text())
+    assert data["rejects"] == [{"file": "bad.png", "reason": "bad.png is empty"}] and len(data["photos"]) == 4
+    assert data["duplicates"] == [{"files": ["0.png", "twin.png"], "bits": 0, "same_file": True}]
+    assert "left out: bad.png is empty" in caplog.text and "are the same photo" in caplog.text
+    assert read_photo(folder / "twin.png").sha256 == data["photos"][0]["sha256"]

@@ -1,0 +1,212 @@
+"""Encodings on disk: found again when nothing has changed, and never when something has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from factories import tiny_random_pipeline
+from PIL import Image
+from runs import Configure
+from torch import nn
+
+from nora_diffusion.data import Photo, read_photo
+from nora_diffusion.data.transforms import Transform
+from nora_diffusion.pipelines.base import open_pipeline
+from nora_diffusion.training import TrainConfig, train
+from nora_diffusion.training.data.encoding_cache import Keep
+from nora_diffusion.training.data.latents import Latents, encode_photos
+from nora_diffusion.training.data.prompts import TextConditions
+from nora_diffusion.training.run.steps import Stepper
+
+SQUARE = Transform([(16, 16)])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def pipe(tiny_base: Path) -> Any:
+    return open_pipeline(tiny_base)
+
+
+@pytest.fixture
+def photo(photos: Path) -> Photo:
+    return read_photo(photos / "0.png")
+
+
+def entries(cache: Path, kind: str) -> int:
+    return len(list(cache.glob(f"{kind}-*.safetensors")))
+
+
+def encode(pipe: Any, photo: Photo, transform: Transform = SQUARE) -> Latents:
+    return encode_photos(pipe.vae, [photo], [transform.views(photo.image.size)], keep=Keep(disk=True))
+
+
+def refuse(*_: Any, **__: Any) -> Any:
+    raise AssertionError("encoded again")
+
+
+def test_latents_are_found_again_bit_for_bit(
+    pipe: Any, photo: Photo, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = encode(pipe, photo)
+    monkeypatch.setattr(type(pipe.vae), "encode", refuse)
+    moved = replace(photo, path=Path("elsewhere.png"))
+    again = encode(pipe, moved)
+    assert entries(cache, "latents") == 1
+    assert torch.equal(first.mean[0], again.mean[0]) and torch.equal(first.std[0], again.std[0])
+
+
+def brighter(photo: Photo) -> Photo:
+    pixels = np.asarray(photo.image).copy()
+    pixels[10, 10, 0] ^= 1
+    return replace(photo, image=Image.fromarray(pixels))
+
+
+def nudge(module: nn.Module) -> None:
+    """Change one weight by one unit in the last place."""
+    weight = next(module.parameters()).data.view(-1)
+    weight[0] = torch.nextafter(weight[0], torch.tensor(9.0))
+
+
+LATENT_CHANGES: dict[str, Callable[[Any, Photo], tuple[Any, Photo, Transform]]] = {
+    "one bit of one pixel": lambda pipe, photo: (pipe, brighter(photo), Transform([photo.image.size])),
+    "resolution": lambda pipe, photo: (pipe, photo, Transform([(24, 24)])),
+    "shape": lambda pipe, photo: (pipe, photo, Transform([(24, 16)])),
+    "crop": lambda pipe, photo: (pipe, photo, Transform([(16, 16)], "random")),
+    "flip": lambda pipe, photo: (pipe, photo, Transform([(16, 16)], flip=True)),
+    "filter": lambda pipe, photo: (pipe, photo, Transform([(16, 16)], resample=Image.Resampling.BILINEAR)),
+    "weight of the VAE": lambda pipe, photo: (nudge(pipe.vae), (pipe, photo, SQUARE))[1],
+    "setting of the VAE": lambda pipe, photo: (pipe.vae.register_to_config(act_fn="gelu"), (pipe, photo, SQUARE))[1],
+    "precision of the VAE": lambda pipe, photo: (pipe.vae.to(torch.float64), (pipe, photo, SQUARE))[1],
+}
+
+
+@pytest.mark.parametrize("change", LATENT_CHANGES.values(), ids=LATENT_CHANGES.keys())
+def test_every_ingredient_of_latents_counts(change: Callable[..., Any], pipe: Any, photo: Photo, cache: Path) -> None:
+    encode(pipe, photo)
+    encode(pipe, photo, Transform([photo.image.size]))
+    before = entries(cache, "latents")
+    pipe, photo, transform = change(pipe, photo)
+    found = encode(pipe, photo, transform)
+    assert entries(cache, "latents") == before + 1
+    fresh = encode_photos(pipe.vae, [photo], [transform.views(photo.image.size)])
+    assert all(torch.equal(a, b) for a, b in zip(found.mean, fresh.mean, strict=True))
+
+
+def conditions(pipe: Any, config: TrainConfig, *prompts: str) -> torch.Tensor:
+    return TextConditions(pipe, config, prompts, Keep(disk=True))(prompts)["hidden"]
+
+
+def test_text_is_found_again_bit_for_bit(pipe: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = conditions(pipe, TrainConfig(), "a dog", "a cat")
+    assert entries(cache, "text") == 2
+    monkeypatch.setattr(type(pipe.text_encoder), "forward", refuse)
+    assert torch.equal(conditions(pipe, TrainConfig(), "a cat", "a dog"), first.flip(0))
+
+
+def other_tokens(pipe: Any) -> None:
+    pipe.tokenizer.add_tokens(["dog"])
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
+
+
+TEXT_CHANGES: dict[str, Callable[[Any], tuple[TrainConfig, str]]] = {
+    "caption": lambda pipe: (TrainConfig(), "a red dog"),
+    "attention mask": lambda pipe: (TrainConfig(text_encoder_use_attention_mask=True), "a dog"),
+    "length": lambda pipe: (TrainConfig(tokenizer_max_length=8), "a dog"),
+    "weight of the encoder": lambda pipe: (nudge(pipe.text_encoder), (TrainConfig(), "a dog"))[1],
+    "precision": lambda pipe: (pipe.text_encoder.to(torch.float64), (TrainConfig(), "a dog"))[1],
+    "tokenizer": lambda pipe: (other_tokens(pipe), (TrainConfig(), "a dog"))[1],
+}
+
+
+@pytest.mark.parametrize("change", TEXT_CHANGES.values(), ids=TEXT_CHANGES.keys())
+def test_every_ingredient_of_text_counts(change: Callable[..., Any], pipe: Any, cache: Path) -> None:
+    conditions(pipe, TrainConfig(), "a dog")
+    config, prompt = change(pipe)
+    found = conditions(pipe, config, prompt)
+    assert entries(cache, "text") == 2
+    assert torch.equal(found, TextConditions(pipe, config, [prompt])([prompt])["hidden"])
+
+
+def test_versions_count(pipe: Any, photo: Photo, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode(pipe, photo)
+    monkeypatch.setattr("nora_diffusion.training.data.encoding_cache.versions", lambda: {"torch": "99"})
+    encode(pipe, photo)
+    assert entries(cache, "latents") == 2
+
+
+def test_tf32_counts_whichever_way_it_was_set(pipe: Any, photo: Photo, cache: Path) -> None:
+    matmul: Any = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has one way only")
+    before = matmul.fp32_precision
+    encode(pipe, photo)
+    try:
+        matmul.fp32_precision = "tf32"
+        encode(pipe, photo)
+    finally:
+        matmul.fp32_precision = before
+    assert entries(cache, "latents") == 2
+
+
+def test_a_damaged_entry_is_made_again(pipe: Any, photo: Photo, cache: Path) -> None:
+    first = encode(pipe, photo)
+    (entry,) = cache.glob("latents-*")
+    data = bytearray(entry.read_bytes())
+    data[-3] ^= 1
+    entry.write_bytes(bytes(data))
+    assert torch.equal(encode(pipe, photo).mean[0], first.mean[0])
+    assert entry.read_bytes() != bytes(data)
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_runs_from_disk_are_runs_from_memory(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, with class pictures too; the second run encodes nothing, and one with another base does."""
+    prior: dict[str, Any] = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2,
+                             "class_data_dir": str(tmp_path / "dogs"), "shuffle_tags": 3}  # fmt: skip
+    for name, where in {"memory": "memory", "first": "disk"}.items():
+        train(configure(output_dir=str(tmp_path / name), cache_latents=where, **prior))
+    from diffusers import AutoencoderKL
+
+    other = tiny_random_pipeline(tmp_path / "other", seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderKL, "encode", refuse)
+        train(configure(output_dir=str(tmp_path / "second"), cache_latents="disk", **prior))
+        with pytest.raises(AssertionError, match="encoded again"):
+            train(configure(output_dir=str(tmp_path / "third"), cache_latents="disk",
+                            pretrained_model_name_or_path=str(other), **prior))  # fmt: skip
+    assert losses(tmp_path / "memory") == losses(tmp_path / "first") == losses(tmp_path / "second")
+
+
+def test_steps_do_only_the_work_of_the_denoiser(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel
+
+    original = Stepper.step
+
+    def step(self: Stepper, number: int) -> tuple[float, float]:
+        with monkeypatch.context() as patch:
+            patch.setattr(AutoencoderKL, "encode", refuse)
+            patch.setattr(CLIPTextModel, "forward", refuse)
+            return original(self, number)
+
+    monkeypatch.setattr(Stepper, "step", step)
+    config = configure(shuffle_tags=4, caption_dropout=0.3, random_flip=True, aspect_buckets=True)
+    train(config)
+    assert len(losses(config.folder)) == 3

@@ -1,0 +1,169 @@
+"""Subject masks: where they come from, crops that keep the subject, the weighted loss."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from factories import write_photos
+from PIL import Image
+from runs import Configure
+
+from nora_diffusion.data import read_photos
+from nora_diffusion.data.masks import subject_box, with_masks
+from nora_diffusion.data.transforms import Transform, View
+from nora_diffusion.errors import UserError
+from nora_diffusion.pipelines.base import load_base
+from nora_diffusion.training import train
+from nora_diffusion.training.data.latents import encode_photos
+from nora_diffusion.training.step.objective import Objective
+
+SCHEDULER = load_base().scheduler
+
+
+def paint(box: tuple[int, int, int, int], size: tuple[int, int] = (24, 20)) -> Image.Image:
+    mask = Image.new("L", size)
+    mask.paste(255, box)
+    return mask
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> Path:
+    """Three photos of 24 x 20: one with a mask of its own, one cut out, one without anything."""
+    folder = write_photos(tmp_path / "masked", 3)
+    (folder / "masks").mkdir()
+    paint((2, 4, 10, 16)).save(folder / "masks" / "0.png")
+    cut = Image.open(folder / "1.png").convert("RGB")
+    cut.putalpha(paint((12, 0, 24, 20)))
+    cut.save(folder / "1.png")
+    return folder
+
+
+def test_masks_come_from_the_folder_or_the_transparency(masked: Path) -> None:
+    first, second, third = with_masks(read_photos(masked), masked)
+    assert first.mask is not None and subject_box(first.mask) == (2, 4, 10, 16)
+    assert second.mask is not None and subject_box(second.mask) == (12, 0, 24, 20)
+    assert third.mask is None
+
+
+def test_a_mask_of_another_scale_is_resized_and_a_cut_out_serves_as_one(masked: Path) -> None:
+    cut = Image.new("RGBA", (48, 40), (9, 9, 9, 0))
+    cut.paste((9, 9, 9, 255), (4, 8, 20, 32))
+    cut.save(masked / "masks" / "0.png")
+    mask = with_masks(read_photos(masked), masked)[0].mask
+    assert mask is not None and mask.size == (24, 20) and subject_box(mask) == (2, 4, 10, 16)
+
+
+def test_masks_that_cannot_be_right_are_refused(masked: Path, caplog: pytest.LogCaptureFixture) -> None:
+    photos = read_photos(masked)
+    paint((0, 0, 5, 5), (30, 20)).save(masked / "masks" / "2.png")
+    with pytest.raises(UserError, match=r"2.png is 30x20, its photo 24x20"):
+        with_masks(photos, masked)
+    paint((0, 0, 0, 0)).save(masked / "masks" / "2.png")
+    with pytest.raises(UserError, match=r"2.png shows no subject"):
+        with_masks(photos, masked)
+    (masked / "masks" / "2.png").rename(masked / "masks" / "other.png")
+    with_masks(photos, masked)
+    assert "no photo has the name of other.png" in caplog.text
+    with pytest.raises(UserError, match=r"no photo in .* has a mask: put black and white"):
+        with_masks(photos[2:], masked / "nowhere")
+
+
+def test_regions_are_the_share_of_the_subject_in_each_cell() -> None:
+    """Averages over cells by hand, of the crop, mirrored or not."""
+    mask = paint((6, 0, 14, 12), (24, 16))
+    view = View((4, 0, 20, 16), (32, 32))
+    cells = np.asarray(mask, dtype=np.float32)[:, 4:20].reshape(4, 4, 4, 4).mean((1, 3)) / 255
+    assert np.abs(view.region(mask, (4, 4)) - cells).max() < 0.005
+    mirrored = View(view.box, view.shape, mirrored=True).region(mask, (4, 4))
+    assert np.array_equal(mirrored, view.region(mask, (4, 4))[:, ::-1])
+
+
+def test_the_weighted_loss_by_its_formula() -> None:
+    torch.manual_seed(0)
+    objective = Objective.of(SCHEDULER)
+    prediction, latents, noise = torch.randn(3, 2, 4, 6, 5).unbind()
+    t, regions = torch.tensor([3, 500]), torch.rand(2, 1, 6, 5)
+    target = objective.target(latents, noise, t)
+    error = (prediction - target).double() ** 2
+    expected = [
+        sum(float(regions[b, 0, y, x]) * float(error[b, :, y, x].mean()) for y in range(6) for x in range(5))
+        / float(regions[b].sum())
+        * float(objective.weights(t)[b])
+        for b in range(2)
+    ]
+    assert objective.losses(prediction, target, t, regions).tolist() == pytest.approx(expected, rel=1e-5)
+    even = objective.losses(prediction, target, t, torch.full_like(regions, 0.3))
+    torch.testing.assert_close(even, objective.losses(prediction, target, t))
+    # Where nothing counts the loss is 0, and what lies beside the subject has no influence at weight 0.
+    assert objective.losses(prediction, target, t, torch.zeros_like(regions)).tolist() == [0, 0]
+    regions[:, :, :3] = 0
+    changed = prediction.clone()
+    changed[:, :, :3] += 5
+    assert torch.equal(*(objective.losses(p, target, t, regions) for p in (prediction, changed)))
+
+
+def test_weights_follow_their_pictures(masked: Path) -> None:
+    """Flips and several crops: each picture's weights are those of its own view."""
+    base = load_base()
+    photos = with_masks(read_photos(masked), masked)
+    transform = Transform([(32, 32)], "random", 2, flip=True)
+    views = [transform.views(photo.image.size) for photo in photos]
+    latents = encode_photos(base.vae, photos, views, background=0.25)
+    for photo, own, pictures in zip(photos, views, latents.of_photo, strict=True):
+        weights = latents.weights(pictures)
+        assert weights is not None and weights.shape[1:] == (1, *latents.mean[pictures[0]].shape[1:])
+        for view, weight in zip(own, weights, strict=True):
+            side = weight.shape[-1]
+            share = 1.0 if photo.mask is None else view.region(photo.mask, (side, side))
+            assert np.allclose(weight[0], 0.25 + 0.75 * np.asarray(share))
+    assert encode_photos(base.vae, photos, views).weights([0]) is None
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_with_masks(configure: Configure, masked: Path, tmp_path: Path) -> None:
+    """Masks change what is learned and are part of the run's identity; a weight of 1 changes nothing."""
+
+    def run(name: str, **changes: Any) -> list[float]:
+        train(configure(instance_data_dir=str(masked), output_dir=str(tmp_path / name), max_train_steps=2, **changes))
+        return losses(tmp_path / name)
+
+    plain, even = run("plain"), run("even", background_loss_weight=1.0)
+    assert even == pytest.approx(plain, rel=1e-5)
+    weighted = run("weighted", background_loss_weight=0.0, with_prior_preservation=True, class_prompt="a dog",
+                   num_class_images=2)  # fmt: skip
+    assert weighted != plain
+    run("crops", crop="subject", aspect_buckets=True)
+    report = json.loads((tmp_path / "crops" / "data_report.json").read_text())
+    assert [photo["mask"] for photo in report["photos"]] == [True, True, False]
+    assert "its mask covers 20%" in report["photos"][0]["remarks"]
+    assert report["photos"][0]["views"][0]["box"][0] <= 2 and report["photos"][1]["views"][0]["box"][2] == 24
+
+    paint((3, 4, 10, 16)).save(masked / "masks" / "0.png")
+    again = configure(instance_data_dir=str(masked), output_dir=str(tmp_path / "crops"), crop="subject",
+                      aspect_buckets=True, resume_from_checkpoint="latest")  # fmt: skip
+    with pytest.raises(UserError, match="photos and captions"):
+        train(again)
+    shutil.rmtree(masked / "masks")
+    cut_out = read_photos(masked)[1].path
+    cut_out.unlink()
+    with pytest.raises(UserError, match=r"no photo in .* has a mask"):
+        train(configure(instance_data_dir=str(masked), background_loss_weight=0.1))
+
+
+def test_a_first_crop_beside_the_subject_is_no_reason_to_stop(configure: Configure, tmp_path: Path) -> None:
+    """Where the background does not count such a crop has no loss, and nothing is learned from it."""
+    folder = write_photos(tmp_path / "beside", 1)
+    (folder / "masks").mkdir()
+    paint((0, 0, 1, 1)).save(folder / "masks" / "0.png")
+    crops = {"background_loss_weight": 0.0, "crop": "center", "train_batch_size": 1, "max_train_steps": 2}
+    assert train(configure(instance_data_dir=str(folder), **crops)).steps == 2
+    assert losses(tmp_path / "run") == [0, 0]

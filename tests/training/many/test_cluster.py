@@ -1,0 +1,255 @@
+"""Many subjects over a cluster: nothing lost, nothing done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from factories import write_photos
+from runs import Configure, distance, flags, journal
+
+from nora_diffusion.errors import UserError
+from nora_diffusion.training import TrainConfig, main
+from nora_diffusion.training.many import cluster
+from nora_diffusion.training.many.cluster import Group, Table, train_on_cluster
+from nora_diffusion.training.many.subjects import train_subjects
+from nora_diffusion.training.run.signals import Interrupted
+
+NAMES = ("dog", "cat", "toy", "hat")
+
+
+@pytest.fixture
+def listed(configure: Configure, tmp_path: Path) -> Configure:
+    """``listed(key=value)``: a config of four subjects, two a task."""
+    entries = [
+        {"instance_data_dir": str(write_photos(tmp_path / name, 2, seed=n)), "instance_prompt": f"sks {name}"}
+        for n, name in enumerate(NAMES)
+    ]
+    path = tmp_path / "subjects.yaml"
+    path.write_text(yaml.safe_dump(entries))
+
+    def build(**changes: Any) -> TrainConfig:
+        values = {"subjects": str(path), "instance_data_dir": None, "instance_prompt": None, "engine": "ray"}
+        return configure(**{**values, "subjects_per_task": 2, "checkpointing_steps": 1, **changes})
+
+    return build
+
+
+class Died(Exception):
+    """What this Ray raises for a process that was killed."""
+
+
+class InOneProcess:
+    """As much of Ray as is called, task by task in this process; ``kill(number)`` says which starts die half-way."""
+
+    exceptions = SimpleNamespace(RayError=Died, RayTaskError=ZeroDivisionError, TaskCancelledError=KeyError)
+
+    def __init__(self, dies: set[int]) -> None:
+        self.dies, self.started = dies, list[Any]()
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 2.0}
+
+    def remote(self, **options: Any) -> Any:
+        assert options == {"num_cpus": 1, "num_gpus": 0, "max_retries": 0}
+
+        def start(*given: Any) -> int:
+            self.started.append(given)
+            return len(self.started)
+
+        return lambda run: SimpleNamespace(remote=start)
+
+    def wait(self, tasks: list[int], timeout: float) -> tuple[list[int], list[int]]:
+        return tasks[:1], tasks[1:]
+
+    def get(self, task: int) -> str:
+        settings, names, place = self.started[task - 1]
+        if task in self.dies:
+            if task == min(self.dies):
+                cluster.train_group({**settings, "max_train_steps": 2}, names, place)
+            raise Died
+        return cluster.train_group(settings, names, place)
+
+
+def test_a_killed_task_goes_on_and_a_finished_one_is_left_alone(
+    listed: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    fake = InOneProcess(dies={1})
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    assert train_on_cluster(listed(seed=3)) == 0
+    assert [(names, settings["resume_from_checkpoint"]) for settings, names, _ in fake.started] == [
+        (["dog", "cat"], None), (["toy", "hat"], None), (["dog", "cat"], "latest"),
+    ]  # fmt: skip
+    table = capsys.readouterr().err.splitlines()[-4:]
+    assert [line.split()[:3] + line.split()[-1:] for line in table] == [
+        [name, "done", "3/3", tries] for name, tries in zip(NAMES, "2211", strict=True)
+    ]
+    train_subjects(listed(seed=3, output_dir=str(tmp_path / "here"), engine="local"))
+    for name in NAMES:
+        assert [row[0] for row in journal(tmp_path / "run" / name)] == [1, 2, 3]
+        assert distance(tmp_path / "run" / name, tmp_path / "here" / name) <= 1e-4
+    with pytest.raises(UserError, match="holds an earlier run"):
+        train_on_cluster(listed(seed=3))
+    before = (tmp_path / "run/dog/nora_adapter.safetensors").stat().st_mtime_ns
+    assert train_on_cluster(listed(seed=3, resume_from_checkpoint="latest")) == 0
+    assert (tmp_path / "run/dog/nora_adapter.safetensors").stat().st_mtime_ns == before
+
+
+def test_it_gives_up_after_the_retries_and_the_others_go_on(
+    listed: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", InOneProcess(dies={1, 3, 4}))
+    with pytest.raises(UserError, match=r"^dog, cat: killed 3 times, probably for want of memory: fewer --subjects"):
+        train_on_cluster(listed(max_train_steps=2))
+    assert (tmp_path / "run/hat/nora_adapter.safetensors").exists()
+    assert not (tmp_path / "run/dog/nora_adapter.safetensors").exists() or journal(tmp_path / "run/dog")
+
+
+def test_mistakes_are_sentences(listed: Configure, monkeypatch: pytest.MonkeyPatch, photos: Path) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"needs the package ray: pip install 'nora-diffusion\[ray\]'"):
+        train_on_cluster(listed())
+    with pytest.raises(UserError, match="choose another --output_dir"):
+        train_on_cluster(listed(overwrite_output_dir=True))
+    assert main(["--engine", "ray", "--instance_data_dir", str(photos)]) == 2
+
+
+def test_a_cluster_that_is_not_there(listed: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**given: Any) -> None:
+        raise Exception(f"The current node timed out during startup. {given['address']}")
+
+    fake = SimpleNamespace(is_initialized=lambda: False, init=init, shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    with pytest.raises(UserError, match="no Ray cluster at --address auto: The current node timed out"):
+        train_on_cluster(listed(address="auto"))
+    with pytest.raises(UserError, match=r"no Ray cluster on this machine: .*start one with `ray start --head`"):
+        train_on_cluster(listed())
+
+
+def test_the_table_reads_the_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, state in (("dog", {"status": "training", "step": 7, "total": 20, "loss": 0.25}), ("cat", {})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text(json.dumps(state) if state else "{half")
+    table = Table(tmp_path)
+    table.show([Group(["dog"], tries=1), Group(["cat"])])
+    table.show([Group(["dog"], tries=1), Group(["cat"])])  # nothing has changed
+    assert capsys.readouterr().err.splitlines() == [
+        "subject  state     step  loss    starts",
+        "dog      training  7/20  0.2500  1",
+        "cat      waiting   0/?           0",
+    ]
+    table.show([Group(["dog"], tries=2), Group(["cat"])])
+    assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == ["subject", "dog"]
+
+
+@pytest.fixture(scope="module")
+def two_workers() -> Iterator[Any]:
+    """A Ray of this machine with room for two tasks at a time."""
+    ray = pytest.importorskip("ray")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[3])])
+    environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    yield ray
+    ray.shutdown()
+
+
+def when(condition: Any, then: Any) -> threading.Thread:
+    """Do something once a condition holds, beside the test."""
+
+    def watch() -> None:
+        end = time.monotonic() + 600
+        while not condition():
+            if time.monotonic() > end:
+                return
+            time.sleep(0.01)
+        then()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+@pytest.mark.slow
+def test_a_worker_is_killed_in_the_middle(
+    two_workers: Any, listed: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL to one of two workers: every step of every subject once, the other group's task started once."""
+
+    def dying(settings: Any, names: Any, place: Any) -> str:
+        import os
+        import signal
+
+        from nora_diffusion.training.many.cluster import train_group
+        from nora_diffusion.training.run.steps import Stepper
+
+        original = Stepper.record
+
+        def record(self: Any, done: int, *rest: Any) -> None:
+            original(self, done, *rest)
+            left = self.folder.path.parent / "killed"
+            if self.folder.path.name == "toy" and done == 8 and not left.exists():
+                found = self.folder.checkpoints.glob("*/manifest.json")
+                left.write_text("\n".join(f"{path} {path.stat().st_mtime_ns}" for path in found))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Stepper.record = record  # type: ignore[method-assign]
+        try:
+            return train_group(settings, names, place)
+        finally:
+            Stepper.record = original  # type: ignore[method-assign]
+
+    monkeypatch.setattr(cluster, "train_group", dying)
+    starts: list[list[str]] = []
+    start = cluster._start
+    monkeypatch.setattr(cluster, "_start", lambda *given: starts.append(given[2].names) or start(*given))
+    steps, run = 20, tmp_path / "run"
+    assert train_on_cluster(listed(max_train_steps=steps, checkpointing_steps=5, seed=3)) == 0
+    assert sorted(starts) == [["dog", "cat"], ["toy", "hat"], ["toy", "hat"]]
+    (line,) = (run / "killed").read_text().splitlines()
+    path, written = line.split()
+    assert path.endswith("step-5/manifest.json") and Path(path).stat().st_mtime_ns == int(written)  # not done again
+    train_subjects(listed(max_train_steps=steps, seed=3, output_dir=str(tmp_path / "here"), engine="local"))
+    for name in NAMES:
+        assert [row[0] for row in journal(run / name)] == [*range(1, steps + 1)]
+        assert json.loads((run / name / "state.json").read_text())["status"] == "done"
+        assert distance(run / name, tmp_path / "here" / name) <= 1e-3
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_in_all_tasks_and_the_same_command_goes_on(
+    two_workers: Any, listed: Configure, tmp_path: Path
+) -> None:
+    config = listed(max_train_steps=100_000, checkpointing_steps=100_000)
+    logs = [tmp_path / "run" / name / "log.jsonl" for name in ("dog", "toy")]  # the first of each task
+
+    def stepped() -> bool:
+        return all(log.exists() and log.stat().st_size for log in logs)
+
+    thread = when(stepped, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted, match="--resume_from_checkpoint latest") as stop:
+        train_on_cluster(config)
+    thread.join()
+    assert stop.value.exit_code == 130
+    states = [json.loads((tmp_path / "run" / name / "state.json").read_text()) for name in NAMES]
+    for name, state in zip(NAMES, states, strict=True):
+        assert state["status"] == "interrupted" and 0 < state["step"] < 100_000
+        assert (tmp_path / "run" / name / f"checkpoints/step-{state['step']}").is_dir()
+    total = max(state["step"] for state in states) + 2
+    assert main(flags(listed(max_train_steps=total, resume_from_checkpoint="latest"))) == 0
+    for name in NAMES:
+        assert [row[0] for row in journal(tmp_path / "run" / name)] == [*range(1, total + 1)]

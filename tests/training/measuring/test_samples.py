@@ -1,0 +1,53 @@
+"""Pictures that the trainer makes: at which precision, and by one training at a time."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factories import write_photos
+from runs import Configure
+
+from nora_diffusion.io.files import alone_in
+from nora_diffusion.training.measuring.samples import fill_class_images, render
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+def test_pictures_are_decoded_in_the_precision_of_the_vae(
+    lowered: bool, configure: Configure, pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast SDXL's VAE would overflow, and the class be learned from black pictures."""
+    if lowered:
+        pipe.unet.to(torch.bfloat16)
+        pipe.text_encoder.to(torch.bfloat16)
+    seen: list[tuple[bool, torch.dtype, torch.dtype]] = []
+    original = type(pipe.vae).decode
+
+    def decode(self: Any, latents: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        decoded = original(self, latents, *rest, **named)
+        seen.append((torch.is_autocast_enabled("cpu"), latents.dtype, decoded[0].dtype))
+        return decoded
+
+    monkeypatch.setattr(type(pipe.vae), "decode", decode)
+    render(pipe, "a dog", [0], configure(resolution=16), torch.bfloat16)
+    assert seen == [(False, torch.float32, torch.float32)]
+    assert "decode" not in vars(pipe.vae)
+
+
+def test_a_folder_of_class_pictures_is_filled_by_one_training_at_a_time(
+    configure: Configure, pipe: Any, tmp_path: Path
+) -> None:
+    """The second one counts when the first one is through."""
+    config = configure(with_prior_preservation=True, class_prompt="a dog", num_class_images=2, resolution=16)
+    folder, made = tmp_path / "class", []
+    second = threading.Thread(target=lambda: made.append(fill_class_images(pipe, folder, config, 0, lambda: None)))
+    with alone_in(folder):
+        second.start()
+        second.join(timeout=0.5)
+        assert not made and not list(folder.iterdir())
+        write_photos(folder, 2)
+    second.join()
+    assert made == [0] and len(list(folder.iterdir())) == 2

@@ -1,0 +1,304 @@
+"""What is said before the first step, and that it is true."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from architectures import tiny_pipeline
+from factories import tiny_random_pipeline, write_photos
+from runs import Configure, flags
+
+from nora_diffusion import inspect_adapter, load_base, open_pipeline
+from nora_diffusion.adapters import PRESETS
+from nora_diffusion.errors import UserError
+from nora_diffusion.loaders import add_adapter, trainable_parameters
+from nora_diffusion.pipelines.components import denoiser_name
+from nora_diffusion.training import TrainConfig, check, check_on, main, train
+from nora_diffusion.training.data.subject import Subject
+from nora_diffusion.training.run.preflight import Plan, given_back, is_known, preflight
+from nora_diffusion.training.run.rundir import SPARE_BYTES
+from nora_diffusion.training.run.setup import adapter_config, lower_precision
+from nora_diffusion.training.settings.config import Method
+from nora_diffusion.training.settings.defaults import METHODS, USUAL_RATES, with_defaults
+from nora_diffusion.training.step.denoiser import native_size
+from nora_diffusion.training.step.memory import outline
+
+RIGHT: dict[str, Any] = {
+    "instance_prompt": "a photo of zqx dog", "trigger": "zqx", "max_train_steps": 60, "learning_rate": 1e-3,
+    "resolution": 16,
+}  # fmt: skip
+
+
+def said(findings: list[Any]) -> str:
+    return "\n".join(finding.text for finding in findings)
+
+
+def subject_of(caption: str, trigger: str) -> Subject:
+    return Subject([], [caption] * 3, trigger, "dog", "")
+
+
+def test_nothing_is_said_of_a_run_in_order(configure: Configure) -> None:
+    assert check(configure(**RIGHT)) == []
+    assert not configure().folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"learning_rate": 5e-6}, "A --learning_rate of 5e-06 is outside the usual 5e-05 to 0.01 of --method nora"),
+        ({"learning_rate": 1e-3, "scale_lr": True, "gradient_accumulation_steps": 16}, "rate of 0.032 is outside"),
+        ({"train_text_encoder": True, "text_encoder_lr": 0.5}, "A --text_encoder_lr of 0.5 is outside"),
+        ({"optimizer": "prodigy", "learning_rate": 1e-4}, "usual 0.1 to 10 of --optimizer prodigy"),
+        ({"train_text_encoder_ti": True, "token_lr": 1.0}, "A --token_lr of 1 is outside the usual 1e-05 to 0.05"),
+        ({"rank": 4096, "alpha": 32.0}, "--rank 4096 can be in any of them: choose at most"),
+        ({"push_to_hub": True}, "There is no login for --push_to_hub, so the upload at the end will fail"),
+        ({"trigger": "cat", "instance_prompt": "a cat dog"}, "'cat' is a word that the base knows"),
+        ({"trigger": None, "instance_prompt": "a dog"}, "No trigger word was found"),
+        ({"validation_prompt": "a dog on the beach"}, "The validation prompt lacks the trigger 'zqx'"),
+        ({"with_prior_preservation": True, "class_prompt": "a zqx dog"}, "The class prompt has the trigger 'zqx'"),
+        ({"max_train_steps": 3}, "Each photo will be seen 2.0 times, too seldom to learn it: use --max_train_steps 15"),
+        ({"class_prompt": "a dog"}, "--class_prompt will do nothing without --with_prior_preservation: add that"),
+        ({"hub_model_id": "me/dog", "hub_token": "x"}, "--hub_model_id, --hub_token will do nothing without --push_to"),
+        ({"resolution": 64}, "Pictures of 64 pixels are far from the 16 of this base"),
+    ],
+)
+def test_each_finding_is_one_sentence_with_its_remedy(
+    changes: dict[str, Any], words: str, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    found = check(configure(**{**RIGHT, **changes}))
+    assert len(found) == 1 and words in found[0].text and not found[0].fatal
+    assert found[0].text.endswith(".") and (": " in found[0].text or "," in found[0].text)
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "prodigy", "learning_rate": None}, {"optimizer": "sgd"}])
+def test_the_rates_of_other_optimizers_are_their_own(changes: dict[str, Any], configure: Configure) -> None:
+    if changes["optimizer"] == "prodigy":
+        pytest.importorskip("prodigyopt")
+    assert check(configure(**{**RIGHT, "learning_rate": 1.0, **changes})) == []
+
+
+def test_few_photos_and_captions_without_the_trigger(configure: Configure, tmp_path: Path) -> None:
+    place = write_photos(tmp_path / "two", 2)
+    (place / "0.txt").write_text("a toy dog")
+    found = said(check(configure(**{**RIGHT, "trigger": None}, instance_data_dir=str(place), use_captions=True)))
+    assert "There are only 2 photos: with 3 to 10" in found
+    assert "1 of 2 captions lack the trigger 'zqx', such as 'a toy dog': put it in, or let --trigger zqx" in found
+
+
+def test_a_prompt_that_is_cut_off_is_said_once(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
+    config = configure(**{**RIGHT, "instance_prompt": "a photo of zqx dog" + " on a mat" * 30, "max_train_steps": 1})
+    words = "1 of 1 prompts have more than"
+    assert words in said(check(config)) and "a mat': shorten them" in said(check(config))
+    train(config)
+    assert caplog.text.count(words) == caplog.text.count("cut off") == 1
+
+
+def test_an_instance_prompt_that_captions_replace(configure: Configure, tmp_path: Path) -> None:
+    """The file then says what the subject answers to, not what nothing was learned under."""
+    place = write_photos(tmp_path / "own", 3)
+    for number in range(3):
+        (place / f"{number}.txt").write_text(f"a zqx cat on the beach {number}")
+    changes = {"instance_data_dir": str(place), "use_captions": True, "trigger": None}
+    for prompt, called in (("a zqx dog", "a zqx cat"), ("a photo of zqx cat", "a photo of zqx cat")):
+        config = configure(**{**RIGHT, **changes, "instance_prompt": prompt}, overwrite_output_dir=True)
+        found = said(check(config))
+        assert (f"No photo is learned under the instance prompt '{prompt}'" in found) == (prompt != called)
+        assert called in found or prompt == called
+        assert inspect_adapter(train(replace(config, max_train_steps=1)).adapter_path).instance_prompt == called
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rank": 100_000}, "r is not what it should be"),
+        ({"license": "x" * 10_001}, "license is not what it should be"),
+    ],
+)
+def test_what_could_not_be_loaded_again_is_refused_before_the_first_step(
+    changes: dict[str, Any], words: str, configure: Configure
+) -> None:
+    with pytest.raises(UserError, match=rf"No reader would take the file of this adapter \({words}\)"):
+        train(configure(**{**RIGHT, **changes}))
+    assert not configure().folder.exists()
+
+
+def test_the_usual_rates_know_every_method_and_hold_the_defaults() -> None:
+    assert USUAL_RATES.keys() == METHODS.keys() == set(get_args(Method))
+    for low, high in USUAL_RATES.values():
+        assert low <= 5e-4 <= high and low <= 1e-4 and high < 0.1
+
+
+def test_rare_words_of_the_embedded_base() -> None:
+    tokenizer = load_base().tokenizer
+    assert [is_known(tokenizer, word) for word in ("sks", "zwx", "qqqq", "dog", "beach")] == [False] * 3 + [True] * 2
+
+
+def test_a_full_disk_is_fatal_and_a_small_one_a_warning(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pipe: Any
+) -> None:
+    config = configure(**RIGHT, checkpointing_steps=1)
+    one = outline(pipe, adapter_config(config), ["unet"], 1, 16, torch.float32, False).checkpoint_bytes
+    other = train(configure(output_dir=str(tmp_path / "other"))).adapter_path.parent
+    assert one == pytest.approx(sum(f.stat().st_size for f in (other / "checkpoints/step-3").iterdir()), rel=0.2)
+    usage = shutil.disk_usage("/")
+
+    def found(checkpoints: float) -> list[Any]:
+        free = SPARE_BYTES + int(checkpoints * one)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+        return check(config)
+
+    assert found(63) == []
+    (warning,) = found(30)
+    assert not warning.fatal and "60 checkpoints" in warning.text and "--checkpoints_total_limit 2" in warning.text
+    (error,) = found(1.5)
+    assert error.fatal and "free some space" in error.text
+    with pytest.raises(UserError, match="free some space"):
+        train(config)
+    assert not config.folder.exists()
+
+
+def test_memory_that_is_not_there(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nora_diffusion.training.run.preflight.available", lambda device: 1000)
+    found = said(check(configure(**RIGHT)))
+    assert "of memory beside the base" in found and "use --train_batch_size 1, --gradient_checkpointing" in found
+
+
+def test_memory_that_a_lower_precision_gives_back_is_counted(configure: Configure, pipe: Any) -> None:
+    config = configure(mixed_precision="bf16")
+    plan = Plan(config, pipe, subject_of("a sks dog", "sks"), config.folder)
+    held = sum(p.nbytes for part in (pipe.unet, pipe.text_encoder) for p in part.parameters())
+    cpu = torch.device("cpu")
+    assert given_back(plan, cpu) == held / 2
+    lower_precision(config, pipe, cpu)
+    assert given_back(plan, cpu) == 0
+
+
+def test_a_base_that_rests_elsewhere_is_counted_where_the_run_will_be(
+    configure: Configure, pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The app's base lies in the CPU's memory while another training has the GPU."""
+    asked = []
+    monkeypatch.setattr("nora_diffusion.training.run.preflight.available", lambda device: asked.append(device) or 1000)
+    found = said(check_on(configure(**RIGHT, mixed_precision="bf16"), pipe, "cuda"))
+    assert asked == [torch.device("cuda")] and "cuda has" in found
+    held = sum(p.nbytes for part in (pipe.unet, pipe.text_encoder) for p in part.parameters())
+    plan = Plan(configure(mixed_precision="bf16"), pipe, subject_of("a sks dog", "sks"), configure().folder)
+    assert given_back(plan, torch.device("cuda")) == -held / 2
+
+
+@pytest.mark.parametrize(("method", "parts"), [("nora", ["unet"]), ("lora", ["unet", "text_encoder"])])
+def test_the_outline_counts_what_autograd_keeps(method: str, parts: list[str], pipe: Any) -> None:
+    """Against the same hooks on the real model with the real adapter."""
+    config = PRESETS[method](r=4)
+    counted = outline(pipe, config, parts, 3, 16, torch.float32, checkpointing=False)
+    pipe.unet.requires_grad_(False)
+    add_adapter(pipe, config, "x", parts)
+    trained = trainable_parameters(pipe, "x")
+    assert counted.trained == sum(p.numel() for p in trained.values())
+    known = {v.untyped_storage().data_ptr() for v in (*pipe.unet.parameters(), *pipe.unet.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return value
+
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    pipe.unet.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        hidden = torch.randn(3, 77, 16)
+        out = pipe.unet(torch.randn(3, 4, 8, 8), torch.zeros(3, dtype=torch.long), hidden, return_dict=False)
+    assert out[0].requires_grad
+    real = sum(storage.nbytes() for storage in kept.values())
+    assert counted.activations == pytest.approx(real, rel=0.05)
+
+
+def test_gradient_checkpointing_is_counted(pipe: Any) -> None:
+    config = PRESETS["lora"](r=4)
+    sizes = [outline(pipe, config, ["unet"], 8, 16, torch.float32, on).memory for on in (False, True)]
+    assert 0 < sizes[1] < 0.7 * sizes[0]
+
+
+def test_half_precision_halves_the_activations(pipe: Any) -> None:
+    config = PRESETS["lora"](r=4)
+    full, half = (outline(pipe, config, ["unet"], 2, 16, t, False).activations for t in (torch.float32, torch.bfloat16))
+    assert 0.45 < half / full < 0.6
+
+
+@pytest.mark.parametrize("architecture", ["sdxl", "sd3", "flux"])
+def test_other_architectures_are_counted(architecture: str, tmp_path: Path) -> None:
+    pipe = tiny_pipeline(architecture, tmp_path)
+    side = native_size(pipe)
+    one, two = (
+        outline(pipe, PRESETS["lora"](r=4), [denoiser_name(pipe)], n, side, torch.float32, False) for n in (1, 2)
+    )
+    assert 0 < one.activations < two.activations <= 2 * one.activations
+
+
+def test_strict_makes_warnings_errors(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
+    odd = {**RIGHT, "learning_rate": 5e-6, "max_train_steps": 2}
+    with pytest.raises(UserError, match="5e-06"):
+        train(configure(**odd, strict=True))
+    assert not configure().folder.exists()
+    with caplog.at_level(logging.WARNING):
+        train(configure(**odd))
+    assert "5e-06" in caplog.text
+
+
+def test_the_flag_only_looks(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(**changes: Any) -> tuple[int, str]:
+        config = configure(**{**RIGHT, **changes})
+        code = main([*flags(replace(config, preflight_only=True))])
+        return code, capsys.readouterr().out
+
+    assert run() == (0, "nothing speaks against this run\n")
+    code, text = run(learning_rate=5e-6)
+    assert code == 0 and text.startswith("warning: A --learning_rate of 5e-06")
+    code, text = run(learning_rate=5e-6, strict=True)
+    assert code == 2 and text.startswith("error: A --learning_rate")
+    assert not configure().folder.exists()
+
+
+def test_a_checkpoint_of_other_weights_is_refused(configure: Configure, tmp_path: Path) -> None:
+    """The base's name is the same, its numbers are not."""
+    base = tiny_random_pipeline(tmp_path / "base")
+    config = configure(pretrained_model_name_or_path=str(base))
+    train(config)
+    before = _contents(config.folder)
+    shutil.rmtree(base)
+    tiny_random_pipeline(base, seed=1)
+    with pytest.raises(UserError, match="was made for the base"):
+        train(replace(config, resume_from_checkpoint="latest", max_train_steps=5))
+    assert _contents(config.folder) == before
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    names = (".lock",)
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in names}
+
+
+def test_it_takes_seconds(configure: Configure, tiny_base: Path) -> None:
+    pipe = open_pipeline(tiny_base)
+    config = configure(**RIGHT)
+    begun = time.process_time()  # whatever else the machine does
+    preflight(Plan(config, pipe, subject_of("a zqx dog", "zqx"), config.folder))
+    assert time.process_time() - begun < 10
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_every_method_is_counted(method: str, pipe: Any) -> None:
+    config = adapter_config(with_defaults(TrainConfig(method=method, pretrained_model_name_or_path="elsewhere")))
+    counted = outline(pipe, config, ["unet"], 1, 16, torch.float32, checkpointing=False)
+    add_adapter(pipe, config, "x", ["unet"])
+    assert counted.trained == sum(p.numel() for p in trainable_parameters(pipe, "x").values())
+    assert counted.activations > 0

@@ -1,0 +1,166 @@
+"""Kill and resume: bit for bit the run that was never interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import Configure, assert_same_run, flags, journal
+
+from nora_diffusion.errors import UserError
+from nora_diffusion.training import TrainConfig, train
+from nora_diffusion.training.run.signals import Interrupted
+from nora_diffusion.training.run.steps import Stepper
+
+SCRIPT = Path(__file__).parents[3] / "train_dreambooth_nora.py"
+HARD = {
+    "accumulation": {"gradient_accumulation_steps": 2, "dropout": 0.3},
+    "schedule": {"lr_scheduler": "cosine", "lr_warmup_steps": 1, "snr_gamma": 5.0},
+    "text encoder": {"train_text_encoder": True, "text_encoder_lr": 5e-3, "dropout": 0.1},
+    "new tokens": {
+        "train_text_encoder_ti": True, "token_abstraction": ["<pet>, <place>"], "ema_decay": 0.9,
+        "instance_prompt": "a <pet> dog on <place>", "token_lr": 0.05,
+    },
+    "router": {"method": "mor", "inner_rank": None, "basis": None, "num_experts": 2},
+    "rank mask": {"method": "dylora", "inner_rank": None, "basis": None},
+    "magnitude": {"magnitude": True, "core": "dense", "inner_rank": None},
+    "wordings": {"shuffle_tags": 3, "caption_dropout": 0.3, "instance_prompt": "sks dog, red, toy, hat"},
+    "prior": {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2},
+}  # fmt: skip
+
+
+def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal in the middle of step ``step``, before its update."""
+    original = Stepper._update
+
+    def update(self: Stepper, done: int) -> float:
+        if done == step:
+            os.kill(os.getpid(), number)
+        return original(self, done)
+
+    monkeypatch.setattr(Stepper, "_update", update)
+
+
+@pytest.mark.parametrize("variation", HARD.values(), ids=HARD.keys())
+def test_interrupted_and_resumed_is_the_same_run(
+    variation: dict[str, Any], configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(configure(output_dir=str(tmp_path / "whole"), **variation)).adapter_path.parent
+    torch.manual_seed(123)  # whatever state the process is in
+    with monkeypatch.context() as patch:
+        interrupt_after(0, patch)
+        with pytest.raises(Interrupted) as stop:
+            train(configure(output_dir=str(tmp_path / "parts"), **variation))
+    assert (stop.value.exit_code, stop.value.step) == (143, 1)
+    torch.randn(5)
+    parts = train(configure(output_dir=str(tmp_path / "parts"), resume_from_checkpoint="latest", **variation))
+    assert_same_run(whole, parts.adapter_path.parent, last=3)
+
+
+def test_resume_at_every_step(configure: Configure, tmp_path: Path) -> None:
+    whole = train(configure(checkpointing_steps=1, max_train_steps=4)).adapter_path.parent
+    kept = shutil.copytree(whole, tmp_path / "kept")
+    for step in (1, 2, 3):
+        train(
+            configure(
+                checkpointing_steps=1, max_train_steps=4, resume_from_checkpoint=str(whole / f"checkpoints/step-{step}")
+            )
+        )
+        assert_same_run(whole, kept, last=4)
+
+
+def test_killed_process_resumes(configure: Configure, tmp_path: Path) -> None:
+    """SIGKILL at any moment after the first checkpoint: what is on disk is whole and enough."""
+    slow = {"checkpointing_steps": 1, "max_train_steps": 30, "checkpoints_total_limit": 2}
+    config = configure(output_dir=str(tmp_path / "killed"), **slow)
+    child = run_script(config)
+    wait_for(lambda: any(config.folder.glob("checkpoints/step-*")), child)
+    child.kill()
+    child.communicate()
+    (config.folder / "checkpoints/.tmp-step-9").mkdir()
+    resumed = train(configure(output_dir=str(tmp_path / "killed"), resume_from_checkpoint="latest", **slow))
+    whole = train(configure(output_dir=str(tmp_path / "whole"), **slow))
+    assert_same_run(whole.adapter_path.parent, resumed.adapter_path.parent, last=30)
+    assert sorted(p.name for p in (config.folder / "checkpoints").iterdir()) == ["step-29", "step-30"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_saves_and_says_how_to_go_on(number: int, code: int, configure: Configure) -> None:
+    config = configure(max_train_steps=100_000)
+    child = run_script(config)
+    wait_for(lambda: (config.folder / "log.jsonl").exists() and bool(journal(config.folder)), child)
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=600)
+    assert child.returncode == code
+    assert "--resume_from_checkpoint latest" in errors and "Traceback" not in errors
+    state = json.loads((config.folder / "state.json").read_text())
+    assert state["status"] == "interrupted"
+    assert (config.folder / f"checkpoints/step-{state['step']}/manifest.json").exists()
+
+
+def test_a_changed_run_is_refused_with_the_difference(configure: Configure, tiny_v_base: Path) -> None:
+    train(configure())
+    for change, word in (
+        ({"learning_rate": 0.5, "max_train_steps": 4}, "learning_rate: 0.01 -> 0.5"),
+        ({"instance_prompt": "a photo of xyz dog"}, "photos and captions"),
+        ({"pretrained_model_name_or_path": str(tiny_v_base)}, "base"),
+    ):
+        with pytest.raises(UserError, match=word):
+            train(configure(resume_from_checkpoint="latest", **change))
+
+
+def test_a_damaged_checkpoint_is_detected(configure: Configure) -> None:
+    folder = train(configure()).adapter_path.parent
+    file = folder / "checkpoints/step-3/optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged \(optimizer.safetensors"):
+        train(configure(resume_from_checkpoint="latest", max_train_steps=5))
+    with pytest.raises(UserError, match="those of this run: step-3"):
+        train(configure(resume_from_checkpoint="step-77"))
+
+
+def test_a_finished_run_is_not_trained_again_but_may_be_prolonged(configure: Configure, tmp_path: Path) -> None:
+    first = train(configure())
+    kept = shutil.copytree(first.adapter_path.parent, tmp_path / "kept")
+    again = train(configure(resume_from_checkpoint="latest"))
+    assert_same_run(again.adapter_path.parent, kept, last=3)
+    longer = train(configure(resume_from_checkpoint="latest", max_train_steps=5))
+    assert len(journal(longer.adapter_path.parent)) == 5
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(configure: Configure) -> None:
+    first = train(configure())
+    content = first.adapter_path.read_bytes()
+    with pytest.raises(UserError, match="holds an earlier run"):
+        train(configure(seed=8))
+    assert first.adapter_path.read_bytes() == content
+    assert train(configure(seed=8, overwrite_output_dir=True)).adapter_path.read_bytes() != content
+
+
+def run_script(config: TrainConfig) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *flags(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for(condition: Any, child: subprocess.Popen[str], seconds: float = 600) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert child.poll() is None, child.communicate()[1]
+        assert time.monotonic() < end, "the child did not get there"
+        time.sleep(0.02)

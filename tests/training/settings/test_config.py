@@ -1,0 +1,214 @@
+"""Settings: one source for flags, YAML and Python; mistakes are named with the nearest right word."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from inspect import signature
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+from runs import flags
+
+from nora_diffusion.adapters import PRESETS
+from nora_diffusion.errors import UserError
+from nora_diffusion.training import TrainConfig
+from nora_diffusion.training.run.setup import adapter_config
+from nora_diffusion.training.settings.arguments import build_parser, parse
+from nora_diffusion.training.settings.checks import BOUNDS, check_config
+from nora_diffusion.training.settings.config import Fact, Method, settings
+from nora_diffusion.training.settings.defaults import METHOD_KEYS, METHODS, PRESET_KEYS, with_defaults
+
+# fmt: off
+DIFFUSERS_FLAGS = [
+    "pretrained_model_name_or_path", "revision", "variant", "tokenizer_name", "instance_data_dir",
+    "class_data_dir", "instance_prompt", "class_prompt", "validation_prompt", "num_validation_images",
+    "validation_epochs", "with_prior_preservation", "prior_loss_weight", "num_class_images", "output_dir",
+    "seed", "resolution", "center_crop", "train_text_encoder", "train_batch_size", "sample_batch_size",
+    "num_train_epochs", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit",
+    "resume_from_checkpoint", "gradient_accumulation_steps", "gradient_checkpointing", "learning_rate",
+    "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "dataloader_num_workers",
+    "use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
+    "push_to_hub", "hub_token", "hub_model_id", "logging_dir", "allow_tf32", "report_to", "mixed_precision",
+    "prior_generation_precision", "local_rank", "enable_xformers_memory_efficient_attention",
+    "pre_compute_text_embeddings", "tokenizer_max_length", "text_encoder_use_attention_mask",
+    "validation_images", "class_labels_conditioning", "rank", "image_interpolation_mode", "lora_dropout",
+]
+# fmt: on
+DATA = {"instance_data_dir": "photos", "instance_prompt": "a photo of sks dog"}
+
+
+def test_every_flag_of_diffusers_is_accepted() -> None:
+    known = {option.lstrip("-") for action in build_parser()._actions for option in action.option_strings}
+    assert set(DIFFUSERS_FLAGS) <= known
+    assert {f.name for f in fields(TrainConfig)} <= known
+
+
+def test_flags_round_trip() -> None:
+    config = TrainConfig(
+        **DATA, learning_rate=1e-4, center_crop=True, target_modules=["attn", "ff"], mixed_precision="no", dropout=0.25,
+        hub_token="secret", max_train_steps=12, class_word="toy dog", alpha=16.0,
+    )  # fmt: skip
+    assert parse(flags(config)) == config
+
+
+def test_yaml_round_trip_and_flags_win(tmp_path: Path) -> None:
+    config = TrainConfig(**DATA, learning_rate=1e-4, seed=3, mixed_precision="no")
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config.to_dict()))
+    assert parse(["--config", str(file)]) == config
+    assert parse(["--config", str(file), "--seed", "4"]).seed == 4
+    file.write_text("learning_rate: 1e-4\nmixed_precision: no\nlora_dropout: 0.1\n")
+    read = parse(["--config", str(file)])
+    assert (read.learning_rate, read.mixed_precision, read.dropout) == (1e-4, "no", 0.1)
+
+
+def test_secrets_are_not_written() -> None:
+    assert "hub_token" not in TrainConfig(hub_token="secret").to_dict()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--learning_rat", "1"], "unknown flag '--learning_rat': did you mean --learning_rate?"),
+        (["--lr", "1"], "did you mean --learning_rate or --text_encoder_lr or --token_lr?"),
+        (["--epochs", "1"], "did you mean --num_train_epochs or"),
+        (["--frobnicate"], "unknown flag '--frobnicate': there is none like it; see"),
+        (["--instance_prompt", "a", "sks", "dog"], "unknown argument 'sks': quote a value of several words; see"),
+        (["--rank", "four"], "rank='four' does not fit: give a whole number"),
+        (["--rank", "4.5"], "give a whole number"),
+        (["--method", "nore"], "did you mean 'nora'"),
+        (["--mixed_precision", "bf17"], "choose one of no, fp16, bf16"),
+        (["--center_crop", "maybe"], "give true or false"),
+        (["--rank"], "expected one argument"),
+        (["stray"], "unknown argument 'stray'"),
+        (["--config", "absent.yaml"], "cannot read the config"),
+    ],
+)
+def test_mistyped_flags(words: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=r"^[^\n]+$") as error:
+        parse(words)
+    assert sentence in str(error.value)
+
+
+def test_every_number_has_one_bound() -> None:
+    for setting in settings():
+        number = {"int", "float"} & set(str(setting.type).split())
+        bounds = [fact for fact in setting.metadata["facts"] if fact in BOUNDS]
+        assert len(bounds) == bool(number) or setting.name == "local_rank", setting.name
+        assert {*setting.metadata["facts"]} <= {*get_args(Fact)}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("learning_rte: 1", "unknown setting 'learning_rte' in .*: did you mean 'learning_rate'"),
+        ("- 1", "must hold 'key: value' lines"),
+        ("a: [", "is not valid YAML"),
+        ("output_dir: null", "output_dir needs a value"),
+    ],
+)
+def test_mistyped_yaml(text: str, sentence: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        parse(["--config", str(file)])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"instance_data_dir": None}, "no photos"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
+        ({"learning_rate": float("nan")}, "must be above 0"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"method": "lora", "inner_rank": 4}, "--inner_rank has no meaning for --method lora: it belongs to nora"),
+        ({"rank": 4, "inner_rank": 8}, "--inner_rank 8 exceeds --rank 4"),
+        ({"method": "lora_mini", "inner_rank": 64}, "--inner_rank 64 exceeds --rank 32"),
+        ({"method": "dora", "magnitude": True}, "--magnitude has no meaning for --method dora"),
+        ({"method": "mor", "blocks": 2}, "--blocks has no meaning for --method mor: it belongs to melora"),
+        ({"train_text_encoder": True, "pre_compute_text_embeddings": True}, "excludes --train_text_encoder"),
+        ({"with_prior_preservation": True}, "needs --class_prompt"),
+        ({"use_captions": True, "caption_column": "text"}, "exclude each other"),
+        ({"use_8bit_adam": True}, "needs the package bitsandbytes"),
+        ({"enable_xformers_memory_efficient_attention": True}, "needs the package xformers"),
+        ({"report_to": "wandb"}, "needs the package wandb"),
+        ({"report_to": "carrier pigeon"}, "report_to='carrier pigeon' is unknown"),
+        ({"validation_images": ["a.png"]}, "--validation_images is for pipelines"),
+        ({"class_labels_conditioning": "words"}, "only 'timesteps' is"),
+        ({"text_encoder_lr": 1e-4}, "needs --train_text_encoder"),
+        ({"trigger": " "}, "the trigger is empty"),
+        ({"calibration": "subject", "basis": "svd"}, "--calibration needs --basis awsvd, not svd"),
+        ({"calibration_prompts": ["a dog"], "method": "lora"}, "--calibration_prompts needs --basis awsvd, not None"),
+        ({"calibration": "subject", "calibration_prompts": ["a dog"]}, "leave --calibration_prompts out"),
+        ({"calibration": "subject", "basis_from": "out/dog"}, "leave --calibration out"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_right(
+    change: dict[str, object], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nora_diffusion.training.settings.checks.find_spec", lambda name: None)
+    with pytest.raises(UserError) as error:
+        check_config(TrainConfig(**{**DATA, **change}))  # type: ignore[arg-type]
+    assert sentence in str(error.value)
+
+
+def test_defaults_fill_gaps_only() -> None:
+    embedded = with_defaults(TrainConfig(rank=5))
+    other = with_defaults(TrainConfig(pretrained_model_name_or_path="some/model", method="lora"))
+    assert embedded.rank == 5 and embedded.inner_rank is not None and embedded.max_train_steps is not None
+    assert (other.rank, other.inner_rank, other.learning_rate, other.train_batch_size) == (4, None, 5e-4, 4)
+    rates = {method: with_defaults(TrainConfig(method=method)).learning_rate for method in ("nora", "lora_xs", "lora")}
+    assert rates == {"nora": 1.2e-3, "lora_xs": 1.2e-3, "lora": 6e-4}, "docs/comparing.md says why"
+    assert with_defaults(TrainConfig(num_train_epochs=3)).max_train_steps is None
+
+
+def test_a_small_rank_takes_the_default_inner_rank_with_it() -> None:
+    for changes in ({}, {"method": "lora_mini"}, {"pretrained_model_name_or_path": "some/model"}):
+        config = TrainConfig(**DATA, **changes, rank=2)  # type: ignore[arg-type]
+        check_config(config)
+        assert with_defaults(config).inner_rank == 2
+
+
+def test_help_names_every_setting() -> None:
+    text = build_parser("x").format_help()
+    said = " ".join(text.split())
+    assert "adapter method; one of nora, mor, moe_lora, lora," in said and "; one of token, prompt, timestep," in said
+    assert all(f"--{f.name}" in text for f in fields(TrainConfig))
+
+
+def test_the_documentation_has_every_setting() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
+    table = text.split("\n## Settings\n")[1].split("\n## ")[0]
+    assert [f.name for f in fields(TrainConfig) if table.count(f"\n| `{f.name}`") != 1] == []
+    other = with_defaults(TrainConfig(pretrained_model_name_or_path="some/model"))
+    assert f"| `learning_rate` | {other.learning_rate} |" in text
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_a_method_takes_what_its_preset_takes(method: str) -> None:
+    """Flags reach the preset's parameters of the same meaning, all of them and no others."""
+    parameters = signature(PRESETS[method]).parameters
+    axes = {flag for flag, parameter in PRESET_KEYS.items() if parameter in parameters} - {"magnitude"}
+    assert set(METHOD_KEYS[method]) - {"magnitude"} == axes
+    config = with_defaults(TrainConfig(method=method))  # type: ignore[arg-type]
+    adapter = adapter_config(config)
+    assert (adapter.method, adapter.r) == (method, config.rank)
+    for flag in METHOD_KEYS[method]:
+        given = getattr(config, flag) or {
+            "placement": "none",
+            "power": 0.0,
+            "core": "diagonal",
+            "router": "token",
+        }.get(flag, True)
+        adapter = adapter_config(replace(config, **{flag: given}))
+        assert getattr(adapter, PRESET_KEYS[flag]) == given
+
+
+def test_every_preset_is_a_method() -> None:
+    assert set(get_args(Method)) == set(PRESETS) == set(METHODS) == set(METHOD_KEYS)
+
+
+def test_a_router_gets_no_convolutions_by_default() -> None:
+    assert "conv" not in (with_defaults(TrainConfig(method="mor")).target_modules or [])

@@ -1,0 +1,115 @@
+"""fp16 and its gradient scaler, on a CPU that takes itself for a GPU: skipped steps, their limit and their resuming."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import Configure, assert_same_run
+from safetensors.torch import load_file
+
+from nora_diffusion.errors import UserError
+from nora_diffusion.training import TrainConfig, train
+from nora_diffusion.training.many.subjects import train_subjects
+from nora_diffusion.training.run import setup
+from nora_diffusion.training.run import train as loop
+from nora_diffusion.training.run.steps import MOST_SKIPS, Stepper
+from nora_diffusion.training.step.averaging import Average
+
+FP16 = {"mixed_precision": "fp16", "lr_scheduler": "linear", "lr_warmup_steps": 0, "ema_decay": 0.9}
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 is refused on a CPU for its slowness alone; the tiny base does not mind."""
+    original = setup.settle
+
+    def settle(config: TrainConfig, pipe: Any, checkpoint: Any, photos: int, _: Any, processes: int) -> TrainConfig:
+        return original(config, pipe, checkpoint, photos, torch.device("cuda"), processes)
+
+    monkeypatch.setattr(loop, "settle", settle)
+
+
+def overflow_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Gradients of these steps, counted from 0, are not finite; without any, those of all."""
+    original = Stepper._step_optimizer
+
+    def step_optimizer(self: Stepper, step: int) -> Any:
+        for factor in self.run.parameters.values():
+            if (not steps or step in steps) and factor.grad is not None:
+                factor.grad.fill_(float("nan"))
+        return original(self, step)
+
+    monkeypatch.setattr(Stepper, "_step_optimizer", step_optimizer)
+
+
+def rates(folder: Path) -> list[float]:
+    return [json.loads(line)["lr"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_skipped_step_moves_neither_schedule_nor_average(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overflow_at(monkeypatch, 1)
+    averaged: list[int] = []
+    original = Average.update
+    monkeypatch.setattr(Average, "update", lambda self, p, done: (averaged.append(done), original(self, p, done))[1])
+    config = configure(**FP16, max_train_steps=4, checkpointing_steps=1)
+    train(config)
+    found = rates(config.folder)
+    assert found[1] == found[2] > found[3]
+    assert averaged == [1, 3, 4]
+    one, two = (load_file(config.folder / f"checkpoints/step-{n}/optimizer.safetensors") for n in (1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_with_skipped_steps_is_resumed_exactly(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overflow_at(monkeypatch, 0, 2)
+    settings = {**FP16, "max_train_steps": 4, "checkpointing_steps": 1}
+    whole = configure(output_dir=str(tmp_path / "whole"), **settings)
+    train(whole)
+    for step in (1, 2, 3):
+        parts = configure(output_dir=str(tmp_path / f"from-{step}"), **settings)
+        train(parts)
+        start = str(parts.folder / f"checkpoints/step-{step}")
+        train(configure(output_dir=str(parts.folder), resume_from_checkpoint=start, **settings))
+        assert_same_run(whole.folder, parts.folder, last=4)
+
+
+@pytest.mark.parametrize("steps", [3, 2 * MOST_SKIPS])
+def test_a_run_that_learns_nothing_is_refused(
+    steps: int, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overflow_at(monkeypatch)
+    config = configure(**FP16, max_train_steps=steps)
+    with pytest.raises(UserError, match=r"the gradients overflow.* fp16 .*--mixed_precision no, and start again"):
+        train(config)
+    assert json.loads((config.folder / "state.json").read_text())["status"] == "failed"
+    assert len(rates(config.folder)) < min(steps, MOST_SKIPS)
+
+
+def test_skips_in_a_row_have_an_end_whatever_the_scale(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    overflow_at(monkeypatch)
+    original = torch.amp.GradScaler.__init__
+    monkeypatch.setattr(
+        torch.amp.GradScaler, "__init__", lambda self, *a, **k: original(self, *a, init_scale=2.0**60, **k)
+    )
+    config = configure(**FP16, max_train_steps=2 * MOST_SKIPS)
+    with pytest.raises(UserError, match=f"at step {MOST_SKIPS}, so training stopped"):
+        train(config)
+
+
+def test_a_subject_of_several_that_overflows_fails(
+    configure: Configure, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = tmp_path / "subjects.yaml"
+    listed.write_text(f"- instance_data_dir: {photos}\n  instance_prompt: a photo of sks dog\n")
+    overflow_at(monkeypatch)
+    config = configure(**FP16, subjects=str(listed), instance_data_dir=None, instance_prompt=None)
+    with pytest.raises(UserError, match="subject: the gradients overflowed fp16 at every step"):
+        train_subjects(config)

@@ -1,0 +1,172 @@
+"""Optimizers, their exact resuming, LoRA+, the norm guard, averages and fractions of a run."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import Configure
+from safetensors.torch import load_file
+from torch import nn
+
+from nora_diffusion import load_adapter, open_pipeline
+from nora_diffusion.adapters import NoraLayer
+from nora_diffusion.errors import UserError
+from nora_diffusion.training import TrainConfig, main, train
+from nora_diffusion.training.run.steps import Stepper
+from nora_diffusion.training.settings.checks import check_config
+from nora_diffusion.training.step.averaging import Average
+from nora_diffusion.training.step.optimization import bound_norms, build_optimizer
+
+PACKAGES = {"prodigy": "prodigyopt", "schedulefree": "schedulefree", "adamw8bit": "bitsandbytes"}
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0},
+    "schedulefree": {"optimizer": "schedulefree", "lr_warmup_steps": 2, "validation_prompt": "a dog"},
+    "adafactor": {"optimizer": "adafactor"},
+    "sgd": {"optimizer": "sgd", "lr_scheduler": "cosine"},
+    "average": {"ema_decay": 0.99, "validation_prompt": "a dog", "validation_steps": 1},
+    "LoRA+ and guard": {"loraplus_lr_ratio": 4.0, "scale_weight_norms": 0.05},
+    "fractions": {"train_text_encoder": True, "text_encoder_frac": 0.5, "denoiser_frac": 0.75},
+}
+
+
+@pytest.mark.parametrize("variation", VARIATIONS.values(), ids=VARIATIONS.keys())
+def test_it_resumes_bit_for_bit_at_every_step(variation: dict[str, Any], configure: Configure, tmp_path: Path) -> None:
+    if not find_spec(PACKAGES.get(variation.get("optimizer", ""), "torch")):
+        pytest.skip(f"{variation['optimizer']} is not installed")
+    settings = {"max_train_steps": 4, "checkpointing_steps": 1, **variation}
+    whole = train(configure(**settings)).adapter_path
+    expected, log = load_file(whole), (whole.parent / "log.jsonl").read_text().splitlines()
+    last = load_file(whole.parent / "checkpoints/step-4/optimizer.safetensors")
+    assert any(value.any() for key, value in expected.items() if key.endswith("B_in"))
+    for step in (1, 2, 3):
+        train(configure(**settings, resume_from_checkpoint=str(whole.parent / f"checkpoints/step-{step}")))
+        assert all(torch.equal(value, expected[key]) for key, value in load_file(whole).items())
+        again = load_file(whole.parent / "checkpoints/step-4/optimizer.safetensors")
+        assert again.keys() == last.keys() and all(torch.equal(again[key], last[key]) for key in last)
+        now = (whole.parent / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["loss"] for line in now] == [json.loads(line)["loss"] for line in log]
+
+
+def test_prodigy_has_one_rate_with_new_tokens_too(configure: Configure) -> None:
+    """Whatever factor is given; and the run's own config.yaml repeats it."""
+    pytest.importorskip("prodigyopt")
+    words = {"instance_prompt": "a photo of <pet> dog", "train_text_encoder_ti": True, "validation_prompt": "a <pet>"}
+    config = configure(optimizer="prodigy", learning_rate=0.5, **words)
+    train(config)
+    assert main(["--config", str(config.folder / "config.yaml"), "--overwrite_output_dir"]) == 0
+
+
+def test_lora_plus_is_a_rate_for_the_up_factors() -> None:
+    names = [
+        "unet.a.nora_A_in",
+        "unet.a.nora_B_in",
+        "unet.a.nora_B",
+        "text_encoder_2.b.nora_A",
+        "text_encoder.b.nora_B",
+    ]
+    parameters = {name: nn.Parameter(torch.ones(2)) for name in names}
+    config = TrainConfig(learning_rate=1e-3, text_encoder_lr=1e-4, loraplus_lr_ratio=16.0)
+    optimizer = build_optimizer(config, parameters)
+    rates = {id(value): group["lr"] for group in optimizer.param_groups for value in group["params"]}
+    got = [rates[id(parameters[name])] for name in names]
+    assert got == pytest.approx([1e-3, 1.6e-2, 1.6e-2, 1e-4, 1.6e-3])
+
+
+@pytest.mark.parametrize("method", ["nora", "lora", "lora_xs", "melora"])
+def test_the_guard_gives_exactly_the_norm_asked_for(method: str, configure: Configure) -> None:
+    """Against the dense ``dW``: larger updates get that norm and keep their direction, smaller ones stay."""
+    foreign = {} if method == "nora" else {"inner_rank": None, "basis": "svd" if method == "lora_xs" else None}
+    blocks = {"blocks": 2} if method == "melora" else {}
+    result = train(configure(method=method, learning_rate=0.05, **foreign, **blocks))
+    pipe = open_pipeline(configure().pretrained_model_name_or_path)
+    load_adapter(pipe, result.adapter_path, "dog")
+    layers = [layer for layer in pipe.unet.modules() if isinstance(layer, NoraLayer)]
+    before = [layer.get_delta_weight("dog").double() for layer in layers]
+    most = float(torch.stack([dw.norm() for dw in before]).median()) * 1.001  # between two of them
+    assert 0 < sum(float(dw.norm()) > most for dw in before) < len(before)
+    with pytest.MonkeyPatch.context() as patch:  # on a GPU each of these waits for all that is under way
+        for read in ("__float__", "__bool__", "item"):
+            patch.setattr(torch.Tensor, read, None)
+        bound_norms(layers, "dog", most)
+    for layer, dw in zip(layers, before, strict=True):
+        after = layer.get_delta_weight("dog").double()
+        assert torch.allclose(after, dw * min(1.0, most / float(dw.norm())), atol=1e-6)
+
+
+def test_the_average_is_the_formula_and_is_what_is_saved(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    history: list[dict[str, torch.Tensor]] = []
+    original = Average.update
+
+    def update(self: Average, parameters: Any, done: int) -> None:
+        history.append({name: value.detach().clone() for name, value in parameters.items()})
+        original(self, parameters, done)
+
+    monkeypatch.setattr(Average, "update", update)
+    result = train(configure(ema_decay=0.25, max_train_steps=4))
+    saved = load_file(result.adapter_path)
+    raw = load_file(result.adapter_path.parent / "checkpoints/step-4/nora_adapter.safetensors")
+    start = load_file(train(configure(max_train_steps=1, learning_rate=1e-30, overwrite_output_dir=True)).adapter_path)
+    for name in history[0]:
+        value = start[name].double()
+        for done, step in enumerate(history, start=1):
+            decay = min(0.25, (1 + done) / (10 + done))
+            value = decay * value + (1 - decay) * step[name].double()
+        assert torch.allclose(saved[name].double(), value, atol=1e-6)
+        assert torch.equal(raw[name], history[-1][name])
+
+
+def test_a_part_stops_learning_at_its_fraction(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[set[str]] = []
+    original = Stepper._update
+
+    def update(self: Stepper, step: int) -> float:
+        before = {name: value.detach().clone() for name, value in self.run.parameters.items()}
+        norm = original(self, step)
+        changed = {n for n, value in self.run.parameters.items() if not torch.equal(value, before[n])}
+        moved.append({name.split(".")[0] for name in changed})
+        return norm
+
+    monkeypatch.setattr(Stepper, "_update", update)
+    train(configure(max_train_steps=4, train_text_encoder=True, text_encoder_frac=0.5, denoiser_frac=0.75))
+    assert moved == [{"unet", "text_encoder"}, {"unet", "text_encoder"}, {"unet"}, set()]
+
+
+def test_a_scaled_run_goes_on_when_nothing_learns_any_more(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in fp16, whose scaler takes no step without a gradient."""
+    original = Stepper.run_steps
+
+    def run_steps(self: Stepper) -> list[float]:
+        self.run.scaler = torch.amp.GradScaler("cpu")
+        return original(self)
+
+    monkeypatch.setattr(Stepper, "run_steps", run_steps)
+    assert train(configure(denoiser_frac=0.5)).steps == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "prodigy", "loraplus_lr_ratio": 2.0}, "prodigy finds one rate|needs the package prodigyopt"),
+        ({"optimizer": "schedulefree", "lr_scheduler": "cosine"}, "does without a schedule|needs the package"),
+        ({"use_8bit_adam": True, "optimizer": "sgd"}, "exclude each other"),
+        ({"ema_decay": 1.0}, "must be at least 0 and below 1"),
+        ({"denoiser_frac": 1.5}, "is a fraction of the run"),
+        ({"method": "mor", "scale_weight_norms": 1.0}, "has no meaning for mor"),
+    ],
+)
+def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_config(TrainConfig(instance_data_dir="photos", **settings))
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_a_missing_package_is_named() -> None:
+    with pytest.raises(UserError, match="--optimizer adamw8bit needs the package bitsandbytes"):
+        check_config(TrainConfig(instance_data_dir="photos", optimizer="adamw8bit"))
