@@ -36,7 +36,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
-    from .adapters import (  # fmt: skip
+    from .adapters import (
         AdapterConfig,
         dora,
         dylora,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from .errors import UserError
 from .io.files import make_folder, write_atomic
-from .io.images import png, read_picture
+from .io.images import load_image, png
 from .reports.sheets import contact_sheet
 
 SUBJECT = "stripemug-red"
@@ -51,10 +51,10 @@ class Example:
         return [str(p) for p in self.values["demo_prompts"]]
 
     def pictures(self) -> list[Image.Image]:
-        return [read_picture(f) for f in sorted(self.folder.glob("*.png"))]
+        return [load_image(f) for f in sorted(self.folder.glob("*.png"))]
 
     def scoring_pictures(self) -> list[Image.Image]:
-        return [read_picture(self.folder / name) for name in self.values["heldout"]]
+        return [load_image(self.folder / name) for name in self.values["heldout"]]
 
 
 def example_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""Versions of what an artefact was made with."""
+"""Versions of what an artifact was made with."""
 
 from __future__ import annotations
 

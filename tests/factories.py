@@ -140,7 +140,7 @@ def write_photos(folder: Path, count: int = 3, size: tuple[int, int] = (24, 20),
     return folder
 
 
-def randomise(pipe: Any, name: str = "one", seed: int = 0, size: float = 0.3) -> None:
+def randomize(pipe: Any, name: str = "one", seed: int = 0, size: float = 0.3) -> None:
     """Seeded normal numbers for all that an adapter trains."""
     from nora_diffusion.loaders import trainable_parameters
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--crop", choices=get_args(Crop), default="random",
                         help="where a photo of another shape is cropped; subject: around its mask")  # fmt: skip
     parser.add_argument("--crops_per_image", type=int, default=4, help="random crops of a photo of another shape")
-    parser.add_argument("--background", default="white", help="colour that shows through transparent places")
+    parser.add_argument("--background", default="white", help="color that shows through transparent places")
     parser.add_argument("--instance_prompt", default="", help="prompt of photos without a caption")
     parser.add_argument("--caption_column", help="captions from this key of metadata.jsonl (default: text files)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random crops")
@@ -30,7 +30,7 @@ def run(values: argparse.Namespace) -> None:
     """Write the report and say what is in it. Files that cannot be used are listed, not refused."""
     from ..data import survey
     from ..data.captions import read_captions
-    from ..data.colors import colour
+    from ..data.colors import color
     from ..data.masks import FOLDER, with_masks
     from ..errors import UserError
     from ..training import TrainConfig
@@ -43,7 +43,7 @@ def run(values: argparse.Namespace) -> None:
     }
     if min(values.resolution, values.crops_per_image) < 1:
         raise UserError("--resolution and --crops_per_image must be above 0")
-    photos, rejects = survey(folder, background=colour(values.background))
+    photos, rejects = survey(folder, background=color(values.background))
     for reject in rejects:
         print(f"left out: {reject.reason}")
     if not photos:

@@ -39,12 +39,12 @@ def run(values: argparse.Namespace) -> None:
     """Evaluate, print the table and say where the reports are."""
     from ..evaluation.protocol import EvaluationConfig, evaluate
     from ..evaluation.report import write_reports
-    from ..evaluation.scoreboard import rows_of, summarise
+    from ..evaluation.scoreboard import rows_of, summarize
 
     config = EvaluationConfig(**{k: v for k, v in vars(values).items() if k not in ("command", "run")})
     board = evaluate(config)
     place = write_reports(board)
     print(f"{'':<20}" + "".join(f"{name:>24}" for name in board.metrics))
-    for label, *numbers in rows_of(summarise(board), board.metrics):
+    for label, *numbers in rows_of(summarize(board), board.metrics):
         print(f"{label:<20}" + "".join(f"{number:>24}" for number in numbers))
     print(f"{place}: the same with pictures; all scores in {place.parent}/evaluation.json")

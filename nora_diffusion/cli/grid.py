@@ -34,7 +34,7 @@ def run(values: argparse.Namespace) -> None:
     """Make the grid and say where it is."""
     from pathlib import Path
 
-    from ..data import read_photos
+    from ..data import read_images
     from ..errors import UserError
     from ..evaluation.axes import Cell, parse_axis
     from ..evaluation.grid import NO_AXIS, GridConfig, run_grid
@@ -49,7 +49,7 @@ def run(values: argparse.Namespace) -> None:
     if not shared["prompt"] and all(a.name != "prompt" for a in axes.values()):
         raise UserError("there is no prompt: give --prompt, or an axis prompt=...")
     cell = Cell(**shared, adapter=adapter, weight=weight, width=values.width, height=values.height)
-    references = [p.image for p in read_photos(Path(values.references).expanduser())] if values.references else []
+    references = [p.image for p in read_images(Path(values.references).expanduser())] if values.references else []
     judge = load_judge(values.judge) if values.judge else None
     opening = {k: getattr(values, k) for k in ("base", "device", "dtype", "variant", "revision", "out")}
     config = GridConfig(cell, axes["x"], axes["y"], axes["z"], **opening)

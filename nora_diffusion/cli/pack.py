@@ -65,7 +65,7 @@ def _list(values: argparse.Namespace) -> None:
     if values.json:
         print(json.dumps([asdict(info) for info in infos], indent=2))
         return
-    print(f"{'name':<24} {'trigger':<12} {'class':<12} {'method':<28} {'bytes':>9}  licence")
+    print(f"{'name':<24} {'trigger':<12} {'class':<12} {'method':<28} {'bytes':>9}  license")
     for info in infos:
         name = info.path.rpartition("#")[2]
         method = f"{info.method}, {info.ranks}"

@@ -198,7 +198,7 @@ def _too_close(overlaps: Mapping[tuple[str, str], float]) -> list[str]:
 
 
 def _describe(sources: Sequence[Source], weights: Sequence[float], mode: str, options: Options) -> AdapterInfo:
-    """Triggers, words and licences of the parts, and the recipe: mode, settings, parts with weight and file hash."""
+    """Triggers, words and licenses of the parts, and the recipe: mode, settings, parts with weight and file hash."""
     infos = [source.info for source in sources if source.info is not None]
 
     def joined(field: str, glue: str) -> str:

@@ -93,8 +93,8 @@ def lora_update(layer: LoraLayer, adapter_name: str) -> Update:
             f"{adapter_name!r} is more than a plain LoRA (DoRA, a bias ...), which is no low-rank dW to mix"
         )
     r = pools.r[adapter_name]
-    stabilised = getattr(pools, "use_rslora", {}).get(adapter_name, False)
-    scale = pools.lora_alpha[adapter_name] / (math.sqrt(r) if stabilised else r)
+    stabilized = getattr(pools, "use_rslora", {}).get(adapter_name, False)
+    scale = pools.lora_alpha[adapter_name] / (math.sqrt(r) if stabilized else r)
     down = pools.lora_A[adapter_name]
     return Update(_plain(down.weight).flatten(1), _plain(up.weight).flatten(1) * scale)
 

@@ -1,4 +1,4 @@
-"""Any picture as 8-bit sRGB: 16-bit greys, CMYK, palettes, colour profiles, transparency."""
+"""Any picture as 8-bit sRGB: 16-bit greys, CMYK, palettes, color profiles, transparency."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from PIL import Image, ImageCms, ImageColor
 from ..errors import UserError
 
 WHITE = (255, 255, 255)
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 
-def colour(name: str) -> Colour:
+def color(name: str) -> Color:
     """Red, green and blue of a CSS name or ``#rrggbb``. Raises :class:`UserError`."""
     try:
         return ImageColor.getrgb(name.strip())[:3]
     except ValueError as error:
-        raise UserError(f"background={name!r} is no colour: give a name such as white or grey, or #rrggbb") from error
+        raise UserError(f"background={name!r} is no color: give a name such as white or grey, or #rrggbb") from error
 
 
-def to_rgb(image: Image.Image, background: Colour = WHITE) -> tuple[Image.Image, Image.Image | None, bool]:
+def to_rgb(image: Image.Image, background: Color = WHITE) -> tuple[Image.Image, Image.Image | None, bool]:
     """8-bit sRGB on ``background``, and the alpha channel ``L`` where something is transparent, else ``None``.
 
-    The last value is false where the picture's colour profile is broken, so that its colours are taken as sRGB.
+    The last value is false where the picture's color profile is broken, so that its colors are taken as sRGB.
     """
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(_eight_bits(image)).convert("RGB"), None, True
@@ -34,7 +34,7 @@ def to_rgb(image: Image.Image, background: Colour = WHITE) -> tuple[Image.Image,
         return rgb, None, sound
     layers = image.convert("RGBA")
     alpha = layers.getchannel("A")
-    rgb = layers.convert("RGB")  # drops the alpha, keeps the colours beneath
+    rgb = layers.convert("RGB")  # drops the alpha, keeps the colors beneath
     rgb.info["icc_profile"] = image.info.get("icc_profile")
     rgb, sound = _srgb(rgb)
     if np.asarray(alpha).min(initial=255) == 255:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import UserError
 from .formats import is_picture
-from .photos import Photo, listed, read_photo
+from .images import SourceImage, listed, read_source
 from .transforms import Box
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ MAX_ASPECT_ERROR = 0.02
 HALF = 128
 
 
-def with_masks(photos: Sequence[Photo], folder: Path) -> list[Photo]:
+def with_masks(photos: Sequence[SourceImage], folder: Path) -> list[SourceImage]:
     """The photos with a ``mask`` (``L``, the photo's size, white where the subject is) where there is one.
 
     Raises :class:`UserError` if no photo has one, or if one is empty or of another shape than its photo.
@@ -41,10 +41,10 @@ def with_masks(photos: Sequence[Photo], folder: Path) -> list[Photo]:
     return found
 
 
-def _mask(photo: Photo, file: Path | None) -> Image.Image | None:
+def _mask(photo: SourceImage, file: Path | None) -> Image.Image | None:
     if file is None:
         return photo.alpha
-    read = read_photo(file)
+    read = read_source(file)
     mask = read.alpha or read.image.convert("L")
     aspects = [image.width / image.height for image in (mask, photo.image)]
     if abs(aspects[0] / aspects[1] - 1) > MAX_ASPECT_ERROR:

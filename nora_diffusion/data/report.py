@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from ..io.files import write_atomic
-from ..reports.webpage import Picture, data_uri, heading, page, paragraph, table
-from .photos import Photo, Reject
+from ..reports.webpage import ImageTag, data_uri, heading, page, paragraph, table
+from .images import Reject, SourceImage
 from .similarity import Twins, dhash
 from .transforms import View
 
@@ -27,7 +27,7 @@ THUMB_SIDE = 128
 class Row:
     """One photo of a run: what of it is learned, in whose words, and what should be known about it."""
 
-    photo: Photo
+    photo: SourceImage
     caption: str
     views: Sequence[View]
 
@@ -47,7 +47,11 @@ class Row:
 
 
 def write_report(
-    folder: Path, rows: Sequence[Row], rejects: Sequence[Reject], twins: Sequence[Twins], held_out: Sequence[Photo] = ()
+    folder: Path,
+    rows: Sequence[Row],
+    rejects: Sequence[Reject],
+    twins: Sequence[Twins],
+    held_out: Sequence[SourceImage] = (),
 ) -> Path:
     """Write ``data_report.json`` and ``data_report.html`` (which holds its thumbnails); returns the page's path.
 
@@ -59,7 +63,7 @@ def write_report(
 
 
 def as_json(
-    rows: Sequence[Row], rejects: Sequence[Reject], twins: Sequence[Twins], held_out: Sequence[Photo] = ()
+    rows: Sequence[Row], rejects: Sequence[Reject], twins: Sequence[Twins], held_out: Sequence[SourceImage] = ()
 ) -> dict[str, Any]:
     """The report for programs."""
     return {
@@ -90,7 +94,7 @@ def _photo_json(row: Row) -> dict[str, Any]:
 
 
 def as_html(
-    rows: Sequence[Row], rejects: Sequence[Reject], twins: Sequence[Twins], held_out: Sequence[Photo] = ()
+    rows: Sequence[Row], rejects: Sequence[Reject], twins: Sequence[Twins], held_out: Sequence[SourceImage] = ()
 ) -> str:
     """The report for people: one page without script or network."""
     count = sum(len(row.views) for row in rows)
@@ -114,7 +118,7 @@ def as_html(
 def _cells(row: Row) -> tuple[str, ...]:
     size = "{} × {}".format(*row.photo.image.size)
     pictures = "".join(thumbnail(view.picture(row.photo.image), row.photo.path.name) for view in row.views)
-    shown = Picture(f'<div style="display:flex;flex-wrap:wrap;gap:.3rem">{pictures}</div>')
+    shown = ImageTag(f'<div style="display:flex;flex-wrap:wrap;gap:.3rem">{pictures}</div>')
     return row.photo.path.name, size, shown, row.caption, "; ".join(row.all_remarks())
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .photos import Photo
+from .images import SourceImage
 
 MAX_DISTANCE = 10
 MAX_DIFFERENCE = 12.0
@@ -19,8 +19,8 @@ THUMB = 16
 class Twins:
     """Two photos that show the same; ``distance`` counts the bits in which their hashes differ (0 to 64)."""
 
-    first: Photo
-    second: Photo
+    first: SourceImage
+    second: SourceImage
     distance: int
     same_file: bool
 
@@ -30,7 +30,7 @@ class Twins:
 
 
 def dhash(image: Image.Image) -> int:
-    """64-bit difference hash: whether each of 9 x 8 grey means is brighter than its right neighbour.
+    """64-bit difference hash: whether each of 9 x 8 grey means is brighter than its right neighbor.
 
     Small changes of size, brightness and compression turn few bits (N. Krawetz, "Kind of Like That", 2013).
     """
@@ -39,7 +39,7 @@ def dhash(image: Image.Image) -> int:
     return int(np.packbits(bits).view(">u8")[0])
 
 
-def find_twins(photos: Sequence[Photo]) -> list[Twins]:
+def find_twins(photos: Sequence[SourceImage]) -> list[Twins]:
     """Every pair of photos that is one picture.
 
     Hashes at most ``MAX_DISTANCE`` bits apart are taken for one picture only if the thumbnails agree too, up to

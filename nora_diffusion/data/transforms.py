@@ -46,7 +46,7 @@ class Transform:
 
     ``shapes``: what they may be in pixels; each photo takes the one nearest to its own aspect ratio and is cropped as
     little as that needs. ``crop`` places the window: ``random`` (``crops`` places, spread), ``center``, or ``subject``
-    (``crops`` places that keep the whole subject's box; centred on it where it does not fit).
+    (``crops`` places that keep the whole subject's box; centered on it where it does not fit).
     """
 
     shapes: Sequence[Shape]

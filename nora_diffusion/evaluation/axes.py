@@ -1,4 +1,4 @@
-"""The axes of a grid: named lists of labelled changes to the settings of one picture."""
+"""The axes of a grid: named lists of labeled changes to the settings of one picture."""
 
 from __future__ import annotations
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from ..data.captions import without_trigger
 from ..errors import UserError
 from ..formats.adapter_file import AdapterInfo, given_name, inspect_adapter
-from ..generation.generate import OnStep, picture_settings, run
-from ..generation.pictures import read_settings, save_picture
+from ..generation.generate import OnStep, image_settings, run
+from ..generation.image_settings import read_settings, save_image
 from ..io.files import write_atomic
-from ..io.images import png, read_picture
+from ..io.images import load_image, png
 from ..loaders import delete_adapter, load_adapter, set_adapters
 from ..pipelines.base import base_id, best_device, default_guidance, default_steps, open_pipeline
 from ..pipelines.components import component, denoiser_dtype, denoiser_name, fingerprint, projections
@@ -173,17 +173,17 @@ class Grid:
                 {"name": given_name(info.path), "weight": cell.weight,
                  "sha256": info.sha256, "path": place, "trigger": info.trigger}
             ]  # fmt: skip
-        settings = picture_settings(
+        settings = image_settings(
             self.pipe, image, cell.prompt, cell.seed, steps, guidance, cell.negative_prompt, adapters
         )
-        save_picture(image, self._file(cell), settings)
+        save_image(image, self._file(cell), settings)
 
     def finish(self, judge: Judge | None = None, references: Sequence[Image.Image] = ()) -> list[MadeCell]:
         """Score the cells, write ``grid.png`` and ``grid.json``; returns the cells, row by row."""
         cells = [
             MadeCell(place, self.files[place], asdict(read_settings(self.files[place]))) for place, _ in self.places
         ]
-        images = [read_picture(cell.file) for cell in cells]
+        images = [load_image(cell.file) for cell in cells]
         if judge is not None:
             triggers = [info.trigger for info in self.adapters.values()]
             real = image_features(judge, references) if references else None

@@ -15,7 +15,7 @@ from ..data.captions import fill
 from ..errors import UserError
 from ..formats.adapter_file import AdapterInfo, inspect_adapter
 from ..generation.generate import parse_adapter
-from ..io.images import read_picture
+from ..io.images import load_image
 from ..pipelines.base import base_id, best_device, check_device, default_steps, open_pipeline
 from ..pipelines.precision import AUTO, dtype_name, resolve_dtype
 from ..scoring.judges import Judge, check_judge, image_features, load_judges, text_features
@@ -23,7 +23,7 @@ from ..scoring.metrics import agreement, diversity, likeness
 from .axes import NONE, Cell, axis
 from .grid import Grid, GridConfig
 from .scoreboard import BASE, Scoreboard, Scored
-from .subjects import Subject, read_subject
+from .subjects import EvaluatedSubject, read_subject
 
 
 @dataclass
@@ -109,7 +109,7 @@ def evaluate(config: EvaluationConfig) -> Scoreboard:
     return board
 
 
-def check(config: EvaluationConfig) -> tuple[list[Contender], list[Subject]]:
+def check(config: EvaluationConfig) -> tuple[list[Contender], list[EvaluatedSubject]]:
     """The rows and the subjects, with their words settled. Raises :class:`UserError` for the first mistake."""
     _check(config)
     contenders = [Contender(BASE, None), *map(parse_contender, config.adapters)]
@@ -133,11 +133,11 @@ def _check(config: EvaluationConfig) -> None:
     check_judge(config.judge, config.base)
 
 
-def _inspect(contenders: Sequence[Contender], subject: Subject) -> list[AdapterInfo]:
+def _inspect(contenders: Sequence[Contender], subject: EvaluatedSubject) -> list[AdapterInfo]:
     return [inspect_adapter(path) for c in contenders if (path := c.adapter(subject.name)) is not None]
 
 
-def _grid(config: EvaluationConfig, contender: Contender, subject: Subject) -> GridConfig:
+def _grid(config: EvaluationConfig, contender: Contender, subject: EvaluatedSubject) -> GridConfig:
     cell = Cell(
         adapter=contender.adapter(subject.name), weight=contender.weight, steps=config.steps, guidance=config.guidance,
         width=config.width, height=config.height,
@@ -151,7 +151,7 @@ def _grid(config: EvaluationConfig, contender: Contender, subject: Subject) -> G
 class Scorer:
     """Scores the pictures of one subject against its real ones; features of those are computed once."""
 
-    def __init__(self, subject: Subject, judges: dict[str, Judge]) -> None:
+    def __init__(self, subject: EvaluatedSubject, judges: dict[str, Judge]) -> None:
         self.subject, self.judges = subject, judges
         self.references = {name: image_features(judge, subject.references) for name, judge in judges.items()}
         self.plain = text_features(judges["clip_i"], [fill(t, subject.class_phrase) for t in subject.templates])
@@ -165,7 +165,7 @@ class Scorer:
         rows = []
         for number, template in enumerate(self.subject.templates):
             files = [file for (_, y, _), file in grid.files.items() if y == number]
-            images = [read_picture(file) for file in files]
+            images = [load_image(file) for file in files]
             features = {name: image_features(judge, images) for name, judge in self.judges.items()}
             scores = {name: statistics.fmean(likeness(features[name], self.references[name])) for name in features}
             scores["clip_t"] = statistics.fmean(agreement(features["clip_i"], self.plain[number : number + 1]))

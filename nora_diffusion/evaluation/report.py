@@ -7,9 +7,9 @@ import statistics
 from pathlib import Path
 
 from ..io.files import write_atomic
-from ..io.images import read_picture
+from ..io.images import load_image
 from ..reports import webpage
-from .scoreboard import Scoreboard, Table, as_json, compare, rows_of, summarise
+from .scoreboard import Scoreboard, Table, as_json, compare, rows_of, summarize
 
 MAX_SUBJECTS, MAX_PROMPTS = 6, 6
 NAMES = {"dino": "DINO ↑", "clip_i": "CLIP-I ↑", "clip_t": "CLIP-T ↑", "diversity": "diversity ↑"}
@@ -23,7 +23,7 @@ def write_reports(board: Scoreboard) -> Path:
 
 def page(board: Scoreboard) -> str:
     """The whole page."""
-    settings, table, differences = board.settings, summarise(board), compare(board)
+    settings, table, differences = board.settings, summarize(board), compare(board)
     parts = [
         webpage.paragraph(_asked(board)),
         _table(board, table, "Mean over prompts, with its 95 % bootstrap interval over subjects and prompts."),
@@ -77,7 +77,7 @@ def _pictures(board: Scoreboard, subject: str) -> str:
     rows = {label: [row for row in board.of(label) if row.subject == subject][:MAX_PROMPTS] for label in board.labels}
     header = ["", *(row.prompt for row in rows[board.labels[0]])]
     body = [
-        [label, *(webpage.picture(read_picture(row.files[0]), f"{label}: {row.prompt}") for row in found)]
+        [label, *(webpage.picture(load_image(row.files[0]), f"{label}: {row.prompt}") for row in found)]
         for label, found in rows.items()
     ]
     return webpage.table(header, body, "The first seed of the first prompts.")

@@ -52,7 +52,7 @@ class Scoreboard:
         return [name for name in METRICS if name in self.scored[0].scores]
 
 
-def summarise(board: Scoreboard) -> Table:
+def summarize(board: Scoreboard) -> Table:
     """``{label: {metric: {"mean", "low", "high"}}}``, with 95 % bootstrap intervals over subjects and prompts."""
     draws = draws_of(board)
     return {
@@ -92,7 +92,7 @@ def as_json(board: Scoreboard) -> str:
         "level": LEVEL,
         "resamples": RESAMPLES,
         "versions": versions(),
-        "table": summarise(board),
+        "table": summarize(board),
         "differences": compare(board),
         "real": {name: {k: _finite(v) for k, v in scores.items()} for name, scores in board.real.items()},
         "cells": [

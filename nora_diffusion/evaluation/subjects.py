@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..data import read_photo, read_photos
+from ..data import read_images, read_source
 from ..data.captions import with_article
 from ..errors import UserError
 from ..formats.adapter_info import AdapterInfo
@@ -42,7 +42,7 @@ PROMPTS = {
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedSubject:
     """A subject: its name, real pictures to compare with, templates of prompts, and the words for it, where known.
 
     ``phrase`` calls it ("a sks mug"), ``class_phrase`` is what anybody would say ("a mug").
@@ -70,7 +70,7 @@ class Subject:
         )
 
 
-def read_subject(folder: Path, prompts: str | None = None) -> Subject:
+def read_subject(folder: Path, prompts: str | None = None) -> EvaluatedSubject:
     """A folder of photos as a subject; a ``subject.json`` in it gives words, prompts and held-out pictures.
 
     ``prompts``: ``object``, ``live`` or a text file of templates, a line each. Raises :class:`UserError`.
@@ -79,8 +79,8 @@ def read_subject(folder: Path, prompts: str | None = None) -> Subject:
     own = tuple(map(str, values.get("demo_prompts", ())))
     templates = read_templates(prompts) if prompts else own or PROMPTS["object"]
     names = [str(name) for name in values.get("heldout", ())]
-    pictures = [read_photo(folder / name).image for name in names] or [photo.image for photo in read_photos(folder)]
-    return Subject(
+    pictures = [read_source(folder / name).image for name in names] or [photo.image for photo in read_images(folder)]
+    return EvaluatedSubject(
         folder.resolve().name, tuple(pictures), templates, str(values.get("instance_prompt", "")),
         str(values.get("class_prompt", "")),
     )  # fmt: skip

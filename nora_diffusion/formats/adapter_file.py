@@ -17,8 +17,8 @@ from ..errors import UserError
 from ..io.files import sha256, write_atomic
 from ..io.tensor_file import TensorFile, Tensors, all_finite, named_hash
 from .adapter_info import DESCRIPTIVE, AdapterInfo, BasisKind, dump_info, parse_info
-from .foreign import recognise
-from .keys import count_numbers, is_frozen
+from .foreign import recognize
+from .keys import count_parameters, is_frozen
 from .packs import inspect_subject, read_subject
 
 FILE_NAME = "nora_adapter.safetensors"
@@ -92,13 +92,13 @@ def inspect_adapter(path: str | Path, hashed: bool = True) -> AdapterInfo:
     file = locate(path)
     with TensorFile(file) as reader:
         if "nora" not in reader.metadata:
-            info = recognise(reader)
+            info = recognize(reader)
         else:
             reader.require_floats()
             info = parse_info(reader.metadata["nora"], str(file))
             if info.basis == "shared" and not info.basis_sha256:
                 raise UserError(f"{file}: its metadata is damaged (no basis_sha256): copy it again")
-        count_numbers(info, {key: entry.numel for key, entry in reader.entries.items()})
+        count_parameters(info, {key: entry.numel for key, entry in reader.entries.items()})
     info.path, info.sha256, info.bytes = str(file), sha256(file) if hashed else "", file.stat().st_size
     return info
 

@@ -1,4 +1,4 @@
-"""Files of other tools: recognised by their keys and explained.
+"""Files of other tools: recognized by their keys and explained.
 
 A *module* of such a file is one projection: its factors by name (``lora_down``, ``hada_w1_a`` ...), shapes only until
 they are asked for. Keys of LoRAs are brought to kohya's names: ``down``, ``up``, ``mid``, ``alpha``.
@@ -72,7 +72,7 @@ def _what_it_is(keys: list[str]) -> str:
     return "no adapter of this toolkit, no LoRA, LoHa, LoKr or textual inversion" if keys else "empty"
 
 
-def recognise(reader: TensorFile) -> AdapterInfo:
+def recognize(reader: TensorFile) -> AdapterInfo:
     """What a file without our metadata is, checked for whole pairs. Raises :class:`UserError` for what cannot load."""
     if "nora_pack" in reader.metadata:
         raise UserError(f"{reader.path} is a pack of many subjects: name one of them, {reader.path}#NAME")

@@ -20,7 +20,7 @@ def is_token(key: str) -> bool:
     return key.startswith("tokens.")
 
 
-def count_numbers(info: AdapterInfo, sizes: Mapping[str, int]) -> None:
+def count_parameters(info: AdapterInfo, sizes: Mapping[str, int]) -> None:
     """Set how many numbers a file stores and how many of them were trained, from the size of each tensor."""
     info.stored_numbers = sum(sizes.values())
     info.trained_numbers = sum(n for key, n in sizes.items() if not is_frozen(key))

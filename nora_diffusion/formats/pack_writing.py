@@ -39,10 +39,10 @@ from .packs import (
     NAME,
     PACK_VERSION,
     SUFFIX,
+    IndexRow,
     Layout,
     Pack,
-    Place,
-    Subject,
+    PackedSubject,
     document,
     read_subject,
     require_pack,
@@ -126,7 +126,7 @@ def _require_new(file: Path) -> None:
         raise UserError(f"{file} exists: add to it, or choose another name")
 
 
-def _read_adapters(adapters: Adapters, basis_dir: str | Path | None) -> tuple[list[Subject], dict[str, Tensors]]:
+def _read_adapters(adapters: Adapters, basis_dir: str | Path | None) -> tuple[list[PackedSubject], dict[str, Tensors]]:
     """Adapters, each checked, and their bases by hash. Nothing is written."""
     if isinstance(adapters, str | Path) or not isinstance(adapters, Mapping | Sequence):
         raise UserError(f"adapters is a list of paths or a mapping of names to paths, not {adapters!r}")
@@ -138,7 +138,7 @@ def _read_adapters(adapters: Adapters, basis_dir: str | Path | None) -> tuple[li
     return [_subject(name, path, basis_dir, bases) for name, path in pairs], bases
 
 
-def _subject(name: str, path: str | Path, basis_dir: str | Path | None, bases: dict[str, Tensors]) -> Subject:
+def _subject(name: str, path: str | Path, basis_dir: str | Path | None, bases: dict[str, Tensors]) -> PackedSubject:
     """Read one adapter, checked; its basis goes into ``bases``."""
     info = inspect_adapter(path)
     name = name or given_name(info.path)
@@ -157,7 +157,7 @@ def _subject(name: str, path: str | Path, basis_dir: str | Path | None, bases: d
     info.sha256 = hashlib.sha256(save(tensors, {"nora": dump_info(info)})).hexdigest()
     # Numbers and picture are read again when they are written: a pack of thousands need not fit in memory.
     size = len(_preview(info.path))
-    return Subject(name, info, layout, size, lambda: _preview(info.path), lambda: _numbers(info.path))
+    return PackedSubject(name, info, layout, size, lambda: _preview(info.path), lambda: _numbers(info.path))
 
 
 def _share_basis(info: AdapterInfo, basis_dir: str | Path | None, bases: dict[str, Tensors]) -> None:
@@ -198,7 +198,7 @@ def _preview(path: str) -> bytes:
     return b""
 
 
-def _write(file: Path, subjects: Sequence[Subject], bases: Mapping[str, Tensors]) -> Path:
+def _write(file: Path, subjects: Sequence[PackedSubject], bases: Mapping[str, Tensors]) -> Path:
     """Write subjects that belong together, and what is new of their basis."""
     ordered = sorted(subjects, key=lambda subject: (short_hash(subject.name.encode()), subject.name))
     common = {key: document(ordered[0].info).get(key) for key in SHARED_FIELDS}
@@ -206,7 +206,7 @@ def _write(file: Path, subjects: Sequence[Subject], bases: Mapping[str, Tensors]
     stacks = [[subject for subject in ordered if subject.layout == layout] for layout in layouts]
     cards = {subject.name: _card(subject, common) for subject in ordered}
     shared = json.dumps({"common": common, "layouts": layouts}, separators=(",", ":")).encode()
-    index = torch.tensor(list(_places(ordered, stacks, cards)), dtype=torch.int64)
+    index = torch.tensor(list(_index_rows(ordered, stacks, cards)), dtype=torch.int64)
     blobs = {"shared": shared, "cards": b"".join(cards.values())}
     head = {"format": "nora_pack", "pack_version": PACK_VERSION, "shared_sha256": hashlib.sha256(shared).hexdigest()}
     shapes = {"index": ("I64", list(index.shape))}
@@ -241,7 +241,7 @@ def _header(shapes: dict[str, tuple[str, list[int]]], head: dict[str, Any]) -> b
     return struct.pack("<Q", len(text)) + text
 
 
-def _card(subject: Subject, common: dict[str, Any]) -> bytes:
+def _card(subject: PackedSubject, common: dict[str, Any]) -> bytes:
     """Where a subject's document differs from what the pack has in common; ``null`` for what it lacks."""
     own = document(subject.info)
     different = {key: own.get(key) for key in common | own if own.get(key) != common.get(key)}
@@ -250,18 +250,20 @@ def _card(subject: Subject, common: dict[str, Any]) -> bytes:
     ).encode()
 
 
-def _places(ordered: list[Subject], stacks: list[list[Subject]], cards: dict[str, bytes]) -> Iterator[Place]:
+def _index_rows(
+    ordered: list[PackedSubject], stacks: list[list[PackedSubject]], cards: dict[str, bytes]
+) -> Iterator[IndexRow]:
     rows = {subject.name: (n, row) for n, stack in enumerate(stacks) for row, subject in enumerate(stack)}
     card = preview = 0
     for subject in ordered:
         name = subject.name
         card_end, preview_end = card + len(cards[name]), preview + subject.preview_size
         check = short_hash(cards[name], subject.numbers())
-        yield Place(short_hash(name.encode()), *rows[name], card, card_end, preview, preview_end, check)
+        yield IndexRow(short_hash(name.encode()), *rows[name], card, card_end, preview, preview_end, check)
         card, preview = card_end, preview_end
 
 
-def _check_together(file: Path, subjects: Sequence[Subject]) -> None:
+def _check_together(file: Path, subjects: Sequence[PackedSubject]) -> None:
     """One basis, one base, each name once, and not too many shapes."""
     first, names = subjects[0], [subject.name for subject in subjects]
     twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None

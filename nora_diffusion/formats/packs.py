@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..io.tensor_file import FLOATS, READABLE, TensorFile, Tensors, all_finite
 from ..io.untrusted import conform, parse_json
 from .adapter_info import AdapterInfo, dump_info, info_from
-from .keys import count_numbers
+from .keys import count_parameters
 
 SUFFIX = ".nora_pack.safetensors"
 PACK_VERSION = 1
@@ -32,7 +32,7 @@ MAX_CARD, MAX_PREVIEW = 2**20, 2**20
 NAME = r"[A-Za-z0-9_-]{1,100}"
 
 
-class Place(NamedTuple):
+class IndexRow(NamedTuple):
     """A row of the index. ``check``: the first 8 bytes of the SHA-256 of card and numbers."""
 
     name_hash: int
@@ -63,7 +63,7 @@ class Layout(NamedTuple):
 
 
 @dataclass
-class Subject:
+class PackedSubject:
     """One subject: what is said of it, and its parts, read when asked for."""
 
     name: str
@@ -133,7 +133,7 @@ class Pack:
         ):
             if entries[key].dtype != dtype or len(entries[key].shape) != dimensions:
                 raise ValueError(f"{key} is not what it should be")
-        if entries["index"].shape[1] != len(Place._fields):
+        if entries["index"].shape[1] != len(IndexRow._fields):
             raise ValueError("index is not what it should be")
         shared = self._bytes("shared", 0, entries["shared"].shape[0])
         if hashlib.sha256(shared).hexdigest() != head["shared_sha256"]:
@@ -161,16 +161,16 @@ class Pack:
     def __len__(self) -> int:
         return self.reader.entries["index"].shape[0]
 
-    def place(self, row: int) -> Place:
+    def place(self, row: int) -> IndexRow:
         """One row of the index."""
-        place = Place(*self.reader.rows("index", row, row + 1)[0].tolist())
+        place = IndexRow(*self.reader.rows("index", row, row + 1)[0].tolist())
         if not (0 <= place.stack < len(self.layouts) and place.card_end - place.card <= MAX_CARD):
             raise self._damaged("its index is not sound")
         if place.preview_end - place.preview > MAX_PREVIEW:
             raise self._damaged("a preview is too large")
         return place
 
-    def __iter__(self) -> Iterator[Subject]:
+    def __iter__(self) -> Iterator[PackedSubject]:
         """All subjects, by the hash of their names; raises where the index would not let them be found."""
         last = None
         for row in range(len(self)):
@@ -181,7 +181,7 @@ class Pack:
             last = place.name_hash
             yield subject
 
-    def find(self, name: str) -> Subject:
+    def find(self, name: str) -> PackedSubject:
         """The subject of that name. Raises :class:`UserError` where there is none."""
         wanted, low, high = short_hash(name.encode()), 0, len(self)
         while low < high:
@@ -195,7 +195,7 @@ class Pack:
             f"there is no subject {name!r} in {self.file}: `nora-diffusion pack list` shows those there are"
         )
 
-    def _subject(self, place: Place) -> Subject:
+    def _subject(self, place: IndexRow) -> PackedSubject:
         card = self._bytes("cards", place.card, place.card_end)
         layout = self.layouts[place.stack]
         try:
@@ -206,7 +206,7 @@ class Pack:
             info = info_from({key: value for key, value in merged.items() if value is not None})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise self._damaged(f"a card: {error}") from error
-        count_numbers(info, layout.sizes)
+        count_parameters(info, layout.sizes)
         info.path, info.sha256 = f"{self.file}#{name}", digest
         info.bytes = len(card) + sum(layout.sizes.values()) * READABLE[layout.dtype].itemsize
 
@@ -220,10 +220,10 @@ class Pack:
         def preview() -> bytes:
             return self._bytes("previews", place.preview, place.preview_end)
 
-        return Subject(name, info, layout, place.preview_end - place.preview, preview, numbers)
+        return PackedSubject(name, info, layout, place.preview_end - place.preview, preview, numbers)
 
 
-def cut(subject: Subject) -> Tensors:
+def cut(subject: PackedSubject) -> Tensors:
     """The factors of a subject."""
     import torch
 

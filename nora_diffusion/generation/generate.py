@@ -21,8 +21,8 @@ from ..pipelines.base import base_id, best_device, default_guidance, default_ste
 from ..pipelines.components import denoiser_dtype
 from ..pipelines.precision import AUTO, check_dtype, dtype_name, keeping_dtype
 from ..versions import versions
+from .image_settings import ImageSettings, save_image
 from .library import Known, adapters_in, given, resolve
-from .pictures import PictureSettings, save_picture
 from .tags import Tag, parse_tags, parse_weight
 
 OnStep = Callable[[int, Any], None]
@@ -106,8 +106,8 @@ def generate(config: GenerateConfig) -> list[Path]:
         )  # fmt: skip
         described = [_describe(loaded[adapter], tag) for adapter, tag in live.items()]
         for image, (prompt, seed) in zip(images, batch, strict=True):
-            settings = picture_settings(pipe, image, prompt, seed, steps, guidance, config.negative_prompt, described)
-            files.append(save_picture(image, free_name(out, seed), settings))
+            settings = image_settings(pipe, image, prompt, seed, steps, guidance, config.negative_prompt, described)
+            files.append(save_image(image, free_name(out, seed), settings))
     return files
 
 
@@ -203,12 +203,12 @@ def _predictions(scheduler: Any, wanted: bool) -> Iterator[list[Any]]:
         del scheduler.step
 
 
-def picture_settings(
+def image_settings(
     pipe: Any, image: Any, prompt: str, seed: int, steps: int, guidance: float, negative: str,
     adapters: list[dict[str, Any]],
-) -> PictureSettings:  # fmt: skip
+) -> ImageSettings:  # fmt: skip
     """What made a picture, as it is written into its file."""
-    return PictureSettings(
+    return ImageSettings(
         prompt=prompt, seed=seed, steps=steps, guidance=guidance, width=image.width, height=image.height,
         negative_prompt=negative, sampler=type(pipe.scheduler).__name__, base=base_id(pipe), adapters=adapters,
         versions=versions(), dtype=dtype_name(denoiser_dtype(pipe)),

@@ -17,7 +17,7 @@ def png(image: Image.Image, info: PngImagePlugin.PngInfo | None = None) -> bytes
     return buffer.getvalue()
 
 
-def read_picture(path: Path) -> Image.Image:
+def load_image(path: Path) -> Image.Image:
     """The picture of a file that this toolkit wrote, in RGB."""
     with Image.open(path) as image:
         return image.convert("RGB")

@@ -17,18 +17,18 @@ def checkpoint_steps(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def picture_name(step: int, number: int) -> str:
+def image_name(step: int, number: int) -> str:
     """The file of a sample or a measured picture."""
     return f"step-{step:06d}-{number}.png"
 
 
 def step_of(picture: Path) -> int:
-    """The step in a :func:`picture_name`; 0 where there is none."""
+    """The step in a :func:`image_name`; 0 where there is none."""
     match = PICTURE.fullmatch(picture.name)
     return int(match[1]) if match else 0
 
 
-def pictures_by_step(folder: Path) -> dict[int, list[Path]]:
+def images_by_step(folder: Path) -> dict[int, list[Path]]:
     """The pictures of a folder by step, and in the order of their numbers."""
     found = [(int(m[1]), int(m[2]), path) for path in folder.glob("step-*.png") if (m := PICTURE.fullmatch(path.name))]
     pictures: dict[int, list[Path]] = {}

@@ -20,7 +20,7 @@ from ..adapters.tuner.qkv_guard import refuse_fused
 from ..errors import UserError
 from ..formats.adapter_file import AdapterInfo
 from ..pipelines.components import adapter_configs, component, present, tuner_layers
-from ..pipelines.router_inputs import condition_width, connect
+from ..pipelines.router_inputs import connect, router_input_width
 from .active import delete_adapter, held, list_adapters, regroup, take_out
 from .tokens import forget_deleted
 
@@ -63,7 +63,7 @@ def inject(module: nn.Module, config: AdapterConfig, name: str, start: Start) ->
     """Put an adapter into one component by PEFT, connected to what its router looks at."""
     own = copy.deepcopy(config)
     disabled = any(layer.disable_adapters and held(layer) for layer in tuner_layers(module))
-    own.start = replace(start, condition=condition_width(module, own.router))
+    own.start = replace(start, condition=router_input_width(module, own.router))
     with warnings.catch_warnings():
         # PEFT warns of every second adapter on a model; several at once is what this toolkit is for.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")

@@ -37,7 +37,7 @@ from ..pipelines.components import (
     same_weights,
     targets,
 )
-from ..pipelines.router_inputs import condition_width
+from ..pipelines.router_inputs import router_input_width
 from .active import active_adapters, check_finite, keeping_trained, set_active
 from .hotswap import swap
 from .inject import all_or_nothing, check_new_name, derived_name, file_key, inject, remember, tie
@@ -202,7 +202,7 @@ def _check_fit(
     expected: dict[str, tuple[int, ...]] = {}
     for part, module in modules.items():
         config = copy.deepcopy(configs[part])
-        config.start = Start(empty=True, condition=condition_width(module, config.router))
+        config.start = Start(empty=True, condition=router_input_width(module, config.router))
         try:
             layers = {canonical(path): layer for path, layer in targets(module, config).items()}
         except UserError as error:

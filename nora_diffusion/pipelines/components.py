@@ -211,7 +211,7 @@ def refuse_serving(pipe: Any) -> None:
 def fingerprint(layer: nn.Module, path: str) -> float:
     """``u^T W v / sqrt(d_out d_in)`` with seeded normal ``u``, ``v``: nearly equal for fp16, bf16, fp32 copies.
 
-    Of a layer whose weight was quantised since it is what was noted of the weight before, in ``true_fingerprint``.
+    Of a layer whose weight was quantized since it is what was noted of the weight before, in ``true_fingerprint``.
     """
     if (noted := getattr(layer, "true_fingerprint", None)) is not None:
         return float(noted)

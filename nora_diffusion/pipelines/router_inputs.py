@@ -23,7 +23,7 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
 from ..adapters import AdapterConfig
-from ..adapters.deltas.routed import Conditions, RoutedDelta
+from ..adapters.deltas.routed import RoutedDelta, RouterInputs
 from ..errors import UserError
 
 PROMPT_WIDTHS = ("encoder_hid_dim", "caption_channels", "joint_attention_dim", "cap_feat_dim", "cross_attention_dim")
@@ -44,7 +44,7 @@ def router_for(config: AdapterConfig, part: str) -> AdapterConfig:
     return own
 
 
-def condition_width(model: nn.Module, router: str) -> int:
+def router_input_width(model: nn.Module, router: str) -> int:
     """The width of what a router looks at; 0 for those that look at tokens or at nothing.
 
     Raises :class:`UserError` for a model that has no such condition.
@@ -91,22 +91,22 @@ def connect(model: nn.Module) -> None:
     """
     deltas = _conditioned(model)
     names = {name for delta in deltas for name in delta.router.split("+")}
-    watch: ConditionWatch | None = getattr(model, "_nora_conditions", None)
+    watch: RouterInputHooks | None = getattr(model, "_nora_conditions", None)
     if watch is not None and watch.names != names:
         watch.remove()
         watch = None
     if names and watch is None:
-        watch = ConditionWatch(model, names)
+        watch = RouterInputHooks(model, names)
     for delta in deltas:
-        delta.conditions = watch.conditions if watch else None
+        delta.router_inputs = watch.router_inputs if watch else None
 
 
 def _conditioned(model: nn.Module) -> list[RoutedDelta]:
     return [m for m in model.modules() if isinstance(m, RoutedDelta) and m.conditioned]
 
 
-class ConditionWatch:
-    """The hooks on one denoiser that fill in its :class:`Conditions` for the time of each forward pass.
+class RouterInputHooks:
+    """The hooks on one denoiser that fill in its :class:`RouterInputs` for the time of each forward pass.
 
     With gradient checkpointing, layers run again during the backward pass: when that reaches the output of a forward
     pass, the conditions of that very pass are put back until the backward pass ends.
@@ -114,7 +114,7 @@ class ConditionWatch:
 
     def __init__(self, model: nn.Module, names: set[str]) -> None:
         self.names = names
-        self.conditions = Conditions()
+        self.router_inputs = RouterInputs()
         self._signature = inspect.signature(model.forward)
         self._running = False
         self._handles = [
@@ -138,24 +138,24 @@ class ConditionWatch:
         self._model.__dict__.pop("_nora_conditions", None)
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.conditions.was_read and not _conditioned(model):
+        if not self.router_inputs.was_read and not _conditioned(model):
             self.remove()  # the adapters were deleted by another tool's call
             return
-        self._running, self.conditions.was_read = True, False
+        self._running, self.router_inputs.was_read = True, False
         states = self._signature.bind_partial(*args, **kwargs).arguments.get("encoder_hidden_states")
-        self.conditions.open({"prompt": states.flatten(1, -2).mean(1)} if isinstance(states, Tensor) else {})
+        self.router_inputs.open({"prompt": states.flatten(1, -2).mean(1)} if isinstance(states, Tensor) else {})
 
     def _leave(self, model: nn.Module, args: Any, output: Any) -> None:
-        vectors, self._running = self.conditions.vectors, False
-        self.conditions.open({})
+        vectors, self._running = self.router_inputs.vectors, False
+        self.router_inputs.open({})
         sample = None if output is None else output[0]
         if isinstance(sample, Tensor) and sample.requires_grad:
             sample.register_hook(lambda _: self._reopen(vectors))
 
     def _reopen(self, vectors: dict[str, Tensor]) -> None:
-        self.conditions.open(vectors)
+        self.router_inputs.open(vectors)
         engine: Any = torch.autograd.Variable._execution_engine
-        engine.queue_callback(lambda: self.conditions.open({}))
+        engine.queue_callback(lambda: self.router_inputs.open({}))
 
     def _see_block(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._see(kwargs.get("temb", args[1] if len(args) > 1 else None))
@@ -166,6 +166,6 @@ class ConditionWatch:
 
     def _see(self, vector: Tensor | None) -> None:
         if self._running and vector is not None:
-            prompt = self.conditions.vectors.get("prompt")
+            prompt = self.router_inputs.vectors.get("prompt")
             rows = vector.shape[0] if prompt is None else prompt.shape[0]
-            self.conditions.vectors["timestep"] = vector.expand(rows, -1)
+            self.router_inputs.vectors["timestep"] = vector.expand(rows, -1)

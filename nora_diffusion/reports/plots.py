@@ -1,4 +1,4 @@
-"""Small plots as SVG: they scale with the page, follow its colours, and need no script. All text is escaped."""
+"""Small plots as SVG: they scale with the page, follow its colors, and need no script. All text is escaped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 WIDTH, HEIGHT = 480, 220
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40
-COLOURS = ("var(--color-accent)", "#0d9488", "#c2410c", "#a21caf", "#4d7c0f", "#0369a1", "#b91c1c", "#525252")
+COLORS = ("var(--color-accent)", "#0d9488", "#c2410c", "#a21caf", "#4d7c0f", "#0369a1", "#b91c1c", "#525252")
 ROW, LABEL, LONGEST = 20, 190, 28
 
 Points = Sequence[tuple[float, float]]
@@ -27,16 +27,16 @@ def line_chart(name: str, series: Mapping[str, Points], x_label: str, y_label: s
     x_ticks, y_ticks = ticks(min(xs), max(xs), whole=whole), ticks(min(ys), max(ys))
     parts = [_grid(x_ticks, y_ticks, x_label, y_label)]
     for number, points in enumerate(shown.values()):
-        colour = COLOURS[number % len(COLOURS)]
+        color = COLORS[number % len(COLORS)]
         places = [
             (_scale(x, x_ticks, LEFT, WIDTH - RIGHT), _scale(y, y_ticks, HEIGHT - BOTTOM, TOP))
             for x, y in points
             if math.isfinite(y)
         ]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
         if len(places) <= 20:
-            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in places]
     legend = _legend(list(shown)) if len(shown) > 1 else ""
     said = "; ".join(f"{label}: from {p[0][1]:.3g} to {p[-1][1]:.3g}" for label, p in shown.items())
     return _figure(name, f"{name}, {y_label} over {x_label}. {said}", HEIGHT, "".join(parts), legend)
@@ -56,7 +56,7 @@ def bar_chart(name: str, bars: Sequence[tuple[str, float]], value_label: str) ->
         parts.append(
             f'<g><title>{html.escape(label)}: {value:.4g}</title><text x="{LABEL - 6}" y="{y + 14}" text-anchor="end">'
             f'{html.escape(shown)}</text><rect x="{LABEL}" y="{y + 4}" width="{length:.1f}" height="{ROW - 8}" rx="2" '
-            f'fill="{COLOURS[0]}"/><text x="{LABEL + length + 5:.1f}" y="{y + 14}">{value:.3g}</text></g>'
+            f'fill="{COLORS[0]}"/><text x="{LABEL + length + 5:.1f}" y="{y + 14}">{value:.3g}</text></g>'
         )
     said = f"{name}, {value_label}: " + "; ".join(f"{label} {value:.3g}" for label, value in bars[:10])
     return _figure(name, said, len(bars) * ROW + 4, "".join(parts), "")
@@ -98,7 +98,7 @@ def _grid(x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str, y_la
 
 def _legend(labels: Sequence[str]) -> str:
     spans = [
-        f'<span><i style="background:{COLOURS[number % len(COLOURS)]}"></i>{html.escape(label)}</span>'
+        f'<span><i style="background:{COLORS[number % len(COLORS)]}"></i>{html.escape(label)}</span>'
         for number, label in enumerate(labels)
     ]
     return f'<div class="legend">{"".join(spans)}</div>'

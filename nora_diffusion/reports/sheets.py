@@ -1,4 +1,4 @@
-"""Contact sheets: rows of labelled images in one image."""
+"""Contact sheets: rows of labeled images in one image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BACKGROUND, INK, FAINT = (255, 255, 255), (30, 30, 34), (110, 110, 118)
 
 
 def enlarge(image: Image.Image, side: int) -> Image.Image:
-    """``side`` x ``side`` pixels; small pictures grow by nearest neighbours, so that nothing is invented."""
+    """``side`` x ``side`` pixels; small pictures grow by nearest neighbors, so that nothing is invented."""
     small = max(image.size) * 2 <= side
     return image.convert("RGB").resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from PIL import Image
 
-from ..reports.sheets import enlarge
+from .sheets import enlarge
 
 STYLE = """
 :root { color-scheme: light dark; --color-accent: #7c3aed; --ink: #1c1c22; --faint: #62626d; --line: #dcdce3;
@@ -72,21 +72,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "
 
 
 def _cell(cell: str) -> str:
-    if isinstance(cell, Picture):
+    if isinstance(cell, ImageTag):
         return f"<td>{cell}</td>"
     return f"<td{' class=number' if cell[:1].isdigit() or cell[:1] in '-–+' else ''}>{html.escape(cell)}</td>"
 
 
-class Picture(str):
+class ImageTag(str):
     """HTML of a picture, which is not escaped again."""
 
 
-def picture(image: Image.Image, alt: str, side: int = 128) -> Picture:
+def picture(image: Image.Image, alt: str, side: int = 128) -> ImageTag:
     """The picture inside the page: a PNG where it is small, else a JPEG, at most ``side`` pixels a side on the page."""
     shown = enlarge(image, side)
     small = max(image.size) <= side
     source = data_uri(image.convert("RGB"), "PNG") if small else data_uri(shown, "JPEG")
-    return Picture(f'<img width="{side}" height="{side}" alt="{html.escape(alt)}" src="{source}">')
+    return ImageTag(f'<img width="{side}" height="{side}" alt="{html.escape(alt)}" src="{source}">')
 
 
 def data_uri(image: Image.Image, kind: Literal["PNG", "JPEG", "WEBP"], **options: int) -> str:

@@ -26,7 +26,7 @@ BATCH = 32
 
 @dataclass
 class Judge:
-    """A CLIP model with its tokenizer, or a vision model without one, and the normalisation of its pictures."""
+    """A CLIP model with its tokenizer, or a vision model without one, and the normalization of its pictures."""
 
     model: Any
     tokenizer: Any
@@ -113,7 +113,7 @@ def _preprocessing(source: str) -> dict[str, Any]:
 
 
 def _pixels(judge: Judge, image: Image.Image) -> Tensor:
-    """The picture's centre square at the judge's size, normalised: ``[3, side, side]``."""
+    """The picture's center square at the judge's size, normalized: ``[3, side, side]``."""
     short = min(image.size)
     left, top = (image.width - short) // 2, (image.height - short) // 2
     square = image.convert("RGB").crop((left, top, left + short, top + short))

@@ -32,22 +32,22 @@ _DEMO = (
 
 def subject_thing(slug: str) -> Thing:
     """The held-out object behind a subject's name; raises KeyError for an unknown one."""
-    name, colour = world.SUBJECTS[slug]
-    return Thing(world.HELDOUT_VARIANTS.get(name, name), colour)
+    name, color = world.SUBJECTS[slug]
+    return Thing(world.HELDOUT_VARIANTS.get(name, name), color)
 
 
 @cache
-def plain_colours(slug: str) -> tuple[str, ...]:
-    """Colour words by contrast with the subject, strongest first."""
+def plain_colors(slug: str) -> tuple[str, ...]:
+    """Color words by contrast with the subject, strongest first."""
     pixels = np.asarray(cut_out(subject_thing(slug)).convert("RGBA")).reshape(-1, 4).astype(float)
     mean = pixels[pixels[:, 3] > 128, :3].mean(0)
-    far = {c: float(np.abs(np.array(rgb) - mean).sum()) for c, rgb in world.COLOURS.items()}
+    far = {c: float(np.abs(np.array(rgb) - mean).sum()) for c, rgb in world.COLORS.items()}
     named = [c for c in far if c != world.SUBJECTS[slug][1]]
     return tuple(sorted(named, key=lambda c: -far[c]))
 
 
 def _grounds(slug: str) -> tuple[list[Ground], list[Ground]]:
-    a, b, c, d = plain_colours(slug)[:4]
+    a, b, c, d = plain_colors(slug)[:4]
     learn = [Ground("solid", a), Ground("solid", b)] + [Ground(k) for k in _LEARN]
     score = [Ground("solid", c), Ground("dotted", d, a)] + [Ground(k) for k in _SCORE]
     return learn, score
@@ -67,9 +67,9 @@ def scoring_scenes(slug: str) -> list[Scene]:
 
 def demo_prompts(slug: str) -> list[str]:
     """Six prompts on grounds and with accessories that the six pictures do not show; "{}" is the subject."""
-    colours = plain_colours(slug)
-    plain = f"{world.article(colours[4])} {colours[4]}"
-    striped = f"{world.article(colours[3])} {colours[3]} and {colours[4]}"
+    colors = plain_colors(slug)
+    plain = f"{world.article(colors[4])} {colors[4]}"
+    striped = f"{world.article(colors[3])} {colors[3]} and {colors[4]}"
     return [p % (striped if "striped" in p else plain) if "%s" in p else p for p in _DEMO]
 
 
@@ -83,12 +83,12 @@ def write_subject(slug: str, folder: Path) -> None:
         for i, scene in enumerate(scenes):
             Image.fromarray(render(scene)).save(part / f"{i}.png", optimize=True)
             (part / f"{i}.txt").write_text(scene.caption + "\n")
-    name, colour = world.SUBJECTS[slug]
+    name, color = world.SUBJECTS[slug]
     info = {
         "name": slug,
         "class_word": thing.class_word,
         "object": name,
-        "colour": colour,
+        "colour": color,
         "trigger": TRIGGER,
         "instance_prompt": f"a {TRIGGER} {thing.class_word}",
         "class_prompt": f"a {thing.class_word}",

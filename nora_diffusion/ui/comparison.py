@@ -30,7 +30,7 @@ EXAMPLES = {"seed": ", for example 1..4", "weight": ", for example 0, 0.5, 1"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """A finished grid: labelled cells, and copies of its sheet and its description that a page may download.
+    """A finished grid: labeled cells, and copies of its sheet and its description that a page may download.
 
     ``across``: the number of the first row's last cell.
     """
@@ -173,11 +173,11 @@ def last_across(places: Sequence[tuple[int, ...]]) -> int:
 
 
 def _judge(app: App, adapter: str) -> tuple[Any, list[Any]]:
-    from ..data import read_photos
+    from ..data import read_images
     from ..scoring.judges import load_judge
 
     job = job_of(app, adapter) if adapter and adapter not in NONE else None
-    references = [photo.image for photo in read_photos(job.folder / "photos")] if job else []
+    references = [photo.image for photo in read_images(job.folder / "photos")] if job else []
     return (load_judge(), references) if app.engine.is_embedded else (None, [])
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from ..errors import UserError
 from ..formats.adapter_file import AdapterInfo
-from ..generation.generate import free_name, picture_settings
+from ..generation.generate import free_name, image_settings
 from ..generation.generate import run as run_pipeline
-from ..generation.pictures import save_picture
+from ..generation.image_settings import save_image
 from ..loaders import LoadedAdapter, delete_adapter, load_adapter
 from ..loaders.mixed_batch import mixed_batch
 from ..pipelines.base import base_id, best_device, default_guidance, is_embedded, open_pipeline
@@ -202,10 +202,10 @@ class Engine:
     def _save(
         self, out: Path, image: Any, prompt: str, seed: int, request: Request, adapters: list[dict[str, Any]]
     ) -> Path:
-        settings = picture_settings(
+        settings = image_settings(
             self.pipe, image, prompt, seed, request.steps, request.guidance, request.negative_prompt, adapters
         )
-        return save_picture(image, free_name(out, seed), replace(settings, base=self.base_id))
+        return save_image(image, free_name(out, seed), replace(settings, base=self.base_id))
 
     def picture(self, request: Request, prompt: str, seed: int, run: Run | None = None) -> Any:
         """One picture with the adapters that are live."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..formats.adapter_file import FILE_NAME, AdapterInfo, basis_files, given_name, inspect_adapter, split_address
-from ..formats.packs import SUFFIX, Pack, Subject
+from ..formats.packs import SUFFIX, Pack, PackedSubject
 from ..generation.tags import tag_name
 from ..io.files import write_atomic
 from ..io.run_layout import SAMPLES
@@ -127,7 +127,7 @@ def _read_pack(file: Path, stamp: Stamp) -> list[Entry]:
         return [Entry(file.name.removesuffix(SUFFIX), file, stamp, fault=str(error))]
 
 
-def _subject(pack: Path, stamp: Stamp, subject: Subject) -> Entry:
+def _subject(pack: Path, stamp: Stamp, subject: PackedSubject) -> Entry:
     name, info = f"{pack.name.removesuffix(SUFFIX)}#{subject.name}", subject.info
     return Entry(name, Path(info.path), stamp, info, _lacks_basis(info, pack), info.sha256)
 

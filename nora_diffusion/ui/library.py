@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..formats.adapter_file import FILE_NAME, inspect_adapter
 from ..formats.packs import SUFFIX, Pack
-from ..generation.pictures import read_settings
+from ..generation.image_settings import read_settings
 from ..io.files import make_folder, sha256, user_errors, write_atomic
 from .entries import Entry, Stamp, read_entries, stamp_of
 from .messages import without_folders

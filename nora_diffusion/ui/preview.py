@@ -32,8 +32,8 @@ class LatentPreview:
         latents = (encoded.latent_dist.mode() - _shift(vae)) * vae.config.scaling_factor
         small = functional.interpolate(pictures, latents.shape[-2:], mode="area")
         rows = latents.float().movedim(1, -1).reshape(-1, latents.shape[1]).cpu()
-        colours = small.float().movedim(1, -1).reshape(-1, 3).cpu()
-        return cls(torch.linalg.lstsq(_with_one(rows), colours).solution)
+        colors = small.float().movedim(1, -1).reshape(-1, 3).cpu()
+        return cls(torch.linalg.lstsq(_with_one(rows), colors).solution)
 
     def rgb(self, latents: Tensor) -> Tensor:
         """``[channels, h, w]`` to ``[3, h, w]`` in 0 to 1."""
@@ -55,7 +55,7 @@ def _shift(vae: Any) -> float:
 
 
 def _smooth_pictures() -> Tensor:
-    """``[SAMPLES, 3, SIDE, SIDE]`` pictures of soft coloured patches at several scales."""
+    """``[SAMPLES, 3, SIDE, SIDE]`` pictures of soft colored patches at several scales."""
     generator = torch.Generator().manual_seed(0)
     coarse = [2 + index for index in range(SAMPLES)]
     pictures = [torch.rand(1, 3, size, size, generator=generator) for size in coarse]

@@ -1,6 +1,6 @@
 """Work on the device that a page started: it waits in line, says how far it is, and can be stopped.
 
-Gradio's own cancelling would free the place in the queue while a plain function runs on, so the work has stop flags
+Gradio's own canceling would free the place in the queue while a plain function runs on, so the work has stop flags
 of its own, which its step callback reads.
 """
 

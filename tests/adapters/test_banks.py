@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nora_diffusion.adapters import NoraLayer, nora
 from nora_diffusion.adapters.tuner.mixed_rows import LayerRows
-from nora_diffusion.training.many.batched import Rows
+from nora_diffusion.training.many.batched import SubjectRows
 
 WIDTH = 12
 BANKS = {"CoreBank": "svd", "PairBank": "orthogonal"}
@@ -29,7 +29,7 @@ class Operations(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def crowded(ranks: list[int], basis: Literal["svd", "orthogonal"]) -> tuple[NoraLayer, Rows]:
+def crowded(ranks: list[int], basis: Literal["svd", "orthogonal"]) -> tuple[NoraLayer, SubjectRows]:
     """A layer with an adapter for each inner rank, as many subjects train it."""
     torch.manual_seed(0)
     layer = NoraLayer(nn.Linear(WIDTH, WIDTH).requires_grad_(False))
@@ -38,12 +38,12 @@ def crowded(ranks: list[int], basis: Literal["svd", "orthogonal"]) -> tuple[Nora
     for parameter in layer.nora_delta.parameters():
         parameter.data.normal_()
         parameter.requires_grad_(True)
-    plan = Rows([f"s{number}" for number in range(len(ranks))])
+    plan = SubjectRows([f"s{number}" for number in range(len(ranks))])
     layer.rows = LayerRows(layer, plan)
     return layer, plan
 
 
-def run(layer: NoraLayer, plan: Rows, shares: dict[int, int]) -> Tensor:
+def run(layer: NoraLayer, plan: SubjectRows, shares: dict[int, int]) -> Tensor:
     """The output for a pass in which subject ``number`` has so many rows."""
     rows = sum(shares.values())
     plan.share_out(shares)

@@ -78,7 +78,7 @@ def test_same_basis_whatever_the_random_state_which_is_left_alone() -> None:
 
 def test_a_rank_that_is_a_large_part_of_the_weight_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = with_spectrum(600, 540, SPECTRA["slow"])
-    monkeypatch.setattr(bases, "randomised_svd", lambda *_: pytest.fail("approximated"))
+    monkeypatch.setattr(bases, "randomized_svd", lambda *_: pytest.fail("approximated"))
     _, s, _ = truncated_svd(weight, 300)
     torch.testing.assert_close(s, SPECTRA["slow"](torch.arange(300.0)), rtol=1e-3, atol=1e-5)
 

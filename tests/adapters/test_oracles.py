@@ -88,7 +88,7 @@ def test_truncated_svd_finds_the_best_rank_r_part() -> None:
     assert torch.linalg.matrix_norm(weight - (u * s) @ vt) == pytest.approx(float(exact[5:].norm()), rel=1e-4)
 
 
-def test_randomised_svd_agrees_with_the_full_one() -> None:
+def test_randomized_svd_agrees_with_the_full_one() -> None:
     torch.manual_seed(0)
     weight = decaying(700, 520, rate=0.9)
     u, s, vt = truncated_svd(weight, 16)
@@ -107,7 +107,7 @@ def test_placements_span_the_same_space(placement: str) -> None:
     torch.testing.assert_close(up @ down, (u * powers[placement]) @ vt, atol=1e-5, rtol=1e-4)
 
 
-def test_awsvd_minimises_the_activation_weighted_error() -> None:
+def test_awsvd_minimizes_the_activation_weighted_error() -> None:
     """``||(W - B A) diag(s)||`` equals the tail of the singular values of ``W diag(s)``, and beats plain SVD."""
     torch.manual_seed(0)
     weight, strength = decaying(24, 20, rate=0.9), torch.rand(20) * 5 + 0.05

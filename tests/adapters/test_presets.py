@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories import randomise
+from factories import randomize
 
 from nora_diffusion import (
     AdapterConfig,
@@ -80,7 +80,7 @@ def test_starts_as_exact_no_op(pipe: Any, render: Render, config: AdapterConfig)
 
 def test_only_trained_factors_get_gradients(pipe: Any, config: AdapterConfig) -> None:
     add_adapter(pipe, config, "one", PARTS)
-    randomise(pipe)
+    randomize(pipe)
     out = pipe.unet(torch.randn(1, 4, 8, 8), 3, pipe.text_encoder(torch.tensor([[1, 2, 3]]))[0]).sample
     out.square().mean().backward()
     declared = trainable_parameters(pipe, "one")
@@ -97,7 +97,7 @@ def test_only_trained_factors_get_gradients(pipe: Any, config: AdapterConfig) ->
 def test_scale_zero_and_disabling_give_the_base_bit_for_bit(pipe: Any, render: Render, config: AdapterConfig) -> None:
     before = render(pipe)
     add_adapter(pipe, config, "one", PARTS)
-    randomise(pipe)
+    randomize(pipe)
     with_adapter = render(pipe)
     assert not torch.equal(with_adapter, before)
     set_adapters(pipe, "one", 0.0)
@@ -113,7 +113,7 @@ def test_fused_equals_live_and_unfused_is_bit_for_bit(pipe: Any, render: Render,
     before = render(pipe)
     weights = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
     add_adapter(pipe, config, "one", PARTS)
-    randomise(pipe)
+    randomize(pipe)
     live = render(pipe)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -134,8 +134,8 @@ def test_deleting_a_fused_adapter_restores_the_weights(pipe: Any, render: Render
     before = render(pipe)
     add_adapter(pipe, nora(r=4, inner_r=2), "one", PARTS)
     add_adapter(pipe, lora(r=2), "two", PARTS)
-    randomise(pipe, "one")
-    randomise(pipe, "two", seed=1)
+    randomize(pipe, "one")
+    randomize(pipe, "two", seed=1)
     set_adapters(pipe, ["one", "two"])
     pipe.fuse_lora()
     delete_adapter(pipe, "one")
@@ -156,7 +156,7 @@ def test_repeated_fusing_in_half_precision_leaves_the_weights(pipe: Any, dtype: 
     pipe.to(dtype=dtype)
     weights = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
     add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "one")
-    randomise(pipe)
+    randomize(pipe)
     for _ in range(3):
         pipe.fuse_lora()
         pipe.unfuse_lora()
@@ -166,7 +166,7 @@ def test_repeated_fusing_in_half_precision_leaves_the_weights(pipe: Any, dtype: 
 
 def test_save_then_load_is_exact(pipe: Any, render: Render, config: AdapterConfig, tmp_path: Path) -> None:
     add_adapter(pipe, config, "one", PARTS)
-    randomise(pipe)
+    randomize(pipe)
     picture = render(pipe)
     factors = all_factors(pipe, "one")
     save_adapter(pipe, tmp_path, "one")
@@ -183,7 +183,7 @@ def test_save_then_load_is_exact(pipe: Any, render: Render, config: AdapterConfi
 def test_evaluation_equals_training_path(pipe: Any, config: AdapterConfig) -> None:
     config.dropout = 0.0
     add_adapter(pipe, config, "one")
-    randomise(pipe)
+    randomize(pipe)
     x, states = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
     trained = pipe.unet(x, 3, states).sample.detach()
     with torch.no_grad():
@@ -192,13 +192,13 @@ def test_evaluation_equals_training_path(pipe: Any, config: AdapterConfig) -> No
 
 def test_rendering_does_not_depend_on_dropout(pipe: Any, render: Render) -> None:
     add_adapter(pipe, nora(r=4, inner_r=2, dropout=0.9), "one")
-    randomise(pipe)
+    randomize(pipe)
     assert torch.equal(render(pipe), render(pipe))
 
 
 def test_active_set_is_kept_on_request(pipe: Any, render: Render, tmp_path: Path) -> None:
     add_adapter(pipe, nora(r=4, inner_r=2), "one")
-    randomise(pipe)
+    randomize(pipe)
     save_adapter(pipe, tmp_path / "one", "one")
     picture = render(pipe)
     load_adapter(pipe, tmp_path / "one", "quiet", activate=False)
@@ -211,7 +211,7 @@ def test_active_set_is_kept_on_request(pipe: Any, render: Render, tmp_path: Path
 
 def test_a_fresh_adapter_beside_an_active_one_is_a_no_op(pipe: Any, render: Render) -> None:
     add_adapter(pipe, lora(r=2), "one", PARTS)
-    randomise(pipe)
+    randomize(pipe)
     picture = render(pipe)
     add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "two", PARTS)
     assert active_adapters(pipe.unet) == ["one", "two"]
@@ -228,8 +228,8 @@ def test_adapters_add_up(pipe: Any) -> None:
     weight = base.weight.detach().clone()
     add_adapter(pipe, nora(r=4, inner_r=2), "one")
     add_adapter(pipe, lora(r=2, alpha=4.0), "two")
-    randomise(pipe, "one")
-    randomise(pipe, "two", seed=1)
+    randomize(pipe, "one")
+    randomize(pipe, "two", seed=1)
     set_adapters(pipe, ["one", "two"], [0.5, 2.0])
     layer = pipe.unet.get_submodule(layer_path)
     one, two = layer.delta("one"), layer.delta("two")
@@ -245,7 +245,7 @@ def test_beside_an_ordinary_lora(pipe: Any, render: Render, tmp_path: Path) -> N
     only_plain = render(pipe)
     keys = set(pipe.unet.state_dict())
     add_adapter(pipe, nora(r=4, inner_r=2), "one")
-    randomise(pipe)
+    randomize(pipe)
     set_adapters(pipe, ["plain", "one"])
     assert not torch.equal(render(pipe), only_plain)
     both = render(pipe)

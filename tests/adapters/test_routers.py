@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
-from factories import randomise
+from factories import randomize
 from torch import Tensor, nn
 
 from nora_diffusion import UserError, add_adapter, delete_adapter, load_adapter, save_adapter, set_adapters
 from nora_diffusion.adapters import AdapterConfig, NoraLayer, moe_lora, mor
 from nora_diffusion.adapters.config import Start
 from nora_diffusion.adapters.deltas.functional import routed_delta
-from nora_diffusion.adapters.deltas.routed import Conditions, RoutedDelta
+from nora_diffusion.adapters.deltas.routed import RoutedDelta, RouterInputs
 from nora_diffusion.attention import MoRAttnProcessor
 from nora_diffusion.loaders import trainable_parameters
 
@@ -107,7 +107,7 @@ def test_conditioned_router_gates_each_row(kind: Kind, router: str, grad: bool, 
     names = router.split("+")
     widths = {"prompt": WIDTH, "timestep": WIDTH} if len(names) == 1 else {"prompt": 4, "timestep": 3}
     vectors = {name: torch.randn(4, widths[name])[rows].double() for name in names}
-    layer.delta("x").conditions = conditions = Conditions()
+    layer.delta("x").router_inputs = router_inputs = RouterInputs()
     x = torch.randn(4, 5, D_IN, dtype=torch.float64)
     expected = []
     for row in range(4):
@@ -115,7 +115,7 @@ def test_conditioned_router_gates_each_row(kind: Kind, router: str, grad: bool, 
         dense = layer.base_layer.weight + 2 * gated_weight(layer.delta("x"), seen)
         expected.append(x[row] @ dense.T + layer.base_layer.bias)
     with torch.set_grad_enabled(grad):
-        conditions.open(vectors)
+        router_inputs.open(vectors)
         close(layer(x), torch.stack(expected))
         close(layer(x[:, 0]), torch.stack(expected)[:, 0])
     if len(set(rows)) == 1:  # whose row is whose does not matter then
@@ -125,8 +125,8 @@ def test_conditioned_router_gates_each_row(kind: Kind, router: str, grad: bool, 
 def test_conditioned_router_gates_a_wide_convolution(kind: Kind) -> None:
     layer = routed_layer(kind(router="timestep"), nn.Conv2d(5, D_OUT, 3, stride=2, padding=1))
     vector = torch.randn(2, WIDTH, dtype=torch.float64)
-    layer.delta("x").conditions = conditions = Conditions()
-    conditions.open({"timestep": vector})
+    layer.delta("x").router_inputs = router_inputs = RouterInputs()
+    router_inputs.open({"timestep": vector})
     x, base = torch.randn(2, 5, 7, 7, dtype=torch.float64), layer.base_layer
     for row in range(2):
         dense = base.weight + 2 * gated_weight(layer.delta("x"), vector[row]).view_as(base.weight)
@@ -138,8 +138,8 @@ def test_gradients_reach_the_router(kind: Kind) -> None:
     layer = routed_layer(kind(router="prompt"), nn.Linear(D_IN, D_OUT))
     layer.base_layer.requires_grad_(False)
     delta, vector = layer.delta("x"), torch.randn(2, WIDTH, dtype=torch.float64)
-    delta.conditions = Conditions()
-    delta.conditions.open({"prompt": vector})
+    delta.router_inputs = RouterInputs()
+    delta.router_inputs.open({"prompt": vector})
     x = torch.randn(2, 4, D_IN, dtype=torch.float64)
     factors = dict(delta.named_parameters())
     found = torch.autograd.grad(layer(x).square().sum(), list(factors.values()))
@@ -230,14 +230,14 @@ def test_conditions_are_what_the_model_is_given(make: Callable[[], tuple[nn.Modu
     add_adapter(Pipe(model), mor(r=2, num_experts=N, router="prompt+timestep"), "one")
     seen: dict[str, Tensor] = {}
     delta = next(m for m in model.modules() if isinstance(m, RoutedDelta))
-    assert delta.conditions is not None
+    assert delta.router_inputs is not None
     layer = next(m for m in model.modules() if isinstance(m, NoraLayer))
-    layer.register_forward_hook(lambda *_: seen.update(delta.conditions.vectors))  # type: ignore[union-attr]
+    layer.register_forward_hook(lambda *_: seen.update(delta.router_inputs.vectors))  # type: ignore[union-attr]
     with torch.no_grad():
         model(**inputs)
     assert torch.equal(seen["prompt"], inputs["encoder_hidden_states"].mean(1))
     torch.testing.assert_close(seen["timestep"], emb)
-    assert not delta.conditions.vectors
+    assert not delta.router_inputs.vectors
 
 
 @pytest.mark.parametrize("make", [sd, sdxl, sd3, flux], ids=lambda f: f.__name__)
@@ -251,7 +251,7 @@ def test_each_row_is_routed_by_its_own_conditions(
     pipe = Pipe(model)
     before = model(**inputs)[0].detach()
     add_adapter(pipe, mor(r=2, num_experts=N, router=router), "one")  # type: ignore[arg-type]
-    randomise(pipe)
+    randomize(pipe)
     together = model(**inputs)[0].detach()
     assert (together - before).abs().max() > 1e-3
     with torch.no_grad():
@@ -263,7 +263,7 @@ def test_each_row_is_routed_by_its_own_conditions(
 
 def test_processor_equals_layers(pipe: Any, kind: Kind) -> None:
     add_adapter(pipe, kind(router="prompt+timestep"), "one")
-    randomise(pipe)
+    randomize(pipe)
     x, states = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
     with torch.no_grad():
         expected = pipe.unet(x, 3, states).sample
@@ -282,7 +282,7 @@ def gradients(pipe: Any, losses: Callable[[], Tensor]) -> dict[str, Tensor]:
 def test_gradient_checkpointing_sees_the_conditions_of_its_own_pass(pipe: Any) -> None:
     """Layers run again in backward, here for two passes of different prompts and timesteps in one backward."""
     add_adapter(pipe, mor(r=4, num_experts=N, router="prompt+timestep"), "one")
-    randomise(pipe)
+    randomize(pipe)
     pipe.unet.train()
     batches = [(torch.randn(2, 4, 8, 8), t, torch.randn(2, 5, 16)) for t in (3, 700)]
 
@@ -296,7 +296,7 @@ def test_gradient_checkpointing_sees_the_conditions_of_its_own_pass(pipe: Any) -
     for key, value in found.items():
         torch.testing.assert_close(value, expected[key], atol=1e-6, rtol=1e-4, msg=key)
     delta = next(m for m in pipe.unet.modules() if isinstance(m, RoutedDelta))
-    assert delta.conditions is not None and not delta.conditions.vectors
+    assert delta.router_inputs is not None and not delta.router_inputs.vectors
 
 
 # Living in a pipeline
@@ -328,7 +328,7 @@ def test_text_encoders_route_by_token(pipe: Any, tmp_path: Path) -> None:
     add_adapter(pipe, mor(r=4, num_experts=N, router="prompt"), "one", ["unet", "text_encoder"])
     assert pipe.unet.peft_config["one"].router == "prompt"
     assert pipe.text_encoder.peft_config["one"].router == "token"
-    randomise(pipe)
+    randomize(pipe)
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         before = pipe.text_encoder(ids)[0]
@@ -360,7 +360,7 @@ def test_hooks_come_and_go_with_the_adapters(pipe: Any) -> None:
 
 def test_a_copied_pipeline_has_conditions_of_its_own(pipe: Any) -> None:
     add_adapter(pipe, mor(r=4, num_experts=N, router="prompt+timestep"), "one")
-    randomise(pipe)
+    randomize(pipe)
     x, states = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
     with torch.no_grad():
         expected = pipe.unet(x, 3, states).sample
@@ -373,7 +373,7 @@ def test_a_copied_pipeline_has_conditions_of_its_own(pipe: Any) -> None:
 @pytest.mark.parametrize("router", ["token", *CONDITIONED])
 def test_fusing_warns_and_leaves_it_live(pipe: Any, kind: Kind, router: str) -> None:
     add_adapter(pipe, kind(router=router), "one")
-    randomise(pipe)
+    randomize(pipe)
     x, states = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
     with torch.no_grad():
         live = pipe.unet(x, 3, states).sample

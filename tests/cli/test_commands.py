@@ -24,7 +24,7 @@ from nora_diffusion.evaluation.axes import Cell
 from nora_diffusion.evaluation.grid import GridConfig
 from nora_diffusion.evaluation.protocol import EvaluationConfig
 from nora_diffusion.generation.generate import GenerateConfig, parse_adapter
-from nora_diffusion.generation.pictures import read_settings
+from nora_diffusion.generation.image_settings import read_settings
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.training import TrainConfig
 from nora_diffusion.training.command import next_command
@@ -160,7 +160,7 @@ def test_mistakes_get_one_sentence(
 @pytest.mark.parametrize(
     ("module", "words"),
     [
-        ("generation", ["generate", "--prompt", "x"]),
+        ("generation.generate", ["generate", "--prompt", "x"]),
         ("evaluation.grid", ["grid", "--prompt", "x", "--x", "seed=1"]),
         ("evaluation.protocol", ["evaluate", "--subjects", "{tiger}", "--adapters", "{dog}"]),
     ],

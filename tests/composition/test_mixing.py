@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_pipeline
-from factories import randomise
+from factories import randomize
 from torch import Tensor
 
 from nora_diffusion import (
@@ -52,7 +52,7 @@ def two(pipe: Any, one: AdapterConfig, other: AdapterConfig | None = None, parts
     """Adapters named dog and hat with random numbers."""
     for seed, (name, config) in enumerate({"dog": one, "hat": other or one}.items()):
         add_adapter(pipe, config, name, parts)
-        randomise(pipe, name, seed)
+        randomize(pipe, name, seed)
 
 
 def dense(pipe: Any, name: str) -> Dense:
@@ -123,7 +123,7 @@ def test_linear_is_exact_for_any_number_of_adapters(pipe: Any, r: int, count: in
     weights = {f"a{i}": 0.3 * i - 1 for i in range(count)}
     for seed, name in enumerate(weights):
         add_adapter(pipe, nora(r=r, inner_r=1, basis="svd"), name)
-        randomise(pipe, name, seed)
+        randomize(pipe, name, seed)
     mix(pipe, weights, "linear", "all")
     config = pipe.unet.peft_config["all"]
     assert (config.core, config.inner_r) == (core, inner_r)
@@ -143,7 +143,7 @@ def test_linear_leaves_out_what_a_sum_has_not(pipe: Any, name: str, tmp_path: Pa
     weights = {"dog": 0.8, "hat": -0.5, "cup": 0.4}
     for seed, adapter in enumerate(weights):
         add_adapter(pipe, INSIDE[name], adapter, PARTS)
-        randomise(pipe, adapter, seed)
+        randomize(pipe, adapter, seed)
     mix(pipe, weights, "linear", "both")
     assert_close(dense(pipe, "both"), weighted(pipe, weights))
     save_adapter(pipe, tmp_path / "both", "both")
@@ -251,8 +251,8 @@ def test_parts_on_different_layers(pipe: Any) -> None:
     """What only one part adapts is that part alone; other components and targets join."""
     add_adapter(pipe, nora(r=4, inner_r=2, basis="svd", target_modules=["to_q", "to_k"]), "dog", ["unet"])
     add_adapter(pipe, lora(r=2, target_modules=["to_k", "q_proj"]), "hat", PARTS)
-    randomise(pipe, "dog", 0)
-    randomise(pipe, "hat", 1)
+    randomize(pipe, "dog", 0)
+    randomize(pipe, "hat", 1)
     mix(pipe, WEIGHTS, "cat", "both")
     assert_close(dense(pipe, "both"), weighted(pipe, WEIGHTS))
 
@@ -260,8 +260,8 @@ def test_parts_on_different_layers(pipe: Any) -> None:
 def test_linear_pads_where_only_one_part_sits(pipe: Any) -> None:
     add_adapter(pipe, nora(r=8, inner_r=1, basis="svd", target_modules=["to_q", "to_k"]), "dog", ["unet"])
     add_adapter(pipe, nora(r=8, inner_r=1, basis="svd", target_modules=["to_k"]), "hat", ["unet"])
-    randomise(pipe, "dog", 0)
-    randomise(pipe, "hat", 1)
+    randomize(pipe, "dog", 0)
+    randomize(pipe, "hat", 1)
     mix(pipe, WEIGHTS, "linear", "both")
     assert pipe.unet.peft_config["both"].inner_r == 2
     assert_close(dense(pipe, "both"), weighted(pipe, WEIGHTS))
@@ -272,7 +272,7 @@ def test_a_rank_at_the_very_top_is_no_one_elses(tmp_path: Path) -> None:
     pipe = tiny_pipeline("flux", tmp_path)
     for seed, name in enumerate(WEIGHTS):
         add_adapter(pipe, lora(r=4, target_modules=["proj"], rank_pattern={"^proj_out": 2}), name)
-        randomise(pipe, name, seed)
+        randomize(pipe, name, seed)
     mix(pipe, WEIGHTS, "cat", "both")
     for path, layer in nora_layers(pipe.transformer, "both").items():
         assert layer.r["both"] == (4 if path == "proj_out" else 8)
@@ -288,7 +288,7 @@ def test_a_plain_lora_of_the_pipeline_is_a_part(pipe: Any) -> None:
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "conv1"], init_lora_weights=False)
     pipe.unet.add_adapter(config, "hat")
     add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "dog")
-    randomise(pipe, "dog", 0)
+    randomize(pipe, "dog", 0)
     set_adapters(pipe, ["dog", "hat"], [0.1, 0.2])  # weights in force play no part
     expected = {key: 0.8 * dw for key, dw in dense(pipe, "dog").items()}
     for path, layer in pipe.unet.named_modules():
@@ -302,7 +302,7 @@ def test_a_plain_lora_of_the_pipeline_is_a_part(pipe: Any) -> None:
 
 def test_a_lora_file_loaded_by_diffusers_is_a_part(pipe: Any, tmp_path: Path) -> None:
     add_adapter(pipe, nora(r=4, inner_r=2, alpha=3.0, basis="svd", target_modules=EVERYTHING), "dog", PARTS)
-    randomise(pipe, "dog", 0)
+    randomize(pipe, "dog", 0)
     save_adapter(pipe, tmp_path, "dog")
     export_lora(tmp_path, tmp_path / "plain.safetensors")
     pipe.load_lora_weights(tmp_path / "plain.safetensors", adapter_name="plain")
@@ -319,7 +319,7 @@ def test_what_is_more_than_a_plain_lora_is_refused(pipe: Any) -> None:
             mix(pipe, {name: 1.0})
 
 
-def test_a_rank_stabilised_lora_keeps_its_scale(pipe: Any) -> None:
+def test_a_rank_stabilized_lora_keeps_its_scale(pipe: Any) -> None:
     from peft import LoraConfig
 
     config = LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=["to_q"], init_lora_weights=False)
@@ -422,7 +422,7 @@ def test_every_preset_mixes_or_is_refused_in_words(pipe: Any, method: str, mode:
     weights = WEIGHTS
     for seed, name in enumerate(weights):
         add_adapter(pipe, PRESETS[method](r=4, target_modules=["to_q", "to_k"], **SMALL.get(method, {})), name)
-        randomise(pipe, name, seed)
+        randomize(pipe, name, seed)
         save_adapter(pipe, tmp_path / name, name)
     config = pipe.unet.peft_config["dog"]
     shared = all(

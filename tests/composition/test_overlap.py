@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories import randomise
+from factories import randomize
 from torch import Tensor
 
 from nora_diffusion import UserError, add_adapter, lora, mix, mor, nora, overlap, overlap_files, save_adapter
@@ -22,7 +22,7 @@ TARGETS = ["to_q", "to_k"]
 def add(pipe: Any, *names: str, r: int = 2) -> None:
     for seed, name in enumerate(names):
         add_adapter(pipe, lora(r=r, target_modules=TARGETS), name)
-        randomise(pipe, name, seed, size=1.0)
+        randomize(pipe, name, seed, size=1.0)
 
 
 def deltas(pipe: Any, name: str) -> list[Any]:
@@ -90,14 +90,14 @@ def test_layers_count_by_both_norms(pipe: Any) -> None:
     cats[0].B.data.zero_()
     assert overlap(pipe, "dog", "cat").score == 0.0
     add_adapter(pipe, lora(r=2, target_modules=["to_v"]), "bird")
-    randomise(pipe, "bird", 5, size=1.0)
+    randomize(pipe, "bird", 5, size=1.0)
     assert overlap(pipe, "dog", "bird").score == 0.0 and overlap(pipe, "dog", "bird").layers == {}
 
 
 def test_files_score_as_loaded(pipe: Any, tmp_path: Path) -> None:
     for seed, name in enumerate(("dog", "cat")):
         add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), name)
-        randomise(pipe, name, seed, size=1.0)
+        randomize(pipe, name, seed, size=1.0)
         save_adapter(pipe, tmp_path / name, name)
     found = overlap_files(tmp_path / "dog", tmp_path / "cat")
     assert found.score == pytest.approx(overlap(pipe, "dog", "cat").score, abs=1e-9)

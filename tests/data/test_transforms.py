@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from nora_diffusion.data.transforms import Transform, View, bucket_shapes, nearest_shape
-from nora_diffusion.training.step.randomness import batch_rows, shuffled_rows
+from nora_diffusion.training.step.randomness import batch_indices, shuffled_indices
 
 SQUARE = [(8, 8)]
 
@@ -38,7 +38,7 @@ def test_subject_crops_keep_all_of_the_subject() -> None:
         for box in boxes(transform, (120, 40), subject=(start, 5, start + 30, 35)):
             assert box[0] <= start and box[2] >= start + 30 and box[0] >= 0 and box[2] <= 120
     assert len({box[0] for box in boxes(transform, (120, 40), subject=(50, 0, 60, 40))}) == 8
-    # Too long for the window: centred on it. No mask: the centre.
+    # Too long for the window: centered on it. No mask: the center.
     assert boxes(transform, (120, 40), subject=(20, 0, 90, 40)) == [(35, 0, 75, 40)]
     assert boxes(transform, (120, 40)) == [(40, 0, 80, 40)]
     assert boxes(transform, (40, 120), subject=(0, 100, 40, 110))[0][3] >= 110
@@ -48,9 +48,9 @@ def test_a_view_is_the_box_resized() -> None:
     image = gradient(64, 64)
     pixels = View((16, 16, 48, 48), (8, 8)).pixels(image)
     assert pixels.shape == (3, 8, 8) and pixels.dtype == np.float32
-    centres = 16 + 4 * (np.arange(8) + 0.5) - 0.5
-    assert np.abs(pixels[0] - (centres / 63 * 2 - 1)[None, :]).max() < 0.02
-    assert np.abs(pixels[1] - (centres / 63 * 2 - 1)[:, None]).max() < 0.02
+    centers = 16 + 4 * (np.arange(8) + 0.5) - 0.5
+    assert np.abs(pixels[0] - (centers / 63 * 2 - 1)[None, :]).max() < 0.02
+    assert np.abs(pixels[1] - (centers / 63 * 2 - 1)[:, None]).max() < 0.02
     assert np.array_equal(View((16, 16, 48, 48), (8, 8), mirrored=True).pixels(image), pixels[:, :, ::-1])
 
 
@@ -84,13 +84,13 @@ def test_batches_stay_within_a_bucket_and_use_every_photo_alike() -> None:
     epochs = 6
     drawn: Counter[int] = Counter()
     for number in range(epochs * len(groups)):
-        rows = batch_rows(3, "photos", groups, number, 4)
+        rows = batch_indices(3, "photos", groups, number, 4)
         assert len(rows) == 4 and len({groups[row] for row in rows}) == 1
-        assert rows == batch_rows(3, "photos", groups, number, 4)
+        assert rows == batch_indices(3, "photos", groups, number, 4)
         drawn.update(rows)
     assert set(drawn.values()) == {4 * epochs} and len(drawn) == len(groups)
 
 
 def test_one_bucket_is_the_order_without_buckets() -> None:
     for number in range(9):
-        assert batch_rows(5, "photos", [0] * 5, number, 3) == shuffled_rows(5, "photos", 5, number * 3, 3)
+        assert batch_indices(5, "photos", [0] * 5, number, 3) == shuffled_indices(5, "photos", 5, number * 3, 3)

@@ -58,6 +58,14 @@ def sent(module: torch.nn.Module) -> torch.nn.Module:
     return received
 
 
+def assert_same(kind: str, one: torch.Tensor, two: torch.Tensor) -> None:
+    """Bit for bit; DoRA to rounding error, since on some CPUs a product of tiny matrices depends on their alignment."""
+    if kind == "dora":
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+    else:
+        assert torch.equal(one, two)
+
+
 @pytest.mark.parametrize("way", [copy.deepcopy, sent])
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_compute_the_same_and_are_independent(
@@ -68,7 +76,7 @@ def test_copies_compute_the_same_and_are_independent(
     originals = {part: getattr(pipe, part) for part in PARTS}
     for part, module in originals.items():
         setattr(pipe, part, way(module))
-    assert torch.equal(render(pipe), here)
+    assert_same(kind, render(pipe), here)
     set_adapters(pipe, "dog", 0.5)
     assert not torch.equal(render(pipe), here)
     for part, module in originals.items():
@@ -141,7 +149,7 @@ def test_offloaded_layers_compute_the_same(
     add(kind)
     here = render(pipe)
     how(pipe, tmp_path)
-    assert torch.equal(render(pipe), here)
+    assert_same(kind, render(pipe), here)
     set_adapter_processors(pipe)
     torch.testing.assert_close(render(pipe), here, atol=1e-5, rtol=1e-4)
 

@@ -18,7 +18,7 @@ from nora_diffusion.cli import main
 from nora_diffusion.evaluation.axes import Cell, axis, checkpoint, parse_axis
 from nora_diffusion.evaluation.grid import Grid, GridConfig, run_grid
 from nora_diffusion.generation.generate import GenerateConfig, generate
-from nora_diffusion.generation.pictures import read_settings
+from nora_diffusion.generation.image_settings import read_settings
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.scoring.judges import load_judge
 
@@ -194,7 +194,7 @@ def test_the_command(command: Any, adapters: Path, tmp_path: Path, capsys: pytes
 
 MISTAKES = {
     "no axis": (["--prompt", "x"], "--x"),
-    "unknown axis": (["--x", "colour=red", "--prompt", "x"], "no axis 'colour'"),
+    "unknown axis": (["--x", "color=red", "--prompt", "x"], "no axis 'color'"),
     "no values": (["--x", "seed=", "--prompt", "x"], "is no axis"),
     "word as number": (["--x", "weight=big", "--prompt", "x"], "no number"),
     "NaN": (["--x", "weight=nan", "--prompt", "x", "--adapter", "a"], "out of range"),

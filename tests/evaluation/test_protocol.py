@@ -16,7 +16,7 @@ from nora_diffusion.cli import main
 from nora_diffusion.data.captions import fill, with_article
 from nora_diffusion.evaluation.protocol import EvaluationConfig, evaluate, parse_contender
 from nora_diffusion.evaluation.report import write_reports
-from nora_diffusion.evaluation.scoreboard import Scoreboard, compare, summarise
+from nora_diffusion.evaluation.scoreboard import Scoreboard, compare, summarize
 from nora_diffusion.evaluation.subjects import PROMPTS, read_subject, read_templates
 from nora_diffusion.generation.generate import run
 from nora_diffusion.loaders import load_adapter, trainable_parameters
@@ -85,7 +85,7 @@ def test_real_pictures_are_compared_among_themselves(board: Scoreboard, place: P
 
 def test_the_table_has_means_inside_their_intervals(board: Scoreboard) -> None:
     assert board.labels == ["base", "nora", "small"] and len(board.scored) == 3 * 2 * 2
-    table = summarise(board)
+    table = summarize(board)
     for label, values in table.items():
         scores = [row.scores["clip_t"] for row in board.of(label)]
         assert values["clip_t"]["mean"] == pytest.approx(sum(scores) / 4)
@@ -110,7 +110,7 @@ def test_a_second_run_makes_only_what_is_new(
     original = grid.run
     monkeypatch.setattr(grid, "run", lambda *args: made.append(args[2]) or original(*args))
     again = evaluate(config(tiny_base, place, board.folder))
-    assert not made and summarise(again) == summarise(board)
+    assert not made and summarize(again) == summarize(board)
     evaluate(config(tiny_base, place, board.folder, seeds=3, subjects=[str(place / "rex")]))
     assert made == [[2]] * 6  # the third seed of two prompts for three rows
 
@@ -118,7 +118,7 @@ def test_a_second_run_makes_only_what_is_new(
 def test_the_reports(board: Scoreboard, place: Path) -> None:
     page = write_reports(board).read_text()
     document = json.loads((board.folder / "evaluation.json").read_text())
-    assert document["table"] == json.loads(json.dumps(summarise(board)))
+    assert document["table"] == json.loads(json.dumps(summarize(board)))
     assert all((board.folder / file).is_file() for cell in document["cells"] for file in cell["files"])
     assert (document["judge"], document["seeds"]) == (str(place / "clip"), 2)
     for said in ("DINO ↑", "small - nora", "By subject", "a red sks cat", "a ceiling for likeness"):

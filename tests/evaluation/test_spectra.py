@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nora_diffusion import (  # fmt: skip
+from nora_diffusion import (
     AdapterConfig,
     UserError,
     add_adapter,

@@ -1,4 +1,4 @@
-"""Files of other tools: made by those tools, recognised, handed on, projected onto a basis, or refused in words."""
+"""Files of other tools: made by those tools, recognized, handed on, projected onto a basis, or refused in words."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-def randomise(module: Any) -> None:
+def randomize(module: Any) -> None:
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(std=0.2)
@@ -88,7 +88,7 @@ def kohya(targets: list[str]) -> Make:
 def by_peft(config: Any) -> Make:
     def make(pipe: Any, folder: Path) -> Path:
         model = get_peft_model(pipe.unet, config)
-        randomise(model)
+        randomize(model)
         model.save_pretrained(folder)
         return folder
 
@@ -100,7 +100,7 @@ def as_lycoris(config: Any) -> Make:
 
     def make(pipe: Any, folder: Path) -> Path:
         model = get_peft_model(pipe.unet, config)
-        randomise(model)
+        randomize(model)
         tensors = {}
         for key, value in get_peft_model_state_dict(model).items():
             path, _, factor = key.removeprefix("base_model.model.").rpartition(".")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories import randomise
+from factories import randomize
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -30,7 +30,7 @@ from nora_diffusion.adapters import lora, nora
 from nora_diffusion.formats.adapter_file import FILE_NAME
 from nora_diffusion.formats.adapter_info import AdapterInfo
 from nora_diffusion.formats.pack_writing import _write, add_to_pack, create_pack, extract_from_pack, remove_from_pack
-from nora_diffusion.formats.packs import SUFFIX, Layout, Pack, Subject, cut, list_pack
+from nora_diffusion.formats.packs import SUFFIX, Layout, Pack, PackedSubject, cut, list_pack
 from nora_diffusion.io.files import alone_in
 from nora_diffusion.loaders import list_adapters
 
@@ -42,7 +42,7 @@ SUBJECTS = {"dog": (2, "sks"), "cat": (2, "zwx"), "hat": (3, "")}
 
 def write(pipe: Any, folder: Path, inner_r: int = 2, seed: int = 0, info: Any = None, **options: Any) -> Path:
     add_adapter(pipe, nora(r=4, inner_r=inner_r, basis="svd"), "one", ("unet", "text_encoder"))
-    randomise(pipe, seed=seed, size=1.0)
+    randomize(pipe, seed=seed, size=1.0)
     file = save_adapter(pipe, folder, "one", basis=options.pop("basis", "shared"), info=info, **options)
     delete_adapter(pipe, "one")
     return file
@@ -292,11 +292,11 @@ def synthetic(count: int, file: Path) -> Path:
     config = nora(r=16, inner_r=4).to_dict()
     fingerprint = {"unet": {f"block.{i}.to_q": 0.5 for i in range(8)}}
 
-    def subject(i: int) -> Subject:
+    def subject(i: int) -> PackedSubject:
         info = AdapterInfo({"unet": config}, base_fingerprint=fingerprint, basis="shared", basis_sha256="0" * 64)
         info.trigger = f"word{i}"
         numbers = torch.full((1024,), float(i)).numpy().tobytes()
-        return Subject(f"subject-{i}", info, layout, 100, lambda: bytes(100), lambda: numbers)
+        return PackedSubject(f"subject-{i}", info, layout, 100, lambda: bytes(100), lambda: numbers)
 
     return _write(file, [subject(i) for i in range(count)], {})
 

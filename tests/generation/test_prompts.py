@@ -15,8 +15,8 @@ from nora_diffusion import UserError, add_adapter, create_pack, lora, nora, open
 from nora_diffusion.formats.adapter_file import given_name
 from nora_diffusion.formats.packs import SUFFIX
 from nora_diffusion.generation.generate import GenerateConfig, generate
+from nora_diffusion.generation.image_settings import read_settings
 from nora_diffusion.generation.library import Known, adapters_in, given, resolve
-from nora_diffusion.generation.pictures import read_settings
 from nora_diffusion.generation.tags import Tag
 from nora_diffusion.loaders import delete_adapter, trainable_parameters
 

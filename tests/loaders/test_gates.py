@@ -31,7 +31,7 @@ MIXTURES: dict[str, Callable[[], AdapterConfig]] = {
 }
 
 
-def randomise(pipe: Any, name: str = "one") -> None:
+def randomize(pipe: Any, name: str = "one") -> None:
     generator = torch.Generator().manual_seed(0)
     for key, parameter in trainable_parameters(pipe, name).items():
         size = 1.0 if key.endswith("W_g") else 0.3
@@ -41,7 +41,7 @@ def randomise(pipe: Any, name: str = "one") -> None:
 @pytest.fixture(params=MIXTURES, ids=str)
 def mixture(request: pytest.FixtureRequest, pipe: Any) -> Any:
     add_adapter(pipe, MIXTURES[request.param](), "one", ["unet", "text_encoder"])
-    randomise(pipe)
+    randomize(pipe)
     return pipe
 
 
@@ -63,7 +63,7 @@ def watched(pipe: Any, key: str) -> tuple[Any, list[Tensor], list[Tensor]]:
         if delta.router == "token":
             seen.append(x.reshape(-1, x.shape[-1]))
         else:
-            vectors = delta.conditions.vectors
+            vectors = delta.router_inputs.vectors
             seen.append(torch.cat([vectors[name].double() for name in delta.router.split("+")], dim=-1))
 
     handle = layer.base_layer.register_forward_pre_hook(hook)
@@ -193,7 +193,7 @@ def test_export_from_the_command_line(
     pipe: Any, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     add_adapter(pipe, mor(r=2, num_experts=N, router="prompt"), "one")
-    randomise(pipe)
+    randomize(pipe)
     file, out = str(save_adapter(pipe, tmp_path, "one")), tmp_path / "lora.safetensors"
     assert main(["export", file, str(out)]) == 2
     assert "gate='mean'" in capsys.readouterr().err and not out.exists()

@@ -1,4 +1,4 @@
-"""Every row of a mixed batch equals its solo run, whatever its neighbours are."""
+"""Every row of a mixed batch equals its solo run, whatever its neighbors are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from factories import randomise
+from factories import randomize
 from peft import LoKrConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ Spec = dict[str, float]
 def fill(pipe: Any, configs: dict[str, AdapterConfig], parts: Sequence[str] = PARTS) -> Any:
     for seed, (name, config) in enumerate(configs.items()):
         add_adapter(pipe, config, name, parts)
-        randomise(pipe, name, seed)
+        randomize(pipe, name, seed)
     return pipe
 
 

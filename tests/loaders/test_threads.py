@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories import randomise
+from factories import randomize
 
 from nora_diffusion import (
     UserError,
@@ -36,7 +36,7 @@ def saved(tiny_base: Path, tmp_path: Path) -> Path:
     pipe = open_pipeline(tiny_base)
     for seed, name in enumerate(("dog", "cat")):
         add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), name)
-        randomise(pipe, name, seed)
+        randomize(pipe, name, seed)
         save_adapter(pipe, tmp_path / name, name)
     return tmp_path
 

@@ -21,7 +21,7 @@ from nora_diffusion.cli import main, opening
 from nora_diffusion.evaluation.grid import base_description
 from nora_diffusion.evaluation.protocol import EvaluationConfig, evaluate
 from nora_diffusion.generation.generate import run
-from nora_diffusion.generation.pictures import read_settings
+from nora_diffusion.generation.image_settings import read_settings
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.pipelines.precision import (
     AUTO,
@@ -68,7 +68,7 @@ def test_what_is_told_is_taken() -> None:
 def test_there_is_one_table() -> None:
     tables = [file.name for file in (ROOT / "nora_diffusion").rglob("*.py")
               if re.search(r"""["']fp16["']: *torch""", file.read_text(encoding="utf-8"))]  # fmt: skip
-    assert tables == ["pipelines/precision.py"]
+    assert tables == ["precision.py"]
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from nora_diffusion.scoring.judges import (
 )
 
 PIXELS = {"red": (1.0, -1.0, -1.0), "blue": (-1.0, -1.0, 1.0), "green": (-1.0, 1 / 255, -1.0)}
-COLOURS = tuple(PIXELS)
+COLORS = tuple(PIXELS)
 
 
 @pytest.fixture(scope="module")
@@ -35,25 +35,25 @@ def judge(folder: Path) -> Judge:
 
 
 def pictures(side: int = 24) -> list[Image.Image]:
-    return [Image.new("RGB", (side, side), colour) for colour in COLOURS]
+    return [Image.new("RGB", (side, side), color) for color in COLORS]
 
 
 def test_features_have_length_one_in_fp32(judge: Judge) -> None:
-    for features in (image_features(judge, pictures()), text_features(judge, COLOURS)):
+    for features in (image_features(judge, pictures()), text_features(judge, COLORS)):
         assert features.shape == (3, 8) and features.dtype == torch.float32
         torch.testing.assert_close(features.norm(dim=-1), torch.ones(3))
 
 
 def test_scores_are_mean_cosines(judge: Judge) -> None:
-    image, text = image_features(judge, pictures()), text_features(judge, COLOURS)
+    image, text = image_features(judge, pictures()), text_features(judge, COLORS)
     expected = sum(float(a @ b) for a in image[:2] for b in image) / 6
     assert subject_score(judge, pictures()[:2], pictures()) == pytest.approx(expected, abs=1e-6)
-    assert prompt_score(judge, pictures(), COLOURS) == pytest.approx(float((image * text).sum()) / 3, abs=1e-6)
+    assert prompt_score(judge, pictures(), COLORS) == pytest.approx(float((image * text).sum()) / 3, abs=1e-6)
     assert subject_score(judge, pictures()[:1], pictures()[:1]) == pytest.approx(1, abs=1e-6)
 
 
 def test_preprocessing_is_that_of_the_judge(judge: Judge) -> None:
-    """A picture of one colour: pixels are (value - mean) / std, at any size and shape."""
+    """A picture of one color: pixels are (value - mean) / std, at any size and shape."""
     pixel = judge.model.vision_model.embeddings.patch_embedding.weight.sum((2, 3)) @ torch.tensor([2.0, -2.0, -2.0])
     seen: list[torch.Tensor] = []
     hook = judge.model.vision_model.embeddings.patch_embedding.register_forward_hook(lambda *a: seen.append(a[2]))

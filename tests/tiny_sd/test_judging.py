@@ -24,7 +24,7 @@ def test_a_pair_of_scenes_shares_the_object_and_nothing_else() -> None:
     pairs = [scene_pair(3, i) for i in range(200)]
     assert all(a.things[0] == b.things[0] for a, b in pairs)
     assert sum(a.ground == b.ground for a, b in pairs) < 20
-    assert sum(a.things[0].colour is not None for a, _ in pairs) > 80
+    assert sum(a.things[0].color is not None for a, _ in pairs) > 80
 
 
 def test_the_subject_loss_is_the_formula() -> None:

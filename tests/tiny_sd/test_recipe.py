@@ -17,7 +17,7 @@ from nora_diffusion.scoring.judges import load_judge, text_features
 from nora_diffusion.tiny_sd.recipe import processes
 from nora_diffusion.tiny_sd.recipe.configs import SIZES, Stage, StageConfig
 from nora_diffusion.tiny_sd.recipe.loop import LoopOptions, learning_rate
-from nora_diffusion.tiny_sd.recipe.muon import orthogonalise
+from nora_diffusion.tiny_sd.recipe.muon import orthogonalize
 from nora_diffusion.tiny_sd.recipe.ship import export_all, finish_vae, frozen_vae
 from nora_diffusion.tiny_sd.recipe.stage_diffusion import build_scheduler, loss_weight
 from nora_diffusion.tiny_sd.recipe.stage_vae import read_vae, to_tensor
@@ -93,9 +93,9 @@ def test_learning_rate_warms_up_stays_and_falls() -> None:
     assert rates[0] == 0.1 and rates[20] == rates[49] == 1.0 and 0 < rates[99] < 0.03
 
 
-def test_orthogonalise_brings_singular_values_near_one() -> None:
+def test_orthogonalize_brings_singular_values_near_one() -> None:
     for shape in ((12, 30), (30, 12)):
-        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
         assert values.min() > 0.6 and values.max() < 1.3
 
 

@@ -72,7 +72,7 @@ def test_a_grid_with_downloads_and_a_slider(page: Any, server: Server, base: Pat
     "change, message",
     [
         ({9: "1" * 5000}, "characters"), ({9: "1..100", 11: "0,1"}, "too many"), ({8: "adapter", 9: "../dog"}, "dog"),
-        ({8: "adapter", 9: "/etc/passwd"}, "passwd"), ({8: "colour"}, "choices"), ({9: "-1"}, "out of range"),
+        ({8: "adapter", 9: "/etc/passwd"}, "passwd"), ({8: "color"}, "choices"), ({9: "-1"}, "out of range"),
         ({8: "steps", 9: "1000000000"}, ""), ({10: "weight", 11: "nan"}, "out of range"), ({1: "../dog"}, "choices"),
         ({8: "step", 9: "5"}, "no step"), ({0: "x" * 10**5}, ""), ({8: "adapter", 9: "stranger"}, "cannot be used"),
         ({9: " "}, "There are no values of"), ({9: "4..1"}, "goes backwards: write 1..4"),

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from nora_diffusion import UserError
-from nora_diffusion.generation.pictures import read_settings
+from nora_diffusion.generation.image_settings import read_settings
 from nora_diffusion.pipelines.components import component
 from nora_diffusion.ui.config import AppConfig
 from nora_diffusion.ui.device import Device
@@ -415,7 +415,7 @@ def quickest(work: Callable[[], object], times: int) -> float:
 
 
 def test_the_preview_is_close_and_cheap() -> None:
-    """Against the embedded base's own decoder: the linear map explains most of the colour, at a small cost."""
+    """Against the embedded base's own decoder: the linear map explains most of the color, at a small cost."""
     from nora_diffusion import load_base
 
     pipe = load_base()

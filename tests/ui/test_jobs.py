@@ -237,7 +237,7 @@ def test_a_job_outlives_the_app_and_waits_for_the_device(
 def test_an_adapter_that_cannot_be_read_again_is_not_done(
     jobs: Jobs, settings: dict[str, Any], photos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nora_diffusion.ui.jobs.jobs import worker
+    from nora_diffusion.ui.jobs import worker
 
     def spoiled(argv: list[str]) -> int:
         run = folder / "run"
@@ -260,7 +260,7 @@ def test_an_adapter_that_cannot_be_read_again_is_not_done(
 
 
 def test_a_stop_as_soon_as_the_process_is_known_is_told(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nora_diffusion.ui.jobs.jobs import worker
+    from nora_diffusion.ui.jobs import worker
 
     folder = fake(jobs.root / "20260101-000000-abc")
     job = {"name": "dog", "library": str(jobs.library), "device_lock": str(jobs.device_lock), "flags": []}
@@ -286,7 +286,7 @@ def test_a_stop_as_soon_as_the_process_is_known_is_told(jobs: Jobs, monkeypatch:
 def test_a_finished_run_that_found_no_room_in_the_library_is_not_trained_again(
     jobs: Jobs, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nora_diffusion.ui.jobs.jobs import worker
+    from nora_diffusion.ui.jobs import worker
 
     folder = fake(jobs.root / "20260101-000000-abc", state={"status": "done"})
     shutil.copy(library / "dog" / FILE_NAME, folder / "run")

@@ -46,7 +46,7 @@ def test_listing_and_search(shelf: Library) -> None:
     sizes = [e.stamp[2] for e in shelf.find(sort="size")]
     assert sizes == sorted(sizes)
     with pytest.raises(UserError, match="sort"):
-        shelf.find(sort="colour")
+        shelf.find(sort="color")
 
 
 def test_a_broken_file_is_listed_with_its_fault(shelf: Library) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from nora_diffusion import add_adapter, delete_adapter, open_pipeline, save_adapter
 from nora_diffusion.adapters import nora
-from nora_diffusion.generation.pictures import read_settings
+from nora_diffusion.generation.image_settings import read_settings
 from nora_diffusion.loaders.tokens import add_tokens
 from nora_diffusion.ui.device import Device
 from nora_diffusion.ui.engine import Engine

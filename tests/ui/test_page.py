@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from nora_diffusion.generation.pictures import PictureSettings, read_settings, save_picture
+from nora_diffusion.generation.image_settings import ImageSettings, read_settings, save_image
 from nora_diffusion.generation.tags import parse_tags
 from nora_diffusion.ui.request import MAX_PICTURES, MAX_STEPS
 from nora_diffusion.ui.tabs.generate_settings import KEPT
@@ -348,8 +348,8 @@ def test_a_dropped_picture_shows_what_would_change(page: Any, server: Server, tm
 
 def test_a_refused_picture_takes_back_what_was_said_of_the_last(page: Any, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
-    settings = PictureSettings(prompt="a fox", seed=3, steps=2, guidance=2.0, width=16, height=16)
-    save_picture(Image.new("RGB", (16, 16)), tmp_path / "good.png", settings)
+    settings = ImageSettings(prompt="a fox", seed=3, steps=2, guidance=2.0, width=16, height=16)
+    save_image(Image.new("RGB", (16, 16)), tmp_path / "good.png", settings)
     changes = drop(page, tmp_path / "good.png")
     expect(changes).to_contain_text("a fox")
     page.click("#apply")
@@ -362,8 +362,8 @@ def test_a_refused_picture_takes_back_what_was_said_of_the_last(page: Any, tmp_p
 def test_a_missing_adapter_is_named(page: Any, server: Server, tmp_path: Path) -> None:
     digest = "ab" * 32
     adapters = [{"name": "dog", "weight": 0.5, "sha256": digest, "path": ""}]
-    settings = PictureSettings("x <b>y</b>", 1, 2, 3.0, 16, 16, adapters=adapters, base="elsewhere")
-    changes = drop(page, save_picture(Image.new("RGB", (16, 16)), tmp_path / "p.png", settings))
+    settings = ImageSettings("x <b>y</b>", 1, 2, 3.0, 16, 16, adapters=adapters, base="elsewhere")
+    changes = drop(page, save_image(Image.new("RGB", (16, 16)), tmp_path / "p.png", settings))
     expect(changes).to_contain_text(f"The adapter dog (SHA-256 {digest}) is not in the library")
     expect(changes).to_contain_text("x <b>y</b>")
     expect(changes).to_contain_text("elsewhere")

@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 from safetensors import safe_open
 
 from nora_diffusion import inspect_adapter
-from nora_diffusion.generation.pictures import read_settings
+from nora_diffusion.generation.image_settings import read_settings
 
 from .conftest import LONG, ROOT, Server, end_trainings, open_tab, select, start, visitor
 from .conftest import visit as open_page

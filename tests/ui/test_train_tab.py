@@ -14,8 +14,8 @@ from playwright.sync_api import expect
 
 from nora_diffusion import UserError, inspect_adapter
 from nora_diffusion.data.captions import read_captions
+from nora_diffusion.ui.jobs.images import with_captions
 from nora_diffusion.ui.jobs.jobs import Jobs
-from nora_diffusion.ui.jobs.photos import with_captions
 from nora_diffusion.ui.tabs.generate_settings import KEPT
 from nora_diffusion.ui.tabs.train import renamed
 

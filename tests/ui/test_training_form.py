@@ -13,14 +13,14 @@ from factories import write_photos
 from PIL import Image
 
 from nora_diffusion import UserError
-from nora_diffusion.data import read_photos
+from nora_diffusion.data import read_images
 from nora_diffusion.training import TrainConfig
 from nora_diffusion.training.data.dataset import transform_of, views_of
 from nora_diffusion.training.run.setup import bucket_step
 from nora_diffusion.training.settings.checks import check_config
 from nora_diffusion.training.settings.defaults import with_defaults
 from nora_diffusion.ui.engine import Engine
-from nora_diffusion.ui.jobs.photos import check_photos
+from nora_diffusion.ui.jobs.images import check_photos
 from nora_diffusion.ui.jobs.training_form import build_settings, preflight, read_extra
 
 
@@ -87,7 +87,7 @@ def test_what_is_shown_is_what_the_trainer_makes(engine: Engine, tmp_path: Path)
     photos = sorted(write_photos(tmp_path, 2, (48, 32)).glob("*.png"))
     settings = build_settings(engine, "Fast", "sks", "dog", {"seed": 5, "random_flip": True})
     config = with_defaults(TrainConfig.from_mapping({**settings, "instance_data_dir": str(tmp_path), "resolution": 16}))
-    read = read_photos(tmp_path)
+    read = read_images(tmp_path)
     views = views_of(transform_of(config, bucket_step(engine.pipe)), read, 5)
     found = check_photos(photos, engine, settings)
     assert len(found[0].pictures) == 8  # four crops, mirrored too

@@ -19,7 +19,7 @@ Placement = Literal["up", "down", "sqrt", "none"]
 Pair = tuple[Tensor, Tensor]
 
 EXACT_LIMIT = 512
-"""Weights whose smaller side exceeds this are factored by a randomised SVD, whose cost grows with ``r`` only."""
+"""Weights whose smaller side exceeds this are factored by a randomized SVD, whose cost grows with ``r`` only."""
 OVERSAMPLING = 16
 ITERATIONS = 6
 DEAD_CHANNEL = 1e-3
@@ -36,21 +36,21 @@ def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     weight = weight.detach().float()
     if weight.device.type not in ("cpu", "cuda"):
-        weight = weight.cpu()  # other devices lack the factorisations
+        weight = weight.cpu()  # other devices lack the factorizations
     if not torch.isfinite(weight).all():
         raise UserError("a weight of the base holds NaN or infinity: its files are damaged, fetch them again")
     smaller = min(weight.shape)
     if smaller <= EXACT_LIMIT or 2 * (r + OVERSAMPLING) >= smaller:
         u, s, vt = torch.linalg.svd(weight, full_matrices=False)
     else:
-        u, s, vt = randomised_svd(weight, r + OVERSAMPLING)
+        u, s, vt = randomized_svd(weight, r + OVERSAMPLING)
     u, s, vt = u[:, :r], s[:r], vt[:r]
     largest = vt.gather(1, vt.abs().argmax(1, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0)
     return u * sign.T, s, vt * sign
 
 
-def randomised_svd(weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def randomized_svd(weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Approximate top-``k`` triplets by subspace iteration (Halko, Martinsson, Tropp, arXiv 0909.4061, alg. 4.4, 5.1).
 
     ``Q = orth((W W^T)^n W G)`` with a seeded normal ``G [d_in, k]``, then the exact SVD of ``Q^T W [k, d_in]``.
@@ -79,7 +79,7 @@ def svd(weight: Tensor, r: int, strength: Tensor | None, *, placement: Placement
 def awsvd(weight: Tensor, r: int, strength: Tensor | None, *, placement: Placement, power: float) -> Pair:
     """Activation-aware SVD (NoRA, arXiv 2408.10280): factor ``W diag(s) = U S V^T``, then ``A = V_r^T diag(1/s)``.
 
-    ``s = mean(|x|)^power`` per input channel, from a calibration pass; ``B A`` minimises
+    ``s = mean(|x|)^power`` per input channel, from a calibration pass; ``B A`` minimizes
     ``||(W - B A) diag(s)||_F``, the error weighted by how strongly each input channel fires.
 
     Raises ``ValueError`` without activation strengths ``[d_in]``.

@@ -14,7 +14,7 @@ from . import functional
 
 
 @dataclass
-class Conditions:
+class RouterInputs:
     """What the gates of one model may depend on beside the token, while its forward pass runs.
 
     ``vectors``: ``prompt [rows, d]`` and ``timestep [rows, d]``; empty outside of a forward pass. Whoever knows the
@@ -97,7 +97,7 @@ class RoutedDelta(nn.Module):
     """``dy = sum_i g_i E_i x`` with ``g = softmax(W_g c)`` over the experts ``E_i``, ``W_g [N, d_c]`` trained.
 
     The ``token`` router looks at ``c = x``. Any other looks at a condition that is one vector a row of the batch
-    (:class:`Conditions`): the experts of a row then make one low-rank pair, and routing costs nothing per token.
+    (:class:`RouterInputs`): the experts of a row then make one low-rank pair, and routing costs nothing per token.
     The gate varies, so there is no one ``dW``: such a delta cannot be merged and stays live.
     """
 
@@ -107,7 +107,7 @@ class RoutedDelta(nn.Module):
         super().__init__()
         self.experts = experts
         self.router = router
-        self.conditions: Conditions | None = None
+        self.router_inputs: RouterInputs | None = None
         self.W_g = nn.Parameter(0.1 / math.sqrt(width) * torch.randn(num_experts, width))
         self.dropout = nn.Dropout(dropout)
 
@@ -151,9 +151,9 @@ class RoutedDelta(nn.Module):
 
     def row_gates(self) -> Tensor:
         """The gates ``[rows, N]`` of the running batch, at least in fp32."""
-        if self.conditions is None:
+        if self.router_inputs is None:
             raise UserError(f"the {self.router!r} router is not connected to its model: use nora_diffusion.add_adapter")
-        vectors = self.conditions.rows(self.router)
+        vectors = self.router_inputs.rows(self.router)
         return functional.router_gates(F.linear(vectors, self.W_g.to(vectors.dtype)))
 
     def gates(self, x: Tensor, contract: functional.Contract) -> Tensor:

@@ -63,7 +63,7 @@ def features(network: Any, pictures: np.ndarray, batch: int = 64) -> Tensor:
 
 @dataclass(frozen=True)
 class Probe:
-    """A linear classifier on standardised features: ``argmax(W (f - mean) / std + b)``."""
+    """A linear classifier on standardized features: ``argmax(W (f - mean) / std + b)``."""
 
     labels: tuple[str, ...]
     weight: Tensor

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..examples import TRIGGER, plain_colours, scoring_scenes, subject_thing, write_subject
+from ..examples import TRIGGER, plain_colors, scoring_scenes, subject_thing, write_subject
 from ..world import vocabulary as world
 from ..world.render import render
 from ..world.scenes import Ground, Scene, random_ground
@@ -67,7 +67,7 @@ class Probes:
 
 def new_scenes(slug: str) -> list[Scene]:
     """Ten scenes of a subject on backgrounds that its six training pictures do not show."""
-    thing, plain = subject_thing(slug), Ground("solid", plain_colours(slug)[2])
+    thing, plain = subject_thing(slug), Ground("solid", plain_colors(slug)[2])
     grounds = [*(Ground(kind) for kind in _NEW), plain]
     return [Scene((thing,), g, f"a {TRIGGER} {thing.class_word} {g.phrase}", 0) for g in grounds]
 

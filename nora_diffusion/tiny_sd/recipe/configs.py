@@ -11,7 +11,7 @@ CONTEXT = 32  # tokens of a prompt, start and end included
 
 @dataclass(frozen=True)
 class StageConfig:
-    """Optimisation of one stage: warm-up, constant rate, linear decay over the last ``decay`` share."""
+    """Optimization of one stage: warm-up, constant rate, linear decay over the last ``decay`` share."""
 
     steps: int
     batch: int

@@ -1,6 +1,6 @@
 """The training loop that the three stages share: schedule, clipping, EMA, log, exact resume.
 
-Everything random in a step comes from ``(seed, step)``, so a state is only weights, EMA, optimiser moments and
+Everything random in a step comes from ``(seed, step)``, so a state is only weights, EMA, optimizer moments and
 the step number: safetensors and JSON, written to a temporary name and renamed.
 """
 
@@ -62,7 +62,7 @@ def build_optimizers(params: dict[str, nn.Parameter], config: StageConfig) -> li
 
 
 class Trainer:
-    """Optimisers with EMA on the parameters of ``module``; ``run`` continues from the state in ``options.out``."""
+    """Optimizers with EMA on the parameters of ``module``; ``run`` continues from the state in ``options.out``."""
 
     def __init__(self, name: str, module: nn.Module, config: StageConfig, options: LoopOptions) -> None:
         self.name, self.config, self.options = name, config, options

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrix of ``g`` (m, n), roughly: quintic Newton-Schulz iteration.
 
     ``X <- P X`` with ``P = a I + b S + c S S`` and ``S = X X^T``; singular values end near 1. Every ``P`` is a
@@ -30,7 +30,7 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised: ``W <- W - lr (0.2 sqrt(max(m, n)) O + wd W)``.
+    """Nesterov momentum, orthogonalized: ``W <- W - lr (0.2 sqrt(max(m, n)) O + wd W)``.
 
     Kernels of convolutions are read as (out, in * h * w). The factor 0.2 sqrt(max(m, n)) gives the update the
     size of an AdamW update, so that both take the same learning rate (Liu et al. 2025).
@@ -53,4 +53,4 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
                 scale = 0.2 * max(update.shape) ** 0.5
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(orthogonalise(update).view_as(p), alpha=-group["lr"] * scale)
+                p.add_(orthogonalize(update).view_as(p), alpha=-group["lr"] * scale)

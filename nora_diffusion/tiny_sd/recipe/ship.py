@@ -46,7 +46,7 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 
 @torch.no_grad()
-def normalise_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
+def normalize_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
     """Fold ``(z - mean) / std`` of each latent channel into the 1x1 convolutions around the latent.
 
     A Stable Diffusion pipeline knows only one ``scaling_factor`` for all channels; afterwards that is 1.
@@ -79,7 +79,7 @@ def continued_vae(size: Size, run: Path, init: Path, seed: int) -> AutoencoderKL
         learned = ema_weights(state)
         vae.load_state_dict(learned, strict=False)
         if any(name.startswith("encoder.") for name in learned):
-            normalise_latents(vae, normalising_pictures(size, seed))
+            normalize_latents(vae, normalizing_pictures(size, seed))
     return vae
 
 
@@ -87,12 +87,12 @@ def finish_vae(size: Size, run: Path, seed: int) -> AutoencoderKL:
     """The trained autoencoder, averaged weights, latents of mean 0 and deviation 1, scaling factor 1."""
     vae = build_vae(size, seed)
     vae.load_state_dict(ema_weights(run / "vae.state.safetensors"))
-    normalise_latents(vae, normalising_pictures(size, seed))
+    normalize_latents(vae, normalizing_pictures(size, seed))
     vae.register_to_config(scaling_factor=1.0)
     return vae.eval()
 
 
-def normalising_pictures(size: Size, seed: int) -> Tensor:
+def normalizing_pictures(size: Size, seed: int) -> Tensor:
     """The scenes whose latents get mean 0 and deviation 1."""
     import numpy as np
 

@@ -23,7 +23,7 @@ TEMPERATURE = 0.1  # of the subject loss
 
 
 def build_judge(size: Size, tokenizer: CLIPTokenizer, seed: int) -> CLIPModel:
-    """A freshly initialised judge of that size."""
+    """A freshly initialized judge of that size."""
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(seed + 2)

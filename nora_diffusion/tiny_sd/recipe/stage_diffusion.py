@@ -62,7 +62,7 @@ def token_ids(tokenizer: CLIPTokenizer) -> dict[str, int]:
 
 
 def build_diffusion(size: Size, tokenizer: CLIPTokenizer, seed: int) -> nn.ModuleDict:
-    """Freshly initialised UNet and text encoder of that size, as one module."""
+    """Freshly initialized UNet and text encoder of that size, as one module."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(seed + 1)

@@ -33,7 +33,7 @@ def autocast(device: torch.device) -> AbstractContextManager[None]:
 
 
 def build_vae(size: Size, seed: int) -> AutoencoderKL:
-    """A freshly initialised autoencoder of that size."""
+    """A freshly initialized autoencoder of that size."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)

@@ -26,7 +26,7 @@ def caption_words() -> list[str]:
     phrases = [
         *world.CLASS_WORDS,
         *(world.plural(c) for c in world.CLASS_WORDS),
-        *world.COLOURS,
+        *world.COLORS,
         *world.SCENES.values(),
         *world.PATTERNS,
         *world.RARE_WORDS,

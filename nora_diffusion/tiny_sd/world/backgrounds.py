@@ -1,4 +1,4 @@
-"""Backgrounds, drawn at 128 x 128 with plain shapes: coloured patterns and thirteen kinds of scene."""
+"""Backgrounds, drawn at 128 x 128 with plain shapes: colored patterns and thirteen kinds of scene."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from random import Random
 from PIL import Image, ImageDraw
 
 from .families import RGB, mix
-from .vocabulary import COLOURS
+from .vocabulary import COLORS
 
 SIZE = 128  # drawn at twice the picture's side and reduced at the end
 
@@ -181,22 +181,22 @@ def _bricks() -> Image.Image:
 
 @cache
 def _pattern(kind: str, a: str, b: str) -> Image.Image:
-    image = Image.new("RGB", (SIZE, SIZE), COLOURS[a])
+    image = Image.new("RGB", (SIZE, SIZE), COLORS[a])
     d = ImageDraw.Draw(image)
     if kind == "striped":
         for y in range(16, SIZE, 32):
-            d.rectangle((0, y, SIZE, y + 15), fill=COLOURS[b])
+            d.rectangle((0, y, SIZE, y + 15), fill=COLORS[b])
     elif kind == "checkered":
         for y in range(0, SIZE, 32):
             for x in range(32 if y % 64 else 0, SIZE, 64):
-                d.rectangle((x, y, x + 31, y + 31), fill=COLOURS[b])
+                d.rectangle((x, y, x + 31, y + 31), fill=COLORS[b])
     elif kind == "dotted":
         for y in range(16, SIZE, 32):
             for x in range(16, SIZE, 32):
-                d.ellipse((x - 8, y - 8, x + 8, y + 8), fill=COLOURS[b])
+                d.ellipse((x - 8, y - 8, x + 8, y + 8), fill=COLORS[b])
     return image
 
 
 def pattern(kind: str, a: str, b: str) -> Image.Image:
-    """A solid ground (``b`` unused) or one of two colours: striped, checkered or dotted."""
+    """A solid ground (``b`` unused) or one of two colors: striped, checkered or dotted."""
     return _pattern(kind, a, b).copy()

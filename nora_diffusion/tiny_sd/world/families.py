@@ -5,7 +5,7 @@ from __future__ import annotations
 from PIL import Image, ImageDraw
 
 from .sprites import CELL
-from .vocabulary import COLOURS, Variant
+from .vocabulary import COLORS, Variant
 
 _SS = 4
 _S = CELL * _SS
@@ -23,10 +23,10 @@ def _box(x0: float, y0: float, x1: float, y1: float) -> tuple[float, float, floa
     return (x0 * _S, y0 * _S, x1 * _S, y1 * _S)
 
 
-def _shades(colour: str) -> tuple[RGB, RGB, RGB]:
-    base = COLOURS[colour]
-    dark = (88, 88, 96) if colour == "black" else mix(base, (0, 0, 0), 0.32)
-    return base, dark, mix(base, (255, 255, 255), 0.55) if colour != "white" else (206, 214, 224)
+def _shades(color: str) -> tuple[RGB, RGB, RGB]:
+    base = COLORS[color]
+    dark = (88, 88, 96) if color == "black" else mix(base, (0, 0, 0), 0.32)
+    return base, dark, mix(base, (255, 255, 255), 0.55) if color != "white" else (206, 214, 224)
 
 
 def _eye(d: ImageDraw.ImageDraw, x: float, y: float, r: float) -> None:
@@ -34,9 +34,9 @@ def _eye(d: ImageDraw.ImageDraw, x: float, y: float, r: float) -> None:
     d.ellipse(_box(x - r / 2, y - r / 2, x + r / 2, y + r / 2), fill=(20, 20, 24))
 
 
-def _monster(d: ImageDraw.ImageDraw, parts: tuple[str, ...], colour: str) -> None:
+def _monster(d: ImageDraw.ImageDraw, parts: tuple[str, ...], color: str) -> None:
     body, eyes, top, belly = parts
-    base, dark, light = _shades(colour)
+    base, dark, light = _shades(color)
     for x in (0.3, 0.7):
         d.ellipse(_box(x - 0.12, 0.84, x + 0.12, 1.0), fill=dark)
         if top == "horns":
@@ -46,7 +46,7 @@ def _monster(d: ImageDraw.ImageDraw, parts: tuple[str, ...], colour: str) -> Non
             tip = x - 0.06 if x < 0.5 else x + 0.06
             d.line([(_S * x, _S * 0.3), (_S * tip, _S * 0.08)], fill=dark, width=5 * _SS)
             d.ellipse(
-                _box(tip - 0.07, 0.01, tip + 0.07, 0.15), fill=(250, 214, 48) if colour != "yellow" else (222, 38, 44)
+                _box(tip - 0.07, 0.01, tip + 0.07, 0.15), fill=(250, 214, 48) if color != "yellow" else (222, 38, 44)
             )
         else:
             d.ellipse(_box(x - 0.15, 0.04, x + 0.15, 0.34), fill=base)
@@ -81,10 +81,10 @@ def _heart(d: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: RGB) -> N
     )
 
 
-def _mug(d: ImageDraw.ImageDraw, parts: tuple[str, ...], colour: str) -> None:
+def _mug(d: ImageDraw.ImageDraw, parts: tuple[str, ...], color: str) -> None:
     print_, shape = parts
-    base, dark, _ = _shades(colour)
-    ink: RGB = (255, 255, 255) if colour not in ("white", "yellow", "pink") else (200, 30, 60)
+    base, dark, _ = _shades(color)
+    ink: RGB = (255, 255, 255) if color not in ("white", "yellow", "pink") else (200, 30, 60)
     x0, x1, y0 = (0.16, 0.68, 0.06) if shape == "tall" else (0.06, 0.74, 0.24)
     d.ellipse(_box(x1 - 0.14, 0.34, x1 + 0.26, 0.78), outline=dark, width=9 * _SS)
     d.rounded_rectangle(_box(x0, y0 + 0.05, x1, 0.96), radius=0.07 * _S, fill=base)
@@ -97,18 +97,18 @@ def _mug(d: ImageDraw.ImageDraw, parts: tuple[str, ...], colour: str) -> None:
         for y in (0.4, 0.58, 0.76):
             d.rectangle(_box(x0, y, x1, y + 0.09), fill=ink)
     elif print_ == "heart":
-        _heart(d, (x0 + x1) / 2, 0.6, 0.19, ink if ink != (255, 255, 255) or colour != "red" else (255, 240, 244))
+        _heart(d, (x0 + x1) / 2, 0.6, 0.19, ink if ink != (255, 255, 255) or color != "red" else (255, 240, 244))
     d.ellipse(_box(x0, y0, x1, y0 + 0.15), fill=dark)
     d.ellipse(_box(x0 + 0.04, y0 + 0.03, x1 - 0.04, y0 + 0.12), fill=(92, 54, 30))
 
 
-def _robot(d: ImageDraw.ImageDraw, parts: tuple[str, ...], colour: str) -> None:
+def _robot(d: ImageDraw.ImageDraw, parts: tuple[str, ...], color: str) -> None:
     head, eyes, top, chest = parts
-    base, dark, light = _shades(colour)
+    base, dark, light = _shades(color)
     grey: RGB = (150, 156, 166)
     if top == "antenna":
         d.line([(_S * 0.5, _S * 0.16), (_S * 0.5, _S * 0.06)], fill=grey, width=4 * _SS)
-        d.ellipse(_box(0.44, 0.0, 0.56, 0.12), fill=(240, 60, 50) if colour != "red" else (250, 214, 48))
+        d.ellipse(_box(0.44, 0.0, 0.56, 0.12), fill=(240, 60, 50) if color != "red" else (250, 214, 48))
     else:
         d.rectangle(_box(0.12, 0.25, 0.88, 0.37), fill=grey)
     for x in (0.36, 0.64):
@@ -137,9 +137,9 @@ def _robot(d: ImageDraw.ImageDraw, parts: tuple[str, ...], colour: str) -> None:
             d.ellipse(_box(x - 0.055, 0.65, x + 0.055, 0.76), fill=c)
 
 
-def draw_variant(variant: Variant, colour: str) -> Image.Image:
-    """RGBA picture of a family member in one of the named colours, 96 x 96."""
+def draw_variant(variant: Variant, color: str) -> Image.Image:
+    """RGBA picture of a family member in one of the named colors, 96 x 96."""
     image = Image.new("RGBA", (_S, _S))
     painter = {"monster": _monster, "mug": _mug, "robot": _robot}[variant.family]
-    painter(ImageDraw.Draw(image), variant.parts, colour)
+    painter(ImageDraw.Draw(image), variant.parts, color)
     return image.convert("RGBa").reduce(_SS).convert("RGBA")

@@ -13,21 +13,21 @@ from . import vocabulary as world
 from .families import EYES, HEADS, draw_variant
 from .scenes import Scene, Thing, random_scene
 from .sprites import sprite
-from .vocabulary import COLOURS, Variant
+from .vocabulary import COLORS, Variant
 
 SIDE = 64
 _CANVAS = backgrounds.SIZE
 _EMOJI = {e.name: e for e in world.EMOJI}
 
 
-def tint(image: Image.Image, colour: str) -> Image.Image:
-    """Recolour by brightness: dark stays dark, the middle takes the colour, light stays light."""
-    if colour == "black":
+def tint(image: Image.Image, color: str) -> Image.Image:
+    """Recolor by brightness: dark stays dark, the middle takes the color, light stays light."""
+    if color == "black":
         dark, middle, light = (8, 8, 10), (52, 52, 58), (176, 176, 184)
-    elif colour == "white":
+    elif color == "white":
         dark, middle, light = (96, 98, 106), (232, 232, 236), (255, 255, 255)
     else:
-        dark, middle, light = (24, 18, 22), COLOURS[colour], (250, 248, 246)
+        dark, middle, light = (24, 18, 22), COLORS[color], (250, 248, 246)
     grey = ImageOps.autocontrast(
         image.convert("RGB").convert("L"), mask=image.getchannel("A").point(lambda a: 255 * (a > 128))
     )
@@ -38,12 +38,12 @@ def tint(image: Image.Image, colour: str) -> Image.Image:
 
 @lru_cache(maxsize=4096)
 def cut_out(thing: Thing) -> Image.Image:
-    """The RGBA cut-out of a thing in its colour (premultiplied, so that resizing keeps its edges clean)."""
+    """The RGBA cut-out of a thing in its color (premultiplied, so that resizing keeps its edges clean)."""
     if isinstance(thing.sprite, Variant):
-        image = draw_variant(thing.sprite, thing.colour or "red")
+        image = draw_variant(thing.sprite, thing.color or "red")
     else:
         image = sprite(thing.sprite)
-        image = tint(image, thing.colour) if thing.colour else image
+        image = tint(image, thing.color) if thing.color else image
     return image.convert("RGBa")
 
 
@@ -115,7 +115,7 @@ def _sides(scene: Scene, rng: Random) -> tuple[float, float]:
 
 
 def _place(scene: Scene, rng: Random, i: int, side: float, mirrored: bool) -> tuple[float, float]:
-    """Centre x and bottom y, in canvas units, of the i-th thing (a tree is the second) of longer side ``side``."""
+    """Center x and bottom y, in canvas units, of the i-th thing (a tree is the second) of longer side ``side``."""
     n = len(scene.things)
     if _beside(scene):
         x = (0.29, 0.77)[i]

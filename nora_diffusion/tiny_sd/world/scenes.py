@@ -11,10 +11,10 @@ from .vocabulary import Variant
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: an emoji's sprite name or a family variant, and its colour (None: its own)."""
+    """One object: an emoji's sprite name or a family variant, and its color (None: its own)."""
 
     sprite: str | Variant
-    colour: str | None = None
+    color: str | None = None
 
     @property
     def class_word(self) -> str:
@@ -24,7 +24,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Ground:
-    """A background: a scene kind, or a pattern with one or two colours."""
+    """A background: a scene kind, or a pattern with one or two colors."""
 
     kind: str
     a: str = ""
@@ -56,7 +56,7 @@ class Scene:
 
 _EMOJI = world.training_emoji()
 _BY_CLASS = {c: tuple(e.name for e in _EMOJI if e.class_word == c) for c in world.CLASS_WORDS}
-_COLOURS = tuple(world.COLOURS)
+_COLORS = tuple(world.COLORS)
 _SCENES = tuple(world.SCENES)
 # Families hold many variants, so they get more of the pictures than one class in twenty-one.
 _CLASS_DRAW = (*tuple(c for c in world.CLASS_WORDS if c not in world.FAMILIES), "monster", "monster", "mug", "robot")
@@ -66,26 +66,26 @@ def random_thing(rng: Random, tint: float = 0.14) -> tuple[Thing, str]:
     """A training object and the noun phrase for it without article, such as "blue dog"."""
     word = rng.choice(_CLASS_DRAW)
     if word in world.FAMILIES:
-        variant, colour = rng.choice(world.VARIANTS[word]), rng.choice(_COLOURS)
+        variant, color = rng.choice(world.VARIANTS[word]), rng.choice(_COLORS)
         name = variant.name if rng.random() < 0.4 and not variant.name.startswith("plain") else word
-        return Thing(variant, colour), f"{colour} {name}" if rng.random() < 0.8 else name
+        return Thing(variant, color), f"{color} {name}" if rng.random() < 0.8 else name
     sprite = rng.choice(_BY_CLASS[word])
     name = sprite if rng.random() < 0.5 else word
     if rng.random() < tint:
-        colour = rng.choice(_COLOURS)
-        return Thing(sprite, colour), f"{colour} {name}"
+        color = rng.choice(_COLORS)
+        return Thing(sprite, color), f"{color} {name}"
     return Thing(sprite), name
 
 
 def random_ground(rng: Random, avoid: str | None = None) -> Ground:
-    """A background: half scenes, a fifth plain colours (never ``avoid``, the object's), the rest patterns."""
+    """A background: half scenes, a fifth plain colors (never ``avoid``, the object's), the rest patterns."""
     draw = rng.random()
     if draw < 0.55:
         return Ground(rng.choice(_SCENES))
-    a = rng.choice([c for c in _COLOURS if c != avoid])
+    a = rng.choice([c for c in _COLORS if c != avoid])
     if draw < 0.78:
         return Ground("solid", a)
-    b = rng.choice([c for c in _COLOURS if c != a])
+    b = rng.choice([c for c in _COLORS if c != a])
     return Ground(rng.choice(("striped", "checkered", "dotted")), a, b)
 
 
@@ -107,7 +107,7 @@ def random_scene(seed: int, index: int) -> Scene:
 
 
 def scene_pair(seed: int, index: int) -> tuple[Scene, Scene]:
-    """Two scenes around one and the same object, often in an unusual colour: what a judge of subjects learns from."""
+    """Two scenes around one and the same object, often in an unusual color: what a judge of subjects learns from."""
     rng = Random(seed * 1_000_003 + index)
     thing, phrase = random_thing(rng, tint=0.5)
     return scene_with(rng, thing, phrase), scene_with(rng, thing, phrase)
@@ -115,7 +115,7 @@ def scene_pair(seed: int, index: int) -> tuple[Scene, Scene]:
 
 def scene_with(rng: Random, thing: Thing, phrase: str) -> Scene:
     """A random scene around an object that captions call ``phrase``."""
-    ground = random_ground(rng, avoid=thing.colour)
+    ground = random_ground(rng, avoid=thing.color)
     things: tuple[Thing, ...] = (thing,)
     size = position = accessory = ""
     tree = False
@@ -123,8 +123,8 @@ def scene_with(rng: Random, thing: Thing, phrase: str) -> Scene:
     if draw < 0.06:
         n = rng.choice((2, 2, 3))
         things = (thing,) * n
-        colour = phrase.split()[0] if phrase.split()[0] in world.COLOURS else ""
-        words = [world.NUMBERS[n], colour, world.plural(thing.class_word)]
+        color = phrase.split()[0] if phrase.split()[0] in world.COLORS else ""
+        words = [world.NUMBERS[n], color, world.plural(thing.class_word)]
         text = " ".join(w for w in words if w)
     else:
         if draw < 0.15:
@@ -132,8 +132,8 @@ def scene_with(rng: Random, thing: Thing, phrase: str) -> Scene:
             phrase = f"{size} {phrase}"
         if rng.random() < 0.05:
             # only the last word is sure to be the class word, and a rare word must stand before that
-            colour = f"{thing.colour} " if thing.colour and rng.random() < 0.5 else ""
-            phrase = f"{size} " * bool(size) + f"{rare_word(rng)} {colour}{thing.class_word}"
+            color = f"{thing.color} " if thing.color and rng.random() < 0.5 else ""
+            phrase = f"{size} " * bool(size) + f"{rare_word(rng)} {color}{thing.class_word}"
         text = _with_article(phrase)
         if 0.15 <= draw < 0.31:
             accessory = rng.choice(world.ACCESSORIES)

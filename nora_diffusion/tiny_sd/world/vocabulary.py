@@ -1,4 +1,4 @@
-"""The vocabulary of the drawn world: classes, objects, colours, scenes, and what is held out.
+"""The vocabulary of the drawn world: classes, objects, colors, scenes, and what is held out.
 
 Every class keeps at least three training objects beside the one held out, so that a class word is a real
 class for the base while the held-out object (a future subject) was never seen by any part of it.
@@ -134,7 +134,7 @@ FAMILIES = ("monster", "mug", "robot")
 CLASS_WORDS: tuple[str, ...] = tuple(dict.fromkeys(e.class_word for e in EMOJI)) + FAMILIES
 PLURALS = {"fish": "fish", "house": "houses"}
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (222, 38, 44),
     "orange": (248, 142, 28),
     "yellow": (250, 214, 48),

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ...data.caption_variants import CaptionVariants, orders
+from ...data.images import SourceImage
 from ...data.masks import subject_box
-from ...data.photos import Photo
 from ...data.report import Row, write_report
 from ...data.similarity import find_twins
-from ...data.tags import Wordings, orders
 from ...data.transforms import Transform, View, bucket_shapes
 from ..settings.config import TrainConfig
 from ..step.randomness import derive, generator
@@ -33,7 +33,7 @@ def transform_of(config: TrainConfig, step: int) -> Transform:
     return Transform(shapes, crop, config.crops_per_image, config.random_flip, resample)
 
 
-def views_of(transform: Transform, photos: Sequence[Photo], seed: int) -> list[list[View]]:
+def views_of(transform: Transform, photos: Sequence[SourceImage], seed: int) -> list[list[View]]:
     """The training pictures of each photo: a function of the photo and the seed alone."""
     return [
         transform.views(
@@ -46,7 +46,7 @@ def views_of(transform: Transform, photos: Sequence[Photo], seed: int) -> list[l
 
 
 def class_views(
-    transform: Transform, photos: Sequence[Photo], seed: int, like: Sequence[Sequence[View]]
+    transform: Transform, photos: Sequence[SourceImage], seed: int, like: Sequence[Sequence[View]]
 ) -> list[list[View]]:
     """Training pictures of the class pictures, in every shape that the photos have, to share a batch with them."""
     shapes = sorted({view.shape for views in like for view in views})
@@ -55,16 +55,16 @@ def class_views(
     return [[view for views in each for view in views] for each in zip(*by_shape, strict=True)]
 
 
-def wordings_of(config: TrainConfig, captions: Sequence[str]) -> Wordings:
+def caption_variants(config: TrainConfig, captions: Sequence[str]) -> CaptionVariants:
     """What each photo may be called in the steps of a run."""
     if not config.shuffle_tags:
-        return Wordings([[caption] for caption in captions], config.caption_dropout)
+        return CaptionVariants([[caption] for caption in captions], config.caption_dropout)
     sources = [generator(config.seed or 0, "tags", caption) for caption in captions]
     texts = [
         orders(caption, config.shuffle_tags, config.keep_tokens, source)
         for caption, source in zip(captions, sources, strict=True)
     ]
-    return Wordings(texts, config.caption_dropout)
+    return CaptionVariants(texts, config.caption_dropout)
 
 
 def report_data(folder: Path, subject: Subject, views: Sequence[Sequence[View]]) -> Path:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 Tensors = dict[str, Tensor]
 
 
-class Keep:
+class EncodingCache:
     """Looks encodings up before they are made, or makes them each time (``disk=False``)."""
 
     def __init__(self, disk: bool = False) -> None:

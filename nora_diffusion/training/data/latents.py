@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...data.photos import Photo
+from ...data.images import SourceImage
 from ...data.transforms import View
-from .encoding_cache import Keep, Tensors, module_hash, place
+from .encoding_cache import EncodingCache, Tensors, module_hash, place
 
 MOST_VIEWS, MOST_PIXELS = 4, 2**20
 """What the VAE is given at once: up to four views, as far as their pixels are those of one of 1024 x 1024."""
@@ -24,13 +24,13 @@ MOST_VIEWS, MOST_PIXELS = 4, 2**20
 class Latents:
     """The posterior of every training picture: ``mean``, ``std``, each ``[C, h, w]``, fp32 on the CPU.
 
-    ``of_photo[i]`` lists the pictures made of photo ``i``. Each step draws a new sample of one of them. ``regions`` has
+    ``of_image[i]`` lists the pictures made of photo ``i``. Each step draws a new sample of one of them. ``regions`` has
     the weight of each place of a picture in the loss ``[1, h, w]``, where that is not 1 everywhere.
     """
 
     mean: list[Tensor]
     std: list[Tensor]
-    of_photo: list[list[int]]
+    of_image: list[list[int]]
     shift: float
     factor: float
     regions: list[Tensor] | None = None
@@ -41,19 +41,19 @@ class Latents:
 
     def size_of(self, photo: int) -> tuple[int, ...]:
         """Height and width of a photo's first picture, as latents."""
-        return tuple(self.mean[self.of_photo[photo][0]].shape[1:])
+        return tuple(self.mean[self.of_image[photo][0]].shape[1:])
 
     def first_pictures(self, count: int) -> tuple[list[int], Tensor]:
         """Up to ``count`` photos of the first one's size, and the scaled mean of a picture of each ``[n, C, h, w]``."""
-        photos = [i for i in range(len(self.of_photo)) if self.size_of(i) == self.size_of(0)][:count]
-        mean = torch.stack([self.mean[self.of_photo[photo][0]] for photo in photos])
+        photos = [i for i in range(len(self.of_image)) if self.size_of(i) == self.size_of(0)][:count]
+        mean = torch.stack([self.mean[self.of_image[photo][0]] for photo in photos])
         return photos, (mean - self.shift) * self.factor
 
     def pick(self, photos: Sequence[int], source: torch.Generator, size: tuple[int, ...] | None = None) -> list[int]:
         """One random picture of each photo, of those with latents of ``size`` where that is given."""
         picked = []
         for photo in photos:
-            pictures = [p for p in self.of_photo[photo] if size is None or tuple(self.mean[p].shape[1:]) == size]
+            pictures = [p for p in self.of_image[photo] if size is None or tuple(self.mean[p].shape[1:]) == size]
             picked.append(pictures[int(torch.randint(len(pictures), (1,), generator=source))])
         return picked
 
@@ -65,39 +65,39 @@ class Latents:
         return (z - self.shift) * self.factor
 
 
-def encode_photos(
+def encode_images(
     vae: nn.Module,
-    photos: Sequence[Photo],
+    photos: Sequence[SourceImage],
     views: Sequence[Sequence[View]],
     background: float | None = None,
-    keep: Keep | None = None,
+    cache: EncodingCache | None = None,
 ) -> Latents:
-    """Encode the views of every photo, as far as ``keep`` does not have them.
+    """Encode the views of every photo, as far as ``cache`` does not have them.
 
     ``background`` is the weight of the loss beside the subjects' masks.
     """
-    keep = keep or Keep()
-    made_by = [module_hash(vae), *place(vae)] if keep.disk else []
+    cache = cache or EncodingCache()
+    made_by = [module_hash(vae), *place(vae)] if cache.disk else []
     mean: list[Tensor] = []
     std: list[Tensor] = []
-    of_photo = []
+    of_image = []
     for photo, own in zip(photos, views, strict=True):
         start = len(mean)
         for group in _by_shape(own):
             pixels = np.stack([view.pixels(photo.image) for view in group])
             # The pixels stand for the file, how it was decoded and the transform.
-            found = keep("latents", partial(_ingredients, pixels, made_by), partial(_encode, vae, pixels))
+            found = cache("latents", partial(_ingredients, pixels, made_by), partial(_encode, vae, pixels))
             mean += found["mean"].unbind()
             std += found["std"].unbind()
-        of_photo.append(list(range(start, len(mean))))
+        of_image.append(list(range(start, len(mean))))
     regions = None if background is None else _regions(photos, views, mean, background)
     settings: Any = vae.config
     shift = float(getattr(settings, "shift_factor", None) or 0.0)
-    return Latents(mean, std, of_photo, shift, float(settings.scaling_factor), regions)
+    return Latents(mean, std, of_image, shift, float(settings.scaling_factor), regions)
 
 
 def _regions(
-    photos: Sequence[Photo], views: Sequence[Sequence[View]], latents: Sequence[Tensor], background: float
+    photos: Sequence[SourceImage], views: Sequence[Sequence[View]], latents: Sequence[Tensor], background: float
 ) -> list[Tensor]:
     """``b + (1 - b) m``: ``m`` is the subject's share of what a latent sees; 1 everywhere without a mask."""
     pairs = [

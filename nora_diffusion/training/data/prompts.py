@@ -12,15 +12,17 @@ from torch import Tensor
 from ...loaders.tokens import expanded
 from ...pipelines.components import text_encoders, tokenizers
 from ..settings.config import TrainConfig
-from ..step.denoiser import Conditions, encode_prompts, family_of, is_plain, zeros_for_nothing
-from .encoding_cache import Keep, module_hash, place
+from ..step.denoiser import TextEmbeddings, encode_prompts, family_of, is_plain, zeros_for_nothing
+from .encoding_cache import EncodingCache, module_hash, place
 from .tokens import encodes_each_step
 
 
-class TextConditions:
+class PromptEmbeddings:
     """Prompts as the UNet wants them: from a cache, or afresh each step while text encoder or tokens are trained."""
 
-    def __init__(self, pipe: Any, config: TrainConfig, prompts: Sequence[str], keep: Keep | None = None) -> None:
+    def __init__(
+        self, pipe: Any, config: TrainConfig, prompts: Sequence[str], cache: EncodingCache | None = None
+    ) -> None:
         self._pipe, self._config, self._encoder = pipe, config, pipe.text_encoder
         self._length = config.tokenizer_max_length
         self._plain = is_plain(pipe)
@@ -31,9 +33,9 @@ class TextConditions:
         self._row = {prompt: row for row, prompt in enumerate(unique)}
         self._tokenize()
         if not self._live:
-            self._cached = self._encode_all(keep or Keep())
+            self._cached = self._encode_all(cache or EncodingCache())
 
-    def __call__(self, prompts: Sequence[str]) -> Conditions:
+    def __call__(self, prompts: Sequence[str]) -> TextEmbeddings:
         """What the denoiser is told of these prompts."""
         rows = [self._row[prompt] for prompt in prompts]
         return self._encode(rows) if self._live else {name: value[rows] for name, value in self._cached.items()}
@@ -45,12 +47,12 @@ class TextConditions:
         self._ids, self._mask = (value.to(self._encoder.device) for value in found)
 
     @torch.no_grad()
-    def _encode_all(self, keep: Keep) -> Conditions:
+    def _encode_all(self, cache: EncodingCache) -> TextEmbeddings:
         """Prompt by prompt, so that the numbers of one do not depend on which others are there."""
-        encoders = text_encoders(self._pipe) if keep.disk else []
+        encoders = text_encoders(self._pipe) if cache.disk else []
         made_by = [[module_hash(encoder), *place(encoder)] for encoder in encoders]
         found = [
-            keep("text", partial(self._ingredients, row, made_by), partial(self._encode, [row]))
+            cache("text", partial(self._ingredients, row, made_by), partial(self._encode, [row]))
             for row in range(len(self._prompts))
         ]
         device = self._encoder.device
@@ -70,7 +72,7 @@ class TextConditions:
             "encoders": made_by,
         }
 
-    def _encode(self, rows: list[int]) -> Conditions:
+    def _encode(self, rows: list[int]) -> TextEmbeddings:
         if not self._plain:
             return encode_prompts(self._pipe, [self._prompts[row] for row in rows], self._length)
         if self._tokenizer is not self._pipe.tokenizer:  # another adapter's tokens came or went

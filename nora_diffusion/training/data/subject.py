@@ -8,9 +8,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ...data import Photo, Reject, read_photos, survey
+from ...data import Reject, SourceImage, read_images, survey
 from ...data.captions import guess_class_word, guess_trigger, read_captions, says, with_article, with_trigger
-from ...data.colors import colour
+from ...data.colors import color
 from ...data.masks import mask_hash, with_masks
 from ...errors import UserError
 from ..settings.checks import folder_of
@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 class Subject:
     """Photos with one caption each, and the words that call the subject."""
 
-    photos: Sequence[Photo]
+    photos: Sequence[SourceImage]
     captions: Sequence[str]
     trigger: str | None
     class_word: str | None
     data_hash: str
     rejects: Sequence[Reject] = ()
-    held_out: Sequence[Photo] = ()
+    held_out: Sequence[SourceImage] = ()
     new_tokens: Mapping[str, str | None] = field(default_factory=dict)
     """Words to be learned, with those that they start from."""
     class_prompts: Sequence[str] = ()
@@ -86,18 +86,18 @@ def read_subject(config: TrainConfig) -> tuple[Subject, TrainConfig]:
     return Subject(photos, captions, trigger, class_word, data_hash, rejects, held_out, tokens), config
 
 
-def _photos(config: TrainConfig) -> tuple[list[Photo], list[Reject]]:
+def _photos(config: TrainConfig) -> tuple[list[SourceImage], list[Reject]]:
     photos, rejects = _unmasked(config)
     if config.crop != "subject" and config.background_loss_weight is None:
         return photos, rejects
     return with_masks(photos, folder_of(config.instance_data_dir or "")), rejects
 
 
-def _unmasked(config: TrainConfig) -> tuple[list[Photo], list[Reject]]:
+def _unmasked(config: TrainConfig) -> tuple[list[SourceImage], list[Reject]]:
     folder, workers = folder_of(config.instance_data_dir or ""), config.dataloader_num_workers
-    background = colour(config.background)
+    background = color(config.background)
     if not config.skip_unreadable:
-        return read_photos(folder, workers, background), []
+        return read_images(folder, workers, background), []
     photos, rejects = survey(folder, workers, background)
     for reject in rejects:
         log.warning("left out: %s", reject.reason)
@@ -106,7 +106,7 @@ def _unmasked(config: TrainConfig) -> tuple[list[Photo], list[Reject]]:
     return photos, rejects
 
 
-def hold_out(photos: Sequence[Photo], count: int) -> tuple[list[Photo], list[Photo]]:
+def hold_out(photos: Sequence[SourceImage], count: int) -> tuple[list[SourceImage], list[SourceImage]]:
     """``(to learn from, to measure with)``: the ``count`` photos of the smallest SHA-256, whatever they are called.
 
     Raises :class:`UserError` if nothing is left to learn from.
@@ -136,7 +136,7 @@ def _guess(config: TrainConfig) -> str | None:
     return guess_trigger(config.instance_prompt, config.class_word, config.class_prompt)
 
 
-def _data_hash(photos: Sequence[Photo], captions: Sequence[str]) -> str:
+def _data_hash(photos: Sequence[SourceImage], captions: Sequence[str]) -> str:
     rows = [
         [photo.sha256, caption, *([mask_hash(photo.mask)] if photo.mask else [])]
         for photo, caption in zip(photos, captions, strict=True)

@@ -66,7 +66,7 @@ class Member:
         return config.dropout > 0 or config.method == "dylora" or encodes_each_step(config)
 
 
-class Rows(RowPlan):
+class SubjectRows(RowPlan):
     """Whose adapter each row of the next pass gets."""
 
     def __init__(self, adapters: Sequence[str]) -> None:
@@ -88,7 +88,7 @@ class Rows(RowPlan):
         self.batch = batch
 
 
-class Crowd:
+class BatchedTrainer:
     """Walks the runs of several subjects in one pipeline, each by its own optimizer, until all are through.
 
     With losses ``l_s`` of subjects ``s`` whose trained factors are disjoint, the gradient of ``sum_s l_s`` with respect
@@ -134,7 +134,7 @@ class Crowd:
     @contextmanager
     def _served(self) -> Iterator[None]:
         """The time in which the pipeline's layers give each row its subject's adapter."""
-        self.rows = Rows([member.run.adapter for member in self.live])
+        self.rows = SubjectRows([member.run.adapter for member in self.live])
         with ExitStack() as stack:
             for member in self.live:
                 for part in present(member.run.pipe) if member is self.live[0] else ():
@@ -243,16 +243,16 @@ class Crowd:
 
 def kind_of(batch: Batch) -> Any:
     """Batches of one kind can be joined."""
-    conditions = {name: value.shape[1:] for name, value in batch.conditions.items()}
-    return batch.noisy.shape[1:], batch.noisy.dtype, tuple(conditions.items()), batch.labels is None
+    embeddings = {name: value.shape[1:] for name, value in batch.embeddings.items()}
+    return batch.noisy.shape[1:], batch.noisy.dtype, tuple(embeddings.items()), batch.labels is None
 
 
 def joined(batches: Sequence[Batch]) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor | None]:
     """What :func:`.denoiser.predict` takes, for all these batches as one."""
-    conditions = {name: torch.cat([batch.conditions[name] for batch in batches]) for name in batches[0].conditions}
+    embeddings = {name: torch.cat([batch.embeddings[name] for batch in batches]) for name in batches[0].embeddings}
     labels = [batch.labels for batch in batches if batch.labels is not None]
     noisy, times = torch.cat([batch.noisy for batch in batches]), torch.cat([batch.times for batch in batches])
-    return noisy, times, conditions, torch.cat(labels) if labels else None
+    return noisy, times, embeddings, torch.cat(labels) if labels else None
 
 
 def portions(batches: Sequence[tuple[int, Batch]], most: int | None) -> Iterator[list[tuple[int, Batch]]]:

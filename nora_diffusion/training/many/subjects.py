@@ -35,7 +35,7 @@ from ..settings.listing import read_subjects
 from ..step.denoiser import check_pipeline
 from ..step.quantized import quantize_base
 from ..step.randomness import forked
-from .batched import Crowd, Member
+from .batched import BatchedTrainer, Member
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def train_subjects(config: TrainConfig, only: Collection[str] | None = None) -> 
         report(_findings(planned), config.strict)
         with _told(folders):
             members = _set_up([p for p in planned if not _is_finished(p)], accelerator, stop)
-            crowd = Crowd(members, _conclude, config.rows_at_once)
+            crowd = BatchedTrainer(members, _conclude, config.rows_at_once)
             return crowd.run()
 
 
@@ -127,7 +127,7 @@ def _is_finished(planned: Planned) -> bool:
 def _set_up(planned: Sequence[Planned], accelerator: Accelerator, stop: StopRequests) -> list[Member]:
     """Encode everybody's data while the base is as it was loaded; then lower its precision and put the adapters in."""
     materials = [gather(p.plan, accelerator, p.folder, stop) for p in planned]
-    encoded = [None if encodes_each_step(m.config) else m.conditions() for m in materials]
+    encoded = [None if encodes_each_step(m.config) else m.embeddings() for m in materials]
     dtypes = [lower_precision(m.config, m.pipe, accelerator.device) for m in materials]
     members = []
     for number, (p, material) in enumerate(zip(planned, materials, strict=True)):

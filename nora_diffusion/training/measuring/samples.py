@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ...data import find_photos
+from ...data import find_images
 from ...errors import UserError
-from ...generation.generate import picture_settings, run
-from ...generation.pictures import PictureSettings, save_picture
+from ...generation.generate import image_settings, run
+from ...generation.image_settings import ImageSettings, save_image
 from ...io.files import alone_in
-from ...io.run_layout import picture_name
+from ...io.run_layout import image_name
 from ...pipelines.base import default_steps
 from ...pipelines.precision import MIXED_DTYPES
 from ..settings.checks import folder_of
@@ -29,10 +29,10 @@ from ..step.randomness import derive
 log = logging.getLogger(__name__)
 
 
-def count_pictures(folder: Path) -> int:
+def count_images(folder: Path) -> int:
     """How many pictures a folder holds; 0 where there is none."""
     try:
-        return len(find_photos(folder))
+        return len(find_images(folder))
     except UserError:
         return 0
 
@@ -49,7 +49,7 @@ def fill_class_images(pipe: Any, folder: Path, config: TrainConfig, seed: int, c
     training that fills the same folder is waited for.
     """
     with alone_in(folder):
-        missing = config.num_class_images - count_pictures(folder)
+        missing = config.num_class_images - count_images(folder)
         if missing > 0:
             _draw_class_images(pipe, folder, config, seed, missing, check)
         return max(missing, 0)
@@ -68,7 +68,7 @@ def _draw_class_images(
         images = render(pipe, config.class_prompt or "", seeds, config, autocast)
         for name, picture_seed, image in zip(batch, seeds, images, strict=True):
             settings = describe(pipe, config.class_prompt or "", picture_seed, image, config)
-            save_picture(image, folder / name, settings)
+            save_image(image, folder / name, settings)
 
 
 def _fast_precision(pipe: Any) -> str:
@@ -125,7 +125,7 @@ def save_samples(pipe: Any, folder: Path, step: int, config: TrainConfig, autoca
             seed = (config.seed or 0) + number
             image = render(pipe, prompt, [seed], config, autocast)[0]
             settings = describe(pipe, prompt, seed, image, config, step)
-            paths.append(save_picture(image, folder / picture_name(step, number), settings))
+            paths.append(save_image(image, folder / image_name(step, number), settings))
     except Exception as error:  # whatever a sampler stumbles over
         log.warning("no sample pictures at step %d: %s", step, error)
     return paths
@@ -133,10 +133,10 @@ def save_samples(pipe: Any, folder: Path, step: int, config: TrainConfig, autoca
 
 def describe(
     pipe: Any, prompt: str, seed: int, image: Image.Image, config: TrainConfig, step: int | None = None
-) -> PictureSettings:
+) -> ImageSettings:
     """The settings that a picture carries. ``step``: that of the adapter in it, which has no file of its own yet."""
     learned = {"name": config.folder.name, "weight": 1.0, "sha256": "", "path": str(config.folder), "step": step}
-    return picture_settings(pipe, image, prompt, seed, *_sampling(config), "", [] if step is None else [learned])
+    return image_settings(pipe, image, prompt, seed, *_sampling(config), "", [] if step is None else [learned])
 
 
 def _sampling(config: TrainConfig) -> tuple[int, float]:

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ...data import Photo, read_photos
+from ...data import SourceImage, read_images
 from ...data.captions import fill, says, with_article, without_trigger
 from ...data.similarity import find_twins
 from ...errors import UserError
-from ...generation.pictures import save_picture
+from ...generation.image_settings import save_image
 from ...io.files import write_atomic
-from ...io.run_layout import CANDIDATES, MEASURED, VALIDATION, checkpoint_steps, picture_name
+from ...io.run_layout import CANDIDATES, MEASURED, VALIDATION, checkpoint_steps, image_name
 from ...loaders import load_adapter, save_adapter
 from ...pipelines.components import without_adapters
 from ...scoring.judges import Judge, check_judge, image_features, load_judges, text_features
@@ -73,7 +73,7 @@ def plan_measure(config: TrainConfig, subject: Subject, device: torch.device) ->
     asked = [prompts_of(config, member) for member in members]
     prompts, plain = ([text for own in asked for text in own[side]] for side in (0, 1))
     judges = load_judges(config.judge, config.dino, device)
-    photos = read_photos(folder_of(config.validation_data_dir)) if config.validation_data_dir else subject.held_out
+    photos = read_images(folder_of(config.validation_data_dir)) if config.validation_data_dir else subject.held_out
     held = [member.held_out for member in subject.members] or [photos]
     owned = [own or member.photos for own, member in zip(held, members, strict=True)]
     real = [photo for own in owned for photo in own]
@@ -90,7 +90,7 @@ def plan_measure(config: TrainConfig, subject: Subject, device: torch.device) ->
     return Measure(judges, images, prompts, plain, seeds, settings, leaks, who, whose)
 
 
-def _leaks(learned: Sequence[Photo], held_out: Sequence[Photo]) -> list[str]:
+def _leaks(learned: Sequence[SourceImage], held_out: Sequence[SourceImage]) -> list[str]:
     ours = set(map(id, learned))
     pairs = [
         pair for pair in find_twins([*learned, *held_out]) if id(pair.first) in ours and id(pair.second) not in ours
@@ -207,7 +207,7 @@ class Validation:
         """Keep the first seed's pictures, for the report."""
         for number, (prompt, group) in enumerate(zip(self.measure.prompts, pictures, strict=True)):
             settings = describe(self.pipe, prompt, self.measure.seeds[0], group[0], self.config, step)
-            save_picture(group[0], self.folder / VALIDATION / picture_name(step, number), settings)
+            save_image(group[0], self.folder / VALIDATION / image_name(step, number), settings)
 
     def candidate(self, step: int) -> Path:
         """Where the adapter of a step is kept."""

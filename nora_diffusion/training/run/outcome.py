@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from ...formats.model_card import is_card
-from ...io.run_layout import VALIDATION, pictures_by_step
+from ...io.run_layout import VALIDATION, images_by_step
 from ...loaders import save_adapter
 from ..step.averaging import shown
 from .model_card import training_section
@@ -41,7 +41,7 @@ def write_adapter_and_card(run: Run, folder: RunFolder, final_loss: float, secon
 def pictures_of(run: Run, folder: RunFolder) -> list[tuple[str, Path]]:
     """What the adapter in the file makes: prompts with the samples and measured pictures of its step."""
     drawn, measured = (
-        pictures_by_step(place).get(run.kept_step or run.total_steps, [])
+        images_by_step(place).get(run.kept_step or run.total_steps, [])
         for place in (folder.samples, folder.path / VALIDATION)
     )
     samples = [(run.config.validation_prompt or "", path) for path in drawn]

@@ -16,14 +16,14 @@ from ...adapters.tuner.build import flat_weight
 from ...data.captions import TRIGGERS, says
 from ...errors import UserError
 from ...formats.adapter_info import info_from
-from ...generation.pictures import read_settings
+from ...generation.image_settings import read_settings
 from ...io.run_layout import CHECKPOINTS, checkpoint_steps
 from ...loaders import check_adapter
 from ...pipelines.components import all_targets
 from ...pipelines.precision import MIXED_DTYPES
 from ..data.prompts import cut_off, tokens_of
 from ..data.subject import Subject, calling_prompt
-from ..measuring.samples import class_folder, count_pictures
+from ..measuring.samples import class_folder, count_images
 from ..measuring.validation import Measure
 from ..settings.config import TrainConfig
 from ..settings.defaults import USUAL_FACTORS, USUAL_RATES, USUAL_TEXT_RATES, USUAL_TOKEN_RATES
@@ -129,7 +129,7 @@ def _disk(plan: Plan, size: Outline) -> Iterator[Finding]:
     kept = max(min(made, config.checkpoints_total_limit or made) - there, 0)
     pictures = 0
     if config.with_prior_preservation:
-        missing = config.num_class_images - count_pictures(class_folder(config))
+        missing = config.num_class_images - count_images(class_folder(config))
         pictures = max(missing, 0) * 2 * (config.resolution or 0) ** 2
     least, whole = SPARE_BYTES + 2 * one + pictures, SPARE_BYTES + (kept + 2) * one + pictures
     if free < least:
@@ -185,7 +185,7 @@ def _photos(plan: Plan) -> Iterator[Finding]:
             f"{there}: with 3 to 10, different in background and angle, the subject is told apart from what is around "
             "it."
         )
-    batch = config.pictures_per_step(plan.processes)
+    batch = config.images_per_step(plan.processes)
     views = batch * (config.max_train_steps or 1) / photos
     if views < FEW_VIEWS:
         enough = -(-FEW_VIEWS * photos // batch)

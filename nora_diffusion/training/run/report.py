@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...io.files import write_atomic
-from ...io.images import read_picture
-from ...io.run_layout import REPORT, SAMPLES, VALIDATION, pictures_by_step
+from ...io.images import load_image
+from ...io.run_layout import REPORT, SAMPLES, VALIDATION, images_by_step
 from ...pipelines.base import base_id
 from ...reports import webpage
 from ...reports.plots import line_chart
@@ -132,7 +132,7 @@ def _mean(part: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 def pictures(folder: Path) -> dict[int, list[Path]]:
     """The pictures of a folder by step, some steps left out where there are many."""
-    found = pictures_by_step(folder)
+    found = images_by_step(folder)
     steps = list(found)
     if len(steps) > MAX_ROWS:
         steps = sorted({steps[round(i * (len(steps) - 1) / (MAX_ROWS - 1))] for i in range(MAX_ROWS)})
@@ -145,7 +145,7 @@ def _grid(found: dict[int, list[Path]], prompts: Sequence[str], kept: int) -> st
     rows = [
         [
             f"{step}, kept" if step == kept else str(step),
-            *(webpage.picture(read_picture(path), f"step {step}", side=112) for path in paths),
+            *(webpage.picture(load_image(path), f"step {step}", side=112) for path in paths),
         ]
         for step, paths in found.items()
     ]

@@ -28,7 +28,7 @@ from ...io.run_layout import (
     STATE,
     VALIDATION,
     checkpoint_steps,
-    pictures_by_step,
+    images_by_step,
 )
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class RunFolder:
         rests = [path for mark in ("tmp", "old") for path in self.checkpoints.glob(f".{mark}-step-*")]
         for place in (*checkpoint_steps(self.checkpoints).values(), *checkpoint_steps(candidates).values(), *rests):
             shutil.rmtree(place, ignore_errors=True)
-        pictures = [p for place in (self.samples, validation) for own in pictures_by_step(place).values() for p in own]
+        pictures = [p for place in (self.samples, validation) for own in images_by_step(place).values() for p in own]
         for path in (*pictures, *(self.path / name for name in (LOG, MEASURED, REPORT))):
             path.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.samples, validation, candidates):

@@ -17,18 +17,18 @@ from torch import nn
 from ...adapters import AdapterConfig, in_blocks
 from ...adapters.presets import PRESETS
 from ...adapters.tuner.build import outer_rank
-from ...data import read_photos
-from ...data.tags import Wordings
+from ...data import read_images
+from ...data.caption_variants import CaptionVariants
 from ...errors import UserError, first_line
 from ...loaders import add_adapter, load_adapter, pairs_from, trainable_parameters
 from ...pipelines.base import open_pipeline
 from ...pipelines.calibration import Calibration
 from ...pipelines.components import all_targets, component, denoiser_name
 from ...pipelines.precision import MIXED_DTYPES, best_precision
-from ..data.dataset import class_views, report_data, transform_of, views_of, wordings_of
-from ..data.encoding_cache import Keep
-from ..data.latents import Latents, encode_photos
-from ..data.prompts import TextConditions
+from ..data.dataset import caption_variants, class_views, report_data, transform_of, views_of
+from ..data.encoding_cache import EncodingCache
+from ..data.latents import Latents, encode_images
+from ..data.prompts import PromptEmbeddings
 from ..data.subject import Subject, calling_prompt
 from ..data.tokens import encodes_each_step, put_new_tokens
 from ..measuring.samples import class_folder, fill_class_images
@@ -65,7 +65,7 @@ class Run:
     objective: Objective
     latents: Latents
     class_latents: Latents | None
-    conditions: TextConditions
+    embeddings: PromptEmbeddings
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     schedule: Any
@@ -77,9 +77,9 @@ class Run:
     kept_step: int | None = None
 
     @functools.cached_property
-    def wordings(self) -> Wordings:
-        """What each photo may be called."""
-        return wordings_of(self.config, self.subject.captions)
+    def caption_variants(self) -> CaptionVariants:
+        """The captions that each image may be drawn with."""
+        return caption_variants(self.config, self.subject.captions)
 
     @functools.cached_property
     def class_prompts(self) -> list[str]:
@@ -115,9 +115,9 @@ def class_prompts_of(config: TrainConfig, subject: Subject) -> list[str]:
 
 
 def prompts_of(config: TrainConfig, subject: Subject) -> list[str]:
-    """All prompts that a run learns under, or practises beside them."""
+    """All prompts that a run learns under, or practices beside them."""
     prior = class_prompts_of(config, subject) if config.with_prior_preservation else []
-    return [*wordings_of(config, subject.captions).all(), *prior]
+    return [*caption_variants(config, subject.captions).all(), *prior]
 
 
 def open_base(config: TrainConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
@@ -195,7 +195,7 @@ def settle(
 
 def epoch_steps(config: TrainConfig, photos: int, processes: int) -> int:
     """Optimizer steps in one pass over the photos."""
-    batch = config.pictures_per_step(processes)
+    batch = config.images_per_step(processes)
     return max(1, math.ceil(photos / batch))
 
 
@@ -218,18 +218,18 @@ def build_latents(
     views = views_of(transform, subject.photos, seed)
     if folder.owner:
         report_data(folder.path, subject, views)
-    keep = Keep(config.cache_latents == "disk")
-    latents = encode_photos(pipe.vae, subject.photos, views, config.background_loss_weight, keep)
+    cache = EncodingCache(config.cache_latents == "disk")
+    latents = encode_images(pipe.vae, subject.photos, views, config.background_loss_weight, cache)
     if not config.with_prior_preservation or config.prior_preservation == "frozen":
         return latents, None, ""
     place = class_folder(config)
     if folder.owner:
         fill_class_images(pipe, place, config, seed, check)
     barrier()
-    pictures = read_photos(place, config.dataloader_num_workers)[: config.num_class_images]
+    pictures = read_images(place, config.dataloader_num_workers)[: config.num_class_images]
     hashes = str(derive(0, *(photo.sha256 for photo in pictures)))
     own = class_views(transform, pictures, derive(seed, "class"), views)
-    return latents, encode_photos(pipe.vae, pictures, own, keep=keep), hashes
+    return latents, encode_images(pipe.vae, pictures, own, cache=cache), hashes
 
 
 def bucket_step(pipe: Any) -> int:
@@ -363,22 +363,22 @@ class Material:
     checkpoint: Checkpoint | None
     processes: int
 
-    def conditions(self) -> TextConditions:
+    def embeddings(self) -> PromptEmbeddings:
         """The prompts of photos and class pictures, encoded at the text encoder's present precision."""
         prompts = prompts_of(self.config, self.subject)
-        return TextConditions(self.pipe, self.config, prompts, Keep(self.config.cache_latents == "disk"))
+        return PromptEmbeddings(self.pipe, self.config, prompts, EncodingCache(self.config.cache_latents == "disk"))
 
 
 def build_run(material: Material) -> Run:
     """Text conditions, lower precision, adapter, optimizer and schedule, then the checkpoint's state over them."""
     config, pipe = material.config, material.pipe
-    conditions = None if encodes_each_step(config) else material.conditions()
-    run = put_in(material, conditions, lower_precision(config, pipe, denoiser(pipe).device))
+    embeddings = None if encodes_each_step(config) else material.embeddings()
+    run = put_in(material, embeddings, lower_precision(config, pipe, denoiser(pipe).device))
     quantize_base(config, pipe)
     return run
 
 
-def put_in(material: Material, conditions: TextConditions | None, dtype: torch.dtype, name: str = ADAPTER) -> Run:
+def put_in(material: Material, embeddings: PromptEmbeddings | None, dtype: torch.dtype, name: str = ADAPTER) -> Run:
     """A run whose adapter is ``name`` in a pipeline of this precision, at the checkpoint's state if there is one."""
     config, pipe, subject, checkpoint = material.config, material.pipe, material.subject, material.checkpoint
     latents, device = material.latents, denoiser(pipe).device
@@ -412,7 +412,7 @@ def put_in(material: Material, conditions: TextConditions | None, dtype: torch.d
         average=average,
         latents=latents,
         class_latents=material.class_latents,
-        conditions=conditions or material.conditions(),
+        embeddings=embeddings or material.embeddings(),
         parameters=parameters,
         optimizer=optimizer,
         schedule=schedule,

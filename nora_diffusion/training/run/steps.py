@@ -23,11 +23,11 @@ from ...pipelines.components import component, nora_layers, present, without_ada
 from ..measuring.samples import save_samples
 from ..settings.checks import trackers
 from ..step.averaging import shown
-from ..step.denoiser import Conditions, denoiser, predict
+from ..step.denoiser import TextEmbeddings, denoiser, predict
 from ..step.memory import checkpoint_bytes
 from ..step.noise import draw_levels, draw_noise
 from ..step.optimization import bound_norms, clip, schedule_state, still
-from ..step.randomness import balanced_rows, batch_rows, derive, generator, owned_rows, shuffled_rows
+from ..step.randomness import balanced_indices, batch_indices, derive, generator, owned_indices, shuffled_indices
 from .checkpoints import prune, save_checkpoint
 from .identity import may_go_on
 from .rundir import RunFolder, RunLog
@@ -50,7 +50,7 @@ class Batch:
     t: Tensor
     noisy: Tensor
     times: Tensor
-    conditions: Conditions
+    embeddings: TextEmbeddings
     labels: Tensor | None
     regions: Tensor | None = None
 
@@ -147,7 +147,7 @@ class Stepper:
         """Mean loss of one batch, plus ``prior_loss_weight`` times that of as many class pictures."""
         batch = self.draw(step, micro)
         with self.autocast():
-            prediction = predict(self.run.pipe, batch.noisy, batch.times, batch.conditions, batch.labels)
+            prediction = predict(self.run.pipe, batch.noisy, batch.times, batch.embeddings, batch.labels)
         return self.mean_loss(batch, prediction)
 
     def draw(self, step: int, micro: int) -> Batch:
@@ -164,9 +164,11 @@ class Stepper:
         photos = self._photos(number, size)
         picked = run.latents.pick(photos, source)
         latents, regions = run.latents.draw(picked, source), run.latents.weights(picked)
-        prompts = run.wordings.draw(photos, generator(run.seed, "captions", step, micro, 0))
+        prompts = run.caption_variants.draw(photos, generator(run.seed, "captions", step, micro, 0))
         if run.class_latents is not None:
-            pictures = shuffled_rows(run.seed, "class pictures", len(run.class_latents.of_photo), number * size, size)
+            pictures = shuffled_indices(
+                run.seed, "class pictures", len(run.class_latents.of_image), number * size, size
+            )
             picked = run.class_latents.pick(pictures, source, run.latents.size_of(photos[0]))
             latents = torch.cat([latents, run.class_latents.draw(picked, source)])
             regions = None if regions is None else torch.cat([regions, torch.ones_like(regions)])
@@ -181,10 +183,10 @@ class Stepper:
         run = self.run
         sizes = [run.latents.size_of(photo) for photo in range(len(run.subject.photos))]
         if run.subject.members and len(set(sizes)) > 1:
-            return owned_rows(run.seed, "photos", run.subject.owners, sizes, number, size)
+            return owned_indices(run.seed, "photos", run.subject.owners, sizes, number, size)
         if run.subject.members:
-            return balanced_rows(run.seed, "photos", run.subject.owners, number * size, size)
-        return batch_rows(run.seed, "photos", sizes, number, size)
+            return balanced_indices(run.seed, "photos", run.subject.owners, number * size, size)
+        return batch_indices(run.seed, "photos", sizes, number, size)
 
     def mean_loss(self, batch: Batch, prediction: Tensor) -> Tensor:
         """What :meth:`loss` is for a batch's prediction."""
@@ -209,14 +211,14 @@ class Stepper:
         noisy, target = objective.add_noise(latents, added, t), objective.target(latents, noise, t)
         labels = t if run.config.class_labels_conditioning == "timesteps" else None
         with self.autocast():
-            conditions = run.conditions(prompts)
+            embeddings = run.embeddings(prompts)
         regions = None if regions is None else regions.to(self.device)
-        batch = Batch(target, t, noisy.to(run.dtype), objective.times[t], conditions, labels, regions)
+        batch = Batch(target, t, noisy.to(run.dtype), objective.times[t], embeddings, labels, regions)
         frozen = run.config.with_prior_preservation and run.class_latents is None
         return self._with_frozen_targets(batch, prompts) if frozen else batch
 
     def _own_rows(self, rows: int) -> list[int]:
-        """This process's share of a batch: of its photos, and of what is practised beside them."""
+        """This process's share of a batch: of its photos, and of what is practiced beside them."""
         size, accelerator = self.run.config.batch_size, self.accelerator
         first = size * accelerator.process_index
         return [row for row in range(rows) if first <= row % (size * accelerator.num_processes) < first + size]
@@ -227,8 +229,8 @@ class Stepper:
         half = len(prompts) // 2
         labels = None if batch.labels is None else batch.labels[half:]
         with without_adapters(self.run.pipe), self.autocast():
-            conditions = self.run.conditions(prompts[half:])
-            prediction = predict(self.run.pipe, batch.noisy[half:], batch.times[half:], conditions, labels)
+            embeddings = self.run.embeddings(prompts[half:])
+            prediction = predict(self.run.pipe, batch.noisy[half:], batch.times[half:], embeddings, labels)
         if prediction.shape[1] == 2 * batch.target.shape[1]:
             prediction = prediction.chunk(2, dim=1)[0]
         return replace(batch, target=torch.cat([batch.target[:half], prediction.to(batch.target.dtype)]))

@@ -146,7 +146,7 @@ class TrainConfig:
         "share",
         "open",
     )
-    background: str = key("white", "data", "colour that shows through transparent places", "open")
+    background: str = key("white", "data", "color that shows through transparent places", "open")
     skip_unreadable: bool = key(False, "data", "leave unusable files out instead of stopping", "free")
     random_flip: bool = key(False, "data", "mirror half of the pictures", "open")
     image_interpolation_mode: Interpolation = key("lanczos", "data", "filter for resizing", "open")
@@ -344,7 +344,7 @@ class TrainConfig:
     save_dtype: SaveDtype | None = key(
         None, "run", "number type in the adapter file (default: as trained)", "free", "open"
     )
-    license: str | None = key(None, "run", "licence named in the adapter and its model card", "free", "open")
+    license: str | None = key(None, "run", "license named in the adapter and its model card", "free", "open")
     export: list[str] | None = key(None, "run", "also write plain LoRAs into exports/: diffusers, kohya, peft", "free")
     push_to_hub: bool = key(False, "run", "upload the adapter and its card at the end", "free")
     hub_private: bool = key(True, "run", "upload to a private repository; false makes it public", "free")
@@ -395,7 +395,7 @@ class TrainConfig:
         """``train_batch_size``; every base has a default."""
         return self.train_batch_size or 1
 
-    def pictures_per_step(self, processes: int) -> int:
+    def images_per_step(self, processes: int) -> int:
         """Pictures of the subject that one step learns from, over all processes and micro-steps."""
         return self.batch_size * self.gradient_accumulation_steps * processes
 

@@ -35,7 +35,7 @@ def unknown_argument(words: Sequence[str], known: Iterable[str], command: str) -
 
 
 def near_names(name: str, known: Iterable[str]) -> list[str]:
-    """The one name that is spelt nearly so; else up to three that have it as one of their words, or as initials."""
+    """The one name that is spelled nearly so; else up to three that have it as one of their words, or as initials."""
     names = list(known)
     if close := difflib.get_close_matches(name, names, n=1, cutoff=0.65):
         return close

@@ -14,7 +14,7 @@ from ...pipelines.components import component, denoiser_name, text_encoders
 from ..settings.config import TrainConfig
 
 Family = Literal["sd", "sdxl", "sd3", "flux"]
-Conditions = dict[str, Tensor]
+TextEmbeddings = dict[str, Tensor]
 """``hidden [B, tokens, width]`` and, but for SD 1.x and 2.x, ``pooled [B, width]``."""
 TRAINED_ENCODERS: dict[Family, tuple[str, ...]] = {
     "sd": ("text_encoder",),
@@ -77,7 +77,7 @@ def prompt_limit(pipe: Any) -> int | None:
     return limits.get(family_of(pipe))
 
 
-def outline_conditions(settings: Any, rows: int, dtype: torch.dtype) -> Conditions:
+def outline_embeddings(settings: Any, rows: int, dtype: torch.dtype) -> TextEmbeddings:
     """Prompts of 77 tokens, of 512 for Flux, in the widths that a denoiser's ``settings`` name; without numbers."""
     get = settings.get
     width = get("cross_attention_dim") or get("joint_attention_dim")
@@ -85,11 +85,11 @@ def outline_conditions(settings: Any, rows: int, dtype: torch.dtype) -> Conditio
     if get("addition_embed_type") == "text_time":
         pooled = settings.projection_class_embeddings_input_dim - 6 * settings.addition_time_embed_dim
     tokens = 77 if get("cross_attention_dim") else 512
-    conditions = {"hidden": torch.empty(rows, tokens, width, dtype=dtype)}
-    return conditions if pooled is None else {**conditions, "pooled": torch.empty(rows, pooled, dtype=dtype)}
+    embeddings = {"hidden": torch.empty(rows, tokens, width, dtype=dtype)}
+    return embeddings if pooled is None else {**embeddings, "pooled": torch.empty(rows, pooled, dtype=dtype)}
 
 
-def encode_prompts(pipe: Any, prompts: Sequence[str], max_tokens: int | None = None) -> Conditions:
+def encode_prompts(pipe: Any, prompts: Sequence[str], max_tokens: int | None = None) -> TextEmbeddings:
     """Prompts by the pipeline's own ``encode_prompt``, without guidance; ``max_tokens`` limits a T5's.
 
     An empty prompt of a base whose guidance takes zeros for one (SDXL) is zeros here as well.
@@ -105,11 +105,11 @@ def encode_prompts(pipe: Any, prompts: Sequence[str], max_tokens: int | None = N
     kind = family_of(pipe)
     if kind == "sd":
         return {"hidden": encoded[0]}
-    conditions = {"hidden": encoded[0], "pooled": encoded[1] if kind == "flux" else encoded[2]}
+    embeddings = {"hidden": encoded[0], "pooled": encoded[1] if kind == "flux" else encoded[2]}
     if zeros_for_nothing(pipe) and not all(prompts):
         said = encoded[0].new_tensor([float(bool(prompt)) for prompt in prompts])
-        conditions = {name: value * said.view(-1, *[1] * (value.ndim - 1)) for name, value in conditions.items()}
-    return conditions
+        embeddings = {name: value * said.view(-1, *[1] * (value.ndim - 1)) for name, value in embeddings.items()}
+    return embeddings
 
 
 def zeros_for_nothing(pipe: Any) -> bool:
@@ -117,23 +117,23 @@ def zeros_for_nothing(pipe: Any) -> bool:
     return bool(pipe.config.get("force_zeros_for_empty_prompt", False))
 
 
-def predict(pipe: Any, noisy: Tensor, times: Tensor, conditions: Conditions, class_labels: Tensor | None) -> Tensor:
+def predict(pipe: Any, noisy: Tensor, times: Tensor, embeddings: TextEmbeddings, class_labels: Tensor | None) -> Tensor:
     """The denoiser's answer to ``noisy [B, C, h, w]`` at the scheduler's timesteps ``times [B]``."""
     model, kind = denoiser(pipe), family_of(pipe)
-    conditions = {name: value.to(noisy.dtype) for name, value in conditions.items()}
+    embeddings = {name: value.to(noisy.dtype) for name, value in embeddings.items()}
     if kind == "flux":
-        return _flux(pipe, model, noisy, times, conditions)
+        return _flux(pipe, model, noisy, times, embeddings)
     if kind == "sd3":
         return model(
-            noisy, conditions["hidden"], pooled_projections=conditions["pooled"], timestep=times, return_dict=False
+            noisy, embeddings["hidden"], pooled_projections=embeddings["pooled"], timestep=times, return_dict=False
         )[0]
     added = None
     if kind == "sdxl":
-        added = {"text_embeds": conditions["pooled"], "time_ids": time_ids(noisy, pipe.vae_scale_factor)}
+        added = {"text_embeds": embeddings["pooled"], "time_ids": time_ids(noisy, pipe.vae_scale_factor)}
     return model(
         noisy,
         times,
-        conditions["hidden"],
+        embeddings["hidden"],
         added_cond_kwargs=added,
         return_dict=False,
         class_labels=class_labels,
@@ -149,19 +149,19 @@ def time_ids(latents: Tensor, scale: int) -> Tensor:
     return latents.new_tensor([[height, width, 0, 0, height, width]]).expand(len(latents), -1)
 
 
-def _flux(pipe: Any, model: Any, noisy: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
+def _flux(pipe: Any, model: Any, noisy: Tensor, times: Tensor, embeddings: TextEmbeddings) -> Tensor:
     count, channels, height, width = noisy.shape
     packed = pipe._pack_latents(noisy, count, channels, height, width)
     places = pipe._prepare_latent_image_ids(count, height // 2, width // 2, noisy.device, noisy.dtype)
-    words = noisy.new_zeros(conditions["hidden"].shape[1], 3)
+    words = noisy.new_zeros(embeddings["hidden"].shape[1], 3)
     # A guidance-distilled model is trained at guidance 1: the plain prediction, which is what the photos show.
     guidance = torch.ones(count, device=noisy.device) if model.config.guidance_embeds else None
     answer = model(
         hidden_states=packed,
         timestep=times / 1000,
         guidance=guidance,
-        encoder_hidden_states=conditions["hidden"],
-        pooled_projections=conditions["pooled"],
+        encoder_hidden_states=embeddings["hidden"],
+        pooled_projections=embeddings["pooled"],
         txt_ids=words,
         img_ids=places,
         return_dict=False,

@@ -15,7 +15,7 @@ from ...adapters import AdapterConfig
 from ...adapters.config import Start
 from ...loaders.inject import inject
 from ...pipelines.components import component, denoiser_name, nora_layers
-from .denoiser import outline_conditions, predict
+from .denoiser import outline_embeddings, predict
 
 OVERHEAD = 1.15
 """Workspaces and fragmentation, over what is counted."""
@@ -105,7 +105,7 @@ def kept_by(pipe: Any, module: nn.Module, rows: int, side: int, dtype: torch.dty
         noisy = torch.empty(rows, pipe.vae.config.latent_channels, height, height, dtype=dtype)
         times = torch.zeros(rows, dtype=torch.long)
         labels = times if getattr(settings, "class_embed_type", None) == "timestep" else None
-        predict(_Stand(pipe, module), noisy, times, outline_conditions(settings, rows, dtype), labels)
+        predict(_Stand(pipe, module), noisy, times, outline_embeddings(settings, rows, dtype), labels)
     return sum(storage.nbytes() for storage in kept.values())
 
 

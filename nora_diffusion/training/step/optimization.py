@@ -18,7 +18,7 @@ from ..settings.config import TrainConfig
 
 def scaled_rate(rate: float, config: TrainConfig, processes: int) -> float:
     """The learning rate, times devices, accumulation and batch size where ``scale_lr`` asks for that."""
-    factor = config.pictures_per_step(processes) if config.scale_lr else 1
+    factor = config.images_per_step(processes) if config.scale_lr else 1
     return rate * factor
 
 

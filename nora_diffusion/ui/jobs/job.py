@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...io.files import is_held
-from ...io.run_layout import CHECKPOINTS, LOG, MANIFEST, SAMPLES, STATE, checkpoint_steps, pictures_by_step
+from ...io.run_layout import CHECKPOINTS, LOG, MANIFEST, SAMPLES, STATE, checkpoint_steps, images_by_step
 from ..messages import without_dashes, without_folders
 
 Status = Literal["waiting", "starting", "training", "saving", "stopping", "done", "stopped", "failed", "killed"]
@@ -68,7 +68,7 @@ def read_job(folder: Path) -> Job:
         checkpoint=_last_checkpoint(run / CHECKPOINTS),
         adapter=adapter,
         losses=_thin([(int(row["step"]), float(row["loss"])) for row in rows]),
-        samples=[picture for group in pictures_by_step(run / SAMPLES).values() for picture in group],
+        samples=[picture for group in images_by_step(run / SAMPLES).values() for picture in group],
     )
 
 

@@ -60,11 +60,11 @@ class SampleScores:
         return known
 
     def _score(self, job: Job, samples: list[Path]) -> dict[str, dict[str, float]]:
-        from ...data import read_photos
-        from ...generation.pictures import read_settings
+        from ...data import read_images
+        from ...generation.image_settings import read_settings
         from ...scoring.judges import prompt_score, subject_score
 
-        photos = [photo.image for photo in read_photos(job.folder / "photos")]
+        photos = [photo.image for photo in read_images(job.folder / "photos")]
         trigger = _trigger(job)
         found = {}
         for sample in samples:

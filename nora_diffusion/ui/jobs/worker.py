@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...io.files import FileLock, make_folder, sync_folder, user_errors, write_atomic
-from ...io.run_layout import SAMPLES, STATE, pictures_by_step
+from ...io.run_layout import SAMPLES, STATE, images_by_step
 from ...pipelines.base import is_embedded
 from ..entries import SCORES
 from .job import boot_id, read_job, read_json
@@ -117,7 +117,7 @@ def publish(run: Path, library: Path, name: str, scores: Mapping[str, float]) ->
                 shutil.copy2(run / "README.md", temporary)
             if scores:
                 write_atomic(temporary / SCORES, json.dumps(dict(scores)))
-            if samples := pictures_by_step(run / SAMPLES):
+            if samples := images_by_step(run / SAMPLES):
                 shutil.copy2(samples[max(samples)][0], temporary / "thumbnail.png")
             temporary.chmod(0o755)
             for file in temporary.iterdir():

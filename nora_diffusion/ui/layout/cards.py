@@ -119,7 +119,7 @@ def facts(entry: Entry, misfit: str | None) -> str:
             "scores": ", ".join(f"{name} {value:.3f}" for name, value in entry.scores().items()),
             "steps": str(info.step) if info.step else "",
             "seed": "" if info.seed is None else str(info.seed),
-            "licence": info.license,
+            "license": info.license,
         }
     rows |= {
         "size": f"{entry.size:,} bytes",

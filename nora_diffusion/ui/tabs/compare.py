@@ -1,4 +1,4 @@
-"""The Compare tab: the same picture under changing settings, as a labelled grid and side by side."""
+"""The Compare tab: the same picture under changing settings, as a labeled grid and side by side."""
 
 from __future__ import annotations
 

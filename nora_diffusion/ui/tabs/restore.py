@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from ...errors import UserError
-from ...generation.pictures import PictureSettings, read_settings, tag_of
+from ...generation.image_settings import ImageSettings, read_settings, tag_of
 from ...generation.tags import write_tags
 from ..layout.cards import line
 from ..layout.page import HIDDEN, QUIET, Page, handler
@@ -61,7 +61,7 @@ def build(page: Page, settings: Settings, blocks: gr.State) -> None:
     leave.click(handler(lambda: [None, "", gr.update(visible=False), None]), None, [*seen, drop], **QUIET)
 
 
-def restored(app: App, picture: PictureSettings) -> tuple[dict[str, Any], dict[str, dict[str, float]], list[str]]:
+def restored(app: App, picture: ImageSettings) -> tuple[dict[str, Any], dict[str, dict[str, float]], list[str]]:
     """The values for the page, the factors by block, and what cannot be restored, in words.
 
     An adapter is the same only if the full SHA-256 of its file is; a name proves nothing, and neither do a few digits.

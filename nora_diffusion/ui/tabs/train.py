@@ -12,7 +12,7 @@ import gradio as gr
 from ...demo import EXAMPLES, open_example
 from ...errors import UserError
 from ...training.settings.config import Method
-from ..jobs.photos import MAX_PHOTOS, Checked, check_photos, with_captions
+from ..jobs.images import MAX_PHOTOS, Checked, check_photos, with_captions
 from ..jobs.training_form import MAX_YAML, PRESETS, build_settings, preflight
 from ..layout.page import LAST, QUIET, Page, handler
 from ..library import safe_name

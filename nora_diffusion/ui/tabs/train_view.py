@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ...reports.plots import line_chart
+from ..jobs.images import Checked
 from ..jobs.job import Job
-from ..jobs.photos import Checked
 from ..layout.cards import line
 
 WORDS = {

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageEnhance
 from runs import Configure
 
-from nora_diffusion.data import Photo, Reject, read_photo, read_photos
+from nora_diffusion.data import Reject, SourceImage, read_images, read_source
 from nora_diffusion.data.report import Row, write_report
 from nora_diffusion.data.similarity import dhash, find_twins
 from nora_diffusion.data.transforms import Transform
@@ -22,8 +22,8 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @pytest.fixture(scope="module")
-def dogs() -> list[Photo]:
-    return read_photos(EXAMPLES / "photos" / "dog6")
+def dogs() -> list[SourceImage]:
+    return read_images(EXAMPLES / "photos" / "dog6")
 
 
 def again(image: Image.Image, how: str) -> Image.Image:
@@ -45,25 +45,25 @@ def test_dhash_is_the_signs_of_differences() -> None:
     assert dhash(image.resize((90, 80), Image.Resampling.NEAREST)) == int(bits, 2)
 
 
-def test_different_photos_are_no_twins(dogs: list[Photo]) -> None:
-    assert not find_twins([*dogs, *read_photos(EXAMPLES / "photos" / "rc_car")])
-    assert not find_twins(read_photos(EXAMPLES / "subjects" / "tiger"))
+def test_different_photos_are_no_twins(dogs: list[SourceImage]) -> None:
+    assert not find_twins([*dogs, *read_images(EXAMPLES / "photos" / "rc_car")])
+    assert not find_twins(read_images(EXAMPLES / "subjects" / "tiger"))
 
 
 @pytest.mark.parametrize("how", ["half", "brighter", "JPEG"])
-def test_copies_are_found(dogs: list[Photo], how: str) -> None:
-    copy = Photo(Path("copy.jpg"), again(dogs[2].image, how), "other")
+def test_copies_are_found(dogs: list[SourceImage], how: str) -> None:
+    copy = SourceImage(Path("copy.jpg"), again(dogs[2].image, how), "other")
     (twins,) = find_twins([*dogs, copy])
     assert (twins.first.path.name, twins.second.path.name, twins.same_file) == ("02.jpg", "copy.jpg", False)
 
 
-def test_the_same_file_twice_is_named_so(dogs: list[Photo]) -> None:
+def test_the_same_file_twice_is_named_so(dogs: list[SourceImage]) -> None:
     (twins,) = find_twins([dogs[0], dogs[0]])
     assert twins.same_file and str(twins) == "00.jpg and 00.jpg are the same photo"
 
 
-def test_report_shows_every_picture_and_escapes_every_name(dogs: list[Photo], tmp_path: Path) -> None:
-    evil = Photo(Path("<b onload=x>.png"), dogs[1].image, "1", remarks=("turned as its EXIF says",))
+def test_report_shows_every_picture_and_escapes_every_name(dogs: list[SourceImage], tmp_path: Path) -> None:
+    evil = SourceImage(Path("<b onload=x>.png"), dogs[1].image, "1", remarks=("turned as its EXIF says",))
     views = Transform([(64, 48)], "random", 2, flip=True).views(evil.image.size)
     rows = [Row(evil, "a <script> dog", views)]
     page = write_report(tmp_path, rows, [Reject(Path("x.png"), "x.png is empty")], [])
@@ -82,7 +82,7 @@ def test_thumbnails_are_what_is_trained_on(tmp_path: Path) -> None:
     """The picture in the page is the view, after crop and resize."""
     image = Image.new("RGB", (80, 40), (200, 30, 40))
     image.paste((20, 40, 210), (40, 0, 80, 40))
-    photo = Photo(tmp_path / "p.png", image, "0")
+    photo = SourceImage(tmp_path / "p.png", image, "0")
     (view,) = Transform([(40, 40)]).views(image.size)
     from base64 import b64decode
 
@@ -122,4 +122,4 @@ def test_unusable_files_stop_a_run_or_are_left_out(
     assert data["rejects"] == [{"file": "bad.png", "reason": "bad.png is empty"}] and len(data["photos"]) == 4
     assert data["duplicates"] == [{"files": ["0.png", "twin.png"], "bits": 0, "same_file": True}]
     assert "left out: bad.png is empty" in caplog.text and "are the same photo" in caplog.text
-    assert read_photo(folder / "twin.png").sha256 == data["photos"][0]["sha256"]
+    assert read_source(folder / "twin.png").sha256 == data["photos"][0]["sha256"]

@@ -16,13 +16,13 @@ from PIL import Image
 from runs import Configure
 from torch import nn
 
-from nora_diffusion.data import Photo, read_photo
+from nora_diffusion.data import SourceImage, read_source
 from nora_diffusion.data.transforms import Transform
 from nora_diffusion.pipelines.base import open_pipeline
 from nora_diffusion.training import TrainConfig, train
-from nora_diffusion.training.data.encoding_cache import Keep
-from nora_diffusion.training.data.latents import Latents, encode_photos
-from nora_diffusion.training.data.prompts import TextConditions
+from nora_diffusion.training.data.encoding_cache import EncodingCache
+from nora_diffusion.training.data.latents import Latents, encode_images
+from nora_diffusion.training.data.prompts import PromptEmbeddings
 from nora_diffusion.training.run.steps import Stepper
 
 SQUARE = Transform([(16, 16)])
@@ -40,16 +40,16 @@ def pipe(tiny_base: Path) -> Any:
 
 
 @pytest.fixture
-def photo(photos: Path) -> Photo:
-    return read_photo(photos / "0.png")
+def photo(photos: Path) -> SourceImage:
+    return read_source(photos / "0.png")
 
 
 def entries(cache: Path, kind: str) -> int:
     return len(list(cache.glob(f"{kind}-*.safetensors")))
 
 
-def encode(pipe: Any, photo: Photo, transform: Transform = SQUARE) -> Latents:
-    return encode_photos(pipe.vae, [photo], [transform.views(photo.image.size)], keep=Keep(disk=True))
+def encode(pipe: Any, photo: SourceImage, transform: Transform = SQUARE) -> Latents:
+    return encode_images(pipe.vae, [photo], [transform.views(photo.image.size)], cache=EncodingCache(disk=True))
 
 
 def refuse(*_: Any, **__: Any) -> Any:
@@ -57,7 +57,7 @@ def refuse(*_: Any, **__: Any) -> Any:
 
 
 def test_latents_are_found_again_bit_for_bit(
-    pipe: Any, photo: Photo, cache: Path, monkeypatch: pytest.MonkeyPatch
+    pipe: Any, photo: SourceImage, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = encode(pipe, photo)
     monkeypatch.setattr(type(pipe.vae), "encode", refuse)
@@ -67,7 +67,7 @@ def test_latents_are_found_again_bit_for_bit(
     assert torch.equal(first.mean[0], again.mean[0]) and torch.equal(first.std[0], again.std[0])
 
 
-def brighter(photo: Photo) -> Photo:
+def brighter(photo: SourceImage) -> SourceImage:
     pixels = np.asarray(photo.image).copy()
     pixels[10, 10, 0] ^= 1
     return replace(photo, image=Image.fromarray(pixels))
@@ -79,7 +79,7 @@ def nudge(module: nn.Module) -> None:
     weight[0] = torch.nextafter(weight[0], torch.tensor(9.0))
 
 
-LATENT_CHANGES: dict[str, Callable[[Any, Photo], tuple[Any, Photo, Transform]]] = {
+LATENT_CHANGES: dict[str, Callable[[Any, SourceImage], tuple[Any, SourceImage, Transform]]] = {
     "one bit of one pixel": lambda pipe, photo: (pipe, brighter(photo), Transform([photo.image.size])),
     "resolution": lambda pipe, photo: (pipe, photo, Transform([(24, 24)])),
     "shape": lambda pipe, photo: (pipe, photo, Transform([(24, 16)])),
@@ -93,26 +93,28 @@ LATENT_CHANGES: dict[str, Callable[[Any, Photo], tuple[Any, Photo, Transform]]] 
 
 
 @pytest.mark.parametrize("change", LATENT_CHANGES.values(), ids=LATENT_CHANGES.keys())
-def test_every_ingredient_of_latents_counts(change: Callable[..., Any], pipe: Any, photo: Photo, cache: Path) -> None:
+def test_every_ingredient_of_latents_counts(
+    change: Callable[..., Any], pipe: Any, photo: SourceImage, cache: Path
+) -> None:
     encode(pipe, photo)
     encode(pipe, photo, Transform([photo.image.size]))
     before = entries(cache, "latents")
     pipe, photo, transform = change(pipe, photo)
     found = encode(pipe, photo, transform)
     assert entries(cache, "latents") == before + 1
-    fresh = encode_photos(pipe.vae, [photo], [transform.views(photo.image.size)])
+    fresh = encode_images(pipe.vae, [photo], [transform.views(photo.image.size)])
     assert all(torch.equal(a, b) for a, b in zip(found.mean, fresh.mean, strict=True))
 
 
-def conditions(pipe: Any, config: TrainConfig, *prompts: str) -> torch.Tensor:
-    return TextConditions(pipe, config, prompts, Keep(disk=True))(prompts)["hidden"]
+def embeddings(pipe: Any, config: TrainConfig, *prompts: str) -> torch.Tensor:
+    return PromptEmbeddings(pipe, config, prompts, EncodingCache(disk=True))(prompts)["hidden"]
 
 
 def test_text_is_found_again_bit_for_bit(pipe: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = conditions(pipe, TrainConfig(), "a dog", "a cat")
+    first = embeddings(pipe, TrainConfig(), "a dog", "a cat")
     assert entries(cache, "text") == 2
     monkeypatch.setattr(type(pipe.text_encoder), "forward", refuse)
-    assert torch.equal(conditions(pipe, TrainConfig(), "a cat", "a dog"), first.flip(0))
+    assert torch.equal(embeddings(pipe, TrainConfig(), "a cat", "a dog"), first.flip(0))
 
 
 def other_tokens(pipe: Any) -> None:
@@ -132,21 +134,21 @@ TEXT_CHANGES: dict[str, Callable[[Any], tuple[TrainConfig, str]]] = {
 
 @pytest.mark.parametrize("change", TEXT_CHANGES.values(), ids=TEXT_CHANGES.keys())
 def test_every_ingredient_of_text_counts(change: Callable[..., Any], pipe: Any, cache: Path) -> None:
-    conditions(pipe, TrainConfig(), "a dog")
+    embeddings(pipe, TrainConfig(), "a dog")
     config, prompt = change(pipe)
-    found = conditions(pipe, config, prompt)
+    found = embeddings(pipe, config, prompt)
     assert entries(cache, "text") == 2
-    assert torch.equal(found, TextConditions(pipe, config, [prompt])([prompt])["hidden"])
+    assert torch.equal(found, PromptEmbeddings(pipe, config, [prompt])([prompt])["hidden"])
 
 
-def test_versions_count(pipe: Any, photo: Photo, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_count(pipe: Any, photo: SourceImage, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode(pipe, photo)
     monkeypatch.setattr("nora_diffusion.training.data.encoding_cache.versions", lambda: {"torch": "99"})
     encode(pipe, photo)
     assert entries(cache, "latents") == 2
 
 
-def test_tf32_counts_whichever_way_it_was_set(pipe: Any, photo: Photo, cache: Path) -> None:
+def test_tf32_counts_whichever_way_it_was_set(pipe: Any, photo: SourceImage, cache: Path) -> None:
     matmul: Any = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):
         pytest.skip("this torch has one way only")
@@ -160,7 +162,7 @@ def test_tf32_counts_whichever_way_it_was_set(pipe: Any, photo: Photo, cache: Pa
     assert entries(cache, "latents") == 2
 
 
-def test_a_damaged_entry_is_made_again(pipe: Any, photo: Photo, cache: Path) -> None:
+def test_a_damaged_entry_is_made_again(pipe: Any, photo: SourceImage, cache: Path) -> None:
     first = encode(pipe, photo)
     (entry,) = cache.glob("latents-*")
     data = bytearray(entry.read_bytes())

@@ -20,7 +20,7 @@ from nora_diffusion.errors import UserError
 from nora_diffusion.training import main, train
 from nora_diffusion.training.run.signals import Interrupted
 from nora_diffusion.training.run.steps import Stepper
-from nora_diffusion.training.step.randomness import balanced_rows, owned_rows
+from nora_diffusion.training.step.randomness import balanced_indices, owned_indices
 
 
 @pytest.fixture
@@ -42,17 +42,17 @@ def together(configure: Configure, tmp_path: Path) -> Configure:
 
 def test_turns_are_even_among_subjects_and_among_their_photos() -> None:
     owners = ["a"] * 2 + ["b"] * 3 + ["c"]
-    rows = [row for start in range(0, 36, 4) for row in balanced_rows(5, "photos", owners, start, 4)]
+    rows = [row for start in range(0, 36, 4) for row in balanced_indices(5, "photos", owners, start, 4)]
     assert Counter(owners[row] for row in rows) == {"a": 12, "b": 12, "c": 12}
     assert Counter(rows) == {0: 6, 1: 6, 2: 4, 3: 4, 4: 4, 5: 12}
     assert all({owners[row] for row in rows[i : i + 3]} == {"a", "b", "c"} for i in range(0, 36, 3))
     assert rows[:18] != rows[18:]
-    assert rows[7:9] == balanced_rows(5, "photos", owners, 7, 2)
+    assert rows[7:9] == balanced_indices(5, "photos", owners, 7, 2)
 
 
 def test_batches_of_one_shape_are_of_one_subject_and_turns_are_even() -> None:
     owners, shapes = ["a"] * 2 + ["b"] * 3, [1, 2, 1, 1, 2]
-    batches = [owned_rows(5, "photos", owners, shapes, number, 4) for number in range(12)]
+    batches = [owned_indices(5, "photos", owners, shapes, number, 4) for number in range(12)]
     assert all(len({(owners[row], shapes[row]) for row in rows}) == 1 for rows in batches)
     assert all({owners[rows[0]] for rows in batches[i : i + 2]} == {"a", "b"} for i in range(0, 12, 2))
     assert Counter(row for rows in batches for row in rows) == {0: 12, 1: 12, 2: 8, 3: 8, 4: 8}
@@ -86,7 +86,7 @@ def test_one_adapter_learns_all(method: str, together: Configure, monkeypatch: p
     def noised(self: Stepper, latents: torch.Tensor, prompts: list[str], *rest: Any) -> Any:
         means = self.run.latents
         for prompt in prompts:
-            seen.append((len(means.of_photo), prompt))
+            seen.append((len(means.of_image), prompt))
         return original(self, latents, prompts, *rest)
 
     monkeypatch.setattr(Stepper, "_noised", noised)
@@ -105,7 +105,7 @@ def test_photos_go_with_their_prompts(together: Configure, monkeypatch: pytest.M
 
     def photos(self: Stepper, *rest: int) -> list[int]:
         found = original(self, *rest)
-        drawn.append((found, self.run.wordings.draw(found, torch.Generator())))
+        drawn.append((found, self.run.caption_variants.draw(found, torch.Generator())))
         return found
 
     monkeypatch.setattr(Stepper, "_photos", photos)

@@ -14,13 +14,13 @@ from factories import write_photos
 from PIL import Image
 from runs import Configure
 
-from nora_diffusion.data import read_photos
+from nora_diffusion.data import read_images
 from nora_diffusion.data.masks import subject_box, with_masks
 from nora_diffusion.data.transforms import Transform, View
 from nora_diffusion.errors import UserError
 from nora_diffusion.pipelines.base import load_base
 from nora_diffusion.training import train
-from nora_diffusion.training.data.latents import encode_photos
+from nora_diffusion.training.data.latents import encode_images
 from nora_diffusion.training.step.objective import Objective
 
 SCHEDULER = load_base().scheduler
@@ -45,7 +45,7 @@ def masked(tmp_path: Path) -> Path:
 
 
 def test_masks_come_from_the_folder_or_the_transparency(masked: Path) -> None:
-    first, second, third = with_masks(read_photos(masked), masked)
+    first, second, third = with_masks(read_images(masked), masked)
     assert first.mask is not None and subject_box(first.mask) == (2, 4, 10, 16)
     assert second.mask is not None and subject_box(second.mask) == (12, 0, 24, 20)
     assert third.mask is None
@@ -55,12 +55,12 @@ def test_a_mask_of_another_scale_is_resized_and_a_cut_out_serves_as_one(masked: 
     cut = Image.new("RGBA", (48, 40), (9, 9, 9, 0))
     cut.paste((9, 9, 9, 255), (4, 8, 20, 32))
     cut.save(masked / "masks" / "0.png")
-    mask = with_masks(read_photos(masked), masked)[0].mask
+    mask = with_masks(read_images(masked), masked)[0].mask
     assert mask is not None and mask.size == (24, 20) and subject_box(mask) == (2, 4, 10, 16)
 
 
 def test_masks_that_cannot_be_right_are_refused(masked: Path, caplog: pytest.LogCaptureFixture) -> None:
-    photos = read_photos(masked)
+    photos = read_images(masked)
     paint((0, 0, 5, 5), (30, 20)).save(masked / "masks" / "2.png")
     with pytest.raises(UserError, match=r"2.png is 30x20, its photo 24x20"):
         with_masks(photos, masked)
@@ -111,18 +111,18 @@ def test_the_weighted_loss_by_its_formula() -> None:
 def test_weights_follow_their_pictures(masked: Path) -> None:
     """Flips and several crops: each picture's weights are those of its own view."""
     base = load_base()
-    photos = with_masks(read_photos(masked), masked)
+    photos = with_masks(read_images(masked), masked)
     transform = Transform([(32, 32)], "random", 2, flip=True)
     views = [transform.views(photo.image.size) for photo in photos]
-    latents = encode_photos(base.vae, photos, views, background=0.25)
-    for photo, own, pictures in zip(photos, views, latents.of_photo, strict=True):
+    latents = encode_images(base.vae, photos, views, background=0.25)
+    for photo, own, pictures in zip(photos, views, latents.of_image, strict=True):
         weights = latents.weights(pictures)
         assert weights is not None and weights.shape[1:] == (1, *latents.mean[pictures[0]].shape[1:])
         for view, weight in zip(own, weights, strict=True):
             side = weight.shape[-1]
             share = 1.0 if photo.mask is None else view.region(photo.mask, (side, side))
             assert np.allclose(weight[0], 0.25 + 0.75 * np.asarray(share))
-    assert encode_photos(base.vae, photos, views).weights([0]) is None
+    assert encode_images(base.vae, photos, views).weights([0]) is None
 
 
 def losses(folder: Path) -> list[float]:
@@ -153,7 +153,7 @@ def test_a_run_with_masks(configure: Configure, masked: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match="photos and captions"):
         train(again)
     shutil.rmtree(masked / "masks")
-    cut_out = read_photos(masked)[1].path
+    cut_out = read_images(masked)[1].path
     cut_out.unlink()
     with pytest.raises(UserError, match=r"no photo in .* has a mask"):
         train(configure(instance_data_dir=str(masked), background_loss_weight=0.1))

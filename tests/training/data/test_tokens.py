@@ -44,12 +44,12 @@ def test_the_prompt_is_encoded_as_the_pipeline_encodes_it(
     configure: Configure, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The denoiser is told the same of a prompt in the last training step and by the pipeline that loads the file."""
-    from nora_diffusion.training.data.prompts import TextConditions
+    from nora_diffusion.training.data.prompts import PromptEmbeddings
 
     seen: list[torch.Tensor] = []
-    original = TextConditions.__call__
+    original = PromptEmbeddings.__call__
     monkeypatch.setattr(
-        TextConditions, "__call__", lambda self, p: (seen.append(original(self, p)["hidden"]), original(self, p))[1]
+        PromptEmbeddings, "__call__", lambda self, p: (seen.append(original(self, p)["hidden"]), original(self, p))[1]
     )
     folder = train(configure(**TI, checkpointing_steps=1)).adapter_path.parent
     assert not torch.equal(seen[0], seen[1])  # never stale

@@ -19,7 +19,7 @@ from runs import Configure, distance, factors, flags, in_double
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import TrainConfig, main, train
 from nora_diffusion.training.many import subjects
-from nora_diffusion.training.many.batched import Crowd
+from nora_diffusion.training.many.batched import BatchedTrainer
 from nora_diffusion.training.many.subjects import train_subjects
 from nora_diffusion.training.run.signals import Interrupted
 from nora_diffusion.training.run.steps import Stepper
@@ -106,9 +106,11 @@ def test_rows_of_one_batch_belong_to_different_subjects(
     """The slow test's claim in short, and that the rows do share a pass."""
     in_double(monkeypatch.setattr)
     sizes: list[tuple[int, ...]] = []
-    original = Crowd._pass
+    original = BatchedTrainer._pass
     monkeypatch.setattr(
-        Crowd, "_pass", lambda self, some: (sizes.append(tuple(len(b.noisy) for _, b in some)), original(self, some))[1]
+        BatchedTrainer,
+        "_pass",
+        lambda self, some: (sizes.append(tuple(len(b.noisy) for _, b in some)), original(self, some))[1],
     )
     train_subjects(together(max_train_steps=3))
     assert sizes == [(2, 3, 2), (2,)] + [(2, 2), (2,)] * 2

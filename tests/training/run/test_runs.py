@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from nora_diffusion import inspect_adapter, load_adapter, open_pipeline
 from nora_diffusion.errors import UserError
-from nora_diffusion.generation.pictures import read_settings
+from nora_diffusion.generation.image_settings import read_settings
 from nora_diffusion.training import check, main, train
 from nora_diffusion.training.run import train as loop
 from nora_diffusion.training.run.rundir import RunFolder, RunLog

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from nora_diffusion.errors import UserError
 from nora_diffusion.training.step.objective import Objective
-from nora_diffusion.training.step.randomness import derive, draw_timesteps, generator, shuffled_rows
+from nora_diffusion.training.step.randomness import derive, draw_timesteps, generator, shuffled_indices
 
 KINDS = ("epsilon", "v_prediction", "sample")
 
@@ -77,10 +77,10 @@ def test_a_learned_variance_is_left_out() -> None:
 
 
 def test_rows_are_whole_epochs_and_a_function_of_the_start() -> None:
-    rows = shuffled_rows(3, "photos", 5, 0, 20)
+    rows = shuffled_indices(3, "photos", 5, 0, 20)
     assert [sorted(rows[i : i + 5]) for i in (0, 5, 10, 15)] == [list(range(5))] * 4
-    assert rows[7:14] == shuffled_rows(3, "photos", 5, 7, 7)
-    assert rows != shuffled_rows(4, "photos", 5, 0, 20)
+    assert rows[7:14] == shuffled_indices(3, "photos", 5, 7, 7)
+    assert rows != shuffled_indices(4, "photos", 5, 0, 20)
 
 
 def test_timesteps_and_seeds() -> None:

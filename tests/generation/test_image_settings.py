@@ -8,17 +8,17 @@ import pytest
 from PIL import Image
 
 from nora_diffusion import UserError
-from nora_diffusion.generation.pictures import PictureSettings, read_settings, save_picture
+from nora_diffusion.generation.image_settings import ImageSettings, read_settings, save_image
 from nora_diffusion.reports.sheets import contact_sheet
 
-SETTINGS = PictureSettings(
+SETTINGS = ImageSettings(
     prompt="a sks dog, ünïcode", seed=7, steps=20, guidance=5.0, width=64, height=64, negative_prompt="blur",
     sampler="DDIMScheduler", base="tiny", adapters=[{"name": "dog", "weight": 0.8, "sha256": "ab" * 32, "path": "p"}],
 )  # fmt: skip
 
 
 def test_settings_survive(tmp_path: Path) -> None:
-    path = save_picture(Image.new("RGB", (64, 64), "red"), tmp_path / "a.png", SETTINGS)
+    path = save_image(Image.new("RGB", (64, 64), "red"), tmp_path / "a.png", SETTINGS)
     assert read_settings(path) == SETTINGS
     with Image.open(path) as image:
         text = image.text["parameters"]  # type: ignore[attr-defined]
@@ -39,8 +39,8 @@ def test_foreign_pictures_are_refused(tmp_path: Path) -> None:
 
 
 def test_contact_sheet_holds_the_pictures() -> None:
-    row = [(Image.new("RGB", (64, 64), colour), "a label of many words that wraps") for colour in ("red", "blue")]
+    row = [(Image.new("RGB", (64, 64), color), "a label of many words that wraps") for color in ("red", "blue")]
     sheet = contact_sheet([row, row[:1]], ["first", "second"], side=128)
     assert sheet.width == 2 * 136 + 8
-    colours = {colour for _, colour in sheet.getcolors(1_000_000) or []}
-    assert {(255, 0, 0), (0, 0, 255)} <= colours
+    colors = {color for _, color in sheet.getcolors(1_000_000) or []}
+    assert {(255, 0, 0), (0, 0, 255)} <= colors

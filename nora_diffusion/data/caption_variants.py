@@ -11,22 +11,22 @@ SEPARATOR = ", "
 
 
 @dataclass(frozen=True)
-class Wordings:
+class CaptionVariants:
     """What each photo may be called, and the share of draws in which it is called nothing (``dropout``)."""
 
-    of_photo: Sequence[Sequence[str]]
+    of_image: Sequence[Sequence[str]]
     dropout: float = 0.0
 
     def all(self) -> list[str]:
         """Every prompt that may be drawn, once."""
-        words = dict.fromkeys(text for texts in self.of_photo for text in texts)
+        words = dict.fromkeys(text for texts in self.of_image for text in texts)
         return [*words, *([""] if self.dropout and "" not in words else [])]
 
     def draw(self, photos: Sequence[int], source: torch.Generator) -> list[str]:
         """A prompt for each photo; where there is no choice the same one always."""
         chosen = []
         for photo in photos:
-            texts = self.of_photo[photo]
+            texts = self.of_image[photo]
             place = int(torch.randint(len(texts), (1,), generator=source))
             dropped = float(torch.rand((), generator=source)) < self.dropout
             chosen.append("" if dropped else texts[place])

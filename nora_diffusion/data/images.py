@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import UserError
 from ..io.images import MAX_PIXELS
-from .colors import WHITE, Colour, to_rgb
+from .colors import WHITE, Color, to_rgb
 from .formats import is_picture, open_picture, refusal, size_of
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
-class Photo:
+class SourceImage:
     """One decoded photo: an upright RGB picture and the SHA-256 of the file it came from.
 
     ``alpha`` is its transparency (``L``) where it has some; ``remarks`` say what was done to it; ``mask`` (``L``) shows
@@ -49,11 +49,11 @@ class Reject:
     reason: str
 
 
-class UnreadablePhotoError(UserError):
+class UnreadableImageError(UserError):
     """One file that cannot be used as a photo; the message starts with its name."""
 
 
-def find_photos(folder: Path) -> list[Path]:
+def find_images(folder: Path) -> list[Path]:
     """The picture files of ``folder``, sorted by name. Raises :class:`UserError` if there are none.
 
     A file counts that has a picture's name or a picture's header: a photo without a suffix is one.
@@ -69,20 +69,20 @@ def find_photos(folder: Path) -> list[Path]:
     return photos
 
 
-def survey(folder: Path, workers: int = 0, background: Colour = WHITE) -> tuple[list[Photo], list[Reject]]:
+def survey(folder: Path, workers: int = 0, background: Color = WHITE) -> tuple[list[SourceImage], list[Reject]]:
     """All photos of a folder (HEIC too, with its extra), and the files that cannot be used."""
-    paths = find_photos(folder)
+    paths = find_images(folder)
     read = functools.partial(_try_read, background=background)
     if workers > 0:
         with ThreadPoolExecutor(workers) as pool:
             outcomes = list(pool.map(read, paths))
     else:
         outcomes = [read(path) for path in paths]
-    photos = [outcome for outcome in outcomes if isinstance(outcome, Photo)]
+    photos = [outcome for outcome in outcomes if isinstance(outcome, SourceImage)]
     return photos, [outcome for outcome in outcomes if isinstance(outcome, Reject)]
 
 
-def read_photos(folder: Path, workers: int = 0, background: Colour = WHITE) -> list[Photo]:
+def read_images(folder: Path, workers: int = 0, background: Color = WHITE) -> list[SourceImage]:
     """All photos of a folder. Raises one :class:`UserError` that names every unreadable one."""
     photos, rejects = survey(folder, workers, background)
     if rejects:
@@ -90,15 +90,15 @@ def read_photos(folder: Path, workers: int = 0, background: Colour = WHITE) -> l
     return photos
 
 
-def read_photo(path: Path, background: Colour = WHITE, heic: bool = False) -> Photo:
-    """Decode one photo: header and size first, then pixels, EXIF orientation, colours.
+def read_source(path: Path, background: Color = WHITE, heic: bool = False) -> SourceImage:
+    """Decode one photo: header and size first, then pixels, EXIF orientation, colors.
 
-    ``heic`` allows HEIC where the extra is installed. Raises :class:`UnreadablePhotoError` (a :class:`UserError`).
+    ``heic`` allows HEIC where the extra is installed. Raises :class:`UnreadableImageError` (a :class:`UserError`).
     """
     content = _content(path)
     refused = refusal(content, heic)
     if refused:
-        raise UnreadablePhotoError(f"{path.name} {refused}")
+        raise UnreadableImageError(f"{path.name} {refused}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -106,26 +106,26 @@ def read_photo(path: Path, background: Colour = WHITE, heic: bool = False) -> Ph
             with open_picture(content) as picture:
                 return _decoded(path, picture, hashlib.sha256(content).hexdigest(), background)
     except UnidentifiedImageError as error:
-        raise UnreadablePhotoError(f"{path.name} is damaged or truncated") from error
+        raise UnreadableImageError(f"{path.name} is damaged or truncated") from error
     except Image.DecompressionBombError as error:
-        raise UnreadablePhotoError(f"{path.name} has more than {MAX_PIXELS // 10**6} megapixels") from error
+        raise UnreadableImageError(f"{path.name} has more than {MAX_PIXELS // 10**6} megapixels") from error
     except (OSError, SyntaxError, ValueError, RuntimeError, EOFError) as error:
-        if isinstance(error, UnreadablePhotoError):
+        if isinstance(error, UnreadableImageError):
             raise
-        raise UnreadablePhotoError(f"{path.name} is damaged or truncated") from error
+        raise UnreadableImageError(f"{path.name} is damaged or truncated") from error
 
 
 def _content(path: Path) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UnreadablePhotoError(f"{path.name} cannot be opened ({error.strerror or error})") from error
+        raise UnreadableImageError(f"{path.name} cannot be opened ({error.strerror or error})") from error
     if not content:
-        raise UnreadablePhotoError(f"{path.name} is empty")
+        raise UnreadableImageError(f"{path.name} is empty")
     return content
 
 
-def _decoded(path: Path, picture: Image.Image, sha256: str, background: Colour) -> Photo:
+def _decoded(path: Path, picture: Image.Image, sha256: str, background: Color) -> SourceImage:
     mode, frames = picture.mode, getattr(picture, "n_frames", 1)
     upright, turned = _upright(picture)
     image, alpha, sound = to_rgb(upright, background)
@@ -135,12 +135,12 @@ def _decoded(path: Path, picture: Image.Image, sha256: str, background: Colour) 
         remarks.append(f"transparent in places, which become {'white' if background == WHITE else place}")
         log.warning("%s is %s", path.name, remarks[-1])
     if not sound:
-        remarks.append("its colour profile cannot be used: its colours are taken as sRGB")
+        remarks.append("its color profile cannot be used: its colors are taken as sRGB")
     if mode not in ("RGB", "RGBA"):
         remarks.append(f"converted from {mode} to RGB")
     if frames > 1 and picture.format != "MPO":
         remarks.append(f"the first of {frames} frames")
-    return Photo(path, image, sha256, alpha, tuple(remarks))
+    return SourceImage(path, image, sha256, alpha, tuple(remarks))
 
 
 def _upright(picture: Image.Image) -> tuple[Image.Image, bool]:
@@ -157,17 +157,17 @@ def _check_size(path: Path, size: tuple[int, int]) -> None:
     width, height = size
     short, long = sorted(size)
     if width * height > MAX_PIXELS:
-        raise UnreadablePhotoError(f"{path.name} is {width}x{height}, more than {MAX_PIXELS // 10**6} megapixels")
+        raise UnreadableImageError(f"{path.name} is {width}x{height}, more than {MAX_PIXELS // 10**6} megapixels")
     if short < MIN_SIDE:
-        raise UnreadablePhotoError(f"{path.name} is {width}x{height}, smaller than {MIN_SIDE} pixels")
+        raise UnreadableImageError(f"{path.name} is {width}x{height}, smaller than {MIN_SIDE} pixels")
     if long > MAX_ASPECT * short:
-        raise UnreadablePhotoError(f"{path.name} is {width}x{height}, far too narrow")
+        raise UnreadableImageError(f"{path.name} is {width}x{height}, far too narrow")
 
 
-def _try_read(path: Path, background: Colour) -> Photo | Reject:
+def _try_read(path: Path, background: Color) -> SourceImage | Reject:
     try:
-        return read_photo(path, background, heic=True)
-    except UnreadablePhotoError as error:
+        return read_source(path, background, heic=True)
+    except UnreadableImageError as error:
         return Reject(path, str(error))
 
 

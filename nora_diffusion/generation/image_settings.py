@@ -1,4 +1,4 @@
-"""Pictures that carry their settings, and sheets of labelled pictures."""
+"""Pictures that carry their settings, and sheets of labeled pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_TEXT = 2**20
 
 
 @dataclass
-class PictureSettings:
+class ImageSettings:
     """Everything that made a picture.
 
     ``adapters`` are ``{"name", "weight", "sha256", "path"}``, with ``"te"`` where text encoders had another weight.
@@ -66,7 +66,7 @@ def tag_of(adapter: dict[str, Any]) -> Tag:
     return Tag(tag_name(str(adapter["name"])), weight, float(adapter.get("te", weight)))
 
 
-def save_picture(image: Image.Image, path: Path, settings: PictureSettings) -> Path:
+def save_image(image: Image.Image, path: Path, settings: ImageSettings) -> Path:
     """Write a PNG with its settings, whole or not at all."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", settings.parameters_text())
@@ -74,7 +74,7 @@ def save_picture(image: Image.Image, path: Path, settings: PictureSettings) -> P
     return write_atomic(path, png(image, info))
 
 
-def read_settings(path: str | Path) -> PictureSettings:
+def read_settings(path: str | Path) -> ImageSettings:
     """The settings of a picture, from this toolkit's JSON or else from A1111's ``parameters``; no pixel is decoded.
 
     Raises :class:`UserError` for anything but a PNG of at most 40 megapixels that carries settings.
@@ -93,7 +93,7 @@ def read_settings(path: str | Path) -> PictureSettings:
         raise UserError(f"{name} carries more than {MAX_TEXT // 2**20} MiB of text: it is not read")
     if isinstance(info.get(JSON_KEY), str):
         try:
-            return _checked(PictureSettings(**json.loads(info[JSON_KEY])))
+            return _checked(ImageSettings(**json.loads(info[JSON_KEY])))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{name}: its settings are damaged ({error})") from error
     if isinstance(info.get("parameters"), str):
@@ -101,9 +101,9 @@ def read_settings(path: str | Path) -> PictureSettings:
     raise UserError(f"{name} carries no settings")
 
 
-def _checked(settings: PictureSettings) -> PictureSettings:
+def _checked(settings: ImageSettings) -> ImageSettings:
     """The same, if every value is of its kind."""
-    for field_ in fields(PictureSettings):
+    for field_ in fields(ImageSettings):
         value = getattr(settings, field_.name)
         kind = {"str": str, "int": int, "float": (int, float)}.get(str(field_.type), (list, dict))
         if not isinstance(value, kind) or isinstance(value, bool):  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ def _checked(settings: PictureSettings) -> PictureSettings:
     return settings
 
 
-def parse_parameters(text: str) -> PictureSettings:
+def parse_parameters(text: str) -> ImageSettings:
     """A1111's ``parameters``: the prompt, ``Negative prompt:``, and a last line of ``Key: value`` pairs.
 
     Tags stay in the prompt; their hashes come as ``adapters`` with what the text says, often only the first digits.
@@ -132,7 +132,7 @@ def parse_parameters(text: str) -> PictureSettings:
     ]
     try:
         width, height = (int(side) for side in pairs.get("Size", "0x0").split("x"))
-        return PictureSettings(
+        return ImageSettings(
             prompt=clean, seed=int(pairs["Seed"]), steps=int(pairs["Steps"]), guidance=float(pairs["CFG scale"]),
             width=width, height=height, negative_prompt=negative, sampler=pairs.get("Sampler", ""),
             base=pairs.get("Model", ""), adapters=adapters,

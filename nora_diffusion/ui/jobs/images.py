@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from ...data import Photo, UnreadablePhotoError, read_photo
-from ...data.colors import Colour, colour
+from ...data import SourceImage, UnreadableImageError, read_source
+from ...data.colors import Color, color
 from ...data.report import Row
 from ...data.similarity import Twins, find_twins
 from ...data.transforms import Transform
@@ -46,26 +46,26 @@ def check_photos(paths: Sequence[Path], engine: Engine, settings: Mapping[str, A
     if len(paths) > MAX_PHOTOS:
         raise UserError(f"{len(paths)} photos are too many: 3 to 10 good ones do, {MAX_PHOTOS} are the limit")
     config = TrainConfig.from_mapping({"resolution": engine.side, **settings})
-    read = [_read(path, colour(config.background)) for path in paths]
+    read = [_read(path, color(config.background)) for path in paths]
     twins: dict[int, Twins] = {}
-    for pair in find_twins([photo for photo in read if isinstance(photo, Photo)]):
+    for pair in find_twins([photo for photo in read if isinstance(photo, SourceImage)]):
         known = twins.get(id(pair.second))
         if known is None or (pair.same_file and not known.same_file):
             twins[id(pair.second)] = pair
     transform, seed = transform_of(config, bucket_step(engine.pipe)), config.seed or 0
-    return [_shown(one, twins.get(id(one)), transform, seed) if isinstance(one, Photo) else one for one in read]
+    return [_shown(one, twins.get(id(one)), transform, seed) if isinstance(one, SourceImage) else one for one in read]
 
 
-def _read(path: Path, background: Colour) -> Photo | Checked:
+def _read(path: Path, background: Color) -> SourceImage | Checked:
     try:
         if path.stat().st_size > MAX_PHOTO_BYTES:
-            raise UnreadablePhotoError(f"{path.name} is larger than {MAX_PHOTO_BYTES // 2**20} MiB")
-        return read_photo(path, background, heic=True)
-    except UnreadablePhotoError as error:
+            raise UnreadableImageError(f"{path.name} is larger than {MAX_PHOTO_BYTES // 2**20} MiB")
+        return read_source(path, background, heic=True)
+    except UnreadableImageError as error:
         return Checked(path, fault=str(error))
 
 
-def _shown(photo: Photo, twin: Twins | None, transform: Transform, seed: int) -> Checked:
+def _shown(photo: SourceImage, twin: Twins | None, transform: Transform, seed: int) -> Checked:
     """The trainer's own crops of a photo; a copy of another one is left out."""
     from ...training.data.dataset import views_of
 

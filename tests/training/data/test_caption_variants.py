@@ -12,12 +12,12 @@ import torch
 from factories import write_photos
 from runs import Configure
 
-from nora_diffusion.data import find_photos
+from nora_diffusion.data import find_images
+from nora_diffusion.data.caption_variants import CaptionVariants, orders
 from nora_diffusion.data.captions import read_captions
-from nora_diffusion.data.tags import Wordings, orders
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import train
-from nora_diffusion.training.data.prompts import TextConditions
+from nora_diffusion.training.data.prompts import PromptEmbeddings
 
 
 def source(seed: int = 0) -> torch.Generator:
@@ -41,16 +41,16 @@ def test_few_tags_have_few_orders() -> None:
 
 
 def test_draws_are_even_and_dropped_at_the_rate_asked_for() -> None:
-    wordings = Wordings([["one", "two"], ["three"]], dropout=0.25)
+    wordings = CaptionVariants([["one", "two"], ["three"]], dropout=0.25)
     assert wordings.all() == ["one", "two", "three", ""]
     drawn = Counter(wordings.draw([0] * 4000, source()))
     assert drawn[""] == pytest.approx(1000, abs=90) and drawn["one"] == pytest.approx(1500, abs=100)
-    plain = Wordings([["one"], ["three"]])
+    plain = CaptionVariants([["one"], ["three"]])
     assert plain.all() == ["one", "three"] and plain.draw([1, 0, 1], source()) == ["three", "one", "three"]
 
 
 def test_metadata_stands_in_for_missing_sidecars(tmp_path: Path) -> None:
-    paths = find_photos(write_photos(tmp_path, 3))
+    paths = find_images(write_photos(tmp_path, 3))
     rows = [{"file_name": "0.png", "text": "listed 0"}, {"file_name": "1.png", "text": "listed 1"}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "1.txt").write_text("beside 1")
@@ -64,13 +64,13 @@ def test_a_run_learns_only_the_wordings_of_its_captions(
     for name, text in {"0": "sks dog, snow, red, hat", "1": "sks dog, beach, toy"}.items():
         (folder / f"{name}.txt").write_text(text)
     seen: list[str] = []
-    original = TextConditions.__call__
+    original = PromptEmbeddings.__call__
 
-    def call(self: TextConditions, prompts: Any) -> Any:
+    def call(self: PromptEmbeddings, prompts: Any) -> Any:
         seen.extend(prompts)
         return original(self, prompts)
 
-    monkeypatch.setattr(TextConditions, "__call__", call)
+    monkeypatch.setattr(PromptEmbeddings, "__call__", call)
     changes = {"shuffle_tags": 4, "caption_dropout": 0.4, "use_captions": True, "instance_data_dir": str(folder)}
     config = configure(max_train_steps=12, **changes)
     train(config)

@@ -12,9 +12,9 @@ import torch
 from factories import write_photos
 from PIL import Image, ImageCms
 
-from nora_diffusion.data import find_photos, read_photo, read_photos, survey
+from nora_diffusion.data import find_images, read_images, read_source, survey
 from nora_diffusion.data.captions import guess_class_word, guess_trigger, read_captions, with_trigger
-from nora_diffusion.data.colors import colour
+from nora_diffusion.data.colors import color
 from nora_diffusion.data.formats import sniff
 from nora_diffusion.errors import UserError
 from nora_diffusion.training.data.latents import _encode
@@ -37,18 +37,18 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # shown after a quarter turn clockwise
     halves().save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    image = read_photo(tmp_path / "turned.jpg").image
+    image = read_source(tmp_path / "turned.jpg").image
     assert image.size == (20, 40)
     assert close(image.getpixel((10, 5)), RED) and close(image.getpixel((10, 35)), BLUE)
 
 
-def test_colour_modes_become_rgb(tmp_path: Path) -> None:
+def test_color_modes_become_rgb(tmp_path: Path) -> None:
     halves("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
     halves("P").save(tmp_path / "palette.png")
     halves().save(tmp_path / "plain.webp", quality=95)
     halves().save(tmp_path / "misnamed.jpg", format="PNG")
     halves().save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[halves()], quality=95)
-    for photo in read_photos(tmp_path):
+    for photo in read_images(tmp_path):
         assert photo.image.mode == "RGB"
         assert close(photo.image.getpixel((5, 10)), RED, 40), photo.path.name
 
@@ -57,7 +57,7 @@ def test_colour_modes_become_rgb(tmp_path: Path) -> None:
 def test_sixteen_bits_are_scaled(tmp_path: Path, level: int) -> None:
     """By what the format means, in dark pictures too."""
     Image.fromarray(np.full((20, 20), level, dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert read_photo(tmp_path / "deep.png").image.getpixel((3, 3)) == (round(level / 65535 * 255),) * 3
+    assert read_source(tmp_path / "deep.png").image.getpixel((3, 3)) == (round(level / 65535 * 255),) * 3
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -74,19 +74,19 @@ def test_every_exif_orientation_shows_the_same_picture(tmp_path: Path, orientati
     exif = Image.Exif()
     exif[0x0112] = orientation
     image.save(tmp_path / "photo.png", exif=exif)
-    photo = read_photo(tmp_path / "photo.png")
+    photo = read_source(tmp_path / "photo.png")
     assert photo.image.tobytes() == halves().tobytes()
     assert any("EXIF" in remark for remark in photo.remarks) == (orientation > 1)
 
 
 def test_a_profile_is_applied_beneath_transparency_as_without(tmp_path: Path) -> None:
-    """A picture whose profile swaps red and blue: the same colours with and without an alpha channel."""
+    """A picture whose profile swaps red and blue: the same colors with and without an alpha channel."""
     profile = swapping_profile()
     halves().save(tmp_path / "plain.png", icc_profile=profile)
     layers = halves("RGBA")
     layers.putpixel((0, 0), (0, 0, 0, 0))
     layers.save(tmp_path / "layers.png", icc_profile=profile)
-    plain, composed = (read_photo(tmp_path / name).image for name in ("plain.png", "layers.png"))
+    plain, composed = (read_source(tmp_path / name).image for name in ("plain.png", "layers.png"))
     assert close(plain.getpixel((5, 5)), (40, 30, 200), 25)
     assert plain.getpixel((5, 5)) == composed.getpixel((5, 5)) and composed.getpixel((0, 0)) == (255, 255, 255)
 
@@ -95,9 +95,9 @@ def test_a_profile_is_applied_beneath_transparency_as_without(tmp_path: Path) ->
 def test_a_broken_profile_is_remarked(tmp_path: Path, mode: str) -> None:
     halves(mode).save(tmp_path / "photo.png", icc_profile=b"no profile")
     halves(mode).save(tmp_path / "plain.png")
-    broken, plain = (read_photo(tmp_path / name) for name in ("photo.png", "plain.png"))
+    broken, plain = (read_source(tmp_path / name) for name in ("photo.png", "plain.png"))
     assert broken.image.tobytes() == plain.image.tobytes() and not plain.remarks
-    assert broken.remarks == ("its colour profile cannot be used: its colours are taken as sRGB",)
+    assert broken.remarks == ("its color profile cannot be used: its colors are taken as sRGB",)
 
 
 def swapping_profile() -> bytes:
@@ -112,7 +112,7 @@ def test_transparency_becomes_white_with_a_warning(tmp_path: Path, caplog: pytes
     layer = halves("RGBA")
     layer.paste((0, 0, 0, 0), (0, 0, 20, 20))
     layer.save(tmp_path / "clear.png")
-    image = read_photo(tmp_path / "clear.png").image
+    image = read_source(tmp_path / "clear.png").image
     assert close(image.getpixel((5, 5)), (255, 255, 255), 0) and close(image.getpixel((30, 5)), BLUE, 0)
     assert "clear.png is transparent" in caplog.text
 
@@ -122,19 +122,19 @@ def test_transparency_shows_the_chosen_background(tmp_path: Path) -> None:
     layer.paste((0, 0, 0, 0), (0, 0, 20, 20))
     layer.putpixel((30, 5), (*BLUE, 128))
     layer.save(tmp_path / "clear.png")
-    photo = read_photo(tmp_path / "clear.png", colour("#204060"))
+    photo = read_source(tmp_path / "clear.png", color("#204060"))
     assert photo.image.getpixel((5, 5)) == (32, 64, 96) and photo.image.getpixel((35, 5)) == BLUE
     mixed = tuple(round((b * 128 + g * 127) / 255) for b, g in zip(BLUE, (32, 64, 96), strict=True))
     assert close(photo.image.getpixel((30, 5)), mixed, 1)
     assert photo.alpha is not None and [photo.alpha.getpixel((x, 5)) for x in (5, 30, 35)] == [0, 128, 255]
-    with pytest.raises(UserError, match="background='blurple' is no colour"):
-        colour("blurple")
+    with pytest.raises(UserError, match="background='blurple' is no color"):
+        color("blurple")
 
 
 def test_palette_transparency(tmp_path: Path) -> None:
     palette = halves("P")
     palette.save(tmp_path / "p.png", transparency=palette.getpixel((5, 5)))
-    image = read_photo(tmp_path / "p.png", (0, 0, 0)).image
+    image = read_source(tmp_path / "p.png", (0, 0, 0)).image
     assert image.getpixel((5, 5)) == (0, 0, 0) and close(image.getpixel((30, 5)), BLUE, 40)
 
 
@@ -173,23 +173,23 @@ def test_heic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exif[0x0112] = 6
     for name in ("phone.HEIC", "renamed.jpg"):
         heif.from_pillow(halves()).save(tmp_path / name, format="HEIF", quality=95, exif=exif.tobytes())
-    for photo in read_photos(tmp_path):
+    for photo in read_images(tmp_path):
         assert photo.image.size == (20, 40) and photo.image.mode == "RGB"
         assert close(photo.image.getpixel((10, 5)), RED, 16) and close(photo.image.getpixel((10, 35)), BLUE, 16)
     (tmp_path / "cut.heic").write_bytes((tmp_path / "phone.HEIC").read_bytes()[:-100])
     assert [r.reason for r in survey(tmp_path)[1]] == ["cut.heic is damaged or truncated"]
     with pytest.raises(UserError, match=r"renamed.jpg is a HEIC picture: export as JPEG$"):
-        read_photo(tmp_path / "renamed.jpg")
+        read_source(tmp_path / "renamed.jpg")
     monkeypatch.setattr("nora_diffusion.data.formats.can_read_heic", lambda: False)
     with pytest.raises(UserError, match=r"phone.HEIC is a HEIC picture: export as JPEG or install the extra"):
-        read_photo(tmp_path / "phone.HEIC", heic=True)
+        read_source(tmp_path / "phone.HEIC", heic=True)
 
 
 def test_names_of_any_kind(tmp_path: Path) -> None:
     names = ["mein hund.jpg", "собака.png", "犬 🐕.webp", "x" * 200 + ".png"]
     for name in names:
         halves().save(tmp_path / name)
-    assert sorted(photo.path.name for photo in read_photos(tmp_path)) == sorted(names)
+    assert sorted(photo.path.name for photo in read_images(tmp_path)) == sorted(names)
 
 
 def test_all_broken_files_are_named(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_all_broken_files_are_named(tmp_path: Path) -> None:
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
     Image.new("RGB", (5000, 20)).save(tmp_path / "strip.png")
     with pytest.raises(UserError) as error:
-        read_photos(tmp_path, workers=2)
+        read_images(tmp_path, workers=2)
     for words in ("cut.jpg is damaged", "empty.png is empty", "page.png is no JPEG", "dot.png is 1x1", "5000x20"):
         assert words in str(error.value)
     assert "0.png" not in str(error.value)
@@ -209,22 +209,22 @@ def test_all_broken_files_are_named(tmp_path: Path) -> None:
 
 def test_size_is_checked_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     halves().save(tmp_path / "large.png")
-    monkeypatch.setattr("nora_diffusion.data.photos.MAX_PIXELS", 100)
+    monkeypatch.setattr("nora_diffusion.data.images.MAX_PIXELS", 100)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(UserError, match=r"large.png is 40x20, more than"):
-        read_photo(tmp_path / "large.png")
+        read_source(tmp_path / "large.png")
 
 
 def test_folders_without_photos(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        find_photos(tmp_path / "absent")
+        find_images(tmp_path / "absent")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match="no photos in"):
-        find_photos(tmp_path)
+        find_images(tmp_path)
 
 
 def test_captions_from_sidecars_metadata_or_prompt(tmp_path: Path) -> None:
-    paths = find_photos(write_photos(tmp_path, 2))
+    paths = find_images(write_photos(tmp_path, 2))
     assert read_captions(paths, "a photo of sks dog") == ["a photo of sks dog"] * 2
     (tmp_path / "0.txt").write_text("a sks dog\n in snow\n")
     assert read_captions(paths, "other", sidecars=True) == ["a sks dog in snow", "other"]
