@@ -24,7 +24,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(report["scores"]) == {"base", "nora"}
     assert f"{report['trained_numbers']:,}" in printed and demo.SUBJECT in printed
     assert "--subject takes" in printed and all(name in printed for name in demo.example_names())
-    assert inspect_adapter(out).trained_numbers == report["trained_numbers"]
+    assert inspect_adapter(out).trained_parameters == report["trained_numbers"]
     assert report["bytes"]["subject_lora.safetensors"] == (out / "subject_lora.safetensors").stat().st_size
     assert load_file(out / "subject_lora.safetensors")
     with Image.open(out / "grid.png") as grid:

@@ -45,7 +45,7 @@ def run(values: argparse.Namespace) -> None:
         "trigger": info.trigger or "none",
         **({"new tokens": _tokens(info)} if info.tokens else {}),
         "class word": info.class_word or "none",
-        "trained numbers": f"{info.trained_numbers:,} of {info.stored_numbers:,} stored",
+        "trained numbers": f"{info.trained_parameters:,} of {info.stored_parameters:,} stored",
         "basis": info.basis + (f" {info.basis_sha256}" if info.basis_sha256 else ""),
         "step, seed": f"{info.step}, {info.seed}",
         "size": f"{info.bytes:,} bytes",

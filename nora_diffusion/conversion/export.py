@@ -121,12 +121,12 @@ def _fixed_gates(
 def _note(info: AdapterInfo, format: Format, pairs: list[PlainPair]) -> str:
     notes = []
     numbers = sum(pair.down.numel() + pair.up.numel() for pair in pairs)
-    if not any(config.frozen_outer for config in info.configs.values()) and numbers > info.trained_numbers:
+    if not any(config.frozen_outer for config in info.configs.values()) and numbers > info.trained_parameters:
         low, high = (pick(pair.rank for pair in pairs) for pick in (min, max))
         ranks = str(high) if low == high else f"{low} to {high}"
         notes.append(
             f"as a plain LoRA this {info.method} adapter has its full rank, {ranks}, and so {numbers:,} numbers for "
-            f"{info.trained_numbers:,} trained ones"
+            f"{info.trained_parameters:,} trained ones"
         )
     if any(pair.magnitude is not None for pair in pairs):
         names = {"kohya": "dora_scale, which diffusers leaves out: export to diffusers for it"}

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_type_hints
@@ -58,8 +59,8 @@ class AdapterInfo:
     path: str = ""
     sha256: str = ""
     bytes: int = 0
-    trained_numbers: int = 0
-    stored_numbers: int = 0
+    trained_parameters: int = 0
+    stored_parameters: int = 0
     kind: str = "nora"
     note: str = ""
 
@@ -100,11 +101,25 @@ class AdapterInfo:
         return f"r = {self.r}" + (f", r' = {self.inner_r}" if nested else "")
 
     @property
+    def trained_numbers(self) -> int:
+        """Deprecated: use ``trained_parameters``."""
+        return self._renamed("trained_numbers", "trained_parameters")
+
+    @property
+    def stored_numbers(self) -> int:
+        """Deprecated: use ``stored_parameters``."""
+        return self._renamed("stored_numbers", "stored_parameters")
+
+    def _renamed(self, old: str, new: str) -> int:
+        warnings.warn(f"AdapterInfo.{old} is deprecated: use {new}", DeprecationWarning, stacklevel=3)
+        return int(getattr(self, new))
+
+    @property
     def _first(self) -> dict[str, Any]:
         return next(iter(self.components.values()))
 
 
-READ_ONLY = ("path", "sha256", "bytes", "trained_numbers", "stored_numbers", "kind", "note")
+READ_ONLY = ("path", "sha256", "bytes", "trained_parameters", "stored_parameters", "kind", "note")
 DESCRIPTIVE = ("trigger", "class_word", "instance_prompt", "prompts", "step", "seed", "license", "extra")
 """What a caller of ``save_adapter`` may say about the adapter; the rest is measured."""
 

@@ -22,5 +22,5 @@ def is_token(key: str) -> bool:
 
 def count_parameters(info: AdapterInfo, sizes: Mapping[str, int]) -> None:
     """Set how many numbers a file stores and how many of them were trained, from the size of each tensor."""
-    info.stored_numbers = sum(sizes.values())
-    info.trained_numbers = sum(n for key, n in sizes.items() if not is_frozen(key))
+    info.stored_parameters = sum(sizes.values())
+    info.trained_parameters = sum(n for key, n in sizes.items() if not is_frozen(key))

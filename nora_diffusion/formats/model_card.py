@@ -59,7 +59,7 @@ def write_card(folder: Path, info: AdapterInfo, extra: str | None = None) -> Pat
         )
     text = TEMPLATE.format(
         base=info.base, license=info.license or "other", method=info.method, title=info.trigger or folder.name,
-        ranks=info.ranks, trained=info.trained_numbers, trigger=trigger, folder=folder.name,
+        ranks=info.ranks, trained=info.trained_parameters, trigger=trigger, folder=folder.name,
         prompt=info.instance_prompt or info.trigger or "your prompt", parts=", ".join(info.components),
         targets=targets if isinstance(targets, str) else ", ".join(targets), step=info.step, seed=info.seed,
         bytes=info.bytes, sha256=info.sha256,

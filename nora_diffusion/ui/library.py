@@ -74,7 +74,7 @@ class Library:
         keys = {
             "name": lambda e: e.name.lower(),
             "size": lambda e: e.size,
-            "trained numbers": lambda e: e.info.trained_numbers if e.info else 0,
+            "trained numbers": lambda e: e.info.trained_parameters if e.info else 0,
         }
         return sorted(found, key=keys[sort]) if sort in keys else found
 

@@ -74,7 +74,11 @@ def test_file_describes_itself(saved: Path, tiny_base: Path) -> None:
         keys = list(reader.keys())
         assert not any("lora" in key for key in keys)
         inner = [reader.get_tensor(key).numel() for key in keys if key.endswith(("A_in", "B_in"))]
-    assert info.trained_numbers == sum(inner)
+    assert info.trained_parameters == sum(inner)
+    with pytest.warns(DeprecationWarning, match="use trained_parameters"):
+        assert info.trained_numbers == info.trained_parameters
+    with pytest.warns(DeprecationWarning, match="use stored_parameters"):
+        assert info.stored_numbers == info.stored_parameters
     card = (saved / "README.md").read_text()
     assert "sks" in card and "A nora adapter (r = 4, r' = 2) for" in card
 
@@ -122,7 +126,7 @@ def test_expected_sizes_on_the_layout_of_sd_1_5(tmp_path: Path) -> None:
     add_adapter(holder, nora(r=32, inner_r=4, basis="svd"), "one")
     file = save_adapter(holder, tmp_path / "dog", "one", basis="shared", dtype="fp16", info={"trigger": "sks"})
     info = inspect_adapter(file)
-    assert info.trained_numbers == info.stored_numbers == 32_768
+    assert info.trained_parameters == info.stored_parameters == 32_768
     assert file.stat().st_size <= 128 * 1024
     assert len(list((tmp_path / "bases").glob("*.safetensors"))) == 1
 

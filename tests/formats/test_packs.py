@@ -110,7 +110,7 @@ def test_round_trip_is_exact_to_the_bit(shelf: Path, pack: Path, tmp_path: Path)
         assert (packed.trigger, packed.class_word, packed.license) == (original.trigger, name, "CC-BY-4.0")
         assert packed.configs == original.configs
         assert packed.sha256 == original.sha256
-        assert packed.trained_numbers == original.trained_numbers
+        assert packed.trained_parameters == original.trained_parameters
     assert (tmp_path / "out" / "dog" / "preview.png").read_bytes() == PNG
     assert not (tmp_path / "out" / "cat" / "preview.png").exists()
     assert [f.name for f in (tmp_path / "out" / "bases").iterdir()] == [f.name for f in (shelf / "bases").iterdir()]

@@ -39,7 +39,7 @@ def test_every_mode_makes_an_adapter_that_can_be_exported(server: Server, second
     assert answer["success"], answer
     place = server.library / f"mix-{mode}"
     try:
-        assert inspect_adapter(place).trained_numbers > 0
+        assert inspect_adapter(place).trained_parameters > 0
         assert server.call("pick", event={"name": place.name}, session=f"export {mode}")["success"]
         exported = server.call("export", None, "kohya", session=f"export {mode}")
         assert exported["success"] and "Exported: rank" in str(exported["output"]), exported

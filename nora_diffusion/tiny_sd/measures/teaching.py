@@ -131,7 +131,7 @@ def teach(weights: Path, probes: Probes, slug: str, method: str, **values: Any) 
         with tempfile.TemporaryDirectory() as out:
             learn(base, slug, {**own, **values}, Path(out) / "adapter")
             info = load_adapter(pipe, Path(out) / "adapter", "subject").info
-            trained, size = info.trained_numbers, info.bytes
+            trained, size = info.trained_parameters, info.bytes
     seconds = time.monotonic() - started
     seeds = [10 * int(values.get("seed", 0)) + i for i in range(len(scenes))]
     pictures = run(pipe, [s.caption for s in scenes], seeds, 20, EMBEDDED_GUIDANCE)

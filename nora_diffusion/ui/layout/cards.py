@@ -36,7 +36,7 @@ def _card(entry: Entry, misfit: str | None, pressed: bool) -> str:
     if entry.info is not None:
         info = entry.info
         lines += [f"<small>{escape(info.trigger)}</small>"] if info.trigger else []
-        lines.append(f"<small>{escape(method(entry))} · {short_number(info.trained_numbers)} numbers</small>")
+        lines.append(f"<small>{escape(method(entry))} · {short_number(info.trained_parameters)} numbers</small>")
     lines += [f"<small>{escape(said)}</small>"] if (said := score_line(entry)) else []
     if misfit:
         lines.append(f'<small class="why">{escape(misfit)}</small>')
@@ -115,7 +115,7 @@ def facts(entry: Entry, misfit: str | None) -> str:
             "method": method(entry),
             "parts": ", ".join(info.components),
             "base": short_name(info.base) if info.base else "unknown",
-            "trained numbers": f"{info.trained_numbers:,} of {info.stored_numbers:,} stored",
+            "trained numbers": f"{info.trained_parameters:,} of {info.stored_parameters:,} stored",
             "scores": ", ".join(f"{name} {value:.3f}" for name, value in entry.scores().items()),
             "steps": str(info.step) if info.step else "",
             "seed": "" if info.seed is None else str(info.seed),

@@ -89,7 +89,7 @@ def test_every_method_learns_and_its_file_reproduces_the_model(method: str, conf
     plain, adapted = open_pipeline(base), open_pipeline(base)
     loaded = load_adapter(adapted, result.adapter_path)
     assert loaded.applied == loaded.total and loaded.trigger == "sks"
-    assert result.trainable_parameters == inspect_adapter(result.adapter_path).trained_numbers
+    assert result.trainable_parameters == inspect_adapter(result.adapter_path).trained_parameters
     assert (render(plain) - render(adapted)).abs().max() > 0
 
 
