@@ -46,7 +46,7 @@ def locate(path: str | Path) -> Path:
     if not found:
         raise UserError(f"no adapter at {path}: expected a {FILE_NAME} or a folder that holds one{_near(Path(path))}")
     if file.suffix != ".safetensors":
-        raise UserError(f"{file} is no safetensors file: other formats may run code when opened and are not read")
+        raise UserError(f"{file} is not a safetensors file: other formats may run code when opened and are not read")
     return file
 
 

@@ -168,7 +168,7 @@ def info_from(values: dict[str, Any]) -> AdapterInfo:
     }
     for name, sound in checks.items():
         if not sound(info):
-            raise ValueError(f"{name} is not what it should be")
+            raise ValueError(f"{name} has an invalid value")
     info.components = {name: {**config, **_axes(config)} for name, config in info.components.items()}
     _ = info.configs
     return info

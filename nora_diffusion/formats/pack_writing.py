@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 
 from ..errors import UserError
-from ..io.files import alone_in, write_atomic
+from ..io.files import locked_folder, write_atomic
 from ..io.tensor_file import READABLE, TensorFile, Tensors, named_hash
 from ..pipelines.components import same_weights
 from .adapter_file import (
@@ -69,7 +69,7 @@ def create_pack(path: str | Path, adapters: Adapters, basis_dir: str | Path | No
     _require_new(file)  # at once, as reading thousands takes a while
     subjects, bases = _read_adapters(adapters, basis_dir)
     _check_together(file, subjects)
-    with alone_in(file.parent):
+    with locked_folder(file.parent):
         _require_new(file)
         return _write(file, subjects, bases)
 
@@ -79,7 +79,7 @@ def add_to_pack(path: str | Path, adapters: Adapters, basis_dir: str | Path | No
     file = pack_path(path)
     require_pack(file)
     added, bases = _read_adapters(adapters, basis_dir)
-    with alone_in(file.parent), Pack(file) as pack:
+    with locked_folder(file.parent), Pack(file) as pack:
         subjects = [*pack, *added]
         _check_together(file, subjects)
         return _write(file, subjects, bases)
@@ -89,7 +89,7 @@ def remove_from_pack(path: str | Path, names: Sequence[str]) -> Path:
     """Take subjects out of a pack. Raises :class:`UserError` for a name that is not in it."""
     file = pack_path(path)
     require_pack(file)
-    with alone_in(file.parent), Pack(file) as pack:
+    with locked_folder(file.parent), Pack(file) as pack:
         for name in names:
             pack.find(name)
         rest = [subject for subject in pack if subject.name not in names]

@@ -132,9 +132,9 @@ class Pack:
             ("previews", "U8", 1),
         ):
             if entries[key].dtype != dtype or len(entries[key].shape) != dimensions:
-                raise ValueError(f"{key} is not what it should be")
+                raise ValueError(f"{key} has an invalid dtype or shape")
         if entries["index"].shape[1] != len(IndexRow._fields):
-            raise ValueError("index is not what it should be")
+            raise ValueError("index has an invalid shape")
         shared = self._bytes("shared", 0, entries["shared"].shape[0])
         if hashlib.sha256(shared).hexdigest() != head["shared_sha256"]:
             raise ValueError("its shared part has changed")
@@ -149,7 +149,7 @@ class Pack:
         conform([list(shape) for _, shape in layout.factors], list[list[int]], key, 2**31)
         conform([name for name, _ in layout.factors], list[str], key, 0)
         if entry.dtype not in FLOATS or (entry.dtype, len(entry.shape)) != (layout.dtype, 2):
-            raise ValueError(f"{key} is not what it should be")
+            raise ValueError(f"{key} has an invalid dtype or shape")
         if entry.shape[1] != sum(layout.sizes.values()):
             raise ValueError(f"{key} does not fit its layout")
 

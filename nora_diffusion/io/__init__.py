@@ -1,1 +1,1 @@
-"""Files: whole writes, locks, safetensors of unknown origin, caches, the layout of a run."""
+"""Files: atomic writes, locks, untrusted safetensors, the disk cache, the layout of a run folder."""

@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of either; hashes and locks."""
+"""Atomic writes (a crash leaves the old file or the new one), file hashes and file locks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import UserError
 
 POLL_SECONDS = 0.1
 ABANDONED_SECONDS = 3600.0
-"""After which a half-written file that nobody has touched is nobody's."""
+"""Age after which a temporary file counts as left behind by a killed process."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -30,7 +30,7 @@ def sha256(path: Path) -> str:
 
 
 def is_path(text: str) -> bool:
-    """Whether a name that may be a hub id, ``owner/name``, means a path: by its form, or as its folder is here."""
+    """Whether ``text`` is a path and not a hub id (``owner/name``): by its form, or because its folder exists."""
     if text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1 or text.endswith(".safetensors"):
         return True
     return "/" in text and Path(text).parent.is_dir()
@@ -38,38 +38,38 @@ def is_path(text: str) -> bool:
 
 @contextlib.contextmanager
 def user_errors(path: Path) -> Iterator[None]:
-    """Turns an ``OSError`` about ``path`` (full disk, no permission, a file in the way) into a sentence."""
+    """Turn an ``OSError`` about ``path`` (disk full, no permission, a file in the way) into a :class:`UserError`."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"cannot write {path}: {reason}; free space or choose another place") from error
+        raise UserError(f"cannot write {path}: {reason}; free space or choose another folder") from error
 
 
 def make_folder(path: Path) -> Path:
-    """Create a folder with its parents. Raises :class:`UserError` where that is impossible."""
+    """Create a folder and its parents. Raises :class:`UserError` if that fails."""
     with user_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def write_atomic(path: Path, content: bytes | str | Iterable[bytes]) -> Path:
-    """Write a file by a temporary one in the same folder, fsync, rename, and fsync of the folder.
+    """Write a temporary file in the same folder, fsync it, rename it to ``path``, fsync the folder.
 
-    ``content`` may come in pieces, so that a large file need never be in memory. Raises :class:`UserError` where the
-    folder cannot be written or the disk is full; the old file is then untouched.
+    ``content`` may be an iterator of chunks, so that a large file never has to fit in memory. Raises
+    :class:`UserError` if the folder cannot be written or the disk is full; the old file is then untouched.
     """
-    whole = content.encode() if isinstance(content, str) else content
-    pieces = (whole,) if isinstance(whole, bytes) else whole
+    encoded = content.encode() if isinstance(content, str) else content
+    chunks = (encoded,) if isinstance(encoded, bytes) else encoded
     make_folder(path.parent)
     with user_errors(path):
-        _sweep(path)
+        remove_abandoned(path.parent, glob.escape(path.name))
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the process's own mask
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # the umask applies
             with os.fdopen(handle, "wb") as file:
-                for piece in pieces:
-                    file.write(piece)
+                for chunk in chunks:
+                    file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -80,23 +80,26 @@ def write_atomic(path: Path, content: bytes | str | Iterable[bytes]) -> Path:
     return path
 
 
-def _sweep(path: Path) -> None:
-    """Remove what writers of this file left that were killed on their way, unless it may still be on its way."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}"):
+def remove_abandoned(folder: Path, names: str) -> None:
+    """Remove temporary files that killed calls of :func:`write_atomic` left for the files matching ``names``.
+
+    Only those older than :data:`ABANDONED_SECONDS`: a younger one may still be written.
+    """
+    for temporary in folder.glob(f".{names}.{'[0-9a-f]' * 8}"):
         with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
-                left.unlink()
+            if time.time() - temporary.stat().st_mtime > ABANDONED_SECONDS:
+                temporary.unlink()
 
 
 class NoLocksError(UserError):
-    """The disk has no file locks, as some network drives."""
+    """The file system has no file locks, like some network drives."""
 
 
 class FileLock:
-    """An exclusive lock on ``path``, for threads and processes alike; as a context manager it waits for its turn.
+    """An exclusive lock on a file or folder, between threads and processes; as a context manager it blocks.
 
-    No pid and no time stamp is trusted: the system frees the lock when its holder ends, however it ends. Raises
-    :class:`NoLocksError`, or :class:`UserError` where the file cannot be opened.
+    The operating system releases the lock when the holder's process ends, even if it is killed, so no pid or
+    timestamp is needed. Raises :class:`NoLocksError`, or :class:`UserError` if ``path`` cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -104,33 +107,33 @@ class FileLock:
         self.handle: int | None = None
 
     def try_acquire(self, shared: bool = False) -> bool:
-        """Take the lock if nobody holds it (``shared``: if nobody holds it alone); says whether that worked."""
+        """Take the lock if it is free (``shared``: if there is no exclusive holder); return whether that worked."""
         make_folder(self.path.parent)
         flags = os.O_RDONLY if self.path.is_dir() else os.O_RDWR | os.O_CREAT
         with user_errors(self.path):
-            handle = os.open(self.path, flags, 0o666)  # less the process's own mask
+            handle = os.open(self.path, flags, 0o666)  # the umask applies
         try:
             _lock(handle, shared)
         except OSError as error:
             os.close(handle)
             if error.errno in NO_LOCKS:
                 raise NoLocksError(
-                    f"the disk of {self.path.parent} has no file locks: choose a folder elsewhere"
+                    f"the disk of {self.path.parent} has no file locks: choose a folder on another disk"
                 ) from error
             return False
         self.handle = handle
         return True
 
-    def acquire(self, given_up: Callable[[], bool] = lambda: False) -> bool:
-        """Wait for the lock; ``False`` if ``given_up`` said so first."""
+    def acquire(self, canceled: Callable[[], bool] = lambda: False) -> bool:
+        """Wait for the lock; ``False`` if ``canceled()`` became true first."""
         while not self.try_acquire():
-            if given_up():
+            if canceled():
                 return False
             time.sleep(POLL_SECONDS)
         return True
 
     def release(self) -> None:
-        """Let go; nothing happens where the lock is not held."""
+        """Release the lock; does nothing if it is not held."""
         if self.handle is not None:
             os.close(self.handle)
             self.handle = None
@@ -155,23 +158,23 @@ def _lock(handle: int, shared: bool) -> None:
 
 
 def is_held(path: Path) -> bool:
-    """Whether somebody holds the lock at ``path``; on a disk without locks nobody does."""
+    """Whether the lock at ``path`` is held; always false on a disk without file locks."""
     if not path.is_file():
         return False
     lock = FileLock(path)
     with contextlib.suppress(NoLocksError):
-        if not lock.try_acquire(shared=True):  # so that two who ask at once do not see each other
+        if not lock.try_acquire(shared=True):  # shared: two concurrent checks do not see each other
             return True
     lock.release()
     return False
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in here with the same folder; for read, change and write of what lies in it.
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder while its files are read, changed and written; other processes wait.
 
-    The folder itself is locked where the platform can, so that nothing is left behind. On a disk without locks this
-    does nothing.
+    Locks the folder itself where the platform can (no lock file is left behind), else a hidden file in it. Does
+    nothing on a disk without file locks.
     """
     lock = FileLock(make_folder(folder) if hasattr(os, "O_DIRECTORY") else folder / ".alone.lock")
     with contextlib.suppress(NoLocksError):
@@ -183,7 +186,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def sync_folder(path: Path) -> None:
-    """Flush a folder's entries to disk, where the platform can."""
+    """fsync a folder (its list of files), where the platform can."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

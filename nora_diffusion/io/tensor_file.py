@@ -1,7 +1,7 @@
-"""Reading safetensors that nobody vouches for: the header is checked whole, then tensors are read one at a time.
+"""Reading untrusted safetensors files: the whole header is checked first, then tensors are read one by one.
 
-Plain reads, not a memory map: a mapped file that another process truncates kills the reader, and what is mapped
-cannot be counted. Every byte passes :meth:`TensorFile.read`.
+Plain reads instead of a memory map: if another process truncates a mapped file, the reader crashes, and mapped memory
+cannot be measured. Every byte passes through :meth:`TensorFile.read`.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ READABLE = {
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 
-STRANGERS = {
+OTHER_FORMATS = {
     b"PK\x03\x04": "is a zip archive (PyTorch checkpoints are): it may run code when opened and is not read",
-    b"\x80\x02": "is a Python pickle: it may run code when opened and is not read",
-    b"\x80\x03": "is a Python pickle: it may run code when opened and is not read",
-    b"\x80\x04": "is a Python pickle: it may run code when opened and is not read",
-    b"\x80\x05": "is a Python pickle: it may run code when opened and is not read",
+    **{
+        bytes([0x80, protocol]): "is a Python pickle: it may run code when opened and is not read"
+        for protocol in range(2, 6)
+    },
     b"GGUF": "is a GGUF file: only safetensors are read",
-    b"version https://git-lfs": "holds a Git LFS pointer, not weights: fetch the file itself (git lfs pull)",
+    b"version https://git-lfs": "is a Git LFS pointer, not weights: fetch the file itself (git lfs pull)",
 }
-"""What else gets saved under the name of a safetensors file, by its first bytes."""
+"""Messages about other formats that are found in files named ``.safetensors``, by the file's first bytes."""
 
 
 class Entry(NamedTuple):
-    """One tensor's place: safetensors' name of its dtype, its shape, its first byte and the one after its last."""
+    """A tensor in the header: safetensors' name of its dtype, its shape and its byte range ``[start, stop)``."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -53,16 +53,16 @@ class Entry(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 class TensorFile:
-    """An open safetensors file, checked on opening; use it in a ``with``.
+    """An open safetensors file, a context manager. Opening it checks the header.
 
-    ``entries``: the tensors' places by name; ``metadata``: the header's strings; ``bytes_read``: all that was read so
-    far. Raises :class:`UserError` that names what is wrong: no safetensors at all, a header over 10 MB, more than
-    20,000 tensors, a dtype that is not read here, tensors that overlap, leave gaps or miss their shape.
+    ``entries``: the tensors by name; ``metadata``: the header's strings; ``bytes_read``: total bytes read so far.
+    Raises :class:`UserError` if the file is not safetensors, its header is over 10 MB or has more than 20,000 tensors,
+    a dtype is not supported, or tensors overlap, leave gaps or do not match their shapes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -86,7 +86,7 @@ class TensorFile:
         self._raw.close()
 
     def read(self, start: int, stop: int) -> bytearray:
-        """The bytes ``start`` to ``stop`` of the file."""
+        """Bytes ``[start, stop)`` of the file."""
         content = bytearray(stop - start)
         view, done = memoryview(content), 0
         try:
@@ -101,12 +101,12 @@ class TensorFile:
         return content
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor, whole."""
+        """Read a whole tensor."""
         entry = self.entries[key]
         return self._tensor(entry, entry.start, entry.stop, entry.shape)
 
     def rows(self, key: str, first: int, last: int) -> Tensor:
-        """Rows ``first`` to ``last`` (not included) of a tensor; only their bytes are read."""
+        """Rows ``[first, last)`` of a tensor; only their bytes are read."""
         entry = self.entries[key]
         if not 0 <= first <= last <= entry.shape[0]:
             raise self._damaged(f"rows {first} to {last} of {key} do not exist")
@@ -121,10 +121,10 @@ class TensorFile:
         return torch.frombuffer(self.read(start, stop), dtype=dtype).view(shape)
 
     def require_floats(self) -> None:
-        """Refuse a file with a tensor of another type than a float one."""
+        """Raise :class:`UserError` if a tensor's dtype is not a float dtype."""
         for key, entry in self.entries.items():
             if entry.dtype not in FLOATS:
-                raise UserError(f"{self.path}: {key} has the type {entry.dtype}, not a float type")
+                raise UserError(f"{self.path}: {key} has the dtype {entry.dtype}, which is not a float dtype")
 
     def _damaged(self, reason: str) -> UserError:
         return UserError(f"{self.path} is damaged or truncated ({reason}): copy it again")
@@ -133,7 +133,7 @@ class TensorFile:
         start = bytes(self.read(0, min(64, self.size)))
         length = int.from_bytes(start[:8], "little")
         if start[8:9] != b"{":
-            raise UserError(f"{self.path} {_what_else(start)}")
+            raise UserError(f"{self.path} {_other_format(start)}")
         if length > MAX_HEADER:
             raise UserError(f"{self.path} has a header of {length:,} bytes, more than the {MAX_HEADER:,} allowed")
         if 8 + length > self.size:
@@ -144,40 +144,43 @@ class TensorFile:
             raise self._damaged(f"its header: {error}") from error
         metadata = values.pop("__metadata__", {}) if isinstance(values, dict) else None
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-            raise self._damaged("its header is no table of tensors")
+            raise self._damaged("its header is not a table of tensors")
         if len(values) > MAX_TENSORS:
             raise UserError(f"{self.path} holds {len(values):,} tensors, more than the {MAX_TENSORS:,} allowed")
         entries = {key: self._entry(key, value, 8 + length) for key, value in values.items()}
         self._check_tiling(entries, 8 + length)
         return metadata, entries
 
-    def _entry(self, key: str, value: Any, offset: int) -> Entry:
+    def _entry(self, key: str, value: Any, data_start: int) -> Entry:
         if len(key) > MAX_KEY or not is_plain(key):
             raise self._damaged("a tensor's name is too long or has unprintable characters")
         if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
             raise self._damaged(f"{key} is not described by dtype, shape and data_offsets")
-        dtype, shape, places = value["dtype"], value["shape"], value["data_offsets"]
-        if not (_counts(shape) and _counts(places) and len(places) == 2 and len(shape) <= MAX_DIMENSIONS):
-            raise self._damaged(f"{key} has no sound shape or place")
+        dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+        if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and len(shape) <= MAX_DIMENSIONS):
+            raise self._damaged(f"{key} has an invalid shape or data_offsets")
         if not isinstance(dtype, str) or dtype not in READABLE:
-            raise UserError(f"{self.path}: {key} has the type {str(dtype)[:20]!r}, not a float type")
-        entry = Entry(dtype, tuple(shape), offset + places[0], offset + places[1])
+            raise UserError(f"{self.path}: {key} has the dtype {str(dtype)[:20]!r}, which is not a float dtype")
+        entry = Entry(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
         if entry.numel * READABLE[dtype].itemsize != entry.stop - entry.start:
-            raise self._damaged(f"{key} is not as long as its shape {entry.shape} says")
+            raise self._damaged(f"{key} does not have the size of its shape {entry.shape}")
         return entry
 
     def _check_tiling(self, entries: dict[str, Entry], start: int) -> None:
-        """The tensors must follow one another without gap or overlap up to the end of the file."""
+        """Require tensors that follow each other, without gap or overlap, up to the end of the file."""
         for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
             if entry.start != start:
-                raise self._damaged(f"{key} does not begin where the tensor before it ends")
+                raise self._damaged(f"{key} does not start where the previous tensor ends")
             start = entry.stop
         if start != self.size:
             raise self._damaged(f"its tensors end at byte {start:,} of {self.size:,}")
 
 
-def check_whole(path: Path) -> None:
-    """Raise :class:`UserError` for a file that is no safetensors, or not as long as its header says."""
+def check_complete(path: Path) -> None:
+    """Raise :class:`UserError` if a file is not safetensors or does not have the size that its header states.
+
+    For a base's weights, which are trusted: the checks are those of the ``safetensors`` library.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -186,27 +189,27 @@ def check_whole(path: Path) -> None:
     except (OSError, SafetensorError) as error:
         with path.open("rb") as file:
             start = file.read(64)
-        sound = start[8:9] == b"{"
-        reason = f"is damaged or truncated ({error}): copy it again" if sound else _what_else(start)
+        has_header = start[8:9] == b"{"
+        reason = f"is damaged or truncated ({error}): copy it again" if has_header else _other_format(start)
         raise UserError(f"{path} {reason}") from error
 
 
-def _what_else(start: bytes) -> str:
-    """What a file that begins like this is instead of safetensors."""
-    for magic, message in STRANGERS.items():
+def _other_format(start: bytes) -> str:
+    """What a file is instead of safetensors, by its first bytes."""
+    for magic, message in OTHER_FORMATS.items():
         if start.startswith(magic):
             return message
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "holds a web page, not weights: download the file itself"
-    return "is empty, truncated or no safetensors file: copy it again"
+        return "is a web page, not weights: download the file itself"
+    return "is empty, truncated or not a safetensors file: copy it again"
 
 
-def _counts(value: Any) -> bool:
+def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**48 for size in value)
 
 
 def all_finite(value: Tensor) -> bool:
-    """Whether no number is NaN or infinite; needs no memory, because both show in the smallest and the largest."""
+    """Whether a tensor has no NaN or infinity. Checks minimum and maximum, so no temporary tensor is allocated."""
     if not value.numel():
         return True
     low, high = value.aminmax()
@@ -214,7 +217,7 @@ def all_finite(value: Tensor) -> bool:
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """SHA-256 over dtype, shape and bytes."""
+    """SHA-256 of a tensor's dtype, shape and bytes."""
     tensor = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(tensor.view(torch.uint8).numpy().data)
@@ -222,7 +225,7 @@ def tensor_hash(tensor: Tensor) -> str:
 
 
 def named_hash(tensors: Tensors) -> str:
-    """SHA-256 over names, shapes and bytes, whatever file the tensors lie in."""
+    """SHA-256 of the names, shapes, dtypes and bytes of tensors; the same for every file that holds them."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
         value = tensors[key].detach().cpu().contiguous()

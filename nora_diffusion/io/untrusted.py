@@ -1,4 +1,4 @@
-"""Values out of files that anybody may have written: bounded JSON, checked types, text without control characters."""
+"""Untrusted values: bounded JSON, type checks, text without control characters."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ MAX_TEXT = 10_000
 MAX_ITEMS = 20_000
 MAX_DEPTH = 8
 UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Unicode categories that a terminal or page may act on: control, bidirectional and other formats, surrogates ..."""
+"""Unicode categories that a terminal or browser may interpret: control and format characters, surrogates,
+separators of lines and paragraphs."""
 JOINERS = "\u200c\u200d"
-"""Format characters that ordinary words and emoji need."""
+"""Format characters that some scripts and emoji need."""
 
 
 def is_plain(text: str) -> bool:
-    """Whether a name is printable ASCII."""
+    """Whether ``text`` is printable ASCII."""
     return text.isascii() and text.isprintable()
 
 
 def clean(text: str) -> str:
-    """Text with line breaks and tabs as spaces, and without characters that a terminal or page would act on."""
+    """Replace line breaks and tabs with spaces; remove the characters in :data:`UNPRINTABLE`."""
     if is_plain(text):
         return text
     spaced = "".join(" " if char in "\n\r\t" else char for char in text)
@@ -32,10 +33,10 @@ def clean(text: str) -> str:
 
 
 def parse_json(text: str | bytes | bytearray, max_values: int = MAX_VALUES) -> Any:
-    """UTF-8 JSON of a bounded number of values, no key twice, no NaN, no bottomless nesting; else ``ValueError``.
+    """Parse UTF-8 JSON. Raises ``ValueError`` for more than ``max_values`` values, a repeated key, NaN, deep nesting.
 
-    Values are counted by their separators before anything is built, because ``[[],[],...`` would take twenty times
-    its size in memory.
+    Values are counted by their separators before parsing, because ``[[],[],...`` takes twenty times its size in
+    memory.
     """
     text = text if isinstance(text, str) else text.decode()
     if sum(text.count(separator) for separator in ",{[") > max_values:
@@ -54,14 +55,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def conform(value: Any, hint: Any, name: str, largest: float) -> Any:
-    """``value`` with its text cleaned, if it is what the type ``hint`` says; else ``ValueError`` that says ``name``.
+    """Return ``value`` with its text cleaned. Raises ``ValueError`` with ``name`` if it is not of the type ``hint``.
 
-    Numbers must be finite and at most ``largest`` in size, texts at most 10,000 characters, lists and tables at most
-    20,000 items long.
+    Numbers must be finite and at most ``largest`` in magnitude, strings at most 10,000 characters long, lists and
+    dicts at most 20,000 items.
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
@@ -79,7 +80,7 @@ def conform(value: Any, hint: Any, name: str, largest: float) -> Any:
         return _anything(value, name, largest, MAX_DEPTH)
     elif _is_simple(value, hint, largest):
         return clean(value) if hint is str else hint(value)
-    raise ValueError(f"{name} is not what it should be")
+    raise ValueError(f"{name} has an invalid value")
 
 
 def _one_of(value: Any, hints: tuple[Any, ...], name: str, largest: float) -> Any:
@@ -88,7 +89,7 @@ def _one_of(value: Any, hints: tuple[Any, ...], name: str, largest: float) -> An
             return None if hint is type(None) and value is None else conform(value, hint, name, largest)
         except ValueError:
             continue
-    raise ValueError(f"{name} is not what it should be")
+    raise ValueError(f"{name} has an invalid value")
 
 
 def _is_simple(value: Any, hint: Any, largest: float) -> bool:

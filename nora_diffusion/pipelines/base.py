@@ -95,7 +95,7 @@ def _from_pretrained(source: str | Path, dtype: Any, revision: str | None, varia
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
 
-    from ..io.tensor_file import check_whole
+    from ..io.tensor_file import check_complete
     from ..quiet import no_loading_bars
 
     try:
@@ -106,7 +106,7 @@ def _from_pretrained(source: str | Path, dtype: Any, revision: str | None, varia
             )  # fmt: skip
     except (OSError, ValueError, SafetensorError) as error:
         for file in sorted(source.glob("*/*.safetensors")) if isinstance(source, Path) else ():
-            check_whole(file)
+            check_complete(file)
         reason = first_line(error).split(" (")[0].rstrip(".")  # the hub explains at length in brackets
         raise UserError(
             f"cannot load the pipeline {str(source)!r}: {reason}; give a diffusers folder with safetensors weights or "

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.files import alone_in, sha256, write_atomic
+from ..io.files import locked_folder, sha256, write_atomic
 from ..pipelines.base import EMBEDDED_WEIGHTS
 from ..quiet import hush
 from ..scoring.metrics import interval, resampled
@@ -116,7 +116,7 @@ def read_rows(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def _append(out: Path, row: dict[str, Any]) -> None:
-    with alone_in(out):
+    with locked_folder(out):
         rows = read_rows(out) | {row["key"]: row}
         write_atomic(out / "lessons.jsonl", "".join(json.dumps(r) + "\n" for r in rows.values()))
 

@@ -116,7 +116,7 @@ class Library:
         Raises :class:`UserError` for anything but a sound adapter file.
         """
         if source.suffix.lower() != ".safetensors":
-            raise UserError(f"{Path(name).name} is no safetensors file: other formats may run code and are not read")
+            raise UserError(f"{Path(name).name} is not a safetensors file: other formats may run code and are not read")
         if Path(name).name.endswith(SUFFIX):
             return self._add_pack(source, Path(name).name.removesuffix(SUFFIX))
         info = inspect_adapter(source)

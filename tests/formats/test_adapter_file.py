@@ -230,7 +230,7 @@ def damage(saved: Path, how: str) -> None:
 FAULTS = {
     "truncated": "damaged or truncated", "empty": "empty, truncated", "web page": "web page", "lfs": "LFS pointer",
     "nan": "NaN", "missing": "does not fit", "extra": "does not fit", "shape": "does not fit",
-    "integers": "not a float type", "metadata": "metadata is damaged", "newer": "version 99",
+    "integers": "not a float dtype", "metadata": "metadata is damaged", "newer": "version 99",
     "no metadata": "no adapter of",
 }  # fmt: skip
 
@@ -261,7 +261,7 @@ def test_half_precision_copies_of_the_base_match(saved: Path, pipe: Any, dtype: 
 
 def test_other_refusals(pipe: Any, saved: Path, tmp_path: Path) -> None:
     (tmp_path / "old.ckpt").write_bytes(b"x")
-    for path, word in [(tmp_path / "nothing", "no adapter at"), (tmp_path / "old.ckpt", "no safetensors file")]:
+    for path, word in [(tmp_path / "nothing", "no adapter at"), (tmp_path / "old.ckpt", "not a safetensors file")]:
         with pytest.raises(UserError, match=word):
             load_adapter(pipe, path)
     load_adapter(pipe, saved, "one")

@@ -334,23 +334,23 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
     "page": (b"\n <html><body>404", "web page"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "LFS pointer"),
     "nothing": (b"", "empty"),
-    "array as header": (join([], b""), "no safetensors"),
+    "array as header": (join([], b""), "not a safetensors file"),
     "nested header": (struct.pack("<Q", 60_000) + b'{"a":' + b"[" * 59_995, "its header"),
     "twice the same tensor": (struct.pack("<Q", 13) + b'{"a":1,"a":2}', "a key occurs twice"),
-    "gap": (join({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"\0" * 8), "does not begin where"),
+    "gap": (join({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"\0" * 8), "does not start where"),
     "rest": (join({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 8), "its tensors end at"),
-    "length": (table(shape=[3]), "is not as long as"),
-    "overflow": (table(shape=[2**40, 2**40]), "is not as long as"),
-    "negative": (table(shape=[-2]), "no sound shape"),
-    "fraction": (table(shape=[2.0]), "no sound shape"),
-    "integers": (table(dtype="I64", shape=[1]), "not a float type"),
-    "small floats": (table(dtype="F8_E4M3", shape=[8]), "not a float type"),
-    "type of text": (table(dtype=["F32"]), "not a float type"),
+    "length": (table(shape=[3]), "does not have the size"),
+    "overflow": (table(shape=[2**40, 2**40]), "does not have the size"),
+    "negative": (table(shape=[-2]), "invalid shape"),
+    "fraction": (table(shape=[2.0]), "invalid shape"),
+    "integers": (table(dtype="I64", shape=[1]), "not a float dtype"),
+    "small floats": (table(dtype="F8_E4M3", shape=[8]), "not a float dtype"),
+    "type of text": (table(dtype=["F32"]), "not a float dtype"),
     "escapes in a name": (
         join({"\x1b[2J": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}, b""),
         "unprintable",
     ),
-    "numbers as metadata": (join({"__metadata__": {"a": 1}}, b""), "no table of tensors"),
+    "numbers as metadata": (join({"__metadata__": {"a": 1}}, b""), "not a table of tensors"),
     "no tensors": (join({}, b""), "is empty"),
 }
 
@@ -450,7 +450,7 @@ def test_a_shared_basis_is_checked_like_an_adapter(base: Any, tiny_base: Path, t
     damages = {
         "damaged or truncated": sound[:-10],
         "does not hash": save({**tensors, first: tensors[first] + 1}),
-        "not a float type": save({**tensors, first: tensors[first].to(torch.int64)}),
+        "not a float dtype": save({**tensors, first: tensors[first].to(torch.int64)}),
         "web page": b"<html>",
     }
     for words, data in damages.items():

@@ -31,7 +31,7 @@ from nora_diffusion.formats.adapter_file import FILE_NAME
 from nora_diffusion.formats.adapter_info import AdapterInfo
 from nora_diffusion.formats.pack_writing import _write, add_to_pack, create_pack, extract_from_pack, remove_from_pack
 from nora_diffusion.formats.packs import SUFFIX, Layout, Pack, PackedSubject, cut, list_pack
-from nora_diffusion.io.files import alone_in
+from nora_diffusion.io.files import locked_folder
 from nora_diffusion.loaders import list_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* overlap by")  # random numbers in one basis do
@@ -326,7 +326,7 @@ def test_changes_of_one_pack_wait_for_each_other(shelf: Path, tmp_path: Path) ->
     pack = create_pack(tmp_path / "pets.nora_pack.safetensors", [shelf / "dog"])
     before = pack.read_bytes()
     change = threading.Thread(target=add_to_pack, args=(pack, [shelf / "cat"]))
-    with alone_in(tmp_path):
+    with locked_folder(tmp_path):
         change.start()
         change.join(0.5)
         assert change.is_alive() and pack.read_bytes() == before

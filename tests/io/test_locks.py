@@ -1,4 +1,4 @@
-"""Locks between processes: one holder, freed when it dies, and what happens on a disk that has none."""
+"""File locks between processes: one holder, released when it dies; and disks without file locks."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import pytest
 
 from nora_diffusion import UserError
 from nora_diffusion.io import files
-from nora_diffusion.io.files import FileLock, alone_in, is_held, write_atomic
+from nora_diffusion.io.files import FileLock, is_held, locked_folder, write_atomic
 from nora_diffusion.training.run.rundir import RunFolder
 
 
-def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
+def test_a_lock_has_one_holder_and_is_released_when_it_dies(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     assert not is_held(path)
     with FileLock(path):
         assert is_held(path) and not FileLock(path).try_acquire()
-        assert not FileLock(path).acquire(given_up=lambda: True)
+        assert not FileLock(path).acquire(canceled=lambda: True)
     assert not is_held(path)
     code = (
         "import sys, time; from pathlib import Path; from nora_diffusion.io.files import FileLock\n"
@@ -36,20 +36,18 @@ def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
     assert not is_held(path)
 
 
-def test_a_folder_that_cannot_be_locked_itself_has_a_file_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with alone_in(tmp_path):
+def test_a_lock_file_is_used_where_folders_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with locked_folder(tmp_path):
         assert not list(tmp_path.iterdir())
     monkeypatch.delattr(os, "O_DIRECTORY")  # as on Windows
-    with alone_in(tmp_path):
+    with locked_folder(tmp_path):
         (lock,) = tmp_path.iterdir()
         assert is_held(lock)
     assert not is_held(lock)
 
 
-def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
-    """By the next one of the same file, and only what nobody can be writing any more."""
+def test_temporary_files_of_killed_writers_are_removed(tmp_path: Path) -> None:
+    """The next write of the same file removes them, but only those that are old."""
     file = tmp_path / "a[1].safetensors"
     names = {".a[1].safetensors.0123abcd": True, ".a[1].safetensors.0123abce": False, ".a1.safetensors.0123abcd": True}
     for name, is_old in names.items():
@@ -60,7 +58,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*list(names)[1:], file.name])
 
 
-def test_a_disk_without_locks_is_told_apart_from_a_held_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_locks_is_not_mistaken_for_a_held_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -68,5 +66,5 @@ def test_a_disk_without_locks_is_told_apart_from_a_held_one(tmp_path: Path, monk
     with pytest.raises(UserError, match="has no file locks"):
         RunFolder(tmp_path).__enter__()
     assert not is_held(tmp_path / ".lock")
-    with alone_in(tmp_path):  # a network drive: better alone by luck than not at all
+    with locked_folder(tmp_path):  # on a network drive this runs unlocked instead of failing
         pass

@@ -247,9 +247,9 @@ def test_files_that_lie_about_their_words_are_refused(pipe: Any, tmp_path: Path)
     tensors = load_file(folder / FILE_NAME)
     key, good = "tokens.0.text_encoder", '{"<pet>":["text_encoder"]}'
     lies = {
-        header.replace(good, '{"a b":["text_encoder"]}'): "tokens is not what it should be",
-        header.replace(good, '{"<pet>":["unet"]}'): "tokens is not what it should be",
-        header.replace(good, '{"<pet>":[]}'): "tokens is not what it should be",
+        header.replace(good, '{"a b":["text_encoder"]}'): "tokens has an invalid value",
+        header.replace(good, '{"<pet>":["unet"]}'): "tokens has an invalid value",
+        header.replace(good, '{"<pet>":[]}'): "tokens has an invalid value",
         header.replace(good, '{"<pet>":["text_encoder_2"]}'): "'text_encoder_2' is no part of",
         header.replace(good, '{"<pet>":["text_encoder"],"<x>":["text_encoder"]}'): "its own description at tokens.1",
         header.replace(f'"tokens":{good},', ""): "its own description at tokens.0",

@@ -220,7 +220,7 @@ def test_the_bound_evicts_what_was_not_used_for_longest(cache: Path, monkeypatch
     for age, name in enumerate(["new", "used", "old"]):
         tensor_cache.store(name, {"x": torch.full((1000,), float(age))})
         os.utime(cache / f"{name}.safetensors", (1e9 - age, 1e9 - age))
-    abandoned = cache / ".old.safetensors.abc123"
+    abandoned = cache / ".old.safetensors.0123abcd"
     abandoned.write_bytes(b"half")
     os.utime(abandoned, (1e9, 1e9))
     assert tensor_cache.load("used") is not None

@@ -17,7 +17,7 @@ from ...data import find_images
 from ...errors import UserError
 from ...generation.generate import image_settings, run
 from ...generation.image_settings import ImageSettings, save_image
-from ...io.files import alone_in
+from ...io.files import locked_folder
 from ...io.run_layout import image_name
 from ...pipelines.base import default_steps
 from ...pipelines.precision import MIXED_DTYPES
@@ -48,7 +48,7 @@ def fill_class_images(pipe: Any, folder: Path, config: TrainConfig, seed: int, c
     Each is written whole and has a seed of its own, so that an interrupted filling goes on where it stopped. Another
     training that fills the same folder is waited for.
     """
-    with alone_in(folder):
+    with locked_folder(folder):
         missing = config.num_class_images - count_images(folder)
         if missing > 0:
             _draw_class_images(pipe, folder, config, seed, missing, check)

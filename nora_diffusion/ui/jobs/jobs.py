@@ -112,7 +112,7 @@ class Jobs:
     def _launch(self, folder: Path, name: str, flags: Sequence[str]) -> None:
         alive = FileLock(folder / "alive.lock")
         until = time.monotonic() + 5.0  # somebody may be asking whether it lives just now
-        if not alive.acquire(given_up=lambda: time.monotonic() > until):
+        if not alive.acquire(canceled=lambda: time.monotonic() > until):
             raise UserError(f"the training {name!r} is still running")
         try:
             for stale in ("exit.json", "process.json", "stopping"):

@@ -11,7 +11,7 @@ import torch
 from factories import write_photos
 from runs import Configure
 
-from nora_diffusion.io.files import alone_in
+from nora_diffusion.io.files import locked_folder
 from nora_diffusion.training.measuring.samples import fill_class_images, render
 
 
@@ -44,7 +44,7 @@ def test_a_folder_of_class_pictures_is_filled_by_one_training_at_a_time(
     config = configure(with_prior_preservation=True, class_prompt="a dog", num_class_images=2, resolution=16)
     folder, made = tmp_path / "class", []
     second = threading.Thread(target=lambda: made.append(fill_class_images(pipe, folder, config, 0, lambda: None)))
-    with alone_in(folder):
+    with locked_folder(folder):
         second.start()
         second.join(timeout=0.5)
         assert not made and not list(folder.iterdir())

@@ -91,7 +91,7 @@ def test_a_folder_that_is_read_only_from_the_start(
         return opened(path, flags, *rest, **named)
 
     monkeypatch.setattr(os, "open", read_only)
-    sentence = r"cannot write .*run/\.lock: Read-only file system; free space or choose another place"
+    sentence = r"cannot write .*run/\.lock: Read-only file system; free space or choose another folder"
     with pytest.raises(UserError, match=sentence):
         train(replace(config, overwrite_output_dir=True))
     assert contents(finished) == before
@@ -118,12 +118,12 @@ def test_a_state_that_cannot_be_written_is_a_warning(
 BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "truncated": (lambda whole: whole[: len(whole) // 2], r"is damaged or truncated \(.*\): copy it again"),
     "cut in the header": (lambda whole: whole[:100], r"is damaged or truncated \(.*\): copy it again"),
-    "empty": (lambda _: b"", "is empty, truncated or no safetensors file: copy it again"),
+    "empty": (lambda _: b"", "is empty, truncated or not a safetensors file: copy it again"),
     "Git LFS pointer": (
         lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 334643268\n",
-        r"holds a Git LFS pointer, not weights: fetch the file itself \(git lfs pull\)",
+        r"is a Git LFS pointer, not weights: fetch the file itself \(git lfs pull\)",
     ),
-    "web page": (lambda _: b"<!DOCTYPE html><html>404</html>", "holds a web page, not weights"),
+    "web page": (lambda _: b"<!DOCTYPE html><html>404</html>", "is a web page, not weights"),
     "pickle": (lambda _: b"\x80\x04\x95" + b"\x00" * 80, "is a Python pickle: it may run code"),
 }
 

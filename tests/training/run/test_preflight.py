@@ -118,8 +118,8 @@ def test_an_instance_prompt_that_captions_replace(configure: Configure, tmp_path
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rank": 100_000}, "r is not what it should be"),
-        ({"license": "x" * 10_001}, "license is not what it should be"),
+        ({"rank": 100_000}, "r has an invalid value"),
+        ({"license": "x" * 10_001}, "license has an invalid value"),
     ],
 )
 def test_what_could_not_be_loaded_again_is_refused_before_the_first_step(
