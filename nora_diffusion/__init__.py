@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "errors": ("UserError",),
     "adapters": (
-        "AdapterConfig", "dora", "dylora", "in_blocks", "lora", "lora_mini", "lora_xs", "melora", "moe_lora", "mor",
-        "mora", "nora",
+        "AdapterConfig", "dora", "dylora", "in_blocks", "lora", "lora_mini", "lora_xs", "malora", "melora", "moe_lora",
+        "mor", "mora", "nora", "nora_input",
     ),
     "pipelines.calibration": ("Calibration",),
     "pipelines.base": ("load_base", "open_pipeline"),
@@ -44,11 +44,13 @@ if TYPE_CHECKING:
         lora,
         lora_mini,
         lora_xs,
+        malora,
         melora,
         moe_lora,
         mor,
         mora,
         nora,
+        nora_input,
     )
     from .composition.angles import overlap, overlap_files
     from .composition.mixing import mix, mix_files
@@ -78,9 +80,9 @@ __all__ = [
     "AdapterConfig", "AdapterInfo", "Calibration", "TrainConfig", "UserError", "add_adapter", "add_to_pack",
     "create_pack", "delete_adapter", "dora", "dylora", "exclusive", "export_lora", "extract_from_pack",
     "import_lora", "in_blocks", "inspect_adapter", "list_adapters", "list_pack", "load_adapter", "load_base",
-    "lora", "lora_mini", "lora_xs", "melora", "mix", "mix_files", "mixed_batch", "moe_lora", "mor", "mora", "nora",
-    "open_pipeline", "overlap", "overlap_files", "remove_from_pack", "router_summary", "save_adapter",
-    "set_adapters", "set_rank", "train",
+    "lora", "lora_mini", "lora_xs", "malora", "melora", "mix", "mix_files", "mixed_batch", "moe_lora", "mor", "mora",
+    "nora", "nora_input", "open_pipeline", "overlap", "overlap_files", "remove_from_pack", "router_summary",
+    "save_adapter", "set_adapters", "set_rank", "train",
 ]  # fmt: skip
 
 

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from peft import PeftConfig
 from torch import Tensor
 
 from ..errors import UserError
-from .deltas.bases import COMPUTED, Basis, Pair, Placement
+from .axes import Basis, BasisDtype, CoreKind, ExpertKind, Factor, Placement, Router, has_inner_rank
+from .deltas.bases import COMPUTED, Pair
 from .patterns import check_patterns, suffix_matcher
 from .peft_names import NORA
 from .targets import expand_targets
 
-CoreKind = Literal["none", "diagonal", "dense", "nested"]
-Factor = Literal["down", "core", "up"]
-Router = Literal["none", "token", "prompt", "timestep", "prompt+timestep"]
-ExpertKind = Literal["shared", "independent"]
-BasisDtype = Literal["float32", "float16", "bfloat16"]
+TRAINED: dict[CoreKind, tuple[Factor, ...]] = {
+    "none": ("down", "up"),
+    "input": ("core", "up"),
+    "nested": ("core",),
+    "dense": ("core",),
+    "diagonal": ("core",),
+}
+"""What each core trains unless told otherwise."""
 
 
 @dataclass
 class Start:
-    """How a layer gets its first numbers; never written to a file.
+    """How a layer initializes its factors; never written to a file.
 
-    ``strengths``: mean ``|x|`` per input channel, by module path. ``pairs``: outer pairs that are at hand already, by
-    module path. ``empty``: leave the factors unset, because they are about to be read from a file (a basis is never
-    recomputed on load). ``condition``: width of what a router other than ``token`` looks at.
+    ``strengths``: mean ``|x|`` per input channel, by module path. ``pairs``: outer pairs computed already, by module
+    path. ``empty``: leave the factors uninitialized, because they are about to be read from a file (a basis is never
+    recomputed on load). ``condition``: input width of a router other than ``token``.
     """
 
     strengths: dict[str, Tensor] = field(default_factory=dict)
@@ -39,11 +43,12 @@ class Start:
 
 @dataclass
 class AdapterConfig(PeftConfig):
-    """One adapter: where it sits, which subspaces it moves in, what of it is trained. Made by the presets.
+    """One adapter: its target modules, its outer basis, and which factors are trained. Made by the presets.
 
-    ``alpha=None`` means ``alpha = r``; an empty ``trained`` the core, or without one both outer factors. ``blocks`` > 1
+    ``alpha=None`` means ``alpha = r``. An empty ``trained`` means :data:`TRAINED` of the core.
+    ``inner_r`` is the rank ``r'`` of a nested or input core, or of each projected expert; 1 elsewhere. ``blocks`` > 1
     makes the outer pair block-diagonal, ``rank_mask`` samples the rank while training, ``magnitude`` adds DoRA's
-    trained row lengths. Raises :class:`UserError` for a value outside its range.
+    trained row norms. Raises :class:`UserError` for a value outside its range.
     """
 
     method: str = "nora"
@@ -73,10 +78,10 @@ class AdapterConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = NORA
         self.target_modules = expand_targets(self.target_modules)
-        if self.core != "nested":
-            self.inner_r = 1  # there is none
+        if not self.has_inner_rank:
+            self.inner_r = 1
         if not self.trained:
-            self.trained = ["down", "up"] if self.core == "none" else ["core"]
+            self.trained = list(TRAINED[self.core])
         if isinstance(self.start, dict):  # a config that was rebuilt from JSON
             self.start = Start()
         self._check()
@@ -85,8 +90,8 @@ class AdapterConfig(PeftConfig):
         for name in ("r", "inner_r", "num_experts", "blocks"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise UserError(f"{name}={value!r} is no rank or count: give a whole number of at least 1")
-        if self.core == "nested" and self.inner_r > self.r and self.stored_outer:
+                raise UserError(f"{name}={value!r} is not a rank or a count: give a whole number of at least 1")
+        if self.has_inner_rank and self.inner_r > self.r and self.stored_outer:
             raise UserError(f"inner_r={self.inner_r} exceeds r={self.r}: the inner pair sits inside the outer one")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
@@ -101,13 +106,13 @@ class AdapterConfig(PeftConfig):
         if self.router != "none" and (self.blocks > 1 or self.rank_mask or self.magnitude):
             raise UserError(f"router={self.router!r} does not go with blocks, rank_mask or magnitude: leave them out")
         if self.router == "none" and self.num_experts > 1:
-            raise UserError(f"num_experts={self.num_experts} without a router: choose how their gate decides")
+            raise UserError(f"num_experts={self.num_experts} needs a router: choose what the gate looks at")
         if self.router != "none" and set(self.trained) != {"down", "up"}:
-            raise UserError(
-                f"trained={self.trained} with router={self.router!r}: a mixture trains down and up, no less"
-            )
-        if self.experts == "independent" and (self.router == "none" or self.basis != "kaiming"):
-            raise UserError("experts='independent' needs a router and basis='kaiming': each starts at random")
+            raise UserError(f"trained={self.trained} with router={self.router!r}: a mixture trains both down and up")
+        if self.experts != "shared" and (self.router == "none" or self.basis != "kaiming"):
+            raise UserError(f"experts={self.experts!r} needs a router and basis='kaiming': experts start at random")
+        if self.core == "input" and self.blocks > 1:
+            raise UserError("core='input' does not go with blocks: leave one of them out")
         self._check_scale()
         self._check_trained()
         check_patterns("target_modules", self.target_modules)
@@ -118,19 +123,21 @@ class AdapterConfig(PeftConfig):
     def _check_scale(self) -> None:
         for name, value in {"alpha": self.alpha, **self.alpha_pattern}.items():
             if value is not None and not (_is_finite(value) and value > 0):
-                raise UserError(f"alpha={value!r} of {name!r} must be above 0: it scales what the adapter adds")
+                raise UserError(f"alpha={value!r} of {name!r} must be above 0: it scales the update")
         if not _is_finite(self.power):
-            raise UserError(f"power={self.power!r} is no number: activation strengths are raised to it, 0.5 by default")
+            raise UserError(
+                f"power={self.power!r} is not finite: it is the exponent of activation strengths, 0.5 by default"
+            )
         for name, rank in self.rank_pattern.items():
             if not isinstance(rank, int) or rank < 1:
-                raise UserError(f"rank {rank!r} of {name!r} is no rank: give a whole number of at least 1")
+                raise UserError(f"rank {rank!r} of {name!r} is not a rank: give a whole number of at least 1")
 
     def _check_trained(self) -> None:
         for factor in self.trained:
             if factor not in get_args(Factor):
                 raise UserError(f"trained={factor!r} is unknown: choose among {', '.join(get_args(Factor))}")
-        # What starts at zero has to learn: the core, or without one the up factor.
-        needed = "up" if self.core == "none" else "core"
+        # The factor that starts at zero must be trained, or nothing is.
+        needed = "core" if self.starts_at_core else "up"
         if needed not in self.trained or (self.core == "none" and "core" in self.trained):
             raise UserError(f"trained={self.trained} with core={self.core!r} never learns: {needed!r} must be in it")
         if self.basis in COMPUTED and (self.core == "none" or set(self.trained) != {"core"}):
@@ -159,13 +166,28 @@ class AdapterConfig(PeftConfig):
         return values | {"peft_type": str(self.peft_type)}
 
     @property
+    def has_inner_rank(self) -> bool:
+        """Whether ``inner_r`` means something: a nested or input core, or projected experts."""
+        return has_inner_rank(self.core, self.experts)
+
+    @property
+    def middle_rank(self) -> int:
+        """The rank at the narrowest point of the chain."""
+        return self.inner_r if self.has_inner_rank else self.r
+
+    @property
+    def starts_at_core(self) -> bool:
+        """Whether the core is the factor that starts at zero; without one, and with an input core, it is ``up``."""
+        return self.core not in ("none", "input")
+
+    @property
     def stored_outer(self) -> bool:
-        """Whether files hold the outer pair; else its shapes determine it."""
+        """Whether files hold the outer pair; otherwise it follows from shapes alone."""
         return self.basis not in COMPUTED
 
     @property
     def frozen_outer(self) -> bool:
-        """Whether files hold frozen outer factors (which subjects could share)."""
+        """Whether files hold frozen outer factors, which subjects can share."""
         return self.stored_outer and not {"down", "up"} <= set(self.trained)
 
 
@@ -174,8 +196,8 @@ def _pattern(patterns: dict[str, Any], key: str) -> str | None:
 
 
 def fits(pattern: str, key: str) -> bool:
-    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` means the module at path ``key``."""
-    # CLIP's layers lie in a text_model or not, as transformers' release has it: files and patterns serve both.
+    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` matches the module at path ``key``."""
+    # Releases of transformers differ in whether CLIP's layers lie in a text_model: patterns match both.
     return bool(suffix_matcher(pattern.removeprefix("text_model.")).match(key.removeprefix("text_model.")))
 
 

@@ -1,20 +1,32 @@
-"""Methods: each is one function that returns a config. See ``docs/architecture.md`` for how to add one."""
+"""Methods: each is one function that returns a config. See ``docs/architecture.md`` for how to add one.
+
+A preset's own parameters, with their defaults, are the settings that the method has: the trainer's flags, its checks
+and the app's form follow from them (:func:`options`). Other axes of :class:`.config.AdapterConfig` can be given by
+keyword.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .config import AdapterConfig, CoreKind, Router
-from .deltas.bases import Basis, Placement
+from .axes import Basis, CoreKind, Placement, Router, Targets
 
-Targets = str | list[str] | None
+if TYPE_CHECKING:
+    from .config import AdapterConfig
+
+
+def _config(method: str, **axes: Any) -> AdapterConfig:
+    from . import AdapterConfig  # late: it imports torch and peft
+
+    return AdapterConfig(method=method, **axes)
 
 
 def _pair(method: str, **axes: Any) -> AdapterConfig:
-    """The form of LoRA and its children: an outer pair that starts at random and no core."""
-    # What is given here cannot be given by the caller as well: an inner rank for none would be ignored silently.
-    return AdapterConfig(method=method, basis="kaiming", core="none", inner_r=1, **axes)
+    """LoRA and its relatives: a trained outer pair with a random down factor, and no core."""
+    # Given here, so that a caller who passes one of them gets an error: it would have no effect.
+    return _config(method, basis="kaiming", core="none", inner_r=1, **axes)
 
 
 def nora(
@@ -27,6 +39,7 @@ def nora(
     placement: Placement = "sqrt",
     power: float = 0.5,
     core: CoreKind = "nested",
+    magnitude: bool = False,
     **axes: Any,
 ) -> AdapterConfig:
     """NoRA: ``dW = (alpha/r) B_out B_in A_in A_out``, outer pair frozen, inner pair trained.
@@ -34,9 +47,32 @@ def nora(
     ``2 r r'`` trained numbers a projection; the core may also be ``dense`` or ``diagonal``.
     https://arxiv.org/abs/2408.10280
     """
-    return AdapterConfig(
-        method="nora", r=r, inner_r=inner_r, alpha=alpha, basis=basis, placement=placement, power=power,
-        core=core, dropout=dropout, target_modules=target_modules, **axes,
+    return _config(
+        "nora", r=r, inner_r=inner_r, alpha=alpha, basis=basis, placement=placement, power=power,
+        core=core, dropout=dropout, target_modules=target_modules, magnitude=magnitude, **axes,
+    )  # fmt: skip
+
+
+def nora_input(
+    r: int = 32,
+    inner_r: int = 4,
+    alpha: float | None = None,
+    basis: Basis = "awsvd",
+    dropout: float = 0.0,
+    target_modules: Targets = None,
+    placement: Placement = "sqrt",
+    power: float = 0.5,
+    magnitude: bool = False,
+    **axes: Any,
+) -> AdapterConfig:
+    """One-sided NoRA: ``dW = (alpha/r) B A_in A_out``, ``A_out [r, d_in]`` frozen, ``A_in [r', r]``, ``B`` trained.
+
+    Subjects of one base share input directions, not output directions (docs/comparing.md), so only the input side is
+    frozen: ``r' (r + d_out)`` trained parameters a projection. Follows https://arxiv.org/abs/2408.10280
+    """
+    return _config(
+        "nora_input", r=r, inner_r=inner_r, alpha=alpha, basis=basis, placement=placement, power=power,
+        core="input", dropout=dropout, target_modules=target_modules, magnitude=magnitude, **axes,
     )  # fmt: skip
 
 
@@ -62,10 +98,15 @@ def mor(
 
 
 def lora(
-    r: int = 8, alpha: float | None = None, dropout: float = 0.0, target_modules: Targets = None, **axes: Any
+    r: int = 8,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: Targets = None,
+    magnitude: bool = False,
+    **axes: Any,
 ) -> AdapterConfig:
     """LoRA: ``dW = (alpha/r) B A``, both trained. https://arxiv.org/abs/2106.09685"""
-    return _pair("lora", r=r, alpha=alpha, dropout=dropout, target_modules=target_modules, **axes)
+    return _pair("lora", r=r, alpha=alpha, dropout=dropout, target_modules=target_modules, magnitude=magnitude, **axes)
 
 
 def lora_xs(
@@ -75,15 +116,16 @@ def lora_xs(
     placement: Placement = "up",
     dropout: float = 0.0,
     target_modules: Targets = None,
+    magnitude: bool = False,
     **axes: Any,
 ) -> AdapterConfig:
     """LoRA-XS: ``dW = (alpha/r) B R A`` with a frozen SVD pair and one trained ``R [r, r]``.
 
     https://arxiv.org/abs/2405.17604
     """
-    return AdapterConfig(
-        method="lora_xs", r=r, alpha=alpha, basis=basis, placement=placement, core="dense", inner_r=1,
-        dropout=dropout, target_modules=target_modules, **axes,
+    return _config(
+        "lora_xs", r=r, alpha=alpha, basis=basis, placement=placement, core="dense", inner_r=1,
+        dropout=dropout, target_modules=target_modules, magnitude=magnitude, **axes,
     )  # fmt: skip
 
 
@@ -94,15 +136,16 @@ def lora_mini(
     basis: Basis = "kaiming",
     dropout: float = 0.0,
     target_modules: Targets = None,
+    magnitude: bool = False,
     **axes: Any,
 ) -> AdapterConfig:
     """LoRA-Mini: ``dW = (alpha/r) B_out B_in A_in A_out``, outer pair frozen and random, inner pair trained.
 
     The same chain as NoRA in subspaces that know nothing of the weight. https://arxiv.org/abs/2411.15804
     """
-    return AdapterConfig(
-        method="lora_mini", r=r, inner_r=inner_r, alpha=alpha, basis=basis, core="nested",
-        dropout=dropout, target_modules=target_modules, **axes,
+    return _config(
+        "lora_mini", r=r, inner_r=inner_r, alpha=alpha, basis=basis, core="nested",
+        dropout=dropout, target_modules=target_modules, magnitude=magnitude, **axes,
     )  # fmt: skip
 
 
@@ -117,16 +160,21 @@ def dora(
 
 
 def mora(
-    r: int = 8, alpha: float | None = None, dropout: float = 0.0, target_modules: Targets = None, **axes: Any
+    r: int = 8,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: Targets = None,
+    magnitude: bool = False,
+    **axes: Any,
 ) -> AdapterConfig:
     """MoRA: ``dW = (alpha/r) D M C``, one trained ``M [k, k]``, fixed maps, ``k = sqrt((d_in + d_out) r)``.
 
     The numbers of a LoRA of rank ``r`` at the rank ``k``. ``C`` adds up the channels of each group, ``D`` copies each
     number to its group (the paper's sharing, eq. 6). https://arxiv.org/abs/2405.12130
     """
-    return AdapterConfig(
-        method="mora", r=r, alpha=alpha, basis="sharing", core="dense", inner_r=1,
-        dropout=dropout, target_modules=target_modules, **axes,
+    return _config(
+        "mora", r=r, alpha=alpha, basis="sharing", core="dense", inner_r=1,
+        dropout=dropout, target_modules=target_modules, magnitude=magnitude, **axes,
     )  # fmt: skip
 
 
@@ -136,17 +184,32 @@ def melora(
     alpha: float | None = None,
     dropout: float = 0.0,
     target_modules: Targets = None,
+    magnitude: bool = False,
     **axes: Any,
 ) -> AdapterConfig:
     """MELoRA: ``dW = (alpha/r) diag(B_1 A_1, ..., B_n A_n)``: ``n`` mini LoRAs of rank ``r / n``, all trained.
 
     Rank ``r`` in all, for the numbers of a LoRA of rank ``r / n``. https://arxiv.org/abs/2402.17263
     """
-    return _pair("melora", r=r, blocks=blocks, alpha=alpha, dropout=dropout, target_modules=target_modules, **axes)
+    return _pair(
+        "melora",
+        r=r,
+        blocks=blocks,
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=target_modules,
+        magnitude=magnitude,
+        **axes,
+    )
 
 
 def dylora(
-    r: int = 8, alpha: float | None = None, dropout: float = 0.0, target_modules: Targets = None, **axes: Any
+    r: int = 8,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: Targets = None,
+    magnitude: bool = False,
+    **axes: Any,
 ) -> AdapterConfig:
     """DyLoRA: ``dW = (alpha/r) B[:, :b] A[:b]``, ``b`` drawn from 1 to ``r`` at every training step.
 
@@ -154,7 +217,16 @@ def dylora(
     ``alpha/b``; here it stays ``alpha/r``, so that a lower rank is the same adapter cut short, in any format.
     https://arxiv.org/abs/2210.07558
     """
-    return _pair("dylora", r=r, alpha=alpha, rank_mask=True, dropout=dropout, target_modules=target_modules, **axes)
+    return _pair(
+        "dylora",
+        r=r,
+        alpha=alpha,
+        rank_mask=True,
+        dropout=dropout,
+        target_modules=target_modules,
+        magnitude=magnitude,
+        **axes,
+    )
 
 
 def moe_lora(
@@ -176,10 +248,33 @@ def moe_lora(
     )  # fmt: skip
 
 
+def malora(
+    r: int = 8,
+    inner_r: int = 6,
+    num_experts: int = 8,
+    alpha: float | None = None,
+    router: Router = "token",
+    dropout: float = 0.0,
+    target_modules: Targets = None,
+    **axes: Any,
+) -> AdapterConfig:
+    """MALoRA: ``dy = (alpha/r) sum_i g_i B_i P_i A x``, ``g = softmax(W_g c)``: MoE-LoRA with a shared down factor.
+
+    All experts share the subspace ``A [r, d_in]``; each has ``P_i [r', r]`` and ``B_i [d_out, r']``. The paper's
+    balance loss on the router is not part of it yet. https://arxiv.org/abs/2410.22782
+    """
+    return _config(
+        "malora", r=r, inner_r=inner_r, num_experts=num_experts, alpha=alpha, basis="kaiming", core="none",
+        router=router, experts="projected", dropout=dropout, target_modules=target_modules, **axes,
+    )  # fmt: skip
+
+
 PRESETS: dict[str, Callable[..., AdapterConfig]] = {
     "nora": nora,
+    "nora_input": nora_input,
     "mor": mor,
     "moe_lora": moe_lora,
+    "malora": malora,
     "lora": lora,
     "lora_xs": lora_xs,
     "lora_mini": lora_mini,
@@ -188,3 +283,21 @@ PRESETS: dict[str, Callable[..., AdapterConfig]] = {
     "melora": melora,
     "dylora": dylora,
 }
+TRAINER_RANKS = {"mor": 8, "lora": 4, "dora": 4, "mora": 4, "melora": 16}
+"""The rank that the trainer uses where none is given, if it is not the preset's own (4 is diffusers' for LoRA)."""
+
+
+def options(method: str) -> dict[str, Any]:
+    """The settings that a method has, with their defaults: the named parameters of its preset."""
+    parameters = inspect.signature(PRESETS[method]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+
+
+def is_routed(method: str) -> bool:
+    """Whether a method has experts and a router, so that no single ``dW`` equals it."""
+    return "router" in options(method)
+
+
+def freezes_outer(method: str) -> bool:
+    """Whether a method leaves an outer factor frozen. Such methods learn best at higher rates."""
+    return not {"down", "up"} <= set(PRESETS[method]().trained)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import AdapterConfig, lora
-from ..adapters.config import CoreKind
+from ..adapters.axes import CoreKind
 from ..adapters.patterns import pattern_of
 from ..formats.adapter_file import Tensors
 from .sources import Key, Source

@@ -121,7 +121,7 @@ def described(name: str) -> tuple[str, str, str]:
 
 def _defaults(config: AdapterConfig) -> str:
     values = {"r": config.r}
-    if config.core == "nested":
+    if config.has_inner_rank:
         values["r'"] = config.inner_r
     if config.router != "none":
         values["N"] = config.num_experts

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
 from ..adapters import AdapterConfig
+from ..adapters.axes import has_inner_rank
 from ..errors import UserError
 from ..io.untrusted import conform, parse_json
 from ..pipelines.components import COMPONENTS
@@ -96,9 +97,9 @@ class AdapterInfo:
 
     @property
     def ranks(self) -> str:
-        """Both ranks in words: ``r = 32, r' = 4``; the inner one only where there is a nested core."""
-        nested = self._first.get("core") == "nested"
-        return f"r = {self.r}" + (f", r' = {self.inner_r}" if nested else "")
+        """Both ranks as text, ``r = 32, r' = 4``; the inner one only where the method has one."""
+        inner = has_inner_rank(self._first.get("core"), self._first.get("experts"))
+        return f"r = {self.r}" + (f", r' = {self.inner_r}" if inner else "")
 
     @property
     def trained_numbers(self) -> int:

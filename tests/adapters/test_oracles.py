@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from nora_diffusion.adapters import lora, lora_xs, mor, nora
+from nora_diffusion.adapters.axes import Placement
 from nora_diffusion.adapters.config import AdapterConfig, Start
-from nora_diffusion.adapters.deltas.bases import Placement, awsvd, orthogonal, svd, truncated_svd
+from nora_diffusion.adapters.deltas.bases import awsvd, orthogonal, svd, truncated_svd
 from nora_diffusion.adapters.tuner.layer import NoraLayer
 
 D_OUT, D_IN = 10, 12

@@ -21,7 +21,20 @@ from nora_diffusion import (
     save_adapter,
     set_adapters,
 )
-from nora_diffusion.adapters import dora, dylora, lora, lora_mini, lora_xs, melora, moe_lora, mor, mora, nora
+from nora_diffusion.adapters import (
+    dora,
+    dylora,
+    lora,
+    lora_mini,
+    lora_xs,
+    malora,
+    melora,
+    moe_lora,
+    mor,
+    mora,
+    nora,
+    nora_input,
+)
 from nora_diffusion.loaders import active_adapters, list_adapters, trainable_parameters
 from nora_diffusion.pipelines.components import nora_layers
 
@@ -37,7 +50,11 @@ PRESETS: dict[str, Callable[[], AdapterConfig]] = {
     "mor-prompt": lambda: mor(r=4, num_experts=3, router="prompt"),
     "mor-timestep-everywhere": lambda: mor(r=4, num_experts=3, router="timestep", target_modules=EVERYTHING),
     "mor-prompt+timestep": lambda: mor(r=4, num_experts=3, router="prompt+timestep", dropout=0.5),
+    "nora_input": lambda: nora_input(r=4, inner_r=2),
+    "nora_input-everywhere": lambda: nora_input(r=4, inner_r=2, basis="svd", magnitude=True, target_modules=EVERYTHING),
     "moe_lora": lambda: moe_lora(r=2, num_experts=3),
+    "malora": lambda: malora(r=4, inner_r=2, num_experts=3),
+    "malora-prompt+timestep": lambda: malora(r=4, inner_r=2, num_experts=3, router="prompt+timestep"),
     "moe_lora-prompt+timestep": lambda: moe_lora(r=2, num_experts=3, router="prompt+timestep"),
     "lora": lambda: lora(r=3, alpha=6.0),
     "lora-everywhere": lambda: lora(r=3, target_modules=EVERYTHING),

@@ -10,7 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nora_diffusion.adapters import AdapterConfig, NoraLayer, dora, dylora, lora, lora_mini, melora, mora, nora
+from nora_diffusion.adapters import (
+    AdapterConfig,
+    NoraLayer,
+    dora,
+    dylora,
+    lora,
+    lora_mini,
+    melora,
+    mora,
+    nora,
+    nora_input,
+)
 from nora_diffusion.adapters.config import Start
 from nora_diffusion.adapters.tuner.rank_mask import sample_ranks, watch
 from nora_diffusion.errors import UserError
@@ -55,6 +66,16 @@ def test_lora_mini_trains_the_inner_two_of_four_factors() -> None:
     assert {name for name, _ in d.named_parameters()} == {"core.A_in", "core.B_in"}
     weight = layer.base_layer.weight.clone()
     assert torch.linalg.matrix_rank(torch.cat([d.A_out, weight])) == D_IN  # the basis is not the weight's own
+
+
+def test_one_sided_nora_frees_the_output_side() -> None:
+    layer, d, x = layer_with(nora_input(r=6, inner_r=2, alpha=3.0))
+    expected = layer.base_layer(x) + (3.0 / 6) * x @ d.A_out.T @ d.core.A_in.T @ d.B.T
+    torch.testing.assert_close(layer(x), expected, **EXACT)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, **EXACT)
+    assert {name: tuple(p.shape) for name, p in d.named_parameters()} == {"B": (D_OUT, 2), "core.A_in": (2, 6)}
+    assert [name for name, _ in d.named_buffers()] == ["A_out"]
 
 
 @pytest.mark.parametrize("user_weight", [1.0, 0.3, -2.0])

@@ -15,7 +15,7 @@ from factories import randomize
 from torch import Tensor, nn
 
 from nora_diffusion import UserError, add_adapter, delete_adapter, load_adapter, save_adapter, set_adapters
-from nora_diffusion.adapters import AdapterConfig, NoraLayer, moe_lora, mor
+from nora_diffusion.adapters import AdapterConfig, NoraLayer, malora, moe_lora, mor
 from nora_diffusion.adapters.config import Start
 from nora_diffusion.adapters.deltas.functional import routed_delta
 from nora_diffusion.adapters.deltas.routed import RoutedDelta, RouterInputs
@@ -27,6 +27,7 @@ CONDITIONED = ("prompt", "timestep", "prompt+timestep")
 KINDS: dict[str, Callable[..., AdapterConfig]] = {
     "shared": lambda **axes: mor(r=4, num_experts=N, alpha=8.0, **axes),
     "independent": lambda **axes: moe_lora(r=2, num_experts=N, alpha=4.0, **axes),
+    "projected": lambda **axes: malora(r=4, inner_r=2, num_experts=N, alpha=8.0, **axes),
 }
 Kind = Callable[..., AdapterConfig]
 
@@ -52,6 +53,8 @@ def expert_weights(delta: RoutedDelta) -> list[Tensor]:
     for i in range(N):
         if hasattr(e, "a"):
             dense.append(torch.diag(e.b[i]) @ e.B @ torch.diag(e.a[i]) @ e.A)
+        elif hasattr(e, "P"):
+            dense.append(e.B[:, i * 2 : (i + 1) * 2] @ e.P[i] @ e.A)
         else:
             mine = slice(i * e.r, (i + 1) * e.r)
             dense.append(e.B[:, mine] @ e.A[mine])
@@ -390,7 +393,7 @@ def test_fusing_warns_and_leaves_it_live(pipe: Any, kind: Kind, router: str) -> 
     ("make", "word"),
     [
         (lambda: mor(router="pixel"), "pixel"),
-        (lambda: moe_lora(router="none"), "without a router"),
+        (lambda: moe_lora(router="none"), "needs a router"),
         (lambda: moe_lora(num_experts=1, router="none"), "independent"),
         (lambda: mor(experts="some"), "some"),
     ],

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ..axes import Basis, Placement
 
-Placement = Literal["up", "down", "sqrt", "none"]
 Pair = tuple[Tensor, Tensor]
 
 EXACT_LIMIT = 512
@@ -119,7 +118,6 @@ def sharing(weight: Tensor, r: int, strength: Tensor | None, *, placement: Place
     return unit[:, torch.arange(d_in, device=weight.device) % r], unit[torch.arange(d_out, device=weight.device) % r]
 
 
-Basis = Literal["svd", "awsvd", "kaiming", "orthogonal", "sharing"]
 BASES: dict[Basis, Callable[..., Pair]] = {
     "svd": svd,
     "awsvd": awsvd,

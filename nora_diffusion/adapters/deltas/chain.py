@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
-from .cores import Core
+from .cores import Core, InputCore
 from .magnitude import row_norms
 from .routed import RoutedDelta
 
@@ -60,8 +60,8 @@ class ChainDelta(nn.Module):
         masked: bool = False,
     ) -> None:
         super().__init__()
-        # An adapter starts as a no-op: its core is zero, or where it has none its up factor.
-        up = torch.zeros_like(up) if core is None else up
+        # An adapter starts as a no-op: its core is zero, or without a core (or with an input core) its up factor.
+        up = torch.zeros_like(up) if core is None or isinstance(core, InputCore) else up
         self._names = ("A" if "down" in trained else "A_out", "B" if "up" in trained else "B_out")
         hold(self, self._names[0], down, trained="down" in trained, stored=stored)
         hold(self, self._names[1], up, trained="up" in trained, stored=stored)

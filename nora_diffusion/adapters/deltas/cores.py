@@ -1,7 +1,7 @@
 """Cores: the small trained map ``[..., r] -> [..., r]`` between the outer factors of a chain.
 
-Every core gives ``pair()``: the factors below and above its narrowest place (``None``: nothing above it). All start at
-zero, so that the adapter starts as a no-op.
+Every core gives ``pair()``: the factors below and above its narrowest point (``None``: nothing above it). All but the
+input core start at zero, so that the adapter starts as a no-op.
 """
 
 from __future__ import annotations
@@ -50,4 +50,20 @@ class DiagonalCore(nn.Module):
         return torch.diag(self.d), None
 
 
-Core = NestedCore | DenseCore | DiagonalCore
+class InputCore(nn.Module):
+    """``p -> A_in p``, ``A_in [r', r]`` Kaiming uniform: the input half of a nested core.
+
+    The up factor ``[d_out, r']`` of its chain is trained and starts at zero.
+    """
+
+    def __init__(self, r: int, inner_r: int) -> None:
+        super().__init__()
+        self.A_in = nn.Parameter(torch.empty(inner_r, r))
+        nn.init.kaiming_uniform_(self.A_in, a=math.sqrt(5))
+
+    def pair(self) -> tuple[Tensor, Tensor | None]:
+        """``(A_in, None)``."""
+        return self.A_in, None
+
+
+Core = NestedCore | InputCore | DenseCore | DiagonalCore

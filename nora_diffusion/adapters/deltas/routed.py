@@ -90,7 +90,32 @@ class IndependentExperts(nn.Module):
         return gates.to(self.B.dtype).repeat_interleave(self.r, dim=-1).unsqueeze(1) * self.B
 
 
-Experts = SharedExperts | IndependentExperts
+class ProjectedExperts(nn.Module):
+    """Experts ``B_i P_i A`` in one shared subspace ``A [r, d_in]`` (MALoRA, arXiv 2410.22782); all trained.
+
+    ``P [N, r', r]``, normal with variance ``1/r`` so that the rows of ``P_i A`` are as long as those of ``A``;
+    ``B [d_out, N r']`` holds the up factors of all experts.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, num_experts: int, inner_r: int) -> None:
+        super().__init__()
+        r = down.shape[0]
+        self.A = nn.Parameter(down)
+        self.P = nn.Parameter(torch.randn(num_experts, inner_r, r) / math.sqrt(r))
+        self.B = nn.Parameter(up.new_zeros(up.shape[0], num_experts * inner_r))
+
+    def mix(self, p: Tensor, gates: Tensor) -> Tensor:
+        """``sum_i g_i B_i P_i p`` for ``p [..., r]`` and one gate ``[..., N]`` a token."""
+        inner = F.linear(p, self.P.flatten(0, 1).to(p.dtype))
+        return F.linear(inner * gates.repeat_interleave(self.P.shape[1], dim=-1), self.B.to(p.dtype))
+
+    def up_for(self, gates: Tensor) -> Tensor:
+        """``sum_i g_i B_i P_i``, ``[u, d_out, r]``."""
+        gates = gates.to(self.B.dtype).repeat_interleave(self.P.shape[1], dim=-1)
+        return (gates.unsqueeze(1) * self.B) @ self.P.flatten(0, 1)
+
+
+Experts = SharedExperts | IndependentExperts | ProjectedExperts
 
 
 class RoutedDelta(nn.Module):

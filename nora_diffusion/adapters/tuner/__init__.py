@@ -1,1 +1,5 @@
-"""The PEFT tuner that carries every method."""
+"""The PEFT tuner that carries every method. Importing it registers the tuner with PEFT."""
+
+from .register import register
+
+register()

@@ -16,9 +16,9 @@ from ..config import AdapterConfig, Start
 from ..deltas import functional
 from ..deltas.bases import BASES, Pair
 from ..deltas.chain import ChainDelta, Delta
-from ..deltas.cores import Core, DenseCore, DiagonalCore, NestedCore
+from ..deltas.cores import Core, DenseCore, DiagonalCore, InputCore, NestedCore
 from ..deltas.magnitude import start_magnitude
-from ..deltas.routed import IndependentExperts, RoutedDelta, SharedExperts
+from ..deltas.routed import Experts, IndependentExperts, ProjectedExperts, RoutedDelta, SharedExperts
 
 
 def flat_weight(base: nn.Module) -> Tensor:
@@ -48,7 +48,9 @@ def outer_rank(config: AdapterConfig, base: nn.Module, key: str) -> int:
 def build_core(config: AdapterConfig, r: int) -> Core | None:
     """The core axis of ``config`` for an outer rank ``r``."""
     if config.core == "nested":
-        return NestedCore(r, min(config.inner_r, r))
+        return NestedCore(r, middle(config, r))
+    if config.core == "input":
+        return InputCore(r, middle(config, r))
     if config.core == "diagonal":
         return DiagonalCore(r)
     return DenseCore(r) if config.core == "dense" else None
@@ -62,13 +64,20 @@ def build_basis(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Pai
     weight = flat_weight(base)
     if config.start.empty and config.stored_outer:
         n = config.blocks
-        shapes = (r, weight.shape[1] // n), (weight.shape[0], r // n)
+        shapes = (r, weight.shape[1] // n), (weight.shape[0], middle(config, r) if config.core == "input" else r // n)
         return weight.new_empty(shapes[0], dtype=torch.float32), weight.new_empty(shapes[1], dtype=torch.float32)
     down, up = config.start.pairs.get(key) or outer_pair(config, base, key, r)
+    if config.core == "input":  # B starts at zero: only the input side of the basis is in use
+        up = up.new_zeros(weight.shape[0], middle(config, r), dtype=torch.float32)
     return (
         down if "down" in config.trained else working(down, weight),
         up if "up" in config.trained else working(up, weight),
     )
+
+
+def middle(config: AdapterConfig, r: int) -> int:
+    """The rank ``r'`` inside an outer rank ``r``."""
+    return min(config.inner_r, r)
 
 
 def working(factor: Tensor, weight: Tensor) -> Tensor:
@@ -140,12 +149,18 @@ def build_routed(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Ro
     width = flat_weight(base).shape[1] if token else config.start.condition
     if not width:
         raise UserError(f"router={config.router!r} looks at the model's inputs: use nora_diffusion.add_adapter")
-    experts = (
-        SharedExperts(*build_basis(config, base, key, r), n)
-        if config.experts == "shared"
-        else IndependentExperts(*build_basis(config, base, key, n * r), n)
-    )
-    return RoutedDelta(experts, n, config.router, width, config.dropout)
+    return RoutedDelta(build_experts(config, base, key, r), n, config.router, width, config.dropout)
+
+
+def build_experts(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Experts:
+    """The experts axis; independent experts hold ``num_experts`` outer pairs of rank ``r``."""
+    n = config.num_experts
+    if config.experts == "independent":
+        return IndependentExperts(*build_basis(config, base, key, n * r), n)
+    down, up = build_basis(config, base, key, r)
+    if config.experts == "projected":
+        return ProjectedExperts(down, up, n, middle(config, r))
+    return SharedExperts(down, up, n)
 
 
 def delta_of_file(

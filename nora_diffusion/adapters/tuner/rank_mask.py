@@ -21,7 +21,7 @@ def check_rank(config: AdapterConfig, rank: int) -> None:
         raise UserError(
             f"method {config.method!r} was trained at one rank: only an adapter with a rank mask (dylora) serves others"
         )
-    most = config.inner_r if config.core == "nested" else config.r
+    most = config.middle_rank
     if not 1 <= rank <= most:
         raise UserError(f"rank={rank} is none of this adapter's: choose 1 to {most}")
 
