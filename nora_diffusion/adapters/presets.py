@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from .axes import Basis, CoreKind, Placement, Router, Targets
@@ -192,15 +193,9 @@ def melora(
     Rank ``r`` in all, for the numbers of a LoRA of rank ``r / n``. https://arxiv.org/abs/2402.17263
     """
     return _pair(
-        "melora",
-        r=r,
-        blocks=blocks,
-        alpha=alpha,
-        dropout=dropout,
-        target_modules=target_modules,
-        magnitude=magnitude,
-        **axes,
-    )
+        "melora", r=r, blocks=blocks, alpha=alpha,
+        dropout=dropout, target_modules=target_modules, magnitude=magnitude, **axes,
+    )  # fmt: skip
 
 
 def dylora(
@@ -218,15 +213,9 @@ def dylora(
     https://arxiv.org/abs/2210.07558
     """
     return _pair(
-        "dylora",
-        r=r,
-        alpha=alpha,
-        rank_mask=True,
-        dropout=dropout,
-        target_modules=target_modules,
-        magnitude=magnitude,
-        **axes,
-    )
+        "dylora", r=r, alpha=alpha, rank_mask=True,
+        dropout=dropout, target_modules=target_modules, magnitude=magnitude, **axes,
+    )  # fmt: skip
 
 
 def moe_lora(
@@ -298,6 +287,17 @@ def is_routed(method: str) -> bool:
     return "router" in options(method)
 
 
+def trains_magnitude(method: str) -> bool:
+    """Whether a method trains DoRA's magnitude without being asked to."""
+    return PRESETS[method]().magnitude
+
+
+def samples_rank(method: str) -> bool:
+    """Whether a method draws a rank at every training step (DyLoRA)."""
+    return PRESETS[method]().rank_mask
+
+
+@cache
 def freezes_outer(method: str) -> bool:
     """Whether a method leaves an outer factor frozen. Such methods learn best at higher rates."""
     return not {"down", "up"} <= set(PRESETS[method]().trained)

@@ -103,7 +103,7 @@ def heldout_pictures(seed: int, each: int) -> tuple[list[str], np.ndarray]:
 def learn(base: Path, slug: str, values: dict[str, Any], out: Path) -> None:
     """Train an adapter on the subject's six pictures."""
     from ...training import TrainConfig, train
-    from ...training.settings.defaults import embedded
+    from ...training.settings.defaults import embedded_defaults
 
     word = subject_thing(slug).class_word
     with tempfile.TemporaryDirectory() as photos:
@@ -111,7 +111,7 @@ def learn(base: Path, slug: str, values: dict[str, Any], out: Path) -> None:
         config = TrainConfig(
             pretrained_model_name_or_path=str(base), instance_data_dir=photos, output_dir=str(out),
             instance_prompt=f"a {TRIGGER} {word}", class_word=word, use_captions=True,
-            **{"seed": 0, **embedded(values.get("method", "nora")), **values},
+            **{"seed": 0, **embedded_defaults(values.get("method", "nora")), **values},
         )  # fmt: skip
         train(config)
 

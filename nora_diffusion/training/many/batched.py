@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...adapters.presets import samples_rank
 from ...adapters.tuner.mixed_rows import RowPlan, serve_rows
 from ...errors import UserError
 from ...loaders import delete_adapter
@@ -63,7 +64,7 @@ class Member:
     def alone(self) -> bool:
         """Whether it needs passes of its own: something in them is drawn, or its text encoder runs before them."""
         config = self.run.config
-        return config.dropout > 0 or config.method == "dylora" or encodes_each_step(config)
+        return config.dropout > 0 or samples_rank(config.method) or encodes_each_step(config)
 
 
 class SubjectRows(RowPlan):

@@ -26,7 +26,7 @@ from ..data.subject import Subject, calling_prompt
 from ..measuring.samples import class_folder, count_images
 from ..measuring.validation import Measure
 from ..settings.config import TrainConfig
-from ..settings.defaults import USUAL_FACTORS, USUAL_RATES, USUAL_TEXT_RATES, USUAL_TOKEN_RATES
+from ..settings.defaults import USUAL_FACTORS, USUAL_TEXT_RATES, USUAL_TOKEN_RATES, usual_rates
 from ..step.denoiser import denoiser, native_size, networks
 from ..step.memory import Outline, available, outline
 from ..step.optimization import scaled_rate
@@ -282,7 +282,7 @@ def _rates(plan: Plan) -> Iterator[Finding]:
         return
     finds_its_own = config.optimizer == "prodigy"
     owner = f"--optimizer {config.optimizer}" if finds_its_own else f"--method {config.method}"
-    rates = {"learning_rate": USUAL_FACTORS if finds_its_own else USUAL_RATES[config.method]}
+    rates = {"learning_rate": USUAL_FACTORS if finds_its_own else usual_rates(config.method)}
     rates |= {"text_encoder_lr": USUAL_TEXT_RATES, "token_lr": USUAL_TOKEN_RATES}
     for name, (low, high) in rates.items():
         rate = getattr(config, name)

@@ -34,7 +34,7 @@ from ..data.tokens import encodes_each_step, put_new_tokens
 from ..measuring.samples import class_folder, fill_class_images
 from ..measuring.validation import Validation
 from ..settings.config import Precision, TrainConfig
-from ..settings.defaults import PRESET_KEYS
+from ..settings.methods import parameters_of
 from ..settings.values import suggestion
 from ..step.averaging import Average
 from ..step.denoiser import TRAINED_ENCODERS, check_pipeline, denoiser, family_of, native_size, networks
@@ -245,14 +245,9 @@ def adapter_config(config: TrainConfig) -> AdapterConfig:
         wanted = wanted[0]  # a group, or a regular expression
     if config.target_blocks:
         wanted = in_blocks(config.target_blocks, wanted)
-    values: dict[str, Any] = {
-        "r": config.rank,
-        "alpha": config.alpha,
-        "dropout": config.dropout,
-        "target_modules": wanted,
-        **{parameter: getattr(config, name) for name, parameter in PRESET_KEYS.items()},
-    }
-    return PRESETS[config.method](**{k: v for k, v in values.items() if v is not None and v is not False})
+    values = {parameter: getattr(config, name) for name, parameter in parameters_of(config.method).items()}
+    values["target_modules"] = wanted
+    return PRESETS[config.method](**{name: value for name, value in values.items() if value is not None})
 
 
 def check_targets(config: TrainConfig, pipe: Any) -> None:

@@ -36,7 +36,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
             options |= {"nargs": "?", "const": True, "metavar": "true|false"}
         elif kind.startswith("list"):
             options |= {"nargs": "+"}
-        if choices := _choices(hints[setting.name]):
+        if choices := setting.metadata["choices"] or _choices(hints[setting.name]):
             options["help"] += f"; one of {', '.join(choices)}"
         if setting.default is not None and kind != "bool":
             options["help"] += f" (default: {setting.default})"

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from ...adapters.presets import PRESETS, is_routed, trains_magnitude
 from ...errors import UserError
-from .config import TRACKERS, Bound, TrainConfig, having
-from .defaults import METHOD_KEYS, METHODS, PRESET_KEYS, with_defaults
+from .config import TRACKERS, Bound, TrainConfig, having, settings
+from .defaults import with_defaults
+from .methods import owners_of, parameters_of
 
 BOUNDS: dict[Bound, tuple[Callable[[float], bool], str]] = {
     "positive": (lambda value: value > 0, "must be above 0"),
@@ -69,11 +71,15 @@ def _check_data(config: TrainConfig) -> None:
 
 
 def _check_adapter(config: TrainConfig) -> None:
-    for name in PRESET_KEYS:
-        value = getattr(config, name)
-        if value is not None and value is not False and name not in METHOD_KEYS[config.method]:
-            owners = ", ".join(method for method, keys in METHOD_KEYS.items() if name in keys)
-            raise UserError(f"--{name} has no meaning for --method {config.method}: it belongs to {owners}")
+    if config.method not in PRESETS:
+        raise UserError(f"method={config.method!r} is unknown: choose one of {', '.join(PRESETS)}")
+    for setting in settings():
+        value = getattr(config, setting.name)
+        owners = owners_of(setting.name)
+        if owners and config.method not in owners and value is not None and value != setting.default:
+            raise UserError(
+                f"--{setting.name} has no effect with --method {config.method}: it is a setting of {', '.join(owners)}"
+            )
     _check_inner_rank(with_defaults(config))
     _check_calibration(config)
     if config.text_encoder_lr is not None and not config.train_text_encoder:
@@ -91,8 +97,8 @@ def _check_adapter(config: TrainConfig) -> None:
 
 
 def _check_inner_rank(config: TrainConfig) -> None:
-    nested = "inner_rank" in METHOD_KEYS[config.method] and config.core in (None, "nested")
-    if nested and (config.inner_rank or 0) > (config.rank or 0):
+    has_inner = "inner_rank" in parameters_of(config.method) and config.core in (None, "nested")
+    if has_inner and config.inner_rank is not None and config.rank is not None and config.inner_rank > config.rank:
         raise UserError(
             f"--inner_rank {config.inner_rank} exceeds --rank {config.rank}, and the inner pair sits inside the outer "
             "one: lower --inner_rank, or raise --rank"
@@ -100,7 +106,7 @@ def _check_inner_rank(config: TrainConfig) -> None:
 
 
 def _check_calibration(config: TrainConfig) -> None:
-    basis = config.basis or METHODS[config.method].get("basis")
+    basis = with_defaults(config).basis
     for name, wanted in {"calibration_prompts": config.calibration_prompts, "calibration": config.calibration}.items():
         if wanted and wanted != "generic" and basis != "awsvd":
             raise UserError(f"--{name} needs --basis awsvd, not {basis}")
@@ -145,14 +151,14 @@ def _check_optimizer(config: TrainConfig) -> None:
         )
     if name == "schedulefree" and config.lr_scheduler not in (None, "constant"):
         raise UserError("schedulefree does without a schedule: use --lr_scheduler constant")
-    if config.scale_weight_norms is not None and "router" in METHOD_KEYS[config.method]:
+    if config.scale_weight_norms is not None and is_routed(config.method):
         raise UserError(f"--scale_weight_norms has no meaning for {config.method}, whose updates depend on the input")
 
 
 def _check_system(config: TrainConfig) -> None:
     if config.quantize_base:
         _need("torchao", "--quantize_base", "pip install 'nora-diffusion[quantize]'")
-        if config.magnitude or config.method == "dora":
+        if config.magnitude or trains_magnitude(config.method):
             raise UserError("--quantize_base excludes DoRA's magnitude, which needs the true weights: leave one out")
         if not config.gradient_checkpointing:
             raise UserError(
@@ -172,7 +178,7 @@ def _check_system(config: TrainConfig) -> None:
     for format in config.export or []:
         if format not in EXPORT_FORMATS:
             raise UserError(f"export={format!r} is unknown: choose among {', '.join(EXPORT_FORMATS)}")
-        if "router" in METHOD_KEYS[config.method]:
+        if is_routed(config.method):
             raise UserError(
                 f"--export: a {config.method} adapter has no plain LoRA that equals it: leave --export out, or use "
                 "`nora-diffusion export --gate mean` afterwards for an approximation"

@@ -8,13 +8,12 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from ...adapters.axes import Placement, RouterInput
+from ...adapters.presets import PRESETS
 from ...errors import UserError
 from .values import coerce, suggestion
 
-Method = Literal["nora", "mor", "moe_lora", "lora", "lora_xs", "lora_mini", "dora", "mora", "melora", "dylora"]
 Core = Literal["nested", "dense", "diagonal"]
-Placement = Literal["up", "down", "sqrt", "none"]
-Router = Literal["token", "prompt", "timestep", "prompt+timestep"]
 Basis = Literal["awsvd", "svd", "orthogonal", "kaiming"]
 Precision = Literal["no", "fp16", "bf16"]
 PriorPrecision = Literal["no", "fp32", "fp16", "bf16"]
@@ -49,20 +48,28 @@ Bound = Literal["positive", "not_negative", "below_one", "share", "fraction"]
 Fact = Literal[Bound, "free", "shared", "own", "measures", "card", "open", "closed"]
 
 
-def key(default: Any, group: str, help: str, *facts: Fact, aliases: tuple[str, ...] = (), secret: bool = False) -> Any:
-    """A setting: its default, its group in ``--help``, one line of help, what else is true of it, its other names.
+def key(
+    default: Any,
+    group: str,
+    help: str,
+    *facts: Fact,
+    aliases: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
+    secret: bool = False,
+) -> Any:
+    """A setting: its default, its group in ``--help``, one line of help, facts about it, and its other names.
 
-    A number has a bound: ``positive``; ``not_negative``; ``below_one``, from 0; ``share``, from 0 to 1; ``fraction`` of
-    the run, above 0 to 1. The other facts:
+    ``choices``: the values that a setting of type ``str`` takes. A number has a bound: ``positive``; ``not_negative``;
+    ``below_one``, at least 0; ``share``, from 0 to 1; ``fraction`` of the run, above 0 and at most 1. Other facts:
 
-    - ``free``: a resumed run may have it otherwise, as it changes no number, or what it names is in the identity;
-    - ``shared``: of the whole run of several subjects, as it changes the frozen base or says how the run as such goes;
-    - ``own``: a subject's own even where all are learned by one adapter;
-    - ``measures``: asks for measuring on the way;
-    - ``card``: named in the model card;
-    - ``open``, ``closed``: a page may make it, or may not, whatever holds for its group.
+    - ``free``: may differ in a resumed run, because it does not change the result or is part of the identity anyway;
+    - ``shared``: the same for all subjects of a run, because it changes the frozen base or the run as a whole;
+    - ``own``: each subject has its own, even where one adapter learns all of them;
+    - ``measures``: turns validation on;
+    - ``card``: listed in the model card;
+    - ``open``, ``closed``: the app may set it, or may not, whatever holds for its group.
     """
-    metadata = {"group": group, "help": help, "facts": facts, "aliases": aliases, "secret": secret}
+    metadata = {"group": group, "help": help, "facts": facts, "aliases": aliases, "choices": choices, "secret": secret}
     return field(default=default, metadata=metadata)
 
 
@@ -155,7 +162,7 @@ class TrainConfig:
     )
 
     # adapter
-    method: Method = key("nora", "adapter", "adapter method", "card")
+    method: str = key("nora", "adapter", "adapter method", "card", choices=tuple(PRESETS))
     rank: int | None = key(None, "adapter", "outer rank r", "positive", "card")
     inner_rank: int | None = key(None, "adapter", "inner rank r' of a nested core", "positive", "card")
     alpha: float | None = key(None, "adapter", "scale alpha / r (default: alpha = r)", "positive", "card")
@@ -164,7 +171,7 @@ class TrainConfig:
     power: float | None = key(None, "adapter", "power of the activation strengths in awsvd", "not_negative", "card")
     core: Core | None = key(None, "adapter", "what is trained between the frozen outer factors", "card")
     num_experts: int | None = key(None, "adapter", "experts of a mixture", "positive", "card")
-    router: Router | None = key(None, "adapter", "what the gate of a mixture looks at", "card")
+    router: RouterInput | None = key(None, "adapter", "what the gate of a mixture looks at", "card")
     blocks: int | None = key(None, "adapter", "minis of MELoRA, which divide the rank among them", "positive", "card")
     magnitude: bool = key(False, "adapter", "train the length of each weight row too, as DoRA does", "card")
     dropout: float = key(0.0, "adapter", "dropout inside the adapter", "below_one", "card", aliases=("lora_dropout",))
@@ -380,7 +387,7 @@ class TrainConfig:
         kept: dict[str, Any] = {}
         for name, value in values.items():
             setting = known[name]
-            converted = coerce(name, value, str(setting.type), cls)
+            converted = coerce(name, value, str(setting.type), cls, setting.metadata["choices"])
             if setting.name in kept and kept[setting.name] != converted:
                 raise UserError(f"{setting.name} and {name} mean the same and differ: give one of them")
             kept[setting.name] = converted

@@ -43,10 +43,9 @@ def near_names(name: str, known: Iterable[str]) -> list[str]:
     return [other for other, own in words if name in own or name == "".join(word[:1] for word in own)][:3]
 
 
-def coerce(name: str, value: Any, annotation: str, owner: type) -> Any:
-    """``value`` as the type that ``annotation`` names. Raises :class:`UserError` that says what would fit."""
-    hint = _resolve(annotation, owner)
-    choices, optional = _split(hint)
+def coerce(name: str, value: Any, annotation: str, owner: type, allowed: tuple[str, ...] = ()) -> Any:
+    """``value`` as the type that ``annotation`` names, one of ``allowed`` if given. Raises :class:`UserError`."""
+    choices, optional = _split(Literal[allowed] if allowed else _resolve(annotation, owner))
     if value is None or (optional and value == ""):
         if optional:
             return None

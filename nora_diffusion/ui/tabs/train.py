@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import gradio as gr
 
+from ...adapters.presets import PRESETS as ADAPTER_PRESETS
 from ...demo import EXAMPLES, open_example
 from ...errors import UserError
-from ...training.settings.config import Method
 from ..jobs.images import MAX_PHOTOS, Checked, check_photos, with_captions
 from ..jobs.training_form import MAX_YAML, PRESETS, build_settings, preflight
 from ..layout.page import LAST, QUIET, Page, handler
@@ -22,7 +22,7 @@ from .generate_settings import recall_by, remember
 from .train_runs import build_runs, choices, watch
 
 TITLE = "Train"
-METHODS = get_args(Method)
+METHODS = tuple(ADAPTER_PRESETS)
 DROPPABLE = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".txt"]
 
 

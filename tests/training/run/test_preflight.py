@@ -7,7 +7,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +25,7 @@ from nora_diffusion.training.data.subject import Subject
 from nora_diffusion.training.run.preflight import Plan, given_back, is_known, preflight
 from nora_diffusion.training.run.rundir import SPARE_BYTES
 from nora_diffusion.training.run.setup import adapter_config, lower_precision
-from nora_diffusion.training.settings.config import Method
-from nora_diffusion.training.settings.defaults import METHODS, USUAL_RATES, with_defaults
+from nora_diffusion.training.settings.defaults import usual_rates, with_defaults
 from nora_diffusion.training.step.denoiser import native_size
 from nora_diffusion.training.step.memory import outline
 
@@ -131,8 +130,7 @@ def test_what_could_not_be_loaded_again_is_refused_before_the_first_step(
 
 
 def test_the_usual_rates_know_every_method_and_hold_the_defaults() -> None:
-    assert USUAL_RATES.keys() == METHODS.keys() == set(get_args(Method))
-    for low, high in USUAL_RATES.values():
+    for low, high in map(usual_rates, PRESETS):
         assert low <= 5e-4 <= high and low <= 1e-4 and high < 0.1
 
 
@@ -295,7 +293,7 @@ def test_it_takes_seconds(configure: Configure, tiny_base: Path) -> None:
     assert time.process_time() - begun < 10
 
 
-@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("method", PRESETS)
 def test_every_method_is_counted(method: str, pipe: Any) -> None:
     config = adapter_config(with_defaults(TrainConfig(method=method, pretrained_model_name_or_path="elsewhere")))
     counted = outline(pipe, config, ["unet"], 1, 16, torch.float32, checkpointing=False)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from runs import Configure, assert_equal_tensors
 from safetensors.torch import load_file
 
 from nora_diffusion import inspect_adapter, load_adapter, open_pipeline
+from nora_diffusion.adapters import PRESETS
 from nora_diffusion.errors import UserError
 from nora_diffusion.generation.image_settings import read_settings
 from nora_diffusion.training import check, main, train
@@ -26,8 +27,7 @@ from nora_diffusion.training.run import train as loop
 from nora_diffusion.training.run.rundir import RunFolder, RunLog
 from nora_diffusion.training.run.setup import open_base, opening_dtype
 from nora_diffusion.training.run.steps import Stepper
-from nora_diffusion.training.settings.config import Method
-from nora_diffusion.training.settings.defaults import METHOD_KEYS
+from nora_diffusion.training.settings.methods import parameters_of
 
 SCRIPT = Path(__file__).parents[3] / "train_dreambooth_nora.py"
 
@@ -79,11 +79,11 @@ def test_config_yaml_of_a_run_repeats_it(configure: Configure, tmp_path: Path) -
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("method", PRESETS)
 def test_every_method_learns_and_its_file_reproduces_the_model(method: str, configure: Configure, render: Any) -> None:
     small = {"num_experts": 2, "blocks": 2}
-    keys = {key: value for key, value in small.items() if key in METHOD_KEYS[method]}
-    foreign = {key: None for key in ("inner_rank", "basis") if key not in METHOD_KEYS[method]}
+    keys = {key: value for key, value in small.items() if key in parameters_of(method)}
+    foreign = {key: None for key in ("inner_rank", "basis") if key not in parameters_of(method)}
     result = train(configure(method=method, learning_rate=0.05, save_dtype="fp16", **foreign, **keys))
     base = str(configure().pretrained_model_name_or_path)
     plain, adapted = open_pipeline(base), open_pipeline(base)

@@ -17,8 +17,9 @@ from nora_diffusion.training import TrainConfig
 from nora_diffusion.training.run.setup import adapter_config
 from nora_diffusion.training.settings.arguments import build_parser, parse
 from nora_diffusion.training.settings.checks import BOUNDS, check_config
-from nora_diffusion.training.settings.config import Fact, Method, settings
-from nora_diffusion.training.settings.defaults import METHOD_KEYS, METHODS, PRESET_KEYS, with_defaults
+from nora_diffusion.training.settings.config import Fact, settings
+from nora_diffusion.training.settings.defaults import usual_rates, with_defaults
+from nora_diffusion.training.settings.methods import parameters_of
 
 # fmt: off
 DIFFUSERS_FLAGS = [
@@ -123,11 +124,11 @@ def test_mistyped_yaml(text: str, sentence: str, tmp_path: Path) -> None:
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
         ({"learning_rate": float("nan")}, "must be above 0"),
         ({"dropout": 1.0}, "dropout"),
-        ({"method": "lora", "inner_rank": 4}, "--inner_rank has no meaning for --method lora: it belongs to nora"),
+        ({"method": "lora", "inner_rank": 4}, "--inner_rank has no effect with --method lora: it is a setting of nora"),
         ({"rank": 4, "inner_rank": 8}, "--inner_rank 8 exceeds --rank 4"),
         ({"method": "lora_mini", "inner_rank": 64}, "--inner_rank 64 exceeds --rank 32"),
-        ({"method": "dora", "magnitude": True}, "--magnitude has no meaning for --method dora"),
-        ({"method": "mor", "blocks": 2}, "--blocks has no meaning for --method mor: it belongs to melora"),
+        ({"method": "dora", "magnitude": True}, "--magnitude has no effect with --method dora"),
+        ({"method": "mor", "blocks": 2}, "--blocks has no effect with --method mor: it is a setting of melora"),
         ({"train_text_encoder": True, "pre_compute_text_embeddings": True}, "excludes --train_text_encoder"),
         ({"with_prior_preservation": True}, "needs --class_prompt"),
         ({"use_captions": True, "caption_column": "text"}, "exclude each other"),
@@ -174,7 +175,7 @@ def test_a_small_rank_takes_the_default_inner_rank_with_it() -> None:
 def test_help_names_every_setting() -> None:
     text = build_parser("x").format_help()
     said = " ".join(text.split())
-    assert "adapter method; one of nora, mor, moe_lora, lora," in said and "; one of token, prompt, timestep," in said
+    assert "adapter method; one of nora, nora_input, mor, moe_lora, malora," in said and "; one of token, prompt, timestep," in said
     assert all(f"--{f.name}" in text for f in fields(TrainConfig))
 
 
@@ -186,28 +187,30 @@ def test_the_documentation_has_every_setting() -> None:
     assert f"| `learning_rate` | {other.learning_rate} |" in text
 
 
-@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("method", PRESETS)
 def test_a_method_takes_what_its_preset_takes(method: str) -> None:
     """Flags reach the preset's parameters of the same meaning, all of them and no others."""
-    parameters = signature(PRESETS[method]).parameters
-    axes = {flag for flag, parameter in PRESET_KEYS.items() if parameter in parameters} - {"magnitude"}
-    assert set(METHOD_KEYS[method]) - {"magnitude"} == axes
-    config = with_defaults(TrainConfig(method=method))  # type: ignore[arg-type]
+    flags = parameters_of(method)
+    assert set(flags.values()) == set(signature(PRESETS[method]).parameters) - {"axes"}
+    config = with_defaults(TrainConfig(method=method))
     adapter = adapter_config(config)
     assert (adapter.method, adapter.r) == (method, config.rank)
-    for flag in METHOD_KEYS[method]:
-        given = getattr(config, flag) or {
-            "placement": "none",
-            "power": 0.0,
-            "core": "diagonal",
-            "router": "token",
-        }.get(flag, True)
-        adapter = adapter_config(replace(config, **{flag: given}))
-        assert getattr(adapter, PRESET_KEYS[flag]) == given
+    others = {"placement": "none", "power": 0.0, "core": "diagonal", "router": "prompt", "magnitude": True, "blocks": 2}
+    for flag, parameter in flags.items():
+        if flag in ("target_modules", "alpha", "dropout", "inner_rank"):
+            continue
+        given = others.get(flag, getattr(config, flag))
+        assert getattr(adapter_config(replace(config, **{flag: given})), parameter) == given
 
 
-def test_every_preset_is_a_method() -> None:
-    assert set(get_args(Method)) == set(PRESETS) == set(METHODS) == set(METHOD_KEYS)
+def test_a_preset_is_a_method_at_once() -> None:
+    """Its flags, choices and defaults follow from the preset alone."""
+    assert "one of " + ", ".join(PRESETS) in " ".join(build_parser("x").format_help().split())
+    for method in PRESETS:
+        assert with_defaults(TrainConfig(method=method)).rank
+        assert usual_rates(method)[0] < 1e-3 < usual_rates(method)[1]
+    with pytest.raises(UserError, match="method='nore' is unknown: choose one of nora"):
+        check_config(TrainConfig(method="nore", instance_data_dir="x"))
 
 
 def test_a_router_gets_no_convolutions_by_default() -> None:
