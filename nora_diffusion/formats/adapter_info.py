@@ -86,6 +86,11 @@ class AdapterInfo:
         return str(self._first["method"])
 
     @property
+    def is_ours(self) -> bool:
+        """Whether the file has this toolkit's format, and not that of another tool (then ``kind`` names it)."""
+        return self.kind == "nora"
+
+    @property
     def r(self) -> int:
         """The outer rank."""
         return int(self._first["r"])
