@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def _config(method: str, **axes: Any) -> AdapterConfig:
-    from . import AdapterConfig  # late: it imports torch and peft
+    # Imported late, since both import torch and peft. Importing the tuner registers it with PEFT.
+    from . import tuner  # noqa: F401
+    from .config import AdapterConfig
 
     return AdapterConfig(method=method, **axes)
 
