@@ -19,7 +19,7 @@ from .adapters.deltas.chain import ChainDelta, Delta
 from .adapters.deltas.routed import RoutedDelta
 from .adapters.tuner.offloading import is_offloaded
 from .errors import UserError
-from .pipelines.components import component, denoiser_name
+from .pipelines.components import denoiser
 
 LiveDelta = tuple[float | Tensor, Delta]
 Kinds = tuple[type[nn.Module], ...]
@@ -33,7 +33,7 @@ def set_adapter_processors(pipe: Any, processor: AdapterAttnProcessor | None = N
     ``processor``: one for a kind of adapter (default: for every kind). Attention with a processor of its own (an
     IP-Adapter's, say) is left alone. Raises :class:`UserError` where there is no plain attention at all.
     """
-    model: Any = component(pipe, denoiser_name(pipe))
+    model = denoiser(pipe)
     mine = processor or AdapterAttnProcessor()
     former = dict(getattr(model, "attn_processors", {}))
     plain = {path: p for path, p in former.items() if type(p).__name__ in STOCK or isinstance(p, AdapterAttnProcessor)}
@@ -47,7 +47,7 @@ def set_adapter_processors(pipe: Any, processor: AdapterAttnProcessor | None = N
 
 def remove_adapter_processors(pipe: Any) -> None:
     """Give every attention layer back the processor that it had."""
-    model: Any = component(pipe, denoiser_name(pipe))
+    model = denoiser(pipe)
     model.set_attn_processor(
         {
             path: p.former.get(path, AttnProcessor2_0()) if isinstance(p, AdapterAttnProcessor) else p

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..pipelines.components import components
 from .sources import Key, Source, check_same_base, file_source, loaded_source
 from .updates import Update
 
@@ -41,7 +42,8 @@ def overlap(pipe: Any, one: str, two: str) -> Overlap:
 
     Raises :class:`UserError` for an unknown adapter or one without a ``dW`` (MoR, DoRA).
     """
-    return source_overlap(loaded_source(pipe, one), loaded_source(pipe, two))
+    modules = components(pipe)
+    return source_overlap(loaded_source(modules, one), loaded_source(modules, two))
 
 
 def overlap_files(one: str | Path, two: str | Path, basis_dir: str | Path | None = None) -> Overlap:

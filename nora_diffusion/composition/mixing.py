@@ -21,7 +21,7 @@ from ..loaders.load import place
 from ..loaders.locking import one_at_a_time
 from ..loaders.tokens import tokens_of
 from ..pipelines.base import base_id
-from ..pipelines.components import refuse_merged, refuse_offloaded, refuse_serving
+from ..pipelines.components import components, refuse_merged, refuse_offloaded, refuse_serving
 from ..versions import versions
 from .angles import WARN_ABOVE, source_overlap
 from .assembly import assemble
@@ -71,17 +71,18 @@ def mix(
     """
     options = Options(rank, density, seed)
     _check(weights, mode, options)
-    refuse_merged(pipe)
-    refuse_serving(pipe)
-    refuse_offloaded(pipe)
-    sources = [loaded_source(pipe, name) for name in weights]
+    modules = components(pipe)
+    refuse_merged(modules)
+    refuse_serving(modules)
+    refuse_offloaded(modules)
+    sources = [loaded_source(modules, name) for name in weights]
     for name in weights:
-        _refuse_tokens(repr(name), tokens_of(pipe, name))
+        _refuse_tokens(repr(name), tokens_of(modules, name))
     parts = dict.fromkeys(part for source in sources for part, _ in source.updates)
-    check_new_name(pipe, adapter_name, list(parts))
+    check_new_name(pipe, modules, adapter_name, list(parts))
     report, tensors = _combine(adapter_name, sources, list(weights.values()), mode, options)
     report.info.base = base_id(pipe)
-    place(pipe, adapter_name, report.info, tensors, activate=False, weight=1.0)
+    place(pipe, modules, adapter_name, report.info, tensors, activate=False, weight=1.0)
     if activate:
         set_adapters(pipe, adapter_name)
     return report

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,7 +17,7 @@ from ..formats.adapter_file import AdapterInfo, Tensors, given_name, inspect_ada
 from ..formats.keys import is_token
 from ..loaders.active import held, unknown_adapter
 from ..loaders.inject import origin
-from ..pipelines.components import adapter_configs, canonical, component, nora_layers, present, same_weights
+from ..pipelines.components import Modules, adapter_configs, canonical, nora_layers, same_weights
 from .updates import Update, chain_update, lora_update
 
 Key = tuple[str, str]
@@ -35,11 +34,10 @@ class Source:
     info: AdapterInfo | None = None
 
 
-def loaded_source(pipe: Any, name: str) -> Source:
+def loaded_source(modules: Modules, name: str) -> Source:
     """An adapter of a pipeline, ours or an ordinary LoRA. Raises :class:`UserError` where it has no ``dW`` to mix."""
-    source = Source(name, {}, info=origin(pipe, name))
-    for part in present(pipe):
-        module = component(pipe, part)
+    source = Source(name, {}, info=origin(modules, name))
+    for part, module in modules.items():
         config = adapter_configs(module).get(name)
         if isinstance(config, AdapterConfig):
             refuse_routed(config, repr(name))
@@ -49,7 +47,7 @@ def loaded_source(pipe: Any, name: str) -> Source:
         elif config is not None:
             source.updates |= {(part, path): update for path, update in _foreign(module, name).items()}
     if not source.updates:
-        raise unknown_adapter(pipe, name)
+        raise unknown_adapter(modules, name)
     return source
 
 

@@ -20,7 +20,7 @@ from ..formats.foreign_updates import fitting, updates
 from ..io.tensor_file import TensorFile
 from ..loaders import add_adapter, delete_adapter, save_adapter
 from ..loaders.active import keeping_trained
-from ..pipelines.components import COMPONENTS, canonical, component, nora_layers, present
+from ..pipelines.components import canonical, components, nora_layers
 
 NAME = "imported"
 CORES = {"nested": NestedCore, "dense": DenseCore}
@@ -57,20 +57,21 @@ def import_lora(
     foreign = inspect_adapter(src)
     if foreign.kind in ("nora", "textual inversion"):
         raise UserError(f"{foreign.path} is no LoRA of another tool: there is nothing to import")
+    modules = components(pipe)
     with ExitStack() as stack:
         reader = stack.enter_context(TensorFile(Path(foreign.path)))
-        for part in present(pipe):
-            stack.enter_context(keeping_trained(component(pipe, part)))
-        wanted = {(part, canonical(path)) for part, path in fitting(pipe, reader)}
-        parts = [part for part in COMPONENTS if any(part == p for p, _ in wanted)]
+        for module in modules.values():
+            stack.enter_context(keeping_trained(module))
+        wanted = {(part, canonical(path)) for part, path in fitting(modules, reader)}
+        parts = [part for part in modules if any(part == p for p, _ in wanted)]
         # Plain paths: the same list serves all components, and a projection that the file has not gets a zero update.
         config.target_modules = sorted({path for _, path in wanted})
         config.dropout = 0.0
         add_adapter(pipe, config, NAME, parts)
         try:
             lost, errors, norms = {}, [], []
-            layers = {part: nora_layers(component(pipe, part), NAME) for part in parts}
-            for part, path, dense in updates(pipe, reader):
+            layers = {part: nora_layers(modules[part], NAME) for part in parts}
+            for part, path, dense in updates(modules, reader):
                 error = _fill(layers[part][canonical(path)].delta(NAME), dense, config.scale_for(path))
                 norm = float(dense.norm())
                 errors.append(error)

@@ -22,7 +22,7 @@ from ..io.files import write_atomic
 from ..io.images import load_image, png
 from ..loaders import delete_adapter, load_adapter, set_adapters
 from ..pipelines.base import base_id, best_device, default_guidance, default_steps, open_pipeline
-from ..pipelines.components import component, denoiser_dtype, denoiser_name, fingerprint, projections
+from ..pipelines.components import denoiser, fingerprint, projections
 from ..pipelines.precision import AUTO, dtype_name
 from ..reports.sheets import contact_sheet
 from ..scoring.judges import Judge, image_features, text_features
@@ -213,7 +213,7 @@ class Grid:
         return {
             "axes": {key: {"name": a.name, "labels": a.labels} for key, a in axes.items() if a.name},
             "base": self._base["name"],
-            "dtype": dtype_name(denoiser_dtype(self.pipe)),
+            "dtype": dtype_name(denoiser(self.pipe).dtype),
             "versions": versions(),
             "cells": [
                 {
@@ -242,15 +242,15 @@ def run_grid(config: GridConfig, judge: Judge | None = None, references: Sequenc
 
 def base_description(pipe: Any) -> dict[str, Any]:
     """What of the base a picture depends on: its name, some of its weights, its sampler, precision and versions."""
-    denoiser: Any = component(pipe, denoiser_name(pipe))
-    prints = [round(fingerprint(layer, path), 9) for path, layer in list(projections(denoiser).items())[:8]]
+    model = denoiser(pipe)
+    prints = [round(fingerprint(layer, path), 9) for path, layer in list(projections(model).items())[:8]]
     sampler = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str)
     return {
         "name": base_id(pipe),
         "fingerprint": prints,
         "sampler": f"{type(pipe.scheduler).__name__} {hashlib.sha256(sampler.encode()).hexdigest()}",
-        "dtype": str(denoiser.dtype),
-        "device": denoiser.device.type,
+        "dtype": str(model.dtype),
+        "device": model.device.type,
         "versions": versions(),
     }
 

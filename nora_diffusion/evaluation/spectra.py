@@ -23,7 +23,7 @@ from ..formats.adapter_file import inspect_adapter
 from ..loaders import delete_adapter, load_adapter
 from ..loaders.gates import GateSummary, router_summary
 from ..pipelines.base import open_pipeline
-from ..pipelines.components import component, nora_layers, present
+from ..pipelines.components import components, nora_layers
 
 NAME = "inspected"
 TOP = 10
@@ -69,8 +69,8 @@ def iter_spectra(path: str | Path, pipe: Any = None, intruders: bool = False) ->
     try:
         layers = [
             (part, place, layer)
-            for part in present(pipe)
-            for place, layer in nora_layers(component(pipe, part), NAME).items()
+            for part, module in components(pipe).items()
+            for place, layer in nora_layers(module, NAME).items()
         ]
         if not layers:
             raise UserError(f"{path} holds no layers of this toolkit: bring it in with nora-diffusion import first")

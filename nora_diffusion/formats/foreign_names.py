@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from ..errors import UserError
-from ..pipelines.components import canonical, component, present, projections
+from ..pipelines.components import Modules, canonical, projections
 from .foreign import Module
 
 Place = tuple[str, str]
@@ -30,12 +29,12 @@ IN_RESNET = {
 BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(.*)")
 
 
-def places(pipe: Any, path: str, modules: list[Module]) -> dict[Place, Module]:
+def places(components: Modules, path: str, modules: list[Module]) -> dict[Place, Module]:
     """The projection that each module of the file at ``path`` is for.
 
     Raises :class:`UserError` for one that this pipeline has not, or that the file names twice.
     """
-    names = {part: names_of(component(pipe, part)) for part in present(pipe)}
+    names = {part: names_of(module) for part, module in components.items()}
     nameless = _component_of(path, names, [module.name for module in modules if not module.component])
     found: dict[Place, Module] = {}
     for module in modules:

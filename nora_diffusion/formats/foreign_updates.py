@@ -13,33 +13,33 @@ from torch import Tensor
 from ..errors import UserError, first_line
 from ..io.tensor_file import TensorFile, Tensors, all_finite
 from ..io.untrusted import parse_json
-from ..pipelines.components import component, present, projections
+from ..pipelines.components import Modules, projections
 from .foreign import Module, rank_of, read_modules
 from .foreign_names import Place, places
 
 MAX_CONFIG = 2**20
 
 
-def updates(pipe: Any, reader: TensorFile) -> Iterator[tuple[str, str, Tensor]]:
+def updates(modules: Modules, reader: TensorFile) -> Iterator[tuple[str, str, Tensor]]:
     """``(component, path, dW)`` of every projection, fp64, ``[d_out, d_in]``, scale included; one at a time.
 
     Raises :class:`UserError` for a file that does not fit the pipeline, before the first.
     """
     scales = Scales(reader)
-    for (part, path), (module, factors) in fitting(pipe, reader).items():
+    for (part, path), (module, factors) in fitting(modules, reader).items():
         if "dora" in factors:
             raise UserError(f"{reader.path} is a DoRA: its magnitudes are no low-rank update and cannot be projected")
         yield part, path, scales.of(module, factors) * dense_update(factors).flatten(1)
 
 
-def fitting(pipe: Any, reader: TensorFile) -> dict[Place, tuple[Module, Tensors]]:
+def fitting(modules: Modules, reader: TensorFile) -> dict[Place, tuple[Module, Tensors]]:
     """The modules of a file with their factors by the projection that they are for.
 
     Raises :class:`UserError` for a projection that the pipeline has not or that has another size, and for NaN.
     """
-    bases = {part: projections(component(pipe, part)) for part in present(pipe)}
+    bases = {part: projections(module) for part, module in modules.items()}
     found = {}
-    for place, module in places(pipe, str(reader.path), read_modules(reader)).items():
+    for place, module in places(modules, str(reader.path), read_modules(reader)).items():
         factors = factors_of(reader, module)
         weight = cast(Tensor, bases[place[0]][place[1]].weight)
         try:

@@ -18,7 +18,7 @@ from ..io.files import user_errors
 from ..loaders import LoadedAdapter, list_adapters, load_adapter, set_adapters
 from ..loaders.load import located
 from ..pipelines.base import base_id, best_device, default_guidance, default_steps, open_pipeline
-from ..pipelines.components import denoiser_dtype
+from ..pipelines.components import denoiser
 from ..pipelines.precision import AUTO, check_dtype, dtype_name, keeping_dtype
 from ..versions import versions
 from .image_settings import ImageSettings, save_image
@@ -211,7 +211,7 @@ def image_settings(
     return ImageSettings(
         prompt=prompt, seed=seed, steps=steps, guidance=guidance, width=image.width, height=image.height,
         negative_prompt=negative, sampler=type(pipe.scheduler).__name__, base=base_id(pipe), adapters=adapters,
-        versions=versions(), dtype=dtype_name(denoiser_dtype(pipe)),
+        versions=versions(), dtype=dtype_name(denoiser(pipe).dtype),
     )  # fmt: skip
 
 

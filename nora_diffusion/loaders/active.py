@@ -15,7 +15,7 @@ from torch import nn
 from ..adapters import NoraLayer
 from ..adapters.tuner.qkv_guard import unguard
 from ..errors import UserError
-from ..pipelines.components import adapter_configs, component, present, refuse_serving, tuner_layers
+from ..pipelines.components import Modules, adapter_configs, components, refuse_serving, tuner_layers
 from ..pipelines.router_inputs import connect
 from .locking import one_at_a_time
 from .tokens import remove_tokens
@@ -61,8 +61,13 @@ def _adapter_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
 
 def list_adapters(pipe: Any) -> dict[str, list[str]]:
     """Names of all adapters (ordinary LoRAs too) by component."""
-    found = {name: list(adapter_configs(component(pipe, name))) for name in present(pipe)}
-    return {name: adapters for name, adapters in found.items() if adapters}
+    return adapter_names(components(pipe))
+
+
+def adapter_names(modules: Modules) -> dict[str, list[str]]:
+    """Names of all adapters (ordinary LoRAs too) by component; components without any are left out."""
+    found = {component: list(adapter_configs(module)) for component, module in modules.items()}
+    return {component: names for component, names in found.items() if names}
 
 
 Weight = float | Mapping[str, Any]
@@ -82,25 +87,29 @@ def set_adapters(pipe: Any, names: str | Sequence[str], weights: Weight | Sequen
     weights = [weights] * len(names) if alone else list(weights)  # type: ignore[list-item, arg-type]
     if len(weights) != len(names):
         raise UserError(f"{len(names)} adapters but {len(weights)} weights: give one weight each")
+    modules = components(pipe)
     for name in names:
-        require_adapter(pipe, name)
+        require_adapter(modules, name)
         if names.count(name) > 1:
             raise UserError(f"{name!r} is named twice: give it once, with the weight you mean")
     for name, weight in zip(names, weights, strict=True):
-        _check_weight(pipe, name, weight)
-    for part in present(pipe):
-        own = [weight.get(part, 1.0) if isinstance(weight, Mapping) else weight for weight in weights]
-        (_weigh_blocks if any(isinstance(weight, Mapping) for weight in own) else _weigh)(pipe, part, names, own)
+        _check_weight(modules, name, weight)
+    for component, module in modules.items():
+        own = [weight.get(component, 1.0) if isinstance(weight, Mapping) else weight for weight in weights]
+        if any(isinstance(weight, Mapping) for weight in own):
+            _set_block_weights(component, module, names, own)
+        else:
+            _set_weights(module, names, own)
 
 
-def _check_weight(pipe: Any, name: str, weight: Weight) -> None:
+def _check_weight(modules: Modules, name: str, weight: Weight) -> None:
     if not isinstance(weight, Mapping):
         check_finite(name, weight)
         return
-    _check_keys(f"the weights of {name!r}", weight, present(pipe))
-    for part, own in weight.items():
+    _check_keys(f"the weights of {name!r}", weight, list(modules))
+    for component, own in weight.items():
         if isinstance(own, Mapping):
-            _check_blocks(name, part, component(pipe, part), own)
+            _check_blocks(name, component, modules[component], own)
         else:
             check_finite(name, own)
 
@@ -127,23 +136,21 @@ def _check_keys(what: str, weights: Mapping[str, Any], known: Sequence[str]) -> 
         raise UserError(f"{wrong} {what}: choose among {', '.join(known) or 'none, give one number'}")
 
 
-def _weigh(pipe: Any, part: str, names: list[str], weights: list[Any]) -> None:
-    module = component(pipe, part)
+def _set_weights(module: nn.Module, names: list[str], weights: list[Any]) -> None:
     set_active(module, names)
     for layer in tuner_layers(module):
         for name, weight in zip(names, weights, strict=True):
             layer.set_scale(name, weight)
 
 
-def _weigh_blocks(pipe: Any, part: str, names: list[str], weights: list[Any]) -> None:
-    module: Any = component(pipe, part)
+def _set_block_weights(component: str, module: Any, names: list[str], weights: list[Any]) -> None:
     if not hasattr(module, "set_adapters"):
-        raise UserError(f"the {part} knows no weights by block: give each adapter one number for it")
+        raise UserError(f"the {component} knows no weights by block: give each adapter one number for it")
     try:
         with keeping_trained(module):
             module.set_adapters(names, weights)
     except (LookupError, ValueError, TypeError) as error:
-        raise UserError(f"the {part} refuses the weights by block: {error}") from error
+        raise UserError(f"the {component} refuses the weights by block: {error}") from error
 
 
 def check_finite(name: str, weight: object) -> None:
@@ -152,20 +159,20 @@ def check_finite(name: str, weight: object) -> None:
         raise UserError(f"the weight {weight!r} of {name!r} is no number: give 0.8 or the like")
 
 
-def unknown_adapter(pipe: Any, name: str) -> UserError:
+def unknown_adapter(modules: Modules, name: str) -> UserError:
     """The error for a name that no adapter has; it names those there are."""
-    known = ", ".join(sorted(_names(pipe))) or "none"
+    known = ", ".join(sorted(_names(modules))) or "none"
     return UserError(f"there is no adapter named {name!r} in the pipeline: it has {known}")
 
 
-def require_adapter(pipe: Any, name: str) -> None:
+def require_adapter(modules: Modules, name: str) -> None:
     """Raises :class:`UserError` unless some component has an adapter of this name, ours or an ordinary LoRA."""
-    if not isinstance(name, str) or name not in _names(pipe):
-        raise unknown_adapter(pipe, name)
+    if not isinstance(name, str) or name not in _names(modules):
+        raise unknown_adapter(modules, name)
 
 
-def _names(pipe: Any) -> set[str]:
-    return {name for group in list_adapters(pipe).values() for name in group}
+def _names(modules: Modules) -> set[str]:
+    return {name for names in adapter_names(modules).values() for name in names}
 
 
 @one_at_a_time
@@ -174,17 +181,17 @@ def delete_adapter(pipe: Any, adapter_name: str) -> None:
 
     The other active adapters stay as they were, and no inactive one takes the place of the removed one.
     """
-    require_adapter(pipe, adapter_name)
-    refuse_serving(pipe)
-    _refuse_foreign_fused(pipe, adapter_name)
-    remove_tokens(pipe, adapter_name)
-    take_out(pipe, adapter_name, present(pipe))
+    modules = components(pipe)
+    require_adapter(modules, adapter_name)
+    refuse_serving(modules)
+    _refuse_foreign_fused(modules, adapter_name)
+    remove_tokens(pipe, modules, adapter_name)
+    take_out(modules.values(), adapter_name)
 
 
-def take_out(pipe: Any, adapter_name: str, parts: Iterable[str]) -> None:
-    """Remove an adapter from these components only."""
-    for part in parts:
-        module = component(pipe, part)
+def take_out(modules: Iterable[nn.Module], adapter_name: str) -> None:
+    """Remove an adapter from these components; its new tokens stay."""
+    for module in modules:
         layers = list(tuner_layers(module))
         # PEFT keeps a first adapter's config only after injecting it: a failure leaves layers that no config knows.
         if adapter_name in adapter_configs(module) or any(adapter_name in held(layer) for layer in layers):
@@ -208,8 +215,8 @@ def regroup(module: nn.Module) -> None:
     _maybe_remove_and_reapply_group_offloading(module)
 
 
-def _refuse_foreign_fused(pipe: Any, adapter_name: str) -> None:
-    layers = (layer for part in present(pipe) for layer in tuner_layers(component(pipe, part)))
+def _refuse_foreign_fused(modules: Modules, adapter_name: str) -> None:
+    layers = (layer for module in modules.values() for layer in tuner_layers(module))
     if any(adapter_name in layer.merged_adapters and not isinstance(layer, NoraLayer) for layer in layers):
         raise UserError(f"{adapter_name!r} is a LoRA that is fused into the weights: call unfuse_lora() first")
 

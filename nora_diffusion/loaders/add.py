@@ -14,14 +14,16 @@ from ..errors import UserError
 from ..pipelines.basis_cache import outer_pairs
 from ..pipelines.calibration import Calibration, Strengths, activation_strengths
 from ..pipelines.components import (
-    all_targets,
-    component,
+    components as components_of,
+)
+from ..pipelines.components import (
     denoiser_name,
     nora_layers,
-    present,
+    pick,
     refuse_merged,
     refuse_offloaded,
     refuse_serving,
+    targets_by_component,
 )
 from ..pipelines.router_inputs import router_for
 from .active import active_adapters, set_active
@@ -50,12 +52,13 @@ def add_adapter(
     layers or a basis that do not fit.
     """
     names = [components] if isinstance(components, str) else list(components or [denoiser_name(pipe)])
-    modules = {name: component(pipe, name) for name in names}
-    check_new_name(pipe, adapter_name, names)
-    refuse_merged(pipe)
-    refuse_offloaded(pipe)
-    refuse_serving(pipe)
-    layers = all_targets(pipe, names, config)
+    modules = components_of(pipe)
+    chosen = pick(modules, names)
+    check_new_name(pipe, modules, adapter_name, names)
+    refuse_merged(modules)
+    refuse_offloaded(modules)
+    refuse_serving(modules)
+    layers = targets_by_component(chosen, config)
     taken = pairs_from(pipe, basis_from, config, layers) if basis_from is not None else None
     strengths: Strengths = {}
     if config.basis == "awsvd" and taken is None:
@@ -65,8 +68,8 @@ def add_adapter(
         unused = set(layers[name]) - set(strengths.get(name, layers[name]))
         if unused:
             raise UserError(f"{sorted(unused)[0]!r} was never called while calibrating: exclude it or use basis='svd'")
-    with all_or_nothing(pipe, adapter_name):
-        for name, module in modules.items():
+    with all_or_nothing(pipe, modules, adapter_name):
+        for name, module in chosen.items():
             measured = strengths.get(name, {})
             pairs = outer_pairs(config, layers[name], measured) if taken is None else taken[name]
             start = Start(measured, pairs)
@@ -89,10 +92,11 @@ def _train(module: nn.Module, name: str) -> None:
 
 def trainable_parameters(pipe: Any, adapter_name: str = "default") -> dict[str, nn.Parameter]:
     """The trained factors of an adapter, and the vectors of its tokens, by their key in the adapter file."""
+    modules = components_of(pipe)
     factors = {
         file_key(name, path, factor): parameter
-        for name in present(pipe)
-        for path, layer in nora_layers(component(pipe, name), adapter_name).items()
+        for name, module in modules.items()
+        for path, layer in nora_layers(module, adapter_name).items()
         for factor, parameter in layer.delta(adapter_name).named_parameters()
     }
-    return factors | token_parameters(pipe, adapter_name)
+    return factors | token_parameters(modules, adapter_name)

@@ -17,14 +17,14 @@ from ..formats.foreign import Module, family_of, rank_of, token_of
 from ..formats.foreign_names import Place
 from ..formats.foreign_updates import Scales, fitting, peft_config
 from ..io.tensor_file import TensorFile, Tensors, all_finite
-from ..pipelines.components import component, present, refuse_merged, tuner_layers
+from ..pipelines.components import Modules, refuse_merged, tuner_layers
 from .active import active_adapters, held, keeping_trained, set_active
 from .inject import all_or_nothing, check_new_name
 
 Fitting = dict[Place, tuple[Module, Tensors]]
 
 
-def load_foreign(pipe: Any, info: AdapterInfo, name: str, activate: bool, weight: float) -> int:
+def load_foreign(pipe: Any, modules: Modules, info: AdapterInfo, name: str, activate: bool, weight: float) -> int:
     """Put a foreign file into the pipeline under ``name``, all or nothing; returns how many tensors it held.
 
     Raises :class:`UserError` for another base, a wrong shape, NaN and what the other library refuses.
@@ -34,41 +34,41 @@ def load_foreign(pipe: Any, info: AdapterInfo, name: str, activate: bool, weight
         if family == "embedding":
             _load_embedding(pipe, reader)
         else:
-            _load_layers(pipe, reader, family, info, name, activate, weight)
+            _load_layers(pipe, modules, reader, family, info, name, activate, weight)
         return len(reader.entries)
 
 
 def _load_layers(
-    pipe: Any, reader: TensorFile, family: str, info: AdapterInfo, name: str, activate: bool, weight: float
-) -> None:
-    found = fitting(pipe, reader)
-    check_new_name(pipe, name, list(dict.fromkeys(part for part, _ in found)))
-    refuse_merged(pipe)
+    pipe: Any, modules: Modules, reader: TensorFile, family: str, info: AdapterInfo, name: str, activate: bool,
+    weight: float,
+) -> None:  # fmt: skip
+    found = fitting(modules, reader)
+    check_new_name(pipe, modules, name, list(dict.fromkeys(component for component, _ in found)))
+    refuse_merged(modules)
     if any("mid" in own for _, own in found.values()):
         raise UserError(
             f"{info.path} is {info.note} in Tucker form (lora_mid), which diffusers does not load: make an adapter "
             "of it with `nora-diffusion import`"
         )
-    before = {part: active_adapters(component(pipe, part)) for part in present(pipe)}
+    before = {component: active_adapters(module) for component, module in modules.items()}
     # diffusers leaves out kohya's dora_scale, and loses alphas and ranks that differ within a file.
     renamed = family == "lora" and not _describes_itself(reader, info)
     with ExitStack() as stack:
-        stack.enter_context(_as_before(pipe, info.path, before))
-        stack.enter_context(all_or_nothing(pipe, name))
-        for part in present(pipe):
-            stack.enter_context(keeping_trained(component(pipe, part)))
+        stack.enter_context(_as_before(modules, info.path, before))
+        stack.enter_context(all_or_nothing(pipe, modules, name))
+        for module in modules.values():
+            stack.enter_context(keeping_trained(module))
         if family != "lora":
-            _inject(pipe, reader, family, name, found)
+            _inject(modules, reader, family, name, found)
         elif renamed:
             pipe.load_lora_weights(_renamed(reader, found), adapter_name=name)
         else:  # by folder and name: older diffusers know a file by its path only when they may ask the hub
             file = Path(info.path)
             pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
-        _check_applied(pipe, info.path, name, len(found))
-        for part in present(pipe):
-            module = component(pipe, part)
+        _check_applied(modules, info.path, name, len(found))
+        for component, module in modules.items():
             mine = [layer for layer in tuner_layers(module) if name in held(layer)]
-            set_active(module, [*before[part], name] if activate and mine else before[part])
+            set_active(module, [*before[component], name] if activate and mine else before[component])
             for layer in mine:
                 if renamed:  # older diffusers take the alpha of all modules from the rank of one
                     layer.lora_alpha[name] = layer.r[name]
@@ -76,16 +76,15 @@ def _load_layers(
 
 
 @contextmanager
-def _as_before(pipe: Any, path: str, before: dict[str, list[str]]) -> Iterator[None]:
+def _as_before(modules: Modules, path: str, before: dict[str, list[str]]) -> Iterator[None]:
     """Takes out the empty wrappers that another library leaves, and says what went wrong, when that fails."""
-    wrapped = {part: {id(layer) for layer in tuner_layers(component(pipe, part))} for part in present(pipe)}
+    wrapped = {component: {id(layer) for layer in tuner_layers(module)} for component, module in modules.items()}
     try:
         yield
     except BaseException as error:
-        for part, known in wrapped.items():
-            module = component(pipe, part)
-            _unwrap(module, known)
-            set_active(module, before[part])
+        for component, module in modules.items():
+            _unwrap(module, wrapped[component])
+            set_active(module, before[component])
         if isinstance(error, UserError) or not isinstance(error, Exception):
             raise
         raise UserError(f"{path} is refused by the library that loads such files: {first_line(error)}") from error
@@ -102,8 +101,8 @@ def _unwrap(module: nn.Module, known: set[int]) -> None:
         module._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
-def _check_applied(pipe: Any, path: str, name: str, wanted: int) -> None:
-    layers = [layer for part in present(pipe) for layer in tuner_layers(component(pipe, part)) if name in held(layer)]
+def _check_applied(modules: Modules, path: str, name: str, wanted: int) -> None:
+    layers = [layer for module in modules.values() for layer in tuner_layers(module) if name in held(layer)]
     if len(layers) != wanted:
         raise UserError(
             f"{path} was made for another base: {len(layers)} of its {wanted} projections found their place"
@@ -140,13 +139,13 @@ def _magnitude(reader: TensorFile, module: Module, own: Tensors) -> Tensor:
     return m.flatten() if up.ndim == 2 else m.reshape(1, -1, 1, 1)
 
 
-def _inject(pipe: Any, reader: TensorFile, family: str, name: str, found: Fitting) -> None:
+def _inject(modules: Modules, reader: TensorFile, family: str, name: str, found: Fitting) -> None:
     """LoHa and LoKr through PEFT's own tuners: a config made from the factors' shapes, then the numbers."""
     from peft import inject_adapter_in_model
 
-    for part in dict.fromkeys(part for part, _ in found):
-        mine = {path: value for (p, path), value in found.items() if p == part}
-        module = component(pipe, part)
+    for component in dict.fromkeys(component for component, _ in found):
+        mine = {path: value for (c, path), value in found.items() if c == component}
+        module = modules[component]
         inject_adapter_in_model(_config(reader, family, mine), module, name)
         module._hf_peft_config_loaded = True  # type: ignore[assignment]
         layers = {

@@ -18,7 +18,7 @@ from ..adapters.deltas.routed import RoutedDelta
 from ..adapters.tuner.build import contraction
 from ..errors import UserError
 from ..pipelines.calibration import Calibration, short_run
-from ..pipelines.components import component, nora_layers, present
+from ..pipelines.components import Modules, components, nora_layers
 from . import delete_adapter, list_adapters, load_adapter
 from .mixed_batch import mixed_batch
 
@@ -78,7 +78,7 @@ def router_summary(pipe: Any, adapter_name: str, prompts: Sequence[str] | None =
     The adapter runs alone and at weight 1; the pipeline's own state is left as it is. ``prompts``: generic ones by
     default. Raises :class:`UserError` for an adapter without a router.
     """
-    meters = {key: _GateMeter(layer, delta) for key, (layer, delta) in _routed(pipe, adapter_name).items()}
+    meters = {key: _GateMeter(layer, delta) for key, (layer, delta) in _routed(components(pipe), adapter_name).items()}
     _run(pipe, adapter_name, prompts, meters)
     return {key: meter.summary() for key, meter in meters.items() if meter.count}
 
@@ -90,7 +90,7 @@ def mean_gates(pipe: Any, adapter_name: str, prompts: Sequence[str] | None = Non
     """
     calibration = _calibration(prompts)
     gates = {key: summary.gate for key, summary in router_summary(pipe, adapter_name, prompts).items()}
-    routed = _routed(pipe, adapter_name)
+    routed = _routed(components(pipe), adapter_name)
     unused = sorted(set(routed) - set(gates))
     if unused:
         raise UserError(f"{unused[0]!r} was never called on the calibration prompts: its gate has no mean")
@@ -124,11 +124,9 @@ def _calibration(prompts: Sequence[str] | None) -> Calibration:
     return Calibration() if prompts is None else Calibration(prompts=prompts)
 
 
-def _routed(pipe: Any, name: str) -> dict[str, tuple[NoraLayer, RoutedDelta]]:
+def _routed(modules: Modules, name: str) -> dict[str, tuple[NoraLayer, RoutedDelta]]:
     layers = {
-        f"{part}.{path}": layer
-        for part in present(pipe)
-        for path, layer in nora_layers(component(pipe, part), name).items()
+        f"{part}.{path}": layer for part, module in modules.items() for path, layer in nora_layers(module, name).items()
     }
     found = {key: (layer, d) for key, layer in layers.items() if isinstance(d := layer.delta(name), RoutedDelta)}
     if not found:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from ..adapters import AdapterConfig, NoraLayer
 from ..errors import UserError
 from ..formats.adapter_info import AdapterInfo
 from ..io.tensor_file import Tensors
-from ..pipelines.components import adapter_configs, component, nora_layers, present
+from ..pipelines.components import Modules, adapter_configs, nora_layers
 from .active import active_adapters, set_active
 from .inject import file_key, remember
 from .tokens import token_parameters, tokens_of
@@ -21,27 +20,27 @@ STRUCTURE = ("core", "trained", "blocks", "rank_mask", "magnitude", "router", "n
 """What decides how a layer computes; everything else in a config shows in the shapes, or is a number."""
 
 
-def swap(pipe: Any, name: str, info: AdapterInfo, tensors: Tensors, activate: bool, weight: float) -> None:
+def swap(modules: Modules, name: str, info: AdapterInfo, tensors: Tensors, activate: bool, weight: float) -> None:
     """Copy checked numbers over those of the adapter ``name``. Raises :class:`UserError`, with nothing changed, when
     the two differ in targets, shapes or structure, or when a basis would change that other adapters share.
     """
     configs = info.configs
-    holders = [part for part in present(pipe) if nora_layers(component(pipe, part), name)]
+    holders = [component for component, module in modules.items() if nora_layers(module, name)]
     if not holders:
         raise UserError(f"there is no adapter {name!r} of this toolkit to swap: load it without hotswap first")
     if sorted(holders) != sorted(configs):
         raise _refusal(name, info, f"it is for the {', '.join(configs)}, the loaded one for the {', '.join(holders)}")
     copies: list[tuple[Tensor, Tensor]] = []
-    for part, config in configs.items():
-        module = component(pipe, part)
+    for component, config in configs.items():
+        module = modules[component]
         _check_structure(name, info, config, adapter_configs(module)[name])
-        copies += _planned(module, part, name, info, tensors)
-    copies += _planned_tokens(pipe, name, info, tensors)
+        copies += _planned(module, component, name, info, tensors)
+    copies += _planned_tokens(modules, name, info, tensors)
     with torch.no_grad():
         for target, value in copies:
             target.copy_(value)
-    for part, config in configs.items():
-        module = component(pipe, part)
+    for component, config in configs.items():
+        module = modules[component]
         adapter_configs(module)[name] = copy.deepcopy(config)
         remember(module, name, info)
         for path, layer in nora_layers(module, name).items():
@@ -87,13 +86,13 @@ def _planned(
     return planned
 
 
-def _planned_tokens(pipe: Any, name: str, info: AdapterInfo, tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
-    ours = {word: list(own) for word, own in tokens_of(pipe, name).items()}
+def _planned_tokens(modules: Modules, name: str, info: AdapterInfo, tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
+    ours = {word: list(own) for word, own in tokens_of(modules, name).items()}
     if list(ours.items()) != list(info.tokens.items()):
         theirs, mine = (" ".join(words) or "none" for words in (info.tokens, ours))
         raise _refusal(name, info, f"its new tokens are {theirs}, those of the loaded one {mine}")
     planned = []
-    for key, target in token_parameters(pipe, name).items():
+    for key, target in token_parameters(modules, name).items():
         if target.shape != tensors[key].shape:
             raise _refusal(name, info, f"{key} is {list(tensors[key].shape)}, the loaded one {list(target.shape)}")
         planned.append((target.data, tensors[key].to(target)))

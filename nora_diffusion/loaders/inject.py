@@ -19,13 +19,13 @@ from ..adapters.config import Start
 from ..adapters.tuner.qkv_guard import refuse_fused
 from ..errors import UserError
 from ..formats.adapter_file import AdapterInfo
-from ..pipelines.components import adapter_configs, component, present, tuner_layers
+from ..pipelines.components import Modules, adapter_configs, tuner_layers
 from ..pipelines.router_inputs import connect, router_input_width
-from .active import delete_adapter, held, list_adapters, regroup, take_out
+from .active import adapter_names, delete_adapter, held, regroup, take_out
 from .tokens import forget_deleted
 
 
-def check_new_name(pipe: Any, name: str, components: Sequence[str]) -> None:
+def check_new_name(pipe: Any, modules: Modules, name: str, components: Sequence[str]) -> None:
     """Raise :class:`UserError` for a name that is taken or cannot be one, and where q, k and v are fused."""
     # PEFT and transformers find an adapter's keys by looking for its name, and LoRAs' by "lora_", anywhere in the key.
     if (
@@ -38,15 +38,15 @@ def check_new_name(pipe: Any, name: str, components: Sequence[str]) -> None:
             f"the adapter name {name!r} will not do: use letters, digits, '_' and '-', no part of 'nora_delta' and no "
             "'lora_'"
         )
-    forget_deleted(pipe)
-    for part in components:
-        refuse_fused(component(pipe, part))
+    forget_deleted(pipe, modules)
+    for component in components:
+        refuse_fused(modules[component])
     if hasattr(nn.ModuleDict(), name):  # adapters are kept in one, by name
         raise UserError(f"the adapter name {name!r} is one that PyTorch's modules use themselves: choose another")
-    taken = {c for c in components if name in adapter_configs(component(pipe, c))}
+    taken = {c for c in components if name in adapter_configs(modules[c])}
     if taken:
         raise UserError(f"an adapter named {name!r} is already in the {', '.join(sorted(taken))}: delete it or rename")
-    if any(name in path.split(".") for part in components for path, _ in component(pipe, part).named_modules()):
+    if any(name in path.split(".") for c in components for path, _ in modules[c].named_modules()):
         raise UserError(
             f"the adapter name {name!r} is also that of a module, for which PEFT would take it: choose another"
         )
@@ -93,33 +93,33 @@ def tie(layer: NoraLayer, name: str) -> None:
 
 
 @contextmanager
-def all_or_nothing(pipe: Any, name: str) -> Iterator[None]:
+def all_or_nothing(pipe: Any, modules: Modules, name: str) -> Iterator[None]:
     """Takes a half-added adapter out again when anything fails on the way (out of memory, say).
 
     What wanted gradients then does so again, and an adapter of that name in another component stays.
     """
-    before = _holders(pipe, name)
-    trained = {id(parameter) for parameter in _parameters(pipe) if parameter.requires_grad}
+    before = _holders(modules, name)
+    trained = {id(parameter) for parameter in _parameters(modules) if parameter.requires_grad}
     try:
         with torch.inference_mode(False):  # what is made here may be used outside of a caller's inference mode
             yield
-        for part in _holders(pipe, name):
-            regroup(component(pipe, part))
+        for component in _holders(modules, name):
+            regroup(modules[component])
     except BaseException:
-        if not before and _holders(pipe, name):
+        if not before and _holders(modules, name):
             delete_adapter(pipe, name)
-        take_out(pipe, name, set(present(pipe)) - before)
-        for parameter in _parameters(pipe):
+        take_out((module for component, module in modules.items() if component not in before), name)
+        for parameter in _parameters(modules):
             parameter.requires_grad_(id(parameter) in trained)
         raise
 
 
-def _holders(pipe: Any, name: str) -> set[str]:
-    return {part for part, names in list_adapters(pipe).items() if name in names}
+def _holders(modules: Modules, name: str) -> set[str]:
+    return {component for component, names in adapter_names(modules).items() if name in names}
 
 
-def _parameters(pipe: Any) -> Iterator[nn.Parameter]:
-    return (parameter for part in present(pipe) for parameter in component(pipe, part).parameters())
+def _parameters(modules: Modules) -> Iterator[nn.Parameter]:
+    return (parameter for module in modules.values() for parameter in module.parameters())
 
 
 def file_key(component_name: str, path: str, factor: str) -> str:
@@ -132,7 +132,7 @@ def remember(module: nn.Module, name: str, info: AdapterInfo) -> None:
     adapter_configs(module)[name].origin = info
 
 
-def origin(pipe: Any, name: str) -> AdapterInfo | None:
+def origin(modules: Modules, name: str) -> AdapterInfo | None:
     """What the file that an adapter was loaded from says of itself, or what made it; None for a fresh one."""
-    configs = (adapter_configs(component(pipe, part)).get(name) for part in present(pipe))
+    configs = (adapter_configs(module).get(name) for module in modules.values())
     return next((info for config in configs if (info := getattr(config, "origin", None)) is not None), None)

@@ -27,10 +27,12 @@ from ..formats.adapter_file import (
 from ..io.files import is_path
 from ..pipelines.base import base_id
 from ..pipelines.components import (
+    Modules,
     canonical,
-    component,
+    components,
     fingerprint,
     nora_layers,
+    pick,
     refuse_merged,
     refuse_offloaded,
     refuse_serving,
@@ -42,8 +44,8 @@ from .active import active_adapters, check_finite, keeping_trained, set_active
 from .hotswap import swap
 from .inject import all_or_nothing, check_new_name, derived_name, file_key, inject, remember, tie
 from .locking import one_at_a_time
-from .rank import set_rank
-from .tokens import add_tokens, check_words, token_key, words_in
+from .rank import cut_rank
+from .tokens import add_words, check_new_words, token_key, words_in
 
 
 @dataclass
@@ -88,7 +90,8 @@ def load_adapter(
     Raises :class:`UserError` for a damaged file, another base (both are named), a name that is taken, or an adapter
     that does not fit the one it shall replace.
     """
-    refuse_serving(pipe)
+    modules = components(pipe)
+    refuse_serving(modules)
     file = located(path_or_id)
     info = inspect_adapter(file)
     is_here = file == Path(path_or_id).expanduser()  # the folder of a download is named by a commit
@@ -101,49 +104,54 @@ def load_adapter(
         if hotswap or rank is not None:
             option = "hotswap" if hotswap else "rank"
             raise UserError(f"{info.path} is {info.note}: {option} is for adapters of this toolkit, leave it out")
-        count = load_foreign(pipe, info, name, activate, weight)
+        count = load_foreign(pipe, modules, info, name, activate, weight)
         return LoadedAdapter(name, applied=count, total=count, info=info)
     configs = info.configs
     if rank is not None:
         for config in configs.values():
             check_rank(config, rank)
-    modules = {part: component(pipe, part) for part in configs}
+    chosen = pick(modules, configs)
     if not hotswap:
-        check_new_name(pipe, name, list(configs))
-    refuse_merged(pipe)
-    refuse_offloaded(pipe)
+        check_new_name(pipe, modules, name, list(configs))
+    refuse_merged(modules)
+    refuse_offloaded(modules)
     tensors = read_tensors(info, basis_dir)
-    _check_fit(info, configs, modules, tensors, pipe)
-    if not hotswap:
-        check_words(pipe, _token_shapes(info, tensors))
-    (swap if hotswap else place)(pipe, name, info, tensors, activate, weight)
+    _check_fit(info, configs, chosen, tensors, modules, base_id(pipe))
+    if hotswap:
+        swap(modules, name, info, tensors, activate, weight)
+    else:
+        check_new_words(pipe, modules, _token_shapes(info, tensors))
+        place(pipe, modules, name, info, tensors, activate, weight)
     if rank is not None or (hotswap and all(config.rank_mask for config in configs.values())):
-        set_rank(pipe, name, rank)  # a rank that was set for the one before does not outlive it
+        cut_rank(modules, name, rank)  # a rank that was set for the one before does not outlive it
     return LoadedAdapter(name, applied=len(tensors), total=len(tensors), info=info)
 
 
 def check_adapter(pipe: Any, path: str | Path) -> tuple[AdapterInfo, Tensors]:
     """What a file holds. Raises :class:`UserError` unless :func:`load_adapter` would take it; nothing is changed."""
     info = inspect_adapter(path)
-    modules, tensors = {part: component(pipe, part) for part in info.configs}, read_tensors(info)
-    _check_fit(info, info.configs, modules, tensors, pipe)
+    modules = components(pipe)
+    chosen, tensors = pick(modules, info.configs), read_tensors(info)
+    _check_fit(info, info.configs, chosen, tensors, modules, base_id(pipe))
     return info, tensors
 
 
-def place(pipe: Any, name: str, info: AdapterInfo, tensors: Tensors, activate: bool, weight: float) -> None:
+def place(
+    pipe: Any, modules: Modules, name: str, info: AdapterInfo, tensors: Tensors, activate: bool, weight: float
+) -> None:
     """Put checked numbers into the pipeline as a new adapter that remembers ``info``, all or nothing."""
-    with all_or_nothing(pipe, name):
-        for part, config in info.configs.items():
-            module = component(pipe, part)
+    with all_or_nothing(pipe, modules, name):
+        for component, config in info.configs.items():
+            module = modules[component]
             before = active_adapters(module)
             with keeping_trained(module):
                 inject(module, config, name, Start(empty=True))
             remember(module, name, info)
-            _fill(module, part, name, tensors)
+            _fill(module, component, name, tensors)
             set_active(module, [*before, name] if activate else before)
             for layer in nora_layers(module, name).values():
                 layer.set_scale(name, weight)
-        add_tokens(pipe, name, words_in(info.tokens, tensors))
+        add_words(pipe, modules, name, words_in(info.tokens, tensors))
 
 
 def located(path_or_id: str | Path) -> Path:
@@ -194,13 +202,14 @@ def _fetched(hub_id: str) -> Path:
 def _check_fit(
     info: AdapterInfo,
     configs: dict[str, AdapterConfig],
-    modules: dict[str, nn.Module],
+    chosen: Modules,
     tensors: Tensors,
-    pipe: Any,
+    modules: Modules,
+    base: str,
 ) -> None:
-    wrong_base = _wrong_base(info, base_id(pipe))
+    wrong_base = _wrong_base(info, base)
     expected: dict[str, tuple[int, ...]] = {}
-    for part, module in modules.items():
+    for part, module in chosen.items():
         config = copy.deepcopy(configs[part])
         config.start = Start(empty=True, condition=router_input_width(module, config.router))
         try:
@@ -213,7 +222,7 @@ def _check_fit(
                 expected[file_key(part, path, factor)] = shape
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     for part, keys in _token_keys(info).items():
-        width = component(pipe, part).get_input_embeddings().embedding_dim  # type: ignore[operator]
+        width = pick(modules, [part])[part].get_input_embeddings().embedding_dim  # type: ignore[operator]
         for key in keys:
             rows, *columns = found.get(key) or (1,)
             if columns and columns != [width]:

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from ..pipelines.components import component, denoiser_name
+from ..pipelines.components import denoiser
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,7 +28,7 @@ def exclusive(pipe: Any) -> Iterator[None]:
     All verbs of this toolkit that change a pipeline, and ``mixed_batch``, wait here for each other; a plain call of the
     pipeline does not. May be nested. Pipelines that share their denoiser share the lock.
     """
-    with _lock_of(component(pipe, denoiser_name(pipe))):
+    with _lock_of(denoiser(pipe)):
         yield
 
 
@@ -43,6 +43,6 @@ def one_at_a_time(verb: Verb[P, R]) -> Verb[P, R]:
     return cast("Verb[P, R]", alone)
 
 
-def _lock_of(denoiser: nn.Module) -> threading.RLock:
+def _lock_of(module: nn.Module) -> threading.RLock:
     with _NEW_LOCK:
-        return _LOCKS.setdefault(denoiser, threading.RLock())
+        return _LOCKS.setdefault(module, threading.RLock())

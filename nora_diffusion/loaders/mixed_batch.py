@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..adapters import NoraLayer
 from ..adapters.tuner.mixed_rows import RowPlan, serve_rows
 from ..errors import UserError
-from ..pipelines.components import component, denoiser_name, present, refuse_merged, refuse_offloaded, tuner_layers
+from ..pipelines.components import DENOISERS, Modules, components, refuse_merged, refuse_offloaded, tuner_layers
 from .active import check_finite, held, require_adapter
 from .locking import exclusive
 
@@ -41,28 +41,28 @@ def mixed_batch(pipe: Any, rows: Sequence[RowSpec], weights: Sequence[float] | f
     """
     specs = _parse(rows, weights)
     with exclusive(pipe), ExitStack() as stack:
-        _check(pipe, specs)
-        for part in present(pipe):
-            model = component(pipe, part)
+        modules = components(pipe)
+        _check(modules, specs)
+        for component, module in modules.items():
             plan = RowPlan(specs)
-            stack.enter_context(serve_rows(model, plan))
-            stack.enter_context(_serve_loras(model, part, plan))
-            if part == denoiser_name(pipe):
+            stack.enter_context(serve_rows(module, plan))
+            stack.enter_context(_serve_loras(module, component, plan))
+            if component in DENOISERS:
                 stack.enter_context(_counting(pipe, plan))
         yield
 
 
-def _check(pipe: Any, specs: Sequence[Mapping[str, float]]) -> None:
+def _check(modules: Modules, specs: Sequence[Mapping[str, float]]) -> None:
     names = {name for spec in specs for name in spec}
     for name in sorted(names):
-        require_adapter(pipe, name)
-    refuse_merged(pipe)
-    refuse_offloaded(pipe)
+        require_adapter(modules, name)
+    refuse_merged(modules)
+    refuse_offloaded(modules)
     for spec in specs:
         for name, weight in spec.items():
             check_finite(name, weight)
-    for part in present(pipe):
-        _refuse(component(pipe, part), part, names)
+    for component, module in modules.items():
+        _refuse(module, component, names)
 
 
 def _parse(rows: Sequence[RowSpec], weights: Sequence[float] | float | None) -> list[dict[str, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..adapters.tuner.rank_mask import check_rank, masked_deltas
-from ..pipelines.components import adapter_configs, component, nora_layers, present, refuse_merged
+from ..pipelines.components import Modules, adapter_configs, components, nora_layers, refuse_merged
 from .active import unknown_adapter
 from .locking import one_at_a_time
 
@@ -17,15 +17,19 @@ def set_rank(pipe: Any, adapter_name: str, rank: int | None = None) -> None:
     Exact: the adapter then is ``dW = (alpha/r) B[:, :rank] A[:rank]``, and a file saved from it still holds all ranks.
     Raises :class:`UserError` for an adapter without a rank mask, a rank it does not have, or while one is fused.
     """
-    layers = {part: nora_layers(component(pipe, part), adapter_name) for part in present(pipe)}
-    if not any(layers.values()):
-        raise unknown_adapter(pipe, adapter_name)
-    refuse_merged(pipe)
-    for part in layers:
-        config = adapter_configs(component(pipe, part)).get(adapter_name)
+    cut_rank(components(pipe), adapter_name, rank)
+
+
+def cut_rank(modules: Modules, adapter_name: str, rank: int | None) -> None:
+    """:func:`set_rank` for components that the caller has resolved."""
+    layers = [layer for module in modules.values() for layer in nora_layers(module, adapter_name).values()]
+    if not layers:
+        raise unknown_adapter(modules, adapter_name)
+    refuse_merged(modules)
+    for module in modules.values():
+        config = adapter_configs(module).get(adapter_name)
         if config is not None:
             check_rank(config, 1 if rank is None else rank)
-    for group in layers.values():
-        for layer in group.values():
-            for delta in masked_deltas(layer.delta(adapter_name)):
-                delta.rank = rank
+    for layer in layers:
+        for delta in masked_deltas(layer.delta(adapter_name)):
+            delta.rank = rank

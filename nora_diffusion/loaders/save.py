@@ -18,11 +18,11 @@ from ..formats.keys import is_frozen
 from ..formats.model_card import write_card
 from ..pipelines.base import base_id
 from ..pipelines.components import (
+    Modules,
     adapter_configs,
-    component,
+    components,
     fingerprint,
     nora_layers,
-    present,
     refuse_merged,
     refuse_offloaded,
 )
@@ -53,42 +53,42 @@ def save_adapter(
     ``basis="shared"`` stores the frozen factors once in ``bases/<sha256>.safetensors`` beside the adapter's folder.
     ``info`` describes the adapter (trigger, prompts ...); by default what the file it was loaded from said.
     """
-    folder, holders = _check(pipe, path, adapter_name, dtype, basis)
-    result = _describe(origin(pipe, adapter_name) if info is None else info)
+    modules = components(pipe)
+    folder, holders = _check(modules, path, adapter_name, dtype, basis)
+    result = _describe(origin(modules, adapter_name) if info is None else info)
     result.base, result.basis, result.versions = base_id(pipe), basis, versions()
     tensors: Tensors = {}
-    for name in holders:
-        module = component(pipe, name)
+    for name, module in holders.items():
         _describe_part(result, name, module, adapter_name)
         config = adapter_configs(module)[adapter_name]
         factors = _factors(module, name, adapter_name)
         tensors |= {key: _stored(key, value, config, dtype) for key, value in factors.items()}
-    result.tokens = {word: list(own) for word, own in tokens_of(pipe, adapter_name).items()}
+    result.tokens = {word: list(own) for word, own in tokens_of(modules, adapter_name).items()}
     result.format_version = FORMAT_VERSION if result.tokens else 1
-    tensors |= {key: _trained(value.detach(), dtype) for key, value in token_parameters(pipe, adapter_name).items()}
+    tensors |= {key: _trained(value.detach(), dtype) for key, value in token_parameters(modules, adapter_name).items()}
     file = write_adapter(folder, tensors, result, basis_dir)
     write_card(folder, inspect_adapter(file), card)
     return file
 
 
 def _check(
-    pipe: Any, path: str | Path, adapter_name: str, dtype: str | None, basis: BasisKind
-) -> tuple[Path, list[str]]:
+    modules: Modules, path: str | Path, adapter_name: str, dtype: str | None, basis: BasisKind
+) -> tuple[Path, Modules]:
     """The folder, and the components that hold the adapter; refuses what cannot be saved."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
     folder = Path(path).expanduser()
     if folder.suffix == ".safetensors":
         raise UserError(f"{path} is a file name: give a folder for the adapter and its card")
-    holders = [name for name in present(pipe) if nora_layers(component(pipe, name), adapter_name)]
+    holders = {name: module for name, module in modules.items() if nora_layers(module, adapter_name)}
     if not holders:
-        raise unknown_adapter(pipe, adapter_name)
-    for name in holders:
-        config = adapter_configs(component(pipe, name))[adapter_name]
+        raise unknown_adapter(modules, adapter_name)
+    for module in holders.values():
+        config = adapter_configs(module)[adapter_name]
         if basis == "shared" and not config.frozen_outer:
             raise UserError(f"method {config.method!r} has no frozen basis to share: save it with basis='own'")
-    refuse_merged(pipe)
-    refuse_offloaded(pipe)
+    refuse_merged(modules)
+    refuse_offloaded(modules)
     return folder, holders
 
 

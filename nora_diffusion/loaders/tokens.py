@@ -17,7 +17,7 @@ from ..adapters.deltas.tokens import LearnedEmbedding
 from ..errors import UserError
 from ..formats.adapter_info import WORD
 from ..io.tensor_file import Tensors
-from ..pipelines.components import adapter_configs, component, present, tokenizer_name
+from ..pipelines.components import DENOISERS, Modules, adapter_configs, component, components, tokenizer_name
 
 MAX_VECTORS = 64
 LEGACY_END = 2
@@ -40,26 +40,31 @@ def words_in(tokens: Mapping[str, Sequence[str]], tensors: Tensors) -> dict[str,
     }
 
 
-def tokens_of(pipe: Any, adapter: str) -> dict[str, dict[str, nn.Parameter]]:
+def tokens_of(modules: Modules, adapter: str) -> dict[str, dict[str, nn.Parameter]]:
     """The words of an adapter of a pipeline, with their vectors by text encoder."""
     found: dict[str, dict[str, nn.Parameter]] = {}
-    for part, table in _tables(pipe).items():
+    for part, table in _tables(modules).items():
         for word, vectors in table.of(adapter).items():
             found.setdefault(word, {})[part] = vectors
     return found
 
 
-def token_parameters(pipe: Any, adapter: str) -> dict[str, nn.Parameter]:
+def token_parameters(modules: Modules, adapter: str) -> dict[str, nn.Parameter]:
     """The vectors of an adapter's words by their key in the adapter file."""
     return {
         token_key(number, part): vectors
-        for number, own in enumerate(tokens_of(pipe, adapter).values())
+        for number, own in enumerate(tokens_of(modules, adapter).values())
         for part, vectors in own.items()
     }
 
 
 def check_words(pipe: Any, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
     """Raise :class:`UserError` for words that this pipeline cannot learn or take, by their vectors' shapes."""
+    check_new_words(pipe, components(pipe), shapes)
+
+
+def check_new_words(pipe: Any, modules: Modules, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    """:func:`check_words` for components that the caller has resolved."""
     for word, own in shapes.items():
         counts = {shape[0] for shape in own.values()}
         if not WORD.fullmatch(word):
@@ -72,14 +77,14 @@ def check_words(pipe: Any, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) 
                 "train it with --num_new_tokens_per_abstraction 1"
             )
         for part in own:
-            _check_new(pipe, part, word, shapes)
+            _check_new(pipe, modules, part, word, shapes)
 
 
-def _check_new(pipe: Any, part: str, word: str, words: Mapping[str, Any]) -> None:
+def _check_new(pipe: Any, modules: Modules, part: str, word: str, words: Mapping[str, Any]) -> None:
     tokenizer = getattr(pipe, tokenizer_name(part), None)
-    if part not in present(pipe) or tokenizer is None:
+    if part not in modules or tokenizer is None:
         raise UserError(f"the new token {word!r} is for the {part}, which a {type(pipe).__name__} does not have")
-    _refuse_later_words(pipe, part)
+    _refuse_later_words(pipe, modules[part], part)
     there = [other for other in tokenizer.get_added_vocab() if other not in tokenizer.all_special_tokens]
     near = next((other for other in (*there, *words) if other != word and (word in other or other in word)), None)
     if word in there:
@@ -97,62 +102,66 @@ def _check_new(pipe: Any, part: str, word: str, words: Mapping[str, Any]) -> Non
 
 def add_tokens(pipe: Any, adapter: str, words: Words) -> None:
     """Make new words known, as those of an adapter that is in the pipeline. Raises as :func:`check_words`."""
-    check_words(pipe, {w: {part: tuple(v.shape) for part, v in own.items()} for w, own in words.items()})
+    add_words(pipe, components(pipe), adapter, words)
+
+
+def add_words(pipe: Any, modules: Modules, adapter: str, words: Words) -> None:
+    """:func:`add_tokens` for components that the caller has resolved."""
+    check_new_words(pipe, modules, {w: {part: tuple(v.shape) for part, v in own.items()} for w, own in words.items()})
     for part in dict.fromkeys(part for own in words.values() for part in own):
-        encoder: Any = component(pipe, part)
+        encoder: Any = modules[part]
         table = encoder.get_input_embeddings()
         if not isinstance(table, LearnedEmbedding):
             table = LearnedEmbedding(table)
             encoder.set_input_embeddings(table)
-            _remember(pipe, part, table)
+            _remember(pipe, encoder, part, table)
         table.put(adapter, {word: own[part] for word, own in words.items() if part in own})
-        _renumber(pipe, part, table)
+        _renumber(pipe, modules[part], part, table)
 
 
-def remove_tokens(pipe: Any, adapter: str) -> None:
+def remove_tokens(pipe: Any, modules: Modules, adapter: str) -> None:
     """Forget the words of an adapter; without any, tokenizer and embedding are the objects they were before."""
-    tables = {part: table for part, table in _tables(pipe).items() if adapter in table.adapters}
+    tables = {part: table for part, table in _tables(modules).items() if adapter in table.adapters}
     for part in tables:
-        _refuse_later_words(pipe, part)
+        _refuse_later_words(pipe, modules[part], part)
     for part, table in tables.items():
         table.take(adapter)
-        _renumber(pipe, part, table)
+        _renumber(pipe, modules[part], part, table)
 
 
-def forget_deleted(pipe: Any) -> None:
+def forget_deleted(pipe: Any, modules: Modules) -> None:
     """Drop the words of adapters that were deleted by diffusers' own verbs, which know no words."""
-    here = {name for part in present(pipe) for name in adapter_configs(component(pipe, part))}
-    for adapter in {name for table in _tables(pipe).values() for name in table.adapters} - here:
-        remove_tokens(pipe, adapter)
+    here = {name for module in modules.values() for name in adapter_configs(module)}
+    for adapter in {name for table in _tables(modules).values() for name in table.adapters} - here:
+        remove_tokens(pipe, modules, adapter)
 
 
-def _tables(pipe: Any) -> dict[str, LearnedEmbedding]:
-    found = {}
-    for part in present(pipe):
-        if part.startswith("text_encoder"):
-            encoder: Any = component(pipe, part)
-            table = encoder.get_input_embeddings()
-            if isinstance(table, LearnedEmbedding):
-                found[part] = table
-    return found
+def _tables(modules: Modules) -> dict[str, LearnedEmbedding]:
+    found = {part: _table(module) for part, module in modules.items() if part not in DENOISERS}
+    return {part: table for part, table in found.items() if table is not None}
 
 
-def _remember(pipe: Any, part: str, table: LearnedEmbedding) -> None:
+def _table(encoder: Any) -> LearnedEmbedding | None:
+    table = encoder.get_input_embeddings()
+    return table if isinstance(table, LearnedEmbedding) else None
+
+
+def _remember(pipe: Any, encoder: nn.Module, part: str, table: LearnedEmbedding) -> None:
     """Keep what :func:`_renumber` puts back: the tokenizer, and what the encoder takes for the end of a prompt."""
     tokenizer = getattr(pipe, tokenizer_name(part))
-    ends = [m for m in component(pipe, part).modules() if getattr(m, "eos_token_id", None) == LEGACY_END]
+    ends = [m for m in encoder.modules() if getattr(m, "eos_token_id", None) == LEGACY_END]
     for module in ends:
         module.eos_token_id = tokenizer.eos_token_id
     table.before = (tokenizer, ends)
 
 
-def _renumber(pipe: Any, part: str, table: LearnedEmbedding) -> None:
+def _renumber(pipe: Any, encoder: Any, part: str, table: LearnedEmbedding) -> None:
     """A tokenizer with exactly the words of ``table`` behind its own; the one before it if there are none."""
     tokenizer, ends = table.before
     if not table.adapters:
         for module in ends:
             module.eos_token_id = LEGACY_END
-        component(pipe, part).set_input_embeddings(table.plain)  # type: ignore[operator]
+        encoder.set_input_embeddings(table.plain)
         setattr(pipe, tokenizer_name(part), tokenizer)
         return
     from transformers import AddedToken
@@ -170,9 +179,9 @@ def pieces_of(word: str, count: int) -> list[str]:
     return [word, *(f"{word}_{number}" for number in range(1, count))]
 
 
-def _refuse_later_words(pipe: Any, part: str) -> None:
+def _refuse_later_words(pipe: Any, encoder: nn.Module, part: str) -> None:
     """Words that others added behind ours would lose their places."""
-    table = _tables(pipe).get(part)
+    table = _table(encoder)
     if table is None:
         return
     ours = sum(len(vectors) for name in table.adapters for vectors in table.of(name).values())

@@ -16,7 +16,7 @@ from ..adapters.tuner.merging import bit_sum
 from ..errors import UserError
 from ..io import tensor_cache
 from ..io.tensor_file import tensor_hash
-from .components import canonical, component, present, projections, tokenizers, without_adapters
+from .components import Modules, adapters_off, canonical, components, projections, tokenizers
 
 GENERIC_PROMPTS = (
     "a dog in the grass",
@@ -86,27 +86,28 @@ def activation_strengths(pipe: Any, calibration: Calibration | None = None) -> S
     calibration = calibration or Calibration()
     if calibration.latents is not None and getattr(pipe, "unet", None) is None:
         raise UserError(f"{type(pipe).__name__} cannot be calibrated on pictures, only UNets can: use prompts")
-    name = f"calibration-{_entry_key(pipe, calibration)}"
+    modules = components(pipe)
+    name = f"calibration-{_entry_key(pipe, modules, calibration)}"
     stored = tensor_cache.load(name)
     if stored is None:
-        measured = _measure(pipe, calibration)
+        measured = _measure(pipe, modules, calibration)
         stored = {f"{part} {path}": value for part, group in measured.items() for path, value in group.items()}
         tensor_cache.store(name, stored)
-    strengths: Strengths = {part: {} for part in present(pipe)}
+    strengths: Strengths = {part: {} for part in modules}
     for key, value in stored.items():
         part, path = key.split(" ", 1)
         strengths[part][path] = value
     return strengths
 
 
-def _measure(pipe: Any, calibration: Calibration) -> Strengths:
-    layers = {part: projections(component(pipe, part)) for part in present(pipe)}
+def _measure(pipe: Any, modules: Modules, calibration: Calibration) -> Strengths:
+    layers = {part: projections(module) for part, module in modules.items()}
     meters = {part: {path: _MeanAbs() for path in group} for part, group in layers.items()}
     with ExitStack() as stack:
         for part, group in layers.items():
             for path, layer in group.items():
                 stack.callback(layer.register_forward_pre_hook(meters[part][path]).remove)
-        stack.enter_context(without_adapters(pipe))
+        stack.enter_context(adapters_off(modules))
         short_run(pipe, calibration)
     return {
         part: {path: meter.mean() for path, meter in group.items() if meter.count} for part, group in meters.items()
@@ -150,7 +151,7 @@ def _pixels(pipe: Any, latents: Tensor, side: int) -> int:
     return int(latents.shape[side] * pipe.vae_scale_factor)
 
 
-def _entry_key(pipe: Any, calibration: Calibration) -> str:
+def _entry_key(pipe: Any, modules: Modules, calibration: Calibration) -> str:
     """SHA-256 over what the measurement depends on. Weights enter by a sum over their bits, which is quick."""
     facts = {
         "version": VERSION,
@@ -159,7 +160,7 @@ def _entry_key(pipe: Any, calibration: Calibration) -> str:
         "tokens": [tokenizer(list(calibration.prompts), truncation=True).input_ids for tokenizer in tokenizers(pipe)],
         "prompts": list(calibration.prompts),
         "latents": None if calibration.latents is None else tensor_hash(calibration.latents),
-        "components": {part: _description(component(pipe, part)) for part in present(pipe)},
+        "components": {part: _description(module) for part, module in modules.items()},
         "run": [STEPS, GUIDANCE],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The parts of a pipeline that adapters sit in, and the paths of their projections."""
+"""Components of a pipeline that adapters sit in, and the paths of their projections."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -20,71 +20,86 @@ from ..adapters.targets import TARGET_GROUPS
 from ..errors import UserError
 
 FINGERPRINT_TOLERANCE = 1e-2
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+DENOISERS = ("unet", "transformer")
+COMPONENTS = (*DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3")
+
+Modules = Mapping[str, nn.Module]
+"""Components by name, as :func:`components` returns them."""
+
+
+def components(pipe: Any) -> dict[str, nn.Module]:
+    """The denoiser and the text encoders of a pipeline by name, without the wrapper of ``torch.compile``.
+
+    A public function calls this once and passes the dict, or one of its modules, to its helpers.
+    """
+    found = {name: getattr(pipe, name, None) for name in COMPONENTS}
+    return {name: getattr(module, "_orig_mod", module) for name, module in found.items() if module is not None}
+
+
+def pick(modules: Modules, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The components with these names. Raises :class:`UserError` for a name that the pipeline does not have."""
+    names = list(names)
+    unknown = next((name for name in names if name not in modules), None)
+    if unknown is not None:
+        raise UserError(f"{unknown!r} is not a component of this pipeline: choose one of {', '.join(modules)}")
+    return {name: modules[name] for name in names}
 
 
 def denoiser_name(pipe: Any) -> str:
-    """``"unet"`` or ``"transformer"``, whichever the pipeline has."""
-    for name in ("unet", "transformer"):
+    """``"unet"`` or ``"transformer"``. Raises :class:`UserError` for a pipeline without a denoiser."""
+    for name in DENOISERS:
         if getattr(pipe, name, None) is not None:
             return name
     if isinstance(pipe, nn.Module):
-        raise UserError(f"a {type(pipe).__name__} is one model: give the pipeline that holds it")
+        raise UserError(f"a {type(pipe).__name__} is a single model: pass the pipeline that holds it")
     raise UserError(f"{type(pipe).__name__} has neither a unet nor a transformer: adapters need one of them")
 
 
-def component(pipe: Any, name: str) -> nn.Module:
-    """One adaptable part of a pipeline, without the wrapper of ``torch.compile``.
-
-    Raises :class:`UserError` that lists those there are.
-    """
-    module = getattr(pipe, name, None) if name in COMPONENTS else None
-    if module is None:
-        raise UserError(f"{name!r} is no part of {type(pipe).__name__}: choose among {', '.join(present(pipe))}")
+def denoiser(pipe: Any) -> Any:
+    """The UNet or the transformer, without the wrapper of ``torch.compile``. Raises as :func:`denoiser_name`."""
+    module = getattr(pipe, denoiser_name(pipe))
     return getattr(module, "_orig_mod", module)
 
 
+def component(pipe: Any, name: str) -> nn.Module:
+    """One component of a pipeline; use :func:`components` where several are needed."""
+    return pick(components(pipe), [name])[name]
+
+
 def present(pipe: Any) -> list[str]:
-    """Names of the adaptable parts that this pipeline has."""
-    return [name for name in COMPONENTS if getattr(pipe, name, None) is not None]
-
-
-def denoiser_dtype(pipe: Any) -> torch.dtype:
-    """The number type of the denoiser's weights."""
-    model: Any = component(pipe, denoiser_name(pipe))
-    dtype: torch.dtype = model.dtype
-    return dtype
+    """Names of the components that a pipeline has; use :func:`components` where the modules are needed too."""
+    return list(components(pipe))
 
 
 def devices(pipe: Any) -> set[torch.device]:
-    """Where the tensors of a pipeline lie, those of the VAE too; ``pipe.device`` is that of one part."""
-    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    """The devices of all tensors of a pipeline, VAE included (``pipe.device`` is that of one component)."""
+    modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
     return {tensor.device for module in modules for tensor in (*module.parameters(), *module.buffers())}
 
 
 def text_encoders(pipe: Any) -> list[nn.Module]:
-    """All text encoders of a pipeline, the first one first, without the wrapper of ``torch.compile``."""
-    return [component(pipe, name) for name in present(pipe) if name.startswith("text_encoder")]
+    """The text encoders of a pipeline in order, without the wrapper of ``torch.compile``."""
+    return [module for name, module in components(pipe).items() if name not in DENOISERS]
 
 
 def tokenizers(pipe: Any) -> list[Any]:
-    """All tokenizers of a pipeline, in the order of their text encoders."""
-    names = [tokenizer_name(name) for name in COMPONENTS if name.startswith("text_encoder")]
+    """The tokenizers of a pipeline, in the order of their text encoders."""
+    names = [tokenizer_name(name) for name in COMPONENTS if name not in DENOISERS]
     return [tokenizer for name in names if (tokenizer := getattr(pipe, name, None)) is not None]
 
 
 def tokenizer_name(encoder: str) -> str:
-    """What pipelines call the tokenizer of a text encoder."""
+    """The pipeline attribute that holds the tokenizer of a text encoder: ``text_encoder_2`` -> ``tokenizer_2``."""
     return encoder.replace("text_encoder", "tokenizer")
 
 
 def canonical(path: str) -> str:
-    """A module path as files write it: without tuner wrappers and without CLIP's optional ``text_model.``."""
+    """A module path as adapter files write it: without tuner wrappers and CLIP's optional ``text_model.``."""
     return path.replace(".base_layer", "").removeprefix("text_model.")
 
 
 def projections(module: nn.Module) -> dict[str, nn.Module]:
-    """Every linear and conv layer by its clean path (wrappers of tuner layers stripped, ``text_model.`` kept)."""
+    """All linear and conv layers by path, without the wrappers of tuner layers (``text_model.`` stays)."""
     found: dict[str, nn.Module] = {}
     for path, layer in module.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and not _inside_adapter(path):
@@ -97,83 +112,89 @@ def _inside_adapter(path: str) -> bool:
 
 
 def targets(module: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
-    """The projections that ``config`` picks, by path. Raises :class:`UserError` when it picks none."""
+    """The projections that ``config`` selects, by path. Raises :class:`UserError` if it selects none."""
     available = projections(module)
-    picked = {path: layer for path, layer in available.items() if _matches(config, path)}
-    if not picked:
+    selected = {path: layer for path, layer in available.items() if check_target_module_exists(config, path)}
+    if not selected:
         raise UserError(
             f"target_modules={config.target_modules!r} matches no projection of {type(module).__name__}: "
-            f"{_names_there(_wanted(config), available)}"
+            f"{_suggest(_target_names(config), available)}"
         )
-    return picked
+    return selected
 
 
-def all_targets(pipe: Any, names: Iterable[str], config: AdapterConfig) -> dict[str, dict[str, nn.Module]]:
-    """The projections that ``config`` picks in each of these components, by path.
+def targets_by_component(modules: Modules, config: AdapterConfig) -> dict[str, dict[str, nn.Module]]:
+    """The projections that ``config`` selects in each of these components, by path.
 
-    Raises :class:`UserError` when it picks none in one of them, or names a module, or has a pattern for ranks, that is
-    in none of them.
+    Raises :class:`UserError` if it selects none in one of them, or if a name in ``target_modules`` or a pattern for
+    ranks or alphas matches nothing in any of them.
     """
-    picked = {name: targets(component(pipe, name), config) for name in names}
-    paths = [path for group in picked.values() for path in group]
-    members = {suffix for group in TARGET_GROUPS.values() for suffix in group}
-    for wanted in config.target_modules if isinstance(config.target_modules, list) else []:
-        if wanted not in members and not any(f".{path}".endswith(f".{wanted}") for path in paths):
-            available = [path for name in picked for path in projections(component(pipe, name))]
+    selected = {name: targets(module, config) for name, module in modules.items()}
+    paths = [path for layers in selected.values() for path in layers]
+    grouped = {suffix for group in TARGET_GROUPS.values() for suffix in group}
+    for target in config.target_modules if isinstance(config.target_modules, list) else []:
+        if target not in grouped and not any(f".{path}".endswith(f".{target}") for path in paths):
+            available = [path for module in modules.values() for path in projections(module)]
             raise UserError(
-                f"target_modules: no projection of the {', '.join(picked)} is named {wanted!r}, or it is excluded: "
-                f"{_names_there([wanted], available)}"
+                f"target_modules: no projection of the {', '.join(selected)} is named {target!r}, or it is excluded: "
+                f"{_suggest([target], available)}"
             )
     for table in ("rank_pattern", "alpha_pattern"):
         unused = next((p for p in getattr(config, table) if not any(fits(p, path) for path in paths)), None)
         if unused is not None:
-            raise UserError(f"{table}: {unused!r} matches no adapted projection: {_names_there([unused], paths)}")
-    return picked
+            raise UserError(f"{table}: {unused!r} matches no adapted projection: {_suggest([unused], paths)}")
+    return selected
 
 
-def _wanted(config: AdapterConfig) -> list[str]:
+def all_targets(pipe: Any, names: Iterable[str], config: AdapterConfig) -> dict[str, dict[str, nn.Module]]:
+    """:func:`targets_by_component` for the components of a pipeline with these names."""
+    return targets_by_component(pick(components(pipe), names), config)
+
+
+def _target_names(config: AdapterConfig) -> list[str]:
     names = config.target_modules or []
     return re.findall(r"[A-Za-z]\w+", names) if isinstance(names, str) else list(names)
 
 
-def _names_there(wanted: Iterable[str], paths: Iterable[str]) -> str:
-    """What the caller may have meant: the names most like ``wanted``, or else the commonest."""
-    short = Counter(re.sub(r"^.*\.(?=[^.]*[^.\d][^.]*(\.\d+)?$)", "", path) for path in paths)
-    near = [name for word in wanted for name in get_close_matches(word, short, cutoff=0.6)]
-    if near:
-        return f"did you mean {', '.join(dict.fromkeys(near))}?"
+def _suggest(wanted: Iterable[str], paths: Iterable[str]) -> str:
+    """The names most similar to ``wanted``, or else the most common ones."""
+    names = Counter(re.sub(r"^.*\.(?=[^.]*[^.\d][^.]*(\.\d+)?$)", "", path) for path in paths)
+    similar = [name for word in wanted for name in get_close_matches(word, names, cutoff=0.6)]
+    if similar:
+        return f"did you mean {', '.join(dict.fromkeys(similar))}?"
     return (
-        f"use the groups {', '.join(TARGET_GROUPS)}, or names such as {', '.join(n for n, _ in short.most_common(6))}"
+        f"use the groups {', '.join(TARGET_GROUPS)}, or names such as {', '.join(n for n, _ in names.most_common(6))}"
     )
 
 
-def _matches(config: AdapterConfig, path: str) -> bool:
-    return bool(check_target_module_exists(config, path))
-
-
 def adapter_configs(module: nn.Module) -> dict[str, Any]:
-    """PEFT's configs of a component's adapters by name, foreign ones too."""
+    """PEFT's configs of a component's adapters by name, those of other tuners included."""
     configs: dict[str, Any] = getattr(module, "peft_config", None) or {}
     return configs
 
 
 def tuner_layers(module: nn.Module) -> Iterator[BaseTunerLayer]:
-    """All tuner layers, foreign ones too."""
+    """All PEFT tuner layers of a module, those of other tuners included."""
     return (layer for layer in module.modules() if isinstance(layer, BaseTunerLayer))
 
 
 @contextmanager
-def without_adapters(pipe: Any) -> Iterator[None]:
-    """The base as it is without adapters, whatever is active; parameters keep their flags."""
-    layers = [layer for part in present(pipe) for layer in tuner_layers(component(pipe, part))]
+def adapters_off(modules: Modules) -> Iterator[None]:
+    """Run without adapters; afterwards each layer is enabled or disabled as before. ``requires_grad`` is untouched."""
+    layers = [layer for module in modules.values() for layer in tuner_layers(module)]
     before = [layer.disable_adapters for layer in layers]
     try:
         for layer in layers:
-            layer._disable_adapters = True  # PEFT's `enable_adapters` would set requires_grad as well
+            layer._disable_adapters = True  # PEFT's `enable_adapters` would also set requires_grad
         yield
     finally:
         for layer, disabled in zip(layers, before, strict=True):
             layer._disable_adapters = disabled
+
+
+def without_adapters(pipe: Any) -> AbstractContextManager[None]:
+    """:func:`adapters_off` for all components of a pipeline."""
+    return adapters_off(components(pipe))
 
 
 def nora_layers(module: nn.Module, adapter_name: str) -> dict[str, NoraLayer]:
@@ -185,47 +206,49 @@ def nora_layers(module: nn.Module, adapter_name: str) -> dict[str, NoraLayer]:
     }
 
 
-def refuse_merged(pipe: Any) -> None:
-    """Refuse to read base weights while an adapter is fused into them."""
-    for name in present(pipe):
-        if any(layer.merged for layer in tuner_layers(component(pipe, name))):
+def refuse_merged(modules: Modules) -> None:
+    """Raise :class:`UserError` if an adapter is merged into base weights, which are about to be read."""
+    for name, module in modules.items():
+        if any(layer.merged for layer in tuner_layers(module)):
             raise UserError(f"an adapter is fused into the {name}: call unfuse_lora() first")
 
 
-def refuse_offloaded(pipe: Any) -> None:
-    """Refuse to read or write weights that are elsewhere until their layer is called."""
-    for name in present(pipe):
-        if any(parameter.is_meta for parameter in component(pipe, name).parameters()):
+def refuse_offloaded(modules: Modules) -> None:
+    """Raise :class:`UserError` for weights on the meta device, which sequential offloading fills at each call."""
+    for name, module in modules.items():
+        if any(parameter.is_meta for parameter in module.parameters()):
             raise UserError(
                 f"the weights of the {name} are offloaded layer by layer: call pipe.remove_all_hooks() first, and "
                 "enable_sequential_cpu_offload() again afterwards"
             )
 
 
-def refuse_serving(pipe: Any) -> None:
-    """Refuse to put adapters in or take them out while ``mixed_batch`` says which row has which."""
-    if any(getattr(component(pipe, name), "serves_rows", False) for name in present(pipe)):
+def refuse_serving(modules: Modules) -> None:
+    """Raise :class:`UserError` inside ``mixed_batch``, where adapters cannot be added or removed."""
+    if any(getattr(module, "serves_rows", False) for module in modules.values()):
         raise UserError("the pipeline is serving a mixed batch: leave that context first")
 
 
 def fingerprint(layer: nn.Module, path: str) -> float:
-    """``u^T W v / sqrt(d_out d_in)`` with seeded normal ``u``, ``v``: nearly equal for fp16, bf16, fp32 copies.
+    """``u^T W v / sqrt(d_out d_in)`` with seeded normal ``u``, ``v``; nearly equal for fp16, bf16 and fp32 copies.
 
-    Of a layer whose weight was quantized since it is what was noted of the weight before, in ``true_fingerprint``.
+    For a quantized layer it is the value computed before quantization, which the layer keeps as ``true_fingerprint``
+    (an attribute, so that copies and pickles of the layer keep it too).
     """
-    if (noted := getattr(layer, "true_fingerprint", None)) is not None:
-        return float(noted)
+    if (stored := getattr(layer, "true_fingerprint", None)) is not None:
+        return float(stored)
     weight: Tensor = layer.weight.detach().flatten(1).float()  # type: ignore[operator]
-    # Drawn on the CPU, the same for all devices; the weight, gigabytes over a model, stays where it is.
+    # Drawn on the CPU, so that all devices get the same u and v; the weight, gigabytes in a whole model, is not moved.
     generator = torch.Generator().manual_seed(sum(canonical(path).encode()))
     u, v = (torch.randn(size, generator=generator).to(weight.device) for size in weight.shape)
     return float(u @ weight @ v) / weight.numel() ** 0.5
 
 
 def same_weights(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> bool:
-    """Whether the fingerprints ``theirs`` are ``ours`` of the same projections: ``||f - g|| <= 1e-2 ||g||``.
+    """Whether two models have the same weights, by fingerprints ``f`` and ``g``: ``||f - g|| <= 1e-2 ||g||``.
 
-    Loose enough for fp16, bf16 and fp32 copies of one model; false where a number is not finite.
+    Only the projections in ``theirs`` are compared. The tolerance accepts fp16, bf16 and fp32 copies of one model;
+    the result is False if any value is not finite.
     """
     distance = math.dist([ours[key] for key in theirs], list(theirs.values()))
     return distance <= FINGERPRINT_TOLERANCE * math.hypot(*theirs.values())

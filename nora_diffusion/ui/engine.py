@@ -21,11 +21,10 @@ from ..loaders.mixed_batch import mixed_batch
 from ..pipelines.base import base_id, best_device, default_guidance, is_embedded, open_pipeline
 from ..pipelines.components import (
     canonical,
-    component,
-    denoiser_name,
+    components,
+    denoiser,
     devices,
     fingerprint,
-    present,
     projections,
     same_weights,
 )
@@ -116,7 +115,7 @@ class Engine:
     def side(self) -> int:
         """The side of a picture of the base's own size, in pixels."""
         pipe = self.pipe
-        size: Any = component(pipe, denoiser_name(pipe)).config.sample_size  # type: ignore[union-attr]
+        size = denoiser(pipe).config.sample_size
         return int((size if isinstance(size, int) else size[0]) * getattr(pipe, "vae_scale_factor", 8))
 
     @cached_property
@@ -227,8 +226,8 @@ class Engine:
 def _fingerprints(pipe: Any) -> dict[str, dict[str, float]]:
     """Of every projection, read once while no adapter is in: lists of adapters are compared with them."""
     return {
-        part: {canonical(path): fingerprint(layer, path) for path, layer in projections(component(pipe, part)).items()}
-        for part in present(pipe)
+        part: {canonical(path): fingerprint(layer, path) for path, layer in projections(module).items()}
+        for part, module in components(pipe).items()
     }
 
 

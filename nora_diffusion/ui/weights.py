@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import UserError
 from ..generation.tags import check_range
 from ..loaders import set_adapters
-from ..pipelines.components import component, present
+from ..pipelines.components import components
 
 BLOCKS = ("down", "mid", "up")
 """Parts of a UNet that may have a factor of their own; module paths begin with ``<block>_block``."""
@@ -52,8 +52,8 @@ class AdapterWeights:
 def set_weights(pipe: Any, weights: Mapping[str, AdapterWeights]) -> None:
     """Make exactly these adapters active, each with its weights."""
     set_adapters(pipe, list(weights), [w.unet for w in weights.values()])
-    for part in present(pipe):
-        for path, layer in component(pipe, part).named_modules():
+    for part, module in components(pipe).items():
+        for path, layer in module.named_modules():
             if hasattr(layer, "set_scale"):
                 for name, weight in weights.items():
                     layer.set_scale(name, weight.at(part, path.removeprefix("text_model.")))

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from nora_diffusion import add_adapter, export_lora, save_adapter
 from nora_diffusion.adapters import nora
 from nora_diffusion.loaders import trainable_parameters
-from nora_diffusion.pipelines.components import present
+from nora_diffusion.pipelines.components import components
 
 FORMATS = ("diffusers", "kohya", "peft")
 STRANGER = """
@@ -70,7 +70,7 @@ def count_keys(path: Path) -> int:
 def test_exports_load_where_this_package_is_unknown(model: str, tmp_path: Path, render: Any) -> None:
     pipe = tiny_pipeline(model, tmp_path / "base")
     pipe.save_pretrained(tmp_path / "base")
-    parts = present(pipe)
+    parts = list(components(pipe))
     add_adapter(pipe, nora(r=4, inner_r=2, alpha=6.0, basis="svd", target_modules=["attn", "ff"]), "dog", parts)
     torch.manual_seed(1)
     for parameter in trainable_parameters(pipe, "dog").values():

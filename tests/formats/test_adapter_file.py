@@ -41,7 +41,7 @@ from nora_diffusion.formats.adapter_file import FILE_NAME, AdapterInfo
 from nora_diffusion.formats.model_card import write_card
 from nora_diffusion.formats.packs import SUFFIX
 from nora_diffusion.loaders import list_adapters, set_rank, trainable_parameters
-from nora_diffusion.pipelines.components import canonical, nora_layers
+from nora_diffusion.pipelines.components import canonical, components, nora_layers
 
 PARTS = ("unet", "text_encoder")
 EVERYTHING = ["attn", "ff", "proj", "conv"]
@@ -131,11 +131,13 @@ def test_expected_sizes_on_the_layout_of_sd_1_5(tmp_path: Path) -> None:
     assert len(list((tmp_path / "bases").glob("*.safetensors"))) == 1
 
 
-@pytest.mark.parametrize("verb", [set_adapters, delete_adapter, set_rank, loaded_source, "save", "batch"])
+@pytest.mark.parametrize("verb", [set_adapters, delete_adapter, set_rank, "source", "save", "batch"])
 def test_an_unknown_name_is_answered_with_those_there_are(pipe: Any, tmp_path: Path, verb: Any) -> None:
     trained(pipe, METHODS["lora"], ("unet",))
     with pytest.raises(UserError, match=r"^there is no adapter named 'ghost' in the pipeline: it has one$"):
-        if verb == "save":
+        if verb == "source":
+            loaded_source(components(pipe), "ghost")
+        elif verb == "save":
             save_adapter(pipe, tmp_path, "ghost")
         elif verb == "batch":
             with mixed_batch(pipe, ["one", "ghost"]):

@@ -33,7 +33,7 @@ from nora_diffusion.formats.adapter_file import FILE_NAME
 from nora_diffusion.formats.foreign_updates import updates
 from nora_diffusion.io.tensor_file import TensorFile
 from nora_diffusion.loaders import list_adapters, trainable_parameters
-from nora_diffusion.pipelines.components import canonical, projections
+from nora_diffusion.pipelines.components import canonical, components, projections
 
 TARGETS = ["to_q", "to_v", "conv1"]
 Make = Callable[[Any, Path], Path]
@@ -173,7 +173,7 @@ def test_dense_updates_are_those_of_the_tool(tiny_base: Path, made: dict[str, tu
     """Adding ``dW`` to the plain weights gives the output of the tool that made the file."""
     pipe, (path, expected) = open_pipeline(tiny_base), made[name]
     with TensorFile(Path(inspect_adapter(path).path)) as reader:
-        for part, module, dense in updates(pipe, reader):
+        for part, module, dense in updates(components(pipe), reader):
             weight = getattr(pipe, part).get_submodule(module).weight
             weight.data += dense.view(weight.shape).float()
     torch.testing.assert_close(output(pipe), expected, atol=1e-5, rtol=1e-4)
@@ -219,7 +219,7 @@ def test_kohya_files_for_sdxl_are_imported(sdxl_file: Any, tmp_path: Path) -> No
     found = []
     for file in (folder / "kohya.safetensors", tmp_path / "sgm.safetensors"):
         with TensorFile(file) as reader:
-            found.append({(part, path): dense for part, path, dense in updates(pipe, reader)})
+            found.append({(part, path): dense for part, path, dense in updates(components(pipe), reader)})
     assert found[0].keys() == found[1].keys() and all(torch.equal(dense, found[1][k]) for k, dense in found[0].items())
     config = nora(r=4, inner_r=2, basis="svd", target_modules=["attn"])
     assert import_lora(pipe, tmp_path / "sgm.safetensors", tmp_path / "back", config).lost < 1e-5
@@ -232,7 +232,7 @@ def test_kohya_files_for_sdxl_load_and_are_checked(sdxl_file: Any, tmp_path: Pat
     save_file(tensors, tmp_path / "sgm.safetensors")
     load_adapter(pipe, tmp_path / "sgm.safetensors", "cat")
     with TensorFile(tmp_path / "sgm.safetensors") as reader:
-        for part, path, dense in updates(pipe, reader):
+        for part, path, dense in updates(components(pipe), reader):
             layer = getattr(pipe, part).get_submodule(path)
             torch.testing.assert_close(layer.get_delta_weight("cat").flatten(1), dense.float(), atol=1e-6, rtol=1e-5)
     delete_adapter(pipe, "cat")

@@ -250,7 +250,7 @@ def test_files_that_lie_about_their_words_are_refused(pipe: Any, tmp_path: Path)
         header.replace(good, '{"a b":["text_encoder"]}'): "tokens has an invalid value",
         header.replace(good, '{"<pet>":["unet"]}'): "tokens has an invalid value",
         header.replace(good, '{"<pet>":[]}'): "tokens has an invalid value",
-        header.replace(good, '{"<pet>":["text_encoder_2"]}'): "'text_encoder_2' is no part of",
+        header.replace(good, '{"<pet>":["text_encoder_2"]}'): "'text_encoder_2' is not a component of",
         header.replace(good, '{"<pet>":["text_encoder"],"<x>":["text_encoder"]}'): "its own description at tokens.1",
         header.replace(f'"tokens":{good},', ""): "its own description at tokens.0",
         header.replace(good, '{"dog":["text_encoder"]}'): "is a word that the tokenizer has already",

@@ -23,7 +23,7 @@ from nora_diffusion.loaders import delete_adapter, trainable_parameters
 from nora_diffusion.pipelines import basis_cache, calibration
 from nora_diffusion.pipelines.basis_cache import entry_key, outer_pairs
 from nora_diffusion.pipelines.calibration import Calibration, activation_strengths
-from nora_diffusion.pipelines.components import nora_layers
+from nora_diffusion.pipelines.components import components, nora_layers
 
 PARTS = ("unet", "text_encoder")
 
@@ -337,13 +337,13 @@ def test_calibration_leaves_active_adapters_out(cache: Path, pipe: Any, monkeypa
     add_adapter(pipe, lora(r=2, target_modules=["attn", "conv"]), "one", PARTS)
     for parameter in trainable_parameters(pipe, "one").values():
         parameter.data.normal_()
-    key = calibration._entry_key(pipe, Calibration())
+    key = calibration._entry_key(pipe, components(pipe), Calibration())
     beside = activation_strengths(pipe)
     assert beside["unet"].keys() == clean["unet"].keys()
     torch.testing.assert_close(beside, clean)
     assert not any(layer.disable_adapters for layer in nora_layers(pipe.unet, "one").values())
     delete_adapter(pipe, "one")
-    assert calibration._entry_key(pipe, Calibration()) == key
+    assert calibration._entry_key(pipe, components(pipe), Calibration()) == key
 
 
 def test_calibration_on_a_subject_shows_its_pictures(cache: Path, pipe: Any) -> None:

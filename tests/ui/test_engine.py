@@ -16,7 +16,7 @@ from PIL import Image
 
 from nora_diffusion import UserError
 from nora_diffusion.generation.image_settings import read_settings
-from nora_diffusion.pipelines.components import component
+from nora_diffusion.pipelines.components import components
 from nora_diffusion.ui.config import AppConfig
 from nora_diffusion.ui.device import Device
 from nora_diffusion.ui.engine import Engine
@@ -113,7 +113,7 @@ def test_weights_by_part_and_block(engine: Engine, library: Path, compiled: bool
     engine.use([Wanted("dog", library / "dog" / "nora_adapter.safetensors", weights)])
     scales: dict[str, set[float]] = {}
     for part in ("unet", "text_encoder"):
-        for path, layer in component(engine.pipe, part).named_modules():
+        for path, layer in components(engine.pipe)[part].named_modules():
             for name, native in getattr(layer, "nora_scale", {}).items():
                 scales.setdefault(f"{part}.{path.split('_block')[0]}"[:9], set()).add(layer.scaling[name] / native)
     engine.use([])
