@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..adapters import AdapterConfig, NoraLayer
 from ..adapters.config import fits
 from ..adapters.targets import TARGET_GROUPS
+from ..adapters.tuner.mixed_rows import serves_rows
 from ..errors import UserError
 
 FINGERPRINT_TOLERANCE = 1e-2
@@ -225,7 +226,7 @@ def refuse_offloaded(modules: Modules) -> None:
 
 def refuse_serving(modules: Modules) -> None:
     """Raise :class:`UserError` inside ``mixed_batch``, where adapters cannot be added or removed."""
-    if any(getattr(module, "serves_rows", False) for module in modules.values()):
+    if any(serves_rows(module) for module in modules.values()):
         raise UserError("the pipeline is serving a mixed batch: leave that context first")
 
 

@@ -91,14 +91,20 @@ def connect(model: nn.Module) -> None:
     """
     deltas = _conditioned(model)
     names = {name for delta in deltas for name in delta.router.split("+")}
-    watch: RouterInputHooks | None = getattr(model, "_nora_conditions", None)
-    if watch is not None and watch.names != names:
-        watch.remove()
-        watch = None
-    if names and watch is None:
-        watch = RouterInputHooks(model, names)
+    hooks = connected(model)
+    if hooks is not None and hooks.names != names:
+        hooks.remove()
+        hooks = None
+    if names and hooks is None:
+        hooks = RouterInputHooks(model, names)
     for delta in deltas:
-        delta.router_inputs = watch.router_inputs if watch else None
+        delta.router_inputs = hooks.router_inputs if hooks else None
+
+
+def connected(model: nn.Module) -> RouterInputHooks | None:
+    """The hooks on a model, if any: found among the model's own, which its copies and pickles carry along."""
+    owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, RouterInputHooks)), None)
 
 
 def _conditioned(model: nn.Module) -> list[RoutedDelta]:
@@ -128,14 +134,11 @@ class RouterInputHooks:
                 if _is_unet(model)
                 else place.register_forward_hook(self._see_embedding)
             )
-        model._nora_conditions = self  # type: ignore[assignment]
-        self._model = model
 
     def remove(self) -> None:
         """Take the hooks out."""
         for handle in self._handles:
             handle.remove()
-        self._model.__dict__.pop("_nora_conditions", None)
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.router_inputs.was_read and not _conditioned(model):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from ...errors import UserError
 from ..deltas import functional
 from ..deltas.chain import ChainDelta
 from .layer import NoraLayer
+
+_SERVING: WeakSet[nn.Module] = WeakSet()
 
 RowSpec = Mapping[str, float]
 """The adapters of one row with their weights; empty for the base alone."""
@@ -259,6 +262,11 @@ def _same_rank(layer: NoraLayer, one: str, two: str) -> bool:
     return len({delta.rank or delta.full_rank for delta in deltas}) == 1
 
 
+def serves_rows(model: nn.Module) -> bool:
+    """Whether a model is inside :func:`serve_rows`."""
+    return model in _SERVING
+
+
 @contextmanager
 def serve_rows(model: nn.Module, plan: RowPlan) -> Iterator[None]:
     """Have a model's layers follow a plan instead of their active set; all is as it was when the context ends.
@@ -266,11 +274,11 @@ def serve_rows(model: nn.Module, plan: RowPlan) -> Iterator[None]:
     The plan's weights stand in for those that were set. Raises :class:`UserError` where a plan is followed already.
     """
     layers = [module for module in model.modules() if isinstance(module, NoraLayer)]
-    if getattr(model, "serves_rows", False):
+    if serves_rows(model):
         raise UserError("this model already serves a mixed batch: leave that context first")
-    model.serves_rows = True  # type: ignore[assignment]
+    _SERVING.add(model)
     with ExitStack() as stack:
-        stack.callback(delattr, model, "serves_rows")
+        stack.callback(_SERVING.discard, model)
         stack.callback(model.register_forward_pre_hook(_counting(plan), with_kwargs=True).remove)
         for layer in layers:
             stack.callback(_restore, layer, dict(layer.scaling))
