@@ -17,9 +17,8 @@ from typing import Any
 from nora_diffusion import load_adapter, load_base, mix, overlap_files, set_adapters, train
 from nora_diffusion.composition.modes import MODES
 from nora_diffusion.demo import open_example
-from nora_diffusion.generation.generate import run
+from nora_diffusion.generation.sampling import Sampling, sample_images
 from nora_diffusion.io.files import write_atomic
-from nora_diffusion.pipelines.base import EMBEDDED_GUIDANCE
 from nora_diffusion.reports.sheets import contact_sheet
 from nora_diffusion.scoring.judges import load_judge, subject_score
 from nora_diffusion.training import TrainConfig
@@ -85,7 +84,7 @@ def picture(work: Path, target: Path) -> list[str]:
         scores, cells = [], []
         for example in examples:
             prompts = [scene.format(example.phrase) for scene in SCENES]
-            images = run(pipe, prompts, list(range(len(prompts))), 20, EMBEDDED_GUIDANCE)
+            images = sample_images(pipe, prompts, list(range(len(prompts))), Sampling.for_base(None))
             scores.append(subject_score(judge, images, example.scoring_pictures()))
             cells += [(image, title.replace("_", " ")) for image in images[:2]]
         columns.append(cells)

@@ -121,16 +121,16 @@ def _train_config(example: Example, folder: Path, max_train_steps: int | None) -
 
 
 def _generate(example: Example, folder: Path) -> tuple[list[Image.Image], list[Image.Image]]:
-    from .generation.generate import run
+    from .generation.sampling import Sampling, sample_images
     from .loaders import load_adapter
-    from .pipelines.base import EMBEDDED_GUIDANCE, EMBEDDED_STEPS, load_base
+    from .pipelines.base import load_base
 
-    pipe = load_base()
+    pipe, sampling = load_base(), Sampling.for_base(None)
     seeds = [SEED + i for i in range(len(example.prompts))]
     prompts = [p.format(example.phrase) for p in example.prompts]
-    base = run(pipe, prompts, seeds, EMBEDDED_STEPS, EMBEDDED_GUIDANCE)
+    base = sample_images(pipe, prompts, seeds, sampling)
     load_adapter(pipe, folder, "subject")
-    return base, run(pipe, prompts, seeds, EMBEDDED_STEPS, EMBEDDED_GUIDANCE)
+    return base, sample_images(pipe, prompts, seeds, sampling)
 
 
 def _grid(example: Example, base: list[Image.Image], nora: list[Image.Image]) -> Image.Image:

@@ -54,11 +54,10 @@ def serve_once(flags: list[str]) -> None:
     import httpx
 
     from nora_diffusion.cli import build_parser
-    from nora_diffusion.ui import AppConfig
+    from nora_diffusion.cli.app import app_config
     from nora_diffusion.ui.server import started
 
-    values = vars(build_parser().parse(["app", *flags, "--port", "0"]))
-    with started(AppConfig(**{k: v for k, v in values.items() if k not in ("command", "run")})) as (_, url):
+    with started(app_config(build_parser().parse(["app", *flags, "--port", "0"]))) as (_, url):
         assert httpx.get(url).status_code == 200
 
 

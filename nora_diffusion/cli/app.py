@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from .opening import add_opening_arguments
+from .flags import add_source_flags, source_of
+
+if TYPE_CHECKING:
+    from ..ui import AppConfig
 
 HELP = "generate, mix, train and compare in the browser"
 
@@ -14,7 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..ui import AppConfig
 
     first = AppConfig()
-    parser.add_argument("--base", help="pipeline folder or hub id; without it the embedded base")
     parser.add_argument("--port", type=int, default=first.port, help=f"default {first.port}; 0 takes any free one")
     parser.add_argument(
         "--listen", default=first.listen, metavar="ADDRESS", help=f"default {first.listen}, this machine only"
@@ -26,12 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow_changes", action="store_true", help="with --listen: let users train, upload and delete"
     )
-    parser.add_argument("--device", help="cpu, cuda, mps ... (default: the best there is)")
-    add_opening_arguments(parser)
+    add_source_flags(parser)
 
 
 def run(values: argparse.Namespace) -> None:
     """Serve until Ctrl-C."""
-    from ..ui import AppConfig, serve
+    from ..ui import serve
 
-    serve(AppConfig(**{k: v for k, v in vars(values).items() if k not in ("command", "run")}))
+    serve(app_config(values))
+
+
+def app_config(values: argparse.Namespace) -> AppConfig:
+    """The settings that the flags give."""
+    from ..ui import AppConfig
+
+    return AppConfig(source_of(values), values.port, values.listen, values.library, values.auth, values.allow_changes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .opening import add_opening_arguments
+from .flags import add_sampling_flags, add_source_flags, sampling_of, source_of
 
 HELP = "score adapters by the DreamBooth protocol: DINO, CLIP-I, CLIP-T and diversity, as JSON and one page"
 
@@ -16,7 +16,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the table's rows; {subject} stands for the subject's name; the base alone takes part anyway",
     )  # fmt: skip
     parser.add_argument("--subjects", nargs="+", metavar="FOLDER", required=True, help="folders of real pictures")
-    parser.add_argument("--base", help="pipeline folder or hub id; without it the embedded base")
     parser.add_argument(
         "--prompts",
         help="object, live, or a text file of prompts with {} for the subject (default: its own, else object)",
@@ -26,12 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--judge", help="CLIP folder or hub id (default on the embedded base: its tiny one)")
     parser.add_argument("--dino", help="vision model folder or hub id, for example facebook/dinov2-base")
-    parser.add_argument("--steps", type=int, help="denoising steps, 1 to 1000 (default: what suits the base)")
-    parser.add_argument("--guidance", type=float, help="guidance scale, 0 to 100 (default: what suits the base)")
-    parser.add_argument("--width", type=int, help="width in pixels, a multiple of 8 (default: the base's own)")
-    parser.add_argument("--height", type=int, help="height in pixels, a multiple of 8 (default: the base's own)")
-    parser.add_argument("--device", help="cpu, cuda, mps ... (default: the best there is)")
-    add_opening_arguments(parser)
+    add_sampling_flags(parser)
+    add_source_flags(parser)
     parser.add_argument("--out", default="outputs/evaluation", help="folder; the same one goes on with it")
 
 
@@ -41,7 +36,10 @@ def run(values: argparse.Namespace) -> None:
     from ..evaluation.report import write_reports
     from ..evaluation.scoreboard import rows_of, summarize
 
-    config = EvaluationConfig(**{k: v for k, v in vars(values).items() if k not in ("command", "run")})
+    config = EvaluationConfig(
+        values.adapters, values.subjects, sampling_of(values), source_of(values), values.prompts, values.seeds,
+        values.judge, values.dino, values.out,
+    )  # fmt: skip
     board = evaluate(config)
     place = write_reports(board)
     print(f"{'':<20}" + "".join(f"{name:>24}" for name in board.metrics))

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..formats.adapter_file import FILE_NAME, inspect_adapter
-from ..generation.generate import GenerateConfig, parse_adapter
+from ..generation.generate import parse_adapter
+from ..generation.sampling import MAX_SEED, Sampling, check_prompt, check_range
 from ..generation.tags import parse_tags
 from ..io.run_layout import CHECKPOINTS, checkpoint_steps
 
@@ -24,32 +25,28 @@ RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 @dataclass(frozen=True)
 class Cell:
-    """The settings of one picture.
+    """The settings of one image.
 
-    ``adapter``: a path, or ``None`` for the base alone; ``{method}`` in it stands for ``method``. ``step`` picks that
-    checkpoint of a run folder. ``None`` for ``steps`` or ``guidance`` is what suits the base.
+    ``adapter``: a path, or ``None`` for the base alone; ``{method}`` in it stands for ``method``. ``step`` selects that
+    checkpoint of a run folder.
     """
 
+    sampling: Sampling
     prompt: str = ""
     adapter: str | None = None
     weight: float = 1.0
     method: str | None = None
     step: int | None = None
     seed: int = 0
-    steps: int | None = None
-    guidance: float | None = None
-    negative_prompt: str = ""
-    width: int | None = None
-    height: int | None = None
 
     def check(self) -> None:
         """Raises :class:`UserError` for the first setting that makes no sense."""
-        GenerateConfig(
-            [self.prompt], negative_prompt=self.negative_prompt, seed=self.seed, steps=self.steps,
-            guidance=self.guidance, width=self.width, height=self.height,
-        ).check()  # fmt: skip
-        if not abs(self.weight) <= 100:
-            raise UserError(f"weight={self.weight} is out of range: choose -100 to 100")
+        if not self.prompt.strip():
+            raise UserError("there is no prompt: give --prompt")
+        check_prompt(self.prompt)
+        check_range("seed", self.seed, 0, MAX_SEED)
+        check_range("weight", self.weight, -100, 100)
+        self.sampling.check()
         if parse_tags(self.prompt)[1]:
             raise UserError("a grid takes its adapters from an axis: take the <lora:...> tags out of the prompt")
         if self.method is not None and "{method}" not in (self.adapter or ""):
@@ -64,6 +61,10 @@ class Cell:
             return None
         path = Path(self.adapter.replace("{method}", self.method or "{method}")).expanduser()
         return path if self.step is None else checkpoint(path, self.step)
+
+
+SAMPLING_FIELDS = {f.name for f in fields(Sampling)}
+CELL_FIELDS = {f.name for f in fields(Cell)} - {"sampling"}
 
 
 def checkpoint(run: Path, step: int) -> Path:
@@ -86,7 +87,7 @@ class Axis:
     changes: tuple[dict[str, Any], ...]
 
     def __post_init__(self) -> None:
-        known = {f.name for f in fields(Cell)}
+        known = CELL_FIELDS | SAMPLING_FIELDS
         if not self.labels or len(self.labels) != len(self.changes):
             raise UserError(f"the axis {self.name!r} has no values")
         for change in self.changes:
@@ -98,8 +99,11 @@ class Axis:
         return self.labels[place] if self.name in ("", "prompt") else f"{self.name} = {self.labels[place]}"
 
     def apply(self, cell: Cell, place: int) -> Cell:
-        """``cell`` with the changes of one place."""
-        return replace(cell, **self.changes[place])
+        """``cell`` with the changes at one position."""
+        change = self.changes[place]
+        sampling = {name: value for name, value in change.items() if name in SAMPLING_FIELDS}
+        others = {name: value for name, value in change.items() if name in CELL_FIELDS}
+        return replace(cell, sampling=replace(cell.sampling, **sampling), **others)
 
 
 def axis(name: str, values: Sequence[Any]) -> Axis:

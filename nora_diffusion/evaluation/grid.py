@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from torch import Tensor
 from ..data.captions import without_trigger
 from ..errors import UserError
 from ..formats.adapter_file import AdapterInfo, given_name, inspect_adapter
-from ..generation.generate import OnStep, image_settings, run
 from ..generation.image_settings import read_settings, save_image
+from ..generation.sampling import OnStep, describe_image, sample_images
 from ..io.files import write_atomic
 from ..io.images import load_image, png
 from ..loaders import delete_adapter, load_adapter, set_adapters
-from ..pipelines.base import base_id, best_device, default_guidance, default_steps, open_pipeline
+from ..pipelines.base import BaseSource, base_id
 from ..pipelines.components import denoiser, fingerprint, projections
-from ..pipelines.precision import AUTO, dtype_name
+from ..pipelines.precision import dtype_name
 from ..reports.sheets import contact_sheet
 from ..scoring.judges import Judge, image_features, text_features
 from ..scoring.metrics import agreement, likeness
@@ -40,21 +40,16 @@ LABEL_LENGTH = 28
 class GridConfig:
     """A grid: the common settings and up to three axes.
 
-    ``out`` keeps its cells, so that it can be gone on with; ``private`` leaves the adapters' folders out of them.
-    ``dtype``, ``variant`` and ``revision`` are as :func:`open_pipeline` has them.
+    ``out`` keeps the cells, so that a stopped grid can go on; ``private`` records the adapters without their folders.
     """
 
     cell: Cell
     x: Axis
     y: Axis = NO_AXIS
     z: Axis = NO_AXIS
-    base: str | None = None
-    device: str | None = None
+    source: BaseSource = field(default_factory=BaseSource)
     out: str = "outputs/grid"
     private: bool = False
-    dtype: str = AUTO
-    variant: str | None = None
-    revision: str | None = None
 
     def cells(self) -> list[tuple[tuple[int, int, int], Cell]]:
         """All ``((x, y, z), cell)``, row by row. Raises :class:`UserError` before anything is made."""
@@ -101,19 +96,16 @@ class Grid:
         self.places = config.cells()
         paths = {path for _, cell in self.places if (path := cell.path) is not None}
         self.adapters: dict[Path, AdapterInfo] = {path: inspect_adapter(path) for path in paths}
-        self.pipe = _open(config) if pipe is None else pipe
+        self.pipe = config.source.open() if pipe is None else pipe
         self._base = base_description(self.pipe)
         self.files = {place: self._file(cell) for place, cell in self.places}
-
-    def _settled(self, cell: Cell) -> Cell:
-        guidance = default_guidance(self.config.base) if cell.guidance is None else cell.guidance
-        steps = cell.steps or default_steps(self.config.base)
-        return replace(cell, steps=steps, guidance=float(guidance), weight=float(cell.weight))
 
     def _file(self, cell: Cell) -> Path:
         """Where a cell lies: named by the hash of all that its pixels depend on."""
         path = cell.path
-        values = asdict(self._settled(cell)) | {
+        values = asdict(cell.sampling) | {
+            "prompt": cell.prompt,
+            "seed": cell.seed,
             "adapter": self.adapters[path].sha256 if path else None,
             "weight": float(cell.weight) if path else None,
             "method": None,
@@ -152,7 +144,7 @@ class Grid:
                         loaded = cell.path
                 if loaded is not None:
                     set_adapters(self.pipe, [NAME], [cell.weight])
-                self._render(self._settled(cell), on_step)
+                self._render(cell, on_step)
                 done += 1
                 yield done, total
         finally:
@@ -160,22 +152,16 @@ class Grid:
                 delete_adapter(self.pipe, NAME)
 
     def _render(self, cell: Cell, on_step: OnStep | None) -> None:
-        steps, guidance = cell.steps or 0, cell.guidance or 0.0  # settled
-        image = run(
-            self.pipe, [cell.prompt], [cell.seed], steps, guidance, cell.negative_prompt,
-            cell.width, cell.height, on_step,
-        )[0]  # fmt: skip
+        image = sample_images(self.pipe, [cell.prompt], [cell.seed], cell.sampling, on_step)[0]
         adapters = []
         if (path := cell.path) is not None:
             info = self.adapters[path]
             place = Path(info.path).name if self.config.private else info.path
             adapters = [
-                {"name": given_name(info.path), "weight": cell.weight,
+                {"name": given_name(info.path), "weight": float(cell.weight),
                  "sha256": info.sha256, "path": place, "trigger": info.trigger}
             ]  # fmt: skip
-        settings = image_settings(
-            self.pipe, image, cell.prompt, cell.seed, steps, guidance, cell.negative_prompt, adapters
-        )
+        settings = describe_image(self.pipe, image, cell.prompt, cell.seed, cell.sampling, adapters)
         save_image(image, self._file(cell), settings)
 
     def finish(self, judge: Judge | None = None, references: Sequence[Image.Image] = ()) -> list[MadeCell]:
@@ -225,10 +211,6 @@ class Grid:
                 for cell in cells
             ],
         }
-
-
-def _open(config: GridConfig) -> Any:
-    return open_pipeline(config.base, config.dtype, config.device or best_device(), config.revision, config.variant)
 
 
 def run_grid(config: GridConfig, judge: Judge | None = None, references: Sequence[Image.Image] = ()) -> Path:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..data.captions import fill
 from ..errors import UserError
 from ..formats.adapter_file import AdapterInfo, inspect_adapter
 from ..generation.generate import parse_adapter
+from ..generation.sampling import Sampling, check_range
 from ..io.images import load_image
-from ..pipelines.base import base_id, best_device, check_device, default_steps, open_pipeline
-from ..pipelines.precision import AUTO, dtype_name, resolve_dtype
+from ..pipelines.base import BaseSource, base_id
+from ..pipelines.precision import dtype_name
 from ..scoring.judges import Judge, check_judge, image_features, load_judges, text_features
 from ..scoring.metrics import agreement, diversity, likeness
 from .axes import NONE, Cell, axis
@@ -31,26 +33,24 @@ class EvaluationConfig:
     """What ``nora-diffusion evaluate`` does.
 
     ``adapters`` are ``[LABEL=]PATH[:WEIGHT]``, ``{subject}`` in them stands for the subject's name; the base alone
-    always takes part. ``subjects`` are folders of real pictures. ``dtype``, ``variant`` and ``revision`` are as
-    :func:`open_pipeline` has them; the judges compute in fp32 whatever it is.
+    always takes part. ``subjects`` are folders of real pictures. The judges compute in fp32 whatever the dtype of
+    ``source`` is.
     """
 
     adapters: list[str]
     subjects: list[str]
-    base: str | None = None
+    sampling: Sampling
+    source: BaseSource = field(default_factory=BaseSource)
     prompts: str | None = None
     seeds: int = 4
     judge: str | None = None
     dino: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    width: int | None = None
-    height: int | None = None
-    device: str | None = None
     out: str = "outputs/evaluation"
-    dtype: str = AUTO
-    variant: str | None = None
-    revision: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """All settings in one flat table, as ``evaluation.json`` has them."""
+        values = asdict(self)
+        return values.pop("source") | values.pop("sampling") | values
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,11 @@ def evaluate(config: EvaluationConfig) -> Scoreboard:
     from tqdm.auto import tqdm
 
     contenders, subjects = check(config)
-    device = config.device or best_device()
-    check_device(device)
-    dtype = resolve_dtype(config.dtype, device)
+    device, dtype = config.source.resolve()
     judges = load_judges(config.judge, config.dino, device)
-    pipe = open_pipeline(config.base, dtype, device, config.revision, config.variant)
-    steps = config.steps or default_steps(config.base)
-    found = {"base": base_id(pipe), "judge": config.judge or "tiny", "steps": steps, "dtype": dtype_name(dtype)}
-    board = Scoreboard(asdict(config) | found, [c.label for c in contenders], Path(config.out).expanduser())
+    pipe = config.source.open()
+    found = {"base": base_id(pipe), "judge": config.judge or "tiny", "dtype": dtype_name(dtype)}
+    board = Scoreboard(config.settings() | found, [c.label for c in contenders], Path(config.out).expanduser())
     total = sum(len(s.templates) for s in subjects) * len(contenders) * config.seeds
     with tqdm(total=total, desc="pictures", mininterval=0.5) as bar:
         for subject in subjects:
@@ -128,9 +125,8 @@ def check(config: EvaluationConfig) -> tuple[list[Contender], list[EvaluatedSubj
 def _check(config: EvaluationConfig) -> None:
     if not config.subjects:
         raise UserError("there is no subject: give --subjects examples/subjects/tiger, or a folder of photos")
-    if not 1 <= config.seeds <= 100:
-        raise UserError(f"seeds={config.seeds} is out of range: choose 1 to 100")
-    check_judge(config.judge, config.base)
+    check_range("seeds", config.seeds, 1, 100)
+    check_judge(config.judge, config.source.base)
 
 
 def _inspect(contenders: Sequence[Contender], subject: EvaluatedSubject) -> list[AdapterInfo]:
@@ -138,14 +134,9 @@ def _inspect(contenders: Sequence[Contender], subject: EvaluatedSubject) -> list
 
 
 def _grid(config: EvaluationConfig, contender: Contender, subject: EvaluatedSubject) -> GridConfig:
-    cell = Cell(
-        adapter=contender.adapter(subject.name), weight=contender.weight, steps=config.steps, guidance=config.guidance,
-        width=config.width, height=config.height,
-    )  # fmt: skip
+    cell = Cell(config.sampling, adapter=contender.adapter(subject.name), weight=contender.weight)
     prompts = [fill(template, subject.phrase) for template in subject.templates]
-    return GridConfig(
-        cell, axis("seed", range(config.seeds)), axis("prompt", prompts), base=config.base, out=config.out
-    )
+    return GridConfig(cell, axis("seed", range(config.seeds)), axis("prompt", prompts), out=config.out)
 
 
 class Scorer:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,61 +15,41 @@ from ..formats.adapter_file import inspect_adapter
 from ..io.files import user_errors
 from ..loaders import LoadedAdapter, list_adapters, load_adapter, set_adapters
 from ..loaders.load import located
-from ..pipelines.base import base_id, best_device, default_guidance, default_steps, open_pipeline
-from ..pipelines.components import denoiser
-from ..pipelines.precision import AUTO, check_dtype, dtype_name, keeping_dtype
-from ..versions import versions
-from .image_settings import ImageSettings, save_image
+from ..pipelines.base import BaseSource
+from .image_settings import save_image
 from .library import Known, adapters_in, given, resolve
+from .sampling import MAX_SEED, Sampling, check_prompt, check_range, describe_image, sample_images
 from .tags import Tag, parse_tags, parse_weight
-
-OnStep = Callable[[int, Any], None]
-MAX_STEPS, MAX_SIDE, MAX_PROMPT = 1000, 4096, 4000
 
 
 @dataclass
 class GenerateConfig:
-    """What to generate: ``num`` pictures of each prompt; picture ``i`` has the seed ``seed + i``.
+    """What to generate: ``num`` images of each prompt; image ``i`` has the seed ``seed + i``.
 
     ``adapters`` act on every prompt, at their weight or at the one that a prompt's ``<lora:name:0.8>`` gives; those in
-    the folder ``library`` only on prompts that name them. ``None`` is what suits the base. ``dtype``, ``variant`` and
-    ``revision`` are as :func:`open_pipeline` has them.
+    the folder ``library`` only on prompts that name them. ``batch`` images are generated at a time.
     """
 
     prompts: list[str]
-    base: str | None = None
+    sampling: Sampling
+    source: BaseSource = field(default_factory=BaseSource)
     adapters: list[str] = field(default_factory=list)
     library: str | None = None
-    negative_prompt: str = ""
     num: int = 1
     seed: int = 0
-    steps: int | None = None
-    guidance: float | None = None
-    width: int | None = None
-    height: int | None = None
     batch: int = 4
-    device: str | None = None
     out: str = "outputs"
-    dtype: str = AUTO
-    variant: str | None = None
-    revision: str | None = None
 
     def check(self) -> None:
         """Raises :class:`UserError` for the first setting that makes no sense."""
         if not self.prompts or not all(p.strip() for p in self.prompts):
             raise UserError("there is no prompt: give --prompt")
-        if max(map(len, self.prompts)) > MAX_PROMPT:
-            raise UserError(f"a prompt has more than {MAX_PROMPT} characters: shorten it")
-        ranges = {"num": 10_000, "steps": MAX_STEPS, "batch": 256, "seed": 2**63, "guidance": 100}
-        for name, high in ranges.items():
-            value, low = getattr(self, name), 0 if name in ("seed", "guidance") else 1
-            if value is not None and not low <= value <= high:
-                raise UserError(f"{name}={value} is out of range: choose {low} to {high}")
-        check_dtype(self.dtype)
-        for name in ("width", "height"):
-            side = getattr(self, name)
-            if side is not None and not (8 <= side <= MAX_SIDE and side % 8 == 0):
-                raise UserError(f"{name}={side} will not do: choose a multiple of 8 up to {MAX_SIDE}")
+        for prompt in self.prompts:
+            check_prompt(prompt)
+        check_range("num", self.num, 1, 10_000)
+        check_range("batch", self.batch, 1, 256)
+        check_range("seed", self.seed, 0, MAX_SEED)
+        self.sampling.check()
 
 
 def parse_adapter(text: str) -> tuple[str, float]:
@@ -92,21 +70,16 @@ def generate(config: GenerateConfig) -> list[Path]:
     _check_writable(out)
     for adapter in dict.fromkeys(adapter for _, live in wanted for adapter in live):
         inspect_adapter(located(adapter.path))  # refuse before a model is loaded
-    pipe = open_pipeline(config.base, config.dtype, config.device or best_device(), config.revision, config.variant)
+    pipe = config.source.open()
     loaded = _load_all(pipe, [adapter for _, live in wanted for adapter in live])
-    guidance = default_guidance(config.base) if config.guidance is None else config.guidance
-    steps = config.steps or default_steps(config.base)
     jobs = [(prompt, config.seed + i, live) for prompt, live in wanted for i in range(config.num)]
     files = []
     for batch, live in _batches(jobs, config.batch):
         _use(pipe, {loaded[adapter].name: tag for adapter, tag in live.items()})
-        images = run(
-            pipe, [p for p, _ in batch], [s for _, s in batch], steps, guidance,
-            config.negative_prompt, config.width, config.height,
-        )  # fmt: skip
+        images = sample_images(pipe, [p for p, _ in batch], [s for _, s in batch], config.sampling)
         described = [_describe(loaded[adapter], tag) for adapter, tag in live.items()]
         for image, (prompt, seed) in zip(images, batch, strict=True):
-            settings = image_settings(pipe, image, prompt, seed, steps, guidance, config.negative_prompt, described)
+            settings = describe_image(pipe, image, prompt, seed, config.sampling, described)
             files.append(save_image(image, free_name(out, seed), settings))
     return files
 
@@ -152,67 +125,6 @@ def _weights(tag: Tag, parts: Sequence[str]) -> float | dict[str, float]:
     if tag.unet == tag.te:
         return tag.unet
     return {part: tag.te if part.startswith("text_encoder") else tag.unet for part in parts}
-
-
-def run(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, negative: str = "",
-    width: int | None = None, height: int | None = None, on_step: OnStep | None = None,
-) -> list[Any]:  # fmt: skip
-    """One call of the pipeline; each picture has a generator of its own, so that batches do not matter.
-
-    ``on_step(step, latents)`` is called after each step, counted from 1; what it raises ends the call at once. It gets
-    the clean latents that this step predicts, where the scheduler tells them, else the noisy ones.
-    """
-    import torch
-
-    # diffusers decodes in fp32 where fp16 overflows, and would leave the VAE so when memory runs out there.
-    with keeping_dtype(pipe.vae), _predictions(pipe.scheduler, wanted=on_step is not None) as predicted:
-
-        def callback(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
-            if on_step is not None:
-                on_step(step + 1, predicted.pop() if predicted else values["latents"])
-            return values
-
-        images: list[Any] = pipe(
-            list(prompts), negative_prompt=[negative] * len(prompts) if negative else None, num_inference_steps=steps,
-            guidance_scale=guidance, generator=[torch.Generator().manual_seed(seed) for seed in seeds], width=width,
-            height=height, callback_on_step_end=callback if on_step else None,
-        ).images  # fmt: skip
-    return images
-
-
-@contextmanager
-def _predictions(scheduler: Any, wanted: bool) -> Iterator[list[Any]]:
-    """A list that holds the last step's ``pred_original_sample``, which pipelines ask the scheduler to leave out."""
-    predicted: list[Any] = []
-    if not wanted:
-        yield predicted
-        return
-    step = scheduler.step
-
-    def listening(*args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **{**kwargs, "return_dict": True})
-        clean = getattr(result, "pred_original_sample", None)
-        predicted[:] = [] if clean is None else [clean]
-        return (result.prev_sample,)
-
-    scheduler.step = functools.wraps(step)(listening)  # pipelines look at its signature
-    try:
-        yield predicted
-    finally:
-        del scheduler.step
-
-
-def image_settings(
-    pipe: Any, image: Any, prompt: str, seed: int, steps: int, guidance: float, negative: str,
-    adapters: list[dict[str, Any]],
-) -> ImageSettings:  # fmt: skip
-    """What made a picture, as it is written into its file."""
-    return ImageSettings(
-        prompt=prompt, seed=seed, steps=steps, guidance=guidance, width=image.width, height=image.height,
-        negative_prompt=negative, sampler=type(pipe.scheduler).__name__, base=base_id(pipe), adapters=adapters,
-        versions=versions(), dtype=dtype_name(denoiser(pipe).dtype),
-    )  # fmt: skip
 
 
 def _check_writable(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,44 @@ def open_pipeline(
     pipe = _from_pretrained(check_base(path_or_id), dtype, revision, variant)
     pipe.set_progress_bar_config(disable=True)
     return pipe if device is None else pipe.to(device)
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Which base to open, and how.
+
+    ``base``: pipeline folder or hub id (``None``: the embedded base). ``device``: a torch device (``None``: the best
+    one available). ``dtype``, ``variant`` and ``revision``: see :func:`open_pipeline`.
+    """
+
+    base: str | None = None
+    device: str | None = None
+    dtype: str = "auto"
+    variant: str | None = None
+    revision: str | None = None
+
+    def resolve(self) -> tuple[str, Any]:
+        """The device and the torch dtype to run in. Raises :class:`UserError` if this machine cannot do it."""
+        from .precision import resolve_dtype
+
+        device = self.device or best_device()
+        check_device(device)
+        return device, resolve_dtype(self.dtype, device)
+
+    def check(self) -> None:
+        """Raises :class:`UserError` for a base, device or dtype that cannot be used. Loads nothing."""
+        check_base(self.base)
+        self.resolve()
+
+    def absolute(self) -> BaseSource:
+        """The same with an absolute path if the base is a folder."""
+        folder = Path(self.base).expanduser() if self.base else None
+        return replace(self, base=str(folder.resolve())) if folder and folder.exists() else self
+
+    def open(self) -> Any:
+        """Load the pipeline and move it to its device. Raises :class:`UserError`."""
+        device, dtype = self.resolve()
+        return open_pipeline(self.base, dtype, device, self.revision, self.variant)
 
 
 def best_device() -> str:

@@ -128,8 +128,7 @@ def check_size(config: GridConfig) -> GridConfig:
     if len(cells) > MAX_CELLS:
         raise UserError(f"{len(cells)} cells are too many here: {MAX_CELLS} are the limit; see nora-diffusion grid")
     for _, cell in cells:
-        if (cell.steps or 0) > MAX_STEPS or max(cell.width or 0, cell.height or 0) > MAX_SIDE:
-            raise UserError(f"a cell has more than {MAX_STEPS} steps or {MAX_SIDE} pixels: choose fewer")
+        cell.sampling.check(MAX_STEPS, MAX_SIDE)
     return config
 
 
@@ -137,7 +136,7 @@ def build_grid(app: App, cell: Cell, axes: Sequence[Axis]) -> GridConfig:
     """The grid of a page; all of them share one folder of cells, so that none is ever made twice."""
     x, y, z = axes
     out = app.library.folder / ".grids"
-    return check_size(GridConfig(cell, x, y, z, base=app.engine.base, out=str(out), private=True))
+    return check_size(GridConfig(cell, x, y, z, out=str(out), private=True))
 
 
 def compare(app: App, config: GridConfig, adapter: str, scored: bool, run: Run) -> Comparison:
@@ -152,7 +151,7 @@ def compare(app: App, config: GridConfig, adapter: str, scored: bool, run: Run) 
 
     for done, total in grid.make(watch):
         run.check()
-        run.report(picture=min(done + 1, total), pictures=total, step=0, steps=config.cell.steps or 0)
+        run.report(picture=min(done + 1, total), pictures=total, step=0, steps=config.cell.sampling.steps)
     judge, references = _judge(app, adapter) if scored else (None, [])
     made = grid.finish(judge, references)
     folder = grid.folder

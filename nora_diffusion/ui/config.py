@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UserError
-from ..pipelines.base import best_device, check_base, check_device
+from ..pipelines.base import BaseSource
 
 DEFAULT_PORT = 7860
 DEFAULT_LIBRARY = "outputs/library"
@@ -18,32 +18,21 @@ CACHE_SECONDS = (3600, 24 * 3600)
 class AppConfig:
     """How to serve the app.
 
-    ``base``: pipeline folder or hub id (None: the embedded base). ``listen``: address to bind. ``library``: folder of
-    adapters; pictures go to ``pictures/`` in it. ``auth``: ``user:password``. ``allow_changes``: off loopback, let
-    users train, upload and delete too. ``dtype``, ``variant`` and ``revision`` are as :func:`open_pipeline` has them; a
-    training takes over the last two.
+    ``source``: the base; trainings use its ``base``, ``variant`` and ``revision`` too. ``listen``: address to bind.
+    ``library``: folder of adapters; pictures go to ``pictures/`` in it. ``auth``: ``user:password``. ``allow_changes``:
+    off loopback, let users train, upload and delete too.
     """
 
-    base: str | None = None
+    source: BaseSource = field(default_factory=BaseSource)
     port: int = DEFAULT_PORT
     listen: str = "127.0.0.1"
     library: str = DEFAULT_LIBRARY
     auth: str | None = None
     allow_changes: bool = False
-    device: str | None = None
-    dtype: str = "auto"
-    variant: str | None = None
-    revision: str | None = None
 
     def check(self) -> None:
         """Raises :class:`UserError` for the first setting that makes no sense or is not safe."""
-        # Imported here: torch is slow to import, and the help of commands does not need it.
-        from ..pipelines.precision import resolve_dtype
-
-        check_base(self.base)
-        if self.device is not None:
-            check_device(self.device)
-        resolve_dtype(self.dtype, self.device or best_device())
+        self.source.check()
         if not 0 <= self.port <= 65535:
             raise UserError(f"port={self.port} is out of range: choose 1 to 65535, or 0 for any free one")
         if self.auth is not None and not all(self.credentials):
@@ -77,10 +66,3 @@ class AppConfig:
     def library_folder(self) -> Path:
         """The library as an absolute path, since the server leaves the folder it was started in."""
         return Path(self.library).expanduser().resolve()
-
-    @property
-    def base_name(self) -> str | None:
-        """The base, absolute where it is a folder."""
-        if self.base and Path(self.base).expanduser().exists():
-            return str(Path(self.base).expanduser().resolve())
-        return self.base

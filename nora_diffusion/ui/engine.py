@@ -13,12 +13,12 @@ from typing import Any
 
 from ..errors import UserError
 from ..formats.adapter_file import AdapterInfo
-from ..generation.generate import free_name, image_settings
-from ..generation.generate import run as run_pipeline
+from ..generation.generate import free_name
 from ..generation.image_settings import save_image
+from ..generation.sampling import describe_image, sample_images
 from ..loaders import LoadedAdapter, delete_adapter, load_adapter
 from ..loaders.mixed_batch import mixed_batch
-from ..pipelines.base import base_id, best_device, default_guidance, is_embedded, open_pipeline
+from ..pipelines.base import BaseSource, base_id, best_device, default_guidance, is_embedded
 from ..pipelines.components import (
     canonical,
     components,
@@ -28,7 +28,6 @@ from ..pipelines.components import (
     projections,
     same_weights,
 )
-from ..pipelines.precision import AUTO
 from .entries import Stamp, stamp_of
 from .messages import short_name
 from .preview import LatentPreview
@@ -44,12 +43,8 @@ PREVIEWS = 6
 class Engine:
     """Loads the base when first needed and keeps only the adapters of the last request in it."""
 
-    def __init__(
-        self, base: str | None = None, device: str | None = None, dtype: str = AUTO, variant: str | None = None,
-        revision: str | None = None,
-    ) -> None:  # fmt: skip
-        self.base, self.variant, self.revision = base, variant, revision
-        self.device, self.dtype = device, dtype
+    def __init__(self, source: BaseSource) -> None:
+        self.source = source
         self._loaded: dict[str, tuple[Stamp, LoadedAdapter]] = {}
         self._loading = threading.Lock()
         self._pipe: Any = None
@@ -60,7 +55,7 @@ class Engine:
         """The pipeline, loaded when first asked for."""
         with self._loading:
             if self._pipe is None:
-                pipe = open_pipeline(self.base, self.dtype, self.home, self.revision, self.variant)
+                pipe = self.source.open()
                 self._fingerprints = _fingerprints(pipe)
                 self._pipe = pipe
             return self._pipe
@@ -68,7 +63,7 @@ class Engine:
     @property
     def home(self) -> str:
         """Where pictures are made, and subjects learned while the base rests."""
-        return self.device or best_device()
+        return self.source.device or best_device()
 
     @property
     def rests(self) -> bool:
@@ -104,12 +99,12 @@ class Engine:
     @property
     def guidance(self) -> float:
         """The guidance scale that suits the base."""
-        return default_guidance(self.base)
+        return default_guidance(self.source.base)
 
     @property
     def is_embedded(self) -> bool:
         """Whether this is the base that comes with the package."""
-        return is_embedded(self.base)
+        return is_embedded(self.source.base)
 
     @cached_property
     def side(self) -> int:
@@ -162,7 +157,7 @@ class Engine:
         request.check()
         described = self.use(request.adapters)
         files: list[Path] = []
-        run.report(pictures=len(request.pictures), steps=request.steps)
+        run.report(pictures=len(request.pictures), steps=request.sampling.steps)
         for number, (prompt, seed) in enumerate(request.pictures, 1):
             run.report(picture=number, step=0, preview="")
             try:
@@ -179,7 +174,7 @@ class Engine:
         request.check()
         described = {values["name"]: values for values in self.use(request.adapters)}
         prompts, seeds = zip(*request.pictures, strict=True)
-        run.report(pictures=1, steps=request.steps, picture=1)
+        run.report(pictures=1, steps=request.sampling.steps, picture=1)
 
         def watch(step: int, latents: Any) -> None:
             run.check()
@@ -187,10 +182,7 @@ class Engine:
 
         specs = [[(_peft_name(adapter.name), adapter.weights.unet) for adapter in row] for row in rows]
         with mixed_batch(self.pipe, specs):
-            images = run_pipeline(
-                self.pipe, prompts, seeds, request.steps, request.guidance, request.negative_prompt, request.width,
-                request.height, watch,
-            )  # fmt: skip
+            images = sample_images(self.pipe, prompts, seeds, request.sampling, watch)
         files = []
         for image, (prompt, seed), row in zip(images, request.pictures, rows, strict=True):
             adapters = [{**described[adapter.name], "weight": adapter.weights.unet} for adapter in row]
@@ -201,26 +193,22 @@ class Engine:
     def _save(
         self, out: Path, image: Any, prompt: str, seed: int, request: Request, adapters: list[dict[str, Any]]
     ) -> Path:
-        settings = image_settings(
-            self.pipe, image, prompt, seed, request.steps, request.guidance, request.negative_prompt, adapters
-        )
+        settings = describe_image(self.pipe, image, prompt, seed, request.sampling, adapters)
         return save_image(image, free_name(out, seed), replace(settings, base=self.base_id))
 
     def picture(self, request: Request, prompt: str, seed: int, run: Run | None = None) -> Any:
         """One picture with the adapters that are live."""
-        every = max(1, request.steps // PREVIEWS)
+        steps = request.sampling.steps
+        every = max(1, steps // PREVIEWS)
 
         def watch(step: int, latents: Any) -> None:
             if run is None:
                 return
             run.check()
-            show = step % every == 0 and step < request.steps
+            show = step % every == 0 and step < steps
             run.report(step=step, **({"preview": self.look(latents[0])} if show else {}))
 
-        return run_pipeline(
-            self.pipe, [prompt], [seed], request.steps, request.guidance, request.negative_prompt,
-            request.width, request.height, watch,
-        )[0]  # fmt: skip
+        return sample_images(self.pipe, [prompt], [seed], request.sampling, watch)[0]
 
 
 def _fingerprints(pipe: Any) -> dict[str, dict[str, float]]:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UserError
+from ..generation.sampling import MAX_SEED, Sampling, check_prompt, check_range
 from .weights import AdapterWeights
 
 MAX_PICTURES = 64
 MAX_STEPS = 200
-MAX_PROMPT = 4000
 MAX_SIDE = 2048
 
 
@@ -28,12 +28,8 @@ class Request:
     """Pictures to make: one for each ``(prompt, seed)`` of ``pictures``, with the same settings."""
 
     pictures: tuple[tuple[str, int], ...]
+    sampling: Sampling
     adapters: tuple[Wanted, ...] = ()
-    negative_prompt: str = ""
-    steps: int = 20
-    guidance: float = 7.5
-    width: int | None = None
-    height: int | None = None
 
     def check(self) -> None:
         """Raises :class:`UserError` for the first setting out of range; sliders bind nobody who speaks HTTP."""
@@ -41,14 +37,7 @@ class Request:
             raise UserError(f"{len(self.pictures)} pictures at once: choose 1 to {MAX_PICTURES}")
         if not all(prompt.strip() for prompt, _ in self.pictures):
             raise UserError("there is no prompt: say what the picture shall show")
-        if max(len(prompt) for prompt, _ in self.pictures) > MAX_PROMPT or len(self.negative_prompt) > MAX_PROMPT:
-            raise UserError(f"a prompt has more than {MAX_PROMPT} characters: shorten it")
-        if not 1 <= self.steps <= MAX_STEPS:
-            raise UserError(f"steps={self.steps} is out of range: choose 1 to {MAX_STEPS}")
-        if not 0 <= self.guidance <= 100:  # false for NaN too
-            raise UserError(f"guidance={self.guidance} is out of range: choose 0 to 100")
-        if not all(0 <= seed < 2**63 for _, seed in self.pictures):
-            raise UserError("a seed is out of range: choose 0 to 9223372036854775807")
-        for name, side in (("width", self.width), ("height", self.height)):
-            if side is not None and not (16 <= side <= MAX_SIDE and side % 8 == 0):
-                raise UserError(f"{name}={side} will not do: choose a multiple of 8 from 16 to {MAX_SIDE}")
+        for prompt, seed in self.pictures:
+            check_prompt(prompt)
+            check_range("seed", seed, 0, MAX_SEED)
+        self.sampling.check(MAX_STEPS, MAX_SIDE)

@@ -66,7 +66,7 @@ def started(config: AppConfig) -> Iterator[tuple[App, str]]:
 
 
 def _absolute(config: AppConfig) -> AppConfig:
-    return replace(config, base=config.base_name, library=str(config.library_folder))
+    return replace(config, source=config.source.absolute(), library=str(config.library_folder))
 
 
 def _launch(app: App) -> tuple[Any, str]:
@@ -118,7 +118,8 @@ def _let_it_start_slowly() -> None:
 def blocked(app: App) -> list[Path]:
     """Folders that are never served, whatever a handler returns: models, caches, adapters, the program itself."""
     cache = Path(os.environ.get("HF_HOME", "~/.cache")).expanduser()
-    base = [Path(app.config.base)] if app.config.base and Path(app.config.base).exists() else []
+    name = app.config.source.base
+    base = [Path(name)] if name and Path(name).exists() else []
     return [app.config.library_folder, cache, Path("~/.cache").expanduser(), EMBEDDED_WEIGHTS.parents[1], *base]
 
 

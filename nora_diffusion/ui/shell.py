@@ -9,11 +9,11 @@ from typing import Any
 
 import gradio as gr
 
+from ..generation.sampling import MAX_PROMPT
 from .config import CACHE_SECONDS
 from .layout.look import look
 from .layout.page import Page
 from .messages import short_name
-from .request import MAX_PROMPT
 from .state import App
 from .tabs.generate_settings import defaults
 
@@ -24,7 +24,7 @@ TABS = ("generate", "mix", "library", "train", "compare", "inspect")
 def build(app: App) -> tuple[Any, dict[str, Any]]:
     """The page, and the arguments of ``launch`` that say how it looks."""
     with gr.Blocks(title="nora_diffusion", delete_cache=CACHE_SECONDS, analytics_enabled=False) as blocks:
-        base = "embedded base" if app.engine.is_embedded else short_name(str(app.config.base))
+        base = "embedded base" if app.engine.is_embedded else short_name(str(app.config.source.base))
         gr.HTML(f"<h1>nora_diffusion</h1><p>{html.escape(base)}</p>", elem_id="title")
         prompt = gr.Textbox(
             defaults(app.engine)["prompt"], label="Prompt", lines=3, max_lines=8, max_length=MAX_PROMPT, render=False,

@@ -49,7 +49,7 @@ class App:
     def jobs(self) -> Jobs:
         """The trainings, in ``.jobs`` of the library."""
         folder = self.library.folder / ".jobs"
-        return Jobs(folder, self.library.folder, folder / "device.lock", self.config.device)
+        return Jobs(folder, self.library.folder, folder / "device.lock", self.config.source.device)
 
     @cached_property
     def library(self) -> Library:
@@ -59,8 +59,7 @@ class App:
     @cached_property
     def engine(self) -> Engine:
         """The one pipeline. Only whoever holds the device may generate with it."""
-        config = self.config
-        return Engine(config.base_name, config.device, config.dtype, config.variant, config.revision)
+        return Engine(self.config.source.absolute())
 
     def warm_up(self) -> None:
         """Load the base ahead of the first picture; what goes wrong is said here, and to whoever asks for one."""

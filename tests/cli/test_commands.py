@@ -25,7 +25,9 @@ from nora_diffusion.evaluation.grid import GridConfig
 from nora_diffusion.evaluation.protocol import EvaluationConfig
 from nora_diffusion.generation.generate import GenerateConfig, parse_adapter
 from nora_diffusion.generation.image_settings import read_settings
+from nora_diffusion.generation.sampling import Sampling
 from nora_diffusion.loaders import trainable_parameters
+from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.training import TrainConfig
 from nora_diffusion.training.command import next_command
 from nora_diffusion.training.settings.config import SaveDtype
@@ -158,19 +160,19 @@ def test_mistakes_get_one_sentence(
 
 
 @pytest.mark.parametrize(
-    ("module", "words"),
+    "words",
     [
-        ("generation.generate", ["generate", "--prompt", "x"]),
-        ("evaluation.grid", ["grid", "--prompt", "x", "--x", "seed=1"]),
-        ("evaluation.protocol", ["evaluate", "--subjects", "{tiger}", "--adapters", "{dog}"]),
+        ["generate", "--prompt", "x"],
+        ["grid", "--prompt", "x", "--x", "seed=1"],
+        ["evaluate", "--subjects", "{tiger}", "--adapters", "{dog}"],
     ],
 )
 def test_pictures_are_made_on_the_best_device(
-    module: str, words: list[str], dog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    words: list[str], dog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """Unless another one is named; here it is one that no machine has."""
     tiger = Path(__file__).parents[2] / "examples/subjects/tiger"
-    monkeypatch.setattr(f"nora_diffusion.{module}.best_device", lambda: "cudaa")
+    monkeypatch.setattr("nora_diffusion.pipelines.base.best_device", lambda: "cudaa")
     words = [word.format(tiger=tiger, dog=dog) for word in words]
     assert main([*words, "--out", str(tmp_path / "out")]) == 2
     assert "the device 'cudaa' will not do here" in capsys.readouterr().err
@@ -223,6 +225,8 @@ def test_parse_adapter(text: str, expected: tuple[str, float]) -> None:
         ("evaluate --adapters a --subjects b", EvaluationConfig, {}),
         ("grid --x seed=1", GridConfig, {}),
         ("grid --x seed=1", Cell, {}),
+        ("generate", BaseSource, {}),
+        ("generate", Sampling, {}),
         ("mix a --output b", mix_files, {}),
         ("import a b", nora, {"r": "rank", "inner_r": "inner_rank"}),
         ("demo", run_demo, {"slug": "subject"}),

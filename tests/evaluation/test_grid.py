@@ -19,10 +19,12 @@ from nora_diffusion.evaluation.axes import Cell, axis, checkpoint, parse_axis
 from nora_diffusion.evaluation.grid import Grid, GridConfig, run_grid
 from nora_diffusion.generation.generate import GenerateConfig, generate
 from nora_diffusion.generation.image_settings import read_settings
+from nora_diffusion.generation.sampling import Sampling
 from nora_diffusion.loaders import trainable_parameters
+from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.scoring.judges import load_judge
 
-SMALL: dict[str, Any] = {"width": 16, "height": 16, "steps": 2, "prompt": "a sks dog"}
+SMALL = Sampling(2, 7.5, width=16, height=16)
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +47,17 @@ def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(base: Path, out: Path, *axes: str, **cell: Any) -> GridConfig:
     places = dict(zip(("x", "y", "z"), map(parse_axis, axes), strict=False))
-    return GridConfig(Cell(**{**SMALL, **cell}), **places, base=str(base), out=str(out))
+    return GridConfig(
+        Cell(SMALL, **{"prompt": "a sks dog", **cell}), **places, source=BaseSource(str(base)), out=str(out)
+    )
 
 
 def single(base: Path, out: Path, cell: Cell) -> Path:
     """The picture that ``nora-diffusion generate`` makes of the same settings."""
     adapters = [] if cell.path is None else [f"{cell.path}:{cell.weight}"]
     return generate(
-        GenerateConfig(
-            [cell.prompt], str(base), adapters, negative_prompt=cell.negative_prompt, num=1, seed=cell.seed,
-            steps=cell.steps, guidance=cell.guidance, width=cell.width, height=cell.height, out=str(out),
-        )
-    )[0]  # fmt: skip
+        GenerateConfig([cell.prompt], cell.sampling, BaseSource(str(base)), adapters, seed=cell.seed, out=str(out))
+    )[0]
 
 
 def test_each_cell_is_the_single_run(tiny_base: Path, adapters: Path, tmp_path: Path) -> None:

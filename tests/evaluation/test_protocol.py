@@ -18,9 +18,12 @@ from nora_diffusion.evaluation.protocol import EvaluationConfig, evaluate, parse
 from nora_diffusion.evaluation.report import write_reports
 from nora_diffusion.evaluation.scoreboard import Scoreboard, compare, summarize
 from nora_diffusion.evaluation.subjects import PROMPTS, read_subject, read_templates
-from nora_diffusion.generation.generate import run
+from nora_diffusion.generation.sampling import Sampling, sample_images
 from nora_diffusion.loaders import load_adapter, trainable_parameters
+from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.scoring.judges import image_features, load_judge, load_vision, prompt_score, subject_score
+
+SMALL = Sampling(2, 2.0, width=16, height=16)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def config(base: Path, place: Path, out: Path, **changes: Any) -> EvaluationConf
         "adapters": [f"{place}/{{subject}}-nora", f"small={place}/{{subject}}-lora:0.5"],
         "subjects": [str(place / "rex"), str(place / "tom")],
         "prompts": str(place / "prompts.txt"), "judge": str(place / "clip"), "dino": str(place / "dino"),
-        "base": str(base), "seeds": 2, "steps": 2, "guidance": 2.0, "width": 16, "height": 16, "out": str(out),
+        "source": BaseSource(str(base)), "sampling": SMALL, "seeds": 2, "out": str(out),
     }  # fmt: skip
     return EvaluationConfig(**values | changes)
 
@@ -66,7 +69,7 @@ def test_scores_are_those_of_pictures_made_one_by_one(board: Scoreboard, tiny_ba
     assert row.prompt == "a red sks cat"  # the words are the adapter's own: tom has no description
     pipe: Any = open_pipeline(tiny_base)
     load_adapter(pipe, place / "tom-lora", "one", weight=0.5)
-    images = [run(pipe, [row.prompt], [seed], 2, 2.0, width=16, height=16)[0] for seed in (0, 1)]
+    images = [sample_images(pipe, [row.prompt], [seed], SMALL)[0] for seed in (0, 1)]
     clip, dino = load_judge(place / "clip"), load_vision(place / "dino")
     real = [Image.open(place / "tom" / f"{i}.png").convert("RGB") for i in range(2)]
     a, b = image_features(dino, images)
@@ -107,8 +110,8 @@ def test_a_second_run_makes_only_what_is_new(
     from nora_diffusion.evaluation import grid
 
     made: list[Any] = []
-    original = grid.run
-    monkeypatch.setattr(grid, "run", lambda *args: made.append(args[2]) or original(*args))
+    original = grid.sample_images
+    monkeypatch.setattr(grid, "sample_images", lambda *args: made.append(args[2]) or original(*args))
     again = evaluate(config(tiny_base, place, board.folder))
     assert not made and summarize(again) == summarize(board)
     evaluate(config(tiny_base, place, board.folder, seeds=3, subjects=[str(place / "rex")]))

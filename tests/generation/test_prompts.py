@@ -17,8 +17,10 @@ from nora_diffusion.formats.packs import SUFFIX
 from nora_diffusion.generation.generate import GenerateConfig, generate
 from nora_diffusion.generation.image_settings import read_settings
 from nora_diffusion.generation.library import Known, adapters_in, given, resolve
+from nora_diffusion.generation.sampling import Sampling
 from nora_diffusion.generation.tags import Tag
 from nora_diffusion.loaders import delete_adapter, trainable_parameters
+from nora_diffusion.pipelines.base import BaseSource
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +40,8 @@ def library(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pictures(base: Path, out: Path, *prompts: str, **more: Any) -> list[Path]:
-    return generate(
-        GenerateConfig(list(prompts), str(base), steps=1, width=16, height=16, seed=3, out=str(out), **more)
-    )
+    sampling = Sampling(1, 7.5, width=16, height=16)
+    return generate(GenerateConfig(list(prompts), sampling, BaseSource(str(base)), seed=3, out=str(out), **more))
 
 
 def pixels(file: Path) -> bytes:

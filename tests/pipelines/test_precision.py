@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from nora_diffusion import UserError, add_adapter, nora, open_pipeline, save_adapter
-from nora_diffusion.cli import main, opening
+from nora_diffusion.cli import flags, main
 from nora_diffusion.evaluation.grid import base_description
 from nora_diffusion.evaluation.protocol import EvaluationConfig, evaluate
-from nora_diffusion.generation.generate import run
 from nora_diffusion.generation.image_settings import read_settings
+from nora_diffusion.generation.sampling import Sampling, sample_images
 from nora_diffusion.loaders import trainable_parameters
+from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.pipelines.precision import (
     AUTO,
     DTYPES,
@@ -40,6 +41,7 @@ from nora_diffusion.ui.state import App
 
 ROOT = Path(__file__).parents[2]
 SIZE = ["--width", "16", "--height", "16", "--steps", "2"]
+SMALL = Sampling(1, 2.0, width=16, height=16)
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -56,13 +58,13 @@ def test_what_is_told_is_taken() -> None:
     told = {name: resolve_dtype(name, "cuda") for name in DTYPES}
     assert told == DTYPES and resolve_dtype("bf16", "cpu") == torch.bfloat16
     assert [dtype_name(dtype) for dtype in DTYPES.values()] == [*DTYPES] and dtype_name(torch.int8) == "int8"
-    assert {"no": torch.float32, **DTYPES} == MIXED_DTYPES and (AUTO, *DTYPES) == opening.DTYPES
+    assert {"no": torch.float32, **DTYPES} == MIXED_DTYPES and (AUTO, *DTYPES) == flags.DTYPES
     with pytest.raises(UserError, match="fp16 needs a GPU: use bf16 or fp32"):
         resolve_dtype("fp16", "cpu")
     with pytest.raises(UserError, match="'fp8' is unknown: choose one of auto, fp32, fp16, bf16"):
         resolve_dtype("fp8", "cuda")
     with pytest.raises(UserError, match="fp16 needs a GPU"):
-        AppConfig(dtype="fp16", device="cpu").check()
+        AppConfig(BaseSource(dtype="fp16", device="cpu")).check()
 
 
 def test_there_is_one_table() -> None:
@@ -97,7 +99,8 @@ def test_every_command_opens_the_base_as_told(
         flags += ["--judge", "tiny"]
         words["evaluate"][1] = f"a={_adapter(tiny_base, tmp_path / 'dog')}"
     if command == "app":
-        config = AppConfig(str(tiny_base), library=str(tmp_path), dtype="bf16", variant="fp16", revision="v2")
+        source = BaseSource(str(tiny_base), dtype="bf16", variant="fp16", revision="v2")
+        config = AppConfig(source, library=str(tmp_path))
         engine = App(config, tmp_path).engine
         with pytest.raises(UserError, match="enough"):
             _ = engine.pipe
@@ -159,14 +162,19 @@ def test_judges_compute_in_fp32(tiny_base: Path, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(protocol, "image_features", look)
     config = EvaluationConfig(
-        [str(_adapter(tiny_base, tmp_path / "dog"))], [str(write_photos(tmp_path / "rex", 2))], str(tiny_base),
-        seeds=1, judge="tiny", steps=1, width=16, height=16, dtype="bf16", device="cpu", out=str(tmp_path / "out"),
+        [str(_adapter(tiny_base, tmp_path / "dog"))], [str(write_photos(tmp_path / "rex", 2))],
+        Sampling(1, 7.5, width=16, height=16), BaseSource(str(tiny_base), "cpu", "bf16"), seeds=1, judge="tiny",
+        out=str(tmp_path / "out"),
     )  # fmt: skip
     (tmp_path / "one.txt").write_text("{} on the beach")
     config.prompts = str(tmp_path / "one.txt")
     board = evaluate(config)
+    settings = {f.name for kind in (EvaluationConfig, Sampling, BaseSource) for f in fields(kind)} - {
+        "sampling",
+        "source",
+    }
     assert seen == {torch.float32}
-    assert board.settings["dtype"] == "bf16" and set(asdict(config)) <= set(board.settings)
+    assert board.settings["dtype"] == "bf16" and settings <= set(board.settings)
     assert {read_settings(file).dtype for row in board.scored for file in row.files} == {"bf16"}
 
 
@@ -183,10 +191,10 @@ def test_memory_that_runs_out_while_decoding_leaves_the_vae_in_half(tmp_path: Pa
 
     pipe.vae.decode = decoding
     with pytest.raises(torch.OutOfMemoryError):
-        run(pipe, ["a dog"], [0], 1, 2.0, width=16, height=16)
+        sample_images(pipe, ["a dog"], [0], SMALL)
     assert pipe.vae.dtype == torch.float16
     full[:] = [False]
-    assert np.asarray(run(pipe, ["a dog"], [0], 1, 2.0, width=16, height=16)[0]).std() > 1
+    assert np.asarray(sample_images(pipe, ["a dog"], [0], SMALL)[0]).std() > 1
 
 
 def _sdxl_in_fp16(folder: Path) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nora_diffusion.demo import open_example
+from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.ui.engine import Engine
 from nora_diffusion.ui.jobs.jobs import Jobs
 from nora_diffusion.ui.jobs.training_form import build_settings
@@ -27,7 +28,7 @@ PROMPT = "a sks mug in the forest <lora:stripemug-red:1>"
 @pytest.fixture(scope="module")
 def library() -> Path:
     """Two subjects learned in the app, as long as they fit the base: they are kept for the next time."""
-    folder, engine = OUT / "library", Engine()
+    folder, engine = OUT / "library", Engine(BaseSource())
     if any(e.name not in SUBJECTS or e.info is None or engine.misfit(e.info) for e in Library(folder).entries()):
         shutil.rmtree(folder)
     jobs = Jobs(folder / ".jobs", folder, folder / ".jobs" / "device.lock")

@@ -14,6 +14,8 @@ from playwright.sync_api import expect
 
 from nora_diffusion import mor, open_pipeline
 from nora_diffusion.generation.generate import GenerateConfig, generate
+from nora_diffusion.generation.sampling import Sampling
+from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.ui.comparison import last_across
 
 from .conftest import Server, number, open_tab, press, save_random, select, until
@@ -56,8 +58,10 @@ def test_a_grid_with_downloads_and_a_slider(page: Any, server: Server, base: Pat
     assert download.value.suggested_filename == "grid.png"
     assert Path(download.value.path()).read_bytes().startswith(b"\x89PNG")
     # The last cell is the picture that the single run makes.
-    alone = generate(GenerateConfig(["a sks dog"], str(base), [f"{server.library / 'dog'}:1.0"], seed=2, steps=2,
-                                    guidance=cells[-1]["settings"]["guidance"], out=str(tmp_path)))[0]  # fmt: skip
+    sampling = Sampling(2, cells[-1]["settings"]["guidance"])
+    dog = f"{server.library / 'dog'}:1.0"
+    config = GenerateConfig(["a sks dog"], sampling, BaseSource(str(base)), [dog], seed=2, out=str(tmp_path))
+    alone = generate(config)[0]
     made = server.library / ".grids" / cells[-1]["file"]
     assert Image.open(made).tobytes() == Image.open(alone).tobytes()
     assert str(server.library) not in json.dumps(cells)  # a download says nothing of this machine's folders

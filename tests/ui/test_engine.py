@@ -16,6 +16,8 @@ from PIL import Image
 
 from nora_diffusion import UserError
 from nora_diffusion.generation.image_settings import read_settings
+from nora_diffusion.generation.sampling import Sampling
+from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.pipelines.components import components
 from nora_diffusion.ui.config import AppConfig
 from nora_diffusion.ui.device import Device
@@ -35,7 +37,7 @@ SMALL = {"steps": 4, "guidance": 2.0, "width": 16, "height": 16}
 
 @pytest.fixture(scope="module")
 def engine(base: Path) -> Engine:
-    return Engine(str(base), "cpu")
+    return Engine(BaseSource(str(base), "cpu"))
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def device(tmp_path: Path) -> Device:
 
 
 def request(*prompts: str, adapters: tuple[Wanted, ...] = (), seed: int = 0, **changes: Any) -> Request:
-    return Request(tuple((p, seed + i) for i, p in enumerate(prompts)), adapters, **{**SMALL, **changes})
+    return Request(tuple((p, seed + i) for i, p in enumerate(prompts)), Sampling(**{**SMALL, **changes}), adapters)
 
 
 def run(device: Device, engine: Engine, order: Request, out: Path, watch: Any = None) -> Run:
@@ -77,7 +79,7 @@ def test_pictures_carry_their_settings(engine: Engine, device: Device, library: 
 def test_a_removed_adapter_leaves_no_trace(
     base: Path, engine: Engine, device: Device, library: Path, tmp_path: Path
 ) -> None:
-    never = run(device, Engine(str(base), "cpu"), request("a dog"), tmp_path / "never").progress.files[0]
+    never = run(device, Engine(BaseSource(str(base), "cpu")), request("a dog"), tmp_path / "never").progress.files[0]
     dog, hat = (Wanted(n, library / n / "nora_adapter.safetensors") for n in ("dog", "hat"))
     both = run(device, engine, request("a dog", adapters=(dog, hat)), tmp_path / "both").progress.files[0]
     one = run(device, engine, request("a dog", adapters=(hat,)), tmp_path / "one").progress.files[0]
@@ -222,7 +224,7 @@ def test_other_errors_are_not_shown_but_survived(
 
 def test_a_batch_gives_each_row_its_own_adapter(engine: Engine, device: Device, library: Path, tmp_path: Path) -> None:
     dog, hat = (Wanted(n, library / n / "nora_adapter.safetensors") for n in ("dog", "hat"))
-    order = Request((("a dog", 1), ("a dog", 1), ("a dog", 1)), (dog, hat), **SMALL)  # type: ignore[arg-type]
+    order = Request((("a dog", 1), ("a dog", 1), ("a dog", 1)), Sampling(**SMALL), (dog, hat))
     rows = [[dog], [hat], []]
     made = Run(device, "batch", lambda run: engine.make_batch(order, rows, tmp_path / "batch", run))
     made.join(WAIT)
@@ -328,7 +330,7 @@ class Placed:
 
 def test_the_base_leaves_the_accelerator_to_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nora_diffusion.ui.engine.set_weights", lambda *_: None)
-    app = App(AppConfig(library=str(tmp_path), device="meta"), tmp_path)
+    app = App(AppConfig(BaseSource(device="meta"), library=str(tmp_path)), tmp_path)
     app.make_room()  # nothing is loaded yet
     assert app.engine.rests
     placed = app.engine._pipe = Placed()
@@ -349,7 +351,7 @@ def test_the_base_leaves_the_accelerator_to_a_training(tmp_path: Path, monkeypat
 def test_a_base_that_finds_no_room_comes_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of it on the accelerator would look at home, and every later picture would fail."""
     monkeypatch.setattr("nora_diffusion.ui.engine.set_weights", lambda *_: None)
-    app = App(AppConfig(library=str(tmp_path), device="meta"), tmp_path)
+    app = App(AppConfig(BaseSource(device="meta"), library=str(tmp_path)), tmp_path)
     placed = app.engine._pipe = Placed()
     app.engine.rest()
     placed.parts[1].full = True
@@ -371,7 +373,7 @@ def test_an_inspection_brings_the_base_home(
     base: Path, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It samples with the base, which rests on the CPU after a training."""
-    app = App(AppConfig(base=str(base), library=str(library), device="cpu"), tmp_path)
+    app = App(AppConfig(BaseSource(str(base), "cpu"), library=str(library)), tmp_path)
     order: list[str] = []
     monkeypatch.setattr(app.engine, "use", lambda adapters: order.append(f"use {adapters}"))
     monkeypatch.setattr(inspect, "iter_spectra", lambda *_: iter(order.append("spectra") or ()))

@@ -18,6 +18,7 @@ from factories import write_photos
 from nora_diffusion import UserError, inspect_adapter
 from nora_diffusion.formats.adapter_file import FILE_NAME
 from nora_diffusion.io.files import FileLock
+from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.ui.config import AppConfig
 from nora_diffusion.ui.jobs.job import Job, boot_id, read_job
 from nora_diffusion.ui.jobs.jobs import Jobs
@@ -141,7 +142,7 @@ def test_the_app_s_device_is_that_of_its_trainings(
     settings: dict[str, Any], photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str,
     found: str,
 ) -> None:  # fmt: skip
-    app = App(AppConfig(library=str(tmp_path / "library"), device=device), tmp_path)
+    app = App(AppConfig(BaseSource(device=device), library=str(tmp_path / "library")), tmp_path)
     started: dict[str, Any] = {}
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", lambda words, **how: started.update(how) or SimpleNamespace(wait=int))

@@ -13,6 +13,8 @@ from PIL import Image
 
 from nora_diffusion import UserError
 from nora_diffusion.formats.adapter_file import FILE_NAME
+from nora_diffusion.generation.sampling import Sampling
+from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.ui import entries as reading
 from nora_diffusion.ui import library as module
 from nora_diffusion.ui.device import Device
@@ -55,11 +57,11 @@ def test_a_broken_file_is_listed_with_its_fault(shelf: Library) -> None:
 
 
 def test_wrong_bases_are_told_apart_by_their_weights(shelf: Library, base: Path) -> None:
-    engine = Engine(str(base), "cpu")
+    engine = Engine(BaseSource(str(base), "cpu"))
     fits = {e.name: engine.misfit(e.info) for e in shelf.entries() if e.info}
     assert fits["dog"] is None and fits["hat"] is None
     assert "weights differ" in str(fits["stranger"])
-    other = Engine(None, "cpu")
+    other = Engine(BaseSource(device="cpu"))
     info = shelf.entry("dog").info
     assert info is not None and "built differently" in str(other.misfit(info))
 
@@ -250,10 +252,10 @@ def test_the_subjects_of_a_pack_are_adapters_of_the_library(
     assert cat.size < cow.stamp[2] and names(shelf.find("sks-cow")) == {"farm#cow"}
     assert shelf.by_hash(cat.sha256) == cat and cat.sha256 != cow.sha256
     # The numbers of a subject make the same picture as the folder that it was packed from.
-    engine, device = Engine(str(base), "cpu"), Device(tmp_path / "lock", 2)
+    engine, device = Engine(BaseSource(str(base), "cpu")), Device(tmp_path / "lock", 2)
     made = []
     for number, file in enumerate((cat.file, pack.parent / "made" / "cat" / FILE_NAME)):
-        order = Request((("a cat", 1),), (Wanted("x", file),), steps=2, guidance=2.0, width=16, height=16)
+        order = Request((("a cat", 1),), Sampling(2, 2.0, width=16, height=16), (Wanted("x", file),))
         run = Run(device, "pictures", lambda run, o=order, n=number: engine.make(o, tmp_path / str(n), run))  # type: ignore[misc]
         run.join(WAIT)
         assert run.progress.state == "done", run.progress

@@ -9,7 +9,9 @@ import torch
 from nora_diffusion import add_adapter, delete_adapter, open_pipeline, save_adapter
 from nora_diffusion.adapters import nora
 from nora_diffusion.generation.image_settings import read_settings
+from nora_diffusion.generation.sampling import Sampling
 from nora_diffusion.loaders.tokens import add_tokens
+from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.ui.device import Device
 from nora_diffusion.ui.engine import Engine
 from nora_diffusion.ui.request import Request, Wanted
@@ -25,11 +27,11 @@ def test_a_word_comes_and_goes_with_its_adapter(base: Path, tmp_path: Path) -> N
     add_tokens(pipe, "pet", {"<pet>": {"text_encoder": torch.randn(2, width)}})
     file = save_adapter(pipe, tmp_path / "pet", "pet", info={"trigger": "<pet>"})
     delete_adapter(pipe, "pet")
-    engine = Engine(str(base), "cpu")
+    engine = Engine(BaseSource(str(base), "cpu"))
     tokenizer = engine.pipe.tokenizer
     pictures = []
     for number, adapters in enumerate([(), (Wanted("pet", file),), ()]):
-        order = Request((("a <pet>", 0),), adapters, steps=2, guidance=2.0, width=16, height=16)
+        order = Request((("a <pet>", 0),), Sampling(2, 2.0, width=16, height=16), adapters)
         out = tmp_path / str(number)
         made = Run(
             Device(tmp_path / "lock", max_waiting=1), "pictures", lambda run, o=order, p=out: engine.make(o, p, run)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from nora_diffusion import UserError
 from nora_diffusion.data import read_images
+from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.training import TrainConfig
 from nora_diffusion.training.data.dataset import transform_of, views_of
 from nora_diffusion.training.run.setup import bucket_step
@@ -41,7 +42,7 @@ def test_a_word_is_asked_for_by_its_field(engine: Engine, trigger: str, word: st
 
 @pytest.fixture(scope="module")
 def engine(tiny_base: Path) -> Engine:
-    return Engine(str(tiny_base), "cpu")
+    return Engine(BaseSource(str(tiny_base), "cpu"))
 
 
 def bomb(path: Path, width: int = 16000, height: int = 8000) -> Path:

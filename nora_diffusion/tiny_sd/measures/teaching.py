@@ -121,7 +121,7 @@ def teach(weights: Path, probes: Probes, slug: str, method: str, **values: Any) 
 
     ``values``: settings of the training beside those of the method.
     """
-    from ...generation.generate import run
+    from ...generation.sampling import Sampling, sample_images
     from ...loaders import load_adapter
     from ...pipelines.base import EMBEDDED_GUIDANCE, open_pipeline
 
@@ -134,7 +134,7 @@ def teach(weights: Path, probes: Probes, slug: str, method: str, **values: Any) 
             trained, size = info.trained_parameters, info.bytes
     seconds = time.monotonic() - started
     seeds = [10 * int(values.get("seed", 0)) + i for i in range(len(scenes))]
-    pictures = run(pipe, [s.caption for s in scenes], seeds, 20, EMBEDDED_GUIDANCE)
+    pictures = sample_images(pipe, [s.caption for s in scenes], seeds, Sampling(20, EMBEDDED_GUIDANCE))
     return Lesson(slug, method, seconds, pictures, **_judged(weights, probes, slug, pictures),
                   trained_numbers=trained, bytes=size)  # fmt: skip
 

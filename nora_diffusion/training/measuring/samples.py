@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from ...data import find_images
 from ...errors import UserError
-from ...generation.generate import image_settings, run
 from ...generation.image_settings import ImageSettings, save_image
+from ...generation.sampling import Sampling, describe_image, sample_images
 from ...io.files import locked_folder
 from ...io.run_layout import image_name
 from ...pipelines.base import default_steps
@@ -82,8 +82,7 @@ def render(
     device, lower = denoiser(pipe).device.type, autocast != torch.float32
     lowered = torch.autocast(device, autocast if lower else None, enabled=lower)
     with _evaluating(pipe), torch.no_grad(), _decoding_precisely(pipe.vae), lowered:
-        side = config.resolution
-        return run(pipe, [prompt] * len(seeds), seeds, *_sampling(config), width=side, height=side)
+        return sample_images(pipe, [prompt] * len(seeds), seeds, _sampling(config))
 
 
 @contextlib.contextmanager
@@ -136,10 +135,10 @@ def describe(
 ) -> ImageSettings:
     """The settings that a picture carries. ``step``: that of the adapter in it, which has no file of its own yet."""
     learned = {"name": config.folder.name, "weight": 1.0, "sha256": "", "path": str(config.folder), "step": step}
-    return image_settings(pipe, image, prompt, seed, *_sampling(config), "", [] if step is None else [learned])
+    return describe_image(pipe, image, prompt, seed, _sampling(config), [] if step is None else [learned])
 
 
-def _sampling(config: TrainConfig) -> tuple[int, float]:
-    """Steps and guidance."""
+def _sampling(config: TrainConfig) -> Sampling:
     steps = config.sample_steps or default_steps(config.pretrained_model_name_or_path)
-    return steps, config.sample_guidance or 0.0
+    side = config.resolution
+    return Sampling(steps, config.sample_guidance or 0.0, width=side, height=side)

@@ -38,8 +38,8 @@ def build_settings(
     steps = own.get("max_train_steps") or max(1, round(defaults.max_train_steps * PRESETS[preset][0]))
     every = max(1, int(steps) // 5)
     return {
-        "pretrained_model_name_or_path": engine.base,
-        **{name: value for name in ("variant", "revision") if (value := getattr(engine, name))},
+        "pretrained_model_name_or_path": engine.source.base,
+        **{name: value for name in ("variant", "revision") if (value := getattr(engine.source, name))},
         "instance_prompt": f"a {trigger} {class_word}",
         "trigger": trigger,
         "class_word": class_word,
@@ -68,7 +68,7 @@ def _defaults(engine: Engine, method: str) -> Any:
     from ...training import TrainConfig
     from ...training.settings.defaults import with_defaults
 
-    config = TrainConfig.from_mapping({"pretrained_model_name_or_path": engine.base, "method": method})
+    config = TrainConfig.from_mapping({"pretrained_model_name_or_path": engine.source.base, "method": method})
     return with_defaults(config)
 
 

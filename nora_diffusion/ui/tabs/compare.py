@@ -12,10 +12,11 @@ import gradio as gr
 from ...errors import UserError
 from ...evaluation.axes import NONE, Cell
 from ...evaluation.grid import GridConfig
+from ...generation.sampling import MAX_PROMPT, Sampling
 from ..comparison import AXES, BASE_ALONE, Comparison, build_axis, build_grid, compare, suggestion
 from ..layout.cards import line
 from ..layout.page import LAST, QUIET, Page, handler, run_buttons, stopper, who
-from ..request import MAX_PROMPT, MAX_STEPS
+from ..request import MAX_STEPS
 from ..runs import Run
 from ..state import App
 from .generate import whole
@@ -170,10 +171,8 @@ def comparer(app: App) -> Any:
         prompt: str, adapter: str, weight: float, seed: float, steps: float, guidance: float, negative: str,
         scored: bool, x: str, xs: str, y: str, ys: str, z: str, zs: str, request: gr.Request,
     ) -> Iterator[Any]:  # fmt: skip
-        cell = Cell(
-            prompt=prompt or "", adapter=None, weight=float(weight), seed=whole(seed, "the seed"),
-            steps=whole(steps, "steps"), guidance=float(guidance), negative_prompt=negative or "",
-        )  # fmt: skip
+        sampling = Sampling(whole(steps, "steps"), float(guidance), negative or "")
+        cell = Cell(sampling, prompt or "", weight=float(weight), seed=whole(seed, "the seed"))
         grid = _plan(app, cell, adapter or BASE_ALONE, ((x, xs), (y, ys), (z, zs)))
         found: list[Comparison] = []
         run = Run(app.device, WORK, lambda run: found.append(compare(app, grid, adapter, bool(scored), run)))

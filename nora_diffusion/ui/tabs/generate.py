@@ -9,9 +9,10 @@ from typing import Any
 import gradio as gr
 
 from ...errors import UserError
+from ...generation.sampling import MAX_PROMPT, Sampling
 from ...generation.tags import Tag, parse_tags
 from ..layout.page import QUIET, Page, handler, run_buttons, stopper, who
-from ..request import MAX_PICTURES, MAX_PROMPT, Request, Wanted
+from ..request import MAX_PICTURES, Request, Wanted
 from ..runs import Progress, Run
 from ..state import App
 from ..weights import AdapterWeights
@@ -98,10 +99,11 @@ def build_request(
         raise UserError(f"{count} pictures at once: choose 1 to {MAX_PICTURES}")
     clean, tags = parse_tags(prompt or "")
     adapters = tuple(wanted(app, tag, (blocks or {}).get(tag.name, {})) for tag in tags)
-    request = Request(
-        tuple((clean, seed + i) for i in range(count)), adapters, negative or "", whole(steps, "steps"),
-        float(guidance), whole(width, "width") or None, whole(height, "height") or None,
+    sampling = Sampling(
+        whole(steps, "steps"), float(guidance), negative or "", whole(width, "width") or None,
+        whole(height, "height") or None,
     )  # fmt: skip
+    request = Request(tuple((clean, seed + i) for i in range(count)), sampling, adapters)
     request.check()
     return request
 

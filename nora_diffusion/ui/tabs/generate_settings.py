@@ -9,10 +9,11 @@ from typing import Any
 
 import gradio as gr
 
+from ...generation.sampling import MAX_PROMPT
 from ...pipelines.base import default_steps
 from ..engine import Engine
 from ..layout.page import QUIET, Page
-from ..request import MAX_PICTURES, MAX_PROMPT, MAX_SIDE, MAX_STEPS
+from ..request import MAX_PICTURES, MAX_SIDE, MAX_STEPS
 
 KEPT = "nora_diffusion"
 FIRST_PROMPT = "a red car in the forest"
@@ -63,7 +64,7 @@ def defaults(engine: Engine) -> dict[str, Any]:
     """The values of a first visit. The sizes are 0, which means the base's own."""
     return {
         "prompt": FIRST_PROMPT if engine.is_embedded else "", "negative": "", "count": 1, "seed": -1,
-        "steps": default_steps(engine.base), "guidance": engine.guidance, "width": 0, "height": 0,
+        "steps": default_steps(engine.source.base), "guidance": engine.guidance, "width": 0, "height": 0,
     }  # fmt: skip
 
 

@@ -10,11 +10,12 @@ import gradio as gr
 from ...composition.mixing import MixReport, mix_files
 from ...composition.modes import Mode
 from ...errors import UserError
+from ...generation.sampling import MAX_PROMPT, Sampling
 from ...generation.tags import parse_tags
 from ..layout.cards import table
 from ..layout.page import HIDDEN, Page, handler, run_buttons, stopper, who
 from ..library import safe_name
-from ..request import MAX_PICTURES, MAX_PROMPT, Request, Wanted
+from ..request import MAX_PICTURES, Request, Wanted
 from ..runs import Progress, Run
 from ..state import App
 from .generate import first_seed, follow, wanted, whole
@@ -184,6 +185,6 @@ def read_batch(app: App, lines: str, steps: float, guidance: float, seed: int) -
         pictures.append((clean, seed))
         rows.append([wanted(app, tag, {}) for tag in tags])
     every = {adapter.name: adapter for row in rows for adapter in row}
-    request = Request(tuple(pictures), tuple(every.values()), "", whole(steps, "steps"), float(guidance))
+    request = Request(tuple(pictures), Sampling(whole(steps, "steps"), float(guidance)), tuple(every.values()))
     request.check()
     return request, rows

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from nora_diffusion import inspect_adapter, load_adapter, open_pipeline
 from nora_diffusion.errors import UserError
-from nora_diffusion.generation.generate import run
+from nora_diffusion.generation.sampling import Sampling, sample_images
 from nora_diffusion.scoring.judges import image_features, load_judge, load_vision, prompt_score, subject_score
 from nora_diffusion.training import check, train
 from nora_diffusion.training.measuring import validation
@@ -139,7 +139,8 @@ def test_a_run_measures_its_own_pictures(measured: Configure, judges: Path, tiny
     load_adapter(pipe, folder / f"candidates/step-{step}", "one")
     seeds = [derive(7, "validation", number) % 2**31 for number in range(2)]
     prompts = ("a sks dog", "a red sks dog")
-    images = [image for p in prompts for image in run(pipe, [p] * 2, seeds, 1, 2.0, width=16, height=16)]
+    sampling = Sampling(1, 2.0, width=16, height=16)
+    images = [image for p in prompts for image in sample_images(pipe, [p] * 2, seeds, sampling)]
     real = [Image.open(judges / f"held-out/{i}.png").convert("RGB") for i in range(2)]
     clip = load_judge(judges / "clip")
     assert found[step]["clip_i"] == pytest.approx(subject_score(clip, images, real), abs=3e-6)

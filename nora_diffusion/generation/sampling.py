@@ -1,0 +1,129 @@
+"""Sampling settings with their limits, and the pipeline call that uses them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..pipelines.base import base_id, default_guidance, default_steps
+from ..pipelines.components import denoiser
+from ..pipelines.precision import dtype_name, keeping_dtype
+from ..versions import versions
+from .image_settings import ImageSettings
+
+MAX_STEPS, MAX_GUIDANCE, MAX_SIDE, MAX_PROMPT, MAX_SEED = 1000, 100, 4096, 4000, 2**63 - 1
+
+OnStep = Callable[[int, Any], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling settings shared by the images of a call.
+
+    ``guidance`` is the scale of classifier-free guidance. ``width`` and ``height`` are in pixels (``None``: the base's
+    own size).
+    """
+
+    steps: int
+    guidance: float
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+
+    @classmethod
+    def for_base(
+        cls, base: str | Path | None, steps: int | None = None, guidance: float | None = None, **others: Any
+    ) -> Sampling:
+        """The settings, with the base's default where ``steps`` or ``guidance`` is ``None``."""
+        return cls(
+            default_steps(base) if steps is None else steps,
+            float(default_guidance(base) if guidance is None else guidance),
+            **others,
+        )
+
+    def check(self, max_steps: int = MAX_STEPS, max_side: int = MAX_SIDE) -> None:
+        """Raises :class:`UserError` for the first setting out of range."""
+        check_range("steps", self.steps, 1, max_steps)
+        check_range("guidance", self.guidance, 0, MAX_GUIDANCE)
+        check_prompt(self.negative_prompt)
+        for name, side in (("width", self.width), ("height", self.height)):
+            if side is not None and not (8 <= side <= max_side and side % 8 == 0):
+                raise UserError(f"{name}={side} is not possible: choose a multiple of 8 up to {max_side}")
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raises :class:`UserError` unless ``low <= value <= high``, which NaN never is."""
+    if not low <= value <= high:
+        raise UserError(f"{name}={value} is out of range: choose {low} to {high}")
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises :class:`UserError` for a prompt that is too long."""
+    if len(prompt) > MAX_PROMPT:
+        raise UserError(f"a prompt has more than {MAX_PROMPT} characters: shorten it")
+
+
+def sample_images(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, on_step: OnStep | None = None
+) -> list[Any]:
+    """Call the pipeline once; returns one image per prompt.
+
+    Each image has its own generator, so its noise does not depend on the batch. ``on_step(step, latents)`` is called
+    after each step, counted from 1, with the step's prediction of the clean latents if the scheduler returns it, else
+    with the noisy latents. An exception raised in it ends the call.
+    """
+    import torch
+
+    # diffusers upcasts a VAE that overflows in fp16, and leaves it in fp32 if memory runs out while decoding.
+    with keeping_dtype(pipe.vae), _predictions(pipe.scheduler, wanted=on_step is not None) as predicted:
+
+        def callback(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
+            if on_step is not None:
+                on_step(step + 1, predicted.pop() if predicted else values["latents"])
+            return values
+
+        negative = [sampling.negative_prompt] * len(prompts) if sampling.negative_prompt else None
+        images: list[Any] = pipe(
+            list(prompts), negative_prompt=negative, num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance, generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            width=sampling.width, height=sampling.height, callback_on_step_end=callback if on_step else None,
+        ).images  # fmt: skip
+    return images
+
+
+@contextmanager
+def _predictions(scheduler: Any, wanted: bool) -> Iterator[list[Any]]:
+    """A list that holds the last step's ``pred_original_sample``, which pipelines drop (``return_dict=False``)."""
+    predicted: list[Any] = []
+    if not wanted:
+        yield predicted
+        return
+    step = scheduler.step
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **{**kwargs, "return_dict": True})
+        clean = getattr(result, "pred_original_sample", None)
+        predicted[:] = [] if clean is None else [clean]
+        return (result.prev_sample,)
+
+    scheduler.step = functools.wraps(step)(recording)  # pipelines inspect its signature
+    try:
+        yield predicted
+    finally:
+        del scheduler.step
+
+
+def describe_image(
+    pipe: Any, image: Any, prompt: str, seed: int, sampling: Sampling, adapters: list[dict[str, Any]]
+) -> ImageSettings:
+    """The settings to write into an image's file."""
+    return ImageSettings(
+        prompt=prompt, seed=seed, steps=sampling.steps, guidance=sampling.guidance, width=image.width,
+        height=image.height, negative_prompt=sampling.negative_prompt, sampler=type(pipe.scheduler).__name__,
+        base=base_id(pipe), adapters=adapters, versions=versions(), dtype=dtype_name(denoiser(pipe).dtype),
+    )  # fmt: skip
