@@ -1,1 +1,1 @@
-"""Files: our own format, packs, plain LoRAs for other tools, and theirs."""
+"""File formats: our adapter files and packs, and the adapter files of other tools. Files only, no models."""

@@ -1,7 +1,7 @@
-"""The adapter file: one self-describing safetensors, read and checked before any model is touched.
+"""The adapter file: one self-describing safetensors file, checked before a model is touched.
 
-Keys are ``<component>.<module path>.nora_<factor>``; no key contains "lora", so that loaders of other tools refuse
-the file instead of misreading it. The metadata entry ``nora`` is one JSON document, :class:`AdapterInfo`.
+Keys are ``<component>.<module path>.nora_<factor>``. No key contains "lora", so that other tools refuse the file
+instead of misreading it. The metadata entry ``nora`` is one JSON document, :class:`AdapterInfo`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import difflib
 import os
 from pathlib import Path
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
 from safetensors.torch import save
 
 from ..errors import UserError
 from ..io.files import sha256, write_atomic
-from ..io.tensor_file import TensorFile, Tensors, all_finite, named_hash
+from ..io.tensor_file import TensorFile, Tensors, named_hash, require_finite
 from .adapter_info import DESCRIPTIVE, AdapterInfo, BasisKind, dump_info, parse_info
-from .foreign import recognize
+from .foreign import DIFFUSERS_FILE, EMBEDDING_FILE, recognize
 from .keys import count_parameters, is_frozen
 from .packs import inspect_subject, read_subject
 
 FILE_NAME = "nora_adapter.safetensors"
-IN_FOLDERS = (
-    FILE_NAME, "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "learned_embeds.safetensors",
-)  # fmt: skip
-"""What the file in a folder is called by us, PEFT and diffusers."""
+BASIS_FOLDER = "bases"
+IN_FOLDERS = (FILE_NAME, PEFT_FILE, DIFFUSERS_FILE, EMBEDDING_FILE)
+"""File names of an adapter in a folder, in the order of preference: ours, PEFT's, diffusers'."""
 
 __all__ = [
     "DESCRIPTIVE", "FILE_NAME", "AdapterInfo", "BasisKind", "Tensors", "inspect_adapter", "locate",
@@ -34,9 +34,12 @@ __all__ = [
 
 
 def locate(path: str | Path) -> Path:
-    """The adapter file that a path means: the file itself, or ``nora_adapter.safetensors`` in a folder."""
+    """Resolve a path to an adapter file: the file itself, or the first of :data:`IN_FOLDERS` in a folder.
+
+    Raises :class:`UserError` if there is none or it is not safetensors.
+    """
     if not isinstance(path, str | Path):
-        raise UserError(f"{path!r} is no path of an adapter: give a file, a folder or a pack's address")
+        raise UserError(f"{path!r} is not a path: give an adapter's file, its folder or a pack's address (FILE#NAME)")
     try:
         path = Path(path).expanduser()
         file = next((f for name in IN_FOLDERS if (f := path / name).is_file()), path) if path.is_dir() else path
@@ -44,47 +47,48 @@ def locate(path: str | Path) -> Path:
     except (OSError, ValueError, RuntimeError):
         file, found = Path(path), False
     if not found:
-        raise UserError(f"no adapter at {path}: expected a {FILE_NAME} or a folder that holds one{_near(Path(path))}")
+        raise UserError(f"no adapter at {path}: expected a {FILE_NAME} or its folder{_similar(Path(path))}")
     if file.suffix != ".safetensors":
         raise UserError(f"{file} is not a safetensors file: other formats may run code when opened and are not read")
     return file
 
 
-def _near(path: Path) -> str:
+def _similar(path: Path) -> str:
+    """A suggestion for the error message: paths beside ``path`` with a similar name."""
     try:
         names = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], 3)
     except (OSError, ValueError):
         return ""
-    return f"; there is {', '.join(str(path.with_name(name)) for name in names)}" if names else ""
+    return f"; did you mean {', '.join(str(path.with_name(name)) for name in names)}?" if names else ""
 
 
 def require_vacant(folder: Path) -> None:
-    """Raise :class:`UserError` where a new adapter would replace one."""
+    """Raise :class:`UserError` if the folder already holds an adapter."""
     if (folder / FILE_NAME).exists():
-        raise UserError(f"{folder} holds an adapter already: choose another folder")
+        raise UserError(f"{folder} already holds an adapter: choose another folder")
 
 
 def split_address(path: str | Path) -> tuple[Path, str] | None:
     """``(pack, subject)`` of an address like ``pets.nora_pack.safetensors#dog``; ``None`` for any other path."""
-    file, mark, subject = str(path).rpartition(".safetensors#")
-    return (Path(f"{file}.safetensors"), subject) if mark else None
+    file, separator, subject = str(path).rpartition(".safetensors#")
+    return (Path(f"{file}.safetensors"), subject) if separator else None
 
 
 def given_name(path: str | Path) -> str:
-    """What an adapter is called by its path or hub id: the subject of a pack, the folder of our file, else itself."""
+    """An adapter's name by its path or hub id: a pack's subject, the folder of our file, else the last part."""
     address = split_address(path)
     if address:
         return address[1]
-    # "." gets a name, and a link keeps its own, which resolve() would lose.
-    place = Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100
-    return place.parent.name if place.name == FILE_NAME else place.name.removesuffix(".safetensors")
+    # Unlike resolve(), abspath keeps the name of a link; "." still gets a name.
+    file = Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100
+    return file.parent.name if file.name == FILE_NAME else file.name.removesuffix(".safetensors")
 
 
 def inspect_adapter(path: str | Path, hashed: bool = True) -> AdapterInfo:
-    """Read only the header of an adapter file, of a subject in a pack (``pack.safetensors#name``) or of a foreign file.
+    """Read the header of an adapter file, of a subject in a pack (``pack.safetensors#name``) or of another tool's file.
 
-    ``hashed=False`` leaves ``sha256`` empty, which otherwise reads the whole file: for lists of many adapters. Raises
-    :class:`UserError` for anything that is neither a sound adapter nor a file that ``load_adapter`` can hand on.
+    ``hashed=False`` leaves ``sha256`` empty and so avoids reading the whole file: for listing many adapters. Raises
+    :class:`UserError` for a damaged file and for one that ``load_adapter`` cannot load.
     """
     address = split_address(path)
     if address:
@@ -97,15 +101,18 @@ def inspect_adapter(path: str | Path, hashed: bool = True) -> AdapterInfo:
             reader.require_floats()
             info = parse_info(reader.metadata["nora"], str(file))
             if info.basis == "shared" and not info.basis_sha256:
-                raise UserError(f"{file}: its metadata is damaged (no basis_sha256): copy it again")
+                raise UserError(f"{file}: its metadata is damaged (basis_sha256 is missing): copy it again")
         count_parameters(info, {key: entry.numel for key, entry in reader.entries.items()})
     info.path, info.sha256, info.bytes = str(file), sha256(file) if hashed else "", file.stat().st_size
     return info
 
 
 def read_tensors(info: AdapterInfo, basis_dir: str | Path | None = None) -> Tensors:
-    """All factors of an adapter, a shared basis joined in and checked by its hash. Refuses NaN and infinity."""
-    _ = info.configs  # refuses what is no adapter of ours
+    """All factors of an adapter, including a shared basis, which is verified against its hash.
+
+    Raises :class:`UserError` for damaged tensors, NaN or infinity, and for a file of another tool.
+    """
+    _ = info.configs  # raises for a file of another tool
     address = split_address(info.path)
     if address:
         tensors = read_subject(*address)
@@ -116,63 +123,56 @@ def read_tensors(info: AdapterInfo, basis_dir: str | Path | None = None) -> Tens
     if info.basis == "shared":
         basis = _load_basis(info, basis_dir)
         if basis.keys() & tensors.keys():
-            raise UserError(f"{info.path} holds {min(basis.keys() & tensors.keys())}, which is in its basis as well")
+            raise UserError(f"{info.path} and its basis both hold {min(basis.keys() & tensors.keys())}")
         tensors.update(basis)
     require_finite(tensors, info.path)
     return tensors
 
 
-def require_finite(tensors: Tensors, path: str) -> None:
-    """Refuse NaN and infinity."""
-    broken = next((key for key, value in tensors.items() if not all_finite(value)), None)
-    if broken:
-        raise UserError(f"{path}: {broken} holds NaN or infinity: the adapter is broken")
-
-
-def basis_places(adapter_folder: Path, basis_dir: str | Path | None) -> list[Path]:
-    """Where a shared basis is looked for, in order; the first is also where it is written."""
+def basis_folders(adapter_folder: Path, basis_dir: str | Path | None) -> list[Path]:
+    """Folders that are searched for a shared basis, in order; it is written to the first."""
     if basis_dir is not None:
         return [Path(basis_dir)]
-    folder = Path(os.path.abspath(adapter_folder))  # noqa: PTH100 (as "." has no parent, and a link stays one)
-    return [folder.parent / "bases", folder / "bases"]
+    folder = Path(os.path.abspath(adapter_folder))  # noqa: PTH100 ("." has no parent, and resolve() follows links)
+    return [folder.parent / BASIS_FOLDER, folder / BASIS_FOLDER]
 
 
 def basis_files(info: AdapterInfo, basis_dir: str | Path | None = None) -> list[Path]:
-    """The files that may be the shared basis of an adapter; one that is reached by a link is looked for behind it too.
+    """Existing files with the name of the adapter's shared basis, searched beside the adapter and behind its link.
 
-    Raises :class:`UserError` where there is none.
+    Raises :class:`UserError` if there is none.
     """
     address = split_address(info.path)
     file = address[0] if address else Path(info.path)
-    folders = dict.fromkeys((file.parent, file.resolve().parent))
-    places = dict.fromkeys(place for folder in folders for place in basis_places(folder, basis_dir))
-    files = [found for place in places if (found := place / f"{info.basis_sha256}.safetensors").is_file()]
+    adapter_folders = dict.fromkeys((file.parent, file.resolve().parent))
+    folders = dict.fromkeys(found for folder in adapter_folders for found in basis_folders(folder, basis_dir))
+    files = [found for folder in folders if (found := folder / f"{info.basis_sha256}.safetensors").is_file()]
     if not files:
-        looked = " or ".join(map(str, places))
-        raise UserError(f"{info.path} needs the basis {info.basis_sha256}.safetensors, not found in {looked}")
+        searched = " or ".join(map(str, folders))
+        raise UserError(f"{info.path} needs the basis {info.basis_sha256}.safetensors, not found in {searched}")
     return files
 
 
 def _load_basis(info: AdapterInfo, basis_dir: str | Path | None) -> Tensors:
     files = basis_files(info, basis_dir)
     for file in files[:-1]:
-        with contextlib.suppress(UserError):  # a damaged copy must not hide a sound one
+        with contextlib.suppress(UserError):  # a damaged copy must not hide an intact one
             return read_basis(file)
     return read_basis(files[-1])
 
 
 def read_basis(file: Path) -> Tensors:
-    """A shared basis, refused unless it hashes to its name."""
+    """Read a shared basis. Raises :class:`UserError` unless its hash is its file name."""
     with TensorFile(file) as reader:
         reader.require_floats()
         tensors = {key: reader.tensor(key) for key in reader.entries}
     if named_hash(tensors) != file.stem:
-        raise UserError(f"{file} does not hash to its name: it is damaged, copy it again")
+        raise UserError(f"{file} is damaged (its hash is not its file name): copy it again")
     return tensors
 
 
 def write_basis(folder: Path, basis: Tensors) -> str:
-    """Write ``folder/<sha256>.safetensors`` unless a sound one is there; returns the hash."""
+    """Write ``folder/<sha256>.safetensors`` unless an intact one exists; return the hash."""
     digest = named_hash(basis)
     target = folder / f"{digest}.safetensors"
     try:
@@ -183,14 +183,14 @@ def write_basis(folder: Path, basis: Tensors) -> str:
 
 
 def write_adapter(folder: Path, tensors: Tensors, info: AdapterInfo, basis_dir: str | Path | None = None) -> Path:
-    """Write ``folder/nora_adapter.safetensors``; a shared basis goes to a file of its own, once."""
+    """Write ``folder/nora_adapter.safetensors``, and a shared basis to a file of its own if it does not exist yet."""
     basis = {key: value for key, value in tensors.items() if is_frozen(key)}
     if info.basis == "shared":
-        info.basis_sha256 = write_basis(basis_places(folder, basis_dir)[0], basis)
+        info.basis_sha256 = write_basis(basis_folders(folder, basis_dir)[0], basis)
         tensors = {key: value for key, value in tensors.items() if key not in basis}
     else:
         info.basis_sha256 = named_hash(basis) if basis else ""
-    # One entry only: safetensors writes several in no fixed order, and equal adapters shall be equal files.
+    # A single metadata entry: safetensors writes several in random order, and equal adapters must give equal files.
     return write_atomic(
         folder / FILE_NAME, save({k: v.contiguous() for k, v in tensors.items()}, {"nora": dump_info(info)})
     )

@@ -1,4 +1,4 @@
-"""What an adapter file says of itself, and the check of what a file that anybody may have written says."""
+"""The metadata of an adapter file, :class:`AdapterInfo`: written, and read with every value checked."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from ..pipelines.components import COMPONENTS
 
 FORMAT = "nora_adapter"
 FORMAT_VERSION = 2
-"""Files without new tokens are of version 1, which every release reads."""
+"""Newest version that this release writes and reads. Files without new tokens have version 1."""
 LARGEST_IN_CONFIG = 2**16
-"""No rank, count or scale in a config is larger; what is there was checked before anything is allocated."""
+"""Upper bound for ranks, counts and scales in a config; checked before anything is allocated."""
 ENCODERS = {name for name in COMPONENTS if name.startswith("text_encoder")}
 WORD = re.compile(r"[^\s,;:()\[\]{}]{2,50}")
-"""What may be a new token: nothing that prompts use between words, or tools for weights."""
+"""A new token: no white space, no punctuation that separates words or that other tools use for prompt weights."""
 BasisKind = Literal["own", "shared"]
 _hints = functools.cache(get_type_hints)
 
 
 @dataclass
 class AdapterInfo:
-    """What an adapter file says of itself. ``kind`` is another tool's format where the file is not one of ours.
+    """Metadata of an adapter file.
 
-    ``conv_shapes``: ``[c, kh, kw]`` of each adapted convolution. ``shapes``: ``[d_out, d_in]`` of each projection whose
-    outer factors are not stored, because its shape determines them. ``tokens``: the words that the adapter brings, with
-    the text encoders that learned them.
+    ``kind`` is ``"nora"``, or the format of another tool's file, and ``note`` describes such a file. ``conv_shapes``:
+    ``[c, kh, kw]`` of each adapted convolution. ``shapes``: ``[d_out, d_in]`` of each projection whose outer factors
+    are not stored, because they are determined by its shape. ``tokens``: the adapter's new tokens, each with the text
+    encoders that learned it.
     """
 
     components: dict[str, dict[str, Any]]
@@ -56,7 +57,7 @@ class AdapterInfo:
     versions: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     format_version: int = 1
-    # Filled in on reading:
+    # Not stored, set when a file is read:
     path: str = ""
     sha256: str = ""
     bytes: int = 0
@@ -67,18 +68,18 @@ class AdapterInfo:
 
     @property
     def configs(self) -> dict[str, AdapterConfig]:
-        """The config of each component, rebuilt. Raises :class:`UserError` for a file of another tool."""
+        """The config of each component. Raises :class:`UserError` for a file of another tool."""
         if self.kind != "nora":
             raise UserError(
-                f"{self.path} is {self.note}; load_adapter hands it on, and `nora-diffusion import` makes an adapter "
-                "of this toolkit out of a LoRA"
+                f"{self.path} is {self.note}: load it with load_adapter, or convert a LoRA to an adapter of this "
+                "toolkit with `nora-diffusion import`"
             )
         return {name: AdapterConfig(**_axes(values)) for name, values in self.components.items()}
 
     @property
     def fingerprints(self) -> dict[tuple[str, str], float]:
         """The base's fingerprint of each projection, by component and path."""
-        return {(part, path): f for part, prints in self.base_fingerprint.items() for path, f in prints.items()}
+        return {(component, path): f for component, own in self.base_fingerprint.items() for path, f in own.items()}
 
     @property
     def method(self) -> str:
@@ -97,12 +98,12 @@ class AdapterInfo:
 
     @property
     def inner_r(self) -> int:
-        """The inner rank (1 where the method has none)."""
+        """The inner rank (1 if the method has none)."""
         return int(self._first["inner_r"])
 
     @property
     def ranks(self) -> str:
-        """Both ranks as text, ``r = 32, r' = 4``; the inner one only where the method has one."""
+        """The ranks as text, ``r = 32, r' = 4``; the inner one only if the method has one."""
         inner = has_inner_rank(self._first.get("core"), self._first.get("experts"))
         return f"r = {self.r}" + (f", r' = {self.inner_r}" if inner else "")
 
@@ -127,22 +128,22 @@ class AdapterInfo:
 
 READ_ONLY = ("path", "sha256", "bytes", "trained_parameters", "stored_parameters", "kind", "note")
 DESCRIPTIVE = ("trigger", "class_word", "instance_prompt", "prompts", "step", "seed", "license", "extra")
-"""What a caller of ``save_adapter`` may say about the adapter; the rest is measured."""
+"""Fields that a caller of ``save_adapter`` may set; the others are derived from the adapter."""
 
 PEFT_FIELDS = {
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode",
 }  # fmt: skip
-"""Written into configs by PEFT; no axis of ours, and not read."""
+"""Fields that PEFT adds to every config; ignored on reading."""
 
 
 def dump_info(info: AdapterInfo) -> str:
-    """The JSON document of an adapter; equal adapters have equal documents."""
+    """The metadata as JSON; equal adapters give equal text."""
     values = {k: v for k, v in asdict(info).items() if k not in READ_ONLY and v not in ("", [], {}, None)}
     return json.dumps({"format": FORMAT, **values}, separators=(",", ":"))
 
 
 def parse_info(text: str, where: str) -> AdapterInfo:
-    """Read and check such a document. Raises :class:`UserError` that begins with ``where`` and names the fault."""
+    """Parse and check the JSON of :func:`dump_info`. Raises :class:`UserError` that names ``where`` and the error."""
     try:
         values = parse_json(text)
         version = int(values.get("format_version", 0))
@@ -156,9 +157,9 @@ def parse_info(text: str, where: str) -> AdapterInfo:
 
 
 def info_from(values: dict[str, Any]) -> AdapterInfo:
-    """An :class:`AdapterInfo` of checked, cleaned values; ``ValueError`` for the first that is not sound."""
+    """Build an :class:`AdapterInfo` from untrusted values. Raises ``ValueError`` for the first invalid one."""
     if values.get("format", FORMAT) != FORMAT:
-        raise ValueError("another format")
+        raise ValueError(f"its format is not {FORMAT}")
     hints = _hints(AdapterInfo)
     known = {f.name for f in fields(AdapterInfo)} - set(READ_ONLY)
     info = AdapterInfo(**{k: conform(v, hints[k], k, 2**64) for k, v in values.items() if k in known})
@@ -172,8 +173,8 @@ def info_from(values: dict[str, Any]) -> AdapterInfo:
         "method": lambda i: all(re.fullmatch(r"\w{1,40}", str(c["method"])) for c in i.components.values()),
         "step": lambda i: i.step >= 0,
     }
-    for name, sound in checks.items():
-        if not sound(info):
+    for name, is_valid in checks.items():
+        if not is_valid(info):
             raise ValueError(f"{name} has an invalid value")
     info.components = {name: {**config, **_axes(config)} for name, config in info.components.items()}
     _ = info.configs
@@ -185,10 +186,10 @@ def _is_small_shape(shape: list[int]) -> bool:
 
 
 def _axes(values: dict[str, Any]) -> dict[str, Any]:
-    """The axes in a config, each checked by its type. An axis unknown to this release would change the numbers."""
+    """The axes of a config, type-checked. Refuses unknown axes: ignoring one would change the adapter's output."""
     hints = _hints(AdapterConfig)
     axes = set(AdapterConfig.__annotations__) - {"start"}
     unknown = values.keys() - axes - PEFT_FIELDS - {"start"}
     if unknown:
-        raise ValueError(f"{min(unknown)[:40]!r} is no axis that this release knows: upgrade")
+        raise ValueError(f"the axis {min(unknown)[:40]!r} is unknown to this release: upgrade")
     return {k: conform(v, hints[k], k, LARGEST_IN_CONFIG) for k, v in values.items() if k in axes}

@@ -1,7 +1,7 @@
-"""Files of other tools: recognized by their keys and explained.
+"""Adapter files of other tools: recognized by their keys, and read module by module.
 
-A *module* of such a file is one projection: its factors by name (``lora_down``, ``hada_w1_a`` ...), shapes only until
-they are asked for. Keys of LoRAs are brought to kohya's names: ``down``, ``up``, ``mid``, ``alpha``.
+A *module* of such a file holds the factors of one projection. The factors of a LoRA are called as in kohya's files:
+``down``, ``up``, ``mid``, ``alpha``; those of LoHa and LoKr as in LyCORIS (``hada_w1_a``, ``lokr_w1`` ...).
 """
 
 from __future__ import annotations
@@ -13,9 +13,16 @@ from typing import Literal
 from ..errors import UserError
 from ..io.tensor_file import TensorFile
 from ..io.untrusted import clean, is_plain
+from ..pipelines.components import COMPONENTS
 from .adapter_info import AdapterInfo
 
 Family = Literal["lora", "loha", "lokr", "embedding"]
+
+DIFFUSERS_FILE, EMBEDDING_FILE = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
+PEFT_PREFIX = "base_model.model."
+EMBEDDING_KEY = "emb_params"
+EMBEDDING_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+"""The key of a textual inversion in A1111's files, and those for two text encoders (SDXL)."""
 
 FACTORS = {
     "lora_A.weight": "down", "lora_B.weight": "up", "lora_down.weight": "down", "lora_up.weight": "up",
@@ -25,7 +32,7 @@ FACTORS = {
     **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
 }  # fmt: skip
 RANKED = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
-"""Factors whose first side is the rank."""
+"""Factors whose first dimension is the rank."""
 REFUSED = {
     "model.diffusion_model.": "a whole checkpoint, not an adapter",
     "oft_": "an OFT adapter", "boft_": "a BOFT adapter", ".diff": "a full-weight difference",
@@ -36,16 +43,16 @@ REFUSED = {
 }  # fmt: skip
 PREFIXES = {
     "lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
-    "lora_transformer_": "transformer", "unet.": "unet", "transformer.": "transformer",
-    "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2", "text_encoder_3.": "text_encoder_3",
-    "base_model.model.": "",
+    "lora_transformer_": "transformer", **{f"{name}.": name for name in COMPONENTS},
+    PEFT_PREFIX: "",
 }  # fmt: skip
+"""The component that a module's name begins with: kohya's, diffusers' and PEFT's names; PEFT's do not state one."""
 FAMILY_NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "embedding": "textual inversion"}
 
 
 @dataclass
 class Module:
-    """One projection of a foreign file: component (empty if the file does not say), its name there, keys by factor."""
+    """One projection in the file: component (empty if the file does not state it), name, and the key of each factor."""
 
     component: str
     name: str
@@ -53,29 +60,38 @@ class Module:
 
 
 def family_of(reader: TensorFile) -> Family:
-    """What kind of file this is. Raises :class:`UserError` with a sentence for one that nothing here can load."""
+    """The kind of adapter in a file. Raises :class:`UserError` for files that ``load_adapter`` cannot load."""
     keys = list(reader.entries)
-    for family, mark in (("lokr", "lokr_"), ("loha", "hada_"), ("lora", "lora")):
-        if any(mark in key for key in keys):
-            return family  # type: ignore[return-value]
-    shapes = [len(entry.shape) for entry in reader.entries.values()]
-    lone = len(keys) == 1 and "." not in keys[0]
-    if keys and all(n in (1, 2) for n in shapes) and (lone or set(keys) <= {"clip_l", "clip_g", "emb_params"}):
+    families: dict[Family, str] = {"lokr": "lokr_", "loha": "hada_", "lora": "lora"}
+    for family, marker in families.items():
+        if any(marker in key for key in keys):
+            return family
+    dimensions = [len(entry.shape) for entry in reader.entries.values()]
+    single = len(keys) == 1 and "." not in keys[0]
+    if (
+        keys
+        and all(n in (1, 2) for n in dimensions)
+        and (single or set(keys) <= {EMBEDDING_KEY, *EMBEDDING_KEYS.values()})
+    ):
         return "embedding"
-    raise UserError(f"{reader.path} is {_what_it_is(keys)}: load_adapter does not know how to load it")
+    raise UserError(f"{reader.path} is {_describe(keys)}: load_adapter cannot load it")
 
 
-def _what_it_is(keys: list[str]) -> str:
-    for mark, name in REFUSED.items():
-        if any(mark in key for key in keys):
+def _describe(keys: list[str]) -> str:
+    """What a file of no known family is."""
+    for marker, name in REFUSED.items():
+        if any(marker in key for key in keys):
             return name
-    return "no adapter of this toolkit, no LoRA, LoHa, LoKr or textual inversion" if keys else "empty"
+    return "not an adapter of this toolkit, a LoRA, LoHa, LoKr or textual inversion" if keys else "empty"
 
 
 def recognize(reader: TensorFile) -> AdapterInfo:
-    """What a file without our metadata is, checked for whole pairs. Raises :class:`UserError` for what cannot load."""
+    """Metadata of a file without ours, derived from its keys.
+
+    Raises :class:`UserError` for incomplete modules and for files that ``load_adapter`` cannot load.
+    """
     if "nora_pack" in reader.metadata:
-        raise UserError(f"{reader.path} is a pack of many subjects: name one of them, {reader.path}#NAME")
+        raise UserError(f"{reader.path} is a pack of many subjects: choose one of them with {reader.path}#NAME")
     reader.require_floats()
     family = family_of(reader)
     metadata = {key: clean(value) for key, value in reader.metadata.items() if len(value) < 1000}
@@ -84,7 +100,7 @@ def recognize(reader: TensorFile) -> AdapterInfo:
     info.base = metadata.get("ss_sd_model_name", "") or metadata.get("base", "")
     if family == "embedding":
         info.kind, info.trigger = "textual inversion", info.trigger or token_of(reader)
-        info.components = {"text_encoder": {"method": "textual_inversion", "r": _vectors(reader), "inner_r": 1}}
+        info.components = {"text_encoder": {"method": "textual_inversion", "r": _num_vectors(reader), "inner_r": 1}}
     else:
         modules = read_modules(reader)
         info.kind = f"{_tool(reader)} {_variant(reader, family, modules)}"
@@ -99,35 +115,35 @@ def recognize(reader: TensorFile) -> AdapterInfo:
 
 def _tool(reader: TensorFile) -> str:
     first = next(iter(reader.entries))
-    if first.startswith("base_model.model."):
+    if first.startswith(PEFT_PREFIX):
         return "PEFT"
     return "kohya" if first.startswith("lora_") else "diffusers"
 
 
 def _variant(reader: TensorFile, family: Family, modules: list[Module]) -> str:
-    names = {name for module in modules for name in module.keys}
     if family != "lora":
         return FAMILY_NAMES[family]
-    if "dora" in names:
+    factors = {factor for module in modules for factor in module.keys}
+    if "dora" in factors:
         return "DoRA"
     conv = any(reader.entries[m.keys["down"]].shape[2:] not in ((), (1, 1)) for m in modules)
-    return "LoCon" if conv or "mid" in names else "LoRA"
+    return "LoCon" if conv or "mid" in factors else "LoRA"
 
 
 def read_modules(reader: TensorFile) -> list[Module]:
-    """The projections of a LoRA-like file. Raises :class:`UserError` for half a pair and for keys that fit none."""
+    """The modules of a LoRA, LoHa or LoKr. Raises :class:`UserError` for unknown keys and incomplete modules."""
     found: dict[str, Module] = {}
     for key in reader.entries:
         name, factor = _split(key)
         if factor is None:
-            raise UserError(f"{reader.path}: the key {key} belongs to no kind of adapter that is known here")
+            raise UserError(f"{reader.path}: the key {key} belongs to no known kind of adapter")
         prefix = next((p for p in PREFIXES if name.startswith(p)), None)
         if prefix is None:
-            raise UserError(f"{reader.path}: {key} does not say which part of a pipeline it is for")
+            raise UserError(f"{reader.path}: {key} does not state which component of a pipeline it is for")
         module = found.setdefault(name, Module(PREFIXES[prefix], name.removeprefix(prefix), {}))
         module.keys[factor] = key
     for module in found.values():
-        _check_whole(reader, module)
+        _check_complete(reader, module)
     return list(found.values())
 
 
@@ -138,35 +154,35 @@ def _split(key: str) -> tuple[str, str | None]:
     return key, None
 
 
-def _check_whole(reader: TensorFile, module: Module) -> None:
-    names = set(module.keys)
-    whole = {"down", "up"} <= names or {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= names
+def _check_complete(reader: TensorFile, module: Module) -> None:
+    factors = set(module.keys)
+    complete = {"down", "up"} <= factors or {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= factors
     sides = ("lokr_w1", "lokr_w2")
-    whole = whole or all(side in names or {f"{side}_a", f"{side}_b"} <= names for side in sides)
-    if not whole:
-        raise UserError(f"{reader.path} holds only half of {module.name}: copy it again")
+    complete = complete or all(side in factors or {f"{side}_a", f"{side}_b"} <= factors for side in sides)
+    if not complete:
+        raise UserError(f"{reader.path}: factors of {module.name} are missing: copy it again")
     shapes = {factor: reader.entries[key].shape for factor, key in module.keys.items()}
     if any(len(s) not in (2, 4) for f, s in shapes.items() if f not in ("alpha", "dora", "mid")):
-        raise UserError(f"{reader.path}: a factor of {module.name} is no matrix")
+        raise UserError(f"{reader.path}: a factor of {module.name} is not a matrix or a convolution kernel")
     if "down" in shapes and "mid" not in shapes and shapes["down"][0] != shapes["up"][1]:
         ranks = f"{shapes['down'][0]} and {shapes['up'][1]}"
-        raise UserError(f"{reader.path}: the two halves of {module.name} have different ranks, {ranks}")
+        raise UserError(f"{reader.path}: the factors of {module.name} have different ranks, {ranks}")
     if "alpha" in shapes and reader.entries[module.keys["alpha"]].numel != 1:
-        raise UserError(f"{reader.path}: alpha of {module.name} is no single number")
+        raise UserError(f"{reader.path}: alpha of {module.name} is not a single number")
 
 
 def rank_of(shapes: Mapping[str, Sequence[int]]) -> int | None:
-    """The rank that a module's factors have by their shapes; None where both Kronecker factors are stored whole."""
+    """A module's rank by the shapes of its factors; ``None`` if both Kronecker factors of a LoKr are stored whole."""
     return next((shapes[factor][0] for factor in RANKED if factor in shapes), None)
 
 
 def token_of(reader: TensorFile) -> str:
-    """The token of a textual inversion: its key, or the file's name where the key says nothing."""
+    """The token of a textual inversion: its key, or the file's name if the key is a generic one."""
     keys = list(reader.entries)
-    named = len(keys) == 1 and keys[0] != "emb_params" and is_plain(keys[0])
+    named = len(keys) == 1 and keys[0] != EMBEDDING_KEY and is_plain(keys[0])
     return keys[0] if named else reader.path.stem
 
 
-def _vectors(reader: TensorFile) -> int:
+def _num_vectors(reader: TensorFile) -> int:
     shape = next(iter(reader.entries.values())).shape
     return shape[0] if len(shape) == 2 else 1

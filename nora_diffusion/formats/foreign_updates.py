@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, first_line
-from ..io.tensor_file import TensorFile, Tensors, all_finite
+from ..io.tensor_file import TensorFile, Tensors, require_finite
 from ..io.untrusted import parse_json
 from ..pipelines.components import Modules, projections
 from .foreign import Module, rank_of, read_modules
@@ -56,12 +56,10 @@ def fitting(modules: Modules, reader: TensorFile) -> dict[Place, tuple[Module, T
 
 
 def factors_of(reader: TensorFile, module: Module) -> Tensors:
-    """A module's factors, read. Refuses NaN and infinity."""
-    factors = {factor: reader.tensor(key) for factor, key in module.keys.items()}
-    for factor, value in factors.items():
-        if not all_finite(value):
-            raise UserError(f"{reader.path}: {module.keys[factor]} holds NaN or infinity: the adapter is broken")
-    return factors
+    """Read a module's factors. Raises :class:`UserError` for NaN and infinity."""
+    tensors = {key: reader.tensor(key) for key in module.keys.values()}
+    require_finite(tensors, reader.path)
+    return {factor: tensors[key] for factor, key in module.keys.items()}
 
 
 def dense_update(factors: Tensors) -> Tensor:

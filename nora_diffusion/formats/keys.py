@@ -1,4 +1,4 @@
-"""Keys of an adapter file, ``<component>.<module path>.nora_<factor>``: which kind of tensor each names."""
+"""Keys of the tensors in an adapter file: ``<component>.<module path>.nora_<factor>``."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Mapping
 from .adapter_info import AdapterInfo
 
 FROZEN = ("A_out", "B_out")
-"""The frozen factors, which belong to the basis."""
+"""Factors of the frozen basis."""
 
 
 def is_frozen(key: str) -> bool:
-    """Whether a key names a frozen factor."""
+    """Whether a key is that of a frozen factor."""
     return key.endswith(tuple(f".nora_{factor}" for factor in FROZEN))
 
 
 def is_token(key: str) -> bool:
-    """Whether a key names the vectors of a new token."""
+    """Whether a key is that of a new token's vectors."""
     return key.startswith("tokens.")
 
 
 def count_parameters(info: AdapterInfo, sizes: Mapping[str, int]) -> None:
-    """Set how many numbers a file stores and how many of them were trained, from the size of each tensor."""
+    """Set ``stored_parameters`` and ``trained_parameters`` from the size of each tensor."""
     info.stored_parameters = sum(sizes.values())
     info.trained_parameters = sum(n for key, n in sizes.items() if not is_frozen(key))

@@ -1,24 +1,24 @@
-"""The model card that lies beside every adapter."""
+"""The model card (``README.md``) of an adapter."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 
+from huggingface_hub import ModelCardData
+
 from ..io.files import user_errors, write_atomic
 from .adapter_file import AdapterInfo
 
 log = logging.getLogger(__name__)
 
+LIBRARY = "nora_diffusion"
 TEMPLATE = """---
-base_model: {base}
-library_name: nora_diffusion
-license: {license}
-tags: [text-to-image, diffusers, {method}, subject-driven]
+{front_matter}
 ---
 # {title}
 
-A {method} adapter ({ranks}) for `{base}`: {trained:,} trained numbers.
+A {method} adapter ({ranks}) for `{base}`: {trained:,} trained parameters.
 {trigger}
 ```python
 from nora_diffusion import load_adapter, open_pipeline
@@ -32,7 +32,7 @@ As a plain LoRA for other tools: `nora-diffusion export {folder} {folder}_lora.s
 
 | | |
 | --- | --- |
-| parts | {parts} |
+| components | {components} |
 | targets | {targets} |
 | steps | {step} |
 | seed | {seed} |
@@ -42,25 +42,27 @@ As a plain LoRA for other tools: `nora-diffusion export {folder} {folder}_lora.s
 
 
 def write_card(folder: Path, info: AdapterInfo, extra: str | None = None) -> Path:
-    """Write ``README.md`` from what the adapter file says of itself, with ``extra`` Markdown at its end.
+    """Write ``README.md`` from the adapter's metadata, followed by ``extra`` Markdown.
 
-    A ``README.md`` that is no such card is left as it is, with a warning.
+    A ``README.md`` that this toolkit did not write is left unchanged, with a warning.
     """
     file = folder / "README.md"
     if file.exists() and not is_card(file):
-        log.warning("%s is no model card of nora_diffusion: it is left as it is, and no card is written", file)
+        log.warning("%s is not a model card of nora_diffusion: it is left unchanged, and no card is written", file)
         return file
     config = next(iter(info.components.values()))
     targets = config["target_modules"]
-    trigger = f"\nSay `{info.trigger}` in the prompt to get the subject.\n" if info.trigger else ""
+    trigger = f"\nUse `{info.trigger}` in the prompt to get the subject.\n" if info.trigger else ""
     if info.tokens:
-        trigger += (
-            f"\nNew tokens, known to the text encoder while the adapter is loaded: `{'`, `'.join(info.tokens)}`.\n"
-        )
+        trigger += f"\nNew tokens, available while the adapter is loaded: `{'`, `'.join(info.tokens)}`.\n"
+    front_matter = ModelCardData(
+        base_model=info.base, library_name=LIBRARY, license=info.license or "other",
+        tags=["text-to-image", "diffusers", info.method, "subject-driven"],
+    ).to_yaml()  # fmt: skip
     text = TEMPLATE.format(
-        base=info.base, license=info.license or "other", method=info.method, title=info.trigger or folder.name,
+        front_matter=front_matter, base=info.base, method=info.method, title=info.trigger or folder.name,
         ranks=info.ranks, trained=info.trained_parameters, trigger=trigger, folder=folder.name,
-        prompt=info.instance_prompt or info.trigger or "your prompt", parts=", ".join(info.components),
+        prompt=info.instance_prompt or info.trigger or "your prompt", components=", ".join(info.components),
         targets=targets if isinstance(targets, str) else ", ".join(targets), step=info.step, seed=info.seed,
         bytes=info.bytes, sha256=info.sha256,
         versions=", ".join(f"{name} {version}" for name, version in info.versions.items()),
@@ -69,7 +71,7 @@ def write_card(folder: Path, info: AdapterInfo, extra: str | None = None) -> Pat
 
 
 def is_card(file: Path) -> bool:
-    """Whether the front matter says that we wrote it."""
+    """Whether the front matter of a ``README.md`` names this toolkit."""
     with user_errors(file):
         front, *_ = file.read_text(encoding="utf-8", errors="replace").removeprefix("---").split("\n---\n")
-    return "library_name: nora_diffusion" in front.splitlines()
+    return f"library_name: {LIBRARY}" in front.splitlines()

@@ -1,6 +1,6 @@
-"""Making packs: every change writes the whole file anew beside the old one and swaps them in one step.
+"""Creating and changing packs. Every change rewrites the file and replaces the old one atomically.
 
-Two processes that change packs of one folder do so one after the other.
+Processes that change packs in the same folder wait for each other.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ from safetensors.torch import save
 
 from ..errors import UserError
 from ..io.files import locked_folder, write_atomic
-from ..io.tensor_file import READABLE, TensorFile, Tensors, named_hash
+from ..io.tensor_file import READABLE, TensorFile, Tensors, named_hash, require_finite
 from ..pipelines.components import same_weights
 from .adapter_file import (
+    BASIS_FOLDER,
     given_name,
     inspect_adapter,
     read_tensors,
-    require_finite,
     require_vacant,
     split_address,
     write_adapter,
@@ -43,7 +44,7 @@ from .packs import (
     Layout,
     Pack,
     PackedSubject,
-    document,
+    metadata_of,
     read_subject,
     require_pack,
     short_hash,
@@ -53,20 +54,20 @@ MAX_LAYOUTS = 100
 PREVIEWS = {".png": b"\x89PNG\r\n\x1a\n", ".jpg": b"\xff\xd8\xff", ".webp": b"RIFF"}
 SHARED_FIELDS = ("format", "format_version", "base", "base_fingerprint", "basis", "basis_sha256", "components",
                  "conv_shapes", "versions", "license")  # fmt: skip
-"""What subjects of a pack usually have in common; a card names only where it differs."""
+"""Metadata that subjects of a pack usually have in common; a card holds only what differs."""
 
 Adapters = Mapping[str, str | Path] | Sequence[str | Path | tuple[str, str | Path]]
-"""Files, folders or addresses; with a name where a mapping or a pair gives one, else under their own."""
+"""Files, folders or addresses. A mapping or a pair gives an adapter's name in the pack, else its own is used."""
 
 
 def create_pack(path: str | Path, adapters: Adapters, basis_dir: str | Path | None = None) -> Path:
-    """Write a new pack of adapters; returns its path.
+    """Write a new pack of adapters and return its path. Their basis is written to ``bases/`` beside it.
 
-    Their basis is put beside it in ``bases/``. Raises :class:`UserError` for adapters of another basis or base, for
-    one without a frozen basis, for a name that occurs twice, and where a pack is there already.
+    Raises :class:`UserError` if the adapters differ in basis or base, one has no frozen basis, a name occurs twice, or
+    the file exists.
     """
     file = pack_path(path)
-    _require_new(file)  # at once, as reading thousands takes a while
+    _require_new(file)  # also before reading, which takes a while for thousands of adapters
     subjects, bases = _read_adapters(adapters, basis_dir)
     _check_together(file, subjects)
     with locked_folder(file.parent):
@@ -75,7 +76,7 @@ def create_pack(path: str | Path, adapters: Adapters, basis_dir: str | Path | No
 
 
 def add_to_pack(path: str | Path, adapters: Adapters, basis_dir: str | Path | None = None) -> Path:
-    """Add adapters to a pack. Raises :class:`UserError` as :func:`create_pack` does."""
+    """Add adapters to a pack. Raises :class:`UserError` like :func:`create_pack`, or if there is no pack."""
     file = pack_path(path)
     require_pack(file)
     added, bases = _read_adapters(adapters, basis_dir)
@@ -86,7 +87,7 @@ def add_to_pack(path: str | Path, adapters: Adapters, basis_dir: str | Path | No
 
 
 def remove_from_pack(path: str | Path, names: Sequence[str]) -> Path:
-    """Take subjects out of a pack. Raises :class:`UserError` for a name that is not in it."""
+    """Remove subjects from a pack. Raises :class:`UserError` for an unknown name and for removing all of them."""
     file = pack_path(path)
     require_pack(file)
     with locked_folder(file.parent), Pack(file) as pack:
@@ -94,12 +95,12 @@ def remove_from_pack(path: str | Path, names: Sequence[str]) -> Path:
             pack.find(name)
         rest = [subject for subject in pack if subject.name not in names]
         if not rest:
-            raise UserError(f"that would leave nothing in {file}: delete the file instead")
+            raise UserError(f"that would leave {file} empty: delete the file instead")
         return _write(file, rest, {})
 
 
 def extract_from_pack(path: str | Path, name: str, folder: str | Path, basis_dir: str | Path | None = None) -> Path:
-    """Write one subject as an adapter folder, with its preview; bit for bit what was packed. Returns its file."""
+    """Write one subject to an adapter folder, with its preview; bit for bit what was packed. Returns the file."""
     file, folder = pack_path(path), Path(folder).expanduser()
     require_vacant(folder)
     with Pack(file) as pack:
@@ -114,11 +115,11 @@ def extract_from_pack(path: str | Path, name: str, folder: str | Path, basis_dir
 
 
 def pack_path(path: str | Path) -> Path:
-    """The file of a pack; its name must end as packs do, so that nothing mistakes it for an adapter."""
+    """The file of a pack. Raises :class:`UserError` unless it ends in ``.nora_pack.safetensors``."""
     file = Path(path).expanduser()
     if not file.name.endswith(SUFFIX):
-        raise UserError(f"{file} is no name for a pack: let it end in {SUFFIX}")
-    return file.resolve() if file.is_symlink() else file  # what is written anew is the pack, not the link to it
+        raise UserError(f"{file} is not a valid name for a pack: end it in {SUFFIX}")
+    return file.resolve() if file.is_symlink() else file  # rewrite the pack, not the link to it
 
 
 def _require_new(file: Path) -> None:
@@ -127,41 +128,43 @@ def _require_new(file: Path) -> None:
 
 
 def _read_adapters(adapters: Adapters, basis_dir: str | Path | None) -> tuple[list[PackedSubject], dict[str, Tensors]]:
-    """Adapters, each checked, and their bases by hash. Nothing is written."""
+    """Check every adapter; return them and their bases by hash. Writes nothing."""
     if isinstance(adapters, str | Path) or not isinstance(adapters, Mapping | Sequence):
-        raise UserError(f"adapters is a list of paths or a mapping of names to paths, not {adapters!r}")
+        raise UserError(f"adapters={adapters!r} has the wrong type: give a list of paths or a dict of names to paths")
     listed = adapters.items() if isinstance(adapters, Mapping) else adapters
     pairs = [entry if isinstance(entry, tuple) else ("", entry) for entry in listed]
     if not pairs:
-        raise UserError("there is nothing to pack: name adapters")
+        raise UserError("there is nothing to pack: give at least one adapter")
     bases: dict[str, Tensors] = {}
     return [_subject(name, path, basis_dir, bases) for name, path in pairs], bases
 
 
 def _subject(name: str, path: str | Path, basis_dir: str | Path | None, bases: dict[str, Tensors]) -> PackedSubject:
-    """Read one adapter, checked; its basis goes into ``bases``."""
+    """Read and check one adapter; its basis is added to ``bases``."""
     info = inspect_adapter(path)
     name = name or given_name(info.path)
     if not re.fullmatch(NAME, name):
-        raise UserError(f"{name!r} is no name for a subject: use letters, digits, '_' and '-'")
+        raise UserError(f"{name!r} is not a valid name for a subject: use letters, digits, '_' and '-'")
     if not all(config.frozen_outer for config in info.configs.values()):
-        raise UserError(f"{info.path} is a {info.method} adapter without a frozen basis: only shared bases are packed")
+        raise UserError(
+            f"{info.path} is a {info.method} adapter without a frozen basis: a pack needs one that all subjects share"
+        )
     _share_basis(info, basis_dir, bases)
     tensors = _trained(info.path)
     require_finite(tensors, info.path)
     dtypes = {value.dtype for value in tensors.values()}
     if len(dtypes) != 1:
-        raise UserError(f"{info.path} mixes number types: save it with dtype=fp32, fp16 or bf16")
-    letters = next(letters for letters, dtype in READABLE.items() if dtype in dtypes)
-    layout = Layout(letters, tuple((key, tuple(value.shape)) for key, value in tensors.items()))
+        raise UserError(f"{info.path} has more than one dtype: save it with dtype=fp32, fp16 or bf16")
+    dtype_name = next(name for name, dtype in READABLE.items() if dtype in dtypes)
+    layout = Layout(dtype_name, tuple((key, tuple(value.shape)) for key, value in tensors.items()))
     info.sha256 = hashlib.sha256(save(tensors, {"nora": dump_info(info)})).hexdigest()
-    # Numbers and picture are read again when they are written: a pack of thousands need not fit in memory.
+    # Parameters and preview are read again on writing, so that a pack of thousands does not have to fit in memory.
     size = len(_preview(info.path))
-    return PackedSubject(name, info, layout, size, lambda: _preview(info.path), lambda: _numbers(info.path))
+    return PackedSubject(name, info, layout, size, lambda: _preview(info.path), lambda: _parameters(info.path))
 
 
 def _share_basis(info: AdapterInfo, basis_dir: str | Path | None, bases: dict[str, Tensors]) -> None:
-    """Check the adapter against its basis and keep that; only the first, as others are refused by their hashes."""
+    """Verify the adapter's basis and add it to ``bases``; only the first is kept, since a pack has just one."""
     if info.basis == "shared" and info.basis_sha256 in bases:
         return
     tensors = read_tensors(info, basis_dir)
@@ -172,7 +175,7 @@ def _share_basis(info: AdapterInfo, basis_dir: str | Path | None, bases: dict[st
 
 
 def _trained(path: str) -> Tensors:
-    """What an adapter file, or a subject of another pack, holds beside its basis."""
+    """The trained factors of an adapter file or of a subject of another pack."""
     address = split_address(path)
     if address:
         return read_subject(*address)
@@ -180,28 +183,28 @@ def _trained(path: str) -> Tensors:
         return {key: reader.tensor(key) for key in sorted(reader.entries) if not is_frozen(key)}
 
 
-def _numbers(path: str) -> bytes:
+def _parameters(path: str) -> bytes:
     return b"".join(value.flatten().view(torch.uint8).numpy().tobytes() for value in _trained(path).values())
 
 
 def _preview(path: str) -> bytes:
-    """The picture in an adapter's folder, or that of a subject of another pack; empty where there is none."""
+    """The preview image in an adapter's folder, or of a subject of another pack; empty if there is none."""
     address = split_address(path)
     if address:
         with Pack(address[0]) as pack:
             return pack.find(address[1]).preview()
     for ending, magic in PREVIEWS.items():
-        picture = Path(path).parent / f"preview{ending}"
-        if picture.is_file() and picture.stat().st_size <= MAX_PREVIEW:
-            found = picture.read_bytes()
-            return found if found.startswith(magic) else b""
+        image = Path(path).parent / f"preview{ending}"
+        if image.is_file() and image.stat().st_size <= MAX_PREVIEW:
+            content = image.read_bytes()
+            return content if content.startswith(magic) else b""
     return b""
 
 
 def _write(file: Path, subjects: Sequence[PackedSubject], bases: Mapping[str, Tensors]) -> Path:
-    """Write subjects that belong together, and what is new of their basis."""
+    """Write checked subjects to a pack, and their basis beside it."""
     ordered = sorted(subjects, key=lambda subject: (short_hash(subject.name.encode()), subject.name))
-    common = {key: document(ordered[0].info).get(key) for key in SHARED_FIELDS}
+    common = {key: metadata_of(ordered[0].info).get(key) for key in SHARED_FIELDS}
     layouts = list(dict.fromkeys(subject.layout for subject in ordered))
     stacks = [[subject for subject in ordered if subject.layout == layout] for layout in layouts]
     cards = {subject.name: _card(subject, common) for subject in ordered}
@@ -210,24 +213,24 @@ def _write(file: Path, subjects: Sequence[PackedSubject], bases: Mapping[str, Te
     blobs = {"shared": shared, "cards": b"".join(cards.values())}
     head = {"format": "nora_pack", "pack_version": PACK_VERSION, "shared_sha256": hashlib.sha256(shared).hexdigest()}
     shapes = {"index": ("I64", list(index.shape))}
-    # Wider numbers first, so that every tensor is aligned.
+    # Wider dtypes first, so that every tensor is aligned.
     for number in sorted(range(len(layouts)), key=lambda n: -READABLE[layouts[n].dtype].itemsize):
         shapes[f"stack.{number}"] = (layouts[number].dtype, [len(stacks[number]), sum(layouts[number].sizes.values())])
     shapes |= {key: ("U8", [len(blob)]) for key, blob in blobs.items()}
     shapes["previews"] = ("U8", [sum(subject.preview_size for subject in ordered)])
 
-    def pieces() -> Iterator[bytes]:
+    def chunks() -> Iterator[bytes]:
         yield _header(shapes, head)
         yield index.numpy().tobytes()
         for key in shapes:
             if key.startswith("stack."):
-                yield from (subject.numbers() for subject in stacks[int(key.removeprefix("stack."))])
+                yield from (subject.parameters() for subject in stacks[int(key.removeprefix("stack."))])
         yield from blobs.values()
         yield from (subject.preview() for subject in ordered)
 
     for basis in bases.values():
-        write_basis(file.parent / "bases", basis)
-    return write_atomic(file, pieces())
+        write_basis(file.parent / BASIS_FOLDER, basis)
+    return write_atomic(file, chunks())
 
 
 def _header(shapes: dict[str, tuple[str, list[int]]], head: dict[str, Any]) -> bytes:
@@ -242,8 +245,8 @@ def _header(shapes: dict[str, tuple[str, list[int]]], head: dict[str, Any]) -> b
 
 
 def _card(subject: PackedSubject, common: dict[str, Any]) -> bytes:
-    """Where a subject's document differs from what the pack has in common; ``null`` for what it lacks."""
-    own = document(subject.info)
+    """A subject's metadata as JSON, as far as it differs from ``common``; ``null`` for fields that it lacks."""
+    own = metadata_of(subject.info)
     different = {key: own.get(key) for key in common | own if own.get(key) != common.get(key)}
     return json.dumps(
         {"name": subject.name, "sha256": subject.info.sha256, **different}, separators=(",", ":")
@@ -258,28 +261,28 @@ def _index_rows(
     for subject in ordered:
         name = subject.name
         card_end, preview_end = card + len(cards[name]), preview + subject.preview_size
-        check = short_hash(cards[name], subject.numbers())
+        check = short_hash(cards[name], subject.parameters())
         yield IndexRow(short_hash(name.encode()), *rows[name], card, card_end, preview, preview_end, check)
         card, preview = card_end, preview_end
 
 
 def _check_together(file: Path, subjects: Sequence[PackedSubject]) -> None:
-    """One basis, one base, each name once, and not too many shapes."""
-    first, names = subjects[0], [subject.name for subject in subjects]
-    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
-    if twice:
-        raise UserError(f"{twice!r} would be in {file} twice: remove it first, or give another name (NAME=PATH)")
+    """Require one basis, one base, unique names and at most :data:`MAX_LAYOUTS` layouts."""
+    first, names = subjects[0], Counter(subject.name for subject in subjects)
+    name, count = names.most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{name!r} would be in {file} twice: remove it first, or give another name (NAME=PATH)")
     for subject in subjects[1:]:
         if subject.info.basis_sha256 != first.info.basis_sha256:
             raise UserError(
-                f"{subject.name!r} has another basis than {first.name!r}: one pack holds one basis; "
-                f"train {subject.name!r} from the other's (basis_from), or make two packs"
+                f"{subject.name!r} has another basis than {first.name!r}, but a pack has just one: "
+                f"train {subject.name!r} on the other's basis (basis_from), or make two packs"
             )
         ours, theirs = subject.info.fingerprints, first.info.fingerprints
         if ours.keys() != theirs.keys() or not same_weights(ours, theirs):
             raise UserError(
                 f"{subject.name!r} was made for the base {subject.info.base}, {first.name!r} for {first.info.base}: "
-                "their weights differ, so make two packs"
+                "their weights differ: make two packs"
             )
     if len({subject.layout for subject in subjects}) > MAX_LAYOUTS:
-        raise UserError(f"more than {MAX_LAYOUTS} different shapes of adapters in one pack: split it")
+        raise UserError(f"the adapters have more than {MAX_LAYOUTS} different layouts: split them into several packs")

@@ -1,27 +1,30 @@
-"""Packs: the trained numbers of many subjects that share one basis, in one safetensors file.
+"""Packs: the trained parameters of many subjects that share one basis, in one safetensors file.
 
-The header is small whatever the number of subjects, because it names only a few stacked tensors:
+The header stays small for any number of subjects, because it names only a few stacked tensors:
 
-- ``index [n, 8]``: a row for each subject, sorted by the hash of its name, that says where its parts lie;
-- ``stack.<g> [n_g, numbers]``: all trained numbers of one subject in a row, for the subjects whose factors have the
-  same names, shapes and dtype (another inner rank is another stack);
-- ``cards`` and ``previews``: a JSON document and a picture of each subject, end to end;
-- ``shared``: one JSON document with what the cards have in common and the layout of each stack.
+- ``index [n, 8]``: one row per subject (:class:`IndexRow`), sorted by the hash of its name: where its data is stored;
+- ``stack.<g> [n_g, parameters]``: one row per subject with all its trained parameters; one stack for all subjects
+  whose factors have the same names, shapes and dtype (another inner rank needs another stack);
+- ``cards`` and ``previews``: the metadata (JSON) and the preview image of each subject, concatenated;
+- ``shared``: one JSON document with the metadata that the cards have in common and the layout of each stack.
 
-One subject is found by bisecting the index: some kilobytes out of gigabytes are read.
+One subject is found by a binary search in the index, which reads some kilobytes out of gigabytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from ..errors import UserError
-from ..io.tensor_file import FLOATS, READABLE, TensorFile, Tensors, all_finite
+from ..io.tensor_file import FLOATS, READABLE, TensorFile, Tensors, require_finite
 from ..io.untrusted import conform, parse_json
 from .adapter_info import AdapterInfo, dump_info, info_from
 from .keys import count_parameters
@@ -33,7 +36,7 @@ NAME = r"[A-Za-z0-9_-]{1,100}"
 
 
 class IndexRow(NamedTuple):
-    """A row of the index. ``check``: the first 8 bytes of the SHA-256 of card and numbers."""
+    """A row of the index. ``check``: the first 8 bytes of the SHA-256 of the card and the parameters."""
 
     name_hash: int
     stack: int
@@ -46,53 +49,48 @@ class IndexRow(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How a row of a stack is cut into factors: safetensors' dtype, and ``(key, shape)`` in order."""
+    """How a row of a stack is split into factors: safetensors' name of the dtype, and ``(key, shape)`` in order."""
 
     dtype: str
     factors: tuple[tuple[str, tuple[int, ...]], ...]
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Numbers of each factor."""
-        sizes = {}
-        for key, shape in self.factors:
-            sizes[key] = 1
-            for side in shape:
-                sizes[key] *= side
-        return sizes
+        """Number of elements of each factor."""
+        return {key: math.prod(shape) for key, shape in self.factors}
 
 
 @dataclass
 class PackedSubject:
-    """One subject: what is said of it, and its parts, read when asked for."""
+    """One subject of a pack. ``preview()`` and ``parameters()`` read the file when they are called."""
 
     name: str
     info: AdapterInfo
     layout: Layout
     preview_size: int
     preview: Callable[[], bytes]
-    numbers: Callable[[], bytes]
+    parameters: Callable[[], bytes]
 
 
 def short_hash(*parts: bytes | bytearray) -> int:
-    """64 bits of the SHA-256 of ``parts``, as a signed number."""
+    """64 bits of the SHA-256 of ``parts``, as a signed integer."""
     return int.from_bytes(hashlib.sha256(b"".join(parts)).digest()[:8], "big", signed=True)
 
 
-def document(info: AdapterInfo) -> dict[str, Any]:
-    """An adapter's own document, as its file holds it."""
+def metadata_of(info: AdapterInfo) -> dict[str, Any]:
+    """An adapter's metadata as in its own file."""
     values: dict[str, Any] = json.loads(dump_info(info))
     return values
 
 
 def require_pack(file: Path) -> None:
-    """Raise :class:`UserError` where there is no file."""
+    """Raise :class:`UserError` if the file does not exist."""
     if not file.is_file():
         raise UserError(f"there is no pack at {file}")
 
 
 class Pack:
-    """An open pack; use it in a ``with``. Raises :class:`UserError` for a file that is none or a damaged one."""
+    """An open pack, a context manager. Raises :class:`UserError` for a damaged file and one that is not a pack."""
 
     def __init__(self, file: Path) -> None:
         require_pack(file)
@@ -120,10 +118,12 @@ class Pack:
 
     def _open(self) -> tuple[dict[str, Any], list[Layout]]:
         if "nora_pack" not in self.reader.metadata:
-            raise UserError(f"{self.file} is no pack")
+            raise UserError(f"{self.file} is not a pack")
         head = parse_json(self.reader.metadata["nora_pack"])
         if conform(head["pack_version"], int, "pack_version", 2**31) > PACK_VERSION:
-            raise UserError(f"{self.file} is of pack version {head['pack_version']}: upgrade to read it")
+            raise UserError(
+                f"{self.file} has pack version {head['pack_version']}, this release reads up to {PACK_VERSION}: upgrade"
+            )
         entries = self.reader.entries
         for key, dtype, dimensions in (
             ("index", "I64", 2),
@@ -137,7 +137,7 @@ class Pack:
             raise ValueError("index has an invalid shape")
         shared = self._bytes("shared", 0, entries["shared"].shape[0])
         if hashlib.sha256(shared).hexdigest() != head["shared_sha256"]:
-            raise ValueError("its shared part has changed")
+            raise ValueError("its shared metadata does not match its hash")
         values = parse_json(shared)
         layouts = [Layout(dtype, tuple((k, tuple(s)) for k, s in factors)) for dtype, factors in values["layouts"]]
         for number, layout in enumerate(layouts):
@@ -151,7 +151,7 @@ class Pack:
         if entry.dtype not in FLOATS or (entry.dtype, len(entry.shape)) != (layout.dtype, 2):
             raise ValueError(f"{key} has an invalid dtype or shape")
         if entry.shape[1] != sum(layout.sizes.values()):
-            raise ValueError(f"{key} does not fit its layout")
+            raise ValueError(f"{key} does not match its layout")
 
     def _bytes(self, key: str, start: int, end: int) -> bytes:
         if not 0 <= start <= end <= self.reader.entries[key].shape[0]:
@@ -161,43 +161,41 @@ class Pack:
     def __len__(self) -> int:
         return self.reader.entries["index"].shape[0]
 
-    def place(self, row: int) -> IndexRow:
+    def index_row(self, number: int) -> IndexRow:
         """One row of the index."""
-        place = IndexRow(*self.reader.rows("index", row, row + 1)[0].tolist())
-        if not (0 <= place.stack < len(self.layouts) and place.card_end - place.card <= MAX_CARD):
-            raise self._damaged("its index is not sound")
-        if place.preview_end - place.preview > MAX_PREVIEW:
+        row = IndexRow(*self.reader.rows("index", number, number + 1)[0].tolist())
+        if not (0 <= row.stack < len(self.layouts) and row.card_end - row.card <= MAX_CARD):
+            raise self._damaged("its index is invalid")
+        if row.preview_end - row.preview > MAX_PREVIEW:
             raise self._damaged("a preview is too large")
-        return place
+        return row
 
     def __iter__(self) -> Iterator[PackedSubject]:
-        """All subjects, by the hash of their names; raises where the index would not let them be found."""
+        """All subjects, sorted by the hash of their names. Raises :class:`UserError` if the index is wrong."""
         last = None
-        for row in range(len(self)):
-            place = self.place(row)
-            subject = self._subject(place)
-            if place.name_hash != short_hash(subject.name.encode()) or (last is not None and place.name_hash < last):
-                raise self._damaged("its index is not sound")
-            last = place.name_hash
+        for number in range(len(self)):
+            row = self.index_row(number)
+            subject = self._subject(row)
+            if row.name_hash != short_hash(subject.name.encode()) or (last is not None and row.name_hash < last):
+                raise self._damaged("its index is invalid")
+            last = row.name_hash
             yield subject
 
     def find(self, name: str) -> PackedSubject:
-        """The subject of that name. Raises :class:`UserError` where there is none."""
+        """The subject of that name. Raises :class:`UserError` if there is none."""
         wanted, low, high = short_hash(name.encode()), 0, len(self)
         while low < high:
             middle = (low + high) // 2
-            low, high = (middle + 1, high) if self.place(middle).name_hash < wanted else (low, middle)
-        while low < len(self) and (place := self.place(low)).name_hash == wanted:
-            if (subject := self._subject(place)).name == name:
+            low, high = (middle + 1, high) if self.index_row(middle).name_hash < wanted else (low, middle)
+        while low < len(self) and (row := self.index_row(low)).name_hash == wanted:
+            if (subject := self._subject(row)).name == name:
                 return subject
             low += 1
-        raise UserError(
-            f"there is no subject {name!r} in {self.file}: `nora-diffusion pack list` shows those there are"
-        )
+        raise UserError(f"there is no subject {name!r} in {self.file}: list them with `nora-diffusion pack list`")
 
-    def _subject(self, place: IndexRow) -> PackedSubject:
-        card = self._bytes("cards", place.card, place.card_end)
-        layout = self.layouts[place.stack]
+    def _subject(self, row: IndexRow) -> PackedSubject:
+        card = self._bytes("cards", row.card, row.card_end)
+        layout = self.layouts[row.stack]
         try:
             values = parse_json(card)
             name = conform(values.pop("name"), str, "name", 0)
@@ -210,43 +208,41 @@ class Pack:
         info.path, info.sha256 = f"{self.file}#{name}", digest
         info.bytes = len(card) + sum(layout.sizes.values()) * READABLE[layout.dtype].itemsize
 
-        def numbers() -> bytes:
-            row = self.reader.rows(f"stack.{place.stack}", place.row, place.row + 1).view(-1)
-            content = row.view(READABLE["U8"]).numpy().tobytes()
-            if short_hash(card, content) != place.check:
-                raise self._damaged(f"the numbers or the card of {name} have changed")
+        def parameters() -> bytes:
+            stacked = self.reader.rows(f"stack.{row.stack}", row.row, row.row + 1).view(-1)
+            content = stacked.view(READABLE["U8"]).numpy().tobytes()
+            if short_hash(card, content) != row.check:
+                raise self._damaged(f"the parameters or the card of {name} do not match their hash")
             return content
 
         def preview() -> bytes:
-            return self._bytes("previews", place.preview, place.preview_end)
+            return self._bytes("previews", row.preview, row.preview_end)
 
-        return PackedSubject(name, info, layout, place.preview_end - place.preview, preview, numbers)
+        return PackedSubject(name, info, layout, row.preview_end - row.preview, preview, parameters)
 
 
-def cut(subject: PackedSubject) -> Tensors:
-    """The factors of a subject."""
-    import torch
-
-    row = torch.frombuffer(bytearray(subject.numbers()), dtype=READABLE[subject.layout.dtype])
-    if not all_finite(row):
-        raise UserError(f"{subject.info.path} holds NaN or infinity: the adapter is broken")
-    parts = row.split(list(subject.layout.sizes.values()))
-    return {key: part.view(shape) for (key, shape), part in zip(subject.layout.factors, parts, strict=True)}
+def read_factors(subject: PackedSubject) -> Tensors:
+    """The trained factors of a subject. Raises :class:`UserError` for NaN and infinity."""
+    flat = torch.frombuffer(bytearray(subject.parameters()), dtype=READABLE[subject.layout.dtype])
+    factors = zip(subject.layout.factors, flat.split(list(subject.layout.sizes.values())), strict=True)
+    tensors = {key: values.view(shape) for (key, shape), values in factors}
+    require_finite(tensors, subject.info.path)
+    return tensors
 
 
 def inspect_subject(file: Path, name: str) -> AdapterInfo:
-    """What a pack says of one subject; reads its card only."""
+    """The metadata of one subject; reads only its card."""
     with Pack(file) as pack:
         return pack.find(name).info
 
 
 def read_subject(file: Path, name: str) -> Tensors:
-    """The trained factors of one subject; reads its numbers only."""
+    """The trained factors of one subject; reads no other subject's."""
     with Pack(file) as pack:
-        return cut(pack.find(name))
+        return read_factors(pack.find(name))
 
 
 def list_pack(file: str | Path) -> list[AdapterInfo]:
-    """What a pack says of its subjects, in the order of their addresses; reads cards only."""
+    """The metadata of all subjects of a pack, sorted by address; reads only their cards."""
     with Pack(Path(file).expanduser()) as pack:
         return sorted((subject.info for subject in pack), key=lambda info: info.path)

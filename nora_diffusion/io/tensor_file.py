@@ -216,6 +216,13 @@ def all_finite(value: Tensor) -> bool:
     return bool(low.isfinite() and high.isfinite())
 
 
+def require_finite(tensors: Tensors, path: str | Path) -> None:
+    """Raise :class:`UserError` if a tensor read from ``path`` holds NaN or infinity."""
+    damaged = next((key for key, value in tensors.items() if not all_finite(value)), None)
+    if damaged:
+        raise UserError(f"{path}: {damaged} holds NaN or infinity: the adapter is damaged")
+
+
 def tensor_hash(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes."""
     tensor = tensor.detach().cpu().contiguous()

@@ -184,7 +184,7 @@ def test_a_mistyped_path_is_no_hub_id(tmp_path: Path, capsys: Capture, monkeypat
     (tmp_path / "out" / "dog").mkdir(parents=True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: pytest.fail("the hub was asked"))
     assert main(["generate", "--prompt", "x", "--adapter", "out/dgo"]) == 2
-    assert "no adapter at out/dgo" in (said := capsys.readouterr().err) and "there is out/dog" in said
+    assert "no adapter at out/dgo" in (said := capsys.readouterr().err) and "did you mean out/dog?" in said
     assert main(["generate", "--prompt", "x", "--base", "out/dgo"]) == 2
     assert "out/dgo" in capsys.readouterr().err
 

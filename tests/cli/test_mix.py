@@ -38,7 +38,7 @@ def test_mix_writes_an_adapter_and_says_what_it_is(parts: Path, tmp_path: Path, 
     info = inspect_adapter(tmp_path / "both")
     assert [(p["name"], p["weight"]) for p in info.extra["mix"]["parts"]] == [("dog", 0.8), ("hat", 1.0)]
     assert main([*words, "--mode", "cat"]) == 2
-    assert "holds an adapter already" in capsys.readouterr().err
+    assert "already holds an adapter" in capsys.readouterr().err
     words[-1] = str(tmp_path / "small")
     assert main([*words, "--mode", "svd", "--rank", "1"]) == 0
     assert "of the energy kept" in capsys.readouterr().out

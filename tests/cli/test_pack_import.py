@@ -74,7 +74,7 @@ def test_import_prints_what_was_lost(shelf: Path, tiny_base: Path, tmp_path: Pat
 MISTAKES = {
     "no verb": (["pack"], "VERB"),
     "unknown verb": (["pack", "zip"], "zip"),
-    "name of a pack": (["pack", "create", "x.safetensors", "a"], "let it end in"),
+    "name of a pack": (["pack", "create", "x.safetensors", "a"], "end it in"),
     "absent pack": (["pack", "list", "x.nora_pack.safetensors"], "no pack at"),
     "absent adapter": (["pack", "create", "x.nora_pack.safetensors", "nowhere"], "no adapter at"),
     "absent LoRA": (["import", "nowhere", "out"], "no adapter at"),

@@ -91,7 +91,7 @@ def test_somebody_elses_readme_is_left_alone(saved: Path, tmp_path: Path, caplog
     assert card.read_text() == f"{ours}\nmore\n" and not caplog.text
     card.write_text("My notes on library_name: nora_diffusion")
     write_card(tmp_path, inspect_adapter(saved))
-    assert card.read_text().startswith("My notes") and "README.md is no model card" in caplog.text
+    assert card.read_text().startswith("My notes") and "README.md is not a model card" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_shared_basis_is_stored_once_and_checked(pipe: Any, tmp_path: Path) -> N
     tensors = load_file(basis)
     tensors[next(iter(tensors))][0, 0] += 1
     save_file(tensors, basis)
-    with pytest.raises(UserError, match="does not hash to its name"):
+    with pytest.raises(UserError, match="its hash is not its file name"):
         load_adapter(pipe, tmp_path / "dog")
     basis.unlink()
     with pytest.raises(UserError, match="not found in"):
@@ -233,7 +233,7 @@ FAULTS = {
     "truncated": "damaged or truncated", "empty": "empty, truncated", "web page": "web page", "lfs": "LFS pointer",
     "nan": "NaN", "missing": "does not fit", "extra": "does not fit", "shape": "does not fit",
     "integers": "not a float dtype", "metadata": "metadata is damaged", "newer": "version 99",
-    "no metadata": "no adapter of",
+    "no metadata": "not an adapter of",
 }  # fmt: skip
 
 

@@ -449,7 +449,7 @@ def test_a_shared_basis_is_checked_like_an_adapter(base: Any, tiny_base: Path, t
     first = sorted(tensors)[0]
     damages = {
         "damaged or truncated": sound[:-10],
-        "does not hash": save({**tensors, first: tensors[first] + 1}),
+        "its hash is not its file name": save({**tensors, first: tensors[first] + 1}),
         "not a float dtype": save({**tensors, first: tensors[first].to(torch.int64)}),
         "web page": b"<html>",
     }

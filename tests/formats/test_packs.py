@@ -30,7 +30,7 @@ from nora_diffusion.adapters import lora, nora
 from nora_diffusion.formats.adapter_file import FILE_NAME
 from nora_diffusion.formats.adapter_info import AdapterInfo
 from nora_diffusion.formats.pack_writing import _write, add_to_pack, create_pack, extract_from_pack, remove_from_pack
-from nora_diffusion.formats.packs import SUFFIX, Layout, Pack, PackedSubject, cut, list_pack
+from nora_diffusion.formats.packs import SUFFIX, Layout, Pack, PackedSubject, list_pack, read_factors
 from nora_diffusion.io.files import locked_folder
 from nora_diffusion.loaders import list_adapters
 
@@ -197,7 +197,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "another base": (_other_base, "was made for the base"),
     "no basis": (_no_basis, "without a frozen basis"),
     "twice": (lambda pipe, shelf, folder: shelf / "dog", "twice"),
-    "odd name": (lambda pipe, shelf, folder: (shelf / "dog").rename(shelf / "a dog"), "no name for a subject"),
+    "odd name": (lambda pipe, shelf, folder: (shelf / "dog").rename(shelf / "a dog"), "not a valid name for a subject"),
     "absent": (lambda pipe, shelf, folder: folder, "no adapter at"),
 }
 
@@ -222,10 +222,10 @@ def test_what_does_not_belong_is_refused(pipe: Any, shelf: Path, pack: Path, tmp
 def test_other_refusals(pipe: Any, shelf: Path, pack: Path, tmp_path: Path) -> None:
     for call, words in [
         (lambda: create_pack(pack, [shelf / "dog"]), "exists: add to it"),
-        (lambda: create_pack(tmp_path / "x.safetensors", [shelf / "dog"]), "let it end in"),
+        (lambda: create_pack(tmp_path / "x.safetensors", [shelf / "dog"]), "end it in"),
         (lambda: create_pack(tmp_path / "x.nora_pack.safetensors", []), "nothing to pack"),
-        (lambda: create_pack(tmp_path / "x.nora_pack.safetensors", str(shelf / "dog")), "is a list of paths"),
-        (lambda: create_pack(tmp_path / "x.nora_pack.safetensors", [None]), "is no path of an adapter"),  # type: ignore[list-item]
+        (lambda: create_pack(tmp_path / "x.nora_pack.safetensors", str(shelf / "dog")), "give a list of paths"),
+        (lambda: create_pack(tmp_path / "x.nora_pack.safetensors", [None]), "None is not a path"),  # type: ignore[list-item]
         (lambda: load_adapter(pipe, None), "is no adapter"),  # type: ignore[arg-type]
         (lambda: load_adapter(pipe.unet, shelf / "dog"), "give the pipeline that holds it"),
         (lambda: load_adapter(pipe, shelf / "dog", 5), "the adapter name 5 will not do"),  # type: ignore[arg-type]
@@ -233,11 +233,11 @@ def test_other_refusals(pipe: Any, shelf: Path, pack: Path, tmp_path: Path) -> N
         (lambda: remove_from_pack(tmp_path / "no/x.nora_pack.safetensors", ["dog"]), "no pack at"),
         (lambda: remove_from_pack(pack, ["fox"]), "no subject 'fox'"),
         (lambda: remove_from_pack(pack, list(SUBJECTS)), "delete the file"),
-        (lambda: extract_from_pack(pack, "dog", shelf / "dog"), "holds an adapter already: choose another folder"),
+        (lambda: extract_from_pack(pack, "dog", shelf / "dog"), "already holds an adapter: choose another folder"),
         (lambda: load_adapter(pipe, pack), "is a pack"),
         (lambda: load_adapter(pipe, f"{pack}#fox"), "no subject 'fox'"),
         (lambda: load_adapter(pipe, f"{tmp_path / 'no.safetensors'}#dog"), "no pack at"),
-        (lambda: load_adapter(pipe, f"{shelf / 'dog' / FILE_NAME}#dog"), "is no pack"),
+        (lambda: load_adapter(pipe, f"{shelf / 'dog' / FILE_NAME}#dog"), "is not a pack"),
     ]:
         with pytest.raises(UserError, match=words):
             call()
@@ -251,7 +251,7 @@ def read_all(pack: Path) -> dict[str, tuple[AdapterInfo, dict[str, torch.Tensor]
         try:
             with Pack(pack) as reader:
                 subject = reader.find(name)
-                found[name] = subject.info, cut(subject)
+                found[name] = subject.info, read_factors(subject)
         except UserError:
             found[name] = None
     return found
@@ -303,7 +303,7 @@ def synthetic(count: int, file: Path) -> Path:
 
 def bytes_read(file: Path, name: str) -> tuple[int, torch.Tensor]:
     with Pack(file) as pack:
-        tensors = cut(pack.find(name))
+        tensors = read_factors(pack.find(name))
         return pack.reader.bytes_read, torch.cat([value.flatten() for value in tensors.values()])
 
 
