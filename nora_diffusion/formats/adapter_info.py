@@ -69,7 +69,7 @@ class AdapterInfo:
     @property
     def configs(self) -> dict[str, AdapterConfig]:
         """The config of each component. Raises :class:`UserError` for a file of another tool."""
-        if self.kind != "nora":
+        if not self.is_ours:
             raise UserError(
                 f"{self.path} is {self.note}: load it with load_adapter, or convert a LoRA to an adapter of this "
                 "toolkit with `nora-diffusion import`"
@@ -88,7 +88,7 @@ class AdapterInfo:
 
     @property
     def is_ours(self) -> bool:
-        """Whether the file has this toolkit's format, and not that of another tool (then ``kind`` names it)."""
+        """Whether the file is in this toolkit's format; otherwise ``kind`` names another tool's."""
         return self.kind == "nora"
 
     @property
