@@ -1,1 +1,1 @@
-"""The embedded base model ``tiny_sd``: its drawn world, the recipe that trains it, and its weights."""
+"""The embedded base model ``tiny_sd``: its training data, training recipe, weights and measurements."""

@@ -1,4 +1,4 @@
-"""``python -m nora_diffusion.tiny_sd.evaluate``: numbers and fixed-seed pictures of the shipped base."""
+"""``python -m nora_diffusion.tiny_sd.evaluate``: scores and fixed-seed images of the embedded base."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..pipelines.base import EMBEDDED_GUIDANCE, EMBEDDED_WEIGHTS
+from ..errors import UserError
+from ..generation.sampling import Sampling, sample_images
+from ..pipelines.base import EMBEDDED_WEIGHTS, open_pipeline
 from ..quiet import hush
 from ..reports.sheets import contact_sheet
 from ..scoring.judges import Judge, image_features, load_judge, text_features
 from .measures.following import measure
-from .measures.teaching import heldout_pictures, new_scenes, teach_all
+from .measures.teaching import heldout_images, new_scenes, teach_all
 from .recipe.stage_vae import to_tensor
 from .world.render import sample
+from .world.scenes import TEST_SEED
 
-TEST_SEED = 900_001  # no training stage draws from it
-STEPS = 20
+BATCH = 12
 PROMPTS = (
     "a fox in the snow",
     "a koala on a blue background",
@@ -52,99 +54,87 @@ PROMPTS = (
 
 
 def generate(pipe: Any, prompts: list[str], seed: int = 0) -> np.ndarray:
-    """One picture a prompt: uint8 (N, 64, 64, 3); the i-th takes the seed ``seed + i``."""
-    out = []
-    for start in range(0, len(prompts), 12):
-        part = prompts[start : start + 12]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        out.append(
-            pipe(
-                part,
-                num_inference_steps=STEPS,
-                guidance_scale=EMBEDDED_GUIDANCE,
-                height=64,
-                width=64,
-                generator=generators,
-                output_type="np",
-            ).images
-        )
-    return (np.concatenate(out) * 255).round().astype(np.uint8)
+    """One image for each prompt: uint8 (N, 64, 64, 3). Image ``i`` has the seed ``seed + i``."""
+    images: list[np.ndarray] = []
+    for start in range(0, len(prompts), BATCH):
+        batch = prompts[start : start + BATCH]
+        seeds = range(seed + start, seed + start + len(batch))
+        images += map(np.asarray, sample_images(pipe, batch, seeds, Sampling.for_base(None)))
+    return np.stack(images)
 
 
 def seconds_for_four(pipe: Any, times: int = 3) -> float:
-    """Median time of four pictures with guidance, as the machine is (after one run that is not counted)."""
-    taken = []
+    """Median time of generating four images with guidance, after one warm-up."""
+    seconds = []
     for _ in range(times + 1):
         started = time.perf_counter()
         generate(pipe, list(PROMPTS[:4]))
-        taken.append(time.perf_counter() - started)
-    return float(np.median(taken[1:]))
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds[1:]))
 
 
-def as_images(pictures: np.ndarray) -> list[Image.Image]:
-    """uint8 (N, H, W, 3) to pictures."""
-    return [Image.fromarray(picture) for picture in pictures]
+def as_images(arrays: np.ndarray) -> list[Image.Image]:
+    """uint8 (N, H, W, 3) to a list of images."""
+    return [Image.fromarray(array) for array in arrays]
 
 
-def sheet(pictures: np.ndarray, captions: list[str] | None = None, columns: int = 8) -> Image.Image:
-    """Pictures in rows of ``columns``, with their captions beneath."""
-    cells = [(p, captions[i] if captions else "") for i, p in enumerate(as_images(pictures))]
+def sheet(arrays: np.ndarray, captions: list[str] | None = None, columns: int = 8) -> Image.Image:
+    """Images in rows of ``columns``, with their captions below."""
+    cells = [(image, captions[i] if captions else "") for i, image in enumerate(as_images(arrays))]
     return contact_sheet([cells[i : i + columns] for i in range(0, len(cells), columns)])
 
 
 @torch.no_grad()
 def vae_report(vae: Any, count: int = 128) -> tuple[float, np.ndarray]:
-    """PSNR (dB, mean over pictures) on unseen scenes, and originals above their reconstructions."""
-    pictures = np.stack([sample(TEST_SEED, i)[0] for i in range(count)])
-    x = to_tensor(pictures)
-    y = torch.cat([vae.decode(vae.encode(p).latent_dist.mean).sample for p in x.split(32)]).clamp(-1, 1)
+    """PSNR (dB, mean over images) on unseen scenes; and originals above their reconstructions, for :func:`sheet`."""
+    images = np.stack([sample(TEST_SEED, i)[0] for i in range(count)])
+    x = to_tensor(images)
+    y = torch.cat([vae.decode(vae.encode(batch).latent_dist.mean).sample for batch in x.split(32)]).clamp(-1, 1)
     psnr = 10 * torch.log10(4 / (x - y).square().mean((1, 2, 3)))
-    back = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return psnr.mean().item(), np.concatenate([pictures[:8], back[:8], pictures[8:16], back[8:16]])
+    decoded = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return psnr.mean().item(), np.concatenate([images[:8], decoded[:8], images[8:16], decoded[8:16]])
 
 
 def judge_top1(judge: Judge, count: int = 512, among: int = 64) -> float:
-    """Share of unseen scenes whose own caption scores highest among 64 captions."""
+    """Share of unseen scenes whose own caption scores highest among ``among`` captions."""
     hits = 0
     for start in range(0, count, among):
         pairs = [sample(TEST_SEED, 10_000 + start + i) for i in range(among)]
-        captions = [c for _, c in pairs]
-        scores = image_features(judge, [Image.fromarray(p) for p, _ in pairs]) @ text_features(judge, captions).T
+        captions = [caption for _, caption in pairs]
+        images = [Image.fromarray(array) for array, _ in pairs]
+        scores = image_features(judge, images) @ text_features(judge, captions).T
         hits += sum(captions[int(j)] == captions[i] for i, j in enumerate(scores.argmax(1)))
     return hits / count
 
 
 def subject_auc(judge: Judge, each: int = 8) -> float:
-    """P(same subject scores above another subject), pictures of held-out subjects on random grounds."""
-    names, pictures = heldout_pictures(TEST_SEED, each)
-    features = image_features(judge, as_images(pictures))
+    """P(a pair of one subject scores above a pair of two), for held-out subjects on random backgrounds."""
+    names, arrays = heldout_images(TEST_SEED, each)
+    features = image_features(judge, as_images(arrays))
     scores = (features @ features.T).numpy()
-    owner = np.array(names)
+    subject = np.array(names)
     upper = np.triu(np.ones_like(scores, dtype=bool), 1)
-    same = owner[:, None] == owner[None, :]
+    same = subject[:, None] == subject[None, :]
     positive, negative = scores[upper & same], np.sort(scores[upper & ~same])
     return float(np.searchsorted(negative, positive).mean() / len(negative))
 
 
 def evaluate(weights: Path, images: Path | None, prompts: int = 0) -> dict[str, float]:
-    """All numbers of the base; writes ``base_grid.png`` and ``base_vae.png`` to ``images`` if given.
+    """All scores of the base. Writes ``base_grid.png`` and ``base_vae.png`` to the folder ``images`` if given.
 
-    ``prompts``: on how many unseen captions the independent probe judges (0: not at all).
+    ``prompts``: number of unseen captions for the independent probe (0: leave it out).
     """
-    from diffusers import StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline.from_pretrained(weights / "pipeline", dtype=torch.float32, safety_checker=None)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = open_pipeline(weights / "pipeline")
     psnr, rows = vae_report(pipe.vae)
     report = {"vae_psnr_db": psnr, "seconds_for_4_pictures": seconds_for_four(pipe)}
-    pictures = generate(pipe, list(PROMPTS))
+    generated = generate(pipe, list(PROMPTS))
     if images is not None:
         images.mkdir(parents=True, exist_ok=True)
-        sheet(pictures, list(PROMPTS)).save(images / "base_grid.png", optimize=True)
+        sheet(generated, list(PROMPTS)).save(images / "base_grid.png", optimize=True)
         sheet(rows).save(images / "base_vae.png", optimize=True)
     if (weights / "judge").exists():
         judge = load_judge(weights / "judge")
-        scores = image_features(judge, as_images(pictures)) @ text_features(judge, PROMPTS).T
+        scores = image_features(judge, as_images(generated)) @ text_features(judge, PROMPTS).T
         n = len(PROMPTS)
         report |= {
             "judge_top1_of_64": judge_top1(judge),
@@ -154,38 +144,44 @@ def evaluate(weights: Path, images: Path | None, prompts: int = 0) -> dict[str, 
             "generated_top1_of_24": (scores.argmax(1) == torch.arange(n)).float().mean().item(),
         }
     if prompts:
-        report |= measure(weights, lambda texts: generate(pipe, texts), prompts).report()
+        report |= measure(weights, lambda captions: generate(pipe, captions), prompts).report()
     return {k: round(v, 4) for k, v in report.items()}
 
 
 def evaluate_teaching(weights: Path, images: Path | None) -> dict[str, float]:
-    """LoRA and NoRA against the base on held-out subjects, in some minutes; ``base_taught.png`` goes to ``images``."""
+    """LoRA, NoRA and the plain base on held-out subjects (takes minutes); ``base_taught.png`` goes to ``images``."""
     report, lessons = teach_all(weights)
     if images is not None:
-        rows = [[(p, scene.caption) for p, scene in zip(lesson.pictures, new_scenes(lesson.subject), strict=True)]
-                for lesson in lessons]  # fmt: skip
+        rows = [
+            [(image, scene.caption) for image, scene in zip(lesson.images, new_scenes(lesson.subject), strict=True)]
+            for lesson in lessons
+        ]
         titles = [
-            f"{one.method}, {one.subject}: subject read right in {one.subject_right:.0%}, "
-            f"background in {one.background_right:.0%}, learned in {one.seconds:.0f} s"
-            for one in lessons
+            f"{lesson.method}, {lesson.subject}: subject right {lesson.subject_right:.0%}, "
+            f"background right {lesson.background_right:.0%}, trained in {lesson.seconds:.0f} s"
+            for lesson in lessons
         ]
         contact_sheet(rows, titles).save(images / "base_taught.png", optimize=True)
     return {k: round(v, 4) for k, v in report.items()}
 
 
 def main() -> None:
-    """Command line of the evaluation."""
+    """Measure the embedded base and print the scores as JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--weights", type=Path, default=EMBEDDED_WEIGHTS)
-    parser.add_argument("--images", type=Path, help="where to write the two pictures")
-    parser.add_argument("--report", type=Path, help="where to write the numbers as JSON")
-    parser.add_argument("--prompts", type=int, default=200, help="unseen captions for the probe; 0: no probe")
-    parser.add_argument("--teach", action="store_true", help="also teach it four held-out subjects (some minutes)")
+    parser.add_argument("--weights", type=Path, default=EMBEDDED_WEIGHTS, help="folder of the base (default: shipped)")
+    parser.add_argument("--images", type=Path, help="folder to write contact sheets to (default: none)")
+    parser.add_argument("--report", type=Path, help="JSON file to write the scores to (default: none)")
+    parser.add_argument("--prompts", type=int, default=200,
+                        help="unseen captions for the probe, 0 to leave it out (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--teach", action="store_true", help="also train adapters on four held-out subjects (minutes)")
     args = parser.parse_args()
     hush()
-    report = evaluate(args.weights, args.images, args.prompts)
-    if args.teach:
-        report |= evaluate_teaching(args.weights, args.images)
+    try:
+        report = evaluate(args.weights, args.images, args.prompts)
+        if args.teach:
+            report |= evaluate_teaching(args.weights, args.images)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
     print(json.dumps(report, indent=1))
     if args.report:
         args.report.write_text(json.dumps(report, indent=1) + "\n")

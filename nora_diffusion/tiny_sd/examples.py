@@ -1,4 +1,4 @@
-"""The example subjects: six pictures each to learn from, eight to score with, rendered by the recipe.
+"""The example subjects, rendered: six images each to train on, eight to score with.
 
 ``python -m nora_diffusion.tiny_sd.examples --out examples/subjects`` writes the same files every time.
 """
@@ -15,12 +15,13 @@ from PIL import Image
 
 from .world import vocabulary as world
 from .world.render import cut_out, render
-from .world.scenes import Ground, Scene, Thing
+from .world.scenes import Background, Scene, SceneObject
+from .world.vocabulary import with_article
 
 TRIGGER = "sks"
-_LEARN = ("grass", "beach", "table", "snow")
-_SCORE = ("forest", "desert", "mountains", "road", "wall", "sea")
-_DEMO = (
+_TRAINING = ("grass", "beach", "table", "snow")
+_SCORING = ("forest", "desert", "mountains", "road", "wall", "sea")
+_DEMO = (  # {} is the subject, %s one or two colors
     "{} at night",
     "{} at sunset",
     "{} wearing a top hat on %s background",
@@ -30,69 +31,72 @@ _DEMO = (
 )
 
 
-def subject_thing(slug: str) -> Thing:
-    """The held-out object behind a subject's name; raises KeyError for an unknown one."""
+def subject_object(slug: str) -> SceneObject:
+    """The held-out object of a subject. Raises KeyError for an unknown name."""
     name, color = world.SUBJECTS[slug]
-    return Thing(world.HELDOUT_VARIANTS.get(name, name), color)
+    return SceneObject(world.HELDOUT_VARIANTS.get(name, name), color)
+
+
+def instance_prompt(slug: str) -> str:
+    """The trigger and the class word, for example "a sks monster"."""
+    return f"a {TRIGGER} {subject_object(slug).class_word}"
 
 
 @cache
-def plain_colors(slug: str) -> tuple[str, ...]:
+def contrasting_colors(slug: str) -> tuple[str, ...]:
     """Color words by contrast with the subject, strongest first."""
-    pixels = np.asarray(cut_out(subject_thing(slug)).convert("RGBA")).reshape(-1, 4).astype(float)
+    pixels = np.asarray(cut_out(subject_object(slug)).convert("RGBA")).reshape(-1, 4).astype(float)
     mean = pixels[pixels[:, 3] > 128, :3].mean(0)
-    far = {c: float(np.abs(np.array(rgb) - mean).sum()) for c, rgb in world.COLORS.items()}
-    named = [c for c in far if c != world.SUBJECTS[slug][1]]
-    return tuple(sorted(named, key=lambda c: -far[c]))
+    distance = {c: float(np.abs(np.array(rgb) - mean).sum()) for c, rgb in world.COLORS.items()}
+    own = world.SUBJECTS[slug][1]
+    return tuple(sorted((c for c in distance if c != own), key=lambda c: -distance[c]))
 
 
-def _grounds(slug: str) -> tuple[list[Ground], list[Ground]]:
-    a, b, c, d = plain_colors(slug)[:4]
-    learn = [Ground("solid", a), Ground("solid", b)] + [Ground(k) for k in _LEARN]
-    score = [Ground("solid", c), Ground("dotted", d, a)] + [Ground(k) for k in _SCORE]
-    return learn, score
+def subject_scene(slug: str, background: Background, jitter: int) -> Scene:
+    """The subject alone on that background, captioned with the trigger and its class word."""
+    return Scene((subject_object(slug),), background, f"{instance_prompt(slug)} {background.phrase}", jitter)
 
 
-def subject_scene(slug: str, ground: Ground, number: int) -> Scene:
-    """The subject alone on that ground, captioned with the trigger and its class word."""
-    thing = subject_thing(slug)
-    caption = f"a {TRIGGER} {thing.class_word} {ground.phrase}"
-    return Scene((thing,), ground, caption, jitter=1000 + number)
+def training_scenes(slug: str) -> list[Scene]:
+    """Six scenes to train on."""
+    a, b = contrasting_colors(slug)[:2]
+    backgrounds = [Background("solid", a), Background("solid", b), *map(Background, _TRAINING)]
+    return [subject_scene(slug, background, 1000 + i) for i, background in enumerate(backgrounds)]
 
 
 def scoring_scenes(slug: str) -> list[Scene]:
-    """Eight scenes to compare pictures of a subject with, on grounds that the six to learn from do not show."""
-    return [subject_scene(slug, ground, 100 + i) for i, ground in enumerate(_grounds(slug)[1])]
+    """Eight reference scenes to score generated images with, on backgrounds that are not in the training scenes."""
+    a, _, c, d = contrasting_colors(slug)[:4]
+    backgrounds = [Background("solid", c), Background("dotted", d, a), *map(Background, _SCORING)]
+    return [subject_scene(slug, background, 1100 + i) for i, background in enumerate(backgrounds)]
 
 
 def demo_prompts(slug: str) -> list[str]:
-    """Six prompts on grounds and with accessories that the six pictures do not show; "{}" is the subject."""
-    colors = plain_colors(slug)
-    plain = f"{world.article(colors[4])} {colors[4]}"
-    striped = f"{world.article(colors[3])} {colors[3]} and {colors[4]}"
+    """Six prompts with backgrounds and accessories that are not in the training scenes; "{}" is the subject."""
+    colors = contrasting_colors(slug)
+    plain, striped = with_article(colors[4]), f"{with_article(colors[3])} and {colors[4]}"
     return [p % (striped if "striped" in p else plain) if "%s" in p else p for p in _DEMO]
 
 
 def write_subject(slug: str, folder: Path) -> None:
-    """Write one subject's pictures, captions and ``subject.json``."""
-    thing = subject_thing(slug)
-    learn = [subject_scene(slug, ground, i) for i, ground in enumerate(_grounds(slug)[0])]
-    score = scoring_scenes(slug)
-    for part, scenes in ((folder, learn), (folder / "scoring", score)):
-        part.mkdir(parents=True, exist_ok=True)
+    """Write one subject's images, captions and ``subject.json``."""
+    scoring = scoring_scenes(slug)
+    for target, scenes in ((folder, training_scenes(slug)), (folder / "scoring", scoring)):
+        target.mkdir(parents=True, exist_ok=True)
         for i, scene in enumerate(scenes):
-            Image.fromarray(render(scene)).save(part / f"{i}.png", optimize=True)
-            (part / f"{i}.txt").write_text(scene.caption + "\n")
+            Image.fromarray(render(scene)).save(target / f"{i}.png", optimize=True)
+            (target / f"{i}.txt").write_text(scene.caption + "\n")
     name, color = world.SUBJECTS[slug]
+    class_word = subject_object(slug).class_word
     info = {
         "name": slug,
-        "class_word": thing.class_word,
+        "class_word": class_word,
         "object": name,
         "colour": color,
         "trigger": TRIGGER,
-        "instance_prompt": f"a {TRIGGER} {thing.class_word}",
-        "class_prompt": f"a {thing.class_word}",
-        "heldout": [f"scoring/{i}.png" for i in range(len(score))],
+        "instance_prompt": instance_prompt(slug),
+        "class_prompt": f"a {class_word}",
+        "heldout": [f"scoring/{i}.png" for i in range(len(scoring))],
         "demo_prompts": demo_prompts(slug),
         "license": "SIL-OFL-1.1 (Noto Color Emoji)" if name not in world.HELDOUT_VARIANTS else "Apache-2.0",
     }
@@ -100,13 +104,15 @@ def write_subject(slug: str, folder: Path) -> None:
 
 
 def main() -> None:
-    """Command line: write every subject."""
+    """Write the images, captions and descriptions of all example subjects."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, default=Path("examples/subjects"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("examples/subjects"), help="folder to write to (default: %(default)s)"
+    )
     args = parser.parse_args()
     for slug in world.SUBJECTS:
         write_subject(slug, args.out / slug)
-    print(f"{len(world.SUBJECTS)} subjects in {args.out}")
+    print(f"Wrote {len(world.SUBJECTS)} subjects to {args.out}.")
 
 
 if __name__ == "__main__":

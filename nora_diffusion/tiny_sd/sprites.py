@@ -9,10 +9,10 @@ from .world.sprites import FOLDER, build_sheet
 
 
 def main() -> None:
-    """Command line: build the sheet from a font file."""
+    """Build the sprite sheet from a font file and print its path."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--font", type=Path, required=True, help="path of NotoColorEmoji.ttf")
-    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write to (default: the package's own)")
     args = parser.parse_args()
     print(build_sheet(args.font, args.out))
 

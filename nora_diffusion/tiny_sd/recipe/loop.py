@@ -1,7 +1,7 @@
-"""The training loop that the three stages share: schedule, clipping, EMA, log, exact resume.
+"""The training loop of all stages: schedule, clipping, EMA, log, exact resume.
 
-Everything random in a step comes from ``(seed, step)``, so a state is only weights, EMA, optimizer moments and
-the step number: safetensors and JSON, written to a temporary name and renamed.
+All random draws of a step depend on ``(seed, step)`` only. So a state is weights, EMA, optimizer moments and the step:
+a safetensors file, written under a temporary name and renamed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,16 +23,27 @@ from .configs import StageConfig
 from .muon import Muon
 
 LossFn = Callable[[int], tuple[Tensor, dict[str, float]]]
+"""Maps a step to its loss and the metrics to log."""
 
 
 @dataclass
 class LoopOptions:
-    """Where and how often a stage writes: ``out`` folder, log and save intervals in steps, stop for a pause."""
+    """Output folder, log and save intervals in steps, and the step to stop at before the last one (None: do not)."""
 
     out: Path
     log_every: int = 50
     save_every: int = 1000
     stop_at: int | None = None
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The random generator of one step."""
+    return torch.Generator().manual_seed(seed * 7919 + step)
+
+
+def state_path(out: Path, name: str) -> Path:
+    """The file of a stage's training state in the output folder."""
+    return out / f"{name}.state.safetensors"
 
 
 def learning_rate(config: StageConfig, step: int) -> float:
@@ -42,27 +54,27 @@ def learning_rate(config: StageConfig, step: int) -> float:
     return config.lr * warm * cool
 
 
-# Inputs, outputs and tables are no maps between hidden features: AdamW trains them.
-_OUTER = ("embedding", "conv_in.", "conv_out.", "patch_embed", "quant_conv", "logit_scale")
+# Layers that do not map hidden features to hidden features; AdamW trains them, not Muon.
+_NOT_FOR_MUON = ("embedding", "conv_in.", "conv_out.", "patch_embed", "quant_conv", "logit_scale")
 
 
 def build_optimizers(params: dict[str, nn.Parameter], config: StageConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the inner matrices and AdamW for the rest."""
-    inner = {k for k, p in params.items() if p.ndim > 1 and not any(o in k for o in _OUTER)}
+    """AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest."""
+    hidden = {k for k, p in params.items() if p.ndim > 1 and not any(name in k for name in _NOT_FOR_MUON)}
     use_muon = config.optimizer == "muon"
-    rest = [p for k, p in params.items() if not use_muon or k not in inner]
+    rest = [p for k, p in params.items() if not use_muon or k not in hidden]
     groups = [
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
     out: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)]
     if use_muon:
-        out.append(Muon([p for k, p in params.items() if k in inner], config.lr, weight_decay=config.weight_decay))
+        out.append(Muon([p for k, p in params.items() if k in hidden], config.lr, weight_decay=config.weight_decay))
     return out
 
 
 class Trainer:
-    """Optimizers with EMA on the parameters of ``module``; ``run`` continues from the state in ``options.out``."""
+    """Trains the parameters of ``module`` and their EMA. Resumes from the state in ``options.out`` if there is one."""
 
     def __init__(self, name: str, module: nn.Module, config: StageConfig, options: LoopOptions) -> None:
         self.name, self.config, self.options = name, config, options
@@ -72,11 +84,10 @@ class Trainer:
         self.step = 0
         self._load()
 
-    def run(self, loss_fn: LossFn) -> float:
-        """Train to ``config.steps`` (or ``options.stop_at``); returns the mean loss of the last log interval."""
+    def run(self, loss_fn: LossFn) -> None:
+        """Train to ``config.steps`` (or ``options.stop_at``). Raises FloatingPointError if the loss is not finite."""
         end = min(self.config.steps, self.options.stop_at or self.config.steps)
         total, count, started = 0.0, 0, time.time()
-        mean = float("nan")
         while self.step < end:
             loss, metrics = loss_fn(self.step)
             self._update(loss)
@@ -92,7 +103,6 @@ class Trainer:
             if self.step % self.options.save_every == 0 or self.step == end:
                 self.save()
                 started = time.time()
-        return mean
 
     def _update(self, loss: Tensor) -> None:
         for p in self.params.values():
@@ -105,7 +115,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, self.step)
             optimizer.step()
-        # a short memory at the start, so that the first average is not the initial weights
+        # A faster decay at the start, so that the initial weights leave the average early.
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in params], 1 - decay)
 
@@ -125,47 +135,45 @@ class Trainer:
         with (self.options.out / "log.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    @property
-    def _state_path(self) -> Path:
-        return self.options.out / f"{self.name}.state.safetensors"
-
     def save(self) -> None:
-        """Write the whole state; the JSON with the step number stands in the file's metadata."""
+        """Write the state; the file's metadata holds stage and step as JSON."""
         if processes.rank() > 0:
             return
         tensors = {f"model.{k}": p.detach() for k, p in self.params.items()}
         tensors |= {f"ema.{k}": p for k, p in self.ema.items()}
         for key, p in self.params.items():
             for optimizer in self.optimizers:
-                tensors |= {f"opt.{part}.{key}": v for part, v in optimizer.state.get(p, {}).items()}
-        self.options.out.mkdir(parents=True, exist_ok=True)
-        temporary = self._state_path.with_suffix(".tmp")
+                tensors |= {f"opt.{moment}.{key}": v for moment, v in optimizer.state.get(p, {}).items()}
+        path = state_path(self.options.out, self.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
         save_file(
             {k: v.contiguous().cpu() for k, v in tensors.items()},
             temporary,
             metadata={"state": json.dumps({"stage": self.name, "step": self.step})},
         )
-        temporary.replace(self._state_path)
+        temporary.replace(path)
 
     def _load(self) -> None:
-        if not self._state_path.exists():
+        path = state_path(self.options.out, self.name)
+        if not path.exists():
             return
-        from safetensors import safe_open
-
-        with safe_open(self._state_path, "pt") as file:
+        with safe_open(path, "pt") as file:
             self.step = int(json.loads(file.metadata()["state"])["step"])
-        tensors = load_file(self._state_path)
+        tensors = load_file(path)
         with torch.no_grad():
             for key, p in self.params.items():
                 p.copy_(tensors[f"model.{key}"])
                 self.ema[key].copy_(tensors[f"ema.{key}"])
-        for full, value in tensors.items():
-            if full.startswith("opt."):
-                _, part, key = full.split(".", 2)
+        for name, value in tensors.items():
+            if name.startswith("opt."):
+                _, moment, key = name.split(".", 2)
                 p = self.params[key]
-                # laid out in memory like its parameter: products of matrices round by their layout
+                # In the memory format of the parameter: the rounding of a matrix product depends on it.
                 same = value.shape == p.shape
-                self._owner(p).state[p][part] = torch.empty_like(p).copy_(value) if same else value.to(p.device)
+                self._optimizer_of(p).state[p][moment] = (
+                    torch.empty_like(p).copy_(value) if same else value.to(p.device)
+                )
 
-    def _owner(self, p: nn.Parameter) -> torch.optim.Optimizer:
+    def _optimizer_of(self, p: nn.Parameter) -> torch.optim.Optimizer:
         return next(o for o in self.optimizers for g in o.param_groups if any(q is p for q in g["params"]))

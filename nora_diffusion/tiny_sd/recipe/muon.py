@@ -1,4 +1,7 @@
-"""Muon (Jordan 2024) for the matrices of a small network; on few cores it needs far fewer steps than AdamW."""
+"""Muon, the optimizer of Jordan (2024), for hidden matrices. It needs far fewer steps than AdamW here.
+
+Source: https://kellerjordan.github.io/posts/muon/
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from torch import Tensor
 
 
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrix of ``g`` (m, n), roughly: quintic Newton-Schulz iteration.
+    """Approximate the nearest semi-orthogonal matrix of ``g`` (m, n) by a quintic Newton-Schulz iteration.
 
-    ``X <- P X`` with ``P = a I + b S + c S S`` and ``S = X X^T``; singular values end near 1. Every ``P`` is a
-    polynomial of the first ``S``, so the iteration runs on ``S <- P S P`` (the shorter side squared: a third of the
-    work for a convolution's kernel) and ``X`` is multiplied once, by the product of the ``P``.
+    ``X <- P X`` with ``P = a I + b S + c S S`` and ``S = X X^T``; the singular values end near 1. Every ``P`` is a
+    polynomial of the first ``S``. So the iteration runs on ``S <- P S P``, whose side is the shorter one of ``g`` (a
+    third of the work for a convolution kernel), and ``X`` is multiplied once, by the product of all ``P``.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g / (g.norm() + 1e-7)
@@ -30,10 +33,10 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalized: ``W <- W - lr (0.2 sqrt(max(m, n)) O + wd W)``.
+    """Orthogonalized Nesterov momentum ``O``: ``W <- W - lr (0.2 sqrt(max(m, n)) O + wd W)``.
 
-    Kernels of convolutions are read as (out, in * h * w). The factor 0.2 sqrt(max(m, n)) gives the update the
-    size of an AdamW update, so that both take the same learning rate (Liu et al. 2025).
+    Convolution kernels are reshaped to (out, in * h * w). With the factor 0.2 sqrt(max(m, n)) an update is as large as
+    one of AdamW, so that both use the same learning rate (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:

@@ -1,6 +1,6 @@
-"""Processes that train one stage together, one for each core or GPU, started by ``torchrun``.
+"""Data-parallel training with one process per core or GPU, started by ``torchrun``.
 
-Two processes of one thread each are faster than one of two threads: nothing waits for the slower half of an operation.
+On a CPU, two processes of one thread each are faster than one process of two threads: fewer synchronization points.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, distributed
 
-_SEEDS_APART = 1000
+_SEED_STRIDE = 1000
 
 
-def join() -> None:
-    """Meet the other processes that ``torchrun`` started, if it did."""
+def init() -> None:
+    """Initialize the process group; a no-op without ``torchrun``."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     if torch.cuda.is_available():
@@ -25,38 +25,38 @@ def join() -> None:
 
 
 def rank() -> int:
-    """The number of this process; the first, 0, writes."""
+    """The rank of this process. Only rank 0 writes files."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def count() -> int:
-    """How many processes there are."""
+def world_size() -> int:
+    """The number of processes."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def seeds(seed: int) -> list[int]:
-    """The seed of every process: each sees scenes of its own."""
-    return [seed + _SEEDS_APART * i for i in range(count())]
+    """The seed of each rank, so that every process draws its own scenes."""
+    return [seed + _SEED_STRIDE * i for i in range(world_size())]
 
 
 @contextmanager
-def first_alone() -> Iterator[None]:
-    """The first process runs the body before the others, which then find the files that it wrote."""
-    if count() > 1 and rank() > 0:
+def main_process_first() -> Iterator[None]:
+    """Run the body on rank 0 first; the other ranks then find the files it wrote."""
+    if world_size() > 1 and rank() > 0:
         distributed.barrier()
     yield
-    if count() > 1 and rank() == 0:
+    if world_size() > 1 and rank() == 0:
         distributed.barrier()
 
 
 @torch.no_grad()
 def average(gradients: Iterable[Tensor | None]) -> None:
-    """Replace gradients by their mean over the processes, in one exchange."""
+    """All-reduce the mean gradients in one flat buffer, in place."""
     present = [g for g in gradients if g is not None]
-    if count() == 1 or not present:
+    if world_size() == 1 or not present:
         return
     flat = torch.cat([g.flatten() for g in present])
     distributed.all_reduce(flat)
-    parts = (flat / count()).split([g.numel() for g in present])
-    for g, part in zip(present, parts, strict=True):
-        g.copy_(part.view(g.shape))
+    means = (flat / world_size()).split([g.numel() for g in present])
+    for g, mean in zip(present, means, strict=True):
+        g.copy_(mean.view(g.shape))

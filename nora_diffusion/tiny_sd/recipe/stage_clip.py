@@ -1,4 +1,4 @@
-"""Stage 3: the judge, a small CLIP trained on the same scenes, which scores subjects and prompts."""
+"""Stage 3: the judge, a small CLIP trained on drawn scenes, which scores subjects and prompts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..world.render import render
-from ..world.scenes import Thing, scene_pair
+from ..world.scenes import SceneObject, scene_pair
 from .configs import Size
-from .loop import LoopOptions, Trainer
-from .stage_diffusion import token_ids, tokens
+from .loop import LoopOptions, Trainer, step_generator
+from .stage_diffusion import token_ids, tokenize
 from .stage_vae import autocast, to_tensor
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ TEMPERATURE = 0.1  # of the subject loss
 
 
 def build_judge(size: Size, tokenizer: CLIPTokenizer, seed: int) -> CLIPModel:
-    """A freshly initialized judge of that size."""
+    """An untrained judge of that size."""
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(seed + 2)
@@ -40,66 +40,64 @@ def build_judge(size: Size, tokenizer: CLIPTokenizer, seed: int) -> CLIPModel:
     )
 
 
-def augment(picture: Tensor, g: torch.Generator) -> Tensor:
-    """Small shifts, zooms, soft focus, brightness and noise: pictures that a decoder makes are not exact."""
-    n = len(picture)
+def augment(images: Tensor, g: torch.Generator) -> Tensor:
+    """Random small shifts, zooms, blur, brightness and noise, because decoded images differ from rendered ones."""
+    n = len(images)
     zoom = 1 - 0.12 * torch.rand(n, generator=g)
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = zoom
     theta[:, :, 2] = (torch.rand(n, 2, generator=g) * 2 - 1) * 0.1
     out = F.grid_sample(
-        picture,
-        F.affine_grid(theta, list(picture.shape), align_corners=False),
+        images,
+        F.affine_grid(theta, list(images.shape), align_corners=False),
         padding_mode="reflection",
         align_corners=False,
     )
-    soft = F.avg_pool2d(F.pad(out, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    mix = torch.rand(n, 1, 1, 1, generator=g)
-    out = out + (soft - out) * mix
+    blurred = F.avg_pool2d(F.pad(out, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    out = out + (blurred - out) * torch.rand(n, 1, 1, 1, generator=g)
     gain = 1 + 0.1 * (torch.rand(n, 1, 1, 1, generator=g) * 2 - 1)
     return out * gain + 0.04 * torch.randn(out.shape, generator=g)
 
 
 def caption_loss(logits: Tensor, captions: list[str]) -> Tensor:
-    """CLIP's symmetric loss; equal captions of the batch share the target."""
+    """CLIP's symmetric cross entropy. Equal captions in the batch share the target probability."""
     same = torch.tensor([[a == b for b in captions] for a in captions], device=logits.device).float()
     target = same / same.sum(1, keepdim=True)
     return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
 
 
-def subject_loss(features: Tensor, things: list[Thing], temperature: float = TEMPERATURE) -> Tensor:
-    """Supervised contrastive loss on unit features ``[n, d]``: pictures of one object attract, wherever it stands.
+def subject_loss(features: Tensor, objects: list[SceneObject], temperature: float = TEMPERATURE) -> Tensor:
+    """Supervised contrastive loss on unit features ``[n, d]``; images of the same object are positives.
 
-    ``-mean_{j in P(i)} log( e^{f_i f_j / t} / sum_{k != i} e^{f_i f_k / t} )``. https://arxiv.org/abs/2004.11362
+    ``-mean_i mean_{j in P(i)} log( e^{f_i f_j / t} / sum_{k != i} e^{f_i f_k / t} )``, where ``P(i)`` are the other
+    images of the object in image ``i``. https://arxiv.org/abs/2004.11362
     """
-    same = torch.tensor([[a == b for b in things] for a in things], device=features.device)
-    self = torch.eye(len(things), dtype=torch.bool, device=features.device)
-    scores = (features @ features.T / temperature).masked_fill(self, -torch.inf)
-    log_p = scores.log_softmax(1).masked_fill(self, 0)
-    positive = (same & ~self).float()
+    same = torch.tensor([[a == b for b in objects] for a in objects], device=features.device)
+    diagonal = torch.eye(len(objects), dtype=torch.bool, device=features.device)
+    scores = (features @ features.T / temperature).masked_fill(diagonal, -torch.inf)
+    log_p = scores.log_softmax(1).masked_fill(diagonal, 0)
+    positive = (same & ~diagonal).float()
     return -((log_p * positive).sum(1) / positive.sum(1)).mean()
 
 
-def train_judge(size: Size, tokenizer: CLIPTokenizer, options: LoopOptions, seed: int, device: torch.device) -> Trainer:
-    """Learn captions (CLIP) and subjects (supervised contrastive) from pairs of scenes around one object."""
+def train_judge(size: Size, tokenizer: CLIPTokenizer, options: LoopOptions, seed: int, device: torch.device) -> None:
+    """Train with CLIP's loss on captions and a supervised contrastive loss on objects; each object is in two scenes."""
     judge = build_judge(size, tokenizer, seed).to(device).train()
     config = size.stages["judge"]
-    trainer = Trainer("judge", judge, config, options)
     n = config.batch // 2
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         pairs = [scene_pair(seed + 1, step * n + i) for i in range(n)]
         scenes = [scene for pair in pairs for scene in pair]
-        g = torch.Generator().manual_seed(seed * 7919 + step)
-        picture = augment(to_tensor(np.stack([render(scene) for scene in scenes])), g).to(device)
+        rendered = to_tensor(np.stack([render(scene) for scene in scenes]))
+        images = augment(rendered, step_generator(seed, step)).to(device)
         captions = [scene.caption for scene in scenes]
         with autocast(device):
-            out = judge(input_ids=tokens(tokenizer, captions).to(device), pixel_values=picture)
+            out = judge(input_ids=tokenize(tokenizer, captions).to(device), pixel_values=images)
         logits = out.logits_per_image.float()
         by_caption = caption_loss(logits, captions)
-        by_subject = subject_loss(out.image_embeds.float(), [scene.things[0] for scene in scenes])
+        by_subject = subject_loss(out.image_embeds.float(), [scene.objects[0] for scene in scenes])
         top1 = (logits.argmax(1) == torch.arange(len(captions), device=device)).float().mean().item()
         return by_caption + by_subject, {"top1": round(top1, 4), "subject": round(by_subject.item(), 4)}
 
-    trainer.run(loss_fn)
-    return trainer
+    Trainer("judge", judge, config, options).run(loss_fn)

@@ -1,7 +1,7 @@
-"""The base's own CLIP tokenizer: a small BPE in which every word of the world's captions is one token.
+"""The CLIP tokenizer of the base: a small BPE in which every word of the training captions is one token.
 
-All 256 byte symbols (alone and at a word's end) are in the vocabulary, so any prompt can be written; unknown
-words fall into pieces. ``vocab.json`` and ``merges.txt`` are written too: not every tool reads ``tokenizer.json``.
+All 256 byte symbols (also as the end of a word) are in the vocabulary, so any prompt can be encoded; unknown words are
+split. ``vocab.json`` and ``merges.txt`` are written too, because not every tool reads ``tokenizer.json``.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .configs import CONTEXT
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 
 def caption_words() -> list[str]:
-    """Every word that a training caption can hold, rare listed words included, sorted."""
+    """All words of training captions, ``RARE_WORDS`` included, sorted."""
     phrases = [
         *world.CLASS_WORDS,
         *(world.plural(c) for c in world.CLASS_WORDS),
@@ -34,16 +34,15 @@ def caption_words() -> list[str]:
         *world.NUMBERS.values(),
         *world.POSITIONS.values(),
         *(e.name for e in world.training_emoji()),
-        *(v.name for vs in world.VARIANTS.values() for v in vs),
-        *(name for name, _ in world.PROPS),
-        "a an and on in at with next to wearing party hat small big background striped",
+        *(variant.name for variants in world.VARIANTS.values() for variant in variants),
+        *world.ACCESSORIES,
+        "a an and on in at with next to tree wearing small big background",
     ]
-    words = {w for p in phrases for part in p.split() for w in part.replace("-", " ").split()}
-    return sorted(words)
+    return sorted({word for phrase in phrases for word in phrase.replace("-", " ").split()})
 
 
 def _byte_symbols() -> list[str]:
-    """The printable stand-ins of the 256 bytes that CLIP's byte-level BPE uses, in byte order."""
+    """The printable character of each of the 256 bytes in CLIP's byte-level BPE, in byte order."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table, extra = {}, 0
     for b in range(256):
@@ -53,22 +52,22 @@ def _byte_symbols() -> list[str]:
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Plain BPE on the word list until every word is one symbol (ties by the pair's text)."""
-    pieces = {w: [*w[:-1], w[-1] + "</w>"] for w in words}
+    """Plain BPE on the word list until every word is one symbol; ties go to the alphabetically first pair."""
+    pieces = {w: [*w[:-1], w[-1] + END_OF_WORD] for w in words}
     merges: list[tuple[str, str]] = []
     while True:
-        pairs = Counter(p for parts in pieces.values() for p in itertools.pairwise(parts))
+        pairs = Counter(pair for symbols in pieces.values() for pair in itertools.pairwise(symbols))
         if not pairs:
             return merges
         best = min(pairs, key=lambda p: (-pairs[p], p))
         merges.append(best)
-        for word, parts in pieces.items():
-            pieces[word] = _merge(parts, best)
+        for word, symbols in pieces.items():
+            pieces[word] = _merge(symbols, best)
 
 
-def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
+def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
     out: list[str] = []
-    for symbol in parts:
+    for symbol in symbols:
         if out and (out[-1], symbol) == pair:
             out[-1] += symbol
         else:
@@ -77,12 +76,12 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Write the tokenizer's files to ``folder`` and return it loaded from there."""
+    """Write the tokenizer's files to ``folder`` and load it from there."""
     from transformers import CLIPTokenizer
 
     symbols = _byte_symbols()
     merges = learn_merges(caption_words())
-    tokens = [*symbols, *(s + "</w>" for s in symbols), *dict.fromkeys("".join(m) for m in merges)]
+    tokens = [*symbols, *(s + END_OF_WORD for s in symbols), *dict.fromkeys("".join(m) for m in merges)]
     vocab = {t: i for i, t in enumerate([*dict.fromkeys(tokens), BOS, EOS])}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False) + "\n")

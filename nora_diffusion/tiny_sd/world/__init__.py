@@ -1,1 +1,1 @@
-"""The drawn world that the embedded base is trained on."""
+"""The drawn world: the training data of the embedded base."""

@@ -1,4 +1,4 @@
-"""Backgrounds, drawn at 128 x 128 with plain shapes: colored patterns and thirteen kinds of scene."""
+"""Backgrounds of plain shapes: colored patterns and thirteen kinds of scene, drawn at twice the image size."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from PIL import Image, ImageDraw
 from .families import RGB, mix
 from .vocabulary import COLORS
 
-SIZE = 128  # drawn at twice the picture's side and reduced at the end
+SIDE = 64  # of an image, in pixels
+CANVAS = 2 * SIDE  # of the drawing, which is reduced at the end
 
 
 @cache
 def _gradient(top: RGB, bottom: RGB, height: int) -> Image.Image:
     column = Image.new("RGB", (1, height))
     column.putdata([mix(top, bottom, y / max(1, height - 1)) for y in range(height)])
-    return column.resize((SIZE, height))
+    return column.resize((CANVAS, height))
 
 
 def _split(sky: tuple[RGB, RGB], ground: tuple[RGB, RGB], horizon: int) -> Image.Image:
-    image = Image.new("RGB", (SIZE, SIZE))
+    image = Image.new("RGB", (CANVAS, CANVAS))
     image.paste(_gradient(*sky, horizon), (0, 0))
-    image.paste(_gradient(*ground, SIZE - horizon), (0, horizon))
+    image.paste(_gradient(*ground, CANVAS - horizon), (0, horizon))
     return image
 
 
@@ -48,30 +49,30 @@ def _pine(d: ImageDraw.ImageDraw, x: float, base: float, h: float) -> None:
 
 
 Painter = Callable[[int, Random], Image.Image]
-"""Paints a scene for the horizon's row; what else is free in it is drawn from the generator."""
+"""Paints a scene from the row of its horizon and a generator for the rest (positions of clouds, peaks, the sun)."""
 
 
 def _snow(h: int, rng: Random) -> Image.Image:
     image = _split(((150, 190, 222), (206, 224, 238)), ((250, 252, 255), (232, 240, 250)), h)
     d = ImageDraw.Draw(image)
     for _ in range(14):
-        x, y = rng.randrange(SIZE), rng.randrange(h)
+        x, y = rng.randrange(CANVAS), rng.randrange(h)
         d.ellipse((x - 2, y - 2, x + 2, y + 2), fill=(255, 255, 255))
     return image
 
 
 def _beach(h: int, rng: Random) -> Image.Image:
     image = _split(_BLUE_SKY, ((248, 220, 158), (238, 204, 136)), h)
-    ImageDraw.Draw(image).rectangle((0, h - 20, SIZE, h), fill=(38, 134, 210))
+    ImageDraw.Draw(image).rectangle((0, h - 20, CANVAS, h), fill=(38, 134, 210))
     return image
 
 
 def _road(h: int, rng: Random) -> Image.Image:
     image = _split(_BLUE_SKY, ((104, 106, 112), (84, 86, 92)), h)
     d = ImageDraw.Draw(image)
-    d.rectangle((0, h, SIZE, h + 6), fill=(92, 176, 82))
+    d.rectangle((0, h, CANVAS, h + 6), fill=(92, 176, 82))
     shift = rng.randrange(-20, 20)
-    for x in range(-40, SIZE + 40, 48):
+    for x in range(-40, CANVAS + 40, 48):
         d.rectangle((x + shift, h + 26, x + shift + 26, h + 32), fill=(250, 246, 226))
     return image
 
@@ -85,7 +86,7 @@ def _forest(h: int, rng: Random) -> Image.Image:
 
 
 def _sky(h: int, rng: Random) -> Image.Image:
-    image = _gradient((66, 150, 238), (182, 222, 252), SIZE).copy()
+    image = _gradient((66, 150, 238), (182, 222, 252), CANVAS).copy()
     d = ImageDraw.Draw(image)
     for i in range(3):
         _cloud(d, rng.randrange(10, 118), 18 + 40 * i + rng.randrange(-8, 8), rng.randrange(9, 14))
@@ -96,7 +97,7 @@ def _sea(h: int, rng: Random) -> Image.Image:
     image = _split(_BLUE_SKY, ((30, 120, 206), (18, 82, 168)), h - 14)
     d = ImageDraw.Draw(image)
     for _ in range(7):
-        x, y = rng.randrange(SIZE), rng.randrange(h, SIZE - 4)
+        x, y = rng.randrange(CANVAS), rng.randrange(h, CANVAS - 4)
         d.rectangle((x, y, x + 16, y + 3), fill=(120, 190, 240))
     return image
 
@@ -105,7 +106,7 @@ def _night(h: int, rng: Random) -> Image.Image:
     image = _split(((12, 16, 52), (34, 40, 92)), ((24, 48, 44), (16, 34, 34)), h + 14)
     d = ImageDraw.Draw(image)
     for _ in range(16):
-        x, y = rng.randrange(SIZE), rng.randrange(h)
+        x, y = rng.randrange(CANVAS), rng.randrange(h)
         d.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), fill=(255, 250, 210))
     x = rng.choice((20, 106))
     d.ellipse((x - 12, 8, x + 12, 32), fill=(252, 244, 200))
@@ -129,14 +130,14 @@ def _desert(h: int, rng: Random) -> Image.Image:
 def _table(h: int, rng: Random) -> Image.Image:
     image = _split(((214, 226, 214), (224, 234, 222)), ((176, 118, 66), (150, 96, 50)), h)
     d = ImageDraw.Draw(image)
-    for y in range(h + 14, SIZE, 18):
-        d.rectangle((0, y, SIZE, y + 2), fill=(126, 78, 40))
+    for y in range(h + 14, CANVAS, 18):
+        d.rectangle((0, y, CANVAS, y + 2), fill=(126, 78, 40))
     return image
 
 
 def _wall(h: int, rng: Random) -> Image.Image:
     image = _bricks().copy()
-    ImageDraw.Draw(image).rectangle((0, 108, SIZE, SIZE), fill=(150, 150, 154))
+    ImageDraw.Draw(image).rectangle((0, 108, CANVAS, CANVAS), fill=(150, 150, 154))
     return image
 
 
@@ -160,43 +161,43 @@ PAINTERS: dict[str, Painter] = {
     "snow": _snow, "beach": _beach, "road": _road, "forest": _forest, "sky": _sky, "sea": _sea, "night": _night,
     "sunset": _sunset, "desert": _desert, "table": _table, "wall": _wall, "grass": _grass, "mountains": _mountains,
 }  # fmt: skip
-GROUND = PAINTERS.keys() - {"sky"}
-"""Scenes in which things stand on something."""
+WITH_GROUND = PAINTERS.keys() - {"sky"}
+"""Scene kinds in which objects stand on the ground."""
 
 
 def scene(kind: str, rng: Random) -> Image.Image:
-    """A scene of that kind with its free parts (horizon, clouds, peaks) drawn from ``rng``."""
+    """A scene of that kind. ``rng`` draws what varies: horizon, clouds, peaks."""
     return PAINTERS[kind](rng.randrange(58, 76), rng)
 
 
 @cache
 def _bricks() -> Image.Image:
-    image = Image.new("RGB", (SIZE, SIZE), (222, 196, 180))
+    image = Image.new("RGB", (CANVAS, CANVAS), (222, 196, 180))
     d = ImageDraw.Draw(image)
     for row in range(8):
-        for x in range(-16 if row % 2 else 0, SIZE, 32):
+        for x in range(-16 if row % 2 else 0, CANVAS, 32):
             d.rectangle((x, row * 16, x + 28, row * 16 + 12), fill=(178, 76, 58))
     return image
 
 
 @cache
-def _pattern(kind: str, a: str, b: str) -> Image.Image:
-    image = Image.new("RGB", (SIZE, SIZE), COLORS[a])
+def _pattern(kind: str, color: str, second_color: str) -> Image.Image:
+    image = Image.new("RGB", (CANVAS, CANVAS), COLORS[color])
     d = ImageDraw.Draw(image)
     if kind == "striped":
-        for y in range(16, SIZE, 32):
-            d.rectangle((0, y, SIZE, y + 15), fill=COLORS[b])
+        for y in range(16, CANVAS, 32):
+            d.rectangle((0, y, CANVAS, y + 15), fill=COLORS[second_color])
     elif kind == "checkered":
-        for y in range(0, SIZE, 32):
-            for x in range(32 if y % 64 else 0, SIZE, 64):
-                d.rectangle((x, y, x + 31, y + 31), fill=COLORS[b])
+        for y in range(0, CANVAS, 32):
+            for x in range(32 if y % 64 else 0, CANVAS, 64):
+                d.rectangle((x, y, x + 31, y + 31), fill=COLORS[second_color])
     elif kind == "dotted":
-        for y in range(16, SIZE, 32):
-            for x in range(16, SIZE, 32):
-                d.ellipse((x - 8, y - 8, x + 8, y + 8), fill=COLORS[b])
+        for y in range(16, CANVAS, 32):
+            for x in range(16, CANVAS, 32):
+                d.ellipse((x - 8, y - 8, x + 8, y + 8), fill=COLORS[second_color])
     return image
 
 
-def pattern(kind: str, a: str, b: str) -> Image.Image:
-    """A solid ground (``b`` unused) or one of two colors: striped, checkered or dotted."""
-    return _pattern(kind, a, b).copy()
+def pattern(kind: str, color: str, second_color: str) -> Image.Image:
+    """A solid background (``second_color`` unused) or one of two colors: striped, checkered or dotted."""
+    return _pattern(kind, color, second_color).copy()

@@ -1,4 +1,4 @@
-"""Procedural families (monsters, mugs, robots) drawn at four times their size and reduced."""
+"""Procedural families (monsters, mugs, robots), supersampled four times in each direction."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from PIL import Image, ImageDraw
 from .sprites import CELL
 from .vocabulary import COLORS, Variant
 
-_SS = 4
+_SS = 4  # supersampling factor
 _S = CELL * _SS
 RGB = tuple[int, int, int]
+# Where a hat and glasses sit, in fractions of the image; a mug has no eyes.
 HEADS = {"monster": (0.5, 0.2), "mug": (0.42, 0.06), "robot": (0.5, 0.14)}
 EYES = {"monster": (0.5, 0.42), "robot": (0.5, 0.32)}
 
@@ -62,12 +63,12 @@ def _monster(d: ImageDraw.ImageDraw, parts: tuple[str, ...], color: str) -> None
         d.ellipse(_box(0.1, 0.42, 0.9, 0.96), fill=base)
     if belly == "belly":
         d.ellipse(_box(0.29, 0.6, 0.71, 0.9), fill=light)
-    places = {
+    eye_rows = {  # (x, radius) of each eye
         "one-eyed": ((0.5, 0.16),),
         "two-eyed": ((0.36, 0.12), (0.64, 0.12)),
         "three-eyed": ((0.29, 0.095), (0.5, 0.095), (0.71, 0.095)),
     }[eyes]
-    for x, r in places:
+    for x, r in eye_rows:
         _eye(d, x, 0.4, r)
     d.arc(_box(0.36, 0.46, 0.64, 0.7), 20, 160, fill=(40, 20, 24), width=4 * _SS)
 
@@ -105,16 +106,16 @@ def _mug(d: ImageDraw.ImageDraw, parts: tuple[str, ...], color: str) -> None:
 def _robot(d: ImageDraw.ImageDraw, parts: tuple[str, ...], color: str) -> None:
     head, eyes, top, chest = parts
     base, dark, light = _shades(color)
-    grey: RGB = (150, 156, 166)
+    gray: RGB = (150, 156, 166)
     if top == "antenna":
-        d.line([(_S * 0.5, _S * 0.16), (_S * 0.5, _S * 0.06)], fill=grey, width=4 * _SS)
+        d.line([(_S * 0.5, _S * 0.16), (_S * 0.5, _S * 0.06)], fill=gray, width=4 * _SS)
         d.ellipse(_box(0.44, 0.0, 0.56, 0.12), fill=(240, 60, 50) if color != "red" else (250, 214, 48))
     else:
-        d.rectangle(_box(0.12, 0.25, 0.88, 0.37), fill=grey)
+        d.rectangle(_box(0.12, 0.25, 0.88, 0.37), fill=gray)
     for x in (0.36, 0.64):
-        d.rectangle(_box(x - 0.07, 0.84, x + 0.07, 0.95), fill=grey)
+        d.rectangle(_box(x - 0.07, 0.84, x + 0.07, 0.95), fill=gray)
         d.rounded_rectangle(_box(x - 0.12, 0.92, x + 0.12, 1.0), radius=0.03 * _S, fill=dark)
-    d.rounded_rectangle(_box(0.06, 0.56, 0.94, 0.68), radius=0.05 * _S, fill=grey)
+    d.rounded_rectangle(_box(0.06, 0.56, 0.94, 0.68), radius=0.05 * _S, fill=gray)
     if head == "dome":
         d.pieslice(_box(0.2, 0.12, 0.8, 0.92), 180, 360, fill=base)
     else:
@@ -138,7 +139,7 @@ def _robot(d: ImageDraw.ImageDraw, parts: tuple[str, ...], color: str) -> None:
 
 
 def draw_variant(variant: Variant, color: str) -> Image.Image:
-    """RGBA picture of a family member in one of the named colors, 96 x 96."""
+    """RGBA image of a family member in one of the named colors, ``CELL`` x ``CELL``."""
     image = Image.new("RGBA", (_S, _S))
     painter = {"monster": _monster, "mug": _mug, "robot": _robot}[variant.family]
     painter(ImageDraw.Draw(image), variant.parts, color)

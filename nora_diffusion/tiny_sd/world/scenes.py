@@ -1,4 +1,4 @@
-"""Scenes and their captions: what a picture holds, drawn at random from ``(seed, index)``."""
+"""Scenes and their captions, drawn at random from ``(seed, index)``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from random import Random
 
 from . import vocabulary as world
-from .vocabulary import Variant
+from .families import EYES
+from .vocabulary import Variant, with_article
+
+TEST_SEED, PROBE_SEED, UNSEEN_SEED = 900_001, 900_002, 900_003  # scenes for measurements: no training stage draws them
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One object: an emoji's sprite name or a family variant, and its color (None: its own)."""
+class SceneObject:
+    """One object: an emoji's sprite name or a family variant, and its color (None: the sprite's own)."""
 
     sprite: str | Variant
     color: str | None = None
@@ -23,12 +26,12 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Ground:
+class Background:
     """A background: a scene kind, or a pattern with one or two colors."""
 
     kind: str
-    a: str = ""
-    b: str = ""
+    color: str = ""
+    second_color: str = ""
 
     @property
     def phrase(self) -> str:
@@ -36,16 +39,16 @@ class Ground:
         if self.kind in world.SCENES:
             return world.SCENES[self.kind]
         if self.kind == "solid":
-            return f"on {world.article(self.a)} {self.a} background"
-        return f"on {world.article(self.a)} {self.a} and {self.b} {self.kind} background"
+            return f"on {with_article(self.color)} background"
+        return f"on {with_article(self.color)} and {self.second_color} {self.kind} background"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that the renderer needs; ``jitter`` seeds the free parts (place, clouds, turns)."""
+    """Everything the renderer needs. ``jitter`` seeds what the caption leaves open (exact positions, clouds, peaks)."""
 
-    things: tuple[Thing, ...]
-    ground: Ground
+    objects: tuple[SceneObject, ...]
+    background: Background
     caption: str
     jitter: int
     size: str = ""
@@ -58,106 +61,106 @@ _EMOJI = world.training_emoji()
 _BY_CLASS = {c: tuple(e.name for e in _EMOJI if e.class_word == c) for c in world.CLASS_WORDS}
 _COLORS = tuple(world.COLORS)
 _SCENES = tuple(world.SCENES)
-# Families hold many variants, so they get more of the pictures than one class in twenty-one.
+# Families have many variants, so they are drawn more often than one class in twenty-one.
 _CLASS_DRAW = (*tuple(c for c in world.CLASS_WORDS if c not in world.FAMILIES), "monster", "monster", "mug", "robot")
 
 
-def random_thing(rng: Random, tint: float = 0.14) -> tuple[Thing, str]:
-    """A training object and the noun phrase for it without article, such as "blue dog"."""
+def _generator(seed: int, index: int) -> Random:
+    return Random(seed * 1_000_003 + index)
+
+
+def random_object(rng: Random, tint: float = 0.14) -> tuple[SceneObject, str]:
+    """A training object and its noun phrase without article, such as "blue dog". ``tint``: chance of a new color."""
     word = rng.choice(_CLASS_DRAW)
     if word in world.FAMILIES:
         variant, color = rng.choice(world.VARIANTS[word]), rng.choice(_COLORS)
         name = variant.name if rng.random() < 0.4 and not variant.name.startswith("plain") else word
-        return Thing(variant, color), f"{color} {name}" if rng.random() < 0.8 else name
+        return SceneObject(variant, color), f"{color} {name}" if rng.random() < 0.8 else name
     sprite = rng.choice(_BY_CLASS[word])
     name = sprite if rng.random() < 0.5 else word
     if rng.random() < tint:
         color = rng.choice(_COLORS)
-        return Thing(sprite, color), f"{color} {name}"
-    return Thing(sprite), name
+        return SceneObject(sprite, color), f"{color} {name}"
+    return SceneObject(sprite), name
 
 
-def random_ground(rng: Random, avoid: str | None = None) -> Ground:
-    """A background: half scenes, a fifth plain colors (never ``avoid``, the object's), the rest patterns."""
+def random_background(rng: Random, avoid: str | None = None) -> Background:
+    """A background: 55% scenes, 23% plain colors, 22% patterns. ``avoid``: the object's color, never the main one."""
     draw = rng.random()
     if draw < 0.55:
-        return Ground(rng.choice(_SCENES))
-    a = rng.choice([c for c in _COLORS if c != avoid])
+        return Background(rng.choice(_SCENES))
+    color = rng.choice([c for c in _COLORS if c != avoid])
     if draw < 0.78:
-        return Ground("solid", a)
-    b = rng.choice([c for c in _COLORS if c != a])
-    return Ground(rng.choice(("striped", "checkered", "dotted")), a, b)
+        return Background("solid", color)
+    second = rng.choice([c for c in _COLORS if c != color])
+    return Background(rng.choice(world.PATTERNS[1:]), color, second)
 
 
 def rare_word(rng: Random) -> str:
-    """A word without meaning: a listed one, or two to five random letters."""
+    """A meaningless word: one of ``RARE_WORDS``, or two to five random letters."""
     if rng.random() < 0.6:
         return rng.choice(world.RARE_WORDS)
     return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randrange(2, 6)))
 
 
-def _with_article(phrase: str) -> str:
-    return f"{world.article(phrase)} {phrase}"
-
-
 def random_scene(seed: int, index: int) -> Scene:
-    """The training scene of that seed and index; the same pair always gives the same scene."""
-    rng = Random(seed * 1_000_003 + index)
-    return scene_with(rng, *random_thing(rng))
+    """The scene of a seed and an index; the same pair always gives the same scene."""
+    rng = _generator(seed, index)
+    return scene_with(rng, *random_object(rng))
 
 
 def scene_pair(seed: int, index: int) -> tuple[Scene, Scene]:
-    """Two scenes around one and the same object, often in an unusual color: what a judge of subjects learns from."""
-    rng = Random(seed * 1_000_003 + index)
-    thing, phrase = random_thing(rng, tint=0.5)
-    return scene_with(rng, thing, phrase), scene_with(rng, thing, phrase)
+    """Two scenes around the same object, often in an unusual color: a positive pair for the judge's subject loss."""
+    rng = _generator(seed, index)
+    subject, phrase = random_object(rng, tint=0.5)
+    return scene_with(rng, subject, phrase), scene_with(rng, subject, phrase)
 
 
-def scene_with(rng: Random, thing: Thing, phrase: str) -> Scene:
-    """A random scene around an object that captions call ``phrase``."""
-    ground = random_ground(rng, avoid=thing.color)
-    things: tuple[Thing, ...] = (thing,)
+def scene_with(rng: Random, subject: SceneObject, phrase: str) -> Scene:
+    """A random scene around an object that the caption calls ``phrase``."""
+    background = random_background(rng, avoid=subject.color)
+    objects: tuple[SceneObject, ...] = (subject,)
     size = position = accessory = ""
     tree = False
     draw = rng.random()
     if draw < 0.06:
         n = rng.choice((2, 2, 3))
-        things = (thing,) * n
+        objects = (subject,) * n
         color = phrase.split()[0] if phrase.split()[0] in world.COLORS else ""
-        words = [world.NUMBERS[n], color, world.plural(thing.class_word)]
+        words = [world.NUMBERS[n], color, world.plural(subject.class_word)]
         text = " ".join(w for w in words if w)
     else:
         if draw < 0.15:
             size = rng.choice(("small", "small", "big"))
             phrase = f"{size} {phrase}"
         if rng.random() < 0.05:
-            # only the last word is sure to be the class word, and a rare word must stand before that
-            color = f"{thing.color} " if thing.color and rng.random() < 0.5 else ""
-            phrase = f"{size} " * bool(size) + f"{rare_word(rng)} {color}{thing.class_word}"
-        text = _with_article(phrase)
+            # Rebuilt, because the phrase may end in a specific name, and a rare word stands before the class word.
+            color = f"{subject.color} " if subject.color and rng.random() < 0.5 else ""
+            phrase = f"{size} " * bool(size) + f"{rare_word(rng)} {color}{subject.class_word}"
+        text = with_article(phrase)
         if 0.15 <= draw < 0.31:
             accessory = rng.choice(world.ACCESSORIES)
-            if accessory == "sunglasses" and not has_eyes(thing):
+            if accessory == "sunglasses" and not has_eyes(subject):
                 accessory = "crown"
-            text += " wearing " + (accessory if accessory == "sunglasses" else _with_article(accessory))
+            text += " wearing " + (accessory if accessory == "sunglasses" else with_article(accessory))
         elif 0.31 <= draw < 0.39:
             tree = True
             text += " next to a tree"
         elif 0.39 <= draw < 0.47:
-            other, other_phrase = random_thing(rng, tint=0.1)
-            things = (thing, other)
-            text += f" next to {_with_article(other_phrase)}"
-    text = f"{text} {ground.phrase}"
-    if len(things) == 1 and not tree and rng.random() < 0.08:
-        position = rng.choice(("left", "right"))
+            other, other_phrase = random_object(rng, tint=0.1)
+            objects = (subject, other)
+            text += f" next to {with_article(other_phrase)}"
+    text = f"{text} {background.phrase}"
+    if len(objects) == 1 and not tree and rng.random() < 0.08:
+        position = rng.choice(tuple(world.POSITIONS))
         text += f" {world.POSITIONS[position]}"
     if rng.random() < 0.08:
         text = f"{rng.choice(world.ARTISTIC)} {text}"
-    return Scene(things, ground, text, rng.getrandbits(32), size, position, accessory, tree)
+    return Scene(objects, background, text, rng.getrandbits(32), size, position, accessory, tree)
 
 
-def has_eyes(thing: Thing) -> bool:
-    """Whether glasses have a place on the object."""
-    if isinstance(thing.sprite, Variant):
-        return thing.sprite.family in ("monster", "robot")
-    return any(e.name == thing.sprite and e.eyes for e in world.EMOJI)
+def has_eyes(item: SceneObject) -> bool:
+    """Whether the object has eyes to put glasses on."""
+    if isinstance(item.sprite, Variant):
+        return item.sprite.family in EYES
+    return world.EMOJI_BY_NAME[item.sprite].eyes is not None

@@ -1,6 +1,6 @@
 """The sprite sheet: cut-outs of Noto Color Emoji (SIL OFL 1.1) packed in one PNG with a JSON index.
 
-``python -m nora_diffusion.tiny_sd.sprites --font NotoColorEmoji.ttf`` makes it; afterwards nothing needs the font.
+``python -m nora_diffusion.tiny_sd.sprites --font NotoColorEmoji.ttf`` builds it; rendering needs no font.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .vocabulary import EMOJI, PROPS
 
-CELL = 96
+CELL = 96  # side of a cell; the longer side of every cut-out
 FOLDER = Path(__file__).parents[1] / "sprites"
 _COLUMNS = 12
-_FONT_SIZE = 109  # the one bitmap size that the font holds
+_FONT_SIZE = 109  # the only bitmap size in the font
 
 
 def _cut_out(char: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """One glyph on a transparent ground, cropped to its alpha box and fitted into a cell."""
+    """One glyph on a transparent background, cropped to its alpha box and fitted into a cell."""
     canvas = Image.new("RGBA", (160, 160))
     ImageDraw.Draw(canvas).text((8, 8), char, font=font, embedded_color=True)
     box = canvas.getchannel("A").point(lambda a: 255 * (a > 24)).getbbox()
@@ -33,7 +33,7 @@ def _cut_out(char: str, font: ImageFont.FreeTypeFont) -> Image.Image:
 
 
 def build_sheet(font_path: Path, folder: Path = FOLDER) -> Path:
-    """Draw every cut-out of the world and write ``sheet.png`` and ``index.json`` (name -> box) to ``folder``."""
+    """Write ``sheet.png`` with every cut-out and ``index.json`` (name -> box); return the sheet's path."""
     font = ImageFont.truetype(str(font_path), _FONT_SIZE)
     entries = [(e.name, e.char) for e in EMOJI] + list(PROPS)
     rows = -(-len(entries) // _COLUMNS)
@@ -58,7 +58,7 @@ def _sheet() -> tuple[Image.Image, dict[str, list[int]]]:
 
 @cache
 def sprite(name: str) -> Image.Image:
-    """The RGBA cut-out of that name (longer side 96); raises KeyError for an unknown name."""
+    """The RGBA cut-out of that name (longer side ``CELL``). Raises KeyError for an unknown name."""
     sheet, index = _sheet()
     x0, y0, x1, y1 = index[name]
     return sheet.crop((x0, y0, x1, y1))

@@ -1,20 +1,22 @@
-"""The vocabulary of the drawn world: classes, objects, colors, scenes, and what is held out.
+"""The vocabulary of the drawn world: classes, objects, colors, backgrounds, and what is held out.
 
-Every class keeps at least three training objects beside the one held out, so that a class word is a real
-class for the base while the held-out object (a future subject) was never seen by any part of it.
+Every class has at least three training objects beside the held-out one. So the base knows the class word, while no part
+of it has ever seen the held-out object, which serves as a subject for adapters.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Emoji:
-    """One cut-out: sprite name, the code point it is drawn from, and the specific name used in captions.
+    """One cut-out: sprite name (also its specific name in captions), code point and class word.
 
-    ``head`` is where a hat sits, as fractions of the cut-out's width and height (None: measured from the
-    alpha channel), ``hat`` the hat's width as a fraction of the cut-out's, ``eyes`` where glasses sit.
+    ``head``: where a hat sits, in fractions of the cut-out's width and height (None: measured from the alpha channel).
+    ``hat``: width of the hat as a fraction of the cut-out's width. ``eyes``: where glasses sit.
     """
 
     name: str
@@ -26,103 +28,91 @@ class Emoji:
     eyes: tuple[float, float] | None = None
 
 
-def _emoji(class_word: str, *rows: Emoji | tuple[str, str], heldout: tuple[str, ...] = ()) -> list[Emoji]:
-    out = []
-    for row in rows:
-        e = row if isinstance(row, Emoji) else Emoji(row[0], row[1], class_word)
-        out.append(Emoji(e.name, e.char, class_word, e.name in heldout, e.head, e.hat, e.eyes))
-    return out
-
-
-def _e(
-    name: str,
-    char: str,
-    head: tuple[float, float] | None = None,
-    hat: float = 0.6,
-    eyes: tuple[float, float] | None = None,
-) -> Emoji:
-    return Emoji(name, char, "", False, head, hat, eyes)
+def _members(class_word: str, *rows: tuple[Any, ...], heldout: str) -> list[Emoji]:
+    """The cut-outs of a class, from rows of (name, char, head, hat, eyes) whose last three may be left out."""
+    return [Emoji(name, char, class_word, name == heldout, *optional) for name, char, *optional in rows]
 
 
 EMOJI: tuple[Emoji, ...] = tuple(
-    _emoji(
+    _members(
         "dog",
-        _e("puppy", "🐶", (0.5, 0.08), 0.65, (0.5, 0.42)),
-        _e("wolf", "🐺", (0.5, 0.15), 0.6, (0.5, 0.48)),
-        _e("fox", "🦊", (0.5, 0.2), 0.6, (0.5, 0.52)),
-        _e("poodle", "🐩", (0.3, 0.05), 0.5),
-        heldout=("poodle",),
+        ("puppy", "🐶", (0.5, 0.08), 0.65, (0.5, 0.42)),
+        ("wolf", "🐺", (0.5, 0.15), 0.6, (0.5, 0.48)),
+        ("fox", "🦊", (0.5, 0.2), 0.6, (0.5, 0.52)),
+        ("poodle", "🐩", (0.3, 0.05), 0.5),
+        heldout="poodle",
     )
-    + _emoji(
+    + _members(
         "cat",
-        _e("kitten", "🐱", (0.5, 0.14), 0.6, (0.5, 0.45)),
-        _e("tabby", "🐈", (0.28, 0.08), 0.5),
-        _e("lion", "🦁", (0.5, 0.1), 0.6, (0.5, 0.4)),
-        _e("tiger", "🐯", (0.5, 0.08), 0.65, (0.5, 0.4)),
-        heldout=("tiger",),
+        ("kitten", "🐱", (0.5, 0.14), 0.6, (0.5, 0.45)),
+        ("tabby", "🐈", (0.28, 0.08), 0.5),
+        ("lion", "🦁", (0.5, 0.1), 0.6, (0.5, 0.4)),
+        ("tiger", "🐯", (0.5, 0.08), 0.65, (0.5, 0.4)),
+        heldout="tiger",
     )
-    + _emoji(
+    + _members(
         "bear",
-        _e("grizzly", "🐻", (0.5, 0.1), 0.65, (0.5, 0.42)),
-        _e("koala", "🐨", (0.5, 0.12), 0.55, (0.5, 0.45)),
-        _e("teddy", "🧸", (0.5, 0.06), 0.55, (0.5, 0.24)),
-        _e("panda", "🐼", (0.5, 0.08), 0.65, (0.5, 0.48)),
-        heldout=("panda",),
+        ("grizzly", "🐻", (0.5, 0.1), 0.65, (0.5, 0.42)),
+        ("koala", "🐨", (0.5, 0.12), 0.55, (0.5, 0.45)),
+        ("teddy", "🧸", (0.5, 0.06), 0.55, (0.5, 0.24)),
+        ("panda", "🐼", (0.5, 0.08), 0.65, (0.5, 0.48)),
+        heldout="panda",
     )
-    + _emoji(
+    + _members(
         "bird",
-        _e("penguin", "🐧", (0.45, 0.05), 0.6),
-        _e("chick", "🐤", (0.35, 0.05), 0.5),
-        _e("owl", "🦉", (0.5, 0.08), 0.7, (0.5, 0.27)),
-        _e("parrot", "🦜", (0.32, 0.05), 0.5),
-        heldout=("parrot",),
+        ("penguin", "🐧", (0.45, 0.05), 0.6),
+        ("chick", "🐤", (0.35, 0.05), 0.5),
+        ("owl", "🦉", (0.5, 0.08), 0.7, (0.5, 0.27)),
+        ("parrot", "🦜", (0.32, 0.05), 0.5),
+        heldout="parrot",
     )
-    + _emoji(
+    + _members(
         "fish",
-        _e("herring", "🐟", (0.35, 0.15), 0.4),
-        _e("angelfish", "🐠", (0.4, 0.1), 0.45),
-        _e("whale", "🐋", (0.3, 0.3), 0.45),
-        _e("pufferfish", "🐡", (0.45, 0.1), 0.45),
-        heldout=("pufferfish",),
+        ("herring", "🐟", (0.35, 0.15), 0.4),
+        ("angelfish", "🐠", (0.4, 0.1), 0.45),
+        ("whale", "🐋", (0.3, 0.3), 0.45),
+        ("pufferfish", "🐡", (0.45, 0.1), 0.45),
+        heldout="pufferfish",
     )
-    + _emoji(
+    + _members(
         "bug",
-        _e("ladybug", "🐞", (0.5, 0.1), 0.5),
-        _e("bee", "🐝", (0.3, 0.12), 0.45),
-        _e("caterpillar", "🐛", (0.3, 0.12), 0.45),
-        _e("beetle", "🪲", (0.5, 0.1), 0.5),
-        heldout=("beetle",),
+        ("ladybug", "🐞", (0.5, 0.1), 0.5),
+        ("bee", "🐝", (0.3, 0.12), 0.45),
+        ("caterpillar", "🐛", (0.3, 0.12), 0.45),
+        ("beetle", "🪲", (0.5, 0.1), 0.5),
+        heldout="beetle",
     )
-    + _emoji(
+    + _members(
         "reptile",
-        _e("turtle", "🐢", (0.2, 0.25), 0.4),
-        _e("crocodile", "🐊", (0.5, 0.08), 0.4),
-        _e("brontosaurus", "🦕", (0.3, 0.05), 0.4),
-        _e("tyrannosaurus", "🦖", (0.3, 0.06), 0.45),
-        heldout=("tyrannosaurus",),
+        ("turtle", "🐢", (0.2, 0.25), 0.4),
+        ("crocodile", "🐊", (0.5, 0.08), 0.4),
+        ("brontosaurus", "🦕", (0.3, 0.05), 0.4),
+        ("tyrannosaurus", "🦖", (0.3, 0.06), 0.45),
+        heldout="tyrannosaurus",
     )
-    + _emoji("car", ("sedan", "🚗"), ("taxi", "🚕"), ("jeep", "🚙"), ("racer", "🏎"), heldout=("racer",))
-    + _emoji("truck", ("van", "🚚"), ("firetruck", "🚒"), ("pickup", "🛻"), ("tractor", "🚜"), heldout=("tractor",))
-    + _emoji("flower", ("rose", "🌹"), ("sunflower", "🌻"), ("tulip", "🌷"), ("hibiscus", "🌺"), heldout=("hibiscus",))
-    + _emoji(
-        "fruit", ("apple", "🍎"), ("lemon", "🍋"), ("strawberry", "🍓"), ("pineapple", "🍍"), heldout=("pineapple",)
+    + _members("car", ("sedan", "🚗"), ("taxi", "🚕"), ("jeep", "🚙"), ("racer", "🏎"), heldout="racer")
+    + _members("truck", ("van", "🚚"), ("firetruck", "🚒"), ("pickup", "🛻"), ("tractor", "🚜"), heldout="tractor")
+    + _members("flower", ("rose", "🌹"), ("sunflower", "🌻"), ("tulip", "🌷"), ("hibiscus", "🌺"), heldout="hibiscus")
+    + _members(
+        "fruit", ("apple", "🍎"), ("lemon", "🍋"), ("strawberry", "🍓"), ("pineapple", "🍍"), heldout="pineapple"
     )
-    + _emoji(
+    + _members(
         "ball",
         ("soccerball", "⚽"),
         ("basketball", "🏀"),
         ("football", "🏈"),
         ("billiard", "🎱"),
-        heldout=("billiard",),
+        heldout="billiard",
     )
-    + _emoji("shoe", ("sneaker", "👟"), ("heel", "👠"), ("boot", "👢"), ("skate", "🛼"), heldout=("skate",))
-    + _emoji("cake", ("layercake", "🎂"), ("shortcake", "🍰"), ("donut", "🍩"), ("cupcake", "🧁"), heldout=("cupcake",))
-    + _emoji("drink", ("beer", "🍺"), ("wine", "🍷"), ("milk", "🥛"), ("boba", "🧋"), heldout=("boba",))
-    + _emoji("boat", ("sailboat", "⛵"), ("ship", "🚢"), ("ferry", "⛴"), ("speedboat", "🚤"), heldout=("speedboat",))
-    + _emoji("house", ("cottage", "🏠"), ("church", "⛪"), ("school", "🏫"), ("castle", "🏰"), heldout=("castle",))
-    + _emoji("bag", ("handbag", "👜"), ("purse", "👛"), ("briefcase", "💼"), ("backpack", "🎒"), heldout=("backpack",))
+    + _members("shoe", ("sneaker", "👟"), ("heel", "👠"), ("boot", "👢"), ("skate", "🛼"), heldout="skate")
+    + _members("cake", ("layercake", "🎂"), ("shortcake", "🍰"), ("donut", "🍩"), ("cupcake", "🧁"), heldout="cupcake")
+    + _members("drink", ("beer", "🍺"), ("wine", "🍷"), ("milk", "🥛"), ("boba", "🧋"), heldout="boba")
+    + _members("boat", ("sailboat", "⛵"), ("ship", "🚢"), ("ferry", "⛴"), ("speedboat", "🚤"), heldout="speedboat")
+    + _members("house", ("cottage", "🏠"), ("church", "⛪"), ("school", "🏫"), ("castle", "🏰"), heldout="castle")
+    + _members("bag", ("handbag", "👜"), ("purse", "👛"), ("briefcase", "💼"), ("backpack", "🎒"), heldout="backpack")
 )
-PROPS: tuple[tuple[str, str], ...] = (
+EMOJI_BY_NAME = {e.name: e for e in EMOJI}
+PROPS: tuple[tuple[str, str], ...] = (  # more cut-outs: (name, code point)
     ("top hat", "🎩"),
     ("crown", "👑"),
     ("sunglasses", "🕶"),
@@ -130,7 +120,18 @@ PROPS: tuple[tuple[str, str], ...] = (
     ("tree", "🌳"),
 )
 ACCESSORIES = ("top hat", "crown", "party hat", "sun hat", "sunglasses")
-FAMILIES = ("monster", "mug", "robot")
+FAMILY_PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    # (body, eyes, top, belly), (print, shape), (head, eyes, antenna, chest)
+    "monster": (
+        ("round", "square", "pear"),
+        ("one-eyed", "two-eyed", "three-eyed"),
+        ("horns", "antennae", "ears"),
+        ("plain", "belly"),
+    ),
+    "mug": (("plain", "dotted", "striped", "heart"), ("tall", "wide")),
+    "robot": (("box", "dome"), ("square-eyed", "round-eyed", "visor"), ("antenna", "bolts"), ("gauge", "buttons")),
+}
+FAMILIES = tuple(FAMILY_PARTS)
 CLASS_WORDS: tuple[str, ...] = tuple(dict.fromkeys(e.class_word for e in EMOJI)) + FAMILIES
 PLURALS = {"fish": "fish", "house": "houses"}
 
@@ -146,7 +147,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "black": (34, 34, 38),
     "white": (246, 246, 246),
 }
-SCENES: dict[str, str] = {
+SCENES: dict[str, str] = {  # kind of background -> its words in captions
     "snow": "in the snow",
     "beach": "on the beach",
     "road": "on the road",
@@ -170,36 +171,16 @@ POSITIONS = {"left": "on the left", "right": "on the right"}
 
 @dataclass(frozen=True)
 class Variant:
-    """A member of a drawn family: its parts and the specific name they give it."""
+    """A member of a drawn family: one value for each part in ``FAMILY_PARTS``."""
 
     family: str
     parts: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        """Caption name such as "one-eyed monster": an adjective the parts deserve, and the class word."""
+        """Specific name in captions, such as "one-eyed monster": one of the parts and the class word."""
         adjective = {"monster": self.parts[1], "mug": self.parts[0], "robot": self.parts[1]}[self.family]
         return f"{adjective} {self.family}"
-
-
-_SHAPES: dict[str, tuple[tuple[str, ...], ...]] = {
-    # (body, eyes, top, belly), (print, shape), (head, eyes, antenna)
-    "monster": (
-        ("round", "square", "pear"),
-        ("one-eyed", "two-eyed", "three-eyed"),
-        ("horns", "antennae", "ears"),
-        ("plain", "belly"),
-    ),
-    "mug": (("plain", "dotted", "striped", "heart"), ("tall", "wide")),
-    "robot": (("box", "dome"), ("square-eyed", "round-eyed", "visor"), ("antenna", "bolts"), ("gauge", "buttons")),
-}
-
-
-def _product(axes: tuple[tuple[str, ...], ...]) -> list[tuple[str, ...]]:
-    out: list[tuple[str, ...]] = [()]
-    for axis in axes:
-        out = [(*row, value) for row in out for value in axis]
-    return out
 
 
 HELDOUT_VARIANTS: dict[str, Variant] = {
@@ -210,11 +191,11 @@ HELDOUT_VARIANTS: dict[str, Variant] = {
     "android": Variant("robot", ("dome", "visor", "antenna", "buttons")),
 }
 VARIANTS: dict[str, tuple[Variant, ...]] = {
-    family: tuple(v for v in (Variant(family, p) for p in _product(axes)) if v not in HELDOUT_VARIANTS.values())
-    for family, axes in _SHAPES.items()
+    family: tuple(v for v in (Variant(family, p) for p in product(*axes)) if v not in HELDOUT_VARIANTS.values())
+    for family, axes in FAMILY_PARTS.items()
 }
 
-# slug -> (object name, tint or None): the subjects on which adapters are shown and judged.
+# slug -> (object name, tint or None): the held-out subjects on which adapters are trained and scored.
 SUBJECTS: dict[str, tuple[str, str | None]] = {
     **{e.name: (e.name, None) for e in EMOJI if e.heldout},
     "cyclops-purple": ("cyclops", "purple"),
@@ -228,14 +209,12 @@ SUBJECTS: dict[str, tuple[str, str | None]] = {
 
 
 def class_word_of(name: str) -> str:
-    """Class word of an object name; raises KeyError for a name that the world does not have."""
-    if name in HELDOUT_VARIANTS:
-        return HELDOUT_VARIANTS[name].family
-    return {e.name: e.class_word for e in EMOJI}[name]
+    """Class word of an object name. Raises KeyError for an unknown name."""
+    return HELDOUT_VARIANTS[name].family if name in HELDOUT_VARIANTS else EMOJI_BY_NAME[name].class_word
 
 
 def training_emoji() -> tuple[Emoji, ...]:
-    """The cut-outs that may appear in training scenes."""
+    """The cut-outs that are not held out."""
     return tuple(e for e in EMOJI if not e.heldout)
 
 
@@ -244,6 +223,6 @@ def plural(word: str) -> str:
     return PLURALS.get(word, word + "s")
 
 
-def article(word: str) -> str:
-    """ "a" or "an", by the first letter of the next word."""
-    return "an" if word[0] in "aeiou" else "a"
+def with_article(phrase: str) -> str:
+    """The phrase behind "a" or "an", by its first letter."""
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
