@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..formats.keys import Projection
 from ..pipelines.components import components
-from .sources import Key, Source, check_same_base, file_source, loaded_source
+from .sources import Source, check_same_base, file_source, loaded_source
 from .updates import Update
 
 ENERGY = 0.7
@@ -23,7 +24,7 @@ class Overlap:
     """The score of two adapters, and that of every projection that both adapt."""
 
     score: float
-    layers: dict[Key, float]
+    layers: dict[Projection, float]
 
 
 def overlap(pipe: Any, one: str, two: str) -> Overlap:
@@ -55,7 +56,7 @@ def overlap_files(one: str | Path, two: str | Path, basis_dir: str | Path | None
 
 def source_overlap(one: Source, two: Source) -> Overlap:
     """The same of two adapters that are read already."""
-    layers: dict[Key, float] = {}
+    layers: dict[Projection, float] = {}
     total = weights = 0.0
     for key in (key for key in one.updates if key in two.updates):
         layers[key], weight = _layer(one.updates[key], two.updates[key])

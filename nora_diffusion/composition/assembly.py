@@ -1,4 +1,4 @@
-"""From mixed updates to an adapter: the config of each component and its tensors by file key."""
+"""Turns mixed updates into an adapter: a config for each component, and the tensors by file key."""
 
 from __future__ import annotations
 
@@ -11,67 +11,75 @@ from torch import Tensor
 from ..adapters import AdapterConfig, lora
 from ..adapters.axes import CoreKind
 from ..adapters.patterns import pattern_of
-from ..formats.adapter_file import Tensors
-from .sources import Key, Source
+from ..formats.keys import Projection, file_key
+from ..io.tensor_file import Tensors
+from .sources import Source
 from .updates import Update
 
 Targets = str | list[str] | None
+Factors = dict[str, Tensors]
+"""Factors by path and name."""
 
 
-def assemble(updates: Mapping[Key, Update], sources: Sequence[Source]) -> tuple[dict[str, AdapterConfig], Tensors]:
-    """One adapter that holds these updates: inside the parents' basis where all have cores, else a LoRA."""
+def assemble(
+    updates: Mapping[Projection, Update], sources: Sequence[Source]
+) -> tuple[dict[str, AdapterConfig], Tensors]:
+    """One adapter with these updates: in the parents' basis if all updates have cores, else a LoRA."""
     configs: dict[str, AdapterConfig] = {}
     tensors: Tensors = {}
-    for part in dict.fromkeys(part for part, _ in updates):
-        mine = {path: update for (component, path), update in updates.items() if component == part}
-        holders = [source for source in sources if any(component == part for component, _ in source.updates)]
-        parents = [source.configs.get(part) for source in holders]
-        if all(update.core is not None for update in mine.values()):
-            config, factors = _with_core(mine, [parent for parent in parents if parent is not None])
+    for component in dict.fromkeys(component for component, _ in updates):
+        own = {path: update for (other, path), update in updates.items() if other == component}
+        adapting = [source for source in sources if any(other == component for other, _ in source.updates)]
+        parents = [source.configs.get(component) for source in adapting]
+        if all(update.core is not None for update in own.values()):
+            config, factors = _with_core(own, [parent for parent in parents if parent is not None])
         else:
-            config, factors = _plain(mine)
-        config.target_modules, config.exclude_modules = _targets(mine, parents)
-        configs[part] = config
-        tensors |= {f"{part}.{key}": value.contiguous() for key, value in factors.items()}
+            config, factors = _lora(own)
+        config.target_modules, config.exclude_modules = _targets(own, parents)
+        configs[component] = config
+        tensors |= {
+            file_key(component, path, factor): value.contiguous()
+            for path, layer in factors.items()
+            for factor, value in layer.items()
+        }
     return configs, tensors
 
 
 def _targets(updates: Mapping[str, Update], parents: Sequence[AdapterConfig | None]) -> tuple[Targets, Targets]:
-    """The parents' own description of where they sit, where all say the same, else every path."""
-    said = [(p.target_modules, p.exclude_modules) for p in parents if p is not None]
-    if len(said) == len(parents) and all(pair == said[0] for pair in said):
-        return said[0]
+    """``(target_modules, exclude_modules)``: the parents' if all agree, else every path."""
+    patterns = [(p.target_modules, p.exclude_modules) for p in parents if p is not None]
+    if len(patterns) == len(parents) and all(pair == patterns[0] for pair in patterns):
+        return patterns[0]
     return sorted(updates), None
 
 
-def _plain(updates: Mapping[str, Update]) -> tuple[AdapterConfig, Tensors]:
-    pairs = {path: _at_most_full(*update.pair()) for path, update in updates.items()}
-    factors = {f"{path}.nora_A": down.float() for path, (down, _) in pairs.items()}
-    factors |= {f"{path}.nora_B": up.float() for path, (_, up) in pairs.items()}
+def _lora(updates: Mapping[str, Update]) -> tuple[AdapterConfig, Factors]:
+    pairs = {path: _limit_rank(*update.pair()) for path, update in updates.items()}
+    factors = {path: {"A": down.float(), "B": up.float()} for path, (down, up) in pairs.items()}
     r, pattern = _ranks({path: down.shape[0] for path, (down, _) in pairs.items()})
     return lora(r=r, rank_pattern=pattern), factors
 
 
-def _with_core(updates: Mapping[str, Update], parents: Sequence[AdapterConfig]) -> tuple[AdapterConfig, Tensors]:
-    """Nested cores of the largest inner rank, or dense ones where those are fewer numbers."""
+def _with_core(updates: Mapping[str, Update], parents: Sequence[AdapterConfig]) -> tuple[AdapterConfig, Factors]:
+    """Nested cores of the largest inner rank, or dense cores if those have fewer parameters."""
     first = parents[0]
     outer = {path: update.down.shape[0] for path, update in updates.items()}
     inner_r = max(update.rank for update in updates.values())
     nested = sum(2 * r * min(inner_r, r) for r in outer.values()) < sum(r * r for r in outer.values())
-    factors: Tensors = {}
+    factors: Factors = {}
     for path, update in updates.items():
         assert update.core is not None
         down, up = (factor.double() for factor in update.core)
         if nested:
-            down, up = _of_rank(down, up, min(inner_r, outer[path]))
-            factors |= {f"{path}.nora_A_in": down.float(), f"{path}.nora_B_in": up.float()}
+            down, up = _pad_rank(down, up, min(inner_r, outer[path]))
+            factors[path] = {"A_in": down.float(), "B_in": up.float()}
         else:
-            factors[f"{path}.nora_R"] = (up @ down).float()
+            factors[path] = {"R": (up @ down).float()}
         if first.stored_outer:
-            kept = getattr(torch, first.basis_dtype)  # they were rounded to it when they were made
-            factors |= {f"{path}.nora_A_out": update.down.to(kept), f"{path}.nora_B_out": update.up.to(kept)}
-    # A basis that follows from the shapes has its own way from r to the outer rank, the same for all parents. Blocks
-    # are written out where they are stored; a cut to a rank would take away the later parts.
+            dtype = getattr(torch, first.basis_dtype)  # lossless: the basis was rounded to it when it was made
+            factors[path] |= {"A_out": update.down.to(dtype), "B_out": update.up.to(dtype)}
+    # A basis that is determined by the shapes derives its outer rank from r, the same for all parents. A stored basis
+    # of blocks is written as full matrices. No rank mask: cutting the rank would remove the later adapters of the mix.
     r, pattern, blocks = (*_ranks(outer), 1) if first.stored_outer else (first.r, first.rank_pattern, first.blocks)
     core: CoreKind = "nested" if nested else "dense"
     config = replace(
@@ -83,13 +91,13 @@ def _with_core(updates: Mapping[str, Update], parents: Sequence[AdapterConfig]) 
 
 
 def _ranks(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
-    """The largest rank, and the others by path."""
+    """``r`` and ``rank_pattern``: the largest rank, and the path of every projection with another one."""
     r = max(ranks.values())
     return r, {pattern_of(path): rank for path, rank in ranks.items() if rank != r}
 
 
-def _at_most_full(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with a rank of at most ``min(d_out, d_in)``, where stacking went beyond."""
+def _limit_rank(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with a rank of at most ``min(d_out, d_in)``, which stacked pairs may exceed."""
     (rank, d_in), d_out = down.shape, up.shape[0]
     if rank <= min(d_in, d_out):
         return down, up
@@ -97,8 +105,8 @@ def _at_most_full(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return (dense, unit) if d_out <= d_in else (unit, dense)
 
 
-def _of_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The same product with a rank of exactly ``rank``, which is the full one or at least the pair's own."""
-    down, up = _at_most_full(down, up)
+def _pad_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same product at rank ``rank``, zero-padded. ``rank`` must be the full one or at least the pair's own."""
+    down, up = _limit_rank(down, up)
     missing = rank - down.shape[0]
     return torch.nn.functional.pad(down, (0, 0, 0, missing)), torch.nn.functional.pad(up, (0, missing))

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from ..errors import UserError
 from ..formats.adapter_file import AdapterInfo, inspect_adapter, require_vacant, write_adapter
+from ..formats.keys import Projection, factors_by_projection
 from ..formats.model_card import write_card
 from ..generation.tags import check_range
 from ..loaders import set_adapters
@@ -26,7 +27,7 @@ from ..versions import versions
 from .angles import WARN_ABOVE, source_overlap
 from .assembly import assemble
 from .modes import MODES, Mixed, Mode, Options
-from .sources import Key, Source, check_same_base, file_source, loaded_source
+from .sources import Source, check_same_base, file_source, loaded_source
 
 
 @dataclass
@@ -167,7 +168,7 @@ def _combine(
     name: str, sources: Sequence[Source], weights: Sequence[float], mode: Mode, options: Options
 ) -> tuple[MixReport, Any]:
     overlaps = {(one.name, two.name): source_overlap(one, two).score for one, two in combinations(sources, 2)}
-    mixed: dict[Key, Mixed] = {}
+    mixed: dict[Projection, Mixed] = {}
     for key in dict.fromkeys(key for source in sources for key in source.updates):
         here = [(s.updates[key], w) for s, w in zip(sources, weights, strict=True) if key in s.updates]
         updates, factors = [update for update, _ in here], [weight for _, weight in here]
@@ -175,13 +176,18 @@ def _combine(
     configs, tensors = assemble({key: m.update for key, m in mixed.items()}, sources)
     energy, lost = (sum(getattr(m, field) for m in mixed.values()) for field in ("energy", "lost"))
     share = lost / energy if energy else 0.0
-    rank = max(tensor.shape[0] for key, tensor in tensors.items() if key.endswith(("nora_A", "nora_A_in", "nora_R")))
+    rank = max(
+        tensor.shape[0]
+        for factors in factors_by_projection(tensors).values()
+        for name, tensor in factors.items()
+        if name in ("A", "A_in", "R")
+    )
     info = _describe(sources, weights, mode, options)
     info.components = {part: config.to_dict() for part, config in configs.items()}
     return MixReport(name, mode, rank, len(mixed), 1 - share, share**0.5, overlaps, _too_close(overlaps), info), tensors
 
 
-def _layer_seed(seed: int, key: Key) -> int:
+def _layer_seed(seed: int, key: Projection) -> int:
     """A seed of its own for each projection, so that DARE's drops do not depend on which others there are."""
     return int.from_bytes(hashlib.sha256(f"{seed} {key[0]}.{key[1]}".encode()).digest()[:7], "big")
 

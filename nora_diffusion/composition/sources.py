@@ -13,15 +13,12 @@ from torch import nn
 from ..adapters import AdapterConfig
 from ..adapters.tuner.build import delta_of_file
 from ..errors import UserError
-from ..formats.adapter_file import AdapterInfo, Tensors, given_name, inspect_adapter, read_tensors
-from ..formats.keys import is_token
+from ..formats.adapter_file import AdapterInfo, given_name, inspect_adapter, read_tensors
+from ..formats.keys import Projection, factors_by_projection
 from ..loaders.active import held, unknown_adapter
 from ..loaders.inject import origin
 from ..pipelines.components import Modules, adapter_configs, canonical, nora_layers, same_weights
 from .updates import Update, chain_update, lora_update
-
-Key = tuple[str, str]
-"""Component and path of a projection, as ``("unet", "mid_block.attentions.0...to_q")``."""
 
 
 @dataclass
@@ -29,7 +26,7 @@ class Source:
     """One adapter: its updates, the configs of its components (none for an ordinary LoRA), what its file says."""
 
     name: str
-    updates: dict[Key, Update]
+    updates: dict[Projection, Update]
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
     info: AdapterInfo | None = None
 
@@ -66,18 +63,11 @@ def file_source(path: str | Path, basis_dir: str | Path | None = None) -> Source
     """An adapter file, without its base. Raises :class:`UserError` where it is damaged or has no ``dW`` to mix."""
     info = inspect_adapter(path)
     source = Source(given_name(info.path), {}, info.configs, info)
-    factors: dict[Key, Tensors] = {}
-    for key, value in read_tensors(info, basis_dir).items():
-        if is_token(key):
-            continue
-        place, factor = key.rsplit(".nora_", 1)
-        part, path_in = place.split(".", 1)
-        factors.setdefault((part, path_in), {})[factor] = value
-    for (part, path_in), found in factors.items():
-        config = source.configs[part]
+    for (component, path_in), factors in factors_by_projection(read_tensors(info, basis_dir)).items():
+        config = source.configs[component]
         refuse_routed(config, info.path)
-        delta = delta_of_file(config, path_in, found, info.shapes.get(f"{part}.{path_in}"))
-        source.updates[part, path_in] = chain_update(delta, config.scale_for(path_in), info.path)
+        delta = delta_of_file(config, path_in, factors, info.shapes.get(f"{component}.{path_in}"))
+        source.updates[component, path_in] = chain_update(delta, config.scale_for(path_in), info.path)
     return source
 
 

@@ -16,8 +16,8 @@ from ..adapters.tuner.build import delta_of_file
 from ..adapters.tuner.rank_mask import check_rank
 from ..errors import UserError
 from ..formats.adapter_file import AdapterInfo, Tensors, inspect_adapter, read_tensors
+from ..formats.keys import Projection, factors_by_projection, token_vectors
 from ..loaders.gates import MeanGates, mean_gates_of_file
-from ..loaders.tokens import words_in
 from ..pipelines.precision import DTYPES
 from .lora_layouts import (
     WRITERS,
@@ -160,7 +160,7 @@ def _embedding_files(dst: Path, info: AdapterInfo) -> dict[str, Path]:
 
 def _write_embeddings(files: dict[str, Path], info: AdapterInfo, tensors: Tensors, dtype: torch.dtype) -> None:
     """As A1111, ComfyUI and diffusers lay them out: ``emb_params [n, width]``, or ``clip_l`` and ``clip_g``."""
-    for word, own in words_in(info.tokens, tensors).items():
+    for word, own in token_vectors(info.tokens, tensors).items():
         names = EMBEDDING_KEYS if len(own) > 1 else dict.fromkeys(own, "emb_params")
         vectors = {names[part]: value.to(dtype).contiguous() for part, value in own.items()}
         write_tensors(files[word], vectors, replace(info, trigger=word))
@@ -177,25 +177,23 @@ def plain_pairs(
     info: AdapterInfo, tensors: Tensors, rank: int | None = None, gates: MeanGates | None = None
 ) -> list[PlainPair]:
     """The plain LoRA pair of every projection, in fp64, cut to ``rank`` where the adapter was trained for that."""
-    pairs = []
+    pairs, by_projection = [], factors_by_projection(tensors)
     for component, config in info.configs.items():
         if rank is not None:
             check_rank(config, rank)
-        start = f"{component}."
-        places = {key.rsplit(".nora_", 1)[0] for key in tensors if key.startswith(start)}
         pairs += [
-            _plain_pair(info, component, config, full.removeprefix(start), tensors, rank, gates)
-            for full in sorted(places)
+            _plain_pair(info, config, projection, factors, rank, gates)
+            for projection, factors in sorted(by_projection.items(), key=lambda item: item[0])
+            if projection[0] == component
         ]
     return pairs
 
 
 def _plain_pair(
-    info: AdapterInfo, component: str, config: AdapterConfig, path: str, tensors: Tensors, rank: int | None,
+    info: AdapterInfo, config: AdapterConfig, projection: Projection, factors: Tensors, rank: int | None,
     gates: MeanGates | None,
 ) -> PlainPair:  # fmt: skip
-    full = f"{component}.{path}"
-    factors = {key.removeprefix(f"{full}.nora_"): v for key, v in tensors.items() if key.startswith(f"{full}.nora_")}
+    (component, path), full = projection, ".".join(projection)
     delta = delta_of_file(config, path, factors, info.shapes.get(full)).double()
     if isinstance(delta, ChainDelta):
         delta.rank = rank

@@ -11,9 +11,7 @@ from torch import nn
 from ..errors import UserError
 from ..pipelines.components import Modules, canonical, projections
 from .foreign import Module
-
-Place = tuple[str, str]
-"""Component and path of a projection."""
+from .keys import Projection
 
 ORIGINAL = {
     "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
@@ -29,14 +27,14 @@ IN_RESNET = {
 BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(.*)")
 
 
-def places(components: Modules, path: str, modules: list[Module]) -> dict[Place, Module]:
+def places(components: Modules, path: str, modules: list[Module]) -> dict[Projection, Module]:
     """The projection that each module of the file at ``path`` is for.
 
     Raises :class:`UserError` for one that this pipeline has not, or that the file names twice.
     """
     names = {part: names_of(module) for part, module in components.items()}
     nameless = _component_of(path, names, [module.name for module in modules if not module.component])
-    found: dict[Place, Module] = {}
+    found: dict[Projection, Module] = {}
     for module in modules:
         part = module.component or nameless
         where = (part, names[part][module.name]) if module.name in names.get(part, {}) else None

@@ -15,7 +15,8 @@ from ..io.tensor_file import TensorFile, Tensors, require_finite
 from ..io.untrusted import parse_json
 from ..pipelines.components import Modules, projections
 from .foreign import Module, rank_of, read_modules
-from .foreign_names import Place, places
+from .foreign_names import places
+from .keys import Projection
 
 MAX_CONFIG = 2**20
 
@@ -32,7 +33,7 @@ def updates(modules: Modules, reader: TensorFile) -> Iterator[tuple[str, str, Te
         yield part, path, scales.of(module, factors) * dense_update(factors).flatten(1)
 
 
-def fitting(modules: Modules, reader: TensorFile) -> dict[Place, tuple[Module, Tensors]]:
+def fitting(modules: Modules, reader: TensorFile) -> dict[Projection, tuple[Module, Tensors]]:
     """The modules of a file with their factors by the projection that they are for.
 
     Raises :class:`UserError` for a projection that the pipeline has not or that has another size, and for NaN.

@@ -1,18 +1,53 @@
-"""Keys of the tensors in an adapter file: ``<component>.<module path>.nora_<factor>``."""
+"""Keys in an adapter file: ``<component>.<module path>.nora_<factor>`` and ``tokens.<number>.<text encoder>``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
+from ..io.tensor_file import Tensors
 from .adapter_info import AdapterInfo
 
 FROZEN = ("A_out", "B_out")
 """Factors of the frozen basis."""
 
+Projection = tuple[str, str]
+"""Component and path of a projection: ``("unet", "mid_block.attentions.0...to_q")``."""
+
+
+def file_key(component: str, path: str, factor: str) -> str:
+    """The key of a factor, ``unet.<path>.nora_A_in``; of a factor inside the core, its last name (``core.A_in``)."""
+    return f"{component}.{path}.nora_{factor.rpartition('.')[2]}"
+
+
+def factors_by_projection(tensors: Tensors) -> dict[Projection, Tensors]:
+    """The factors of an adapter file by projection, without its tokens. Inverse of :func:`file_key`."""
+    found: dict[Projection, Tensors] = {}
+    for key, value in tensors.items():
+        if not is_token(key):
+            module, factor = key.rsplit(".nora_", 1)
+            component, path = module.split(".", 1)
+            found.setdefault((component, path), {})[factor] = value
+    return found
+
 
 def is_frozen(key: str) -> bool:
     """Whether a key is that of a frozen factor."""
     return key.endswith(tuple(f".nora_{factor}" for factor in FROZEN))
+
+
+def token_key(number: int, encoder: str) -> str:
+    """The key of a new token's vectors for a text encoder. Tokens are numbered in the order of the metadata."""
+    return f"tokens.{number}.{encoder}"
+
+
+def token_vectors(tokens: Mapping[str, Sequence[str]], tensors: Tensors) -> dict[str, dict[str, Tensor]]:
+    """The vectors of the metadata's ``tokens`` by token and text encoder."""
+    return {
+        token: {encoder: tensors[token_key(number, encoder)] for encoder in encoders}
+        for number, (token, encoders) in enumerate(tokens.items())
+    }
 
 
 def is_token(key: str) -> bool:

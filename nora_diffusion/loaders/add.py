@@ -11,6 +11,7 @@ from torch import nn
 from ..adapters import AdapterConfig
 from ..adapters.config import Start
 from ..errors import UserError
+from ..formats.keys import file_key
 from ..pipelines.basis_cache import outer_pairs
 from ..pipelines.calibration import Calibration, Strengths, activation_strengths
 from ..pipelines.components import (
@@ -27,7 +28,7 @@ from ..pipelines.components import (
 )
 from ..pipelines.router_inputs import router_for
 from .active import active_adapters, set_active
-from .inject import all_or_nothing, check_new_name, file_key, inject, tie
+from .inject import all_or_nothing, check_new_name, inject, tie
 from .locking import one_at_a_time
 from .sharing import pairs_from
 from .tokens import token_parameters

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from ..errors import UserError, first_line
 from ..formats.adapter_info import AdapterInfo
 from ..formats.foreign import Module, family_of, rank_of, token_of
-from ..formats.foreign_names import Place
 from ..formats.foreign_updates import Scales, fitting, peft_config
+from ..formats.keys import Projection
 from ..io.tensor_file import TensorFile, Tensors, all_finite
 from ..pipelines.components import Modules, refuse_merged, tuner_layers
 from .active import active_adapters, held, keeping_trained, set_active
 from .inject import all_or_nothing, check_new_name
 
-Fitting = dict[Place, tuple[Module, Tensors]]
+Fitting = dict[Projection, tuple[Module, Tensors]]
 
 
 def load_foreign(pipe: Any, modules: Modules, info: AdapterInfo, name: str, activate: bool, weight: float) -> int:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from ..adapters import AdapterConfig, NoraLayer
 from ..errors import UserError
 from ..formats.adapter_info import AdapterInfo
+from ..formats.keys import file_key
 from ..io.tensor_file import Tensors
 from ..pipelines.components import Modules, adapter_configs, nora_layers
 from .active import active_adapters, set_active
-from .inject import file_key, remember
+from .inject import remember
 from .tokens import token_parameters, tokens_of
 
 STRUCTURE = ("core", "trained", "blocks", "rank_mask", "magnitude", "router", "num_experts", "experts")

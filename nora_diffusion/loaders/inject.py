@@ -122,11 +122,6 @@ def _parameters(modules: Modules) -> Iterator[nn.Parameter]:
     return (parameter for module in modules.values() for parameter in module.parameters())
 
 
-def file_key(component_name: str, path: str, factor: str) -> str:
-    """The key of a factor in an adapter file: ``unet.<path>.nora_A_in``."""
-    return f"{component_name}.{path}.nora_{factor.rpartition('.')[2]}"
-
-
 def remember(module: nn.Module, name: str, info: AdapterInfo) -> None:
     """Keep what is known of an adapter beside its config, where deleting the adapter takes it away again."""
     adapter_configs(module)[name].origin = info

@@ -24,6 +24,7 @@ from ..formats.adapter_file import (
     read_tensors,
     split_address,
 )
+from ..formats.keys import file_key, token_key, token_vectors
 from ..io.files import is_path
 from ..pipelines.base import base_id
 from ..pipelines.components import (
@@ -42,10 +43,10 @@ from ..pipelines.components import (
 from ..pipelines.router_inputs import router_input_width
 from .active import active_adapters, check_finite, keeping_trained, set_active
 from .hotswap import swap
-from .inject import all_or_nothing, check_new_name, derived_name, file_key, inject, remember, tie
+from .inject import all_or_nothing, check_new_name, derived_name, inject, remember, tie
 from .locking import one_at_a_time
 from .rank import cut_rank
-from .tokens import add_words, check_new_words, token_key, words_in
+from .tokens import add_words, check_new_words
 
 
 @dataclass
@@ -151,7 +152,7 @@ def place(
             set_active(module, [*before, name] if activate else before)
             for layer in nora_layers(module, name).values():
                 layer.set_scale(name, weight)
-        add_words(pipe, modules, name, words_in(info.tokens, tensors))
+        add_words(pipe, modules, name, token_vectors(info.tokens, tensors))
 
 
 def located(path_or_id: str | Path) -> Path:
@@ -258,7 +259,7 @@ def _token_keys(info: AdapterInfo) -> dict[str, list[str]]:
 
 
 def _token_shapes(info: AdapterInfo, tensors: Tensors) -> dict[str, dict[str, tuple[int, ...]]]:
-    words = words_in(info.tokens, tensors)
+    words = token_vectors(info.tokens, tensors)
     return {word: {part: tuple(value.shape) for part, value in own.items()} for word, own in words.items()}
 
 

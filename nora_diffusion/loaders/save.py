@@ -14,7 +14,7 @@ from ..adapters.tuner.build import flat_weight
 from ..errors import UserError
 from ..formats.adapter_file import DESCRIPTIVE, AdapterInfo, BasisKind, Tensors, inspect_adapter, write_adapter
 from ..formats.adapter_info import FORMAT_VERSION
-from ..formats.keys import is_frozen
+from ..formats.keys import file_key, is_frozen
 from ..formats.model_card import write_card
 from ..pipelines.base import base_id
 from ..pipelines.components import (
@@ -29,7 +29,7 @@ from ..pipelines.components import (
 from ..pipelines.precision import DTYPES
 from ..versions import versions
 from .active import unknown_adapter
-from .inject import file_key, origin
+from .inject import origin
 from .locking import one_at_a_time
 from .tokens import token_parameters, tokens_of
 

@@ -13,9 +13,8 @@ from ..adapters import AdapterConfig
 from ..adapters.deltas.bases import Pair
 from ..adapters.tuner.build import flat_weight
 from ..errors import UserError
-from ..formats.keys import FROZEN, is_frozen
+from ..formats.keys import FROZEN, file_key, is_frozen
 from ..pipelines.components import canonical
-from .inject import file_key
 from .load import check_adapter
 
 SETTLED = ("r", "rank_pattern", "basis", "placement", "power", "blocks", "basis_dtype")

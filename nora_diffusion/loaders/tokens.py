@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..adapters.deltas.tokens import LearnedEmbedding
 from ..errors import UserError
 from ..formats.adapter_info import WORD
-from ..io.tensor_file import Tensors
+from ..formats.keys import token_key
 from ..pipelines.components import DENOISERS, Modules, adapter_configs, component, components, tokenizer_name
 
 MAX_VECTORS = 64
@@ -25,19 +25,6 @@ LEGACY_END = 2
 
 Words = Mapping[str, Mapping[str, Tensor]]
 """``{word: {"text_encoder": vectors [n, width], ...}}``."""
-
-
-def token_key(number: int, part: str) -> str:
-    """The key of a word's vectors in an adapter file: words are numbered in the order of its header."""
-    return f"tokens.{number}.{part}"
-
-
-def words_in(tokens: Mapping[str, Sequence[str]], tensors: Tensors) -> dict[str, dict[str, Tensor]]:
-    """The words that a file's header names, with their vectors."""
-    return {
-        word: {part: tensors[token_key(number, part)] for part in parts}
-        for number, (word, parts) in enumerate(tokens.items())
-    }
 
 
 def tokens_of(modules: Modules, adapter: str) -> dict[str, dict[str, nn.Parameter]]:
