@@ -40,7 +40,9 @@ def loaded_source(modules: Modules, name: str) -> Source:
             refuse_routed(config, repr(name))
             source.configs[part] = config
             for path, layer in nora_layers(module, name).items():
-                source.updates[part, path] = chain_update(layer.delta(name), layer.nora_scale[name], repr(name))
+                source.updates[part, path] = chain_update(
+                    layer.delta(name), layer.states[name].native_scale, repr(name)
+                )
         elif config is not None:
             source.updates |= {(part, path): update for path, update in _foreign(module, name).items()}
     if not source.updates:

@@ -95,7 +95,7 @@ def mean_gates(pipe: Any, adapter_name: str, prompts: Sequence[str] | None = Non
     if unused:
         raise UserError(f"{unused[0]!r} was never called on the calibration prompts: its gate has no mean")
     meters = {
-        key: _ErrorMeter(layer, delta, layer.nora_scale[adapter_name], gates[key])
+        key: _ErrorMeter(layer, delta, layer.states[adapter_name].native_scale, gates[key])
         for key, (layer, delta) in routed.items()
     }
     _run(pipe, adapter_name, prompts, meters)

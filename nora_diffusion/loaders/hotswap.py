@@ -45,7 +45,7 @@ def swap(modules: Modules, name: str, info: AdapterInfo, tensors: Tensors, activ
         adapter_configs(module)[name] = copy.deepcopy(config)
         remember(module, name, info)
         for path, layer in nora_layers(module, name).items():
-            layer.set_nora_scale(name, config.scale_for(path))
+            layer.states[name].native_scale = config.scale_for(path)
             layer.set_scale(name, weight)
         if activate and name not in active_adapters(module):
             set_active(module, [*active_adapters(module), name])

@@ -165,7 +165,7 @@ def test_deleting_an_adapter_beside_a_magnitude_copies_no_weights(pipe: Any) -> 
     add_adapter(pipe, dora(r=2), "one")
     add_adapter(pipe, nora(r=4, inner_r=2), "two")
     delete_adapter(pipe, "two")
-    assert all(layer._merged is None for layer in nora_layers(pipe.unet, "one").values())
+    assert all(layer.merging.clean is None for layer in nora_layers(pipe.unet, "one").values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -115,7 +115,7 @@ def test_the_cost_of_a_fixed_gate(mixture: Any) -> None:
             e.B[:, 2 * i : 2 * i + 2] @ e.A[2 * i : 2 * i + 2]
             for i in range(N)
         ]  # fmt: skip
-        stack = torch.stack(experts).detach().double() * layer.nora_scale["one"]
+        stack = torch.stack(experts).detach().double() * layer.states["one"].native_scale
         fixed = torch.einsum("n,noi->oi", found.gates[key].double(), stack)
         error = output = change = 0.0
         for x, c in zip(inputs, seen, strict=True):
@@ -175,7 +175,7 @@ def test_exported_mean_gate_in_a_stock_pipeline(mixture: Any, tmp_path: Path) ->
         for path, layer in nora_layers(getattr(held, part), "one").items():
             delta = layer.delta("one")
             down, up = delta.pair(report.gates.gates[f"{part}.{path}"])
-            dense = layer.nora_scale["one"] * (up @ down)
+            dense = layer.states["one"].native_scale * (up @ down)
             layer.base_layer.weight.data += dense.detach().view_as(layer.base_layer.weight)
     set_adapters(held, [])
     stock = copy.deepcopy(mixture)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from nora_diffusion import UserError
+from nora_diffusion.adapters import NoraLayer
 from nora_diffusion.generation.image_settings import read_settings
 from nora_diffusion.generation.sampling import Sampling
 from nora_diffusion.pipelines.base import BaseSource
@@ -116,8 +117,9 @@ def test_weights_by_part_and_block(engine: Engine, library: Path, compiled: bool
     scales: dict[str, set[float]] = {}
     for part in ("unet", "text_encoder"):
         for path, layer in components(engine.pipe)[part].named_modules():
-            for name, native in getattr(layer, "nora_scale", {}).items():
-                scales.setdefault(f"{part}.{path.split('_block')[0]}"[:9], set()).add(layer.scaling[name] / native)
+            for state in layer.states.values() if isinstance(layer, NoraLayer) else ():
+                weight = state.scaling / state.native_scale
+                scales.setdefault(f"{part}.{path.split('_block')[0]}"[:9], set()).add(weight)
     engine.use([])
     engine.pipe.unet = plain
     assert scales["unet.down"] == {0.0} and scales["unet.up"] == {1.0} and scales["text_enco"] == {0.25}

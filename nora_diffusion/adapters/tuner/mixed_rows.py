@@ -1,9 +1,9 @@
-"""Mixed batches inside one model: each row of a batch gets adapters and weights of its own.
+"""Mixed batches inside one model: each row of a batch has its own adapters and weights.
 
-``dy_row = sum_k w_row,k s_k delta_k(x_row)``. Adapters that sit in one frozen outer pair ``A``, ``B`` are served from a
-bank with one core a row, ``y += B bank[row] A x`` with ``bank[row] = sum_k w_row,k s_k core_k [r, r]`` (zero: the base
-alone): one down and one up product whatever the number of subjects. Chains of one rank in different bases are served
-from a bank of their collapsed pairs, two batched products. Any other adapter computes the rows that want it.
+``dy_row = sum_k w_row,k s_k delta_k(x_row)``. Adapters that share a frozen outer pair ``A``, ``B`` are computed from a
+bank with one core per row: ``y += B bank[row] A x`` with ``bank[row] = sum_k w_row,k s_k core_k [r, r]``, which takes
+one down and one up product for any number of subjects. Chains of equal rank in different bases are computed from a bank
+of their collapsed pairs, with two batched products. Every other adapter is applied to the rows that use it.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from ..deltas.chain import ChainDelta
 from .layer import NoraLayer
 
 _SERVING: WeakSet[nn.Module] = WeakSet()
+"""Models inside :func:`serve_rows`."""
 
 RowSpec = Mapping[str, float]
 """The adapters of one row with their weights; empty for the base alone."""
 
 
 class RowPlan:
-    """Which adapters the rows of a model's batch use.
+    """Which adapters each row of a model's batch uses.
 
-    A batch of ``n = g len(specs) repeats`` rows is ``g`` copies (guidance: negative, positive) of the rows in order,
-    each repeated ``repeats`` times in succession (``num_images_per_prompt``).
+    A batch of ``n = g len(specs) repeats`` rows is ``g`` copies (guidance: negative, positive) of the specs in order,
+    each repeated ``repeats`` times in succession (``num_images_per_prompt``). ``batch`` has the spec index of each row.
     """
 
     def __init__(self, specs: Sequence[RowSpec]) -> None:
@@ -45,20 +46,25 @@ class RowPlan:
         self._tensors: dict[Any, Tensor] = {}
 
     def start(self, rows: int) -> None:
-        """Note that the model is called with so many rows. Raises :class:`UserError` if they cannot be told apart."""
+        """Assign specs for a call with this many rows. Raises :class:`UserError` for a number that does not fit."""
         block = len(self.specs) * self.repeats
         if rows % block:
             times = f" (times {self.repeats} images per prompt)" if self.repeats > 1 else ""
             raise UserError(
-                f"a batch of {rows} rows is no multiple of the {len(self.specs)} rows of mixed_batch{times}: give one "
-                "prompt for each row"
+                f"a batch of {rows} rows is not a multiple of the {len(self.specs)} rows of mixed_batch{times}: give "
+                "one prompt for each row"
             )
-        self.batch = [(row % block) // self.repeats for row in range(rows)]
+        self.assign([(row % block) // self.repeats for row in range(rows)])
+
+    def assign(self, batch: list[int]) -> None:
+        """Set the spec index of each row of the batch."""
+        if batch != self.batch:
+            self.batch, self._tensors = batch, {}
 
     def check_prompts(self, prompts: int) -> None:
-        """Raise :class:`UserError` unless there is a prompt for each row: twice as many would pass for guidance.
+        """Raise :class:`UserError` unless there is one prompt for each row; a single row fits any number.
 
-        A single row serves all.
+        :meth:`start` cannot tell: twice as many prompts look like guidance.
         """
         if len(self.specs) not in (1, prompts):
             raise UserError(
@@ -66,19 +72,16 @@ class RowPlan:
             )
 
     def used(self) -> list[RowSpec]:
-        """The specs that rows of the batch have, in order."""
-        return [self.specs[number] for number in self._numbers()]
+        """The specs of the batch, each once, in order."""
+        return [self.specs[index] for index in sorted(set(self.batch))]
 
     def index(self, device: torch.device) -> Tensor:
-        """For each row of the batch the place of its spec in :meth:`used`, ``[n]``."""
-        places = {number: place for place, number in enumerate(self._numbers())}
-        return self._tensor(("index", device), [places[number] for number in self.batch], device)
-
-    def _numbers(self) -> list[int]:
-        return sorted(set(self.batch))
+        """The position in :meth:`used` of each row's spec, ``[n]``."""
+        position = {index: i for i, index in enumerate(sorted(set(self.batch)))}
+        return self._tensor(("index", device), [position[index] for index in self.batch], device)
 
     def share(self, name: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """``(rows [m], weights [m])`` of the rows of the batch that use an adapter; None when none does."""
+        """``(rows [m], weights [m])``: indices and weights of the rows that use an adapter; ``None`` if none does."""
         rows = [row for row, spec in enumerate(self.batch) if name in self.specs[spec]]
         if not rows:
             return None
@@ -86,23 +89,24 @@ class RowPlan:
         return self._tensor((name, device), rows, device), self._tensor((name, "weights", device), weights, device)
 
     def _tensor(self, key: Any, values: Sequence[float], device: torch.device) -> Tensor:
-        key = (*key, len(self.batch), self.repeats)
         if key not in self._tensors:
             self._tensors[key] = torch.tensor(values, device=device)
         return self._tensors[key]
 
 
 class LayerRows:
-    """What one layer adds to the rows of a batch."""
+    """Adds the adapters of each row to the output of one layer."""
 
     def __init__(self, layer: NoraLayer, plan: RowPlan) -> None:
         self.layer, self.plan = layer, plan
         self.names = [name for name in plan.names if name in layer.nora_delta]
         chains = [name for name in self.names if _is_plain(layer, name)]
-        self.banks: list[Bank] = [CoreBank(layer, group, plan) for group in _alike(chains, partial(_same_basis, layer))]
+        self.banks: list[Bank] = [
+            CoreBank(layer, group, plan) for group in _groups(chains, partial(_same_basis, layer))
+        ]
         chains = [name for name in chains if not self._banked(name)]
         if isinstance(layer.base_layer, nn.Linear):
-            self.banks += [PairBank(layer, group, plan) for group in _alike(chains, partial(_same_rank, layer))]
+            self.banks += [PairBank(layer, group, plan) for group in _groups(chains, partial(_same_rank, layer))]
         self.single = [name for name in self.names if not self._banked(name)]
 
     def _banked(self, name: str) -> bool:
@@ -126,22 +130,22 @@ class LayerRows:
         return y
 
     def _add_single(self, name: str, x: Tensor, base: Tensor, y: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-        everywhere = len(rows) == len(x)
-        some = (x, base) if everywhere else (x[rows], base[rows])
-        scaling, dy = self.layer.contribution(name, *some, rows=rows)
+        all_rows = len(rows) == len(x)
+        inputs = (x, base) if all_rows else (x[rows], base[rows])
+        scaling, dy = self.layer.contribution(name, *inputs, rows=rows)
         dy = (weights * scaling).to(y.dtype).view(-1, *[1] * (dy.ndim - 1)) * dy.to(y.dtype)
-        return y + dy if everywhere else y.index_add(0, rows, dy)
+        return y + dy if all_rows else y.index_add(0, rows, dy)
 
 
 class Bank(ABC):
-    """Factors of several chains, stacked by row spec, so that a batch takes its rows' by an index.
+    """Factors of several chains, stacked by row spec; a batch selects those of its rows by index.
 
-    Only specs that the batch has are stacked: of many subjects that train together a pass may hold two.
+    Only the specs of the batch are stacked: of many subjects that train together, a pass may have two.
     """
 
     def __init__(self, layer: NoraLayer, names: list[str], plan: RowPlan) -> None:
         self.layer, self.names, self.plan = layer, names, plan
-        self._kept: tuple[Any, tuple[Tensor, ...]] | None = None
+        self._cache: tuple[Any, tuple[Tensor, ...]] | None = None
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -149,39 +153,42 @@ class Bank(ABC):
 
     @abstractmethod
     def build(self, specs: Sequence[RowSpec]) -> tuple[Tensor, ...]:
-        """The factors of these specs, stacked; at least one of them has a chain of this bank."""
+        """The factors of these specs, stacked; at least one spec uses a chain of this bank."""
 
     def is_used(self) -> bool:
-        """Whether any row of the batch has a chain of this bank."""
+        """Whether any row of the batch uses a chain of this bank."""
         return any(name in spec for spec in self.plan.used() for name in self.names)
 
     def rows(self, like: Tensor) -> tuple[Tensor, ...]:
-        """The factors of each row. They are kept while no number in them changes, and formed anew under autograd."""
+        """The factors of each row; cached until a factor changes, and rebuilt in every pass under autograd."""
         specs, index = self.plan.used(), self.plan.index(like.device)
         if torch.is_grad_enabled():
             return tuple(factor.to(like.dtype)[index] for factor in self.build(specs))
         state = (like.dtype, specs, [self._state(name) for name in self._members(specs)])
-        if self._kept is None or self._kept[0] != state:
-            self._kept = state, tuple(factor.to(like.dtype) for factor in self.build(specs))
-        return tuple(factor[index] for factor in self._kept[1])
+        if self._cache is None or self._cache[0] != state:
+            self._cache = state, tuple(factor.to(like.dtype) for factor in self.build(specs))
+        return tuple(factor[index] for factor in self._cache[1])
 
     def _members(self, specs: Sequence[RowSpec]) -> list[str]:
-        """The chains of this bank that any of these specs has."""
+        """The chains of this bank that any of these specs uses."""
         return [name for name in self.names if any(name in spec for spec in specs)]
 
     def _state(self, name: str) -> Any:
-        """What tells that the numbers of a chain are others than before."""
+        """Cache key: changes when this chain's factors, rank or scale change."""
         delta = self.delta(name)
         factors = [*delta.parameters(), *delta.buffers()]
         versions = [(f.data_ptr(), 0 if f.is_inference() else f._version) for f in factors]
-        return versions, delta.rank, self.layer.scaling[name]
+        return versions, delta.rank, self._scaling(name)
 
     def delta(self, name: str) -> ChainDelta:
         return cast(ChainDelta, self.layer.delta(name))
 
+    def _scaling(self, name: str) -> float:
+        return self.layer.states[name].scaling
+
 
 class CoreBank(Bank):
-    """For chains in one frozen outer pair: ``bank[spec] = sum_k w_k s_k core_k``, ``[specs, r, r]``."""
+    """For chains that share a frozen outer pair: ``bank[spec] = sum_k w_k s_k core_k``, ``[specs, r, r]``."""
 
     def __call__(self, x: Tensor) -> Tensor:
         down, up = self.delta(self.names[0]).outer
@@ -190,16 +197,16 @@ class CoreBank(Bank):
         return F.linear(functional.rowwise(p, cores.transpose(1, 2)), up.to(p.dtype))
 
     def build(self, specs: Sequence[RowSpec]) -> tuple[Tensor, ...]:
-        cores = {name: self.layer.scaling[name] * core_matrix(self.delta(name)) for name in self._members(specs)}
-        none = torch.zeros_like(next(iter(cores.values())))
-        sums = [sum((w * cores[n] for n, w in spec.items() if n in cores), start=none) for spec in specs]
+        cores = {name: self._scaling(name) * core_matrix(self.delta(name)) for name in self._members(specs)}
+        zero = torch.zeros_like(next(iter(cores.values())))
+        sums = [sum((w * cores[n] for n, w in spec.items() if n in cores), start=zero) for spec in specs]
         return (torch.stack(sums),)
 
 
 class PairBank(Bank):
-    """For chains of one rank ``k`` in bases of their own: pairs ``[specs, K, d_in]``, ``[specs, d_out, K]``.
+    """For chains of equal rank ``k`` in different bases: pairs ``[specs, K, d_in]``, ``[specs, d_out, K]``.
 
-    ``K`` is ``k`` times the most of them that one row has; the other rows are filled up with zeros.
+    ``K`` is ``k`` times the largest number of them in one spec; the pairs of the other specs are padded with zeros.
     """
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -210,13 +217,13 @@ class PairBank(Bank):
         pairs = {name: self.delta(name).pair() for name in self._members(specs)}
         down, up = next(iter(pairs.values()))
         chosen = [[(name, weight) for name, weight in spec.items() if name in pairs] for spec in specs]
-        most = max(map(len, chosen))
+        longest = max(map(len, chosen))
         downs, ups = [], []
-        for mine in chosen:
-            missing = most - len(mine)
-            downs.append(torch.cat([*(pairs[n][0] for n, _ in mine), *[torch.zeros_like(down)] * missing]))
-            scaled = (w * self.layer.scaling[n] * pairs[n][1] for n, w in mine)
-            ups.append(torch.cat([*scaled, *[torch.zeros_like(up)] * missing], dim=1))
+        for members in chosen:
+            padding = longest - len(members)
+            downs.append(torch.cat([*(pairs[n][0] for n, _ in members), *[torch.zeros_like(down)] * padding]))
+            scaled = (w * self._scaling(n) * pairs[n][1] for n, w in members)
+            ups.append(torch.cat([*scaled, *[torch.zeros_like(up)] * padding], dim=1))
         return torch.stack(downs), torch.stack(ups)
 
 
@@ -228,7 +235,7 @@ def core_matrix(delta: ChainDelta) -> Tensor:
     return down.to(dtype) if up is None else up.to(dtype) @ down.to(dtype)
 
 
-def _alike(names: Sequence[str], alike: Callable[[str, str], bool]) -> list[list[str]]:
+def _groups(names: Sequence[str], alike: Callable[[str, str], bool]) -> list[list[str]]:
     """Groups of two or more adapters that are alike."""
     groups: list[list[str]] = []
     for name in names:
@@ -241,7 +248,7 @@ def _alike(names: Sequence[str], alike: Callable[[str, str], bool]) -> list[list
 
 
 def _is_plain(layer: NoraLayer, name: str) -> bool:
-    """Whether an adapter is just a product of matrices: no gate, no magnitude, no sampled rank, no dropout at work."""
+    """Whether an adapter is a plain product of matrices: no gate, magnitude, sampled rank or active dropout."""
     delta = layer.delta(name)
     if not isinstance(delta, ChainDelta) or delta.m is not None:
         return False
@@ -249,7 +256,7 @@ def _is_plain(layer: NoraLayer, name: str) -> bool:
 
 
 def _same_basis(layer: NoraLayer, one: str, two: str) -> bool:
-    """Whether two chains are whole cores in one frozen outer pair."""
+    """Whether two chains at full rank have cores and share a frozen outer pair."""
     deltas = [cast(ChainDelta, layer.delta(name)) for name in (one, two)]
     if any(d.core is None or d.rank is not None or any(f.requires_grad for f in d.outer) for d in deltas):
         return False
@@ -263,43 +270,43 @@ def _same_rank(layer: NoraLayer, one: str, two: str) -> bool:
 
 
 def serves_rows(model: nn.Module) -> bool:
-    """Whether a model is inside :func:`serve_rows`."""
+    """Whether the model is inside :func:`serve_rows`."""
     return model in _SERVING
 
 
 @contextmanager
 def serve_rows(model: nn.Module, plan: RowPlan) -> Iterator[None]:
-    """Have a model's layers follow a plan instead of their active set; all is as it was when the context ends.
+    """Apply a plan in a model's layers, in place of their active adapters and weights, until the context ends.
 
-    The plan's weights stand in for those that were set. Raises :class:`UserError` where a plan is followed already.
+    Raises :class:`UserError` if the model already follows a plan.
     """
-    layers = [module for module in model.modules() if isinstance(module, NoraLayer)]
     if serves_rows(model):
         raise UserError("this model already serves a mixed batch: leave that context first")
-    _SERVING.add(model)
+    layers = [module for module in model.modules() if isinstance(module, NoraLayer)]
     with ExitStack() as stack:
+        _SERVING.add(model)
         stack.callback(_SERVING.discard, model)
         stack.callback(model.register_forward_pre_hook(_counting(plan), with_kwargs=True).remove)
         for layer in layers:
-            stack.callback(_restore, layer, dict(layer.scaling))
+            stack.callback(_restore, layer, layer.scaling)
             for name in plan.names:
                 layer.set_scale(name, 1.0)
             layer.rows = LayerRows(layer, plan)
         yield
 
 
-def _restore(layer: NoraLayer, scaling: dict[str, float]) -> None:
+def _restore(layer: NoraLayer, scaling: Mapping[str, float]) -> None:
     layer.rows = None
     for name, value in scaling.items():
-        if name in layer.scaling:
-            layer.rescale(name, value)
+        if name in layer.states:
+            layer.states[name].rescale(value)
 
 
 def _counting(plan: RowPlan) -> Any:
     def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Rows of the batch: the length of the model's first tensor."""
+        """Start the plan with the batch size: the length of the model's first tensor."""
         named = [kwargs[key] for key in ("sample", "hidden_states", "input_ids") if key in kwargs]
-        given = next(t for t in (*named, *args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim)
-        plan.start(len(given))
+        first = next(t for t in (*named, *args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim)
+        plan.start(len(first))
 
     return count

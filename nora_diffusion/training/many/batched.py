@@ -68,25 +68,25 @@ class Member:
 
 
 class SubjectRows(RowPlan):
-    """Whose adapter each row of the next pass gets."""
+    """Which subject's adapter each row of the next pass uses."""
 
     def __init__(self, adapters: Sequence[str]) -> None:
         super().__init__([{name: 1.0} for name in adapters])
         self._shares: Mapping[int, int] = {}
 
     def share_out(self, shares: Mapping[int, int]) -> None:
-        """Rows of adapter ``i`` in the next pass, in this order; a single one gets all rows, however many."""
+        """Set how many rows of the next pass belong to adapter ``i``, in this order; a single adapter gets all rows."""
         self._shares = shares
 
     def start(self, rows: int) -> None:
-        batch = [number for number, count in self._shares.items() for _ in range(count)]
+        batch = [index for index, count in self._shares.items() for _ in range(count)]
         if len(self._shares) == 1:
             batch = [*self._shares] * rows
         if len(batch) != rows:
-            raise UserError(f"a pass of {rows} rows where the subjects have {len(batch)}: this is a defect, report it")
-        if batch != self.batch:
-            self._tensors.clear()
-        self.batch = batch
+            raise UserError(
+                f"a pass has {rows} rows, but its subjects have {len(batch)}: this is a bug, please report it"
+            )
+        self.assign(batch)
 
 
 class BatchedTrainer:

@@ -134,7 +134,7 @@ def bound_norms(layers: Iterable[NoraLayer], adapter: str, most: float) -> None:
         delta = layer.delta(adapter)
         assert isinstance(delta, ChainDelta)
         down, up = (factor.to(widest(factor.device)) for factor in delta.pair())
-        norm = abs(layer.nora_scale[adapter]) * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
+        norm = abs(layer.states[adapter].native_scale) * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
         factors = [value for name, value in delta.named_parameters() if name != "m"]
         shrink = (most / norm).clamp(max=1) ** (1 / len(factors))  # 1 where the norm is 0
         for factor in factors:

@@ -1,0 +1,134 @@
+"""What PEFT and diffusers read and set on a tuner layer, and the state of its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..deltas.chain import Delta
+from .merging import WeightMerge
+
+
+class RowServer(Protocol):
+    """Replaces the active set while each row of a batch has its own adapters (:mod:`.mixed_rows`)."""
+
+    names: list[str]
+
+    def add(self, x: Tensor, base: Tensor, /) -> Tensor:
+        """``y`` for the input ``x`` whose frozen output is ``base``."""
+        ...
+
+
+@dataclass
+class AdapterState:
+    """One adapter in one layer, beside its delta.
+
+    ``r``: outer rank. ``native_scale``: ``alpha / r``. ``scaling``: ``native_scale`` times the user's weight, the
+    factor that ``forward`` applies. ``scaling_tensor``: the same number on the device, for compiled graphs.
+    """
+
+    r: int
+    native_scale: float
+    scaling: float
+    device: InitVar[torch.device]
+    scaling_tensor: Tensor = field(init=False)
+
+    def __post_init__(self, device: torch.device) -> None:
+        self.move(device)
+
+    def move(self, device: torch.device) -> None:
+        """Put the tensor on another device."""
+        with torch.inference_mode(False):  # else it could not be changed outside of a caller's inference mode
+            self.scaling_tensor = torch.tensor(self.scaling, dtype=torch.float32, device=device)
+
+    def rescale(self, scaling: float) -> None:
+        """Set the factor that ``forward`` applies; in place, so that compiled graphs use it too."""
+        self.scaling = scaling
+        self.scaling_tensor.fill_(scaling)
+
+
+class PeftInterface(BaseTunerLayer):
+    """The names and verbs by which PEFT and diffusers handle a layer."""
+
+    adapter_layer_names = ("nora_delta",)
+    other_param_names = ("r", "scaling")
+    cast_input_dtype_enabled = False  # diffusers' layerwise casting switches it off in every tuner layer
+
+    nora_delta: nn.ModuleDict
+    states: dict[str, AdapterState]
+    merging: WeightMerge
+    rows: RowServer | None
+
+    @property
+    def r(self) -> Mapping[str, int]:
+        """Outer rank of each adapter; read-only."""
+        return MappingProxyType({name: state.r for name, state in self.states.items()})
+
+    @property
+    def scaling(self) -> Mapping[str, float]:
+        """``alpha / r`` times the weight of each adapter; read-only, :meth:`set_scale` changes it."""
+        return MappingProxyType({name: state.scaling for name, state in self.states.items()})
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the merged adapters."""
+        return list(self.merging.scalings)
+
+    @property
+    def groups(self) -> int:
+        """``groups`` of the convolution, always 1; an ordinary LoRA that wraps this layer reads it."""
+        return 1
+
+    @property
+    def lora_A(self) -> nn.ModuleDict:
+        """The deltas, under the name (and ``lora_B``) by which diffusers' ``set_lora_device`` finds them."""
+        return self.nora_delta
+
+    lora_B = lora_A
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT may convert the adapter to a LoRA, by an SVD of its ``dW``."""
+        return adapter_name in self.nora_delta and self.delta(adapter_name).mergeable
+
+    def delta(self, adapter_name: str) -> Delta:
+        """The delta module of one adapter."""
+        return cast(Delta, self.nora_delta[adapter_name])
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the active adapters of the whole model, whether or not this layer has them."""
+        return list(cast("list[str]", self.active_adapters))
+
+    def activate(self, names: list[str], inference: bool = False) -> None:
+        """Make exactly these adapters active; they require gradients unless ``inference``."""
+        cast(Any, self).set_adapter(names, inference_mode=inference)
+
+    # The weight that diffusers sets is the user's factor on top of alpha / r.
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the weight of one adapter, if this layer has it."""
+        if adapter in self.states:
+            self.states[adapter].rescale(scale * self.states[adapter].native_scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for state in self._active_states():
+            state.rescale(state.scaling * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters, or (``None``) set their weights to 1."""
+        for state in self._active_states():
+            if scale is None:
+                state.rescale(state.native_scale)
+            elif scale != 0:
+                state.rescale(state.scaling / scale)
+
+    def _active_states(self) -> list[AdapterState]:
+        names = self.active if self.rows is None else self.rows.names
+        return [self.states[name] for name in names if name in self.states]
