@@ -313,7 +313,7 @@ def test_the_hook_leaves_with_the_last_masked_adapter() -> None:
         ({"core": "none", "router": "token", "magnitude": True}, "does not go with"),
         ({"core": "none", "router": "token", "blocks": 2}, "does not go with"),
         ({"core": "none", "router": "token", "num_experts": 4, "trained": ["up"]}, "a mixture trains"),
-        ({"num_experts": 4}, "without a router"),
+        ({"num_experts": 4}, "needs a router"),
         ({"blocks": 0}, "blocks=0"),
         ({"alpha": 0.0}, "alpha"),
         ({"alpha_pattern": {"to_q": float("nan")}}, "to_q"),
