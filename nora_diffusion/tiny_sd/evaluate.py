@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from ..errors import UserError
-from ..generation.sampling import Sampling, sample_images
 from ..pipelines.base import EMBEDDED_WEIGHTS, open_pipeline
 from ..quiet import hush
 from ..reports.sheets import contact_sheet
@@ -55,6 +54,8 @@ PROMPTS = (
 
 def generate(pipe: Any, prompts: list[str], seed: int = 0) -> np.ndarray:
     """One image for each prompt: uint8 (N, 64, 64, 3). Image ``i`` has the seed ``seed + i``."""
+    from ..generation.sampling import Sampling, sample_images  # late: its imports log what main() silences first
+
     images: list[np.ndarray] = []
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]

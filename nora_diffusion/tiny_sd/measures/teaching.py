@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...generation.sampling import Sampling, sample_images
 from ...pipelines.base import open_pipeline
 from ...scoring.judges import load_judge, prompt_score, subject_score
 from ..examples import (
@@ -145,6 +144,7 @@ def teach(weights: Path, probes: Probes, slug: str, method: str, **settings: Any
     ``settings`` override the training settings of the method. The images have the seeds ``10 s`` to ``10 s + 9``
     for the training seed ``s``.
     """
+    from ...generation.sampling import Sampling, sample_images
     from ...loaders import load_adapter
 
     scenes, base, own = new_scenes(slug), weights / "pipeline", method_settings(method)
