@@ -77,7 +77,9 @@ def main() -> None:
     parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
     parser.add_argument("--init", help="initial weights: 'shipped' or a pipeline folder (default: random)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: slow to start, then faster")
-    parser.add_argument("--save-every", type=int, default=200, help="steps between two saves (default: %(default)s)")
+    parser.add_argument(
+        "--save-every", type=int, default=LoopOptions.save_every, help="steps between two saves (default: %(default)s)"
+    )
     args = parser.parse_args()
     processes.init()
     init = None if args.init is None else EMBEDDED_WEIGHTS / "pipeline" if args.init == "shipped" else Path(args.init)

@@ -32,7 +32,7 @@ class LoopOptions:
 
     out: Path
     log_every: int = 50
-    save_every: int = 1000
+    save_every: int = 200
     stop_at: int | None = None
 
 
