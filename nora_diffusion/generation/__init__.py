@@ -1,1 +1,1 @@
-"""From a prompt with tags to images that carry their settings."""
+"""From prompts with tags to images with their settings in the file."""

@@ -1,4 +1,4 @@
-"""Generating pictures with any base and any adapters."""
+"""Generate images with any base and any adapters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..loaders import LoadedAdapter, list_adapters, load_adapter, set_adapters
 from ..loaders.load import located
 from ..pipelines.base import BaseSource
 from .image_settings import save_image
-from .library import Known, adapters_in, given, resolve
+from .library import NamedAdapter, find_adapter, list_library, name_adapters
 from .sampling import MAX_SEED, Sampling, check_prompt, check_range, describe_image, sample_images
 from .tags import Tag, parse_tags, parse_weight
 
@@ -26,8 +26,8 @@ from .tags import Tag, parse_tags, parse_weight
 class GenerateConfig:
     """What to generate: ``num`` images of each prompt; image ``i`` has the seed ``seed + i``.
 
-    ``adapters`` act on every prompt, at their weight or at the one that a prompt's ``<lora:name:0.8>`` gives; those in
-    the folder ``library`` only on prompts that name them. ``batch`` images are generated at a time.
+    ``adapters`` (``path[:weight]``) act on every prompt; a tag ``<lora:name:0.8>`` in a prompt overrides their weight.
+    The adapters in the folder ``library`` act only on prompts that name them. ``batch`` images are sampled at a time.
     """
 
     prompts: list[str]
@@ -41,7 +41,7 @@ class GenerateConfig:
     out: str = "outputs"
 
     def check(self) -> None:
-        """Raises :class:`UserError` for the first setting that makes no sense."""
+        """Raises :class:`UserError` for the first invalid setting."""
         if not self.prompts or not all(p.strip() for p in self.prompts):
             raise UserError("there is no prompt: give --prompt")
         for prompt in self.prompts:
@@ -53,7 +53,7 @@ class GenerateConfig:
 
 
 def parse_adapter(text: str) -> tuple[str, float]:
-    """Split ``path[:weight]`` at its last colon, where what follows is a number (``C:\\dog`` stays whole)."""
+    """Split ``path[:weight]`` at its last colon, unless that is part of the path (``C:\\dog``)."""
     path, colon, tail = text.rpartition(":")
     if not colon or not path or "/" in tail or "\\" in tail:
         return text, 1.0
@@ -61,96 +61,99 @@ def parse_adapter(text: str) -> tuple[str, float]:
 
 
 def generate(config: GenerateConfig) -> list[Path]:
-    """Make the pictures and return their files. Nothing is written unless base and adapters load."""
+    """Generate the images and return their files. Nothing is written unless the base and all adapters load.
+
+    Raises :class:`UserError`.
+    """
     config.check()
-    known = given([parse_adapter(text) for text in config.adapters])
-    shelf = known + (adapters_in(config.library) if config.library else [])
-    wanted = [_read_prompt(prompt, known, shelf) for prompt in config.prompts]
+    given = name_adapters([parse_adapter(text) for text in config.adapters])
+    available = given + (list_library(config.library) if config.library else [])
+    prompts = [_read_prompt(prompt, given, available) for prompt in config.prompts]
     out = Path(config.out).expanduser()
     _check_writable(out)
-    for adapter in dict.fromkeys(adapter for _, live in wanted for adapter in live):
-        inspect_adapter(located(adapter.path))  # refuse before a model is loaded
+    adapters = list(dict.fromkeys(adapter for _, active in prompts for adapter in active))
+    for adapter in adapters:
+        inspect_adapter(located(adapter.path))  # fails before a model is loaded
     pipe = config.source.open()
-    loaded = _load_all(pipe, [adapter for _, live in wanted for adapter in live])
-    jobs = [(prompt, config.seed + i, live) for prompt, live in wanted for i in range(config.num)]
+    loaded = _load_all(pipe, adapters)
+    jobs = [(prompt, config.seed + i, active) for prompt, active in prompts for i in range(config.num)]
     files = []
-    for batch, live in _batches(jobs, config.batch):
-        _use(pipe, {loaded[adapter].name: tag for adapter, tag in live.items()})
+    for batch, active in _batches(jobs, config.batch):
+        _activate(pipe, {loaded[adapter].name: tag for adapter, tag in active.items()})
         images = sample_images(pipe, [p for p, _ in batch], [s for _, s in batch], config.sampling)
-        described = [_describe(loaded[adapter], tag) for adapter, tag in live.items()]
+        described = [_describe(loaded[adapter], tag) for adapter, tag in active.items()]
         for image, (prompt, seed) in zip(images, batch, strict=True):
             settings = describe_image(pipe, image, prompt, seed, config.sampling, described)
-            files.append(save_image(image, free_name(out, seed), settings))
+            files.append(save_image(image, next_file(out, seed), settings))
     return files
 
 
-Live = dict[Known, Tag]
-"""The adapters that act on a prompt, and how."""
+Active = dict[NamedAdapter, Tag]
+"""The adapters that act on a prompt, with their weights."""
 
 
-def _read_prompt(prompt: str, known: list[Known], shelf: list[Known]) -> tuple[str, Live]:
+def _read_prompt(prompt: str, given: list[NamedAdapter], available: list[NamedAdapter]) -> tuple[str, Active]:
+    """The prompt without tags, and its adapters: those of its tags, and the given ones that it does not name."""
     clean, tags = parse_tags(prompt)
     if not clean.strip():
-        raise UserError(f"there is no prompt beside the tags in {prompt!r}")
-    live = {adapter: adapter.always for adapter in known if adapter.always is not None}
-    named: Live = {}
+        raise UserError(f"there is no prompt besides the tags in {prompt!r}")
+    named: Active = {}
     for tag in tags:
-        adapter = resolve(tag, shelf)
+        adapter = find_adapter(tag, available)
         if adapter in named:
-            raise UserError(f"{named[adapter]} and {tag} are one adapter, {adapter.path}: write one tag")
+            raise UserError(f"{named[adapter]} and {tag} name the same adapter, {adapter.path}: write one tag")
         named[adapter] = tag
-    return clean, live | named
+    return clean, {adapter: adapter.default for adapter in given if adapter.default} | named
 
 
-def _load_all(pipe: Any, adapters: Sequence[Known]) -> dict[Known, LoadedAdapter]:
-    """Each adapter once, under a name of our own: PEFT takes few signs in one, and files may be called anything."""
+def _load_all(pipe: Any, adapters: Sequence[NamedAdapter]) -> dict[NamedAdapter, LoadedAdapter]:
+    """Load each adapter under a name of our own, because PEFT allows few characters in a name."""
     return {
-        adapter: load_adapter(pipe, adapter.path, f"adapter_{i}", activate=False)
-        for i, adapter in enumerate(dict.fromkeys(adapters))
+        adapter: load_adapter(pipe, adapter.path, f"adapter_{i}", activate=False) for i, adapter in enumerate(adapters)
     }
 
 
-def _use(pipe: Any, tags: dict[str, Tag]) -> None:
-    """Make exactly these adapters active, by the names that the pipeline knows them under.
+def _activate(pipe: Any, tags: dict[str, Tag]) -> None:
+    """Make exactly these adapters active; ``tags`` has their weights by their names in the pipeline.
 
-    A textual inversion is not among those: it is a word, and acts where a prompt has it.
+    A textual inversion has no layers to activate: it acts wherever a prompt has its token.
     """
-    held = list_adapters(pipe)
-    parts = {name: [part for part, names in held.items() if name in names] for name in tags}
-    live = [name for name in tags if parts[name]]
-    set_adapters(pipe, live, [_weights(tags[name], parts[name]) for name in live])
+    loaded = list_adapters(pipe)
+    components = {name: [component for component, names in loaded.items() if name in names] for name in tags}
+    active = [name for name in tags if components[name]]
+    set_adapters(pipe, active, [_weights(tags[name], components[name]) for name in active])
 
 
-def _weights(tag: Tag, parts: Sequence[str]) -> float | dict[str, float]:
+def _weights(tag: Tag, components: Sequence[str]) -> float | dict[str, float]:
     if tag.unet == tag.te:
         return tag.unet
-    return {part: tag.te if part.startswith("text_encoder") else tag.unet for part in parts}
+    return {component: tag.te if component.startswith("text_encoder") else tag.unet for component in components}
 
 
 def _check_writable(folder: Path) -> None:
-    """Refuse before anything is loaded; the folder is made with the first picture, so that a mistake leaves none."""
+    """Raises :class:`UserError` if ``folder`` cannot be written. It is created with the first image."""
     with user_errors(folder):
-        there = next(place for place in (folder, *folder.parents) if place.exists())
-        writable = there.is_dir() and os.access(there, os.W_OK)
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        writable = existing.is_dir() and os.access(existing, os.W_OK)
     if not writable:
-        raise UserError(f"cannot write {folder}: {there} is no folder that you may write to; choose another one")
+        raise UserError(f"cannot write {folder}: {existing} is not a folder you can write to; choose another one")
 
 
 def _describe(loaded: LoadedAdapter, tag: Tag) -> dict[str, Any]:
     info = loaded.info
-    said = {"name": tag.name, "weight": tag.unet, "sha256": info.sha256, "path": info.path, "trigger": info.trigger}
-    return said if tag.te == tag.unet else {**said, "te": tag.te}
+    values = {"name": tag.name, "weight": tag.unet, "sha256": info.sha256, "path": info.path, "trigger": info.trigger}
+    return values if tag.te == tag.unet else {**values, "te": tag.te}
 
 
-def _batches(jobs: list[tuple[str, int, Live]], size: int) -> Iterator[tuple[list[tuple[str, int]], Live]]:
-    """``(prompt, seed)`` of pictures that are made together, which have the same adapters at the same weights."""
+def _batches(jobs: list[tuple[str, int, Active]], size: int) -> Iterator[tuple[list[tuple[str, int]], Active]]:
+    """Batches of ``(prompt, seed)`` with the same adapters at the same weights, of at most ``size`` images."""
     for _, group in itertools.groupby(jobs, key=lambda job: list(job[2].items())):
         same = list(group)
         for start in range(0, len(same), size):
             yield [(prompt, seed) for prompt, seed, _ in same[start : start + size]], same[0][2]
 
 
-def free_name(folder: Path, seed: int) -> Path:
-    """The next ``NNNN-seed.png``; nothing is ever overwritten."""
-    taken = [int(match[1]) for f in folder.glob("*.png") if (match := re.match(r"(\d{4,})-", f.name))]
-    return folder / f"{max(taken, default=-1) + 1:04d}-{seed}.png"
+def next_file(folder: Path, seed: int) -> Path:
+    """The next free ``NNNN-seed.png`` in ``folder``."""
+    numbers = [int(match[1]) for f in folder.glob("*.png") if (match := re.match(r"(\d{4,})-", f.name))]
+    return folder / f"{max(numbers, default=-1) + 1:04d}-{seed}.png"

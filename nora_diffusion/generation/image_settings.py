@@ -1,4 +1,4 @@
-"""Pictures that carry their settings, and sheets of labeled pictures."""
+"""Settings stored in an image's file: written as JSON and as A1111's ``parameters``, and read back."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ MAX_TEXT = 2**20
 
 @dataclass
 class ImageSettings:
-    """Everything that made a picture.
+    """Everything that determines an image.
 
-    ``adapters`` are ``{"name", "weight", "sha256", "path"}``, with ``"te"`` where text encoders had another weight.
-    ``dtype`` is the number type of the denoiser's weights.
+    Each of ``adapters`` is ``{"name", "weight", "sha256", "path"}``, with ``"te"`` if the weight on text encoders
+    differs. ``dtype`` is that of the denoiser's weights.
     """
 
     prompt: str
@@ -42,7 +42,7 @@ class ImageSettings:
     dtype: str = ""
 
     def parameters_text(self) -> str:
-        """The text that A1111 and its relatives write and read under the PNG key ``parameters``."""
+        """The text under the PNG key ``parameters``, as A1111 and its forks write it."""
         lines = [" ".join([self.prompt, *(str(tag_of(adapter)) for adapter in self.adapters)])]
         if self.negative_prompt:
             lines.append(f"Negative prompt: {self.negative_prompt}")
@@ -55,19 +55,19 @@ class ImageSettings:
             "Model": self.base,
         }
         hashes = ", ".join(f"{a['name']}: {a['sha256']}" for a in self.adapters if a["sha256"])
-        parts = [f"{key}: {value}" for key, value in values.items() if value != ""]
-        lines.append(", ".join(parts + ([f'Lora hashes: "{hashes}"'] if hashes else [])))
+        pairs = [f"{key}: {value}" for key, value in values.items() if value != ""]
+        lines.append(", ".join(pairs + ([f'Lora hashes: "{hashes}"'] if hashes else [])))
         return "\n".join(lines)
 
 
 def tag_of(adapter: dict[str, Any]) -> Tag:
-    """The prompt tag that asks for an adapter as a picture's settings describe it."""
+    """The prompt tag for one of :attr:`ImageSettings.adapters`."""
     weight = float(adapter["weight"])
     return Tag(tag_name(str(adapter["name"])), weight, float(adapter.get("te", weight)))
 
 
 def save_image(image: Image.Image, path: Path, settings: ImageSettings) -> Path:
-    """Write a PNG with its settings, whole or not at all."""
+    """Write a PNG with its settings, atomically."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", settings.parameters_text())
     info.add_text(JSON_KEY, json.dumps(asdict(settings)))
@@ -75,9 +75,9 @@ def save_image(image: Image.Image, path: Path, settings: ImageSettings) -> Path:
 
 
 def read_settings(path: str | Path) -> ImageSettings:
-    """The settings of a picture, from this toolkit's JSON or else from A1111's ``parameters``; no pixel is decoded.
+    """The settings in an image file: this toolkit's JSON, or else A1111's ``parameters``. Decodes no pixels.
 
-    Raises :class:`UserError` for anything but a PNG of at most 40 megapixels that carries settings.
+    Raises :class:`UserError` for anything but a PNG with settings of at most 40 megapixels.
     """
     name = Path(path).name
     try:
@@ -86,11 +86,11 @@ def read_settings(path: str | Path) -> ImageSettings:
             with Image.open(path, formats=("PNG",)) as image:
                 size, info = image.size, dict(image.info)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name} cannot be read as a PNG picture: {error}") from error
+        raise UserError(f"{name} cannot be read as a PNG image: {error}") from error
     if size[0] * size[1] > MAX_PIXELS:
         raise UserError(f"{name} is {size[0]}x{size[1]}, more than {MAX_PIXELS // 10**6} megapixels")
     if sum(len(text) for text in info.values() if isinstance(text, str)) > MAX_TEXT:
-        raise UserError(f"{name} carries more than {MAX_TEXT // 2**20} MiB of text: it is not read")
+        raise UserError(f"{name} has more than {MAX_TEXT // 2**20} MiB of text, which is not read")
     if isinstance(info.get(JSON_KEY), str):
         try:
             return _checked(ImageSettings(**json.loads(info[JSON_KEY])))
@@ -98,15 +98,15 @@ def read_settings(path: str | Path) -> ImageSettings:
             raise UserError(f"{name}: its settings are damaged ({error})") from error
     if isinstance(info.get("parameters"), str):
         return parse_parameters(info["parameters"])
-    raise UserError(f"{name} carries no settings")
+    raise UserError(f"{name} has no settings")
 
 
 def _checked(settings: ImageSettings) -> ImageSettings:
-    """The same, if every value is of its kind."""
+    """Return ``settings``. Raises :class:`TypeError` if a value has the wrong type."""
     for field_ in fields(ImageSettings):
         value = getattr(settings, field_.name)
-        kind = {"str": str, "int": int, "float": (int, float)}.get(str(field_.type), (list, dict))
-        if not isinstance(value, kind) or isinstance(value, bool):  # type: ignore[arg-type]
+        expected = {"str": str, "int": int, "float": (int, float)}.get(str(field_.type), (list, dict))
+        if not isinstance(value, expected) or isinstance(value, bool):  # type: ignore[arg-type]
             raise TypeError(f"{field_.name} is {str(value)[:40]!r}")
     for adapter in settings.adapters:
         tag_of(adapter)
@@ -114,13 +114,14 @@ def _checked(settings: ImageSettings) -> ImageSettings:
 
 
 def parse_parameters(text: str) -> ImageSettings:
-    """A1111's ``parameters``: the prompt, ``Negative prompt:``, and a last line of ``Key: value`` pairs.
+    """Parse A1111's ``parameters``: the prompt, ``Negative prompt:``, and a last line of ``Key: value`` pairs.
 
-    Tags stay in the prompt; their hashes come as ``adapters`` with what the text says, often only the first digits.
+    Tags are taken out of the prompt into ``adapters``, with their hashes as the text has them (often only the first
+    digits).
     """
     body, _, last = text.rpartition("\n")
     if "Steps: " not in last:
-        raise UserError("the picture's parameters are not in the form that is known: they lack a line with Steps")
+        raise UserError("the image's parameters are not in A1111's format: a line with 'Steps: ' is missing")
     prompt, _, negative = body.partition("\nNegative prompt: ")
     quoted = re.search(r'Lora hashes: "([^"]*)"', last)
     pairs = dict(re.findall(r"(\w[\w ]*): ([^,\"]+)", re.sub(r'[\w ]+: "[^"]*"', "", last)))
@@ -138,4 +139,4 @@ def parse_parameters(text: str) -> ImageSettings:
             base=pairs.get("Model", ""), adapters=adapters,
         )  # fmt: skip
     except (ValueError, KeyError) as error:
-        raise UserError(f"the picture's parameters cannot be read ({error})") from error
+        raise UserError(f"the image's parameters cannot be read ({error})") from error

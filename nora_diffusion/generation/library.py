@@ -1,4 +1,4 @@
-"""Which adapter a name in a prompt means: one given by path, or one of a folder of adapters."""
+"""Find the adapter that a tag in a prompt names: one given by path, or one of a folder of adapters."""
 
 from __future__ import annotations
 
@@ -18,64 +18,70 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Known:
-    """An adapter by the name that tags use; ``always`` is how it acts where no tag names it (None: not at all)."""
+class NamedAdapter:
+    """An adapter, by the name that tags use.
+
+    ``default``: its weights in prompts that do not name it (``None``: inactive there).
+    """
 
     name: str
     path: str
-    always: Tag | None = None
+    default: Tag | None = None
 
 
-def adapters_in(folder: str | Path) -> list[Known]:
+def list_library(folder: str | Path) -> list[NamedAdapter]:
     """The adapters of a library: ``NAME.safetensors``, ``NAME/nora_adapter.safetensors``, the subjects of packs.
 
-    A subject is called ``PACK#NAME``, as in the app. A damaged pack is left out with a warning. Raises
-    :class:`UserError` for no folder.
+    A subject of a pack is named ``PACK#NAME``, as in the app. A damaged pack is skipped with a warning. Raises
+    :class:`UserError` if ``folder`` is not a folder.
     """
-    place = Path(folder).expanduser()
-    if not place.is_dir():
-        raise UserError(f"the library {folder} is no folder: give the one that holds your adapters")
-    files = [*place.glob("*.safetensors"), *place.glob(f"*/{FILE_NAME}")]
-    listed = [_listed(file) for file in sorted(files) if not file.name.startswith(".")]
-    return [adapter for adapters in listed for adapter in adapters]
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise UserError(f"the library {folder} is not a folder: give the one that holds your adapters")
+    files = [*path.glob("*.safetensors"), *path.glob(f"*/{FILE_NAME}")]
+    return [adapter for file in sorted(files) if not file.name.startswith(".") for adapter in _read_file(file)]
 
 
-def _listed(file: Path) -> list[Known]:
+def _read_file(file: Path) -> list[NamedAdapter]:
     if not file.name.endswith(SUFFIX):
-        return [Known(_name(file), str(file))]
+        return [NamedAdapter(_name(file), str(file))]
     pack = file.name.removesuffix(SUFFIX)
     try:
-        return [Known(tag_name(f"{pack}#{_name(info.path)}"), info.path) for info in list_pack(file)]
+        return [NamedAdapter(tag_name(f"{pack}#{_name(info.path)}"), info.path) for info in list_pack(file)]
     except UserError as error:
-        log.warning("%s; its subjects are left out", error)
+        log.warning("%s; its subjects are skipped", error)
         return []
 
 
-def given(adapters: Sequence[tuple[str, float]]) -> list[Known]:
-    """Adapters that act at their weight on every prompt that says nothing else. Raises for two of one name."""
-    known = [Known(name := _name(path), path, Tag(name, weight, weight)) for path, weight in adapters]
-    for one, two in combinations(known, 2):
+def name_adapters(adapters: Sequence[tuple[str, float]]) -> list[NamedAdapter]:
+    """``(path, weight)`` pairs as adapters that are active by default.
+
+    Raises :class:`UserError` if two of them have the same name.
+    """
+    named = [NamedAdapter(name := _name(path), path, Tag(name, weight, weight)) for path, weight in adapters]
+    for one, two in combinations(named, 2):
         if one.name == two.name:
             raise UserError(f"{one.path} and {two.path} are both named {one.name!r}: give one of them, or rename it")
-    return known
+    return named
 
 
-def resolve(tag: Tag, known: list[Known]) -> Known:
-    """The adapter that a tag names, one given by path before those of a library, the subject of a pack last.
+def find_adapter(tag: Tag, adapters: list[NamedAdapter]) -> NamedAdapter:
+    """The adapter that ``tag`` names.
 
-    Raises :class:`UserError` where there is none, or more than one.
+    An adapter of that name wins over the subject ``PACK#NAME`` of a pack, and one given by path over one of a library.
+    Raises :class:`UserError` if there is none, or more than one.
     """
-    found = [adapter for adapter in known if adapter.name == tag.name]
-    found = found or [adapter for adapter in known if adapter.name.endswith(f"#{tag.name}")]
-    found = [adapter for adapter in found if adapter.always] or found
+    found = [adapter for adapter in adapters if adapter.name == tag.name]
+    found = found or [adapter for adapter in adapters if adapter.name.endswith(f"#{tag.name}")]
+    found = [adapter for adapter in found if adapter.default] or found
     if len(found) == 1:
         return found[0]
     if found:
         raise UserError(f"{tag} may mean {' or '.join(a.path for a in found)}: rename one")
-    names = [adapter.name for adapter in known]
+    names = [adapter.name for adapter in adapters]
     near = difflib.get_close_matches(tag.name, names, 3) or names[:10]
     hint = f"there is {', '.join(near)}" if near else "give it with --adapter, or its folder with --library"
-    raise UserError(f"{tag} names no adapter that is known: {hint}")
+    raise UserError(f"{tag} names no known adapter: {hint}")
 
 
 def _name(path: str | Path) -> str:

@@ -1,9 +1,9 @@
-"""``<lora:name:0.8>`` tags in prompts: read, write back, remove. The one place that knows their syntax.
+"""``<lora:name:0.8>`` tags in prompts: read, write and remove them. No other module knows their syntax.
 
-Forms, read as AUTOMATIC1111's web UI reads them: ``<lora:name>`` (weight 1), ``<lora:name:0.8>`` (both),
+The forms are those of AUTOMATIC1111's web UI: ``<lora:name>`` (weight 1), ``<lora:name:0.8>`` (both),
 ``<lora:name:0.6:0.8>`` (text encoders, then denoiser), and named weights in any order:
-``<lora:name:unet=0.8:te=0.6>``. A named weight wins over a number; a denoiser of which nothing is said has the
-text encoders' weight. Tags are always written back with names where the two weights differ.
+``<lora:name:unet=0.8:te=0.6>``. A named weight overrides a positional one; the denoiser's weight defaults to that of
+the text encoders. Tags are written with named weights if the two differ.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FORBIDDEN = re.compile(r"[<>:\x00-\x1f\x7f]")
 
 @dataclass(frozen=True)
 class Tag:
-    """An adapter by name with its weight on the denoiser (``unet``) and on the text encoders (``te``)."""
+    """An adapter's name and its weights on the denoiser (``unet``) and on the text encoders (``te``)."""
 
     name: str
     unet: float = 1.0
@@ -33,7 +33,7 @@ class Tag:
 
     def __post_init__(self) -> None:
         if not self.name or self.name != self.name.strip() or FORBIDDEN.search(self.name):
-            raise UserError(f"the adapter name {self.name!r} cannot stand in a tag: write <lora:name:0.8>")
+            raise UserError(f"the adapter name {self.name!r} is not valid in a tag: write <lora:name:0.8>")
         for weight in (self.unet, self.te):
             check_range(weight, f"the tag of {self.name!r}")
 
@@ -44,15 +44,15 @@ class Tag:
 
 
 def parse_tags(prompt: str) -> tuple[str, list[Tag]]:
-    """The prompt without its tags, and the tags in their order.
+    """The prompt without its tags, and the tags in order.
 
-    Raises :class:`UserError` that quotes the tag for a weight that is no number or out of range, an unknown named
+    Raises :class:`UserError`, quoting the tag, for a weight that is not a number or out of range, an unknown named
     weight, a missing name, an adapter named twice or a tag that is not closed.
     """
     tags = [_parse(match[0]) for match in TAG.finditer(prompt)]
     clean = _replace(prompt, lambda tag: "")
     if broken := BROKEN.search(clean):
-        raise UserError(f"{broken[0]!r} in the prompt is no complete tag: write <lora:name:0.8>")
+        raise UserError(f"{broken[0]!r} in the prompt is not a complete tag: write <lora:name:0.8>")
     names = [tag.name for tag in tags]
     for tag in tags:
         if names.count(tag.name) > 1:
@@ -61,33 +61,33 @@ def parse_tags(prompt: str) -> tuple[str, list[Tag]]:
 
 
 def write_tags(prompt: str, tags: Sequence[Tag]) -> str:
-    """``prompt`` with exactly these tags: those it has already keep their place, new ones go to its end.
+    """``prompt`` with exactly these tags: existing ones keep their position, new ones are appended.
 
-    ``parse_tags(write_tags(p, tags)) == (p, tags)`` for every prompt ``p`` without tags and tags of different names.
+    ``parse_tags(write_tags(p, tags)) == (p, tags)`` for every prompt ``p`` without tags and tags with distinct names.
     """
     new = {tag.name: str(tag) for tag in tags}
     if len(new) < len(tags):
         raise UserError("two tags have the same adapter name: keep one")
     old = {tag.name for tag in parse_tags(prompt)[1]}
-    kept = _replace(prompt, lambda tag: new.get(tag.name, ""))
+    updated = _replace(prompt, lambda tag: new.get(tag.name, ""))
     added = [text for name, text in new.items() if name not in old]
-    return " ".join([kept, *added] if kept else added)
+    return " ".join([updated, *added] if updated else added)
 
 
 def tag_name(text: str) -> str:
-    """``text`` as a name that can stand in a tag; what cannot becomes ``_``."""
+    """``text`` as a valid name for a tag; other characters become ``_``."""
     return FORBIDDEN.sub("_", text).strip() or "_"
 
 
 def parse_weight(text: str, where: str) -> float:
-    """A weight from a prompt or a command line. Raises :class:`UserError` that names ``where`` it stands."""
+    """A weight from a prompt or a command line. Raises :class:`UserError`, naming ``where`` it comes from."""
     if not NUMBER.fullmatch(text.strip()):
-        raise UserError(f"the weight {text.strip()!r} in {where} is no number: write 0.8 or the like")
+        raise UserError(f"the weight {text.strip()!r} in {where} is not a number: write for example 0.8")
     return check_range(float(text), where)
 
 
 def check_range(weight: float, where: str) -> float:
-    """``weight`` itself. Raises :class:`UserError` unless it is finite and at most :data:`MAX_WEIGHT` in size."""
+    """Return ``weight``. Raises :class:`UserError` if it is not finite or its size exceeds :data:`MAX_WEIGHT`."""
     if not math.isfinite(weight) or abs(weight) > MAX_WEIGHT:
         raise UserError(f"the weight {weight:g} in {where} is out of range: choose -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
     return weight
@@ -101,19 +101,19 @@ def _parse(text: str) -> Tag:
         if not equals:
             numbers.append(parse_weight(field, text))
         elif key.strip() not in ("unet", "te") or key.strip() in named:
-            raise UserError(f"{field!r} in {text} means nothing: name each weight once, as unet=0.8 or te=0.6")
+            raise UserError(f"{field!r} in {text} is unknown or repeated: name each weight once, as unet=0.8 or te=0.6")
         else:
             named[key.strip()] = parse_weight(value, text)
     if not name or len(numbers) > 2:
-        raise UserError(f"{text} is no tag: write <lora:name:0.8> or <lora:name:unet=0.8:te=0.6>")
+        raise UserError(f"{text} is not a valid tag: write <lora:name:0.8> or <lora:name:unet=0.8:te=0.6>")
     te = named.get("te", numbers[0] if numbers else 1.0)
     return Tag(name, named.get("unet", numbers[1] if len(numbers) > 1 else te), te)
 
 
 def _replace(prompt: str, text_for: Callable[[Tag], str]) -> str:
-    """Every tag replaced; one replaced by nothing takes a blank with it, the one before it or, at the start, after.
+    """Replace every tag by ``text_for(tag)``.
 
-    Words on both its sides stay apart.
+    A removed tag takes one adjacent space with it, but the words on its two sides stay separate.
     """
 
     def replaced(match: re.Match[str]) -> str:
@@ -122,7 +122,7 @@ def _replace(prompt: str, text_for: Callable[[Tag], str]) -> str:
             return match["blank"] + text
         before, after = prompt[: match.start()], prompt[match.end() :]
         joins = before and after and " " not in (before[-1], after[0]) and not TAG.match(after)
-        inside = before.rfind("<") > before.rfind(">")  # of nonsense, which is refused as it is
+        inside = before.rfind("<") > before.rfind(">")  # an unclosed tag, which must stay recognizable as one
         return " " if joins and not inside else ""
 
     result = SPACED.sub(replaced, prompt)
@@ -130,5 +130,5 @@ def _replace(prompt: str, text_for: Callable[[Tag], str]) -> str:
 
 
 def _number(value: float) -> str:
-    """The shortest text that reads back as the same number."""
+    """The shortest text that parses to the same number."""
     return repr(float(value)).removesuffix(".0")

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..formats.adapter_file import AdapterInfo
-from ..generation.generate import free_name
+from ..generation.generate import next_file
 from ..generation.image_settings import save_image
 from ..generation.sampling import describe_image, sample_images
 from ..loaders import LoadedAdapter, delete_adapter, load_adapter
@@ -194,7 +194,7 @@ class Engine:
         self, out: Path, image: Any, prompt: str, seed: int, request: Request, adapters: list[dict[str, Any]]
     ) -> Path:
         settings = describe_image(self.pipe, image, prompt, seed, request.sampling, adapters)
-        return save_image(image, free_name(out, seed), replace(settings, base=self.base_id))
+        return save_image(image, next_file(out, seed), replace(settings, base=self.base_id))
 
     def picture(self, request: Request, prompt: str, seed: int, run: Run | None = None) -> Any:
         """One picture with the adapters that are live."""

@@ -1,4 +1,4 @@
-"""Pictures carry their settings; sheets hold what they are given."""
+"""Image files contain their settings; contact sheets contain their images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SETTINGS = ImageSettings(
 )  # fmt: skip
 
 
-def test_settings_survive(tmp_path: Path) -> None:
+def test_settings_round_trip(tmp_path: Path) -> None:
     path = save_image(Image.new("RGB", (64, 64), "red"), tmp_path / "a.png", SETTINGS)
     assert read_settings(path) == SETTINGS
     with Image.open(path) as image:
@@ -30,15 +30,15 @@ def test_settings_survive(tmp_path: Path) -> None:
     assert "ab" * 32 in rest
 
 
-def test_foreign_pictures_are_refused(tmp_path: Path) -> None:
+def test_images_without_settings_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("not an image")
     for name, word in (("plain.png", "no settings"), ("text.png", "cannot be read")):
         with pytest.raises(UserError, match=word):
             read_settings(tmp_path / name)
 
 
-def test_contact_sheet_holds_the_pictures() -> None:
+def test_contact_sheet_contains_the_images() -> None:
     row = [(Image.new("RGB", (64, 64), color), "a label of many words that wraps") for color in ("red", "blue")]
     sheet = contact_sheet([row, row[:1]], ["first", "second"], side=128)
     assert sheet.width == 2 * 136 + 8

@@ -1,4 +1,4 @@
-"""Tags in the prompts of `generate`: which adapter acts on which picture, how strongly, and what its file says."""
+"""Tags in the prompts of `generate`: which adapter acts on which image, its weight, and the settings in the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nora_diffusion.formats.adapter_file import given_name
 from nora_diffusion.formats.packs import SUFFIX
 from nora_diffusion.generation.generate import GenerateConfig, generate
 from nora_diffusion.generation.image_settings import read_settings
-from nora_diffusion.generation.library import Known, adapters_in, given, resolve
+from nora_diffusion.generation.library import NamedAdapter, find_adapter, list_library, name_adapters
 from nora_diffusion.generation.sampling import Sampling
 from nora_diffusion.generation.tags import Tag
 from nora_diffusion.loaders import delete_adapter, trainable_parameters
@@ -25,7 +25,7 @@ from nora_diffusion.pipelines.base import BaseSource
 
 @pytest.fixture(scope="module")
 def library(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the adapters ``dog`` (a folder) and ``my hat`` (a file), of UNet and text encoder."""
+    """A library with the adapters ``dog`` (a folder) and ``my hat`` (a file), both on UNet and text encoder."""
     pipe: Any = open_pipeline(tiny_base)
     folder = tmp_path_factory.mktemp("library")
     for name in ("dog", "hat"):
@@ -39,7 +39,7 @@ def library(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pictures(base: Path, out: Path, *prompts: str, **more: Any) -> list[Path]:
+def images(base: Path, out: Path, *prompts: str, **more: Any) -> list[Path]:
     sampling = Sampling(1, 7.5, width=16, height=16)
     return generate(GenerateConfig(list(prompts), sampling, BaseSource(str(base)), seed=3, out=str(out), **more))
 
@@ -50,23 +50,23 @@ def pixels(file: Path) -> bytes:
 
 
 def test_each_prompt_gets_the_adapters_it_names(tiny_base: Path, library: Path, tmp_path: Path) -> None:
-    """A prompt with tags makes the picture that --adapter with these weights makes, whatever came before it."""
-    tagged = pictures(
+    """A prompt with tags gives the same image as --adapter with these weights, whatever was generated before it."""
+    tagged = images(
         tiny_base, tmp_path / "tags", "a dog <lora:dog:0.8> in snow", "a dog in snow",
         "<lora:my hat:0.5> a dog <lora:dog:0.8> in snow", "a dog in snow <lora:dog:unet=0.8:te=0.1>",
         library=str(library), num=2,
     )  # fmt: skip
     dog, hat = f"{library / 'dog'}:0.8", f"{library / 'my hat.safetensors'}:0.5"
     alone = [
-        pictures(tiny_base, tmp_path / "alone", "a dog in snow", adapters=adapters, num=2)
+        images(tiny_base, tmp_path / "alone", "a dog in snow", adapters=adapters, num=2)
         for adapters in ([dog], [], [dog, hat])
     ]
     assert [pixels(f) for f in tagged[:6]] == [pixels(f) for files in alone for f in files]
     assert len({pixels(f) for f in tagged}) == 8
     settings = [read_settings(f) for f in tagged[::2]]
     assert [s.prompt for s in settings] == ["a dog in snow"] * 4
-    said = [[(a["name"], a["weight"], a.get("te")) for a in s.adapters] for s in settings]
-    assert said == [[("dog", 0.8, None)], [], [("my hat", 0.5, None), ("dog", 0.8, None)], [("dog", 0.8, 0.1)]]
+    weights = [[(a["name"], a["weight"], a.get("te")) for a in s.adapters] for s in settings]
+    assert weights == [[("dog", 0.8, None)], [], [("my hat", 0.5, None), ("dog", 0.8, None)], [("dog", 0.8, 0.1)]]
     assert all(len(a["sha256"]) == 64 and a["trigger"] == "sks" for s in settings for a in s.adapters)
     with Image.open(tagged[6]) as image:
         first = image.text["parameters"].splitlines()[0]  # type: ignore[attr-defined]
@@ -75,35 +75,35 @@ def test_each_prompt_gets_the_adapters_it_names(tiny_base: Path, library: Path, 
 
 def test_a_tag_overrides_the_weight_of_a_given_adapter(tiny_base: Path, library: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    files = pictures(
+    files = images(
         tiny_base, out, "a dog", "a dog <lora:dog:0.3>", adapters=[f"{library / 'dog'}:0.8"], library=str(library)
     )
     assert [read_settings(f).adapters[0]["weight"] for f in files] == [0.8, 0.3]
-    again = pictures(tiny_base, out, "a dog", adapters=[f"{library / 'dog'}:0.3"])
+    again = images(tiny_base, out, "a dog", adapters=[f"{library / 'dog'}:0.3"])
     assert pixels(files[1]) == pixels(again[0]) != pixels(files[0])
 
 
-def test_a_textual_inversion_acts_where_a_prompt_has_its_word(tiny_base: Path, library: Path, tmp_path: Path) -> None:
+def test_a_textual_inversion_acts_where_a_prompt_has_its_token(tiny_base: Path, library: Path, tmp_path: Path) -> None:
     word = tmp_path / "qqq.safetensors"
     save_file({"emb_params": 5 * torch.randn(1, 16)}, word)
     given = [str(word), f"{library / 'dog'}:0.8"]
-    with_word, without = pictures(tiny_base, tmp_path / "one", "a qqq", "a dog", adapters=given)
-    plain, same = pictures(tiny_base, tmp_path / "two", "a qqq", "a dog", adapters=given[1:])
+    with_word, without = images(tiny_base, tmp_path / "one", "a qqq", "a dog", adapters=given)
+    plain, same = images(tiny_base, tmp_path / "two", "a qqq", "a dog", adapters=given[1:])
     assert pixels(without) == pixels(same) and pixels(with_word) != pixels(plain)
 
 
 @pytest.mark.parametrize(
-    ("prompt", "says"),
+    ("prompt", "message"),
     [
-        ("a <lora:dgo:1>", "<lora:dgo:1> names no adapter that is known: there is dog"),
-        ("a <lora:dog:x>", "'x' in <lora:dog:x> is no number"),
-        ("<lora:dog:1>", "no prompt beside the tags"),
+        ("a <lora:dgo:1>", "<lora:dgo:1> names no known adapter: there is dog"),
+        ("a <lora:dog:x>", "'x' in <lora:dog:x> is not a number"),
+        ("<lora:dog:1>", "no prompt besides the tags"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_loaded(library: Path, tmp_path: Path, prompt: str, says: str) -> None:
+def test_mistakes_are_found_before_anything_is_loaded(library: Path, tmp_path: Path, prompt: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        pictures(tmp_path / "no such base", tmp_path / "out", "fine", prompt, library=str(library))
-    assert says in str(caught.value)
+        images(tmp_path / "no such base", tmp_path / "out", "fine", prompt, library=str(library))
+    assert message in str(caught.value)
 
 
 def test_subjects_of_packs_are_named_as_in_the_app(tiny_base: Path, tmp_path: Path, caplog: Any) -> None:
@@ -118,35 +118,35 @@ def test_subjects_of_packs_are_named_as_in_the_app(tiny_base: Path, tmp_path: Pa
     shelf = tmp_path / "shelf"
     pack = create_pack(shelf / f"pets{SUFFIX}", [tmp_path / "made" / name for name in ("dog", "cat")])
     (shelf / f"broken{SUFFIX}").write_bytes(b"\0" * 100)
-    known = adapters_in(shelf)
+    known = list_library(shelf)
     assert [adapter.name for adapter in known] == ["pets#cat", "pets#dog"] and "broken" in caplog.text
-    assert resolve(Tag("cat"), known) == resolve(Tag("pets#cat"), known) == known[0]
-    assert resolve(Tag("cat"), [*known, Known("cat", "a")]).path == "a"
+    assert find_adapter(Tag("cat"), known) == find_adapter(Tag("pets#cat"), known) == known[0]
+    assert find_adapter(Tag("cat"), [*known, NamedAdapter("cat", "a")]).path == "a"
     with pytest.raises(UserError, match="may mean"):
-        resolve(Tag("cat"), [*known, Known("zoo#cat", "a")])
-    with pytest.raises(UserError, match="are one adapter"):
-        pictures(tiny_base, tmp_path / "no", "a <lora:dog:1> <lora:pets#dog:1>", library=str(shelf))
-    long, short, none = pictures(
+        find_adapter(Tag("cat"), [*known, NamedAdapter("zoo#cat", "a")])
+    with pytest.raises(UserError, match="name the same adapter"):
+        images(tiny_base, tmp_path / "no", "a <lora:dog:1> <lora:pets#dog:1>", library=str(shelf))
+    long, short, none = images(
         tiny_base, tmp_path / "tags", "a dog <lora:pets#dog:0.8>", "a dog <lora:dog:0.8>", "a dog", library=str(shelf)
     )
-    (alone,) = pictures(tiny_base, tmp_path / "alone", "a dog", adapters=[f"{pack}#dog:0.8"])
+    (alone,) = images(tiny_base, tmp_path / "alone", "a dog", adapters=[f"{pack}#dog:0.8"])
     assert pixels(long) == pixels(short) == pixels(alone) != pixels(none)
 
 
-def test_names(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("out/dog", "user/dog", "out/dog.safetensors", library / "dog" / "nora_adapter.safetensors"):
-        assert given_name(place) == "dog"
+def test_names_of_adapters(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in ("out/dog", "user/dog", "out/dog.safetensors", library / "dog" / "nora_adapter.safetensors"):
+        assert given_name(path) == "dog"
     assert given_name("pets.nora_pack.safetensors#cat") == "cat"
     monkeypatch.chdir(library / "dog")
-    for place in (".", "nora_adapter.safetensors", "../dog", "../dog/nora_adapter.safetensors"):
-        assert given_name(place) == "dog"
-    assert [adapter.name for adapter in given([("user/a<b>:c", 1.0)])] == ["a_b__c"]
-    assert [adapter.name for adapter in adapters_in(library)] == ["dog", "my hat"]
-    with pytest.raises(UserError, match="is no folder"):
-        adapters_in(tmp_path / "nowhere")
+    for path in (".", "nora_adapter.safetensors", "../dog", "../dog/nora_adapter.safetensors"):
+        assert given_name(path) == "dog"
+    assert [adapter.name for adapter in name_adapters([("user/a<b>:c", 1.0)])] == ["a_b__c"]
+    assert [adapter.name for adapter in list_library(library)] == ["dog", "my hat"]
+    with pytest.raises(UserError, match="is not a folder"):
+        list_library(tmp_path / "nowhere")
     with pytest.raises(UserError, match="both named 'dog'"):
-        given([("a/dog", 1.0), ("b/dog", 0.5)])
+        name_adapters([("a/dog", 1.0), ("b/dog", 0.5)])
     with pytest.raises(UserError, match="may mean a or b"):
-        resolve(Tag("dog"), [Known("dog", "a"), Known("dog", "b")])
+        find_adapter(Tag("dog"), [NamedAdapter("dog", "a"), NamedAdapter("dog", "b")])
     with pytest.raises(UserError, match="--library"):
-        resolve(Tag("dog"), [])
+        find_adapter(Tag("dog"), [])

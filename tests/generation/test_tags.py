@@ -1,4 +1,4 @@
-"""``<lora:...>`` tags: what they mean, what is refused, and that writing undoes reading."""
+"""``<lora:...>`` tags: parsing, errors, and round trips."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nora_diffusion.generation.tags import FORBIDDEN, Tag, parse_tags, write_tag
         ("<lora:a=b:1>", Tag("a=b")),
     ],
 )
-def test_forms(text: str, tag: Tag) -> None:
+def test_every_form_of_a_tag(text: str, tag: Tag) -> None:
     assert parse_tags(f"a dog {text} in snow") == ("a dog in snow", [tag])
 
 
@@ -39,37 +39,37 @@ def test_forms(text: str, tag: Tag) -> None:
         ("  a  dog  ", "  a  dog  "),
     ],
 )
-def test_the_rest_of_the_prompt_is_left_alone(prompt: str, clean: str) -> None:
+def test_the_rest_of_the_prompt_is_unchanged(prompt: str, clean: str) -> None:
     assert parse_tags(prompt)[0] == clean
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
-        ("<lora:dog:big>", "'big' in <lora:dog:big> is no number"),
-        ("<lora:dog:nan>", "is no number"),
+        ("<lora:dog:big>", "'big' in <lora:dog:big> is not a number"),
+        ("<lora:dog:nan>", "is not a number"),
         ("<lora:dog:1e999>", "out of range"),
         ("<lora:dog:101>", "choose -100 to 100"),
-        ("<lora:dog:>", "is no number"),
-        ("<lora::0.5>", "<lora::0.5> is no tag"),
-        ("<lora:dog:1:1:1>", "is no tag"),
-        ("<lora:dog:dyn=4>", "'dyn=4' in <lora:dog:dyn=4> means nothing"),
+        ("<lora:dog:>", "is not a number"),
+        ("<lora::0.5>", "<lora::0.5> is not a valid tag"),
+        ("<lora:dog:1:1:1>", "is not a valid tag"),
+        ("<lora:dog:dyn=4>", "'dyn=4' in <lora:dog:dyn=4> is unknown or repeated"),
         ("<lora:dog:te=1:te=2>", "name each weight once"),
-        ("<lora:dog:0.8", "is no complete tag"),
-        ("<lora dog>", "'<lora dog>' in the prompt is no complete tag"),
-        ("<lo<lora:dog:1>ra:cat:1>", "is no complete tag"),
+        ("<lora:dog:0.8", "is not a complete tag"),
+        ("<lora dog>", "'<lora dog>' in the prompt is not a complete tag"),
+        ("<lo<lora:dog:1>ra:cat:1>", "is not a complete tag"),
         ("<lora:dog:1> and <lora:dog:0.5>", "names the adapter 'dog' twice"),
-        ("<lora:a\x00b:1>", "cannot stand in a tag"),
-        ("<lora:dog:1_0>", "is no number"),
+        ("<lora:a\x00b:1>", "is not valid in a tag"),
+        ("<lora:dog:1_0>", "is not a number"),
     ],
 )
-def test_nonsense_is_refused_by_name(text: str, says: str) -> None:
+def test_errors_quote_the_tag(text: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_tags(f"a dog {text}")
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_writing_keeps_places() -> None:
+def test_writing_keeps_positions() -> None:
     prompt = "<lora:hat:0.5> a dog <lora:dog:0.8> in snow"
     assert write_tags(prompt, [Tag("dog", 0.3, 0.3), Tag("hat")]) == "<lora:hat:1> a dog <lora:dog:0.3> in snow"
     assert write_tags(prompt, [Tag("dog", 0.3, 0.1)]) == "a dog <lora:dog:unet=0.3:te=0.1> in snow"
@@ -93,7 +93,7 @@ def _without_tags(text: str) -> bool:
 
 
 @given(texts.filter(_without_tags), tag_lists)
-def test_reading_undoes_writing(prompt: str, tags: list[Tag]) -> None:
+def test_parsing_inverts_writing(prompt: str, tags: list[Tag]) -> None:
     assert parse_tags(write_tags(prompt, tags)) == (prompt, tags)
 
 
@@ -106,7 +106,7 @@ def test_rewriting_leaves_only_the_new_tags(before: str, after: str, old: list[T
 
 
 @given(st.text(alphabet=st.sampled_from("<>lora:=te.5 -dog"), max_size=40) | st.text(max_size=40))
-def test_any_text_is_read_or_refused(text: str) -> None:
+def test_any_text_is_parsed_or_refused(text: str) -> None:
     try:
         clean, tags = parse_tags(text)
     except UserError:
@@ -126,5 +126,5 @@ def test_any_text_is_read_or_refused(text: str) -> None:
         ("a mug<lora:mug>", "a mug"),
     ],
 )
-def test_a_tag_between_words_leaves_them_apart(prompt: str, without: str) -> None:
+def test_removing_a_tag_keeps_words_separate(prompt: str, without: str) -> None:
     assert parse_tags(prompt)[0] == without

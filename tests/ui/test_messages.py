@@ -33,7 +33,7 @@ def test_folders_with_spaces_that_are_known(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_name_of_a_file_stays_as_it_is() -> None:
-    assert sentence("holiday.png carries no settings") == "holiday.png carries no settings"
+    assert sentence("holiday.png has no settings") == "holiday.png has no settings"
     assert sentence("/srv/holiday.png: no settings") == "holiday.png: no settings"
     assert sentence("nothing.") == "Nothing."
 

@@ -506,7 +506,7 @@ def test_mistakes_are_said_in_a_sentence(page: Any, server: Server, tmp_path: Pa
     plain = tmp_path / "plain.png"
     Image.new("RGB", (16, 16)).save(plain)
     drop(page, plain)
-    page.get_by_text("Plain.png carries no settings").wait_for()
+    page.get_by_text("Plain.png has no settings").wait_for()
     fill(page, "a dog <lora:nobody:1>")
     page.click("#generate")
     page.get_by_text(re.compile("There is no adapter .nobody. in the library")).wait_for()
