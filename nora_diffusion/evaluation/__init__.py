@@ -1,1 +1,1 @@
-"""Looking at what was learned: grids of pictures over settings, and what an adapter does to the weights."""
+"""Evaluate adapters: image grids, the DreamBooth protocol, and what an adapter does to the weights."""

@@ -1,4 +1,4 @@
-"""The axes of a grid: named lists of labeled changes to the settings of one picture."""
+"""The axes of a grid: each is a named list of labeled changes to the settings of one image."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ RANGE = re.compile(r"(\d+)\.\.(\d+)")
 class Cell:
     """The settings of one image.
 
-    ``adapter``: a path, or ``None`` for the base alone; ``{method}`` in it stands for ``method``. ``step`` selects that
-    checkpoint of a run folder.
+    ``adapter``: a path, or ``None`` for the base alone; ``{method}`` in it is replaced by ``method``. ``step`` selects
+    a checkpoint, if ``adapter`` is the folder of a training run.
     """
 
     sampling: Sampling
@@ -40,7 +40,7 @@ class Cell:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises :class:`UserError` for the first setting that makes no sense."""
+        """Raises :class:`UserError` for the first invalid setting."""
         if not self.prompt.strip():
             raise UserError("there is no prompt: give --prompt")
         check_prompt(self.prompt)
@@ -48,9 +48,11 @@ class Cell:
         check_range("weight", self.weight, -100, 100)
         self.sampling.check()
         if parse_tags(self.prompt)[1]:
-            raise UserError("a grid takes its adapters from an axis: take the <lora:...> tags out of the prompt")
+            raise UserError(
+                "a grid reads no <lora:...> tags: remove them from the prompt and give --adapter or an axis"
+            )
         if self.method is not None and "{method}" not in (self.adapter or ""):
-            raise UserError("the axis 'method' needs {method} where it stands in the adapter's path: out/mug-{method}")
+            raise UserError("the axis 'method' needs {method} in the adapter's path: for example out/mug-{method}")
         if self.step is not None and self.adapter is None:
             raise UserError("the axis 'step' needs an adapter: the folder of a training run")
 
@@ -68,48 +70,51 @@ CELL_FIELDS = {f.name for f in fields(Cell)} - {"sampling"}
 
 
 def checkpoint(run: Path, step: int) -> Path:
-    """The adapter of a run after ``step`` steps. Raises :class:`UserError` that lists the steps there are."""
-    whole = {s: place for s, place in checkpoint_steps(run / CHECKPOINTS).items() if (place / FILE_NAME).is_file()}
-    if step in whole:
-        return whole[step]
+    """The folder of a run's adapter after ``step`` steps. Raises :class:`UserError` that lists the existing steps."""
+    folders = {s: path for s, path in checkpoint_steps(run / CHECKPOINTS).items() if (path / FILE_NAME).is_file()}
+    if step in folders:
+        return folders[step]
     if inspect_adapter(run).step == step:
         return run
-    known = ", ".join(map(str, whole)) or "no checkpoints"
-    raise UserError(f"{run} has no adapter of step {step}: it has {known}")
+    existing = ", ".join(map(str, folders)) or "no checkpoints"
+    raise UserError(f"{run} has no adapter of step {step}: it has {existing}")
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: its name and, for each place on it, a label and the settings of :class:`Cell` that it changes."""
+    """One axis: its name and, for each value, a label and the settings of :class:`Cell` that it changes."""
 
     name: str
     labels: tuple[str, ...]
     changes: tuple[dict[str, Any], ...]
 
     def __post_init__(self) -> None:
-        known = CELL_FIELDS | SAMPLING_FIELDS
+        settings = CELL_FIELDS | SAMPLING_FIELDS
         if not self.labels or len(self.labels) != len(self.changes):
             raise UserError(f"the axis {self.name!r} has no values")
         for change in self.changes:
-            if unknown := set(change) - known:
-                raise UserError(f"a grid has no setting {sorted(unknown)[0]!r}: use {', '.join(sorted(known))}")
+            if unknown := set(change) - settings:
+                raise UserError(f"a grid has no setting {sorted(unknown)[0]!r}: use {', '.join(sorted(settings))}")
 
-    def title(self, place: int) -> str:
-        """``name = label`` of one place; a prompt speaks for itself."""
-        return self.labels[place] if self.name in ("", "prompt") else f"{self.name} = {self.labels[place]}"
+    def title(self, index: int) -> str:
+        """``name = label`` of one value; for a prompt the label alone."""
+        return self.labels[index] if self.name in ("", "prompt") else f"{self.name} = {self.labels[index]}"
 
-    def apply(self, cell: Cell, place: int) -> Cell:
-        """``cell`` with the changes at one position."""
-        change = self.changes[place]
+    def apply(self, cell: Cell, index: int) -> Cell:
+        """``cell`` with the changes of one value."""
+        change = self.changes[index]
         sampling = {name: value for name, value in change.items() if name in SAMPLING_FIELDS}
         others = {name: value for name, value in change.items() if name in CELL_FIELDS}
         return replace(cell, sampling=replace(cell.sampling, **sampling), **others)
 
 
 def axis(name: str, values: Sequence[Any]) -> Axis:
-    """An axis over one setting. An adapter may carry a weight (``out/mug:0.8``); ``none`` is the base alone."""
+    """An axis over one setting. An adapter may have a weight (``out/mug:0.8``); ``none`` is the base alone.
+
+    Raises :class:`UserError` for an unknown axis.
+    """
     if name not in AXES:
-        raise UserError(f"there is no axis {name!r}: choose among {', '.join(AXES)}")
+        raise UserError(f"there is no axis {name!r}: choose one of {', '.join(AXES)}")
     if name != "adapter":
         return Axis(name, tuple(f"{v:g}" if isinstance(v, float) else str(v) for v in values),
                     tuple({name: value} for value in values))  # fmt: skip
@@ -124,15 +129,18 @@ def axis(name: str, values: Sequence[Any]) -> Axis:
 
 
 def parse_axis(text: str) -> Axis:
-    """An axis from a command line: ``seed=1,2``, ``seed=1..4``, ``weight=0,0.5,1``, ``prompt=a dog | a sks dog``."""
-    name, mark, rest = text.partition("=")
-    if not mark or not rest.strip():
-        raise UserError(f"{text!r} is no axis: write for example seed=1,2 or weight=0,0.5,1")
+    """Parse an axis: ``seed=1,2``, ``seed=1..4``, ``weight=0,0.5,1`` or ``prompt=a dog | a sks dog``.
+
+    Raises :class:`UserError`.
+    """
+    name, equals, rest = text.partition("=")
+    if not equals or not rest.strip():
+        raise UserError(f"{text!r} is not an axis: write for example seed=1,2 or weight=0,0.5,1")
     name = name.strip()
     if name in INTEGERS and (match := RANGE.fullmatch(rest.strip())):
         first, last = int(match[1]), int(match[2])
         if last < first:
-            raise UserError(f"the range {rest.strip()} goes backwards: write {last}..{first}")
+            raise UserError(f"the range {rest.strip()} is reversed: write {last}..{first}")
         if last >= first + MAX_RANGE:
             raise UserError(f"the range {rest.strip()} has more than {MAX_RANGE} values: write a shorter one")
         return axis(name, range(first, last + 1))
@@ -144,5 +152,5 @@ def _number(name: str, word: str) -> float | int:
     try:
         return int(word) if name in INTEGERS else float(word)
     except ValueError:
-        kind = "whole number" if name in INTEGERS else "number"
-        raise UserError(f"{word!r} on the axis {name!r} is no {kind}") from None
+        expected = "a whole number" if name in INTEGERS else "a number"
+        raise UserError(f"{word!r} on the axis {name!r} is not {expected}") from None

@@ -1,4 +1,4 @@
-"""Grids: the same picture under changing settings, resumable, each cell what the single run would give."""
+"""Grids: the same image under changing settings. Resumable; each cell equals the image of a single run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LABEL_LENGTH = 28
 class GridConfig:
     """A grid: the common settings and up to three axes.
 
-    ``out`` keeps the cells, so that a stopped grid can go on; ``private`` records the adapters without their folders.
+    Cells in the folder ``out`` are reused. ``private`` records the adapters without their folders.
     """
 
     cell: Cell
@@ -52,10 +52,10 @@ class GridConfig:
     private: bool = False
 
     def cells(self) -> list[tuple[tuple[int, int, int], Cell]]:
-        """All ``((x, y, z), cell)``, row by row. Raises :class:`UserError` before anything is made."""
+        """All ``((x, y, z), cell)``, row by row. Raises :class:`UserError` for an invalid grid."""
         names = [a.name for a in (self.x, self.y, self.z) if a.name]
         if len(names) > len(set(names)):
-            raise UserError(f"two axes are called {max(names, key=names.count)!r}: each may appear once")
+            raise UserError(f"two axes are named {max(names, key=names.count)!r}: each may appear once")
         used: dict[str, str] = {}
         for a in (self.x, self.y, self.z):
             for key in {key for change in a.changes for key in change}:
@@ -64,7 +64,7 @@ class GridConfig:
                 used[key] = a.name
         sizes = [len(a.labels) for a in (self.z, self.y, self.x)]
         if sizes[0] * sizes[1] * sizes[2] > MAX_CELLS:
-            raise UserError(f"the grid has more than {MAX_CELLS} cells: take some values out")
+            raise UserError(f"the grid has more than {MAX_CELLS} cells: remove some values")
         cells = [
             ((x, y, z), self.z.apply(self.y.apply(self.x.apply(self.cell, x), y), z))
             for z, y, x in product(*map(range, sizes))
@@ -76,32 +76,32 @@ class GridConfig:
 
 @dataclass
 class MadeCell:
-    """A finished cell: its place, its file, the settings and scores."""
+    """A finished cell: its position ``(x, y, z)``, file, settings and scores."""
 
-    place: tuple[int, int, int]
+    position: tuple[int, int, int]
     file: Path
     settings: dict[str, Any]
     scores: dict[str, float] = field(default_factory=dict)
 
 
 class Grid:
-    """A grid on one pipeline: :meth:`make` the cells that are missing, then :meth:`finish`.
+    """A grid on one pipeline: :meth:`make` the missing cells, then :meth:`finish`.
 
-    ``pipe``: one that is open already; adapters active in it are switched off.
+    ``pipe``: an open pipeline to use instead of ``config.source``; its active adapters are deactivated.
     """
 
     def __init__(self, config: GridConfig, pipe: Any = None) -> None:
         self.config = config
         self.folder = Path(config.out).expanduser()
-        self.places = config.cells()
-        paths = {path for _, cell in self.places if (path := cell.path) is not None}
+        self.cells = config.cells()
+        paths = {path for _, cell in self.cells if (path := cell.path) is not None}
         self.adapters: dict[Path, AdapterInfo] = {path: inspect_adapter(path) for path in paths}
         self.pipe = config.source.open() if pipe is None else pipe
         self._base = base_description(self.pipe)
-        self.files = {place: self._file(cell) for place, cell in self.places}
+        self.files = {position: self._file(cell) for position, cell in self.cells}
 
     def _file(self, cell: Cell) -> Path:
-        """Where a cell lies: named by the hash of all that its pixels depend on."""
+        """The file of a cell, named by the hash of everything its pixels depend on."""
         path = cell.path
         values = asdict(cell.sampling) | {
             "prompt": cell.prompt,
@@ -115,17 +115,17 @@ class Grid:
         return self.folder / "cells" / f"{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}.png"
 
     def missing(self) -> list[Cell]:
-        """Cells without a sound picture, one for each file, those of one adapter together."""
-        wanted: dict[Path, Cell] = {}
-        for place, cell in self.places:
-            if not _is_sound(self.files[place]):
-                wanted.setdefault(self.files[place], cell)
-        return sorted(wanted.values(), key=lambda cell: str(cell.path or ""))
+        """The cells without a readable image, one per file, grouped by adapter."""
+        missing: dict[Path, Cell] = {}
+        for position, cell in self.cells:
+            if not _is_readable(self.files[position]):
+                missing.setdefault(self.files[position], cell)
+        return sorted(missing.values(), key=lambda cell: str(cell.path or ""))
 
     def make(self, on_step: OnStep | None = None) -> Iterator[tuple[int, int]]:
-        """Make what is missing; yields ``(done, all)`` before the first and after each picture.
+        """Generate the missing cells; yields ``(done, total)`` before the first and after each of them.
 
-        Only one adapter is in the pipeline at a time, and it is taken out again whatever happens.
+        One adapter at a time is loaded; it is deleted at the end, even after an error.
         """
         missing = self.missing()
         total = len(set(self.files.values()))
@@ -144,37 +144,35 @@ class Grid:
                         loaded = cell.path
                 if loaded is not None:
                     set_adapters(self.pipe, [NAME], [cell.weight])
-                self._render(cell, on_step)
+                self._sample(cell, on_step)
                 done += 1
                 yield done, total
         finally:
             if loaded is not None:
                 delete_adapter(self.pipe, NAME)
 
-    def _render(self, cell: Cell, on_step: OnStep | None) -> None:
+    def _sample(self, cell: Cell, on_step: OnStep | None) -> None:
         image = sample_images(self.pipe, [cell.prompt], [cell.seed], cell.sampling, on_step)[0]
         adapters = []
         if (path := cell.path) is not None:
             info = self.adapters[path]
-            place = Path(info.path).name if self.config.private else info.path
+            shown = Path(info.path).name if self.config.private else info.path
             adapters = [
                 {"name": given_name(info.path), "weight": float(cell.weight),
-                 "sha256": info.sha256, "path": place, "trigger": info.trigger}
+                 "sha256": info.sha256, "path": shown, "trigger": info.trigger}
             ]  # fmt: skip
         settings = describe_image(self.pipe, image, cell.prompt, cell.seed, cell.sampling, adapters)
         save_image(image, self._file(cell), settings)
 
     def finish(self, judge: Judge | None = None, references: Sequence[Image.Image] = ()) -> list[MadeCell]:
         """Score the cells, write ``grid.png`` and ``grid.json``; returns the cells, row by row."""
-        cells = [
-            MadeCell(place, self.files[place], asdict(read_settings(self.files[place]))) for place, _ in self.places
-        ]
+        cells = [MadeCell(at, file, asdict(read_settings(file))) for at, file in self.files.items()]
         images = [load_image(cell.file) for cell in cells]
         if judge is not None:
             triggers = [info.trigger for info in self.adapters.values()]
-            real = image_features(judge, references) if references else None
+            targets = image_features(judge, references) if references else None
             for cell, image in zip(cells, images, strict=True):
-                cell.scores = score(judge, image, cell.settings["prompt"], triggers, real)
+                cell.scores = score(judge, image, cell.settings["prompt"], triggers, targets)
         write_atomic(self.folder / "grid.png", png(self._sheet(cells, images)))
         write_atomic(self.folder / "grid.json", json.dumps(self._report(cells), indent=1))
         return cells
@@ -183,7 +181,7 @@ class Grid:
         x, y, z = self.config.x, self.config.y, self.config.z
         columns = len(x.labels)
         pairs = [
-            (image, f"{_short(x.title(cell.place[0]))} {_scores_text(cell.scores)}")
+            (image, f"{_short(x.title(cell.position[0]))} {_scores_text(cell.scores)}")
             for cell, image in zip(cells, images, strict=True)
         ]
         titles = [
@@ -203,7 +201,7 @@ class Grid:
             "versions": versions(),
             "cells": [
                 {
-                    **dict(zip(("x", "y", "z"), cell.place, strict=True)),
+                    **dict(zip(("x", "y", "z"), cell.position, strict=True)),
                     "file": str(cell.file.relative_to(self.folder)),
                     "settings": cell.settings,
                     "scores": cell.scores,
@@ -214,7 +212,7 @@ class Grid:
 
 
 def run_grid(config: GridConfig, judge: Judge | None = None, references: Sequence[Image.Image] = ()) -> Path:
-    """Make a whole grid; returns its folder."""
+    """Generate, score and write a whole grid; returns its folder."""
     grid = Grid(config)
     for _ in grid.make():
         pass
@@ -223,13 +221,13 @@ def run_grid(config: GridConfig, judge: Judge | None = None, references: Sequenc
 
 
 def base_description(pipe: Any) -> dict[str, Any]:
-    """What of the base a picture depends on: its name, some of its weights, its sampler, precision and versions."""
+    """What an image depends on besides its cell: the base's name, weights and sampler, the precision and versions."""
     model = denoiser(pipe)
-    prints = [round(fingerprint(layer, path), 9) for path, layer in list(projections(model).items())[:8]]
+    fingerprints = [round(fingerprint(layer, path), 9) for path, layer in list(projections(model).items())[:8]]
     sampler = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str)
     return {
         "name": base_id(pipe),
-        "fingerprint": prints,
+        "fingerprint": fingerprints,
         "sampler": f"{type(pipe.scheduler).__name__} {hashlib.sha256(sampler.encode()).hexdigest()}",
         "dtype": str(model.dtype),
         "device": model.device.type,
@@ -238,19 +236,19 @@ def base_description(pipe: Any) -> dict[str, Any]:
 
 
 def score(
-    judge: Judge, image: Image.Image, prompt: str, triggers: Sequence[str], real: Tensor | None
+    judge: Judge, image: Image.Image, prompt: str, triggers: Sequence[str], references: Tensor | None
 ) -> dict[str, float]:
-    """``prompt``: CLIP-T without the triggers; ``subject``: CLIP-I to ``real``, the features of reference pictures."""
+    """``prompt``: CLIP-T without the triggers; ``subject``: CLIP-I to the features ``references``."""
     for trigger in triggers:
         prompt = without_trigger(prompt, trigger)
-    seen = image_features(judge, [image])
-    scores = {"prompt": agreement(seen, text_features(judge, [prompt]))[0]}
-    if real is not None:
-        scores["subject"] = likeness(seen, real)[0]
+    features = image_features(judge, [image])
+    scores = {"prompt": agreement(features, text_features(judge, [prompt]))[0]}
+    if references is not None:
+        scores["subject"] = likeness(features, references)[0]
     return {name: round(value, 4) for name, value in scores.items()}
 
 
-def _is_sound(file: Path) -> bool:
+def _is_readable(file: Path) -> bool:
     try:
         read_settings(file)
         with Image.open(file) as image:

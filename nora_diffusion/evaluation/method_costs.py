@@ -1,4 +1,4 @@
-"""What each method costs on real layouts: counted on the shapes of a model that is never allocated."""
+"""The size of each method on real UNets, counted on the meta device."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
-"""Settings of ``UNet2DConditionModel`` that make the UNets of Stable Diffusion 1.5 and SDXL."""
+"""Arguments of ``UNet2DConditionModel`` for the UNets of Stable Diffusion 1.5 and SDXL."""
 TITLES = {"sd15": "SD 1.5", "sdxl": "SDXL"}
 
 
 @dataclass
 class Cost:
-    """What an adapter holds: numbers trained, bytes of the factors in its file and of those a shared basis saves.
+    """The size of an adapter: trained parameters, bytes of its tensors, and bytes that a shared basis saves.
 
-    ``ranks``: of its plain LoRA; empty where there is none.
+    ``ranks``: those of its plain LoRA; empty if it cannot be exported as one.
     """
 
     trained: int = 0
@@ -53,7 +53,7 @@ class Cost:
 
 
 def layout(name: str) -> nn.Module:
-    """A UNet of shapes without numbers. Raises :class:`UserError` for an unknown name."""
+    """A UNet on the meta device. Raises :class:`UserError` for an unknown name."""
     if name not in LAYOUTS:
         raise UserError(f"layout {name!r} is unknown: choose one of {', '.join(LAYOUTS)}")
     from diffusers import UNet2DConditionModel
@@ -63,13 +63,13 @@ def layout(name: str) -> nn.Module:
 
 
 def cost(config: AdapterConfig, model: nn.Module) -> Cost:
-    """The cost of ``config`` on a model: trained numbers as fp32, frozen ones in the config's ``basis_dtype``."""
+    """The size of ``config`` on a model: trained parameters in fp32, frozen ones in the config's ``basis_dtype``."""
     config.start = Start(empty=True)
-    alike: dict[tuple[tuple[int, ...], int], list[str]] = defaultdict(list)
+    groups: dict[tuple[tuple[int, ...], int], list[str]] = defaultdict(list)
     for path, layer in targets(model, config).items():
-        alike[tuple(flat_weight(layer).shape), config.rank_for(path)].append(path)
+        groups[tuple(flat_weight(layer).shape), config.rank_for(path)].append(path)
     total = Cost()
-    for ((d_out, d_in), _), paths in alike.items():
+    for ((d_out, d_in), _), paths in groups.items():
         count = len(paths)
         with torch.device("meta"):
             delta = build_delta(config, nn.Linear(d_in, d_out, bias=False), paths[0])
@@ -85,11 +85,11 @@ def cost(config: AdapterConfig, model: nn.Module) -> Cost:
 
 
 def method_table(methods: Iterable[str] | None = None, layouts: Iterable[str] | None = None) -> str:
-    """A Markdown table of methods at their presets' defaults on the attention projections of ``layouts``."""
+    """A Markdown table of methods at their presets' defaults, on the attention projections of ``layouts``."""
     chosen = list(methods or PRESETS)
     unknown = [name for name in chosen if name not in PRESETS]
     if unknown:
-        raise UserError(f"method {unknown[0]!r} is unknown: choose among {', '.join(PRESETS)}")
+        raise UserError(f"method {unknown[0]!r} is unknown: choose one of {', '.join(PRESETS)}")
     models = {name: layout(name) for name in layouts or LAYOUTS}
     heads = [f"{what}, {TITLES[name]}" for name in models for what in ("trained", "file")]
     rows = [["method", "what it computes", "defaults", *heads, "merges", "as a plain LoRA"]]
@@ -104,7 +104,7 @@ def _row(name: str, models: Mapping[str, nn.Module]) -> list[str]:
     sizes = [text for c in costs for text in (f"{c.trained:,}", _size(c, config))]
     ranks = frozenset().union(*(c.ranks for c in costs))
     title, formula, link = described(name)
-    merges, exports = ("yes", f"exact, rank {_span(ranks)}") if ranks else ("stays live", 'only with `gate="mean"`')
+    merges, exports = ("yes", f"exact, rank {_span(ranks)}") if ranks else ("no", 'only with `gate="mean"`')
     if config.magnitude:
         exports += ", with magnitude"
     formula = formula.replace("|", r"\|")
@@ -130,8 +130,8 @@ def _defaults(config: AdapterConfig) -> str:
     return ", ".join(f"{name} = {value}" for name, value in values.items())
 
 
-def _span(numbers: frozenset[int]) -> str:
-    low, high = min(numbers), max(numbers)
+def _span(ranks: frozenset[int]) -> str:
+    low, high = min(ranks), max(ranks)
     return str(low) if low == high else f"{low} to {high}"
 
 

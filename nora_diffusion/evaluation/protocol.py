@@ -1,7 +1,8 @@
 """The DreamBooth protocol: adapters x subjects x prompts x seeds, scored by DINO, CLIP-I, CLIP-T and diversity.
 
-Every picture is a cell of a grid (:mod:`.grid`), named by all that it depends on: an evaluation goes on where it was
-stopped, and one with more seeds or adapters makes only what is new. (Ruiz et al., arXiv 2208.12242, section 4.2.)
+Every image is a cell of a grid (:mod:`.grid`), in a file named by the hash of its settings. So a stopped evaluation
+resumes, and one with more seeds or adapters generates only the new images. See Ruiz et al., arXiv 2208.12242, section
+4.2.
 """
 
 from __future__ import annotations
@@ -30,11 +31,10 @@ from .subjects import EvaluatedSubject, read_subject
 
 @dataclass
 class EvaluationConfig:
-    """What ``nora-diffusion evaluate`` does.
+    """The settings of ``nora-diffusion evaluate``.
 
-    ``adapters`` are ``[LABEL=]PATH[:WEIGHT]``, ``{subject}`` in them stands for the subject's name; the base alone
-    always takes part. ``subjects`` are folders of real pictures. The judges compute in fp32 whatever the dtype of
-    ``source`` is.
+    ``adapters``: ``[LABEL=]PATH[:WEIGHT]``; ``{subject}`` is replaced by the subject's name. The base alone is always
+    evaluated too. ``subjects``: folders of real images. The judges compute in fp32, whatever the dtype of ``source``.
     """
 
     adapters: list[str]
@@ -48,14 +48,14 @@ class EvaluationConfig:
     out: str = "outputs/evaluation"
 
     def settings(self) -> dict[str, Any]:
-        """All settings in one flat table, as ``evaluation.json`` has them."""
+        """All settings in one flat dict, as in ``evaluation.json``."""
         values = asdict(self)
         return values.pop("source") | values.pop("sampling") | values
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A row of the table: its label, its adapter (``None``: the base alone) and weight."""
+    """One row of the table: a label, an adapter's path (``None``: the base alone) and its weight."""
 
     label: str
     path: str | None
@@ -67,21 +67,21 @@ class Contender:
 
 
 def parse_contender(text: str) -> Contender:
-    """``label=path:weight``; the label is the path's name, where none is given."""
-    label, mark, rest = text.partition("=")
-    path, weight = parse_adapter(rest if mark else text)
+    """Parse ``[label=]path[:weight]``; the default label is the path's name. Raises :class:`UserError`."""
+    label, equals, rest = text.partition("=")
+    path, weight = parse_adapter(rest if equals else text)
     if path in NONE:
-        raise UserError("the base alone takes part anyway: name adapters only")
-    label = label if mark else Path(path).name.replace("{subject}", "").strip("-_. ") or Path(path).parent.name
+        raise UserError("the base alone is always evaluated: name adapters only")
+    label = label if equals else Path(path).name.replace("{subject}", "").strip("-_. ") or Path(path).parent.name
     if not label.strip() or label == BASE:
         raise UserError(f"{text!r} needs another label: write for example nora={path}")
     return Contender(label.strip(), path, weight)
 
 
 def evaluate(config: EvaluationConfig) -> Scoreboard:
-    """Make the pictures that are missing and score all.
+    """Generate the missing images and score all of them.
 
-    Raises :class:`UserError`; for what can be seen from settings and files, before anything is made.
+    Raises :class:`UserError`, before any image is generated if settings or files are invalid.
     """
     from tqdm.auto import tqdm
 
@@ -89,10 +89,10 @@ def evaluate(config: EvaluationConfig) -> Scoreboard:
     device, dtype = config.source.resolve()
     judges = load_judges(config.judge, config.dino, device)
     pipe = config.source.open()
-    found = {"base": base_id(pipe), "judge": config.judge or "tiny", "dtype": dtype_name(dtype)}
-    board = Scoreboard(config.settings() | found, [c.label for c in contenders], Path(config.out).expanduser())
+    actual = {"base": base_id(pipe), "judge": config.judge or "tiny", "dtype": dtype_name(dtype)}
+    board = Scoreboard(config.settings() | actual, [c.label for c in contenders], Path(config.out).expanduser())
     total = sum(len(s.templates) for s in subjects) * len(contenders) * config.seeds
-    with tqdm(total=total, desc="pictures", mininterval=0.5) as bar:
+    with tqdm(total=total, desc="images", mininterval=0.5) as bar:
         for subject in subjects:
             scorer = Scorer(subject, judges)
             board.real[subject.name] = scorer.real()
@@ -107,26 +107,22 @@ def evaluate(config: EvaluationConfig) -> Scoreboard:
 
 
 def check(config: EvaluationConfig) -> tuple[list[Contender], list[EvaluatedSubject]]:
-    """The rows and the subjects, with their words settled. Raises :class:`UserError` for the first mistake."""
-    _check(config)
-    contenders = [Contender(BASE, None), *map(parse_contender, config.adapters)]
-    subjects = [read_subject(Path(name).expanduser(), config.prompts) for name in config.subjects]
-    for what, names in (("adapters", [c.label for c in contenders]), ("subjects", [s.name for s in subjects])):
-        if len(set(names)) < len(names):
-            way = "write label=path" if what == "adapters" else "rename a folder"
-            raise UserError(f"two {what} are called {max(names, key=names.count)!r}: {way}")
-    settled = []
-    for subject in subjects:
-        phrase, plain = subject.phrases(_inspect(contenders, subject))
-        settled.append(replace(subject, phrase=phrase, class_phrase=plain))
-    return contenders, settled
-
-
-def _check(config: EvaluationConfig) -> None:
+    """The rows, and the subjects with their phrases. Raises :class:`UserError` for the first invalid setting."""
     if not config.subjects:
         raise UserError("there is no subject: give --subjects examples/subjects/tiger, or a folder of photos")
     check_range("seeds", config.seeds, 1, 100)
     check_judge(config.judge, config.source.base)
+    contenders = [Contender(BASE, None), *map(parse_contender, config.adapters)]
+    subjects = [read_subject(Path(name).expanduser(), config.prompts) for name in config.subjects]
+    for what, names in (("adapters", [c.label for c in contenders]), ("subjects", [s.name for s in subjects])):
+        if len(set(names)) < len(names):
+            remedy = "write label=path" if what == "adapters" else "rename a folder"
+            raise UserError(f"two {what} are named {max(names, key=names.count)!r}: {remedy}")
+    named = []
+    for subject in subjects:
+        phrase, class_phrase = subject.phrases(_inspect(contenders, subject))
+        named.append(replace(subject, phrase=phrase, class_phrase=class_phrase))
+    return contenders, named
 
 
 def _inspect(contenders: Sequence[Contender], subject: EvaluatedSubject) -> list[AdapterInfo]:
@@ -140,26 +136,26 @@ def _grid(config: EvaluationConfig, contender: Contender, subject: EvaluatedSubj
 
 
 class Scorer:
-    """Scores the pictures of one subject against its real ones; features of those are computed once."""
+    """Scores the images of one subject against its real ones, whose features are computed once."""
 
     def __init__(self, subject: EvaluatedSubject, judges: dict[str, Judge]) -> None:
         self.subject, self.judges = subject, judges
         self.references = {name: image_features(judge, subject.references) for name, judge in judges.items()}
-        self.plain = text_features(judges["clip_i"], [fill(t, subject.class_phrase) for t in subject.templates])
+        self.class_prompts = text_features(judges["clip_i"], [fill(t, subject.class_phrase) for t in subject.templates])
 
     def real(self) -> dict[str, float]:
-        """How alike the real pictures are among themselves: what likeness can reach at best."""
+        """The mean similarity of the real images to each other: an upper limit for DINO and CLIP-I."""
         return {name: 1 - diversity(features) for name, features in self.references.items()}
 
     def score(self, label: str, grid: Grid) -> list[Scored]:
-        """One row a prompt, the mean over its seeds."""
+        """One row per prompt: the mean scores over its seeds."""
         rows = []
         for number, template in enumerate(self.subject.templates):
             files = [file for (_, y, _), file in grid.files.items() if y == number]
             images = [load_image(file) for file in files]
             features = {name: image_features(judge, images) for name, judge in self.judges.items()}
             scores = {name: statistics.fmean(likeness(features[name], self.references[name])) for name in features}
-            scores["clip_t"] = statistics.fmean(agreement(features["clip_i"], self.plain[number : number + 1]))
+            scores["clip_t"] = statistics.fmean(agreement(features["clip_i"], self.class_prompts[number : number + 1]))
             if len(files) > 1:
                 scores["diversity"] = diversity([*features.values()][-1])
             rows.append(Scored(label, self.subject.name, fill(template, self.subject.phrase), files, scores))

@@ -1,4 +1,4 @@
-"""The report of an evaluation: one JSON document and one page that needs no other file."""
+"""The report of an evaluation: a JSON file and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -16,48 +16,49 @@ NAMES = {"dino": "DINO ↑", "clip_i": "CLIP-I ↑", "clip_t": "CLIP-T ↑", "di
 
 
 def write_reports(board: Scoreboard) -> Path:
-    """Write ``evaluation.json`` and ``report.html``; returns the page."""
+    """Write ``evaluation.json`` and ``report.html``; returns the path of the page."""
     write_atomic(board.folder / "evaluation.json", as_json(board))
     return write_atomic(board.folder / "report.html", page(board))
 
 
 def page(board: Scoreboard) -> str:
-    """The whole page."""
+    """The report as one HTML page."""
     settings, table, differences = board.settings, summarize(board), compare(board)
     parts = [
-        webpage.paragraph(_asked(board)),
-        _table(board, table, "Mean over prompts, with its 95 % bootstrap interval over subjects and prompts."),
-        webpage.paragraph(_real(board)),
+        webpage.paragraph(_summary(board)),
+        _table(board, table, "Mean over prompts, with a 95 % bootstrap interval over subjects and prompts."),
+        webpage.paragraph(_ceiling(board)),
         webpage.paragraph(
             f"DINO ({settings['dino'] or 'not measured: no --dino'}) and CLIP-I ({settings['judge']}): mean cosine to "
-            "the real pictures. CLIP-T: cosine to the prompt without the trigger. Diversity: mean of 1 - cosine over "
-            "pairs of pictures of one prompt. Numbers of different judges cannot be compared."
+            "the real images. CLIP-T: cosine to the prompt without the trigger. Diversity: mean of 1 - cosine over "
+            "pairs of images of one prompt. Scores of different judges cannot be compared."
         ),
     ]
     if differences:
-        parts += [webpage.heading("Differences"), _table(board, differences, "Prompt by prompt, to the first adapter.")]
+        caption = "Differences to the first adapter, prompt by prompt."
+        parts += [webpage.heading("Differences"), _table(board, differences, caption)]
     subjects = list(dict.fromkeys(row.subject for row in board.scored))
     if len(subjects) > 1:
         parts += [webpage.heading("By subject"), _by_subject(board, subjects)]
     for name in subjects[:MAX_SUBJECTS]:
-        parts += [webpage.heading(name), _pictures(board, name)]
+        parts += [webpage.heading(name), _images(board, name)]
     return webpage.page("Evaluation", parts)
 
 
-def _asked(board: Scoreboard) -> str:
+def _summary(board: Scoreboard) -> str:
     settings = board.settings
     prompts = len(board.of(board.labels[0]))
     return (
-        f"{len(board.labels) - 1} adapters and the base alone, {len(board.real)} subjects, {prompts} prompts in all, "
+        f"{len(board.labels) - 1} adapters and the base alone, {len(board.real)} subjects, {prompts} prompts in total, "
         f"{settings['seeds']} seeds each, {settings['steps']} steps on {settings['base']}."
     )
 
 
-def _real(board: Scoreboard) -> str:
+def _ceiling(board: Scoreboard) -> str:
     names = [name for name in ("dino", "clip_i") if name in next(iter(board.real.values()))]
     means = {name: statistics.fmean(scores[name] for scores in board.real.values()) for name in names}
-    said = ", ".join(f"{NAMES[name].split()[0]} {value:.3f}" for name, value in means.items() if math.isfinite(value))
-    return f"Real pictures of a subject among themselves: {said or 'too few'} (a ceiling for likeness)."
+    scores = ", ".join(f"{NAMES[name].split()[0]} {value:.3f}" for name, value in means.items() if math.isfinite(value))
+    return f"Real images of a subject compared with each other: {scores or 'too few'} (an upper limit)."
 
 
 def _table(board: Scoreboard, table: Table, caption: str) -> str:
@@ -73,7 +74,7 @@ def _by_subject(board: Scoreboard, subjects: list[str]) -> str:
     return webpage.table(["", *(NAMES[m] for m in board.metrics)], rows)
 
 
-def _pictures(board: Scoreboard, subject: str) -> str:
+def _images(board: Scoreboard, subject: str) -> str:
     rows = {label: [row for row in board.of(label) if row.subject == subject][:MAX_PROMPTS] for label in board.labels}
     header = ["", *(row.prompt for row in rows[board.labels[0]])]
     body = [

@@ -1,4 +1,4 @@
-"""What an evaluation found: scores by contender, subject and prompt; means, differences and their intervals."""
+"""Scores by contender, subject and prompt; their means and differences with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Table = dict[str, dict[str, dict[str, float]]]
 
 @dataclass
 class Scored:
-    """One prompt of one subject by one contender: the files of its seeds and the mean scores."""
+    """One contender on one prompt of one subject: the images, one per seed, and their mean scores."""
 
     label: str
     subject: str
@@ -34,7 +34,10 @@ class Scored:
 
 @dataclass
 class Scoreboard:
-    """All scores, in the same order of (subject, prompt) for every contender."""
+    """All scores, in the same order of (subject, prompt) for every contender.
+
+    ``real``: by subject, how similar its real images are to each other.
+    """
 
     settings: dict[str, Any]
     labels: list[str]
@@ -48,7 +51,7 @@ class Scoreboard:
 
     @property
     def metrics(self) -> list[str]:
-        """What was measured."""
+        """The names of the measured scores."""
         return [name for name in METRICS if name in self.scored[0].scores]
 
 
@@ -62,7 +65,10 @@ def summarize(board: Scoreboard) -> Table:
 
 
 def compare(board: Scoreboard) -> Table:
-    """The same of the differences to the first adapter, prompt by prompt: what both find hard cancels out."""
+    """The differences to the first adapter, as :func:`summarize` has the scores.
+
+    They are paired by prompt, so that the difficulty of a prompt cancels out.
+    """
     draws = draws_of(board)
     first, *others = [label for label in board.labels if label != BASE] or [BASE]
     pairs = {label: list(zip(board.of(label), board.of(first), strict=True)) for label in others}
@@ -73,7 +79,7 @@ def compare(board: Scoreboard) -> Table:
 
 
 def draws_of(board: Scoreboard) -> list[np.ndarray]:
-    """The bootstrap's rows, the same for every contender and metric."""
+    """The rows of each bootstrap resample, the same for every contender and metric."""
     groups: dict[str, list[int]] = {}
     for number, row in enumerate(board.of(BASE)):
         groups.setdefault(row.subject, []).append(number)
@@ -86,7 +92,7 @@ def _estimate(values: list[float], draws: Sequence[np.ndarray]) -> dict[str, flo
 
 
 def as_json(board: Scoreboard) -> str:
-    """Everything that was asked and measured, with the pictures' places relative to the folder."""
+    """Settings, scores and image files (relative to the board's folder) as JSON."""
     document = {
         **board.settings,
         "level": LEVEL,
@@ -114,6 +120,6 @@ def _finite(value: float) -> float | None:
 
 
 def rows_of(table: Table, metrics: Sequence[str]) -> Iterator[list[str]]:
-    """A table as text: label, then ``mean [low, high]`` of each metric."""
+    """The rows of a table as text: the label, then ``mean [low, high]`` of each metric."""
     for label, values in table.items():
         yield [label, *(f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in (values[m] for m in metrics))]

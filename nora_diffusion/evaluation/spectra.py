@@ -1,7 +1,7 @@
-"""What an adapter does to the weights: the size of its update in each layer, its spectrum, and intruder dimensions.
+"""The update of an adapter in each layer: its norm, its singular values, and intruder dimensions.
 
 Intruder dimensions (arXiv 2410.21228): among the top left singular vectors of ``W + dW``, those whose largest cosine
-with any left singular vector of ``W`` is below a threshold. Many of them go with forgetting.
+with any left singular vector of ``W`` is below a threshold. Many of them are a sign of forgetting.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class LayerSpectrum:
     """One layer's update at weight 1.
 
     ``relative = ||dW|| / ||W||`` (Frobenius); ``singular_values`` of ``dW``, largest first, at most 64;
-    ``stable_rank = ||dW||^2 / s_1^2``; ``intruders`` among the top 10, ``None`` if they were not asked for. For a
-    mixture ``dW`` is that of even gates (``mixture``).
+    ``stable_rank = ||dW||^2 / s_1^2``; ``intruders`` among the top 10, ``None`` if not computed. For a mixture
+    (``mixture``) ``dW`` is the update at uniform gates.
     """
 
     component: str
@@ -52,36 +52,36 @@ class LayerSpectrum:
 
 
 def spectra(path: str | Path, pipe: Any = None, intruders: bool = False) -> list[LayerSpectrum]:
-    """Every layer's spectrum of an adapter file or folder, in the order of the model; see :func:`iter_spectra`."""
+    """The spectra of all layers of an adapter, in the order of the model; see :func:`iter_spectra`."""
     return [spectrum for spectrum, _ in iter_spectra(path, pipe, intruders)]
 
 
-def iter_spectra(path: str | Path, pipe: Any = None, intruders: bool = False) -> Iterator[tuple[LayerSpectrum, int]]:
+def iter_spectra(file: str | Path, pipe: Any = None, intruders: bool = False) -> Iterator[tuple[LayerSpectrum, int]]:
     """Yields ``(spectrum, number of layers)``, layer by layer.
 
-    ``pipe``: the adapter's base (default: opened by the name in the file); the adapter is taken out of it at the end.
-    ``intruders`` costs two SVDs of each weight. Raises :class:`UserError` for an adapter of another base, or of another
+    ``pipe``: the adapter's base (default: the one named in the file); the adapter is deleted from it at the end.
+    ``intruders`` costs two SVDs of each weight. Raises :class:`UserError` for an adapter of another base or of another
     tool.
     """
     if pipe is None:
-        pipe = open_pipeline(inspect_adapter(path).base or None)
-    load_adapter(pipe, path, NAME, activate=False)
+        pipe = open_pipeline(inspect_adapter(file).base or None)
+    load_adapter(pipe, file, NAME, activate=False)
     try:
         layers = [
-            (part, place, layer)
-            for part, module in components(pipe).items()
-            for place, layer in nora_layers(module, NAME).items()
+            (component, path, layer)
+            for component, module in components(pipe).items()
+            for path, layer in nora_layers(module, NAME).items()
         ]
         if not layers:
-            raise UserError(f"{path} holds no layers of this toolkit: bring it in with nora-diffusion import first")
-        for part, place, layer in layers:
-            yield layer_spectrum(part, place, layer, NAME, intruders), len(layers)
+            raise UserError(f"{file} has no layers of this toolkit: convert it with nora-diffusion import first")
+        for component, path, layer in layers:
+            yield layer_spectrum(component, path, layer, NAME, intruders), len(layers)
     finally:
         delete_adapter(pipe, NAME)
 
 
 def gate_summaries(path: str | Path, pipe: Any, prompts: Sequence[str] | None = None) -> dict[str, GateSummary]:
-    """What the routers of a mixture's file decide, by ``component.path``; the adapter is taken out again."""
+    """A summary of the routers in a mixture's file, by ``component.path``; the adapter is deleted at the end."""
     load_adapter(pipe, path, NAME, activate=False)
     try:
         return router_summary(pipe, NAME, prompts)
@@ -90,14 +90,14 @@ def gate_summaries(path: str | Path, pipe: Any, prompts: Sequence[str] | None = 
 
 
 @torch.no_grad()
-def layer_spectrum(part: str, path: str, layer: NoraLayer, name: str, intruders: bool = False) -> LayerSpectrum:
+def layer_spectrum(component: str, path: str, layer: NoraLayer, name: str, intruders: bool = False) -> LayerSpectrum:
     """The spectrum of one adapter in one layer, in fp32 on the CPU."""
     weight = cast(Tensor, layer.base_layer.weight).detach().flatten(1).float().cpu()
     values, update = _singular_values(layer, name, dense=intruders)
-    values = values[values > values[:1] * 1e-6]  # what rounding leaves of a product of low rank
+    values = values[values > values[:1] * 1e-6]  # the rest is rounding error of a low-rank product
     norm = float(values.square().sum().sqrt())
     return LayerSpectrum(
-        component=part,
+        component=component,
         path=path,
         shape=(weight.shape[0], weight.shape[1]),
         norm=norm,
@@ -110,7 +110,7 @@ def layer_spectrum(part: str, path: str, layer: NoraLayer, name: str, intruders:
 
 
 def _singular_values(layer: NoraLayer, name: str, dense: bool) -> tuple[Tensor, Tensor | None]:
-    """The singular values of ``dW``, from its factors where there are any, and, where asked for, ``dW`` itself."""
+    """The singular values of ``dW``, from its factors if it has any, and with ``dense`` also ``dW`` itself."""
     delta, scale = layer.delta(name), float(layer.scaling[name])
     if isinstance(delta, RoutedDelta):
         down, up = delta.pair(torch.full((delta.W_g.shape[0],), 1 / delta.W_g.shape[0], device=delta.W_g.device))
@@ -124,17 +124,17 @@ def _singular_values(layer: NoraLayer, name: str, dense: bool) -> tuple[Tensor, 
 
 
 def count_intruders(weight: Tensor, update: Tensor, top: int = TOP, threshold: float = THRESHOLD) -> int:
-    """How many of the ``top`` left singular vectors of ``W + dW`` resemble none of ``W``'s."""
+    """How many of the ``top`` left singular vectors of ``W + dW`` have no cosine of ``threshold`` with any of ``W``."""
     before = torch.linalg.svd(weight, full_matrices=False)[0]
     after = torch.linalg.svd(weight + update, full_matrices=False)[0][:, :top]
     return int(((before.T @ after).abs().amax(0) < threshold).sum())
 
 
-def table(found: list[LayerSpectrum]) -> str:
-    """The layers as lines to read, largest relative update first, and a last line for all of them."""
-    width = max(len(f"{s.component}.{s.path}") for s in found)
+def table(layers: list[LayerSpectrum]) -> str:
+    """The layers as a text table, largest relative update first, and a last line with their mean."""
+    width = max(len(f"{s.component}.{s.path}") for s in layers)
     lines = [f"{'layer':<{width}}  {'shape':>11}  |dW|/|W|  stable rank  largest s  intruders of {TOP}"]
-    for s in sorted(found, key=lambda s: -s.relative):
+    for s in sorted(layers, key=lambda s: -s.relative):
         first = s.singular_values[0] if s.singular_values else 0.0
         intruders = "" if s.intruders is None else str(s.intruders)
         shape = f"{s.shape[0]}x{s.shape[1]}"
@@ -142,6 +142,6 @@ def table(found: list[LayerSpectrum]) -> str:
             f"{s.component + '.' + s.path:<{width}}  {shape:>11}  {s.relative:>9.4f}  {s.stable_rank:>11.2f}  "
             f"{first:>9.4f}  {intruders:>9}"
         )
-    mean = sum(s.relative for s in found) / len(found)
-    note = "; the updates are those of even gates" if any(s.mixture for s in found) else ""
-    return "\n".join([*lines, f"{len(found)} layers, mean |dW|/|W| {mean:.4f}{note}"])
+    mean = sum(s.relative for s in layers) / len(layers)
+    note = "; updates at uniform gates" if any(s.mixture for s in layers) else ""
+    return "\n".join([*lines, f"{len(layers)} layers, mean |dW|/|W| {mean:.4f}{note}"])

@@ -1,4 +1,4 @@
-"""What an evaluation is about: subjects with real pictures, and the prompts that every adapter is asked."""
+"""The subjects of an evaluation: real images of them, and prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..formats.adapter_info import AdapterInfo
 
 DESCRIPTION = "subject.json"
 
-# The prompts of DreamBooth (arXiv 2208.12242), "{}" for the subject with its article and "{noun}" without one.
+# The prompts of DreamBooth (arXiv 2208.12242): "{}" is the subject with its article, "{noun}" without.
 SCENES = (
     "{} in the jungle", "{} in the snow", "{} on the beach", "{} on a cobblestone street", "{} on top of pink fabric",
     "{} on top of a wooden floor", "{} with a city in the background", "{} with a mountain in the background",
@@ -43,9 +43,9 @@ PROMPTS = {
 
 @dataclass(frozen=True)
 class EvaluatedSubject:
-    """A subject: its name, real pictures to compare with, templates of prompts, and the words for it, where known.
+    """A subject: its name, real images to compare with, prompt templates, and its phrases if known.
 
-    ``phrase`` calls it ("a sks mug"), ``class_phrase`` is what anybody would say ("a mug").
+    ``phrase`` names it with the trigger word ("a sks mug"), ``class_phrase`` without ("a mug").
     """
 
     name: str
@@ -55,9 +55,9 @@ class EvaluatedSubject:
     class_phrase: str = ""
 
     def phrases(self, adapters: Sequence[AdapterInfo]) -> tuple[str, str]:
-        """``(phrase, class_phrase)``: its own, else those of the first adapter that says them.
+        """``(phrase, class_phrase)``: the subject's own, else from the first adapter that records its class word.
 
-        Raises :class:`UserError` if nobody does.
+        Raises :class:`UserError` if none does.
         """
         if self.phrase:
             return self.phrase, self.class_phrase
@@ -65,23 +65,23 @@ class EvaluatedSubject:
             if info.class_word:
                 return with_article(f"{info.trigger} {info.class_word}".strip()), with_article(info.class_word)
         raise UserError(
-            f"nothing says what to call the subject {self.name!r}: train with --trigger and --class_word, or put a "
-            f'{DESCRIPTION} with "instance_prompt" and "class_prompt" beside its photos'
+            f"the subject {self.name!r} has no trigger and class word: train with --trigger and --class_word, or put "
+            f'a {DESCRIPTION} with "instance_prompt" and "class_prompt" beside its photos'
         )
 
 
 def read_subject(folder: Path, prompts: str | None = None) -> EvaluatedSubject:
-    """A folder of photos as a subject; a ``subject.json`` in it gives words, prompts and held-out pictures.
+    """A folder of photos as a subject; a ``subject.json`` in it gives its phrases, prompts and held-out images.
 
-    ``prompts``: ``object``, ``live`` or a text file of templates, a line each. Raises :class:`UserError`.
+    ``prompts``: ``object``, ``live`` or a text file with one template per line. Raises :class:`UserError`.
     """
     values = _description(folder)
     own = tuple(map(str, values.get("demo_prompts", ())))
     templates = read_templates(prompts) if prompts else own or PROMPTS["object"]
     names = [str(name) for name in values.get("heldout", ())]
-    pictures = [read_source(folder / name).image for name in names] or [photo.image for photo in read_images(folder)]
+    images = [read_source(folder / name).image for name in names] or [photo.image for photo in read_images(folder)]
     return EvaluatedSubject(
-        folder.resolve().name, tuple(pictures), templates, str(values.get("instance_prompt", "")),
+        folder.resolve().name, tuple(images), templates, str(values.get("instance_prompt", "")),
         str(values.get("class_prompt", "")),
     )  # fmt: skip
 
@@ -95,22 +95,24 @@ def _description(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not valid JSON: mend it or take it away") from error
+        raise UserError(f"{file} is not valid JSON: repair or remove it") from error
     if not isinstance(values, dict) or bool(values.get("instance_prompt")) != bool(values.get("class_prompt")):
         raise UserError(f'{file} must be an object with both "instance_prompt" and "class_prompt", or neither')
     return values
 
 
 def read_templates(prompts: str) -> tuple[str, ...]:
-    """The templates called ``object`` or ``live``, or those of a text file. Raises :class:`UserError`."""
+    """The templates named ``object`` or ``live``, or those of a text file. Raises :class:`UserError`."""
     if prompts in PROMPTS:
         return PROMPTS[prompts]
     try:
         lines = Path(prompts).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{prompts!r} is no text file of prompts: give one, or 'object' or 'live'") from error
-    found = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    bare = next((line for line in found if "{}" not in line and "{noun}" not in line), None)
-    if not found or bare is not None:
-        raise UserError(f"{prompts}: {bare or 'a prompt'!r} lacks the subject: write '{{}} on the beach'")
-    return found
+        raise UserError(f"{prompts!r} is not a text file of prompts: give one, or 'object' or 'live'") from error
+    templates = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not templates:
+        raise UserError(f"{prompts} has no prompts: write one per line, such as '{{}} on the beach'")
+    for template in templates:
+        if "{}" not in template and "{noun}" not in template:
+            raise UserError(f"{prompts}: {template!r} has no placeholder for the subject: write '{{}} on the beach'")
+    return templates

@@ -159,7 +159,7 @@ def compare(app: App, config: GridConfig, adapter: str, scored: bool, run: Run) 
         tuple((cell_label(config, cell), cell.file) for cell in made),
         Path(app.hand_out(folder / "grid.png")),
         Path(app.hand_out(folder / "grid.json")),
-        last_across([cell.place for cell in made]),
+        last_across([cell.position for cell in made]),
     )
     _prune(folder / "cells", {cell.file for cell in made})
     return result
@@ -182,7 +182,7 @@ def _judge(app: App, adapter: str) -> tuple[Any, list[Any]]:
 
 def cell_label(config: GridConfig, cell: MadeCell) -> str:
     """A cell in words: its place on every axis."""
-    axes = zip((config.x, config.y, config.z), cell.place, strict=True)
+    axes = zip((config.x, config.y, config.z), cell.position, strict=True)
     return ", ".join(title for axis, place in axes if (title := axis.title(place)))
 
 

@@ -1,4 +1,4 @@
-"""Grids: each cell is the single run's picture, finished cells are kept, the pipeline is left as it was."""
+"""Grids: each cell equals the image of a single run, finished cells are reused, the pipeline is left unchanged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = Sampling(2, 7.5, width=16, height=16)
 
 @pytest.fixture(scope="module")
 def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``dog-nora`` and ``dog-lora``, and a run folder ``run`` with checkpoints of the steps 10 and 20 and a copy."""
+    """``dog-nora`` and ``dog-lora``, and a run folder ``run`` with checkpoints at steps 10, 20 and a copy."""
     folder = tmp_path_factory.mktemp("adapters")
     makers = {"dog-nora": nora(r=4, inner_r=2, basis="svd"), "dog-lora": lora(r=2)}
     for number, (name, config) in enumerate(makers.items()):
@@ -46,14 +46,14 @@ def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(base: Path, out: Path, *axes: str, **cell: Any) -> GridConfig:
-    places = dict(zip(("x", "y", "z"), map(parse_axis, axes), strict=False))
+    parsed = dict(zip(("x", "y", "z"), map(parse_axis, axes), strict=False))
     return GridConfig(
-        Cell(SMALL, **{"prompt": "a sks dog", **cell}), **places, source=BaseSource(str(base)), out=str(out)
+        Cell(SMALL, **{"prompt": "a sks dog", **cell}), **parsed, source=BaseSource(str(base)), out=str(out)
     )
 
 
 def single(base: Path, out: Path, cell: Cell) -> Path:
-    """The picture that ``nora-diffusion generate`` makes of the same settings."""
+    """The image of ``nora-diffusion generate`` with the same settings."""
     adapters = [] if cell.path is None else [f"{cell.path}:{cell.weight}"]
     return generate(
         GenerateConfig([cell.prompt], cell.sampling, BaseSource(str(base)), adapters, seed=cell.seed, out=str(out))
@@ -61,54 +61,54 @@ def single(base: Path, out: Path, cell: Cell) -> Path:
 
 
 def test_each_cell_is_the_single_run(tiny_base: Path, adapters: Path, tmp_path: Path) -> None:
-    """Bit for bit on the CPU, whatever was rendered before in the same pipeline; and its settings are the same."""
+    """Bit for bit on the CPU, whatever was sampled before with the same pipeline, and with the same settings."""
     names = f"adapter=none,{adapters}/dog-nora:0.5,{adapters}/dog-lora"
-    wanted = config(tiny_base, tmp_path / "grid", names, "prompt=a dog|a sks dog on the beach", seed=3)
-    folder = run_grid(wanted)
+    requested = config(tiny_base, tmp_path / "grid", names, "prompt=a dog|a sks dog on the beach", seed=3)
+    folder = run_grid(requested)
     report = json.loads((folder / "grid.json").read_text())
     assert {k: a["labels"] for k, a in report["axes"].items()} == {
         "x": ["none", "dog-nora:0.5", "dog-lora"], "y": ["a dog", "a sks dog on the beach"],
     }  # fmt: skip
-    for cell, (place, settings) in zip(report["cells"], wanted.cells(), strict=True):
-        assert (cell["x"], cell["y"], cell["z"]) == place
+    for cell, (position, settings) in zip(report["cells"], requested.cells(), strict=True):
+        assert (cell["x"], cell["y"], cell["z"]) == position
         alone = single(tiny_base, tmp_path / "single", settings)
         assert Image.open(folder / cell["file"]).tobytes() == Image.open(alone).tobytes()
         assert read_settings(folder / cell["file"]) == read_settings(alone)
-    pictures = {Image.open(folder / c["file"]).tobytes() for c in report["cells"]}
-    assert len(pictures) == 6  # the axes do something
+    images = {Image.open(folder / c["file"]).tobytes() for c in report["cells"]}
+    assert len(images) == 6  # the axes have an effect
 
 
-def test_without_an_adapter_its_weight_makes_no_other_cell(tiny_base: Path, adapters: Path, pipe: Any) -> None:
+def test_cells_without_an_adapter_ignore_the_weight(tiny_base: Path, adapters: Path, pipe: Any) -> None:
     axes = (f"adapter=none,{adapters}/dog-nora", "weight=0.5,1")
     files = Grid(config(tiny_base, Path("nowhere"), *axes), pipe).files
     assert len(files) == 4 and len(set(files.values())) == 3
 
 
-def test_finished_cells_are_kept_and_broken_ones_made_again(tiny_base: Path, adapters: Path, tmp_path: Path) -> None:
+def test_finished_cells_are_reused_and_broken_ones_made_again(tiny_base: Path, adapters: Path, tmp_path: Path) -> None:
     first = Grid(config(tiny_base, tmp_path, "seed=1,2", adapter=str(adapters / "dog-nora")))
     steps = first.make()
     assert [next(steps), next(steps)] == [(0, 2), (1, 2)]
     steps.close()  # interrupted
-    kept = [f for f in first.files.values() if f.exists()]
-    assert len(kept) == 1
-    before = kept[0].read_bytes()
-    kept[0].touch()
+    finished = [f for f in first.files.values() if f.exists()]
+    assert len(finished) == 1
+    before = finished[0].read_bytes()
+    finished[0].touch()
     larger = Grid(config(tiny_base, tmp_path, "seed=1..3", adapter=str(adapters / "dog-nora")), first.pipe)
     assert list(larger.make()) == [(1, 3), (2, 3), (3, 3)]
-    assert kept[0].read_bytes() == before
-    kept[0].write_bytes(before[:-40])
+    assert finished[0].read_bytes() == before
+    finished[0].write_bytes(before[:-40])
     assert list(larger.make()) == [(2, 3), (3, 3)]
-    assert kept[0].read_bytes() == before
+    assert finished[0].read_bytes() == before
 
 
-def test_a_changed_adapter_is_another_cell(tiny_base: Path, adapters: Path, tmp_path: Path, pipe: Any) -> None:
-    """Not the name but the content counts: the file's hash is part of the cell's."""
-    place = tmp_path / "dog"
+def test_a_changed_adapter_makes_another_cell(tiny_base: Path, adapters: Path, tmp_path: Path, pipe: Any) -> None:
+    """The hash of the adapter's content, not its name, is part of the cell's file name."""
+    folder = tmp_path / "dog"
     found = set()
     for name in ("dog-nora", "dog-lora"):
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(adapters / name, place)
-        found |= set(Grid(config(tiny_base, tmp_path, "seed=1", adapter=str(place)), pipe).files.values())
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(adapters / name, folder)
+        found |= set(Grid(config(tiny_base, tmp_path, "seed=1", adapter=str(folder)), pipe).files.values())
     assert len(found) == 2
 
 
@@ -125,14 +125,14 @@ def test_the_pipeline_is_left_untouched(tiny_base: Path, adapters: Path, tmp_pat
     assert before.keys() == after.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
 
 
-def test_method_and_step_pick_adapters(tiny_base: Path, adapters: Path, tmp_path: Path, pipe: Any) -> None:
+def test_method_and_step_select_adapters(tiny_base: Path, adapters: Path, tmp_path: Path, pipe: Any) -> None:
     by_method = config(tiny_base, tmp_path, "method=nora,lora", adapter=str(adapters / "dog-{method}"))
     assert [inspect_adapter(c.path or "").method for _, c in by_method.cells()] == ["nora", "lora"]
     by_step = config(tiny_base, tmp_path, "step=10,20,30", adapter=str(adapters / "run"))
     assert [str(c.path) for _, c in by_step.cells()] == [
         *(str(adapters / "run" / "checkpoints" / f"step-{s}") for s in (10, 20)), str(adapters / "run"),
     ]  # fmt: skip
-    assert len(set(Grid(by_step, pipe).files.values())) == 2  # the last one is the first one's file here
+    assert len(set(Grid(by_step, pipe).files.values())) == 2  # the last adapter is a copy of the first
     with pytest.raises(UserError, match=r"no adapter of step 15: it has 10, 20$"):
         checkpoint(adapters / "run", 15)
 
@@ -140,25 +140,27 @@ def test_method_and_step_pick_adapters(tiny_base: Path, adapters: Path, tmp_path
 def test_scores_are_those_of_the_judge(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nora_diffusion.evaluation import grid
 
-    asked: list[Any] = []
-    features = {"text": torch.tensor([[0.6, 0.8]]), "picture": torch.tensor([[1.0, 0.0]])}
-    monkeypatch.setattr(grid, "text_features", lambda judge, texts: asked.append(texts) or features["text"])
-    monkeypatch.setattr(grid, "image_features", lambda judge, images: features["picture"])
-    picture, judge, real = Image.new("RGB", (8, 8)), object(), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    said, triggers = "a sks dog, skska and a <rex> cat", ["sks", "", "<rex>"]
-    assert grid.score(judge, picture, said, triggers, real) == {"prompt": 0.6, "subject": 0.5}
-    assert grid.score(judge, picture, "a dog", [], None) == {"prompt": 0.6}
-    assert asked == [["a dog, skska and a cat"], ["a dog"]]
+    texts_seen: list[Any] = []
+    features = {"text": torch.tensor([[0.6, 0.8]]), "image": torch.tensor([[1.0, 0.0]])}
+    monkeypatch.setattr(grid, "text_features", lambda judge, texts: texts_seen.append(texts) or features["text"])
+    monkeypatch.setattr(grid, "image_features", lambda judge, images: features["image"])
+    image, judge, references = Image.new("RGB", (8, 8)), object(), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    prompt, triggers = "a sks dog, skska and a <rex> cat", ["sks", "", "<rex>"]
+    assert grid.score(judge, image, prompt, triggers, references) == {"prompt": 0.6, "subject": 0.5}
+    assert grid.score(judge, image, "a dog", [], None) == {"prompt": 0.6}
+    assert texts_seen == [["a dog, skska and a cat"], ["a dog"]]
 
 
-def test_reference_pictures_are_looked_at_once(
+def test_features_of_references_are_computed_once(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nora_diffusion.evaluation import grid
 
     seen: list[int] = []
     original = grid.image_features
-    monkeypatch.setattr(grid, "image_features", lambda judge, some: (seen.append(len(some)), original(judge, some))[1])
+    monkeypatch.setattr(
+        grid, "image_features", lambda judge, images: (seen.append(len(images)), original(judge, images))[1]
+    )
     run_grid(config(tiny_base, tmp_path, "seed=1..2"), load_judge(), [Image.new("RGB", (8, 8))] * 3)
     assert seen == [3, 1, 1]
 
@@ -196,17 +198,17 @@ def test_the_command(command: Any, adapters: Path, tmp_path: Path, capsys: pytes
 MISTAKES = {
     "no axis": (["--prompt", "x"], "--x"),
     "unknown axis": (["--x", "color=red", "--prompt", "x"], "no axis 'color'"),
-    "no values": (["--x", "seed=", "--prompt", "x"], "is no axis"),
-    "word as number": (["--x", "weight=big", "--prompt", "x"], "no number"),
+    "no values": (["--x", "seed=", "--prompt", "x"], "is not an axis"),
+    "word as number": (["--x", "weight=big", "--prompt", "x"], "not a number"),
     "NaN": (["--x", "weight=nan", "--prompt", "x", "--adapter", "a"], "out of range"),
     "backward range": (["--x", "seed=4..1", "--prompt", "x"], "range"),
     "huge range": (["--x", "seed=1..9999999", "--prompt", "x"], "range"),
     "too many": (["--x", "seed=1..100", "--y", "steps=1..100", "--prompt", "x"], "more than 1000"),
     "same axis twice": (["--x", "seed=1", "--y", "seed=2", "--prompt", "x"], "may appear once"),
-    "weight said twice": (["--x", "adapter=none,a:0.8", "--y", "weight=0,1", "--prompt", "x"], "both set the weight"),
+    "weight set twice": (["--x", "adapter=none,a:0.8", "--y", "weight=0,1", "--prompt", "x"], "both set the weight"),
     "no prompt": (["--x", "seed=1"], "no prompt"),
     "tag in the prompt": (["--x", "seed=1", "--prompt", "x <lora:dog:1>"], "tags"),
-    "method without a place": (["--x", "method=nora,lora", "--prompt", "x", "--adapter", "a"], "{method}"),
+    "method without placeholder": (["--x", "method=nora,lora", "--prompt", "x", "--adapter", "a"], "{method}"),
     "step without adapter": (["--x", "step=10", "--prompt", "x"], "needs an adapter"),
     "absent adapter": (["--x", "adapter=nowhere", "--prompt", "x"], "no adapter at nowhere"),
     "references without judge": (["--x", "seed=1", "--prompt", "x", "--references", "."], "--judge"),

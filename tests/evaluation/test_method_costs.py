@@ -1,4 +1,4 @@
-"""The table of methods: counted right, and the one in the documentation is what its command prints."""
+"""The table of methods: counts equal those of real files, and docs/adapters.md has the printed table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_costs_are_those_of_a_real_file(pipe: Any, tmp_path: Path, name: str) -> None:
+def test_costs_equal_those_of_a_real_file(pipe: Any, tmp_path: Path, name: str) -> None:
     counted = cost(CONFIGS[name](), pipe.unet)
     add_adapter(pipe, CONFIGS[name](), "one")
     tensors = load_file(save_adapter(pipe, tmp_path / "one", "one"))
@@ -39,7 +39,7 @@ def test_costs_are_those_of_a_real_file(pipe: Any, tmp_path: Path, name: str) ->
 
 @pytest.mark.parametrize(("name", "projections"), [("sd15", 128), ("sdxl", 560)])
 def test_layouts_have_the_attention_of_the_real_models(name: str, projections: int) -> None:
-    """Rank 1 trains ``d_in + d_out`` numbers a projection; SD 1.5 and SDXL are known by theirs."""
+    """Rank 1 trains ``d_in + d_out`` parameters per projection; the totals of SD 1.5 and SDXL are known."""
     known = {"sd15": 199_296, "sdxl": 1_451_520}
     model = layout(name)
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -50,11 +50,11 @@ def test_layouts_have_the_attention_of_the_real_models(name: str, projections: i
 def test_the_documented_table_is_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     table = capsys.readouterr().out.strip()
-    assert table in DOCUMENT.read_text(encoding="utf-8"), "run `nora-diffusion methods` and put its table there"
+    assert table in DOCUMENT.read_text(encoding="utf-8"), "run `nora-diffusion methods` and paste its table there"
     assert len(table.splitlines()) == len(PRESETS) + 2
 
 
-def test_a_part_of_the_table_and_what_is_unknown() -> None:
+def test_parts_of_the_table_and_unknown_names() -> None:
     head, _, row = method_table(["nora"], ["sd15"]).splitlines()
     assert "SDXL" not in head and "| 32,768 | 12.89 MB, 0.13 MB shared |" in row
     with pytest.raises(UserError, match="nore"):

@@ -1,4 +1,4 @@
-"""The DreamBooth protocol: numbers against the judges, resuming, the two reports, mistakes."""
+"""The DreamBooth protocol: scores against their definitions, resuming, reports, errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL = Sampling(2, 2.0, width=16, height=16)
 
 
 @pytest.fixture(scope="module")
-def place(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two subjects, ``rex`` with a description and ``tom`` without, two adapters of each, judges and prompts."""
     folder = tmp_path_factory.mktemp("protocol")
     tiny_clip(folder / "clip")
@@ -48,30 +48,30 @@ def place(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(base: Path, place: Path, out: Path, **changes: Any) -> EvaluationConfig:
+def config(base: Path, folder: Path, out: Path, **changes: Any) -> EvaluationConfig:
     values: dict[str, Any] = {
-        "adapters": [f"{place}/{{subject}}-nora", f"small={place}/{{subject}}-lora:0.5"],
-        "subjects": [str(place / "rex"), str(place / "tom")],
-        "prompts": str(place / "prompts.txt"), "judge": str(place / "clip"), "dino": str(place / "dino"),
+        "adapters": [f"{folder}/{{subject}}-nora", f"small={folder}/{{subject}}-lora:0.5"],
+        "subjects": [str(folder / "rex"), str(folder / "tom")],
+        "prompts": str(folder / "prompts.txt"), "judge": str(folder / "clip"), "dino": str(folder / "dino"),
         "source": BaseSource(str(base)), "sampling": SMALL, "seeds": 2, "out": str(out),
     }  # fmt: skip
     return EvaluationConfig(**values | changes)
 
 
 @pytest.fixture(scope="module")
-def board(tiny_base: Path, place: Path, tmp_path_factory: pytest.TempPathFactory) -> Scoreboard:
-    return evaluate(config(tiny_base, place, tmp_path_factory.mktemp("board") / "out"))
+def board(tiny_base: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Scoreboard:
+    return evaluate(config(tiny_base, folder, tmp_path_factory.mktemp("board") / "out"))
 
 
-def test_scores_are_those_of_pictures_made_one_by_one(board: Scoreboard, tiny_base: Path, place: Path) -> None:
-    """Tom, second prompt, by the adapter at half weight: rendered and judged here from the definitions."""
+def test_scores_equal_those_of_images_made_one_by_one(board: Scoreboard, tiny_base: Path, folder: Path) -> None:
+    """Subject tom, second prompt, adapter at half weight: sampled and scored here by the definitions."""
     row = next(r for r in board.of("small") if r.subject == "tom" and "red" in r.prompt)
-    assert row.prompt == "a red sks cat"  # the words are the adapter's own: tom has no description
+    assert row.prompt == "a red sks cat"  # the phrase is the adapter's: tom has no description
     pipe: Any = open_pipeline(tiny_base)
-    load_adapter(pipe, place / "tom-lora", "one", weight=0.5)
+    load_adapter(pipe, folder / "tom-lora", "one", weight=0.5)
     images = [sample_images(pipe, [row.prompt], [seed], SMALL)[0] for seed in (0, 1)]
-    clip, dino = load_judge(place / "clip"), load_vision(place / "dino")
-    real = [Image.open(place / "tom" / f"{i}.png").convert("RGB") for i in range(2)]
+    clip, dino = load_judge(folder / "clip"), load_vision(folder / "dino")
+    real = [Image.open(folder / "tom" / f"{i}.png").convert("RGB") for i in range(2)]
     a, b = image_features(dino, images)
     expected = {
         "clip_i": subject_score(clip, images, real), "dino": subject_score(dino, images, real),
@@ -80,9 +80,9 @@ def test_scores_are_those_of_pictures_made_one_by_one(board: Scoreboard, tiny_ba
     assert row.scores == pytest.approx(expected, abs=1e-5)
 
 
-def test_real_pictures_are_compared_among_themselves(board: Scoreboard, place: Path) -> None:
-    held_out = [Image.open(place / "rex" / name).convert("RGB") for name in ("1.png", "2.png")]
-    a, b = image_features(load_vision(place / "dino"), held_out)
+def test_real_images_are_compared_with_each_other(board: Scoreboard, folder: Path) -> None:
+    held_out = [Image.open(folder / "rex" / name).convert("RGB") for name in ("1.png", "2.png")]
+    a, b = image_features(load_vision(folder / "dino"), held_out)
     assert board.real["rex"]["dino"] == pytest.approx(float(a @ b), abs=1e-5)
 
 
@@ -97,85 +97,85 @@ def test_the_table_has_means_inside_their_intervals(board: Scoreboard) -> None:
     assert gap == pytest.approx(table["small"]["dino"]["mean"] - table["nora"]["dino"]["mean"])
 
 
-def test_an_adapter_against_itself_differs_by_nothing(tiny_base: Path, place: Path, tmp_path: Path) -> None:
-    """Paired: however much prompts differ, the interval of the difference is a point."""
-    one = f"{place}/rex-nora"
-    twins = config(tiny_base, place, tmp_path, adapters=[f"a={one}", f"b={one}"], subjects=[str(place / "rex")])
+def test_an_adapter_against_itself_differs_by_nothing(tiny_base: Path, folder: Path, tmp_path: Path) -> None:
+    """Differences are paired by prompt, so the interval is a point however much the prompts differ."""
+    one = f"{folder}/rex-nora"
+    twins = config(tiny_base, folder, tmp_path, adapters=[f"a={one}", f"b={one}"], subjects=[str(folder / "rex")])
     assert compare(evaluate(twins))["b - a"]["clip_i"] == {"mean": 0, "low": 0, "high": 0}
 
 
-def test_a_second_run_makes_only_what_is_new(
-    board: Scoreboard, tiny_base: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_second_run_makes_only_the_new_images(
+    board: Scoreboard, tiny_base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nora_diffusion.evaluation import grid
 
     made: list[Any] = []
     original = grid.sample_images
     monkeypatch.setattr(grid, "sample_images", lambda *args: made.append(args[2]) or original(*args))
-    again = evaluate(config(tiny_base, place, board.folder))
+    again = evaluate(config(tiny_base, folder, board.folder))
     assert not made and summarize(again) == summarize(board)
-    evaluate(config(tiny_base, place, board.folder, seeds=3, subjects=[str(place / "rex")]))
-    assert made == [[2]] * 6  # the third seed of two prompts for three rows
+    evaluate(config(tiny_base, folder, board.folder, seeds=3, subjects=[str(folder / "rex")]))
+    assert made == [[2]] * 6  # the third seed of two prompts in three rows
 
 
-def test_the_reports(board: Scoreboard, place: Path) -> None:
+def test_the_reports(board: Scoreboard, folder: Path) -> None:
     page = write_reports(board).read_text()
     document = json.loads((board.folder / "evaluation.json").read_text())
     assert document["table"] == json.loads(json.dumps(summarize(board)))
     assert all((board.folder / file).is_file() for cell in document["cells"] for file in cell["files"])
-    assert (document["judge"], document["seeds"]) == (str(place / "clip"), 2)
-    for said in ("DINO ↑", "small - nora", "By subject", "a red sks cat", "a ceiling for likeness"):
-        assert said in page
+    assert (document["judge"], document["seeds"]) == (str(folder / "clip"), 2)
+    for text in ("DINO ↑", "small - nora", "By subject", "a red sks cat", "an upper limit"):
+        assert text in page
     assert page.count("data:image/png;base64,") == 12 and "<script" not in page
 
 
-def test_without_dino_and_with_one_seed(tiny_base: Path, place: Path, tmp_path: Path) -> None:
-    small = config(tiny_base, place, tmp_path, dino=None, seeds=1, subjects=[str(place / "rex")])
+def test_without_dino_and_with_one_seed(tiny_base: Path, folder: Path, tmp_path: Path) -> None:
+    small = config(tiny_base, folder, tmp_path, dino=None, seeds=1, subjects=[str(folder / "rex")])
     found = evaluate(small)
     assert found.metrics == ["clip_i", "clip_t"]
     assert "not measured" in write_reports(found).read_text()
 
 
-def test_prompts() -> None:
-    assert [len(PROMPTS[kind]) for kind in ("object", "live")] == [25, 25]
+def test_prompt_templates() -> None:
+    assert [len(PROMPTS[name]) for name in ("object", "live")] == [25, 25]
     assert fill("a red {noun}", "an owl") == "a red owl" and fill("{} in it", "the owl") == "the owl in it"
     assert (with_article("owl"), with_article("sks owl")) == ("an owl", "a sks owl")
 
 
-def test_labels() -> None:
+def test_labels_of_contenders() -> None:
     assert parse_contender("out/{subject}-lora").label == "lora"
     assert parse_contender("out/{subject}").label == "out"
     assert parse_contender("mine=out/dog:0.7").weight == 0.7
 
 
-def test_mistakes_are_refused_before_anything_is_made(tiny_base: Path, place: Path, tmp_path: Path) -> None:
-    strange = write_photos(tmp_path / "strange", 1)
+def test_mistakes_are_found_before_any_image_is_made(tiny_base: Path, folder: Path, tmp_path: Path) -> None:
+    unnamed = write_photos(tmp_path / "unnamed", 1)
     (tmp_path / "bare.txt").write_text("a dog\n")
-    nameless = f"{place}/rex-nora"
+    adapter = f"{folder}/rex-nora"
     for changes, words in (
         ({"judge": None}, "measuring needs --judge"),
         ({"seeds": 0}, "out of range"),
-        ({"adapters": ["none"]}, "takes part anyway"),
-        ({"adapters": [f"a={nameless}", f"a={nameless}"]}, "two adapters are called 'a'"),
-        ({"adapters": [f"base={nameless}"]}, "another label"),
-        ({"adapters": [str(place / "nowhere")]}, "no adapter"),
+        ({"adapters": ["none"]}, "is always evaluated"),
+        ({"adapters": [f"a={adapter}", f"a={adapter}"]}, "two adapters are named 'a'"),
+        ({"adapters": [f"base={adapter}"]}, "another label"),
+        ({"adapters": [str(folder / "nowhere")]}, "no adapter"),
         ({"subjects": []}, "no subject"),
-        ({"subjects": [str(place / "nobody")]}, "no subject at"),
-        ({"prompts": str(tmp_path / "bare.txt")}, "lacks the subject"),
+        ({"subjects": [str(folder / "nobody")]}, "no subject at"),
+        ({"prompts": str(tmp_path / "bare.txt")}, "no placeholder for the subject"),
         ({"prompts": "objects"}, "'object' or 'live'"),
-        ({"judge": str(place / "dino")}, "cannot load the judge"),
+        ({"judge": str(folder / "dino")}, "cannot load the judge"),
     ):
         with pytest.raises(UserError, match=words):
-            evaluate(config(tiny_base, place, tmp_path / "out", **changes))
-    with pytest.raises(UserError, match="nothing says what to call"):
-        read_subject(strange).phrases([])
+            evaluate(config(tiny_base, folder, tmp_path / "out", **changes))
+    with pytest.raises(UserError, match="has no trigger and class word"):
+        read_subject(unnamed).phrases([])
     assert not (tmp_path / "out").exists()
     assert read_templates("live")[0] == "{} in the jungle"
 
 
-def test_the_command(tiny_base: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = f"""evaluate --adapters {place}/rex-nora --subjects {place}/rex --prompts {place}/prompts.txt --seeds 1
-        --judge {place}/clip --base {tiny_base} --steps 1 --width 16 --height 16 --out {tmp_path}/out"""
+def test_the_command(tiny_base: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"""evaluate --adapters {folder}/rex-nora --subjects {folder}/rex --prompts {folder}/prompts.txt --seeds 1
+        --judge {folder}/clip --base {tiny_base} --steps 1 --width 16 --height 16 --out {tmp_path}/out"""
     assert main(words.split()) == 0
-    said = capsys.readouterr().out
-    assert "rex-nora" in said and "clip_t" in said and (tmp_path / "out" / "report.html").is_file()
+    output = capsys.readouterr().out
+    assert "rex-nora" in output and "clip_t" in output and (tmp_path / "out" / "report.html").is_file()

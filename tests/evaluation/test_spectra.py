@@ -1,4 +1,4 @@
-"""Spectra of updates against dense linear algebra, and intruder dimensions on weights made to have them."""
+"""Spectra of updates against dense linear algebra, and intruder dimensions on constructed weights."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def saved(base: Path, folder: Path, config: AdapterConfig, size: float = 0.3) ->
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_spectra_are_those_of_the_dense_update(tiny_base: Path, tmp_path: Path, name: str) -> None:
-    """``dW`` measured as what merging adds to the weight, its SVD taken densely."""
-    path = saved(tiny_base, tmp_path / "one", CONFIGS[name])
-    found = spectra(path, intruders=True)
+    """``dW`` is what merging adds to the weight; its SVD is computed densely."""
+    file = saved(tiny_base, tmp_path / "one", CONFIGS[name])
+    found = spectra(file, intruders=True)
     pipe: Any = open_pipeline(tiny_base)
-    load_adapter(pipe, path, "one")
+    load_adapter(pipe, file, "one")
     layers = {
-        (part, place): layer
-        for part in ("unet", "text_encoder")
-        for place, layer in nora_layers(getattr(pipe, part), "one").items()
+        (component, path): layer
+        for component in ("unet", "text_encoder")
+        for path, layer in nora_layers(getattr(pipe, component), "one").items()
     }
     assert [(s.component, s.path) for s in found] == list(layers)
     for spectrum, layer in zip(found, layers.values(), strict=True):
@@ -73,20 +73,20 @@ def test_spectra_are_those_of_the_dense_update(tiny_base: Path, tmp_path: Path, 
         assert spectrum.intruders == int((cosines[:rank].abs().max(0).values < 0.5)[:rank].sum())
 
 
-def test_a_mixture_is_measured_at_even_gates(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_mixture_is_measured_at_uniform_gates(tiny_base: Path, tmp_path: Path) -> None:
     path = saved(tiny_base, tmp_path / "one", mor(r=2, num_experts=3))
     found = {(s.component, s.path): s for s in spectra(path)}
     pipe: Any = open_pipeline(tiny_base)
     load_adapter(pipe, path, "one")
-    (place, layer), *_ = nora_layers(pipe.unet, "one").items()
+    (name, layer), *_ = nora_layers(pipe.unet, "one").items()
     factors = {k.rpartition(".")[2]: v for k, v in layer.delta("one").state_dict().items()}
     dense = sum(torch.diag(b) @ factors["B"] @ torch.diag(a) @ factors["A"] for a, b in zip(
         factors["a"], factors["b"], strict=True)) / 3  # fmt: skip
-    spectrum = found["unet", place]
+    spectrum = found["unet", name]
     assert spectrum.mixture and spectrum.norm == pytest.approx(float(torch.as_tensor(dense).norm()), rel=1e-4)
 
 
-def test_gates_of_a_file_leave_the_pipeline_untouched(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
+def test_gate_summaries_leave_the_pipeline_unchanged(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
     path = saved(tiny_base, tmp_path / "one", mor(r=2, num_experts=3))
     before = list(pipe.unet.state_dict())
     gates = gate_summaries(path, pipe, ["a sks dog"])
@@ -96,13 +96,13 @@ def test_gates_of_a_file_leave_the_pipeline_untouched(tiny_base: Path, tmp_path:
 
 
 def test_intruders_are_new_directions() -> None:
-    """Sylvester's Hadamard matrix mixes all old directions evenly: each cosine is 1 / sqrt(16)."""
+    """Sylvester's Hadamard matrix mixes all singular vectors of ``W`` evenly: each cosine is 1 / sqrt(16)."""
     torch.manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))[0] for _ in range(2))
     s = torch.linspace(9, 1, 16, dtype=torch.float64)
     weight = u @ torch.diag(s) @ v
     assert count_intruders(weight, torch.zeros_like(weight)) == 0
-    # More of directions that are there already is no intruder, in whatever order they come then.
+    # Larger singular values on existing directions are no intruders, in whatever order they are sorted then.
     assert count_intruders(weight, u @ torch.diag(s * torch.rand(16, dtype=s.dtype)) @ v) == 0
     mixed = torch.ones(1, 1, dtype=torch.float64)
     for _ in range(4):
@@ -118,7 +118,7 @@ def test_an_untrained_adapter_changes_nothing(tiny_base: Path, tmp_path: Path) -
         assert (spectrum.stable_rank, spectrum.intruders) == (0, 0)
 
 
-def test_the_pipeline_is_left_untouched(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
+def test_the_pipeline_is_left_unchanged(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
     path = saved(tiny_base, tmp_path / "one", CONFIGS["nora"])
     before = list(pipe.unet.state_dict())
     steps = iter_spectra(path, pipe)
@@ -139,7 +139,7 @@ def test_the_command_prints_a_table(tiny_base: Path, tmp_path: Path, capsys: pyt
     assert rows[0]["intruders"] is None and len(rows) == len(sizes)
 
 
-def test_a_plain_lora_is_refused_in_words(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
+def test_a_plain_lora_is_refused_with_a_remedy(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
     path = saved(tiny_base, tmp_path / "one", lora(r=2))
     export_lora(path, tmp_path / "plain.safetensors")
     with pytest.raises(UserError, match="import"):
