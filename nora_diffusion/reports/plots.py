@@ -1,4 +1,4 @@
-"""Small plots as SVG: they scale with the page, follow its colors, and need no script. All text is escaped."""
+"""Small SVG plots that scale with the page and use its colors, without scripts. All text is escaped."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ Points = Sequence[tuple[float, float]]
 
 
 def line_chart(name: str, series: Mapping[str, Points], x_label: str, y_label: str) -> str:
-    """Lines over a common x axis; one with a single point is a dot. Empty series are left out."""
-    shown = {label: points for label, points in series.items() if points}
-    if not shown:
+    """Lines over a common x axis; a series with a single point is a dot. Empty series are omitted."""
+    drawn = {label: points for label, points in series.items() if points}
+    if not drawn:
         return ""
-    xs = [x for points in shown.values() for x, _ in points]
-    ys = [y for points in shown.values() for _, y in points if math.isfinite(y)]
+    xs = [x for points in drawn.values() for x, _ in points]
+    ys = [y for points in drawn.values() for _, y in points if math.isfinite(y)]
     if not ys:
         return ""
     whole = all(float(x).is_integer() for x in xs)
     x_ticks, y_ticks = ticks(min(xs), max(xs), whole=whole), ticks(min(ys), max(ys))
     parts = [_grid(x_ticks, y_ticks, x_label, y_label)]
-    for number, points in enumerate(shown.values()):
+    for number, points in enumerate(drawn.values()):
         color = COLORS[number % len(COLORS)]
-        places = [
+        pixels = [
             (_scale(x, x_ticks, LEFT, WIDTH - RIGHT), _scale(y, y_ticks, HEIGHT - BOTTOM, TOP))
             for x, y in points
             if math.isfinite(y)
         ]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
-        if len(places) <= 20:
-            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in places]
-    legend = _legend(list(shown)) if len(shown) > 1 else ""
-    said = "; ".join(f"{label}: from {p[0][1]:.3g} to {p[-1][1]:.3g}" for label, p in shown.items())
-    return _figure(name, f"{name}, {y_label} over {x_label}. {said}", HEIGHT, "".join(parts), legend)
+        if len(pixels) <= 20:
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in pixels]
+    legend = _legend(list(drawn)) if len(drawn) > 1 else ""
+    ranges = "; ".join(f"{label}: from {p[0][1]:.3g} to {p[-1][1]:.3g}" for label, p in drawn.items())
+    return _figure(name, f"{name}, {y_label} over {x_label}. {ranges}", HEIGHT, "".join(parts), legend)
 
 
 def bar_chart(name: str, bars: Sequence[tuple[str, float]], value_label: str) -> str:
@@ -51,19 +51,19 @@ def bar_chart(name: str, bars: Sequence[tuple[str, float]], value_label: str) ->
     parts = []
     for number, (label, value) in enumerate(bars):
         y = number * ROW
-        shown = label if len(label) <= LONGEST else "…" + label[1 - LONGEST :]
+        short = label if len(label) <= LONGEST else "…" + label[1 - LONGEST :]
         length = room * max(value, 0.0) / top
         parts.append(
             f'<g><title>{html.escape(label)}: {value:.4g}</title><text x="{LABEL - 6}" y="{y + 14}" text-anchor="end">'
-            f'{html.escape(shown)}</text><rect x="{LABEL}" y="{y + 4}" width="{length:.1f}" height="{ROW - 8}" rx="2" '
+            f'{html.escape(short)}</text><rect x="{LABEL}" y="{y + 4}" width="{length:.1f}" height="{ROW - 8}" rx="2" '
             f'fill="{COLORS[0]}"/><text x="{LABEL + length + 5:.1f}" y="{y + 14}">{value:.3g}</text></g>'
         )
-    said = f"{name}, {value_label}: " + "; ".join(f"{label} {value:.3g}" for label, value in bars[:10])
-    return _figure(name, said, len(bars) * ROW + 4, "".join(parts), "")
+    description = f"{name}, {value_label}: " + "; ".join(f"{label} {value:.3g}" for label, value in bars[:10])
+    return _figure(name, description, len(bars) * ROW + 4, "".join(parts), "")
 
 
 def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
-    """Round (``whole``: whole) numbers that enclose ``[low, high]``, about ``count`` of them, evenly apart."""
+    """About ``count`` evenly spaced round numbers (``whole``: integers) that enclose ``[low, high]``."""
     if not high > low:
         low, high = low - (abs(low) * 0.1 or 1.0), high + (abs(high) * 0.1 or 1.0)
     raw = (high - low) / (count - 1)

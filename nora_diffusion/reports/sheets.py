@@ -12,7 +12,7 @@ BACKGROUND, INK, FAINT = (255, 255, 255), (30, 30, 34), (110, 110, 118)
 
 
 def enlarge(image: Image.Image, side: int) -> Image.Image:
-    """``side`` x ``side`` pixels; small pictures grow by nearest neighbors, so that nothing is invented."""
+    """Resize to ``side`` x ``side`` pixels; small images are enlarged by nearest neighbor, to show their pixels."""
     small = max(image.size) * 2 <= side
     return image.convert("RGB").resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
 
@@ -20,7 +20,7 @@ def enlarge(image: Image.Image, side: int) -> Image.Image:
 def contact_sheet(
     rows: Sequence[Sequence[tuple[Image.Image, str]]], titles: Sequence[str] = (), side: int = 128
 ) -> Image.Image:
-    """Rows of ``(picture, label)``, each row under its title; labels are wrapped to two lines."""
+    """Rows of ``(image, label)``, each row under its title; labels are wrapped to two lines."""
     columns = max(len(row) for row in rows)
     row_height = side + LABEL_HEIGHT + MARGIN
     title_height = 26 if any(titles) else 0

@@ -1,4 +1,4 @@
-"""One-page reports: HTML that needs no other file, no script and no network. Every text is escaped."""
+"""Self-contained HTML reports, without scripts or network access. All text is escaped."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ img { display: block; max-width: none; image-rendering: auto; }
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """A whole document of ``parts``, each of which is HTML already."""
+    """A whole document; each of ``parts`` is HTML."""
     name = html.escape(title)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -47,7 +47,7 @@ def page(title: str, parts: Sequence[str]) -> str:
 
 
 def heading(text: str) -> str:
-    """The title of a section."""
+    """A section title."""
     return f"<h2>{html.escape(text)}</h2>"
 
 
@@ -57,7 +57,7 @@ def paragraph(text: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", chosen: int | None = None) -> str:
-    """A table of plain text or of :func:`picture`; the first column names its row, row ``chosen`` stands out."""
+    """A table with cells of plain text or :func:`picture`; the first column is the header, row ``chosen`` is bold."""
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
     marks = [' class="chosen"' if number == chosen else "" for number in range(len(rows))]
     body = "".join(
@@ -67,8 +67,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "
         + "</tr>"
         for row, mark in zip(rows, marks, strict=True)
     )
-    said = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return f'<div class="scroll"><table>{said}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _cell(cell: str) -> str:
@@ -78,19 +78,18 @@ def _cell(cell: str) -> str:
 
 
 class ImageTag(str):
-    """HTML of a picture, which is not escaped again."""
+    """The HTML of an image, which is not escaped again."""
 
 
 def picture(image: Image.Image, alt: str, side: int = 128) -> ImageTag:
-    """The picture inside the page: a PNG where it is small, else a JPEG, at most ``side`` pixels a side on the page."""
-    shown = enlarge(image, side)
+    """An ``img`` element of ``side`` pixels with the data in it: a PNG if the image is that small, else a JPEG."""
     small = max(image.size) <= side
-    source = data_uri(image.convert("RGB"), "PNG") if small else data_uri(shown, "JPEG")
+    source = data_uri(image.convert("RGB"), "PNG") if small else data_uri(enlarge(image, side), "JPEG")
     return ImageTag(f'<img width="{side}" height="{side}" alt="{html.escape(alt)}" src="{source}">')
 
 
-def data_uri(image: Image.Image, kind: Literal["PNG", "JPEG", "WEBP"], **options: int) -> str:
-    """The picture as an address that holds it; ``options`` are those of Pillow's writer of that kind."""
+def data_uri(image: Image.Image, format: Literal["PNG", "JPEG", "WEBP"], **options: int) -> str:
+    """The image as a ``data:`` URI; ``options`` are those of Pillow's writer of that format."""
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image.save(buffer, format, **options)
+    return f"data:image/{format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,1 +1,1 @@
-"""How close images are to a subject and to a prompt."""
+"""Score how close images are to a subject and to a prompt."""

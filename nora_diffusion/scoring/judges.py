@@ -1,8 +1,8 @@
-"""Scores by any CLIP in transformers' format: the shipped tiny one, a folder or a hub id; and by vision models alone.
+"""Features and scores by a judge: a CLIP (the shipped tiny one, a folder or a hub id) or a vision model.
 
-CLIP-I: mean cosine between features of generated and real pictures of a subject. CLIP-T: cosine between a picture and
-its prompt without the trigger. DINO: as CLIP-I, by the class token of a self-supervised vision model, which tells
-individuals of one class apart better. Numbers of different judges cannot be compared (DreamBooth, arXiv 2208.12242).
+CLIP-I: mean cosine between features of generated and real images of a subject. CLIP-T: cosine between an image and its
+prompt without the trigger. DINO: like CLIP-I, by the class token of a self-supervised vision model, which distinguishes
+individuals of one class better. Scores of different judges cannot be compared (DreamBooth, arXiv 2208.12242).
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ BATCH = 32
 
 @dataclass
 class Judge:
-    """A CLIP model with its tokenizer, or a vision model without one, and the normalization of its pictures."""
+    """A CLIP model with its tokenizer, or a vision model without one.
+
+    Images are resized to ``side`` pixels and normalized by ``mean`` and ``std``.
+    """
 
     model: Any
     tokenizer: Any
@@ -36,12 +39,12 @@ class Judge:
 
 
 def load_judge(path_or_id: str | Path | None = None) -> Judge:
-    """Load a CLIP; ``None`` or ``"tiny"`` is the embedded base's. Raises :class:`UserError` for anything else."""
+    """Load a CLIP model; ``None`` or ``"tiny"`` is the embedded base's. Raises :class:`UserError` if that fails."""
     from transformers import AutoTokenizer, CLIPModel
 
     source = str(EMBEDDED_WEIGHTS / "judge" if path_or_id in (None, "tiny") else path_or_id)
     try:
-        # Scores are computed in fp32 whatever the weights are stored in: in fp16 they would have three digits.
+        # fp32 whatever the weights are stored in: fp16 scores would have three digits.
         with no_loading_bars():
             model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
         model = model.eval().requires_grad_(False)
@@ -55,9 +58,10 @@ def load_judge(path_or_id: str | Path | None = None) -> Judge:
 
 
 def load_vision(path_or_id: str | Path) -> Judge:
-    """Load a vision model in transformers' format (DINO, DINOv2, ViT ...), for pictures only.
+    """Load a vision model in transformers' format (DINO, DINOv2, ViT ...).
 
-    Its feature is the class token of the last layer, or what a model without one pools. Raises :class:`UserError`.
+    Its feature is the class token of the last layer, or the pooled output of a model without one. Raises
+    :class:`UserError`.
     """
     from transformers import AutoModel
 
@@ -69,23 +73,23 @@ def load_vision(path_or_id: str | Path) -> Judge:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load the vision model {source!r}: {first_line(error)}") from error
     if hasattr(model.config, "text_config") or not hasattr(model.config, "num_channels"):
-        raise UserError(f"{source} is no vision model such as facebook/dinov2-base: a CLIP goes with --judge")
+        raise UserError(f"{source} is not a vision model such as facebook/dinov2-base: give a CLIP with --judge")
     mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
     side = _side(settings) or int(model.config.image_size)
     return Judge(model.eval().requires_grad_(False), None, side, mean, std)
 
 
 def check_judge(judge: str | None, base: str | None) -> None:
-    """Raises :class:`UserError` where the tiny judge would look at pictures of another base than its own."""
+    """Raises :class:`UserError` if the tiny judge would have to score images of another base than the embedded one."""
     if judge is None and not is_embedded(base):
-        raise UserError("measuring needs --judge, for example openai/clip-vit-base-patch32: the tiny one that is taken "
-                        "without it knows only the pictures of the embedded base")  # fmt: skip
+        raise UserError("measuring needs --judge, for example openai/clip-vit-base-patch32: the default, a tiny CLIP, "
+                        "can only score images of the embedded base")  # fmt: skip
 
 
 def load_judges(clip: str | None, vision: str | None, device: Any) -> dict[str, Judge]:
-    """The judges of likeness by the names of their scores: ``clip_i`` and, where a vision model is given, ``dino``.
+    """Judges by the names of their scores: ``clip_i``, and ``dino`` if a vision model is given.
 
-    The last one tells individuals apart best, so it measures drift and diversity as well.
+    The last one distinguishes individuals best, so it also measures drift and diversity.
     """
     judges = {"clip_i": load_judge(clip)} | ({"dino": load_vision(vision)} if vision else {})
     for judge in judges.values():
@@ -94,7 +98,7 @@ def load_judges(clip: str | None, vision: str | None, device: Any) -> dict[str, 
 
 
 def _side(settings: dict[str, Any]) -> int:
-    """The side that the model's pictures are cropped or else resized to; 0 where its files do not say."""
+    """The side that images are cropped or resized to; 0 if the preprocessor config has none."""
     for key in ("crop_size", "size"):
         size = settings.get(key)
         if isinstance(size, dict):
@@ -105,7 +109,7 @@ def _side(settings: dict[str, Any]) -> int:
 
 
 def _preprocessing(source: str) -> dict[str, Any]:
-    # The mixin only reads the file; the processors themselves would want torchvision.
+    # The mixin only reads the file; the image processors need torchvision.
     from transformers.image_processing_base import ImageProcessingMixin
 
     processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
@@ -113,7 +117,7 @@ def _preprocessing(source: str) -> dict[str, Any]:
 
 
 def _pixels(judge: Judge, image: Image.Image) -> Tensor:
-    """The picture's center square at the judge's size, normalized: ``[3, side, side]``."""
+    """The center square of an image at the judge's size, normalized: ``[3, side, side]``."""
     short = min(image.size)
     left, top = (image.width - short) // 2, (image.height - short) // 2
     square = image.convert("RGB").crop((left, top, left + short, top + short))
@@ -124,15 +128,15 @@ def _pixels(judge: Judge, image: Image.Image) -> Tensor:
 
 @torch.no_grad()
 def image_features(judge: Judge, images: Sequence[Image.Image]) -> Tensor:
-    """Unit features ``[n, d]`` of pictures."""
-    parts = []
+    """Features of images, as unit vectors ``[n, d]``."""
+    features = []
     for start in range(0, len(images), BATCH):
         pixels = torch.stack([_pixels(judge, image) for image in images[start : start + BATCH]])
-        parts.append(F.normalize(_seen(judge, pixels.to(judge.model.device)), dim=-1).cpu())
-    return torch.cat(parts)
+        features.append(F.normalize(_embed(judge, pixels.to(judge.model.device)), dim=-1).cpu())
+    return torch.cat(features)
 
 
-def _seen(judge: Judge, pixels: Tensor) -> Tensor:
+def _embed(judge: Judge, pixels: Tensor) -> Tensor:
     if judge.tokenizer is not None:
         return judge.model.visual_projection(judge.model.vision_model(pixel_values=pixels).pooler_output)
     output = judge.model(pixel_values=pixels)
@@ -142,7 +146,7 @@ def _seen(judge: Judge, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def text_features(judge: Judge, texts: Sequence[str]) -> Tensor:
-    """Unit features ``[n, d]`` of texts."""
+    """Features of texts, as unit vectors ``[n, d]``."""
     tokens = judge.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
     tokens = tokens.to(judge.model.device)
     pooled = judge.model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
@@ -150,10 +154,10 @@ def text_features(judge: Judge, texts: Sequence[str]) -> Tensor:
 
 
 def subject_score(judge: Judge, generated: Sequence[Image.Image], references: Sequence[Image.Image]) -> float:
-    """CLIP-I: mean cosine over all pairs of generated and reference pictures."""
+    """CLIP-I: mean cosine over all pairs of generated and reference images."""
     return float((image_features(judge, generated) @ image_features(judge, references).T).mean())
 
 
 def prompt_score(judge: Judge, generated: Sequence[Image.Image], prompts: Sequence[str]) -> float:
-    """CLIP-T: mean cosine between each picture and its prompt (without the trigger)."""
+    """CLIP-T: mean cosine between each image and its prompt (without the trigger)."""
     return float((image_features(judge, generated) * text_features(judge, prompts)).sum(-1).mean())

@@ -1,6 +1,6 @@
-"""Numbers over picture features: likeness, variety, distance, and intervals for their means.
+"""Scores from image features: similarity, agreement and diversity, and bootstrap intervals of their means.
 
-Features are unit vectors ``[n, d]`` (:mod:`.judges`), so that a product is a cosine.
+Features are unit vectors ``[n, d]`` (:mod:`.judges`), so a product is a cosine.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ RESAMPLES = 2000
 
 
 def likeness(features: Tensor, references: Tensor) -> list[float]:
-    """For each picture the mean cosine to the references: CLIP-I or DINO (DreamBooth, arXiv 2208.12242)."""
+    """The mean cosine of each image to the references: CLIP-I or DINO (DreamBooth, arXiv 2208.12242)."""
     return [float(value) for value in (features @ references.T).mean(1)]
 
 
 def agreement(features: Tensor, others: Tensor) -> list[float]:
-    """Cosines row by row: of pictures with their prompts CLIP-T, with the base's pictures ``1 - drift``."""
+    """The cosine of each row pair: images with their prompts give CLIP-T, with the base's images ``1 - drift``."""
     return [float(value) for value in (features * others).sum(-1)]
 
 
 def diversity(features: Tensor) -> float:
-    """``1 - cos``, averaged over all pairs of pictures of one prompt; NaN for a single picture."""
+    """``1 - cos``, averaged over all pairs of images of one prompt; NaN for a single image."""
     count = len(features)
     if count < 2:
         return float("nan")
@@ -34,10 +34,10 @@ def diversity(features: Tensor) -> float:
 
 
 def resampled(groups: Mapping[str, Sequence[int]], resamples: int = RESAMPLES, seed: int = 0) -> list[np.ndarray]:
-    """Rows drawn for a two-stage bootstrap: groups with replacement, then rows of each drawn group.
+    """The rows of each resample of a two-stage bootstrap: draw groups with replacement, then rows of each drawn group.
 
-    ``groups`` has the row numbers of each subject. Prompts of one subject go up and down together, so rows alone
-    would make intervals that are too narrow. With one group, rows alone are drawn.
+    ``groups`` has the row indices of each subject. Scores of one subject are correlated, so drawing rows alone would
+    give intervals that are too narrow. With one group, only rows are drawn.
     """
     random = np.random.default_rng(seed)
     rows = [np.asarray(list(members)) for members in groups.values()]
@@ -49,8 +49,8 @@ def resampled(groups: Mapping[str, Sequence[int]], resamples: int = RESAMPLES, s
 
 
 def interval(values: Sequence[float], draws: Sequence[np.ndarray], level: float = LEVEL) -> tuple[float, float]:
-    """The percentile interval of the mean of ``values`` over the rows drawn by :func:`resampled`."""
-    numbers = np.asarray(values, dtype=float)
-    means = np.array([numbers[rows].mean() for rows in draws])
+    """The percentile interval of the mean of ``values`` over the resamples of :func:`resampled`."""
+    array = np.asarray(values, dtype=float)
+    means = np.array([array[rows].mean() for rows in draws])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""Scores against their formulas, intervals against the normal approximation, reports that run no markup."""
+"""Scores against their formulas, intervals against the normal approximation, escaping in reports."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def test_an_interval_of_independent_rows_is_that_of_the_normal_approximation() -
 
 
 def test_subjects_that_differ_widen_the_interval() -> None:
-    """Ten rows a subject that all say the same are one fact about it, not ten."""
+    """Ten equal rows of a subject are one observation, not ten."""
     groups = {str(s): range(10 * s, 10 * s + 10) for s in range(4)}
     values = [float(s) for s in range(4) for _ in range(10)]
     by_subject = interval(values, resampled(groups))
     by_row = interval(values, resampled({"all": range(40)}))
     assert by_subject[1] - by_subject[0] > 2 * (by_row[1] - by_row[0])
-    assert interval(values, resampled(groups)) == by_subject  # the same every time
+    assert interval(values, resampled(groups)) == by_subject  # deterministic
 
 
-def test_a_page_holds_everything_and_escapes_every_text() -> None:
+def test_a_page_is_self_contained_and_escapes_text() -> None:
     evil = '"><script>alert(1)</script>'
     picture = webpage.picture(Image.new("RGB", (300, 200), "red"), evil)
     parts = [webpage.heading(evil), webpage.paragraph(evil), webpage.table([evil, evil], [[evil, picture]], evil, 0)]
