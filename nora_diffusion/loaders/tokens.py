@@ -31,7 +31,7 @@ def tokens_of(modules: Modules, adapter: str) -> dict[str, dict[str, nn.Paramete
     """The words of an adapter of a pipeline, with their vectors by text encoder."""
     found: dict[str, dict[str, nn.Parameter]] = {}
     for part, table in _tables(modules).items():
-        for word, vectors in table.of(adapter).items():
+        for word, vectors in table.vectors(adapter).items():
             found.setdefault(word, {})[part] = vectors
     return found
 
@@ -102,7 +102,7 @@ def add_words(pipe: Any, modules: Modules, adapter: str, words: Words) -> None:
             table = LearnedEmbedding(table)
             encoder.set_input_embeddings(table)
             _remember(pipe, encoder, part, table)
-        table.put(adapter, {word: own[part] for word, own in words.items() if part in own})
+        table.add(adapter, {word: own[part] for word, own in words.items() if part in own})
         _renumber(pipe, modules[part], part, table)
 
 
@@ -112,7 +112,7 @@ def remove_tokens(pipe: Any, modules: Modules, adapter: str) -> None:
     for part in tables:
         _refuse_later_words(pipe, modules[part], part)
     for part, table in tables.items():
-        table.take(adapter)
+        table.remove(adapter)
         _renumber(pipe, modules[part], part, table)
 
 
@@ -154,10 +154,10 @@ def _renumber(pipe: Any, encoder: Any, part: str, table: LearnedEmbedding) -> No
     from transformers import AddedToken
 
     larger = copy.deepcopy(tokenizer)
-    pieces = {word: pieces_of(word, len(v)) for name in table.adapters for word, v in table.of(name).items()}
+    pieces = {word: pieces_of(word, len(v)) for name in table.adapters for word, v in table.vectors(name).items()}
     # As they are written, and not within longer words.
     larger.add_tokens([AddedToken(p, normalized=False, single_word=True) for own in pieces.values() for p in own])
-    table.number({word: larger.convert_tokens_to_ids(word) for word in pieces})
+    table.set_first_ids({word: larger.convert_tokens_to_ids(word) for word in pieces})
     setattr(pipe, tokenizer_name(part), larger)
 
 
@@ -171,7 +171,7 @@ def _refuse_later_words(pipe: Any, encoder: nn.Module, part: str) -> None:
     table = _table(encoder)
     if table is None:
         return
-    ours = sum(len(vectors) for name in table.adapters for vectors in table.of(name).values())
+    ours = sum(len(vectors) for name in table.adapters for vectors in table.vectors(name).values())
     if len(getattr(pipe, tokenizer_name(part))) != len(table.before[0]) + ours:
         raise UserError(
             f"the {part} got or lost a textual inversion after the new tokens of an adapter: undo that first, "

@@ -1,1 +1,1 @@
-"""The maths: what an adapter adds to one projection. Needs torch only."""
+"""The maths of adapters: what each adds to one projection. Imports torch only."""

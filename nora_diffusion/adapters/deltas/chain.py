@@ -1,13 +1,13 @@
 """Deltas: what an adapter adds to the output of one frozen projection, in plain torch.
 
-Every delta offers the same few verbs, so that layers, processors and exporters need not know the method:
+Every delta has the same methods, so that layers, attention processors and exporters need not know which method it is:
 
 - ``forward(x, contract)``: the training path, unscaled: ``dy [..., d_out]`` (channels last);
 - ``skinny_weight()`` and ``from_skinny(p)``: the inference path; several projections of one input can share one
   product ``p = x [A1; A2; ...]^T``;
-- ``delta_weight()``: the dense ``dW [d_out, d_in]`` where there is one (``mergeable``).
+- ``delta_weight()``: the dense ``dW [d_out, d_in]``, if ``mergeable``.
 
-The scale ``alpha / r`` and the user's weight are applied by the layer.
+The layer applies the scale ``alpha / r`` and the user's weight.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .magnitude import row_norms
 from .routed import RoutedDelta
 
 
-def hold(module: nn.Module, name: str, value: Tensor, *, trained: bool, stored: bool = True) -> None:
-    """Register ``value`` as what it is: a trained factor is a Parameter, a frozen one a buffer.
+def register_factor(module: nn.Module, name: str, value: Tensor, *, trained: bool, stored: bool = True) -> None:
+    """Register a trained factor as a Parameter, a frozen one as a buffer.
 
-    A frozen factor that is ``stored`` nowhere is one that its shape determines.
+    A frozen factor that depends on its shape only is not ``stored``: it is left out of the state dict.
     """
     if trained:
         module.register_parameter(name, nn.Parameter(value))
@@ -36,12 +36,12 @@ def hold(module: nn.Module, name: str, value: Tensor, *, trained: bool, stored: 
 
 
 class ChainDelta(nn.Module):
-    """``dy = B_out core(A_out x)``: LoRA without a core, LoRA-XS with a dense, NoRA with a nested one.
+    """``dy = B_out core(A_out x)``: LoRA without a core, LoRA-XS with a dense core, NoRA with a nested core.
 
-    Shapes: ``A_out [r, d_in]``, ``B_out [d_out, r]``; with ``blocks = n`` both are block-diagonal and held as their
-    stacked blocks ``[r, d_in / n]``, ``[d_out, r / n]``. A trained factor is a Parameter named ``A`` or ``B``, a frozen
-    one a buffer ``A_out`` or ``B_out``; with a frozen ``A_out`` autograd keeps ``p = A_out x`` for backward and never
-    ``x``, and dropout acts on ``p`` for the same reason. ``m [d_out]``, where there is one, is DoRA's magnitude.
+    Shapes: ``A_out [r, d_in]``, ``B_out [d_out, r]``; with ``blocks = n`` both are block-diagonal and stored as stacked
+    blocks ``[r, d_in / n]``, ``[d_out, r / n]``. A trained factor is a Parameter named ``A`` or ``B``, a frozen one a
+    buffer named ``A_out`` or ``B_out``. With a frozen ``A_out`` autograd saves ``p = A_out x`` for backward instead of
+    ``x``; dropout acts on ``p`` for the same reason. ``m [d_out]`` is DoRA's magnitude, or ``None``.
     """
 
     mergeable = True
@@ -63,8 +63,8 @@ class ChainDelta(nn.Module):
         # An adapter starts as a no-op: its core is zero, or without a core (or with an input core) its up factor.
         up = torch.zeros_like(up) if core is None or isinstance(core, InputCore) else up
         self._names = ("A" if "down" in trained else "A_out", "B" if "up" in trained else "B_out")
-        hold(self, self._names[0], down, trained="down" in trained, stored=stored)
-        hold(self, self._names[1], up, trained="up" in trained, stored=stored)
+        register_factor(self, self._names[0], down, trained="down" in trained, stored=stored)
+        register_factor(self, self._names[1], up, trained="up" in trained, stored=stored)
         self.core = core
         self.blocks = blocks
         self.m = None if magnitude is None else nn.Parameter(magnitude)
@@ -75,7 +75,7 @@ class ChainDelta(nn.Module):
 
     @property
     def outer(self) -> tuple[Tensor, Tensor]:
-        """The outer pair ``(down [r, d_in], up [d_out, r])``."""
+        """The outer pair ``(down [r, d_in], up [d_out, r])``, dense if it is block-diagonal."""
         down, up = (getattr(self, name) for name in self._names)
         if self.blocks == 1:
             return down, up
@@ -83,16 +83,16 @@ class ChainDelta(nn.Module):
 
     @property
     def full_rank(self) -> int:
-        """The rank in the middle of the chain: ``r'`` of a nested core, else ``r``."""
+        """The rank at the narrowest point of the chain: ``r'`` of a nested core, else ``r``."""
         return int((getattr(self, self._names[0]) if self.core is None else self.core.pair()[0]).shape[0])
 
     @property
     def working_rank(self) -> int | None:
-        """The rank of a training pass: the sampled one where it is sampled."""
+        """The rank of the next pass: sampled if a masked adapter is in training, else the set ``rank``."""
         return self.sampled_rank if self.masked and self.training else self.rank
 
     def _halves(self, rank: int | None) -> tuple[list[Tensor], list[Tensor]]:
-        """``([A_out, A_in], [B_in, B_out])``, cut in the middle to ``rank``."""
+        """``([A_out, A_in], [B_in, B_out])``, truncated to ``rank`` at the narrowest point."""
         down, up = self.outer
         core_down, core_up = (None, None) if self.core is None else self.core.pair()
         below = [factor for factor in (down, core_down) if factor is not None]
@@ -102,7 +102,7 @@ class ChainDelta(nn.Module):
         return below, above
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """The plain LoRA pair of the same map: ``(A [k, d_in], B [d_out, k])``, in the factors' own dtype."""
+        """The LoRA pair of the same map: ``(A [k, d_in], B [d_out, k])``, in the dtype of the factors."""
         below, above = self._halves(self.rank)
         return functional.collapse(below), functional.collapse(above)
 
@@ -123,7 +123,7 @@ class ChainDelta(nn.Module):
         return F.linear(p, functional.collapse(self._halves(self.rank)[1]).to(p.dtype))
 
     def delta_weight(self) -> Tensor:
-        """``dW = B A`` in fp32, without the scale."""
+        """``dW = B A`` in fp32, unscaled."""
         down, up = self.pair()
         return up.float() @ down.float()
 

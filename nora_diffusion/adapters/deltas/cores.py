@@ -1,7 +1,7 @@
 """Cores: the small trained map ``[..., r] -> [..., r]`` between the outer factors of a chain.
 
-Every core gives ``pair()``: the factors below and above its narrowest point (``None``: nothing above it). All but the
-input core start at zero, so that the adapter starts as a no-op.
+``pair()`` returns the factors below and above the narrowest point of the core (``None``: nothing above it). All cores
+but the input core start at zero, so that the adapter starts as a no-op.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DenseCore(nn.Module):
 
 
 class DiagonalCore(nn.Module):
-    """``p -> d * p``, ``d [r]`` zero: each direction of the outer pair is only made stronger or weaker."""
+    """``p -> d * p``, ``d [r]`` zero: one scale for each direction of the outer pair."""
 
     def __init__(self, r: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The arithmetic that all adapters share, as plain functions on tensors."""
+"""Functions on tensors that several kinds of adapters use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Contract = Callable[[Tensor, Tensor], Tensor]
-"""``(x, A [k, d_in]) -> p [..., k]``: applies a down-projection and leaves its channels last."""
+"""``(x, A [k, d_in]) -> p [..., k]``: applies a down-projection, with channels last."""
 
 
 def contract_linear(x: Tensor, down: Tensor) -> Tensor:
@@ -30,15 +30,15 @@ def contract_conv(
 ) -> Tensor:
     """``p = conv(x, A)`` for ``x [n, c, h, w]`` and ``A [k, c * kh * kw]``, returned as ``[n, h', w', k]``.
 
-    A convolution is a linear map of unfolded patches, so a low-rank pair of its unfolded weight is a small
-    convolution followed by a 1x1 one.
+    A convolution is a linear map of unfolded patches, so a low-rank pair of its unfolded weight is a convolution with
+    ``k`` output channels followed by a 1x1 convolution.
     """
     weight = down.to(x.dtype).view(down.shape[0], x.shape[1], *kernel_size)
     return F.conv2d(x, weight, stride=stride, padding=padding, dilation=dilation).movedim(1, -1)
 
 
 def collapse(factors: Sequence[Tensor]) -> Tensor:
-    """The product of a chain's factors, the first applied first: ``[A_out, A_in] -> A_in A_out``."""
+    """The product of factors in the order in which they are applied: ``[A_out, A_in] -> A_in A_out``."""
     dtype = functools.reduce(torch.promote_types, (factor.dtype for factor in factors))
     product = factors[0].to(dtype)
     for factor in factors[1:]:
@@ -47,22 +47,22 @@ def collapse(factors: Sequence[Tensor]) -> Tensor:
 
 
 def product_svd(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``U [d_out, n]``, ``S [n]``, ``V [d_in, n]`` of ``B A = U diag(S) V^T`` without forming it, ``n <= k``.
+    """``U [d_out, n]``, ``S [n]``, ``V [d_in, n]`` of ``B A = U diag(S) V^T``, ``n <= k``, without the dense product.
 
     With ``B = Q_B R_B`` and ``A^T = Q_A R_A`` the singular values of ``B A`` are those of the small ``R_B R_A^T``.
     """
-    up_basis, up_rest = torch.linalg.qr(up)
-    down_basis, down_rest = torch.linalg.qr(down.T)
-    u, s, vt = torch.linalg.svd(up_rest @ down_rest.T, full_matrices=False)
-    return up_basis @ u, s, down_basis @ vt.T
+    up_q, up_r = torch.linalg.qr(up)
+    down_q, down_r = torch.linalg.qr(down.T)
+    u, s, vt = torch.linalg.svd(up_r @ down_r.T, full_matrices=False)
+    return up_q @ u, s, down_q @ vt.T
 
 
 def routed_delta(p: Tensor, gates: Tensor, up: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
     """``sum_i g_i * diag(b_i) B diag(a_i) p``, the mixture of ranks (MoR, arXiv 2410.13408) without its scale.
 
     Shapes: ``p [..., r]``, ``gates [..., N]``, ``B [d_out, r]``, ``a [N, r]`` (inner), ``b [N, d_out]`` (outer).
-    One product of gated ``[..., N r]`` rows with ``[diag(b_1) B, ..., diag(b_N) B]``: per token autograd keeps ``N r``
-    numbers for it, where a sum of lifted rows would have it keep ``N d_out``.
+    Computed as one product of gated rows ``[..., N r]`` with ``[diag(b_1) B, ..., diag(b_N) B]``: autograd saves
+    ``N r`` values per token; a sum over the experts' outputs would save ``N d_out``.
     """
     gated = gates.unsqueeze(-1) * p.unsqueeze(-2) * inner.to(p.dtype)
     lift = outer.T.unsqueeze(-1) * up.unsqueeze(1)
@@ -70,22 +70,22 @@ def routed_delta(p: Tensor, gates: Tensor, up: Tensor, inner: Tensor, outer: Ten
 
 
 def router_gates(logits: Tensor) -> Tensor:
-    """Dense softmax gates over the experts, formed at least in fp32."""
+    """Softmax gates over all experts, computed at least in fp32."""
     return torch.softmax(at_least_single(logits), dim=-1).to(logits.dtype)
 
 
 def at_least_single(value: Tensor) -> Tensor:
-    """fp8, fp16 and bf16 numbers as fp32, fp64 ones as they are."""
+    """The tensor in fp32, or unchanged if it is fp64."""
     return value if value.dtype == torch.float64 else value.float()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Switches off a caller's autocast, for sums of which half precision would leave two digits."""
-    if device.type == "meta":  # which knows no autocast
+    """Disable a caller's autocast, for sums that need more than the precision of fp16 or bf16."""
+    if device.type == "meta":  # no autocast there
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def rowwise(p: Tensor, matrices: Tensor) -> Tensor:
-    """Each row of a batch times a matrix of its own: ``p [n, ..., k]``, ``M [n, k, m]`` -> ``[n, ..., m]``."""
+    """Multiply each row of a batch by its own matrix: ``p [n, ..., k]``, ``M [n, k, m]`` -> ``[n, ..., m]``."""
     return torch.bmm(p.flatten(1, -2) if p.ndim > 2 else p.unsqueeze(1), matrices).view(*p.shape[:-1], -1)

@@ -1,4 +1,4 @@
-"""Mixtures: deltas whose experts are weighed by a learned gate, per token or per row of the batch."""
+"""Mixtures: deltas whose experts are weighted by a learned gate, per token or per row of the batch."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from . import functional
 
 @dataclass
 class RouterInputs:
-    """What the gates of one model may depend on beside the token, while its forward pass runs.
+    """The inputs of the gates of one model beside the token, during a forward pass.
 
-    ``vectors``: ``prompt [rows, d]`` and ``timestep [rows, d]``; empty outside of a forward pass. Whoever knows the
-    model fills it in (``nora_diffusion.pipelines.router_inputs``); the deltas of that model share it.
+    ``vectors``: ``prompt [rows, d]`` and ``timestep [rows, d]``; empty outside of a forward pass. All deltas of
+    the model share it; hooks on the model set it (``nora_diffusion.pipelines.router_inputs``).
     """
 
     vectors: dict[str, Tensor] = field(default_factory=dict)
     was_read: bool = False
-    _parts: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _inputs: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def open(self, vectors: dict[str, Tensor]) -> None:
-        """Start a forward pass (or, without vectors, end it)."""
-        self.vectors, self._parts = dict(vectors), {}
+        """Start a forward pass, or end it (no vectors)."""
+        self.vectors, self._inputs = dict(vectors), {}
 
     def rows(self, router: str) -> Tensor:
-        """What a router of this kind sees of each row of the batch, ``[rows, d]``.
+        """The input of a router for each row of the batch, ``[rows, d]``.
 
-        Equal rows are not made one: to find them an accelerator would have to be waited for, which costs more than
-        forming what depends on the gate for each row. Raises :class:`UserError` outside of a forward pass.
+        Equal rows are not deduplicated: finding them would synchronize with the accelerator, which costs more than
+        computing each row. Raises :class:`UserError` outside of a forward pass.
         """
         self.was_read = True
-        if router not in self._parts:
+        if router not in self._inputs:
             missing = [name for name in router.split("+") if name not in self.vectors]
             if missing:
                 raise UserError(
                     f"a layer with the {router!r} router ran where no {missing[0]} is known: call the whole unet or "
                     "transformer, and target only layers that run after its time embedding"
                 )
-            parts = [functional.at_least_single(self.vectors[name]) for name in router.split("+")]
-            self._parts[router] = torch.cat(parts, dim=-1)
-        return self._parts[router]
+            vectors = [functional.at_least_single(self.vectors[name]) for name in router.split("+")]
+            self._inputs[router] = torch.cat(vectors, dim=-1)
+        return self._inputs[router]
 
 
 class SharedExperts(nn.Module):
-    """Experts ``diag(b_i) B diag(a_i) A`` that share their factors (MoR, arXiv 2410.13408).
+    """Experts ``diag(b_i) B diag(a_i) A`` with shared factors ``A`` and ``B`` (MoR, arXiv 2410.13408).
 
     ``A [r, d_in]``, ``B [d_out, r]``, ``a [N, r]``, ``b [N, d_out]``; all trained.
     """
@@ -58,22 +58,22 @@ class SharedExperts(nn.Module):
         super().__init__()
         self.A = nn.Parameter(down)
         self.B = nn.Parameter(torch.zeros_like(up))
-        # Ones plus noise: with equal scalings all experts would get equal gradients and never part ways.
+        # Ones plus noise: with equal scalings all experts would get equal gradients and stay equal.
         self.a = nn.Parameter(1 + 0.1 * torch.randn(num_experts, down.shape[0]))
         self.b = nn.Parameter(1 + 0.1 * torch.randn(num_experts, up.shape[0]))
 
     def mix(self, p: Tensor, gates: Tensor) -> Tensor:
-        """``sum_i g_i diag(b_i) B diag(a_i) p`` for ``p [..., r]`` and one gate ``[..., N]`` a token."""
+        """``sum_i g_i diag(b_i) B diag(a_i) p`` for ``p [..., r]`` and one gate ``[..., N]`` per token."""
         return functional.routed_delta(p, gates, self.B, self.a, self.b)
 
     def up_for(self, gates: Tensor) -> Tensor:
-        """The up-projection that a gate makes of the experts: ``(sum_i g_i b_i a_i^T) o B``, ``[u, d_out, r]``."""
+        """The up-projection for each gate ``[u, N]``: ``(sum_i g_i b_i a_i^T) o B``, ``[u, d_out, r]``."""
         outer = gates.to(self.b.dtype).unsqueeze(-1) * self.b
         return outer.transpose(1, 2) @ self.a * self.B
 
 
 class IndependentExperts(nn.Module):
-    """Experts ``B_i A_i`` with factors of their own (MoE-LoRA): ``A [N r, d_in]``, ``B [d_out, N r]`` hold them all."""
+    """Experts ``B_i A_i`` with separate factors (MoE-LoRA), stacked in ``A [N r, d_in]`` and ``B [d_out, N r]``."""
 
     def __init__(self, down: Tensor, up: Tensor, num_experts: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class IndependentExperts(nn.Module):
         self.B = nn.Parameter(torch.zeros_like(up))
 
     def mix(self, p: Tensor, gates: Tensor) -> Tensor:
-        """``sum_i g_i B_i p_i`` for ``p [..., N r]`` and one gate ``[..., N]`` a token."""
+        """``sum_i g_i B_i p_i`` for ``p [..., N r]`` and one gate ``[..., N]`` per token."""
         return F.linear(p * gates.repeat_interleave(self.r, dim=-1), self.B.to(p.dtype))
 
     def up_for(self, gates: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class ProjectedExperts(nn.Module):
         self.B = nn.Parameter(up.new_zeros(up.shape[0], num_experts * inner_r))
 
     def mix(self, p: Tensor, gates: Tensor) -> Tensor:
-        """``sum_i g_i B_i P_i p`` for ``p [..., r]`` and one gate ``[..., N]`` a token."""
+        """``sum_i g_i B_i P_i p`` for ``p [..., r]`` and one gate ``[..., N]`` per token."""
         inner = F.linear(p, self.P.flatten(0, 1).to(p.dtype))
         return F.linear(inner * gates.repeat_interleave(self.P.shape[1], dim=-1), self.B.to(p.dtype))
 
@@ -121,9 +121,9 @@ Experts = SharedExperts | IndependentExperts | ProjectedExperts
 class RoutedDelta(nn.Module):
     """``dy = sum_i g_i E_i x`` with ``g = softmax(W_g c)`` over the experts ``E_i``, ``W_g [N, d_c]`` trained.
 
-    The ``token`` router looks at ``c = x``. Any other looks at a condition that is one vector a row of the batch
-    (:class:`RouterInputs`): the experts of a row then make one low-rank pair, and routing costs nothing per token.
-    The gate varies, so there is no one ``dW``: such a delta cannot be merged and stays live.
+    The input of a ``token`` router is ``c = x``. The input of any other is one vector per row of the batch
+    (:class:`RouterInputs`): the experts of a row collapse to one low-rank pair, and routing costs nothing per token.
+    The gate varies, so there is no single ``dW``: such a delta cannot be merged and stays live.
     """
 
     mergeable = False
@@ -138,7 +138,7 @@ class RoutedDelta(nn.Module):
 
     @property
     def conditioned(self) -> bool:
-        """Whether the gate is one for each row of the batch."""
+        """Whether there is one gate per row of the batch, not per token."""
         return self.router != "token"
 
     def forward(self, x: Tensor, contract: functional.Contract) -> Tensor:
@@ -146,11 +146,11 @@ class RoutedDelta(nn.Module):
         return self.from_skinny(contract(x, self.skinny_weight()))
 
     def skinny_weight(self) -> Tensor:
-        """``A [k, d_in]``, with a token router ``[A; W_g] [k + N, d_in]``."""
+        """``A [k, d_in]``; with a token router ``[A; W_g] [k + N, d_in]``."""
         return self.experts.A if self.conditioned else torch.cat([self.experts.A, self.W_g])
 
     def from_skinny(self, p: Tensor, rows: Tensor | None = None) -> Tensor:
-        """``dy`` from ``p = x S^T``; ``rows``: which rows of the running batch ``p`` holds, if not all."""
+        """``dy [..., d_out]`` from ``p = x S^T``; ``rows``: indices in the batch of the rows of ``p``, if not all."""
         k = self.experts.A.shape[0]
         if not self.conditioned:
             return self.experts.mix(self.dropout(p[..., :k]), functional.router_gates(p[..., k:]))
@@ -163,34 +163,34 @@ class RoutedDelta(nn.Module):
         return F.linear(p, ups[0]) if len(ups) == 1 else functional.rowwise(p, ups.transpose(1, 2))
 
     def _common_gate(self, gates: Tensor, rows: int) -> Tensor:
-        """The one gate ``[1, N]`` of a batch whose rows the model has rearranged (frames, say), if all have the same.
+        """The gate ``[1, N]`` that all rows share, for a batch whose rows the model has rearranged (frames, say).
 
-        Raises :class:`UserError` if they have not.
+        Raises :class:`UserError` if their gates differ.
         """
         if not torch.equal(gates, gates[:1].expand_as(gates)):
             raise UserError(
-                f"a layer with the {self.router!r} router got {rows} rows in a batch of {len(gates)}: "
-                "it cannot tell which row is whose; leave this layer out"
+                f"a layer with the {self.router!r} router got {rows} rows in a batch of {len(gates)}, and cannot tell "
+                "which gate belongs to which row: do not target this layer"
             )
         return gates[:1]
 
     def row_gates(self) -> Tensor:
-        """The gates ``[rows, N]`` of the running batch, at least in fp32."""
+        """The gates ``[rows, N]`` of the current batch, at least in fp32."""
         if self.router_inputs is None:
             raise UserError(f"the {self.router!r} router is not connected to its model: use nora_diffusion.add_adapter")
         vectors = self.router_inputs.rows(self.router)
         return functional.router_gates(F.linear(vectors, self.W_g.to(vectors.dtype)))
 
     def gates(self, x: Tensor, contract: functional.Contract) -> Tensor:
-        """The gates of an input: ``[..., N]``, one a token, or ``[rows, N]``; at least in fp32."""
+        """The gates of an input, at least in fp32: ``[..., N]`` by token, or ``[rows, N]``."""
         if not self.conditioned:
             return functional.router_gates(functional.at_least_single(contract(x, self.W_g)))
         return self.row_gates()
 
     def pair(self, gate: Tensor) -> tuple[Tensor, Tensor]:
-        """The plain pair ``(A [k, d_in], B [d_out, k])`` of the same experts under one fixed gate ``[N]``."""
+        """The LoRA pair ``(A [k, d_in], B [d_out, k])`` of the experts under one fixed gate ``[N]``."""
         return self.experts.A, self.experts.up_for(gate.unsqueeze(0))[0]
 
     def delta_weight(self) -> Tensor:
-        """There is none: raises ``ValueError``."""
+        """Raises ``ValueError``: there is no single ``dW``."""
         raise ValueError("a routed mixture has no single dW: it cannot be merged or exported exactly")

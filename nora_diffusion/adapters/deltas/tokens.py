@@ -1,8 +1,8 @@
-"""New words of a text encoder: learned rows beside its frozen table of embeddings."""
+"""New tokens of a text encoder: learned vectors beside its frozen embedding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 
 class LearnedEmbedding(nn.Embedding):
-    """A frozen embedding and the vectors ``[n, width]`` of new words, which have the ids that ``number`` gives them.
+    """A frozen embedding with the vectors ``[n, width]`` of new words, whose ids :meth:`set_first_ids` sets.
 
-    ``E(id) = vectors[id - first]`` where a word has ``first <= id < first + n``, else ``weight[id]``. The frozen weight
-    is the same Parameter as that of ``plain``, which takes its place again when the last word is gone.
+    ``E(id) = vectors[id - first]`` if a word has ``first <= id < first + n``, else ``weight[id]``. The frozen weight
+    is the Parameter of ``plain``, which replaces this module when the last word is removed.
     """
 
     before: Any = None
-    """What whoever put this into a model has to put back beside ``plain``."""
+    """State of the pipeline to restore together with ``plain``; set and read by the loader."""
 
     def __init__(self, plain: nn.Embedding) -> None:
         super().__init__(
@@ -26,7 +26,7 @@ class LearnedEmbedding(nn.Embedding):
             plain.scale_grad_by_freq, plain.sparse, _weight=plain.weight.detach(),
         )  # fmt: skip
         self.weight = plain.weight
-        self._plain = (plain,)  # in a tuple, so that it is no submodule
+        self._plain = (plain,)  # in a tuple, so that it does not become a submodule
         self.nora_tokens = nn.ModuleDict()
         self._words: dict[str, list[str]] = {}
         self._first: dict[str, int] = {}
@@ -34,44 +34,43 @@ class LearnedEmbedding(nn.Embedding):
 
     @property
     def plain(self) -> nn.Embedding:
-        """The embedding without new words."""
+        """The original embedding."""
         return self._plain[0]
 
-    def put(self, adapter: str, vectors: Mapping[str, Tensor]) -> None:
-        """Add the words of an adapter; :meth:`number` must follow."""
+    def add(self, adapter: str, vectors: Mapping[str, Tensor]) -> None:
+        """Add the words of an adapter; call :meth:`set_first_ids` next."""
         device = self.weight.device
         self.nora_tokens[adapter] = nn.ParameterList(
             nn.Parameter(value.detach().clone().to(device), requires_grad=False) for value in vectors.values()
         )
         self._words[adapter] = list(vectors)
 
-    def take(self, adapter: str) -> None:
-        """Remove the words of an adapter; :meth:`number` must follow."""
+    def remove(self, adapter: str) -> None:
+        """Remove the words of an adapter; call :meth:`set_first_ids` next."""
         del self.nora_tokens[adapter], self._words[adapter]
 
-    def number(self, first: Mapping[str, int]) -> None:
-        """Set the first id of each word."""
+    def set_first_ids(self, first: Mapping[str, int]) -> None:
+        """Set the token id of each word's first vector; its other vectors have the next ids."""
         self._first = dict(first)
 
     @property
     def adapters(self) -> Sequence[str]:
-        """The adapters that have words here."""
+        """The adapters that have words in this embedding."""
         return list(self._words)
 
-    def of(self, adapter: str) -> dict[str, nn.Parameter]:
-        """The vectors of an adapter's words."""
-        return dict(zip(self._words.get(adapter, ()), self._vectors(adapter), strict=True))
-
-    def _vectors(self, adapter: str) -> Iterator[nn.Parameter]:
-        return self.nora_tokens[adapter].parameters() if adapter in self.nora_tokens else iter(())
+    def vectors(self, adapter: str) -> dict[str, nn.Parameter]:
+        """The vectors ``[n, width]`` of an adapter's words, by word."""
+        if adapter not in self.nora_tokens:
+            return {}
+        return dict(zip(self._words[adapter], self.nora_tokens[adapter].parameters(), strict=True))
 
     def forward(self, input: Tensor) -> Tensor:
         """Embeddings ``[..., width]`` of ids, in the frozen weight's dtype."""
         out = super().forward(torch.where(input < self.num_embeddings, input, 0))
         for adapter in self._words:
-            for word, vectors in self.of(adapter).items():
-                place = input - self._first[word]
-                mine = (place >= 0) & (place < len(vectors))
-                own = F.embedding(place.clamp(0, len(vectors) - 1), vectors).to(out.dtype)
-                out = torch.where(mine[..., None], own, out)
+            for word, vectors in self.vectors(adapter).items():
+                index = input - self._first[word]
+                is_word = (index >= 0) & (index < len(vectors))
+                learned = F.embedding(index.clamp(0, len(vectors) - 1), vectors).to(out.dtype)
+                out = torch.where(is_word[..., None], learned, out)
         return out
