@@ -85,7 +85,7 @@ def picture(work: Path, target: Path) -> list[str]:
         for example in examples:
             prompts = [scene.format(example.phrase) for scene in SCENES]
             images = sample_images(pipe, prompts, list(range(len(prompts))), Sampling.for_base(None))
-            scores.append(subject_score(judge, images, example.scoring_pictures()))
+            scores.append(subject_score(judge, images, example.heldout_images()))
             cells += [(image, title.replace("_", " ")) for image in images[:2]]
         columns.append(cells)
         error = f"{report.rank} | {report.error:.1%}" if report else " | "

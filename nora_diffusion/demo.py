@@ -50,10 +50,10 @@ class Example:
         """Prompt templates with ``{}`` for the subject, in scenes that no training picture has."""
         return [str(p) for p in self.values["demo_prompts"]]
 
-    def pictures(self) -> list[Image.Image]:
+    def images(self) -> list[Image.Image]:
         return [load_image(f) for f in sorted(self.folder.glob("*.png"))]
 
-    def scoring_pictures(self) -> list[Image.Image]:
+    def heldout_images(self) -> list[Image.Image]:
         return [load_image(self.folder / name) for name in self.values["heldout"]]
 
 
@@ -134,7 +134,7 @@ def _generate(example: Example, folder: Path) -> tuple[list[Image.Image], list[I
 
 
 def _grid(example: Example, base: list[Image.Image], nora: list[Image.Image]) -> Image.Image:
-    training = [(image, f"training picture {i + 1}") for i, image in enumerate(example.pictures())]
+    training = [(image, f"training picture {i + 1}") for i, image in enumerate(example.images())]
     labels = [p.format(example.phrase) for p in example.prompts]
     return contact_sheet(
         [training, list(zip(base, labels, strict=True)), list(zip(nora, labels, strict=True))],
@@ -148,7 +148,7 @@ def _scores(example: Example, base: list[Image.Image], nora: list[Image.Image]) 
     from .scoring.judges import load_judge, prompt_score, subject_score
 
     judge = load_judge()
-    references = example.scoring_pictures()
+    references = example.heldout_images()
     prompts = [p.format(f"a {example.class_word}") for p in example.prompts]
     return {
         name: {

@@ -37,7 +37,7 @@ def test_examples_are_complete() -> None:
     assert len(slugs) >= 16 and demo.SUBJECT in slugs
     for slug in slugs:
         example = demo.open_example(slug)
-        assert len(example.pictures()) == 6 and example.scoring_pictures()
+        assert len(example.images()) == 6 and example.heldout_images()
         assert len(example.prompts) == 6 and all("{}" in prompt for prompt in example.prompts)
         assert example.class_word in example.phrase
 
@@ -50,7 +50,7 @@ def test_the_wheel_has_one_subject_and_says_so(
     shutil.copytree(demo.EXAMPLES / demo.SUBJECT, package / "examples/subjects" / demo.SUBJECT)
     (tmp_path / "site-packages/examples/subjects/other").mkdir(parents=True)
     monkeypatch.setattr(demo, "EXAMPLES", demo.find_examples(package))
-    assert demo.example_names() == [demo.SUBJECT] and len(demo.open_example(demo.SUBJECT).pictures()) == 6
+    assert demo.example_names() == [demo.SUBJECT] and len(demo.open_example(demo.SUBJECT).images()) == 6
     assert main(["demo", "--subject", "tiger"]) == 2
     said = capsys.readouterr().err
     assert f"choose one of {demo.SUBJECT}" in said and "source repository has more" in said

@@ -33,7 +33,7 @@ class CaptionVariants:
         return chosen
 
 
-def orders(caption: str, count: int, keep: int, source: torch.Generator) -> list[str]:
+def tag_orders(caption: str, count: int, keep: int, source: torch.Generator) -> list[str]:
     """Up to ``count`` different orders of the comma-separated tags of ``caption``; the first ``keep`` tags stay put.
 
     They are drawn once and not at each step, so that their embeddings can be computed beforehand.

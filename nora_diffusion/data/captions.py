@@ -118,28 +118,28 @@ def guess_class_word(prompt: str, trigger: str | None) -> str | None:
     words = _words(prompt)
     if trigger is None or trigger not in words:
         return None
-    following = _words(re.split(as_word(trigger), prompt, maxsplit=1)[-1].split(",")[0])
+    following = _words(re.split(word_pattern(trigger), prompt, maxsplit=1)[-1].split(",")[0])
     stop = next((i for i, word in enumerate(following) if word.lower() in FILLERS), len(following))
     return " ".join(following[:stop]) or None
 
 
-def as_word(word: str) -> str:
+def word_pattern(word: str) -> str:
     """The pattern of ``word`` where it is no part of a longer one."""
     return rf"(?<!\w){re.escape(word)}(?!\w)"
 
 
-def says(prompt: str, word: str) -> bool:
+def has_word(prompt: str, word: str) -> bool:
     """Whether ``word`` stands in ``prompt``, as a word and in any case."""
-    return re.search(as_word(word), prompt, re.IGNORECASE) is not None
+    return re.search(word_pattern(word), prompt, re.IGNORECASE) is not None
 
 
 def with_trigger(caption: str, trigger: str | None, class_word: str | None) -> str:
     """The caption with the trigger in it: before the class word where that stands, else in front."""
-    if not trigger or re.search(as_word(trigger), caption):
+    if not trigger or re.search(word_pattern(trigger), caption):
         return caption
     if class_word:
-        if says(caption, class_word):
-            named = re.compile(as_word(class_word), re.IGNORECASE)
+        if has_word(caption, class_word):
+            named = re.compile(word_pattern(class_word), re.IGNORECASE)
             return named.sub(lambda found: f"{trigger} {found[0]}", caption, count=1)
         return f"{trigger} {class_word}, {caption}"
     return f"{trigger}, {caption}"
@@ -158,7 +158,7 @@ def with_article(words: str) -> str:
 
 def without_trigger(prompt: str, trigger: str | None) -> str:
     """The prompt as judges, who do not know the trigger, get it."""
-    return re.sub(as_word(trigger) + r"\s*", "", prompt) if trigger else prompt
+    return re.sub(word_pattern(trigger) + r"\s*", "", prompt) if trigger else prompt
 
 
 def _words(text: str) -> list[str]:

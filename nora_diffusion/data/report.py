@@ -15,7 +15,7 @@ from PIL import Image
 from ..io.files import write_atomic
 from ..reports.webpage import ImageTag, data_uri, heading, page, paragraph, table
 from .images import Reject, SourceImage
-from .similarity import Twins, dhash
+from .similarity import Duplicate, dhash
 from .transforms import View
 
 HTML_NAME, JSON_NAME = "data_report.html", "data_report.json"
@@ -50,7 +50,7 @@ def write_report(
     folder: Path,
     rows: Sequence[Row],
     rejects: Sequence[Reject],
-    twins: Sequence[Twins],
+    twins: Sequence[Duplicate],
     held_out: Sequence[SourceImage] = (),
 ) -> Path:
     """Write ``data_report.json`` and ``data_report.html`` (which holds its thumbnails); returns the page's path.
@@ -63,7 +63,7 @@ def write_report(
 
 
 def as_json(
-    rows: Sequence[Row], rejects: Sequence[Reject], twins: Sequence[Twins], held_out: Sequence[SourceImage] = ()
+    rows: Sequence[Row], rejects: Sequence[Reject], twins: Sequence[Duplicate], held_out: Sequence[SourceImage] = ()
 ) -> dict[str, Any]:
     """The report for programs."""
     return {
@@ -94,7 +94,7 @@ def _photo_json(row: Row) -> dict[str, Any]:
 
 
 def as_html(
-    rows: Sequence[Row], rejects: Sequence[Reject], twins: Sequence[Twins], held_out: Sequence[SourceImage] = ()
+    rows: Sequence[Row], rejects: Sequence[Reject], twins: Sequence[Duplicate], held_out: Sequence[SourceImage] = ()
 ) -> str:
     """The report for people: one page without script or network."""
     count = sum(len(row.views) for row in rows)
@@ -117,7 +117,7 @@ def as_html(
 
 def _cells(row: Row) -> tuple[str, ...]:
     size = "{} × {}".format(*row.photo.image.size)
-    pictures = "".join(thumbnail(view.picture(row.photo.image), row.photo.path.name) for view in row.views)
+    pictures = "".join(thumbnail(view.apply(row.photo.image), row.photo.path.name) for view in row.views)
     shown = ImageTag(f'<div style="display:flex;flex-wrap:wrap;gap:.3rem">{pictures}</div>')
     return row.photo.path.name, size, shown, row.caption, "; ".join(row.all_remarks())
 

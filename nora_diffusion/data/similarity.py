@@ -16,7 +16,7 @@ THUMB = 16
 
 
 @dataclass(frozen=True)
-class Twins:
+class Duplicate:
     """Two photos that show the same; ``distance`` counts the bits in which their hashes differ (0 to 64)."""
 
     first: SourceImage
@@ -39,7 +39,7 @@ def dhash(image: Image.Image) -> int:
     return int(np.packbits(bits).view(">u8")[0])
 
 
-def find_twins(photos: Sequence[SourceImage]) -> list[Twins]:
+def find_duplicates(photos: Sequence[SourceImage]) -> list[Duplicate]:
     """Every pair of photos that is one picture.
 
     Hashes at most ``MAX_DISTANCE`` bits apart are taken for one picture only if the thumbnails agree too, up to
@@ -54,7 +54,7 @@ def find_twins(photos: Sequence[SourceImage]) -> list[Twins]:
             distance = (hashes[i] ^ hashes[j]).bit_count()
             same = first.sha256 == second.sha256
             if same or (distance <= MAX_DISTANCE and np.abs(thumbs[i] - thumbs[j]).mean() <= MAX_DIFFERENCE):
-                found.append(Twins(first, second, distance, same))
+                found.append(Duplicate(first, second, distance, same))
     return found
 
 

@@ -25,14 +25,14 @@ class View:
     mirrored: bool = False
     resample: int = Image.Resampling.LANCZOS
 
-    def picture(self, image: Image.Image) -> Image.Image:
+    def apply(self, image: Image.Image) -> Image.Image:
         """The view of a photo."""
         resized = image.resize(self.shape, Image.Resampling(self.resample), box=self.box)
         return ImageOps.mirror(resized) if self.mirrored else resized
 
     def pixels(self, image: Image.Image) -> np.ndarray[Any, Any]:
         """The view as ``[3, height, width]`` float32 in [-1, 1]."""
-        return np.asarray(self.picture(image), dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0
+        return np.asarray(self.apply(image), dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0
 
     def region(self, mask: Image.Image, shape: Shape) -> np.ndarray[Any, Any]:
         """The share of white in each cell of the view, as ``[height, width]`` float32 of ``shape`` in [0, 1]."""

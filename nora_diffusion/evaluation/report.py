@@ -78,7 +78,7 @@ def _images(board: Scoreboard, subject: str) -> str:
     rows = {label: [row for row in board.of(label) if row.subject == subject][:MAX_PROMPTS] for label in board.labels}
     header = ["", *(row.prompt for row in rows[board.labels[0]])]
     body = [
-        [label, *(webpage.picture(load_image(row.files[0]), f"{label}: {row.prompt}") for row in found)]
+        [label, *(webpage.image_tag(load_image(row.files[0]), f"{label}: {row.prompt}") for row in found)]
         for label, found in rows.items()
     ]
     return webpage.table(header, body, "The first seed of the first prompts.")

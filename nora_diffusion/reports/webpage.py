@@ -57,7 +57,7 @@ def paragraph(text: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", chosen: int | None = None) -> str:
-    """A table with cells of plain text or :func:`picture`; the first column is the header, row ``chosen`` is bold."""
+    """A table with cells of plain text or :func:`image_tag`; the first column is the header, row ``chosen`` is bold."""
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
     marks = [' class="chosen"' if number == chosen else "" for number in range(len(rows))]
     body = "".join(
@@ -81,7 +81,7 @@ class ImageTag(str):
     """The HTML of an image, which is not escaped again."""
 
 
-def picture(image: Image.Image, alt: str, side: int = 128) -> ImageTag:
+def image_tag(image: Image.Image, alt: str, side: int = 128) -> ImageTag:
     """An ``img`` element of ``side`` pixels with the data in it: a PNG if the image is that small, else a JPEG."""
     small = max(image.size) <= side
     source = data_uri(image.convert("RGB"), "PNG") if small else data_uri(enlarge(image, side), "JPEG")

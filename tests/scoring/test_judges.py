@@ -74,8 +74,8 @@ def test_the_shipped_judge_distinguishes_subjects() -> None:
 
     judge = load_judge()
     examples = [open_example(slug) for slug in ("cyclops-purple", "panda", "tractor", "tiger")]
-    training = [e.pictures() for e in examples]
-    heldout = [e.scoring_pictures() for e in examples]
+    training = [e.images() for e in examples]
+    heldout = [e.heldout_images() for e in examples]
     scores = torch.tensor([[subject_score(judge, a, b) for b in heldout] for a in training])
     same, other = scores.diagonal().mean(), (scores.sum() - scores.trace()) / 12
     assert same > other + 0.05, scores

@@ -52,7 +52,7 @@ def test_subjects_that_differ_widen_the_interval() -> None:
 
 def test_a_page_is_self_contained_and_escapes_text() -> None:
     evil = '"><script>alert(1)</script>'
-    picture = webpage.picture(Image.new("RGB", (300, 200), "red"), evil)
+    picture = webpage.image_tag(Image.new("RGB", (300, 200), "red"), evil)
     parts = [webpage.heading(evil), webpage.paragraph(evil), webpage.table([evil, evil], [[evil, picture]], evil, 0)]
     text = webpage.page(evil, parts)
     found: list[tuple[str, dict[str, str | None]]] = []

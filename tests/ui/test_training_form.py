@@ -93,7 +93,7 @@ def test_what_is_shown_is_what_the_trainer_makes(engine: Engine, tmp_path: Path)
     found = check_photos(photos, engine, settings)
     assert len(found[0].pictures) == 8  # four crops, mirrored too
     for photo, own, shown in zip(read, views, found, strict=True):
-        assert [p.tobytes() for p in shown.pictures] == [view.picture(photo.image).tobytes() for view in own]
+        assert [p.tobytes() for p in shown.pictures] == [view.apply(photo.image).tobytes() for view in own]
     with Image.open(photos[0]) as opened:
         opened.point(lambda value: min(255, value + 3)).save(tmp_path / "lighter.png")
     again = check_photos([*photos, tmp_path / "lighter.png", photos[0]], engine, settings)

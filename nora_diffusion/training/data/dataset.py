@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...data.caption_variants import CaptionVariants, orders
+from ...data.caption_variants import CaptionVariants, tag_orders
 from ...data.images import SourceImage
 from ...data.masks import subject_box
 from ...data.report import Row, write_report
-from ...data.similarity import find_twins
+from ...data.similarity import find_duplicates
 from ...data.transforms import Transform, View, bucket_shapes
 from ..settings.config import TrainConfig
 from ..step.randomness import derive, generator
@@ -61,7 +61,7 @@ def caption_variants(config: TrainConfig, captions: Sequence[str]) -> CaptionVar
         return CaptionVariants([[caption] for caption in captions], config.caption_dropout)
     sources = [generator(config.seed or 0, "tags", caption) for caption in captions]
     texts = [
-        orders(caption, config.shuffle_tags, config.keep_tokens, source)
+        tag_orders(caption, config.shuffle_tags, config.keep_tokens, source)
         for caption, source in zip(captions, sources, strict=True)
     ]
     return CaptionVariants(texts, config.caption_dropout)
@@ -75,7 +75,7 @@ def report_data(folder: Path, subject: Subject, views: Sequence[Sequence[View]])
     small = [f"{row.photo.path.name} ({row.enlargement:.1f} times)" for row in rows if row.enlargement > 1.05]
     if small:
         log.warning("%s: smaller than the resolution, so enlarged", ", ".join(small[:5]))
-    twins = find_twins(subject.photos)
+    twins = find_duplicates(subject.photos)
     for pair in twins[:5]:
         log.warning("%s: it counts twice", pair)
     return write_report(folder, rows, subject.rejects, twins, subject.held_out)

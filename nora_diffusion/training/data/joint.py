@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ...data.captions import says
+from ...data.captions import has_word
 from ...errors import UserError
 from ..settings.config import TrainConfig
 from ..settings.listing import read_subjects
@@ -50,7 +50,7 @@ def _check_triggers(members: Sequence[Subject]) -> None:
         if member.trigger is None:
             raise UserError(f"{member.name} has no trigger to tell it apart by: give it one, as trigger: sks")
         for other in members:
-            if other is not member and other.trigger and any(says(text, other.trigger) for text in member.captions):
+            if other is not member and other.trigger and any(has_word(text, other.trigger) for text in member.captions):
                 raise UserError(
                     f"{member.name} is called by {other.trigger!r}, the trigger of {other.name}: they are told apart "
                     "by their triggers, give each its own"

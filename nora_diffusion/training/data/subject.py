@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...data import Reject, SourceImage, read_images, survey
-from ...data.captions import guess_class_word, guess_trigger, read_captions, says, with_article, with_trigger
+from ...data.captions import guess_class_word, guess_trigger, has_word, read_captions, with_article, with_trigger
 from ...data.colors import color
 from ...data.masks import mask_hash, with_masks
 from ...errors import UserError
@@ -54,7 +54,7 @@ def calling_prompt(config: TrainConfig, subject: Subject) -> str:
     """What calls the subject: the instance prompt, unless captions took its place and name another class."""
     trigger, kind = subject.trigger, subject.class_word
     asked = with_trigger(config.instance_prompt or "", trigger, kind)
-    if config.instance_prompt and (asked in subject.captions or (kind and says(asked, kind))):
+    if config.instance_prompt and (asked in subject.captions or (kind and has_word(asked, kind))):
         return asked
     if trigger and kind and not subject.members:
         return with_article(f"{trigger} {kind}")

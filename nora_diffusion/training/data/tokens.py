@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...data.captions import as_word
+from ...data.captions import word_pattern
 from ...errors import UserError
 from ...loaders.tokens import add_tokens, check_words, start_vectors
 from ...pipelines.components import component
@@ -43,7 +43,7 @@ def new_tokens_of(config: TrainConfig, trigger: str | None, class_word: str | No
 def check_new_tokens(config: TrainConfig, pipe: Any, words: Sequence[str], captions: Sequence[str]) -> None:
     """Raise :class:`UserError` for a token that no caption has, or that the pipeline cannot take."""
     for word in words:
-        if not any(re.search(as_word(word), caption) for caption in captions):
+        if not any(re.search(word_pattern(word), caption) for caption in captions):
             raise UserError(f"no caption has the new token {word!r}, so it would learn nothing: put it into the prompt")
     count = config.num_new_tokens_per_abstraction
     check_words(pipe, {word: dict.fromkeys(TRAINED_ENCODERS[family_of(pipe)], (count,)) for word in words})

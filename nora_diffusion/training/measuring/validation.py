@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 from ...data import SourceImage, read_images
-from ...data.captions import fill, says, with_article, without_trigger
-from ...data.similarity import find_twins
+from ...data.captions import fill, has_word, with_article, without_trigger
+from ...data.similarity import find_duplicates
 from ...errors import UserError
 from ...generation.image_settings import save_image
 from ...io.files import write_atomic
@@ -93,7 +93,9 @@ def plan_measure(config: TrainConfig, subject: Subject, device: torch.device) ->
 def _leaks(learned: Sequence[SourceImage], held_out: Sequence[SourceImage]) -> list[str]:
     ours = set(map(id, learned))
     pairs = [
-        pair for pair in find_twins([*learned, *held_out]) if id(pair.first) in ours and id(pair.second) not in ours
+        pair
+        for pair in find_duplicates([*learned, *held_out])
+        if id(pair.first) in ours and id(pair.second) not in ours
     ]
     return list(dict.fromkeys(pair.second.path.name for pair in pairs))
 
@@ -105,7 +107,7 @@ def prompts_of(config: TrainConfig, subject: Subject) -> tuple[list[str], list[s
     phrase = with_article(f"{subject.trigger or ''} {subject.class_word}".strip())
     templates = config.validation_prompts or TEMPLATES
     for text in templates:
-        if not ("{}" in text or "{noun}" in text or (subject.trigger and says(text, subject.trigger))):
+        if not ("{}" in text or "{noun}" in text or (subject.trigger and has_word(text, subject.trigger))):
             raise UserError(
                 f"the subject is not in {text!r} of --validation_prompts: put {{}} where it goes, as in "
                 "'{} in the snow'"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...adapters.tuner.build import flat_weight
-from ...data.captions import TRIGGERS, says
+from ...data.captions import TRIGGERS, has_word
 from ...errors import UserError
 from ...formats.adapter_info import info_from
 from ...generation.image_settings import read_settings
@@ -233,7 +233,11 @@ def _prompts(plan: Plan) -> Iterator[Finding]:
             f"No photo is learned under the instance prompt '{asked}', since each has a caption: the subject will "
             f"answer to '{plan.calling}', so ask for that, or make the captions agree."
         )
-    if config.validation_prompt and named and not any(says(config.validation_prompt, trigger) for trigger, _ in named):
+    if (
+        config.validation_prompt
+        and named
+        and not any(has_word(config.validation_prompt, trigger) for trigger, _ in named)
+    ):
         yield Finding(
             f"The validation prompt lacks the trigger '{named[0][0]}', so its pictures will not show the subject: put "
             "it in."
@@ -250,13 +254,13 @@ def _lengths(plan: Plan) -> Iterator[Finding]:
 
 
 def _captions(config: TrainConfig, trigger: str, captions: Sequence[str]) -> Iterator[Finding]:
-    without = [caption for caption in captions if not says(caption, trigger)]
+    without = [caption for caption in captions if not has_word(caption, trigger)]
     if without:
         yield Finding(
             f"{len(without)} of {len(captions)} captions lack the trigger '{trigger}', such as '{without[0]}': "
             f"put it in, or let --trigger {trigger} do so."
         )
-    if config.class_prompt and says(config.class_prompt, trigger):
+    if config.class_prompt and has_word(config.class_prompt, trigger):
         yield Finding(
             f"The class prompt has the trigger '{trigger}', so the class would learn the subject's name: leave it out "
             "there."

@@ -145,7 +145,7 @@ def _grid(found: dict[int, list[Path]], prompts: Sequence[str], kept: int) -> st
     rows = [
         [
             f"{step}, kept" if step == kept else str(step),
-            *(webpage.picture(load_image(path), f"step {step}", side=112) for path in paths),
+            *(webpage.image_tag(load_image(path), f"step {step}", side=112) for path in paths),
         ]
         for step, paths in found.items()
     ]

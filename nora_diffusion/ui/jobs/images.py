@@ -13,7 +13,7 @@ from PIL import Image
 from ...data import SourceImage, UnreadableImageError, read_source
 from ...data.colors import Color, color
 from ...data.report import Row
-from ...data.similarity import Twins, find_twins
+from ...data.similarity import Duplicate, find_duplicates
 from ...data.transforms import Transform
 from ...errors import UserError
 from ...io.files import write_atomic
@@ -47,8 +47,8 @@ def check_photos(paths: Sequence[Path], engine: Engine, settings: Mapping[str, A
         raise UserError(f"{len(paths)} photos are too many: 3 to 10 good ones do, {MAX_PHOTOS} are the limit")
     config = TrainConfig.from_mapping({"resolution": engine.side, **settings})
     read = [_read(path, color(config.background)) for path in paths]
-    twins: dict[int, Twins] = {}
-    for pair in find_twins([photo for photo in read if isinstance(photo, SourceImage)]):
+    twins: dict[int, Duplicate] = {}
+    for pair in find_duplicates([photo for photo in read if isinstance(photo, SourceImage)]):
         known = twins.get(id(pair.second))
         if known is None or (pair.same_file and not known.same_file):
             twins[id(pair.second)] = pair
@@ -65,7 +65,7 @@ def _read(path: Path, background: Color) -> SourceImage | Checked:
         return Checked(path, fault=str(error))
 
 
-def _shown(photo: SourceImage, twin: Twins | None, transform: Transform, seed: int) -> Checked:
+def _shown(photo: SourceImage, twin: Duplicate | None, transform: Transform, seed: int) -> Checked:
     """The trainer's own crops of a photo; a copy of another one is left out."""
     from ...training.data.dataset import views_of
 
@@ -74,7 +74,7 @@ def _shown(photo: SourceImage, twin: Twins | None, transform: Transform, seed: i
     (views,) = views_of(transform, [photo], seed)
     remarks = Row(photo, "", views).all_remarks()
     remarks += [f"looks like {twin.first.path.name}, so it counts twice"] if twin else []
-    pictures = tuple(view.picture(photo.image) for view in views)
+    pictures = tuple(view.apply(photo.image) for view in views)
     return Checked(photo.path, pictures, remark="; ".join(remarks), caption=_caption(photo.path))
 
 

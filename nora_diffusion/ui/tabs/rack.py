@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from ...composition.angles import WARN_ABOVE
-from ...data.captions import says, with_trigger
+from ...data.captions import has_word, with_trigger
 from ...errors import UserError
 from ...formats.adapter_info import AdapterInfo
 from ...generation.tags import MAX_WEIGHT, NUMBER, TAG, Tag, parse_tags, write_tags
@@ -215,7 +215,7 @@ def inserter(app: App) -> Any:
 def called(app: App, prompt: str, info: AdapterInfo) -> str:
     """The prompt with the words that call an adapter's subject; what somebody wrote stays, and so do all tags."""
     clean, tags = parse_tags(prompt)
-    missing = [word for word in info.trigger.replace(",", " ").split() if not says(clean, word)]
+    missing = [word for word in info.trigger.replace(",", " ").split() if not has_word(clean, word)]
     if info.trigger and _is_offered(app, clean, alone=not tags):
         return write_tags(own_words(info), tags)
     if not missing:

@@ -13,7 +13,7 @@ from factories import write_photos
 from runs import Configure
 
 from nora_diffusion.data import find_images
-from nora_diffusion.data.caption_variants import CaptionVariants, orders
+from nora_diffusion.data.caption_variants import CaptionVariants, tag_orders
 from nora_diffusion.data.captions import read_captions
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import train
@@ -27,17 +27,17 @@ def source(seed: int = 0) -> torch.Generator:
 def test_orders_keep_the_first_tags_and_lose_none() -> None:
     caption = "sks dog, on grass,  red collar, sunny, close-up"
     tags = [tag.strip() for tag in caption.split(",")]
-    found = orders(caption, 8, 1, source())
+    found = tag_orders(caption, 8, 1, source())
     assert len(set(found)) == len(found) == 8
     for text in found:
         assert text.split(", ")[0] == tags[0] and sorted(text.split(", ")) == sorted(tags)
-    assert orders(caption, 8, 1, source()) == found
+    assert tag_orders(caption, 8, 1, source()) == found
 
 
 def test_few_tags_have_few_orders() -> None:
-    assert set(orders("a, b, c", 16, 1, source())) == {"a, b, c", "a, c, b"}
-    assert orders("a photo of sks dog", 16, 1, source()) == ["a photo of sks dog"]
-    assert orders("sks dog, grass", 16, 1, source()) == ["sks dog, grass"]
+    assert set(tag_orders("a, b, c", 16, 1, source())) == {"a, b, c", "a, c, b"}
+    assert tag_orders("a photo of sks dog", 16, 1, source()) == ["a photo of sks dog"]
+    assert tag_orders("sks dog, grass", 16, 1, source()) == ["sks dog, grass"]
 
 
 def test_draws_are_even_and_dropped_at_the_rate_asked_for() -> None:

@@ -13,7 +13,7 @@ from runs import Configure
 
 from nora_diffusion.data import Reject, SourceImage, read_images, read_source
 from nora_diffusion.data.report import Row, write_report
-from nora_diffusion.data.similarity import dhash, find_twins
+from nora_diffusion.data.similarity import dhash, find_duplicates
 from nora_diffusion.data.transforms import Transform
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import train
@@ -46,19 +46,19 @@ def test_dhash_is_the_signs_of_differences() -> None:
 
 
 def test_different_photos_are_no_twins(dogs: list[SourceImage]) -> None:
-    assert not find_twins([*dogs, *read_images(EXAMPLES / "photos" / "rc_car")])
-    assert not find_twins(read_images(EXAMPLES / "subjects" / "tiger"))
+    assert not find_duplicates([*dogs, *read_images(EXAMPLES / "photos" / "rc_car")])
+    assert not find_duplicates(read_images(EXAMPLES / "subjects" / "tiger"))
 
 
 @pytest.mark.parametrize("how", ["half", "brighter", "JPEG"])
 def test_copies_are_found(dogs: list[SourceImage], how: str) -> None:
     copy = SourceImage(Path("copy.jpg"), again(dogs[2].image, how), "other")
-    (twins,) = find_twins([*dogs, copy])
+    (twins,) = find_duplicates([*dogs, copy])
     assert (twins.first.path.name, twins.second.path.name, twins.same_file) == ("02.jpg", "copy.jpg", False)
 
 
 def test_the_same_file_twice_is_named_so(dogs: list[SourceImage]) -> None:
-    (twins,) = find_twins([dogs[0], dogs[0]])
+    (twins,) = find_duplicates([dogs[0], dogs[0]])
     assert twins.same_file and str(twins) == "00.jpg and 00.jpg are the same photo"
 
 
