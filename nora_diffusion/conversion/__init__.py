@@ -1,1 +1,1 @@
-"""Adapters as plain LoRAs for other tools, and plain LoRAs as adapters."""
+"""Export of adapters to plain LoRA files, and import of LoRA files as adapters."""

@@ -1,4 +1,4 @@
-"""Exact export to plain LoRA files that other tools read."""
+"""Exact export of adapters to plain LoRA files."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..adapters.tuner.build import delta_of_file
 from ..adapters.tuner.rank_mask import check_rank
 from ..errors import UserError
 from ..formats.adapter_file import AdapterInfo, Tensors, inspect_adapter, read_tensors
+from ..formats.foreign import EMBEDDING_KEY, EMBEDDING_KEYS
 from ..formats.keys import Projection, factors_by_projection, token_vectors
 from ..loaders.gates import MeanGates, mean_gates_of_file
 from ..pipelines.precision import DTYPES
@@ -23,10 +24,10 @@ from .lora_layouts import (
     WRITERS,
     Format,
     PlainPair,
-    file_target,
-    files_of,
+    export_file,
+    export_files,
     require_replaceable,
-    with_one_alpha,
+    with_common_alpha,
     write_tensors,
 )
 
@@ -35,11 +36,11 @@ Gate = Literal["mean"]
 
 @dataclass
 class ExportReport:
-    """What was written: files, rank, and the measured ``max |dW_file - dW|`` (absolute, and relative to max |dW|).
+    """What was written, and the measured ``max |dW_file - dW|`` (absolute, and relative to ``max |dW|``).
 
-    ``dW`` is the low-rank part; a magnitude is copied. ``note`` says what is particular to the file. ``gates``: the
-    fixed gates of a routed adapter and the measured error that fixing them costs. ``embeddings``: a file for each new
-    token, which plain LoRAs have no place for.
+    ``dW`` is the low-rank update; a magnitude is copied. ``note``: remarks about the file. ``gates``: the fixed gates
+    of a routed adapter and the measured error of fixing them. ``embeddings``: a textual inversion file for each new
+    token, because a plain LoRA cannot hold it.
     """
 
     path: Path
@@ -61,18 +62,18 @@ def export_lora(
 ) -> ExportReport:  # fmt: skip
     """Write an adapter as a plain LoRA of rank ``r'``: ``A = A_in A_out``, ``B = (alpha/r) B_out B_in``.
 
-    ``format``: ``diffusers`` (``pipe.load_lora_weights``), ``kohya`` (A1111, ComfyUI ...), ``peft`` (a folder with one
-    subfolder a component). ``dtype``: fp32 (default), fp16 or bf16. ``rank`` cuts an adapter that was trained for every
-    rank (DyLoRA). A magnitude is written as these formats name it (DoRA). Products are formed in fp64. ``basis_dir``:
-    where a shared basis lies, if not beside the adapter.
+    ``format``: ``diffusers`` (for ``pipe.load_lora_weights``), ``kohya`` (A1111, ComfyUI ...) or ``peft`` (a folder
+    with one subfolder per component). ``dtype``: fp32 (default), fp16 or bf16. ``rank`` truncates an adapter that was
+    trained for every rank (DyLoRA). A magnitude is written as DoRA's. Products are computed in fp64. ``basis_dir``: the
+    folder of a shared basis, if it is not beside the adapter.
 
-    A routed adapter (MoR, MoE-LoRA) has no exact LoRA and is refused, unless ``gate="mean"`` fixes each layer's gate at
-    its mean over the prompts ``calibration`` (default: generic ones), for which the adapter's base is needed as
-    ``pipe``; the report then says what that costs.
+    A routed adapter (MoR, MoE-LoRA) has no exact LoRA. ``gate="mean"`` approximates it: each layer's gate is fixed at
+    its mean over the prompts ``calibration`` (default: generic ones). This needs the adapter's base as ``pipe``; the
+    report states the error.
 
-    New tokens go into a textual inversion each: ``dog_lora_emb_sks.safetensors`` beside ``dog_lora.safetensors``.
-    An older export is replaced; any other file in the way is left alone: :class:`UserError`, as for what cannot be
-    exported.
+    Each new token is written to a textual inversion file, ``dog_lora_emb_sks.safetensors`` beside
+    ``dog_lora.safetensors``. An older export is replaced. Raises :class:`UserError` if any other file would be
+    overwritten, for unknown options, and for a routed adapter without ``gate``.
     """
     if format not in get_args(Format):
         raise UserError(f"format={format!r} is unknown: choose one of {', '.join(get_args(Format))}")
@@ -81,12 +82,12 @@ def export_lora(
     info = inspect_adapter(src)
     dst = Path(dst).expanduser()
     embeddings = _embedding_files(dst, info)
-    require_replaceable([*files_of(format, dst, info), *embeddings.values()])
+    require_replaceable([*export_files(format, dst, info), *embeddings.values()])
     gates = _fixed_gates(info, gate, pipe, calibration, basis_dir)
     tensors = read_tensors(info, basis_dir)
     pairs = plain_pairs(info, tensors, rank, gates)
     if format == "kohya":
-        pairs = with_one_alpha(pairs)
+        pairs = with_common_alpha(pairs)
     stored = DTYPES[dtype or "fp32"]
     path, size, keys = WRITERS[format](dst, info, pairs, stored)
     _write_embeddings(embeddings, info, tensors, stored)
@@ -95,88 +96,87 @@ def export_lora(
     relative = worst / largest if largest else 0.0
     widest = max(pair.rank for pair in pairs)
     notes = [_note(info, format, pairs) if gates is None else gates.describe(), _note_on_t5(format, pairs)]
-    note = "; ".join(filter(None, [*notes, _note_on(embeddings)]))
+    note = "; ".join(filter(None, [*notes, _note_on_tokens(embeddings)]))
     return ExportReport(path, format, widest, worst, relative, size, keys, note, gates, tuple(embeddings.values()))
 
 
 def _fixed_gates(
     info: AdapterInfo, gate: Gate | None, pipe: Any, calibration: Sequence[str] | None, basis_dir: str | Path | None
 ) -> MeanGates | None:
-    """The mean gates of a routed adapter, measured; None for any other. Refuses what was not asked for."""
+    """The mean gates of a routed adapter, measured; ``None`` for other adapters.
+
+    Raises :class:`UserError` for a routed adapter without ``gate``, for any other with one, and without a ``pipe``.
+    """
     routed = any(config.router != "none" for config in info.configs.values())
     if not routed and gate is None:
         return None
     if not routed:
-        raise UserError(f"{info.path} is a {info.method} adapter, which has no gate to fix: leave gate={gate!r} out")
+        raise UserError(f"{info.path} is a {info.method} adapter, which has no gate to fix: remove gate={gate!r}")
     if gate != "mean":
         raise UserError(
-            f"{info.path} is a {info.method} adapter: its gate depends on its input, so no plain LoRA equals it; "
+            f"{info.path} is a {info.method} adapter: its gate depends on its input, so no plain LoRA is equal to it; "
             "load it with nora_diffusion instead, or accept an approximation with gate='mean'"
         )
     if pipe is None:
-        raise UserError("gate='mean' is measured: give the adapter's base as pipe")
+        raise UserError("gate='mean' is measured on the adapter's base: pass it as pipe")
     return mean_gates_of_file(pipe, info.path, calibration, basis_dir)
 
 
 def _note(info: AdapterInfo, format: Format, pairs: list[PlainPair]) -> str:
     notes = []
-    numbers = sum(pair.down.numel() + pair.up.numel() for pair in pairs)
-    if not any(config.frozen_outer for config in info.configs.values()) and numbers > info.trained_parameters:
+    exported = sum(pair.down.numel() + pair.up.numel() for pair in pairs)
+    if not any(config.frozen_outer for config in info.configs.values()) and exported > info.trained_parameters:
         low, high = (pick(pair.rank for pair in pairs) for pick in (min, max))
         ranks = str(high) if low == high else f"{low} to {high}"
         notes.append(
-            f"as a plain LoRA this {info.method} adapter has its full rank, {ranks}, and so {numbers:,} numbers for "
-            f"{info.trained_parameters:,} trained ones"
+            f"as a plain LoRA this {info.method} adapter has its full rank, {ranks}, and {exported:,} parameters "
+            f"instead of {info.trained_parameters:,}"
         )
     if any(pair.magnitude is not None for pair in pairs):
-        names = {"kohya": "dora_scale, which diffusers leaves out: export to diffusers for it"}
+        names = {"kohya": "dora_scale, which diffusers ignores: export to diffusers for it"}
         notes.append(f"a DoRA with its magnitude as {names.get(format, 'lora_magnitude_vector')}")
     return "; ".join(notes)
 
 
 def _note_on_t5(format: Format, pairs: list[PlainPair]) -> str:
-    """What diffusers leaves out without a word."""
+    """``pipe.load_lora_weights`` ignores the T5 layers without a warning."""
     t5 = any(p.component.startswith("text_encoder") and p.path.startswith("encoder.block.") for p in pairs)
     if format != "diffusers" or not t5:
         return ""
-    return "its T5 part is read by PEFT only: pipe.load_lora_weights leaves it out"
-
-
-EMBEDDING_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+    return "its T5 layers are read only by PEFT: pipe.load_lora_weights ignores them"
 
 
 def _embedding_files(dst: Path, info: AdapterInfo) -> dict[str, Path]:
-    """The file of each new token. Raises :class:`UserError` where other tools have no name for one."""
-    place = file_target(dst)
-    names = {word: re.sub(r"\W+", "_", word).strip("_") or "token" for word in info.tokens}
+    """The textual inversion file of each new token. Raises :class:`UserError` if a token cannot be written as one."""
+    file = export_file(dst)
+    names = {token: re.sub(r"\W+", "_", token).strip("_") or "token" for token in info.tokens}
     if len(set(names.values())) < len(names):
-        raise UserError(
-            f"the new tokens {', '.join(names)} would be written to one file: other tools know only one name"
-        )
-    if any(len(parts) > 1 and not set(parts) <= EMBEDDING_KEYS.keys() for parts in info.tokens.values()):
-        raise UserError("embedding files of other tools have no place for the tokens of these text encoders")
-    return {word: place.with_name(f"{place.stem}_emb_{name}.safetensors") for word, name in names.items()}
+        raise UserError(f"the new tokens {', '.join(names)} would be written to files of the same name")
+    for token, encoders in info.tokens.items():
+        if len(encoders) > 1 and not set(encoders) <= EMBEDDING_KEYS.keys():
+            raise UserError(f"no file format holds the vectors of {token!r} for {', '.join(encoders)} together")
+    return {token: file.with_name(f"{file.stem}_emb_{name}.safetensors") for token, name in names.items()}
 
 
 def _write_embeddings(files: dict[str, Path], info: AdapterInfo, tensors: Tensors, dtype: torch.dtype) -> None:
-    """As A1111, ComfyUI and diffusers lay them out: ``emb_params [n, width]``, or ``clip_l`` and ``clip_g``."""
-    for word, own in token_vectors(info.tokens, tensors).items():
-        names = EMBEDDING_KEYS if len(own) > 1 else dict.fromkeys(own, "emb_params")
-        vectors = {names[part]: value.to(dtype).contiguous() for part, value in own.items()}
-        write_tensors(files[word], vectors, replace(info, trigger=word))
+    """Write them for A1111, ComfyUI and diffusers: ``emb_params [n, width]``, or ``clip_l`` and ``clip_g``."""
+    for token, vectors in token_vectors(info.tokens, tensors).items():
+        keys = EMBEDDING_KEYS if len(vectors) > 1 else dict.fromkeys(vectors, EMBEDDING_KEY)
+        named = {keys[encoder]: value.to(dtype).contiguous() for encoder, value in vectors.items()}
+        write_tensors(files[token], named, replace(info, trigger=token))
 
 
-def _note_on(embeddings: dict[str, Path]) -> str:
+def _note_on_tokens(embeddings: dict[str, Path]) -> str:
     if not embeddings:
         return ""
-    files = ", ".join(f"{word} in {file.name}" for word, file in embeddings.items())
-    return f"it needs its new tokens: {files} (a textual inversion, to be loaded as well)"
+    files = ", ".join(f"{token} in {file.name}" for token, file in embeddings.items())
+    return f"also load its new tokens, which are textual inversions: {files}"
 
 
 def plain_pairs(
     info: AdapterInfo, tensors: Tensors, rank: int | None = None, gates: MeanGates | None = None
 ) -> list[PlainPair]:
-    """The plain LoRA pair of every projection, in fp64, cut to ``rank`` where the adapter was trained for that."""
+    """The plain LoRA pair of every projection, in fp64; ``rank`` truncates an adapter trained with a rank mask."""
     pairs, by_projection = [], factors_by_projection(tensors)
     for component, config in info.configs.items():
         if rank is not None:

@@ -1,4 +1,4 @@
-"""An existing LoRA as a NoRA: its update projected onto the frozen basis of each projection."""
+"""Import of a LoRA as a NoRA: its update is projected onto the frozen basis of each projection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..adapters.deltas.cores import DenseCore, NestedCore
 from ..adapters.tuner.mixed_rows import core_matrix
 from ..errors import UserError
 from ..formats.adapter_file import inspect_adapter, require_vacant
-from ..formats.foreign_updates import fitting, updates
+from ..formats.foreign_updates import dense_updates, fitted_modules
 from ..io.tensor_file import TensorFile
 from ..loaders import add_adapter, delete_adapter, save_adapter
 from ..loaders.active import keeping_trained
@@ -28,7 +28,7 @@ CORES = {"nested": NestedCore, "dense": DenseCore}
 
 @dataclass
 class ImportReport:
-    """What an import kept: ``||dW - dW'|| / ||dW||`` (Frobenius) of each projection by its path, and over all."""
+    """The adapter file and its relative error ``||dW - dW'|| / ||dW||`` (Frobenius), overall and by projection."""
 
     path: Path
     lost: float
@@ -38,55 +38,56 @@ class ImportReport:
 def import_lora(
     pipe: Any, src: str | Path, dst: str | Path, config: AdapterConfig | None = None, info: dict[str, Any] | None = None
 ) -> ImportReport:
-    """Project a LoRA (LoHa, LoKr) file onto bases of the pipeline's weights and write it as an adapter to ``dst``.
+    """Project a LoRA (LoHa, LoKr) file onto a basis of the pipeline's weights and write it as an adapter to ``dst``.
 
     With the thin QR factors ``B_out = Q_b R_b`` and ``A_out^T = Q_a R_a``, every update within the basis is
-    ``Q_b N Q_a^T``, and the nearest one to ``dW`` in the Frobenius norm has ``N = Q_b^T dW Q_a``. For an inner pair,
-    ``N`` is cut to its top ``r'`` singular triplets ``U S V^T`` (Eckart and Young: what lies outside the basis is
-    orthogonal to it, so this is the optimum of rank ``r'`` over the whole basis), and
-    ``B_in = R_b^-1 U sqrt(S)``, ``A_in = sqrt(S) V^T R_a^-T``, over the scale. A dense core takes ``R_b^-1 N R_a^-T``.
+    ``Q_b N Q_a^T``, and the one nearest to ``dW`` in the Frobenius norm has ``N = Q_b^T dW Q_a``. For a nested core,
+    ``N`` is truncated to its ``r'`` largest singular triplets ``U S V^T``. By Eckart-Young this is the optimum of rank
+    ``r'`` over the whole basis, because the part of ``dW`` outside the basis is orthogonal to it. Then
+    ``B_in = R_b^-1 U sqrt(S)``, ``A_in = sqrt(S) V^T R_a^-T``, divided by the scale. A dense core is
+    ``R_b^-1 N R_a^-T``.
 
-    ``config``: a preset with a frozen basis (default ``nora()``); its targets are those of the file. ``info``: what to
-    write of the adapter (trigger ...). The pipeline is left as it was. Raises :class:`UserError` for a file that is no
-    LoRA or was made for another base, for a config without a basis and core, and for a ``dst`` that holds an adapter.
+    ``config``: a preset with a frozen basis (default ``nora()``); its targets are replaced by the file's. ``info``:
+    metadata of the adapter (``trigger`` ...). The pipeline is left unchanged. Raises :class:`UserError` if the file is
+    not a LoRA or was made for another base, the config has no frozen basis, or ``dst`` holds an adapter.
     """
     require_vacant(Path(dst).expanduser())
     config = nora() if config is None else copy.copy(config)
     if config.core not in CORES or not config.frozen_outer or config.blocks > 1 or config.magnitude:
         raise UserError(f"method {config.method!r} has no frozen basis to project onto: import as nora or lora_xs")
     foreign = inspect_adapter(src)
-    if foreign.kind in ("nora", "textual inversion"):
-        raise UserError(f"{foreign.path} is no LoRA of another tool: there is nothing to import")
+    if foreign.is_ours or foreign.kind == "textual inversion":
+        raise UserError(f"{foreign.path} is not a LoRA of another tool: there is nothing to import")
     modules = components(pipe)
     with ExitStack() as stack:
         reader = stack.enter_context(TensorFile(Path(foreign.path)))
         for module in modules.values():
             stack.enter_context(keeping_trained(module))
-        wanted = {(part, canonical(path)) for part, path in fitting(modules, reader)}
-        parts = [part for part in modules if any(part == p for p, _ in wanted)]
-        # Plain paths: the same list serves all components, and a projection that the file has not gets a zero update.
-        config.target_modules = sorted({path for _, path in wanted})
+        adapted = {(component, canonical(path)) for component, path in fitted_modules(modules, reader)}
+        names = [name for name in modules if any(name == component for component, _ in adapted)]
+        # One list of paths for all components: a projection that is not in the file gets a zero update.
+        config.target_modules = sorted({path for _, path in adapted})
         config.dropout = 0.0
-        add_adapter(pipe, config, NAME, parts)
+        add_adapter(pipe, config, NAME, names)
         try:
             lost, errors, norms = {}, [], []
-            layers = {part: nora_layers(modules[part], NAME) for part in parts}
-            for part, path, dense in updates(modules, reader):
-                error = _fill(layers[part][canonical(path)].delta(NAME), dense, config.scale_for(path))
+            layers = {name: nora_layers(modules[name], NAME) for name in names}
+            for component, path, dense in dense_updates(modules, reader):
+                error = _set_core(layers[component][canonical(path)].delta(NAME), dense, config.scale_for(path))
                 norm = float(dense.norm())
                 errors.append(error)
                 norms.append(norm)
-                lost[f"{part}.{canonical(path)}"] = error / norm if norm else 0.0
-            notes = {"trigger": foreign.trigger, "extra": {"imported_from": foreign.sha256}} | (info or {})
-            file = save_adapter(pipe, dst, NAME, info=notes)
+                lost[f"{component}.{canonical(path)}"] = error / norm if norm else 0.0
+            metadata = {"trigger": foreign.trigger, "extra": {"imported_from": foreign.sha256}} | (info or {})
+            file = save_adapter(pipe, dst, NAME, info=metadata)
         finally:
             delete_adapter(pipe, NAME)
     total = float(torch.tensor(norms).norm())
     return ImportReport(file, float(torch.tensor(errors).norm()) / total if total else 0.0, lost)
 
 
-def _fill(delta: Any, dense: Tensor, scale: float) -> float:
-    """Set the core of one delta; returns ``||dW - dW'||`` with the numbers as they are stored."""
+def _set_core(delta: Any, dense: Tensor, scale: float) -> float:
+    """Set the core of one delta; return ``||dW - dW'||`` in the precision in which it is stored."""
     down, up = (factor.detach().double().to(dense.device) for factor in delta.outer)
     core = project(dense / scale, down, up, None if isinstance(delta.core, DenseCore) else delta.core.A_in.shape[0])
     if isinstance(delta.core, DenseCore):
@@ -101,7 +102,7 @@ def project(dense: Tensor, down: Tensor, up: Tensor, rank: int | None) -> tuple[
     """The core pair ``(A_in, B_in)`` for which ``B_out B_in A_in A_out`` is nearest to ``dW`` in the Frobenius norm.
 
     Shapes: ``dW [d_out, d_in]``, ``A_out [r, d_in]``, ``B_out [d_out, r]``; ``rank=None`` keeps all ``r``. Directions
-    in which the basis itself is numerically zero are left out.
+    in which the basis is numerically zero are ignored (pseudo-inverse).
     """
     q_b, r_b = torch.linalg.qr(up)
     q_a, r_a = torch.linalg.qr(down.T)

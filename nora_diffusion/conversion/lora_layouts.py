@@ -1,4 +1,4 @@
-"""Plain LoRAs as other tools lay them out: the tensors' names, the paths in them, the files."""
+"""Writers of plain LoRA files in the formats of diffusers, kohya and PEFT."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from torch import Tensor
 from ..adapters.patterns import pattern_of
 from ..errors import UserError
 from ..formats.adapter_file import AdapterInfo, Tensors
+from ..formats.foreign import PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX
 from ..io.files import write_atomic
 from ..io.tensor_file import TensorFile
 from ..pipelines.components import canonical
 
 Format = Literal["diffusers", "kohya", "peft"]
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MAKER = "nora_diffusion"
 
 
 @dataclass
 class PlainPair:
-    """One projection's LoRA: ``dW = (alpha / r) B A``; a conv's kernel; DoRA's ``m``.
+    """One projection's LoRA: ``dW = (alpha / r) B A``.
 
-    Without an ``alpha`` it is the rank: the scale is folded into ``B``, and every reader multiplies by 1.
+    ``kernel``: ``[c, kh, kw]`` of a convolution. ``magnitude``: DoRA's ``m``. ``alpha``: ``None`` means the rank, so
+    that every reader scales by 1.
     """
 
     component: str
@@ -43,18 +44,18 @@ class PlainPair:
 
     @property
     def rank(self) -> int:
-        """``r``."""
+        """The rank ``r``."""
         return self.down.shape[0]
 
     def shaped(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The factors as files hold them: 2-D for linear layers, 4-D for convolutions."""
+        """The factors as stored in files: 2-D for linear layers, 4-D for convolutions."""
         down, up = self.down.to(dtype), self.up.to(dtype)
         if self.kernel is None:
             return down.contiguous(), up.contiguous()
         return down.view(-1, *self.kernel).contiguous(), up[:, :, None, None].contiguous()
 
     def peft_tensors(self, key: str, dtype: torch.dtype) -> Tensors:
-        """Under PEFT's names: ``lora_A``, ``lora_B`` and, ``[d_out]`` or ``[1, d_out, 1, 1]``, the magnitude."""
+        """PEFT's names: ``lora_A``, ``lora_B`` and the magnitude, ``[d_out]`` or ``[1, d_out, 1, 1]``."""
         down, up = self.shaped(dtype)
         tensors = {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
         if self.magnitude is not None:
@@ -63,10 +64,10 @@ class PlainPair:
         return tensors
 
     def kohya_tensors(self, key: str, dtype: torch.dtype) -> Tensors:
-        """Under kohya's names: ``lora_down``, ``lora_up``, ``alpha`` and, ``[d_out, 1(, 1, 1)]``, ``dora_scale``."""
+        """kohya's names: ``lora_down``, ``lora_up``, ``alpha``, and ``dora_scale [d_out, 1]`` (4-D for conv)."""
         down, up = self.shaped(dtype)
         tensors = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
-        tensors[f"{key}.alpha"] = torch.tensor(float(self.alpha or self.rank))  # in fp32: bf16 has no 257
+        tensors[f"{key}.alpha"] = torch.tensor(float(self.alpha or self.rank))  # fp32: bf16 cannot represent 257
         if self.magnitude is not None:
             tensors[f"{key}.dora_scale"] = self.magnitude.to(dtype).view(-1, *(1 for _ in down.shape[1:]))
         return tensors
@@ -79,14 +80,14 @@ class PlainPair:
         return float((stored - exact).abs().max()), float(exact.abs().max())
 
 
-def with_one_alpha(pairs: Sequence[PlainPair]) -> list[PlainPair]:
-    """The same updates with the largest rank as everybody's alpha: diffusers loses kohya's alphas where they differ."""
+def with_common_alpha(pairs: Sequence[PlainPair]) -> list[PlainPair]:
+    """The same updates with the largest rank as every alpha: diffusers misreads kohya files with different alphas."""
     alpha = max(pair.rank for pair in pairs)
     return [replace(pair, up=pair.up * (pair.rank / alpha), alpha=alpha) for pair in pairs]
 
 
 def _long_path(pair: PlainPair) -> str:
-    """The path that other tools expect: CLIP text encoders always with ``text_model.``, T5 without."""
+    """The path in diffusers' and kohya's files: always with ``text_model.`` for CLIP text encoders, not for T5."""
     path = canonical(pair.path)
     return f"text_model.{path}" if _is_clip(pair) else path
 
@@ -96,7 +97,7 @@ def _is_clip(pair: PlainPair) -> bool:
 
 
 def _peft_path(pair: PlainPair) -> str:
-    """The path in the model itself: PEFT reads no other, and transformers has moved CLIP's layers about."""
+    """The path in PEFT's files: the model's own, which for CLIP depends on the version of transformers."""
     return _clip_prefix(pair.component) + canonical(pair.path) if _is_clip(pair) else canonical(pair.path)
 
 
@@ -105,38 +106,38 @@ def _clip_prefix(component: str) -> str:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     with torch.device("meta"):
-        kind = CLIPTextModelWithProjection if component == "text_encoder_2" else CLIPTextModel
-        layers = [name for name, _ in kind(CLIPTextConfig(num_hidden_layers=1)).named_parameters()]
+        model = CLIPTextModelWithProjection if component == "text_encoder_2" else CLIPTextModel
+        layers = [name for name, _ in model(CLIPTextConfig(num_hidden_layers=1)).named_parameters()]
     return "text_model." if any(name.startswith("text_model.encoder.") for name in layers) else ""
 
 
-FOREIGN = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".gguf", ".onnx")
+OTHER_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".gguf", ".onnx")
 
 
-def file_target(dst: Path) -> Path:
-    """The file that a destination means: a folder gets ``lora.safetensors``.
+def export_file(dst: Path) -> Path:
+    """The file for a destination: ``dst`` itself, or ``lora.safetensors`` in a folder.
 
-    Raises :class:`UserError` for the name of another kind of file.
+    Raises :class:`UserError` for a file name of another format.
     """
-    if dst.suffix in FOREIGN and not dst.is_dir():
-        raise UserError(f"{dst} is no name for it: safetensors is written only, so let it end in .safetensors")
+    if dst.suffix in OTHER_SUFFIXES and not dst.is_dir():
+        raise UserError(f"{dst} is not a safetensors file name: only safetensors is written, end it in .safetensors")
     return dst if dst.suffix == ".safetensors" else dst / "lora.safetensors"
 
 
-def files_of(format: Format, dst: Path, info: AdapterInfo) -> list[Path]:
-    """What an export writes, new tokens aside."""
+def export_files(format: Format, dst: Path, info: AdapterInfo) -> list[Path]:
+    """The files that an export writes, without those of new tokens."""
     if format == "peft":
         if dst.suffix == ".safetensors":
-            raise UserError(f"PEFT's format is a folder with files of fixed names: name one in place of {dst}")
+            raise UserError(f"PEFT's format is a folder with files of fixed names: give a folder instead of {dst}")
         return [dst / component / name for component in info.components for name in (PEFT_FILE, PEFT_CONFIG)]
-    return [file_target(dst)]
+    return [export_file(dst)]
 
 
 def require_replaceable(files: Iterable[Path]) -> None:
-    """Raise :class:`UserError` where something else than an older export of ours would be overwritten."""
+    """Raise :class:`UserError` if a file exists that is not an older export of this toolkit."""
     for file in files:
         if file.exists() and not _is_export(file.with_name(PEFT_FILE) if file.name == PEFT_CONFIG else file):
-            raise UserError(f"{file} exists and is no export of {MAKER}: choose another name")
+            raise UserError(f"{file} exists and is not an export of {MAKER}: choose another name")
 
 
 def _is_export(file: Path) -> bool:
@@ -151,44 +152,44 @@ def _write_diffusers(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype
     tensors: Tensors = {}
     for pair in pairs:
         tensors |= pair.peft_tensors(f"{pair.component}.{_long_path(pair)}", dtype)
-    settings = {part: _lora_settings([p for p in pairs if p.component == part]) for part in info.components}
-    notes = {}
+    settings = {name: _lora_settings([p for p in pairs if p.component == name]) for name in info.components}
+    metadata = {}
     if any(own["rank_pattern"] for own in settings.values()):  # else diffusers 0.38 takes the first rank for all alphas
-        said = {f"{part}.{name}": value for part, own in settings.items() for name, value in own.items()}
-        notes["lora_adapter_metadata"] = json.dumps(said)
-    return write_tensors(file_target(dst), tensors, info, notes)
+        flat = {f"{component}.{name}": value for component, own in settings.items() for name, value in own.items()}
+        metadata["lora_adapter_metadata"] = json.dumps(flat)
+    return write_tensors(export_file(dst), tensors, info, metadata)
 
 
 def _lora_settings(pairs: Sequence[PlainPair]) -> dict[str, Any]:
-    """What PEFT's ``LoraConfig`` has to know of a component's pairs: the ranks, and that each alpha is the rank.
+    """Fields of PEFT's ``LoraConfig`` for a component's pairs. Each alpha equals the rank.
 
-    PEFT looks for the ends of paths: CLIP's, whose beginning depends on transformers' release, are none of others.
+    PEFT matches the ends of paths, so CLIP's paths match without their prefix, which depends on transformers' version.
     """
     ranks = {pattern_of(canonical(pair.path)): pair.rank for pair in pairs}
     r = max(ranks.values())
-    odd = {pattern: rank for pattern, rank in ranks.items() if rank != r}
+    other_ranks = {pattern: rank for pattern, rank in ranks.items() if rank != r}
     return {
-        "r": r, "lora_alpha": r, "rank_pattern": odd, "alpha_pattern": odd,
+        "r": r, "lora_alpha": r, "rank_pattern": other_ranks, "alpha_pattern": other_ranks,
         "target_modules": sorted(canonical(pair.path) for pair in pairs),
         "use_dora": any(pair.magnitude is not None for pair in pairs),
     }  # fmt: skip
 
 
-def _is_one_of_two(info: AdapterInfo, pairs: list[PlainPair]) -> bool:
-    """Whether the base has a second text encoder (SDXL): adapted as well, or read by the UNet beside the first."""
+def _has_two_encoders(info: AdapterInfo, pairs: list[PlainPair]) -> bool:
+    """Whether the base has a second text encoder (SDXL): it is adapted, or the UNet's text input is wider than one."""
     widths = {pair.component: pair.down.shape[1] for pair in pairs if pair.path.endswith(("attn2.to_k", "q_proj"))}
     return "text_encoder_2" in info.components or widths.get("unet", 0) > widths.get("text_encoder", math.inf)
 
 
 def _write_kohya(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype) -> tuple[Path, int, int]:
     prefixes = {"unet": "lora_unet", "text_encoder_2": "lora_te2"}
-    prefixes["text_encoder"] = "lora_te1" if _is_one_of_two(info, pairs) else "lora_te"
+    prefixes["text_encoder"] = "lora_te1" if _has_two_encoders(info, pairs) else "lora_te"
     tensors: Tensors = {}
     for pair in pairs:
         if pair.component not in prefixes:
-            raise UserError(f"kohya files have no name for {pair.component}: export to diffusers instead")
+            raise UserError(f"kohya's format has no name for {pair.component}: export to diffusers instead")
         tensors |= pair.kohya_tensors(f"{prefixes[pair.component]}_{_long_path(pair).replace('.', '_')}", dtype)
-    return write_tensors(file_target(dst), tensors, info)
+    return write_tensors(export_file(dst), tensors, info)
 
 
 def _write_peft(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype) -> tuple[Path, int, int]:
@@ -196,11 +197,11 @@ def _write_peft(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: tor
 
     size = keys = 0
     for component in info.components:
-        mine = [pair for pair in pairs if pair.component == component]
+        own = [pair for pair in pairs if pair.component == component]
         tensors: Tensors = {}
-        for pair in mine:
-            tensors |= pair.peft_tensors(f"base_model.model.{_peft_path(pair)}", dtype)
-        settings = _lora_settings(mine)
+        for pair in own:
+            tensors |= pair.peft_tensors(f"{PEFT_PREFIX}{_peft_path(pair)}", dtype)
+        settings = _lora_settings(own)
         values = LoraConfig(**settings).to_dict() | {
             "target_modules": settings["target_modules"], "inference_mode": True,
         }  # fmt: skip
@@ -213,9 +214,9 @@ def _write_peft(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: tor
 def write_tensors(
     path: Path, tensors: Tensors, info: AdapterInfo, more: Mapping[str, str] | None = None
 ) -> tuple[Path, int, int]:
-    """Write one file that says where it comes from, and ``more``; returns its path, bytes and number of tensors."""
-    notes = {"trigger": info.trigger, "base": info.base, "source_sha256": info.sha256, "made_by": MAKER}
-    metadata = {"format": "pt", **{k: v for k, v in notes.items() if v}, **(more or {})}
+    """Write a file with the adapter's origin (and ``more``) as metadata; return its path, bytes, number of tensors."""
+    origin = {"trigger": info.trigger, "base": info.base, "source_sha256": info.sha256, "made_by": MAKER}
+    metadata = {"format": "pt", **{k: v for k, v in origin.items() if v}, **(more or {})}
     if info.trigger:
         metadata["modelspec.trigger_phrase"] = info.trigger
     write_atomic(path, save(tensors, metadata))
@@ -227,4 +228,4 @@ WRITERS: dict[str, Callable[[Path, AdapterInfo, list[PlainPair], torch.dtype], t
     "kohya": _write_kohya,
     "peft": _write_peft,
 }
-"""``(destination, info, pairs, dtype) -> (what was written, bytes, number of tensors)``."""
+"""Functions ``(destination, info, pairs, dtype) -> (path, bytes, number of tensors)``."""

@@ -11,14 +11,13 @@ import difflib
 import os
 from pathlib import Path
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
 from safetensors.torch import save
 
 from ..errors import UserError
 from ..io.files import sha256, write_atomic
 from ..io.tensor_file import TensorFile, Tensors, named_hash, require_finite
 from .adapter_info import DESCRIPTIVE, AdapterInfo, BasisKind, dump_info, parse_info
-from .foreign import DIFFUSERS_FILE, EMBEDDING_FILE, recognize
+from .foreign import DIFFUSERS_FILE, EMBEDDING_FILE, PEFT_FILE, recognize
 from .keys import count_parameters, is_frozen
 from .packs import inspect_subject, read_subject
 

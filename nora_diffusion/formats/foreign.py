@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
 from ..errors import UserError
 from ..io.tensor_file import TensorFile
 from ..io.untrusted import clean, is_plain
@@ -18,7 +20,9 @@ from .adapter_info import AdapterInfo
 
 Family = Literal["lora", "loha", "lokr", "embedding"]
 
+PEFT_FILE, PEFT_CONFIG = SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME
 DIFFUSERS_FILE, EMBEDDING_FILE = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
+"""File names that diffusers gives to LoRAs and to textual inversions."""
 PEFT_PREFIX = "base_model.model."
 EMBEDDING_KEY = "emb_params"
 EMBEDDING_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}

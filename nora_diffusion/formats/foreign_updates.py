@@ -1,8 +1,7 @@
-"""The updates that files of other tools describe: checked against the pipeline, and as dense matrices."""
+"""The updates in other tools' files: checked against the pipeline, and as dense matrices."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -14,49 +13,51 @@ from ..errors import UserError, first_line
 from ..io.tensor_file import TensorFile, Tensors, require_finite
 from ..io.untrusted import parse_json
 from ..pipelines.components import Modules, projections
-from .foreign import Module, rank_of, read_modules
-from .foreign_names import places
+from .foreign import PEFT_CONFIG, PEFT_FILE, Module, rank_of, read_modules
+from .foreign_names import match_projections
 from .keys import Projection
 
 MAX_CONFIG = 2**20
 
 
-def updates(modules: Modules, reader: TensorFile) -> Iterator[tuple[str, str, Tensor]]:
-    """``(component, path, dW)`` of every projection, fp64, ``[d_out, d_in]``, scale included; one at a time.
+def dense_updates(components: Modules, reader: TensorFile) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield ``(component, path, dW)`` of every projection: fp64, ``[d_out, d_in]``, with the scale.
 
-    Raises :class:`UserError` for a file that does not fit the pipeline, before the first.
+    Raises :class:`UserError` for a file that does not fit the pipeline (before the first) and for a DoRA.
     """
     scales = Scales(reader)
-    for (part, path), (module, factors) in fitting(modules, reader).items():
+    for (component, path), (module, factors) in fitted_modules(components, reader).items():
         if "dora" in factors:
-            raise UserError(f"{reader.path} is a DoRA: its magnitudes are no low-rank update and cannot be projected")
-        yield part, path, scales.of(module, factors) * dense_update(factors).flatten(1)
+            raise UserError(
+                f"{reader.path} is a DoRA: its magnitudes are not a low-rank update and cannot be projected"
+            )
+        yield component, path, scales.of(module, factors) * dense_update(factors).flatten(1)
 
 
-def fitting(modules: Modules, reader: TensorFile) -> dict[Projection, tuple[Module, Tensors]]:
-    """The modules of a file with their factors by the projection that they are for.
+def fitted_modules(components: Modules, reader: TensorFile) -> dict[Projection, tuple[Module, Tensors]]:
+    """The modules of a file and their factors, by the projection that they adapt.
 
-    Raises :class:`UserError` for a projection that the pipeline has not or that has another size, and for NaN.
+    Raises :class:`UserError` if the pipeline has no such projection, for a different shape and for NaN.
     """
-    bases = {part: projections(module) for part, module in modules.items()}
+    layers = {component: projections(model) for component, model in components.items()}
     found = {}
-    for place, module in places(modules, str(reader.path), read_modules(reader)).items():
-        factors = factors_of(reader, module)
-        weight = cast(Tensor, bases[place[0]][place[1]].weight)
+    for projection, module in match_projections(components, str(reader.path), read_modules(reader)).items():
+        factors = read_factors(reader, module)
+        weight = cast(Tensor, layers[projection[0]][projection[1]].weight)
         try:
             dense = dense_update({factor: value.to("meta") for factor, value in factors.items()})
         except UserError as error:
             raise UserError(f"{reader.path}: {module.name}: {error}") from error
         if dense.shape[0] != weight.shape[0] or dense.numel() != weight.numel():
             raise UserError(
-                f"{reader.path} was made for another base: {module.name} is for a weight of "
+                f"{reader.path} was made for another base: {module.name} is for a weight of shape "
                 f"{tuple(dense.flatten(1).shape)}, this pipeline's is {tuple(weight.flatten(1).shape)}"
             )
-        found[place] = module, factors
+        found[projection] = module, factors
     return found
 
 
-def factors_of(reader: TensorFile, module: Module) -> Tensors:
+def read_factors(reader: TensorFile, module: Module) -> Tensors:
     """Read a module's factors. Raises :class:`UserError` for NaN and infinity."""
     tensors = {key: reader.tensor(key) for key in module.keys.values()}
     require_finite(tensors, reader.path)
@@ -64,9 +65,9 @@ def factors_of(reader: TensorFile, module: Module) -> Tensors:
 
 
 def dense_update(factors: Tensors) -> Tensor:
-    """``dW`` without scale: ``B A`` (LoRA), ``(B1 A1) * (B2 A2)`` (LoHa), ``W1 kron W2`` (LoKr); fp64.
+    """``dW`` without its scale, in fp64: ``B A`` (LoRA), ``(B1 A1) * (B2 A2)`` (LoHa), ``W1 kron W2`` (LoKr).
 
-    Convolutions of rank ``r`` with a core ``mid`` or ``t`` (Tucker form) give ``[d_out, c, kh, kw]``.
+    Convolutions in Tucker form (with a core ``mid`` or ``t``) give ``[d_out, c, kh, kw]``.
     """
     f = {name: value.double() for name, value in factors.items()}
     try:
@@ -91,7 +92,7 @@ def _product(f: Tensors, name: str, core: str) -> Tensor:
 
 
 class Scales:
-    """``alpha / r`` of a file's modules: from its ``.alpha`` keys, its metadata or PEFT's config beside it, else 1."""
+    """``alpha / r`` of a file's modules: from ``.alpha`` keys, the metadata or PEFT's config beside it, else 1."""
 
     def __init__(self, reader: TensorFile) -> None:
         self.config = peft_config(reader)
@@ -100,7 +101,7 @@ class Scales:
         """The scale of one module."""
         rank = rank_of({factor: value.shape for factor, value in factors.items()})
         if "alpha" in factors:
-            # LyCORIS ignores alpha where both Kronecker factors are stored whole.
+            # LyCORIS ignores alpha if both Kronecker factors are stored whole.
             return float(factors["alpha"]) / rank if rank else 1.0
         config = self.config.get(module.component) or self.config.get("") or {}
         alpha = _by_pattern(config.get("alpha_pattern"), module.name, config.get("lora_alpha", config.get("alpha")))
@@ -111,23 +112,26 @@ class Scales:
 
 
 def _by_pattern(patterns: Any, name: str, default: Any) -> Any:
-    """PEFT's patterns as plain suffixes; nothing from a file is run as a regular expression."""
+    """Look up PEFT's patterns as plain suffixes: an untrusted regular expression is never executed."""
     table = patterns if isinstance(patterns, dict) else {}
     plain = {re.sub(r"[\^$\\]", "", key): value for key, value in table.items()}
     return next((v for key, v in plain.items() if f".{name}".endswith(f".{key}")), default)
 
 
 def peft_config(reader: TensorFile) -> dict[str, dict[str, Any]]:
-    """PEFT's configs by component: diffusers' metadata, or ``adapter_config.json`` beside the file (under ``""``)."""
+    """PEFT's configs by component, from diffusers' metadata; under ``""`` the ``adapter_config.json`` beside the file.
+
+    Raises :class:`UserError` if they cannot be parsed.
+    """
     try:
         values = parse_json(reader.metadata.get("lora_adapter_metadata", "{}"))
         found: dict[str, dict[str, Any]] = {}
         for key, value in values.items():
-            part, _, name = key.partition(".")
-            found.setdefault(part, {})[name] = value
-        beside = reader.path.parent / "adapter_config.json"
-        if reader.path.name == "adapter_model.safetensors" and beside.is_file() and beside.stat().st_size < MAX_CONFIG:
-            found[""] = dict(parse_json(beside.read_bytes()))
-    except (ValueError, AttributeError, TypeError, OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{reader.path}: the description of its scales is damaged ({error}): copy it again") from error
+            component, _, name = key.partition(".")
+            found.setdefault(component, {})[name] = value
+        config = reader.path.parent / PEFT_CONFIG
+        if reader.path.name == PEFT_FILE and config.is_file() and config.stat().st_size < MAX_CONFIG:
+            found[""] = dict(parse_json(config.read_bytes()))
+    except (ValueError, AttributeError, TypeError, OSError) as error:
+        raise UserError(f"{reader.path}: its LoRA settings are damaged ({error}): copy it again") from error
     return found

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import UserError, first_line
 from ..formats.adapter_info import AdapterInfo
 from ..formats.foreign import Module, family_of, rank_of, token_of
-from ..formats.foreign_updates import Scales, fitting, peft_config
+from ..formats.foreign_updates import Scales, fitted_modules, peft_config
 from ..formats.keys import Projection
 from ..io.tensor_file import TensorFile, Tensors, all_finite
 from ..pipelines.components import Modules, refuse_merged, tuner_layers
@@ -42,7 +42,7 @@ def _load_layers(
     pipe: Any, modules: Modules, reader: TensorFile, family: str, info: AdapterInfo, name: str, activate: bool,
     weight: float,
 ) -> None:  # fmt: skip
-    found = fitting(modules, reader)
+    found = fitted_modules(modules, reader)
     check_new_name(pipe, modules, name, list(dict.fromkeys(component for component, _ in found)))
     refuse_merged(modules)
     if any("mid" in own for _, own in found.values()):

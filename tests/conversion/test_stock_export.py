@@ -1,4 +1,4 @@
-"""Exported files in a process that never imports this package, through the stock loaders of diffusers and PEFT."""
+"""Exports loaded by stock diffusers and PEFT, in a process that never imports this package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.pipelines.components import components
 
 FORMATS = ("diffusers", "kohya", "peft")
-STRANGER = """
+SCRIPT = """
 import json, logging, sys
 from pathlib import Path
 import torch
@@ -27,19 +27,19 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 
 base, exports, out = map(Path, sys.argv[1:])
-said = []
+messages = []
 handler = logging.Handler()
-handler.emit = lambda record: said.append(record.getMessage())
+handler.emit = lambda record: messages.append(record.getMessage())
 diffusers_logging.get_logger("diffusers").addHandler(handler)
 
 def lora_tensors(pipe):
-    parts = [p for p in pipe.components.values() if isinstance(p, torch.nn.Module)]
-    return sum(".lora_A." in n or ".lora_B." in n for p in parts for n, _ in p.named_parameters())
+    models = [p for p in pipe.components.values() if isinstance(p, torch.nn.Module)]
+    return sum(".lora_A." in n or ".lora_B." in n for p in models for n, _ in p.named_parameters())
 
 report = {}
 for form in ("none", "diffusers", "kohya", "peft"):
     pipe = DiffusionPipeline.from_pretrained(base)
-    said.clear()
+    messages.clear()
     if form in ("diffusers", "kohya"):
         pipe.load_lora_weights(str(exports / f"{form}.safetensors"), adapter_name="plain")
     elif form == "peft":
@@ -49,7 +49,7 @@ for form in ("none", "diffusers", "kohya", "peft"):
     image = pipe("a dog", num_inference_steps=2, height=16, width=16, output_type="np",
                  generator=torch.Generator().manual_seed(0)).images
     torch.save(torch.from_numpy(image), out / f"{form}.pt")
-    complaints = [line for line in said if any(w in line for w in ("nexpected", "issing", "No LoRA"))]
+    complaints = [line for line in messages if any(w in line for w in ("nexpected", "issing", "No LoRA"))]
     report[form] = {"tensors": lora_tensors(pipe), "complaints": complaints}
 assert not [name for name in sys.modules if name.startswith("nora_diffusion")]
 (out / "report.json").write_text(json.dumps(report))
@@ -67,7 +67,7 @@ def count_keys(path: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["sd1", "sdxl"])
-def test_exports_load_where_this_package_is_unknown(model: str, tmp_path: Path, render: Any) -> None:
+def test_exports_load_without_this_package(model: str, tmp_path: Path, render: Any) -> None:
     pipe = tiny_pipeline(model, tmp_path / "base")
     pipe.save_pretrained(tmp_path / "base")
     parts = list(components(pipe))
@@ -86,14 +86,14 @@ def test_exports_load_where_this_package_is_unknown(model: str, tmp_path: Path, 
     }
     for form, path in paths.items():
         export_lora(tmp_path / "dog", path, format=form)  # type: ignore[arg-type]
-    script = tmp_path / "stranger.py"
-    script.write_text(STRANGER)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
     subprocess.run([sys.executable, script, tmp_path / "base", exports, out], check=True, cwd=tmp_path)
 
     report = json.loads((out / "report.json").read_text())
-    pictures = {form: torch.load(out / f"{form}.pt") for form in ("none", *paths)}
-    assert (pictures["none"] - wanted).abs().max() > 8 / 255, "the adapter changes too little to tell anything"
+    images = {form: torch.load(out / f"{form}.pt") for form in ("none", *paths)}
+    assert (images["none"] - wanted).abs().max() > 8 / 255, "the adapter changes the image too little for this test"
     for form, path in paths.items():
         assert report[form]["tensors"] == count_keys(path) > 0
         assert report[form]["complaints"] == []
-        assert (pictures[form] - wanted).abs().max() < 2 / 255, form
+        assert (images[form] - wanted).abs().max() < 2 / 255, form

@@ -1,4 +1,4 @@
-"""Adapter files: sizes, what they say, what is refused, and export to plain LoRA."""
+"""Adapter files: sizes, metadata, refusals, and export to plain LoRA."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_file_describes_itself(saved: Path, tiny_base: Path) -> None:
     assert "sks" in card and "A nora adapter (r = 4, r' = 2) for" in card
 
 
-def test_somebody_elses_readme_is_left_alone(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_foreign_readme_is_left_unchanged(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     card = tmp_path / "README.md"
     write_card(tmp_path, inspect_adapter(saved))
     ours = card.read_text()
@@ -95,7 +95,7 @@ def test_somebody_elses_readme_is_left_alone(saved: Path, tmp_path: Path, caplog
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "expected"),
     [
         (nora(r=8, inner_r=2), "r = 8, r' = 2"),
         (lora_mini(r=8, inner_r=1), "r = 8, r' = 1"),
@@ -103,15 +103,15 @@ def test_somebody_elses_readme_is_left_alone(saved: Path, tmp_path: Path, caplog
         (lora(r=3), "r = 3"),
     ],
 )
-def test_ranks_are_told_wherever_there_are_two(config: AdapterConfig, told: str) -> None:
-    assert AdapterInfo(components={"unet": config.to_dict()}).ranks == told
+def test_ranks_name_the_inner_rank_if_there_is_one(config: AdapterConfig, expected: str) -> None:
+    assert AdapterInfo(components={"unet": config.to_dict()}).ranks == expected
 
 
 def test_expected_sizes_on_the_layout_of_sd_1_5(tmp_path: Path) -> None:
-    """r = 32, r' = 4: 32,768 trained numbers, at most 128 KB with a shared basis in fp16, names included."""
+    """r = 32, r' = 4: 32,768 trained parameters, at most 128 KB with a shared basis in fp16, names included."""
     from diffusers import UNet2DConditionModel
 
-    # The channels of SD 1.5 are divided by ten; trained numbers depend on ranks and the number of projections only.
+    # A tenth of the channels of SD 1.5: trained parameters depend only on the ranks and the number of projections.
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(32, 64, 128, 128), cross_attention_dim=77, attention_head_dim=8,
         norm_num_groups=8,
@@ -132,7 +132,7 @@ def test_expected_sizes_on_the_layout_of_sd_1_5(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", [set_adapters, delete_adapter, set_rank, "source", "save", "batch"])
-def test_an_unknown_name_is_answered_with_those_there_are(pipe: Any, tmp_path: Path, verb: Any) -> None:
+def test_an_unknown_name_lists_the_known_ones(pipe: Any, tmp_path: Path, verb: Any) -> None:
     trained(pipe, METHODS["lora"], ("unet",))
     with pytest.raises(UserError, match=r"^there is no adapter named 'ghost' in the pipeline: it has one$"):
         if verb == "source":
@@ -173,8 +173,10 @@ def test_shared_basis_is_stored_once_and_checked(pipe: Any, tmp_path: Path) -> N
     assert list_adapters(pipe) == {}
 
 
-def test_a_shared_basis_is_found_from_everywhere(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From within the adapter's folder, through links to the folder and to a pack, and beside a damaged copy."""
+def test_a_shared_basis_is_found_through_links_and_packs(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From inside the adapter's folder, through links to the folder and to a pack, and despite a damaged copy."""
     trained(pipe, nora(r=4, inner_r=2, basis="svd"))
     save_adapter(pipe, tmp_path / "shelf" / "dog", "one", basis="shared")
     pack = create_pack(tmp_path / "packs" / f"pets{SUFFIX}", [tmp_path / "shelf" / "dog"])
@@ -238,7 +240,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("how", FAULTS)
-def test_unsound_files_are_refused_before_the_model_is_touched(pipe: Any, saved: Path, render: Any, how: str) -> None:
+def test_damaged_files_are_refused_before_the_model_is_touched(pipe: Any, saved: Path, render: Any, how: str) -> None:
     before, keys = render(pipe), list(pipe.unet.state_dict())
     damage(saved, how)
     with pytest.raises(UserError, match=FAULTS[how]):
@@ -275,7 +277,7 @@ def test_other_refusals(pipe: Any, saved: Path, tmp_path: Path) -> None:
     pipe.unfuse_lora()
 
 
-def test_a_failure_half_way_takes_the_adapter_out(
+def test_a_failed_load_removes_the_adapter(
     pipe: Any, saved: Path, render: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nora_diffusion.loaders import load
@@ -294,15 +296,15 @@ def test_a_failure_half_way_takes_the_adapter_out(
     assert torch.equal(render(pipe), before)
 
 
-def test_a_failure_half_way_leaves_a_namesake_and_what_is_trained(
+def test_a_failed_injection_leaves_other_adapters_unchanged(
     pipe: Any, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One name may stand for an adapter in each component; what fails in one is no business of the other's."""
+    """A failure in one component does not affect an adapter of the same name in another."""
     from nora_diffusion.loaders import add
 
     add_adapter(pipe, lora(r=2), "dog", "unet")
     add_adapter(pipe, lora(r=2), "cat", "unet")
-    wanting = [p.requires_grad for p in pipe.unet.parameters()]
+    trainable = [p.requires_grad for p in pipe.unet.parameters()]
 
     set_active = add.set_active
 
@@ -316,23 +318,23 @@ def test_a_failure_half_way_leaves_a_namesake_and_what_is_trained(
         with pytest.raises(MemoryError):
             add_adapter(pipe, lora(r=2), name, parts)
         assert list_adapters(pipe) == {"unet": ["dog", "cat"]}
-        assert [p.requires_grad for p in pipe.unet.parameters()] == wanting
+        assert [p.requires_grad for p in pipe.unet.parameters()] == trainable
 
 
-def test_a_first_injection_that_fails_leaves_nothing(pipe: Any, render: Any) -> None:
-    before, wanting = render(pipe), [p.requires_grad for p in pipe.unet.parameters()]
+def test_a_failed_first_injection_leaves_nothing_behind(pipe: Any, render: Any) -> None:
+    before, trainable = render(pipe), [p.requires_grad for p in pipe.unet.parameters()]
     modules = {part: dict(getattr(pipe, part).named_modules()) for part in PARTS}
     with pytest.raises(UserError, match="token router cannot gate"):
         add_adapter(pipe, mor(r=2, num_experts=2, target_modules=["attn", "conv"]), "one", ("text_encoder", "unet"))
     assert list_adapters(pipe) == {}
     assert all(dict(getattr(pipe, part).named_modules()) == found for part, found in modules.items())
-    assert [p.requires_grad for p in pipe.unet.parameters()] == wanting
+    assert [p.requires_grad for p in pipe.unet.parameters()] == trainable
     assert torch.equal(render(pipe), before)
     trained(pipe, mor(r=2, num_experts=2))
     assert not torch.equal(render(pipe), before)
 
 
-def test_save_leaves_the_old_file_when_it_cannot_write(pipe: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_keeps_the_old_file(pipe: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
     old = (saved / FILE_NAME).read_bytes()
@@ -348,7 +350,9 @@ def test_save_leaves_the_old_file_when_it_cannot_write(pipe: Any, saved: Path, m
     assert not [f for f in saved.iterdir() if f.name.startswith(".")]
 
 
-def test_an_adapter_of_the_hub_goes_by_its_name_there(pipe: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_from_the_hub_is_named_after_its_repository(
+    pipe: Any, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
     folder = shutil.copytree(saved, saved.parent / "0f3a9c0f3a9c")
@@ -356,25 +360,25 @@ def test_an_adapter_of_the_hub_goes_by_its_name_there(pipe: Any, saved: Path, mo
     assert load_adapter(pipe, "somebody/my.dog").name == "my_dog"
 
 
-def test_a_repository_of_the_hub_may_hold_a_shared_basis_or_a_lora(
+def test_a_hub_repository_may_hold_a_shared_basis_or_a_lora(
     pipe: Any, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 
-    there, cache = tmp_path / "there", tmp_path / "cache"
+    remote, cache = tmp_path / "remote", tmp_path / "cache"
     load_adapter(pipe, saved, "one")
-    save_adapter(pipe, there / "shared", "one", basis="shared", basis_dir=there / "shared/bases")
-    (there / "lora").mkdir()
-    export_lora(saved, there / "lora/pytorch_lora_weights.safetensors")
-    (there / "empty").mkdir()
+    save_adapter(pipe, remote / "shared", "one", basis="shared", basis_dir=remote / "shared/bases")
+    (remote / "lora").mkdir()
+    export_lora(saved, remote / "lora/pytorch_lora_weights.safetensors")
+    (remote / "empty").mkdir()
 
     def download(repository: str, file: str) -> str:
         name = repository.rpartition("/")[2]
-        if not (there / name / file).is_file():
+        if not (remote / name / file).is_file():
             raise EntryNotFoundError(f"404: {file}")
         (cache / name / file).parent.mkdir(parents=True, exist_ok=True)
-        return str(shutil.copy(there / name / file, cache / name / file))
+        return str(shutil.copy(remote / name / file, cache / name / file))
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert load_adapter(pipe, "somebody/shared").info.basis == "shared"
@@ -383,8 +387,8 @@ def test_a_repository_of_the_hub_may_hold_a_shared_basis_or_a_lora(
         load_adapter(pipe, "somebody/empty")
 
 
-def test_files_are_as_readable_as_the_process_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without touching the mask, which all threads share."""
+def test_files_get_the_permissions_of_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The umask itself, which all threads share, is never changed."""
     import os
 
     from nora_diffusion.io.files import write_atomic
@@ -392,7 +396,7 @@ def test_files_are_as_readable_as_the_process_makes_them(tmp_path: Path, monkeyp
     before = os.umask(0o027)
     try:
         with monkeypatch.context() as patched:
-            patched.setattr(os, "umask", lambda mask: pytest.fail("another thread could write with this mask"))
+            patched.setattr(os, "umask", lambda mask: pytest.fail("another thread could write with this umask"))
             file = write_atomic(tmp_path / "x" / "y.txt", "text")
         assert file.stat().st_mode & 0o777 == 0o640
     finally:
@@ -414,14 +418,14 @@ def test_export_is_exact_in_stock_diffusers(
     presets = {"nora": nora, "lora": lora, "lora_xs": lora_xs}
     before = render(pipe)
     trained(pipe, presets[method](r=4, alpha=2.0, target_modules=targets))
-    picture = render(pipe)
+    image = render(pipe)
     save_adapter(pipe, tmp_path / "dog", "one")
     delete_adapter(pipe, "one")
     report = export_lora(tmp_path / "dog", tmp_path / "dog.safetensors", format=form)
     assert report.relative_error < 1e-6
     assert report.rank == 4
     pipe.load_lora_weights(str(tmp_path / "dog.safetensors"), adapter_name="plain")
-    torch.testing.assert_close(render(pipe), picture, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(render(pipe), image, atol=2e-5, rtol=1e-4)
     pipe.unload_lora_weights()
     assert torch.equal(render(pipe), before)
 
@@ -441,10 +445,10 @@ def test_kohya_names_the_first_of_two_text_encoders(
     assert {"lora_unet_", name} == {key[: key.index("_", 5) + 1] for key in keys if not key.startswith("lora_te2_")}
 
 
-def test_an_export_is_named_as_what_it_is(pipe: Any, tmp_path: Path) -> None:
+def test_an_export_needs_a_file_name_of_its_format(pipe: Any, tmp_path: Path) -> None:
     trained(pipe, METHODS["nora"], ("unet",))
     source = save_adapter(pipe, tmp_path / "dog", "one")
-    for name, form, words in [("a/dog.pt", "kohya", "let it end in .safetensors"),
+    for name, form, words in [("a/dog.pt", "kohya", "end it in .safetensors"),
                               ("a/dog.safetensors", "peft", "PEFT's format is a folder")]:  # fmt: skip
         with pytest.raises(UserError, match=words):
             export_lora(source, tmp_path / name, form)  # type: ignore[arg-type]
@@ -456,21 +460,21 @@ def test_an_export_is_named_as_what_it_is(pipe: Any, tmp_path: Path) -> None:
 def test_an_export_replaces_only_exports(pipe: Any, tmp_path: Path, form: Any) -> None:
     trained(pipe, METHODS["nora"], ("unet",))
     source, foreign = save_adapter(pipe, tmp_path / "dog", "one"), {"weight": torch.ones(2)}
-    place = tmp_path / ("peft" if form == "peft" else "dog.safetensors")
-    file = place / "unet" / "adapter_model.safetensors" if form == "peft" else place
+    target = tmp_path / ("peft" if form == "peft" else "dog.safetensors")
+    file = target / "unet" / "adapter_model.safetensors" if form == "peft" else target
     in_the_way = [file, file.with_name("adapter_config.json")] if form == "peft" else [file]
     for path in in_the_way:
         path.parent.mkdir(exist_ok=True, parents=True)
         save_file(foreign, path)
-        with pytest.raises(UserError, match="exists and is no export of nora_diffusion: choose another name"):
-            export_lora(source, place, form)
+        with pytest.raises(UserError, match="exists and is not an export of nora_diffusion: choose another name"):
+            export_lora(source, target, form)
         assert load_file(path).keys() == foreign.keys()
         path.unlink()
-    export_lora(source, place, form)
-    assert export_lora(source, place, form, dtype="fp16").path == place
+    export_lora(source, target, form)
+    assert export_lora(source, target, form, dtype="fp16").path == target
     if form != "peft":
         before = source.read_bytes()
-        with pytest.raises(UserError, match="is no export"):
+        with pytest.raises(UserError, match="is not an export"):
             export_lora(source, source, form)
         assert source.read_bytes() == before
 
@@ -488,8 +492,8 @@ def test_export_to_peft_loads_in_peft(pipe: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["diffusers", "peft"])
-def test_a_rank_at_the_very_top_is_no_one_elses(tmp_path: Path, form: Any) -> None:
-    """Flux has a ``proj_out`` of its own, and one in each single block."""
+def test_the_rank_of_a_top_level_projection_is_its_own(tmp_path: Path, form: Any) -> None:
+    """Flux has a ``proj_out`` at the top level and one in each single block."""
     pipe = tiny_pipeline("flux", tmp_path)
     trained(pipe, lora(r=4, target_modules=["proj"], rank_pattern={"^proj_out": 2}), ("transformer",))
     wanted = {path: layer.get_delta_weight("one") for path, layer in nora_layers(pipe.transformer, "one").items()}
@@ -506,21 +510,21 @@ def test_a_rank_at_the_very_top_is_no_one_elses(tmp_path: Path, form: Any) -> No
 
 
 @pytest.mark.parametrize(("model", "part"), [("sd3", "text_encoder_3"), ("flux", "text_encoder_2")])
-def test_an_export_says_that_diffusers_leaves_t5_out(tmp_path: Path, model: str, part: str) -> None:
+def test_an_export_reports_that_diffusers_ignores_t5(tmp_path: Path, model: str, part: str) -> None:
     pipe = tiny_pipeline(model, tmp_path)
     trained(pipe, lora(r=2), ("transformer", "text_encoder", part))
     save_adapter(pipe, tmp_path / "dog", "one")
     delete_adapter(pipe, "one")
-    said = "its T5 part is read by PEFT only"
+    note = "its T5 layers are read only by PEFT"
     report = export_lora(tmp_path / "dog", tmp_path / "dog.safetensors")
-    assert said in report.note
-    assert said not in export_lora(tmp_path / "dog", tmp_path / "peft", format="peft").note
+    assert note in report.note
+    assert note not in export_lora(tmp_path / "dog", tmp_path / "peft", format="peft").note
     pipe.load_lora_weights(str(report.path), adapter_name="plain")
-    assert {place for place, names in list_adapters(pipe).items() if names} == {"transformer", "text_encoder"}
+    assert {component for component, names in list_adapters(pipe).items() if names} == {"transformer", "text_encoder"}
 
 
 def test_alpha_is_the_rank_in_every_precision() -> None:
-    """bf16 has no 257: a reader would scale by 256 / 257 (MoRA and MELoRA have such ranks)."""
+    """bf16 cannot represent 257, so a reader would scale by 256 / 257 (MoRA and MELoRA have such ranks)."""
     pair = PlainPair("unet", "to_q", torch.randn(257, 300).double(), torch.randn(300, 257).double(), None)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert pair.kohya_tensors("x", dtype)["x.alpha"].item() == 257
@@ -579,7 +583,7 @@ def test_export_refusals(pipe: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "x.safetensors").exists()
 
 
-STRANGER = """
+SCRIPT = """
 import sys, torch
 from diffusers import StableDiffusionPipeline
 base, file, out = sys.argv[1:]
@@ -596,13 +600,13 @@ def test_export_works_where_this_package_is_not_imported(
     pipe: Any, render: Any, tiny_base: Path, tmp_path: Path
 ) -> None:
     trained(pipe, METHODS["nora"])
-    picture = render(pipe)
+    image = render(pipe)
     save_adapter(pipe, tmp_path / "dog", "one")
     export_lora(tmp_path / "dog", tmp_path / "dog.safetensors")
     out = tmp_path / "picture.pt"
-    command = [sys.executable, "-c", STRANGER, str(tiny_base), str(tmp_path / "dog.safetensors"), str(out)]
+    command = [sys.executable, "-c", SCRIPT, str(tiny_base), str(tmp_path / "dog.safetensors"), str(out)]
     subprocess.run(command, check=True, cwd=tmp_path)
-    assert (torch.load(out) - picture).abs().max() < 2 / 255
+    assert (torch.load(out) - image).abs().max() < 2 / 255
 
 
 BASE_FAULTS = {

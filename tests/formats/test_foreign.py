@@ -1,4 +1,4 @@
-"""Files of other tools: made by those tools, recognized, handed on, projected onto a basis, or refused in words."""
+"""Other tools' files, made by those tools: recognized, loaded, projected onto a basis, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from nora_diffusion.adapters import lora, lora_xs, nora
 from nora_diffusion.adapters.deltas.bases import BASES
 from nora_diffusion.conversion.import_lora import import_lora, project
 from nora_diffusion.formats.adapter_file import FILE_NAME
-from nora_diffusion.formats.foreign_updates import updates
+from nora_diffusion.formats.foreign_updates import dense_updates
 from nora_diffusion.io.tensor_file import TensorFile
 from nora_diffusion.loaders import list_adapters, trainable_parameters
 from nora_diffusion.pipelines.components import canonical, components, projections
@@ -96,7 +96,7 @@ def by_peft(config: Any) -> Make:
 
 
 def as_lycoris(config: Any) -> Make:
-    """PEFT's factors under the names and with the alpha of LyCORIS."""
+    """PEFT's factors with the names and alphas of LyCORIS."""
 
     def make(pipe: Any, folder: Path) -> Path:
         model = get_peft_model(pipe.unet, config)
@@ -132,7 +132,7 @@ FILES: dict[str, tuple[Make, str]] = {
 
 @pytest.fixture(scope="module")
 def made(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tensor]]:
-    """Every file with the output that the tool which made it gives."""
+    """Every file, with the output of the tool that made it."""
     found = {}
     for name, (make, _) in FILES.items():
         torch.manual_seed(len(found))
@@ -173,7 +173,7 @@ def test_dense_updates_are_those_of_the_tool(tiny_base: Path, made: dict[str, tu
     """Adding ``dW`` to the plain weights gives the output of the tool that made the file."""
     pipe, (path, expected) = open_pipeline(tiny_base), made[name]
     with TensorFile(Path(inspect_adapter(path).path)) as reader:
-        for part, module, dense in updates(components(pipe), reader):
+        for part, module, dense in dense_updates(components(pipe), reader):
             weight = getattr(pipe, part).get_submodule(module).weight
             weight.data += dense.view(weight.shape).float()
     torch.testing.assert_close(output(pipe), expected, atol=1e-5, rtol=1e-4)
@@ -188,12 +188,12 @@ ORIGINAL_NAMES = {
     "up_blocks.0.attentions.1": "output_blocks.1.1", "up_blocks.0.upsamplers.0.conv": "output_blocks.1.2.conv",
     "up_blocks.1.resnets.0": "output_blocks.2.0", "up_blocks.1.resnets.1": "output_blocks.3.0",
 }  # fmt: skip
-"""The tiny SDXL's parts in the code of Stability AI, written out by hand."""
+"""The tiny SDXL's modules under the names of Stability AI's code, written by hand."""
 
 
 @pytest.fixture(scope="module")
 def sdxl_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, dict[str, Tensor]]:
-    """A pipeline, an adapter in it and its kohya file with the names that kohya's trainer gives SDXL."""
+    """A pipeline, its folder, and an adapter's tensors under the names that kohya's trainer uses for SDXL."""
     folder = tmp_path_factory.mktemp("sdxl")
     pipe = tiny_pipeline("sdxl", folder / "base")
     config = nora(r=4, inner_r=2, basis="svd", target_modules=["attn", "ff", "conv1"])
@@ -219,7 +219,7 @@ def test_kohya_files_for_sdxl_are_imported(sdxl_file: Any, tmp_path: Path) -> No
     found = []
     for file in (folder / "kohya.safetensors", tmp_path / "sgm.safetensors"):
         with TensorFile(file) as reader:
-            found.append({(part, path): dense for part, path, dense in updates(components(pipe), reader)})
+            found.append({(part, path): dense for part, path, dense in dense_updates(components(pipe), reader)})
     assert found[0].keys() == found[1].keys() and all(torch.equal(dense, found[1][k]) for k, dense in found[0].items())
     config = nora(r=4, inner_r=2, basis="svd", target_modules=["attn"])
     assert import_lora(pipe, tmp_path / "sgm.safetensors", tmp_path / "back", config).lost < 1e-5
@@ -227,12 +227,12 @@ def test_kohya_files_for_sdxl_are_imported(sdxl_file: Any, tmp_path: Path) -> No
 
 
 def test_kohya_files_for_sdxl_load_and_are_checked(sdxl_file: Any, tmp_path: Path) -> None:
-    """Under either set of names what is loaded is the update; NaN is refused before diffusers is asked."""
+    """Both sets of names load the same update; NaN is refused before diffusers is called."""
     pipe, folder, tensors = sdxl_file
     save_file(tensors, tmp_path / "sgm.safetensors")
     load_adapter(pipe, tmp_path / "sgm.safetensors", "cat")
     with TensorFile(tmp_path / "sgm.safetensors") as reader:
-        for part, path, dense in updates(components(pipe), reader):
+        for part, path, dense in dense_updates(components(pipe), reader):
             layer = getattr(pipe, part).get_submodule(path)
             torch.testing.assert_close(layer.get_delta_weight("cat").flatten(1), dense.float(), atol=1e-6, rtol=1e-5)
     delete_adapter(pipe, "cat")
@@ -252,7 +252,7 @@ DIFFUSERS = {"unet": "unet.{}", "text_encoder": "text_encoder.text_model.{}"}, "
 
 
 @pytest.mark.parametrize("names", [KOHYA, DIFFUSERS], ids=["kohya", "diffusers"])
-def test_every_projection_may_have_a_rank_and_an_alpha_of_its_own(pipe: Any, tmp_path: Path, names: Any) -> None:
+def test_every_projection_may_have_its_own_rank_and_alpha(pipe: Any, tmp_path: Path, names: Any) -> None:
     """As sd-scripts writes them after resizing: each gets ``(alpha / r) B A``."""
     tensors, wanted = {}, {}
     prefixes, dot, lora_down, lora_up = names
@@ -269,7 +269,7 @@ def test_every_projection_may_have_a_rank_and_an_alpha_of_its_own(pipe: Any, tmp
     load_adapter(pipe, tmp_path / "resized.safetensors", "cat")
     for (part, path), dense in wanted.items():
         found = getattr(pipe, part).get_submodule(path).get_delta_weight("cat")
-        torch.testing.assert_close(found, dense, atol=1e-6, rtol=1e-5, msg=lambda said, path=path: f"{path}: {said}")
+        torch.testing.assert_close(found, dense, atol=1e-6, rtol=1e-5, msg=lambda text, path=path: f"{path}: {text}")
 
 
 def test_a_textual_inversion_of_two_encoders_is_all_or_nothing(
@@ -310,7 +310,7 @@ def broken(kind: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
             tensors[down] = torch.zeros(tensors[down].shape[0], 5)
         elif kind == "rank":
             tensors[down] = torch.zeros(7, tensors[down].shape[1])
-        elif kind == "stranger":
+        elif kind == "unknown module":
             tensors["lora_unet_nowhere.lora_down.weight"] = tensors[down].clone()
             tensors["lora_unet_nowhere.lora_up.weight"] = torch.zeros(8, tensors[down].shape[0])
         elif kind == "key":
@@ -322,12 +322,12 @@ def broken(kind: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
 
 BROKEN = {
     "half": "factors of .* are missing", "nan": "NaN", "shape": "made for another base", "rank": "different ranks",
-    "stranger": "made for another base", "key": "belongs to no known kind",
+    "unknown module": "made for another base", "key": "belongs to no known kind",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_broken_files_are_refused_and_leave_nothing(
+def test_broken_files_are_refused_and_change_nothing(
     pipe: Any, made: dict[str, tuple[Path, Tensor]], tmp_path: Path, kind: str
 ) -> None:
     before, tensors = state(pipe), load_file(made["kohya"][0])
@@ -338,7 +338,7 @@ def test_broken_files_are_refused_and_leave_nothing(
 
 
 @pytest.mark.parametrize("name", ["kohya", "lycoris-loha", "peft"])
-def test_a_failure_half_way_takes_everything_out(
+def test_a_failed_load_removes_everything(
     pipe: Any, made: dict[str, tuple[Path, Tensor]], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nora_diffusion.loaders import foreign as foreign_loading
@@ -354,7 +354,7 @@ def test_a_failure_half_way_takes_everything_out(
     assert same(state(pipe), before) and list_adapters(pipe) == {}
 
 
-def test_peft_failing_half_way_leaves_nothing(
+def test_a_failure_inside_peft_leaves_nothing_behind(
     pipe: Any, made: dict[str, tuple[Path, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, create, calls = state(pipe), LoHaModel._create_and_replace, []
@@ -373,7 +373,7 @@ def test_peft_failing_half_way_leaves_nothing(
     torch.testing.assert_close(output(pipe), made["peft-loha"][1], atol=1e-5, rtol=1e-4)
 
 
-STRANGERS = {
+OTHERS = {
     "checkpoint": ({"model.diffusion_model.input_blocks.0.weight": (4, 4)}, "whole checkpoint"),
     "oft": ({"unet.to_q.oft_blocks": (2, 4, 4)}, "OFT"),
     "difference": ({"lora_unet_x.diff": (4, 4)}, "factors of .* are missing|belongs|full-weight"),
@@ -382,9 +382,9 @@ STRANGERS = {
 }
 
 
-@pytest.mark.parametrize("name", STRANGERS)
-def test_the_rest_is_refused_with_a_sentence(pipe: Any, tmp_path: Path, name: str) -> None:
-    shapes, words = STRANGERS[name]
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_files_are_refused_with_a_reason(pipe: Any, tmp_path: Path, name: str) -> None:
+    shapes, words = OTHERS[name]
     save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=words):
         load_adapter(pipe, tmp_path / "x.safetensors")
@@ -408,11 +408,11 @@ def test_textual_inversion(pipe: Any, tmp_path: Path, render: Any) -> None:
         load_adapter(pipe, tmp_path / "other.safetensors")
 
 
-def test_damaged_description_of_scales(pipe: Any, made: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
+def test_damaged_lora_settings_are_refused(pipe: Any, made: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
     source = made["peft-loha"][0]
     (tmp_path / "adapter_model.safetensors").write_bytes((source / "adapter_model.safetensors").read_bytes())
     (tmp_path / "adapter_config.json").write_text(json.dumps([1]))
-    with pytest.raises(UserError, match="scales is damaged"):
+    with pytest.raises(UserError, match="LoRA settings are damaged"):
         load_adapter(pipe, tmp_path, "cat")
     assert list_adapters(pipe) == {}
 
@@ -437,13 +437,13 @@ def test_export_and_import_is_lossless(pipe: Any, tmp_path: Path) -> None:
     loaded = load_adapter(pipe, report.path, "back")
     assert loaded.trigger == "sks"
     torch.testing.assert_close(output(pipe), expected, atol=1e-5, rtol=1e-4)
-    with pytest.raises(UserError, match="no LoRA of another tool"):
+    with pytest.raises(UserError, match="not a LoRA of another tool"):
         import_lora(pipe, tmp_path / "dog", tmp_path / "again")
 
 
 @pytest.mark.parametrize("basis", ["svd", "awsvd", "orthogonal"])
 @pytest.mark.parametrize("core", ["nested", "dense"])
-def test_projection_is_the_best_there_is(basis: Any, core: str) -> None:
+def test_projection_is_optimal(basis: Any, core: str) -> None:
     """Against a dense oracle: least squares over all cores, and no rank-r' core is nearer than the one chosen."""
     torch.manual_seed(0)
     weight, strength, dense = torch.randn(12, 10), torch.rand(10) + 0.1, torch.randn(12, 10).double()
@@ -466,7 +466,7 @@ def test_projection_is_the_best_there_is(basis: Any, core: str) -> None:
         assert (dense - other).norm() >= error
 
 
-def test_import_says_what_was_lost(pipe: Any, made: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
+def test_import_reports_its_error(pipe: Any, made: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
     for name in ("lycoris-loha", "diffusers", "peft-lokr"):
         losses = {}
         for inner_r in (1, 4):
@@ -475,7 +475,7 @@ def test_import_says_what_was_lost(pipe: Any, made: dict[str, tuple[Path, Tensor
             losses[inner_r] = report.lost
             assert 0 < report.lost <= 1 and all(0 <= lost <= 1 + 1e-6 for lost in report.layers.values())
         assert losses[4] < losses[1]
-        # At full rank a basis spans all of a square weight, and nothing of it is lost.
+        # At full rank a basis spans every square weight, so nothing is lost.
         config = nora(r=512, inner_r=512, basis="orthogonal", basis_dtype="float32")
         report = import_lora(pipe, made[name][0], tmp_path / f"{name}-whole", config)
         paths = [path for path in report.layers if path.startswith("unet.")]
@@ -484,22 +484,22 @@ def test_import_says_what_was_lost(pipe: Any, made: dict[str, tuple[Path, Tensor
         assert square and all(report.layers[path] < 1e-5 for path in square)
 
 
-def test_a_peft_file_for_one_of_two_encoders_is_told_by_its_folder(tmp_path: Path) -> None:
+def test_the_folder_of_a_peft_file_tells_its_text_encoder(tmp_path: Path) -> None:
     pipe = tiny_pipeline("sdxl", tmp_path)
     add_adapter(pipe, lora(r=2), "one", ("text_encoder_2",))
     for parameter in trainable_parameters(pipe, "one").values():
         parameter.data.normal_(std=0.5)
-    words = torch.arange(1, 9)[None]
+    ids = torch.arange(1, 9)[None]
     with torch.no_grad():
-        expected = pipe.text_encoder_2(words).last_hidden_state
+        expected = pipe.text_encoder_2(ids).last_hidden_state
         save_adapter(pipe, tmp_path / "dog", "one")
         delete_adapter(pipe, "one")
         export_lora(tmp_path / "dog", tmp_path / "peft", format="peft")
         load_adapter(pipe, tmp_path / "peft" / "text_encoder_2", "plain")
-        torch.testing.assert_close(pipe.text_encoder_2(words).last_hidden_state, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(pipe.text_encoder_2(ids).last_hidden_state, expected, atol=1e-5, rtol=1e-4)
     assert list_adapters(pipe) == {"text_encoder_2": ["plain"]}
     (tmp_path / "peft" / "text_encoder_2").rename(tmp_path / "peft" / "elsewhere")
-    with pytest.raises(UserError, match="which of text_encoder and text_encoder_2 it is for"):
+    with pytest.raises(UserError, match="whether it is for text_encoder or text_encoder_2"):
         load_adapter(pipe, tmp_path / "peft" / "elsewhere", "other")
 
 
@@ -515,12 +515,12 @@ def test_a_locon_in_tucker_form_is_imported_but_not_loaded(pipe: Any, tmp_path: 
     dense = torch.einsum("or,rskl,sc->ockl", factors["up"].flatten(1), factors["mid"], factors["down"].flatten(1))
     load_adapter(pipe, report.path, "one")
     layer = pipe.unet.get_submodule("mid_block.resnets.0.conv1")
-    basis = layer.delta("one").A_out  # all rows of the kernel, and as many of its 144 columns
+    basis = layer.delta("one").A_out  # spans all rows of the kernel, and 16 of its 144 columns
     kept = dense.flatten(1) @ basis.T @ basis
     torch.testing.assert_close(layer.get_delta_weight("one").flatten(1), kept, atol=1e-5, rtol=1e-4)
 
 
-def test_an_import_leaves_adapters_and_config_alone(
+def test_an_import_leaves_adapters_and_config_unchanged(
     pipe: Any, made: dict[str, tuple[Path, Tensor]], tmp_path: Path
 ) -> None:
     add_adapter(pipe, lora(r=2), "one")

@@ -1,10 +1,9 @@
-"""Files that anybody may have written: thousands of mutations of valid ones, and the attacks that have names.
+"""Untrusted files: thousands of mutations of valid ones, and known attacks.
 
-Whatever a file holds, reading and loading it either works or raises ``UserError``; a refused file leaves the pipeline
-byte for byte what it was; and reading never takes more than three times the file's size. That measure is Python's own
-(``tracemalloc``): the reader keeps every byte it reads in Python buffers, which the tensors share, so it covers
-header, JSON, and all numbers; what it cannot see are torch's temporaries, and a test in a process of its own watches
-those by the size of the whole process.
+Reading and loading any file either works or raises ``UserError``; a refused file leaves the pipeline bit-for-bit
+unchanged; and reading never allocates more than three times the file's size. Allocation is measured with
+``tracemalloc``: the reader keeps the bytes it reads in Python buffers that the tensors share, so this covers header,
+JSON and tensors. It does not cover torch's temporaries; another test measures those by the size of a whole process.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ FAST, ALL = 250, 2000
 LOADED = 80
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "derandomize": True}
 OVERHEAD = 400_000
-"""Bytes that reading may take beside that: the objects of a small header are larger than its text. The files that the
-property is tested on are up to 1 MB, so that it says something about the numbers."""
+"""Bytes that reading may allocate on top: the objects of a small header are larger than its text. The tested files are
+up to 1 MB, so the bound is meaningful for the tensors."""
 METHODS = {
     "nora": lambda: nora(r=4, inner_r=2, basis="svd", rank_pattern={"to_q": 3}),
     "mor": lambda: mor(r=4, num_experts=2),
@@ -57,7 +56,7 @@ METHODS = {
 
 
 def state_hash(pipe: Any) -> str:
-    """Everything an adapter could leave behind: weights, module classes, flags, configs, active adapters."""
+    """Hash of everything an adapter could leave behind: weights, module classes, flags, configs, active adapters."""
     digest = hashlib.sha256()
     for part in ("unet", "text_encoder"):
         module = getattr(pipe, part)
@@ -73,7 +72,7 @@ def state_hash(pipe: Any) -> str:
 
 @pytest.fixture(scope="module")
 def base(tiny_base: Path) -> Any:
-    """A pipeline that holds one adapter, to see that others are not disturbed."""
+    """A pipeline with one adapter, to check that other adapters are not affected."""
     pipe = open_pipeline(tiny_base)
     add_adapter(pipe, nora(r=2, inner_r=1, basis="svd"), "resident", ("unet", "text_encoder"))
     for parameter in trainable_parameters(pipe, "resident").values():
@@ -84,7 +83,7 @@ def base(tiny_base: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def valid(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """A sound file of each method, and of another tool."""
+    """A valid file of each method, and one of another tool."""
     found = {}
     for name, method in METHODS.items():
         pipe, folder = open_pipeline(tiny_base), tmp_path_factory.mktemp(name)
@@ -103,13 +102,13 @@ def valid(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @pytest.fixture(scope="module")
 def large(valid: dict[str, bytes]) -> dict[str, bytes]:
-    """The same with a file of 1 MB, which fits no model and is only read."""
+    """The same and two files of 1 MB, which match no model and are only read."""
     metadata = split(valid["nora"])[0]["__metadata__"]
     tensors = {f"unet.{i}.nora_A_out": torch.randn(256, 512).to(torch.float16) for i in range(4)}
     return {**valid, "large": save(tensors, metadata), "large too": save(tensors, metadata)}
 
 
-# How files are changed
+# Mutations of files
 
 
 def split(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -129,9 +128,9 @@ ODD = st.one_of(
 )  # fmt: skip
 
 
-def places_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def paths_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(place for key, item in items for place in places_in(item, (*path, key)))]
+    return [path, *(inner for key, item in items for inner in paths_in(item, (*path, key)))]
 
 
 def put(value: Any, path: tuple[Any, ...], change: Any, delete: bool) -> Any:
@@ -151,7 +150,7 @@ def put(value: Any, path: tuple[Any, ...], change: Any, delete: bool) -> Any:
 def edits(draw: st.DrawFn, value: Any, times: int = 2) -> Any:
     value = json.loads(json.dumps(value))
     for _ in range(draw(st.integers(1, times))):
-        path = draw(st.sampled_from(places_in(value)))
+        path = draw(st.sampled_from(paths_in(value)))
         value = put(value, path, copy.deepcopy(draw(ODD)), draw(st.booleans()) and bool(path))
         if not isinstance(value, dict | list):
             break
@@ -166,8 +165,8 @@ def mutations(draw: st.DrawFn, files: dict[str, bytes]) -> bytes:
     )
     if kind == "flip":
         changed = bytearray(data)
-        for place in draw(st.lists(st.integers(0, len(data) - 1), min_size=1, max_size=4)):
-            changed[place] ^= 1 << draw(st.integers(0, 7))
+        for position in draw(st.lists(st.integers(0, len(data) - 1), min_size=1, max_size=4)):
+            changed[position] ^= 1 << draw(st.integers(0, 7))
         return bytes(changed)
     if kind == "cut":
         return data[: draw(st.integers(0, len(data)))]
@@ -199,7 +198,7 @@ def mutations(draw: st.DrawFn, files: dict[str, bytes]) -> bytes:
 
 
 def attempt(file: Path) -> bool:
-    """Read a file whole; whether it was sound. Anything but ``UserError`` is a failure of the test."""
+    """Read a whole file and return whether it is valid. Any exception but ``UserError`` fails the test."""
     try:
         info = inspect_adapter(file)
         if info.kind == "nora":
@@ -220,13 +219,13 @@ def test_reading_survives_any_mutation(examples: int, large: dict[str, bytes], t
     def check(data: bytes) -> None:
         file.write_bytes(data)
         tracemalloc.start()
-        sound = attempt(file)
+        valid = attempt(file)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak <= 3 * len(data) + OVERHEAD, f"{peak} bytes for a file of {len(data)}"
-        seen[sound] += 1
-        if sound:
-            # What passes here is also what safetensors' own reader takes, with the same numbers.
+        seen[valid] += 1
+        if valid:
+            # The safetensors library accepts the file too, and reads the same values.
             with safe_open(file, "pt") as reference, TensorFile(file) as reader:
                 assert set(reference.keys()) == set(reader.entries)
                 for key in reader.entries:
@@ -258,14 +257,14 @@ def test_loading_is_all_or_nothing_under_any_mutation(base: Any, valid: dict[str
             loaded.append(data)
 
     check()
-    assert loaded, "no mutation was harmless: the test would not notice a loader that refuses everything"
+    assert loaded, "no mutation was harmless: a loader that refuses everything would pass"
 
 
-# Attacks that have names
+# Known attacks
 
 
 def rebuilt(data: bytes, **changes: Any) -> bytes:
-    """A file with other values in its metadata; a dict is merged into the config of the UNet."""
+    """A file with changed metadata; ``config`` is merged into the config of the UNet."""
     header, body = split(data)
     values = json.loads(header["__metadata__"]["nora"])
     for key, change in changes.items():
@@ -387,7 +386,7 @@ def test_text_is_cleaned(valid: dict[str, bytes], tmp_path: Path) -> None:
     info = inspect_adapter(file)
     assert info.trigger == "sks[31m dog"
     assert info.extra == {"k": ["]0;title", {"deep": "abc"}]}
-    assert info.license == "<b>x</b>", "markup is shown as text by whoever shows it"
+    assert info.license == "<b>x</b>", "the pages that show it escape markup"
     assert clean("Zürich 犬 👩‍👩‍👧 \tx") == "Zürich 犬 👩‍👩‍👧  x"
 
 
@@ -429,7 +428,7 @@ print(peak() - before)
 
 @pytest.mark.slow
 def test_whole_process_stays_below_three_times_the_file(valid: dict[str, bytes], tmp_path: Path) -> None:
-    """A file of 60 MB in fp16, whose check for NaN must not blow it up."""
+    """The NaN check of a 60 MB fp16 file must not allocate a copy in fp32."""
     file = tmp_path / "x.safetensors"
     file.write_bytes(valid["nora"])
     with safe_open(file, "pt") as reader:
@@ -444,11 +443,11 @@ def test_a_shared_basis_is_checked_like_an_adapter(base: Any, tiny_base: Path, t
     add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "one")
     save_adapter(pipe, tmp_path / "dog", "one", basis="shared")
     (basis,) = (tmp_path / "bases").iterdir()
-    sound, before = basis.read_bytes(), state_hash(base)
+    intact, before = basis.read_bytes(), state_hash(base)
     tensors = load_file(basis)
     first = sorted(tensors)[0]
     damages = {
-        "damaged or truncated": sound[:-10],
+        "damaged or truncated": intact[:-10],
         "its hash is not its file name": save({**tensors, first: tensors[first] + 1}),
         "not a float dtype": save({**tensors, first: tensors[first].to(torch.int64)}),
         "web page": b"<html>",
@@ -458,16 +457,16 @@ def test_a_shared_basis_is_checked_like_an_adapter(base: Any, tiny_base: Path, t
         with pytest.raises(UserError, match=words):
             load_adapter(base, tmp_path / "dog", "guest")
         assert state_hash(base) == before
-    # Saving once more repairs the damaged basis; the adapter then loads, and not where something is merged.
+    # Saving again repairs the damaged basis. The adapter then loads, unless something is merged.
     save_adapter(pipe, tmp_path / "dog", "one", basis="shared")
-    assert basis.read_bytes() == sound
+    assert basis.read_bytes() == intact
     load_adapter(base, tmp_path / "dog", "guest")
     delete_adapter(base, "guest")
     base.fuse_lora()
     with pytest.raises(UserError, match="unfuse_lora"):
         load_adapter(base, tmp_path / "dog", "guest")
     base.unfuse_lora()
-    # The same basis on other weights is refused by the fingerprint.
+    # The fingerprint refuses the same basis on other weights.
     other = open_pipeline(tiny_base)
     for parameter in other.unet.parameters():
         parameter.data.mul_(1.05)

@@ -1,4 +1,4 @@
-"""Packs of subjects that share a basis: exact round trips, few bytes read, refusals that leave all as it was."""
+"""Packs of subjects that share a basis: exact round trips, few bytes read, refusals that change nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from nora_diffusion.formats.packs import SUFFIX, Layout, Pack, PackedSubject, li
 from nora_diffusion.io.files import locked_folder
 from nora_diffusion.loaders import list_adapters
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* overlap by")  # random numbers in one basis do
+pytestmark = pytest.mark.filterwarnings("ignore:.* overlap by")  # random adapters in one basis overlap
 PNG = b"\x89PNG\r\n\x1a\n" + b"picture"
 # Name -> inner rank, trigger.
 SUBJECTS = {"dog": (2, "sks"), "cat": (2, "zwx"), "hat": (3, "")}
@@ -50,7 +50,7 @@ def write(pipe: Any, folder: Path, inner_r: int = 2, seed: int = 0, info: Any = 
 
 @pytest.fixture(scope="module")
 def shelf(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with three adapters on one basis."""
+    """A folder with three adapters that share a basis."""
     pipe, folder = open_pipeline(tiny_base), tmp_path_factory.mktemp("shelf")
     for seed, (name, (inner_r, trigger)) in enumerate(SUBJECTS.items()):
         info = {"trigger": trigger, "class_word": name, "license": "CC-BY-4.0", "step": seed}
@@ -82,8 +82,8 @@ READERS: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.parametrize("verb", READERS)
-def test_a_basis_may_lie_elsewhere(verb: str, shelf: Path, pack: Path, pipe: Any, tmp_path: Path) -> None:
-    """Every verb that reads adapters takes ``basis_dir``; without it a basis that was moved is missed."""
+def test_a_basis_may_be_in_another_folder(verb: str, shelf: Path, pack: Path, pipe: Any, tmp_path: Path) -> None:
+    """Every function that reads adapters takes ``basis_dir``; without it a moved basis is not found."""
     moved, out, elsewhere = tmp_path / "moved" / "shelf", tmp_path / "out", tmp_path / "elsewhere"
     for folder in (moved, out):
         folder.mkdir(parents=True)
@@ -96,13 +96,13 @@ def test_a_basis_may_lie_elsewhere(verb: str, shelf: Path, pack: Path, pipe: Any
     READERS[verb](moved, out, pipe, basis_dir=elsewhere)
 
 
-def test_subjects_go_by_their_own_names(pack: Path, tmp_path: Path) -> None:
+def test_subjects_keep_their_names(pack: Path, tmp_path: Path) -> None:
     report = mix_files([(f"{pack}#dog", 0.8), (f"{pack}#hat", 0.5)], tmp_path / "both", basis_dir=pack.parent / "bases")
     assert [part["name"] for part in report.info.extra["mix"]["parts"]] == ["dog", "hat"]
     assert list(report.overlaps) == [("dog", "hat")]
 
 
-def test_round_trip_is_exact_to_the_bit(shelf: Path, pack: Path, tmp_path: Path) -> None:
+def test_round_trip_is_bit_for_bit(shelf: Path, pack: Path, tmp_path: Path) -> None:
     for name in SUBJECTS:
         file = extract_from_pack(pack, name, tmp_path / "out" / name)
         assert file.read_bytes() == (shelf / name / FILE_NAME).read_bytes()
@@ -135,7 +135,7 @@ def test_add_and_remove(shelf: Path, pack: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no subject 'dog'"):
         inspect_adapter(f"{pack}#dog")
     add_to_pack(pack, {"dog": shelf / "dog"})
-    assert pack.read_bytes() == whole, "the order of adding makes no difference"
+    assert pack.read_bytes() == whole, "the order of adding does not matter"
     other = create_pack(tmp_path / "more.nora_pack.safetensors", {"rex": f"{pack}#dog"})
     assert extract_from_pack(other, "rex", tmp_path / "rex").read_bytes() == (shelf / "dog" / FILE_NAME).read_bytes()
 
@@ -149,7 +149,7 @@ def test_a_subject_of_another_pack_keeps_its_own_preview(pack: Path, tmp_path: P
     assert not (tmp_path / "out" / "cat" / "preview.png").exists()
 
 
-def test_adapters_that_hold_their_own_basis_are_packed_too(pipe: Any, pack: Path, tmp_path: Path) -> None:
+def test_adapters_with_their_own_basis_can_be_packed(pipe: Any, pack: Path, tmp_path: Path) -> None:
     write(pipe, tmp_path / "own", basis="own")
     add_to_pack(pack, [tmp_path / "own"])
     own = load_file(tmp_path / "own" / FILE_NAME)
@@ -180,7 +180,7 @@ def _no_basis(pipe: Any, shelf: Path, folder: Path) -> Path:
 
 
 def _other_base(pipe: Any, shelf: Path, folder: Path) -> Path:
-    # The same basis by hash on other weights: only the fingerprint of the base tells.
+    # The same basis by hash, but other weights: only the fingerprint of the base differs.
     file = folder / FILE_NAME
     folder.mkdir()
     info = inspect_adapter(shelf / "dog")
@@ -203,11 +203,11 @@ REFUSED: dict[str, tuple[Damage, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_belong_is_refused(pipe: Any, shelf: Path, pack: Path, tmp_path: Path, case: str) -> None:
+def test_adapters_that_do_not_fit_are_refused(pipe: Any, shelf: Path, pack: Path, tmp_path: Path, case: str) -> None:
     make, words = REFUSED[case]
     whole = pack.read_bytes()
-    path = make(pipe, shelf, tmp_path / "stranger")
-    there = sorted(tmp_path.rglob("*"))
+    path = make(pipe, shelf, tmp_path / "other")
+    files = sorted(tmp_path.rglob("*"))
     try:
         with pytest.raises(UserError, match=words):
             add_to_pack(pack, [path])
@@ -216,7 +216,7 @@ def test_what_does_not_belong_is_refused(pipe: Any, shelf: Path, pack: Path, tmp
     finally:
         if case == "odd name":
             path.rename(shelf / "dog")
-    assert pack.read_bytes() == whole and sorted(tmp_path.rglob("*")) == there
+    assert pack.read_bytes() == whole and sorted(tmp_path.rglob("*")) == files
 
 
 def test_other_refusals(pipe: Any, shelf: Path, pack: Path, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_other_refusals(pipe: Any, shelf: Path, pack: Path, tmp_path: Path) -> N
 
 
 def read_all(pack: Path) -> dict[str, tuple[AdapterInfo, dict[str, torch.Tensor]] | None]:
-    """Every subject by name, ``None`` where reading it is refused."""
+    """Every subject by name, ``None`` if reading it is refused."""
     found: dict[str, tuple[AdapterInfo, dict[str, torch.Tensor]] | None] = {}
     for name in SUBJECTS:
         try:
@@ -257,34 +257,34 @@ def read_all(pack: Path) -> dict[str, tuple[AdapterInfo, dict[str, torch.Tensor]
     return found
 
 
-def test_a_damaged_index_is_noticed_by_the_list(pack: Path) -> None:
+def test_a_damaged_index_is_detected_by_list_pack(pack: Path) -> None:
     whole = bytearray(pack.read_bytes())
-    start = 8 + int.from_bytes(whole[:8], "little")  # the index comes first, each row with the hash of its name first
+    start = 8 + int.from_bytes(whole[:8], "little")  # the index comes first, with the first name hash
     whole[start] ^= 1
     pack.write_bytes(whole)
     with pytest.raises(UserError, match="damaged"):
         list_pack(pack)
 
 
-def test_flipped_bits_are_noticed(pack: Path) -> None:
-    """A flipped bit makes reading refuse, or lies in another subject or a preview and changes nothing."""
-    whole, sound = pack.read_bytes(), read_all(pack)
+def test_flipped_bits_are_detected(pack: Path) -> None:
+    """A flipped bit is refused, or it is in another subject or a preview and changes nothing."""
+    whole, intact = pack.read_bytes(), read_all(pack)
     refused = 0
-    places = range(0, len(whole), max(1, len(whole) // 200))
-    for place in places:
-        pack.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+    positions = range(0, len(whole), max(1, len(whole) // 200))
+    for position in positions:
+        pack.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
         for name, found in read_all(pack).items():
             if found is None:
                 refused += 1
                 continue
-            expected = sound[name]
+            expected = intact[name]
             assert expected and found[0] == expected[0]
             assert all(torch.equal(value, expected[1][key]) for key, value in found[1].items())
-    assert refused > len(places) / 2
+    assert refused > len(positions) / 2
 
 
 def synthetic(count: int, file: Path) -> Path:
-    """A pack of ``count`` subjects of 1,024 numbers in the layout of 8 projections."""
+    """A pack of ``count`` subjects with 1,024 parameters in 8 projections."""
     factors = tuple(
         (f"unet.block.{i}.to_q.nora_{f}", s) for i in range(8) for f, s in (("A_in", (4, 16)), ("B_in", (16, 4)))
     )
@@ -295,8 +295,8 @@ def synthetic(count: int, file: Path) -> Path:
     def subject(i: int) -> PackedSubject:
         info = AdapterInfo({"unet": config}, base_fingerprint=fingerprint, basis="shared", basis_sha256="0" * 64)
         info.trigger = f"word{i}"
-        numbers = torch.full((1024,), float(i)).numpy().tobytes()
-        return PackedSubject(f"subject-{i}", info, layout, 100, lambda: bytes(100), lambda: numbers)
+        parameters = torch.full((1024,), float(i)).numpy().tobytes()
+        return PackedSubject(f"subject-{i}", info, layout, 100, lambda: bytes(100), lambda: parameters)
 
     return _write(file, [subject(i) for i in range(count)], {})
 
@@ -307,7 +307,7 @@ def bytes_read(file: Path, name: str) -> tuple[int, torch.Tensor]:
         return pack.reader.bytes_read, torch.cat([value.flatten() for value in tensors.values()])
 
 
-def test_one_of_ten_thousand_subjects_touches_only_its_bytes(tmp_path: Path) -> None:
+def test_reading_one_of_ten_thousand_subjects_reads_only_its_bytes(tmp_path: Path) -> None:
     small = synthetic(10, tmp_path / "small.nora_pack.safetensors")
     large = synthetic(10_000, tmp_path / "large.nora_pack.safetensors")
     assert large.stat().st_size > 40_000_000
@@ -322,7 +322,7 @@ def test_one_of_ten_thousand_subjects_touches_only_its_bytes(tmp_path: Path) -> 
         bytes_read(large, "subject-10000")
 
 
-def test_changes_of_one_pack_wait_for_each_other(shelf: Path, tmp_path: Path) -> None:
+def test_concurrent_changes_of_a_pack_wait_for_each_other(shelf: Path, tmp_path: Path) -> None:
     pack = create_pack(tmp_path / "pets.nora_pack.safetensors", [shelf / "dog"])
     before = pack.read_bytes()
     change = threading.Thread(target=add_to_pack, args=(pack, [shelf / "cat"]))

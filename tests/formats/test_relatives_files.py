@@ -1,4 +1,4 @@
-"""Files of the relatives: what is stored, one file for every rank, and exports that stock tools read."""
+"""Files of the related methods: what is stored, one file for every rank, and exports for stock tools."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EXPORTED = {
 
 
 def saved(pipe: Any, config: AdapterConfig, folder: Path) -> Path:
-    """Add an adapter with random numbers, save it and leave it active."""
+    """Add an adapter with random weights, save it and leave it active."""
     torch.manual_seed(0)
     add_adapter(pipe, config, "one", PARTS)
     for key, parameter in trainable_parameters(pipe, "one").items():
@@ -52,18 +52,18 @@ def saved(pipe: Any, config: AdapterConfig, folder: Path) -> Path:
 def test_an_export_is_the_adapter_in_stock_diffusers(pipe: Any, render: Any, tmp_path: Path, name: str) -> None:
     before = render(pipe)
     saved(pipe, EXPORTED[name](), tmp_path / "dog")
-    picture = render(pipe)
-    assert not torch.allclose(picture, before, atol=1e-3)
+    image = render(pipe)
+    assert not torch.allclose(image, before, atol=1e-3)
     delete_adapter(pipe, "one")
     report = export_lora(tmp_path / "dog", tmp_path / "dog.safetensors")
     assert report.relative_error < 1e-6
     pipe.load_lora_weights(str(tmp_path / "dog.safetensors"), adapter_name="plain")
-    torch.testing.assert_close(render(pipe), picture, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(render(pipe), image, atol=2e-5, rtol=1e-4)
     pipe.unload_lora_weights()
     assert torch.equal(render(pipe), before)
 
 
-def test_a_dora_names_its_magnitude_in_every_format(pipe: Any, tmp_path: Path) -> None:
+def test_every_format_names_the_magnitude_of_a_dora(pipe: Any, tmp_path: Path) -> None:
     saved(pipe, dora(r=3, alpha=6.0, target_modules=EVERYTHING), tmp_path / "dog")
     layers = nora_layers(pipe.unet, "one")
     linear = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -98,19 +98,19 @@ def test_a_dora_in_peft(pipe: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["diffusers", "kohya", "peft"])
-def test_a_dora_of_other_tools_comes_back_with_its_magnitude(
+def test_an_exported_dora_loads_with_its_magnitude(
     pipe: Any, render: Any, tmp_path: Path, form: Literal["diffusers", "kohya", "peft"]
 ) -> None:
     before = render(pipe)
     saved(pipe, dora(r=3, alpha=6.0, target_modules=["attn", "conv"]), tmp_path / "dog")
-    picture = render(pipe)
+    image = render(pipe)
     delete_adapter(pipe, "one")
     path = export_lora(tmp_path / "dog", tmp_path / ("peft" if form == "peft" else "dog.safetensors"), format=form).path
-    parts = [path / part for part in PARTS] if form == "peft" else [path]
-    for number, part in enumerate(parts):
-        load_adapter(pipe, part, f"plain{number}")
-    torch.testing.assert_close(render(pipe), picture, atol=2e-5, rtol=1e-4)
-    for number, _ in enumerate(parts):
+    files = [path / component for component in PARTS] if form == "peft" else [path]
+    for number, file in enumerate(files):
+        load_adapter(pipe, file, f"plain{number}")
+    torch.testing.assert_close(render(pipe), image, atol=2e-5, rtol=1e-4)
+    for number, _ in enumerate(files):
         delete_adapter(pipe, f"plain{number}")
     assert torch.equal(render(pipe), before)
 
@@ -126,7 +126,7 @@ def test_a_dora_by_input_channel_is_refused(pipe: Any, render: Any, tmp_path: Pa
     assert torch.equal(render(pipe), before)
 
 
-def test_fixed_maps_are_not_stored(pipe: Any, tmp_path: Path) -> None:
+def test_fixed_outer_factors_are_not_stored(pipe: Any, tmp_path: Path) -> None:
     file = saved(pipe, mora(r=2), tmp_path / "dog")
     tensors = load_file(file)
     assert {key.rsplit(".nora_", 1)[1] for key in tensors} == {"R"}
@@ -138,22 +138,22 @@ def test_fixed_maps_are_not_stored(pipe: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mora", "melora"])
-def test_an_export_at_full_rank_says_its_size(
+def test_an_export_at_full_rank_reports_its_size(
     pipe: Any, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = saved(pipe, EXPORTED[name](), tmp_path / "dog")
-    numbers = sum(value.numel() for value in load_file(file).values())
+    trained = sum(value.numel() for value in load_file(file).values())
     assert main(["export", str(tmp_path / "dog"), str(tmp_path / "plain.safetensors")]) == 0
     plain = load_file(tmp_path / "plain.safetensors")
     written = sum(value.numel() for value in plain.values())
-    ranks = {value.shape[0] for key, value in plain.items() if "lora_A" in key}
-    said = f"{min(ranks)} to {max(ranks)}" if len(ranks) > 1 else str(max(ranks))
-    assert written > numbers
-    assert f"full rank, {said}, and so {written:,} numbers for {numbers:,} trained ones" in capsys.readouterr().out
+    found = {value.shape[0] for key, value in plain.items() if "lora_A" in key}
+    ranks = f"{min(found)} to {max(found)}" if len(found) > 1 else str(max(found))
+    assert written > trained
+    assert f"full rank, {ranks}, and {written:,} parameters instead of {trained:,}" in capsys.readouterr().out
 
 
 def test_one_file_serves_every_rank(pipe: Any, render: Any, tmp_path: Path) -> None:
-    """Cut at loading, set later or exported: each time the plain LoRA of the first directions."""
+    """Truncated at loading, later or in an export: always the plain LoRA of the first directions."""
     saved(pipe, dylora(r=4, alpha=8.0), tmp_path / "dog")
     full = render(pipe)
     factors = {path: layer.delta("one") for path, layer in nora_layers(pipe.unet, "one").items()}
@@ -162,7 +162,7 @@ def test_one_file_serves_every_rank(pipe: Any, render: Any, tmp_path: Path) -> N
     x, states = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
     for rank in (1, 3):
         load_adapter(pipe, tmp_path / "dog", "cut", rank=rank)
-        picture = render(pipe)
+        image = render(pipe)
         with torch.no_grad():
             output = pipe.unet(x, 3, states).sample
         export_lora(tmp_path / "dog", tmp_path / f"{rank}.safetensors", rank=rank)
@@ -175,15 +175,15 @@ def test_one_file_serves_every_rank(pipe: Any, render: Any, tmp_path: Path) -> N
             torch.testing.assert_close(pipe.unet(x, 3, states).sample, output, atol=1e-6, rtol=1e-5)
         delete_adapter(pipe, "plain")
         pipe.load_lora_weights(str(tmp_path / f"{rank}.safetensors"), adapter_name="exported")
-        torch.testing.assert_close(render(pipe), picture, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(render(pipe), image, atol=2e-5, rtol=1e-4)
         pipe.unload_lora_weights()
     load_adapter(pipe, tmp_path / "dog", "one")
     set_rank(pipe, "one", 3)
-    torch.testing.assert_close(render(pipe), picture, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(render(pipe), image, atol=1e-5, rtol=1e-5)
     file = save_adapter(pipe, tmp_path / "again", "one")
     assert load_file(file).keys() == load_file(tmp_path / "dog" / file.name).keys()
     pipe.fuse_lora()
-    torch.testing.assert_close(render(pipe), picture, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(render(pipe), image, atol=2e-5, rtol=1e-4)
     with pytest.raises(UserError, match="unfuse_lora"):
         set_rank(pipe, "one", 2)
     pipe.unfuse_lora()
@@ -191,7 +191,7 @@ def test_one_file_serves_every_rank(pipe: Any, render: Any, tmp_path: Path) -> N
     torch.testing.assert_close(render(pipe), full, atol=1e-5, rtol=1e-5)
 
 
-def test_ranks_that_cannot_be_are_refused(pipe: Any, render: Any, tmp_path: Path) -> None:
+def test_invalid_ranks_are_refused(pipe: Any, render: Any, tmp_path: Path) -> None:
     saved(pipe, dylora(r=4), tmp_path / "dog")
     for rank in (0, 5):
         with pytest.raises(UserError, match="choose 1 to 4"):
@@ -241,7 +241,7 @@ def test_a_dora_and_an_ordinary_lora_fuse_together(pipe: Any, tmp_path: Path) ->
         torch.testing.assert_close(pipe.unet(x, 3, states).sample, live, atol=2e-6, rtol=1e-5)
 
 
-def test_a_dora_keeps_to_its_own_weight_while_a_lora_is_fused(pipe: Any) -> None:
+def test_a_dora_rescales_only_the_base_weight_while_a_lora_is_fused(pipe: Any) -> None:
     """Live, fused after the LoRA, and again after unfusing: always the sum of both updates."""
     x, states = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
     add_adapter(pipe, dora(r=3, target_modules=["to_q", "conv1"]), "one")
@@ -261,8 +261,8 @@ def test_a_dora_keeps_to_its_own_weight_while_a_lora_is_fused(pipe: Any) -> None
             torch.testing.assert_close(pipe.unet(x, 3, states).sample, live, atol=2e-6, rtol=1e-5)
 
 
-def test_a_dora_and_a_lora_on_a_text_encoder_are_not_fused_into_something_else(pipe: Any) -> None:
-    """diffusers fuses a text encoder's LoRA first, so that the DoRA would rescale it as well."""
+def test_fusing_a_dora_and_a_lora_on_a_text_encoder_is_refused(pipe: Any) -> None:
+    """diffusers fuses a text encoder's LoRA first, so the DoRA would rescale it too."""
     add_adapter(pipe, dora(r=3), "one", ("unet", "text_encoder"))
     for parameter in trainable_parameters(pipe, "one").values():
         parameter.data.normal_(std=0.3)
@@ -278,7 +278,7 @@ def test_a_dora_and_a_lora_on_a_text_encoder_are_not_fused_into_something_else(p
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_dora_fuses_in_half_precision_and_leaves_nothing(pipe: Any, dtype: torch.dtype) -> None:
+def test_a_dora_fuses_in_half_precision_and_is_removed_exactly(pipe: Any, dtype: torch.dtype) -> None:
     pipe.to(dtype=dtype)
     weights = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
     add_adapter(pipe, dora(r=2), "one")
