@@ -1,7 +1,7 @@
-"""Attention processors that form the adapter parts of q, k and v from one skinny product.
+"""Attention processors that compute the adapter parts of q, k and v from one low-rank product.
 
-They share the deltas of the tuner layers and equal them to 1e-6; they change speed, never results. Text encoders
-have no processors in diffusers' sense: there the tuner layers do the work.
+They read the deltas of the tuner layers and match the output of those layers to 1e-6; only the speed differs. Text
+encoders have no diffusers attention processors; their tuner layers run as usual.
 """
 
 from __future__ import annotations
@@ -24,43 +24,43 @@ from .pipelines.components import denoiser
 LiveDelta = tuple[float | Tensor, Delta]
 Kinds = tuple[type[nn.Module], ...]
 STOCK = ("AttnProcessor", "AttnProcessor2_0")
-"""diffusers' processors that compute exactly what ours do; any other is left where it is."""
+"""diffusers' processors that compute the same attention as ours; any other is not replaced."""
 
 
 def set_adapter_processors(pipe: Any, processor: AdapterAttnProcessor | None = None) -> int:
-    """Let the denoiser's attention form the adapter parts of q, k and v from one product; returns how many layers do.
+    """Set a fused processor in the denoiser's attention layers; return the number of layers.
 
-    ``processor``: one for a kind of adapter (default: for every kind). Attention with a processor of its own (an
-    IP-Adapter's, say) is left alone. Raises :class:`UserError` where there is no plain attention at all.
+    ``processor``: one for a single kind of adapter (default: for every kind). Layers with a custom processor (an
+    IP-Adapter's, say) keep it. Raises :class:`UserError` if no layer has one of diffusers' standard processors.
     """
     model = denoiser(pipe)
-    mine = processor or AdapterAttnProcessor()
-    former = dict(getattr(model, "attn_processors", {}))
-    plain = {path: p for path, p in former.items() if type(p).__name__ in STOCK or isinstance(p, AdapterAttnProcessor)}
-    if not plain:
-        kinds = sorted({type(p).__name__ for p in former.values()})
-        raise UserError(f"the attention of {type(model).__name__} is not diffusers' plain one ({', '.join(kinds)})")
-    mine.former = {path: getattr(p, "former", {}).get(path, p) for path, p in plain.items()}
-    model.set_attn_processor({path: mine if path in plain else p for path, p in former.items()})
-    return len(plain)
+    processor = processor or AdapterAttnProcessor()
+    current = dict(getattr(model, "attn_processors", {}))
+    stock = {path: p for path, p in current.items() if type(p).__name__ in STOCK or isinstance(p, AdapterAttnProcessor)}
+    if not stock:
+        kinds = sorted({type(p).__name__ for p in current.values()})
+        raise UserError(f"the {type(model).__name__} has no standard diffusers attention, only {', '.join(kinds)}")
+    processor.replaced = {path: getattr(p, "replaced", {}).get(path, p) for path, p in stock.items()}
+    model.set_attn_processor({path: processor if path in stock else p for path, p in current.items()})
+    return len(stock)
 
 
 def remove_adapter_processors(pipe: Any) -> None:
-    """Give every attention layer back the processor that it had."""
+    """Restore the processor that each attention layer had before :func:`set_adapter_processors`."""
     model = denoiser(pipe)
     model.set_attn_processor(
         {
-            path: p.former.get(path, AttnProcessor2_0()) if isinstance(p, AdapterAttnProcessor) else p
+            path: p.replaced.get(path, AttnProcessor2_0()) if isinstance(p, AdapterAttnProcessor) else p
             for path, p in model.attn_processors.items()
         }
     )
 
 
 def fused_deltas(layer: nn.Module, kinds: Kinds) -> list[LiveDelta] | None:
-    """The live deltas of a projection if all are of these kinds and the layer stands alone, else None.
+    """The live deltas of a projection if they can be fused, else ``None``: the layer must be called as usual.
 
-    A foreign tuner layer around ours (an ordinary LoRA), a hook, offloading, a delta in training mode, of another kind
-    or with a magnitude (DoRA, which rescales the frozen output too) means that the projection must be called as it is.
+    They cannot if another tuner layer (an ordinary LoRA) wraps the layer, if it has a hook or is offloaded, or if a
+    delta is in training mode, of another kind or has a magnitude (DoRA, which rescales the frozen output too).
     """
     if not isinstance(layer, NoraLayer) or (layer.disable_adapters and layer.merged) or layer.rows is not None:
         return None
@@ -72,7 +72,7 @@ def fused_deltas(layer: nn.Module, kinds: Kinds) -> list[LiveDelta] | None:
 
 
 def project(layers: Sequence[nn.Module], x: Tensor, kinds: Kinds) -> list[Tensor]:
-    """``[layer(x) for layer in layers]`` with all adapter down-projections of ``x`` in one product."""
+    """``[layer(x) for layer in layers]``, with the adapters' down-projections of ``x`` in one product."""
     groups = [fused_deltas(layer, kinds) for layer in layers]
     weights = [delta.skinny_weight().to(x.dtype) for group in groups if group for _, delta in group]
     if not weights:
@@ -96,7 +96,8 @@ class AdapterAttnProcessor:
     delta_kinds: ClassVar[Kinds] = (ChainDelta, RoutedDelta)
 
     def __init__(self) -> None:
-        self.former: dict[str, Any] = {}
+        self.replaced: dict[str, Any] = {}
+        """The processor that each layer had before, by path."""
 
     def __call__(
         self,
@@ -143,13 +144,13 @@ class AdapterAttnProcessor:
 
 
 class NoRAAttnProcessor(AdapterAttnProcessor):
-    """Fuses chains (NoRA, LoRA-XS, LoRA): down-projections are collapsed to rank ``r'`` and stacked."""
+    """Fuses chains (NoRA, LoRA-XS, LoRA): collapses the down-projections to rank ``r'`` and stacks them."""
 
     delta_kinds = (ChainDelta,)
 
 
 class MoRAttnProcessor(AdapterAttnProcessor):
-    """Fuses mixtures of ranks: the shared ``A`` and the routers of q, k and v are stacked."""
+    """Fuses mixtures of ranks: stacks the shared ``A`` and the routers of q, k and v."""
 
     delta_kinds = (RoutedDelta,)
 

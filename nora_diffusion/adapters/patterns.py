@@ -1,8 +1,8 @@
-"""Regular expressions that pick modules: which ones are allowed, so that none that a file brings can hang a program.
+"""Regular expressions that select modules: a safe dialect, so that no pattern in a file can hang a program.
 
-Python's ``re`` may need time that grows exponentially with the text. A pattern of this dialect cannot: ``*`` and
-``+`` stand outside groups, and between any two of them something plain must match, so that the places where they can
-meet are bounded by how often that occurs in a module's path.
+Python's ``re`` can take exponential time. A pattern of this dialect cannot: ``*`` and ``+`` stand outside groups, and
+between any two of them plain characters must match, so the ways to divide a module's path between them are bounded by
+how often those characters occur in it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ MAX_LENGTH = 1000
 MAX_REPEATS = 6
 MAX_PATTERNS = 2000
 MAX_CHOICES, MIN_WORD = 4, 3
-"""A group separates two repeats if it has at most so many alternatives, each with so many plain characters."""
+"""A group separates two repeats if it has at most this many alternatives, each of at least this many characters."""
 TOKEN = re.compile(r"\\.|\[[^\]\[]+\]|\((?:\?[:=!])?|.", re.DOTALL)
 PLAIN = re.compile(r"[\w-]|\\[^\w]")
 
 
 def check_patterns(name: str, patterns: object) -> None:
-    """Check a pattern or the keys of a table of patterns; lists hold plain names."""
+    """Check a pattern, or the keys of a table of patterns; a list has plain names. Raises :class:`UserError`."""
     found = [patterns] if isinstance(patterns, str) else list(patterns) if isinstance(patterns, dict) else []
     if len(found) > MAX_PATTERNS:
         raise UserError(f"{name} has {len(found):,} entries, more than the {MAX_PATTERNS:,} allowed")
@@ -31,14 +31,14 @@ def check_patterns(name: str, patterns: object) -> None:
 
 
 def check_pattern(name: str, pattern: str) -> None:
-    """Raises :class:`UserError` for a pattern outside the dialect, or one that is no regular expression."""
+    """Raise :class:`UserError` for an invalid regular expression, or one outside the dialect."""
     try:
         if len(pattern) > MAX_LENGTH:
             raise ValueError(f"it has more than {MAX_LENGTH} characters")
         _check_dialect(pattern)
         re.compile(pattern)
     except (ValueError, re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"{name}={pattern[:80]!r} will not do as a pattern: {error}") from None
+        raise UserError(f"{name}={pattern[:80]!r} is not an allowed pattern: {error}") from None
 
 
 def _check_dialect(pattern: str) -> None:
@@ -47,7 +47,7 @@ def _check_dialect(pattern: str) -> None:
     for token, following in zip(tokens, [*tokens[1:], ""], strict=True):
         optional = following in ("*", "+", "?")
         if token == "{" or re.fullmatch(r"\\[^\WdwDWsS]", token):
-            raise ValueError("'{', back-references and anchors like \\b are not understood")
+            raise ValueError("'{', back-references and anchors like \\b are not supported")
         if token.startswith("("):
             depth, words = depth + 1, [0] if not depth and token in ("(", "(?:") else words
         elif token == ")":
@@ -73,10 +73,10 @@ def _check_dialect(pattern: str) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def suffix_matcher(pattern: str) -> re.Pattern[str]:
-    """How PEFT reads the keys of ``rank_pattern``: the pattern must match the end of a path, at a dot."""
+    """A matcher for keys of ``rank_pattern``, as PEFT reads them: they match the end of a path, from a dot on."""
     return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def pattern_of(path: str) -> str:
-    """The key of ``rank_pattern`` that means this path only: a name from the very top may be the end of others too."""
+    """The key of ``rank_pattern`` for this path only; a name without a dot could also be the end of other paths."""
     return path if "." in path else f"^{path}"

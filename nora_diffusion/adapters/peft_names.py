@@ -1,4 +1,4 @@
-"""The names under which PEFT knows the tuner: a member of its closed enum of methods, and the prefix of its keys."""
+"""The names by which PEFT knows the tuner: its method, a stand-in for an enum member, and the prefix of its keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which modules an adapter sits in: groups of names, and blocks of a model."""
+"""Which modules an adapter targets: groups of names, and blocks of a model."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ TARGET_GROUPS: dict[str, tuple[str, ...]] = {
     "proj": ("proj_in", "proj_out"),
     "conv": ("conv1", "conv2", "conv_shortcut"),
 }  # fmt: skip
-"""Names of module groups that ``target_modules`` understands beside suffixes and regular expressions.
+"""Module groups that ``target_modules`` accepts beside suffixes and regular expressions.
 
-UNets, DiTs, CLIP and T5 have different names for the same things; ``context`` is the text's side of the joint attention
-of SD3 and Flux.
+UNets, DiTs, CLIP and T5 name the same layers differently; ``context`` is the text stream of the joint attention in SD3
+and Flux.
 """
 
 Targets = str | Sequence[str] | None
 
 
 def expand_targets(targets: Targets) -> str | list[str]:
-    """Replace group names by the suffixes they stand for; a string that is no group is a regular expression."""
+    """Replace group names with their suffixes; a single string that is not a group is a regular expression."""
     if targets is None:
         return list(TARGET_GROUPS["attn"])
     if isinstance(targets, str):
@@ -42,11 +42,11 @@ def expand_targets(targets: Targets) -> str | list[str]:
 def in_blocks(blocks: Sequence[str], targets: Targets = None) -> str:
     """``target_modules`` for some blocks only: ``in_blocks(["down_blocks.1", "mid_block"], ["attn", "ff"])``.
 
-    Blocks are paths from the top of the component: ``up_blocks.1.attentions.0``, ``transformer_blocks.3``,
-    ``encoder.layers.0``. Returns a regular expression. ``targets`` are groups or suffixes, attention by default.
+    ``blocks`` are paths from the top of the component: ``up_blocks.1.attentions.0``, ``transformer_blocks.3``,
+    ``encoder.layers.0``. ``targets`` are groups or suffixes, attention by default. Returns a regular expression.
     """
     expanded = expand_targets(targets)
-    names = [expanded] if isinstance(expanded, str) else expanded
-    inside, wanted = ("|".join(re.escape(name) for name in group) for group in (blocks, names))
-    # The lookahead keeps down_blocks.1 from picking down_blocks.10.
-    return rf"(?:text_model\.)?(?:{inside})(?=\.).*\.(?:{wanted})"
+    suffixes = [expanded] if isinstance(expanded, str) else expanded
+    block, suffix = ("|".join(re.escape(name) for name in names) for names in (blocks, suffixes))
+    # The lookahead keeps down_blocks.1 from matching down_blocks.10.
+    return rf"(?:text_model\.)?(?:{block})(?=\.).*\.(?:{suffix})"

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..adapters import AdapterConfig
 from ..adapters.config import Start
-from ..adapters.tuner.build import build_delta, flat_weight, working
+from ..adapters.tuner.build import build_delta, cast_frozen, flat_weight
 from ..adapters.tuner.rank_mask import check_rank
 from ..errors import UserError, first_line
 from ..formats.adapter_file import (
@@ -284,5 +284,5 @@ def _fill(module: nn.Module, part: str, name: str, tensors: Tensors) -> None:
         stored = {f: tensors[file_key(part, path, f)] for f in delta.state_dict()}
         delta.load_state_dict(stored)
         for f, buffer in delta.named_buffers():
-            buffer.data = working(buffer.to(stored[f].dtype), weight) if f in stored else buffer.to(weight.dtype)
+            buffer.data = cast_frozen(buffer.to(stored[f].dtype), weight) if f in stored else buffer.to(weight.dtype)
         tie(layer, name)

@@ -1,4 +1,4 @@
-"""Builds the parts of an adapter that a config describes for one projection."""
+"""Build the delta that a config describes for one projection."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ..deltas.routed import Experts, IndependentExperts, ProjectedExperts, Route
 
 
 def flat_weight(base: nn.Module) -> Tensor:
-    """The weight as a matrix ``[d_out, d_in]``; a convolution's is unfolded to ``[d_out, c * kh * kw]``."""
+    """The weight as a matrix ``[d_out, d_in]``; for a convolution ``[d_out, c * kh * kw]``."""
     return cast(Tensor, base.weight).flatten(1)
 
 
 def outer_rank(config: AdapterConfig, base: nn.Module, key: str) -> int:
     """The outer rank of the projection at path ``key``, at most its smaller side.
 
-    For the ``sharing`` basis it is the ``k = sqrt((d_in + d_out) r)`` at which a square core has the numbers of a LoRA
-    of rank ``r`` (MoRA, arXiv 2405.12130). Raises :class:`UserError` where blocks do not divide the projection.
+    For the ``sharing`` basis it is ``k = sqrt((d_in + d_out) r)``, so that the square core has as many parameters as a
+    LoRA of rank ``r`` (MoRA, arXiv 2405.12130). Raises :class:`UserError` if ``blocks`` does not divide the projection.
     """
     d_out, d_in = flat_weight(base).shape
     r = config.rank_for(key)
@@ -40,56 +40,57 @@ def outer_rank(config: AdapterConfig, base: nn.Module, key: str) -> int:
     if any(size % config.blocks for size in (r, d_out, d_in)):
         raise UserError(
             f"blocks={config.blocks} does not divide {key!r}, which is {d_out} x {d_in} with rank {r}: choose a number "
-            "that divides all three, or leave this layer out"
+            "that divides all three, or do not target this layer"
         )
     return r
 
 
 def build_core(config: AdapterConfig, r: int) -> Core | None:
-    """The core axis of ``config`` for an outer rank ``r``."""
+    """The core for an outer rank ``r``, or ``None``."""
     if config.core == "nested":
-        return NestedCore(r, middle(config, r))
+        return NestedCore(r, inner_rank(config, r))
     if config.core == "input":
-        return InputCore(r, middle(config, r))
+        return InputCore(r, inner_rank(config, r))
     if config.core == "diagonal":
         return DiagonalCore(r)
     return DenseCore(r) if config.core == "dense" else None
 
 
 def build_basis(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Pair:
-    """The outer pair of one projection in the numbers that the layer works with: new, or at hand in ``start``.
+    """The outer pair of one projection in the dtypes that the layer uses: from ``config.start``, or computed.
 
     Shapes: ``[r, d_in / n]`` and ``[d_out, r / n]`` for ``n`` blocks.
     """
     weight = flat_weight(base)
     if config.start.empty and config.stored_outer:
         n = config.blocks
-        shapes = (r, weight.shape[1] // n), (weight.shape[0], middle(config, r) if config.core == "input" else r // n)
+        up_rank = inner_rank(config, r) if config.core == "input" else r // n
+        shapes = (r, weight.shape[1] // n), (weight.shape[0], up_rank)
         return weight.new_empty(shapes[0], dtype=torch.float32), weight.new_empty(shapes[1], dtype=torch.float32)
     down, up = config.start.pairs.get(key) or outer_pair(config, base, key, r)
-    if config.core == "input":  # B starts at zero: only the input side of the basis is in use
-        up = up.new_zeros(weight.shape[0], middle(config, r), dtype=torch.float32)
+    if config.core == "input":  # B starts at zero, so only the down factor of the basis is used
+        up = up.new_zeros(weight.shape[0], inner_rank(config, r), dtype=torch.float32)
     return (
-        down if "down" in config.trained else working(down, weight),
-        up if "up" in config.trained else working(up, weight),
+        down if "down" in config.trained else cast_frozen(down, weight),
+        up if "up" in config.trained else cast_frozen(up, weight),
     )
 
 
-def middle(config: AdapterConfig, r: int) -> int:
-    """The rank ``r'`` inside an outer rank ``r``."""
+def inner_rank(config: AdapterConfig, r: int) -> int:
+    """The inner rank ``r'`` for an outer rank ``r``."""
     return min(config.inner_r, r)
 
 
-def working(factor: Tensor, weight: Tensor) -> Tensor:
-    """A frozen factor in the weight's dtype where that keeps its every bit: what is saved is what was loaded."""
+def cast_frozen(factor: Tensor, weight: Tensor) -> Tensor:
+    """Cast a frozen factor to the weight's dtype if that loses no bits, so that saving returns what was loaded."""
     exact = torch.finfo(weight.dtype).bits >= 32
     return factor.to(weight.dtype) if exact else factor
 
 
 def outer_pair(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Pair:
-    """Compute an outer pair; what is frozen is rounded to ``basis_dtype``, so that saving it loses nothing.
+    """Compute an outer pair; frozen factors are rounded to ``basis_dtype``, so that saving them loses nothing.
 
-    With blocks, each diagonal block of the weight gets the basis of its own; they are returned stacked.
+    With ``blocks``, each diagonal block of the weight has its own basis; the factors are returned stacked.
     """
     weight = flat_weight(base).detach()
     d_out, d_in = weight.shape
@@ -104,20 +105,20 @@ def outer_pair(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Pair
     n, pairs = config.blocks, []
     for i in range(n):
         rows, columns = slice(i * d_out // n, (i + 1) * d_out // n), slice(i * d_in // n, (i + 1) * d_in // n)
-        part = None if strength is None else strength[columns]
+        block_strength = None if strength is None else strength[columns]
         block = weight[rows, columns]
-        pairs.append(BASES[config.basis](block, r // n, part, placement=config.placement, power=config.power))
+        pairs.append(BASES[config.basis](block, r // n, block_strength, placement=config.placement, power=config.power))
     downs, ups = zip(*pairs, strict=True)
     return _rounded(config, "down", torch.cat(downs)), _rounded(config, "up", torch.cat(ups))
 
 
 def _rounded(config: AdapterConfig, name: str, factor: Tensor) -> Tensor:
-    # Contiguous, because safetensors stores plain tensors only.
+    # Contiguous, because safetensors cannot save other tensors.
     return factor.to(torch.float32 if name in config.trained else getattr(torch, config.basis_dtype)).contiguous()
 
 
 def build_magnitude(config: AdapterConfig, base: nn.Module) -> Tensor:
-    """DoRA's magnitude ``[d_out]`` at its start."""
+    """DoRA's initial magnitude ``[d_out]``."""
     weight = flat_weight(base).detach()
     return weight.new_empty(weight.shape[0], dtype=torch.float32) if config.start.empty else start_magnitude(weight)
 
@@ -142,33 +143,37 @@ def build_delta(config: AdapterConfig, base: nn.Module, key: str) -> Delta:
 
 
 def build_routed(config: AdapterConfig, base: nn.Module, key: str, r: int) -> RoutedDelta:
-    """A mixture of ``config.num_experts``; independent ones hold as many outer pairs of rank ``r``."""
+    """A mixture of ``config.num_experts`` experts of rank ``r`` and their router.
+
+    Raises :class:`UserError` for a token router on a wide convolution, or if the width of the router's input is unset.
+    """
     token, n = config.router == "token", config.num_experts
     if token and isinstance(base, nn.Conv2d) and base.kernel_size != (1, 1):
-        raise UserError(f"a token router cannot gate the {base.kernel_size} convolution {key!r}: leave it out")
+        raise UserError(f"a token router cannot gate the {base.kernel_size} convolution {key!r}: do not target it")
     width = flat_weight(base).shape[1] if token else config.start.condition
     if not width:
-        raise UserError(f"router={config.router!r} looks at the model's inputs: use nora_diffusion.add_adapter")
+        raise UserError(f"router={config.router!r} reads the model's inputs: use nora_diffusion.add_adapter")
     return RoutedDelta(build_experts(config, base, key, r), n, config.router, width, config.dropout)
 
 
 def build_experts(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Experts:
-    """The experts axis; independent experts hold ``num_experts`` outer pairs of rank ``r``."""
+    """The experts of a mixture; independent experts have ``num_experts`` outer pairs of rank ``r``."""
     n = config.num_experts
     if config.experts == "independent":
         return IndependentExperts(*build_basis(config, base, key, n * r), n)
     down, up = build_basis(config, base, key, r)
     if config.experts == "projected":
-        return ProjectedExperts(down, up, n, middle(config, r))
+        return ProjectedExperts(down, up, n, inner_rank(config, r))
     return SharedExperts(down, up, n)
 
 
 def delta_of_file(
     config: AdapterConfig, path: str, factors: Mapping[str, Tensor], shape: Sequence[int] | None = None
 ) -> Delta:
-    """The delta whose stored ``factors`` (by name) a file holds for one projection, in their dtype, without its base.
+    """The delta of one projection from the ``factors`` of a file, in their dtype, without the base model.
 
-    ``shape``: ``[d_out, d_in]`` where the factors do not tell it. Raises :class:`UserError` if they do not fit.
+    ``factors`` are named as in the file. ``shape``: ``[d_out, d_in]``, needed if the outer factors are not among them.
+    Raises :class:`UserError` if the factors do not fit the config.
     """
     config = copy.copy(config)
     config.start = Start(empty=True, condition=factors["W_g"].shape[1] if "W_g" in factors else 0)
@@ -177,18 +182,18 @@ def delta_of_file(
         if shape is None and down is not None and up is not None:
             shape = up.shape[0], down.shape[1] * config.blocks
         if shape is None:
-            raise UserError(f"{path}: the file says neither its shape nor its outer factors: copy it again")
-        # What follows from shapes is computed and so needs a device; nothing else is touched.
+            raise UserError(f"{path}: the file has neither its shape nor its outer factors: copy it again")
+        # On the CPU, since a basis that depends on shapes is computed; nothing reads the uninitialized weight.
         base = nn.Linear(shape[1], shape[0], bias=False, device="meta").to_empty(device="cpu")
         delta = build_delta(config, base, path)
         delta.load_state_dict({name: factors[name.rpartition(".")[2]] for name in delta.state_dict()}, assign=True)
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"{path}: the file does not fit its own description: copy it again") from error
+        raise UserError(f"{path}: the factors in the file do not fit its config: copy it again") from error
     return delta
 
 
 def contraction(base: nn.Module) -> functional.Contract:
-    """How a down-projection is applied to the input of ``base``."""
+    """The function that applies a down-projection to the input of ``base``."""
     if isinstance(base, nn.Conv2d):
         return functools.partial(
             functional.contract_conv,

@@ -1,4 +1,4 @@
-"""The PEFT tuner: puts :class:`NoraLayer` around the targeted projections, innermost."""
+"""The PEFT tuner: wraps the targeted projections in :class:`NoraLayer`, innermost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .rank_mask import watch
 
 
 class NoraModel(BaseTuner):
-    """One tuner for every method of this package; the method is in the config's axes."""
+    """One tuner for every method of this package; the fields of the config select the method."""
 
     prefix = PREFIX
     tuner_layer_cls = NoraLayer
@@ -36,13 +36,13 @@ class NoraModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        # Tuner layers of other methods (an ordinary LoRA, say) stay outside: their keys and numbers must not change.
+        # Tuner layers of other methods (an ordinary LoRA, say) stay outside: their keys and outputs must not change.
         while isinstance(target, BaseTunerLayer) and not isinstance(target, NoraLayer):
             parent, target_name, target = target, "base_layer", target.base_layer
         if not isinstance(target, NoraLayer):
             if not isinstance(target, nn.Linear | nn.Conv2d):
                 if isinstance(peft_config.target_modules, str):
-                    return  # a pattern looks at all paths there are, a name means a projection
+                    return  # a pattern may match any path, but a listed name means a projection
                 raise UserError(
                     f"{current_key!r} is a {type(target).__name__}: only linear and conv layers can be adapted"
                 )
@@ -53,14 +53,14 @@ class NoraModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, current_key)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """PEFT ends an injection by making the new adapter the only active one; an empty one waits to be filled."""
+        """Ignore the call with which PEFT activates a new adapter alone, if it is still to be filled from a file."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         if not any(self.peft_config[name].start.empty for name in names):
             super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's ``adapter_names``: one name for each row of the batch, ``"__base__"`` for the base alone."""
+        """Serve PEFT's ``adapter_names``: one name for each row of the batch, ``"__base__"`` for the base alone."""
         names: list[str] | None = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -72,7 +72,7 @@ class NoraModel(BaseTuner):
             yield
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> None:
-        """PEFT's ``merge_and_unload()`` and ``unload()``, refused where they would lose an adapter without a word."""
+        """PEFT's ``merge_and_unload()`` and ``unload()``; raises :class:`UserError` if that would drop an adapter."""
         layers = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)]
         if any(isinstance(layer.base_layer, NoraLayer) for layer in layers):
             raise UserError(

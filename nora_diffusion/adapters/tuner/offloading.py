@@ -1,8 +1,8 @@
-"""Factors that a host keeps elsewhere between calls, at hand while a layer reads them.
+"""Load offloaded factors while a layer reads them.
 
-``enable_sequential_cpu_offload`` (accelerate) and ``enable_group_offload`` (diffusers) bring the tensors of a module
-to its device when that module is called. A layer reads the factors of its deltas without calling those, so it has to
-ask for them.
+``enable_sequential_cpu_offload`` (accelerate) and ``enable_group_offload`` (diffusers) load the tensors of a module to
+its device when that module is called. A layer reads the factors of its deltas without calling them, so it has to run
+their hooks itself.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import nn
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether a host brings the tensors of this one module when it is called."""
+    """Whether accelerate or diffusers loads the tensors of this module when it is called."""
     return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
 
 
 @contextmanager
 def onloaded(*modules: nn.Module) -> Iterator[None]:
-    """Have the tensors of ``modules`` and of all below at hand."""
+    """Load the tensors of ``modules`` and of all their submodules inside the context."""
     hooks = [(module, hook) for top in modules for module in top.modules() for hook in _hooks(module)]
     try:
         for module, hook in hooks:

@@ -1,6 +1,7 @@
-"""DyLoRA's rank mask (arXiv 2210.07558): every training step works with a random truncation of the adapter.
+"""DyLoRA's rank mask (arXiv 2210.07558): every training step uses a random truncation of the adapter.
 
-Directions are thereby ordered by use: the first ``b`` of them are an adapter of rank ``b`` for every ``b`` up to ``r``.
+This orders the directions by importance: the first ``b`` of them are an adapter of rank ``b``, for every ``b`` up to
+``r``.
 """
 
 from __future__ import annotations
@@ -16,26 +17,26 @@ from ..deltas.chain import ChainDelta
 
 
 def check_rank(config: AdapterConfig, rank: int) -> None:
-    """Refuse to cut an adapter that was not trained for it, or to a rank that it does not have."""
+    """Raise :class:`UserError` if the adapter cannot be truncated, or not to this rank."""
     if not config.rank_mask:
         raise UserError(
-            f"method {config.method!r} was trained at one rank: only an adapter with a rank mask (dylora) serves others"
+            f"method {config.method!r} was trained at one rank: only an adapter with a rank mask (dylora) has others"
         )
     most = config.middle_rank
     if not 1 <= rank <= most:
-        raise UserError(f"rank={rank} is none of this adapter's: choose 1 to {most}")
+        raise UserError(f"rank={rank} is out of range for this adapter: choose 1 to {most}")
 
 
 def masked_deltas(model: nn.Module) -> list[ChainDelta]:
-    """The deltas of a model whose rank is sampled."""
+    """The deltas of a model whose rank is sampled in training."""
     return [module for module in model.modules() if isinstance(module, ChainDelta) and module.masked]
 
 
 def sample_ranks(model: nn.Module, args: tuple[Any, ...] = ()) -> None:
     """Draw one ``u`` in [0, 1) and give every masked delta in training mode the rank ``1 + floor(u r)``.
 
-    A forward pre-hook of the adapted model: one draw a pass from torch's CPU generator, the same for all layers, and
-    none where nothing is masked. Gradient checkpointing recomputes layers, not this.
+    A forward pre-hook of the adapted model: one draw per pass from torch's CPU generator for all layers, and none if no
+    masked delta is in training. Gradient checkpointing recomputes layers but does not call this again.
     """
     deltas = masked_deltas(model)
     if not deltas:
@@ -43,18 +44,18 @@ def sample_ranks(model: nn.Module, args: tuple[Any, ...] = ()) -> None:
         return
     training = [delta for delta in deltas if delta.training]
     if training:
-        share = float(torch.rand((), device="cpu"))
+        u = float(torch.rand((), device="cpu"))
         for delta in training:
-            delta.sampled_rank = 1 + int(share * delta.full_rank)
+            delta.sampled_rank = 1 + int(u * delta.full_rank)
 
 
 def watch(model: nn.Module) -> None:
-    """Have the model sample ranks before each pass, once however many adapters want it."""
+    """Sample ranks before each pass of the model; registers the hook once for all its adapters."""
     if sample_ranks not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(sample_ranks)
 
 
 def unwatch(model: nn.Module) -> None:
-    """Take the hook out again; it does so itself when the last masked delta is gone."""
+    """Remove the hook; :func:`sample_ranks` calls this when the last masked delta is gone."""
     for key in [key for key, hook in model._forward_pre_hooks.items() if hook is sample_ranks]:
         del model._forward_pre_hooks[key]

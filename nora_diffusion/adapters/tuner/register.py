@@ -1,6 +1,6 @@
-"""Makes our method known to PEFT, whose enum of methods is closed.
+"""Register the tuner with PEFT, whose enum of methods is closed.
 
-PEFT looks methods up in three dictionaries by ``config.peft_type``, which is ``peft_names.NORA``.
+PEFT looks up a method in three dictionaries by ``config.peft_type``, which is ``peft_names.NORA``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .model import NoraModel
 
 
 def register() -> None:
-    """Enter the tuner in PEFT's tables once. Raises ``RuntimeError`` if another package took the name."""
+    """Add the tuner to PEFT's tables, once. Raises ``RuntimeError`` if another package has registered the name."""
     from peft import mapping
 
     tables: tuple[tuple[dict[Any, Any], Any], ...] = (
