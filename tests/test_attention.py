@@ -1,4 +1,4 @@
-"""The attention processors equal the tuner layers, fall back where they must, and go as they came."""
+"""The attention processors equal the tuner layers, fall back to them if they must, and can be removed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_processor_equals_layers(pipe: Any, processor: type[AdapterAttnProcessor
     adapt(pipe, *names)
     before = unet(pipe)
     assert set_adapter_processors(pipe, processor()) == 8
-    # the same products in another order: fp32 differs by CPU, wrong wiring by far more
+    # Products in another order: rounding depends on the CPU, and a wiring error would exceed it by far.
     assert (unet(pipe) - before).norm() < 1e-5 * before.norm()
     remove_adapter_processors(pipe)
     assert torch.equal(unet(pipe), before)
@@ -73,10 +73,10 @@ def test_processor_under_a_foreign_lora(pipe: Any) -> None:
     torch.testing.assert_close(unet(pipe), before, atol=1e-6, rtol=1e-6)
 
 
-def test_processor_follows_the_verbs(pipe: Any) -> None:
-    """Weights, disabling and fusing count at once: the processor holds nothing of its own."""
+def test_processor_follows_changes_at_once(pipe: Any) -> None:
+    """Weights, disabling and fusing take effect at once: the processor has no state of its own."""
     adapt(pipe, "nest", "mix")
-    for verb in (
+    for change in (
         lambda: set_adapters(pipe, ["nest", "mix"], [0.2, 0.0]),
         lambda: pipe.disable_lora(),
         lambda: pipe.enable_lora(),
@@ -84,7 +84,7 @@ def test_processor_follows_the_verbs(pipe: Any) -> None:
         lambda: pipe.disable_lora(),
         lambda: pipe.delete_adapters("nest"),
     ):
-        verb()
+        change()
         set_adapter_processors(pipe)
         found = unet(pipe)
         remove_adapter_processors(pipe)
@@ -102,7 +102,7 @@ def test_hooked_layers_are_called(pipe: Any) -> None:
     assert seen == [1]
 
 
-def test_projections_really_are_fused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_projections_are_fused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     adapt(pipe, "nest", "mix")
     pipe.unet.set_attn_processor(AdapterAttnProcessor())
     calls: list[NoraLayer] = []
@@ -114,7 +114,7 @@ def test_projections_really_are_fused(pipe: Any, monkeypatch: pytest.MonkeyPatch
     assert calls
 
 
-def test_processors_of_others_stay(pipe: Any) -> None:
+def test_custom_processors_stay(pipe: Any) -> None:
     class Special(AttnProcessor2_0):
         pass
 

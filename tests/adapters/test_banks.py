@@ -1,4 +1,4 @@
-"""Banks of many adapters: a pass costs what its own rows need, however many adapters the plan has."""
+"""Banks of many adapters: the cost of a pass depends on its rows, not on the number of adapters in the plan."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BANKS = {"CoreBank": "svd", "PairBank": "orthogonal"}
 
 
 class Operations(TorchDispatchMode):
-    """Counts the aten operations in its time."""
+    """Counts the aten operations inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,8 +29,8 @@ class Operations(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def crowded(ranks: list[int], basis: Literal["svd", "orthogonal"]) -> tuple[NoraLayer, SubjectRows]:
-    """A layer with an adapter for each inner rank, as many subjects train it."""
+def layer_of_subjects(ranks: list[int], basis: Literal["svd", "orthogonal"]) -> tuple[NoraLayer, SubjectRows]:
+    """A layer with one adapter for each inner rank, as when many subjects train together."""
     torch.manual_seed(0)
     layer = NoraLayer(nn.Linear(WIDTH, WIDTH).requires_grad_(False))
     for number, rank in enumerate(ranks):
@@ -44,7 +44,7 @@ def crowded(ranks: list[int], basis: Literal["svd", "orthogonal"]) -> tuple[Nora
 
 
 def run(layer: NoraLayer, plan: SubjectRows, shares: dict[int, int]) -> Tensor:
-    """The output for a pass in which subject ``number`` has so many rows."""
+    """The output of a pass with ``shares[i]`` rows of subject ``i``."""
     rows = sum(shares.values())
     plan.share_out(shares)
     plan.start(rows)
@@ -58,10 +58,10 @@ def bank(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
-def test_a_pass_costs_what_its_rows_need(bank: str, grad: bool) -> None:
+def test_cost_depends_on_the_rows_of_the_pass(bank: str, grad: bool) -> None:
     counts = []
     for members in (2, 9):
-        layer, plan = crowded([2] * members, BANKS[bank])  # type: ignore[arg-type]
+        layer, plan = layer_of_subjects([2] * members, BANKS[bank])  # type: ignore[arg-type]
         assert layer.rows is not None and [type(b).__name__ for b in layer.rows.banks] == [bank]
         with torch.set_grad_enabled(grad), Operations() as operations:
             y = run(layer, plan, {0: 2, 1: 1})
@@ -71,21 +71,21 @@ def test_a_pass_costs_what_its_rows_need(bank: str, grad: bool) -> None:
     assert counts[0] == counts[1]
 
 
-def test_only_who_has_rows_gets_gradients(bank: str) -> None:
-    layer, plan = crowded([2] * 5, BANKS[bank])  # type: ignore[arg-type]
+def test_only_subjects_with_rows_get_gradients(bank: str) -> None:
+    layer, plan = layer_of_subjects([2] * 5, BANKS[bank])  # type: ignore[arg-type]
     run(layer, plan, {3: 1, 1: 2}).square().sum().backward()
-    learned = {name for name in layer.nora_delta for p in layer.delta(name).parameters() if p.grad is not None}
-    assert learned == {"s1", "s3"}
+    trained = {name for name in layer.nora_delta for p in layer.delta(name).parameters() if p.grad is not None}
+    assert trained == {"s1", "s3"}
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
-def test_rows_are_their_subjects_whoever_else_there_is(bank: str, grad: bool) -> None:
-    """Pass after pass with other subjects, also of another rank: nothing of a former pass is left."""
-    layer, plan = crowded([2, 2, 2, 3, 3], BANKS[bank])  # type: ignore[arg-type]
+def test_rows_equal_each_subject_alone(bank: str, grad: bool) -> None:
+    """In consecutive passes with different subjects and ranks: nothing of an earlier pass remains."""
+    layer, plan = layer_of_subjects([2, 2, 2, 3, 3], BANKS[bank])  # type: ignore[arg-type]
     with torch.set_grad_enabled(grad):
         for shares in ({0: 1, 2: 2}, {2: 2, 0: 1}, {3: 1}, {4: 2, 3: 1}, {1: 1, 4: 1}, {0: 1, 2: 2}):
             found = run(layer, plan, shares)
-            served, layer.rows = layer.rows, None
+            plan_rows, layer.rows = layer.rows, None
             x = torch.randn(len(found), 3, WIDTH, generator=torch.Generator().manual_seed(1))
             start = 0
             for number, rows in shares.items():
@@ -93,4 +93,4 @@ def test_rows_are_their_subjects_whoever_else_there_is(bank: str, grad: bool) ->
                 expected = layer(x[start : start + rows])
                 torch.testing.assert_close(found[start : start + rows], expected, atol=1e-5, rtol=1e-5)
                 start += rows
-            layer.rows = served
+            layer.rows = plan_rows

@@ -1,4 +1,4 @@
-"""Outer bases that are too large for an exact SVD, against the exact one."""
+"""The randomized SVD of large weights against the exact one."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def with_spectrum(d_out: int, d_in: int, spectrum: Spectrum) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
-def test_captures_the_energy_of_the_exact_one(shape: tuple[int, int], spectrum: Spectrum) -> None:
-    """``W`` is made from its singular values, so the best rank-r error is their tail, exactly."""
-    assert min(shape) > EXACT_LIMIT  # else nothing is approximated
+def test_error_is_close_to_the_optimum(shape: tuple[int, int], spectrum: Spectrum) -> None:
+    """``W`` is built from known singular values, whose tail is exactly the best rank-r error."""
+    assert min(shape) > EXACT_LIMIT  # else the SVD would be exact
     weight = with_spectrum(*shape, spectrum)
     exact = spectrum(torch.arange(min(shape), dtype=torch.float64))
     u, s, vt = truncated_svd(weight, R)
@@ -47,7 +47,7 @@ def test_captures_the_energy_of_the_exact_one(shape: tuple[int, int], spectrum: 
 
 
 def test_weighted_error_with_a_dead_input_channel() -> None:
-    """``||(W - B A) diag(s)||`` is the best there is, and the dead channel stays finite and out of the way."""
+    """``||(W - B A) diag(s)||`` is close to its minimum, and the factors are finite."""
     weight = with_spectrum(640, 560, SPECTRA["power"])
     strength = torch.linspace(0.05, 5.0, 560)
     strength[7] = 0.0
@@ -63,7 +63,7 @@ def test_weighted_error_with_a_dead_input_channel() -> None:
         assert error < torch.linalg.matrix_norm(((weight - plain_up @ plain_down) * scale).double())
 
 
-def test_same_basis_whatever_the_random_state_which_is_left_alone() -> None:
+def test_basis_does_not_depend_on_or_change_the_random_state() -> None:
     weight = with_spectrum(640, 560, SPECTRA["slow"])
     torch.manual_seed(1)
     first = truncated_svd(weight, R)
@@ -76,14 +76,14 @@ def test_same_basis_whatever_the_random_state_which_is_left_alone() -> None:
     assert (largest > 0).all()
 
 
-def test_a_rank_that_is_a_large_part_of_the_weight_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_ranks_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = with_spectrum(600, 540, SPECTRA["slow"])
-    monkeypatch.setattr(bases, "randomized_svd", lambda *_: pytest.fail("approximated"))
+    monkeypatch.setattr(bases, "randomized_svd", lambda *_: pytest.fail("approximated instead of exact"))
     _, s, _ = truncated_svd(weight, 300)
     torch.testing.assert_close(s, SPECTRA["slow"](torch.arange(300.0)), rtol=1e-3, atol=1e-5)
 
 
-def test_a_weight_of_lower_rank_than_asked_for() -> None:
+def test_weight_of_lower_rank_than_requested() -> None:
     torch.manual_seed(0)
     weight = torch.randn(700, 5) @ torch.randn(5, 600) / 50
     u, s, vt = truncated_svd(weight, R)
@@ -101,7 +101,7 @@ def test_half_precision_weights(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_broken_weight_is_refused(value: float) -> None:
+def test_nan_and_infinity_are_refused(value: float) -> None:
     weight = torch.randn(8, 8)
     weight[2, 3] = value
     with pytest.raises(UserError, match="NaN or infinity"):

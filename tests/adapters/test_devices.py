@@ -1,8 +1,7 @@
-"""The hot path on an accelerator, without one: fake tensors refuse what a real device would make slow or impossible.
+"""The hot path on an accelerator, tested without one: fake tensors raise where a real device would fail or stall.
 
-The ``meta`` device stands for the accelerator. Under torch's ``FakeTensorMode`` an operation on tensors of two devices
-raises, as does one on two dtypes, and so does whatever needs the numbers of a tensor, for which a host would have to
-wait for its device.
+The ``meta`` device stands in for the accelerator. Under torch's ``FakeTensorMode`` an operation raises if its tensors
+are on two devices or have two dtypes, and if it reads values of a tensor, for which the CPU would have to wait.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ CONFIGS: dict[str, Callable[[], AdapterConfig]] = {
     **{f"mor {router}": lambda router=router: PRESETS["mor"](router=router) for router in ROUTERS},  # type: ignore[misc]
 }
 PERMITTED = {
-    "torch.equal": "a mixed batch compares the bases of its adapters once, when it starts",
-    "torch.rand": "a sampled rank is drawn on the CPU, so that no device is waited for",
+    "torch.equal": "a mixed batch compares the bases of its adapters once, at the start",
+    "torch.rand": "a sampled rank is drawn on the CPU, which needs no synchronization",
 }
-"""What may need the numbers of a tensor, and why; the passes themselves may need none."""
+"""Functions that may read values of a tensor, and why; nothing else in a pass may."""
 
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fake tensors for the time of a test, with what is :data:`PERMITTED`."""
+    """Fake tensors during a test; replaces the functions in :data:`PERMITTED`."""
 
     def draw(size: tuple[()], device: str) -> float:
         assert device == "cpu"
@@ -66,21 +65,21 @@ def tiny_unet() -> UNet2DConditionModel:
 
 
 def move(model: nn.Module) -> None:
-    """What ``.to(device)`` does to parameters and buffers (it refuses to make fake tensors of real ones)."""
+    """Like ``.to(device)``, which cannot convert real tensors to fake ones."""
     for module in model.modules():
         for name, value in module._parameters.items():
             if value is not None:
-                module._parameters[name] = nn.Parameter(elsewhere(value), requires_grad=value.requires_grad)
+                module._parameters[name] = nn.Parameter(on_accelerator(value), requires_grad=value.requires_grad)
         for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else elsewhere(buffer)
+            module._buffers[name] = None if buffer is None else on_accelerator(buffer)
 
 
-def elsewhere(value: Tensor) -> Tensor:
+def on_accelerator(value: Tensor) -> Tensor:
     return torch.empty(value.shape, dtype=value.dtype, device=ACCELERATOR)
 
 
 def adapted_unet(config: AdapterConfig) -> UNet2DConditionModel:
-    """A UNet in half precision on the accelerator with two active adapters that want gradients."""
+    """A UNet in half precision on the accelerator with two active adapters that require gradients."""
     with _disable_current_modes():
         unet = tiny_unet().requires_grad_(False).half()
         for name in ("one", "two"):
@@ -104,7 +103,7 @@ def predict(unet: Any) -> Tensor:
     return unet(x, torch.zeros(4, device=ACCELERATOR, dtype=torch.long), states).sample  # type: ignore[no-any-return]
 
 
-def learn(unet: Any) -> None:
+def backward(unet: Any) -> None:
     for parameter in unet.parameters():
         parameter.grad = None
     predict(unet).float().square().mean().backward()
@@ -120,9 +119,9 @@ def two_subjects(unet: Any) -> AbstractContextManager[None]:
 def test_training_stays_on_the_device(fakes: None, make: Callable[[], AdapterConfig]) -> None:
     unet = adapted_unet(make()).train()
     with two_subjects(unet):
-        learn(unet)
+        backward(unet)
     unet.enable_gradient_checkpointing()
-    learn(unet)
+    backward(unet)
 
 
 @pytest.mark.parametrize("make", CONFIGS.values(), ids=CONFIGS)
@@ -139,8 +138,8 @@ def test_inference_stays_on_the_device(fakes: None, make: Callable[[], AdapterCo
     predict(unet)
 
 
-def test_a_mix_of_devices_and_a_wait_are_noticed(fakes: None) -> None:
-    """The tests above can fail."""
+def test_mixed_devices_and_synchronization_are_detected(fakes: None) -> None:
+    """The tests above would fail in these cases."""
     with pytest.raises(Exception, match="device"):
         torch.empty(2, 2, device=ACCELERATOR) @ torch.empty(2, 2, device="cpu")
     with pytest.raises(Exception, match="_local_scalar_dense"):
@@ -152,12 +151,12 @@ def test_a_mix_of_devices_and_a_wait_are_noticed(fakes: None) -> None:
         predict(unet)
 
 
-# What is not part of a pass
+# Outside of a pass
 
 
 @pytest.mark.parametrize("basis", ["kaiming", "orthogonal"])
 def test_random_factors_do_not_depend_on_the_device(basis: Any) -> None:
-    """They are drawn on the CPU, so its generator moves on by the same draws, and not in the weight's precision."""
+    """They are drawn on the CPU in fp32: the same draws from its generator for every device and dtype."""
     states, pairs = [], []
     for dtype, device in ((torch.float32, "cpu"), (torch.float16, "cpu"), (torch.float32, "meta")):
         torch.manual_seed(0)
@@ -175,7 +174,7 @@ def test_merging_keeps_nothing_on_the_accelerator(fakes: None, monkeypatch: pyte
         for name in ("one", "two"):
             layer.update_layer(name, nora(r=4, inner_r=2, basis="orthogonal"), "x")
     move(layer)
-    monkeypatch.setattr(FakeTensor, "is_meta", False)  # layers refuse to merge where there are no numbers
+    monkeypatch.setattr(FakeTensor, "is_meta", False)  # layers refuse to merge weights without data
     layer.merge(adapter_names=["one"])
     layer.merge(adapter_names=["two"])
     saved = [value for value in vars(layer.merging).values() if isinstance(value, Tensor)]

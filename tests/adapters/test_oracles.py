@@ -1,4 +1,4 @@
-"""Layers and bases against the formulas, written out densely in fp64."""
+"""Layers and bases against their formulas, computed densely in fp64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ D_OUT, D_IN = 10, 12
 
 
 def decaying(d_out: int, d_in: int, rate: float = 0.6) -> torch.Tensor:
-    """A matrix whose singular values fall off like those of trained weights."""
+    """A matrix whose singular values decay like those of trained weights."""
     k = min(d_out, d_in)
     u, _ = torch.linalg.qr(torch.randn(d_out, k))
     v, _ = torch.linalg.qr(torch.randn(d_in, k))
@@ -66,7 +66,7 @@ def test_mor_is_a_gated_sum_of_scaled_experts() -> None:
             e = d.experts
             expert = torch.diag(e.b[i]) @ e.B @ torch.diag(e.a[i]) @ e.A
             expected[token] = expected[token] + (8.0 / 4) * gates[i] * expert @ x[token]
-    torch.testing.assert_close(layer(x), expected, atol=1e-6, rtol=1e-6)  # gates are formed in fp32
+    torch.testing.assert_close(layer(x), expected, atol=1e-6, rtol=1e-6)  # gates are computed in fp32
 
 
 @pytest.mark.parametrize("config", [nora(r=6, inner_r=2), lora(r=3), lora_xs(r=4)], ids=lambda c: c.method)
@@ -77,7 +77,7 @@ def test_convolutions_equal_the_dense_kernel(config: AdapterConfig, kernel: int,
     base = layer.base_layer
     dense = base.weight + layer.get_delta_weight("x").double()
     expected = F.conv2d(x, dense, base.bias, stride=stride, padding=padding)
-    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)  # dW is formed in fp32
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)  # dW is computed in fp32
 
 
 def test_truncated_svd_finds_the_best_rank_r_part() -> None:
@@ -135,7 +135,7 @@ def test_awsvd_survives_a_dead_channel() -> None:
 
 
 def test_published_serial_structure() -> None:
-    """The published code's arithmetic: AwSVD with power 1, singular values in the up factor, inner pair between.
+    """As in the published code: AwSVD with power 1, singular values in the up factor, the inner pair in between.
 
     ``s = mean |x|`` of each input channel (a dead one clamped away from zero), ``W diag(s) = U S V^T``, the top ``r``:
     ``A_out = V^T diag(1/s)``, ``B_out = U S``; ``y = W x + (alpha/r) B_out (B_in (A_in (A_out x)))``.
@@ -154,7 +154,7 @@ def test_published_serial_structure() -> None:
     layer.delta("x").core.B_in.data.normal_()
     u, s, vt = torch.linalg.svd(weight @ torch.diag(alive), full_matrices=False)
     outer_down, outer_up = vt[:5] @ torch.diag(1 / alive), u[:, :5] @ torch.diag(s[:5])
-    # Signs of singular vectors are free, so compare the projector that the outer pair forms.
+    # Singular vectors are unique up to their signs, so compare the product of the outer pair.
     d = layer.delta("x")
     torch.testing.assert_close(d.B_out @ d.A_out, outer_up @ outer_down, atol=1e-5, rtol=1e-4)
     sign = torch.sign((d.A_out * outer_down).sum(1))

@@ -71,15 +71,15 @@ PRESETS: dict[str, Callable[[], AdapterConfig]] = {
     "melora-everywhere": lambda: melora(r=4, blocks=2, target_modules=EVERYTHING),
     "dylora": lambda: dylora(r=4),
 }
-PARTS = ("unet", "text_encoder")
+COMPONENTS = ("unet", "text_encoder")
 Render = Callable[[Any], torch.Tensor]
 
 
 def all_factors(pipe: Any, name: str) -> dict[str, torch.Tensor]:
     return {
-        f"{part}.{path}.{factor}": value.clone()
-        for part in PARTS
-        for path, layer in nora_layers(getattr(pipe, part), name).items()
+        f"{component}.{path}.{factor}": value.clone()
+        for component in COMPONENTS
+        for path, layer in nora_layers(getattr(pipe, component), name).items()
         for factor, value in layer.delta(name).state_dict().items()
     }
 
@@ -91,20 +91,20 @@ def config(request: pytest.FixtureRequest) -> AdapterConfig:
 
 def test_starts_as_exact_no_op(pipe: Any, render: Render, config: AdapterConfig) -> None:
     before = render(pipe)
-    add_adapter(pipe, config, "one", PARTS)
+    add_adapter(pipe, config, "one", COMPONENTS)
     torch.testing.assert_close(render(pipe), before, atol=1e-6 if config.magnitude else 0, rtol=0)
 
 
 def test_only_trained_factors_get_gradients(pipe: Any, config: AdapterConfig) -> None:
-    add_adapter(pipe, config, "one", PARTS)
+    add_adapter(pipe, config, "one", COMPONENTS)
     randomize(pipe)
     out = pipe.unet(torch.randn(1, 4, 8, 8), 3, pipe.text_encoder(torch.tensor([[1, 2, 3]]))[0]).sample
     out.square().mean().backward()
     declared = trainable_parameters(pipe, "one")
-    wanting = {id(p) for part in PARTS for p in getattr(pipe, part).parameters() if p.requires_grad}
-    assert wanting == {id(p) for p in declared.values()}
+    requiring = {id(p) for component in COMPONENTS for p in getattr(pipe, component).parameters() if p.requires_grad}
+    assert requiring == {id(p) for p in declared.values()}
     reached = [p for p in declared.values() if p.grad is not None and p.grad.abs().sum() > 0]
-    # The last text layer's pooled output and its projections may not feed the UNet; all else must learn.
+    # The pooled output and projections of the last text layer may not reach the UNet; all others must get gradients.
     assert len(reached) >= 0.9 * len(declared)
     for layer in nora_layers(pipe.unet, "one").values():
         frozen = {name for name, _ in layer.delta("one").named_buffers()}
@@ -113,7 +113,7 @@ def test_only_trained_factors_get_gradients(pipe: Any, config: AdapterConfig) ->
 
 def test_scale_zero_and_disabling_give_the_base_bit_for_bit(pipe: Any, render: Render, config: AdapterConfig) -> None:
     before = render(pipe)
-    add_adapter(pipe, config, "one", PARTS)
+    add_adapter(pipe, config, "one", COMPONENTS)
     randomize(pipe)
     with_adapter = render(pipe)
     assert not torch.equal(with_adapter, before)
@@ -129,7 +129,7 @@ def test_scale_zero_and_disabling_give_the_base_bit_for_bit(pipe: Any, render: R
 def test_fused_equals_live_and_unfused_is_bit_for_bit(pipe: Any, render: Render, config: AdapterConfig) -> None:
     before = render(pipe)
     weights = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
-    add_adapter(pipe, config, "one", PARTS)
+    add_adapter(pipe, config, "one", COMPONENTS)
     randomize(pipe)
     live = render(pipe)
     with warnings.catch_warnings(record=True) as caught:
@@ -149,8 +149,8 @@ def test_fused_equals_live_and_unfused_is_bit_for_bit(pipe: Any, render: Render,
 
 def test_deleting_a_fused_adapter_restores_the_weights(pipe: Any, render: Render) -> None:
     before = render(pipe)
-    add_adapter(pipe, nora(r=4, inner_r=2), "one", PARTS)
-    add_adapter(pipe, lora(r=2), "two", PARTS)
+    add_adapter(pipe, nora(r=4, inner_r=2), "one", COMPONENTS)
+    add_adapter(pipe, lora(r=2), "two", COMPONENTS)
     randomize(pipe, "one")
     randomize(pipe, "two", seed=1)
     set_adapters(pipe, ["one", "two"])
@@ -161,7 +161,7 @@ def test_deleting_a_fused_adapter_restores_the_weights(pipe: Any, render: Render
 
 
 def test_deleting_an_adapter_beside_a_magnitude_copies_no_weights(pipe: Any) -> None:
-    """Only what is fused needs the weight from before."""
+    """Only fusing needs a copy of the clean weight."""
     add_adapter(pipe, dora(r=2), "one")
     add_adapter(pipe, nora(r=4, inner_r=2), "two")
     delete_adapter(pipe, "two")
@@ -182,9 +182,9 @@ def test_repeated_fusing_in_half_precision_leaves_the_weights(pipe: Any, dtype: 
 
 
 def test_save_then_load_is_exact(pipe: Any, render: Render, config: AdapterConfig, tmp_path: Path) -> None:
-    add_adapter(pipe, config, "one", PARTS)
+    add_adapter(pipe, config, "one", COMPONENTS)
     randomize(pipe)
-    picture = render(pipe)
+    image = render(pipe)
     factors = all_factors(pipe, "one")
     save_adapter(pipe, tmp_path, "one")
     delete_adapter(pipe, "one")
@@ -193,8 +193,8 @@ def test_save_then_load_is_exact(pipe: Any, render: Render, config: AdapterConfi
     again = all_factors(pipe, "again")
     assert again.keys() == factors.keys()
     assert all(torch.equal(again[key], value) for key, value in factors.items())
-    # The numbers are equal bit for bit; a kernel may still round differently where they lie in memory.
-    torch.testing.assert_close(render(pipe), picture, atol=1e-5, rtol=1e-5)
+    # The values are equal bit for bit, but a kernel may round differently at another memory alignment.
+    torch.testing.assert_close(render(pipe), image, atol=1e-5, rtol=1e-5)
 
 
 def test_evaluation_equals_training_path(pipe: Any, config: AdapterConfig) -> None:
@@ -207,38 +207,38 @@ def test_evaluation_equals_training_path(pipe: Any, config: AdapterConfig) -> No
         assert (pipe.unet(x, 3, states).sample - trained).norm() < 1e-5 * trained.norm()
 
 
-def test_rendering_does_not_depend_on_dropout(pipe: Any, render: Render) -> None:
+def test_dropout_is_off_in_inference(pipe: Any, render: Render) -> None:
     add_adapter(pipe, nora(r=4, inner_r=2, dropout=0.9), "one")
     randomize(pipe)
     assert torch.equal(render(pipe), render(pipe))
 
 
-def test_active_set_is_kept_on_request(pipe: Any, render: Render, tmp_path: Path) -> None:
+def test_loading_without_activating_keeps_the_active_set(pipe: Any, render: Render, tmp_path: Path) -> None:
     add_adapter(pipe, nora(r=4, inner_r=2), "one")
     randomize(pipe)
     save_adapter(pipe, tmp_path / "one", "one")
-    picture = render(pipe)
+    image = render(pipe)
     load_adapter(pipe, tmp_path / "one", "quiet", activate=False)
     assert active_adapters(pipe.unet) == ["one"]
-    assert torch.equal(render(pipe), picture)
+    assert torch.equal(render(pipe), image)
     load_adapter(pipe, tmp_path / "one", "loud")
     assert active_adapters(pipe.unet) == ["one", "loud"]
     assert list_adapters(pipe) == {"unet": ["one", "quiet", "loud"]}
 
 
 def test_a_fresh_adapter_beside_an_active_one_is_a_no_op(pipe: Any, render: Render) -> None:
-    add_adapter(pipe, lora(r=2), "one", PARTS)
+    add_adapter(pipe, lora(r=2), "one", COMPONENTS)
     randomize(pipe)
-    picture = render(pipe)
-    add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "two", PARTS)
+    image = render(pipe)
+    add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "two", COMPONENTS)
     assert active_adapters(pipe.unet) == ["one", "two"]
-    assert torch.equal(render(pipe), picture)
+    assert torch.equal(render(pipe), image)
     delete_adapter(pipe, "two")
-    assert torch.equal(render(pipe), picture)
+    assert torch.equal(render(pipe), image)
 
 
 def test_adapters_add_up(pipe: Any) -> None:
-    """Two active adapters with weights equal the base with both dense updates added."""
+    """Two active weighted adapters equal the base plus both dense updates."""
     layer_path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     base = pipe.unet.get_submodule(layer_path)
     x = torch.randn(3, base.in_features)
@@ -255,7 +255,7 @@ def test_adapters_add_up(pipe: Any) -> None:
 
 
 def test_beside_an_ordinary_lora(pipe: Any, render: Render, tmp_path: Path) -> None:
-    """Ours sits innermost: the other tool's keys stay, and deleting ours leaves its pictures."""
+    """Our layer is innermost: the LoRA keeps its keys, and after deleting ours its images are the same."""
     from peft import LoraConfig
 
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), "plain")
@@ -287,13 +287,13 @@ def test_beside_an_ordinary_lora(pipe: Any, render: Render, tmp_path: Path) -> N
         (lambda: nora(power=float("nan")), "power=nan"),
     ],
 )
-def test_bad_config_is_refused_by_name(make: Callable[[], AdapterConfig], word: str) -> None:
+def test_bad_config_is_refused_with_its_field(make: Callable[[], AdapterConfig], word: str) -> None:
     with pytest.raises(UserError, match=word):
         make()
 
 
 @pytest.mark.parametrize("weight", [float("nan"), "0.8", None])
-def test_weights_that_are_no_numbers_are_refused(pipe: Any, render: Render, tmp_path: Path, weight: Any) -> None:
+def test_weights_that_are_not_numbers_are_refused(pipe: Any, render: Render, tmp_path: Path, weight: Any) -> None:
     add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "one")
     save_adapter(pipe, tmp_path, "one")
     before = render(pipe)
@@ -309,7 +309,7 @@ def test_weights_that_are_no_numbers_are_refused(pipe: Any, render: Render, tmp_
     assert torch.equal(render(pipe), before)
 
 
-def test_bad_use_is_refused_and_leaves_the_pipeline(pipe: Any, render: Render) -> None:
+def test_bad_use_is_refused_and_leaves_the_pipeline_unchanged(pipe: Any, render: Render) -> None:
     before = render(pipe)
     for call, word in [
         (lambda: add_adapter(pipe, nora(), "a b"), "a b"),

@@ -1,4 +1,4 @@
-"""The relatives of NoRA against their formulas, written out densely in fp64: one oracle a method."""
+"""The methods related to NoRA against their formulas, computed densely in fp64: one oracle per method."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def seeded() -> None:
 
 
 def add(layer: NoraLayer, config: AdapterConfig, name: str = "x") -> Any:
-    """Put an adapter with random trained factors into a layer, in fp64; returns its delta."""
+    """Add an adapter with random trained factors to a layer, in fp64; returns its delta."""
     weight = layer.base_layer.weight
     config.start = Start({"m": torch.rand(weight.shape[1]) + 0.1})  # type: ignore[index, union-attr, operator]
     layer.update_layer(name, config, "m")
@@ -52,7 +52,7 @@ def layer_with(config: AdapterConfig, base: nn.Module | None = None) -> tuple[No
 
 
 def decomposed(weight: torch.Tensor, dw: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """``m * (W + dW) / ||W + dW||`` row by row, as DoRA's paper says it."""
+    """``m * (W + dW) / ||W + dW||`` row by row, as in the DoRA paper."""
     rows = []
     for w, d, m in zip(weight.flatten(1), dw.flatten(1), magnitude, strict=True):
         rows.append(m * (w + d) / math.sqrt(sum(float(v) ** 2 for v in (w + d).detach())))
@@ -65,10 +65,10 @@ def test_lora_mini_trains_the_inner_two_of_four_factors() -> None:
     torch.testing.assert_close(layer(x), expected, **EXACT)
     assert {name for name, _ in d.named_parameters()} == {"core.A_in", "core.B_in"}
     weight = layer.base_layer.weight.clone()
-    assert torch.linalg.matrix_rank(torch.cat([d.A_out, weight])) == D_IN  # the basis is not the weight's own
+    assert torch.linalg.matrix_rank(torch.cat([d.A_out, weight])) == D_IN  # the basis is random
 
 
-def test_one_sided_nora_frees_the_output_side() -> None:
+def test_one_sided_nora_trains_the_output_side() -> None:
     layer, d, x = layer_with(nora_input(r=6, inner_r=2, alpha=3.0))
     expected = layer.base_layer(x) + (3.0 / 6) * x @ d.A_out.T @ d.core.A_in.T @ d.B.T
     torch.testing.assert_close(layer(x), expected, **EXACT)
@@ -118,7 +118,7 @@ def test_magnitude_of_a_convolution(config: AdapterConfig, kernel: int, stride: 
 
 
 def test_dora_beside_others_is_a_sum_live_and_merged() -> None:
-    """Each adapter's change is that of the untouched weight, whatever else is live or merged."""
+    """Each adapter changes the weight as if it were alone, whichever others are live or merged."""
     layer, d, x = layer_with(dora(r=3))
     e, plain = add(layer, dora(r=2, alpha=4.0), "e"), add(layer, lora(r=2), "plain")
     layer.set_scale("e", 0.5)
@@ -128,13 +128,13 @@ def test_dora_beside_others_is_a_sum_live_and_merged() -> None:
     torch.testing.assert_close(layer(x), expected, **EXACT)
     for merged in (["plain"], ["plain", "x"], ["x", "e", "plain"]):
         layer.merge(adapter_names=merged)
-        torch.testing.assert_close(layer(x), expected, atol=2e-5, rtol=1e-5)  # dW is formed in fp32
+        torch.testing.assert_close(layer(x), expected, atol=2e-5, rtol=1e-5)  # dW is computed in fp32
         layer.unmerge()
         assert torch.equal(layer.base_layer.weight, weight)
 
 
 @pytest.mark.parametrize("config", [dora(r=2), nora(r=4, inner_r=2, magnitude=True)], ids=lambda c: c.method)
-def test_row_norms_keep_their_digits_under_autocast(config: AdapterConfig) -> None:
+def test_row_norms_are_exact_under_autocast(config: AdapterConfig) -> None:
     layer, _, _ = layer_with(config)
     exact = layer.float().row_factors("x")
     with torch.autocast("cpu", torch.bfloat16):
@@ -168,8 +168,8 @@ def test_melora_is_block_diagonal() -> None:
     expected = layer.base_layer(x)
     for i in range(2):
         columns, rows = slice(6 * i, 6 * i + 6), slice(5 * i, 5 * i + 5)
-        mini = d.B[5 * i : 5 * i + 5] @ d.A[2 * i : 2 * i + 2]
-        expected[:, rows] += (8.0 / 4) * x[:, columns] @ mini.T
+        block = d.B[5 * i : 5 * i + 5] @ d.A[2 * i : 2 * i + 2]
+        expected[:, rows] += (8.0 / 4) * x[:, columns] @ block.T
     torch.testing.assert_close(layer(x), expected, **EXACT)
     assert sum(p.numel() for p in d.parameters()) == 4 // 2 * (D_IN + D_OUT)
     assert torch.linalg.matrix_rank(layer.get_delta_weight("x")) == 4
@@ -180,19 +180,19 @@ def test_blocks_must_divide_the_projection() -> None:
         NoraLayer(nn.Linear(D_IN, D_OUT)).update_layer("x", melora(r=8, blocks=4), "m")
 
 
-def test_nested_block_diagonal_bases_are_those_of_the_blocks() -> None:
+def test_block_diagonal_basis_is_the_basis_of_each_block() -> None:
     layer, d, _ = layer_with(nora(r=4, inner_r=2, blocks=2, basis="svd", basis_dtype="float32"))
     down, up = d.outer
     for i in range(2):
         block = layer.base_layer.weight[5 * i : 5 * i + 5, 6 * i : 6 * i + 6]
         u, s, vt = torch.linalg.svd(block)
         best = (u[:, :2] * s[:2]) @ vt[:2]
-        part = (up @ down)[5 * i : 5 * i + 5, 6 * i : 6 * i + 6]
-        torch.testing.assert_close(part, best, atol=1e-5, rtol=1e-5)
+        found = (up @ down)[5 * i : 5 * i + 5, 6 * i : 6 * i + 6]
+        torch.testing.assert_close(found, best, atol=1e-5, rtol=1e-5)
     assert torch.count_nonzero(up @ down) == 2 * 5 * 6
 
 
-def test_a_diagonal_core_weighs_the_directions() -> None:
+def test_a_diagonal_core_scales_each_direction() -> None:
     layer, d, x = layer_with(nora(r=4, core="diagonal", alpha=2.0))
     expected = layer.base_layer(x)
     for i in range(4):
@@ -214,7 +214,7 @@ CUTS = {
 
 
 @pytest.mark.parametrize("name", CUTS)
-def test_a_masked_adapter_is_cut_to_its_first_directions(name: str) -> None:
+def test_a_masked_adapter_is_truncated_to_its_first_directions(name: str) -> None:
     config, cut = CUTS[name]
     layer, d, x = layer_with(config)
     layer.eval()
@@ -227,7 +227,7 @@ def test_a_masked_adapter_is_cut_to_its_first_directions(name: str) -> None:
             torch.testing.assert_close(layer(x), expected, **EXACT)
 
 
-def test_ranks_are_sampled_once_a_step_for_all_layers() -> None:
+def test_ranks_are_sampled_once_per_step_for_all_layers() -> None:
     config = dylora(r=4)
     model = nn.Sequential(*(NoraLayer(nn.Linear(D_IN, D_IN)) for _ in range(3)))
     for layer in model:
@@ -253,7 +253,7 @@ def test_ranks_are_sampled_once_a_step_for_all_layers() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_training_at_a_low_rank_leaves_the_other_directions() -> None:
+def test_training_at_a_low_rank_leaves_the_other_directions_unchanged() -> None:
     layer, d, x = layer_with(dylora(r=4))
     layer.train()
     d.sampled_rank = 2
@@ -263,7 +263,7 @@ def test_training_at_a_low_rank_leaves_the_other_directions() -> None:
 
 
 def test_one_training_serves_every_rank() -> None:
-    """Every cut of a DyLoRA comes to be the best update of its rank (Eckart, Young); a cut LoRA is far from it."""
+    """Every truncation of a DyLoRA reaches the best update of its rank (Eckart, Young); a truncated LoRA does not."""
     spectrum, inputs = torch.tensor([4.0, 2.0, 1.0, 0.5]), torch.eye(D_IN)
     u, v = (torch.linalg.qr(torch.randn(size, 4)).Q for size in (D_OUT, D_IN))
     target = u @ torch.diag(spectrum) @ v.T
@@ -292,7 +292,7 @@ def test_one_training_serves_every_rank() -> None:
     assert all(cut > 1.2 * optimum for cut, optimum in zip(plain[:3], best[:3], strict=True))
 
 
-def test_the_hook_leaves_with_the_last_masked_adapter() -> None:
+def test_the_hook_is_removed_with_the_last_masked_adapter() -> None:
     model = nn.Sequential(NoraLayer(nn.Linear(D_IN, D_IN)))
     model[0].update_layer("x", dylora(r=4), "m")  # type: ignore[operator]
     watch(model)
@@ -320,13 +320,13 @@ def test_the_hook_leaves_with_the_last_masked_adapter() -> None:
         ({"rank_pattern": {"to_q": 0}}, "to_q"),
     ],
 )
-def test_axes_that_do_not_go_together(axes: dict[str, Any], word: str) -> None:
+def test_axes_that_conflict_are_refused(axes: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError, match=word):
         AdapterConfig(**axes)
 
 
-def test_patterns_mean_the_same_layer_with_and_without_clips_prefix() -> None:
-    """Models of different transformers releases, and files, name CLIP's layers differently."""
+def test_patterns_match_with_and_without_the_prefix_of_clip() -> None:
+    """The paths of CLIP's layers differ between transformers releases, and so between files."""
     path, other = "encoder.layers.0.self_attn.q_proj", "encoder.layers.1.self_attn.q_proj"
     for pattern in (path, f"text_model.{path}"):
         config = lora(r=4, rank_pattern={pattern: 2}, alpha_pattern={pattern: 6.0})

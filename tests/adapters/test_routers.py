@@ -1,4 +1,4 @@
-"""Mixtures against their formula, and their conditions against the models that they are taken from."""
+"""Mixtures against their formulas, and router inputs against the models that compute them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def routed_layer(config: AdapterConfig, base: nn.Module) -> NoraLayer:
 
 
 def expert_weights(delta: RoutedDelta) -> list[Tensor]:
-    """Each expert's ``dW_i``, dense, written from the papers' formulas."""
+    """The dense ``dW_i`` of each expert, from the formulas of the papers."""
     e, dense = delta.experts, []
     for i in range(N):
         if hasattr(e, "a"):
@@ -62,8 +62,8 @@ def expert_weights(delta: RoutedDelta) -> list[Tensor]:
     return dense
 
 
-def gated_weight(delta: RoutedDelta, condition: Tensor) -> Tensor:
-    logits = [sum(delta.W_g[i, j] * condition[j] for j in range(len(condition))) for i in range(N)]
+def gated_weight(delta: RoutedDelta, vector: Tensor) -> Tensor:
+    logits = [sum(delta.W_g[i, j] * vector[j] for j in range(len(vector))) for i in range(N)]
     powers = torch.stack([torch.exp(logit) for logit in logits])
     return sum(g * w for g, w in zip(powers / powers.sum(), expert_weights(delta), strict=True))  # type: ignore[return-value]
 
@@ -84,15 +84,15 @@ def test_token_router_gates_each_token(kind: Kind, grad: bool) -> None:
 
 
 @pytest.mark.parametrize("width", [64, 640])
-def test_a_gate_for_each_token_keeps_little(width: int) -> None:
-    """What autograd keeps for a token grows with the ranks of all experts, whatever the width of their outputs."""
+def test_a_token_router_saves_little_for_backward(width: int) -> None:
+    """What autograd saves per token grows with the total rank of the experts, not with the width of their outputs."""
     tokens, rank, experts = 500, 4, 8
     p, gates = torch.randn(tokens, rank), torch.rand(tokens, experts)
     up, inner, outer = torch.randn(width, rank), torch.randn(experts, rank), torch.randn(experts, width)
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(value: Tensor) -> Tensor:
-        kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        saved[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
@@ -100,7 +100,7 @@ def test_a_gate_for_each_token_keeps_little(width: int) -> None:
     alone = [gates[:, [i]] * (((p * inner[i]) @ up.T) * outer[i]) for i in range(experts)]
     torch.testing.assert_close(mixed, torch.stack(alone).sum(0), atol=1e-4, rtol=1e-4)
     shared = up.numel() + outer.numel() + width * rank * experts
-    assert sum(kept.values()) / 4 - shared <= 4 * tokens * rank * experts < tokens * 64 * experts
+    assert sum(saved.values()) / 4 - shared <= 4 * tokens * rank * experts < tokens * 64 * experts
 
 
 @pytest.mark.parametrize("router", CONDITIONED)
@@ -122,7 +122,7 @@ def test_conditioned_router_gates_each_row(kind: Kind, router: str, grad: bool, 
         router_inputs.open(vectors)
         close(layer(x), torch.stack(expected))
         close(layer(x[:, 0]), torch.stack(expected)[:, 0])
-    if len(set(rows)) == 1:  # whose row is whose does not matter then
+    if len(set(rows)) == 1:  # then a batch of another size has a gate too
         close(layer(x[:3]), torch.stack(expected)[:3])
 
 
@@ -138,7 +138,7 @@ def test_conditioned_router_gates_a_wide_convolution(kind: Kind) -> None:
 
 
 def test_gradients_reach_the_router(kind: Kind) -> None:
-    """Against autograd through the dense formula, for every trained factor."""
+    """Every trained factor gets the gradient that autograd computes through the dense formula."""
     layer = routed_layer(kind(router="prompt"), nn.Linear(D_IN, D_OUT))
     layer.base_layer.requires_grad_(False)
     delta, vector = layer.delta("x"), torch.randn(2, WIDTH, dtype=torch.float64)
@@ -154,7 +154,7 @@ def test_gradients_reach_the_router(kind: Kind) -> None:
         assert ours.abs().max() > 0
 
 
-# The conditions of real models
+# Router inputs of real models
 
 
 def tiny_unet(**extra: Any) -> UNet2DConditionModel:
@@ -213,7 +213,7 @@ def flux() -> tuple[nn.Module, dict[str, Any], Tensor]:
 
 
 class Pipe:
-    """As much of a pipeline as adding an adapter needs."""
+    """The minimal pipeline for adding an adapter."""
 
     def __init__(self, model: nn.Module) -> None:
         setattr(self, "unet" if hasattr(model, "down_blocks") else "transformer", model)
@@ -229,7 +229,7 @@ def only(inputs: dict[str, Any], row: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("make", [sd, sdxl, sd3, flux], ids=lambda f: f.__name__)
-def test_conditions_are_what_the_model_is_given(make: Callable[[], tuple[nn.Module, dict[str, Any], Tensor]]) -> None:
+def test_router_inputs_are_those_of_the_model(make: Callable[[], tuple[nn.Module, dict[str, Any], Tensor]]) -> None:
     model, inputs, emb = make()
     add_adapter(Pipe(model), mor(r=2, num_experts=N, router="prompt+timestep"), "one")
     seen: dict[str, Tensor] = {}
@@ -246,10 +246,10 @@ def test_conditions_are_what_the_model_is_given(make: Callable[[], tuple[nn.Modu
 
 @pytest.mark.parametrize("make", [sd, sdxl, sd3, flux], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("router", ["prompt", "timestep"])
-def test_each_row_is_routed_by_its_own_conditions(
+def test_each_row_is_routed_by_its_own_inputs(
     make: Callable[[], tuple[nn.Module, dict[str, Any], Tensor]], router: str
 ) -> None:
-    """Guidance and mixed prompts: two rows with equal conditions, two others; each as if it were alone."""
+    """Guidance and mixed prompts: two rows with equal inputs and two others; each equals its own pass."""
     model, inputs, _ = make()
     inputs["encoder_hidden_states"][1] = inputs["encoder_hidden_states"][0]
     pipe = Pipe(model)
@@ -283,8 +283,8 @@ def gradients(pipe: Any, losses: Callable[[], Tensor]) -> dict[str, Tensor]:
     return {key: p.grad.clone() for key, p in parameters.items() if p.grad is not None}
 
 
-def test_gradient_checkpointing_sees_the_conditions_of_its_own_pass(pipe: Any) -> None:
-    """Layers run again in backward, here for two passes of different prompts and timesteps in one backward."""
+def test_gradient_checkpointing_uses_the_inputs_of_its_own_pass(pipe: Any) -> None:
+    """Layers run again in backward, here for two passes with different prompts and timesteps in one backward."""
     add_adapter(pipe, mor(r=4, num_experts=N, router="prompt+timestep"), "one")
     randomize(pipe)
     pipe.unet.train()
@@ -303,7 +303,7 @@ def test_gradient_checkpointing_sees_the_conditions_of_its_own_pass(pipe: Any) -
     assert delta.router_inputs is not None and not delta.router_inputs.vectors
 
 
-# Living in a pipeline
+# In a pipeline
 
 
 def test_a_layer_outside_of_a_forward_pass_is_refused(pipe: Any) -> None:
@@ -323,7 +323,7 @@ def test_a_layer_outside_of_a_forward_pass_is_refused(pipe: Any) -> None:
             layer(x)
 
 
-def test_native_injection_is_refused_in_words(pipe: Any) -> None:
+def test_native_injection_is_refused(pipe: Any) -> None:
     with pytest.raises(UserError, match="add_adapter"):
         pipe.unet.add_adapter(mor(r=2, router="prompt"), "one")
 
@@ -345,7 +345,7 @@ def test_text_encoders_route_by_token(pipe: Any, tmp_path: Path) -> None:
         assert torch.equal(pipe.text_encoder(ids)[0], before)
 
 
-def test_hooks_come_and_go_with_the_adapters(pipe: Any) -> None:
+def test_hooks_are_added_and_removed_with_the_adapters(pipe: Any) -> None:
     def hooks() -> int:
         return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in pipe.unet.modules())
 
@@ -356,13 +356,13 @@ def test_hooks_come_and_go_with_the_adapters(pipe: Any) -> None:
     assert before < one < hooks()
     delete_adapter(pipe, "two")
     assert hooks() == one
-    pipe.delete_adapters("one")  # diffusers' verb: the hooks go at the next pass
+    pipe.delete_adapters("one")  # diffusers' method: the hooks are removed in the next pass
     with torch.no_grad():
         pipe.unet(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 5, 16))
     assert hooks() == before and connected(pipe.unet) is None
 
 
-def test_a_copied_pipeline_has_conditions_of_its_own(pipe: Any) -> None:
+def test_a_copied_model_has_its_own_router_inputs(pipe: Any) -> None:
     add_adapter(pipe, mor(r=4, num_experts=N, router="prompt+timestep"), "one")
     randomize(pipe)
     x, states = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
@@ -375,7 +375,7 @@ def test_a_copied_pipeline_has_conditions_of_its_own(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("router", ["token", *CONDITIONED])
-def test_fusing_warns_and_leaves_it_live(pipe: Any, kind: Kind, router: str) -> None:
+def test_fusing_warns_and_leaves_a_mixture_live(pipe: Any, kind: Kind, router: str) -> None:
     add_adapter(pipe, kind(router=router), "one")
     randomize(pipe)
     x, states = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
@@ -399,6 +399,6 @@ def test_fusing_warns_and_leaves_it_live(pipe: Any, kind: Kind, router: str) -> 
         (lambda: mor(experts="some"), "some"),
     ],
 )
-def test_bad_mixtures_are_refused_by_name(make: Callable[[], AdapterConfig], word: str) -> None:
+def test_bad_mixtures_are_refused_with_their_field(make: Callable[[], AdapterConfig], word: str) -> None:
     with pytest.raises(UserError, match=word):
         make()

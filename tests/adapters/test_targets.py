@@ -1,4 +1,4 @@
-"""Every architecture and every kind of projection through an adapter's whole life, against a dense oracle."""
+"""The life cycle of an adapter on every architecture and kind of projection, against a dense oracle."""
 
 from __future__ import annotations
 
@@ -49,31 +49,31 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def actors(stage: Stage) -> Iterator[Stage]:
-    """The same, left as it was found."""
+def clean_stage(stage: Stage) -> Iterator[Stage]:
+    """The same; deletes the adapter after the test."""
     yield stage
     if "one" in getattr(stage.denoiser, "peft_config", {}):
         delete_adapter(stage.pipe, "one")
 
 
 class Stage:
-    """A pipeline, and for each of its adaptable components the inputs of a real call."""
+    """A pipeline, and the inputs of a real call for each of its adaptable components."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
         self.pipe = tiny_pipeline(name, folder)
         self.calls: dict[str, Call] = {}
         hooks = [
-            getattr(self.pipe, part).register_forward_pre_hook(self._keep(part), with_kwargs=True)
-            for part in present(self.pipe)
+            getattr(self.pipe, component).register_forward_pre_hook(self._record(component), with_kwargs=True)
+            for component in present(self.pipe)
         ]
         self.pipe("a dog", num_inference_steps=1, output_type="latent", generator=torch.Generator().manual_seed(0))
         for hook in hooks:
             hook.remove()
 
-    def _keep(self, part: str) -> Any:
+    def _record(self, component: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.calls.setdefault(part, copy.deepcopy((args, kwargs)))
+            self.calls.setdefault(component, copy.deepcopy((args, kwargs)))
 
         return hook
 
@@ -83,11 +83,11 @@ class Stage:
         return module
 
     def outputs(self, pipe: Any = None, overrides: dict[str, dict[str, Tensor]] | None = None) -> Outputs:
-        """What each component makes of its inputs, with some weights replaced if ``overrides`` says so."""
+        """The outputs of each component for its inputs; ``overrides`` replaces weights."""
         found = {}
-        for part, (args, kwargs) in self.calls.items():
-            module, weights = getattr(pipe or self.pipe, part), (overrides or {}).get(part, {})
-            found[part] = tensors_in(torch.func.functional_call(module, weights, args, kwargs))
+        for component, (args, kwargs) in self.calls.items():
+            module, weights = getattr(pipe or self.pipe, component), (overrides or {}).get(component, {})
+            found[component] = tensors_in(torch.func.functional_call(module, weights, args, kwargs))
         return found
 
 
@@ -101,8 +101,10 @@ def tensors_in(value: Any) -> list[Tensor]:
 def difference(one: Outputs, two: Outputs) -> dict[str, float]:
     """``max |a - b| / max |b|`` over the outputs of each component."""
     assert one.keys() == two.keys()
-    pairs = {part: list(zip(one[part], two[part], strict=True)) for part in one}
-    return {part: max(float((a - b).abs().max() / b.abs().max()) for a, b in both) for part, both in pairs.items()}
+    pairs = {component: list(zip(one[component], two[component], strict=True)) for component in one}
+    return {
+        component: max(float((a - b).abs().max() / b.abs().max()) for a, b in both) for component, both in pairs.items()
+    }
 
 
 def close(one: Outputs, two: Outputs) -> None:
@@ -110,28 +112,28 @@ def close(one: Outputs, two: Outputs) -> None:
 
 
 def equal(one: Outputs, two: Outputs) -> bool:
-    return all(torch.equal(a, b) for part in one for a, b in zip(one[part], two[part], strict=True))
+    return all(torch.equal(a, b) for component in one for a, b in zip(one[component], two[component], strict=True))
 
 
 def train_one_step(stage: Stage) -> None:
-    """One step through every component; all that was declared moves, and nothing else."""
+    """One step through every component: only the declared parameters change, and all that reach an output do."""
     parameters = trainable_parameters(stage.pipe, "one")
     before = {key: value.detach().clone() for key, value in parameters.items()}
-    frozen = {part: [p.clone() for p in rest(getattr(stage.pipe, part))] for part in stage.calls}
+    frozen = {component: [p.clone() for p in rest(getattr(stage.pipe, component))] for component in stage.calls}
     generator = torch.Generator().manual_seed(1)
-    for key, parameter in parameters.items():  # B_in starts at zero: then A_in has no gradient yet
+    for key, parameter in parameters.items():  # B_in starts at zero, which gives A_in no gradient
         if key.endswith("B_in"):
             parameter.data.normal_(std=0.3, generator=generator)
-    optimizer = torch.optim.Adam(parameters.values(), lr=0.01, eps=1e-30)  # steps, however small the gradient
+    optimizer = torch.optim.Adam(parameters.values(), lr=0.01, eps=1e-30)  # a full step for any gradient but zero
     outputs = stage.outputs()
     sum(out.square().mean() for group in outputs.values() for out in group).backward()  # type: ignore[union-attr]
-    # Pooled outputs alone come of some last layers; what reaches no output at all cannot learn.
+    # Some last layers reach only pooled outputs, and some reach no output at all.
     reached = [key for key, p in parameters.items() if p.grad is not None and p.grad.any()]
     assert len(reached) >= 0.9 * len(parameters)
     optimizer.step()
     assert all(not torch.equal(parameters[key], before[key]) for key in reached)
-    for part, values in frozen.items():
-        assert all(torch.equal(a, b) for a, b in zip(rest(getattr(stage.pipe, part)), values, strict=True))
+    for component, values in frozen.items():
+        assert all(torch.equal(a, b) for a, b in zip(rest(getattr(stage.pipe, component)), values, strict=True))
 
 
 def rest(module: nn.Module) -> list[Tensor]:
@@ -141,10 +143,10 @@ def rest(module: nn.Module) -> list[Tensor]:
 def dense_weights(pipe: Any, config: AdapterConfig) -> dict[str, dict[str, Tensor]]:
     """``W + (alpha / r) B_out B_in A_in A_out`` of every adapted layer, by component and parameter name."""
     found: dict[str, dict[str, Tensor]] = {}
-    for part in present(pipe):
-        module = getattr(pipe, part)
+    for component in present(pipe):
+        module = getattr(pipe, component)
         names = {canonical(path): path for path, _ in module.named_modules()}
-        found[part] = {}
+        found[component] = {}
         for path, layer in nora_layers(module, "one").items():
             delta, weight = layer.delta("one"), layer.base_layer.weight
             r = min(config.r, *weight.flatten(1).shape)
@@ -152,28 +154,32 @@ def dense_weights(pipe: Any, config: AdapterConfig) -> dict[str, dict[str, Tenso
             assert delta.A_out.shape[0] == r
             factors = (delta.B_out, delta.core.B_in, delta.core.A_in, delta.A_out)
             change = torch.linalg.multi_dot([f.detach().double() for f in factors]) * (alpha / config.r)
-            found[part][f"{names[path]}.weight"] = (weight.double() + change.view(weight.shape)).float()
+            found[component][f"{names[path]}.weight"] = (weight.double() + change.view(weight.shape)).float()
     return found
 
 
 def fusers(pipe: Any) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
-    """Ways to merge all adapters and to take them out: the layers' own, and the pipeline's where it has one."""
-    layers = [layer for part in present(pipe) for layer in nora_layers(getattr(pipe, part), "one").values()]
+    """Pairs ``(merge, unmerge)`` for all adapters: by the layers, and by the pipeline if it can."""
+    layers = [layer for component in present(pipe) for layer in nora_layers(getattr(pipe, component), "one").values()]
     yield lambda: [layer.merge() for layer in layers] and None, lambda: [layer.unmerge() for layer in layers] and None
-    if hasattr(pipe, "fuse_lora"):  # PixArt's has no loader of LoRAs
+    if hasattr(pipe, "fuse_lora"):  # PixArt pipelines have no LoRA loader
         yield pipe.fuse_lora, pipe.unfuse_lora
 
 
 def load_exported(pipe: Any, file: Path) -> None:
-    """By the stock ``load_lora_weights``; what it does not know (T5, all of PixArt) is put in by PEFT."""
+    """Load with diffusers' ``load_lora_weights``, and with PEFT what it does not support (T5, all of PixArt)."""
     groups: dict[str, dict[str, Tensor]] = {}
     for key, value in load_file(file).items():
         groups.setdefault(key.split(".")[0], {})[key] = value
     stock = hasattr(pipe, "load_lora_weights")
-    by_peft = [part for part in groups if not stock or type(getattr(pipe, part)).__name__ == "T5EncoderModel"]
-    for part in by_peft:
-        group = groups.pop(part)
-        inject_plain(getattr(pipe, part), {key.removeprefix(f"{part}."): value for key, value in group.items()})
+    by_peft = [
+        component for component in groups if not stock or type(getattr(pipe, component)).__name__ == "T5EncoderModel"
+    ]
+    for component in by_peft:
+        group = groups.pop(component)
+        inject_plain(
+            getattr(pipe, component), {key.removeprefix(f"{component}."): value for key, value in group.items()}
+        )
     if groups:
         pipe.load_lora_weights({k: v for group in groups.values() for k, v in group.items()}, adapter_name="plain")
 
@@ -195,13 +201,15 @@ def inject_plain(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     ],
     ids=["attention", "everything"],
 )
-def test_the_whole_life_of_an_adapter(actors: Stage, config: AdapterConfig, tmp_path: Path) -> None:
-    stage, pipe = actors, actors.pipe
-    parts = present(pipe)
+def test_life_cycle_of_an_adapter(clean_stage: Stage, config: AdapterConfig, tmp_path: Path) -> None:
+    stage, pipe = clean_stage, clean_stage.pipe
+    components = present(pipe)
     clean = stage.outputs()
-    weights = {part: {k: v.clone() for k, v in getattr(pipe, part).state_dict().items()} for part in parts}
-    add_adapter(pipe, config, "one", parts)
-    assert all(nora_layers(getattr(pipe, part), "one") for part in parts)
+    weights = {
+        component: {k: v.clone() for k, v in getattr(pipe, component).state_dict().items()} for component in components
+    }
+    add_adapter(pipe, config, "one", components)
+    assert all(nora_layers(getattr(pipe, component), "one") for component in components)
     assert equal(stage.outputs(), clean)
     train_one_step(stage)
     with torch.no_grad():
@@ -216,10 +224,10 @@ def test_the_whole_life_of_an_adapter(actors: Stage, config: AdapterConfig, tmp_
         save_adapter(pipe, tmp_path / "one", "one")
         delete_adapter(pipe, "one")
         assert equal(stage.outputs(), clean)
-        for part in parts:
-            after = getattr(pipe, part).state_dict()
-            assert after.keys() == weights[part].keys()
-            assert all(torch.equal(after[key], value) for key, value in weights[part].items())
+        for component in components:
+            after = getattr(pipe, component).state_dict()
+            assert after.keys() == weights[component].keys()
+            assert all(torch.equal(after[key], value) for key, value in weights[component].items())
         close(live, stage.outputs(overrides=with_clean_names(dense)))
         loaded = load_adapter(pipe, tmp_path / "one", "one")
         assert loaded.applied == loaded.total
@@ -233,28 +241,30 @@ def test_the_whole_life_of_an_adapter(actors: Stage, config: AdapterConfig, tmp_
 
 
 def with_clean_names(weights: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    return {part: {k.replace(".base_layer", ""): v for k, v in group.items()} for part, group in weights.items()}
+    return {
+        component: {k.replace(".base_layer", ""): v for k, v in group.items()} for component, group in weights.items()
+    }
 
 
-def test_the_adapted_modules_are_the_ones_meant(actors: Stage) -> None:
-    """By counting: attention has four projections, or what each architecture makes of them."""
-    add_adapter(actors.pipe, nora(r=2, inner_r=1, basis="svd"), "one", present(actors.pipe))
+def test_the_adapted_modules_are_the_targeted_ones(clean_stage: Stage) -> None:
+    """Attention has four projections, with other names in each kind of text encoder."""
+    add_adapter(clean_stage.pipe, nora(r=2, inner_r=1, basis="svd"), "one", present(clean_stage.pipe))
     endings = {
-        part: {path.rsplit(".", 2 if path.endswith(".0") else 1)[-1 if not path.endswith(".0") else -2]
-               for path in nora_layers(getattr(actors.pipe, part), "one")}
-        for part in present(actors.pipe)
+        component: {path.rsplit(".", 2 if path.endswith(".0") else 1)[-1 if not path.endswith(".0") else -2]
+               for path in nora_layers(getattr(clean_stage.pipe, component), "one")}
+        for component in present(clean_stage.pipe)
     }  # fmt: skip
     attention, clip, t5 = {"to_q", "to_k", "to_v", "to_out"}, {"q_proj", "k_proj", "v_proj", "out_proj"}, set("qkvo")
-    expected = dict.fromkeys(endings, clip) | {denoiser_name(actors.pipe): attention}
+    expected = dict.fromkeys(endings, clip) | {denoiser_name(clean_stage.pipe): attention}
     expected |= {"sd3": {"text_encoder_3": t5}, "flux": {"text_encoder_2": t5}, "pixart": {"text_encoder": t5}}.get(
-        actors.name, {}
+        clean_stage.name, {}
     )
     assert endings == expected
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
 def test_convolutions_by_pattern(name: str, tmp_path: Path) -> None:
-    """3x3 and 1x1 kernels, with stride: live equals the dense kernel."""
+    """The live adapter equals the dense kernel for 3x3 and 1x1 convolutions, also with stride."""
     stage = Stage(name, tmp_path)
     config = nora(r=4, inner_r=2, alpha=8.0, target_modules=CONV)
     add_adapter(stage.pipe, config, "one")
@@ -269,21 +279,21 @@ def test_convolutions_by_pattern(name: str, tmp_path: Path) -> None:
         close(stage.outputs(overrides=dense), live)
 
 
-def test_a_pattern_passes_over_what_is_no_projection(pipe: Any) -> None:
+def test_a_pattern_skips_modules_that_are_not_projections(pipe: Any) -> None:
     add_adapter(pipe, nora(r=2, inner_r=1, basis="svd", target_modules=r".*attn1\.to_.*"), "one")
     endings = {path.rpartition("attn1.")[2] for path in nora_layers(pipe.unet, "one")}
     assert endings == {"to_q", "to_k", "to_v", "to_out.0"}
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux"])
-def test_encoders_and_tokenizers_are_those_the_pipeline_has(name: str, tmp_path: Path) -> None:
-    """Each tokenizer beside its encoder, and ``torch.compile`` changes nothing."""
+def test_encoders_and_tokenizers_are_those_of_the_pipeline(name: str, tmp_path: Path) -> None:
+    """In the same order, also for encoders that ``torch.compile`` wraps."""
     pipe = tiny_pipeline(name, tmp_path)
-    encoders = [part for part in pipe.components if part.startswith("text_encoder")]
-    words = [getattr(pipe, part.replace("text_encoder", "tokenizer")) for part in sorted(encoders)]
-    plain = [getattr(pipe, part) for part in sorted(encoders)]
-    for part in encoders:
-        setattr(pipe, part, torch.compile(getattr(pipe, part), backend="eager"))
+    encoders = [component for component in pipe.components if component.startswith("text_encoder")]
+    words = [getattr(pipe, component.replace("text_encoder", "tokenizer")) for component in sorted(encoders)]
+    plain = [getattr(pipe, component) for component in sorted(encoders)]
+    for component in encoders:
+        setattr(pipe, component, torch.compile(getattr(pipe, component), backend="eager"))
     for found, meant in ((text_encoders(pipe), plain), (networks(pipe)[1:], plain), (tokenizers(pipe), words)):
         assert len(found) == len(meant) > 0
         assert all(one is other for one, other in zip(found, meant, strict=True))
@@ -306,7 +316,7 @@ def test_some_blocks_only(name: str, tmp_path: Path) -> None:
     add_adapter(pipe, nora(r=2, inner_r=1, basis="svd", target_modules=in_blocks(blocks)), "one")
     assert set(nora_layers(module, "one")) == inside != set()
     delete_adapter(pipe, "one")
-    # Another way to the same: leave blocks out.
+    # The other way: exclude blocks.
     config = nora(r=2, inner_r=1, basis="svd", exclude_modules=rf".*({'|'.join(blocks)})\..*")
     add_adapter(pipe, config, "one")
     left = set(nora_layers(module, "one"))
@@ -321,7 +331,7 @@ def test_blocks_of_a_text_encoder(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "parts", "words"),
+    ("wanted", "components", "words"),
     [
         (["to_kk"], ["unet"], ["'to_kk'", "did you mean to_k"]),
         (["to_q", "to_qq"], ["unet"], ["'to_qq'", "did you mean to_q"]),
@@ -332,16 +342,16 @@ def test_blocks_of_a_text_encoder(pipe: Any) -> None:
         (in_blocks(["down_blocks.7"]), ["unet"], ["down_blocks", "no projection"]),
     ],
 )
-def test_targets_that_match_nothing_name_what_is_near(
-    pipe: Any, wanted: str | list[str], parts: list[str], words: list[str]
+def test_targets_that_match_nothing_get_suggestions(
+    pipe: Any, wanted: str | list[str], components: list[str], words: list[str]
 ) -> None:
     with pytest.raises(UserError) as error:
-        add_adapter(pipe, nora(r=2, inner_r=1, basis="svd", target_modules=wanted), "one", parts)
+        add_adapter(pipe, nora(r=2, inner_r=1, basis="svd", target_modules=wanted), "one", components)
     assert all(word in str(error.value) for word in words), error.value
     assert not nora_layers(pipe.unet, "one")
 
 
-def test_a_pattern_for_nothing_is_refused(pipe: Any) -> None:
+def test_a_pattern_that_matches_nothing_is_refused(pipe: Any) -> None:
     config = nora(r=4, inner_r=2, basis="svd", rank_pattern={"to_v": 3, "to_qq": 2})
     with pytest.raises(UserError, match="'to_qq' matches no adapted projection: did you mean to_q"):
         add_adapter(pipe, config, "one")
@@ -364,8 +374,8 @@ def test_a_pattern_for_nothing_is_refused(pipe: Any) -> None:
         (None, "is no number"),
     ],
 )
-def test_weights_for_what_there_is_not_are_refused(pipe: Any, weight: Any, words: str) -> None:
-    """They would count as full weight."""
+def test_weights_for_missing_components_and_blocks_are_refused(pipe: Any, weight: Any, words: str) -> None:
+    """Otherwise they would be ignored, and the weight would be 1."""
     add_adapter(pipe, nora(r=2, inner_r=1, basis="svd"), "one")
     set_adapters(pipe, "one", 0.5)
     with pytest.raises(UserError, match=words):
@@ -376,18 +386,18 @@ def test_weights_for_what_there_is_not_are_refused(pipe: Any, weight: Any, words
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "pixart"])
-def test_weights_by_part_reach_every_part(name: str, tmp_path: Path) -> None:
-    """T5 encoders as well, of which diffusers' own verb knows nothing."""
+def test_weights_by_component_reach_every_component(name: str, tmp_path: Path) -> None:
+    """Also T5 encoders, which diffusers' ``set_adapters`` does not support."""
     pipe = tiny_pipeline(name, tmp_path)
     for adapter in ("one", "two"):
         add_adapter(pipe, nora(r=2, inner_r=1, basis="svd"), adapter, present(pipe))
     add_adapter(pipe, nora(r=2, inner_r=1, basis="svd"), "three", present(pipe)[-1:])
-    weights = {part: 0.1 * number for number, part in enumerate(present(pipe), 1)}
+    weights = {component: 0.1 * number for number, component in enumerate(present(pipe), 1)}
     set_adapters(pipe, ["one", "three"], [weights, weights])
-    for part in present(pipe):
-        for layer in nora_layers(getattr(pipe, part), "one").values():
+    for component in present(pipe):
+        for layer in nora_layers(getattr(pipe, component), "one").values():
             assert {name: layer.scaling[name] for name in layer.live_names()} == dict.fromkeys(
-                [name for name in ("one", "three") if name in layer.nora_delta], weights[part]
+                [name for name in ("one", "three") if name in layer.nora_delta], weights[component]
             )
     with pytest.raises(UserError, match="knows no weights by block"):
         set_adapters(pipe, "one", {present(pipe)[-1]: {"block_1": 0.5}})
