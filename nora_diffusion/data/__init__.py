@@ -1,4 +1,4 @@
-"""Photos of a subject: found, checked before they are decoded, made upright and RGB, cropped and resized."""
+"""The images of a subject and their captions: reading, checking, cropping, masks, duplicates, reports."""
 
 from .images import Reject, SourceImage, UnreadableImageError, find_images, read_images, read_source, survey
 

@@ -1,4 +1,4 @@
-"""What each photo shows, in words: one prompt for all, a text file beside each, or a ``metadata.jsonl``."""
+"""Captions of images (one prompt for all, ``.txt`` files or ``metadata.jsonl``), trigger and class words in prompts."""
 
 from __future__ import annotations
 
@@ -18,36 +18,37 @@ FILLERS = frozenset({
     "selfie", "wearing", "holding", "sitting", "standing", "lying", "running", "walking", "playing",
 })  # fmt: skip
 TRIGGERS = ("sks", "ohwx", "zqx", "qxzvj")
-"""Words that are usual as triggers because no model knows them."""
+"""Words commonly used as triggers because they mean nothing to a model."""
 METADATA = "metadata.jsonl"
 COLUMN = "text"
 
 
 def read_captions(
-    photos: Sequence[Path], prompt: str | None, sidecars: bool = False, column: str | None = None
+    images: Sequence[Path], prompt: str | None, sidecars: bool = False, column: str | None = None
 ) -> list[str]:
-    """One caption a photo: from ``column`` of ``metadata.jsonl``, or with ``sidecars`` from the ``.txt`` beside it,
-    else from ``text`` of ``metadata.jsonl`` if there is one. One without its own gets ``prompt``.
+    """One caption per image file: from ``column`` of ``metadata.jsonl``; or with ``sidecars`` from the ``.txt`` of the
+    same name, else from ``text`` of ``metadata.jsonl``. Images without a caption get ``prompt``.
 
-    Raises :class:`UserError` without either.
+    Raises :class:`UserError` if an image has neither.
     """
+    folder = images[0].parent
     if column:
-        own = _from_metadata(photos[0].parent, column)
+        own = _from_metadata(folder, column)
         source = f"a line in {METADATA}"
     elif sidecars:
-        listed = _from_metadata(photos[0].parent, COLUMN) if (photos[0].parent / METADATA).is_file() else {}
-        own = listed | {path.name: text for path in photos if (text := _from_sidecar(path))}
+        rows = _from_metadata(folder, COLUMN) if (folder / METADATA).is_file() else {}
+        own = rows | {path.name: text for path in images if (text := _from_sidecar(path))}
         source = "a .txt file"
     else:
         own, source = {}, ""
     if not own and not prompt:
         raise UserError("there is no prompt: give --instance_prompt 'a photo of sks dog', or captions (--use_captions)")
     if source and not own:
-        log.warning("no photo has %s of its own: all go by the instance prompt '%s'", source, prompt)
-    bare = [path.name for path in photos if path.name not in own]
-    if bare and not prompt:
-        raise UserError(f"{bare[0]} has no caption: add {source} for it, or give --instance_prompt for such photos")
-    return [own.get(path.name, prompt or "") for path in photos]
+        log.warning("no photo has %s: all get the instance prompt '%s' as caption", source, prompt)
+    missing = [path.name for path in images if path.name not in own]
+    if missing and not prompt:
+        raise UserError(f"{missing[0]} has no caption: add {source} for it, or give --instance_prompt for such photos")
+    return [own.get(path.name, prompt or "") for path in images]
 
 
 def _from_sidecar(path: Path) -> str:
@@ -80,7 +81,7 @@ def _metadata_row(path: Path, number: int, line: str, column: str) -> tuple[str,
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{path}, line {number} is not valid JSON: write one object a line") from error
+        raise UserError(f"{path}, line {number} is not valid JSON: write one object per line") from error
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise UserError(f"{path}, line {number} has no 'file_name'")
     text = row.get(column)
@@ -91,30 +92,30 @@ def _metadata_row(path: Path, number: int, line: str, column: str) -> tuple[str,
 
 
 def guess_trigger(prompt: str, class_word: str | None = None, class_prompt: str | None = None) -> str | None:
-    """The word of ``prompt`` that names the subject: what the class's words and filler words leave over.
+    """Guess the trigger word of ``prompt``: a word that is neither a filler nor part of the class.
 
-    ``"a photo of sks dog"`` gives ``"sks"``; with one such word, as in ``"a photo of a dog"``, ``None``. A word
-    that nobody says is taken before any other.
+    ``"a photo of sks dog"`` gives ``"sks"``. A single such word, as in ``"a photo of a dog"``, gives ``None`` without a
+    class. Made-up words come first.
     """
     words = [word for word in _words(prompt) if word.lower() not in FILLERS]
-    ordinary = {word.lower() for word in _words(f"{class_word or ''} {class_prompt or ''}")}
-    left = [word for word in words if word.lower() not in ordinary]
-    if made_up := [word for word in left if _is_made_up(word)]:
+    class_words = {word.lower() for word in _words(f"{class_word or ''} {class_prompt or ''}")}
+    candidates = [word for word in words if word.lower() not in class_words]
+    if made_up := [word for word in candidates if _is_made_up(word)]:
         return made_up[0]
-    if not ordinary and len(left) > 1:  # "a professional photo of bobo dog": what it is a photo of
-        named = [word for word in _words(re.split(r"\bof\b", prompt)[-1]) if word in left]
-        return named[0] if len(named) > 1 else left[0]
-    return left[0] if left and ordinary else None
+    if not class_words and len(candidates) > 1:  # "a professional photo of bobo dog": prefer words after "of"
+        after_of = [word for word in _words(re.split(r"\bof\b", prompt)[-1]) if word in candidates]
+        return after_of[0] if len(after_of) > 1 else candidates[0]
+    return candidates[0] if candidates and class_words else None
 
 
 def _is_made_up(word: str) -> bool:
-    """Whether a word is one of the usual triggers, or none that anybody would say: ``tqz``, ``tok3``."""
-    unspoken = len(word) > 2 and word.isascii() and not re.search("[aeiouy]", word, re.IGNORECASE)
-    return word.lower() in TRIGGERS or unspoken or any(sign.isdigit() for sign in word)
+    """Whether a word is a common trigger, has no vowel (``tqz``) or has a digit (``tok3``)."""
+    no_vowel = len(word) > 2 and word.isascii() and not re.search("[aeiouy]", word, re.IGNORECASE)
+    return word.lower() in TRIGGERS or no_vowel or any(character.isdigit() for character in word)
 
 
 def guess_class_word(prompt: str, trigger: str | None) -> str | None:
-    """The content words right after the trigger: ``"sks toy dog on a beach"`` gives ``"toy dog"``."""
+    """The words between the trigger and the next filler: ``"sks toy dog on a beach"`` gives ``"toy dog"``."""
     words = _words(prompt)
     if trigger is None or trigger not in words:
         return None
@@ -124,17 +125,17 @@ def guess_class_word(prompt: str, trigger: str | None) -> str | None:
 
 
 def word_pattern(word: str) -> str:
-    """The pattern of ``word`` where it is no part of a longer one."""
+    """A regular expression for ``word`` as a whole word."""
     return rf"(?<!\w){re.escape(word)}(?!\w)"
 
 
 def has_word(prompt: str, word: str) -> bool:
-    """Whether ``word`` stands in ``prompt``, as a word and in any case."""
+    """Whether ``prompt`` contains ``word`` as a whole word, ignoring case."""
     return re.search(word_pattern(word), prompt, re.IGNORECASE) is not None
 
 
 def with_trigger(caption: str, trigger: str | None, class_word: str | None) -> str:
-    """The caption with the trigger in it: before the class word where that stands, else in front."""
+    """The caption with the trigger: inserted before the class word if it has that, else prepended."""
     if not trigger or re.search(word_pattern(trigger), caption):
         return caption
     if class_word:
@@ -146,7 +147,7 @@ def with_trigger(caption: str, trigger: str | None, class_word: str | None) -> s
 
 
 def fill(template: str, phrase: str) -> str:
-    """A prompt: ``{}`` stands for the subject ("a sks dog"), ``{noun}`` for it without its article."""
+    """Fill in a prompt template: ``{}`` is the phrase ("a sks dog"), ``{noun}`` the phrase without its article."""
     noun = phrase.partition(" ")[2] if phrase.split(" ")[0].lower() in ("a", "an", "the") else phrase
     return template.replace("{}", phrase).replace("{noun}", noun)
 
@@ -157,7 +158,7 @@ def with_article(words: str) -> str:
 
 
 def without_trigger(prompt: str, trigger: str | None) -> str:
-    """The prompt as judges, who do not know the trigger, get it."""
+    """The prompt without the trigger, which a judge does not know."""
     return re.sub(word_pattern(trigger) + r"\s*", "", prompt) if trigger else prompt
 
 

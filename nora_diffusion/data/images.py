@@ -1,4 +1,4 @@
-"""Photos of a subject: found, checked before they are decoded, made upright and RGB."""
+"""Read the images of a folder: check each before decoding, apply its EXIF orientation, convert it to RGB."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..errors import UserError
 from ..io.images import MAX_PIXELS
 from .colors import WHITE, Color, to_rgb
-from .formats import is_picture, open_picture, refusal, size_of
+from .formats import is_image, open_image, refusal, size_of
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +27,10 @@ ORIENTATION = 0x0112
 
 @dataclass(frozen=True)
 class SourceImage:
-    """One decoded photo: an upright RGB picture and the SHA-256 of the file it came from.
+    """A decoded image file: an upright RGB image and the SHA-256 of the file.
 
-    ``alpha`` is its transparency (``L``) where it has some; ``remarks`` say what was done to it; ``mask`` (``L``) shows
-    the subject where somebody asked for it (:mod:`.masks`).
+    ``alpha``: its alpha channel (mode ``L``), if it is transparent somewhere. ``remarks``: what was changed. ``mask``:
+    the subject in white (mode ``L``), after :func:`.masks.with_masks`.
     """
 
     path: Path
@@ -43,57 +43,57 @@ class SourceImage:
 
 @dataclass(frozen=True)
 class Reject:
-    """A file that cannot be used as a photo, and why: a sentence that starts with its name."""
+    """A file that cannot be used, and the reason: a sentence that starts with its name."""
 
     path: Path
     reason: str
 
 
 class UnreadableImageError(UserError):
-    """One file that cannot be used as a photo; the message starts with its name."""
+    """A file that cannot be used; the message starts with its name."""
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The picture files of ``folder``, sorted by name. Raises :class:`UserError` if there are none.
+    """The image files of ``folder``, sorted by name. Raises :class:`UserError` if there are none.
 
-    A file counts that has a picture's name or a picture's header: a photo without a suffix is one.
+    Files count by their suffix or by their header, so an image without a suffix is found too.
     """
     if folder.is_file():
-        raise UserError(f"{folder} is a file: give the folder that it is in")
+        raise UserError(f"{folder} is a file: give its folder")
     if not folder.is_dir():
         raise UserError(f"the photo folder {folder} does not exist: give a folder with JPEG, PNG or WEBP files")
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    photos = [p for p in files if is_picture(p)]
-    if not photos:
+    images = [p for p in files if is_image(p)]
+    if not images:
         raise UserError(f"no photos in {folder}: put 3 to 10 JPEG, PNG or WEBP files there")
-    return photos
+    return images
 
 
 def survey(folder: Path, workers: int = 0, background: Color = WHITE) -> tuple[list[SourceImage], list[Reject]]:
-    """All photos of a folder (HEIC too, with its extra), and the files that cannot be used."""
+    """All images of a folder (HEIC too, if the extra is installed), and the files that cannot be used."""
     paths = find_images(folder)
     read = functools.partial(_try_read, background=background)
     if workers > 0:
         with ThreadPoolExecutor(workers) as pool:
-            outcomes = list(pool.map(read, paths))
+            results = list(pool.map(read, paths))
     else:
-        outcomes = [read(path) for path in paths]
-    photos = [outcome for outcome in outcomes if isinstance(outcome, SourceImage)]
-    return photos, [outcome for outcome in outcomes if isinstance(outcome, Reject)]
+        results = [read(path) for path in paths]
+    images = [result for result in results if isinstance(result, SourceImage)]
+    return images, [result for result in results if isinstance(result, Reject)]
 
 
 def read_images(folder: Path, workers: int = 0, background: Color = WHITE) -> list[SourceImage]:
-    """All photos of a folder. Raises one :class:`UserError` that names every unreadable one."""
-    photos, rejects = survey(folder, workers, background)
+    """All images of a folder. Raises one :class:`UserError` that names the unreadable files."""
+    images, rejects = survey(folder, workers, background)
     if rejects:
-        raise UserError(f"{folder}: {listed([reject.reason for reject in rejects], '; ')}; replace or remove them")
-    return photos
+        raise UserError(f"{folder}: {enumerated([reject.reason for reject in rejects], '; ')}; replace or remove them")
+    return images
 
 
 def read_source(path: Path, background: Color = WHITE, heic: bool = False) -> SourceImage:
-    """Decode one photo: header and size first, then pixels, EXIF orientation, colors.
+    """Read one image file: check header and size, then decode the pixels, apply the EXIF orientation, convert to RGB.
 
-    ``heic`` allows HEIC where the extra is installed. Raises :class:`UnreadableImageError` (a :class:`UserError`).
+    ``heic`` allows HEIC if the extra is installed. Raises :class:`UnreadableImageError` (a :class:`UserError`).
     """
     content = _content(path)
     refused = refusal(content, heic)
@@ -103,8 +103,8 @@ def read_source(path: Path, background: Color = WHITE, heic: bool = False) -> So
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             _check_size(path, size_of(content))
-            with open_picture(content) as picture:
-                return _decoded(path, picture, hashlib.sha256(content).hexdigest(), background)
+            with open_image(content) as opened:
+                return _decode(path, opened, hashlib.sha256(content).hexdigest(), background)
     except UnidentifiedImageError as error:
         raise UnreadableImageError(f"{path.name} is damaged or truncated") from error
     except Image.DecompressionBombError as error:
@@ -125,32 +125,32 @@ def _content(path: Path) -> bytes:
     return content
 
 
-def _decoded(path: Path, picture: Image.Image, sha256: str, background: Color) -> SourceImage:
-    mode, frames = picture.mode, getattr(picture, "n_frames", 1)
-    upright, turned = _upright(picture)
-    image, alpha, sound = to_rgb(upright, background)
-    remarks = ["turned as its EXIF says"] if turned else []
+def _decode(path: Path, opened: Image.Image, sha256: str, background: Color) -> SourceImage:
+    mode, frames = opened.mode, getattr(opened, "n_frames", 1)
+    upright, rotated = _upright(opened)
+    image, alpha, profile_ok = to_rgb(upright, background)
+    remarks = ["rotated by its EXIF orientation"] if rotated else []
     if alpha is not None:
-        place = "#{:02x}{:02x}{:02x}".format(*background)
-        remarks.append(f"transparent in places, which become {'white' if background == WHITE else place}")
+        color = "white" if background == WHITE else "#{:02x}{:02x}{:02x}".format(*background)
+        remarks.append(f"partly transparent, filled with {color}")
         log.warning("%s is %s", path.name, remarks[-1])
-    if not sound:
-        remarks.append("its color profile cannot be used: its colors are taken as sRGB")
+    if not profile_ok:
+        remarks.append("its color profile is broken, so its colors are taken as sRGB")
     if mode not in ("RGB", "RGBA"):
         remarks.append(f"converted from {mode} to RGB")
-    if frames > 1 and picture.format != "MPO":
+    if frames > 1 and opened.format != "MPO":
         remarks.append(f"the first of {frames} frames")
     return SourceImage(path, image, sha256, alpha, tuple(remarks))
 
 
-def _upright(picture: Image.Image) -> tuple[Image.Image, bool]:
-    """The picture as it is to be seen, and whether that took a turn."""
-    picture.load()
+def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
+    """The image with its EXIF orientation applied, and whether that changed it."""
+    image.load()
     try:
-        turned = picture.getexif().get(ORIENTATION, 1) in range(2, 9)
-        return ImageOps.exif_transpose(picture), turned
+        rotated = image.getexif().get(ORIENTATION, 1) in range(2, 9)
+        return ImageOps.exif_transpose(image), rotated
     except (OSError, SyntaxError, ValueError, KeyError, TypeError):
-        return picture.copy(), False  # damaged EXIF: the pixels are still good
+        return image.copy(), False  # damaged EXIF data; the pixels are fine
 
 
 def _check_size(path: Path, size: tuple[int, int]) -> None:
@@ -161,7 +161,7 @@ def _check_size(path: Path, size: tuple[int, int]) -> None:
     if short < MIN_SIDE:
         raise UnreadableImageError(f"{path.name} is {width}x{height}, smaller than {MIN_SIDE} pixels")
     if long > MAX_ASPECT * short:
-        raise UnreadableImageError(f"{path.name} is {width}x{height}, far too narrow")
+        raise UnreadableImageError(f"{path.name} is {width}x{height}, too narrow: its sides differ by more than 8 to 1")
 
 
 def _try_read(path: Path, background: Color) -> SourceImage | Reject:
@@ -171,7 +171,7 @@ def _try_read(path: Path, background: Color) -> SourceImage | Reject:
         return Reject(path, str(error))
 
 
-def listed(items: Sequence[str], separator: str = ", ", most: int = 5) -> str:
-    """The first ``most`` items in a row, and how many more there are."""
-    rest = f"{separator}and {len(items) - most} more" if len(items) > most else ""
-    return separator.join(items[:most]) + rest
+def enumerated(items: Sequence[str], separator: str = ", ", limit: int = 5) -> str:
+    """The first ``limit`` items, and the number of further ones."""
+    rest = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
+    return separator.join(items[:limit]) + rest

@@ -1,4 +1,4 @@
-"""What a run learns from, to look at before it has learned it: every training picture, every reject and why."""
+"""The report of a run's training data: every training image, every rejected file with the reason, duplicates."""
 
 from __future__ import annotations
 
@@ -25,105 +25,103 @@ THUMB_SIDE = 128
 
 @dataclass(frozen=True)
 class Row:
-    """One photo of a run: what of it is learned, in whose words, and what should be known about it."""
+    """One source image with its caption and its training images (``views``)."""
 
-    photo: SourceImage
+    source: SourceImage
     caption: str
     views: Sequence[View]
 
     @property
     def enlargement(self) -> float:
-        """By how much its crop is enlarged; at most 1 where it is large enough."""
+        """The scale factor of its crops; at most 1 if the image is large enough."""
         view = self.views[0]
         return view.shape[0] / (view.box[2] - view.box[0])
 
     def all_remarks(self) -> list[str]:
-        """What was done to the photo, too small a size first."""
+        """What was changed, enlargement first."""
         factor = self.enlargement
-        small = [f"too small, so enlarged {factor:.1f} times"] if factor > 1.05 else []
-        mask = self.photo.mask
-        share = [] if mask is None else [f"its mask covers {np.asarray(mask).mean() / 255:.0%}"]
-        return [*small, *self.photo.remarks, *share]
+        enlarged = [f"too small, so enlarged {factor:.1f} times"] if factor > 1.05 else []
+        mask = self.source.mask
+        coverage = [] if mask is None else [f"its mask covers {np.asarray(mask).mean() / 255:.0%}"]
+        return [*enlarged, *self.source.remarks, *coverage]
 
 
-def write_report(
-    folder: Path,
-    rows: Sequence[Row],
-    rejects: Sequence[Reject],
-    twins: Sequence[Duplicate],
-    held_out: Sequence[SourceImage] = (),
-) -> Path:
-    """Write ``data_report.json`` and ``data_report.html`` (which holds its thumbnails); returns the page's path.
+@dataclass(frozen=True)
+class DataReport:
+    """The training data of a run: its images, rejected files, duplicates and held-out images."""
 
-    Raises :class:`UserError` where the folder cannot be written.
-    """
-    document = as_json(rows, rejects, twins, held_out)
-    write_atomic(folder / JSON_NAME, json.dumps(document, indent=1, ensure_ascii=False))
-    return write_atomic(folder / HTML_NAME, as_html(rows, rejects, twins, held_out))
+    rows: Sequence[Row]
+    rejects: Sequence[Reject] = ()
+    duplicates: Sequence[Duplicate] = ()
+    held_out: Sequence[SourceImage] = ()
+
+    def write(self, folder: Path) -> Path:
+        """Write ``data_report.json`` and the self-contained ``data_report.html``; returns the path of the page.
+
+        Raises :class:`UserError` if the folder cannot be written.
+        """
+        write_atomic(folder / JSON_NAME, json.dumps(self._as_json(), indent=1, ensure_ascii=False))
+        return write_atomic(folder / HTML_NAME, self._as_html())
+
+    def _as_json(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "photos": [_row_json(row) for row in self.rows],
+            "held_out": [image.path.name for image in self.held_out],
+            "rejects": [{"file": reject.path.name, "reason": reject.reason} for reject in self.rejects],
+            "duplicates": [
+                {"files": [d.first.path.name, d.second.path.name], "bits": d.distance, "same_file": d.same_file}
+                for d in self.duplicates
+            ],
+        }
+
+    def _as_html(self) -> str:
+        views = sum(len(row.views) for row in self.rows)
+        parts = [
+            paragraph(f"{len(self.rows)} photos used, {views} training images, {len(self.rejects)} files rejected.")
+        ]
+        if self.held_out:
+            names = ", ".join(image.path.name for image in self.held_out)
+            parts.append(paragraph(f"Held out for validation, not trained on: {names}."))
+        if self.rejects:
+            parts += [heading("Rejected"), table(("file", "reason"), [(r.path.name, r.reason) for r in self.rejects])]
+        if self.duplicates:
+            pairs = [
+                (d.first.path.name, d.second.path.name, "same file" if d.same_file else "looks the same")
+                for d in self.duplicates
+            ]
+            note = "A duplicate photo counts twice in training: remove one of each pair."
+            parts += [heading("Duplicates"), paragraph(note), table(("photo", "duplicate", ""), pairs)]
+        parts.append(heading("Photos as they are trained on"))
+        header = ("file", "size", "training images", "caption", "remarks")
+        parts.append(table(header, [_cells(row) for row in self.rows]))
+        return page("Training data", parts)
 
 
-def as_json(
-    rows: Sequence[Row], rejects: Sequence[Reject], twins: Sequence[Duplicate], held_out: Sequence[SourceImage] = ()
-) -> dict[str, Any]:
-    """The report for programs."""
+def _row_json(row: Row) -> dict[str, Any]:
     return {
-        "format_version": FORMAT_VERSION,
-        "photos": [_photo_json(row) for row in rows],
-        "held_out": [photo.path.name for photo in held_out],
-        "rejects": [{"file": reject.path.name, "reason": reject.reason} for reject in rejects],
-        "duplicates": [
-            {"files": [t.first.path.name, t.second.path.name], "bits": t.distance, "same_file": t.same_file}
-            for t in twins
-        ],
-    }
-
-
-def _photo_json(row: Row) -> dict[str, Any]:
-    return {
-        "file": row.photo.path.name,
-        "size": list(row.photo.image.size),
-        "sha256": row.photo.sha256,
-        "dhash": f"{dhash(row.photo.image):016x}",
+        "file": row.source.path.name,
+        "size": list(row.source.image.size),
+        "sha256": row.source.sha256,
+        "dhash": f"{dhash(row.source.image):016x}",
         "caption": row.caption,
         "shape": list(row.views[0].shape),
         "views": [{"box": [round(x, 3) for x in view.box], "mirrored": view.mirrored} for view in row.views],
         "enlarged": round(row.enlargement, 3),
-        "mask": row.photo.mask is not None,
+        "mask": row.source.mask is not None,
         "remarks": row.all_remarks(),
     }
 
 
-def as_html(
-    rows: Sequence[Row], rejects: Sequence[Reject], twins: Sequence[Duplicate], held_out: Sequence[SourceImage] = ()
-) -> str:
-    """The report for people: one page without script or network."""
-    count = sum(len(row.views) for row in rows)
-    parts = [paragraph(f"{len(rows)} photos in use, {count} training pictures, {len(rejects)} files left out.")]
-    if held_out:
-        names = ", ".join(photo.path.name for photo in held_out)
-        parts.append(paragraph(f"Held out to measure with, and not learned from: {names}."))
-    if rejects:
-        parts += [heading("Left out"), table(("file", "why"), [(r.path.name, r.reason) for r in rejects])]
-    if twins:
-        pairs = [
-            (t.first.path.name, t.second.path.name, "same file" if t.same_file else "looks the same") for t in twins
-        ]
-        note = "A photo that is there twice counts twice: take one of each pair out."
-        parts += [heading("Duplicates"), paragraph(note), table(("photo", "its twin", ""), pairs)]
-    parts.append(heading("Photos as they are learned"))
-    parts.append(table(("file", "size", "training pictures", "caption", "remarks"), [_cells(row) for row in rows]))
-    return page("Training data", parts)
-
-
 def _cells(row: Row) -> tuple[str, ...]:
-    size = "{} × {}".format(*row.photo.image.size)
-    pictures = "".join(thumbnail(view.apply(row.photo.image), row.photo.path.name) for view in row.views)
-    shown = ImageTag(f'<div style="display:flex;flex-wrap:wrap;gap:.3rem">{pictures}</div>')
-    return row.photo.path.name, size, shown, row.caption, "; ".join(row.all_remarks())
+    image, name = row.source.image, row.source.path.name
+    thumbnails = "".join(thumbnail(view.apply(image), name) for view in row.views)
+    cell = ImageTag(f'<div style="display:flex;flex-wrap:wrap;gap:.3rem">{thumbnails}</div>')
+    return name, "{} × {}".format(*image.size), cell, row.caption, "; ".join(row.all_remarks())
 
 
 def thumbnail(image: Image.Image, alt: str) -> str:
-    """An ``img`` element with the picture in it, its aspect ratio kept."""
+    """An ``img`` element with the image data in it, in the image's aspect ratio."""
     small = image.copy()
     small.thumbnail((THUMB_SIDE, THUMB_SIDE))
     width, height = (round(side * THUMB_SIDE / max(image.size)) for side in image.size)

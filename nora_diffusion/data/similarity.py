@@ -1,4 +1,4 @@
-"""Photos that are the same picture: byte for byte, or saved again smaller, brighter or by another program."""
+"""Find duplicate images: identical files, or copies that were resized, brightened or recompressed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ THUMB = 16
 
 @dataclass(frozen=True)
 class Duplicate:
-    """Two photos that show the same; ``distance`` counts the bits in which their hashes differ (0 to 64)."""
+    """Two images that look the same; ``distance`` is the number of bits in which their hashes differ (0 to 64)."""
 
     first: SourceImage
     second: SourceImage
@@ -30,32 +30,32 @@ class Duplicate:
 
 
 def dhash(image: Image.Image) -> int:
-    """64-bit difference hash: whether each of 9 x 8 grey means is brighter than its right neighbor.
+    """64-bit difference hash: whether each of 9 x 8 gray means is brighter than its right neighbor.
 
-    Small changes of size, brightness and compression turn few bits (N. Krawetz, "Kind of Like That", 2013).
+    Small changes of size, brightness and compression flip few bits (N. Krawetz, "Kind of Like That", 2013).
     """
-    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
-    bits = (grey[:, :-1] > grey[:, 1:]).ravel()
+    gray = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
+    bits = (gray[:, :-1] > gray[:, 1:]).ravel()
     return int(np.packbits(bits).view(">u8")[0])
 
 
-def find_duplicates(photos: Sequence[SourceImage]) -> list[Duplicate]:
-    """Every pair of photos that is one picture.
+def find_duplicates(images: Sequence[SourceImage]) -> list[Duplicate]:
+    """Every pair of images that look the same.
 
-    Hashes at most ``MAX_DISTANCE`` bits apart are taken for one picture only if the thumbnails agree too, up to
-    brightness: two toys before the same wall may have the same hash. Measured on 480 pictures of 49 subjects: every
-    copy of half the size or of JPEG quality 30 is found, and no two different pictures of one subject.
+    Their hashes differ by at most ``MAX_DISTANCE`` bits, and their thumbnails agree up to brightness: two toys in front
+    of the same wall may have the same hash. Measured on 480 images of 49 subjects: every copy of half the size or of
+    JPEG quality 30 is found, and no two different images of one subject.
     """
-    hashes = [dhash(photo.image) for photo in photos]
-    thumbs = [_thumb(photo.image) for photo in photos]
-    found = []
-    for j, second in enumerate(photos):
-        for i, first in enumerate(photos[:j]):
+    hashes = [dhash(image.image) for image in images]
+    thumbs = [_thumb(image.image) for image in images]
+    duplicates = []
+    for j, second in enumerate(images):
+        for i, first in enumerate(images[:j]):
             distance = (hashes[i] ^ hashes[j]).bit_count()
             same = first.sha256 == second.sha256
             if same or (distance <= MAX_DISTANCE and np.abs(thumbs[i] - thumbs[j]).mean() <= MAX_DIFFERENCE):
-                found.append(Duplicate(first, second, distance, same))
-    return found
+                duplicates.append(Duplicate(first, second, distance, same))
+    return duplicates
 
 
 def _thumb(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

@@ -34,5 +34,5 @@ def test_mistakes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "does not exist" in capsys.readouterr().err
     (tmp_path / "page.png").write_text("<html>")
     assert main(["data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "page.png is no JPEG" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert "page.png is not a JPEG" in capsys.readouterr().out and not (tmp_path / "out").exists()
     assert main(["data", str(PHOTOS), "--background", "blurple"]) == 2

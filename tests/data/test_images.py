@@ -1,4 +1,4 @@
-"""Photos and captions, sound and broken."""
+"""Reading images and captions, valid and broken."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ RED, BLUE = (200, 30, 40), (20, 40, 210)
 
 
 def halves(mode: str = "RGB") -> Image.Image:
-    """Left red, right blue, 40 x 20."""
+    """40 x 20 pixels, red on the left and blue on the right."""
     image = Image.new("RGB", (40, 20), RED)
     image.paste(BLUE, (20, 0, 40, 20))
     return image.convert(mode)
 
 
-def close(pixel: object, expected: tuple[int, int, int], most: int = 12) -> bool:
-    return bool(np.abs(np.asarray(pixel, dtype=int) - np.asarray(expected)).max() <= most)
+def close(pixel: object, expected: tuple[int, int, int], tolerance: int = 12) -> bool:
+    return bool(np.abs(np.asarray(pixel, dtype=int) - np.asarray(expected)).max() <= tolerance)
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown after a quarter turn clockwise
-    halves().save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    image = read_source(tmp_path / "turned.jpg").image
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
+    halves().save(tmp_path / "rotated.jpg", exif=exif, quality=95)
+    image = read_source(tmp_path / "rotated.jpg").image
     assert image.size == (20, 40)
     assert close(image.getpixel((10, 5)), RED) and close(image.getpixel((10, 35)), BLUE)
 
@@ -55,22 +55,22 @@ def test_color_modes_become_rgb(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("level", [0, 200, 257, 32768, 65535])
 def test_sixteen_bits_are_scaled(tmp_path: Path, level: int) -> None:
-    """By what the format means, in dark pictures too."""
+    """By the format's range, not by the brightest pixel."""
     Image.fromarray(np.full((20, 20), level, dtype=np.uint16)).save(tmp_path / "deep.png")
     assert read_source(tmp_path / "deep.png").image.getpixel((3, 3)) == (round(level / 65535 * 255),) * 3
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_exif_orientation_shows_the_same_picture(tmp_path: Path, orientation: int) -> None:
-    """Stored as each of the eight orientations says, the picture is always seen upright: red left, blue right."""
+def test_every_exif_orientation_gives_the_same_image(tmp_path: Path, orientation: int) -> None:
+    """Stored in each of the eight orientations, the image is always read upright."""
     stored = {
         1: [], 2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180],
         4: [Image.Transpose.FLIP_TOP_BOTTOM], 5: [Image.Transpose.TRANSPOSE], 6: [Image.Transpose.ROTATE_90],
         7: [Image.Transpose.TRANSVERSE], 8: [Image.Transpose.ROTATE_270],
     }  # fmt: skip
     image = halves()
-    for turn in stored[orientation]:
-        image = image.transpose(turn)
+    for transpose in stored[orientation]:
+        image = image.transpose(transpose)
     exif = Image.Exif()
     exif[0x0112] = orientation
     image.save(tmp_path / "photo.png", exif=exif)
@@ -79,8 +79,8 @@ def test_every_exif_orientation_shows_the_same_picture(tmp_path: Path, orientati
     assert any("EXIF" in remark for remark in photo.remarks) == (orientation > 1)
 
 
-def test_a_profile_is_applied_beneath_transparency_as_without(tmp_path: Path) -> None:
-    """A picture whose profile swaps red and blue: the same colors with and without an alpha channel."""
+def test_a_profile_is_applied_with_and_without_transparency(tmp_path: Path) -> None:
+    """A profile that swaps red and blue gives the same colors with and without an alpha channel."""
     profile = swapping_profile()
     halves().save(tmp_path / "plain.png", icc_profile=profile)
     layers = halves("RGBA")
@@ -92,16 +92,16 @@ def test_a_profile_is_applied_beneath_transparency_as_without(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_a_broken_profile_is_remarked(tmp_path: Path, mode: str) -> None:
-    halves(mode).save(tmp_path / "photo.png", icc_profile=b"no profile")
+def test_a_broken_profile_is_ignored_with_a_remark(tmp_path: Path, mode: str) -> None:
+    halves(mode).save(tmp_path / "photo.png", icc_profile=b"not a profile")
     halves(mode).save(tmp_path / "plain.png")
     broken, plain = (read_source(tmp_path / name) for name in ("photo.png", "plain.png"))
     assert broken.image.tobytes() == plain.image.tobytes() and not plain.remarks
-    assert broken.remarks == ("its color profile cannot be used: its colors are taken as sRGB",)
+    assert broken.remarks == ("its color profile is broken, so its colors are taken as sRGB",)
 
 
 def swapping_profile() -> bytes:
-    """sRGB with the tags of its red and blue primaries exchanged."""
+    """sRGB with its red and blue primaries swapped."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     red, blue = data.index(b"rXYZ"), data.index(b"bXYZ")
     data[red : red + 4], data[blue : blue + 4] = b"bXYZ", b"rXYZ"
@@ -114,10 +114,10 @@ def test_transparency_becomes_white_with_a_warning(tmp_path: Path, caplog: pytes
     layer.save(tmp_path / "clear.png")
     image = read_source(tmp_path / "clear.png").image
     assert close(image.getpixel((5, 5)), (255, 255, 255), 0) and close(image.getpixel((30, 5)), BLUE, 0)
-    assert "clear.png is transparent" in caplog.text
+    assert "clear.png is partly transparent" in caplog.text
 
 
-def test_transparency_shows_the_chosen_background(tmp_path: Path) -> None:
+def test_transparency_is_filled_with_the_chosen_background(tmp_path: Path) -> None:
     layer = halves("RGBA")
     layer.paste((0, 0, 0, 0), (0, 0, 20, 20))
     layer.putpixel((30, 5), (*BLUE, 128))
@@ -127,7 +127,7 @@ def test_transparency_shows_the_chosen_background(tmp_path: Path) -> None:
     mixed = tuple(round((b * 128 + g * 127) / 255) for b, g in zip(BLUE, (32, 64, 96), strict=True))
     assert close(photo.image.getpixel((30, 5)), mixed, 1)
     assert photo.alpha is not None and [photo.alpha.getpixel((x, 5)) for x in (5, 30, 35)] == [0, 128, 255]
-    with pytest.raises(UserError, match="background='blurple' is no color"):
+    with pytest.raises(UserError, match="background='blurple' is not a color"):
         color("blurple")
 
 
@@ -152,22 +152,22 @@ def test_palette_transparency(tmp_path: Path) -> None:
         (b"", None),
     ],
 )
-def test_formats_by_their_first_bytes(content: bytes, expected: str | None) -> None:
+def test_formats_are_recognized_by_their_first_bytes(content: bytes, expected: str | None) -> None:
     assert sniff(content) == expected
 
 
-def test_the_header_decides_and_not_the_name(tmp_path: Path) -> None:
+def test_formats_are_recognized_without_their_suffix(tmp_path: Path) -> None:
     halves().save(tmp_path / "no_suffix", format="JPEG", quality=95)
     halves().save(tmp_path / "odd.jfif", format="WEBP", quality=95)
     halves().save(tmp_path / "animation.jpg", format="GIF")
     (tmp_path / "notes.txt").write_text("a caption")
     photos, rejects = survey(tmp_path)
     assert [photo.path.name for photo in photos] == ["no_suffix", "odd.jfif"]
-    assert [r.reason for r in rejects] == ["animation.jpg is GIF, which cannot be read: export as JPEG or PNG"]
+    assert [r.reason for r in rejects] == ["animation.jpg is GIF, which cannot be read: export it as JPEG or PNG"]
 
 
 def test_heic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the extra it is read, turned upright too; without it, or where a page takes files, a way out is named."""
+    """Read upright with the extra; without it, or if the caller does not allow HEIC, the error names a remedy."""
     heif = pytest.importorskip("pillow_heif", reason="the extra heic is not installed")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -178,21 +178,21 @@ def test_heic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert close(photo.image.getpixel((10, 5)), RED, 16) and close(photo.image.getpixel((10, 35)), BLUE, 16)
     (tmp_path / "cut.heic").write_bytes((tmp_path / "phone.HEIC").read_bytes()[:-100])
     assert [r.reason for r in survey(tmp_path)[1]] == ["cut.heic is damaged or truncated"]
-    with pytest.raises(UserError, match=r"renamed.jpg is a HEIC picture: export as JPEG$"):
+    with pytest.raises(UserError, match=r"renamed.jpg is a HEIC image: export it as JPEG$"):
         read_source(tmp_path / "renamed.jpg")
     monkeypatch.setattr("nora_diffusion.data.formats.can_read_heic", lambda: False)
-    with pytest.raises(UserError, match=r"phone.HEIC is a HEIC picture: export as JPEG or install the extra"):
+    with pytest.raises(UserError, match=r"phone.HEIC is a HEIC image: export it as JPEG or install the extra"):
         read_source(tmp_path / "phone.HEIC", heic=True)
 
 
-def test_names_of_any_kind(tmp_path: Path) -> None:
+def test_file_names_with_any_characters(tmp_path: Path) -> None:
     names = ["mein hund.jpg", "собака.png", "犬 🐕.webp", "x" * 200 + ".png"]
     for name in names:
         halves().save(tmp_path / name)
     assert sorted(photo.path.name for photo in read_images(tmp_path)) == sorted(names)
 
 
-def test_all_broken_files_are_named(tmp_path: Path) -> None:
+def test_one_error_names_all_broken_files(tmp_path: Path) -> None:
     write_photos(tmp_path, 1)
     halves().save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:300])
@@ -202,7 +202,7 @@ def test_all_broken_files_are_named(tmp_path: Path) -> None:
     Image.new("RGB", (5000, 20)).save(tmp_path / "strip.png")
     with pytest.raises(UserError) as error:
         read_images(tmp_path, workers=2)
-    for words in ("cut.jpg is damaged", "empty.png is empty", "page.png is no JPEG", "dot.png is 1x1", "5000x20"):
+    for words in ("cut.jpg is damaged", "empty.png is empty", "page.png is not a JPEG", "dot.png is 1x1", "5000x20"):
         assert words in str(error.value)
     assert "0.png" not in str(error.value)
 
@@ -215,7 +215,7 @@ def test_size_is_checked_before_decoding(tmp_path: Path, monkeypatch: pytest.Mon
         read_source(tmp_path / "large.png")
 
 
-def test_folders_without_photos(tmp_path: Path) -> None:
+def test_folders_without_images(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         find_images(tmp_path / "absent")
     (tmp_path / "notes.txt").write_text("x")
@@ -223,7 +223,7 @@ def test_folders_without_photos(tmp_path: Path) -> None:
         find_images(tmp_path)
 
 
-def test_captions_from_sidecars_metadata_or_prompt(tmp_path: Path) -> None:
+def test_captions_come_from_text_files_metadata_or_the_prompt(tmp_path: Path) -> None:
     paths = find_images(write_photos(tmp_path, 2))
     assert read_captions(paths, "a photo of sks dog") == ["a photo of sks dog"] * 2
     (tmp_path / "0.txt").write_text("a sks dog\n in snow\n")
@@ -239,7 +239,7 @@ def test_captions_from_sidecars_metadata_or_prompt(tmp_path: Path) -> None:
         read_captions(paths, None)
 
 
-def test_triggers() -> None:
+def test_guessing_triggers_and_class_words() -> None:
     assert guess_trigger("a photo of sks dog") == "sks"
     assert guess_trigger("a photo of sks dog", class_word="dog") == "sks"
     assert guess_trigger("a photo of dog sks", class_prompt="a photo of a dog") == "sks"

@@ -15,7 +15,7 @@ SQUARE = [(8, 8)]
 
 
 def gradient(width: int, height: int) -> Image.Image:
-    """Red grows to the right, green downwards."""
+    """Red increases to the right, green downward."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
 
@@ -32,19 +32,19 @@ def test_crops_cover_the_long_side() -> None:
     assert boxes(Transform(SQUARE, "random", 4), (40, 40)) == [(0, 0, 40, 40)]
 
 
-def test_subject_crops_keep_all_of_the_subject() -> None:
+def test_subject_crops_contain_the_whole_subject() -> None:
     transform = Transform(SQUARE, "subject", 8)
     for start in range(0, 81, 10):
         for box in boxes(transform, (120, 40), subject=(start, 5, start + 30, 35)):
             assert box[0] <= start and box[2] >= start + 30 and box[0] >= 0 and box[2] <= 120
     assert len({box[0] for box in boxes(transform, (120, 40), subject=(50, 0, 60, 40))}) == 8
-    # Too long for the window: centered on it. No mask: the center.
+    # A subject longer than the window: centered on it. No mask: the center of the image.
     assert boxes(transform, (120, 40), subject=(20, 0, 90, 40)) == [(35, 0, 75, 40)]
     assert boxes(transform, (120, 40)) == [(40, 0, 80, 40)]
     assert boxes(transform, (40, 120), subject=(0, 100, 40, 110))[0][3] >= 110
 
 
-def test_a_view_is_the_box_resized() -> None:
+def test_a_view_is_the_resized_box() -> None:
     image = gradient(64, 64)
     pixels = View((16, 16, 48, 48), (8, 8)).pixels(image)
     assert pixels.shape == (3, 8, 8) and pixels.dtype == np.float32
@@ -68,7 +68,7 @@ def test_buckets_have_at_most_the_area_of_the_square(side: int, step: int) -> No
         assert (height, width) in shapes and max(width, height) <= 2 * min(width, height)
 
 
-def test_a_photo_takes_the_nearest_bucket_and_loses_little() -> None:
+def test_an_image_gets_the_nearest_bucket_and_loses_little() -> None:
     shapes = bucket_shapes(512, 64)
     assert nearest_shape((4000, 3000), shapes) == (576, 448)
     assert nearest_shape((3000, 4000), shapes) == (448, 576)
@@ -79,7 +79,7 @@ def test_a_photo_takes_the_nearest_bucket_and_loses_little() -> None:
     assert (right - left) * (bottom - top) > 0.95 * 4000 * 3000
 
 
-def test_batches_stay_within_a_bucket_and_use_every_photo_alike() -> None:
+def test_batches_stay_within_a_bucket_and_use_every_image_equally() -> None:
     groups = ["wide", "tall", "wide", "square", "wide", "tall", "wide"]
     epochs = 6
     drawn: Counter[int] = Counter()
@@ -91,6 +91,6 @@ def test_batches_stay_within_a_bucket_and_use_every_photo_alike() -> None:
     assert set(drawn.values()) == {4 * epochs} and len(drawn) == len(groups)
 
 
-def test_one_bucket_is_the_order_without_buckets() -> None:
+def test_one_bucket_gives_the_same_order_as_no_buckets() -> None:
     for number in range(9):
         assert batch_indices(5, "photos", [0] * 5, number, 3) == shuffled_indices(5, "photos", 5, number * 3, 3)

@@ -60,13 +60,13 @@ def test_photos_are_shown_as_trained_and_rejects_have_reasons(page: Any, tmp_pat
     page.locator("#train-prepared img").nth(1).wait_for()
     report = page.locator("#train-report")
     expect(report).to_contain_text("2 photos will be trained on")
-    expect(report).to_contain_text("fake.png is no JPEG, PNG or WEBP")
+    expect(report).to_contain_text("fake.png is not a JPEG, PNG or WEBP")
     page.get_by_role("button", name="Check").click()
     page.get_by_text("give one word, for example").wait_for()  # what it is, is not said yet
     page.get_by_label("What it is").fill("dog")
     page.get_by_role("button", name="Check").click()
     expect(page.locator("#train-findings")).to_contain_text("There are only 2 photos: with 3 to 10")  # the trainer's
-    expect(report).to_contain_text("fake.png is no JPEG")
+    expect(report).to_contain_text("fake.png is not a JPEG")
     page.get_by_label("Name").fill("Rex the dog!")
     page.get_by_role("button", name="Check").click()
     expect(page.locator("#train-findings")).to_contain_text("It will be called 'Rex-the-dog'")

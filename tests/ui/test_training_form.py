@@ -71,7 +71,7 @@ def test_each_photo_is_shown_as_trained_or_refused_with_a_reason(engine: Engine,
     assert (tmp_path / "bomb.png").stat().st_size < 30_000
     found = check_photos(files, engine, {"crop": "center"})
     assert [bool(c.pictures) for c in found] == [True, True, *[False] * 7]
-    reasons = ["same photo", "megapixels", "no JPEG", "no JPEG", "empty", "is TIFF", "smaller than"]
+    reasons = ["same photo", "megapixels", "not a JPEG", "not a JPEG", "empty", "is TIFF", "smaller than"]
     for photo, reason in zip(found[2:], reasons, strict=True):
         assert reason in photo.fault and photo.path.name in photo.fault
     with Image.open(good[0]) as opened:

@@ -13,7 +13,7 @@ from PIL import Image
 from ...data.caption_variants import CaptionVariants, tag_orders
 from ...data.images import SourceImage
 from ...data.masks import subject_box
-from ...data.report import Row, write_report
+from ...data.report import DataReport, Row
 from ...data.similarity import find_duplicates
 from ...data.transforms import Transform, View, bucket_shapes
 from ..settings.config import TrainConfig
@@ -72,10 +72,10 @@ def report_data(folder: Path, subject: Subject, views: Sequence[Sequence[View]])
     rows = [
         Row(photo, caption, own) for photo, caption, own in zip(subject.photos, subject.captions, views, strict=True)
     ]
-    small = [f"{row.photo.path.name} ({row.enlargement:.1f} times)" for row in rows if row.enlargement > 1.05]
+    small = [f"{row.source.path.name} ({row.enlargement:.1f} times)" for row in rows if row.enlargement > 1.05]
     if small:
         log.warning("%s: smaller than the resolution, so enlarged", ", ".join(small[:5]))
     twins = find_duplicates(subject.photos)
     for pair in twins[:5]:
         log.warning("%s: it counts twice", pair)
-    return write_report(folder, rows, subject.rejects, twins, subject.held_out)
+    return DataReport(rows, subject.rejects, twins, subject.held_out).write(folder)

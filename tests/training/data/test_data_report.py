@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance
 from runs import Configure
 
 from nora_diffusion.data import Reject, SourceImage, read_images, read_source
-from nora_diffusion.data.report import Row, write_report
+from nora_diffusion.data.report import DataReport, Row
 from nora_diffusion.data.similarity import dhash, find_duplicates
 from nora_diffusion.data.transforms import Transform
 from nora_diffusion.errors import UserError
@@ -63,14 +63,14 @@ def test_the_same_file_twice_is_named_so(dogs: list[SourceImage]) -> None:
 
 
 def test_report_shows_every_picture_and_escapes_every_name(dogs: list[SourceImage], tmp_path: Path) -> None:
-    evil = SourceImage(Path("<b onload=x>.png"), dogs[1].image, "1", remarks=("turned as its EXIF says",))
+    evil = SourceImage(Path("<b onload=x>.png"), dogs[1].image, "1", remarks=("rotated by its EXIF orientation",))
     views = Transform([(64, 48)], "random", 2, flip=True).views(evil.image.size)
     rows = [Row(evil, "a <script> dog", views)]
-    page = write_report(tmp_path, rows, [Reject(Path("x.png"), "x.png is empty")], [])
+    page = DataReport(rows, [Reject(Path("x.png"), "x.png is empty")]).write(tmp_path)
     text = page.read_text(encoding="utf-8")
     assert len(re.findall(r'src="data:image/jpeg;base64,', text)) == len(views) >= 2
     assert "<script" not in text and "<b onload" not in text and "&lt;script&gt; dog" in text
-    assert "x.png is empty" in text and "turned as its EXIF says" in text
+    assert "x.png is empty" in text and "rotated by its EXIF orientation" in text
     assert not re.findall(r'(?:src|href)="(?!data:)', text)
     data = json.loads((tmp_path / "data_report.json").read_text(encoding="utf-8"))
     (photo,) = data["photos"]
@@ -86,7 +86,7 @@ def test_thumbnails_are_what_is_trained_on(tmp_path: Path) -> None:
     (view,) = Transform([(40, 40)]).views(image.size)
     from base64 import b64decode
 
-    text = write_report(tmp_path, [Row(photo, "", [view])], [], []).read_text()
+    text = DataReport([Row(photo, "", [view])]).write(tmp_path).read_text()
     found = re.search(r'width="128" height="128" alt="p.png" src="data:image/jpeg;base64,([^"]+)"', text)
     assert found
     shown = Image.open(io.BytesIO(b64decode(found.group(1))))
