@@ -1,9 +1,11 @@
-"""Speed of attention with an adapter: tuner layers, fused processors, the exported LoRA in PEFT's layers, and the base.
+"""Time of one self-attention layer with an adapter, against the layer without one.
 
-    python benchmarks/attention.py [--tokens 1024] [--width 640] [--rank 64] [--inner_rank 8] [--device cpu]
+    python benchmarks/attention.py [--tokens 1024] [--width 640] [--rank 64] [--inner_rank 8] [--rounds 30]
+                                   [--device cpu]
 
-All ways are timed in turn within one run, so that ratios are fair on a machine
-that does other things too; printed are medians and ratios to the base.
+One line per variant: the base layer; NoRA and MoR in tuner layers ("layers") and with the attention processor that
+fuses q, k and v ("processor"); the exported LoRA in PEFT's layers. The columns are the median time of a call and its
+ratio to the base. Every round times all variants in turn, so that the ratios stay fair on a busy machine.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def adapted(attention: nn.Module, config: AdapterConfig) -> nn.Module:
-    """A copy with an adapter; which numbers it holds does not matter for its speed."""
+    """A copy with an adapter of that config. Its factors are random, which does not change the speed."""
     model = copy.deepcopy(attention)
     config.start = Start()
     inject_adapter_in_model(config, model, "one")
@@ -40,22 +42,22 @@ def variants(width: int, r: int, inner_r: int) -> dict[str, nn.Module]:
         Attention(query_dim=width, heads=8, dim_head=width // 8, residual_connection=True).eval().requires_grad_(False)
     )
     nested = nora(r=r, inner_r=inner_r, basis="orthogonal", target_modules=TARGETS)
-    found: dict[str, nn.Module] = {"base": base, "NoRA, layers": adapted(base, nested)}
-    found["NoRA, processor"] = copy.deepcopy(found["NoRA, layers"])
+    models: dict[str, nn.Module] = {"base": base, "NoRA, layers": adapted(base, nested)}
+    models["NoRA, processor"] = copy.deepcopy(models["NoRA, layers"])
     exported = copy.deepcopy(base)
     inject_adapter_in_model(LoraConfig(r=inner_r, target_modules=TARGETS), exported, "one")
-    found["exported LoRA"] = exported.eval().requires_grad_(False)
-    found["MoR, layers"] = adapted(base, mor(r=8, num_experts=4, target_modules=TARGETS))
-    found["MoR, processor"] = copy.deepcopy(found["MoR, layers"])
-    for name, model in found.items():
+    models["exported LoRA"] = exported.eval().requires_grad_(False)
+    models["MoR, layers"] = adapted(base, mor(r=8, num_experts=4, target_modules=TARGETS))
+    models["MoR, processor"] = copy.deepcopy(models["MoR, layers"])
+    for name, model in models.items():
         if name.endswith("processor"):
             attention: Any = model
             attention.set_processor(AdapterAttnProcessor())
-    return found
+    return models
 
 
 def timed(model: nn.Module, x: torch.Tensor) -> float:
-    """Milliseconds of one call: on a GPU by the clock, on a CPU in CPU time, which other programs do not lengthen."""
+    """Milliseconds of one call: wall-clock time on a GPU, CPU time on a CPU (other programs do not affect it)."""
     clock = time.perf_counter if x.is_cuda else time.process_time
     start = clock()
     with torch.no_grad():
@@ -67,7 +69,7 @@ def timed(model: nn.Module, x: torch.Tensor) -> float:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, value in {"tokens": 1024, "width": 640, "rank": 64, "inner_rank": 8, "rounds": 30}.items():
         parser.add_argument(f"--{flag}", type=int, default=value)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

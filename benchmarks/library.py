@@ -1,10 +1,13 @@
-"""How long the app's library takes to list many adapters.
+"""Time of the app's library to list a folder with many adapters.
 
     python benchmarks/library.py [--adapters 500] [--rounds 5]
 
-Files of NoRA adapters of the embedded base (r = 32, r' = 16, its outer pairs in the file). In every round the folder
-is listed for the first time (one header a file), again (nothing has changed), and, as the peer, with the SHA-256 of
-every file, for which all bytes must be read. The table gives medians over the rounds.
+The files are NoRA adapters of the embedded base (r = 32, r' = 16, outer pairs in the file). The table has the median
+seconds over the rounds, and their ratio to the first listing, of three ways to list the folder:
+
+- *first listing*: reads the header of every file;
+- *next listing*: nothing has changed;
+- *listing with hashes*: reads all bytes of every file for its SHA-256, for comparison.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from nora_diffusion.ui.library import Library
 
 
 def fill(folder: Path, adapters: int) -> None:
-    """Copies of one adapter, each in a folder of its own as the trainer leaves it."""
+    """Write copies of one adapter, each in its own folder, as the trainer does."""
     pipe = load_base()
     add_adapter(pipe, nora(r=32, inner_r=16, basis="orthogonal"), "subject")
     first = save_adapter(pipe, folder / "subject-0", "subject", info={"trigger": "sks", "class_word": "dog"})
@@ -35,13 +38,13 @@ def fill(folder: Path, adapters: int) -> None:
 
 def seconds(work: Callable[[], Any]) -> float:
     """Wall-clock time of one call."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
     work()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 def hash_all(folder: Path) -> None:
-    """What a listing that reads whole files would do; kept hashes are thrown away first."""
+    """List the folder and hash every file, without cached hashes."""
     (folder / ".hashes.json").unlink(missing_ok=True)
     Library(folder).hash_all()
 
@@ -53,19 +56,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     times: dict[str, list[float]] = {"first listing": [], "next listing": [], "listing with hashes": []}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         fill(folder, args.adapters)
         for _ in range(args.rounds):
             library = Library(folder)
             times["first listing"].append(seconds(library.entries))
             times["next listing"].append(seconds(library.entries))
             times["listing with hashes"].append(seconds(lambda: hash_all(folder)))
-    print(f"| {args.adapters} adapters | median s | against the first listing |\n| --- | --- | --- |")
+    print(f"| {args.adapters} adapters | median s | ratio to the first listing |\n| --- | --- | --- |")
     first = statistics.median(times["first listing"])
-    for what, values in times.items():
-        middle = statistics.median(values)
-        print(f"| {what} | {middle:.3f} | {middle / first:.2f} |")
+    for name, values in times.items():
+        median = statistics.median(values)
+        print(f"| {name} | {median:.3f} | {median / first:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Step time and peak memory of training on the embedded base, with each memory feature on and off.
+"""Step time and peak memory of training on the embedded base on a CPU, with each memory feature.
 
     python benchmarks/training.py [--steps 6]
 
-Each line is a process of its own, so that peaks do not mix: its peak resident memory beside that of the same process
-with the pipeline loaded, and the median time of the steps after the first. On a CPU the numbers rank the features; on a
-GPU use `torch.cuda.max_memory_allocated`, where the weights' own share is larger.
+Each row is one run, in a process of its own so that peaks do not mix. The columns are the median seconds of a step
+(without the first), and the peak resident memory in MB above that of the process with the pipeline loaded. This ranks
+the features; on a GPU, where the weights have a larger share, measure `torch.cuda.max_memory_allocated` instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-PHOTOS = Path(__file__).parents[1] / "examples/subjects/tiger"
+SUBJECT = Path(__file__).parents[1] / "examples/subjects/tiger"
 PLAIN: dict[str, Any] = {"train_batch_size": 8, "mixed_precision": "no"}
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -32,7 +32,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "attention only": {"target_modules": ["attn"]},
     "plain LoRA": {"method": "lora", "rank": 16},
     "frozen prior": {"with_prior_preservation": True, "prior_preservation": "frozen", "class_prompt": "a tiger"},
-    "class pictures": {"with_prior_preservation": True, "class_prompt": "a tiger", "num_class_images": 4,
+    "class images": {"with_prior_preservation": True, "class_prompt": "a tiger", "num_class_images": 4,
                        "sample_steps": 1},
     "text encoder": {"train_text_encoder": True},
     "checkpointing, 8-bit base": {"gradient_checkpointing": True, "quantize_base": "int8"},
@@ -46,7 +46,7 @@ def peak() -> float:
 
 
 def measure(name: str, steps: int) -> dict[str, Any]:
-    """One run in this process."""
+    """One run, in this process."""
     from nora_diffusion import load_base
     from nora_diffusion.training import TrainConfig, train
 
@@ -55,7 +55,7 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         train(
             TrainConfig(
-                instance_data_dir=str(PHOTOS), instance_prompt="a sks tiger", output_dir=folder, max_train_steps=steps,
+                instance_data_dir=str(SUBJECT), instance_prompt="a sks tiger", output_dir=folder, max_train_steps=steps,
                 seed=0, basis="svd" if "LoRA" not in name else None, **{**PLAIN, **FEATURES[name]},
             )
         )  # fmt: skip
@@ -65,17 +65,17 @@ def measure(name: str, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Each feature in a fresh process, one after another."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """Run each feature in a new process and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--only", choices=FEATURES, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.only:
-        print(json.dumps(measure(arguments.only, arguments.steps)))
+    args = parser.parse_args()
+    if args.only:
+        print(json.dumps(measure(args.only, args.steps)))
         return
-    print("| feature | step, s | memory beside the model, MB |\n| --- | --- | --- |")
+    print("| feature | step, s | memory above the model, MB |\n| --- | --- | --- |")
     for name in FEATURES:
-        command = [sys.executable, __file__, "--steps", str(arguments.steps), "--only", name]
+        command = [sys.executable, __file__, "--steps", str(args.steps), "--only", name]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr)
