@@ -1,1 +1,1 @@
-"""Composition: mixing adapters, how much two of them overlap, and the tags that name them in prompts."""
+"""Composition: mixing several adapters into one, and measuring how much two adapters overlap."""

@@ -1,4 +1,4 @@
-"""Several adapters become one: in a pipeline, or from file to file without a base."""
+"""Mixes several adapters into one: in a pipeline, or from files to a file without the base."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from .sources import Source, check_same_base, file_source, loaded_source
 
 @dataclass
 class MixReport:
-    """What a mix is: its largest rank and number of projections, and the share of ``||dW||_F^2`` that it ``kept``.
+    """A mix: its largest ``rank``, the number of ``layers``, and how exact it is.
 
-    ``error`` is ``||dW_mix - dW||_F / ||dW||_F`` against what the mode's formula asks for, over all projections: 0 for
-    the exact modes. ``overlaps`` holds the overlap of each two parts, ``warnings`` a sentence for each that is high.
-    ``info`` is what its file says, or will say.
+    ``kept``: the share of ``||dW||_F^2`` in the mix, with the ``dW`` of the mode's formula over all projections.
+    ``error``: ``||dW_mix - dW||_F / ||dW||_F``, 0 for the exact modes. ``overlaps``: the overlap of every pair of
+    adapters; ``warnings``: a message for every high one. ``info``: the metadata of the mix.
     """
 
     name: str
@@ -62,13 +62,14 @@ def mix(
     seed: int = 0,
     activate: bool = True,
 ) -> MixReport:
-    """Make one new adapter of several that the pipeline holds, ours or plain LoRAs: ``mix(pipe, {"dog": 0.8, ...})``.
+    """Mix adapters of the pipeline, ours or plain LoRAs, into a new one: ``mix(pipe, {"dog": 0.8, ...})``.
 
-    ``activate`` makes it the only active one, because its parts beside it would count twice; they stay loaded.
-    :func:`nora_diffusion.save_adapter` writes it to a file that names its parts. ``rank``, ``density`` and ``seed`` are
-    settings of some modes (see :class:`~nora_diffusion.composition.modes.Options`).
+    ``activate`` makes the mix the only active adapter, so that its sources do not count twice; they stay loaded.
+    :func:`nora_diffusion.save_adapter` writes it to a file that names its sources. ``rank``, ``density`` and ``seed``
+    are settings of some modes (see :class:`~nora_diffusion.composition.modes.Options`).
 
-    Raises :class:`UserError` for an unknown mode or adapter, a part without a ``dW`` (MoR, DoRA) or a taken name.
+    Raises :class:`UserError` for an unknown mode or adapter, an adapter without a single ``dW`` (MoR, DoRA), and a name
+    that is in use.
     """
     options = Options(rank, density, seed)
     _check(weights, mode, options)
@@ -79,8 +80,8 @@ def mix(
     sources = [loaded_source(modules, name) for name in weights]
     for name in weights:
         _refuse_tokens(repr(name), tokens_of(modules, name))
-    parts = dict.fromkeys(part for source in sources for part, _ in source.updates)
-    check_new_name(pipe, modules, adapter_name, list(parts))
+    adapted = dict.fromkeys(component for source in sources for component, _ in source.updates)
+    check_new_name(pipe, modules, adapter_name, list(adapted))
     report, tensors = _combine(adapter_name, sources, list(weights.values()), mode, options)
     report.info.base = base_id(pipe)
     place(pipe, modules, adapter_name, report.info, tensors, activate=False, weight=1.0)
@@ -99,13 +100,13 @@ def mix_files(
     seed: int = 0,
     basis_dir: str | Path | None = None,
 ) -> MixReport:
-    """Mix adapter files into ``output/nora_adapter.safetensors`` with a model card, without opening their base.
+    """Mix adapter files into ``output/nora_adapter.safetensors``, with a model card. Their base is not loaded.
 
-    ``basis_dir``: where their shared basis lies, if not beside them. Raises :class:`UserError` as :func:`mix` does, and
-    for adapters of different bases.
+    ``basis_dir``: the folder of their shared basis, if it is not beside them. Raises :class:`UserError` like
+    :func:`mix`, and for adapters of different bases.
     """
     options = Options(rank, density, seed)
-    sources = _with_own_names([file_source(path, basis_dir) for path, _ in adapters])
+    sources = _with_unique_names([file_source(path, basis_dir) for path, _ in adapters])
     _check({source.name: weight for source, (_, weight) in zip(sources, adapters, strict=True)}, mode, options)
     check_same_base(sources)
     for source in sources:
@@ -115,20 +116,20 @@ def mix_files(
     infos = [source.info for source in sources if source.info is not None]
     info = report.info
     info.base, info.versions = infos[0].base, versions()
-    for part in info.components:
-        prints = [known.base_fingerprint.get(part, {}) for known in reversed(infos)]
-        info.base_fingerprint[part] = {path: value for known in prints for path, value in known.items()}
-    info.conv_shapes = {path: shape for known in infos for path, shape in known.conv_shapes.items()}
+    for component in info.components:
+        fingerprints = [parent.base_fingerprint.get(component, {}) for parent in reversed(infos)]
+        info.base_fingerprint[component] = {path: value for own in fingerprints for path, value in own.items()}
+    info.conv_shapes = {path: shape for parent in infos for path, shape in parent.conv_shapes.items()}
     if not all(config.stored_outer for config in info.configs.values()):
-        info.shapes = {path: shape for known in infos for path, shape in known.shapes.items()}
+        info.shapes = {path: shape for parent in infos for path, shape in parent.shapes.items()}
     file = write_adapter(folder, tensors, info)
     report.info = inspect_adapter(file)
     write_card(folder, report.info, _card(info))
     return report
 
 
-def _with_own_names(sources: list[Source]) -> list[Source]:
-    """Files of one name from several folders are told apart by a number."""
+def _with_unique_names(sources: list[Source]) -> list[Source]:
+    """Append a number to names that occur several times."""
     seen: Counter[str] = Counter()
     for source in sources:
         seen[source.name] += 1
@@ -138,18 +139,18 @@ def _with_own_names(sources: list[Source]) -> list[Source]:
 
 
 def _refuse_tokens(owner: str, tokens: Mapping[str, Any]) -> None:
-    """A new token is a word, not a ``dW``."""
+    """Raise :class:`UserError` for an adapter with new tokens, which are embeddings and not a ``dW``."""
     if tokens:
         raise UserError(
-            f"{owner} brings new tokens ({', '.join(tokens)}), which have no weight to mix by: keep it active beside "
-            "the others with set_adapters"
+            f"{owner} has new tokens ({', '.join(tokens)}), which cannot be mixed: activate it beside the others with "
+            "set_adapters instead"
         )
 
 
 def _new_folder(output: str | Path) -> Path:
     folder = Path(output).expanduser()
     if folder.suffix == ".safetensors" or folder.is_file():
-        raise UserError(f"{output} is a file name: give a folder for the mix and its card")
+        raise UserError(f"{output} is a file name: give a folder for the mix and its model card")
     require_vacant(folder)
     return folder
 
@@ -158,7 +159,7 @@ def _check(weights: Mapping[str, float], mode: str, options: Options) -> None:
     if mode not in MODES:
         raise UserError(f"mode={mode!r} is unknown: choose one of {', '.join(get_args(Mode))}")
     if not weights:
-        raise UserError("there is nothing to mix: name at least one adapter with its weight")
+        raise UserError("there is nothing to mix: give at least one adapter with its weight")
     for name, weight in weights.items():
         check_range(weight, f"the mix for {name!r}")
     options.check()
@@ -170,9 +171,9 @@ def _combine(
     overlaps = {(one.name, two.name): source_overlap(one, two).score for one, two in combinations(sources, 2)}
     mixed: dict[Projection, Mixed] = {}
     for key in dict.fromkeys(key for source in sources for key in source.updates):
-        here = [(s.updates[key], w) for s, w in zip(sources, weights, strict=True) if key in s.updates]
-        updates, factors = [update for update, _ in here], [weight for _, weight in here]
-        mixed[key] = MODES[mode](updates, factors, replace(options, seed=_layer_seed(options.seed, key)))
+        weighted = [(s.updates[key], w) for s, w in zip(sources, weights, strict=True) if key in s.updates]
+        updates, layer_weights = [update for update, _ in weighted], [weight for _, weight in weighted]
+        mixed[key] = MODES[mode](updates, layer_weights, replace(options, seed=_layer_seed(options.seed, key)))
     configs, tensors = assemble({key: m.update for key, m in mixed.items()}, sources)
     energy, lost = (sum(getattr(m, field) for m in mixed.values()) for field in ("energy", "lost"))
     share = lost / energy if energy else 0.0
@@ -183,33 +184,34 @@ def _combine(
         if name in ("A", "A_in", "R")
     )
     info = _describe(sources, weights, mode, options)
-    info.components = {part: config.to_dict() for part, config in configs.items()}
-    return MixReport(name, mode, rank, len(mixed), 1 - share, share**0.5, overlaps, _too_close(overlaps), info), tensors
+    info.components = {component: config.to_dict() for component, config in configs.items()}
+    messages = _overlap_warnings(overlaps)
+    return MixReport(name, mode, rank, len(mixed), 1 - share, share**0.5, overlaps, messages, info), tensors
 
 
 def _layer_seed(seed: int, key: Projection) -> int:
-    """A seed of its own for each projection, so that DARE's drops do not depend on which others there are."""
+    """A seed for each projection, so that DARE's random drops do not depend on the other projections."""
     return int.from_bytes(hashlib.sha256(f"{seed} {key[0]}.{key[1]}".encode()).digest()[:7], "big")
 
 
-def _too_close(overlaps: Mapping[tuple[str, str], float]) -> list[str]:
-    sentences = [
+def _overlap_warnings(overlaps: Mapping[tuple[str, str], float]) -> list[str]:
+    messages = [
         f"{one} and {two} overlap by {score:.2f} (above {WARN_ABOVE}): they change the same directions of the weights "
-        "and will disturb each other; lower their weights, or keep one"
+        "and will interfere; lower their weights, or use only one"
         for (one, two), score in overlaps.items()
         if score > WARN_ABOVE
     ]
-    for sentence in sentences:
-        warnings.warn(sentence, stacklevel=4)
-    return sentences
+    for message in messages:
+        warnings.warn(message, stacklevel=4)
+    return messages
 
 
 def _describe(sources: Sequence[Source], weights: Sequence[float], mode: str, options: Options) -> AdapterInfo:
-    """Triggers, words and licenses of the parts, and the recipe: mode, settings, parts with weight and file hash."""
+    """Metadata of a mix: triggers, class words and licenses of its sources, and the recipe in ``extra["mix"]``."""
     infos = [source.info for source in sources if source.info is not None]
 
-    def joined(field: str, glue: str) -> str:
-        return glue.join(dict.fromkeys(value for info in infos if (value := getattr(info, field))))
+    def joined(field: str, separator: str) -> str:
+        return separator.join(dict.fromkeys(value for info in infos if (value := getattr(info, field))))
 
     parts = [
         {"name": s.name, "weight": weight, "sha256": s.info.sha256 if s.info else "", "method": _method(s)}
@@ -233,5 +235,5 @@ def _method(source: Source) -> str:
 def _card(info: AdapterInfo) -> str:
     recipe = info.extra["mix"]
     rows = [f"| {p['name']} | {p['weight']:g} | {p['method']} | `{p['sha256']}` |" for p in recipe["parts"]]
-    return "\n".join([f"## Mixed by `{recipe['mode']}`", "", "| part | weight | method | SHA-256 |",
+    return "\n".join([f"## Mixed by `{recipe['mode']}`", "", "| adapter | weight | method | SHA-256 |",
                       "| --- | --- | --- | --- |", *rows])  # fmt: skip

@@ -1,7 +1,7 @@
 """Mix modes: plain functions ``(updates, weights, options) -> Mixed`` for the updates of one projection.
 
-Adding a mode is adding a function to :data:`MODES`. ``linear`` and ``cat`` are exact, the others are truncated to
-``options.rank`` and say what that lost. See ``docs/mixing.md`` for when to use which.
+To add a mode, add a function to :data:`MODES`. ``linear`` and ``cat`` are exact, the others are truncated to
+``options.rank`` and report the lost energy. ``docs/mixing.md`` compares them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Mode = Literal["linear", "cat", "svd", "magnitude_prune", "ties", "dare_linear",
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of the modes: ``rank`` of the result (default: the sum of the parts' ranks), ``density`` (the share of
-    entries that pruning keeps) and ``seed`` of what DARE drops."""
+    """Settings of the modes: ``rank`` of the result (default: the sum of all ranks), ``density`` (the share of entries
+    that pruning keeps) and the ``seed`` of DARE's random drops."""
 
     rank: int | None = None
     density: float = 0.5
@@ -33,7 +33,7 @@ class Options:
     def check(self) -> None:
         """Raises :class:`UserError` for a value out of range."""
         if self.rank is not None and self.rank < 1:
-            raise UserError(f"rank={self.rank} is no rank: give a whole number of at least 1")
+            raise UserError(f"rank={self.rank} is not a rank: give a whole number of at least 1")
         if not 0 < self.density <= 1:
             raise UserError(f"density={self.density} is out of range: choose more than 0 and at most 1")
         if not 0 <= self.seed < 2**63:
@@ -42,7 +42,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Mixed:
-    """One projection's mix, the energy ``||dW||_F^2`` of what the formula asks for, and how much truncation lost."""
+    """One projection's mix, the energy ``||dW||_F^2`` of the mode's formula, and the energy lost by truncation."""
 
     update: Update
     energy: float = 0.0
@@ -52,14 +52,14 @@ class Mixed:
 def linear(updates: Sequence[Update], weights: Sequence[float], options: Options) -> Mixed:
     """``dW = B_out (sum_i w_i B_i A_i) A_out``: the sum of the cores inside one shared basis, exact.
 
-    The inner pairs are stacked, so the inner rank adds up and never exceeds the outer rank ``r`` in the end.
-    Raises :class:`UserError` for updates without a common frozen outer pair.
+    The inner pairs are stacked: the inner ranks add up, to at most the outer rank ``r``. Raises :class:`UserError` for
+    updates without a common frozen outer pair.
     """
     first = updates[0]
     if first.core is None or not all(first.shares_basis(update) for update in updates):
         raise UserError(
             "mode 'linear' sums cores inside one basis, but these adapters have no frozen basis in common: "
-            "use 'cat' (exact, ranks add up) or 'svd' (to a rank)"
+            "use 'cat' (exact, the ranks add up) or 'svd' (truncated to a rank)"
         )
     cores = [update.core for update in updates if update.core is not None]
     core_up = torch.cat([weight * up for weight, (_, up) in zip(weights, cores, strict=True)], 1)
@@ -72,28 +72,28 @@ def cat(updates: Sequence[Update], weights: Sequence[float], options: Options) -
 
 
 def svd(updates: Sequence[Update], weights: Sequence[float], options: Options) -> Mixed:
-    """The best approximation of ``sum_i w_i dW_i`` of ``options.rank`` in the Frobenius norm.
+    """The best approximation of ``sum_i w_i dW_i`` of rank ``options.rank`` in the Frobenius norm.
 
-    By a QR of the stacked factors, so that the dense sum is never formed; the lost energy is that of the singular
-    values cut off.
+    Uses a QR of the stacked factors, so the dense sum is never formed. The lost energy is that of the discarded
+    singular values.
     """
     u, s, v = _stacked(updates, weights).svd()
     rank = min(_rank(updates, options), len(s))
     root = s[:rank].sqrt()
-    kept = Update((v[:, :rank] * root).T, u[:, :rank] * root)
-    return Mixed(kept, float(s.square().sum()), float(s[rank:].square().sum()))
+    truncated = Update((v[:, :rank] * root).T, u[:, :rank] * root)
+    return Mixed(truncated, float(s.square().sum()), float(s[rank:].square().sum()))
 
 
 def magnitude_prune(updates: Sequence[Update], weights: Sequence[float], options: Options) -> Mixed:
-    """``dW = sum_i w_i top(dW_i)``: ``top`` keeps the ``density`` of entries that are largest in size."""
+    """``dW = sum_i w_i top(dW_i)``: ``top`` keeps the share ``density`` of entries with the largest magnitudes."""
     return _pruned("magnitude_prune", updates, weights, options)
 
 
 def ties(updates: Sequence[Update], weights: Sequence[float], options: Options) -> Mixed:
-    """TIES (arXiv 2306.01708): prune each ``dW_i`` by size, elect a sign per entry, average those that agree.
+    """TIES (arXiv 2306.01708): prune each ``dW_i`` by magnitude, elect a sign per entry, average those that agree.
 
     ``dW = sum_i w_i m_i top(dW_i) / max(1, sum_i m_i)``, ``m_i = [sign(top(dW_i)) = sign(sum_j top(dW_j))]`` per entry.
-    An average: of two that agree at weight 1 comes the mean and not the sum.
+    This is an average: two updates that agree give their mean at weight 1, not their sum.
     """
     return _pruned("ties", updates, weights, options)
 
@@ -104,7 +104,7 @@ def dare_linear(updates: Sequence[Update], weights: Sequence[float], options: Op
 
 
 def dare_ties(updates: Sequence[Update], weights: Sequence[float], options: Options) -> Mixed:
-    """TIES with DARE's random pruning and rescaling in place of pruning by size."""
+    """TIES with DARE's random pruning and rescaling instead of pruning by magnitude."""
     return _pruned("dare_ties", updates, weights, options)
 
 
@@ -132,17 +132,17 @@ def _rank(updates: Sequence[Update], options: Options) -> int:
 
 
 def _pruned(name: str, updates: Sequence[Update], weights: Sequence[float], options: Options) -> Mixed:
-    """PEFT's own merge of the dense updates, then its best ``options.rank`` part; the loss is measured densely."""
+    """PEFT's merge function on dense updates, truncated to ``options.rank``; the lost energy is measured densely."""
     from peft.utils import merge_utils
 
     merge: Any = getattr(merge_utils, name)
     dense = [update.dense().float() for update in updates]
-    # PEFT draws from the global generator of the CPU.
+    # PEFT draws from the global CPU generator.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The density")  # density 1 prunes nothing, as asked
         torch.manual_seed(options.seed)
         target: Tensor = merge(dense, torch.tensor(weights, dtype=torch.float32), density=options.density)
     u, s, vt = truncated_svd(target, _rank(updates, options))
-    kept = Update(s.sqrt().unsqueeze(1) * vt, u * s.sqrt())
-    lost = (target.double() - kept.dense()).square().sum()
-    return Mixed(kept, float(target.double().square().sum()), float(lost))
+    truncated = Update(s.sqrt().unsqueeze(1) * vt, u * s.sqrt())
+    lost = (target.double() - truncated.dense()).square().sum()
+    return Mixed(truncated, float(target.double().square().sum()), float(lost))

@@ -1,4 +1,4 @@
-"""The adapters that go into a mix: read from a pipeline or from their files into one form."""
+"""The adapters of a mix, read from a pipeline or from files into a common form."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .updates import Update, chain_update, lora_update
 
 @dataclass
 class Source:
-    """One adapter: its updates, the configs of its components (none for an ordinary LoRA), what its file says."""
+    """One adapter: its updates, the config of each component (none for a plain LoRA) and its file's metadata."""
 
     name: str
     updates: dict[Projection, Update]
@@ -32,26 +32,26 @@ class Source:
 
 
 def loaded_source(modules: Modules, name: str) -> Source:
-    """An adapter of a pipeline, ours or an ordinary LoRA. Raises :class:`UserError` where it has no ``dW`` to mix."""
+    """An adapter of a pipeline, ours or a plain LoRA. Raises :class:`UserError` if it is unknown or has no ``dW``."""
     source = Source(name, {}, info=origin(modules, name))
-    for part, module in modules.items():
+    for component, module in modules.items():
         config = adapter_configs(module).get(name)
         if isinstance(config, AdapterConfig):
             refuse_routed(config, repr(name))
-            source.configs[part] = config
+            source.configs[component] = config
             for path, layer in nora_layers(module, name).items():
-                source.updates[part, path] = chain_update(
+                source.updates[component, path] = chain_update(
                     layer.delta(name), layer.states[name].native_scale, repr(name)
                 )
         elif config is not None:
-            source.updates |= {(part, path): update for path, update in _foreign(module, name).items()}
+            source.updates |= {(component, path): update for path, update in _lora_updates(module, name).items()}
     if not source.updates:
         raise unknown_adapter(modules, name)
     return source
 
 
-def _foreign(module: nn.Module, name: str) -> dict[str, Update]:
-    """The updates of a plain LoRA, which wraps our layers where both are there."""
+def _lora_updates(module: nn.Module, name: str) -> dict[str, Update]:
+    """The updates of a plain LoRA by path. Its layers may wrap ours."""
     found = {}
     for path, layer in module.named_modules():
         if isinstance(layer, LoraLayer) and name in layer.lora_A:
@@ -62,33 +62,33 @@ def _foreign(module: nn.Module, name: str) -> dict[str, Update]:
 
 
 def file_source(path: str | Path, basis_dir: str | Path | None = None) -> Source:
-    """An adapter file, without its base. Raises :class:`UserError` where it is damaged or has no ``dW`` to mix."""
+    """An adapter file, without its base. Raises :class:`UserError` if it is damaged or has no ``dW``."""
     info = inspect_adapter(path)
     source = Source(given_name(info.path), {}, info.configs, info)
-    for (component, path_in), factors in factors_by_projection(read_tensors(info, basis_dir)).items():
+    for (component, module_path), factors in factors_by_projection(read_tensors(info, basis_dir)).items():
         config = source.configs[component]
         refuse_routed(config, info.path)
-        delta = delta_of_file(config, path_in, factors, info.shapes.get(f"{component}.{path_in}"))
-        source.updates[component, path_in] = chain_update(delta, config.scale_for(path_in), info.path)
+        delta = delta_of_file(config, module_path, factors, info.shapes.get(f"{component}.{module_path}"))
+        source.updates[component, module_path] = chain_update(delta, config.scale_for(module_path), info.path)
     return source
 
 
 def refuse_routed(config: AdapterConfig, owner: str) -> None:
-    """A routed adapter (MoR) has no one ``dW``."""
+    """Raise :class:`UserError` for a routed adapter (MoR), which has no single ``dW``."""
     if config.router != "none":
         raise UserError(
-            f"{owner} is a routed adapter ({config.method}): its update depends on its input, so there is no one dW to "
-            "mix or compare; keep it active beside the others with set_adapters"
+            f"{owner} is a routed adapter ({config.method}): its update depends on its input, so it has no single dW "
+            "to mix or compare; activate it beside the others with set_adapters instead"
         )
 
 
 def check_same_base(sources: Sequence[Source]) -> None:
-    """Refuse adapters whose files name different weights, by the fingerprints of the projections both adapt."""
+    """Raise :class:`UserError` for adapters of different bases: by the fingerprints of projections that both adapt."""
     infos = [source.info for source in sources if source.info is not None]
     for other in infos[1:]:
-        mine, theirs = infos[0].fingerprints, other.fingerprints
-        common = mine.keys() & theirs.keys()
-        same = same_weights(mine, {key: theirs[key] for key in common}) if common else infos[0].base == other.base
+        first, second = infos[0].fingerprints, other.fingerprints
+        common = first.keys() & second.keys()
+        same = same_weights(first, {key: second[key] for key in common}) if common else infos[0].base == other.base
         if not same:
             raise UserError(
                 f"{infos[0].path} was made for the base {infos[0].base} and {other.path} for {other.base}: "

@@ -1,7 +1,4 @@
-"""What adapters of every method have in common for mixing: a low-rank update of each projection.
-
-An update never needs the base model's weights and never becomes dense here.
-"""
+"""The common form of all adapters for mixing: a low-rank update of each projection, without the base's weights."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """The number of columns of the collapsed pair."""
+        """Inner dimension ``k`` of :meth:`pair`."""
         return self.down.shape[0] if self.core is None else self.core[0].shape[0]
 
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -57,7 +54,7 @@ class Update:
         return functional.product_svd(*self.pair())
 
     def shares_basis(self, other: Update) -> bool:
-        """Whether both move inside the very same frozen outer pair."""
+        """Whether both have cores inside the same frozen outer pair."""
         if self.core is None or other.core is None:
             return False
         return torch.equal(self.down, other.down) and torch.equal(self.up, other.up)
@@ -68,11 +65,11 @@ def chain_update(delta: Delta, scale: float, owner: str) -> Update:
     assert isinstance(delta, ChainDelta), "routed adapters are refused by their config"
     if delta.m is not None:
         raise UserError(
-            f"{owner} has a magnitude (DoRA): it rescales whole rows of the weight, which is no low-rank dW to mix; "
-            "keep it active beside the others with set_adapters"
+            f"{owner} has a magnitude (DoRA): it rescales whole rows of the weight, which is not a low-rank dW to mix; "
+            "activate it beside the others with set_adapters instead"
         )
-    own_outer = any(True for _ in delta.parameters(recurse=False))  # trained, so no other adapter shares it
-    if delta.core is None or own_outer or delta.rank is not None:  # a rank in force cuts the chain in its middle
+    trains_outer = any(True for _ in delta.parameters(recurse=False))  # then no other adapter shares them
+    if delta.core is None or trains_outer or delta.rank is not None:  # a rank mask truncates between the factors
         down, up = delta.pair()
         return Update(_plain(down), _plain(up) * scale)
     (down, up), (core_down, core_up) = delta.outer, delta.core.pair()
@@ -82,20 +79,20 @@ def chain_update(delta: Delta, scale: float, owner: str) -> Update:
 
 
 def lora_update(layer: LoraLayer, adapter_name: str) -> Update:
-    """The update of an ordinary LoRA that diffusers loaded, at its own scale (the weight set for it left out).
+    """The update of a plain LoRA that diffusers loaded, at its own scale; the weight set for it is ignored.
 
-    Raises :class:`UserError` for one with a magnitude (DoRA), a bias or another addition.
+    Raises :class:`UserError` for a LoRA with a magnitude (DoRA), a bias or another variant of PEFT.
     """
-    pools: Any = layer
-    up = pools.lora_B[adapter_name]
-    if adapter_name in {*pools.lora_magnitude_vector, *getattr(pools, "lora_variant", {})} or up.bias is not None:
+    tables: Any = layer
+    up = tables.lora_B[adapter_name]
+    if adapter_name in {*tables.lora_magnitude_vector, *getattr(tables, "lora_variant", {})} or up.bias is not None:
         raise UserError(
-            f"{adapter_name!r} is more than a plain LoRA (DoRA, a bias ...), which is no low-rank dW to mix"
+            f"{adapter_name!r} is more than a plain LoRA (DoRA, a bias ...), which is not a low-rank dW to mix"
         )
-    r = pools.r[adapter_name]
-    stabilized = getattr(pools, "use_rslora", {}).get(adapter_name, False)
-    scale = pools.lora_alpha[adapter_name] / (math.sqrt(r) if stabilized else r)
-    down = pools.lora_A[adapter_name]
+    r = tables.r[adapter_name]
+    rank_stabilized = getattr(tables, "use_rslora", {}).get(adapter_name, False)
+    scale = tables.lora_alpha[adapter_name] / (math.sqrt(r) if rank_stabilized else r)
+    down = tables.lora_A[adapter_name]
     return Update(_plain(down.weight).flatten(1), _plain(up.weight).flatten(1) * scale)
 
 

@@ -1,4 +1,4 @@
-"""Every mix mode against its formula, computed densely; and what becomes of a mix afterwards."""
+"""Every mix mode against its formula, computed densely; saving, loading and exporting a mix."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ Dense = dict[tuple[str, str], Tensor]
 
 @pytest.fixture(autouse=True)
 def quiet_overlap() -> Iterator[None]:
-    """Random adapters in one basis overlap; what the warning says has a test of its own."""
+    """Ignore the overlap warning (tested elsewhere): random adapters in one basis overlap."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* overlap by")
         yield
 
 
 def two(pipe: Any, one: AdapterConfig, other: AdapterConfig | None = None, parts: tuple[str, ...] = PARTS) -> None:
-    """Adapters named dog and hat with random numbers."""
+    """Add adapters named dog and hat with random weights."""
     for seed, (name, config) in enumerate({"dog": one, "hat": other or one}.items()):
         add_adapter(pipe, config, name, parts)
         randomize(pipe, name, seed)
 
 
 def dense(pipe: Any, name: str) -> Dense:
-    """Every ``dW`` in fp64, written from the formula of each method out of its bare factors."""
+    """Every ``dW`` in fp64, computed from the factors by the formula of each method."""
     found: Dense = {}
     for part in PARTS:
         for path, layer in nora_layers(getattr(pipe, part), name).items():
@@ -119,7 +119,7 @@ def test_linear_is_the_weighted_sum_inside_the_basis(pipe: Any, method: str) -> 
     ("r", "count", "core", "inner_r"), [(8, 3, "nested", 3), (8, 6, "dense", 1), (4, 9, "dense", 1)]
 )
 def test_linear_is_exact_for_any_number_of_adapters(pipe: Any, r: int, count: int, core: str, inner_r: int) -> None:
-    """The core is nested with the summed inner rank, or dense where that is fewer numbers."""
+    """The core is nested with the summed inner rank, or dense if that has fewer parameters."""
     weights = {f"a{i}": 0.3 * i - 1 for i in range(count)}
     for seed, name in enumerate(weights):
         add_adapter(pipe, nora(r=r, inner_r=1, basis="svd"), name)
@@ -138,8 +138,8 @@ INSIDE = {
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_linear_leaves_out_what_a_sum_has_not(pipe: Any, name: str, tmp_path: Path) -> None:
-    """No blocks in a basis that is written out, no rank to cut to, room for all parts at every projection's rank."""
+def test_linear_drops_settings_that_a_sum_cannot_keep(pipe: Any, name: str, tmp_path: Path) -> None:
+    """No blocks in a stored basis and no rank mask; every projection has the rank for all adapters."""
     weights = {"dog": 0.8, "hat": -0.5, "cup": 0.4}
     for seed, adapter in enumerate(weights):
         add_adapter(pipe, INSIDE[name], adapter, PARTS)
@@ -153,7 +153,7 @@ def test_linear_leaves_out_what_a_sum_has_not(pipe: Any, name: str, tmp_path: Pa
         export_lora(tmp_path / "both", tmp_path / "cut.safetensors", rank=2)
 
 
-def test_svd_is_the_best_of_its_rank(pipe: Any) -> None:
+def test_svd_is_optimal_for_its_rank(pipe: Any) -> None:
     two(pipe, lora(r=3, target_modules=EVERYTHING))
     report = mix(pipe, WEIGHTS, "svd", "both", rank=2)
     target = weighted(pipe, WEIGHTS)
@@ -170,8 +170,8 @@ def test_svd_is_the_best_of_its_rank(pipe: Any) -> None:
 
 
 def top(dw: Tensor, density: float) -> Tensor:
-    kept = int(density * dw.numel())
-    threshold = dw.abs().flatten().sort(descending=True).values[kept - 1]
+    count = int(density * dw.numel())
+    threshold = dw.abs().flatten().sort(descending=True).values[count - 1]
     return torch.where(dw.abs() >= threshold, dw, torch.zeros_like(dw))
 
 
@@ -181,7 +181,7 @@ def drop(parts: list[Tensor], density: float, seed: int) -> list[Tensor]:
 
 
 def elected(parts: list[Tensor], weights: list[float]) -> Tensor:
-    """Per entry: the weighted sum of those that agree with the sign of the sum, over how many they are."""
+    """Per entry: the weighted sum of the updates that have the sign of the sum, divided by their number."""
     majority = torch.where(sum(parts) >= 0, 1.0, -1.0)  # type: ignore[arg-type]
     agree = [(torch.sign(part) == majority).double() for part in parts]
     total = sum(w * a * p for w, a, p in zip(weights, agree, parts, strict=True))
@@ -208,7 +208,7 @@ def test_pruning_modes_equal_their_formulas(pipe: Any, mode: str) -> None:
     assert report.error < 1e-5  # the rank is the full one here
 
 
-def test_pruning_reports_what_the_rank_lost(pipe: Any) -> None:
+def test_pruning_reports_the_error_of_truncation(pipe: Any) -> None:
     two(pipe, lora(r=2), parts=("unet",))
     mix(pipe, WEIGHTS, "ties", "full", rank=100)
     report = mix(pipe, WEIGHTS, "ties", "small", rank=2)
@@ -219,7 +219,7 @@ def test_pruning_reports_what_the_rank_lost(pipe: Any) -> None:
     assert 0.05 < report.error < 1
 
 
-def test_dare_is_repeatable_and_leaves_the_random_state(pipe: Any) -> None:
+def test_dare_is_repeatable_and_keeps_the_random_state(pipe: Any) -> None:
     two(pipe, lora(r=2), parts=("unet",))
     torch.manual_seed(0)
     expected = torch.rand(3)
@@ -239,7 +239,7 @@ def test_density_one_prunes_nothing(pipe: Any) -> None:
     assert_close(dense(pipe, "both"), weighted(pipe, WEIGHTS), 1e-5)
 
 
-def test_a_rank_beyond_the_layer_is_cut_exactly(pipe: Any) -> None:
+def test_a_rank_larger_than_the_layer_is_reduced_exactly(pipe: Any) -> None:
     two(pipe, lora(r=7))
     mix(pipe, WEIGHTS, "cat", "both")
     for layer in nora_layers(pipe.unet, "both").values():
@@ -247,8 +247,8 @@ def test_a_rank_beyond_the_layer_is_cut_exactly(pipe: Any) -> None:
     assert_close(dense(pipe, "both"), weighted(pipe, WEIGHTS))
 
 
-def test_parts_on_different_layers(pipe: Any) -> None:
-    """What only one part adapts is that part alone; other components and targets join."""
+def test_adapters_on_different_layers(pipe: Any) -> None:
+    """A projection that one adapter adapts has only its update; components and targets are merged."""
     add_adapter(pipe, nora(r=4, inner_r=2, basis="svd", target_modules=["to_q", "to_k"]), "dog", ["unet"])
     add_adapter(pipe, lora(r=2, target_modules=["to_k", "q_proj"]), "hat", PARTS)
     randomize(pipe, "dog", 0)
@@ -257,7 +257,7 @@ def test_parts_on_different_layers(pipe: Any) -> None:
     assert_close(dense(pipe, "both"), weighted(pipe, WEIGHTS))
 
 
-def test_linear_pads_where_only_one_part_sits(pipe: Any) -> None:
+def test_linear_pads_projections_of_a_single_adapter(pipe: Any) -> None:
     add_adapter(pipe, nora(r=8, inner_r=1, basis="svd", target_modules=["to_q", "to_k"]), "dog", ["unet"])
     add_adapter(pipe, nora(r=8, inner_r=1, basis="svd", target_modules=["to_k"]), "hat", ["unet"])
     randomize(pipe, "dog", 0)
@@ -267,8 +267,8 @@ def test_linear_pads_where_only_one_part_sits(pipe: Any) -> None:
     assert_close(dense(pipe, "both"), weighted(pipe, WEIGHTS))
 
 
-def test_a_rank_at_the_very_top_is_no_one_elses(tmp_path: Path) -> None:
-    """Flux has a ``proj_out`` of its own, and one in each single block."""
+def test_the_rank_of_a_top_level_projection_is_its_own(tmp_path: Path) -> None:
+    """Flux has a ``proj_out`` at the top level and one in each single block."""
     pipe = tiny_pipeline("flux", tmp_path)
     for seed, name in enumerate(WEIGHTS):
         add_adapter(pipe, lora(r=4, target_modules=["proj"], rank_pattern={"^proj_out": 2}), name)
@@ -282,14 +282,14 @@ def test_a_rank_at_the_very_top_is_no_one_elses(tmp_path: Path) -> None:
         torch.testing.assert_close(layer.get_delta_weight("both"), expected, atol=1e-6, rtol=1e-4)
 
 
-def test_a_plain_lora_of_the_pipeline_is_a_part(pipe: Any) -> None:
+def test_a_plain_lora_in_the_pipeline_can_be_mixed(pipe: Any) -> None:
     from peft import LoraConfig
 
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "conv1"], init_lora_weights=False)
     pipe.unet.add_adapter(config, "hat")
     add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "dog")
     randomize(pipe, "dog", 0)
-    set_adapters(pipe, ["dog", "hat"], [0.1, 0.2])  # weights in force play no part
+    set_adapters(pipe, ["dog", "hat"], [0.1, 0.2])  # the weights set for them are ignored
     expected = {key: 0.8 * dw for key, dw in dense(pipe, "dog").items()}
     for path, layer in pipe.unet.named_modules():
         if hasattr(layer, "lora_A") and "hat" in layer.lora_A:
@@ -300,7 +300,7 @@ def test_a_plain_lora_of_the_pipeline_is_a_part(pipe: Any) -> None:
     assert_close(dense(pipe, "both"), {key: value.detach() for key, value in expected.items()})
 
 
-def test_a_lora_file_loaded_by_diffusers_is_a_part(pipe: Any, tmp_path: Path) -> None:
+def test_a_lora_file_loaded_by_diffusers_can_be_mixed(pipe: Any, tmp_path: Path) -> None:
     add_adapter(pipe, nora(r=4, inner_r=2, alpha=3.0, basis="svd", target_modules=EVERYTHING), "dog", PARTS)
     randomize(pipe, "dog", 0)
     save_adapter(pipe, tmp_path, "dog")
@@ -310,7 +310,7 @@ def test_a_lora_file_loaded_by_diffusers_is_a_part(pipe: Any, tmp_path: Path) ->
     assert_close(dense(pipe, "both"), weighted(pipe, {"dog": 0.5}), 1e-5)
 
 
-def test_what_is_more_than_a_plain_lora_is_refused(pipe: Any) -> None:
+def test_more_than_a_plain_lora_is_refused(pipe: Any) -> None:
     from peft import LoraConfig
 
     for name, more in {"dora": {"use_dora": True}, "biased": {"lora_bias": True}}.items():
@@ -334,7 +334,7 @@ def test_a_rank_stabilized_lora_keeps_its_scale(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["cat", "linear"])
-def test_the_mix_renders_as_its_parts_do(pipe: Any, render: Any, mode: str) -> None:
+def test_a_mix_renders_like_its_adapters_together(pipe: Any, render: Any, mode: str) -> None:
     two(pipe, nora(r=4, inner_r=2, basis="svd"))
     set_adapters(pipe, ["dog", "hat"], list(WEIGHTS.values()))
     together = render(pipe)
@@ -346,19 +346,19 @@ def test_the_mix_renders_as_its_parts_do(pipe: Any, render: Any, mode: str) -> N
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_saved_mix_is_an_adapter_like_any_other(pipe: Any, mode: str, tmp_path: Path) -> None:
-    """It loads and exports exactly, and names its parts; mixing the files gives the same adapter."""
+def test_a_saved_mix_is_an_ordinary_adapter(pipe: Any, mode: str, tmp_path: Path) -> None:
+    """It loads and exports exactly and names its sources; mixing the files gives the same adapter."""
     two(pipe, nora(r=8, inner_r=2, basis="svd", target_modules=["to_q", "conv1"]), parts=("unet",))
-    words = {"dog": {"trigger": "sks", "class_word": "dog", "license": "MIT"}, "hat": {"trigger": "zwx"}}
-    for name, said in words.items():
-        save_adapter(pipe, tmp_path / name, name, info=said)
+    metadata = {"dog": {"trigger": "sks", "class_word": "dog", "license": "MIT"}, "hat": {"trigger": "zwx"}}
+    for name, info in metadata.items():
+        save_adapter(pipe, tmp_path / name, name, info=info)
         load_adapter(pipe, tmp_path / name, f"{name}2", activate=False)
     mix(pipe, {"dog2": 0.8, "hat2": -0.5}, mode, "both", rank=3, seed=5)  # type: ignore[arg-type]
     live = dense(pipe, "both")
     file = save_adapter(pipe, tmp_path / "both", "both")
-    info = inspect_adapter(file)
-    assert (info.trigger, info.class_word, info.license) == ("sks, zwx", "dog", "MIT")
-    recipe = info.extra["mix"]
+    saved = inspect_adapter(file)
+    assert (saved.trigger, saved.class_word, saved.license) == ("sks, zwx", "dog", "MIT")
+    recipe = saved.extra["mix"]
     assert (recipe["mode"], recipe["seed"]) == (mode, 5)
     hashes = [inspect_adapter(tmp_path / name).sha256 for name in ("dog", "hat")]
     assert [(p["name"], p["weight"], p["sha256"]) for p in recipe["parts"]] == [
@@ -369,7 +369,7 @@ def test_a_saved_mix_is_an_adapter_like_any_other(pipe: Any, mode: str, tmp_path
     assert export_lora(file, tmp_path / "lora.safetensors").relative_error < 1e-6
     parts = [(tmp_path / "dog", 0.8), (tmp_path / "hat", -0.5)]
     report = mix_files(parts, tmp_path / "mixed", mode, rank=3, seed=5)  # type: ignore[arg-type]
-    ours, theirs = read_tensors(inspect_adapter(tmp_path / "mixed")), read_tensors(info)
+    ours, theirs = read_tensors(inspect_adapter(tmp_path / "mixed")), read_tensors(saved)
     assert all(torch.equal(ours[key], value) and ours[key].dtype == value.dtype for key, value in theirs.items())
     assert ours.keys() == theirs.keys()
     load_adapter(pipe, tmp_path / "mixed", "from_files", activate=False)
@@ -384,16 +384,16 @@ def test_a_mix_can_be_mixed(pipe: Any) -> None:
     assert_close(dense(pipe, "more"), weighted(pipe, {"dog": 2.6, "hat": -1.0}), 5e-6)
 
 
-def test_mistakes_are_refused_and_leave_the_pipeline(pipe: Any, render: Any) -> None:
+def test_mistakes_are_refused_and_leave_the_pipeline_unchanged(pipe: Any, render: Any) -> None:
     two(pipe, nora(r=4, inner_r=2, basis="svd"), lora(r=2))
     add_adapter(pipe, mor(r=2, num_experts=2), "routed")
     set_adapters(pipe, ["dog"])
     before = render(pipe)
-    for call, says in [
+    for call, message in [
         (lambda: mix(pipe, {"dog": 1, "ghost": 1}), "no adapter named 'ghost'"),
         (lambda: mix(pipe, WEIGHTS, "slerp"), "mode='slerp' is unknown: choose one of linear, cat"),  # type: ignore[arg-type]
         (lambda: mix(pipe, WEIGHTS, "linear"), "no frozen basis in common: use 'cat'"),
-        (lambda: mix(pipe, {"dog": 1, "routed": 1}), "'routed' is a routed adapter .mor.*no one dW"),
+        (lambda: mix(pipe, {"dog": 1, "routed": 1}), "'routed' is a routed adapter .mor.*no single dW"),
         (lambda: mix(pipe, WEIGHTS, adapter_name="dog"), "already"),
         (lambda: mix(pipe, {}), "nothing to mix"),
         (lambda: mix(pipe, {"dog": float("nan")}), "out of range"),
@@ -401,7 +401,7 @@ def test_mistakes_are_refused_and_leave_the_pipeline(pipe: Any, render: Any) -> 
         (lambda: mix(pipe, WEIGHTS, "ties", density=0.0), "density=0.0"),
         (lambda: mix(pipe, WEIGHTS, "ties", seed=-1), "seed=-1"),
     ]:
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             call()
     assert torch.equal(render(pipe), before)
     pipe.fuse_lora()
@@ -417,8 +417,8 @@ SMALL: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("method", PRESETS)
 @pytest.mark.parametrize("mode", ["cat", "linear"])
-def test_every_preset_mixes_or_is_refused_in_words(pipe: Any, method: str, mode: str, tmp_path: Path) -> None:
-    """Against the layer's own dense update, which has oracles elsewhere; the same from file to file."""
+def test_every_preset_mixes_or_is_refused_with_a_reason(pipe: Any, method: str, mode: str, tmp_path: Path) -> None:
+    """Against the layer's own dense update (checked by oracles elsewhere), in a pipeline and from files."""
     weights = WEIGHTS
     for seed, name in enumerate(weights):
         add_adapter(pipe, PRESETS[method](r=4, target_modules=["to_q", "to_k"], **SMALL.get(method, {})), name)
@@ -477,12 +477,12 @@ def test_the_metadata_is_json_of_plain_values(pipe: Any, tmp_path: Path) -> None
 
 
 def test_adapters_of_a_compiled_model_mix(pipe: Any) -> None:
-    """``torch.compile`` wraps a model, and its wrapper has no part in the paths of the projections."""
+    """The wrapper of ``torch.compile`` does not appear in the paths of the projections."""
     for name in ("dog", "cat"):
         add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), name)
         for parameter in trainable_parameters(pipe, name).values():
             parameter.data.normal_()
-    plain = overlap(pipe, "dog", "cat")
+    expected = overlap(pipe, "dog", "cat")
     pipe.unet = torch.compile(pipe.unet, backend="eager")
-    assert overlap(pipe, "dog", "cat") == plain
-    assert mix(pipe, {"dog": 1.0, "cat": 0.5}).layers == len(plain.layers)
+    assert overlap(pipe, "dog", "cat") == expected
+    assert mix(pipe, {"dog": 1.0, "cat": 0.5}).layers == len(expected.layers)

@@ -1,4 +1,4 @@
-"""The overlap score: 0 for orthogonal updates, 1 for the same subspaces, and the definition written out densely."""
+"""The overlap score: 0 for orthogonal updates, 1 for equal subspaces, and equal to its dense definition."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def deltas(pipe: Any, name: str) -> list[Any]:
 
 
 def dense_score(one: list[Tensor], two: list[Tensor]) -> float:
-    """The definition, from dense updates and the angles themselves."""
+    """The definition, computed from dense updates and principal angles."""
     total = weights = 0.0
     for a, b in zip(one, two, strict=True):
         spaces = []
@@ -57,17 +57,17 @@ def test_equals_the_definition(pipe: Any) -> None:
     assert overlap(pipe, "cat", "dog").score == pytest.approx(result.score)
 
 
-def test_an_adapter_overlaps_itself_fully_at_any_strength(pipe: Any) -> None:
+def test_an_adapter_overlaps_itself_fully_at_any_scale(pipe: Any) -> None:
     add(pipe, "dog", "cat")
     for dog, cat in zip(deltas(pipe, "dog"), deltas(pipe, "cat"), strict=True):
-        turn = torch.linalg.qr(torch.randn(2, 2))[0]  # the same product by other factors
+        turn = torch.linalg.qr(torch.randn(2, 2))[0]  # the same product up to scale, with other factors
         cat.A.data, cat.B.data = turn @ dog.A.data, -3 * dog.B.data @ turn.T
     assert overlap(pipe, "dog", "cat").score == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("side", ["A", "B"])
-def test_orthogonal_on_either_side_is_zero(pipe: Any, side: str) -> None:
-    """Reading other inputs or writing other outputs is enough not to disturb each other."""
+def test_orthogonal_inputs_or_outputs_score_zero(pipe: Any, side: str) -> None:
+    """Different inputs or different outputs are enough to avoid interference."""
     add(pipe, "dog", "cat")
     for dog, cat in zip(deltas(pipe, "dog"), deltas(pipe, "cat"), strict=True):
         cat.A.data, cat.B.data = dog.A.data.clone(), dog.B.data.clone()
@@ -79,8 +79,8 @@ def test_orthogonal_on_either_side_is_zero(pipe: Any, side: str) -> None:
     assert overlap(pipe, "dog", "cat").score == pytest.approx(0, abs=1e-12)
 
 
-def test_layers_count_by_both_norms(pipe: Any) -> None:
-    """A layer that one of them leaves alone, or does not have, plays no part."""
+def test_layers_are_weighted_by_both_norms(pipe: Any) -> None:
+    """A layer that one adapter does not change, or does not have, does not count."""
     add(pipe, "dog", "cat")
     dogs, cats = deltas(pipe, "dog"), deltas(pipe, "cat")
     for cat in cats[1:]:
@@ -94,7 +94,7 @@ def test_layers_count_by_both_norms(pipe: Any) -> None:
     assert overlap(pipe, "dog", "bird").score == 0.0 and overlap(pipe, "dog", "bird").layers == {}
 
 
-def test_files_score_as_loaded(pipe: Any, tmp_path: Path) -> None:
+def test_files_score_like_loaded_adapters(pipe: Any, tmp_path: Path) -> None:
     for seed, name in enumerate(("dog", "cat")):
         add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), name)
         randomize(pipe, name, seed, size=1.0)
@@ -103,7 +103,7 @@ def test_files_score_as_loaded(pipe: Any, tmp_path: Path) -> None:
     assert found.score == pytest.approx(overlap(pipe, "dog", "cat").score, abs=1e-9)
 
 
-def test_mix_warns_of_twins_only(pipe: Any) -> None:
+def test_mix_warns_only_about_high_overlaps(pipe: Any) -> None:
     add(pipe, "dog", "twin", "cat")
     for dog, twin, cat in zip(*(deltas(pipe, n) for n in ("dog", "twin", "cat")), strict=True):
         twin.A.data, twin.B.data = dog.A.data.clone(), dog.B.data.clone()
@@ -116,7 +116,7 @@ def test_mix_warns_of_twins_only(pipe: Any) -> None:
         mix(pipe, {"dog": 0.5, "cat": 0.5}, adapter_name="calm")
 
 
-def test_what_has_no_update_is_refused(pipe: Any) -> None:
+def test_adapters_without_an_update_are_refused(pipe: Any) -> None:
     add(pipe, "dog")
     add_adapter(pipe, mor(r=2, num_experts=2), "routed")
     with pytest.raises(UserError, match="'routed' is a routed adapter"):
