@@ -67,7 +67,7 @@ def overlaps(work: Path) -> list[str]:
 
 
 def variants(pipe: Any) -> dict[str, Any]:
-    """The rows of the first table, each with a function that activates it: one subject, both live, every mode."""
+    """The rows of the first table, each with a function that activates it: one subject, both active, every mode."""
 
     def both() -> None:
         set_adapters(pipe, ["one", "two"], [WEIGHT, WEIGHT])
@@ -76,7 +76,7 @@ def variants(pipe: Any) -> dict[str, Any]:
         return lambda: mix(pipe, {"one": WEIGHT, "two": WEIGHT}, mode, f"by_{mode}", rank=RANK)
 
     alone = {"mug alone": lambda: set_adapters(pipe, "one"), "monster alone": lambda: set_adapters(pipe, "two")}
-    return {**alone, "both live": both, **{mode: by_mode(mode) for mode in MODES}}
+    return {**alone, "both active": both, **{mode: by_mode(mode) for mode in MODES}}
 
 
 def picture(work: Path, target: Path) -> list[str]:
@@ -115,7 +115,7 @@ def main() -> None:
         learn(folder(args.work, method, slug, seed), method, slug, seed, args.steps)
     print("| variant | rank | error | mug | monster |\n| --- | --- | --- | --- | --- |")
     print("\n".join(picture(args.work, args.picture)))
-    print("\n| pairs | how many | overlap |\n| --- | --- | --- |")
+    print("\n| pairs | number | overlap |\n| --- | --- | --- |")
     print("\n".join(overlaps(args.work)))
 
 
