@@ -1,6 +1,6 @@
 """Subject-driven image generation with NoRA and MoR adapters on Stable Diffusion models.
 
-The public names are loaded when first used, so that importing the package stays cheap.
+Public names are imported on first use, so importing the package is cheap.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ``make demo`` does: learn one held-out subject with NoRA, then generate it beside the base."""
+"""The demo: train NoRA on a subject that the base never saw, then compare images with and without the adapter."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ SEED = 0
 
 
 def find_examples(package: Path) -> Path:
-    """Folder of the example subjects: the wheel has the demo's inside the package, a clone has all beside it."""
-    shipped = package / "examples" / "subjects"
-    return shipped if shipped.is_dir() else package.parent / "examples" / "subjects"
+    """The folder of the example subjects: inside the package in a wheel (one subject), next to it in a clone (all)."""
+    packaged = package / "examples" / "subjects"
+    return packaged if packaged.is_dir() else package.parent / "examples" / "subjects"
 
 
 EXAMPLES = find_examples(Path(__file__).parent)
@@ -31,7 +31,7 @@ EXAMPLES = find_examples(Path(__file__).parent)
 
 @dataclass
 class Example:
-    """One of the example subjects: its folder, words, demo prompts and pictures."""
+    """An example subject: its folder and the values of its ``subject.json``."""
 
     folder: Path
     values: dict[str, Any]
@@ -42,12 +42,12 @@ class Example:
 
     @property
     def phrase(self) -> str:
-        """How prompts name the subject, for example ``a sks monster``."""
+        """The subject in prompts, for example ``a sks monster``."""
         return str(self.values["instance_prompt"])
 
     @property
     def prompts(self) -> list[str]:
-        """Prompt templates with ``{}`` for the subject, in scenes that no training picture has."""
+        """Prompt templates with ``{}`` for the subject, of scenes that are in no training image."""
         return [str(p) for p in self.values["demo_prompts"]]
 
     def images(self) -> list[Image.Image]:
@@ -58,12 +58,12 @@ class Example:
 
 
 def example_names() -> list[str]:
-    """Names of the example subjects that this installation has."""
+    """The example subjects of this installation."""
     return sorted(f.parent.name for f in EXAMPLES.glob("*/subject.json"))
 
 
 def open_example(slug: str) -> Example:
-    """An example subject by name. Raises :class:`UserError` that lists the available ones."""
+    """Open an example subject by name. Raises :class:`UserError` that lists the available ones."""
     names = example_names()
     if not names:
         raise UserError(f"there are no example subjects in {EXAMPLES}: reinstall nora-diffusion")
@@ -81,22 +81,22 @@ def _available(names: list[str]) -> str:
 def run_demo(
     slug: str = SUBJECT, out: str | Path = "outputs/demo", max_train_steps: int | None = None
 ) -> dict[str, Any]:
-    """Learn, export, generate, score; writes the adapter, its LoRA, ``grid.png`` and ``report.json`` into ``out``."""
+    """Train, export, generate and score; writes the adapter, its LoRA, ``grid.png`` and ``report.json`` to ``out``."""
     from .conversion.export import export_lora
     from .training import train
 
     example = open_example(slug)
     folder = make_folder(Path(out).expanduser())
-    started = time.monotonic()
+    start = time.monotonic()
     result = train(_train_config(example, folder, max_train_steps))
-    learned = time.monotonic()
+    trained = time.monotonic()
     export = export_lora(folder, folder / "subject_lora.safetensors")
     base, nora = _generate(example, folder)
     finished = time.monotonic()
     write_atomic(folder / "grid.png", png(_grid(example, base, nora)))
     report = {
         "subject": slug,
-        "seconds": {"learning": round(learned - started, 1), "generating": round(finished - learned, 1)},
+        "seconds": {"learning": round(trained - start, 1), "generating": round(finished - trained, 1)},
         "steps": result.steps,
         "trained_numbers": result.trainable_parameters,
         "bytes": {
@@ -134,17 +134,17 @@ def _generate(example: Example, folder: Path) -> tuple[list[Image.Image], list[I
 
 
 def _grid(example: Example, base: list[Image.Image], nora: list[Image.Image]) -> Image.Image:
-    training = [(image, f"training picture {i + 1}") for i, image in enumerate(example.images())]
+    training = [(image, f"training image {i + 1}") for i, image in enumerate(example.images())]
     labels = [p.format(example.phrase) for p in example.prompts]
     return contact_sheet(
         [training, list(zip(base, labels, strict=True)), list(zip(nora, labels, strict=True))],
-        ["What it learned from", "The base, without the adapter", "With the NoRA adapter, same seeds"],
+        ["Training images", "Base without the adapter", "Base with the NoRA adapter, same seeds"],
         side=192,
     )
 
 
 def _scores(example: Example, base: list[Image.Image], nora: list[Image.Image]) -> dict[str, dict[str, float]]:
-    """CLIP-I against held-out pictures of the subject and CLIP-T against the prompts, by the tiny CLIP."""
+    """CLIP-I against held-out images of the subject and CLIP-T against the prompts, by the tiny CLIP."""
     from .scoring.judges import load_judge, prompt_score, subject_score
 
     judge = load_judge()
@@ -160,13 +160,13 @@ def _scores(example: Example, base: list[Image.Image], nora: list[Image.Image]) 
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as a few lines to read."""
+    """The report as text."""
     scores = report["scores"]
     lines = [
         f"subject            {report['subject']}",
-        f"learning           {report['seconds']['learning']} s for {report['steps']} steps",
+        f"training           {report['seconds']['learning']} s for {report['steps']} steps",
         f"generating         {report['seconds']['generating']} s",
-        f"trained numbers    {report['trained_numbers']:,}",
+        f"trained parameters {report['trained_numbers']:,}",
         *(f"{name:<26} {size / 1024:,.0f} KiB" for name, size in report["bytes"].items()),
         f"export error       max |dW_file - dW| = {report['export_max_error']:.1e}",
         "                   subject score   prompt score   (tiny CLIP, cosine)",

@@ -1,4 +1,4 @@
-"""Versions of what an artifact was made with."""
+"""Package versions to record in files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft")
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that shape the numbers.
+    """Versions of the packages that determine results.
 
-    This package's is that of the code that runs: an installed one may be another, or none beside a source tree.
+    This package's is that of the running code; an installed distribution may differ or not exist.
     """
     found = {"nora-diffusion": __version__}
     for name in PACKAGES:

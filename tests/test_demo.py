@@ -1,4 +1,4 @@
-"""The demo, whole, on the embedded base; only its training is cut short."""
+"""The demo on the embedded base, with a short training."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_examples_are_complete() -> None:
-    """Six pictures to learn from, held-out ones to score with, six prompts; at least 16 subjects."""
+    """At least 16 subjects, each with six training images, held-out images and six prompts."""
     slugs = demo.example_names()
     assert len(slugs) >= 16 and demo.SUBJECT in slugs
     for slug in slugs:
@@ -42,28 +42,28 @@ def test_examples_are_complete() -> None:
         assert example.class_word in example.phrase
 
 
-def test_the_wheel_has_one_subject_and_says_so(
+def test_the_wheel_has_one_subject_and_errors_name_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The wheel's folder inside the package comes first: beside it, in site-packages, lies what others installed."""
+    """The folder inside the package wins over one next to it, which in site-packages may belong to another package."""
     package = tmp_path / "site-packages/nora_diffusion"
     shutil.copytree(demo.EXAMPLES / demo.SUBJECT, package / "examples/subjects" / demo.SUBJECT)
     (tmp_path / "site-packages/examples/subjects/other").mkdir(parents=True)
     monkeypatch.setattr(demo, "EXAMPLES", demo.find_examples(package))
     assert demo.example_names() == [demo.SUBJECT] and len(demo.open_example(demo.SUBJECT).images()) == 6
     assert main(["demo", "--subject", "tiger"]) == 2
-    said = capsys.readouterr().err
-    assert f"choose one of {demo.SUBJECT}" in said and "source repository has more" in said
+    error = capsys.readouterr().err
+    assert f"choose one of {demo.SUBJECT}" in error and "source repository has more" in error
 
 
-def test_a_clone_has_all_subjects_beside_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_clone_has_all_subjects_next_to_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert Path(__file__).parents[1] / "examples/subjects" == demo.EXAMPLES
     assert main(["demo", "--subject", "unicorn"]) == 2
-    said = capsys.readouterr().err
-    assert all(name in said for name in demo.example_names()) and "source repository" not in said
+    error = capsys.readouterr().err
+    assert all(name in error for name in demo.example_names()) and "source repository" not in error
 
 
-def test_installed_without_examples(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_installation_without_examples(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(demo, "EXAMPLES", Path("nowhere"))
     assert main(["demo"]) == 2
     assert "no example subjects in nowhere: reinstall" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command ``nora-diffusion``: parses and calls; each subcommand is one module."""
+"""The command ``nora-diffusion``. Each subcommand is a module that parses flags and calls the library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import UserError
-from ..quiet import hush
+from ..quiet import hide_known_warnings
 from ..training.settings.arguments import with_underscores
 from ..training.settings.values import unknown_argument
 from . import app, data, demo, evaluate, export, generate, grid, import_, inspect, methods, mix, pack
@@ -32,25 +32,25 @@ COMMANDS = {
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows every default that its flag's help does not put into words."""
+    """Adds the default to the help of a flag, unless the text has it or it is empty."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        unsaid = action.default in (None, "", []) or isinstance(action.default, bool)
-        return action.help if unsaid or "default" in (action.help or "") else super()._get_help_string(action)
+        empty = action.default in (None, "", []) or isinstance(action.default, bool)
+        return action.help if empty or "default" in (action.help or "") else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises :class:`UserError` instead of exiting, and suggests the flag that was meant."""
+    """Raises :class:`UserError` instead of exiting, and suggests a flag for an unknown one."""
 
     def __init__(self, **settings: Any) -> None:
-        # Half a flag's name is a typo here, as it is for `train`.
+        # No abbreviated flags, as in `train`: a typo must not select another flag.
         super().__init__(**{"formatter_class": Help, "allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse, with a suggestion for the first unknown flag."""
+        """Parse the flags. Raises :class:`UserError` with a suggestion for the first unknown one."""
         values, unknown = self.parse_known_args([with_underscores(word) for word in argv])
         if unknown:
             flags = [flag.lstrip("-") for action in self._flags(values) for flag in action.option_strings]
@@ -65,19 +65,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_command(words: Sequence[str]) -> None:
-    """Raises :class:`UserError` for a command that there is not."""
+    """Raises :class:`UserError` for an unknown command."""
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
         near = difflib.get_close_matches(words[0], [*COMMANDS, "train"], 1)
-        hint = f"did you mean {near[0]}?" if near else "nora-diffusion --help lists those there are"
+        hint = f"did you mean {near[0]}?" if near else "nora-diffusion --help lists all commands"
         raise UserError(f"there is no command {words[0]!r}: {hint}")
 
 
 def build_parser() -> Parser:
-    """The parser of all commands; ``train`` has its own, made from ``TrainConfig``."""
-    parser = Parser(prog="nora-diffusion", description="Learn a subject from a few pictures and generate it.")
+    """The parser of all commands except ``train``, whose parser is made from ``TrainConfig``."""
+    parser = Parser(
+        prog="nora-diffusion", description="Train an adapter on a few photos of a subject, and generate images of it."
+    )
     parser.add_argument("--version", action="version", version=f"nora-diffusion {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    commands.add_parser("train", help="learn a subject (nora-diffusion train --help)", add_help=False)
+    commands.add_parser("train", help="train an adapter (nora-diffusion train --help)", add_help=False)
     for name, module in COMMANDS.items():
         sub = commands.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(sub)
@@ -86,13 +88,13 @@ def build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    """Run a command; returns the exit code: 0, 2 after a user error, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["train"]:
         from ..training import main as train
 
         return train(words[1:], "nora-diffusion train")
-    hush()
+    hide_known_warnings()
     try:
         check_command(words)
         parser = build_parser()

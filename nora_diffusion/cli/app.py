@@ -1,4 +1,4 @@
-"""``nora-diffusion app``, and what ``app.py`` does."""
+"""``nora-diffusion app``, also ``app.py``."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ HELP = "generate, mix, train and compare in the browser"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command."""
+    """Add the flags of this command."""
     from ..ui import AppConfig
 
-    first = AppConfig()
-    parser.add_argument("--port", type=int, default=first.port, help=f"default {first.port}; 0 takes any free one")
+    defaults = AppConfig()
+    parser.add_argument("--port", type=int, default=defaults.port, help=f"default {defaults.port}; 0: any free port")
     parser.add_argument(
-        "--listen", default=first.listen, metavar="ADDRESS", help=f"default {first.listen}, this machine only"
+        "--listen", default=defaults.listen, metavar="ADDRESS", help=f"default {defaults.listen}, this machine only"
     )
     parser.add_argument(
-        "--library", default=first.library, metavar="DIR", help="folder of adapters, pictures and trainings"
+        "--library", default=defaults.library, metavar="DIR", help="folder of adapters, images and training runs"
     )
-    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for a password; needed with --listen")
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="require a password; needed with --listen")
     parser.add_argument(
         "--allow_changes", action="store_true", help="with --listen: let users train, upload and delete"
     )
@@ -33,14 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(values: argparse.Namespace) -> None:
-    """Serve until Ctrl-C."""
+    """Serve the app until Ctrl-C."""
     from ..ui import serve
 
     serve(app_config(values))
 
 
 def app_config(values: argparse.Namespace) -> AppConfig:
-    """The settings that the flags give."""
+    """The flags as :class:`AppConfig`."""
     from ..ui import AppConfig
 
     return AppConfig(source_of(values), values.port, values.listen, values.library, values.auth, values.allow_changes)

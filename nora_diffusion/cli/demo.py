@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "learn an example subject on the embedded base and generate it"
+HELP = "train on an example subject with the embedded base, then generate images of it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command."""
-    from ..demo import SUBJECT
+    """Add the flags of this command."""
+    from ..demo import SUBJECT, example_names
     from ..training.settings.defaults import EMBEDDED
 
-    parser.add_argument("--subject", default=SUBJECT, help="folder name in examples/subjects")
+    parser.add_argument("--subject", default=SUBJECT, help="an example subject: " + ", ".join(example_names()))
     parser.add_argument("--out", default="outputs/demo", help="folder for the results")
     parser.add_argument("--max_train_steps", type=int, default=EMBEDDED["max_train_steps"], help="training steps")
 
@@ -23,4 +23,4 @@ def run(values: argparse.Namespace) -> None:
 
     report = run_demo(values.subject, values.out, values.max_train_steps)
     print(table(report))
-    print(f"\nlook at {values.out}/grid.png")
+    print(f"\nimages: {values.out}/grid.png")

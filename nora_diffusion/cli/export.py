@@ -5,26 +5,28 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-HELP = "write an adapter as a plain LoRA for other tools, exactly"
+HELP = "export an adapter as a plain LoRA for other tools, without loss"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command."""
+    """Add the flags of this command."""
     from ..training.settings.checks import EXPORT_FORMATS
 
     parser.add_argument("adapter", help="adapter file or folder")
     parser.add_argument("out", help="file to write, or a folder for --format peft; an older export is replaced")
     parser.add_argument("--format", choices=EXPORT_FORMATS, default="diffusers",
-                        help="names of the tensors: pipe.load_lora_weights; A1111 and ComfyUI; PEFT")  # fmt: skip
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="number type of the file")
+                        help="key names: for pipe.load_lora_weights; for A1111 and ComfyUI; for PEFT")  # fmt: skip
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="dtype of the file")
     parser.add_argument("--gate", choices=("mean",), help="fix a mixture's gates at their mean over prompts")
-    parser.add_argument("--calibration_prompts", nargs="+", metavar="PROMPT", help="prompts for it (default: generic)")
-    parser.add_argument("--base", help="base to measure it on: folder or hub id (default: the one the adapter names)")
-    parser.add_argument("--rank", type=int, help="cut an adapter that was trained for every rank (dylora)")
+    parser.add_argument(
+        "--calibration_prompts", nargs="+", metavar="PROMPT", help="prompts to measure it on (default: generic ones)"
+    )
+    parser.add_argument("--base", help="base to measure it on: folder or hub id (default: the adapter's)")
+    parser.add_argument("--rank", type=int, help="truncate an adapter that was trained for every rank (dylora)")
 
 
 def run(values: argparse.Namespace) -> None:
-    """Export and print what it cost."""
+    """Export, and print the size and the error."""
     from ..conversion.export import export_lora
 
     report = export_lora(

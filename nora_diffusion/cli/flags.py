@@ -14,30 +14,32 @@ DTYPES = ("auto", "fp32", "fp16", "bf16")
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of :class:`BaseSource`."""
+    """Add the flags of :class:`BaseSource`."""
     parser.add_argument("--base", help="pipeline folder or hub id (default: the embedded base)")
     parser.add_argument("--device", help="cpu, cuda, mps ... (default: the best one available)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the base; auto: half on a GPU")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="dtype of the base; auto: half precision on a GPU, else fp32"
+    )
     parser.add_argument("--variant", help="variant of the weight files, for example fp16")
     parser.add_argument("--revision", help="revision of the hub repository")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``Sampling``."""
+    """Add the flags of ``Sampling``."""
     parser.add_argument("--negative_prompt", default="", help="what to avoid")
-    parser.add_argument("--steps", type=int, help="denoising steps, 1 to 1000 (default: what suits the base)")
-    parser.add_argument("--guidance", type=float, help="guidance scale, 0 to 100 (default: what suits the base)")
-    parser.add_argument("--width", type=int, help="width in pixels, a multiple of 8 (default: the base's own)")
-    parser.add_argument("--height", type=int, help="height in pixels, a multiple of 8 (default: the base's own)")
+    parser.add_argument("--steps", type=int, help="denoising steps, 1 to 1000 (default: that of the base)")
+    parser.add_argument("--guidance", type=float, help="guidance scale, 0 to 100 (default: that of the base)")
+    parser.add_argument("--width", type=int, help="width in pixels, a multiple of 8 (default: that of the base)")
+    parser.add_argument("--height", type=int, help="height in pixels, a multiple of 8 (default: that of the base)")
 
 
 def source_of(values: argparse.Namespace) -> BaseSource:
-    """The base that the flags name."""
+    """The flags as :class:`BaseSource`."""
     return BaseSource(values.base, values.device, values.dtype, values.variant, values.revision)
 
 
 def sampling_of(values: argparse.Namespace) -> Sampling:
-    """The sampling settings of the flags, with the base's defaults."""
+    """The flags as ``Sampling``, with the base's defaults."""
     from ..generation.sampling import Sampling
 
     return Sampling.for_base(

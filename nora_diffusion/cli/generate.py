@@ -6,32 +6,32 @@ import argparse
 
 from .flags import add_sampling_flags, add_source_flags, sampling_of, source_of
 
-HELP = "generate pictures with any base and adapters"
+HELP = "generate images with any base and adapters"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command."""
+    """Add the flags of this command."""
     parser.add_argument(
-        "--prompt", action="append", default=[], help="what to show, with tags like <lora:dog:0.8>; may be repeated"
+        "--prompt", action="append", default=[], help="prompt, with tags like <lora:dog:0.8>; may be repeated"
     )
     parser.add_argument(
         "--adapter",
         action="append",
         default=[],
         metavar="PATH[:WEIGHT]",
-        help="file, folder, hub id or PACK#NAME; its weight is 1 unless given; may be repeated",
+        help="file, folder, hub id or PACK#NAME (default weight: 1); may be repeated",
     )
     parser.add_argument("--library", metavar="DIR", help="folder of adapters that tags in prompts may name")
-    parser.add_argument("--num", type=int, default=1, help="pictures of each prompt, 1 to 10000")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next ones count up")
-    parser.add_argument("--batch", type=int, default=4, help="pictures at a time; fewer take less memory")
+    parser.add_argument("--num", type=int, default=1, help="images per prompt, 1 to 10000")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the next ones count up")
+    parser.add_argument("--batch", type=int, default=4, help="images at a time; fewer take less memory")
     add_sampling_flags(parser)
     add_source_flags(parser)
-    parser.add_argument("--out", default="outputs", help="folder for the pictures; nothing in it is overwritten")
+    parser.add_argument("--out", default="outputs", help="folder for the images; nothing in it is overwritten")
 
 
 def run(values: argparse.Namespace) -> None:
-    """Generate and print the files."""
+    """Generate the images and print their files."""
     from ..generation.generate import GenerateConfig, generate
 
     config = GenerateConfig(

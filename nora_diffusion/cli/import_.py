@@ -5,30 +5,30 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-HELP = "project a LoRA of another tool onto a NoRA basis and say how much was kept"
+HELP = "project a LoRA of another tool onto a NoRA basis and print the error"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command."""
+    """Add the flags of this command."""
     parser.add_argument("lora", help="LoRA, LoHa or LoKr file (safetensors) or folder")
     parser.add_argument("out", help="folder for the adapter")
-    parser.add_argument("--base", help="pipeline folder or hub id; without it the embedded base")
+    parser.add_argument("--base", help="pipeline folder or hub id (default: the embedded base)")
     parser.add_argument("--method", choices=("nora", "lora_xs"), default="nora", help="adapter to make")
     parser.add_argument("--rank", type=int, default=32, help="outer rank r of the basis")
     parser.add_argument("--inner_rank", type=int, default=4, help="inner rank r' (nora)")
     parser.add_argument("--basis", choices=("svd", "awsvd", "orthogonal"), default="svd",
                         help="frozen outer pair to project onto")  # fmt: skip
-    parser.add_argument("--trigger", help="the word that calls the subject, where the file does not say")
+    parser.add_argument("--trigger", help="trigger word, if the file does not record it")
 
 
 def run(values: argparse.Namespace) -> None:
-    """Import, and print what was lost by layer, worst first, and over all."""
+    """Import, and print the relative error of each layer, worst first, and the total."""
     from ..adapters import lora_xs, nora
     from ..conversion.import_lora import import_lora
     from ..formats.adapter_file import inspect_adapter, require_vacant
     from ..pipelines.base import open_pipeline
 
-    inspect_adapter(values.lora)  # refuse before a model is loaded
+    inspect_adapter(values.lora)  # fails before a model is loaded
     require_vacant(Path(values.out).expanduser())
     config = (
         nora(values.rank, values.inner_rank, basis=values.basis)

@@ -8,17 +8,21 @@ from typing import Any
 
 from ..errors import UserError
 
-HELP = "say what an adapter file holds, without loading a model"
+HELP = "describe an adapter file, without loading a model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command."""
+    """Add the flags of this command."""
     parser.add_argument("adapter", help="adapter file or folder")
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
-    parser.add_argument("--overlap", metavar="OTHER", help="how much it moves the same directions as another adapter")
-    parser.add_argument("--layers", action="store_true", help="what it does to each layer's weight (loads its base)")
+    parser.add_argument(
+        "--overlap", metavar="OTHER", help="measure how much it changes the same directions as another adapter"
+    )
+    parser.add_argument("--layers", action="store_true", help="describe its update of each layer (loads its base)")
     parser.add_argument("--intruders", action="store_true", help="with --layers: count intruder dimensions (slower)")
-    parser.add_argument("--base", help="with --layers: where its base lies (default: as named in the file)")
+    parser.add_argument(
+        "--base", help="with --layers: folder or hub id of its base (default: the one named in the file)"
+    )
 
 
 def run(values: argparse.Namespace) -> None:
@@ -28,7 +32,7 @@ def run(values: argparse.Namespace) -> None:
     from ..formats.adapter_file import inspect_adapter
 
     if (values.intruders or values.base) and not values.layers:
-        raise UserError("--intruders and --base say something about --layers: give it as well")
+        raise UserError("--intruders and --base need --layers: give it as well")
     info = inspect_adapter(values.adapter)
     layers = _layers(values) if values.layers else []
     overlap = _overlap(values) if values.overlap else {}
@@ -38,14 +42,14 @@ def run(values: argparse.Namespace) -> None:
         return
     rows = {
         "file": info.path,
-        **({"what": info.note} if info.note else {}),
+        **({"note": info.note} if info.note else {}),
         "method": f"{info.method}, {info.ranks}",
         "base": info.base,
-        "parts": ", ".join(info.components),
+        "components": ", ".join(info.components),
         "trigger": info.trigger or "none",
         **({"new tokens": _tokens(info)} if info.tokens else {}),
         "class word": info.class_word or "none",
-        "trained numbers": f"{info.trained_parameters:,} of {info.stored_parameters:,} stored",
+        "parameters": f"{info.trained_parameters:,} trained of {info.stored_parameters:,} stored",
         "basis": info.basis + (f" {info.basis_sha256}" if info.basis_sha256 else ""),
         "step, seed": f"{info.step}, {info.seed}",
         "size": f"{info.bytes:,} bytes",
@@ -63,7 +67,7 @@ def run(values: argparse.Namespace) -> None:
 
 
 def _tokens(info: Any) -> str:
-    return ", ".join(f"{word} ({' and '.join(parts)})" for word, parts in info.tokens.items())
+    return ", ".join(f"{token} ({' and '.join(encoders)})" for token, encoders in info.tokens.items())
 
 
 def _layers(values: argparse.Namespace) -> list[Any]:
@@ -76,8 +80,8 @@ def _layers(values: argparse.Namespace) -> list[Any]:
 def _overlap(values: argparse.Namespace) -> dict[str, Any]:
     from ..composition.angles import overlap_files
 
-    found = overlap_files(values.adapter, values.overlap)
+    overlap = overlap_files(values.adapter, values.overlap)
     return {
-        "overlap": found.score,
-        "overlap_layers": {f"{part}.{path}": score for (part, path), score in found.layers.items()},
+        "overlap": overlap.score,
+        "overlap_layers": {f"{component}.{path}": score for (component, path), score in overlap.layers.items()},
     }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "what each method computes and costs on the layouts of Stable Diffusion"
+HELP = "list the methods with formula, size and defaults on Stable Diffusion"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command."""
+    """Add the flags of this command."""
     parser.add_argument("--method", nargs="+", help="methods to show (default: all)")
     parser.add_argument("--layout", nargs="+", help="sd15, sdxl (default: both)")
 

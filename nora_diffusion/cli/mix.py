@@ -6,35 +6,35 @@ import argparse
 import sys
 import warnings
 
-HELP = "make one adapter of several, without loading their base"
+HELP = "mix several adapters into one, without loading their base"
 MODES = ("linear", "cat", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command."""
+    """Add the flags of this command."""
     parser.add_argument("adapters", nargs="+", metavar="PATH[:WEIGHT]", help="adapter files or folders")
     parser.add_argument("--output", "--out", required=True, help="folder to write")
     parser.add_argument("--mode", choices=MODES, default="cat", help="see docs/mixing.md (default: cat, exact)")
-    parser.add_argument("--rank", type=int, help="rank of the result, where the mode truncates (default: the sum)")
+    parser.add_argument("--rank", type=int, help="rank of the result, for modes that truncate (default: the sum)")
     parser.add_argument(
         "--density",
         type=float,
         default=0.5,
         help="share of entries that magnitude_prune, ties and dare keep, above 0 up to 1",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of what dare drops")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the entries that dare drops")
 
 
 def run(values: argparse.Namespace) -> None:
-    """Mix and print what became of it."""
+    """Mix, and print the rank, the error and the overlaps."""
     from ..composition.mixing import mix_files
     from ..generation.generate import parse_adapter
 
-    parts = [parse_adapter(text) for text in values.adapters]
+    adapters = [parse_adapter(text) for text in values.adapters]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # they are printed below, as sentences
+        warnings.simplefilter("ignore", UserWarning)  # printed below
         report = mix_files(
-            parts, values.output, values.mode, rank=values.rank, density=values.density, seed=values.seed
+            adapters, values.output, values.mode, rank=values.rank, density=values.density, seed=values.seed
         )
     exact = "exact" if report.error == 0 else f"error {report.error:.1%}, {report.kept:.2%} of the energy kept"
     print(f"{report.info.path}: {report.mode}, rank {report.rank} on {report.layers} layers, {exact}")

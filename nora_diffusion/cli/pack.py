@@ -7,30 +7,32 @@ import json
 import re
 from pathlib import Path
 
-HELP = "many subjects with one shared basis in one file"
+HELP = "pack many subjects with one shared basis into one file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verbs of this command and their flags."""
+    """Add the verbs of this command and their flags."""
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, text in (("create", "pack adapters"), ("add", "add adapters to a pack")):
         sub = verbs.add_parser(verb, help=text, description=text)
         sub.add_argument("pack", help="file that ends in .nora_pack.safetensors")
         sub.add_argument("adapters", nargs="+", metavar="[NAME=]ADAPTER", help="adapter folder, file or PACK#NAME")
-    sub = verbs.add_parser("list", help="say what a pack holds", description="say what a pack holds")
+    sub = verbs.add_parser("list", help="list the subjects of a pack", description="list the subjects of a pack")
     sub.add_argument("pack")
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
-    sub = verbs.add_parser("extract", help="write one subject as an adapter", description="write one as an adapter")
+    sub = verbs.add_parser(
+        "extract", help="write one subject as an adapter", description="write one subject as an adapter"
+    )
     sub.add_argument("pack")
     sub.add_argument("name")
     sub.add_argument("out", help="folder for the adapter")
-    sub = verbs.add_parser("remove", help="take subjects out", description="take subjects out of a pack")
+    sub = verbs.add_parser("remove", help="remove subjects", description="remove subjects from a pack")
     sub.add_argument("pack")
     sub.add_argument("names", nargs="+", metavar="NAME")
 
 
 def run(values: argparse.Namespace) -> None:
-    """Do what the verb says, and print the result."""
+    """Run the verb and print the result."""
     from ..formats import pack_writing
     from ..formats.packs import list_pack
 
@@ -45,13 +47,13 @@ def run(values: argparse.Namespace) -> None:
     else:
         verb = pack_writing.create_pack if values.verb == "create" else pack_writing.add_to_pack
         named = [tuple(text.split("=", 1)) if "=" in text else ("", text) for text in values.adapters]
-        file = verb(values.pack, [(name, path) for name, path in named if name or not _holds_bases(Path(path))])
+        file = verb(values.pack, [(name, path) for name, path in named if name or not _is_bases_folder(Path(path))])
     count = len(list_pack(file))
     print(f"{file}: {count} {'subject' if count == 1 else 'subjects'}, {file.stat().st_size:,} bytes")
 
 
-def _holds_bases(folder: Path) -> bool:
-    """Whether this is the folder of shared bases, which lies among the adapters that ``shelf/*`` names."""
+def _is_bases_folder(folder: Path) -> bool:
+    """Whether this is the folder of shared bases, which a shell pattern like ``shelf/*`` includes."""
     files = list(folder.iterdir()) if folder.name == "bases" and folder.is_dir() else []
     return bool(files) and all(re.fullmatch(r"[0-9a-f]{64}\.safetensors", file.name) for file in files)
 

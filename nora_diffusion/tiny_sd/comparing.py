@@ -20,7 +20,7 @@ from typing import Any
 from ..errors import UserError
 from ..io.files import locked_folder, sha256, write_atomic
 from ..pipelines.base import EMBEDDED_WEIGHTS
-from ..quiet import hush
+from ..quiet import hide_known_warnings
 from ..reports.sheets import contact_sheet
 from ..scoring.metrics import interval, resampled
 from ..training.run.signals import Interrupted
@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs/comparing"),
                         help="folder for lessons.jsonl, report.md and pictures/ (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
-    hush()
+    hide_known_warnings()
     tasks = all_tasks(args.methods, args.rates, args.seeds, args.subjects, args.max_train_steps)
     try:
         text = report(compare(args.weights, tasks, args.out))

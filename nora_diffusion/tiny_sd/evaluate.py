@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..pipelines.base import EMBEDDED_WEIGHTS, open_pipeline
-from ..quiet import hush
+from ..quiet import hide_known_warnings
 from ..reports.sheets import contact_sheet
 from ..scoring.judges import Judge, image_features, load_judge, text_features
 from .measures.following import measure
@@ -176,7 +176,7 @@ def main() -> None:
                         help="unseen captions for the probe, 0 to leave it out (default: %(default)s)")  # fmt: skip
     parser.add_argument("--teach", action="store_true", help="also train adapters on four held-out subjects (minutes)")
     args = parser.parse_args()
-    hush()
+    hide_known_warnings()
     try:
         report = evaluate(args.weights, args.images, args.prompts)
         if args.teach:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..pipelines.base import is_embedded
-from ..quiet import hush
+from ..quiet import hide_known_warnings
 from .run.signals import Interrupted
 from .settings.arguments import parse
 
@@ -91,7 +91,7 @@ def first_process() -> bool:
 
 def show_log() -> None:
     """Print this package's remarks and warnings, and no other library's, as plain lines on stderr."""
-    hush()
+    hide_known_warnings()
     logger = logging.getLogger("nora_diffusion")
     logger.setLevel(logging.INFO if first_process() else logging.WARNING)
     if not logger.hasHandlers():

@@ -1,4 +1,4 @@
-"""The command line: results, and one sentence with exit code 2 for every mistake."""
+"""The command line: results, and for every user error one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def dog(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved adapter that changes pictures."""
+    """A saved adapter with a visible effect."""
     pipe: Any = open_pipeline(tiny_base)
     add_adapter(pipe, nora(r=4, inner_r=2), "one", ("unet", "text_encoder"))
     for parameter in trainable_parameters(pipe, "one").values():
@@ -53,7 +53,9 @@ def generate(base: Path, out: Path, *more: str) -> int:
     return main([*words, *more])
 
 
-def test_generate_writes_pictures_with_settings(tiny_base: Path, dog: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_generate_writes_images_with_their_settings(
+    tiny_base: Path, dog: Path, tmp_path: Path, capsys: Capture
+) -> None:
     common = ["--prompt", "a sks dog", "--num", "3", "--seed", "5"]
     assert generate(tiny_base, tmp_path / "one", *common, "--adapter", f"{dog}:0.8", "--batch", "2") == 0
     files = [Path(line) for line in capsys.readouterr().out.split()]
@@ -62,7 +64,7 @@ def test_generate_writes_pictures_with_settings(tiny_base: Path, dog: Path, tmp_
     assert (settings.prompt, settings.seed, settings.steps) == ("a sks dog", 7, 2)
     assert settings.adapters[0]["weight"] == 0.8
     assert settings.adapters[0]["trigger"] == "sks"
-    # Another batch size gives the same picture, and without the adapter it is another one.
+    # Another batch size gives the same image; without the adapter it differs.
     assert generate(tiny_base, tmp_path / "two", *common, "--adapter", f"{dog}:0.8", "--batch", "1") == 0
     assert (tmp_path / "two" / "0002-7.png").read_bytes() == files[2].read_bytes()
     assert generate(tiny_base, tmp_path / "three", *common) == 0
@@ -91,12 +93,12 @@ MISTAKES = {
     "no such command, nor one like it": (["xyz"], "nora-diffusion --help"),
     "flag with a typo": (["generate", "--promt", "x", "--prompt", "x"], "did you mean --prompt"),
     "flag with a typo and nothing else": (["generate", "--promt", "x"], "did you mean --prompt"),
-    "half a flag": (["generate", "--guidanc", "3", "--prompt", "x"], "did you mean --guidance"),
-    "stray word": (["demo", "tiger"], "see nora-diffusion demo --help"),
+    "abbreviated flag": (["generate", "--guidanc", "3", "--prompt", "x"], "did you mean --guidance"),
+    "unexpected argument": (["demo", "tiger"], "see nora-diffusion demo --help"),
     "no prompt": (["generate"], "--prompt"),
     "empty prompt": (["generate", "--prompt", " "], "no prompt"),
     "absurd steps": (["generate", "--prompt", "x", "--steps", "1000000000"], "out of range"),
-    "odd size": (["generate", "--prompt", "x", "--width", "63"], "multiple of 8"),
+    "size that is no multiple of 8": (["generate", "--prompt", "x", "--width", "63"], "multiple of 8"),
     "NaN weight": (["generate", "--prompt", "x", "--adapter", "dog:nan"], "not a number"),
     "weight out of range": (["generate", "--prompt", "x", "--adapter", "dog:101"], "out of range"),
     "tag that is not closed": (["generate", "--prompt", "x <lora:dog:0.8"], "not a complete tag"),
@@ -104,13 +106,13 @@ MISTAKES = {
     "nothing but a tag": (["generate", "--prompt", "<lora:dog>", "--adapter", "dog"], "no prompt besides"),
     "word as weight": (["generate", "--prompt", "x", "--adapter", "dog:big"], "not a number"),
     "absent base": (["generate", "--prompt", "x", "--base", "./nowhere"], "does not exist"),
-    "base that no hub gives": (
+    "base that is not on the hub": (
         ["generate", "--prompt", "x", "--base", "no/where"],
         "cannot load the pipeline 'no/where'",
     ),
     "unknown device": (["generate", "--prompt", "x", "--device", "cudaa"], "the device 'cudaa' will not do here"),
-    "device that is not here": (["generate", "--prompt", "x", "--device", "hpu"], "leave --device out"),
-    "device that the app cannot have": (["app", "--device", "cudaa"], "leave --device out"),
+    "unavailable device": (["generate", "--prompt", "x", "--device", "hpu"], "leave --device out"),
+    "unavailable device for the app": (["app", "--device", "cudaa"], "leave --device out"),
     "absent adapter": (["inspect", "nowhere"], "no adapter at nowhere"),
     "absent adapter to generate with": (["generate", "--prompt", "x", "--adapter", "nowhere"], "no adapter at nowhere"),
     "two weights": (["generate", "--prompt", "x", "--adapter", "out/dog:0.8:3"], "is no local path"),
@@ -121,28 +123,26 @@ MISTAKES = {
 }
 
 
-def test_a_finished_training_says_how_to_use_it() -> None:
+def test_a_finished_training_prints_the_next_command() -> None:
     ours = TrainConfig(instance_prompt="a sks dog")
     assert next_command(ours, Path("my dog")) == "nora-diffusion generate --adapter 'my dog' --prompt 'a sks dog'"
     other = TrainConfig(instance_prompt="x", pretrained_model_name_or_path="some/model")
-    told = "nora-diffusion generate --adapter dog --prompt x --base some/model"
-    assert next_command(other, Path("dog")) == told
+    expected = "nora-diffusion generate --adapter dog --prompt x --base some/model"
+    assert next_command(other, Path("dog")) == expected
     other = replace(other, variant="fp16", revision="v2")
-    assert next_command(other, Path("dog")) == f"{told} --variant fp16 --revision v2"
+    assert next_command(other, Path("dog")) == f"{expected} --variant fp16 --revision v2"
 
 
-def test_help_says_every_default(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_shows_every_default(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    said = {}
+    text = {}
     for command in ("generate", "demo"):
         with pytest.raises(SystemExit) as stopped:
             main([command, "--help"])
         assert stopped.value.code == 0
-        said[command] = " ".join(capsys.readouterr().out.split())
-    assert (
-        "1 to 1000 (default: what suits the base)" in said["generate"] and "count up (default: 0)" in said["generate"]
-    )
-    assert f"(default: {SUBJECT})" in said["demo"] and f"(default: {EMBEDDED['max_train_steps']})" in said["demo"]
+        text[command] = " ".join(capsys.readouterr().out.split())
+    assert "1 to 1000 (default: that of the base)" in text["generate"] and "count up (default: 0)" in text["generate"]
+    assert f"(default: {SUBJECT})" in text["demo"] and f"(default: {EMBEDDED['max_train_steps']})" in text["demo"]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -167,10 +167,10 @@ def test_mistakes_get_one_sentence(
         ["evaluate", "--subjects", "{tiger}", "--adapters", "{dog}"],
     ],
 )
-def test_pictures_are_made_on_the_best_device(
+def test_images_are_made_on_the_best_device_by_default(
     words: list[str], dog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """Unless another one is named; here it is one that no machine has."""
+    """The best device is patched to one that does not exist."""
     tiger = Path(__file__).parents[2] / "examples/subjects/tiger"
     monkeypatch.setattr("nora_diffusion.pipelines.base.best_device", lambda: "cudaa")
     words = [word.format(tiger=tiger, dog=dog) for word in words]
@@ -178,13 +178,13 @@ def test_pictures_are_made_on_the_best_device(
     assert "the device 'cudaa' will not do here" in capsys.readouterr().err
 
 
-def test_a_mistyped_path_is_no_hub_id(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies in a folder that is here is meant as a path; the hub is not asked for it."""
+def test_a_mistyped_path_is_not_a_hub_id(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path in an existing folder is never looked up on the hub."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out" / "dog").mkdir(parents=True)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: pytest.fail("asked the hub"))
     assert main(["generate", "--prompt", "x", "--adapter", "out/dgo"]) == 2
-    assert "no adapter at out/dgo" in (said := capsys.readouterr().err) and "did you mean out/dog?" in said
+    assert "no adapter at out/dgo" in (error := capsys.readouterr().err) and "did you mean out/dog?" in error
     assert main(["generate", "--prompt", "x", "--base", "out/dgo"]) == 2
     assert "out/dgo" in capsys.readouterr().err
 
@@ -198,7 +198,7 @@ def test_adapter_for_another_base_is_refused(dog: Path, tmp_path: Path, capsys: 
     assert not (tmp_path / "out").exists()
 
 
-def test_output_that_cannot_be_written(tiny_base: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_an_output_folder_that_cannot_be_written(tiny_base: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "file").write_text("x")
     assert generate(tiny_base, tmp_path / "file" / "out", "--prompt", "x") == 2
     assert "cannot write" in capsys.readouterr().err
@@ -232,25 +232,25 @@ def test_parse_adapter(text: str, expected: tuple[str, float]) -> None:
         ("demo", run_demo, {"slug": "subject"}),
     ],
 )
-def test_flags_have_the_defaults_of_what_they_set(words: str, owner: Any, renamed: dict[str, str]) -> None:
-    """They are stated twice, so that ``--help`` needs no torch. The one default of an import is its own."""
+def test_flags_have_the_defaults_of_the_python_api(words: str, owner: Any, renamed: dict[str, str]) -> None:
+    """They are stated twice, so that ``--help`` does not import torch. ``import --basis`` has its own default."""
     flags = vars(build_parser().parse(words.split()))
     for name, parameter in signature(owner).parameters.items():
-        flag, told = renamed.get(name, name), parameter.default
-        if isinstance(told, int | float | str) and flag in flags and (owner, flag) != (nora, "basis"):
-            assert flags[flag] == told, flag
+        flag, default = renamed.get(name, name), parameter.default
+        if isinstance(default, int | float | str) and flag in flags and (owner, flag) != (nora, "basis"):
+            assert flags[flag] == default, flag
 
 
 @pytest.mark.parametrize(
-    ("words", "flag", "kind"),
+    ("words", "flag", "choices"),
     [
         ("mix a --output b", "--mode", Mode),
         ("export a b", "--format", Format),
         ("export a b", "--dtype", SaveDtype),
     ],
 )
-def test_flags_have_all_choices(words: str, flag: str, kind: Any) -> None:
-    for choice in get_args(kind):
+def test_flags_have_all_choices(words: str, flag: str, choices: Any) -> None:
+    for choice in get_args(choices):
         assert getattr(build_parser().parse([*words.split(), flag, choice]), flag[2:]) == choice
 
 
@@ -260,7 +260,7 @@ def test_hyphens_in_flags_are_underscores() -> None:
     assert build_parser().parse(["app", "--allow-changes"]).allow_changes
 
 
-def test_module_runs_and_is_quick_to_help() -> None:
+def test_the_module_runs_and_help_does_not_import_torch() -> None:
     code = "import sys; from nora_diffusion.cli import main; main(['--help'])"
     check = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True, capture_output=True)

@@ -13,23 +13,23 @@ from nora_diffusion.cli import main
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos" / "dog6"
 
 
-def test_a_folder_is_reported_with_its_rejects_and_twins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_lists_rejects_and_duplicates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = shutil.copytree(PHOTOS, tmp_path / "photos")
     shutil.copy(folder / "01.jpg", folder / "copy.jpg")
     (folder / "cut.jpg").write_bytes((folder / "02.jpg").read_bytes()[:2000])
     (folder / "00.txt").write_text("a sks dog on grass")
     out = tmp_path / "report"
     assert main(["data", str(folder), "--out", str(out), "--resolution", "128", "--crop", "center"]) == 0
-    said = capsys.readouterr().out
-    assert "left out: cut.jpg is damaged or truncated" in said and "6 photos, 1 left out" in said
+    output = capsys.readouterr().out
+    assert "rejected: cut.jpg is damaged or truncated" in output and "6 photos, 1 rejected" in output
     report = json.loads((out / "data_report.json").read_text())
-    assert [twins["files"] for twins in report["duplicates"]] == [["01.jpg", "copy.jpg"]]
+    assert [pair["files"] for pair in report["duplicates"]] == [["01.jpg", "copy.jpg"]]
     assert report["photos"][0]["caption"] == "a sks dog on grass"
     assert all(photo["shape"] == [128, 128] and len(photo["views"]) == 1 for photo in report["photos"])
     assert "data:image/jpeg;base64," in (out / "data_report.html").read_text()
 
 
-def test_mistakes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", str(tmp_path / "absent")]) == 2
     assert "does not exist" in capsys.readouterr().err
     (tmp_path / "page.png").write_text("<html>")

@@ -18,7 +18,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def shelf(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two adapters on one basis."""
+    """Two adapters with a shared basis."""
     pipe: Any = open_pipeline(tiny_base)
     folder = tmp_path_factory.mktemp("shelf")
     for name in ("dog", "cat"):
@@ -30,7 +30,7 @@ def shelf(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_pack_from_end_to_end(shelf: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_all_verbs_of_pack(shelf: Path, tmp_path: Path, capsys: Capture) -> None:
     pack = str(tmp_path / "pets.nora_pack.safetensors")
     assert main(["pack", "create", pack, str(shelf / "dog")]) == 0
     assert main(["pack", "add", pack, f"kitten={shelf / 'cat'}"]) == 0
@@ -48,15 +48,15 @@ def test_pack_from_end_to_end(shelf: Path, tmp_path: Path, capsys: Capture) -> N
     assert ": 1 subject," in capsys.readouterr().out
 
 
-def test_pack_takes_a_whole_shelf(shelf: Path, tmp_path: Path, capsys: Capture) -> None:
-    """The folder of shared bases lies among the adapters that ``shelf/*`` names."""
+def test_pack_skips_the_folder_of_shared_bases(shelf: Path, tmp_path: Path, capsys: Capture) -> None:
+    """A shell pattern like ``shelf/*`` includes it."""
     everything = sorted(str(path) for path in shelf.iterdir())
     assert str(shelf / "bases") in everything
     assert main(["pack", "create", str(tmp_path / "all.nora_pack.safetensors"), *everything]) == 0
     assert ": 2 subjects," in capsys.readouterr().out
 
 
-def test_import_prints_what_was_lost(shelf: Path, tiny_base: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_import_prints_the_errors(shelf: Path, tiny_base: Path, tmp_path: Path, capsys: Capture) -> None:
     lora, out = str(tmp_path / "dog.safetensors"), tmp_path / "back"
     assert main(["export", str(shelf / "dog"), lora, "--format", "kohya"]) == 0
     capsys.readouterr()
