@@ -57,7 +57,7 @@ class Scoreboard:
 
 def summarize(board: Scoreboard) -> Table:
     """``{label: {metric: {"mean", "low", "high"}}}``, with 95 % bootstrap intervals over subjects and prompts."""
-    draws = draws_of(board)
+    draws = _draws(board)
     return {
         label: {m: _estimate([row.scores[m] for row in board.of(label)], draws) for m in board.metrics}
         for label in board.labels
@@ -69,7 +69,7 @@ def compare(board: Scoreboard) -> Table:
 
     They are paired by prompt, so that the difficulty of a prompt cancels out.
     """
-    draws = draws_of(board)
+    draws = _draws(board)
     first, *others = [label for label in board.labels if label != BASE] or [BASE]
     pairs = {label: list(zip(board.of(label), board.of(first), strict=True)) for label in others}
     return {
@@ -78,7 +78,7 @@ def compare(board: Scoreboard) -> Table:
     }
 
 
-def draws_of(board: Scoreboard) -> list[np.ndarray]:
+def _draws(board: Scoreboard) -> list[np.ndarray]:
     """The rows of each bootstrap resample, the same for every contender and metric."""
     groups: dict[str, list[int]] = {}
     for number, row in enumerate(board.of(BASE)):
