@@ -12,6 +12,7 @@ from ..pipelines.base import BaseSource
 DEFAULT_PORT = 7860
 DEFAULT_LIBRARY = "outputs/library"
 CACHE_SECONDS = (3600, 24 * 3600)
+"""Gradio's file cache: seconds between two cleanups, and the age at which a file is deleted."""
 
 
 @dataclass

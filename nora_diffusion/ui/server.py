@@ -1,4 +1,4 @@
-"""Starting the app: a private working folder, closed defaults, Gradio."""
+"""Start the app: a private working folder, closed defaults, one HTTP server."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -20,14 +21,15 @@ from . import security
 from .config import AppConfig
 from .state import App
 
-"""How often Gradio looks for old files in its cache, and how old they may grow."""
+SHUTDOWN_SECONDS = 1.0
+"""How long open pages may keep the server from ending."""
 
 
 def serve(config: AppConfig) -> None:
-    """Serve the app until Ctrl-C. Raises :class:`UserError` before anything starts when the settings will not do."""
+    """Serve the app until Ctrl-C. Raises :class:`UserError` before anything starts if a setting is wrong."""
     with started(config) as (app, url):
-        shown = f" for the user {config.credentials[0]!r}" if config.auth else ""
-        print(f"The app is at {url}{shown}; Ctrl-C ends it.", flush=True)
+        user = f" for the user {config.credentials[0]!r}" if config.auth else ""
+        print(f"The app is running at {url}{user}; press Ctrl-C to stop it.", flush=True)
         threading.Thread(target=app.warm_up, daemon=True).start()
         wait_for_signal()
 
@@ -37,30 +39,27 @@ def wait_for_signal() -> None:
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     with contextlib.suppress(KeyboardInterrupt):
-        while not ended.wait(1.0):  # a wait without end would keep Ctrl-C from Windows
+        while not ended.wait(1.0):  # on Windows, Ctrl-C does not interrupt a wait without a timeout
             pass
     print("\nstopped")
 
 
 @contextmanager
 def started(config: AppConfig) -> Iterator[tuple[App, str]]:
-    """A running server and its address; all its temporary files are gone afterwards."""
+    """A running server and its address. All its temporary files are removed at the end."""
     config.check()
     scratch = Path(tempfile.mkdtemp(prefix="nora_app_"))  # mode 0700
-    work = scratch / "work"  # a file in the working folder could be served: keep it empty
+    work = scratch / "work"  # Gradio may serve files of the working folder, so it stays empty
     work.mkdir()
     before = Path.cwd()
-    blocks = None
     try:
         app = App(config=_absolute(config), scratch=scratch)
         _ = app.library
         security.clean_environment(scratch)
         os.chdir(work)
-        blocks, url = _launch(app)
-        yield app, url
+        with _served(app) as url:
+            yield app, url
     finally:
-        if blocks is not None:
-            blocks.close(verbose=False)
         os.chdir(before)
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -69,50 +68,51 @@ def _absolute(config: AppConfig) -> AppConfig:
     return replace(config, source=config.source.absolute(), library=str(config.library_folder))
 
 
-def _launch(app: App) -> tuple[Any, str]:
-    from starlette.middleware import Middleware
+@contextmanager
+def _served(app: App) -> Iterator[str]:
+    """Serve the page from a thread; returns its address.
+
+    A uvicorn server of our own: ``Blocks.launch`` fails if its server takes more than 5 seconds to start, which happens
+    on a busy machine.
+    """
+    import uvicorn
 
     from .shell import build
 
-    config = app.config
-    hosts = security.known_hosts(config)
-    blocks, look = build(app)
-    blocks.queue(max_size=64, default_concurrency_limit=16, api_open=False)
-    _let_it_start_slowly()
+    listener = _bind(app.config.listen, app.config.port)
+    blocks, appearance = build(app)
+    site = security.Gatekeeper(_mounted(app, blocks, appearance), security.known_hosts(app.config), app.scratch)
+    server = uvicorn.Server(uvicorn.Config(site, log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
     try:
-        _, url, _ = blocks.launch(
-            server_name=config.listen, server_port=config.port or _free_port(config.listen), prevent_thread_lock=True,
-            auth=security.Password(*config.credentials) if config.auth else None,
-            share=False, mcp_server=False, ssr_mode=False, enable_monitoring=False, run_history=False, pwa=False,
-            _frontend=False,  # else it asks itself for its page, and gives up on a busy machine after 3 seconds
-            show_error=False, quiet=True, inbrowser=False, debug=False, strict_cors=True, footer_links=[], root_path="",
-            allowed_paths=[], blocked_paths=[str(path) for path in blocked(app)], max_file_size=security.MAX_UPLOAD,
-            app_kwargs={
-                "middleware": [Middleware(security.Gatekeeper, hosts=hosts, storage=app.scratch)],
-                "docs_url": None, "redoc_url": None, "openapi_url": None,
-            },
-            **look,
-        )  # fmt: skip
-    except OSError as error:
-        raise UserError(
-            f"port {config.port} on {config.listen} is busy or not allowed: choose another --port"
-        ) from error
-    return blocks, url
-
-
-def _let_it_start_slowly() -> None:
-    """Gradio gives its server 5 seconds to start, which a busy machine may need: here it has as long as it lives."""
-    from gradio import http_server
-
-    def run_in_thread(server: Any) -> None:
-        server.thread = threading.Thread(target=server.run, daemon=True)
-        server.thread.start()
         while not server.started:
-            server.thread.join(0.01)
-            if not server.thread.is_alive():
-                raise OSError("the server ended while it started")
+            thread.join(0.01)
+            if not thread.is_alive():
+                raise UserError("the server stopped while it was starting; the terminal shows why")
+        yield _url(app.config.listen, listener.getsockname()[1])
+    finally:
+        blocks.close(verbose=False)
+        server.should_exit = True
+        thread.join(SHUTDOWN_SECONDS)
+        server.force_exit = True  # event streams of open pages never end by themselves
+        thread.join(5.0)
 
-    http_server.Server.run_in_thread = run_in_thread
+
+def _mounted(app: App, blocks: Any, appearance: dict[str, Any]) -> Any:
+    """The page as an ASGI app, with every part of Gradio off that this app does not use."""
+    import gradio as gr
+    from fastapi import FastAPI
+
+    closed: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    password = security.Password(*app.config.credentials) if app.config.auth else None
+    blocks.queue(max_size=64, default_concurrency_limit=16, api_open=False)
+    return gr.mount_gradio_app(
+        FastAPI(**closed), blocks, path="/", auth=password,
+        mcp_server=False, ssr_mode=False, enable_monitoring=False, run_history=False, pwa=False, show_error=False,
+        footer_links=[], root_path="", allowed_paths=[], blocked_paths=[str(path) for path in blocked(app)],
+        max_file_size=security.MAX_UPLOAD, app_kwargs=closed, **appearance,
+    )  # fmt: skip
 
 
 def blocked(app: App) -> list[Path]:
@@ -123,9 +123,13 @@ def blocked(app: App) -> list[Path]:
     return [app.config.library_folder, cache, Path("~/.cache").expanduser(), EMBEDDED_WEIGHTS.parents[1], *base]
 
 
-def _free_port(host: str) -> int:
-    import socket
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(f"port {port} on {host} is busy or not allowed: choose another --port") from error
 
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+
+def _url(host: str, port: int) -> str:
+    name = "localhost" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}/"

@@ -168,9 +168,10 @@ def test_pictures_are_refused_from_their_header(server: Server, content: bytes, 
     "name", ["../dog", "/etc/passwd", "dog/../dog", "dog\0", "..", ".", "", "pictures", "dog\\..", "x" * 5000]
 )
 def test_an_adapter_name_is_no_path(server: Server, name: str) -> None:
-    text = error(server.call("pick", event={"name": name}))
+    session = f"path {name[:20]!r}"
+    text = error(server.call("pick", event={"name": name}, session=session))
     assert "no adapter" in text
-    error(server.call("delete", name, 0))
+    error(server.call("delete", name, 0, session=session))
     assert (server.library / "dog").is_dir()
 
 
