@@ -1,4 +1,4 @@
-"""The app in the browser: ``python app.py``, then open the address that it prints. All flags: ``--help``."""
+"""Start the app: ``python app.py``, then open the address that it prints. ``--help`` lists the flags."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Settings of the app, checked before anything starts."""
+"""The app's settings, checked before it starts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ CACHE_SECONDS = (3600, 24 * 3600)
 
 @dataclass
 class AppConfig:
-    """How to serve the app.
+    """Settings of the app.
 
     ``source``: the base; trainings use its ``base``, ``variant`` and ``revision`` too. ``listen``: address to bind.
-    ``library``: folder of adapters; pictures go to ``pictures/`` in it. ``auth``: ``user:password``. ``allow_changes``:
-    off loopback, let users train, upload and delete too.
+    ``library``: folder of adapters; generated images go to its sub-folder ``pictures/``. ``auth``: ``user:password``.
+    ``allow_changes``: let users on other machines train, upload and delete.
     """
 
     source: BaseSource = field(default_factory=BaseSource)
@@ -32,21 +32,21 @@ class AppConfig:
     allow_changes: bool = False
 
     def check(self) -> None:
-        """Raises :class:`UserError` for the first setting that makes no sense or is not safe."""
+        """Raise :class:`UserError` for the first setting that is invalid or not safe."""
         self.source.check()
         if not 0 <= self.port <= 65535:
-            raise UserError(f"port={self.port} is out of range: choose 1 to 65535, or 0 for any free one")
+            raise UserError(f"port={self.port} is out of range: choose 1 to 65535, or 0 for any free port")
         if self.auth is not None and not all(self.credentials):
-            raise UserError("--auth needs the form user:password, neither of them empty")
+            raise UserError("--auth must have the form user:password, and neither may be empty")
         if not self.on_loopback and self.auth is None:
             raise UserError(
-                f"--listen {self.listen} lets other machines in: give --auth user:password as well, "
-                "or leave --listen out to stay on this machine"
+                f"--listen {self.listen} opens the app to other machines: add --auth user:password, "
+                "or omit --listen to use it on this machine only"
             )
 
     @property
     def on_loopback(self) -> bool:
-        """Whether only this machine can reach the app."""
+        """Whether only this machine can connect to the app."""
         try:
             return ipaddress.ip_address(self.listen).is_loopback
         except ValueError:
@@ -65,5 +65,5 @@ class AppConfig:
 
     @property
     def library_folder(self) -> Path:
-        """The library as an absolute path, since the server leaves the folder it was started in."""
+        """The library as an absolute path, since the server changes its working folder."""
         return Path(self.library).expanduser().resolve()

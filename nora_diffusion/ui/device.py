@@ -1,4 +1,4 @@
-"""One job at a time on the device, first come first served, whoever asks."""
+"""The queue for the device: one job at a time, first come first served."""
 
 from __future__ import annotations
 
@@ -14,73 +14,73 @@ POLL_SECONDS = 0.1
 
 
 class Device:
-    """The line before the device. The first :class:`Turn` in it holds the device until it leaves.
+    """The queue for the device. The first :class:`Turn` in it holds the device until it leaves.
 
-    ``lock`` is the file that trainings, which are processes of their own, lock as long as they run.
+    ``lock`` is the lock file of trainings, which are separate processes: a training locks it while it runs.
     """
 
     def __init__(self, lock: Path, max_waiting: int = MAX_WAITING) -> None:
         self.max_waiting = max_waiting
         self._lock = FileLock(lock)
-        self._line: list[Turn] = []
-        self._moved = threading.Condition()
+        self._queue: list[Turn] = []
+        self._changed = threading.Condition()
 
     def join(self, label: str) -> Turn:
-        """Take the last place in the line; ``label`` tells those behind what runs, so it must hold no secrets.
+        """Join the end of the queue. Others see ``label`` while this turn runs, so it must hold no secrets.
 
-        Raises :class:`UserError` when the line is full.
+        Raises :class:`UserError` if the queue is full.
         """
-        with self._moved:
-            if len(self._line) > self.max_waiting:
+        with self._changed:
+            if len(self._queue) > self.max_waiting:
                 raise UserError(f"the queue is full ({self.max_waiting} are waiting): try again in a moment")
             turn = Turn(self, label)
-            self._line.append(turn)
+            self._queue.append(turn)
             return turn
 
     @property
     def busy_with(self) -> str | None:
-        """What runs now, as far as it is known here."""
-        with self._moved:
-            if not self._line:
+        """Label of the running job, or None if the queue is empty."""
+        with self._changed:
+            if not self._queue:
                 return None
-            return self._line[0].label if self._line[0].held else "a training"
+            return self._queue[0].label if self._queue[0].held else "a training"
 
     def position(self, turn: Turn) -> int:
-        """How many come before a turn: 0 for the first, and for one that left."""
-        with self._moved:
-            return self._line.index(turn) if turn in self._line else 0
+        """Number of turns before this one: 0 for the first, and for a turn that left."""
+        with self._changed:
+            return self._queue.index(turn) if turn in self._queue else 0
 
     def take(self, turn: Turn, seconds: float | None) -> bool:
-        """Wait until the turn is the first one and no training runs, at most so long; whether it has the device."""
+        """Wait until the turn is first and no training runs, at most ``seconds``. True if the turn holds the device."""
         end = None if seconds is None else time.monotonic() + seconds
-        with self._moved:
+        with self._changed:
             while not turn.held:
-                if turn not in self._line:
+                if turn not in self._queue:
                     return False
-                if self._line[0] is turn and self._lock.try_acquire():
+                if self._queue[0] is turn and self._lock.try_acquire():
                     turn.held = True
                     break
                 rest = POLL_SECONDS if end is None else min(POLL_SECONDS, end - time.monotonic())
                 if rest <= 0:
                     return False
-                self._moved.wait(rest)
+                self._changed.wait(rest)
             return True
 
     def drop(self, turn: Turn) -> None:
-        """Take a turn out of the line, and free the device if it had it."""
-        with self._moved:
+        """Remove a turn from the queue, and free the device if the turn holds it."""
+        with self._changed:
             if turn.held:
                 self._lock.release()
                 turn.held = False
-            if turn in self._line:
-                self._line.remove(turn)
-            self._moved.notify_all()
+            if turn in self._queue:
+                self._queue.remove(turn)
+            self._changed.notify_all()
 
 
 class Turn:
-    """A place in the line; as a context manager it waits for the device and hands it on at the end.
+    """A position in the queue. As a context manager it waits for the device and frees it at the end.
 
-    Whoever waits in a handler of the page polls ``wait(seconds)`` and shows ``ahead``.
+    A handler of the page polls ``wait(seconds)`` instead and shows ``ahead``.
     """
 
     def __init__(self, device: Device, label: str) -> None:
@@ -90,15 +90,15 @@ class Turn:
 
     @property
     def ahead(self) -> int:
-        """How many come first."""
+        """Number of turns before this one."""
         return self._device.position(self)
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait for the device, at most so long; whether it is held now."""
+        """Wait for the device, at most ``seconds``. True if it is held now."""
         return self._device.take(self, seconds)
 
     def leave(self) -> None:
-        """Give the place up, held or not; may be called twice."""
+        """Leave the queue, whether the device is held or not. May be called twice."""
         self._device.drop(self)
 
     def __enter__(self) -> Turn:

@@ -1,4 +1,4 @@
-"""The one pipeline of a running app, and making pictures with it. Only whoever holds the device may use it."""
+"""The app's one pipeline and image generation. Only the holder of the device may use it."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from ..pipelines.components import (
 from .entries import Stamp, stamp_of
 from .messages import short_name
 from .preview import LatentPreview
-from .request import Request, Wanted
+from .request import ActiveAdapter, Request
 from .runs import Run, Skipped, free_memory
 from .weights import set_weights
 
 log = logging.getLogger(__name__)
 PREVIEWS = 6
-"""How many previews a picture has at most."""
+"""Maximum number of previews per image."""
 
 
 class Engine:
-    """Loads the base when first needed and keeps only the adapters of the last request in it."""
+    """Loads the base on first use, and keeps only the adapters of the last request in it."""
 
     def __init__(self, source: BaseSource) -> None:
         self.source = source
@@ -52,7 +52,7 @@ class Engine:
 
     @property
     def pipe(self) -> Any:
-        """The pipeline, loaded when first asked for."""
+        """The pipeline, loaded on first use."""
         with self._loading:
             if self._pipe is None:
                 pipe = self.source.open()
@@ -61,44 +61,41 @@ class Engine:
             return self._pipe
 
     @property
-    def home(self) -> str:
-        """Where pictures are made, and subjects learned while the base rests."""
+    def device(self) -> str:
+        """The device for images and trainings."""
         return self.source.device or best_device()
 
     @property
-    def rests(self) -> bool:
-        """Whether it takes nothing of an accelerator."""
-        return self._pipe is None or all(place.type == "cpu" for place in devices(self._pipe))
+    def offloaded(self) -> bool:
+        """Whether the base uses no accelerator memory."""
+        return self._pipe is None or all(device.type == "cpu" for device in devices(self._pipe))
 
-    def rest(self) -> None:
-        """Leave the accelerator, which a training needs for itself, until the next :meth:`use`."""
-        if not self.rests:
-            self._leave()
+    def offload(self) -> None:
+        """Move the base to the CPU until the next :meth:`use`, so that a training has the accelerator to itself."""
+        if not self.offloaded:
+            self._move_to_cpu()
 
-    def _come_home(self) -> None:
-        """Bring the base to where pictures are made; what is there already is not touched.
-
-        All of it or nothing: a pipeline in two places fails at every picture.
-        """
+    def _move_to_device(self) -> None:
+        """Move the base to its device, or leave all of it on the CPU: a pipeline on two devices cannot generate."""
         pipe = self.pipe
         try:
-            pipe.to(self.home)
+            pipe.to(self.device)
         except Exception:
-            self._leave()
+            self._move_to_cpu()
             raise
 
-    def _leave(self) -> None:
-        self._pipe.to("cpu", silence_dtype_warnings=True)  # in half precision too it computes nothing there
+    def _move_to_cpu(self) -> None:
+        self._pipe.to("cpu", silence_dtype_warnings=True)  # it warns about fp16 on the CPU, but nothing runs there
         free_memory()
 
     @property
     def base_id(self) -> str:
-        """The base's name, as pictures tell it: without the folders of this machine."""
+        """The base's name as written into images, without the folders of this machine."""
         return short_name(base_id(self.pipe))
 
     @property
     def guidance(self) -> float:
-        """The guidance scale that suits the base."""
+        """The base's default guidance scale."""
         return default_guidance(self.source.base)
 
     @property
@@ -108,84 +105,84 @@ class Engine:
 
     @cached_property
     def side(self) -> int:
-        """The side of a picture of the base's own size, in pixels."""
+        """The base's default image size in pixels."""
         pipe = self.pipe
         size = denoiser(pipe).config.sample_size
         return int((size if isinstance(size, int) else size[0]) * getattr(pipe, "vae_scale_factor", 8))
 
     @cached_property
     def preview(self) -> LatentPreview:
-        """The linear map that shows latents."""
+        """The linear map from latents to RGB."""
         return LatentPreview.fit(self.pipe.vae)
 
-    def look(self, latents: Any) -> str:
-        """Latents as a rough picture; empty where that fails, which is no reason to lose the real one."""
+    def preview_uri(self, latents: Any) -> str:
+        """A preview of latents as a data URI; empty if that fails, which must not cost the image."""
         try:
             return self.preview.data_uri(latents)
         except Exception:
-            log.debug("no preview", exc_info=True)  # Flux packs its latents, a VAE may have no such scaling
+            log.debug("no preview", exc_info=True)  # Flux packs its latents, and some VAEs have no scaling factor
             return ""
 
-    def misfit(self, info: AdapterInfo) -> str | None:
-        """Why an adapter does not belong to this base, or None; reads nothing but its header."""
+    def mismatch(self, info: AdapterInfo) -> str | None:
+        """Why an adapter does not belong to this base, or None. Compares fingerprints from the header only."""
         _ = self.pipe
-        for part, stored in info.base_fingerprint.items():
-            ours = self._fingerprints.get(part)
-            if ours is None or not set(stored) <= set(ours):
-                return f"made for {short_name(info.base)}, which is built differently"
-            if not same_weights(ours, stored):
-                return f"made for {short_name(info.base)}, whose weights differ from this one's"
+        for component, stored in info.base_fingerprint.items():
+            own = self._fingerprints.get(component)
+            if own is None or not set(stored) <= set(own):
+                return f"made for {short_name(info.base)}, which has a different architecture"
+            if not same_weights(own, stored):
+                return f"made for {short_name(info.base)}, which has different weights"
         return None
 
-    def use(self, adapters: Sequence[Wanted]) -> list[dict[str, Any]]:
-        """Make exactly these adapters live, others leave no trace; returns what pictures say of them."""
-        self._come_home()
-        wanted = {adapter.name: adapter for adapter in adapters}
+    def use(self, adapters: Sequence[ActiveAdapter]) -> list[dict[str, Any]]:
+        """Load and activate exactly these adapters, and delete all others. Returns their settings for image files."""
+        self._move_to_device()
+        active = {adapter.name: adapter for adapter in adapters}
         for name, (stamp, loaded) in list(self._loaded.items()):
-            if name not in wanted or stamp != _stamp(wanted[name].path):
+            if name not in active or stamp != _stamp(active[name].path):
                 delete_adapter(self.pipe, loaded.name)
                 del self._loaded[name]
-        for name, adapter in wanted.items():
+        for name, adapter in active.items():
             if name not in self._loaded:
                 stamp = _stamp(adapter.path)
                 self._loaded[name] = (stamp, load_adapter(self.pipe, adapter.path, _peft_name(name)))
-        set_weights(self.pipe, {_peft_name(name): adapter.weights for name, adapter in wanted.items()})
-        return [_described(adapter, self._loaded[name][1]) for name, adapter in wanted.items()]
+        set_weights(self.pipe, {_peft_name(name): adapter.weights for name, adapter in active.items()})
+        return [_adapter_settings(adapter, self._loaded[name][1]) for name, adapter in active.items()]
 
     def make(self, request: Request, out: Path, run: Run) -> list[Path]:
-        """Make the pictures one by one and write each into ``out`` with its settings, before the next one starts."""
+        """Generate the images one by one. Each is written to ``out``, with its settings, before the next one starts."""
         request.check()
-        described = self.use(request.adapters)
+        settings = self.use(request.adapters)
         files: list[Path] = []
-        run.report(pictures=len(request.pictures), steps=request.sampling.steps)
-        for number, (prompt, seed) in enumerate(request.pictures, 1):
-            run.report(picture=number, step=0, preview="")
+        run.report(images=len(request.images), steps=request.sampling.steps)
+        for number, (prompt, seed) in enumerate(request.images, 1):
+            run.report(image=number, step=0, preview="")
             try:
                 run.check()
-                image = self.picture(request, prompt, seed, run)
+                image = self.generate(request, prompt, seed, run)
             except Skipped:
                 continue
-            files.append(self._save(out, image, prompt, seed, request, described))
+            files.append(self._save(out, image, prompt, seed, request, settings))
             run.report(files=tuple(files), preview="")
         return files
 
-    def make_batch(self, request: Request, rows: Sequence[Sequence[Wanted]], out: Path, run: Run) -> list[Path]:
-        """All pictures in one pass, each with the adapters of its own row; ``request.adapters`` are all of them."""
+    def make_batch(self, request: Request, rows: Sequence[Sequence[ActiveAdapter]], out: Path, run: Run) -> list[Path]:
+        """Generate all images in one batch, each row with its own adapters; ``request.adapters`` are all of them."""
         request.check()
-        described = {values["name"]: values for values in self.use(request.adapters)}
-        prompts, seeds = zip(*request.pictures, strict=True)
-        run.report(pictures=1, steps=request.sampling.steps, picture=1)
+        settings = {values["name"]: values for values in self.use(request.adapters)}
+        prompts, seeds = zip(*request.images, strict=True)
+        run.report(images=1, steps=request.sampling.steps, image=1)
 
-        def watch(step: int, latents: Any) -> None:
+        def on_step(step: int, latents: Any) -> None:
             run.check()
             run.report(step=step)
 
         specs = [[(_peft_name(adapter.name), adapter.weights.unet) for adapter in row] for row in rows]
         with mixed_batch(self.pipe, specs):
-            images = sample_images(self.pipe, prompts, seeds, request.sampling, watch)
+            images = sample_images(self.pipe, prompts, seeds, request.sampling, on_step)
         files = []
-        for image, (prompt, seed), row in zip(images, request.pictures, rows, strict=True):
-            adapters = [{**described[adapter.name], "weight": adapter.weights.unet} for adapter in row]
+        for image, (prompt, seed), row in zip(images, request.images, rows, strict=True):
+            adapters = [{**settings[adapter.name], "weight": adapter.weights.unet} for adapter in row]
             files.append(self._save(out, image, prompt, seed, request, adapters))
         run.report(files=tuple(files))
         return files
@@ -196,39 +193,37 @@ class Engine:
         settings = describe_image(self.pipe, image, prompt, seed, request.sampling, adapters)
         return save_image(image, next_file(out, seed), replace(settings, base=self.base_id))
 
-    def picture(self, request: Request, prompt: str, seed: int, run: Run | None = None) -> Any:
-        """One picture with the adapters that are live."""
+    def generate(self, request: Request, prompt: str, seed: int, run: Run) -> Any:
+        """Generate one image with the active adapters."""
         steps = request.sampling.steps
         every = max(1, steps // PREVIEWS)
 
-        def watch(step: int, latents: Any) -> None:
-            if run is None:
-                return
+        def on_step(step: int, latents: Any) -> None:
             run.check()
             show = step % every == 0 and step < steps
-            run.report(step=step, **({"preview": self.look(latents[0])} if show else {}))
+            run.report(step=step, **({"preview": self.preview_uri(latents[0])} if show else {}))
 
-        return sample_images(self.pipe, [prompt], [seed], request.sampling, watch)[0]
+        return sample_images(self.pipe, [prompt], [seed], request.sampling, on_step)[0]
 
 
 def _fingerprints(pipe: Any) -> dict[str, dict[str, float]]:
-    """Of every projection, read once while no adapter is in: lists of adapters are compared with them."""
+    """Fingerprints of all projections, by component and path. Computed once, before any adapter is loaded."""
     return {
-        part: {canonical(path): fingerprint(layer, path) for path, layer in projections(module).items()}
-        for part, module in components(pipe).items()
+        name: {canonical(path): fingerprint(layer, path) for path, layer in projections(module).items()}
+        for name, module in components(pipe).items()
     }
 
 
-def _described(wanted: Wanted, loaded: LoadedAdapter) -> dict[str, Any]:
-    weights = wanted.weights
+def _adapter_settings(adapter: ActiveAdapter, loaded: LoadedAdapter) -> dict[str, Any]:
+    weights = adapter.weights
     return {
-        "name": wanted.name, "weight": weights.unet, "sha256": loaded.info.sha256, "path": wanted.path.name,
-        "trigger": loaded.trigger, **weights.beyond_one_number(),
+        "name": adapter.name, "weight": weights.unet, "sha256": loaded.info.sha256, "path": adapter.path.name,
+        "trigger": loaded.trigger, **weights.settings(),
     }  # fmt: skip
 
 
 def _peft_name(name: str) -> str:
-    """PEFT takes letters, digits and few signs in a name; folders may be called anything."""
+    """A name that PEFT accepts, for adapters whose folders may have any name."""
     return f"app_{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 

@@ -1,4 +1,4 @@
-"""A folder of adapters: listed from their headers alone, searched, imported into, deleted from with undo."""
+"""A folder of adapters: listed from their headers, searched, imported into, deleted from with undo."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from ..io.files import make_folder, sha256, user_errors, write_atomic
 from .entries import Entry, Stamp, read_entries, stamp_of
 from .messages import without_folders
 
-PICTURES, TRASH, HASHES = "pictures", ".trash", ".hashes.json"
-SEARCHED_PICTURES = 500
-KEPT_DELETIONS = 20
-"""So many deletions can be undone; what was deleted before them is gone for good."""
-SORTS = ("newest", "name", "size", "trained numbers")
+IMAGES, TRASH, HASHES = "pictures", ".trash", ".hashes.json"
+MAX_SEARCHED_IMAGES = 500
+MAX_DELETIONS = 20
+"""Number of deletions that can be undone; older ones are removed from the disk."""
+SORTS = ("newest", "name", "size", "parameters")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-TICKET = re.compile(r"\d{1,20}-.+", re.DOTALL)
+TRASH_ID = re.compile(r"\d{1,20}-.+", re.DOTALL)
 
 
 class Library:
     """The adapters of one folder: ``NAME.safetensors``, ``NAME/nora_adapter.safetensors``, the subjects of packs.
 
-    Listing reads one header for each new or changed file and no weights; hashes are computed by :meth:`hash_all` and
-    kept in a file beside the adapters.
+    Listing reads one header per new or changed file and no weights. :meth:`hash_all` computes hashes and caches them in
+    a file of the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,12 +42,12 @@ class Library:
         self._lock = threading.Lock()
 
     @property
-    def pictures(self) -> Path:
-        """Where the app's pictures go."""
-        return self.folder / PICTURES
+    def images(self) -> Path:
+        """The folder of generated images."""
+        return self.folder / IMAGES
 
     def entries(self) -> list[Entry]:
-        """All adapters, newest first; an unreadable one has its fault said."""
+        """All adapters, newest first. An unreadable one has its ``error`` set."""
         with self._lock:
             found = {stamp: file for file in self._files() if (stamp := stamp_of(file)) is not None}
             self._entries = {s: self._entries.get(s) or self._read(f, s) for s, f in found.items()}
@@ -55,16 +55,16 @@ class Library:
             return sorted(every, key=lambda e: (-e.stamp[1], e.name))
 
     def entry(self, name: str) -> Entry:
-        """One adapter by name. Raises :class:`UserError` when there is none; a name is never used as a path."""
+        """One adapter by name. Raises :class:`UserError` if there is none. The name is never used as a path."""
         for entry in self.entries():
             if name in (entry.name, entry.tag):
                 return entry
         raise UserError(
-            f"there is no adapter {name[:80]!r} in the library: remove its tag, or bring it back in the Library tab"
+            f"there is no adapter {name[:80]!r} in the library: remove its tag, or restore it in the Library tab"
         )
 
     def find(self, text: str = "", sort: str = "newest", method: str = "all") -> list[Entry]:
-        """Entries that match all words of ``text``, in the order ``sort``."""
+        """Entries that match all words of ``text``, sorted by ``sort``."""
         if sort not in SORTS:
             raise UserError(f"sort={sort!r} is unknown: choose one of {', '.join(SORTS)}")
         words = text.lower().split()
@@ -74,7 +74,7 @@ class Library:
         keys = {
             "name": lambda e: e.name.lower(),
             "size": lambda e: e.size,
-            "trained numbers": lambda e: e.info.trained_parameters if e.info else 0,
+            "parameters": lambda e: e.info.trained_parameters if e.info else 0,
         }
         return sorted(found, key=keys[sort]) if sort in keys else found
 
@@ -84,11 +84,11 @@ class Library:
         self.hash_all(entries)
         return next((e for e in entries if len(digest) == 64 and e.sha256 == digest), None)
 
-    def pictures_with(self, entry: Entry, most: int = 12) -> list[Path]:
-        """The newest generated pictures whose settings name this adapter by its full hash."""
+    def images_with(self, entry: Entry, most: int = 12) -> list[Path]:
+        """The newest generated images whose settings contain this adapter's full hash."""
         self.hash_all([entry])
         found: list[Path] = []
-        for file in sorted(self.pictures.glob("*.png"), key=lambda f: -f.stat().st_mtime)[:SEARCHED_PICTURES]:
+        for file in sorted(self.images.glob("*.png"), key=lambda f: -f.stat().st_mtime)[:MAX_SEARCHED_IMAGES]:
             with contextlib.suppress(UserError, OSError):
                 if any(adapter.get("sha256") == entry.sha256 for adapter in read_settings(file).adapters):
                     found.append(file)
@@ -97,13 +97,13 @@ class Library:
         return found
 
     def hash_all(self, entries: Iterable[Entry] | None = None) -> None:
-        """Hash what has no hash yet, and keep the result."""
+        """Compute missing hashes and cache them."""
         missing = [e for e in (self.entries() if entries is None else entries) if not e.sha256]
         for entry in missing:
             try:
                 entry.sha256 = sha256(entry.file)
             except OSError:
-                continue  # gone meanwhile
+                continue  # deleted in the meantime
             self._hashes[_key(entry.stamp)] = entry.sha256
         if missing:
             known = {_key(stamp) for stamp in self._entries}
@@ -111,87 +111,89 @@ class Library:
             write_atomic(self.folder / HASHES, json.dumps(self._hashes))
 
     def add(self, source: Path, name: str) -> Entry:
-        """Copy an adapter file into the library under a free name, after a look at its header.
+        """Copy an adapter file into the library under an unused name, after its header was checked.
 
-        Raises :class:`UserError` for anything but a sound adapter file.
+        Raises :class:`UserError` for anything but a valid adapter file.
         """
         if source.suffix.lower() != ".safetensors":
-            raise UserError(f"{Path(name).name} is not a safetensors file: other formats may run code and are not read")
+            raise UserError(
+                f"{Path(name).name} is not a safetensors file: other formats are refused because they may run code"
+            )
         if Path(name).name.endswith(SUFFIX):
             return self._add_pack(source, Path(name).name.removesuffix(SUFFIX))
         info = inspect_adapter(source)
-        twin = self.by_hash(info.sha256)
-        if twin is not None:
-            raise UserError(f"this adapter is in the library already, as {twin.name!r}")
-        target = self.free_folder(safe_name(Path(name).stem if Path(name).name != FILE_NAME else info.trigger))
-        # A file of another tool is no nora_adapter.safetensors: it keeps its form and lies by itself.
-        file = target / FILE_NAME if info.kind == "nora" else target.with_suffix(".safetensors")
+        duplicate = self.by_hash(info.sha256)
+        if duplicate is not None:
+            raise UserError(f"this adapter is already in the library, as {duplicate.name!r}")
+        target = self.unused_path(safe_name(Path(name).stem if Path(name).name != FILE_NAME else info.trigger))
+        # Another tool's file is not a nora_adapter.safetensors: it stays a single file.
+        file = target / FILE_NAME if info.is_ours else target.with_suffix(".safetensors")
         write_atomic(file, source.read_bytes())
         return self.entry(target.name)
 
     def _add_pack(self, source: Path, name: str) -> Entry:
         with Pack(source) as pack:
-            if not list(pack):  # reads every card, so that a damaged one is refused here
-                raise UserError(f"the pack {source.name} holds no subject")
-        file = self.folder / f"{self.free_folder(safe_name(name)).name}{SUFFIX}"
+            if not list(pack):  # reads the metadata of every subject, so a damaged pack is refused here
+                raise UserError(f"the pack {source.name} contains no subject")
+        file = self.folder / f"{self.unused_path(safe_name(name)).name}{SUFFIX}"
         write_atomic(file, source.read_bytes())
         return next(entry for entry in self.entries() if entry.pack == file)
 
     def delete(self, name: str) -> str:
-        """Move an adapter into the library's bin; returns the ticket with which :meth:`restore` brings it back."""
+        """Move an adapter to the trash folder. Returns the id that :meth:`restore` takes."""
         entry = self.entry(name)
         if entry.pack is not None:
             raise UserError(
-                f"{entry.name!r} is one subject of the pack {entry.pack.name}: nora-diffusion pack remove takes it out"
+                f"{entry.name!r} is part of the pack {entry.pack.name}: remove it with nora-diffusion pack remove"
             )
-        ticket = f"{time.time_ns()}-{entry.name}"
-        place = make_folder(self.folder / TRASH / ticket)
+        trash_id = f"{time.time_ns()}-{entry.name}"
+        folder = make_folder(self.folder / TRASH / trash_id)
         source = entry.file.parent if entry.in_own_folder else entry.file
         with user_errors(source):
-            shutil.move(str(source), place / source.name)
-        for old in self.deletions()[KEPT_DELETIONS:]:
+            shutil.move(str(source), folder / source.name)
+        for old in self.deletions()[MAX_DELETIONS:]:
             shutil.rmtree(self.folder / TRASH / old, ignore_errors=True)
-        return ticket
+        return trash_id
 
     def deletions(self) -> list[str]:
-        """The tickets of the deletions that can be undone, newest first."""
-        places = [p for p in (self.folder / TRASH).glob("*-*") if TICKET.fullmatch(p.name) and any(p.iterdir())]
-        return sorted((p.name for p in places), key=lambda name: -int(name.partition("-")[0]))
+        """Ids of the deletions that can be undone, newest first."""
+        folders = [p for p in (self.folder / TRASH).glob("*-*") if TRASH_ID.fullmatch(p.name) and any(p.iterdir())]
+        return sorted((p.name for p in folders), key=lambda name: -int(name.partition("-")[0]))
 
-    def restore(self, ticket: str) -> Entry:
-        """Undo a deletion, under a free name where something else has taken its own."""
+    def restore(self, trash_id: str) -> Entry:
+        """Undo a deletion. The adapter gets an unused name if its own is taken by now."""
         known = {name: self.folder / TRASH / name for name in self.deletions()}
-        if ticket not in known:
-            raise UserError("there is nothing to bring back")
-        (source,) = known[ticket].iterdir()
+        if trash_id not in known:
+            raise UserError("there is nothing to restore")
+        (source,) = known[trash_id].iterdir()
         target = self.folder / source.name
-        if target.exists():  # a refusal would keep all deletions before this one from being undone
-            bare = _bare(target)
-            target = self.folder / f"{self.free_folder(bare).name}{source.name.removeprefix(bare)}"
+        if target.exists():  # refusing would block the undo of all earlier deletions
+            stem = _stem(target)
+            target = self.folder / f"{self.unused_path(stem).name}{source.name.removeprefix(stem)}"
         with user_errors(target):
             source.rename(target)
-            known[ticket].rmdir()
-        return self.entry(target.name if target.is_dir() else _bare(target))
+            known[trash_id].rmdir()
+        return self.entry(target.name if target.is_dir() else _stem(target))
 
     def _files(self) -> Iterable[Path]:
-        for place in self.folder.iterdir():
-            if place.name.startswith(".") or place.is_symlink():
+        for path in self.folder.iterdir():
+            if path.name.startswith(".") or path.is_symlink():
                 continue
-            if place.suffix == ".safetensors" and place.is_file():
-                yield place
-            elif (file := place / FILE_NAME).is_file() and not file.is_symlink():
+            if path.suffix == ".safetensors" and path.is_file():
+                yield path
+            elif (file := path / FILE_NAME).is_file() and not file.is_symlink():
                 yield file
 
     def _read(self, file: Path, stamp: Stamp) -> list[Entry]:
         entries = read_entries(file, stamp)
         for entry in entries:
             entry.sha256 = entry.sha256 or self._hashes.get(_key(stamp), "")
-            entry.fault = without_folders(entry.fault.replace(f"{self.folder}/", ""))
+            entry.error = without_folders(entry.error.replace(f"{self.folder}/", ""))
         return entries
 
-    def free_folder(self, name: str) -> Path:
-        """A place for a new adapter, with a number behind its name where that is taken."""
-        taken = {entry.name for entry in self.entries()} | {_bare(place) for place in self.folder.iterdir()}
+    def unused_path(self, name: str) -> Path:
+        """A path for a new adapter: ``name``, or ``name-2``, ``name-3`` ... if that is taken."""
+        taken = {entry.name for entry in self.entries()} | {_stem(path) for path in self.folder.iterdir()}
         names = (name if n == 1 else f"{name}-{n}" for n in range(1, 10_000))
         return self.folder / next(n for n in names if n not in taken)
 
@@ -204,13 +206,13 @@ class Library:
 
 
 def safe_name(text: str) -> str:
-    """A name for a folder, a tag and PEFT from any text."""
+    """Turn any text into a name that is valid for a folder, a tag and PEFT."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-_")[:64].strip("-_")
     return name if NAME.fullmatch(name) else "adapter"
 
 
-def _bare(place: Path) -> str:
-    return place.name.removesuffix(SUFFIX).removesuffix(".safetensors")
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(SUFFIX).removesuffix(".safetensors")
 
 
 def _key(stamp: Stamp) -> str:

@@ -1,4 +1,4 @@
-"""What a page says of errors: sentences without this machine's folders, which are nobody's business."""
+"""Error messages as a page shows them: sentences without the folders of this machine."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 import tempfile
 from pathlib import Path
 
-INSIDE = "Something went wrong inside; the terminal that runs the app says what."
+INTERNAL_ERROR = "Internal error. The terminal that runs the app shows the details."
 OUT_OF_MEMORY = (
-    "The device ran out of memory. It was freed and the app goes on: choose a smaller picture, or close other programs "
-    "that use the device."
+    "The device ran out of memory. Its memory was freed and the app keeps running: choose a smaller image, or close "
+    "other programs that use the device."
 )
 _QUOTED = re.compile(r"""(['"])(?:[A-Za-z]:)?[\\/](?:[^'"\n]*[\\/])?([^'"\n\\/]+)\1""")
 _BELOW_KNOWN = re.compile(r"""\0(?:[^\s\\/:;,'"<>]+[\\/])*""")
@@ -18,26 +18,26 @@ _PLAIN = re.compile(r"""(?<![\w:/.<>])(?:[A-Za-z]:)?[\\/](?:[^\s\\/:;,'"<>]+[\\/
 
 
 def sentence(error: object) -> str:
-    """An error as a page says it: no folders, a capital letter first but for a file's name. It is not escaped yet."""
+    """An error without folders, starting with a capital letter (unless it starts with a file name). Not escaped."""
     text = without_folders(str(error))
     first = text.partition(" ")[0].rstrip(".,:;")
     return text if "." in first else text[:1].upper() + text[1:]
 
 
 def without_folders(text: str) -> str:
-    """``text`` with every absolute path cut down to its last name; addresses of web pages stay."""
+    """Cut every absolute path in ``text`` down to its last name; URLs stay."""
     text = _QUOTED.sub(r"\1\2\1", text)
     known = (str(folder) for folder in (Path(tempfile.gettempdir()), Path.home()) if len(folder.parts) > 1)
-    for folder in sorted(known, key=len, reverse=True):  # these may have spaces in their names
+    for folder in sorted(known, key=len, reverse=True):  # their names may contain spaces
         text = text.replace(f"{folder}{os.sep}", "\0")
     return _PLAIN.sub("", _BELOW_KNOWN.sub("", text))
 
 
 def without_dashes(text: str) -> str:
-    """The trainer speaks of its flags; a page has fields and ``key: value`` lines."""
+    """Flags as setting names: the trainer writes ``--rank``, a page has fields and ``rank: 32`` lines."""
     return re.sub(r"--(?=[a-z])", "", text)
 
 
 def short_name(base: str) -> str:
-    """A base's name, without the folders of the machine that it was found on."""
+    """The name of a base, without its folder."""
     return (Path(base).name if Path(base).is_absolute() else base) or "another base"

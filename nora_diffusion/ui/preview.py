@@ -1,4 +1,4 @@
-"""A cheap look at latents: a linear map from latent channels to RGB, fitted once to a base's own VAE."""
+"""A cheap preview of latents: a linear map from latent channels to RGB, fitted once to the base's VAE."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ class LatentPreview:
 
     @classmethod
     def fit(cls, vae: Any) -> LatentPreview:
-        """Least squares over smooth random pictures: their encoded latents against their own averaged pixels."""
-        pictures = _smooth_pictures().to(next(vae.parameters()).device)
+        """Least squares over smooth random images: encoded latents against area-averaged pixels."""
+        images = _smooth_images().to(next(vae.parameters()).device)
         with torch.no_grad(), in_fp32(vae):
-            encoded = vae.encode(pictures * 2 - 1)
+            encoded = vae.encode(images * 2 - 1)
         latents = (encoded.latent_dist.mode() - _shift(vae)) * vae.config.scaling_factor
-        small = functional.interpolate(pictures, latents.shape[-2:], mode="area")
-        rows = latents.float().movedim(1, -1).reshape(-1, latents.shape[1]).cpu()
+        small = functional.interpolate(images, latents.shape[-2:], mode="area")
+        pixels = latents.float().movedim(1, -1).reshape(-1, latents.shape[1]).cpu()
         colors = small.float().movedim(1, -1).reshape(-1, 3).cpu()
-        return cls(torch.linalg.lstsq(_with_one(rows), colors).solution)
+        return cls(torch.linalg.lstsq(_with_ones(pixels), colors).solution)
 
     def rgb(self, latents: Tensor) -> Tensor:
-        """``[channels, h, w]`` to ``[3, h, w]`` in 0 to 1."""
-        flat = _with_one(latents.float().cpu().flatten(1).T)
+        """Map ``[channels, h, w]`` to ``[3, h, w]`` in 0 to 1."""
+        flat = _with_ones(latents.float().cpu().flatten(1).T)
         return (flat @ self.weight).clamp(0, 1).T.reshape(3, *latents.shape[1:])
 
     def data_uri(self, latents: Tensor) -> str:
-        """The preview as a small PNG that a page can show without a file."""
+        """The preview as a small PNG in a data URI."""
         pixels = (self.rgb(latents) * 255).round().byte().movedim(0, -1).numpy()
         return data_uri(Image.fromarray(pixels), "PNG", compress_level=1)
 
 
-def _with_one(rows: Tensor) -> Tensor:
-    return torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
+def _with_ones(pixels: Tensor) -> Tensor:
+    return torch.cat([pixels, torch.ones(len(pixels), 1)], dim=1)
 
 
 def _shift(vae: Any) -> float:
     return float(getattr(vae.config, "shift_factor", None) or 0.0)
 
 
-def _smooth_pictures() -> Tensor:
-    """``[SAMPLES, 3, SIDE, SIDE]`` pictures of soft colored patches at several scales."""
+def _smooth_images() -> Tensor:
+    """``[SAMPLES, 3, SIDE, SIDE]`` images of soft colored patches at several scales."""
     generator = torch.Generator().manual_seed(0)
     coarse = [2 + index for index in range(SAMPLES)]
-    pictures = [torch.rand(1, 3, size, size, generator=generator) for size in coarse]
-    grown = [functional.interpolate(p, (SIDE, SIDE), mode="bilinear", align_corners=True) for p in pictures]
-    return torch.cat(grown)
+    images = [torch.rand(1, 3, size, size, generator=generator) for size in coarse]
+    resized = [functional.interpolate(i, (SIDE, SIDE), mode="bilinear", align_corners=True) for i in images]
+    return torch.cat(resized)

@@ -1,4 +1,4 @@
-"""What a page may ask for, and its limits; sliders bind nobody who speaks HTTP."""
+"""What a page may request, and its limits. They are checked here because HTTP clients can bypass the sliders."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..errors import UserError
 from ..generation.sampling import MAX_SEED, Sampling, check_prompt, check_range
 from .weights import AdapterWeights
 
-MAX_PICTURES = 64
+MAX_IMAGES = 64
 MAX_STEPS = 200
 MAX_SIDE = 2048
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """An adapter (a file, or ``PACK#NAME``) to generate with, under a name that is unique in the request."""
+class ActiveAdapter:
+    """An adapter to generate with (a file, or ``PACK#NAME``), its weights, and a name that is unique in the request."""
 
     name: str
     path: Path
@@ -25,19 +25,19 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Request:
-    """Pictures to make: one for each ``(prompt, seed)`` of ``pictures``, with the same settings."""
+    """Images to generate with the same settings: one for each ``(prompt, seed)`` of ``images``."""
 
-    pictures: tuple[tuple[str, int], ...]
+    images: tuple[tuple[str, int], ...]
     sampling: Sampling
-    adapters: tuple[Wanted, ...] = ()
+    adapters: tuple[ActiveAdapter, ...] = ()
 
     def check(self) -> None:
-        """Raises :class:`UserError` for the first setting out of range; sliders bind nobody who speaks HTTP."""
-        if not 1 <= len(self.pictures) <= MAX_PICTURES:
-            raise UserError(f"{len(self.pictures)} pictures at once: choose 1 to {MAX_PICTURES}")
-        if not all(prompt.strip() for prompt, _ in self.pictures):
-            raise UserError("there is no prompt: say what the picture shall show")
-        for prompt, seed in self.pictures:
+        """Raise :class:`UserError` for the first value out of range."""
+        if not 1 <= len(self.images) <= MAX_IMAGES:
+            raise UserError(f"{len(self.images)} images were requested at once: choose 1 to {MAX_IMAGES}")
+        if not all(prompt.strip() for prompt, _ in self.images):
+            raise UserError("the prompt is empty: describe the image")
+        for prompt, seed in self.images:
             check_prompt(prompt)
             check_range("seed", seed, 0, MAX_SEED)
         self.sampling.check(MAX_STEPS, MAX_SIDE)

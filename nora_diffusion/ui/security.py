@@ -1,4 +1,4 @@
-"""What keeps strangers out. Loopback is no boundary: any web page can send requests to 127.0.0.1."""
+"""Request checks, limits and passwords. Loopback is no protection: any web page can send requests to 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ Send = Callable[[Message], Awaitable[None]]
 Asgi = Callable[[Message, Receive, Send], Awaitable[None]]
 
 MAX_UPLOAD = 512 * 2**20
-"""Bytes of one request's body when it uploads files, all its files together."""
+"""Largest body of an upload in bytes, all files of the request together."""
 MAX_BODY = 2**20
-"""Bytes of any other request's body."""
+"""Largest body of any other request in bytes."""
 MAX_STORED = 4 * 2**30
 MAX_STORED_FILES = 5000
+"""Limits of the temporary folder: bytes and files."""
 TRIES, TRIES_SECONDS = 8, 60.0
+"""Wrong passwords accepted in a time window; then every password is refused until the window has passed."""
 UPLOAD = "/gradio_api/upload"
 CLOSED = (
     "/monitoring", "/gradio_api/proxy=", "/gradio_api/cancel", "/gradio_api/call",
     "/gradio_api/api/", "/gradio_api/stream/", "/gradio_api/process_recording", "/gradio_api/vibe",
     "/gradio_api/undo-vibe", "/gradio_api/dev", "/gradio_api/deep_link", "/gradio_api/runs", "/gradio_api/run-history",
 )  # fmt: skip
-"""Parts of Gradio that this app does not use: what is closed cannot be attacked."""
+"""Routes of Gradio that this app does not use. They answer 404."""
 
 
 class Gatekeeper:
-    """ASGI middleware: 400 for a foreign ``Host`` (DNS rebinding), 403 for a request from another site, 413 or 507
-    for bodies and disk use beyond their limits, 404 for what the app does not use."""
+    """ASGI middleware: 400 for an unknown ``Host`` (DNS rebinding), 403 for a request from another site, 404 for unused
+    routes, 413 for a body over its limit, 507 if the temporary folder is full."""
 
     def __init__(self, app: Asgi, hosts: Iterable[str], storage: Path) -> None:
         self.app = app
@@ -58,27 +60,27 @@ class Gatekeeper:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            await _answer(send, *refusal)
+            await _respond(send, *refusal)
 
     def refusal(self, scope: Message, headers: Mapping[str, str]) -> tuple[int, str] | None:
-        """Status and reason of a refusal, or None."""
+        """HTTP status and reason if the request is refused, else None."""
         path, method = scope["path"], scope.get("method", "GET")
         if not self.known_host(headers.get("host", "")):
-            return 400, "unknown host name: open the app under the address that it printed"
+            return 400, "unknown host name: open the app at the address that it printed"
         if not _same_site(headers, method):
-            return 403, "requests from other web sites are refused"
+            return 403, "requests from other websites are refused"
         if path.startswith(CLOSED):
             return 404, "not part of this app"
         limit = MAX_UPLOAD if path.startswith(UPLOAD) else MAX_BODY
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > limit:
-            return 413, f"too large: at most {limit // 2**20} MiB at a time"
+            return 413, f"the request is too large: send at most {limit // 2**20} MiB at a time"
         if path.startswith(UPLOAD) and _full(self.storage):
             return 507, "the app's temporary folder is full: restart the app"
         return None
 
     def known_host(self, host: str) -> bool:
-        """Names must be known ones; an IP address cannot be rebound by somebody's DNS server."""
+        """Accept known names, and every IP address: DNS rebinding needs a name."""
         name = urlsplit(f"//{host}").hostname or ""
         try:
             return bool(ipaddress.ip_address(name))
@@ -96,7 +98,7 @@ def _same_site(headers: Mapping[str, str], method: str) -> bool:
 
 
 def _limited(receive: Receive, limit: int) -> Receive:
-    """Ends a body that says too little about its length, as if the client had gone."""
+    """Stop reading after ``limit`` bytes, as if the client had disconnected: a header may understate the length."""
     seen = 0
 
     async def read() -> Message:
@@ -111,7 +113,7 @@ def _limited(receive: Receive, limit: int) -> Receive:
     return read
 
 
-async def _answer(send: Send, status: int, text: str) -> None:
+async def _respond(send: Send, status: int, text: str) -> None:
     body = text.encode()
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -125,7 +127,7 @@ def _full(folder: Path) -> bool:
             found = file.lstat()
         except OSError:
             continue
-        if stat.S_ISDIR(found.st_mode):  # Gradio leaves its folders behind when it deletes what was in them
+        if stat.S_ISDIR(found.st_mode):  # Gradio deletes old files but leaves their folders behind
             continue
         count, size = count + 1, size + found.st_size
         if count > MAX_STORED_FILES or size > MAX_STORED:
@@ -134,13 +136,13 @@ def _full(folder: Path) -> bool:
 
 
 def known_hosts(config: AppConfig) -> set[str]:
-    """Names under which the app may be opened."""
+    """Host names that the app answers to."""
     names = {"localhost", config.listen}
     return names if config.on_loopback else names | {socket.gethostname(), socket.getfqdn()}
 
 
 class Password:
-    """Gradio's ``auth`` function: one user, compared in constant time, few wrong tries a minute from everybody."""
+    """Gradio's ``auth`` function: one user, compared in constant time, one limit on wrong tries for all clients."""
 
     def __init__(self, user: str, password: str) -> None:
         self._expected = (user.encode(), password.encode())
@@ -160,9 +162,9 @@ class Password:
 
 
 def clean_environment(scratch: Path) -> None:
-    """Take away every ``GRADIO_*`` variable, which could open what is closed here, and set those that are needed.
+    """Remove all ``GRADIO_*`` environment variables, which could undo these defaults, and set our own.
 
-    To be called before gradio is imported.
+    Call it before gradio is imported.
     """
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]

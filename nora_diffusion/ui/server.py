@@ -54,7 +54,6 @@ def started(config: AppConfig) -> Iterator[tuple[App, str]]:
     before = Path.cwd()
     try:
         app = App(config=_absolute(config), scratch=scratch)
-        _ = app.library
         security.clean_environment(scratch)
         os.chdir(work)
         with _served(app) as url:

@@ -1,4 +1,4 @@
-"""The page: a title and the tabs."""
+"""The page: title and tabs."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import gradio as gr
 
 from ..generation.sampling import MAX_PROMPT
 from .config import CACHE_SECONDS
-from .layout.look import look
 from .layout.page import Page
+from .layout.theme import appearance
 from .messages import short_name
 from .state import App
 from .tabs.generate_settings import defaults
 
 TABS = ("generate", "mix", "library", "train", "compare", "inspect")
-"""Modules of ``ui/tabs``, in the order of the page."""
+"""Modules of ``ui/tabs``, in page order."""
 
 
 def build(app: App) -> tuple[Any, dict[str, Any]]:
-    """The page, and the arguments of ``launch`` that say how it looks."""
+    """The page, and the arguments of ``gr.mount_gradio_app`` for its appearance."""
     with gr.Blocks(title="nora_diffusion", delete_cache=CACHE_SECONDS, analytics_enabled=False) as blocks:
-        base = "embedded base" if app.engine.is_embedded else short_name(str(app.config.source.base))
+        base = "embedded base model" if app.engine.is_embedded else short_name(str(app.config.source.base))
         gr.HTML(f"<h1>nora_diffusion</h1><p>{html.escape(base)}</p>", elem_id="title")
         prompt = gr.Textbox(
             defaults(app.engine)["prompt"], label="Prompt", lines=3, max_lines=8, max_length=MAX_PROMPT, render=False,
-            elem_id="prompt", placeholder="What shall the picture show?",
+            elem_id="prompt", placeholder="Describe the image",
         )  # fmt: skip
         changed = gr.State(0)
         with gr.Tabs(selected=TABS[0]) as tabs:
@@ -37,4 +37,4 @@ def build(app: App) -> tuple[Any, dict[str, Any]]:
                 module = importlib.import_module(f".tabs.{name}", __package__)
                 with gr.Tab(module.TITLE, id=name) as tab:
                     module.build(replace(page, tab=tab))
-    return blocks, look()
+    return blocks, appearance()

@@ -1,4 +1,4 @@
-"""How strong an adapter acts: on the denoiser, on the text encoders, and by block of a UNet."""
+"""Adapter weights: on the denoiser, on the text encoders, and per block of a UNet."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..loaders import set_adapters
 from ..pipelines.components import components
 
 BLOCKS = ("down", "mid", "up")
-"""Parts of a UNet that may have a factor of their own; module paths begin with ``<block>_block``."""
+"""Blocks of a UNet with a weight of their own; their module paths start with ``<block>_block``."""
 
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """``unet`` acts on the denoiser, ``te`` on text encoders; ``blocks`` are factors on top, by block (default 1)."""
+    """``unet`` is the weight on the denoiser, ``te`` on text encoders; ``blocks`` multiply ``unet`` (default 1)."""
 
     unet: float = 1.0
     te: float | None = None
@@ -25,35 +25,35 @@ class AdapterWeights:
 
     def __post_init__(self) -> None:
         for weight in (self.unet, self.text, *self.blocks.values()):
-            check_range(weight, "the mix")
+            check_range(weight, "the weight sliders")
         unknown = set(self.blocks) - set(BLOCKS)
         if unknown:
-            raise UserError(f"{sorted(unknown)[0]!r} is no block: choose among {', '.join(BLOCKS)}")
+            raise UserError(f"{sorted(unknown)[0]!r} is not a block: choose one of {', '.join(BLOCKS)}")
 
     @property
     def text(self) -> float:
         """The weight on text encoders."""
         return self.unet if self.te is None else self.te
 
-    def at(self, part: str, path: str) -> float:
-        """The weight at one projection."""
-        if part.startswith("text_encoder"):
+    def at(self, component: str, path: str) -> float:
+        """The weight of one module of a component."""
+        if component.startswith("text_encoder"):
             return self.text
         block = next((name for name in BLOCKS if path.startswith(f"{name}_block")), "")
         return self.unet * self.blocks.get(block, 1.0)
 
-    def beyond_one_number(self) -> dict[str, Any]:
-        """What a single weight does not say, for the settings of a picture."""
+    def settings(self) -> dict[str, Any]:
+        """Weights that differ from ``unet``, for the settings of an image."""
         extra: dict[str, Any] = {} if self.text == self.unet else {"te": self.text}
-        factors = {name: value for name, value in self.blocks.items() if value != 1.0}
-        return extra | ({"blocks": factors} if factors else {})
+        blocks = {name: value for name, value in self.blocks.items() if value != 1.0}
+        return extra | ({"blocks": blocks} if blocks else {})
 
 
 def set_weights(pipe: Any, weights: Mapping[str, AdapterWeights]) -> None:
-    """Make exactly these adapters active, each with its weights."""
+    """Activate exactly these adapters, each with its weights."""
     set_adapters(pipe, list(weights), [w.unet for w in weights.values()])
-    for part, module in components(pipe).items():
+    for component, module in components(pipe).items():
         for path, layer in module.named_modules():
             if hasattr(layer, "set_scale"):
                 for name, weight in weights.items():
-                    layer.set_scale(name, weight.at(part, path.removeprefix("text_model.")))
+                    layer.set_scale(name, weight.at(component, path.removeprefix("text_model.")))

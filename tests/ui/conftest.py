@@ -24,18 +24,18 @@ from playwright.sync_api import Error, expect
 from nora_diffusion import UserError
 from nora_diffusion.ui.jobs.jobs import Jobs
 
-# What is seen once a tab is open and filled.
+# An element of each tab that is visible once the tab is open and filled.
 LANDMARKS = {
     "generate": "#generate", "mix": "#recipe", "library": "#cards :is(.card, .empty)", "train": "#train-start",
     "compare": "#compare-go", "inspect": "#inspect-go",
 }  # fmt: skip
 ROOT = Path(__file__).parents[2]
 WAIT = 180.0
-"""Seconds that anything but a training may take: a slow machine is no fault."""
+"""Timeout in seconds for everything but trainings; generous, for slow machines."""
 LONG = 600.0
-"""Seconds that a training may take."""
+"""Timeout in seconds for trainings."""
 expect.set_options(timeout=1000 * WAIT)
-# What a hostile environment would set; the app must not listen to any of it.
+# A hostile environment: the app must ignore all of these variables.
 HOSTILE = {
     "GRADIO_SHARE": "True", "GRADIO_MCP_SERVER": "True", "GRADIO_ALLOWED_PATHS": "/", "GRADIO_SERVER_NAME": "0.0.0.0",
     "GRADIO_RUN_HISTORY": "True", "GRADIO_ROOT_PATH": "/elsewhere", "GRADIO_DEBUG": "1", "GRADIO_VIBE_MODE": "1",
@@ -43,10 +43,10 @@ HOSTILE = {
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that drive a browser may try three times, as those of Playwright's own runner; others may not.
+    """Rerun failed browser tests up to two times, as Playwright's own test runner can.
 
-    Every wait in them is for what they assert. This is for what no test can wait for, such as a browser that the system
-    has killed. The summary names what was run again.
+    Every wait in them is for what they assert. Reruns are for events outside the tests, such as a browser that the
+    system killed. The summary names the tests that were rerun.
     """
     if not config.pluginmanager.hasplugin("rerunfailures"):
         return
@@ -68,11 +68,11 @@ class Server:
     functions: dict[str, int] = field(default_factory=dict)
 
     def client(self, **headers: str) -> httpx.Client:
-        """An HTTP client of it."""
+        """An HTTP client for the app."""
         return httpx.Client(base_url=self.url, headers=headers, cookies=self.cookies, timeout=WAIT)
 
     def call(self, name: str, *data: Any, event: dict[str, Any] | None = None, session: str = "test") -> dict[str, Any]:
-        """Run a handler as a script would, past the page; returns the last message: ``success`` and ``output``."""
+        """Call a handler over HTTP, without the page. Returns the last message: ``success`` and ``output``."""
         with self.client() as http:
             body = {"data": data, "fn_index": self.find(name), "session_hash": session, "event_data": event}
             joined = http.post("/gradio_api/queue/join", content=json.dumps(body, allow_nan=True).encode(),
@@ -87,13 +87,13 @@ class Server:
         raise AssertionError("the stream ended without a result")
 
     def press(self, name: str, *data: Any, session: str = "test") -> httpx.Response:
-        """A handler that answers past the queue, as the page's script calls it."""
+        """Call an unqueued handler over HTTP."""
         with self.client() as http:
             body = {"data": data, "fn_index": self.find(name), "session_hash": session}
             return http.post("/gradio_api/run/predict", json=body)
 
     def find(self, name: str) -> int:
-        """The number under which the page calls a handler."""
+        """The function index of a handler, by its ``api_name``."""
         if not self.functions:
             with self.client() as http:
                 found = http.get("/config").json()["dependencies"]
@@ -101,7 +101,7 @@ class Server:
         return self.functions[name]
 
     def stop(self) -> int:
-        """End it as a system would."""
+        """Stop the app with SIGTERM. Returns its exit code."""
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(WAIT)
         if self.process.stdout is not None:
@@ -110,7 +110,7 @@ class Server:
 
 
 def start(folder: Path, *flags: str) -> Server:
-    """Start the app in a process of its own on a free port."""
+    """Start the app in its own process on a free port."""
     (folder / "tmp").mkdir(parents=True)
     log = folder / "server.log"
     environment = {**os.environ, **HOSTILE, "TMPDIR": str(folder / "tmp"), "HF_HUB_OFFLINE": "1"}
@@ -126,7 +126,7 @@ def start(folder: Path, *flags: str) -> Server:
 
 
 def save_random(pipe: Any, folder: Path, config: Any, **info: Any) -> Path:
-    """Save an adapter that changes pictures; the pipeline is left as it was."""
+    """Save an adapter with random weights. The pipeline is left unchanged."""
     from nora_diffusion import add_adapter, delete_adapter, save_adapter
     from nora_diffusion.loaders import trainable_parameters
 
@@ -140,19 +140,19 @@ def save_random(pipe: Any, folder: Path, config: Any, **info: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random base, so that pictures cost nothing."""
+    """A tiny random base, so that images are fast."""
     return tiny_random_pipeline(tmp_path_factory.mktemp("ui") / "base")
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    """Adapters for that base: two good ones, one of another base, a broken one, one with a hostile name."""
+    """Adapters: two for that base, one for another base, a broken file, and one with a hostile name."""
     from nora_diffusion import lora, nora, open_pipeline
 
     folder = tmp_path_factory.mktemp("adapters")
     pipe = open_pipeline(base)
-    said = {"trigger": "sks", "instance_prompt": "a sks dog", "class_word": "dog"}
-    save_random(pipe, folder / "dog", nora(r=4, inner_r=2, basis="svd"), **said)
+    info = {"trigger": "sks", "instance_prompt": "a sks dog", "class_word": "dog"}
+    save_random(pipe, folder / "dog", nora(r=4, inner_r=2, basis="svd"), **info)
     save_random(pipe, folder / "hat", lora(r=2), trigger="zwx", instance_prompt="a zwx hat")
     save_random(pipe, folder / "<img src=x onerror=alert(1)>", lora(r=2), trigger="<script>alert(2)</script>")
     other = open_pipeline(tiny_random_pipeline(tmp_path_factory.mktemp("other") / "other", seed=1))
@@ -163,26 +163,26 @@ def library(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 
 
 def jobs_of(server: Server) -> Jobs:
-    """Its trainings."""
+    """The training jobs of the app."""
     folder = server.library / ".jobs"
     return Jobs(folder, server.library, folder / "device.lock")
 
 
 def end_trainings(server: Server) -> None:
-    """Remove what would outlive its test as it outlives the app, and keep the device from the next one."""
+    """Stop and remove all trainings: they survive the app, and would hold the device in the next test."""
     jobs = jobs_of(server)
     for job in jobs.list():
-        with suppress(UserError):  # over already
+        with suppress(UserError):  # already over
             jobs.stop(job.id)
         until(lambda job=job: not jobs.get(job.id).running)  # type: ignore[misc]
         jobs.remove(job.id)
 
 
 def until(true: Callable[[], bool], seconds: float = WAIT, page: Any = None) -> None:
-    """Wait for something outside the page, which goes on meanwhile."""
+    """Wait for a condition outside the page, while the page keeps running."""
     deadline = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < deadline, "nothing happened in time"
+        assert time.monotonic() < deadline, "timeout"
         if page is None:
             time.sleep(0.05)
         else:
@@ -191,7 +191,7 @@ def until(true: Callable[[], bool], seconds: float = WAIT, page: Any = None) -> 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, library: Path, base: Path) -> Iterator[Server]:
-    """The app that most tests share, with that library."""
+    """The app with that library, which most tests share."""
     folder = tmp_path_factory.mktemp("server")
     shutil.copytree(library, folder / "library")
     running = start(folder, "--base", str(base))
@@ -202,7 +202,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, library: Path, base: Path) 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    """The system's Chromium, or Playwright's own. Without one the tests are skipped with a notice; in CI they fail."""
+    """The system's Chromium or Playwright's own. Without one the tests are skipped; in CI they fail."""
     from playwright.sync_api import sync_playwright
 
     names = ("chromium", "chromium-browser", "google-chrome")
@@ -219,16 +219,16 @@ def browser() -> Iterator[Any]:
 
 
 def visit(page: Any, url: str = "") -> None:
-    """Open the page, or reload it, and wait until it has brought back what the last visit wrote."""
+    """Open or reload the page, and wait until it has restored its stored settings."""
     page.goto(url) if url else page.reload()
     page.wait_for_selector("html[data-ready]", state="attached")
     page.wait_for_selector("#generate")
 
 
 def open_tab(page: Any, name: str) -> None:
-    """Choose a tab, on a narrow screen from the menu of those that do not fit, and wait for its content.
+    """Open a tab, on a narrow screen from the "More tabs" menu, and wait for its content.
 
-    Which tabs fit is measured by the page after it is drawn, so a tab may go into the menu while it is pressed.
+    The page moves tabs that do not fit into the menu after it is drawn, so a tab may move while it is clicked.
     """
     title = name.capitalize()
     tab = page.get_by_role("tab", name=title, exact=True).locator("visible=true")
@@ -249,22 +249,22 @@ def open_tab(page: Any, name: str) -> None:
 
 
 def number(page: Any, label: str, value: float) -> None:
-    """Write a slider's number until the slider stands there: one that has just opened may not listen yet."""
+    """Type a slider's value until the slider has it: a slider that has just become visible may ignore input."""
     box = page.get_by_label(f"number input for {label}").locator("visible=true").first
     slider = page.get_by_label(f"range slider for {label}").locator("visible=true").first
 
-    def stands() -> bool:
+    def is_set() -> bool:
         box.fill(str(value))
         box.blur()
         with suppress(AssertionError):
             expect(slider).to_have_value(str(value), timeout=5000)
         return bool(slider.input_value() == str(value))
 
-    until(stands)
+    until(is_set)
 
 
 def select(page: Any, field: str, value: str) -> None:
-    """Choose a value from a list, and wait until the list has faded: the next one may hold the same words."""
+    """Choose a value from a dropdown, and wait until its list is gone: the next list may have the same entries."""
     box = page.locator(f"{field} input")
     box.click()
     page.get_by_role("option", name=value, exact=True).click()
@@ -273,7 +273,7 @@ def select(page: Any, field: str, value: str) -> None:
 
 
 def press(button: Any, line: Any) -> None:
-    """Press a button and wait for a new line about its work: what that says, it says of this press."""
+    """Click a button and wait for a new status line, so that the status belongs to this click."""
     line.locator("p").evaluate_all("lines => lines.forEach(line => line.dataset.old = true)")
     button.click()
     expect(line.locator("p:not([data-old])").first).to_be_attached()
@@ -281,18 +281,18 @@ def press(button: Any, line: Any) -> None:
 
 @contextmanager
 def visitor(browser: Any) -> Iterator[Any]:
-    """An empty page of a visitor without a past; errors of the page's scripts fail the test."""
+    """An empty page in a fresh browser context. Script errors on the page fail the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     context.set_default_timeout(1000 * WAIT)
     tab = context.new_page()
-    faults: list[str] = []
-    tab.on("pageerror", lambda error: faults.append(str(error)))
-    tab.on("dialog", lambda dialog: (faults.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    errors: list[str] = []
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.on("dialog", lambda dialog: (errors.append(f"dialog: {dialog.message}"), dialog.dismiss()))
     try:
         yield tab
     finally:
         context.close()
-    assert not faults, faults
+    assert not errors, errors
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Pictures of every tab, light and dark, desktop and phone, for eyes: ``make screenshots``."""
+"""Screenshots of every tab, light and dark, desktop and phone: ``make screenshots``."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ PROMPT = "a sks mug in the forest <lora:stripemug-red:1>"
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    """Two subjects learned in the app, as long as they fit the base: they are kept for the next time."""
+    """Two trained subjects, cached for the next time as long as they match the base."""
     folder, engine = OUT / "library", Engine(BaseSource())
-    if any(e.name not in SUBJECTS or e.info is None or engine.misfit(e.info) for e in Library(folder).entries()):
+    if any(e.name not in SUBJECTS or e.info is None or engine.mismatch(e.info) for e in Library(folder).entries()):
         shutil.rmtree(folder)
     jobs = Jobs(folder / ".jobs", folder, folder / ".jobs" / "device.lock")
     for slug in SUBJECTS:
@@ -48,8 +48,8 @@ def use_generate(page: Any, device: str) -> None:
     page.fill("#prompt textarea", PROMPT)
     page.get_by_label("number input for stripemug-red: weight").wait_for()
     if device == "desktop":
-        page.get_by_label("number input for Pictures").first.fill("4")
-        page.get_by_label("number input for Pictures").first.blur()
+        page.get_by_label("number input for Number of images").first.fill("4")
+        page.get_by_label("number input for Number of images").first.blur()
     page.click("#generate")
     page.wait_for_selector("#generate", state="hidden")
     page.wait_for_selector("#generate:visible")
@@ -99,7 +99,7 @@ def test_screenshots(browser: Any, library: Path, tmp_path: Path, scheme: str) -
                 open_tab(page, name)
                 USES.get(name, lambda *_: None)(page, device)
                 page.evaluate("scrollTo(0, 0)")
-                page.wait_for_timeout(1000)  # pictures fade in
+                page.wait_for_timeout(1000)  # images fade in
                 page.screenshot(path=OUT / f"{name}-{scheme}-{device}.png", full_page=device == "phone")
             context.close()
     finally:

@@ -1,4 +1,4 @@
-"""The engine and its line: stopping, memory, adapters that leave no trace, previews."""
+"""The engine and the queue: stopping, memory, adapters that leave no trace, previews."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nora_diffusion.ui.device import Device
 from nora_diffusion.ui.engine import Engine
 from nora_diffusion.ui.messages import OUT_OF_MEMORY
 from nora_diffusion.ui.preview import LatentPreview
-from nora_diffusion.ui.request import Request, Wanted
+from nora_diffusion.ui.request import ActiveAdapter, Request
 from nora_diffusion.ui.runs import Progress, Run
 from nora_diffusion.ui.state import App
 from nora_diffusion.ui.tabs import inspect
@@ -46,13 +46,13 @@ def device(tmp_path: Path) -> Device:
     return Device(tmp_path / "device.lock", max_waiting=2)
 
 
-def request(*prompts: str, adapters: tuple[Wanted, ...] = (), seed: int = 0, **changes: Any) -> Request:
+def request(*prompts: str, adapters: tuple[ActiveAdapter, ...] = (), seed: int = 0, **changes: Any) -> Request:
     return Request(tuple((p, seed + i) for i, p in enumerate(prompts)), Sampling(**{**SMALL, **changes}), adapters)
 
 
 def run(device: Device, engine: Engine, order: Request, out: Path, watch: Any = None) -> Run:
-    """Make pictures; ``watch(run, progress)`` sees every snapshot."""
-    made = Run(device, "pictures", lambda run: engine.make(order, out, run))
+    """Generate images; ``watch(run, progress)`` gets every snapshot."""
+    made = Run(device, "images", lambda run: engine.make(order, out, run))
     for progress in made.follow():
         if watch is not None:
             watch(made, progress)
@@ -65,8 +65,8 @@ def pixels(file: Path) -> str:
         return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
 
 
-def test_pictures_carry_their_settings(engine: Engine, device: Device, library: Path, tmp_path: Path) -> None:
-    dog = Wanted("dog", library / "dog" / "nora_adapter.safetensors", AdapterWeights(0.8, 0.5, {"mid": 0.5}))
+def test_images_contain_their_settings(engine: Engine, device: Device, library: Path, tmp_path: Path) -> None:
+    dog = ActiveAdapter("dog", library / "dog" / "nora_adapter.safetensors", AdapterWeights(0.8, 0.5, {"mid": 0.5}))
     made = run(device, engine, request("a dog", "a cat", adapters=(dog,), seed=7), tmp_path)
     assert made.progress.state == "done"
     settings = [read_settings(file) for file in made.progress.files]
@@ -81,45 +81,45 @@ def test_a_removed_adapter_leaves_no_trace(
     base: Path, engine: Engine, device: Device, library: Path, tmp_path: Path
 ) -> None:
     never = run(device, Engine(BaseSource(str(base), "cpu")), request("a dog"), tmp_path / "never").progress.files[0]
-    dog, hat = (Wanted(n, library / n / "nora_adapter.safetensors") for n in ("dog", "hat"))
+    dog, hat = (ActiveAdapter(n, library / n / "nora_adapter.safetensors") for n in ("dog", "hat"))
     both = run(device, engine, request("a dog", adapters=(dog, hat)), tmp_path / "both").progress.files[0]
     one = run(device, engine, request("a dog", adapters=(hat,)), tmp_path / "one").progress.files[0]
     again = run(device, engine, request("a dog", adapters=(hat,)), tmp_path / "again").progress.files[0]
     none = run(device, engine, request("a dog"), tmp_path / "none").progress.files[0]
-    zero = Wanted("dog", dog.path, AdapterWeights(0.0))
+    zero = ActiveAdapter("dog", dog.path, AdapterWeights(0.0))
     off = run(device, engine, request("a dog", adapters=(zero,)), tmp_path / "off").progress.files[0]
     assert pixels(none) == pixels(never) == pixels(off)
     assert len({pixels(f) for f in (never, one, both)}) == 3
     assert pixels(one) == pixels(again)
 
 
-def test_a_changed_file_is_loaded_anew(engine: Engine, device: Device, library: Path, tmp_path: Path) -> None:
+def test_a_changed_file_is_reloaded(engine: Engine, device: Device, library: Path, tmp_path: Path) -> None:
     file = tmp_path / "changing.safetensors"
     digests = []
     for name in ("dog", "hat"):
         file.write_bytes((library / name / "nora_adapter.safetensors").read_bytes())
-        made = run(device, engine, request("a dog", adapters=(Wanted("x", file),)), tmp_path / name)
+        made = run(device, engine, request("a dog", adapters=(ActiveAdapter("x", file),)), tmp_path / name)
         digests.append(read_settings(made.progress.files[0]).adapters[0]["sha256"])
     assert digests[0] != digests[1]
     file.unlink()
-    gone = run(device, engine, request("a dog", adapters=(Wanted("x", file),)), tmp_path / "gone")
+    gone = run(device, engine, request("a dog", adapters=(ActiveAdapter("x", file),)), tmp_path / "gone")
     assert gone.progress.state == "failed" and "gone" in gone.progress.message
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_weights_by_part_and_block(engine: Engine, library: Path, compiled: bool) -> None:
-    """A model that ``torch.compile`` wraps has the same blocks."""
+def test_weights_by_component_and_block(engine: Engine, library: Path, compiled: bool) -> None:
+    """Blocks are found in a model that ``torch.compile`` wraps, too."""
     plain = engine.pipe.unet
     if compiled:
         engine.pipe.unet = torch.compile(plain, backend="eager")
     weights = AdapterWeights(0.5, 0.25, {"down": 0.0, "up": 2.0})
-    engine.use([Wanted("dog", library / "dog" / "nora_adapter.safetensors", weights)])
+    engine.use([ActiveAdapter("dog", library / "dog" / "nora_adapter.safetensors", weights)])
     scales: dict[str, set[float]] = {}
-    for part in ("unet", "text_encoder"):
-        for path, layer in components(engine.pipe)[part].named_modules():
+    for component in ("unet", "text_encoder"):
+        for path, layer in components(engine.pipe)[component].named_modules():
             for state in layer.states.values() if isinstance(layer, NoraLayer) else ():
                 weight = state.scaling / state.native_scale
-                scales.setdefault(f"{part}.{path.split('_block')[0]}"[:9], set()).add(weight)
+                scales.setdefault(f"{component}.{path.split('_block')[0]}"[:9], set()).add(weight)
     engine.use([])
     engine.pipe.unet = plain
     assert scales["unet.down"] == {0.0} and scales["unet.up"] == {1.0} and scales["text_enco"] == {0.25}
@@ -130,13 +130,12 @@ def test_weights_by_part_and_block(engine: Engine, library: Path, compiled: bool
 
 @contextmanager
 def patient(engine: Engine, when: Callable[[Progress], bool]) -> Iterator[tuple[list[int], threading.Event]]:
-    """Steps are counted, and those that start ``when`` it is so wait for the event, which says that somebody asked."""
+    """Count steps. A step for which ``when(progress)`` holds waits for the event, which the test sets."""
     steps: list[int] = []
     asked = threading.Event()
-    picture = engine.picture
+    generate = engine.generate
 
-    def slow(order: Request, prompt: str, seed: int, run: Run | None = None) -> Any:
-        assert run is not None
+    def slow(order: Request, prompt: str, seed: int, run: Run) -> Any:
 
         def check() -> None:
             steps.append(1)
@@ -144,13 +143,13 @@ def patient(engine: Engine, when: Callable[[Progress], bool]) -> Iterator[tuple[
             Run.check(run)
 
         run.check = check  # type: ignore[method-assign]
-        return picture(order, prompt, seed, run)
+        return generate(order, prompt, seed, run)
 
-    engine.picture = slow  # type: ignore[method-assign]
+    engine.generate = slow  # type: ignore[method-assign]
     try:
         yield steps, asked
     finally:
-        del engine.picture  # type: ignore[method-assign]
+        del engine.generate  # type: ignore[method-assign]
 
 
 def test_interrupt_ends_within_one_step(engine: Engine, device: Device, tmp_path: Path) -> None:
@@ -162,29 +161,29 @@ def test_interrupt_ends_within_one_step(engine: Engine, device: Device, tmp_path
     with patient(engine, lambda progress: progress.step == 3) as (steps, asked):
         made = run(device, engine, request("a dog", "a cat", steps=100), tmp_path, watch)
     assert made.progress.state == "stopped" and made.progress.files == ()
-    assert len(steps) == 4  # asked after step 3, ended at the next
+    assert len(steps) == 4  # interrupted after step 3, stopped at the next
     assert run(device, engine, request("a dog"), tmp_path).progress.state == "done"
 
 
-def test_skip_leaves_one_picture_out(engine: Engine, device: Device, tmp_path: Path) -> None:
-    def in_the_second(progress: Progress) -> bool:
-        return progress.picture == 2 and progress.step == 1
+def test_skip_leaves_one_image_out(engine: Engine, device: Device, tmp_path: Path) -> None:
+    def in_second_image(progress: Progress) -> bool:
+        return progress.image == 2 and progress.step == 1
 
     def watch(made: Run, progress: Progress) -> None:
-        if in_the_second(progress):
+        if in_second_image(progress):
             made.skip()
             asked.set()
 
-    with patient(engine, in_the_second) as (_, asked):
+    with patient(engine, in_second_image) as (_, asked):
         made = run(device, engine, request("a dog", "a cat", "a hat"), tmp_path, watch)
     assert made.progress.state == "done"
     assert [read_settings(f).prompt for f in made.progress.files] == ["a dog", "a hat"]
 
 
-def test_skip_in_the_line_leaves_nothing_out(engine: Engine, device: Device, tmp_path: Path) -> None:
+def test_skip_while_waiting_skips_nothing(engine: Engine, device: Device, tmp_path: Path) -> None:
     before = device.join("another")
     assert before.wait(WAIT)
-    made = Run(device, "pictures", lambda run: engine.make(request("a dog"), tmp_path, run))
+    made = Run(device, "images", lambda run: engine.make(request("a dog"), tmp_path, run))
     until(lambda: made.progress.ahead == 1)
     made.skip()
     before.leave()
@@ -201,7 +200,7 @@ def test_skip_in_the_line_leaves_nothing_out(engine: Engine, device: Device, tmp
     ],
     ids=repr,
 )
-def test_out_of_memory_is_said_and_survived(
+def test_out_of_memory_is_reported_and_survived(
     engine: Engine, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -214,7 +213,7 @@ def test_out_of_memory_is_said_and_survived(
     assert run(device, engine, request("a dog"), tmp_path).progress.state == "done"
 
 
-def test_other_errors_are_not_shown_but_survived(
+def test_other_errors_are_hidden_and_survived(
     engine: Engine, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -225,7 +224,7 @@ def test_other_errors_are_not_shown_but_survived(
 
 
 def test_a_batch_gives_each_row_its_own_adapter(engine: Engine, device: Device, library: Path, tmp_path: Path) -> None:
-    dog, hat = (Wanted(n, library / n / "nora_adapter.safetensors") for n in ("dog", "hat"))
+    dog, hat = (ActiveAdapter(n, library / n / "nora_adapter.safetensors") for n in ("dog", "hat"))
     order = Request((("a dog", 1), ("a dog", 1), ("a dog", 1)), Sampling(**SMALL), (dog, hat))
     rows = [[dog], [hat], []]
     made = Run(device, "batch", lambda run: engine.make_batch(order, rows, tmp_path / "batch", run))
@@ -237,7 +236,7 @@ def test_a_batch_gives_each_row_its_own_adapter(engine: Engine, device: Device, 
     ]
     for one, many in zip(single, made.progress.files, strict=True):
         a, b = (torch.tensor(list(Image.open(f).convert("RGB").tobytes())).float() for f in (one, many))
-        assert (a - b).abs().max() <= 1  # one pass or three: rounding to 8 bits apart
+        assert (a - b).abs().max() <= 1  # one batch and three differ by rounding to 8 bits
     assert len({pixels(f) for f in made.progress.files}) == 3
     assert [[a["name"] for a in read_settings(f).adapters] for f in made.progress.files] == [["dog"], ["hat"], []]
 
@@ -277,7 +276,7 @@ def test_a_training_holds_the_device(tmp_path: Path) -> None:
 
     device, training = Device(tmp_path / "lock"), FileLock(tmp_path / "lock")
     assert training.try_acquire()
-    turn = device.join("pictures")
+    turn = device.join("images")
     assert not turn.wait(0.3)
     assert device.busy_with == "a training"
     training.release()
@@ -288,8 +287,8 @@ def test_a_training_holds_the_device(tmp_path: Path) -> None:
     training.release()
 
 
-class Part(torch.nn.Module):
-    """One tensor; on ``meta``, which stands for an accelerator, there may be no room for it."""
+class FakeComponent(torch.nn.Module):
+    """One tensor. The ``meta`` device stands for an accelerator, which may be ``full``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -302,31 +301,31 @@ class Part(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(1, device=device))
 
 
-class Placed:
-    """What stands for a pipeline on an accelerator; ``moves`` are those that changed something."""
+class FakePipeline:
+    """A pipeline on an accelerator; ``moves`` are the calls of ``to`` that changed the device."""
 
     def __init__(self) -> None:
-        self.components = {"vae": Part(), "tokenizer": None, "unet": Part()}
+        self.components = {"vae": FakeComponent(), "tokenizer": None, "unet": FakeComponent()}
         self.moves = list[str]()
 
     @property
-    def parts(self) -> list[Part]:
-        return [part for part in self.components.values() if part]
+    def modules(self) -> list[FakeComponent]:
+        return [module for module in self.components.values() if module]
 
     @property
-    def places(self) -> list[str]:
-        return [part.weight.device.type for part in self.parts]
+    def devices(self) -> list[str]:
+        return [module.weight.device.type for module in self.modules]
 
     @property
     def device(self) -> torch.device:
-        """As diffusers has it: that of the first part."""
-        return self.parts[0].weight.device
+        """As in diffusers: the device of the first module."""
+        return self.modules[0].weight.device
 
     def to(self, device: str, silence_dtype_warnings: bool = False) -> None:
-        if {*self.places} == {device}:
+        if {*self.devices} == {device}:
             return
-        for part in self.parts:
-            part.move(device)
+        for module in self.modules:
+            module.move(device)
         self.moves.append(device)
 
 
@@ -334,60 +333,60 @@ def test_the_base_leaves_the_accelerator_to_a_training(tmp_path: Path, monkeypat
     monkeypatch.setattr("nora_diffusion.ui.engine.set_weights", lambda *_: None)
     app = App(AppConfig(BaseSource(device="meta"), library=str(tmp_path)), tmp_path)
     app.make_room()  # nothing is loaded yet
-    assert app.engine.rests
-    placed = app.engine._pipe = Placed()
-    pictures = app.device.join("pictures")
-    assert pictures.wait(WAIT)
+    assert app.engine.offloaded
+    pipe = app.engine._pipe = FakePipeline()
+    images = app.device.join("images")
+    assert images.wait(WAIT)
     app.make_room()
-    assert app.device.position(app.device.join("another")) == 2 and not placed.moves  # only once it is its turn
-    pictures.leave()
-    until(lambda: placed.moves == ["cpu"])
+    assert app.device.position(app.device.join("another")) == 2 and not pipe.moves  # it waits for its turn
+    images.leave()
+    until(lambda: pipe.moves == ["cpu"])
     app.make_room()
-    app.engine.rest()
-    assert placed.moves == ["cpu"]
+    app.engine.offload()
+    assert pipe.moves == ["cpu"]
     for _ in range(2):
         app.engine.use([])
-    assert placed.moves == ["cpu", "meta"]
+    assert pipe.moves == ["cpu", "meta"]
 
 
-def test_a_base_that_finds_no_room_comes_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of it on the accelerator would look at home, and every later picture would fail."""
+def test_a_base_that_does_not_fit_stays_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it: a base that is half on the accelerator would fail for every later image."""
     monkeypatch.setattr("nora_diffusion.ui.engine.set_weights", lambda *_: None)
     app = App(AppConfig(BaseSource(device="meta"), library=str(tmp_path)), tmp_path)
-    placed = app.engine._pipe = Placed()
-    app.engine.rest()
-    placed.parts[1].full = True
+    pipe = app.engine._pipe = FakePipeline()
+    app.engine.offload()
+    pipe.modules[1].full = True
     for _ in range(2):
-        failed = Run(app.device, "pictures", lambda run: app.engine.use([]))
+        failed = Run(app.device, "images", lambda run: app.engine.use([]))
         failed.join(WAIT)
         assert (failed.progress.state, failed.progress.message) == ("failed", OUT_OF_MEMORY)
-        assert placed.places == ["cpu", "cpu"] and app.engine.rests
-    placed.parts[1].full = False
+        assert pipe.devices == ["cpu", "cpu"] and app.engine.offloaded
+    pipe.modules[1].full = False
     app.engine.use([])
-    assert placed.places == ["meta", "meta"]
-    placed.parts[0].move("cpu")
-    assert not app.engine.rests  # one part is enough to be in a training's way
+    assert pipe.devices == ["meta", "meta"]
+    pipe.modules[0].move("cpu")
+    assert not app.engine.offloaded  # one module on the accelerator is enough
     app.engine.use([])
-    assert placed.places == ["meta", "meta"]
+    assert pipe.devices == ["meta", "meta"]
 
 
-def test_an_inspection_brings_the_base_home(
+def test_an_inspection_moves_the_base_to_its_device(
     base: Path, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It samples with the base, which rests on the CPU after a training."""
+    """It samples with the base, which is on the CPU after a training."""
     app = App(AppConfig(BaseSource(str(base), "cpu"), library=str(library)), tmp_path)
     order: list[str] = []
     monkeypatch.setattr(app.engine, "use", lambda adapters: order.append(f"use {adapters}"))
     monkeypatch.setattr(inspect, "iter_spectra", lambda *_: iter(order.append("spectra") or ()))
-    list(inspect.inspector(app)("dog", False))
+    list(inspect.inspect_handler(app)("dog", False))
     assert order == ["use []", "spectra"]
 
 
-def test_a_preview_that_fails_costs_no_picture(
+def test_a_failed_preview_does_not_lose_the_image(
     engine: Engine, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert engine.look(torch.zeros(4, 2, 2)).startswith("data:image/png")
-    assert engine.look(torch.zeros(16, 64)) == ""  # as Flux packs its latents
+    assert engine.preview_uri(torch.zeros(4, 2, 2)).startswith("data:image/png")
+    assert engine.preview_uri(torch.zeros(16, 64)) == ""  # as Flux packs its latents
     monkeypatch.setattr(engine.preview, "weight", None)
     assert run(device, engine, request("a dog"), tmp_path).progress.state == "done"
 
@@ -399,7 +398,7 @@ def test_a_closed_page_stops_its_run(engine: Engine, device: Device, tmp_path: P
         assert closed.wait(WAIT)
         engine.make(request("a dog"), tmp_path, run)
 
-    made = Run(device, "pictures", work)
+    made = Run(device, "images", work)
     follower = made.follow()
     next(follower)
     follower.close()
@@ -409,7 +408,7 @@ def test_a_closed_page_stops_its_run(engine: Engine, device: Device, tmp_path: P
 
 
 def quickest(work: Callable[[], object], times: int) -> float:
-    """Seconds of this thread, at the best of several tries: what else the machine does is no part of it."""
+    """CPU seconds of this thread, the minimum of several tries, so that other processes do not count."""
     found = []
     for _ in range(times):
         start = time.thread_time()
@@ -419,21 +418,21 @@ def quickest(work: Callable[[], object], times: int) -> float:
 
 
 def test_the_preview_is_close_and_cheap() -> None:
-    """Against the embedded base's own decoder: the linear map explains most of the color, at a small cost."""
+    """Compared with the embedded base's decoder: the linear map explains most of the color, at a small cost."""
     from nora_diffusion import load_base
 
     pipe = load_base()
     preview = LatentPreview.fit(pipe.vae)
     generator = torch.Generator().manual_seed(5)
-    picture = torch.nn.functional.interpolate(torch.rand(1, 3, 5, 5, generator=generator), (64, 64), mode="bicubic")
-    picture = picture.clamp(0, 1)
+    image = torch.nn.functional.interpolate(torch.rand(1, 3, 5, 5, generator=generator), (64, 64), mode="bicubic")
+    image = image.clamp(0, 1)
     with torch.no_grad():
-        latents = pipe.vae.encode(picture * 2 - 1).latent_dist.mode() * pipe.vae.config.scaling_factor
+        latents = pipe.vae.encode(image * 2 - 1).latent_dist.mode() * pipe.vae.config.scaling_factor
         step = quickest(lambda: pipe.unet(latents.repeat(2, 1, 1, 1), 500, torch.zeros(2, 32, 160)), 5)
-    small = torch.nn.functional.interpolate(picture, (16, 16), mode="area")[0]
+    small = torch.nn.functional.interpolate(image, (16, 16), mode="area")[0]
     error = (preview.rgb(latents[0]) - small).square().mean()
     assert error < 0.2 * small.var(), (error, small.var())
     assert preview.data_uri(latents[0]).startswith("data:image/png;base64,")
     cost = quickest(lambda: preview.data_uri(latents[0]), 20)
-    # One preview for every third of 20 steps (and fewer, relatively, for more): under a tenth of the time.
+    # With 20 steps there is one preview for every third step: it must cost less than a tenth of the time.
     assert cost / 3 < 0.1 * step, (cost, step)

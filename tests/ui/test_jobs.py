@@ -1,4 +1,4 @@
-"""Training jobs: processes of their own that are found again, stopped, resumed, and never called done too early."""
+"""Training jobs: separate processes that are found again, stopped and resumed, and never reported as done too early."""
 
 from __future__ import annotations
 
@@ -55,32 +55,32 @@ def finished(jobs: Jobs, identity: str) -> Job:
 
 
 def fake(folder: Path, **files: Any) -> Path:
-    """A job's folder as its process might have left it."""
+    """A job's folder with the files of a finished or running process."""
     (folder / "run").mkdir(parents=True)
     (folder / "alive.lock").touch()
     for name, value in {"job": {"name": "dog"}, **files}.items():
-        place = folder / "run" / "state.json" if name == "state" else folder / f"{name}.json"
-        place.write_text(json.dumps(value))
+        file = folder / "run" / "state.json" if name == "state" else folder / f"{name}.json"
+        file.write_text(json.dumps(value))
     return folder
 
 
-# What a folder means
+# Reading a folder
 
 
-def test_what_the_files_say(tmp_path: Path) -> None:
-    whole = {"boot": boot_id(), "pid": os.getpid()}
+def test_the_status_follows_from_the_files(tmp_path: Path) -> None:
+    process = {"boot": boot_id(), "pid": os.getpid()}
     training = {"status": "training", "pid": os.getpid(), "total": 9}
-    killed = read_job(fake(tmp_path / "killed", process=whole, state=training))
+    killed = read_job(fake(tmp_path / "killed", process=process, state=training))
     assert killed.status == "killed" and "memory" in killed.message
-    rebooted = read_job(fake(tmp_path / "rebooted", process={**whole, "boot": "earlier"}, state=training))
+    rebooted = read_job(fake(tmp_path / "rebooted", process={**process, "boot": "earlier"}, state=training))
     assert rebooted.status == "killed" and "restarted" in rebooted.message
-    # The trainer's own word is not enough: the process must have ended well.
-    assert read_job(fake(tmp_path / "a", process=whole, state={**training, "status": "done"})).status == "killed"
-    assert read_job(fake(tmp_path / "b", process=whole, exit={"code": 143, "message": ""})).status == "stopped"
-    failed = fake(tmp_path / "c", process=whole, exit={"code": 2, "message": ""})
+    # A state of "done" is not enough: the process must have exited with code 0.
+    assert read_job(fake(tmp_path / "a", process=process, state={**training, "status": "done"})).status == "killed"
+    assert read_job(fake(tmp_path / "b", process=process, exit={"code": 143, "message": ""})).status == "stopped"
+    failed = fake(tmp_path / "c", process=process, exit={"code": 2, "message": ""})
     (failed / "output.log").write_text("a remark\nerror: no photos here\n")
     assert (read_job(failed).status, read_job(failed).message) == ("failed", "no photos here")
-    # Out of memory: the advice in a page's words, without folders; the checkpoint is there to go on from.
+    # Out of memory: the message has no flags and no folders, and the run can be resumed.
     (failed / "output.log").write_text(f"error: out of memory: lower --train_batch_size; {tmp_path}/c/run is kept\n")
     (failed / "run" / "checkpoints" / "step-7").mkdir(parents=True)
     (failed / "run" / "checkpoints" / "step-7" / "manifest.json").write_text("{}")
@@ -88,18 +88,18 @@ def test_what_the_files_say(tmp_path: Path) -> None:
     assert read_job(failed).resumable and read_job(failed).checkpoint == 7
 
 
-def test_a_living_process_is_told_by_its_lock_alone(tmp_path: Path) -> None:
-    mine, other = os.getpid(), os.getpid() + 1
-    state = {"status": "training", "pid": mine, "total": 4}
-    folder = fake(tmp_path / "job", process={"pid": mine, "boot": ""}, state=state)
+def test_only_the_lock_shows_that_a_process_is_alive(tmp_path: Path) -> None:
+    pid, other = os.getpid(), os.getpid() + 1
+    state = {"status": "training", "pid": pid, "total": 4}
+    folder = fake(tmp_path / "job", process={"pid": pid, "boot": ""}, state=state)
     rows = [{"step": step, "loss": 1.0, "seconds": 2.0} for step in (1, 2)]
     (folder / "run" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
-    assert read_job(folder).status == "killed"  # though a process with that number lives: this one
+    assert read_job(folder).status == "killed"  # although a process with this pid is alive: this test
     with FileLock(folder / "alive.lock"):
         job = read_job(folder)
         assert (job.status, job.step, job.total, job.eta) == ("training", 2, 4, 4.0)
         (folder / "process.json").write_text(json.dumps({"pid": other, "boot": ""}))
-        assert read_job(folder).status == "starting"  # the state is that of the run before
+        assert read_job(folder).status == "starting"  # an earlier process wrote the state
         (folder / "process.json").write_text(json.dumps({"pid": other, "boot": "", "waiting": True}))
         assert read_job(folder).status == "waiting"
         (folder / "process.json").unlink()
@@ -118,18 +118,18 @@ def test_long_curves_are_thinned_to_means(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("identity", ["", "../jobs", "/etc", "a/b", "nothing", "x\0y", ".."])
-def test_ids_lead_nowhere_else(jobs: Jobs, identity: str) -> None:
+def test_an_id_is_not_a_path(jobs: Jobs, identity: str) -> None:
     fake(jobs.root / "real")
-    for act in (jobs.get, jobs.stop, jobs.resume, jobs.remove):
+    for action in (jobs.get, jobs.stop, jobs.resume, jobs.remove):
         with pytest.raises(UserError, match="no such training"):
-            act(identity)
+            action(identity)
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [("../dog", {}, "name"), ("dog", {"rank": -1}, "rank"), ("dog", {"rnak": 4}, "rnak"), ("", {}, "name")],
 )
-def test_nothing_is_written_for_a_mistake(
+def test_invalid_settings_write_nothing(
     jobs: Jobs, settings: dict[str, Any], photos: list[Path], name: str, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -138,7 +138,7 @@ def test_nothing_is_written_for_a_mistake(
 
 
 @pytest.mark.parametrize(("device", "found"), [("cpu", "cpu True"), ("meta", "meta False")])
-def test_the_app_s_device_is_that_of_its_trainings(
+def test_trainings_use_the_device_of_the_app(
     settings: dict[str, Any], photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str,
     found: str,
 ) -> None:  # fmt: skip
@@ -147,12 +147,12 @@ def test_the_app_s_device_is_that_of_its_trainings(
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", lambda words, **how: started.update(how) or SimpleNamespace(wait=int))
         app.jobs.start("dog", settings, photos)
-    told = "from accelerate import Accelerator as A; print(A().device, A().state._cpu)"
-    told_by = subprocess.run([sys.executable, "-c", told], env=started["env"], capture_output=True, text=True)
-    assert told_by.stdout.strip() == found, told_by.stderr
+    code = "from accelerate import Accelerator as A; print(A().device, A().state._cpu)"
+    process = subprocess.run([sys.executable, "-c", code], env=started["env"], capture_output=True, text=True)
+    assert process.stdout.strip() == found, process.stderr
 
 
-def test_windows_is_told_before_anything_is_copied(
+def test_windows_is_refused_before_anything_is_copied(
     jobs: Jobs, settings: dict[str, Any], photos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as windows:
@@ -181,11 +181,11 @@ def test_a_job_from_start_to_library(jobs: Jobs, settings: dict[str, Any], photo
     assert inspect_adapter(job.adapter).sha256 == inspect_adapter(job.folder / "run").sha256
     assert (job.adapter / "thumbnail.png").read_bytes() == job.samples[-1].read_bytes()
     assert "in the snow" in inspect_adapter(job.adapter).prompts[0]
-    # A new page, or a restarted app, finds it again.
+    # A new page and a restarted app find it again.
     assert Jobs(jobs.root, jobs.library, jobs.device_lock).list() == [job]
-    with pytest.raises(UserError, match="no checkpoint to go on from"):
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
         jobs.resume(identity)
-    # A second one of that name gets a name of its own and replaces nothing.
+    # A second job of the same name gets an unused name and replaces nothing.
     second = finished(jobs, jobs.start("dog", {**settings, "max_train_steps": 1}, photos))
     assert second.adapter == jobs.library / "dog-2" and inspect_adapter(job.adapter).step == 3
     jobs.remove(identity)
@@ -193,7 +193,7 @@ def test_a_job_from_start_to_library(jobs: Jobs, settings: dict[str, Any], photo
 
 
 @pytest.mark.slow
-def test_stop_saves_and_resume_goes_on_from_there(jobs: Jobs, settings: dict[str, Any], photos: list[Path]) -> None:
+def test_stop_saves_and_resume_continues(jobs: Jobs, settings: dict[str, Any], photos: list[Path]) -> None:
     settings |= {"max_train_steps": 100_000, "lr_scheduler": "constant", "validation_steps": 1_000_000}
     identity = jobs.start("dog", settings, photos)
     until(lambda: jobs.get(identity).step > 0, LONG)
@@ -204,7 +204,7 @@ def test_stop_saves_and_resume_goes_on_from_there(jobs: Jobs, settings: dict[str
     assert not jobs.library.exists()
     assert jobs.resume(identity) == job.checkpoint
     until(lambda: jobs.get(identity).step > job.step, LONG)
-    # Killed by the system: said so, and the checkpoint is still there.
+    # Killed by the system: reported as such, and the checkpoint is still there.
     os.kill(json.loads((job.folder / "process.json").read_text())["pid"], signal.SIGKILL)
     killed = finished(jobs, identity)
     assert killed.status == "killed" and killed.resumable and killed.checkpoint == job.checkpoint
@@ -235,12 +235,12 @@ def test_a_job_outlives_the_app_and_waits_for_the_device(
 
 
 @pytest.mark.slow
-def test_an_adapter_that_cannot_be_read_again_is_not_done(
+def test_a_job_with_an_unreadable_adapter_is_not_done(
     jobs: Jobs, settings: dict[str, Any], photos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nora_diffusion.ui.jobs import worker
 
-    def spoiled(argv: list[str]) -> int:
+    def write_garbage(argv: list[str]) -> int:
         run = folder / "run"
         run.mkdir()
         (run / FILE_NAME).write_bytes(b"\xff" * 100)
@@ -250,7 +250,7 @@ def test_an_adapter_that_cannot_be_read_again_is_not_done(
     folder = jobs.root / jobs.start("dog", settings, photos)
     job = {"name": "dog", "library": str(jobs.library), "device_lock": str(jobs.device_lock), "flags": []}
     (folder / "job.json").write_text(json.dumps(job))
-    monkeypatch.setattr(worker, "_trainer", lambda: spoiled)
+    monkeypatch.setattr(worker, "_trainer", lambda: write_garbage)
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert worker.main(folder) == worker.UNREADABLE
@@ -260,7 +260,7 @@ def test_an_adapter_that_cannot_be_read_again_is_not_done(
     assert not jobs.library.exists()
 
 
-def test_a_stop_as_soon_as_the_process_is_known_is_told(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_right_after_the_start_is_reported(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     from nora_diffusion.ui.jobs import worker
 
     folder = fake(jobs.root / "20260101-000000-abc")
@@ -275,7 +275,7 @@ def test_a_stop_as_soon_as_the_process_is_known_is_told(jobs: Jobs, monkeypatch:
 
     monkeypatch.setattr(worker, "write_atomic", write_and_be_stopped)
     monkeypatch.setattr(worker, "_trainer", lambda: lambda words: 0)
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # in the worker itself it would be the end
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # by default the signal would end this test
     try:
         assert worker.main(folder) == 143
     finally:
@@ -284,7 +284,7 @@ def test_a_stop_as_soon_as_the_process_is_known_is_told(jobs: Jobs, monkeypatch:
     assert jobs.get(folder.name).message == "stopped before training began"
 
 
-def test_a_finished_run_that_found_no_room_in_the_library_is_not_trained_again(
+def test_a_finished_run_that_did_not_fit_into_the_library_is_not_trained_again(
     jobs: Jobs, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nora_diffusion.ui.jobs import worker
@@ -299,8 +299,9 @@ def test_a_finished_run_that_found_no_room_in_the_library_is_not_trained_again(
     with monkeypatch.context() as full:
         full.setattr(worker.shutil, "copy2", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         assert worker.main(folder) == worker.UNREADABLE
-    said = jobs.get(folder.name)
-    assert said.status == "failed" and "No space left" in said.message and str(jobs.library) not in said.message
+    failed = jobs.get(folder.name)
+    assert failed.status == "failed" and "No space left" in failed.message
+    assert str(jobs.library) not in failed.message
     assert list(jobs.library.iterdir()) == []
     assert worker.main(folder) == 0 and jobs.get(folder.name).status == "done"
     assert inspect_adapter(jobs.library / "dog").sha256 == inspect_adapter(library / "dog").sha256

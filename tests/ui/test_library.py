@@ -1,4 +1,4 @@
-"""The library: one header read a file, names that are no paths, imports that are looked at, deletion with undo."""
+"""The library: one header read per file, names that are not paths, checked imports, deletion with undo."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from nora_diffusion.ui import library as module
 from nora_diffusion.ui.device import Device
 from nora_diffusion.ui.engine import Engine
 from nora_diffusion.ui.jobs.worker import publish
-from nora_diffusion.ui.layout.cards import cards, facts, read_preview
+from nora_diffusion.ui.layout.cards import cards, details, read_preview
 from nora_diffusion.ui.library import Library, safe_name
-from nora_diffusion.ui.request import Request, Wanted
+from nora_diffusion.ui.request import ActiveAdapter, Request
 from nora_diffusion.ui.runs import Run
 
 from .conftest import WAIT, save_random
@@ -51,19 +51,19 @@ def test_listing_and_search(shelf: Library) -> None:
         shelf.find(sort="color")
 
 
-def test_a_broken_file_is_listed_with_its_fault(shelf: Library) -> None:
+def test_a_broken_file_is_listed_with_its_error(shelf: Library) -> None:
     broken = shelf.entry("broken")
-    assert broken.info is None and "web page" in broken.fault and str(shelf.folder) not in broken.fault
+    assert broken.info is None and "web page" in broken.error and str(shelf.folder) not in broken.error
 
 
 def test_wrong_bases_are_told_apart_by_their_weights(shelf: Library, base: Path) -> None:
     engine = Engine(BaseSource(str(base), "cpu"))
-    fits = {e.name: engine.misfit(e.info) for e in shelf.entries() if e.info}
-    assert fits["dog"] is None and fits["hat"] is None
-    assert "weights differ" in str(fits["stranger"])
+    mismatches = {e.name: engine.mismatch(e.info) for e in shelf.entries() if e.info}
+    assert mismatches["dog"] is None and mismatches["hat"] is None
+    assert "different weights" in str(mismatches["stranger"])
     other = Engine(BaseSource(device="cpu"))
     info = shelf.entry("dog").info
-    assert info is not None and "built differently" in str(other.misfit(info))
+    assert info is not None and "different architecture" in str(other.mismatch(info))
 
 
 def test_five_hundred_adapters_cost_one_header_each(
@@ -90,7 +90,7 @@ def test_five_hundred_adapters_cost_one_header_each(
     assert len(reads) == 501
 
 
-def test_hashes_are_kept(shelf: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hashes_are_cached(shelf: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     shelf.hash_all()
     digest = shelf.entry("dog").sha256
     assert len(digest) == 64
@@ -110,7 +110,7 @@ def test_a_damaged_hash_file_is_only_a_lost_cache(shelf: Library, damage: str) -
     assert len(again.entry("dog").sha256) == 64
 
 
-def test_import_copies_under_a_free_name(shelf: Library, library: Path, tmp_path: Path) -> None:
+def test_import_copies_under_an_unused_name(shelf: Library, library: Path, tmp_path: Path) -> None:
     source = tmp_path / "new.safetensors"
     shutil.copy(library / "hat" / "nora_adapter.safetensors", source)
     with pytest.raises(UserError, match="'hat'"):
@@ -149,56 +149,56 @@ def test_nothing_else_is_imported(shelf: Library, tmp_path: Path, name: str, con
 
 def test_delete_and_undo(shelf: Library) -> None:
     content = shelf.entry("dog").file.read_bytes()
-    ticket = shelf.delete("dog")
+    trash_id = shelf.delete("dog")
     assert "dog" not in names(shelf.entries())
     with pytest.raises(UserError):
         shelf.entry("dog")
-    assert shelf.restore(ticket).file.read_bytes() == content
+    assert shelf.restore(trash_id).file.read_bytes() == content
     with pytest.raises(UserError):
-        shelf.restore(ticket)
+        shelf.restore(trash_id)
     single = shelf.folder / "single.safetensors"
     single.write_bytes(content)
     assert shelf.restore(shelf.delete("single")).name == "single"
 
 
-@pytest.mark.parametrize("ticket", ["../dog", "", "/etc", ".", "..", "x\0"])
-def test_a_ticket_is_no_path(shelf: Library, ticket: str) -> None:
+@pytest.mark.parametrize("trash_id", ["../dog", "", "/etc", ".", "..", "x\0"])
+def test_a_trash_id_is_not_a_path(shelf: Library, trash_id: str) -> None:
     shelf.delete("dog")
     with pytest.raises(UserError):
-        shelf.restore(ticket)
+        shelf.restore(trash_id)
 
 
 def test_undo_never_overwrites(shelf: Library) -> None:
-    ticket = shelf.delete("dog")
+    trash_id = shelf.delete("dog")
     shutil.copytree(shelf.folder / "hat", shelf.folder / "dog")
     hat = shelf.entry("dog").file.read_bytes()
-    assert shelf.restore(ticket).name == "dog-2"
+    assert shelf.restore(trash_id).name == "dog-2"
     assert shelf.entry("dog").file.read_bytes() == hat != shelf.entry("dog-2").file.read_bytes()
     single = shelf.folder / "single.safetensors"
     single.write_bytes(hat)
-    ticket = shelf.delete("single")
+    trash_id = shelf.delete("single")
     single.write_bytes(hat)
-    assert shelf.restore(ticket).file.name == "single-2.safetensors"
+    assert shelf.restore(trash_id).file.name == "single-2.safetensors"
 
 
 def test_all_deletions_but_the_oldest_can_be_undone(shelf: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "KEPT_DELETIONS", 2)
-    tickets = [shelf.delete(name) for name in ("dog", "hat", "stranger")]
-    (shelf.folder / module.TRASH / "99-halfway").mkdir()  # nothing was moved there
+    monkeypatch.setattr(module, "MAX_DELETIONS", 2)
+    trash_ids = [shelf.delete(name) for name in ("dog", "hat", "stranger")]
+    (shelf.folder / module.TRASH / "99-halfway").mkdir()  # an empty folder is not a deletion
     (shelf.folder / module.TRASH / "notes").mkdir()
     again = Library(shelf.folder)  # as after a restart
-    assert again.deletions() == tickets[:0:-1]
-    assert not (shelf.folder / module.TRASH / tickets[0]).exists()
-    for ticket, name in zip(again.deletions(), ("stranger", "hat"), strict=True):
-        assert again.restore(ticket).name == name
+    assert again.deletions() == trash_ids[:0:-1]
+    assert not (shelf.folder / module.TRASH / trash_ids[0]).exists()
+    for trash_id, name in zip(again.deletions(), ("stranger", "hat"), strict=True):
+        assert again.restore(trash_id).name == name
     assert again.deletions() == []
 
 
-def test_what_is_not_known_is_not_told(shelf: Library) -> None:
+def test_unknown_values_are_not_shown(shelf: Library) -> None:
     entry = shelf.entry("dog")
-    assert entry.info is not None and ">seed<" not in facts(entry, None) and ">steps<" not in facts(entry, None)
+    assert entry.info is not None and ">seed<" not in details(entry, None) and ">steps<" not in details(entry, None)
     entry.info.step, entry.info.seed = 7, 0
-    assert ">steps</th><td>7<" in facts(entry, None) and ">seed</th><td>0<" in facts(entry, None)
+    assert ">steps</th><td>7<" in details(entry, None) and ">seed</th><td>0<" in details(entry, None)
 
 
 @pytest.mark.parametrize(
@@ -209,12 +209,17 @@ def test_safe_names(text: str, name: str) -> None:
     assert safe_name(text) == name
 
 
-def test_files_of_other_tools_keep_their_form(shelf: Library, tmp_path: Path) -> None:
+def test_files_of_other_tools_are_imported_unchanged(shelf: Library, tmp_path: Path) -> None:
     from nora_diffusion import export_lora
 
     plain = export_lora(shelf.entry("hat").file, tmp_path / "plain.safetensors", "kohya").path
     entry = shelf.add(plain, "my plain.safetensors")
-    assert entry.file.name == "my-plain.safetensors" and entry.info is not None and entry.info.kind == "kohya LoRA"
+    assert (
+        entry.file.name == "my-plain.safetensors"
+        and entry.info is not None
+        and entry.info.kind == "kohya LoRA"
+        and not entry.info.is_ours
+    )
 
 
 def test_any_folder_can_be_named_in_a_prompt(shelf: Library) -> None:
@@ -244,24 +249,24 @@ def test_the_subjects_of_a_pack_are_adapters_of_the_library(
     entry = shelf.add(pack, pack.name)
     assert entry.pack is not None and entry.pack.name == pack.name
     cat, cow = (shelf.entry(f"farm#{name}") for name in ("cat", "cow"))
-    assert "shared basis is missing" in cat.fault  # said in the list, before anybody tries
+    assert "shared basis is missing" in cat.error  # shown in the list, before the adapter is used
     shutil.copytree(pack.parent / "bases", shelf.folder / "bases")
     shelf = Library(shelf.folder)
     cat, cow = (shelf.entry(f"farm#{name}") for name in ("cat", "cow"))
-    assert (cat.fault, cow.fault) == ("", "") and cat.info is not None and cat.info.trigger == "sks-cat"
+    assert (cat.error, cow.error) == ("", "") and cat.info is not None and cat.info.trigger == "sks-cat"
     assert cat.size < cow.stamp[2] and names(shelf.find("sks-cow")) == {"farm#cow"}
     assert shelf.by_hash(cat.sha256) == cat and cat.sha256 != cow.sha256
-    # The numbers of a subject make the same picture as the folder that it was packed from.
+    # A subject of a pack gives the same image as the adapter that was packed.
     engine, device = Engine(BaseSource(str(base), "cpu")), Device(tmp_path / "lock", 2)
     made = []
     for number, file in enumerate((cat.file, pack.parent / "made" / "cat" / FILE_NAME)):
-        order = Request((("a cat", 1),), Sampling(2, 2.0, width=16, height=16), (Wanted("x", file),))
-        run = Run(device, "pictures", lambda run, o=order, n=number: engine.make(o, tmp_path / str(n), run))  # type: ignore[misc]
+        order = Request((("a cat", 1),), Sampling(2, 2.0, width=16, height=16), (ActiveAdapter("x", file),))
+        run = Run(device, "images", lambda run, o=order, n=number: engine.make(o, tmp_path / str(n), run))  # type: ignore[misc]
         run.join(WAIT)
         assert run.progress.state == "done", run.progress
         made.append(Image.open(run.progress.files[0]).tobytes())
     assert made[0] == made[1]
-    # A card shows the pack's picture, and no more of the pack is deleted than was asked for: nothing.
+    # The card shows the preview in the pack. A single subject cannot be deleted, so the pack stays unchanged.
     assert "data:image/webp" in cards([cat], [None]) and "data:image" not in cards([cow], [None])
     content = cat.pack.read_bytes() if cat.pack else b""
     with pytest.raises(UserError, match="pack remove"):
@@ -276,19 +281,19 @@ def test_a_damaged_pack_is_listed_once_and_not_imported(shelf: Library, pack: Pa
         shelf.add(bad, bad.name)
     shutil.copy(bad, shelf.folder)
     entry = shelf.entry("farm")
-    assert entry.info is None and entry.fault
+    assert entry.info is None and entry.error
     assert shelf.restore(shelf.delete("farm")).name == "farm"
 
 
 @pytest.mark.parametrize("size", [(9000, 9000), (0, 0)])
-def test_a_hostile_preview_is_left_out(size: tuple[int, int]) -> None:
+def test_a_hostile_preview_is_refused(size: tuple[int, int]) -> None:
     head = b"IHDR" + struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
     chunks = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (head, b"IEND"))
     with pytest.raises(UserError):
         read_preview(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
 
 
-def test_what_a_training_publishes_carries_its_scores(shelf: Library, tmp_path: Path) -> None:
+def test_a_published_training_has_its_scores(shelf: Library, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(shelf.entry("dog").file.parent, run)
     target = publish(run, shelf.folder, "scored", {"subject fidelity": 0.8142})
@@ -296,14 +301,14 @@ def test_what_a_training_publishes_carries_its_scores(shelf: Library, tmp_path: 
     assert shelf.entry(publish(run, shelf.folder, "plain", {}).name).scores() == {}
 
 
-def test_scores_and_a_chosen_picture_are_on_the_card(shelf: Library, tmp_path: Path) -> None:
+def test_scores_and_a_chosen_thumbnail_are_on_the_card(shelf: Library, tmp_path: Path) -> None:
     dog = shelf.entry("dog")
     assert dog.scores() == {} and "subject 0.81" not in cards([dog], [None])
     (dog.file.parent / "scores.json").write_text(
         '{"subject fidelity": 0.814, "prompt fidelity": NaN, "judge": "small"}'
     )
     assert dog.scores() == {"subject fidelity": 0.814}
-    assert "subject 0.81" in cards([dog], [None]) and "0.814" in facts(dog, None)
+    assert "subject 0.81" in cards([dog], [None]) and "0.814" in details(dog, None)
     for damage in ("[1]", "{", '{"a": {"b": 1}}', '"x"'):
         (dog.file.parent / "scores.json").write_text(damage)
         assert dog.scores() == {}

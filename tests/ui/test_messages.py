@@ -1,4 +1,4 @@
-"""What a page says of errors: sentences without this machine's folders."""
+"""Error messages on the page: sentences without this machine's folders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nora_diffusion.ui.messages import sentence, short_name, without_dashes, wit
 
 
 @pytest.mark.parametrize(
-    ("said", "shown"),
+    ("text", "expected"),
     [
         (
             "cannot write /home/ann/lib/x.png: No space left; free space",
@@ -23,22 +23,22 @@ from nora_diffusion.ui.messages import sentence, short_name, without_dashes, wit
         ("unet/ has no weights; </p> stays", None),
     ],
 )
-def test_paths_are_cut_down_to_their_names(said: str, shown: str | None) -> None:
-    assert without_folders(said) == (said if shown is None else shown)
+def test_paths_are_cut_down_to_their_names(text: str, expected: str | None) -> None:
+    assert without_folders(text) == (text if expected is None else expected)
 
 
-def test_folders_with_spaces_that_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_folders_with_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "Ann Smith"))
     assert sentence(f"{tmp_path}/Ann Smith/photos of her/1.png is empty") == "Photos of her/1.png is empty"
 
 
-def test_the_name_of_a_file_stays_as_it_is() -> None:
+def test_a_file_name_keeps_its_case() -> None:
     assert sentence("holiday.png has no settings") == "holiday.png has no settings"
     assert sentence("/srv/holiday.png: no settings") == "holiday.png: no settings"
     assert sentence("nothing.") == "Nothing."
 
 
-def test_names_and_flags() -> None:
+def test_short_names_and_flags() -> None:
     assert (short_name("/models/sd15"), short_name("org/model"), short_name("")) == (
         "sd15",
         "org/model",

@@ -1,4 +1,4 @@
-"""The Mix tab over HTTP: every mode makes an adapter of the library, which exports and can be used in a prompt."""
+"""The Mix tab over HTTP: every mode gives an adapter that can be exported and used in a prompt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RECIPE = "<lora:dog:0.8> <lora:second:0.5>"
 
 @pytest.fixture(scope="module")
 def second(server: Server, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Another NoRA of the same frozen basis, so that every mode has its two parts."""
+    """A second NoRA with the same frozen basis, which some modes need."""
     made = save_random(
         open_pipeline(base), tmp_path_factory.mktemp("second") / "second", nora(r=4, inner_r=2, basis="svd")
     )
@@ -35,31 +35,31 @@ def mix(server: Server, recipe: str = RECIPE, mode: str = "cat", **changes: Any)
 
 @pytest.mark.parametrize("mode", MODES.values())
 def test_every_mode_makes_an_adapter_that_can_be_exported(server: Server, second: None, mode: str) -> None:
-    answer = mix(server, mode=mode)
-    assert answer["success"], answer
-    place = server.library / f"mix-{mode}"
+    result = mix(server, mode=mode)
+    assert result["success"], result
+    folder = server.library / f"mix-{mode}"
     try:
-        assert inspect_adapter(place).trained_parameters > 0
-        assert server.call("pick", event={"name": place.name}, session=f"export {mode}")["success"]
+        assert inspect_adapter(folder).trained_parameters > 0
+        assert server.call("pick", event={"name": folder.name}, session=f"export {mode}")["success"]
         exported = server.call("export", None, "kohya", session=f"export {mode}")
         assert exported["success"] and "Exported: rank" in str(exported["output"]), exported
-        prompt = f"a dog <lora:{place.name}:1>"
+        prompt = f"a dog <lora:{folder.name}:1>"
         assert server.call("generate", prompt, "", 1, 3, 2, 2.0, 16, 16, {}, session=f"use {mode}")["success"]
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(folder)
 
 
-def test_a_plain_lora_is_refused_in_a_page_s_words(server: Server, tmp_path: Path) -> None:
+def test_a_plain_lora_is_refused(server: Server, tmp_path: Path) -> None:
     plain = export_lora(server.library / "hat", tmp_path / "plain.safetensors", "kohya").path
-    placed = server.library / "plain.safetensors"
-    shutil.copy(plain, placed)
+    copy = server.library / "plain.safetensors"
+    shutil.copy(plain, copy)
     try:
-        answer = mix(server, "<lora:dog:1> <lora:plain:1>", name="plain mix")
+        result = mix(server, "<lora:dog:1> <lora:plain:1>", name="plain mix")
     finally:
-        placed.unlink()
-    said = str(answer["output"])
-    assert not answer["success"] and "is a plain LoRA (kohya LoRA), which cannot be mixed: use its tag" in said
-    assert "load_adapter" not in said and not (server.library / "plain-mix").exists()
+        copy.unlink()
+    message = str(result["output"])
+    assert not result["success"] and "is a plain LoRA (kohya LoRA), which cannot be mixed: use its tag" in message
+    assert "load_adapter" not in message and not (server.library / "plain-mix").exists()
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_a_plain_lora_is_refused_in_a_page_s_words(server: Server, tmp_path: Pat
         ({"recipe": "<lora:../dog:1> <lora:hat:1>"}, "no adapter"),
     ],
 )  # fmt: skip
-def test_mistakes_make_nothing(server: Server, second: None, change: dict[str, Any], words: str) -> None:
+def test_invalid_input_creates_nothing(server: Server, second: None, change: dict[str, Any], words: str) -> None:
     before = sorted(server.library.iterdir())
-    answer = mix(server, **change)
-    assert not answer["success"] and words in str(answer["output"]), answer
+    result = mix(server, **change)
+    assert not result["success"] and words in str(result["output"]), result
     assert sorted(server.library.iterdir()) == before

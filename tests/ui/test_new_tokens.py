@@ -1,4 +1,4 @@
-"""An adapter that brings a word of its own, in the app: the word is known to its pictures and to no others."""
+"""An adapter with a new token, in the app: only images made with the adapter know the token."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from nora_diffusion.loaders.tokens import add_tokens
 from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.ui.device import Device
 from nora_diffusion.ui.engine import Engine
-from nora_diffusion.ui.request import Request, Wanted
+from nora_diffusion.ui.request import ActiveAdapter, Request
 from nora_diffusion.ui.runs import Run
 
 from .conftest import WAIT
 
 
-def test_a_word_comes_and_goes_with_its_adapter(base: Path, tmp_path: Path) -> None:
+def test_a_token_is_added_and_removed_with_its_adapter(base: Path, tmp_path: Path) -> None:
     pipe = open_pipeline(base)
     add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "pet")
     width = pipe.text_encoder.get_input_embeddings().embedding_dim
@@ -29,17 +29,17 @@ def test_a_word_comes_and_goes_with_its_adapter(base: Path, tmp_path: Path) -> N
     delete_adapter(pipe, "pet")
     engine = Engine(BaseSource(str(base), "cpu"))
     tokenizer = engine.pipe.tokenizer
-    pictures = []
-    for number, adapters in enumerate([(), (Wanted("pet", file),), ()]):
+    images = []
+    for number, adapters in enumerate([(), (ActiveAdapter("pet", file),), ()]):
         order = Request((("a <pet>", 0),), Sampling(2, 2.0, width=16, height=16), adapters)
         out = tmp_path / str(number)
         made = Run(
-            Device(tmp_path / "lock", max_waiting=1), "pictures", lambda run, o=order, p=out: engine.make(o, p, run)
+            Device(tmp_path / "lock", max_waiting=1), "images", lambda run, o=order, p=out: engine.make(o, p, run)
         )
         made.join(WAIT)
         assert made.progress.state == "done", made.progress
-        pictures.append(next(out.glob("*.png")))
-    told = read_settings(pictures[1])
-    assert told.prompt == "a <pet>" and told.adapters[0]["trigger"] == "<pet>"
-    first, word, last = (picture.read_bytes() for picture in pictures)
-    assert word != first and last == first and engine.pipe.tokenizer is tokenizer
+        images.append(next(out.glob("*.png")))
+    settings = read_settings(images[1])
+    assert settings.prompt == "a <pet>" and settings.adapters[0]["trigger"] == "<pet>"
+    first, with_token, last = (image.read_bytes() for image in images)
+    assert with_token != first and last == first and engine.pipe.tokenizer is tokenizer

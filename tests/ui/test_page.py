@@ -1,4 +1,4 @@
-"""The page in a real browser: generate, stop, reload, restore, the rack, the library."""
+"""The page in a browser: generate, interrupt, reload, restore settings, weight sliders, library, mix."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from playwright.sync_api import expect
 
 from nora_diffusion.generation.image_settings import ImageSettings, read_settings, save_image
 from nora_diffusion.generation.tags import parse_tags
-from nora_diffusion.ui.request import MAX_PICTURES, MAX_STEPS
-from nora_diffusion.ui.tabs.generate_settings import KEPT
-from nora_diffusion.ui.tabs.rack import TEXT, UNET, weigher
+from nora_diffusion.ui.request import MAX_IMAGES, MAX_STEPS
+from nora_diffusion.ui.tabs.adapter_sliders import TEXT_ENCODER, UNET, weight_script
+from nora_diffusion.ui.tabs.generate_settings import STORAGE_KEY
 
 from .conftest import LANDMARKS, LONG, Server, number, open_tab, press, until, visit, visitor
 
@@ -28,17 +28,17 @@ TAGS = "a sks dog <lora:dog:0.8>"
 
 def fill(page: Any, prompt: str) -> None:
     page.fill("#prompt textarea", prompt)
-    kept(page, prompt=prompt)
+    stored(page, prompt=prompt)
 
 
-def kept(page: Any, **values: Any) -> None:
-    """Wait until the page has taken these values: it writes each change down at once."""
+def stored(page: Any, **values: Any) -> None:
+    """Wait until the page has stored these values, which it does at every change."""
     page.wait_for_function(
         """([key, values]) => {
-          const kept = JSON.parse(localStorage.getItem(key) ?? '{}');
-          return Object.entries(values).every(([name, value]) => kept[name] === value);
+          const stored = JSON.parse(localStorage.getItem(key) ?? '{}');
+          return Object.entries(values).every(([name, value]) => stored[name] === value);
         }""",
-        arg=[KEPT, values],
+        arg=[STORAGE_KEY, values],
     )
 
 
@@ -47,11 +47,11 @@ def prompt_is(page: Any, prompt: str | re.Pattern[str]) -> None:
 
 
 def open_settings(page: Any) -> None:
-    page.get_by_role("button", name=re.compile("^Settings(?! from)")).click()
+    page.get_by_role("button", name="Sampling settings").click()
 
 
 def settle(page: Any, steps: int = 3) -> None:
-    """Open the settings and ask for small pictures."""
+    """Open the settings and choose small images."""
     open_settings(page)
     small(page, steps)
 
@@ -61,39 +61,39 @@ def small(page: Any, steps: int = 3) -> None:
     for side in ("Width", "Height"):
         page.get_by_label(side).fill("16")
         page.get_by_label(side).blur()
-    kept(page, steps=steps, width=16, height=16)
+    stored(page, steps=steps, width=16, height=16)
 
 
 def generate(page: Any, server: Server) -> Path:
-    """Press Generate and wait for the picture, and until another one can be made."""
+    """Click Generate, and wait for the image and until Generate is available again."""
     folder, status = server.library / "pictures", page.locator("#status")
     before = set(folder.glob("*.png"))
     press(page.locator("#generate"), status)
-    expect(status).to_have_text(re.compile(r"^\s*1 picture in [\d.]+ s\.\s*$"))
+    expect(status).to_have_text(re.compile(r"^\s*1 image in [\d.]+ s\.\s*$"))
     expect(page.locator("#generate")).to_be_visible()
     (made,) = set(folder.glob("*.png")) - before
     return made
 
 
 def pick(page: Any, name: str) -> None:
-    """Press a card of the library and wait for what is told of it."""
+    """Click a card of the library and wait for its details."""
     page.locator(f'[data-name="{name}"]').click()
     expect(page.locator("#about")).to_contain_text(name)
     expect(page.locator(f'[data-name="{name}"]')).to_have_attribute("aria-pressed", "true")
 
 
 def open_blocks(page: Any) -> None:
-    page.get_by_role("button", name="Text encoder and blocks").locator("visible=true").first.click()
+    page.get_by_role("button", name="Text encoder and block weights").locator("visible=true").first.click()
 
 
-def drop(page: Any, picture: Path) -> Any:
-    """Drop a picture with settings; returns the place that tells what would change."""
-    page.get_by_role("button", name="Settings from a picture").click()
-    page.set_input_files("#drop-picture input[type=file]", picture)
+def drop(page: Any, image: Path) -> Any:
+    """Drop an image with settings. Returns the element that shows the changes."""
+    page.get_by_role("button", name="Settings from an image").click()
+    page.set_input_files("#drop-image input[type=file]", image)
     return page.locator("#changes")
 
 
-def test_a_picture_in_two_actions_whose_download_carries_its_settings(
+def test_an_image_in_two_actions_whose_download_contains_its_settings(
     page: Any, server: Server, tmp_path: Path
 ) -> None:
     fill(page, "a dog on the beach")  # the first action
@@ -112,29 +112,29 @@ def test_a_picture_in_two_actions_whose_download_carries_its_settings(
 def test_ctrl_enter_interrupt_and_skip(page: Any, server: Server) -> None:
     prompt = f"a dog, skipped {time.time_ns()}"
     settle(page, 60)
-    number(page, "Pictures", MAX_PICTURES)  # more than any machine makes before it is interrupted
+    number(page, "Number of images", MAX_IMAGES)  # more than any machine generates before the click
     page.locator("#seed input").fill("100")
     page.locator("#seed input").blur()
     fill(page, prompt)
-    kept(page, count=MAX_PICTURES, seed=100)
+    stored(page, count=MAX_IMAGES, seed=100)
     page.press("#prompt textarea", "Control+Enter")
-    page.get_by_text(re.compile(rf"Picture \d+ of {MAX_PICTURES}, step [1-9]\d* of 60")).wait_for()
+    page.get_by_text(re.compile(rf"Image \d+ of {MAX_IMAGES}, step [1-9]\d* of 60")).wait_for()
     page.wait_for_selector("#preview img")
     page.click("#skip")
     folder = server.library / "pictures"
     until(lambda: len(gaps(folder, prompt)) == 1, LONG, page)
     page.click("#interrupt")
-    page.get_by_text(re.compile(r"Interrupted after \d+ picture")).wait_for()
+    page.get_by_text(re.compile(r"Interrupted after \d+ image")).wait_for()
     expect(page.locator("#generate")).to_be_visible()
     expect(page.locator("#interrupt")).to_be_hidden()
-    number(page, "Pictures", 1)
+    number(page, "Number of images", 1)
     number(page, "Steps", 3)
-    kept(page, count=1, steps=3)
-    generate(page, server)  # and it goes on
+    stored(page, count=1, steps=3)
+    generate(page, server)  # and it still works
 
 
 def gaps(folder: Path, prompt: str) -> set[int]:
-    """Seeds of that test's pictures that are missing between the first and the last."""
+    """Missing seeds between the first and the last image with this prompt."""
     settings = [read_settings(file) for file in folder.glob("*.png")]
     seeds = {s.seed for s in settings if s.prompt == prompt}
     return set(range(100, max(seeds, default=99) + 1)) - seeds
@@ -143,13 +143,13 @@ def gaps(folder: Path, prompt: str) -> set[int]:
 def test_settings_and_prompt_survive_a_reload(page: Any, server: Server) -> None:
     settle(page, 7)
     fill(page, "a cat with a hat")
-    number(page, "Guidance", 3.5)
-    kept(page, prompt="a cat with a hat", steps=7, guidance=3.5)
+    number(page, "Guidance scale", 3.5)
+    stored(page, prompt="a cat with a hat", steps=7, guidance=3.5)
     visit(page)
     prompt_is(page, "a cat with a hat")
     open_settings(page)
     expect(page.get_by_label("number input for Steps").first).to_have_value("7")
-    expect(page.get_by_label("number input for Guidance").first).to_have_value("3.5")
+    expect(page.get_by_label("number input for Guidance scale").first).to_have_value("3.5")
 
 
 def test_seed_dice_and_reuse(page: Any, server: Server) -> None:
@@ -163,7 +163,7 @@ def test_seed_dice_and_reuse(page: Any, server: Server) -> None:
     expect(seed).to_have_value("-1")
 
 
-def test_the_rack_and_the_prompt_say_the_same(page: Any, server: Server) -> None:
+def test_sliders_and_prompt_agree(page: Any, server: Server) -> None:
     fill(page, TAGS)
     expect(page.get_by_label("number input for dog: weight")).to_have_value("0.8")
     number(page, "dog: weight", 0.3)
@@ -179,34 +179,34 @@ def test_the_rack_and_the_prompt_say_the_same(page: Any, server: Server) -> None
 
 
 @pytest.mark.parametrize(("tab", "field"), [("generate", "#prompt"), ("mix", "#recipe")])
-def test_a_tag_that_comes_back_shows_no_inner_field(page: Any, tab: str, field: str) -> None:
+def test_a_restored_tag_shows_no_inner_field(page: Any, tab: str, field: str) -> None:
     open_tab(page, tab)
-    words, weight = page.locator(field).locator("textarea, input"), page.get_by_label("number input for hat: weight")
+    text, weight = page.locator(field).locator("textarea, input"), page.get_by_label("number input for hat: weight")
     weight = weight.locator("visible=true")
     for prompt, shown in (("a hat <lora:hat:0.7>", 1), ("a hat", 0), ("a hat <lora:hat:0.7>", 1)):
-        words.fill(prompt)
+        text.fill(prompt)
         expect(weight).to_have_count(shown)
     expect(weight).to_have_value("0.7")
     expect(page.get_by_label("Textbox").locator("visible=true")).to_have_count(0)
     slider = page.get_by_label("range slider for hat: weight").locator("visible=true")
     slider.press("ArrowRight")
-    expect(words).to_have_value("a hat <lora:hat:0.75>")
+    expect(text).to_have_value("a hat <lora:hat:0.75>")
     page.get_by_role("button", name="Remove", exact=True).locator("visible=true").click()
-    expect(words).to_have_value(re.compile("^a hat ?$"))
+    expect(text).to_have_value(re.compile("^a hat ?$"))
 
 
-def test_the_text_encoder_has_a_weight_of_its_own(page: Any, server: Server) -> None:
+def test_the_text_encoder_has_its_own_weight(page: Any, server: Server) -> None:
     fill(page, TAGS)
     open_blocks(page)
     number(page, "Text encoder", 0.5)
     prompt_is(page, "a sks dog <lora:dog:unet=0.8:te=0.5>")
 
 
-def test_a_slider_keeps_what_is_typed_meanwhile(page: Any) -> None:
+def test_a_slider_keeps_what_is_typed_in_the_meantime(page: Any) -> None:
     fill(page, TAGS)
     expect(page.get_by_label("number input for dog: weight")).to_have_value("0.8")
     held: list[Any] = []
-    page.route("**/run/predict", lambda route: held.append(route))  # a server that takes its time
+    page.route("**/run/predict", lambda route: held.append(route))  # a slow server
     page.get_by_label("range slider for dog: weight").press("ArrowLeft")
     page.locator("#prompt textarea").press("End")
     page.keyboard.type(" in the snow")
@@ -221,7 +221,7 @@ def test_a_slider_keeps_what_is_typed_meanwhile(page: Any) -> None:
     expect(page.get_by_label("number input for dog: weight")).to_have_value("0.75")
 
 
-def test_a_weight_beyond_the_usual_leaves_the_rack_alive(page: Any) -> None:
+def test_a_weight_beyond_the_limits_of_the_slider(page: Any) -> None:
     fill(page, "a sks dog <lora:dog:unet=3:te=-4>")
     weight = page.get_by_label("number input for dog: weight")
     expect(weight).to_have_value("3")
@@ -237,70 +237,71 @@ def test_a_weight_beyond_the_usual_leaves_the_rack_alive(page: Any) -> None:
 
 
 def test_the_sliders_write_tags_as_python_does(page: Any) -> None:
-    def weighed(change: str, tag: str, value: float) -> str:
-        said = page.evaluate(f"(values) => ({weigher(change)})(...values)", [f"a {tag} <lora:hat:0.50>", "dog", value])
-        return str(said).removeprefix("a ").removesuffix(" <lora:hat:0.50>")
+    def changed(change: str, tag: str, value: float) -> str:
+        prompt = [f"a {tag} <lora:hat:0.50>", "dog", value]
+        result = page.evaluate(f"(values) => ({weight_script(change)})(...values)", prompt)
+        return str(result).removeprefix("a ").removesuffix(" <lora:hat:0.50>")
 
     for written in ("", ":0.8", ":0.6:0.8", ":te=0.6", ":unet=0.8", ":te=0.6: unet = .5", ":0.7:unet=+2.", ":1e-1:0.1"):
         for value in (-1, 0, 0.35, 0.8, 3, 100):
             tag = f"< LORA:dog{written} >"
             old = parse_tags(tag)[1][0]
             together = replace(old, unet=value, te=value if old.te == old.unet else old.te)
-            assert weighed(UNET, tag, value) == str(together)
-            assert weighed(TEXT, tag, value) == str(replace(old, te=value))
-    assert weighed(UNET, "<lora:dog:1>", -500) == "<lora:dog:-100>"
+            assert changed(UNET, tag, value) == str(together)
+            assert changed(TEXT_ENCODER, tag, value) == str(replace(old, te=value))
+    assert changed(UNET, "<lora:dog:1>", -500) == "<lora:dog:-100>"
     for tag in ("<lora:other:0.5>", "<lora:dog:>", "<lora:dog:0x1>", "<lora:dog:unet=>", "<lora:dog:0.5"):
-        assert weighed(UNET, tag, 0.3) == tag
+        assert changed(UNET, tag, 0.3) == tag
 
 
-def test_stored_settings_that_make_no_sense_are_left_out(page: Any, server: Server) -> None:
+def test_invalid_stored_settings_are_ignored(page: Any, server: Server) -> None:
     settle(page, 7)
     fill(page, "a cat with a hat")
-    for spoiled in ("not json", '{"steps": 1e9}', '{"steps": "7", "prompt": 7}', "[7]"):
-        page.goto(f"{server.url}/config")  # of the same origin, with no script that writes settings down
-        page.evaluate("([key, text]) => localStorage.setItem(key, text)", [KEPT, spoiled])
+    for invalid in ("not json", '{"steps": 1e9}', '{"steps": "7", "prompt": 7}', "[7]"):
+        page.goto(f"{server.url}/config")  # the same origin, without the script that stores settings
+        page.evaluate("([key, text]) => localStorage.setItem(key, text)", [STORAGE_KEY, invalid])
         visit(page, server.url)
         open_settings(page)
-        expect(page.get_by_label("number input for Steps").first).to_have_value("30")  # the first value of this base
+        expect(page.get_by_label("number input for Steps").first).to_have_value("30")  # the default of this base
     small(page)
     fill(page, "a dog")
     generate(page, server)
 
 
-def test_the_page_goes_on_after_the_network_was_gone(page: Any, server: Server) -> None:
+def test_the_page_survives_a_lost_network(page: Any, server: Server) -> None:
     settle(page)
     fill(page, "a dog by the sea")
     page.context.set_offline(True)
     with page.expect_event("requestfailed"):
         page.click("#generate")
-    page.goto("about:blank")  # the page would load itself anew at any moment once the network is back
+    page.goto("about:blank")  # the page could reload itself at any moment once the network is back
     page.context.set_offline(False)
-    visit(page, server.url)  # as people do; nothing is lost
+    visit(page, server.url)  # as users do; nothing is lost
     prompt_is(page, "a dog by the sea")
     generate(page, server)
 
 
 @contextmanager
 def copied(server: Server, source: str, name: str) -> Iterator[Path]:
-    """An adapter of the library under another name as well, for a while."""
-    place = server.library / name
-    shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(server.library / source, place)
+    """A temporary copy of an adapter in the library, under another name."""
+    folder = server.library / name
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(server.library / source, folder)
     try:
-        yield place
+        yield folder
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_an_adapter_that_was_deleted_while_listed(page: Any, server: Server) -> None:
-    with copied(server, "hat", "short-lived") as place:
+    with copied(server, "hat", "short-lived") as folder:
         open_tab(page, "library")
         card = page.locator("[data-name=short-lived]")
         card.wait_for()
-        shutil.rmtree(place)
+        shutil.rmtree(folder)
         card.click()
         page.get_by_text(
-            re.compile("There is no adapter .short-lived. in the library: remove its tag, or bring")
+            re.compile("There is no adapter .short-lived. in the library: remove its tag, or restore")
         ).wait_for()
         open_tab(page, "mix")
         open_tab(page, "library")
@@ -317,12 +318,12 @@ def test_every_deletion_can_be_undone_after_a_reload(page: Any, server: Server) 
         visit(page)
         open_tab(page, "library")
         for name in ("then-gone", "first-gone"):
-            expect(page.locator("#undo")).to_have_text(f"Undo: bring {name} back")
+            expect(page.locator("#undo")).to_have_text(f"Undo delete: restore {name}")
             page.click("#undo")
             page.locator(f"[data-name={name}]").wait_for()
 
 
-def test_only_what_fits_can_be_added(page: Any, server: Server) -> None:
+def test_only_usable_adapters_can_be_added(page: Any, server: Server) -> None:
     page.click("#add-adapter input")
     for name in ("dog", "hat"):
         page.get_by_role("option", name=name, exact=True).wait_for()
@@ -330,23 +331,23 @@ def test_only_what_fits_can_be_added(page: Any, server: Server) -> None:
     assert not any("stranger" in text or "broken" in text for text in offered)
 
 
-def test_a_dropped_picture_shows_what_would_change(page: Any, server: Server, tmp_path: Path) -> None:
+def test_a_dropped_image_shows_the_changes(page: Any, server: Server, tmp_path: Path) -> None:
     settle(page)
     fill(page, TAGS)
-    picture = tmp_path / "mine.png"
-    shutil.copy(generate(page, server), picture)
+    image = tmp_path / "mine.png"
+    shutil.copy(generate(page, server), image)
     fill(page, "something else")
-    changes = drop(page, picture)
+    changes = drop(page, image)
     expect(changes).to_contain_text("<lora:dog:0.8>")
     expect(changes).to_contain_text("something else")
     prompt_is(page, "something else")  # nothing is changed yet
     page.click("#apply")
     prompt_is(page, TAGS)
-    kept(page, prompt=TAGS, seed=read_settings(picture).seed)
-    assert generate(page, server).read_bytes() == picture.read_bytes()  # the same picture again
+    stored(page, prompt=TAGS, seed=read_settings(image).seed)
+    assert generate(page, server).read_bytes() == image.read_bytes()  # the same image again
 
 
-def test_a_refused_picture_takes_back_what_was_said_of_the_last(page: Any, tmp_path: Path) -> None:
+def test_a_refused_image_clears_the_changes_of_the_last(page: Any, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     settings = ImageSettings(prompt="a fox", seed=3, steps=2, guidance=2.0, width=16, height=16)
     save_image(Image.new("RGB", (16, 16)), tmp_path / "good.png", settings)
@@ -354,7 +355,7 @@ def test_a_refused_picture_takes_back_what_was_said_of_the_last(page: Any, tmp_p
     expect(changes).to_contain_text("a fox")
     page.click("#apply")
     expect(changes).to_have_text("Applied.")
-    page.set_input_files("#drop-picture input[type=file]", tmp_path / "plain.png")
+    page.set_input_files("#drop-image input[type=file]", tmp_path / "plain.png")
     expect(changes.locator(".bad")).to_contain_text("plain.png")
     expect(changes).not_to_contain_text("Applied")
 
@@ -379,9 +380,9 @@ def test_hostile_names_are_shown_as_text(page: Any, server: Server) -> None:
     expect(page.locator("#cards img[src=x], #about img[src=x], #about script")).to_have_count(0)
 
 
-def test_the_library_says_why_something_cannot_be_used(page: Any, server: Server) -> None:
+def test_the_library_says_why_an_adapter_cannot_be_used(page: Any, server: Server) -> None:
     open_tab(page, "library")
-    expect(page.locator(".card", has_text="stranger")).to_contain_text("weights differ")
+    expect(page.locator(".card", has_text="stranger")).to_contain_text("different weights")
     pick(page, "stranger")
     expect(page.locator("#insert")).to_be_disabled()
     page.locator("#search input, #search textarea").fill("zwx")
@@ -394,37 +395,37 @@ def test_the_library_says_why_something_cannot_be_used(page: Any, server: Server
     expect(page.locator("#generate")).to_be_visible()
 
 
-def test_a_picture_of_the_adapter_is_chosen_by_a_click(page: Any, server: Server) -> None:
+def test_a_thumbnail_is_chosen_by_a_click(page: Any, server: Server) -> None:
     settle(page)
     fill(page, "a zwx hat <lora:hat:1>")
-    with copied(server, "hat", "hat-with-a-picture") as place:  # the same file: what was made with one, is of both
+    with copied(server, "hat", "hat-with-a-picture") as folder:  # the same file, so images of one are images of both
         made = generate(page, server)
         open_tab(page, "library")
-        pick(page, place.name)
-        page.locator("#choose-picture button").filter(has=page.locator("img")).first.click()
-        page.locator(f"[data-name={place.name}] img").wait_for()
-        assert (place / "thumbnail.png").read_bytes() == made.read_bytes()
+        pick(page, folder.name)
+        page.locator("#choose-thumbnail button").filter(has=page.locator("img")).first.click()
+        page.locator(f"[data-name={folder.name}] img").wait_for()
+        assert (folder / "thumbnail.png").read_bytes() == made.read_bytes()
 
 
-def test_factors_by_block_come_back_with_a_picture(page: Any, server: Server, tmp_path: Path) -> None:
+def test_block_weights_are_restored_from_an_image(page: Any, server: Server, tmp_path: Path) -> None:
     settle(page)
     fill(page, TAGS)
     open_blocks(page)
-    with page.expect_response(re.compile("/run/predict")):  # kept by the server alone, so there is no more to see
+    with page.expect_response(re.compile("/run/predict")):  # only stored on the server, so the page shows no change
         number(page, "Block: mid", 0.5)
-    picture = tmp_path / "blocks.png"
-    shutil.copy(generate(page, server), picture)
-    assert read_settings(picture).adapters[0].get("blocks") == {"mid": 0.5}
+    image = tmp_path / "blocks.png"
+    shutil.copy(generate(page, server), image)
+    assert read_settings(image).adapters[0].get("blocks") == {"mid": 0.5}
     visit(page)
-    drop(page, picture).locator("table").wait_for()
+    drop(page, image).locator("table").wait_for()
     page.click("#apply")
     prompt_is(page, TAGS)
-    kept(page, prompt=TAGS, seed=read_settings(picture).seed)
+    stored(page, prompt=TAGS, seed=read_settings(image).seed)
     open_blocks(page)
     expect(page.get_by_label("number input for Block: mid").locator("visible=true")).to_have_value("0.5")
     expect(page.get_by_label("number input for Block: up").locator("visible=true")).to_have_value("1")
-    assert generate(page, server).read_bytes() == picture.read_bytes()
-    # Taken out and put in again, the adapter is as it was made.
+    assert generate(page, server).read_bytes() == image.read_bytes()
+    # Removed and added again, the adapter has no block weights.
     page.get_by_role("button", name="Remove").locator("visible=true").first.click()
     prompt_is(page, "a sks dog")
     fill(page, TAGS)
@@ -449,20 +450,20 @@ def test_import_export_delete_undo(page: Any, server: Server, library: Path, bas
     pick(page, "imported")
     page.locator("#about").get_by_text("fresh", exact=True).wait_for()
     page.get_by_role("button", name="Export", exact=True).click()
-    page.get_by_text(re.compile("Exported: rank 1, largest error")).wait_for()
+    page.get_by_text(re.compile("Exported: rank 1, max error")).wait_for()
     page.click("#delete")
     card.wait_for(state="detached")
     page.click("#undo")
     card.wait_for()
     page.set_input_files("#import input[type=file]", named)
-    page.get_by_text(re.compile("in the library already")).wait_for()
+    page.get_by_text(re.compile("already in the library")).wait_for()
     pick(page, "imported")
     page.locator("#about").get_by_text("fresh", exact=True).wait_for()
     page.click("#delete")
     card.wait_for(state="detached")
 
 
-def test_a_mix_becomes_an_adapter_of_the_library(page: Any, server: Server) -> None:
+def test_a_mix_is_saved_to_the_library(page: Any, server: Server) -> None:
     shutil.rmtree(server.library / "both", ignore_errors=True)
     fill(page, "a dog <lora:dog:0.8> <lora:hat:0.5>")
     open_tab(page, "mix")
@@ -471,8 +472,8 @@ def test_a_mix_becomes_an_adapter_of_the_library(page: Any, server: Server) -> N
     page.get_by_label("Name of the mix").fill("both")
     page.click("#mix")
     report = page.locator("#mix-report")
-    for said in ("overlap of dog and hat", "both", "100.0%"):
-        expect(report).to_contain_text(said)
+    for text in ("overlap of dog and hat", "both", "100.0%"):
+        expect(report).to_contain_text(text)
     try:
         open_tab(page, "library")
         pick(page, "both")
@@ -482,27 +483,27 @@ def test_a_mix_becomes_an_adapter_of_the_library(page: Any, server: Server) -> N
         shutil.rmtree(server.library / "both")
 
 
-def test_two_that_change_the_same_are_warned_of(page: Any, server: Server) -> None:
-    said = page.locator("#add-adapter-overlap")
+def test_overlapping_adapters_are_warned_about(page: Any, server: Server) -> None:
+    warning = page.locator("#add-adapter-overlap")
     with copied(server, "dog", "twin"):
         fill(page, "a dog <lora:dog:0.8> <lora:twin:0.5>")
-        expect(said).to_contain_text("dog and twin overlap by 1.00")
+        expect(warning).to_contain_text("dog and twin overlap by 1.00")
         fill(page, "a dog <lora:dog:0.8> <lora:hat:0.5>")
-        expect(said.locator("p")).to_have_count(0)
+        expect(warning.locator("p")).to_have_count(0)
 
 
 @pytest.mark.slow
-def test_a_batch_of_many_subjects(page: Any, server: Server) -> None:
+def test_a_batch_with_different_adapters(page: Any, server: Server) -> None:
     open_tab(page, "mix")
     page.fill("#batch textarea", "a dog <lora:dog:1>\na hat <lora:hat:0.8>\na cat")
     before = set((server.library / "pictures").glob("*.png"))
     page.click("#batch-go")
-    page.locator("#batch-status").get_by_text(re.compile(r"3 pictures in")).wait_for()
+    page.locator("#batch-status").get_by_text(re.compile(r"3 images in")).wait_for()
     made = sorted(set((server.library / "pictures").glob("*.png")) - before)
     assert [[a["name"] for a in read_settings(f).adapters] for f in made] == [["dog"], ["hat"], []]
 
 
-def test_mistakes_are_said_in_a_sentence(page: Any, server: Server, tmp_path: Path) -> None:
+def test_errors_are_shown_as_a_sentence(page: Any, server: Server, tmp_path: Path) -> None:
     plain = tmp_path / "plain.png"
     Image.new("RGB", (16, 16)).save(plain)
     drop(page, plain)
@@ -516,9 +517,9 @@ def test_mistakes_are_said_in_a_sentence(page: Any, server: Server, tmp_path: Pa
 @pytest.mark.slow
 def test_a_second_user_sees_the_queue(page: Any, server: Server, browser: Any) -> None:
     settle(page, MAX_STEPS)
-    number(page, "Pictures", MAX_PICTURES)  # longer than any other page needs to open
+    number(page, "Number of images", MAX_IMAGES)  # longer than another page needs to open
     fill(page, "a dog")
-    kept(page, count=MAX_PICTURES)
+    stored(page, count=MAX_IMAGES)
     page.click("#generate")
     page.get_by_text(re.compile(rf"step \d+ of {MAX_STEPS}")).wait_for()
     with visitor(browser) as other:
@@ -526,18 +527,18 @@ def test_a_second_user_sees_the_queue(page: Any, server: Server, browser: Any) -
         settle(other)
         fill(other, "a cat")
         other.click("#generate")
-        # What others ask for is theirs: the line says no more than this.
-        expect(other.locator("#status")).to_have_text("You are number 1 in the queue; now running: pictures.")
+        # Prompts of other users are private: the queue shows only the kind of work.
+        expect(other.locator("#status")).to_have_text("You are number 1 in the queue; now running: images.")
         page.close()  # a closed page stops its run and frees the device
-        expect(other.locator("#status")).to_have_text(re.compile(r"^\s*1 picture in"))
+        expect(other.locator("#status")).to_have_text(re.compile(r"^\s*1 image in"))
 
 
-def test_nothing_is_fetched_from_elsewhere(browser: Any, server: Server) -> None:
-    asked: list[str] = []
+def test_nothing_is_loaded_from_other_hosts(browser: Any, server: Server) -> None:
+    requested: list[str] = []
     with visitor(browser) as page:
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("request", lambda request: requested.append(request.url))
         visit(page, server.url)
         for name in LANDMARKS:
             open_tab(page, name)
-    foreign = [url for url in asked if not url.startswith((server.url, "data:", "blob:"))]
-    assert asked and not foreign
+    foreign = [url for url in requested if not url.startswith((server.url, "data:", "blob:"))]
+    assert requested and not foreign

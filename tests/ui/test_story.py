@@ -1,4 +1,4 @@
-"""The whole story on the embedded base: learn two subjects, mix them, compare, export, reload, restart."""
+"""An end-to-end test on the embedded base: train two subjects, generate with both, compare, export, restart."""
 
 from __future__ import annotations
 
@@ -49,42 +49,42 @@ def visit(page: Any, server: Server, tab: str) -> None:
     open_tab(page, tab.lower())
 
 
-def learn(page: Any, name: str) -> None:
+def train(page: Any, name: str) -> None:
     page.locator("#train-prepared img").nth(4).wait_for()
     page.locator("#train-start").click()
     status = page.locator("#train-status")
     expect(status).to_contain_text(re.compile(f"library as '{name}'|Failed|Killed"), timeout=1000 * LONG)
-    expect(status).to_contain_text(f"library as '{name}'", timeout=1000)  # it stays what it is
+    expect(status).to_contain_text(f"library as '{name}'", timeout=1000)  # the status does not change any more
 
 
 @pytest.mark.slow
 def test_the_story(app: Server, tab: Any, tmp_path: Path) -> None:
-    # Five photos of an example subject, dropped; then another subject by one click.
+    # Drop five photos of an example subject, then choose another subject by a click.
     visit(tab, app, "Train")
     tab.set_input_files("#train-photos input[type=file]", [str(TIGER / f"{n}.png") for n in range(5)])
     tab.locator("#train-name textarea, #train-name input").fill("tiger")
-    tab.get_by_label("What it is").fill("cat")
-    tab.get_by_text("All settings", exact=True).click()
+    tab.get_by_label("Class word").fill("cat")
+    tab.get_by_text("Advanced settings", exact=True).click()
     tab.locator("#train-extra textarea").fill(SMALL)
-    learn(tab, "tiger")
+    train(tab, "tiger")
     expect(tab.locator("#train-curves svg")).to_have_count(2)  # loss; subject and prompt fidelity of the samples
     tab.locator("#train-examples button").filter(has_text="tractor").click()
     tab.locator("#train-report").filter(has_text="6 photos").wait_for()
-    learn(tab, "tractor")
+    train(tab, "tractor")
     hashes = {name: inspect_adapter(app.library / name).sha256 for name in ("tiger", "tractor")}
 
-    # Both in one picture.
+    # Both in one image.
     open_tab(tab, "generate")
     tab.fill("#prompt textarea", "a sks cat on the beach <lora:tiger:0.8> <lora:tractor:0.4>")
     tab.click("#generate")
-    expect(tab.locator("#status")).to_contain_text("1 picture in")
-    (picture,) = (app.library / "pictures").glob("*.png")
-    settings = read_settings(picture)
+    expect(tab.locator("#status")).to_contain_text("1 image in")
+    (image,) = (app.library / "pictures").glob("*.png")
+    settings = read_settings(image)
     assert {a["name"]: (a["weight"], a["sha256"]) for a in settings.adapters} == {
         "tiger": (0.8, hashes["tiger"]), "tractor": (0.4, hashes["tractor"]),
     }  # fmt: skip
 
-    # Compare them, with scores by the judge that the base brings.
+    # Compare them, with scores by the judge of the embedded base.
     open_tab(tab, "compare")
     expect(tab.locator("#compare-adapter input")).not_to_have_value("")
     tab.locator("#compare-prompt textarea").fill("a sks cat on the beach")
@@ -110,7 +110,7 @@ def test_the_story(app: Server, tab: Any, tmp_path: Path) -> None:
     with safe_open(download.value.path(), "pt") as exported:
         assert all("lora" in key for key in exported.keys())  # noqa: SIM118
 
-    # Reload: the runs are there. Restart the server: so they are, and the library too.
+    # The runs survive a reload, and a restart of the server, as does the library.
     visit(tab, app, "Train")
     tab.locator("#train-status").filter(has_text="library as 'tractor'").wait_for()
     assert app.stop() == 0

@@ -1,4 +1,4 @@
-"""The Train tab in a browser: photos with reasons for rejects, a run that a reload and a new tab find again."""
+"""The Train tab in a browser: photos and reasons for rejects, a run that survives a reload and shows in a new tab."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from nora_diffusion import UserError, inspect_adapter
 from nora_diffusion.data.captions import read_captions
 from nora_diffusion.ui.jobs.images import with_captions
 from nora_diffusion.ui.jobs.jobs import Jobs
-from nora_diffusion.ui.tabs.generate_settings import KEPT
-from nora_diffusion.ui.tabs.train import renamed
+from nora_diffusion.ui.tabs.generate_settings import STORAGE_KEY
+from nora_diffusion.ui.tabs.train import name_warnings
 
 from .conftest import LONG, Server, end_trainings, jobs_of, open_tab, until, visit, visitor
 
@@ -26,7 +26,7 @@ FORGED = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
 
 @pytest.fixture
 def name(server: Server) -> Iterator[str]:
-    """A name that is free in the library; what is trained under it ends with its test and leaves nothing."""
+    """An unused name in the library. Its trainings are stopped and removed after the test."""
     yield "my-dog"
     end_trainings(server)
     shutil.rmtree(server.library / "my-dog", ignore_errors=True)
@@ -34,15 +34,15 @@ def name(server: Server) -> Iterator[str]:
 
 def status(page: Any, pattern: str) -> str:
     """Wait for a status and return it."""
-    place = page.locator("#train-status")
-    expect(place).to_contain_text(re.compile(pattern), timeout=1000 * LONG)
-    return str(place.inner_text())
+    line = page.locator("#train-status")
+    expect(line).to_contain_text(re.compile(pattern), timeout=1000 * LONG)
+    return str(line.inner_text())
 
 
 def fill(page: Any, name: str, **settings: Any) -> None:
     page.get_by_label("Name").fill(name)
-    page.get_by_label("What it is").fill("dog")
-    page.get_by_text("All settings", exact=True).click()
+    page.get_by_label("Class word").fill("dog")
+    page.get_by_text("Advanced settings", exact=True).click()
     small = {"rank": 4, "inner_rank": 2, "basis": "svd", "train_batch_size": 1, "sample_steps": 1, **settings}
     page.locator("#train-extra textarea").fill("\n".join(f"{key}: {value}" for key, value in small.items()))
 
@@ -59,17 +59,18 @@ def test_photos_are_shown_as_trained_and_rejects_have_reasons(page: Any, tmp_pat
     drop(page, *sorted(tmp_path.glob("*.png")))
     page.locator("#train-prepared img").nth(1).wait_for()
     report = page.locator("#train-report")
-    expect(report).to_contain_text("2 photos will be trained on")
+    expect(report).to_contain_text("2 photos will be used")
     expect(report).to_contain_text("fake.png is not a JPEG, PNG or WEBP")
     page.get_by_role("button", name="Check").click()
-    page.get_by_text("give one word, for example").wait_for()  # what it is, is not said yet
-    page.get_by_label("What it is").fill("dog")
+    page.get_by_text("enter one word, for example").wait_for()  # the class word is empty
+    page.get_by_label("Class word").fill("dog")
     page.get_by_role("button", name="Check").click()
-    expect(page.locator("#train-findings")).to_contain_text("There are only 2 photos: with 3 to 10")  # the trainer's
+    # a warning of the trainer
+    expect(page.locator("#train-findings")).to_contain_text("There are only 2 photos: with 3 to 10")
     expect(report).to_contain_text("fake.png is not a JPEG")
     page.get_by_label("Name").fill("Rex the dog!")
     page.get_by_role("button", name="Check").click()
-    expect(page.locator("#train-findings")).to_contain_text("It will be called 'Rex-the-dog'")
+    expect(page.locator("#train-findings")).to_contain_text("The adapter will be named 'Rex-the-dog'")
 
 
 def test_the_form_survives_a_reload(page: Any) -> None:
@@ -78,26 +79,26 @@ def test_the_form_survives_a_reload(page: Any) -> None:
     page.get_by_label("Fast").check()
     page.get_by_label("Train the text encoder too").check()
     page.wait_for_function(
-        "(key) => JSON.parse(localStorage.getItem(key) ?? '{}').encoder === true", arg=f"{KEPT}Train"
+        "(key) => JSON.parse(localStorage.getItem(key) ?? '{}').encoder === true", arg=f"{STORAGE_KEY}Train"
     )
     visit(page)
     open_tab(page, "train")
     expect(page.get_by_label("Name")).to_have_value("rex")
-    expect(page.get_by_label("What it is")).to_have_value("dog")
+    expect(page.get_by_label("Class word")).to_have_value("dog")
     expect(page.get_by_label("Fast")).to_be_checked()
-    page.get_by_text("All settings", exact=True).click()
+    page.get_by_text("Advanced settings", exact=True).click()
     expect(page.get_by_label("Train the text encoder too")).to_be_checked()
     expect(page.locator("#train-extra textarea")).to_have_value(re.compile("inner_rank: 2"))
-    # What no choice of today is, an older release's say, is left out.
-    spoiled = '{"preset": "Slow", "method": 3, "name": "rex", "steps": -1}'
-    page.evaluate("([key, text]) => localStorage.setItem(key, text)", [f"{KEPT}Train", spoiled])
+    # Stored values that are not valid, for example from an older release, are ignored.
+    invalid = '{"preset": "Slow", "method": 3, "name": "rex", "steps": -1}'
+    page.evaluate("([key, text]) => localStorage.setItem(key, text)", [f"{STORAGE_KEY}Train", invalid])
     visit(page)
     open_tab(page, "train")
     expect(page.get_by_label("Name")).to_have_value("rex")
     expect(page.get_by_label("Balanced")).to_be_checked()
 
 
-def test_captions_are_dropped_beside_their_photos(page: Any, tmp_path: Path) -> None:
+def test_captions_are_dropped_with_their_photos(page: Any, tmp_path: Path) -> None:
     open_tab(page, "train")
     write_photos(tmp_path, 2)
     first, _ = sorted(tmp_path.glob("*.png"))
@@ -105,21 +106,21 @@ def test_captions_are_dropped_beside_their_photos(page: Any, tmp_path: Path) -> 
     (tmp_path / "alone.txt").write_text("x")
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")
     drop(page, *sorted(tmp_path.iterdir()))
-    for said in ("2 photos will be trained on", "1 with a caption of its own", "alone.txt belongs to no photo"):
-        expect(page.locator("#train-report")).to_contain_text(said)
+    for text in ("2 photos will be used", "1 with a caption of its own", "alone.txt belongs to no photo"):
+        expect(page.locator("#train-report")).to_contain_text(text)
     page.locator("#train-prepared").get_by_text("a sks dog in <b>snow</b>").first.wait_for()
-    page.get_by_label("What it is").fill("dog")
+    page.get_by_label("Class word").fill("dog")
     page.get_by_role("button", name="Check").click()
     page.locator("#train-findings p").first.wait_for()
     expect(page.locator("#train-report")).to_contain_text("alone.txt belongs to no photo")
 
 
-def test_a_name_is_made_fit_as_in_the_mix_tab() -> None:
-    assert renamed(" my-dog ") == []
-    assert "'Rex-the-dog'" in renamed("Rex the dog!")[0] and "'adapter'" in renamed("")[0]
+def test_an_invalid_name_is_changed_with_a_warning() -> None:
+    assert name_warnings(" my-dog ") == []
+    assert "'Rex-the-dog'" in name_warnings("Rex the dog!")[0] and "'adapter'" in name_warnings("")[0]
 
 
-def test_captions_lie_where_the_trainer_looks(tmp_path: Path) -> None:
+def test_captions_are_copied_where_the_trainer_looks(tmp_path: Path) -> None:
     photos = sorted(write_photos(tmp_path / "a", 1).glob("*")) + sorted(write_photos(tmp_path / "b", 2).glob("*"))
     stem = photos[0].stem
     files = {name: tmp_path / name for name in (f"{stem}.txt", "long.txt", "latin.txt")}
@@ -129,11 +130,11 @@ def test_captions_lie_where_the_trainer_looks(tmp_path: Path) -> None:
     files["latin.txt"].write_bytes(b"\xff\xfe\xfa")
     files["long.txt"].write_text("a" * 5000)
     photos += [tmp_path / "b" / "latin.png", tmp_path / "b" / "long.png"]
-    (tmp_path / "placed").mkdir()
-    placed, faults = with_captions(photos, list(files.values()), tmp_path / "placed")
-    assert [p.read_bytes() for p in placed] == [p.read_bytes() for p in photos]
-    assert read_captions(placed, "plain", sidecars=True) == ["a dog in snow", "a dog in snow", *["plain"] * 3]
-    assert "longer than" in faults[0] and "UTF-8" in faults[1] and len(faults) == 2
+    (tmp_path / "copies").mkdir()
+    copies, errors = with_captions(photos, list(files.values()), tmp_path / "copies")
+    assert [p.read_bytes() for p in copies] == [p.read_bytes() for p in photos]
+    assert read_captions(copies, "plain", sidecars=True) == ["a dog in snow", "a dog in snow", *["plain"] * 3]
+    assert "longer than" in errors[0] and "UTF-8" in errors[1] and len(errors) == 2
 
 
 def test_an_example_subject_takes_one_click(page: Any) -> None:
@@ -141,7 +142,7 @@ def test_an_example_subject_takes_one_click(page: Any) -> None:
     page.locator("#train-examples button").filter(has_text="tiger").click()
     page.locator("#train-prepared img").nth(5).wait_for()
     expect(page.get_by_label("Name")).to_have_value("tiger")
-    expect(page.get_by_label("What it is")).to_have_value("cat")
+    expect(page.get_by_label("Class word")).to_have_value("cat")
 
 
 @pytest.mark.parametrize(
@@ -149,19 +150,19 @@ def test_an_example_subject_takes_one_click(page: Any) -> None:
     [
         ("train_photos", [[{**FORGED}]], ""),
         ("train_photos", [[{**FORGED, "url": "file:///etc/passwd"}]], ""),
-        ("train_start", ["../x", None, "Fast", "sks", "dog", "nora", 5, 0, False, False, ""], "no photo"),
-        ("train_start", ["x", None, "Fast", "sks", "dog", "nora", 5, 0, False, False, "output_dir: /tmp"], "app's own"),
+        ("train_start", ["../x", None, "Fast", "sks", "dog", "nora", 5, 0, False, False, ""], "no photos"),
+        ("train_start", ["x", None, "Fast", "sks", "dog", "nora", 5, 0, False, False, "output_dir: /tmp"], "app sets"),
         ("train_start", ["x", None, "Fast", "sks", "dog", "pickle", 5, 0, False, False, ""], ""),
         ("train_stop", ["../../library"], ""),
         ("train_remove", ["/etc"], ""),
         ("train_resume", ["nothing"], ""),
     ],
 )  # fmt: skip
-def test_scripts_get_no_further_than_pages(server: Server, name: str, data: list[Any], message: str) -> None:
+def test_scripts_cannot_bypass_the_page(server: Server, name: str, data: list[Any], message: str) -> None:
     before = sorted(p for p in server.library.rglob("*") if ".jobs" in p.parts)
-    answer = server.call(name, *data, session=f"attack {name}")
-    assert not answer["success"], answer
-    assert message in str(answer["output"]).replace("&#x27;", "'")
+    result = server.call(name, *data, session=f"attack {name}")
+    assert not result["success"], result
+    assert message in str(result["output"]).replace("&#x27;", "'")
     assert sorted(p for p in server.library.rglob("*") if ".jobs" in p.parts) == before
 
 
@@ -172,7 +173,7 @@ def test_a_training_from_drop_to_library(page: Any, server: Server, browser: Any
     fill(page, name, max_train_steps=4, validation_steps=2)
     page.locator("#train-start").click()
     status(page, "Waiting|Starting|Training|Saving|Done")
-    # A reload and a new tab of another browser find it again.
+    # The run is there after a reload, and for a new visitor.
     visit(page)
     open_tab(page, "train")
     with visitor(browser) as second:
@@ -186,7 +187,7 @@ def test_a_training_from_drop_to_library(page: Any, server: Server, browser: Any
     assert inspect_adapter(server.library / "my-dog").step == 4
     open_tab(page, "library")
     page.locator("[data-name=my-dog]").wait_for()
-    # From the finished training to a picture: one click leads to a prompt that calls it.
+    # One click leads from the finished training to a prompt with its adapter.
     open_tab(page, "train")
     page.click("#train-use")
     expect(page.locator("#generate")).to_be_visible()
@@ -201,20 +202,20 @@ def test_stop_saves_and_resume_names_the_step(page: Any, server: Server, name: s
     page.locator("#train-start").click()
     status(page, r"Training, step \d")
     page.get_by_role("button", name="Stop and save").click()
-    said = status(page, r"Stopped, step \d+ of 50000")
-    step = int(re.search(r"step (\d+)", said)[1])  # type: ignore[index]
-    assert f"go on from step {step}" in said
+    text = status(page, r"Stopped, step \d+ of 50000")
+    step = int(re.search(r"step (\d+)", text)[1])  # type: ignore[index]
+    assert f"resumed from step {step}" in text
     page.get_by_role("button", name=f"Resume from step {step}").click()
     status(page, r"Training, step \d")
     page.get_by_role("button", name="Stop and save").click()
     later = int(re.search(r"step (\d+)", status(page, r"Stopped, step"))[1])  # type: ignore[index]
     assert later > step and not (server.library / name).exists()
-    page.get_by_role("button", name="Remove this training").click()
+    page.get_by_role("button", name="Delete this run").click()
     expect(page.locator("#train-resume")).to_be_hidden()
     until(lambda: name not in [job.name for job in jobs_of(server).list()], page=page)
 
 
-def test_a_refused_resume_shows_how_things_stand(page: Any, server: Server) -> None:
+def test_a_refused_resume_refreshes_the_page(page: Any, server: Server) -> None:
     folder = jobs_of(server).root / "20260101-000000-abcdef"
     checkpoint = folder / "run" / "checkpoints" / "step-7"
     checkpoint.mkdir(parents=True)
@@ -225,15 +226,15 @@ def test_a_refused_resume_shows_how_things_stand(page: Any, server: Server) -> N
         open_tab(page, "train")
         resume = page.get_by_role("button", name="Resume from step 7")
         resume.wait_for()
-        shutil.rmtree(checkpoint)  # as by another page
+        shutil.rmtree(checkpoint)  # as another page could do
         resume.click()
-        page.get_by_text(re.compile("has no checkpoint to go on from")).wait_for()
+        page.get_by_text(re.compile("has no checkpoint to resume from")).wait_for()
         expect(resume).to_be_hidden()
     finally:
         shutil.rmtree(folder)
 
 
-def test_what_is_removed_meanwhile_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_removed_in_the_meantime_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = Jobs(tmp_path, tmp_path, tmp_path / "lock")
     (tmp_path / "gone").mkdir()
     (tmp_path / "gone" / "job.json").write_text("{}")

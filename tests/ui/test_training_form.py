@@ -1,4 +1,4 @@
-"""What the Train tab accepts: photos, with reasons for rejects; settings, if they are a page's business."""
+"""What the Train tab accepts: photos, with reasons for rejects, and settings that a page may set."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from nora_diffusion.training.run.setup import bucket_step
 from nora_diffusion.training.settings.checks import check_config
 from nora_diffusion.training.settings.defaults import with_defaults
 from nora_diffusion.ui.engine import Engine
-from nora_diffusion.ui.jobs.images import check_photos
+from nora_diffusion.ui.jobs.images import check_images
 from nora_diffusion.ui.jobs.training_form import build_settings, preflight, read_extra
 
 
 @pytest.mark.parametrize(
-    ("trigger", "word", "said"),
+    ("trigger", "word", "message"),
     [
-        ("sks", " ", "'What it is' is empty: give one word, for example dog"),
-        ("sks", "golden retriever", "'What it is' is 'golden retriever': give one word, for example golden-retriever"),
-        ("", "dog", "'Trigger word' is empty: give one word, for example sks"),
-        ("<sks>", "dog", "'Trigger word' is '<sks>': give one word, for example sks"),
+        ("sks", " ", "'Class word' is empty: enter one word, for example dog"),
+        ("sks", "golden retriever", "'Class word' is 'golden retriever': enter one word, for example golden-retriever"),
+        ("", "dog", "'Trigger word' is empty: enter one word, for example sks"),
+        ("<sks>", "dog", "'Trigger word' is '<sks>': enter one word, for example sks"),
     ],
 )
-def test_a_word_is_asked_for_by_its_field(engine: Engine, trigger: str, word: str, said: str) -> None:
+def test_a_missing_word_is_named_by_its_field(engine: Engine, trigger: str, word: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         build_settings(engine, "Fast", trigger, word, {})
-    assert str(caught.value) == said
+    assert str(caught.value) == message
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def engine(tiny_base: Path) -> Engine:
 
 
 def bomb(path: Path, width: int = 16000, height: int = 8000) -> Path:
-    """A PNG of many pixels in few bytes."""
+    """A small PNG file with very many pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -57,7 +57,7 @@ def bomb(path: Path, width: int = 16000, height: int = 8000) -> Path:
     return path
 
 
-def test_each_photo_is_shown_as_trained_or_refused_with_a_reason(engine: Engine, tmp_path: Path) -> None:
+def test_each_photo_is_cropped_or_refused_with_a_reason(engine: Engine, tmp_path: Path) -> None:
     good = sorted(write_photos(tmp_path, 2, (48, 32)).glob("*.png"))
     twin = tmp_path / "twin.png"
     twin.write_bytes(good[0].read_bytes())
@@ -69,36 +69,36 @@ def test_each_photo_is_shown_as_trained_or_refused_with_a_reason(engine: Engine,
     files = [*good, twin, bomb(tmp_path / "bomb.png"), *(tmp_path / n for n in (
         "text.jpg", "vector.png", "empty.png", "tiff.png", "dot.png"))]  # fmt: skip
     assert (tmp_path / "bomb.png").stat().st_size < 30_000
-    found = check_photos(files, engine, {"crop": "center"})
-    assert [bool(c.pictures) for c in found] == [True, True, *[False] * 7]
+    found = check_images(files, engine, {"crop": "center"})
+    assert [bool(c.crops) for c in found] == [True, True, *[False] * 7]
     reasons = ["same photo", "megapixels", "not a JPEG", "not a JPEG", "empty", "is TIFF", "smaller than"]
     for photo, reason in zip(found[2:], reasons, strict=True):
-        assert reason in photo.fault and photo.path.name in photo.fault
+        assert reason in photo.error and photo.path.name in photo.error
     with Image.open(good[0]) as opened:
         expected = np.asarray(opened.resize((16, 16), Image.Resampling.LANCZOS, box=(8, 0, 40, 32)), dtype=int)
-    (shown,) = found[0].pictures
-    assert np.abs(np.asarray(shown, dtype=int) - expected).max() <= 1
-    assert found[0].remark == "" and "enlarged 2.0 times" in check_photos(good, engine, {"resolution": 64})[0].remark
+    (crop,) = found[0].crops
+    assert np.abs(np.asarray(crop, dtype=int) - expected).max() <= 1
+    assert found[0].remark == "" and "enlarged 2.0 times" in check_images(good, engine, {"resolution": 64})[0].remark
     with pytest.raises(UserError, match="too many"):
-        check_photos(good * 60, engine, {})
+        check_images(good * 60, engine, {})
 
 
-def test_what_is_shown_is_what_the_trainer_makes(engine: Engine, tmp_path: Path) -> None:
-    """Every crop of a run with these settings, pixel for pixel."""
+def test_the_crops_are_those_of_the_trainer(engine: Engine, tmp_path: Path) -> None:
+    """Every crop of a run with these settings is shown, pixel for pixel."""
     photos = sorted(write_photos(tmp_path, 2, (48, 32)).glob("*.png"))
     settings = build_settings(engine, "Fast", "sks", "dog", {"seed": 5, "random_flip": True})
     config = with_defaults(TrainConfig.from_mapping({**settings, "instance_data_dir": str(tmp_path), "resolution": 16}))
     read = read_images(tmp_path)
     views = views_of(transform_of(config, bucket_step(engine.pipe)), read, 5)
-    found = check_photos(photos, engine, settings)
-    assert len(found[0].pictures) == 8  # four crops, mirrored too
-    for photo, own, shown in zip(read, views, found, strict=True):
-        assert [p.tobytes() for p in shown.pictures] == [view.apply(photo.image).tobytes() for view in own]
+    found = check_images(photos, engine, settings)
+    assert len(found[0].crops) == 8  # four crops and their mirror images
+    for photo, own, checked in zip(read, views, found, strict=True):
+        assert [p.tobytes() for p in checked.crops] == [view.apply(photo.image).tobytes() for view in own]
     with Image.open(photos[0]) as opened:
         opened.point(lambda value: min(255, value + 3)).save(tmp_path / "lighter.png")
-    again = check_photos([*photos, tmp_path / "lighter.png", photos[0]], engine, settings)
-    assert f"looks like {photos[0].name}" in again[2].remark and again[2].pictures
-    assert "is the same photo as" in again[3].fault and not again[3].pictures
+    again = check_images([*photos, tmp_path / "lighter.png", photos[0]], engine, settings)
+    assert f"looks like {photos[0].name}" in again[2].remark and again[2].crops
+    assert "is the same photo as" in again[3].error and not again[3].crops
 
 
 def test_presets_scale_the_defaults_of_the_base(engine: Engine) -> None:
@@ -109,28 +109,28 @@ def test_presets_scale_the_defaults_of_the_base(engine: Engine) -> None:
         engine, "Fast", "sks", "dog", {"max_train_steps": 7, "learning_rate": None}, "rank: 5\nseed: 3"
     )
     assert (own["max_train_steps"], own["rank"], own["seed"]) == (7, 5, 3) and own["learning_rate"] > 0
-    for settings in (*found.values(), own):  # the trainer takes them
+    for settings in (*found.values(), own):  # the trainer accepts them
         check_config(TrainConfig.from_mapping({**settings, "instance_data_dir": "photos"}))
 
 
-def test_further_settings_are_read_as_the_trainer_reads_them(engine: Engine) -> None:
+def test_more_settings_are_parsed_as_the_trainer_parses_them(engine: Engine) -> None:
     own = build_settings(engine, "Fast", "sks", "dog", {}, "max_train_steps: 1e3\nlora_dropout: '0.1'")
     assert (own["max_train_steps"], own["validation_steps"], own["dropout"]) == (1000, 200, 0.1)
 
 
 REFUSED = {
-    "output_dir: /etc": "app's own",
-    "pretrained_model_name_or_path: /somewhere": "app's own",
-    "class_data_dir: /home": "app's own",
-    "resume_from_checkpoint: /tmp/x": "app's own",
-    "push_to_hub: true": "app's own",
-    "hub_token: x": "app's own",
-    "report_to: wandb": "app's own",
-    "local_rank: 3": "app's own",
+    "output_dir: /etc": "the app sets",
+    "pretrained_model_name_or_path: /somewhere": "the app sets",
+    "class_data_dir: /home": "the app sets",
+    "resume_from_checkpoint: /tmp/x": "the app sets",
+    "push_to_hub: true": "the app sets",
+    "hub_token: x": "the app sets",
+    "report_to: wandb": "the app sets",
+    "local_rank: 3": "the app sets",
     "rnak: 3": "did you mean",
     "- 3": "lines",
     "rank: [": "key: value",
-    "a: &x [1]\nb: *x": "plain lines",
+    "a: &x [1]\nb: *x": "plain 'key: value' lines",
     "x" * 5000: "at most",
     "max_train_steps: many": "max_train_steps='many' does not fit: give a whole number",
     "!!python/object/apply:os.system ['true']": "key: value",
@@ -138,7 +138,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("text", REFUSED)
-def test_a_page_may_not_set_everything(text: str) -> None:
+def test_settings_that_a_page_may_not_set(text: str) -> None:
     with pytest.raises(UserError, match=REFUSED[text]):
         read_extra(text)
 
@@ -148,7 +148,7 @@ def test_a_page_may_not_set_everything(text: str) -> None:
     [
         ("Huge", "sks", "dog", "no preset"), ("Fast", "", "dog", "'Trigger word' is empty"),
         ("Fast", "s k", "dog", "'Trigger word' is 's k'"), ("Fast", "<lora:x>", "dog", "'Trigger word'"),
-        ("Fast", "sks", "", "'What it is' is empty"), ("Fast", "sks", "d" * 50, "'What it is'"),
+        ("Fast", "sks", "", "'Class word' is empty"), ("Fast", "sks", "d" * 50, "'Class word'"),
     ],
 )  # fmt: skip
 def test_words_are_checked(engine: Engine, preset: str, trigger: str, word: str, message: str) -> None:
@@ -156,26 +156,26 @@ def test_words_are_checked(engine: Engine, preset: str, trigger: str, word: str,
         build_settings(engine, preset, trigger, word, {})
 
 
-def test_the_trainer_s_findings_are_said(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_warnings_of_the_trainer_are_shown(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos = sorted(write_photos(tmp_path / "photos", 3).glob("*.png"))
     small = {"rank": 4, "inner_rank": 2, "basis": "svd", "train_batch_size": 1, "max_train_steps": 60}
 
-    def said(trigger: str = "zwxq", photos: list[Path] = photos, **changes: Any) -> str:
+    def warnings(trigger: str = "zwxq", photos: list[Path] = photos, **changes: Any) -> str:
         settings = build_settings(engine, "Fast", trigger, "dog", {**small, **changes})
         return " ".join(preflight(engine, settings, photos, tmp_path))
 
-    assert said() == ""
-    assert "There is only 1 photo: with 3 to 10" in said(photos=photos[:1])
-    assert "'cat' is a word that the base knows" in said("cat")
-    assert "The validation prompt lacks the trigger 'zwxq'" in said(validation_prompt="a dog")
-    assert "A learning_rate of 0.5 is outside the usual" in said(learning_rate=0.5)  # no flags on a page
-    assert "use max_train_steps 30 or more" in said(max_train_steps=3)
-    for fault, message in (({"rank": -1}, "rank"), ({"target_modules": ["nothing"]}, "matches no projection")):
+    assert warnings() == ""
+    assert "There is only 1 photo: with 3 to 10" in warnings(photos=photos[:1])
+    assert "'cat' is a word that the base knows" in warnings("cat")
+    assert "The validation prompt lacks the trigger 'zwxq'" in warnings(validation_prompt="a dog")
+    assert "A learning_rate of 0.5 is outside the usual" in warnings(learning_rate=0.5)  # no dashes on a page
+    assert "use max_train_steps 30 or more" in warnings(max_train_steps=3)
+    for change, message in (({"rank": -1}, "rank"), ({"target_modules": ["nothing"]}, "matches no projection")):
         with pytest.raises(UserError, match=message):
-            said(**fault)
-    with pytest.raises(UserError, match="no photo"):
-        said(photos=[])
+            warnings(**change)
+    with pytest.raises(UserError, match="no photos"):
+        warnings(photos=[])
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(UserError, match="free some space"):
-        said()
+        warnings()
     assert not (tmp_path / ".jobs").exists()

@@ -1,1 +1,1 @@
-"""Trainings that the app starts, each a process with a folder."""
+"""Trainings that the app starts: each is a process with a folder."""

@@ -1,4 +1,4 @@
-"""Dropped photos: each as the trainer will see it, or the reason why it will not do; and their captions."""
+"""Uploaded photos and captions: checked, and cropped as the trainer crops them."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from ...errors import UserError
 from ...io.files import write_atomic
 from ..engine import Engine
 
-MAX_PHOTOS, MAX_PHOTO_BYTES = 100, 60 * 2**20
+MAX_IMAGES, MAX_IMAGE_BYTES = 100, 60 * 2**20
 MAX_CAPTION_BYTES = 4000
 
 
 @dataclass(frozen=True)
-class Checked:
-    """One dropped file: the pictures that the trainer makes of it, or why it cannot be used; and a remark."""
+class CheckedImage:
+    """An uploaded file: the crops that the trainer makes of it and a remark, or the ``error`` why it is left out."""
 
     path: Path
-    pictures: tuple[Image.Image, ...] = ()
-    fault: str = ""
+    crops: tuple[Image.Image, ...] = ()
+    error: str = ""
     remark: str = ""
     caption: str = ""
 
 
-def check_photos(paths: Sequence[Path], engine: Engine, settings: Mapping[str, Any]) -> list[Checked]:
-    """Each file as it will be trained on under ``settings``; headers are checked before anything is decoded.
+def check_images(paths: Sequence[Path], engine: Engine, settings: Mapping[str, Any]) -> list[CheckedImage]:
+    """Check each file and crop it as a training with these settings does. Headers are checked before decoding.
 
     Raises :class:`UserError` for too many files.
     """
@@ -43,66 +43,69 @@ def check_photos(paths: Sequence[Path], engine: Engine, settings: Mapping[str, A
     from ...training.data.dataset import transform_of
     from ...training.run.setup import bucket_step
 
-    if len(paths) > MAX_PHOTOS:
-        raise UserError(f"{len(paths)} photos are too many: 3 to 10 good ones do, {MAX_PHOTOS} are the limit")
+    if len(paths) > MAX_IMAGES:
+        raise UserError(f"{len(paths)} photos are too many: 3 to 10 good ones are enough, the limit is {MAX_IMAGES}")
     config = TrainConfig.from_mapping({"resolution": engine.side, **settings})
-    read = [_read(path, color(config.background)) for path in paths]
-    twins: dict[int, Duplicate] = {}
-    for pair in find_duplicates([photo for photo in read if isinstance(photo, SourceImage)]):
-        known = twins.get(id(pair.second))
+    images = [_read(path, color(config.background)) for path in paths]
+    duplicates: dict[int, Duplicate] = {}
+    for pair in find_duplicates([image for image in images if isinstance(image, SourceImage)]):
+        known = duplicates.get(id(pair.second))
         if known is None or (pair.same_file and not known.same_file):
-            twins[id(pair.second)] = pair
+            duplicates[id(pair.second)] = pair
     transform, seed = transform_of(config, bucket_step(engine.pipe)), config.seed or 0
-    return [_shown(one, twins.get(id(one)), transform, seed) if isinstance(one, SourceImage) else one for one in read]
+    return [
+        _cropped(image, duplicates.get(id(image)), transform, seed) if isinstance(image, SourceImage) else image
+        for image in images
+    ]
 
 
-def _read(path: Path, background: Color) -> SourceImage | Checked:
+def _read(path: Path, background: Color) -> SourceImage | CheckedImage:
     try:
-        if path.stat().st_size > MAX_PHOTO_BYTES:
-            raise UnreadableImageError(f"{path.name} is larger than {MAX_PHOTO_BYTES // 2**20} MiB")
+        if path.stat().st_size > MAX_IMAGE_BYTES:
+            raise UnreadableImageError(f"{path.name} is larger than {MAX_IMAGE_BYTES // 2**20} MiB")
         return read_source(path, background, heic=True)
     except UnreadableImageError as error:
-        return Checked(path, fault=str(error))
+        return CheckedImage(path, error=str(error))
 
 
-def _shown(photo: SourceImage, twin: Duplicate | None, transform: Transform, seed: int) -> Checked:
-    """The trainer's own crops of a photo; a copy of another one is left out."""
+def _cropped(image: SourceImage, duplicate: Duplicate | None, transform: Transform, seed: int) -> CheckedImage:
+    """The trainer's crops of an image; a byte-identical copy of another image is left out."""
     from ...training.data.dataset import views_of
 
-    if twin is not None and twin.same_file:
-        return Checked(photo.path, fault=f"{photo.path.name} is the same photo as {twin.first.path.name}")
-    (views,) = views_of(transform, [photo], seed)
-    remarks = Row(photo, "", views).all_remarks()
-    remarks += [f"looks like {twin.first.path.name}, so it counts twice"] if twin else []
-    pictures = tuple(view.apply(photo.image) for view in views)
-    return Checked(photo.path, pictures, remark="; ".join(remarks), caption=_caption(photo.path))
+    if duplicate is not None and duplicate.same_file:
+        return CheckedImage(image.path, error=f"{image.path.name} is the same photo as {duplicate.first.path.name}")
+    (views,) = views_of(transform, [image], seed)
+    remarks = Row(image, "", views).all_remarks()
+    remarks += [f"looks like {duplicate.first.path.name}, so it counts twice"] if duplicate else []
+    crops = tuple(view.apply(image.image) for view in views)
+    return CheckedImage(image.path, crops, remark="; ".join(remarks), caption=_caption(image.path))
 
 
-def with_captions(photos: Sequence[Path], captions: Sequence[Path], folder: Path) -> tuple[list[Path], list[str]]:
-    """Copies of the photos in ``folder``, each with the text file of its name beside it, where the trainer looks.
+def with_captions(images: Sequence[Path], captions: Sequence[Path], folder: Path) -> tuple[list[Path], list[str]]:
+    """Copy the images into ``folder``, each with its caption file next to it, where the trainer looks for it.
 
-    Returns their paths, and a sentence for each text file that will not do.
+    A caption file has the name of its image. Returns the paths of the copies, and an error for each unusable caption.
     """
-    texts, faults = {}, []
+    texts, errors = {}, []
     for file in captions:
-        if file.stem not in {photo.stem for photo in photos}:
-            faults.append(f"{file.name} belongs to no photo: give it the name of its photo")
+        if file.stem not in {image.stem for image in images}:
+            errors.append(f"{file.name} belongs to no photo: give it the name of its photo")
         elif file.stat().st_size > MAX_CAPTION_BYTES:
-            faults.append(f"{file.name} is longer than {MAX_CAPTION_BYTES} bytes: shorten the caption")
+            errors.append(f"{file.name} is longer than {MAX_CAPTION_BYTES} bytes: shorten the caption")
         else:
             try:
                 texts[file.stem] = " ".join(file.read_text(encoding="utf-8-sig").split())
             except UnicodeDecodeError:
-                faults.append(f"{file.name} is no UTF-8 text: save it as such")
-    placed = []
-    for number, photo in enumerate(photos):  # a folder each: two photos may have one name
+                errors.append(f"{file.name} is not UTF-8 text: save it as UTF-8")
+    copies = []
+    for number, image in enumerate(images):  # a folder each: two images may have the same name
         (folder / str(number)).mkdir()
-        placed.append(Path(shutil.copyfile(photo, folder / str(number) / photo.name)))
-        if texts.get(photo.stem):
-            write_atomic(placed[-1].with_suffix(".txt"), texts[photo.stem])
-    return placed, faults
+        copies.append(Path(shutil.copyfile(image, folder / str(number) / image.name)))
+        if texts.get(image.stem):
+            write_atomic(copies[-1].with_suffix(".txt"), texts[image.stem])
+    return copies, errors
 
 
-def _caption(photo: Path) -> str:
-    file = photo.with_suffix(".txt")
+def _caption(image: Path) -> str:
+    file = image.with_suffix(".txt")
     return file.read_text(encoding="utf-8") if file.is_file() else ""

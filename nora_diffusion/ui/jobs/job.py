@@ -1,4 +1,4 @@
-"""One training job as it stands on disk: everything that a page shows of it is read from its folder."""
+"""The state of one training job, read from its folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RECENT = 20
 
 @dataclass(frozen=True)
 class Job:
-    """A job as it stands on disk now. ``eta`` is in seconds; ``losses`` are ``(step, loss)``, thinned for plots."""
+    """The state of a job. ``eta`` is in seconds; ``losses`` are ``(step, loss)``, averaged down for plots."""
 
     id: str
     name: str
@@ -38,17 +38,17 @@ class Job:
 
     @property
     def running(self) -> bool:
-        """Whether its process lives."""
+        """Whether its process is alive."""
         return self.status in RUNNING
 
     @property
     def resumable(self) -> bool:
-        """Whether it can go on from a checkpoint."""
+        """Whether it can continue from a checkpoint."""
         return self.status in ("stopped", "failed", "killed") and self.checkpoint is not None
 
 
 def read_job(folder: Path) -> Job:
-    """The job of a folder, from what its process left there."""
+    """Read the state of a job from the files of its process."""
     run = folder / "run"
     rows = _log_rows(run / LOG)
     state, outcome = read_json(run / STATE), read_json(folder / "exit.json")
@@ -68,7 +68,7 @@ def read_job(folder: Path) -> Job:
         checkpoint=_last_checkpoint(run / CHECKPOINTS),
         adapter=adapter,
         losses=_thin([(int(row["step"]), float(row["loss"])) for row in rows]),
-        samples=[picture for group in images_by_step(run / SAMPLES).values() for picture in group],
+        samples=[image for images in images_by_step(run / SAMPLES).values() for image in images],
     )
 
 
@@ -78,7 +78,7 @@ def _status(folder: Path, state: Mapping[str, Any], outcome: Mapping[str, Any]) 
             return "stopping"
         process = read_json(folder / "process.json")
         own = "pid" in process and state.get("pid") == process["pid"]
-        status = state.get("status") if own else None  # else the state is that of the process before this one
+        status = state.get("status") if own else None  # otherwise an earlier process wrote the state
         if status is None:
             return "waiting" if process.get("waiting") else "starting"
         return status if status in ("starting", "training", "saving") else "saving" if status == "done" else "starting"
@@ -93,16 +93,16 @@ def _message(folder: Path, status: Status, state: Mapping[str, Any], outcome: Ma
     if status == "killed":
         process = read_json(folder / "process.json")
         if process and process.get("boot") != boot_id():
-            return "the machine was restarted while this ran"
-        return "the system ended it, probably for want of memory: choose a smaller batch or resolution"
+            return "the machine was restarted during the training"
+        return "the system killed it, probably out of memory: choose a smaller batch size or resolution"
     if status == "failed":
-        said = outcome.get("message") or _last_error(folder / "output.log") or state.get("message") or ""
-        return without_dashes(without_folders(str(said)))
+        message = outcome.get("message") or _last_error(folder / "output.log") or state.get("message") or ""
+        return without_dashes(without_folders(str(message)))
     return str(outcome.get("message") or "") if status == "stopped" else ""
 
 
 def _last_error(log: Path) -> str:
-    """The sentence that the trainer ended with."""
+    """The last error message of the trainer."""
     if not log.is_file():
         return ""
     with log.open("rb") as file:
@@ -117,7 +117,7 @@ def _eta(rows: Sequence[Mapping[str, Any]], total: int) -> float | None:
 
 
 def _last_checkpoint(folder: Path) -> int | None:
-    steps = [step for step, place in checkpoint_steps(folder).items() if (place / MANIFEST).is_file()]
+    steps = [step for step, path in checkpoint_steps(folder).items() if (path / MANIFEST).is_file()]
     return max(steps, default=None)
 
 
@@ -129,21 +129,21 @@ def _log_rows(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError:
-            continue  # being written right now
+            continue  # the line is being written
         if isinstance(row, dict) and "step" in row and "loss" in row:
             rows.append(row)
     return rows
 
 
 def _thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most ``CURVE_POINTS``: means over equal stretches, so that the curve stays honest."""
+    """At most ``CURVE_POINTS`` points: means over chunks of equal size."""
     size = -(-len(points) // CURVE_POINTS) or 1
     chunks = [points[i : i + size] for i in range(0, len(points), size)]
     return [(chunk[-1][0], sum(loss for _, loss in chunk) / len(chunk)) for chunk in chunks]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is none."""
+    """The JSON object in a file; empty if there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -152,6 +152,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def boot_id() -> str:
-    """Changes when the machine starts anew; empty where the system does not tell."""
+    """An id that changes when the machine boots; empty on systems without one."""
     file = Path("/proc/sys/kernel/random/boot_id")
     return file.read_text().strip() if file.is_file() else ""

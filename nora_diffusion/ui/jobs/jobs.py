@@ -1,8 +1,8 @@
-"""Training jobs: each a process of its own, found again by whoever asks after a reload or a restart of the app.
+"""Training jobs: separate processes that survive a reload of the page and a restart of the app.
 
-A job is a private folder: ``job.json`` (what it is), ``request.yaml`` (the trainer's settings), ``photos/``,
-``run/`` (the trainer's folder), ``output.log``, ``alive.lock`` (locked as long as its process lives), ``process.json``
-and, once it ended by itself, ``exit.json``. The app only reads these files, so its own death harms no job.
+A job is a private folder: ``job.json`` (name and paths), ``request.yaml`` (the trainer's settings), ``photos/``,
+``run/`` (the trainer's folder), ``output.log``, ``alive.lock`` (locked while its process is alive), ``process.json``
+and, once it has exited by itself, ``exit.json``. The app only reads these files, so a crash of the app harms no job.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 class Jobs:
     """The jobs under ``root``. Finished adapters go to ``library``; ``device_lock`` is shared with generation.
 
-    They train on ``device``, or on the best there is.
+    They train on ``device``, or on the best one available.
     """
 
     def __init__(self, root: Path, library: Path, device_lock: Path, device: str | None = None) -> None:
         self.root, self.library, self.device_lock, self.device = root, library, device_lock, device
 
-    def start(self, name: str, settings: Mapping[str, Any], photos: Sequence[Path]) -> str:
-        """Start a training on copies of ``photos`` (and of captions beside them); returns the job's id.
+    def start(self, name: str, settings: Mapping[str, Any], images: Sequence[Path]) -> str:
+        """Start a training on copies of ``images`` and of the captions next to them. Returns the job's id.
 
-        ``settings`` are those of :class:`TrainConfig`, checked here before anything is written.
+        ``settings`` are those of :class:`TrainConfig`. They are checked before anything is written.
         """
         _check_system()
         if not NAME.fullmatch(name):
-            raise UserError(f"the name {name!r} will not do: use up to 64 letters, digits, '_' and '-'")
+            raise UserError(f"the name {name!r} is not valid: use up to 64 letters, digits, '_' and '-'")
         identity = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
         folder = self.root / identity
-        places = {"instance_data_dir": folder / "photos", "output_dir": folder / "run"}
-        values = {**settings, **{key: str(place.absolute()) for key, place in places.items()}}
+        folders = {"instance_data_dir": folder / "photos", "output_dir": folder / "run"}
+        values = {**settings, **{key: str(path.absolute()) for key, path in folders.items()}}
         _check(values)
         with user_errors(folder):
             folder.mkdir(parents=True, mode=0o700)
-            copy_photos(photos, places["instance_data_dir"])
+            copy_images(images, folders["instance_data_dir"])
         import yaml
 
         write_atomic(folder / "request.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
@@ -61,18 +61,18 @@ class Jobs:
         return identity
 
     def resume(self, identity: str) -> int:
-        """Go on from the last whole checkpoint; returns its step."""
+        """Resume from the last complete checkpoint. Returns its step."""
         _check_system()
         job = self.get(identity)
         if job.running:
             raise UserError(f"the training {job.name!r} is still running")
         if not job.resumable or job.checkpoint is None:
-            raise UserError(f"the training {job.name!r} has no checkpoint to go on from: start a new one")
+            raise UserError(f"the training {job.name!r} has no checkpoint to resume from: start a new training")
         self._launch(job.folder, job.name, ["--resume_from_checkpoint", "latest"])
         return job.checkpoint
 
     def stop(self, identity: str) -> None:
-        """Let the running step finish and a checkpoint be saved. Asking twice does no more than asking once."""
+        """Finish the current step, save a checkpoint and stop. Further calls change nothing."""
         job = self.get(identity)
         if not job.running:
             raise UserError(f"the training {job.name!r} is not running")
@@ -80,12 +80,12 @@ class Jobs:
             return
         pid = _pid(job.folder)
         (job.folder / "stopping").touch()
-        # The pid is that of the lock's holder, which lives: a stale one is never signalled.
+        # Signal only while the lock is held: then the pid belongs to the holder and is not stale.
         if is_held(job.folder / "alive.lock"):
             os.kill(pid, signal.SIGTERM)
 
     def remove(self, identity: str) -> None:
-        """Delete a job that does not run, its photos and checkpoints too; what is in the library stays."""
+        """Delete a job that is not running, with its photos and checkpoints. Its adapter in the library stays."""
         job = self.get(identity)
         if job.running:
             raise UserError(f"the training {job.name!r} is running: stop it first")
@@ -98,12 +98,12 @@ class Jobs:
         names = sorted((f.parent.name for f in self.root.glob("*/job.json")), reverse=True)
         found = []
         for name in names:
-            with contextlib.suppress(UserError):  # removed meanwhile
+            with contextlib.suppress(UserError):  # removed in the meantime
                 found.append(self.get(name))
         return found
 
     def get(self, identity: str) -> Job:
-        """One job. Raises :class:`UserError` for an id that is none, wherever it points."""
+        """One job by id. Raises :class:`UserError` for an unknown or invalid id."""
         folder = self.root / identity
         if not NAME.fullmatch(identity) or not (folder / "job.json").is_file():
             raise UserError("there is no such training: it was removed, or belongs to another library")
@@ -111,7 +111,7 @@ class Jobs:
 
     def _launch(self, folder: Path, name: str, flags: Sequence[str]) -> None:
         alive = FileLock(folder / "alive.lock")
-        until = time.monotonic() + 5.0  # somebody may be asking whether it lives just now
+        until = time.monotonic() + 5.0  # a status check may hold the lock for a moment
         if not alive.acquire(canceled=lambda: time.monotonic() > until):
             raise UserError(f"the training {name!r} is still running")
         try:
@@ -124,8 +124,8 @@ class Jobs:
                 "flags": list(flags),
             }
             write_atomic(folder / "job.json", json.dumps(job))
-            # The child inherits the lock, so there is no moment at which the job looks dead. A session of its own
-            # keeps the app's end (Ctrl-C, a closed terminal) from it.
+            # The child inherits the lock, so the job never looks dead in between. Its own session protects it from the
+            # signals that end the app (Ctrl-C, a closed terminal).
             with (folder / "output.log").open("ab") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "nora_diffusion.ui.jobs.worker", str(folder.absolute())],
@@ -138,26 +138,26 @@ class Jobs:
 
 
 def _check_system() -> None:
-    if os.name == "nt":  # a lock that a child inherits, and a signal that asks it to save
-        raise UserError("training in the app needs Linux or macOS: use nora-diffusion train here")
+    if os.name == "nt":  # no lock that a child process inherits, and no SIGTERM handler that could save
+        raise UserError("training in the app needs Linux or macOS: use nora-diffusion train instead")
 
 
-def copy_photos(photos: Sequence[Path], folder: Path) -> None:
-    """Copies of photos, and of the captions beside them, as a training finds them in ``folder``."""
+def copy_images(images: Sequence[Path], folder: Path) -> None:
+    """Copy images, and the captions next to them, into a new ``folder`` for a training."""
     folder.mkdir(mode=0o700)
-    for number, photo in enumerate(photos):
-        for file in (photo, photo.with_suffix(".txt")):
-            if file.is_file():  # numbered: two photos may have one name
+    for number, image in enumerate(images):
+        for file in (image, image.with_suffix(".txt")):
+            if file.is_file():  # numbered: two images may have the same name
                 shutil.copyfile(file, folder / f"{number:03d}-{file.name}")
 
 
 def _environment(device: str | None) -> dict[str, str]:
-    """The app's own, without progress bars, and with this package found wherever it was imported from."""
-    places = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
-    chosen = {"ACCELERATE_TORCH_DEVICE": device} if device else {}
-    if device == "cpu":  # else accelerate looks for what a GPU could do
-        chosen["ACCELERATE_USE_CPU"] = "true"
-    return {**os.environ, **chosen, "TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    """The app's environment, without progress bars, with this package on the path and accelerate on ``device``."""
+    folders = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
+    accelerate = {"ACCELERATE_TORCH_DEVICE": device} if device else {}
+    if device == "cpu":  # otherwise accelerate chooses settings for a GPU
+        accelerate["ACCELERATE_USE_CPU"] = "true"
+    return {**os.environ, **accelerate, "TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 def _check(values: Mapping[str, Any]) -> None:
@@ -168,10 +168,10 @@ def _check(values: Mapping[str, Any]) -> None:
 
 
 def _pid(folder: Path, patience: float = 10.0) -> int:
-    """The process of a running job, which writes its number right after it started."""
+    """The pid of a running job, which the process writes right after its start."""
     until = time.monotonic() + patience
     while not (values := read_json(folder / "process.json")):
         if time.monotonic() > until:
-            raise UserError("the training is just starting: try again in a moment")
+            raise UserError("the training is still starting: try again in a moment")
         time.sleep(0.05)
     return int(values["pid"])

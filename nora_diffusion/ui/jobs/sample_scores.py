@@ -1,4 +1,4 @@
-"""How true the samples of a training are, step by step, by the judge of the embedded base."""
+"""Scores of a training's sample images by step, from the judge model of the embedded base."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ FILE = "scores.json"
 
 
 class SampleScores:
-    """Subject fidelity (CLIP-I against the photos) and prompt fidelity (CLIP-T) of sample pictures.
+    """Subject fidelity (CLIP-I against the photos) and prompt fidelity (CLIP-T) of sample images.
 
-    Each picture is scored once; the numbers are kept in the job's folder. One instance serves all pages.
+    Each image is scored once; the scores are cached in the job's folder. One instance serves all pages.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class SampleScores:
         return load_judge()
 
     def curves(self, job: Job) -> dict[str, list[tuple[float, float]]]:
-        """``{"subject": [(step, score)], "prompt": [...]}``: the means over each step's samples."""
+        """Mean score of each step's samples: ``{"subject": [(step, score)], "prompt": [...]}``."""
         with self._lock:
             known = self._known(job)
         steps: dict[int, list[dict[str, float]]] = {}
@@ -66,20 +66,20 @@ class SampleScores:
 
         photos = [photo.image for photo in read_images(job.folder / "photos")]
         trigger = _trigger(job)
-        found = {}
+        scores = {}
         for sample in samples:
             try:
                 prompt = read_settings(sample).prompt
                 with Image.open(sample) as opened:
-                    picture = opened.convert("RGB")
+                    image = opened.convert("RGB")
             except (UserError, OSError, SyntaxError, ValueError):
                 continue
             prompt = without_trigger(prompt, trigger)
-            found[sample.name] = {
-                "subject": subject_score(self._judge, [picture], photos),
-                "prompt": prompt_score(self._judge, [picture], [prompt]),
+            scores[sample.name] = {
+                "subject": subject_score(self._judge, [image], photos),
+                "prompt": prompt_score(self._judge, [image], [prompt]),
             }
-        return found
+        return scores
 
 
 def _trigger(job: Job) -> str:

@@ -1,4 +1,4 @@
-"""What the Train tab asks for: a preset's settings with what was changed, and what the trainer says of them."""
+"""Trainer settings from the Train tab's form, and the trainer's checks of them."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from typing import Any
 from ...errors import UserError, first_line
 from ..engine import Engine
 from ..messages import without_dashes
-from .jobs import copy_photos
+from .jobs import copy_images
 
 MAX_YAML = 4000
 WORD = re.compile(r"[^\s<>]{1,40}")
 PRESETS: dict[str, tuple[float, float]] = {"Fast": (1 / 3, 1.0), "Balanced": (1.0, 1.0), "Best": (2.5, 0.7)}
-"""Factors of the base's default steps and learning rate."""
+"""Multipliers of the base's default steps and learning rate."""
 
 OPEN_GROUPS = ("adapter", "prior", "training", "optimizer")
+"""Groups of trainer settings that a page may set."""
 
 
 def build_settings(
     engine: Engine, preset: str, trigger: str, class_word: str, changes: Mapping[str, Any], extra: str = ""
 ) -> dict[str, Any]:
-    """Settings of a run. ``changes`` and then the YAML lines of ``extra`` win over the preset.
+    """Trainer settings of a run. ``changes`` override the preset, and the YAML lines of ``extra`` override both.
 
-    Raises :class:`UserError` for what the trainer refuses, and for settings that a page may not make.
+    Raises :class:`UserError` for invalid values and for settings that a page may not set.
     """
-    for field, word, example in (("What it is", class_word, "dog"), ("Trigger word", trigger, "sks")):
+    for field, word, example in (("Class word", class_word, "dog"), ("Trigger word", trigger, "sks")):
         check_word(field, word.strip(), example)
     if preset not in PRESETS:
         raise UserError(f"there is no preset {preset[:40]!r}: choose one of {', '.join(PRESETS)}")
@@ -56,12 +57,12 @@ def build_settings(
 
 
 def check_word(field: str, word: str, example: str) -> None:
-    """Raises :class:`UserError` for anything but one word; several are shown joined."""
+    """Raise :class:`UserError` for anything but one word; suggest several words joined by hyphens."""
     if not word:
-        raise UserError(f"'{field}' is empty: give one word, for example {example}")
+        raise UserError(f"'{field}' is empty: enter one word, for example {example}")
     if not WORD.fullmatch(word):
         joined = "-".join(re.sub("[<>]", " ", word).split())[:40] or example
-        raise UserError(f"'{field}' is {word[:40]!r}: give one word, for example {joined}")
+        raise UserError(f"'{field}' is {word[:40]!r}: enter one word, for example {joined}")
 
 
 def _defaults(engine: Engine, method: str) -> Any:
@@ -73,17 +74,17 @@ def _defaults(engine: Engine, method: str) -> Any:
 
 
 def read_extra(text: str) -> dict[str, Any]:
-    """Settings from lines ``key: value``. Raises :class:`UserError` for those that a page may not make."""
+    """Parse ``key: value`` lines. Raises :class:`UserError` for settings that a page may not set."""
     import yaml
 
     if len(text or "") > MAX_YAML or any(mark in text for mark in ("&", "*")):
-        raise UserError(f"the further settings are plain lines 'key: value', at most {MAX_YAML} characters")
+        raise UserError(f"more settings must be plain 'key: value' lines, at most {MAX_YAML} characters")
     try:
         values = yaml.safe_load(text or "") or {}
     except yaml.YAMLError as error:
-        raise UserError(f"the further settings are not 'key: value' lines: {first_line(error)}") from error
+        raise UserError(f"more settings must be 'key: value' lines: {first_line(error)}") from error
     if not isinstance(values, dict):
-        raise UserError("the further settings must be lines 'key: value', one a setting")
+        raise UserError("more settings must be 'key: value' lines, one setting per line")
     from ...training.settings.config import TrainConfig, names
     from ...training.settings.values import suggestion
 
@@ -94,22 +95,22 @@ def read_extra(text: str) -> dict[str, Any]:
             raise UserError(f"unknown setting {name!r}{suggestion(str(name), known)}")
         group, facts = setting.metadata["group"], setting.metadata["facts"]
         if "closed" in facts or not (group in OPEN_GROUPS or "open" in facts):
-            raise UserError(f"the setting {name!r} is the app's own: use nora-diffusion train for it")
-    config = TrainConfig.from_mapping(values)  # YAML reads 1e3 as text, and the trainer as a number
+            raise UserError(f"the app sets {name!r} itself: use nora-diffusion train to change it")
+    config = TrainConfig.from_mapping(values)  # YAML reads 1e3 as a string, the trainer as a number
     return {known[name].name: getattr(config, known[name].name) for name in values}
 
 
-def preflight(engine: Engine, settings: Mapping[str, Any], photos: Sequence[Path], library: Path) -> list[str]:
-    """The trainer's own warnings, each with its remedy. Raises :class:`UserError` for what it would refuse."""
+def preflight(engine: Engine, settings: Mapping[str, Any], images: Sequence[Path], library: Path) -> list[str]:
+    """The trainer's preflight warnings. Raises :class:`UserError` if the trainer would refuse the run."""
     from ...training import TrainConfig, check_on
 
-    if not photos:
-        raise UserError("there is no photo to learn from: drop 3 to 10 JPEG, PNG or WEBP files")
+    if not images:
+        raise UserError("there are no photos to train on: drop 3 to 10 JPEG, PNG or WEBP files")
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "photos"
-        copy_photos(photos, place)
-        values = {**settings, "instance_data_dir": str(place), "output_dir": str(library / ".jobs" / "next")}
-        findings = check_on(TrainConfig.from_mapping(values), engine.pipe, engine.home)
+        copies = Path(folder) / "photos"
+        copy_images(images, copies)
+        values = {**settings, "instance_data_dir": str(copies), "output_dir": str(library / ".jobs" / "next")}
+        findings = check_on(TrainConfig.from_mapping(values), engine.pipe, engine.device)
     fatal = [finding.text for finding in findings if finding.fatal]
     if fatal:
         raise UserError(without_dashes(" ".join(fatal)))

@@ -1,7 +1,7 @@
 """The process of one training job: ``python -m nora_diffusion.ui.jobs.worker FOLDER``, started by :mod:`.jobs`.
 
-It waits for the device, runs the trainer, checks that its adapter can be read again, puts it into the library, and
-writes ``exit.json`` last: a job without one whose process is gone was killed.
+It waits for the device, runs the trainer, checks that the adapter file is readable, copies it to the library, and
+writes ``exit.json`` last. A job without that file whose process is gone was killed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ UNREADABLE = 3
 
 
 def main(folder: Path) -> int:
-    """Run the job of ``folder``; returns the trainer's exit code, or 3 if what it wrote cannot be used."""
+    """Run the job of ``folder``. Returns the trainer's exit code, or 3 if its adapter cannot be used."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     outcome = _train(folder, job)
@@ -39,16 +39,16 @@ def main(folder: Path) -> int:
 def _train(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     lock = FileLock(Path(job["device_lock"]))
     try:
-        _say(folder, waiting=False)  # from here on it can be told to stop
+        _write_status(folder, waiting=False)  # from here on the job can be stopped
         if not lock.try_acquire():
-            _say(folder, waiting=True)
+            _write_status(folder, waiting=True)
             lock.acquire()
-            _say(folder, waiting=False)
-        # A run that ended well but did not get into the library, for want of space say, is not trained again.
+            _write_status(folder, waiting=False)
+        # A finished run that could not be copied to the library (disk full, for example) is not trained again.
         code = (
             0 if is_finished(folder / "run") else _trainer()(["--config", str(folder / "request.yaml"), *job["flags"]])
         )
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows is short and must not end halfway
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the rest is short and must not be interrupted
         if code != 0:
             return {"code": code, "message": ""}
         adapter = publish(folder / "run", Path(job["library"]), str(job["name"]), final_scores(folder))
@@ -62,8 +62,8 @@ def _train(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         lock.release()
 
 
-def _say(folder: Path, waiting: bool) -> None:
-    """Which process this is, and whether somebody else has the device."""
+def _write_status(folder: Path, waiting: bool) -> None:
+    """Record this process and whether it waits for the device."""
     process = {"pid": os.getpid(), "boot": boot_id(), "waiting": waiting}
     write_atomic(folder / "process.json", json.dumps(process))
 
@@ -75,16 +75,16 @@ def _trainer() -> Callable[[list[str]], int]:
 
 
 def is_finished(run: Path) -> bool:
-    """Whether the trainer said that it is done, and its adapter is there."""
+    """Whether the trainer reported the run as done and its adapter exists."""
     from ...formats.adapter_file import FILE_NAME
 
     return read_json(run / STATE).get("status") == "done" and (run / FILE_NAME).is_file()
 
 
 def final_scores(folder: Path) -> dict[str, float]:
-    """How true the last samples are, by the judge of the embedded base; nothing with another base.
+    """Scores of the last samples by the judge model of the embedded base; empty for other bases.
 
-    A judge that fails costs the scores and not the training.
+    An error while scoring loses the scores but not the training.
     """
     import yaml
 
@@ -100,9 +100,9 @@ def final_scores(folder: Path) -> dict[str, float]:
 
 
 def publish(run: Path, library: Path, name: str, scores: Mapping[str, float]) -> Path:
-    """Copy a finished adapter into the library, whole or not at all, under a free name; returns its folder.
+    """Copy a finished adapter into the library under an unused name, completely or not at all. Returns its folder.
 
-    Raises :class:`UserError` if the file cannot be read again: then nothing is "done".
+    Raises :class:`UserError` if the file is not readable.
     """
     from ...formats.adapter_file import inspect_adapter, read_tensors
 
@@ -122,7 +122,7 @@ def publish(run: Path, library: Path, name: str, scores: Mapping[str, float]) ->
             temporary.chmod(0o755)
             for file in temporary.iterdir():
                 _flush(file)
-            target = _take(temporary, library, name)
+            target = _rename(temporary, library, name)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -135,8 +135,8 @@ def _flush(file: Path) -> None:
         os.fsync(handle.fileno())
 
 
-def _take(temporary: Path, library: Path, name: str) -> Path:
-    """Rename to the first free of ``name``, ``name-2`` ...; a rename never replaces a folder that holds something."""
+def _rename(temporary: Path, library: Path, name: str) -> Path:
+    """Rename to the first unused of ``name``, ``name-2`` ...; a rename never replaces a folder that is not empty."""
     number = 1
     while True:
         target = library / (name if number == 1 else f"{name}-{number}")

@@ -1,1 +1,1 @@
-"""What every tab shares: shell, theme, cards."""
+"""Shared by all tabs: page helpers, theme, adapter cards."""

@@ -1,8 +1,8 @@
-"""What the tabs of one page share while they are built, and how a handler speaks to its user.
+"""What tabs share while the page is built, and the wrapper for event handlers.
 
-A tab is a module of ``ui/tabs`` with a ``TITLE`` and a function ``build(page: Page) -> None``, called inside its
-``gr.Tab``; it is entered in ``TABS`` of ``shell.py``. It makes its components, wires its handlers with
-``handler``-wrapped functions, and keeps no state of its own beyond ``gr.State``: what lives longer is in ``page.app``.
+A tab is a module of ``ui/tabs``, listed in ``TABS`` of ``shell.py``, with a ``TITLE`` and a function
+``build(page: Page) -> None`` that is called inside its ``gr.Tab``. It creates its components and wraps its event
+handlers with ``handler``. Its only own state is ``gr.State``: everything that lives longer is in ``page.app``.
 """
 
 from __future__ import annotations
@@ -18,41 +18,41 @@ from typing import Any
 import gradio as gr
 
 from ...errors import UserError
-from ..messages import INSIDE, sentence
+from ..messages import INTERNAL_ERROR, sentence
 from ..runs import Run
 from ..state import App
 
 log = logging.getLogger(__name__)
-HIDDEN: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-"""How events are wired that only the page itself may call."""
-QUIET: dict[str, Any] = {**HIDDEN, "queue": False}
-"""The same for what answers at once and must not wait in a queue. Not for what may refuse: Gradio would not say so."""
-LAST: dict[str, Any] = {"trigger_mode": "always_last"}
-"""For what several events set off: it answers them one after the other, the last one always. As handlers of their own
-a late answer to an early event would be written over that to a later one; by itself Gradio drops the later event."""
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+"""Options of events that only the page itself calls."""
+UNQUEUED: dict[str, Any] = {**PRIVATE, "queue": False}
+"""The same for fast handlers that skip Gradio's queue. Not for handlers that raise: Gradio would not show the error."""
+ALWAYS_LAST: dict[str, Any] = {"trigger_mode": "always_last"}
+"""For a handler with several triggers: it runs once at a time, and once more for the last event. With one handler per
+trigger, a late answer to an early event could overwrite a newer one; Gradio's default drops the later event."""
 
 
 @dataclass
 class Page:
-    """The parts that one tab offers to the others."""
+    """The components that tabs share."""
 
     app: App
     blocks: gr.Blocks
-    """The page itself: ``page.blocks.load(...)`` runs when a browser opens it."""
+    """The page: ``page.blocks.load(...)`` runs when a browser opens it."""
     tabs: gr.Tabs
-    """``gr.Tabs(selected=NAME)`` as an output of a handler opens another tab; NAME is the module's name."""
+    """To open a tab, return ``gr.Tabs(selected=NAME)`` from a handler; NAME is the name of its module."""
     tab: gr.Tab
-    """The tab that is being built: ``page.tab.select(...)`` refreshes what it shows."""
+    """The tab that is being built: ``page.tab.select(...)`` runs when it is opened."""
     prompt: gr.Textbox
-    """The prompt of the Generate tab: whoever sends something there writes it."""
+    """The prompt of the Generate tab."""
     library_changed: gr.State
-    """A counter: add 1 after changing the library; listeners re-read it by ``library_changed.change``."""
+    """A counter: add 1 after changing the library. Tabs re-read the library on ``library_changed.change``."""
 
 
 def handler(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler of Gradio's events: a user's mistake becomes a toast, any other error an apology and a log entry.
+    """Wrap an event handler: a :class:`UserError` becomes a toast, any other error a generic toast and a log entry.
 
-    Works for plain functions and generators. ``gr.Error`` is shown whatever ``show_error`` says.
+    Works for functions and generators. Gradio shows ``gr.Error`` even with ``show_error=False``.
     """
 
     @functools.wraps(function)
@@ -60,53 +60,53 @@ def handler(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args)
         except Exception as error:
-            raise _said(error) from None
+            raise _toast_error(error) from None
 
     @functools.wraps(function)
     def stream(*args: Any) -> Iterator[Any]:
         try:
             yield from function(*args)
         except Exception as error:
-            raise _said(error) from None
+            raise _toast_error(error) from None
 
     return stream if inspect.isgeneratorfunction(function) else plain
 
 
-def _said(error: Exception) -> Exception:
+def _toast_error(error: Exception) -> Exception:
     if isinstance(error, gr.Error):
         return error
     if isinstance(error, UserError):
-        return gr.Error(toast(error), title="That did not work", duration=12, print_exception=False)
+        return gr.Error(toast(error), title="Error", duration=12, print_exception=False)
     log.error("unexpected error in a handler", exc_info=error)
-    return gr.Error(INSIDE, title="Error", duration=12, print_exception=False)
+    return gr.Error(INTERNAL_ERROR, title="Internal error", duration=12, print_exception=False)
 
 
 def toast(error: object) -> str:
-    """A message that is safe to show: Gradio renders toasts as HTML."""
+    """A message, escaped because Gradio renders toasts as HTML."""
     return html.escape(sentence(error))
 
 
 def run_buttons(run: Any, go: gr.Button, *others: gr.Button) -> None:
-    """Offer a run's button again, and take back those that stop it, once the run's event is over.
+    """Show the run's start button again, and hide its stop buttons, after the run's event has ended.
 
-    A run's own last message would come too early: until its event is over, Gradio drops a click.
+    The run's last message would be too early: Gradio ignores a click until the event has ended.
     """
-    shown = ", ".join(["true", *["false"] * len(others)])
-    again = f"() => [{shown}].map((visible) => ({{__type__: 'update', visible}}))"
-    for over in (run.then, run.failure):
-        over(None, None, [go, *others], js=again, **QUIET)
+    visible = ", ".join(["true", *["false"] * len(others)])
+    script = f"() => [{visible}].map((visible) => ({{__type__: 'update', visible}}))"
+    for ended in (run.then, run.failure):
+        ended(None, None, [go, *others], js=script, **UNQUEUED)
 
 
-def who(request: gr.Request, work: str) -> tuple[str, str, str]:
-    """The key of a run: what a page started, only that page may stop, and each kind of work by itself."""
+def run_key(request: gr.Request, work: str) -> tuple[str, str, str]:
+    """The key of a run: user, page and kind of work. Only the page that started a run can stop it."""
     return request.username or "", request.session_hash or "", work
 
 
-def stopper(app: App, act: Callable[[Run], None], work: str) -> Any:
-    """Interrupt or skip what this user's page does, and what nobody else does."""
+def stop_handler(app: App, act: Callable[[Run], None], work: str) -> Any:
+    """Interrupt or skip the run that this page started; ``act`` is ``Run.interrupt`` or ``Run.skip``."""
 
     def stop(request: gr.Request) -> None:
-        run = app.runs.get(who(request, work))
+        run = app.runs.get(run_key(request, work))
         if run is not None:
             act(run)
 

@@ -1,4 +1,4 @@
-"""Settings of the Generate tab: kept over a reload, and restored from a dropped picture after a look at the changes."""
+"""Sampling settings of the Generate tab, stored in the browser over a reload."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ import gradio as gr
 from ...generation.sampling import MAX_PROMPT
 from ...pipelines.base import default_steps
 from ..engine import Engine
-from ..layout.page import QUIET, Page
-from ..request import MAX_PICTURES, MAX_SIDE, MAX_STEPS
+from ..layout.page import ALWAYS_LAST, UNQUEUED, Page
+from ..request import MAX_IMAGES, MAX_SIDE, MAX_STEPS
 
-KEPT = "nora_diffusion"
+STORAGE_KEY = "nora_diffusion"
 FIRST_PROMPT = "a red car in the forest"
-REMEMBER = """
+SAVE = """
 (...values) => {
-  if (document.documentElement.dataset[READY] !== 'true') return [];  // first values, before the stored ones are back
-  const kept = Object.fromEntries(FIELDS.map((name, n) => [name, values[n]]));
-  try { localStorage.setItem(KEY, JSON.stringify(kept)); } catch (full) { /* a browser that keeps nothing */ }
+  if (document.documentElement.dataset[READY] !== 'true') return [];  // the stored values are not restored yet
+  const stored = Object.fromEntries(FIELDS.map((name, n) => [name, values[n]]));
+  try { localStorage.setItem(KEY, JSON.stringify(stored)); } catch (error) { /* storage is full or disabled */ }
   return [];
 }
 """
-RECALL = """
+RESTORE = """
 () => {
-  let kept = null;
-  try { kept = JSON.parse(localStorage.getItem(KEY)); } catch (spoiled) { /* as on a first visit */ }
-  kept = kept && typeof kept === 'object' ? kept : {};
+  let stored = null;
+  try { stored = JSON.parse(localStorage.getItem(KEY)); } catch (error) { /* not JSON: use the defaults */ }
+  stored = stored && typeof stored === 'object' ? stored : {};
   document.documentElement.dataset[READY] = 'true';
-  return RULES.map(([name, first, low, high, known]) => {
-    const value = kept[name];
+  return RULES.map(([name, initial, low, high, choices]) => {
+    const value = stored[name];
     const size = typeof value === 'string' ? value.length : Number(value);
-    const fits = typeof value === typeof first && Number.isFinite(size) && low <= size && size <= high;
-    return fits && (!known || known.includes(value)) ? value : first;
+    const valid = typeof value === typeof initial && Number.isFinite(size) && low <= size && size <= high;
+    return valid && (!choices || choices.includes(value)) ? value : initial;
   });
 }
 """
@@ -43,7 +43,7 @@ RECALL = """
 
 @dataclass
 class Settings:
-    """The components, named as :class:`Request` names what they set."""
+    """The components of the settings."""
 
     negative: gr.Textbox
     count: gr.Slider
@@ -55,13 +55,13 @@ class Settings:
     last_seed: gr.State
 
     def components(self) -> dict[str, Any]:
-        """What is kept over a reload and restored from a picture, by name."""
+        """The components that are stored over a reload and restored from an image, by name."""
         names = ("negative", "count", "seed", "steps", "guidance", "width", "height")
         return {name: getattr(self, name) for name in names}
 
 
 def defaults(engine: Engine) -> dict[str, Any]:
-    """The values of a first visit. The sizes are 0, which means the base's own."""
+    """Initial values. Width and height 0 mean the base's default size."""
     return {
         "prompt": FIRST_PROMPT if engine.is_embedded else "", "negative": "", "count": 1, "seed": -1,
         "steps": default_steps(engine.source.base), "guidance": engine.guidance, "width": 0, "height": 0,
@@ -69,62 +69,65 @@ def defaults(engine: Engine) -> dict[str, Any]:
 
 
 def build(page: Page) -> Settings:
-    """Seed and number in sight, the rest folded away."""
-    first = defaults(page.app.engine)
+    """Number of images and seed visible, the rest in an accordion."""
+    initial = defaults(page.app.engine)
     with gr.Row():
-        count = gr.Slider(1, MAX_PICTURES, first["count"], step=1, label="Pictures", scale=2, min_width=160)
-        seed = gr.Number(first["seed"], label="Seed, -1: random", precision=0, minimum=-1, min_width=120,
+        count = gr.Slider(1, MAX_IMAGES, initial["count"], step=1, label="Number of images", scale=2, min_width=160)
+        seed = gr.Number(initial["seed"], label="Seed (-1 = random)", precision=0, minimum=-1, min_width=120,
                          elem_id="seed")  # fmt: skip
     with gr.Row():
         dice = gr.Button("Random seed", size="sm", elem_id="dice", min_width=120)
         reuse = gr.Button("Reuse last seed", size="sm", elem_id="reuse", min_width=120)
-    with gr.Accordion("Settings", open=False):
-        negative = gr.Textbox(label="Negative prompt", info="What to avoid", max_length=MAX_PROMPT)
+    with gr.Accordion("Sampling settings", open=False):
+        negative = gr.Textbox(label="Negative prompt", max_length=MAX_PROMPT)
         with gr.Row():
-            steps = gr.Slider(1, MAX_STEPS, first["steps"], step=1, label="Steps", min_width=160)
-            guidance = gr.Slider(0, 30, first["guidance"], step=0.1, label="Guidance", min_width=160)
+            steps = gr.Slider(1, MAX_STEPS, initial["steps"], step=1, label="Steps", min_width=160)
+            guidance = gr.Slider(0, 30, initial["guidance"], step=0.1, label="Guidance scale (CFG)", min_width=160)
         with gr.Row():
-            width = gr.Number(0, label="Width", info="0: the base's own", precision=0, step=8, minimum=0,
+            width = gr.Number(0, label="Width", info="0 = model default", precision=0, step=8, minimum=0,
                               maximum=MAX_SIDE, min_width=120)  # fmt: skip
-            height = gr.Number(0, label="Height", info="0: the base's own", precision=0, step=8, minimum=0,
+            height = gr.Number(0, label="Height", info="0 = model default", precision=0, step=8, minimum=0,
                                maximum=MAX_SIDE, min_width=120)  # fmt: skip
-        back = gr.Button("Back to the defaults", size="sm")
+        reset = gr.Button("Reset to defaults", size="sm")
     last = gr.State(None)
     settings = Settings(negative, count, seed, steps, guidance, width, height, last)
     dice.click(lambda: -1, None, seed, api_visibility="private", queue=False)
     reuse.click(lambda used: -1 if used is None else used, last, seed, api_visibility="private", queue=False)
-    _keep(page, settings, first, back)
+    _persist(page, settings, initial, reset)
     return settings
 
 
-def _keep(page: Page, settings: Settings, first: dict[str, Any], back: gr.Button) -> None:
+def _persist(page: Page, settings: Settings, initial: dict[str, Any], reset: gr.Button) -> None:
     fields = {"prompt": page.prompt} | settings.components()
-    parts = list(fields.values())
-    # In the browser alone: a slow server would write old values over what somebody types meanwhile.
-    gr.on([part.change for part in parts], None, parts, None, js=remember(fields), trigger_mode="always_last", **QUIET)
-    page.blocks.load(None, None, parts, js=recall(first), **QUIET)
+    components = list(fields.values())
+    # In the browser only: a slow server would overwrite what the user types in the meantime.
+    changes = [component.change for component in components]
+    gr.on(changes, None, components, None, js=save_script(fields), **ALWAYS_LAST, **UNQUEUED)
+    page.blocks.load(None, None, components, js=restore_script(_rules(initial)), **UNQUEUED)
     names = [name for name in fields if name != "prompt"]
-    back.click(lambda: [first[name] for name in names], None, [fields[name] for name in names], **QUIET)
+    reset.click(lambda: [initial[name] for name in names], None, [fields[name] for name in names], **UNQUEUED)
 
 
-def remember(fields: Iterable[str], tab: str = "") -> str:
-    """The script that stores the values of these fields in the browser, by name; ``tab`` keeps those of tabs apart."""
-    return _for_tab(REMEMBER.replace("FIELDS", json.dumps(list(fields))), tab)
-
-
-def recall(first: Mapping[str, Any]) -> str:
-    """The script that brings back stored values where they are of the right kind and range, else the first ones."""
+def _rules(initial: Mapping[str, Any]) -> list[list[Any]]:
     ranges = {
-        "count": (1, MAX_PICTURES), "seed": (-1, 2**53), "steps": (1, MAX_STEPS), "guidance": (0, 30),
+        "count": (1, MAX_IMAGES), "seed": (-1, 2**53), "steps": (1, MAX_STEPS), "guidance": (0, 30),
         "width": (0, MAX_SIDE), "height": (0, MAX_SIDE),
     }  # fmt: skip
-    return recall_by([[name, value, *ranges.get(name, (0, MAX_PROMPT))] for name, value in first.items()])
+    return [[name, value, *ranges.get(name, (0, MAX_PROMPT))] for name, value in initial.items()]
 
 
-def recall_by(rules: Iterable[Sequence[Any]], tab: str = "") -> str:
-    """The same by rules ``[name, first, low, high]``, with a list of what it may be as a fifth where it is chosen."""
-    return _for_tab(RECALL.replace("RULES", json.dumps(list(rules))), tab)
+def save_script(fields: Iterable[str], tab: str = "") -> str:
+    """The script that stores the values of these fields in the browser; each ``tab`` has its own storage key."""
+    return _for_tab(SAVE.replace("FIELDS", json.dumps(list(fields))), tab)
+
+
+def restore_script(rules: Iterable[Sequence[Any]], tab: str = "") -> str:
+    """The script that restores stored values; invalid ones are replaced by the initial value.
+
+    A rule is ``[name, initial, low, high]``, and a list of valid values for a choice. Strings are limited in length.
+    """
+    return _for_tab(RESTORE.replace("RULES", json.dumps(list(rules))), tab)
 
 
 def _for_tab(script: str, tab: str) -> str:
-    return script.replace("KEY", json.dumps(f"{KEPT}{tab}")).replace("READY", json.dumps(f"ready{tab}"))
+    return script.replace("KEY", json.dumps(f"{STORAGE_KEY}{tab}")).replace("READY", json.dumps(f"ready{tab}"))

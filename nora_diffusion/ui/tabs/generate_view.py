@@ -1,4 +1,4 @@
-"""What the Generate tab shows while it works."""
+"""Status, preview and gallery of a run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..state import App
 
 
 def status(progress: Progress, idle: bool = False) -> str:
-    """One line: the place in the queue, how far the work is, or how it ended."""
+    """One line: the position in the queue, the progress, or the result."""
     if idle:
-        return line("Write a prompt and press Generate, or Ctrl+Enter.")
+        return line("Enter a prompt, then press Generate or Ctrl+Enter.")
     if progress.state == "failed":
         return line(progress.message, bad=True)
     if progress.state == "waiting":
@@ -22,29 +22,29 @@ def status(progress: Progress, idle: bool = False) -> str:
     if progress.state == "working":
         if not progress.steps:
             return line("Loading …")
-        step = min(progress.step, progress.steps)  # PNDM takes its first step twice
-        done = ((progress.picture - 1) + step / progress.steps) / max(1, progress.pictures)
-        text = f"Picture {progress.picture} of {progress.pictures}, step {step} of {progress.steps}"
+        step = min(progress.step, progress.steps)  # PNDM makes one step more
+        done = ((progress.image - 1) + step / progress.steps) / max(1, progress.images)
+        text = f"Image {progress.image} of {progress.images}, step {step} of {progress.steps}"
         return line(text) + f'<div class="bar"><span style="width:{100 * done:.0f}%"></span></div>'
     made = len(progress.files)
-    pictures = f"{made} picture{'' if made == 1 else 's'} in {progress.seconds:.1f} s"
-    return line(f"Interrupted after {pictures}." if progress.state == "stopped" else f"{pictures}.")
+    images = f"{made} image{'' if made == 1 else 's'} in {progress.seconds:.1f} s"
+    return line(f"Interrupted after {images}." if progress.state == "stopped" else f"{images}.")
 
 
 def _waiting(progress: Progress) -> str:
     if not progress.busy_with:
         return "Starting …"
-    place = f"You are number {progress.ahead} in the queue" if progress.ahead else "You are next"
-    return f"{place}; now running: {progress.busy_with}."
+    position = f"You are number {progress.ahead} in the queue" if progress.ahead else "You are next"
+    return f"{position}; now running: {progress.busy_with}."
 
 
-def live(progress: Progress) -> str:
-    """The picture that is being made, roughly."""
+def preview_image(progress: Progress) -> str:
+    """The preview of the current image, as HTML."""
     if not progress.preview:
         return ""
-    return f'<img class="preview" alt="Preview of the picture that is being made" src="{escape(progress.preview)}">'
+    return f'<img class="preview" alt="Preview of the current image" src="{escape(progress.preview)}">'
 
 
 def gallery_items(app: App, files: Sequence[Path]) -> list[tuple[str, str]]:
-    """Newest first, with their seeds. Copies are handed out by path, so that the settings in the PNGs survive."""
+    """Newest first, with their seeds. Passed as file paths, so that downloads keep the settings in the PNG."""
     return [(app.hand_out(file), f"seed {file.stem.partition('-')[2]}") for file in reversed(files)]

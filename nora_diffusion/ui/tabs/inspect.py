@@ -1,4 +1,4 @@
-"""The Inspect tab: what an adapter does to the weights of its base, as plots and a table."""
+"""The Inspect tab: an adapter's update of each layer of the base, as plots and a table."""
 
 from __future__ import annotations
 
@@ -13,74 +13,75 @@ from ...evaluation.spectra import TOP, LayerSpectrum, gate_summaries, iter_spect
 from ...loaders.gates import GateSummary
 from ...reports.plots import bar_chart, line_chart
 from ..entries import Entry
-from ..layout.cards import facts, line
-from ..layout.page import LAST, QUIET, Page, handler
+from ..layout.cards import details, line
+from ..layout.page import ALWAYS_LAST, UNQUEUED, Page, handler
 from ..runs import Progress, Run
 from ..state import App
-from .rack import NONE_YET, names
+from .adapter_sliders import NO_ADAPTERS, update_choices, usable_names
 
 TITLE = "Inspect"
-HINT = line("Choose an adapter to see what it changes.")
-MOST_BARS, MOST_LINES = 24, 6
-SHORTER = {
+HINT = line("Choose an adapter, then press Inspect.")
+MAX_BARS, MAX_LINES = 24, 6
+ABBREVIATIONS = {
     ".transformer_blocks.0.": ".", "transformer_blocks": "block", "attentions": "attn", "down_blocks": "down",
     "up_blocks": "up", "mid_block": "mid",
 }  # fmt: skip
 
 
 def build(page: Page) -> None:
-    """The choice and the adapter's facts on the left, the plots on the right."""
+    """Choice and details of the adapter on the left, plots on the right."""
     app = page.app
     with gr.Row():
         with gr.Column(scale=4, min_width=320):
             adapter = gr.Dropdown([], label="Adapter", elem_id="inspect-adapter", interactive=True)
             intruders = gr.Checkbox(
-                False, label="Count intruder dimensions (slower)", info="New directions, often a sign of forgetting",
+                False, label="Count intruder dimensions (slower)",
+                info="Singular vectors that are new to the base; many of them are a sign of forgetting",
                 elem_id="inspect-intruders",
             )  # fmt: skip
             go = gr.Button("Inspect", variant="primary", elem_id="inspect-go")
             about = gr.HTML("", elem_id="inspect-about")
         with gr.Column(scale=7, min_width=320):
-            said = gr.HTML(HINT, elem_id="inspect-status")
+            status = gr.HTML(HINT, elem_id="inspect-status")
             plots = gr.HTML("", elem_id="inspect-plots")
     refresh = handler(lambda chosen: _choices(page, chosen))
-    refreshed = [page.blocks.load, page.tab.select, page.library_changed.change]
-    gr.on(refreshed, refresh, adapter, adapter, **LAST, **QUIET)
+    changes = [page.blocks.load, page.tab.select, page.library_changed.change]
+    gr.on(changes, refresh, adapter, adapter, **ALWAYS_LAST, **UNQUEUED)
     go.click(
-        handler(inspector(app)), [adapter, intruders], [said, about, plots], api_name="inspect",
+        handler(inspect_handler(app)), [adapter, intruders], [status, about, plots], api_name="inspect",
         api_visibility="private", concurrency_limit=None, show_progress="hidden",
     )  # fmt: skip
 
 
 def _choices(page: Page, chosen: str | None) -> Any:
-    found = names(page)
-    if chosen in found:  # said again, it would be written over another choice that is made meanwhile
-        return gr.update(choices=found, info=None)
-    return gr.update(choices=found, value=found[0] if found else None, info=None if found else NONE_YET)
+    found = usable_names(page)
+    if chosen in found:  # sending the value again could overwrite a choice made in the meantime
+        return update_choices(found)
+    return gr.update(choices=found, value=found[0] if found else None, info=None if found else NO_ADAPTERS)
 
 
-def inspector(app: App) -> Any:
-    """The handler of the button; a generator, so that a closed page ends the work."""
+def inspect_handler(app: App) -> Any:
+    """The handler of the Inspect button; a generator, so that closing the page stops the work."""
 
     def inspect(name: str | None, intruders: bool) -> Iterator[Any]:
         if not name:
-            raise UserError("there is nothing to inspect: choose an adapter")
+            raise UserError("no adapter is chosen: choose one to inspect")
         entry = app.library.entry(name)
         app.library.hash_all([entry])
         found: list[LayerSpectrum] = []
         gates: dict[str, GateSummary] = {}
 
         def work(run: Run) -> None:
-            app.engine.use([])  # the base rests on the CPU after a training, where the routers' sampling takes minutes
+            app.engine.use([])  # a training moved the base to the CPU, where sampling for the routers takes minutes
             for spectrum, total in iter_spectra(entry.file, app.engine.pipe, bool(intruders)):
                 found.append(spectrum)
-                run.report(picture=len(found), pictures=total)
+                run.report(image=len(found), images=total)
                 run.check()
             if any(layer.mixture for layer in found):
                 gates.update(gate_summaries(entry.file, app.engine.pipe, prompts(entry)))
 
         run = Run(app.device, "an inspection", work)
-        about = facts(entry, app.misfit(entry))
+        about = details(entry, app.problem(entry))
         for progress in run.follow():
             done = progress.state == "done"
             yield _status(progress), about, show(found) + show_gates(gates) if done else gr.skip()
@@ -94,76 +95,76 @@ def _status(progress: Progress) -> str:
     if progress.state == "waiting":
         return line(f"Waiting; now running: {progress.busy_with or 'nothing'}.")
     if progress.state == "done":
-        return line(f"{progress.pictures} layers in {progress.seconds:.1f} s.")
-    return line(f"Layer {progress.picture} of {progress.pictures or '…'}")
+        return line(f"{progress.images} layers in {progress.seconds:.1f} s.")
+    return line(f"Layer {progress.image} of {progress.images or '…'}")
 
 
 def show(found: Sequence[LayerSpectrum]) -> str:
-    """All plots of an adapter, and the same numbers as a table."""
+    """All plots of an adapter, and their values as a table."""
     if not found:
         return ""
-    strongest = sorted(found, key=lambda s: -s.relative)
-    parts = [
-        bar_chart("Size of the update by part of the model", by_part(found), "mean |dW| / |W|"),
-        bar_chart("Layers that change most", [(label(s), s.relative) for s in strongest[:MOST_BARS]], "|dW| / |W|"),
-        line_chart("Singular values of the update", {label(s): spectrum(s) for s in strongest[:MOST_LINES]},
+    largest = sorted(found, key=lambda s: -s.relative)
+    plots = [
+        bar_chart("Relative size of the update by block", by_block(found), "mean |dW| / |W|"),
+        bar_chart("Largest updates", [(label(s), s.relative) for s in largest[:MAX_BARS]], "|dW| / |W|"),
+        line_chart("Singular values of the update", {label(s): spectrum(s) for s in largest[:MAX_LINES]},
                    "rank", "s / s1"),
     ]  # fmt: skip
     counted = [s for s in found if s.intruders is not None]
     if counted:
-        most = sorted(counted, key=lambda s: -(s.intruders or 0))[:MOST_BARS]
+        most = sorted(counted, key=lambda s: -(s.intruders or 0))[:MAX_BARS]
         mean = sum(s.intruders or 0 for s in counted) / len(counted)
-        parts.append(
+        plots.append(
             line(
-                f"{mean:.2f} of the {TOP} largest directions of an adapted layer are new to the base on average "
-                "(intruder dimensions, arXiv 2410.21228); many of them go with forgetting."
+                f"On average, {mean:.2f} of the {TOP} largest singular directions of an adapted layer are new to the "
+                "base (intruder dimensions, arXiv 2410.21228). Many of them are a sign of forgetting."
             )
         )
         if any(s.intruders for s in most):
             bars = [(label(s), float(s.intruders or 0)) for s in most if s.intruders]
-            parts.append(bar_chart("Intruder dimensions", bars, f"of {TOP}"))
+            plots.append(bar_chart("Intruder dimensions", bars, f"of {TOP}"))
     if any(s.mixture for s in found):
-        parts.append(line("This is a mixture: the numbers are those of even gates."))
-    return f'<div class="plots">{"".join(parts)}{table(strongest)}</div>'
+        plots.append(line("This is a mixture of experts: the values are for equal gates."))
+    return f'<div class="plots">{"".join(plots)}{table(largest)}</div>'
 
 
 def prompts(entry: Entry) -> list[str] | None:
-    """What the routers are watched on: the subject's own prompt, where the file tells it."""
+    """Prompts for the router statistics: the adapter's instance prompt, if its file has one."""
     return [entry.info.instance_prompt] if entry.info and entry.info.instance_prompt else None
 
 
 def show_gates(gates: Mapping[str, GateSummary]) -> str:
-    """How the routers share the work between the experts, and which of them decide most."""
+    """Router plots: mean gate of each expert, and the sharpest routers."""
     if not gates:
         return ""
     most = max(len(summary.gate) for summary in gates.values())
     shares = [[float(g.gate[n]) for g in gates.values() if n < len(g.gate)] for n in range(most)]
     means = [(f"expert {number}", sum(share) / len(share)) for number, share in enumerate(shares, 1)]
-    sharp = sorted(gates.items(), key=lambda item: -item[1].sharpness)[:MOST_BARS]
+    sharp = sorted(gates.items(), key=lambda item: -item[1].sharpness)[:MAX_BARS]
     return '<div class="plots">' + (
         bar_chart("Router: mean gate of each expert over all layers", means, "mean gate")
         + bar_chart(
-            "Router: layers that decide most (0: all experts alike, 1: one expert)",
+            "Router: layers with the sharpest gates (0: all experts equal, 1: one expert)",
             [(short(key.removeprefix("unet.")), summary.sharpness) for key, summary in sharp], "sharpness",
         )
     ) + "</div>"  # fmt: skip
 
 
 def label(layer: LayerSpectrum) -> str:
-    """A layer's name, short enough for a plot; the text encoders' have their component before them."""
+    """A short layer name for plots; layers of text encoders start with their component."""
     path = short(layer.path)
     return path if layer.component in ("unet", "transformer") else f"{layer.component}.{path}"
 
 
 def short(path: str) -> str:
-    """A module's path with the usual words abbreviated."""
-    for long, brief in SHORTER.items():
-        path = path.replace(long, brief)
+    """A module path with common words abbreviated."""
+    for word, abbreviation in ABBREVIATIONS.items():
+        path = path.replace(word, abbreviation)
     return path
 
 
-def by_part(found: Sequence[LayerSpectrum]) -> list[tuple[str, float]]:
-    """Mean relative size by block of the denoiser, or by component."""
+def by_block(found: Sequence[LayerSpectrum]) -> list[tuple[str, float]]:
+    """Mean relative size by block of the denoiser, and by component for others."""
     groups: dict[str, list[float]] = {}
     for layer in found:
         words = layer.path.split(".")
@@ -179,7 +180,7 @@ def spectrum(layer: LayerSpectrum) -> list[tuple[float, float]]:
 
 
 def table(found: Sequence[LayerSpectrum]) -> str:
-    """Every layer's numbers."""
+    """A table of all layers."""
     rows = "".join(
         f"<tr><td>{escape(label(s))}</td><td>{s.shape[0]}x{s.shape[1]}</td><td>{s.relative:.4f}</td>"
         f"<td>{s.stable_rank:.2f}</td><td>{'' if s.intruders is None else s.intruders}</td></tr>"

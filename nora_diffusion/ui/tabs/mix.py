@@ -1,4 +1,4 @@
-"""The Mix tab: several adapters become one, and a batch in which every picture has adapters of its own."""
+"""The Mix tab: combine adapters into one, and generate a batch in which each image has its own adapters."""
 
 from __future__ import annotations
 
@@ -11,34 +11,33 @@ from ...composition.mixing import MixReport, mix_files
 from ...composition.modes import Mode
 from ...errors import UserError
 from ...generation.sampling import MAX_PROMPT, Sampling
-from ...generation.tags import parse_tags
+from ...generation.tags import Tag, parse_tags
 from ..layout.cards import table
-from ..layout.page import HIDDEN, Page, handler, run_buttons, stopper, who
+from ..layout.page import PRIVATE, UNQUEUED, Page, handler, run_buttons, run_key, stop_handler
 from ..library import safe_name
-from ..request import MAX_PICTURES, Request, Wanted
-from ..runs import Progress, Run
+from ..request import MAX_IMAGES, ActiveAdapter, Request
+from ..runs import Run
 from ..state import App
-from .generate import first_seed, follow, wanted, whole
+from .adapter_sliders import build_sliders
+from .generate import find_adapter, first_seed, follow, to_int
 from .generate_settings import defaults
-from .generate_view import status
-from .rack import build_rack
 
 TITLE = "Mix"
 WORK = "a batch"
 MODES = {
     "cat: exact sum, ranks add up": "cat",
-    "linear: exact sum inside one shared basis": "linear",
-    "svd: best sum of a chosen rank": "svd",
-    "ties: prune, vote on signs, average": "ties",
-    "dare_ties: drop at random, vote on signs": "dare_ties",
-    "dare_linear: drop at random, add": "dare_linear",
-    "magnitude_prune: keep the largest, add": "magnitude_prune",
+    "linear: exact sum, for adapters with a shared basis": "linear",
+    "svd: best approximation of the sum at a given rank": "svd",
+    "ties: prune, elect signs, average": "ties",
+    "dare_ties: drop at random, elect signs": "dare_ties",
+    "dare_linear: drop at random, sum": "dare_linear",
+    "magnitude_prune: keep the largest values, sum": "magnitude_prune",
 }
-LEAST = 2
+MIN_ADAPTERS = 2
 
 
 def build(page: Page) -> None:
-    """A recipe on the left, many subjects at once on the right."""
+    """The recipe of a mix on the left, a batch on the right."""
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             _recipe(page)
@@ -48,75 +47,85 @@ def build(page: Page) -> None:
 
 def _recipe(page: Page) -> None:
     app = page.app
-    gr.Markdown("### One adapter of several")
+    gr.Markdown("### Mix adapters into one")
     recipe = gr.Textbox(
         label="Recipe", placeholder="<lora:dog:0.8> <lora:hat:0.6>", elem_id="recipe", max_length=MAX_PROMPT,
-        info="Choose adapters below, write tags, or take those of the prompt",
+        info="Add adapters below, type tags, or copy them from the prompt",
     )  # fmt: skip
-    take = gr.Button("Take the adapters of the prompt", size="sm", elem_id="recipe-take")
-    build_rack(page, recipe, "recipe-add")
+    copy = gr.Button("Copy adapters from the prompt", size="sm", elem_id="recipe-take")
+    build_sliders(page, recipe, "recipe-add", one_weight=True)
     with gr.Row():
         mode = gr.Dropdown(list(MODES.items()), value="cat", label="Mode", min_width=220)
         name = gr.Textbox("mix", label="Name of the mix", max_length=64, min_width=140, elem_id="mix-name")
-    with gr.Accordion("Settings of the modes", open=False), gr.Row():
-        rank = gr.Number(0, label="Rank", info="0: the sum of the parts' ranks", precision=0, minimum=0, min_width=120)
-        density = gr.Slider(0.05, 1, 0.5, step=0.05, label="Density", info="Share kept by pruning", min_width=140)
-        seed = gr.Number(0, label="Seed", info="Of what DARE drops", precision=0, minimum=0, min_width=120)
-    go = gr.Button("Mix and save in the library", variant="primary", elem_id="mix", interactive=app.config.may_change)
+    with gr.Accordion("Mode settings", open=False), gr.Row():
+        rank = gr.Number(0, label="Rank", info="0 = sum of the ranks", precision=0, minimum=0, min_width=120)
+        density = gr.Slider(0.05, 1, 0.5, step=0.05, label="Density", info="Fraction kept by pruning", min_width=140)
+        seed = gr.Number(0, label="Seed", info="For the random drops of DARE", precision=0, minimum=0, min_width=120)
+    go = gr.Button("Mix and save to library", variant="primary", elem_id="mix", interactive=app.config.may_change)
     report = gr.HTML("", elem_id="mix-report")
-    take.click(handler(tags_only), page.prompt, recipe, **HIDDEN)
+    copy.click(handler(tags_only), page.prompt, recipe, **PRIVATE)
     go.click(
-        handler(mixer(app)), [recipe, mode, name, rank, density, seed, page.library_changed],
+        handler(mix_handler(app)), [recipe, mode, name, rank, density, seed, page.library_changed],
         [report, page.library_changed], api_name="mix", api_visibility="private",
     )  # fmt: skip
 
 
 def tags_only(prompt: str) -> str:
-    """The tags of a prompt, without its words."""
+    """The tags of a prompt without its text."""
     return " ".join(map(str, parse_tags(prompt or "")[1]))
 
 
-def mixer(app: App) -> Any:
-    """Mix the files that a recipe names into a new adapter of the library."""
+def mix_handler(app: App) -> Any:
+    """Mix the adapters of a recipe into a new adapter of the library."""
 
     def mix(
         recipe: str, mode: str, name: str, rank: float, density: float, seed: float, changes: int
     ) -> tuple[str, int]:
         app.require_changes()
         tags = parse_tags((recipe or "")[: MAX_PROMPT + 1])[1]
-        if len(tags) < LEAST:
+        if len(tags) < MIN_ADAPTERS:
             raise UserError("a mix needs at least two adapters: add them to the recipe")
         if mode not in get_args(Mode):
             raise UserError(f"the mode {mode!r} is unknown: choose one of {', '.join(get_args(Mode))}")
-        uneven = next((tag.name for tag in tags if tag.unet != tag.te), None)
-        if uneven:
-            raise UserError(f"{uneven!r} has two weights; in a mix each adapter has one: write <lora:{uneven}:0.8>")
-        parts = [(wanted(app, tag, {}).path, tag.unet) for tag in tags]
-        refuse_unmixable(app, [tag.name for tag in tags])
-        folder = app.library.free_folder(safe_name(name or "mix"))
-        settings = {"rank": whole(rank, "the rank") or None, "density": float(density), "seed": whole(seed, "the seed")}
-        report = mix_files(parts, folder, mode, **settings)  # type: ignore[arg-type]
+        check_one_weight(tags, "mix")
+        adapters = [(find_adapter(app, tag, {}).path, tag.unet) for tag in tags]
+        check_mixable(app, [tag.name for tag in tags])
+        folder = app.library.unused_path(safe_name(name or "mix"))
+        settings = {
+            "rank": to_int(rank, "the rank") or None, "density": float(density), "seed": to_int(seed, "the seed"),
+        }  # fmt: skip
+        report = mix_files(adapters, folder, mode, **settings)  # type: ignore[arg-type]
         return describe(report), changes + 1
 
     return mix
 
 
-def refuse_unmixable(app: App, names: Sequence[str]) -> None:
-    """A mixture with a router decides anew at each input, so there is no one update that could be saved; the files of
-    other tools are read by a pipeline only."""
+def check_one_weight(tags: Sequence[Tag], target: str) -> None:
+    """Raise :class:`UserError` for a tag with different weights on the denoiser and on text encoders."""
+    uneven = next((tag.name for tag in tags if tag.unet != tag.te), None)
+    if uneven:
+        raise UserError(f"{uneven!r} has two weights; in a {target} each adapter has one: write <lora:{uneven}:0.8>")
+
+
+def check_mixable(app: App, names: Sequence[str]) -> None:
+    """Raise :class:`UserError` for adapters that cannot be mixed.
+
+    The update of a mixture with a router depends on the input, so it cannot be saved as one adapter. Files of other
+    tools can only be loaded into a pipeline.
+    """
     for name in names:
         info = app.library.entry(name).info
-        if info and info.kind != "nora":
+        if info and not info.is_ours:
             raise UserError(
                 f"{name!r} is a plain LoRA ({info.kind}), which cannot be mixed: use its tag in the prompt, or mix the "
                 "adapter that it was exported from"
             )
         if info and any(config.router != "none" for config in info.configs.values()):
-            raise UserError(f"{name!r} has a router and cannot become part of one adapter: use its tag in the prompt")
+            raise UserError(f"{name!r} has a router and cannot be mixed into one adapter: use its tag in the prompt")
 
 
 def describe(report: MixReport) -> str:
-    """What came out: rank, what was kept, and who overlaps with whom."""
+    """The report of a mix: rank, energy kept, error, overlaps, warnings."""
     rows = [
         ("saved as", report.name),
         ("rank", report.rank),
@@ -130,61 +139,62 @@ def describe(report: MixReport) -> str:
 
 def _batch(page: Page) -> None:
     app = page.app
-    gr.Markdown("### Many subjects in one batch")
+    gr.Markdown("### Different adapters in one batch")
     lines = gr.Textbox(
-        label="One prompt a line, each with its own adapters", lines=5, max_lines=16, max_length=8 * MAX_PROMPT,
+        label="One prompt per line, each with its own adapters", lines=5, max_lines=16, max_length=8 * MAX_PROMPT,
         placeholder="a sks dog on the beach <lora:dog:1>\na zwx hat on the beach <lora:hat:0.8>\na cat on the beach",
         elem_id="batch",
     )  # fmt: skip
     with gr.Row():
         steps = gr.Number(defaults(app.engine)["steps"], label="Steps", precision=0, minimum=1, min_width=90)
-        guidance = gr.Number(app.engine.guidance, label="Guidance", minimum=0, step=0.5, min_width=90)
-        seed = gr.Number(-1, label="Seed of all, -1: random", precision=0, minimum=-1, min_width=160)
+        guidance = gr.Number(app.engine.guidance, label="Guidance scale (CFG)", minimum=0, step=0.5, min_width=90)
+        seed = gr.Number(-1, label="Seed for all (-1 = random)", precision=0, minimum=-1, min_width=160)
     with gr.Row():
-        go = gr.Button("Generate the batch", variant="primary", elem_id="batch-go")
+        go = gr.Button("Generate batch", variant="primary", elem_id="batch-go")
         interrupt = gr.Button("Interrupt", variant="stop", visible=False)
-    said = gr.HTML(status(Progress(message=" "), idle=False), elem_id="batch-status", visible=False)
+    status_line = gr.HTML("", elem_id="batch-status", visible=False)
     gallery = gr.Gallery(
         label="Batch", format="png", columns=3, object_fit="contain", height="auto", elem_id="batch-gallery",
         elem_classes=["pixels"] if app.engine.is_embedded else [], buttons=["download", "fullscreen"], visible=False,
     )  # fmt: skip
     run = go.click(
-        handler(batcher(app)), [lines, steps, guidance, seed], [go, interrupt, said, gallery],
-        concurrency_limit=None, **HIDDEN,
+        handler(batch_handler(app)), [lines, steps, guidance, seed], [go, interrupt, status_line, gallery],
+        concurrency_limit=None, **PRIVATE,
     )  # fmt: skip
     run_buttons(run, go, interrupt)
-    interrupt.click(handler(stopper(app, Run.interrupt, WORK)), None, None, queue=False, **HIDDEN)
+    interrupt.click(handler(stop_handler(app, Run.interrupt, WORK)), **UNQUEUED)
 
 
-def batcher(app: App) -> Any:
-    """One pass of the pipeline for all lines."""
+def batch_handler(app: App) -> Any:
+    """Generate all lines in one pipeline call."""
 
     def batch(
         lines: str, steps: float, guidance: float, seed: float | None, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
         order, rows = read_batch(app, lines or "", steps, guidance, first_seed(seed))
-        out = app.library.pictures
+        out = app.library.images
         run = Run(app.device, WORK, lambda run: app.engine.make_batch(order, rows, out, run))
-        app.runs.put(who(request, WORK), run)
-        for go, interrupt, _, said, _, items in follow(app, run):
-            yield go, interrupt, gr.update(value=said, visible=True), items
+        app.runs.put(run_key(request, WORK), run)
+        for go, interrupt, _, text, _, items in follow(app, run):
+            yield go, interrupt, gr.update(value=text, visible=True), items
 
     return batch
 
 
-def read_batch(app: App, lines: str, steps: float, guidance: float, seed: int) -> tuple[Request, list[list[Wanted]]]:
-    """The pictures of a batch, all of one seed so that they can be compared, and the adapters of each."""
+def read_batch(
+    app: App, lines: str, steps: float, guidance: float, seed: int
+) -> tuple[Request, list[list[ActiveAdapter]]]:
+    """The request for a batch, and the adapters of each row. All rows have the same seed, so they can be compared."""
     texts = [line.strip() for line in lines.splitlines() if line.strip()]
-    if not 1 <= len(texts) <= MAX_PICTURES:
-        raise UserError(f"{len(texts)} lines: write 1 to {MAX_PICTURES} prompts, one a line")
-    pictures, rows = [], []
+    if not 1 <= len(texts) <= MAX_IMAGES:
+        raise UserError(f"the batch has {len(texts)} lines: write 1 to {MAX_IMAGES} prompts, one per line")
+    images, rows = [], []
     for text in texts:
         clean, tags = parse_tags(text)
-        if uneven := next((tag.name for tag in tags if tag.unet != tag.te), None):
-            raise UserError(f"{uneven!r} has two weights; in a batch each adapter has one: write <lora:{uneven}:0.8>")
-        pictures.append((clean, seed))
-        rows.append([wanted(app, tag, {}) for tag in tags])
-    every = {adapter.name: adapter for row in rows for adapter in row}
-    request = Request(tuple(pictures), Sampling(whole(steps, "steps"), float(guidance)), tuple(every.values()))
+        check_one_weight(tags, "batch")
+        images.append((clean, seed))
+        rows.append([find_adapter(app, tag, {}) for tag in tags])
+    adapters = {adapter.name: adapter for row in rows for adapter in row}
+    request = Request(tuple(images), Sampling(to_int(steps, "steps"), float(guidance)), tuple(adapters.values()))
     request.check()
     return request, rows

@@ -1,4 +1,4 @@
-"""The Train tab: photos in, an adapter in the library out, by a process that outlives the page and the app."""
+"""The Train tab: train an adapter on photos, in a process that survives a reload and a restart of the app."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ import gradio as gr
 from ...adapters.presets import PRESETS as ADAPTER_PRESETS
 from ...demo import EXAMPLES, open_example
 from ...errors import UserError
-from ..jobs.images import MAX_PHOTOS, Checked, check_photos, with_captions
+from ..jobs.images import MAX_IMAGES, CheckedImage, check_images, with_captions
 from ..jobs.training_form import MAX_YAML, PRESETS, build_settings, preflight
-from ..layout.page import LAST, QUIET, Page, handler
+from ..layout.page import ALWAYS_LAST, UNQUEUED, Page, handler
 from ..library import safe_name
 from ..state import App
 from . import train_view as view
-from .generate_settings import recall_by, remember
+from .generate_settings import restore_script, save_script
 from .train_runs import build_runs, choices, watch
 
 TITLE = "Train"
 METHODS = tuple(ADAPTER_PRESETS)
-DROPPABLE = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".txt"]
+FILE_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".txt"]
 
 
 def build(page: Page) -> None:
-    """Photos, words and a preset on the left, the runs on the right."""
+    """The form on the left, the runs on the right."""
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             form = _form(page)
         with gr.Column(scale=6, min_width=320):
             runs = build_runs(page)
-    _keep(page, form)
+    _persist(page, form)
     started = _wire(page.app, form, runs.chosen)
     watch(page, runs, started)
 
@@ -41,11 +41,11 @@ def build(page: Page) -> None:
 def _form(page: Page) -> SimpleNamespace:
     photos = _photos(page)
     with gr.Row():
-        word = gr.Textbox("", label="What it is", info="One word", placeholder="dog", max_length=40, min_width=140,
-                          elem_id="train-class")  # fmt: skip
-        trigger = gr.Textbox("sks", label="Trigger word", info="A rare one", max_length=40,
+        word = gr.Textbox("", label="Class word", info="What it is, in one word", placeholder="dog", max_length=40,
+                          min_width=140, elem_id="train-class")  # fmt: skip
+        trigger = gr.Textbox("sks", label="Trigger word", info="A rare token", max_length=40,
                              min_width=140, elem_id="train-trigger")  # fmt: skip
-        name = gr.Textbox("my-subject", label="Name", info="In the library", max_length=64, min_width=140,
+        name = gr.Textbox("my-subject", label="Name", info="Name in the library", max_length=64, min_width=140,
                           elem_id="train-name")  # fmt: skip
     settings = _settings()
     with gr.Row():
@@ -59,46 +59,46 @@ def _form(page: Page) -> SimpleNamespace:
 
 
 def _photos(page: Page) -> dict[str, Any]:
-    """Where photos come from, and what becomes of them."""
+    """Upload field, example subjects, and the cropped photos."""
     pixels = ["pixels"] if page.app.engine.is_embedded else []
     dropped = gr.File(
-        label="Drop 3 to 10 photos of one subject here", elem_id="train-photos", file_count="multiple",
-        file_types=DROPPABLE, height=130,
+        label="3 to 10 photos of one subject", elem_id="train-photos", file_count="multiple",
+        file_types=FILE_TYPES, height=130,
     )  # fmt: skip
     slugs = sorted(f.parent.name for f in EXAMPLES.glob("*/subject.json")) if EXAMPLES.is_dir() else []
-    with gr.Accordion("Or take an example subject", open=True, visible=bool(slugs)):
+    with gr.Accordion("Or use an example subject", open=True, visible=bool(slugs)):
         examples = gr.Gallery(
-            [(page.app.copy_for_good(EXAMPLES / slug / "0.png"), slug) for slug in slugs], label="Example subjects",
+            [(page.app.copy_permanently(EXAMPLES / slug / "0.png"), slug) for slug in slugs], label="Example subjects",
             show_label=False, columns=4, height=190, allow_preview=False, elem_id="train-examples", elem_classes=pixels,
             interactive=False, buttons=[],
         )  # fmt: skip
     report = gr.HTML("", elem_id="train-report")
     prepared = gr.Gallery(
-        label="As they will be trained on", show_label=False, columns=5, height="auto", visible=False,
+        label="Training crops", show_label=False, columns=5, height="auto", visible=False,
         elem_id="train-prepared", elem_classes=pixels, interactive=False, buttons=[], format="png",
     )  # fmt: skip
     return {
         "dropped": dropped, "examples": examples, "report": report, "prepared": prepared, "photos": gr.State([]),
-        "faults": gr.State([]),
+        "errors": gr.State([]),
     }  # fmt: skip
 
 
 def _settings() -> dict[str, Any]:
-    """A preset, and what may differ from it."""
+    """A preset, and settings that override it."""
     preset = gr.Radio(
         list(PRESETS), value="Balanced", label="Preset", elem_id="train-preset",
-        info="Fast for a first look, Best for a keeper",
+        info="Fast: a quick test; Best: the most training steps",
     )  # fmt: skip
-    with gr.Accordion("All settings", open=False):
+    with gr.Accordion("Advanced settings", open=False):
         with gr.Row():
             method = gr.Dropdown(list(METHODS), value="nora", label="Method", min_width=120)
-            steps = gr.Number(0, label="Steps", info="0: by the preset", precision=0, minimum=0, min_width=120)
-            rate = gr.Number(0, label="Learning rate", info="0: by the preset", minimum=0, min_width=120)
+            steps = gr.Number(0, label="Steps", info="0 = from the preset", precision=0, minimum=0, min_width=120)
+            rate = gr.Number(0, label="Learning rate", info="0 = from the preset", minimum=0, min_width=120)
         with gr.Row():
             encoder = gr.Checkbox(False, label="Train the text encoder too", min_width=200)
-            prior = gr.Checkbox(False, label="Keep others of its kind as they are (prior preservation)", min_width=200)
+            prior = gr.Checkbox(False, label="Prior preservation (keeps the class unchanged)", min_width=200)
         extra = gr.Textbox(
-            "", label="Further settings, one 'key: value' a line", lines=3, max_length=4000, elem_id="train-extra",
+            "", label="More settings, one 'key: value' per line", lines=3, max_length=4000, elem_id="train-extra",
             placeholder="rank: 32\nvalidation_prompt: a sks dog in the snow",
         )  # fmt: skip
     return {
@@ -107,121 +107,121 @@ def _settings() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _keep(page: Page, form: SimpleNamespace) -> None:
-    """Words and settings survive a reload, as those of the Generate tab do; photos are dropped anew."""
+def _persist(page: Page, form: SimpleNamespace) -> None:
+    """Keep the form, except for the photos, in the browser over a reload."""
     rules: dict[str, list[Any]] = {
         "word": ["", 0, 40], "trigger": ["sks", 0, 40], "name": ["my-subject", 0, 64],
         "preset": ["Balanced", 0, 40, list(PRESETS)], "method": ["nora", 0, 40, list(METHODS)],
         "steps": [0, 0, 10**9], "rate": [0, 0, 10**3], "encoder": [False, 0, 1], "prior": [False, 0, 1],
         "extra": ["", 0, MAX_YAML],
     }  # fmt: skip
-    parts = [getattr(form, name) for name in rules]
-    gr.on([part.change for part in parts], None, parts, None, js=remember(rules, "Train"), **LAST, **QUIET)
-    found = recall_by([[name, *rule] for name, rule in rules.items()], "Train")
-    page.blocks.load(None, None, parts, js=found, **QUIET)
+    fields = [getattr(form, name) for name in rules]
+    save = save_script(rules, "Train")
+    gr.on([field.change for field in fields], None, fields, None, js=save, **ALWAYS_LAST, **UNQUEUED)
+    restore = restore_script([[name, *rule] for name, rule in rules.items()], "Train")
+    page.blocks.load(None, None, fields, js=restore, **UNQUEUED)
 
 
 def _wire(app: App, form: SimpleNamespace, chosen: gr.Dropdown) -> Any:
-    """Wire the form; returns the event of a started training."""
-    shown = [form.photos, form.prepared, form.report, form.faults]
+    """Wire the form. Returns the event that starts a training."""
+    photos = [form.photos, form.prepared, form.report, form.errors]
     values = [
         form.photos, form.preset, form.trigger, form.word, form.method, form.steps, form.rate, form.encoder, form.prior,
         form.extra,
     ]  # fmt: skip
-    gr.on(  # not `change`: an example empties the field, too
+    gr.on(  # not `change`: choosing an example clears the field
         [form.dropped.upload, form.dropped.clear, form.dropped.delete],
-        handler(lambda files: take_photos(app, files)), form.dropped, shown, api_name="train_photos",
-        api_visibility="private", **LAST,
+        handler(lambda files: read_upload(app, files)), form.dropped, photos, api_name="train_photos",
+        api_visibility="private", **ALWAYS_LAST,
     )  # fmt: skip
     form.examples.select(
-        handler(example_taker(app)), None, [*shown, form.name, form.trigger, form.word, form.dropped],
+        handler(example_handler(app)), None, [*photos, form.name, form.trigger, form.word, form.dropped],
         api_name="train_example", api_visibility="private",
     )  # fmt: skip
     form.check.click(
-        handler(checker(app)),
-        [form.name, form.faults, *values],
-        [form.found, form.prepared, form.report],
-        api_name="train_check",
-        api_visibility="private",
-    )
+        handler(check_handler(app)), [form.name, form.errors, *values], [form.found, form.prepared, form.report],
+        api_name="train_check", api_visibility="private",
+    )  # fmt: skip
     return form.start.click(
-        handler(starter(app)), [form.name, *values], [form.found, chosen], api_name="train_start",
+        handler(start_handler(app)), [form.name, *values], [form.found, chosen], api_name="train_start",
         api_visibility="private",
     )  # fmt: skip
 
 
-def take_photos(app: App, files: Sequence[str] | None) -> tuple[list[str], Any, str, list[str]]:
-    """Dropped files: which will do, shown as they will be trained on."""
+def read_upload(app: App, files: Sequence[str] | None) -> tuple[list[str], Any, str, list[str]]:
+    """Check the uploaded files and show them as the trainer crops them."""
     app.require_changes()
     paths = [Path(file) for file in files or []]
     captions = [path for path in paths if path.suffix.lower() == ".txt"]
     photos = [path for path in paths if path not in captions]
-    faults: list[str] = []
-    if captions and len(photos) <= MAX_PHOTOS:
-        photos, faults = with_captions(photos, captions, app.private_folder())
-    return show_photos(check_photos(photos, app.engine, {}), faults)
+    errors: list[str] = []
+    if captions and len(photos) <= MAX_IMAGES:
+        photos, errors = with_captions(photos, captions, app.private_folder())
+    return show_photos(check_images(photos, app.engine, {}), errors)
 
 
-def show_photos(checked: Sequence[Checked], faults: Sequence[str] = ()) -> tuple[list[str], Any, str, list[str]]:
-    """The paths, what the trainer makes of them, what is said of them, and the faults of captions for the next time."""
-    pictures = [(picture, photo.caption or photo.remark) for photo in checked for picture in photo.pictures]
+def show_photos(checked: Sequence[CheckedImage], errors: Sequence[str] = ()) -> tuple[list[str], Any, str, list[str]]:
+    """Paths, gallery of crops, report, and the caption errors, which the next report repeats."""
+    crops = [(crop, photo.caption or photo.remark) for photo in checked for crop in photo.crops]
     return (
         [str(photo.path) for photo in checked],
-        gr.update(value=pictures, visible=bool(pictures)),
-        view.photo_report(checked, faults),
-        list(faults),
+        gr.update(value=crops, visible=bool(crops)),
+        view.photo_report(checked, errors),
+        list(errors),
     )
 
 
-def example_taker(app: App) -> Any:
-    """One click on an example subject fills photos and words."""
+def example_handler(app: App) -> Any:
+    """Fill photos, name, trigger word and class word from an example subject."""
 
     def take(event: gr.SelectData) -> tuple[Any, ...]:
         app.require_changes()
         slug = str(event.value["caption"])
         example = open_example(slug)
-        photos = show_photos(check_photos(sorted(example.folder.glob("*.png")), app.engine, {}))
+        photos = show_photos(check_images(sorted(example.folder.glob("*.png")), app.engine, {}))
         return *photos, slug, str(example.values["trigger"]), example.class_word, None
 
     return take
 
 
-def checker(app: App) -> Any:
-    """What the trainer says of the settings, and the photos as these would have them."""
+def check_handler(app: App) -> Any:
+    """Show the trainer's preflight warnings, and the photos as cropped with these settings."""
 
-    def check(name: str, faults: list[str], photos: list[str], *values: Any) -> tuple[Any, ...]:
+    def check(name: str, errors: list[str], photos: list[str], *values: Any) -> tuple[Any, ...]:
         settings = form_settings(app, photos, *values)
-        checked, warnings = look(app, photos, settings)
-        return view.findings([*warnings, *renamed(name)]), *show_photos(checked, faults)[1:3]
+        checked, warnings = run_checks(app, photos, settings)
+        return view.findings([*warnings, *name_warnings(name)]), *show_photos(checked, errors)[1:3]
 
     return check
 
 
-def starter(app: App) -> Any:
-    """Check, then start the process."""
+def start_handler(app: App) -> Any:
+    """Run the checks, then start the training process."""
 
     def start(name: str, photos: list[str], *values: Any) -> tuple[str, Any]:
         app.require_changes()
         settings = form_settings(app, photos, *values)
-        checked, warnings = look(app, photos, settings)
-        identity = app.jobs.start(safe_name(name), settings, [photo.path for photo in checked if photo.pictures])
+        checked, warnings = run_checks(app, photos, settings)
+        identity = app.jobs.start(safe_name(name), settings, [photo.path for photo in checked if photo.crops])
         app.make_room()
-        said = [*warnings, *renamed(name)]
-        return view.findings(said) if said else "", gr.update(choices=choices(app), value=identity)
+        warnings += name_warnings(name)
+        return view.findings(warnings) if warnings else "", gr.update(choices=choices(app), value=identity)
 
     return start
 
 
-def renamed(name: str) -> list[str]:
-    """What becomes of a name that is none for a folder and a tag; the Mix tab has the same rule."""
+def name_warnings(name: str) -> list[str]:
+    """A warning if the name is changed because it is not valid for a folder and a tag, as in the Mix tab."""
     safe = safe_name(name)
-    return [] if safe == name.strip() else [f"It will be called '{safe}': a name has letters, digits, '_' and '-'."]
+    if safe == name.strip():
+        return []
+    return [f"The adapter will be named '{safe}': a name has only letters, digits, '_' and '-'."]
 
 
-def look(app: App, photos: Sequence[str], settings: Mapping[str, Any]) -> tuple[list[Checked], list[str]]:
-    """The photos under these settings, and the trainer's warnings about a run on those that will do."""
-    checked = check_photos([Path(photo) for photo in photos or ()], app.engine, settings)
-    usable = [photo.path for photo in checked if photo.pictures]
+def run_checks(app: App, photos: Sequence[str], settings: Mapping[str, Any]) -> tuple[list[CheckedImage], list[str]]:
+    """The photos as cropped with these settings, and the trainer's warnings about a run on the usable ones."""
+    checked = check_images([Path(photo) for photo in photos or ()], app.engine, settings)
+    usable = [photo.path for photo in checked if photo.crops]
     return checked, preflight(app.engine, settings, usable, app.library.folder)
 
 
@@ -229,7 +229,7 @@ def form_settings(
     app: App, photos: Sequence[str], preset: str, trigger: str, word: str, method: str, steps: float | None,
     rate: float | None, encoder: bool, prior: bool, extra: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """The settings that the form means."""
+    """Trainer settings from the values of the form."""
     if method not in METHODS:
         raise UserError(f"there is no method {str(method)[:40]!r}: choose one of {', '.join(METHODS)}")
     has_captions = any(Path(photo).with_suffix(".txt").is_file() for photo in photos or ())

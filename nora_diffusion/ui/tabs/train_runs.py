@@ -1,4 +1,4 @@
-"""The trainings beside the form: how far each is, read from disk, and buttons to stop, resume, use or remove it."""
+"""The runs on the right of the Train tab: progress, read from disk, and buttons to stop, resume, use or delete one."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import gradio as gr
 from ...io.run_layout import step_of
 from ..jobs.job import Job
 from ..jobs.sample_scores import SampleScores
-from ..layout.page import HIDDEN, LAST, QUIET, Page, handler
+from ..layout.page import ALWAYS_LAST, PRIVATE, UNQUEUED, Page, handler
 from ..state import App
 from . import train_view as view
-from .rack import inserter
+from .adapter_sliders import insert_handler
 
 TICK = 1.5
 
 
 def build_runs(page: Page) -> SimpleNamespace:
-    """The components."""
-    chosen = gr.Dropdown([], label="Trainings", elem_id="train-runs", interactive=True, visible=False)
+    """Create the components."""
+    chosen = gr.Dropdown([], label="Training runs", elem_id="train-runs", interactive=True, visible=False)
     status = gr.HTML(view.NO_RUN, elem_id="train-status")
     with gr.Row():
-        use = gr.Button("Make pictures with it", variant="primary", visible=False, elem_id="train-use")
+        use = gr.Button("Generate with this adapter", variant="primary", visible=False, elem_id="train-use")
         stop = gr.Button("Stop and save", variant="stop", visible=False, elem_id="train-stop")
         resume = gr.Button("Resume", visible=False, elem_id="train-resume")
-        remove = gr.Button("Remove this training", visible=False, elem_id="train-remove")
+        remove = gr.Button("Delete this run", visible=False, elem_id="train-remove")
     samples = gr.Gallery(
         label="Samples with fixed seeds", show_label=False, columns=4, height="auto", visible=False,
         elem_id="train-samples", elem_classes=["pixels"] if page.app.engine.is_embedded else [], format="png",
@@ -41,40 +41,39 @@ def build_runs(page: Page) -> SimpleNamespace:
 
 
 def watch(page: Page, runs: SimpleNamespace, started: Any) -> None:
-    """Wire the buttons, and read the runs anew whenever one of them may have changed."""
+    """Wire the buttons, and re-read the runs whenever one may have changed."""
     app = page.app
-    refresh = handler(refresher(app, SampleScores()))
+    refresh = handler(refresh_handler(app, SampleScores()))
     state = [runs.chosen, runs.shown, runs.finished, page.library_changed]
-    seen = [
+    outputs = [
         runs.chosen, runs.status, runs.use, runs.stop, runs.resume, runs.remove, runs.curves, runs.samples, runs.timer,
         runs.shown, runs.finished, page.library_changed,
     ]  # fmt: skip
-    started.success(refresh, state, seen, **QUIET)
-    acts = {"stop": app.jobs.stop, "resume": resumer(app), "remove": app.jobs.remove}
-    for name, act in acts.items():
-        acted = getattr(runs, name).click(
-            handler(actor(app, act)), runs.chosen, None, api_name=f"train_{name}", **HIDDEN
+    started.success(refresh, state, outputs, **UNQUEUED)
+    actions = {"stop": app.jobs.stop, "resume": resume_handler(app), "remove": app.jobs.remove}
+    for name, action in actions.items():
+        clicked = getattr(runs, name).click(
+            handler(action_handler(app, action)), runs.chosen, None, api_name=f"train_{name}", **PRIVATE
         )
-        for over in (acted.success, acted.failure):  # refused: another page was faster, and this one is out of date
-            over(refresh, state, seen, **QUIET)
-    runs.use.click(handler(user(app)), [page.prompt, runs.chosen], [page.prompt, page.tabs], **HIDDEN)
-    gr.on(
-        [page.blocks.load, page.tab.select, runs.timer.tick, runs.chosen.input], refresh, state, seen, **LAST, **QUIET
-    )
+        for ended in (clicked.success, clicked.failure):  # a failure means that this page shows an outdated state
+            ended(refresh, state, outputs, **UNQUEUED)
+    runs.use.click(handler(use_handler(app)), [page.prompt, runs.chosen], [page.prompt, page.tabs], **PRIVATE)
+    changes = [page.blocks.load, page.tab.select, runs.timer.tick, runs.chosen.input]
+    gr.on(changes, refresh, state, outputs, **ALWAYS_LAST, **UNQUEUED)
 
 
-def actor(app: App, act: Any) -> Any:
-    """Stop, resume or remove the chosen run."""
+def action_handler(app: App, action: Any) -> Any:
+    """Stop, resume or delete the chosen run."""
 
-    def do(identity: str | None) -> None:
+    def act(identity: str | None) -> None:
         app.require_changes()
-        act(identity or "")
+        action(identity or "")
 
-    return do
+    return act
 
 
-def resumer(app: App) -> Any:
-    """Go on with a run, which gets the device to itself."""
+def resume_handler(app: App) -> Any:
+    """Resume a run and free the device for it."""
 
     def resume(identity: str) -> None:
         app.jobs.resume(identity)
@@ -83,25 +82,25 @@ def resumer(app: App) -> Any:
     return resume
 
 
-def user(app: App) -> Any:
-    """Put the adapter of the chosen run into the prompt and go there."""
-    insert = inserter(app)
+def use_handler(app: App) -> Any:
+    """Insert the adapter of the chosen run into the prompt and open the Generate tab."""
+    insert = insert_handler(app)
 
     def use(prompt: str, identity: str | None) -> list[Any]:
         adapter = app.jobs.get(identity or "").adapter
-        found: list[Any] = insert(prompt, adapter.name if adapter else "")
-        return found
+        updates: list[Any] = insert(prompt, adapter.name if adapter else "")
+        return updates
 
     return use
 
 
 def choices(app: App) -> list[tuple[str, str]]:
-    """The runs for the list, newest first."""
+    """The runs for the dropdown, newest first."""
     return [(view.label(job), job.id) for job in app.jobs.list()]
 
 
-def refresher(app: App, scores: SampleScores) -> Any:
-    """What is shown now, read from disk: the same after a reload, in a new tab, after a restart."""
+def refresh_handler(app: App, scores: SampleScores) -> Any:
+    """Read everything shown from disk, so that it survives a reload and a restart of the app."""
 
     def refresh(identity: str | None, shown: tuple[Any, ...], finished: Any, changed: int) -> tuple[Any, ...]:
         jobs = app.jobs.list()
@@ -114,10 +113,10 @@ def refresher(app: App, scores: SampleScores) -> Any:
             return (none, view.NO_RUN, *[hidden] * 4, "", hidden, gr.Timer(active=False), (), done, changed)
         listed, samples = [(view.label(j), j.id) for j in jobs], tuple(sample.name for sample in job.samples)
         now = (listed, job.id, samples)
-        # Said again, a choice would be written over another one that is made meanwhile.
+        # Sending the same value again could overwrite a choice made in the meantime.
         chosen = {} if identity == job.id else {"value": job.id}
-        same_list = identity == job.id and shown[:1] == (listed,)  # an open list must not close under the cursor
-        judged = scores.curves(job) if app.engine.is_embedded else None
+        same_list = identity == job.id and shown[:1] == (listed,)  # an update would close an open list
+        sample_scores = scores.curves(job) if app.engine.is_embedded else None
         return (
             gr.skip() if same_list else gr.update(choices=listed, visible=True, **chosen),
             view.run_status(job),
@@ -125,7 +124,7 @@ def refresher(app: App, scores: SampleScores) -> Any:
             gr.update(visible=job.running, interactive=job.status != "stopping"),
             gr.update(visible=job.resumable, value=f"Resume from step {job.checkpoint}"),
             gr.update(visible=not job.running),
-            view.curves(job, judged),
+            view.curves(job, sample_scores),
             gr.skip() if now[1:] == shown[1:] else _gallery(app, job),
             gr.Timer(active=any(j.running for j in jobs)),
             now,
@@ -137,9 +136,9 @@ def refresher(app: App, scores: SampleScores) -> Any:
 
 
 def _chosen(jobs: Sequence[Job], identity: str | None) -> Job | None:
-    """The run that was chosen, else the one that runs, else the newest."""
-    wanted = [job for job in jobs if job.id == identity] or [job for job in jobs if job.running] or list(jobs)
-    return wanted[0] if wanted else None
+    """The chosen run, else a running one, else the newest."""
+    candidates = [job for job in jobs if job.id == identity] or [job for job in jobs if job.running] or list(jobs)
+    return candidates[0] if candidates else None
 
 
 def _gallery(app: App, job: Job) -> Any:

@@ -10,7 +10,7 @@ import pytest
 from nora_diffusion.composition.mixing import MixReport
 from nora_diffusion.formats.adapter_info import AdapterInfo
 from nora_diffusion.ui.layout.cards import cards
-from nora_diffusion.ui.layout.look import CSS
+from nora_diffusion.ui.layout.theme import CSS
 from nora_diffusion.ui.shell import TABS
 from nora_diffusion.ui.tabs.mix import describe
 
@@ -18,12 +18,12 @@ from .conftest import open_tab, visit, visitor
 
 pytestmark = pytest.mark.slow
 
-# What Gradio 6.31 itself brings, by rule and the element it is in; everything else must be clean.
-GRADIOS_OWN = {"aria-prohibited-attr": ('aria-label="Empty value"',)}  # an empty gallery
+# Violations of Gradio 6.31 itself: rule, and a part of the HTML of the element.
+GRADIO_VIOLATIONS = {"aria-prohibited-attr": ('aria-label="Empty value"',)}  # an empty gallery
 
 
 def violations(page: Any) -> list[str]:
-    """Serious and critical findings of axe, as readable lines."""
+    """Serious and critical violations that axe finds, one line each."""
     from axe_playwright_python.sync_playwright import Axe
 
     found = []
@@ -31,26 +31,26 @@ def violations(page: Any) -> list[str]:
         if finding["impact"] not in ("serious", "critical"):
             continue
         for node in finding["nodes"]:
-            if not any(part in node["html"] for part in GRADIOS_OWN.get(finding["id"], ())):
+            if not any(part in node["html"] for part in GRADIO_VIOLATIONS.get(finding["id"], ())):
                 found.append(f"{finding['id']}: {node['html'][:160]}")
     return found
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(page: Any, scheme: str) -> None:
+def test_no_serious_accessibility_violations(page: Any, scheme: str) -> None:
     page.emulate_media(color_scheme=scheme)
     visit(page)
     for name in TABS:
         open_tab(page, name)
         found = violations(page)
-        for _ in range(3):  # what fades in has little contrast meanwhile
+        for _ in range(3):  # contrast is low while an element fades in
             if found:
                 page.wait_for_timeout(2000)
                 found = violations(page)
         assert not found, f"{name}: " + "\n".join(found)
 
 
-def test_everything_fits_a_phone(page: Any) -> None:
+def test_every_tab_fits_a_phone(page: Any) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     visit(page)
     for name in TABS:
@@ -61,15 +61,15 @@ def test_everything_fits_a_phone(page: Any) -> None:
 LONG_NAME = "a-very-long-name-of-an-adapter-that-somebody-gave-it-in-a-hurry1"
 
 
-def test_long_names_leave_room_for_what_is_said_of_them(browser: Any) -> None:
+def test_long_names_leave_room_for_the_values(browser: Any) -> None:
     report = MixReport("mix", "cat", 8, 1, 1.0, 0.0, {(LONG_NAME, "hat"): 0.25}, [], AdapterInfo({}))
     with visitor(browser) as page:
         page.set_content(f"<style>{CSS}</style><div style='width: 480px'>{describe(report)}</div>")
-        told, table = page.locator(".facts td").last.bounding_box(), page.locator(".facts").bounding_box()
-    assert told["width"] > 90 and told["x"] + told["width"] <= table["x"] + table["width"] + 1
+        cell, table = page.locator(".facts td").last.bounding_box(), page.locator(".facts").bounding_box()
+    assert cell["width"] > 90 and cell["x"] + cell["width"] <= table["x"] + table["width"] + 1
 
 
-def test_cards_side_by_side_begin_at_one_height(browser: Any) -> None:
+def test_neighboring_cards_are_aligned(browser: Any) -> None:
     entries = [
         SimpleNamespace(name=name, info=None, scores=dict, thumbnail=lambda: None, stamp=("", 0, 0))
         for name in ("dog", LONG_NAME)

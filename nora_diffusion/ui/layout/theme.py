@@ -1,4 +1,4 @@
-"""How the app looks: a quiet theme, light and dark, and the few scripts that a page needs."""
+"""Theme, CSS and scripts of the page, for light and dark mode."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CSS = """
 #title p { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; overflow-wrap: anywhere; }
 .html-container { padding: 0 !important; }
 .block:has(> .html-container > .prose:empty) { display: none; }
-:is(#train-photos, #import, #drop-picture) .icon-wrap { display: none; }
+:is(#train-photos, #import, #drop-image) .icon-wrap { display: none; }
 .status { margin: 0; min-height: 1.5em; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 .status.bad { color: var(--error-text-color); font-weight: 550; }
 .bar { height: 4px; border-radius: 2px; background: var(--border-color-primary); overflow: hidden; margin: .4rem 0; }
@@ -79,7 +79,7 @@ CSS = """
   .plot svg { font-size: 14px; } }
 """
 
-# Ctrl+Enter generates from anywhere; Gradio's sliders tell of a change by keyboard only when told that it is over.
+# Ctrl+Enter generates from anywhere. Gradio's sliders report a change by keyboard only after a pointerup event.
 SCRIPT = """
 () => {
   document.addEventListener('keydown', (event) => {
@@ -98,13 +98,13 @@ SCRIPT = """
 """
 
 
-def look() -> dict[str, Any]:
-    """Arguments of ``launch`` for theme, style and script."""
+def appearance() -> dict[str, Any]:
+    """Arguments of ``gr.mount_gradio_app`` for theme, style and script."""
     return {"theme": theme(), "css": CSS, "js": SCRIPT}
 
 
 def theme() -> Any:
-    """System fonts (nothing is fetched), neutral greys, one accent that is readable on both backgrounds."""
+    """System fonts (nothing is downloaded), neutral grays, one accent color that is readable in both modes."""
     accent = gr.themes.colors.indigo
     return gr.themes.Default(
         primary_hue=accent, secondary_hue=accent, neutral_hue=gr.themes.colors.zinc,

@@ -1,4 +1,4 @@
-"""Adapters and prompts: the words that call a subject, without those that somebody wrote being lost."""
+"""Adding an adapter to a prompt: its trigger words are added, and nothing that the user wrote is lost."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from nora_diffusion.formats.adapter_info import AdapterInfo
-from nora_diffusion.ui.tabs.compare import speaker
+from nora_diffusion.pipelines.base import BaseSource
+from nora_diffusion.ui.tabs.adapter_sliders import insert_handler
+from nora_diffusion.ui.tabs.compare import trigger_handler
 from nora_diffusion.ui.tabs.generate_settings import FIRST_PROMPT
-from nora_diffusion.ui.tabs.rack import inserter
 
 INFOS = {
     "dog": AdapterInfo({}, trigger="sks", class_word="dog", instance_prompt="a sks dog"),
@@ -23,9 +24,9 @@ INFOS = {
 
 @pytest.fixture
 def app() -> Any:
-    entries = {name: SimpleNamespace(info=info, tag=name, fault="") for name, info in INFOS.items()}
+    entries = {name: SimpleNamespace(info=info, tag=name, error="") for name, info in INFOS.items()}
     return SimpleNamespace(
-        engine=SimpleNamespace(base=None, is_embedded=True, guidance=5.0), misfit=lambda entry: None,
+        engine=SimpleNamespace(source=BaseSource(), is_embedded=True, guidance=5.0), problem=lambda entry: None,
         library=SimpleNamespace(entry=entries.get, entries=lambda: list(entries.values())),
     )  # fmt: skip
 
@@ -48,15 +49,13 @@ def app() -> Any:
         (FIRST_PROMPT, "style", f"{FIRST_PROMPT} <lora:style:1>"),
     ],
 )
-def test_the_prompt_calls_the_subject_and_keeps_what_was_written(
-    app: Any, prompt: str, adapter: str, expected: str
-) -> None:
-    assert inserter(app)(prompt, adapter)[0] == expected
+def test_trigger_words_are_added_and_the_prompt_is_kept(app: Any, prompt: str, adapter: str, expected: str) -> None:
+    assert insert_handler(app)(prompt, adapter)[0] == expected
 
 
-def test_comparing_keeps_what_was_written(app: Any) -> None:
-    speak = speaker(app)
-    assert speak("a dog by the sea", "dog") == "a sks dog by the sea"
-    assert speak("a zwx hat", "dog") == "a sks dog"  # as the adapter before had it
+def test_compare_adds_trigger_words_and_keeps_the_prompt(app: Any) -> None:
+    add_trigger = trigger_handler(app)
+    assert add_trigger("a dog by the sea", "dog") == "a sks dog by the sea"
+    assert add_trigger("a zwx hat", "dog") == "a sks dog"  # the prompt of the adapter before
     for prompt, adapter in (("sks, by the sea", "dog"), ("by the sea", "none"), ("by the sea", None)):
-        assert speak(prompt, adapter).get("__type__") == "update" and "value" not in speak(prompt, adapter)
+        assert add_trigger(prompt, adapter).get("__type__") == "update" and "value" not in add_trigger(prompt, adapter)
