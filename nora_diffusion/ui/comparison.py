@@ -52,24 +52,24 @@ def build_axis(app: App, name: str, values: str, adapter: str) -> Axis:
         raise UserError(f"the axis {name[:40]!r} is unknown: choose one of {', '.join(AXES)}")
     if len(values or "") > MAX_TEXT:
         raise UserError(f"an axis has more than {MAX_TEXT} characters: remove some values")
-    words = [word.strip() for word in re.split("[|,\n]", values or "") if word.strip()]
-    if not words:
+    labels = [label.strip() for label in re.split("[|,\n]", values or "") if label.strip()]
+    if not labels:
         raise UserError(f"the axis {name!r} has no values: enter some{EXAMPLES.get(name, '')}")
     if name == "adapter":
-        return Axis(name, tuple(words), tuple({"adapter": _path(app, word)} for word in words))
+        return Axis(name, tuple(labels), tuple({"adapter": _path(app, label)} for label in labels))
     if name == "method":
         found = {entry.info.method: entry for entry in reversed(siblings(app, adapter)) if entry.info}
-        return Axis(name, tuple(words), tuple({"adapter": str(_lookup(found, word, "method").file)} for word in words))
+        return Axis(name, tuple(labels), tuple({"adapter": str(_lookup(found, label, name).file)} for label in labels))
     if name == "step":
         steps = {str(step): file for step, file in checkpoints(app, adapter).items()}
-        return Axis(name, tuple(words), tuple({"adapter": str(_lookup(steps, word, "step"))} for word in words))
+        return Axis(name, tuple(labels), tuple({"adapter": str(_lookup(steps, label, name))} for label in labels))
     return parse_axis(f"{name}={values}")
 
 
-def _lookup(table: dict[str, Any], word: str, what: str) -> Any:
-    if word not in table:
-        raise UserError(f"this subject has no {what} {word[:40]!r}: choose one of {', '.join(table) or 'none'}")
-    return table[word]
+def _lookup(table: dict[str, Any], label: str, axis: str) -> Any:
+    if label not in table:
+        raise UserError(f"this subject has no {axis} {label[:40]!r}: choose one of {', '.join(table) or 'none'}")
+    return table[label]
 
 
 def _path(app: App, name: str) -> str | None:

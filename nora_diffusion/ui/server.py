@@ -11,7 +11,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def started(config: AppConfig) -> Iterator[tuple[App, str]]:
     work.mkdir()
     before = Path.cwd()
     try:
-        app = App(config=_absolute(config), scratch=scratch)
+        app = App(config, scratch)
         security.clean_environment(scratch)
         os.chdir(work)
         with _served(app) as url:
@@ -61,10 +60,6 @@ def started(config: AppConfig) -> Iterator[tuple[App, str]]:
     finally:
         os.chdir(before)
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _absolute(config: AppConfig) -> AppConfig:
-    return replace(config, source=config.source.absolute(), library=str(config.library_folder))
 
 
 @contextmanager
@@ -117,9 +112,9 @@ def _mounted(app: App, blocks: Any, appearance: dict[str, Any]) -> Any:
 def blocked(app: App) -> list[Path]:
     """Folders that are never served, whatever a handler returns: models, caches, adapters, the program itself."""
     cache = Path(os.environ.get("HF_HOME", "~/.cache")).expanduser()
-    name = app.config.source.base
+    name = app.engine.source.base
     base = [Path(name)] if name and Path(name).exists() else []
-    return [app.config.library_folder, cache, Path("~/.cache").expanduser(), EMBEDDED_WEIGHTS.parents[1], *base]
+    return [app.library.folder, cache, Path("~/.cache").expanduser(), EMBEDDED_WEIGHTS.parents[1], *base]
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -24,7 +24,7 @@ TABS = ("generate", "mix", "library", "train", "compare", "inspect")
 def build(app: App) -> tuple[Any, dict[str, Any]]:
     """The page, and the arguments of ``gr.mount_gradio_app`` for its appearance."""
     with gr.Blocks(title="nora_diffusion", delete_cache=CACHE_SECONDS, analytics_enabled=False) as blocks:
-        base = "embedded base model" if app.engine.is_embedded else short_name(str(app.config.source.base))
+        base = "embedded base model" if app.engine.is_embedded else short_name(str(app.engine.source.base))
         gr.HTML(f"<h1>nora_diffusion</h1><p>{html.escape(base)}</p>", elem_id="title")
         prompt = gr.Textbox(
             defaults(app.engine)["prompt"], label="Prompt", lines=3, max_lines=8, max_length=MAX_PROMPT, render=False,

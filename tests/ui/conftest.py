@@ -114,9 +114,9 @@ def start(folder: Path, *flags: str) -> Server:
     (folder / "tmp").mkdir(parents=True)
     log = folder / "server.log"
     environment = {**os.environ, **HOSTILE, "TMPDIR": str(folder / "tmp"), "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, "app.py", "--port", "0", "--library", str(folder / "library"), *flags]
+    command = [sys.executable, "app.py", "--port", "0", "--library", str(folder / "library"), *flags]
     with log.open("w") as errors:
-        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()
     match = re.search(r"http://\S+?(?=/?[ ;])", line)

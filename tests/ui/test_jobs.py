@@ -250,7 +250,7 @@ def test_a_job_with_an_unreadable_adapter_is_not_done(
     folder = jobs.root / jobs.start("dog", settings, photos)
     job = {"name": "dog", "library": str(jobs.library), "device_lock": str(jobs.device_lock), "flags": []}
     (folder / "job.json").write_text(json.dumps(job))
-    monkeypatch.setattr(worker, "_trainer", lambda: write_garbage)
+    monkeypatch.setattr("nora_diffusion.training.main", write_garbage)
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert worker.main(folder) == worker.UNREADABLE
@@ -274,7 +274,7 @@ def test_a_stop_right_after_the_start_is_reported(jobs: Jobs, monkeypatch: pytes
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(worker, "write_atomic", write_and_be_stopped)
-    monkeypatch.setattr(worker, "_trainer", lambda: lambda words: 0)
+    monkeypatch.setattr("nora_diffusion.training.main", lambda arguments: 0)
     before = signal.signal(signal.SIGTERM, lambda *_: None)  # by default the signal would end this test
     try:
         assert worker.main(folder) == 143
@@ -294,7 +294,7 @@ def test_a_finished_run_that_did_not_fit_into_the_library_is_not_trained_again(
     job = {"name": "dog", "library": str(jobs.library), "device_lock": str(jobs.device_lock), "flags": []}
     (folder / "job.json").write_text(json.dumps(job))
     (folder / "request.yaml").write_text("pretrained_model_name_or_path: elsewhere\n")
-    monkeypatch.setattr(worker, "_trainer", lambda: pytest.fail("trained again"))
+    monkeypatch.setattr("nora_diffusion.training.main", lambda arguments: pytest.fail("trained again"))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with monkeypatch.context() as full:
         full.setattr(worker.shutil, "copy2", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))

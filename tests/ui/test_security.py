@@ -331,8 +331,8 @@ def test_it_listens_on_loopback(server: Server) -> None:
 
 @pytest.mark.parametrize("flags", [[], ["--auth", "user"], ["--auth", ":x"], ["--auth", "x:"]])
 def test_no_listening_without_a_password(flags: list[str]) -> None:
-    words = [sys.executable, "app.py", "--listen", "0.0.0.0", *flags]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=LONG)
+    command = [sys.executable, "app.py", "--listen", "0.0.0.0", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LONG)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --") and "auth" in done.stderr and "Traceback" not in done.stderr
 

@@ -16,8 +16,8 @@ from .conftest import LONG, ROOT, Server
 
 def refused(*flags: str) -> str:
     """The error message of an app that does not start."""
-    words = [sys.executable, "app.py", *flags]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=LONG)
+    command = [sys.executable, "app.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LONG)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     return done.stderr
 

@@ -35,7 +35,7 @@ def build_settings(
         raise UserError(f"there is no preset {preset[:40]!r}: choose one of {', '.join(PRESETS)}")
     trigger, class_word = trigger.strip(), class_word.strip()
     own = {k: v for k, v in changes.items() if v is not None and v != ""} | read_extra(extra)
-    defaults = _defaults(engine, str(own.get("method", "nora")))
+    defaults = _defaults(engine, own)
     steps = own.get("max_train_steps") or max(1, round(defaults.max_train_steps * PRESETS[preset][0]))
     every = max(1, int(steps) // 5)
     return {
@@ -65,12 +65,13 @@ def check_word(field: str, word: str, example: str) -> None:
         raise UserError(f"'{field}' is {word[:40]!r}: enter one word, for example {joined}")
 
 
-def _defaults(engine: Engine, method: str) -> Any:
+def _defaults(engine: Engine, settings: Mapping[str, Any]) -> Any:
+    """The trainer's defaults for the base and the method."""
     from ...training import TrainConfig
     from ...training.settings.defaults import with_defaults
 
-    config = TrainConfig.from_mapping({"pretrained_model_name_or_path": engine.source.base, "method": method})
-    return with_defaults(config)
+    method = {"method": settings["method"]} if "method" in settings else {}
+    return with_defaults(TrainConfig.from_mapping({"pretrained_model_name_or_path": engine.source.base, **method}))
 
 
 def read_extra(text: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,7 @@ def _train(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
             lock.acquire()
             _write_status(folder, waiting=False)
         # A finished run that could not be copied to the library (disk full, for example) is not trained again.
-        code = (
-            0 if is_finished(folder / "run") else _trainer()(["--config", str(folder / "request.yaml"), *job["flags"]])
-        )
+        code = 0 if is_finished(folder / "run") else _run_trainer(folder, job["flags"])
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the rest is short and must not be interrupted
         if code != 0:
             return {"code": code, "message": ""}
@@ -62,16 +60,16 @@ def _train(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         lock.release()
 
 
+def _run_trainer(folder: Path, flags: list[str]) -> int:
+    from ...training import main
+
+    return main(["--config", str(folder / "request.yaml"), *flags])
+
+
 def _write_status(folder: Path, waiting: bool) -> None:
     """Record this process and whether it waits for the device."""
     process = {"pid": os.getpid(), "boot": boot_id(), "waiting": waiting}
     write_atomic(folder / "process.json", json.dumps(process))
-
-
-def _trainer() -> Callable[[list[str]], int]:
-    from ...training import main
-
-    return main
 
 
 def is_finished(run: Path) -> bool:

@@ -43,9 +43,9 @@ def build(page: Page) -> None:
 
 
 def _form(page: Page) -> SimpleNamespace:
-    first = defaults(page.app.engine)
+    initial = defaults(page.app.engine)
     prompt = gr.Textbox(
-        first["prompt"], label="Prompt", lines=2, max_length=MAX_PROMPT, elem_id="compare-prompt",
+        initial["prompt"], label="Prompt", lines=2, max_length=MAX_PROMPT, elem_id="compare-prompt",
     )  # fmt: skip
     adapter = gr.Dropdown(
         [NO_CHOICE, *usable_names(page)], value=None, label="Adapter", elem_id="compare-adapter", interactive=True
@@ -67,7 +67,7 @@ def _form(page: Page) -> SimpleNamespace:
             weight = gr.Slider(-2, 2, 1, step=0.05, label="Weight", min_width=140)
             seed = gr.Number(1, label="Seed", precision=0, minimum=0, min_width=100)
         with gr.Row():
-            steps = gr.Slider(1, MAX_STEPS, first["steps"], step=1, label="Steps", min_width=140)
+            steps = gr.Slider(1, MAX_STEPS, initial["steps"], step=1, label="Steps", min_width=140)
             guidance = gr.Slider(0, 20, page.app.engine.guidance, step=0.5, label="Guidance scale (CFG)", min_width=140)
         negative = gr.Textbox("", label="Negative prompt", max_length=MAX_PROMPT)
     scored = gr.Checkbox(

@@ -129,8 +129,8 @@ def describe(report: MixReport) -> str:
     rows = [
         ("saved as", report.name),
         ("rank", report.rank),
-        ("kept", f"{100 * report.kept:.1f}% of the sum's energy"),
-        ("error", f"{report.error:.1e} of the sum's norm"),
+        ("energy kept", f"{100 * report.kept:.1f}%"),
+        ("relative error", f"{report.error:.1e}"),
         *((f"overlap of {one} and {two}", f"{score:.2f}") for (one, two), score in report.overlaps.items()),
         *(("warning", text) for text in report.warnings),
     ]

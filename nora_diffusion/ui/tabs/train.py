@@ -108,7 +108,7 @@ def _settings() -> dict[str, Any]:
 
 
 def _persist(page: Page, form: SimpleNamespace) -> None:
-    """Keep the form, except for the photos, in the browser over a reload."""
+    """Store the form, except for the photos, in the browser over a reload."""
     rules: dict[str, list[Any]] = {
         "word": ["", 0, 40], "trigger": ["sks", 0, 40], "name": ["my-subject", 0, 64],
         "preset": ["Balanced", 0, 40, list(PRESETS)], "method": ["nora", 0, 40, list(METHODS)],
