@@ -57,7 +57,8 @@ if TYPE_CHECKING:
     from .conversion.export import export_lora
     from .conversion.import_lora import import_lora
     from .errors import UserError
-    from .formats.adapter_file import AdapterInfo, inspect_adapter
+    from .formats.adapter_file import inspect_adapter
+    from .formats.adapter_info import AdapterInfo
     from .formats.pack_writing import add_to_pack, create_pack, extract_from_pack, remove_from_pack
     from .formats.packs import list_pack
     from .loaders import (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 HELP = "pack many subjects with one shared basis into one file"
@@ -34,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(values: argparse.Namespace) -> None:
     """Run the verb and print the result."""
     from ..formats import pack_writing
+    from ..formats.adapter_file import is_basis_folder
     from ..formats.packs import list_pack
 
     if values.verb == "list":
@@ -47,15 +47,9 @@ def run(values: argparse.Namespace) -> None:
     else:
         verb = pack_writing.create_pack if values.verb == "create" else pack_writing.add_to_pack
         named = [tuple(text.split("=", 1)) if "=" in text else ("", text) for text in values.adapters]
-        file = verb(values.pack, [(name, path) for name, path in named if name or not _is_bases_folder(Path(path))])
+        file = verb(values.pack, [(name, path) for name, path in named if name or not is_basis_folder(Path(path))])
     count = len(list_pack(file))
     print(f"{file}: {count} {'subject' if count == 1 else 'subjects'}, {file.stat().st_size:,} bytes")
-
-
-def _is_bases_folder(folder: Path) -> bool:
-    """Whether this is the folder of shared bases, which a shell pattern like ``shelf/*`` includes."""
-    files = list(folder.iterdir()) if folder.name == "bases" and folder.is_dir() else []
-    return bool(files) and all(re.fullmatch(r"[0-9a-f]{64}\.safetensors", file.name) for file in files)
 
 
 def _list(values: argparse.Namespace) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..errors import UserError
-from ..formats.adapter_file import AdapterInfo, inspect_adapter, require_vacant, write_adapter
+from ..formats.adapter_file import inspect_adapter, require_vacant, write_adapter
+from ..formats.adapter_info import AdapterInfo
 from ..formats.keys import Projection, factors_by_projection
 from ..formats.model_card import write_card
 from ..generation.tags import check_range

@@ -13,7 +13,8 @@ from torch import nn
 from ..adapters import AdapterConfig
 from ..adapters.tuner.build import delta_of_file
 from ..errors import UserError
-from ..formats.adapter_file import AdapterInfo, given_name, inspect_adapter, read_tensors
+from ..formats.adapter_file import given_name, inspect_adapter, read_tensors
+from ..formats.adapter_info import AdapterInfo
 from ..formats.keys import Projection, factors_by_projection
 from ..loaders.active import held, unknown_adapter
 from ..loaders.inject import origin

@@ -15,11 +15,13 @@ from ..adapters.deltas.chain import ChainDelta
 from ..adapters.tuner.build import delta_of_file
 from ..adapters.tuner.rank_mask import check_rank
 from ..errors import UserError
-from ..formats.adapter_file import AdapterInfo, Tensors, inspect_adapter, read_tensors
+from ..formats.adapter_file import inspect_adapter, read_tensors
+from ..formats.adapter_info import AdapterInfo
 from ..formats.foreign import EMBEDDING_KEY, EMBEDDING_KEYS
 from ..formats.keys import Projection, factors_by_projection, token_vectors
+from ..io.tensor_file import Tensors
 from ..loaders.gates import MeanGates, mean_gates_of_file
-from ..pipelines.precision import DTYPES
+from ..pipelines.precision import DTYPES, check_dtype
 from .lora_layouts import (
     WRITERS,
     Format,
@@ -77,8 +79,8 @@ def export_lora(
     """
     if format not in get_args(Format):
         raise UserError(f"format={format!r} is unknown: choose one of {', '.join(get_args(Format))}")
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+    if dtype is not None:
+        check_dtype(dtype, DTYPES)
     info = inspect_adapter(src)
     dst = Path(dst).expanduser()
     embeddings = _embedding_files(dst, info)

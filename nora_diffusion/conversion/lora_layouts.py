@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..adapters.patterns import pattern_of
 from ..errors import UserError
-from ..formats.adapter_file import AdapterInfo, Tensors
+from ..formats.adapter_info import AdapterInfo
 from ..formats.foreign import PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX
 from ..io.files import write_atomic
-from ..io.tensor_file import TensorFile
+from ..io.tensor_file import TensorFile, Tensors
 from ..pipelines.components import canonical
 
 Format = Literal["diffusers", "kohya", "peft"]

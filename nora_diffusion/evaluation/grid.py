@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..data.captions import without_trigger
 from ..errors import UserError
-from ..formats.adapter_file import AdapterInfo, given_name, inspect_adapter
+from ..formats.adapter_file import given_name, inspect_adapter
+from ..formats.adapter_info import AdapterInfo
 from ..generation.image_settings import read_settings, save_image
 from ..generation.sampling import OnStep, describe_image, sample_images
 from ..io.files import write_atomic

@@ -15,7 +15,8 @@ from typing import Any
 
 from ..data.captions import fill
 from ..errors import UserError
-from ..formats.adapter_file import AdapterInfo, inspect_adapter
+from ..formats.adapter_file import inspect_adapter
+from ..formats.adapter_info import AdapterInfo
 from ..generation.generate import parse_adapter
 from ..generation.sampling import Sampling, check_range
 from ..io.images import load_image

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 from pathlib import Path
 
 from safetensors.torch import save
@@ -16,7 +17,7 @@ from safetensors.torch import save
 from ..errors import UserError
 from ..io.files import sha256, write_atomic
 from ..io.tensor_file import TensorFile, Tensors, named_hash, require_finite
-from .adapter_info import DESCRIPTIVE, AdapterInfo, BasisKind, dump_info, parse_info
+from .adapter_info import AdapterInfo, dump_info, parse_info
 from .foreign import DIFFUSERS_FILE, EMBEDDING_FILE, PEFT_FILE, recognize
 from .keys import count_parameters, is_frozen
 from .packs import inspect_subject, read_subject
@@ -25,11 +26,6 @@ FILE_NAME = "nora_adapter.safetensors"
 BASIS_FOLDER = "bases"
 IN_FOLDERS = (FILE_NAME, PEFT_FILE, DIFFUSERS_FILE, EMBEDDING_FILE)
 """File names of an adapter in a folder, in the order of preference: ours, PEFT's, diffusers'."""
-
-__all__ = [
-    "DESCRIPTIVE", "FILE_NAME", "AdapterInfo", "BasisKind", "Tensors", "inspect_adapter", "locate",
-    "read_tensors", "write_adapter",
-]  # fmt: skip
 
 
 def locate(path: str | Path) -> Path:
@@ -134,6 +130,12 @@ def basis_folders(adapter_folder: Path, basis_dir: str | Path | None) -> list[Pa
         return [Path(basis_dir)]
     folder = Path(os.path.abspath(adapter_folder))  # noqa: PTH100 ("." has no parent, and resolve() follows links)
     return [folder.parent / BASIS_FOLDER, folder / BASIS_FOLDER]
+
+
+def is_basis_folder(folder: Path) -> bool:
+    """Whether a folder beside adapters (``shelf/*``) is that of their shared bases."""
+    files = list(folder.iterdir()) if folder.name == BASIS_FOLDER and folder.is_dir() else []
+    return bool(files) and all(re.fullmatch(r"[0-9a-f]{64}\.safetensors", file.name) for file in files)
 
 
 def basis_files(info: AdapterInfo, basis_dir: str | Path | None = None) -> list[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from ..io.files import user_errors, write_atomic
-from .adapter_file import AdapterInfo
+from .adapter_info import AdapterInfo
 
 log = logging.getLogger(__name__)
 

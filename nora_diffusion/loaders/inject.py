@@ -18,7 +18,7 @@ from ..adapters import AdapterConfig, NoraLayer
 from ..adapters.config import Start
 from ..adapters.tuner.qkv_guard import refuse_fused
 from ..errors import UserError
-from ..formats.adapter_file import AdapterInfo
+from ..formats.adapter_info import AdapterInfo
 from ..pipelines.components import Modules, adapter_configs, tuner_layers
 from ..pipelines.router_inputs import connect, router_input_width
 from .active import adapter_names, delete_adapter, held, regroup, take_out

@@ -15,17 +15,11 @@ from ..adapters.config import Start
 from ..adapters.tuner.build import build_delta, cast_frozen, flat_weight
 from ..adapters.tuner.rank_mask import check_rank
 from ..errors import UserError, first_line
-from ..formats.adapter_file import (
-    IN_FOLDERS,
-    AdapterInfo,
-    Tensors,
-    given_name,
-    inspect_adapter,
-    read_tensors,
-    split_address,
-)
+from ..formats.adapter_file import BASIS_FOLDER, IN_FOLDERS, given_name, inspect_adapter, read_tensors, split_address
+from ..formats.adapter_info import AdapterInfo
 from ..formats.keys import file_key, token_key, token_vectors
 from ..io.files import is_path
+from ..io.tensor_file import Tensors
 from ..pipelines.base import base_id
 from ..pipelines.components import (
     Modules,
@@ -196,7 +190,7 @@ def _fetched(hub_id: str) -> Path:
         raise UserError(f"the hub's repository {hub_id!r} holds no adapter: none of {', '.join(IN_FOLDERS)} is in it")
     info = inspect_adapter(file, hashed=False)
     if info.basis == "shared":
-        fetch(f"bases/{info.basis_sha256}.safetensors")  # where it is not, its reader says what is missing
+        fetch(f"{BASIS_FOLDER}/{info.basis_sha256}.safetensors")  # where it is not, its reader says what is missing
     return file
 
 

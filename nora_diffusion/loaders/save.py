@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..adapters import AdapterConfig
 from ..adapters.tuner.build import flat_weight
 from ..errors import UserError
-from ..formats.adapter_file import DESCRIPTIVE, AdapterInfo, BasisKind, Tensors, inspect_adapter, write_adapter
-from ..formats.adapter_info import FORMAT_VERSION
+from ..formats.adapter_file import inspect_adapter, write_adapter
+from ..formats.adapter_info import DESCRIPTIVE, FORMAT_VERSION, AdapterInfo, BasisKind
 from ..formats.keys import file_key, is_frozen
 from ..formats.model_card import write_card
+from ..io.tensor_file import Tensors
 from ..pipelines.base import base_id
 from ..pipelines.components import (
     Modules,
@@ -26,7 +27,7 @@ from ..pipelines.components import (
     refuse_merged,
     refuse_offloaded,
 )
-from ..pipelines.precision import DTYPES
+from ..pipelines.precision import DTYPES, check_dtype
 from ..versions import versions
 from .active import unknown_adapter
 from .inject import origin
@@ -75,8 +76,8 @@ def _check(
     modules: Modules, path: str | Path, adapter_name: str, dtype: str | None, basis: BasisKind
 ) -> tuple[Path, Modules]:
     """The folder, and the components that hold the adapter; refuses what cannot be saved."""
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+    if dtype is not None:
+        check_dtype(dtype, DTYPES)
     folder = Path(path).expanduser()
     if folder.suffix == ".safetensors":
         raise UserError(f"{path} is a file name: give a folder for the adapter and its card")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -33,10 +33,10 @@ def resolve_dtype(told: str, device: Any) -> torch.dtype:
     return DTYPES[told]
 
 
-def check_dtype(told: str) -> None:
-    """Raises :class:`UserError` for what is neither ``auto`` nor a number type."""
-    if told not in (AUTO, *DTYPES):
-        raise UserError(f"dtype={told!r} is unknown: choose one of {', '.join((AUTO, *DTYPES))}")
+def check_dtype(told: str, known: Collection[str] = (AUTO, *DTYPES)) -> None:
+    """Raise :class:`UserError` for a dtype name that is not in ``known``."""
+    if told not in known:
+        raise UserError(f"dtype={told!r} is unknown: choose one of {', '.join(known)}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..formats.adapter_file import AdapterInfo
+from ..formats.adapter_info import AdapterInfo
 from ..generation.generate import next_file
 from ..generation.image_settings import save_image
 from ..generation.sampling import describe_image, sample_images

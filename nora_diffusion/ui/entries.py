@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from ..formats.adapter_file import FILE_NAME, AdapterInfo, basis_files, given_name, inspect_adapter, split_address
+from ..formats.adapter_file import FILE_NAME, basis_files, given_name, inspect_adapter, split_address
+from ..formats.adapter_info import AdapterInfo
 from ..formats.packs import SUFFIX, Pack, PackedSubject
 from ..generation.tags import tag_name
 from ..io.files import write_atomic

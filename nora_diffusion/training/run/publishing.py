@@ -10,6 +10,7 @@ from typing import cast
 from ...conversion.export import export_lora
 from ...conversion.lora_layouts import Format
 from ...errors import UserError, first_line
+from ...formats.foreign import DIFFUSERS_FILE
 from ...io.files import sha256
 from .rundir import EXPORTS, RunFolder
 from .setup import Run
@@ -25,7 +26,7 @@ def export_all(adapter: Path, formats: Sequence[str], dtype: str | None) -> list
     files: list[Path] = []
     for format in dict.fromkeys(formats):
         place = adapter.parent / EXPORTS / format
-        names = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": f"{adapter.parent.name}.safetensors"}
+        names = {"diffusers": DIFFUSERS_FILE, "kohya": f"{adapter.parent.name}.safetensors"}
         try:
             report = export_lora(adapter, place / names.get(format, ""), cast(Format, format), dtype)
         except UserError as error:
