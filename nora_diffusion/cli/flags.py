@@ -26,7 +26,6 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``Sampling``."""
-    parser.add_argument("--negative_prompt", default="", help="what to avoid")
     parser.add_argument("--steps", type=int, help="denoising steps, 1 to 1000 (default: that of the base)")
     parser.add_argument("--guidance", type=float, help="guidance scale, 0 to 100 (default: that of the base)")
     parser.add_argument("--width", type=int, help="width in pixels, a multiple of 8 (default: that of the base)")
@@ -38,11 +37,11 @@ def source_of(values: argparse.Namespace) -> BaseSource:
     return BaseSource(values.base, values.device, values.dtype, values.variant, values.revision)
 
 
-def sampling_of(values: argparse.Namespace) -> Sampling:
+def sampling_of(values: argparse.Namespace, negative_prompt: str = "") -> Sampling:
     """The flags as ``Sampling``, with the base's defaults."""
     from ..generation.sampling import Sampling
 
     return Sampling.for_base(
-        values.base, values.steps, values.guidance, negative_prompt=values.negative_prompt, width=values.width,
+        values.base, values.steps, values.guidance, negative_prompt=negative_prompt, width=values.width,
         height=values.height,
     )  # fmt: skip

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num", type=int, default=1, help="images per prompt, 1 to 10000")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the next ones count up")
     parser.add_argument("--batch", type=int, default=4, help="images at a time; fewer take less memory")
+    parser.add_argument("--negative_prompt", default="", help="what to avoid")
     add_sampling_flags(parser)
     add_source_flags(parser)
     parser.add_argument("--out", default="outputs", help="folder for the images; nothing in it is overwritten")
@@ -34,8 +35,9 @@ def run(values: argparse.Namespace) -> None:
     """Generate the images and print their files."""
     from ..generation.generate import GenerateConfig, generate
 
+    sampling = sampling_of(values, values.negative_prompt)
     config = GenerateConfig(
-        values.prompt, sampling_of(values), source_of(values), values.adapter, values.library, values.num, values.seed,
+        values.prompt, sampling, source_of(values), values.adapter, values.library, values.num, values.seed,
         values.batch, values.out,
     )  # fmt: skip
     for file in generate(config):

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of all cells")
     parser.add_argument("--judge", help="CLIP folder or hub id to score with; 'tiny' is that of the embedded base")
     parser.add_argument("--references", help="folder of real images of the subject, for the subject score")
+    parser.add_argument("--negative_prompt", default="", help="what to avoid")
     add_sampling_flags(parser)
     add_source_flags(parser)
     parser.add_argument("--out", default="outputs/grid", help="output folder; cells in it are reused")
@@ -45,7 +46,7 @@ def run(values: argparse.Namespace) -> None:
     adapter, weight = parse_adapter(values.adapter) if values.adapter else (None, 1.0)
     if not values.prompt and all(a.name != "prompt" for a in axes.values()):
         raise UserError("there is no prompt: give --prompt, or an axis prompt=...")
-    cell = Cell(sampling_of(values), values.prompt, adapter, weight, seed=values.seed)
+    cell = Cell(sampling_of(values, values.negative_prompt), values.prompt, adapter, weight, seed=values.seed)
     references = (
         [source.image for source in read_images(Path(values.references).expanduser())] if values.references else []
     )
