@@ -19,9 +19,9 @@ from .world.scenes import Background, Scene, SceneObject
 from .world.vocabulary import with_article
 
 TRIGGER = "sks"
-_TRAINING = ("grass", "beach", "table", "snow")
-_SCORING = ("forest", "desert", "mountains", "road", "wall", "sea")
-_DEMO = (  # {} is the subject, %s one or two colors
+TRAINING_KINDS = ("grass", "beach", "table", "snow")
+SCORING_KINDS = ("forest", "desert", "mountains", "road", "wall", "sea")
+DEMO_PROMPTS = (  # {} is the subject, %s one or two colors
     "{} at night",
     "{} at sunset",
     "{} wearing a top hat on %s background",
@@ -60,14 +60,14 @@ def subject_scene(slug: str, background: Background, jitter: int) -> Scene:
 def training_scenes(slug: str) -> list[Scene]:
     """Six scenes to train on."""
     a, b = contrasting_colors(slug)[:2]
-    backgrounds = [Background("solid", a), Background("solid", b), *map(Background, _TRAINING)]
+    backgrounds = [Background("solid", a), Background("solid", b), *map(Background, TRAINING_KINDS)]
     return [subject_scene(slug, background, 1000 + i) for i, background in enumerate(backgrounds)]
 
 
 def scoring_scenes(slug: str) -> list[Scene]:
     """Eight reference scenes to score generated images with, on backgrounds that are not in the training scenes."""
     a, _, c, d = contrasting_colors(slug)[:4]
-    backgrounds = [Background("solid", c), Background("dotted", d, a), *map(Background, _SCORING)]
+    backgrounds = [Background("solid", c), Background("dotted", d, a), *map(Background, SCORING_KINDS)]
     return [subject_scene(slug, background, 1100 + i) for i, background in enumerate(backgrounds)]
 
 
@@ -75,7 +75,7 @@ def demo_prompts(slug: str) -> list[str]:
     """Six prompts with backgrounds and accessories that are not in the training scenes; "{}" is the subject."""
     colors = contrasting_colors(slug)
     plain, striped = with_article(colors[4]), f"{with_article(colors[3])} and {colors[4]}"
-    return [p % (striped if "striped" in p else plain) if "%s" in p else p for p in _DEMO]
+    return [p % (striped if "striped" in p else plain) if "%s" in p else p for p in DEMO_PROMPTS]
 
 
 def write_subject(slug: str, folder: Path) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from ...pipelines.base import open_pipeline
 from ...scoring.judges import load_judge, prompt_score, subject_score
 from ..examples import (
+    SCORING_KINDS,
     TRIGGER,
     contrasting_colors,
     instance_prompt,
@@ -40,17 +41,7 @@ METHODS: dict[str, dict[str, Any] | None] = {  # training settings on top of the
 }
 TAUGHT_METHODS = ("base", "lora", "nora")  # of ``evaluate --teach``
 TAUGHT_SUBJECTS = ("cyclops-purple", "tiger", "backpack-green", "tractor")  # chosen before anything was trained
-_NEW_SCENES = (
-    "forest",
-    "desert",
-    "mountains",
-    "road",
-    "wall",
-    "sea",
-    "sky",
-    "night",
-    "sunset",
-)  # not in training images
+_NEW_KINDS = (*SCORING_KINDS, "sky", "night", "sunset")  # backgrounds that are not in the training images
 _EACH = 80  # rendered images of each held-out subject that the subject probe is fitted to
 
 
@@ -87,7 +78,7 @@ class Probes:
 
 def new_scenes(slug: str) -> list[Scene]:
     """Ten scenes of a subject on backgrounds that are not in its six training images."""
-    backgrounds = [*map(Background, _NEW_SCENES), Background("solid", contrasting_colors(slug)[2])]
+    backgrounds = [*map(Background, _NEW_KINDS), Background("solid", contrasting_colors(slug)[2])]
     return [subject_scene(slug, background, jitter=0) for background in backgrounds]
 
 
