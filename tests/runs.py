@@ -12,9 +12,25 @@ from safetensors.torch import load_file
 
 from nora_diffusion.training import TrainConfig
 from nora_diffusion.training.many import subjects
-from nora_diffusion.training.run import setup
+from nora_diffusion.training.planning.plan import Plan
+from nora_diffusion.training.run import run
+from nora_diffusion.training.settings.defaults import with_defaults
+from nora_diffusion.training.settings.resolved import ResolvedConfig, resolved
 
 Configure = Callable[..., TrainConfig]
+
+
+def resolve(config: TrainConfig) -> ResolvedConfig:
+    """``config`` with defaults, and small values for what a base or a machine would settle."""
+    filled = with_defaults(config)
+    values = {
+        "seed": 0,
+        "mixed_precision": "no",
+        "lr_warmup_steps": 0,
+        "resolution": 16,
+        "timestep_sampling": "uniform",
+    }
+    return resolved(filled, **{name: v for name, v in values.items() if getattr(filled, name) is None})
 
 
 def flags(config: TrainConfig) -> list[str]:
@@ -46,24 +62,29 @@ def assert_same_run(one: Path, other: Path, last: int) -> None:
 
 def in_double(replace: Callable[[Any, str, Any], None]) -> None:
     """Have the trainer work in fp64: frozen weights, factors and activations. ``replace`` is as ``setattr``."""
-    original = setup.place_adapter
 
-    def place_adapter(config: TrainConfig, pipe: Any, *rest: Any) -> Any:
-        parameters = original(config, pipe, *rest)
-        torch.nn.Module.to(pipe.unet, torch.float64)
-        torch.nn.Module.to(pipe.text_encoder, torch.float64)
-        return parameters
-
-    def lower_precision(config: TrainConfig, pipe: Any, device: torch.device) -> torch.dtype:
+    def widen(pipe: Any) -> None:
         for module in (pipe.unet, pipe.text_encoder):
             torch.nn.Module.to(module, torch.float64)
-        if config.gradient_checkpointing:
-            pipe.unet.enable_gradient_checkpointing()
-        return torch.float64
 
-    replace(setup, "place_adapter", place_adapter)
-    replace(setup, "lower_precision", lower_precision)
-    replace(subjects, "lower_precision", lower_precision)
+    def in_double(original: Callable[..., Any], position: int) -> Callable[..., Any]:
+        def put_in(*given: Any) -> Any:
+            parameters = original(*given)
+            widen(given[position])
+            return parameters
+
+        return put_in
+
+    def prepare_base(plan: Plan) -> None:
+        widen(plan.pipe)
+        if plan.config.gradient_checkpointing:
+            plan.pipe.unet.enable_gradient_checkpointing()
+
+    replace(run, "put_in_adapter", in_double(run.put_in_adapter, 1))
+    replace(run, "put_in_checkpoint", in_double(run.put_in_checkpoint, 0))
+    replace(run, "prepare_base", prepare_base)
+    replace(subjects, "prepare_base", prepare_base)
+    replace(Plan, "dtype", torch.float64)
 
 
 def factors(folder: Path) -> dict[str, torch.Tensor]:

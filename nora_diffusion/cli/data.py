@@ -54,7 +54,7 @@ def run(values: argparse.Namespace) -> None:
         photos = with_masks(photos, folder)
     paths = [photo.path for photo in photos]
     captions = read_captions(paths, values.instance_prompt or "(no caption)", True, values.caption_column)
-    views = views_of(transform_of(TrainConfig(**settings), BUCKET_STEP), photos, values.seed)
+    views = views_of(transform_of(TrainConfig(**settings), values.resolution, BUCKET_STEP), photos, values.seed)
     page = report_data(Path(values.out).expanduser(), Subject(photos, captions, None, None, "", rejects), views)
     print(f"{len(photos)} photos, {len(rejects)} rejected: {page}")
 

@@ -23,8 +23,8 @@ from ..pipelines.base import EMBEDDED_WEIGHTS
 from ..quiet import hide_known_warnings
 from ..reports.sheets import contact_sheet
 from ..scoring.metrics import interval, resampled
-from ..training.run.signals import Interrupted
 from ..training.settings.defaults import EMBEDDED
+from ..training.signals import Interrupted
 from .measures.teaching import (
     METHODS,
     TAUGHT_SUBJECTS,

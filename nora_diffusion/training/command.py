@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from ..errors import UserError
 from ..pipelines.base import is_embedded
 from ..quiet import hide_known_warnings
-from .run.signals import Interrupted
 from .settings.arguments import parse
+from .signals import Interrupted
 
 if TYPE_CHECKING:
-    from .run.preflight import Finding
+    from .planning.preflight import Finding
     from .run.train import TrainResult
     from .settings.config import TrainConfig
 

@@ -13,7 +13,7 @@ import pytest
 from nora_diffusion import UserError
 from nora_diffusion.io import files
 from nora_diffusion.io.files import FileLock, is_held, locked_folder, write_atomic
-from nora_diffusion.training.run.rundir import RunFolder
+from nora_diffusion.training.planning.rundir import RunFolder
 
 
 def test_a_lock_has_one_holder_and_is_released_when_it_dies(tmp_path: Path) -> None:

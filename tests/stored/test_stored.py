@@ -13,7 +13,7 @@ from stored.make import CONFIGS, EXPECTED, HERE, TOKENS, answers, stored_base
 
 from nora_diffusion import inspect_adapter, load_adapter
 from nora_diffusion.loaders import trainable_parameters
-from nora_diffusion.training.run.checkpoints import read_checkpoint, restore_optimizer
+from nora_diffusion.training.planning.checkpoints import read_checkpoint, restore_optimizer
 
 KNOWN = json.loads(EXPECTED.read_text())
 PACK = HERE / "pack-1/two.nora_pack.safetensors"

@@ -17,16 +17,16 @@ from ...data.report import DataReport, Row
 from ...data.similarity import find_duplicates
 from ...data.transforms import Transform, View, bucket_shapes
 from ..settings.config import TrainConfig
+from ..settings.resolved import ResolvedConfig
 from ..step.randomness import derive, generator
 from .subject import Subject
 
 log = logging.getLogger(__name__)
 
 
-def transform_of(config: TrainConfig, step: int) -> Transform:
-    """How ``config`` makes training pictures. ``step``: sides of buckets are multiples of it, in pixels."""
-    side = config.resolution or 0
-    shapes = bucket_shapes(side, step) if config.aspect_buckets else [(side, side)]
+def transform_of(config: TrainConfig, resolution: int, step: int) -> Transform:
+    """How ``config`` crops and resizes images to ``resolution``. ``step``: sides of buckets are multiples of it."""
+    shapes = bucket_shapes(resolution, step) if config.aspect_buckets else [(resolution, resolution)]
     crop = "center" if config.center_crop else config.crop
     # torchvision has two of them; Pillow's is the exact one.
     resample = Image.Resampling[config.image_interpolation_mode.removesuffix("_exact").upper()]
@@ -55,11 +55,11 @@ def class_views(
     return [[view for views in each for view in views] for each in zip(*by_shape, strict=True)]
 
 
-def caption_variants(config: TrainConfig, captions: Sequence[str]) -> CaptionVariants:
-    """What each photo may be called in the steps of a run."""
+def caption_variants(config: ResolvedConfig, captions: Sequence[str]) -> CaptionVariants:
+    """The captions that each image may be drawn with."""
     if not config.shuffle_tags:
         return CaptionVariants([[caption] for caption in captions], config.caption_dropout)
-    sources = [generator(config.seed or 0, "tags", caption) for caption in captions]
+    sources = [generator(config.seed, "tags", caption) for caption in captions]
     texts = [
         tag_orders(caption, config.shuffle_tags, config.keep_tokens, source)
         for caption, source in zip(captions, sources, strict=True)

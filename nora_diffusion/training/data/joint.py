@@ -1,4 +1,4 @@
-"""One adapter for all subjects of a list, told apart by their triggers: their photos make one run."""
+"""One adapter for all subjects of a list, told apart by their trigger words: their images make one run."""
 
 from __future__ import annotations
 
@@ -13,23 +13,21 @@ from ..settings.listing import read_subjects
 from .subject import Subject, read_subject
 
 
-def read_data(config: TrainConfig) -> tuple[Subject, TrainConfig]:
-    """What a run learns, and its settings with the prompts settled."""
+def read_data(config: TrainConfig) -> Subject:
+    """What a run learns: one subject, or all subjects of the list together."""
     return read_together(config) if config.joint else read_subject(config)
 
 
-def read_together(config: TrainConfig) -> tuple[Subject, TrainConfig]:
-    """The subjects of ``config.subjects`` as one, whose ``members`` they are.
+def read_together(config: TrainConfig) -> Subject:
+    """The subjects of the list ``config.subjects`` as the ``members`` of one.
 
     Raises :class:`UserError` where they cannot be told apart, and for settings that know one subject only.
     """
     if config.with_prior_preservation and config.prior_preservation == "images" and not config.class_prompt:
-        raise UserError("--joint has one set of class pictures: give --class_prompt, or --prior_preservation frozen")
-    found = {name: read_subject(own) for name, own in read_subjects(config).items()}
-    members = tuple(replace(subject, name=name) for name, (subject, _) in found.items())
+        raise UserError("--joint has one set of class images: give --class_prompt, or --prior_preservation frozen")
+    members = [replace(read_subject(own), name=name) for name, own in read_subjects(config).items()]
     _check_triggers(members)
-    class_prompts = [own.class_prompt or "" for subject, own in found.values() for _ in subject.photos]
-    whole = Subject(
+    return Subject(
         photos=[photo for member in members for photo in member.photos],
         captions=[caption for member in members for caption in member.captions],
         trigger=", ".join(member.trigger or "" for member in members),
@@ -38,10 +36,10 @@ def read_together(config: TrainConfig) -> tuple[Subject, TrainConfig]:
         rejects=[reject for member in members for reject in member.rejects],
         held_out=[photo for member in members for photo in member.held_out],
         new_tokens={word: start for member in members for word, start in member.new_tokens.items()},
-        class_prompts=class_prompts if config.with_prior_preservation else (),
+        class_prompt=config.class_prompt or "",
+        class_prompts=[prompt for member in members for prompt in member.class_prompts],
         members=members,
     )
-    return whole, config
 
 
 def _check_triggers(members: Sequence[Subject]) -> None:

@@ -14,7 +14,6 @@ from ...pipelines.components import text_encoders, tokenizers
 from ..settings.config import TrainConfig
 from ..step.denoiser import TextEmbeddings, encode_prompts, family_of, is_plain, zeros_for_nothing
 from .encoding_cache import EncodingCache, module_hash, place
-from .tokens import encodes_each_step
 
 
 class PromptEmbeddings:
@@ -26,7 +25,7 @@ class PromptEmbeddings:
         self._pipe, self._config, self._encoder = pipe, config, pipe.text_encoder
         self._length = config.tokenizer_max_length
         self._plain = is_plain(pipe)
-        self._live = encodes_each_step(config)
+        self._live = config.encodes_each_step
         self._masked = config.text_encoder_use_attention_mask
         unique = list(dict.fromkeys(prompts))
         self._prompts = unique

@@ -1,4 +1,4 @@
-"""What is learned: the photos, their captions, the trigger and the class word, settled once."""
+"""What a run learns: images, their captions, the trigger word and the class word."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ...data import Reject, SourceImage, read_images, survey
 from ...data.captions import guess_class_word, guess_trigger, has_word, read_captions, with_article, with_trigger
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Subject:
-    """Photos with one caption each, and the words that call the subject."""
+    """What a run learns: images with one caption each, and the words that name the subject."""
 
     photos: Sequence[SourceImage]
     captions: Sequence[str]
@@ -32,58 +32,78 @@ class Subject:
     rejects: Sequence[Reject] = ()
     held_out: Sequence[SourceImage] = ()
     new_tokens: Mapping[str, str | None] = field(default_factory=dict)
-    """Words to be learned, with those that they start from."""
+    """Words that become new tokens, with the words that their embeddings start from."""
+    instance_prompt: str | None = None
+    """The prompt of all images; ``None`` where captions alone describe them."""
+    class_prompt: str = ""
+    """The prompt of the class without the trigger; empty without one."""
     class_prompts: Sequence[str] = ()
-    """The class prompt of each photo, where they differ."""
+    """The class prompt of each image, under prior preservation. Members may have their own."""
     name: str = ""
     members: Sequence[Subject] = ()
-    """The subjects that this one is made of, if one adapter learns several; their photos follow one another."""
+    """The subjects that this one consists of, if one adapter learns several; their images follow one another."""
+
+    @property
+    def parts(self) -> Sequence[Subject]:
+        """The members, or this subject alone."""
+        return self.members or [self]
 
     @property
     def owners(self) -> list[str]:
-        """Whose each photo is."""
-        return [member.name for member in self.members for _ in member.photos] or [self.name] * len(self.photos)
+        """The name of each image's subject."""
+        return [member.name for member in self.parts for _ in member.photos]
 
     @property
-    def says_trigger(self) -> bool:
-        """Whether every caption has the trigger, so that giving it changes none."""
+    def has_trigger_everywhere(self) -> bool:
+        """Whether every caption holds the trigger, so that passing ``--trigger`` changes none of them."""
         return all(with_trigger(caption, self.trigger, self.class_word) == caption for caption in self.captions)
 
+    @property
+    def calling_prompt(self) -> str:
+        """The prompt that names the subject: the instance prompt, unless captions replace it and name another class."""
+        trigger, class_word = self.trigger, self.class_word
+        if self.instance_prompt:
+            prompt = with_trigger(self.instance_prompt, trigger, class_word)
+            if prompt in self.captions or (class_word and has_word(prompt, class_word)):
+                return prompt
+        if trigger and class_word and not self.members:
+            return with_article(f"{trigger} {class_word}")
+        return self.captions[0]
 
-def calling_prompt(config: TrainConfig, subject: Subject) -> str:
-    """What calls the subject: the instance prompt, unless captions took its place and name another class."""
-    trigger, kind = subject.trigger, subject.class_word
-    asked = with_trigger(config.instance_prompt or "", trigger, kind)
-    if config.instance_prompt and (asked in subject.captions or (kind and has_word(asked, kind))):
-        return asked
-    if trigger and kind and not subject.members:
-        return with_article(f"{trigger} {kind}")
-    return subject.captions[0]
+    @property
+    def settings(self) -> dict[str, str | None]:
+        """The settings whose values were found in the data, for ``config.yaml`` and the run's identity."""
+        if self.members:  # each entry of the list has its own
+            return {}
+        return {
+            "instance_prompt": self.instance_prompt,
+            "class_prompt": self.class_prompt or None,
+            "trigger": self.trigger,
+            "class_word": self.class_word,
+        }
 
 
-def read_subject(config: TrainConfig) -> tuple[Subject, TrainConfig]:
-    """Read photos and captions; returns them and ``config`` with its prompts settled.
+def read_subject(config: TrainConfig) -> Subject:
+    """Read images and captions, and find the words that name the subject.
 
-    Without ``instance_prompt``, ``trigger`` and ``class_word`` make one: "a photo of sks dog". A given
-    trigger is put into captions that lack it. Raises :class:`UserError` if there is no prompt for a photo.
+    Without ``instance_prompt``, ``trigger`` and ``class_word`` make one: "a photo of sks dog". A given trigger is put
+    into captions that lack it. Raises :class:`UserError` if an image has no prompt.
     """
-    config = _with_prompts(config)
+    prompt, class_prompt = _instance_prompt(config), _class_prompt(config)
     photos, rejects = _photos(config)
     photos, held_out = hold_out(photos, config.validation_split or 0)
-    captions = read_captions(
-        [photo.path for photo in photos], config.instance_prompt, config.use_captions, config.caption_column
-    )
-    named = abstractions(config)
-    trigger = config.trigger or (named[0] if len(named) == 1 else _guess(config))
+    captions = read_captions([photo.path for photo in photos], prompt, config.use_captions, config.caption_column)
+    trigger = config.trigger or _find_trigger(config, prompt, class_prompt)
     class_word = config.class_word or guess_class_word(captions[0], trigger)
     if config.trigger:
         captions = [with_trigger(caption, trigger, class_word) for caption in captions]
     if trigger is None:
         log.warning("no trigger word in %r (--trigger names one): the whole prompt calls the subject", captions[0])
-    config = replace(config, trigger=trigger, class_word=class_word)
-    tokens = new_tokens_of(config, trigger, class_word)
-    data_hash = _data_hash(photos, captions)
-    return Subject(photos, captions, trigger, class_word, data_hash, rejects, held_out, tokens), config
+    return Subject(
+        photos, captions, trigger, class_word, _data_hash(photos, captions), rejects, held_out,
+        new_tokens=new_tokens_of(config, trigger, class_word), instance_prompt=prompt, class_prompt=class_prompt,
+        class_prompts=[class_prompt] * len(photos) if config.with_prior_preservation else [],
+    )  # fmt: skip
 
 
 def _photos(config: TrainConfig) -> tuple[list[SourceImage], list[Reject]]:
@@ -118,22 +138,26 @@ def hold_out(photos: Sequence[SourceImage], count: int) -> tuple[list[SourceImag
     return left, [photo for photo in photos if photo.sha256 in held]
 
 
-def _with_prompts(config: TrainConfig) -> TrainConfig:
-    instance, prior = config.instance_prompt, config.class_prompt
-    if instance is not None and not instance.strip():
+def _instance_prompt(config: TrainConfig) -> str | None:
+    if config.instance_prompt is not None and not config.instance_prompt.strip():
         raise UserError("the instance prompt is empty: give for example --instance_prompt 'a photo of sks dog'")
-    if instance is None and config.trigger and config.class_word:
-        instance = f"a photo of {config.trigger} {config.class_word}"
-    if prior is None and config.with_prior_preservation:
-        prior = f"a photo of a {config.class_word}"
-    return replace(config, instance_prompt=instance, class_prompt=prior)
+    if config.instance_prompt is None and config.trigger and config.class_word:
+        return f"a photo of {config.trigger} {config.class_word}"
+    return config.instance_prompt
 
 
-def _guess(config: TrainConfig) -> str | None:
-    # Captions are no ground for a guess: their first word that is not the class may be any adjective.
-    if config.instance_prompt is None:
-        return None
-    return guess_trigger(config.instance_prompt, config.class_word, config.class_prompt)
+def _class_prompt(config: TrainConfig) -> str:
+    if config.class_prompt is None:
+        return f"a photo of a {config.class_word}" if config.with_prior_preservation else ""
+    return config.class_prompt
+
+
+def _find_trigger(config: TrainConfig, prompt: str | None, class_prompt: str) -> str | None:
+    named = abstractions(config)
+    if len(named) == 1:
+        return named[0]
+    # Captions give no hint: their first word that is not the class may be any adjective.
+    return None if prompt is None else guess_trigger(prompt, config.class_word, class_prompt or None)
 
 
 def _data_hash(photos: Sequence[SourceImage], captions: Sequence[str]) -> str:

@@ -13,13 +13,9 @@ from ...errors import UserError
 from ...loaders.tokens import add_tokens, check_words, start_vectors
 from ...pipelines.components import component
 from ..settings.config import TrainConfig
+from ..settings.resolved import ResolvedConfig
 from ..step.denoiser import TRAINED_ENCODERS, family_of
 from ..step.randomness import generator
-
-
-def encodes_each_step(config: TrainConfig) -> bool:
-    """Whether prompts mean something else after each step, so that their embeddings cannot be kept."""
-    return config.train_text_encoder or config.train_text_encoder_ti
 
 
 def abstractions(config: TrainConfig) -> list[str]:
@@ -49,13 +45,13 @@ def check_new_tokens(config: TrainConfig, pipe: Any, words: Sequence[str], capti
     check_words(pipe, {word: dict.fromkeys(TRAINED_ENCODERS[family_of(pipe)], (count,)) for word in words})
 
 
-def put_new_tokens(config: TrainConfig, pipe: Any, adapter: str, words: Mapping[str, str | None]) -> None:
+def put_new_tokens(config: ResolvedConfig, pipe: Any, adapter: str, words: Mapping[str, str | None]) -> None:
     """Make the words known to the text encoders, as tokens of ``adapter`` that start from what they are like."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     for word, concept in words.items():
         for part in TRAINED_ENCODERS[family_of(pipe)]:
             encoder: Any = component(pipe, part)
             size = config.num_new_tokens_per_abstraction, encoder.get_input_embeddings().embedding_dim
-            noise = torch.randn(size, generator=generator(config.seed or 0, "new token", word, part))
+            noise = torch.randn(size, generator=generator(config.seed, "new token", word, part))
             found.setdefault(word, {})[part] = start_vectors(pipe, part, size[0], concept, noise)
     add_tokens(pipe, adapter, found)

@@ -18,11 +18,11 @@ from ...adapters.tuner.mixed_rows import RowPlan, serve_rows
 from ...errors import UserError
 from ...loaders import delete_adapter
 from ...pipelines.components import component, present
-from ..data.tokens import encodes_each_step
-from ..run.setup import Run
-from ..run.signals import Interrupted
-from ..run.steps import Batch, Stepper
+from ..run.batches import Batch
+from ..run.run import Run
+from ..run.steps import Stepper
 from ..run.train import TrainResult
+from ..signals import Interrupted
 from ..step.denoiser import predict
 
 log = logging.getLogger(__name__)
@@ -49,12 +49,12 @@ class Member:
 
     @property
     def through(self) -> bool:
-        return self.done >= self.run.total_steps
+        return self.done >= self.run.last_step
 
     @property
     def is_due(self) -> bool:
         """Whether something has to happen between this step and the next."""
-        return self.error is not None or self.stepper.due(self.done)
+        return self.error is not None or self.stepper.is_due(self.done)
 
     @property
     def micro_steps(self) -> int:
@@ -64,7 +64,7 @@ class Member:
     def alone(self) -> bool:
         """Whether it needs passes of its own: something in them is drawn, or its text encoder runs before them."""
         config = self.run.config
-        return config.dropout > 0 or samples_rank(config.method) or encodes_each_step(config)
+        return config.dropout > 0 or samples_rank(config.method) or config.encodes_each_step
 
 
 class SubjectRows(RowPlan):
@@ -111,15 +111,15 @@ class BatchedTrainer:
 
     def run(self) -> list[TrainResult]:
         """All steps of all subjects. Raises :class:`UserError` at the end for those that failed."""
-        total, first = sum(m.run.total_steps for m in self.live), sum(m.done for m in self.live)
+        total, first = sum(m.run.last_step for m in self.live), sum(m.done for m in self.live)
         title = f"steps of {len(self.live)} subjects"
         with tqdm(total=total, initial=first, desc=title, mininterval=0.5) as self.bar, ExitStack() as stack:
             for member in self.live:
-                stack.enter_context(member.stepper.recording(progress=False))
+                stack.enter_context(member.stepper.journal)
             with self._served():
                 for number, member in enumerate(self.live):
                     self.rows.share_out({number: 1})
-                    member.stepper.look(member.done)
+                    member.stepper.measure(member.done)
             self._part()
             while self.live:
                 with self._served():
@@ -151,17 +151,17 @@ class BatchedTrainer:
         rates = [member.run.schedule.get_last_lr()[0] for member in self.live]
         for member in self.live:
             member.run.optimizer.zero_grad(set_to_none=True)
-            member.total = torch.zeros((), device=member.stepper.device)
+            member.total = torch.zeros((), device=member.run.plan.device)
         for micro in range(max(member.micro_steps for member in self.live)):
             self._micro_step(micro)
         for member, rate in zip(self.live, rates, strict=True):
             try:
-                loss, norm = member.stepper.update(member.done, member.total)
+                loss, norm = member.stepper.updates.apply(member.done, member.total)
             except UserError as error:
                 member.error = error
                 continue
             member.losses.append(loss)
-            member.stepper.record(member.done, loss, rate, norm, time.monotonic() - begun)
+            member.stepper.journal.record(member.done, loss, rate, norm, time.monotonic() - begun)
             self.bar.update()
 
     def _micro_step(self, micro: int) -> None:
@@ -173,7 +173,7 @@ class BatchedTrainer:
             if member.alone:
                 self._backward({member: member.stepper.loss(member.done, micro)})
             else:
-                batch = member.stepper.draw(member.done, micro)
+                batch = member.stepper.batches.draw(member.done, micro)
                 groups.setdefault(kind_of(batch), []).append((number, batch))
         for group in groups.values():
             for some in portions(group, self.most):
@@ -185,12 +185,12 @@ class BatchedTrainer:
         sizes = [len(batch.noisy) for _, batch in batches]
         self.rows.share_out(dict(zip(owners, sizes, strict=True)))
         first = owners[batches[0][0]].stepper
-        with first.autocast():
+        with first.batches.autocast():
             prediction = predict(first.run.pipe, *joined([batch for _, batch in batches]))
         parts = prediction.split(sizes)
         self._backward(
             {
-                member: member.stepper.mean_loss(batch, part)
+                member: member.stepper.batches.mean_loss(batch, part)
                 for member, (_, batch), part in zip(owners.values(), batches, parts, strict=True)
             }
         )

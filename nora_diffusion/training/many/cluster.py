@@ -18,9 +18,9 @@ from typing import Any
 
 from ...errors import UserError, first_line
 from ...io.run_layout import STATE
-from ..run.signals import Interrupted, StopRequests
 from ..settings.config import TrainConfig
 from ..settings.listing import read_subjects
+from ..signals import Interrupted, StopRequests
 from .subjects import train_subjects
 
 log = logging.getLogger(__name__)

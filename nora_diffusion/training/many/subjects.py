@@ -13,26 +13,24 @@ from accelerate import Accelerator
 
 from ...errors import UserError, out_of_memory
 from ..data.subject import read_subject
-from ..data.tokens import encodes_each_step
-from ..run.preflight import Finding, Plan, preflight, report
-from ..run.rundir import RunFolder
-from ..run.setup import ADAPTER, lower_precision, open_base, opening_dtype, put_in
-from ..run.signals import Interrupted, StopRequests
+from ..planning.opening import open_base, opening_dtype
+from ..planning.plan import Plan, plan_run
+from ..planning.preflight import Finding, preflight, report
+from ..planning.rundir import RunFolder
+from ..run.encoding import encode
+from ..run.run import ADAPTER, prepare_base, put_in
 from ..run.steps import Stepper
 from ..run.train import (
     OUT_OF_MEMORY,
     TrainResult,
     build_accelerator,
     conclude,
-    gather,
-    plan_run,
     run_folder,
-    validation_of,
 )
 from ..settings.config import TrainConfig
 from ..settings.defaults import with_defaults
 from ..settings.listing import read_subjects
-from ..step.denoiser import check_pipeline
+from ..signals import Interrupted, StopRequests
 from ..step.quantized import quantize_base
 from ..step.randomness import forked
 from .batched import BatchedTrainer, Member
@@ -90,11 +88,10 @@ def _opened(
         pipe: Any = None
         planned = []
         words: dict[str, str] = {}
-        for (name, (subject, own)), folder in zip(subjects.items(), folders, strict=True):
-            own = with_defaults(own)
+        for (name, subject), folder in zip(subjects.items(), folders, strict=True):
+            own = with_defaults(configs[name])
             pipe = pipe or open_base(own, accelerator.device, opening_dtype([*configs.values()], accelerator.device))
             try:
-                check_pipeline(own, pipe)
                 planned.append(Planned(folder, plan_run(own, subject, accelerator, folder, stop, pipe)))
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
@@ -117,7 +114,7 @@ def _findings(planned: Sequence[Planned]) -> list[Finding]:
 
 def _is_finished(planned: Planned) -> bool:
     checkpoint, config = planned.plan.checkpoint, planned.plan.config
-    finished = checkpoint is not None and checkpoint.step >= (config.max_train_steps or 0)
+    finished = checkpoint is not None and checkpoint.step >= config.max_train_steps
     if finished and planned.folder.adapter.exists():
         log.info("%s is finished: %s", planned.folder.path.name, planned.folder.adapter)
         return True
@@ -126,17 +123,17 @@ def _is_finished(planned: Planned) -> bool:
 
 def _set_up(planned: Sequence[Planned], accelerator: Accelerator, stop: StopRequests) -> list[Member]:
     """Encode everybody's data while the base is as it was loaded; then lower its precision and put the adapters in."""
-    materials = [gather(p.plan, accelerator, p.folder, stop) for p in planned]
-    encoded = [None if encodes_each_step(m.config) else m.embeddings() for m in materials]
-    dtypes = [lower_precision(m.config, m.pipe, accelerator.device) for m in materials]
+    data = [encode(p.plan, accelerator, p.folder, stop) for p in planned]
+    embeddings = [None if own.plan.config.encodes_each_step else own.embeddings() for own in data]
+    for p in planned:
+        prepare_base(p.plan)
     members = []
-    for number, (p, material) in enumerate(zip(planned, materials, strict=True)):
+    for number, (p, own) in enumerate(zip(planned, data, strict=True)):
         stop.check()
-        run = put_in(material, encoded[number], dtypes[number], f"{ADAPTER}-{number}")
-        run.validation = validation_of(p.plan, run)
-        members.append(Member(p.folder.path.name, Stepper(run, accelerator, p.folder, stop)))
-    if members:
-        quantize_base(materials[0].config, materials[0].pipe)
+        run = put_in(own, embeddings[number], f"{ADAPTER}-{number}")
+        members.append(Member(p.folder.path.name, Stepper(run, accelerator, p.folder, stop, progress=False)))
+    if planned:
+        quantize_base(planned[0].plan.config, planned[0].plan.pipe)
     return members
 
 

@@ -1,4 +1,4 @@
-"""Pictures that the trainer makes itself: the class images of prior preservation, and samples on the way."""
+"""Images that the trainer generates: the class images of prior preservation, and samples during the run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ...generation.image_settings import ImageSettings, save_image
 from ...generation.sampling import Sampling, describe_image, sample_images
 from ...io.files import locked_folder
 from ...io.run_layout import image_name
-from ...pipelines.base import default_steps
 from ...pipelines.precision import MIXED_DTYPES
 from ..settings.checks import folder_of
 from ..settings.config import TrainConfig
+from ..settings.resolved import ResolvedConfig
 from ..step.denoiser import denoiser, networks
 from ..step.randomness import derive
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def count_images(folder: Path) -> int:
-    """How many pictures a folder holds; 0 where there is none."""
+    """How many images a folder holds; 0 where there is no folder."""
     try:
         return len(find_images(folder))
     except UserError:
@@ -38,25 +38,26 @@ def count_images(folder: Path) -> int:
 
 
 def class_folder(config: TrainConfig) -> Path:
-    """Where the class pictures of prior preservation are."""
+    """The folder of the class images."""
     return folder_of(config.class_data_dir) if config.class_data_dir else config.folder / "class_images"
 
 
-def fill_class_images(pipe: Any, folder: Path, config: TrainConfig, seed: int, check: Callable[[], None]) -> int:
-    """Generate the missing class pictures, in batches; returns how many were made.
+def fill_class_images(pipe: Any, config: ResolvedConfig, prompt: str, check: Callable[[], None]) -> int:
+    """Generate the missing class images, in batches; returns how many were made.
 
-    Each is written whole and has a seed of its own, so that an interrupted filling goes on where it stopped. Another
-    training that fills the same folder is waited for.
+    Each has a seed of its own and is written whole, so that an interrupted run continues where it stopped. Waits for
+    another training that fills the same folder. ``check`` is called before each batch and may raise.
     """
+    folder = class_folder(config)
     with locked_folder(folder):
         missing = config.num_class_images - count_images(folder)
         if missing > 0:
-            _draw_class_images(pipe, folder, config, seed, missing, check)
+            _draw_class_images(pipe, folder, config, prompt, missing, check)
         return max(missing, 0)
 
 
 def _draw_class_images(
-    pipe: Any, folder: Path, config: TrainConfig, seed: int, missing: int, check: Callable[[], None]
+    pipe: Any, folder: Path, config: ResolvedConfig, prompt: str, missing: int, check: Callable[[], None]
 ) -> None:
     names = [f"class-{number:05d}.png" for number in range(config.num_class_images + missing)]
     wanted = [name for name in names if not (folder / name).exists()][:missing]
@@ -64,21 +65,20 @@ def _draw_class_images(
     for start in tqdm(range(0, missing, config.sample_batch_size), desc="class images", mininterval=1.0):
         check()
         batch = wanted[start : start + config.sample_batch_size]
-        seeds = [derive(seed, "class", name) for name in batch]
-        images = render(pipe, config.class_prompt or "", seeds, config, autocast)
-        for name, picture_seed, image in zip(batch, seeds, images, strict=True):
-            settings = describe(pipe, config.class_prompt or "", picture_seed, image, config)
-            save_image(image, folder / name, settings)
+        seeds = [derive(config.seed, "class", name) for name in batch]
+        images = generate_images(pipe, prompt, seeds, config, autocast)
+        for name, seed, image in zip(batch, seeds, images, strict=True):
+            save_image(image, folder / name, sample_settings(pipe, prompt, seed, image, config))
 
 
 def _fast_precision(pipe: Any) -> str:
     return "fp16" if denoiser(pipe).device.type == "cuda" else "no"
 
 
-def render(
-    pipe: Any, prompt: str, seeds: Sequence[int], config: TrainConfig, autocast: torch.dtype
+def generate_images(
+    pipe: Any, prompt: str, seeds: Sequence[int], config: ResolvedConfig, autocast: torch.dtype
 ) -> list[Image.Image]:
-    """Pictures by the pipeline as it stands, adapters included; the modules keep their modes."""
+    """Images by the pipeline as it is, adapters included; its modules keep their train or eval mode."""
     device, lower = denoiser(pipe).device.type, autocast != torch.float32
     lowered = torch.autocast(device, autocast if lower else None, enabled=lower)
     with _evaluating(pipe), torch.no_grad(), _decoding_precisely(pipe.vae), lowered:
@@ -87,7 +87,7 @@ def render(
 
 @contextlib.contextmanager
 def _decoding_precisely(vae: Any) -> Iterator[None]:
-    """Keep ``vae.decode`` in its weights' precision: in fp16 SDXL's overflows, and its pictures are black."""
+    """Run ``vae.decode`` in the dtype of its weights: SDXL's overflows in fp16, and images come out black."""
     decode = vae.decode
 
     @functools.wraps(decode)
@@ -115,30 +115,29 @@ def _evaluating(pipe: Any) -> Iterator[None]:
             module.train(mode)
 
 
-def save_samples(pipe: Any, folder: Path, step: int, config: TrainConfig, autocast: torch.dtype) -> list[Path]:
-    """Pictures of ``validation_prompt`` with the seeds ``seed, seed + 1 ...``. A failure is only a warning."""
+def save_samples(
+    pipe: Any, folder: Path, step: int, prompt: str, config: ResolvedConfig, autocast: torch.dtype
+) -> list[Path]:
+    """Save images of ``prompt`` with the seeds ``seed, seed + 1 ...``. A failure is only a warning."""
     paths: list[Path] = []
-    prompt = config.validation_prompt or ""
     try:
         for number in range(config.num_validation_images):
-            seed = (config.seed or 0) + number
-            image = render(pipe, prompt, [seed], config, autocast)[0]
-            settings = describe(pipe, prompt, seed, image, config, step)
+            seed = config.seed + number
+            image = generate_images(pipe, prompt, [seed], config, autocast)[0]
+            settings = sample_settings(pipe, prompt, seed, image, config, step)
             paths.append(save_image(image, folder / image_name(step, number), settings))
-    except Exception as error:  # whatever a sampler stumbles over
-        log.warning("no sample pictures at step %d: %s", step, error)
+    except Exception as error:  # a failed sampler must not end the training
+        log.warning("no samples at step %d: %s", step, error)
     return paths
 
 
-def describe(
-    pipe: Any, prompt: str, seed: int, image: Image.Image, config: TrainConfig, step: int | None = None
+def sample_settings(
+    pipe: Any, prompt: str, seed: int, image: Image.Image, config: ResolvedConfig, step: int | None = None
 ) -> ImageSettings:
-    """The settings that a picture carries. ``step``: that of the adapter in it, which has no file of its own yet."""
+    """The settings to save with an image. ``step``: that of the adapter, which has no file of its own yet."""
     learned = {"name": config.folder.name, "weight": 1.0, "sha256": "", "path": str(config.folder), "step": step}
     return describe_image(pipe, image, prompt, seed, _sampling(config), [] if step is None else [learned])
 
 
-def _sampling(config: TrainConfig) -> Sampling:
-    steps = config.sample_steps or default_steps(config.pretrained_model_name_or_path)
-    side = config.resolution
-    return Sampling(steps, config.sample_guidance or 0.0, width=side, height=side)
+def _sampling(config: ResolvedConfig) -> Sampling:
+    return Sampling(config.sample_steps, config.sample_guidance, width=config.resolution, height=config.resolution)

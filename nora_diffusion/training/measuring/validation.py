@@ -32,8 +32,9 @@ from ...scoring.metrics import agreement, diversity, likeness
 from ..data.subject import Subject
 from ..settings.checks import folder_of
 from ..settings.config import TrainConfig, having
+from ..settings.resolved import ResolvedConfig
 from ..step.randomness import derive, forked
-from .samples import describe, render
+from .samples import generate_images, sample_settings
 from .selection import Point, choose, front, stalled
 
 log = logging.getLogger(__name__)
@@ -64,30 +65,38 @@ class Measure:
     """Which subject each prompt asks for, and each real picture shows, where one adapter learns several."""
 
 
-def plan_measure(config: TrainConfig, subject: Subject, device: torch.device) -> Measure | None:
-    """Load the judges and settle the prompts; ``None`` where nothing asks for it. Raises :class:`UserError`."""
+def plan_measure(config: ResolvedConfig, subject: Subject, device: torch.device) -> Measure | None:
+    """Load the judges and build the prompts; ``None`` if no setting asks for it. Raises :class:`UserError`."""
     if not is_measured(config):
         return None
     check_judge(config.judge, config.pretrained_model_name_or_path)
-    members = subject.members or [subject]
-    asked = [prompts_of(config, member) for member in members]
-    prompts, plain = ([text for own in asked for text in own[side]] for side in (0, 1))
+    asked = [prompts_of(config, member) for member in subject.parts]
+    prompts, class_prompts = ([text for own in asked for text in own[side]] for side in (0, 1))
     judges = load_judges(config.judge, config.dino, device)
-    photos = read_images(folder_of(config.validation_data_dir)) if config.validation_data_dir else subject.held_out
-    held = [member.held_out for member in subject.members] or [photos]
-    owned = [own or member.photos for own, member in zip(held, members, strict=True)]
-    real = [photo for own in owned for photo in own]
+    if config.validation_data_dir:
+        held_out = [read_images(folder_of(config.validation_data_dir))]
+    else:
+        held_out = [list(member.held_out) for member in subject.parts]
+    references = [own or member.photos for own, member in zip(held_out, subject.parts, strict=True)]
+    real = [photo for own in references for photo in own]
+    are_held_out = any(held_out)
     settings = {
-        "judge": config.judge or "tiny", "dino": config.dino, "prompts": prompts, "class prompts": plain,
-        "real": "held-out photos" if photos else "training photos", "photos": sorted(photo.sha256 for photo in real),
+        "judge": config.judge or "tiny", "dino": config.dino, "prompts": prompts, "class prompts": class_prompts,
+        "real": "held-out photos" if are_held_out else "training photos",
+        "photos": sorted(photo.sha256 for photo in real),
         "images": config.num_validation_images, "steps": config.sample_steps, "guidance": config.sample_guidance,
     }  # fmt: skip
-    seeds = [derive(config.seed or 0, "validation", number) % 2**31 for number in range(config.num_validation_images)]
-    leaks = _leaks(subject.photos, photos)
-    who = [number for number, (texts, _) in enumerate(asked) for _ in texts]
-    whose = [number for number, own in enumerate(owned) for _ in own]
-    images = [photo.image for photo in real]
-    return Measure(judges, images, prompts, plain, seeds, settings, leaks, who, whose)
+    return Measure(
+        judges,
+        [photo.image for photo in real],
+        prompts,
+        class_prompts,
+        seeds=[derive(config.seed, "validation", number) % 2**31 for number in range(config.num_validation_images)],
+        settings=settings,
+        leaks=_leaks(subject.photos, [photo for own in held_out for photo in own]),
+        who=[number for number, (texts, _) in enumerate(asked) for _ in texts],
+        whose=[number for number, own in enumerate(references) for _ in own],
+    )
 
 
 def _leaks(learned: Sequence[SourceImage], held_out: Sequence[SourceImage]) -> list[str]:
@@ -121,15 +130,17 @@ class Validation:
     """The points measured so far, in ``validation.json``, and the adapters worth keeping, in ``candidates/``."""
 
     measure: Measure
-    config: TrainConfig
+    config: ResolvedConfig
     pipe: Any
-    folder: Path
     dtype: torch.dtype
     points: list[Point] = field(default_factory=list)
+    _real: dict[str, torch.Tensor] = field(default_factory=dict)
+    _base: torch.Tensor | None = None
 
-    def __post_init__(self) -> None:
-        self._real: dict[str, torch.Tensor] = {}
-        self._base: torch.Tensor | None = None
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.config.folder
 
     def restore(self, step: int) -> None:
         """Take up what was measured until ``step``, if it was measured in the same way."""
@@ -203,12 +214,12 @@ class Validation:
         return [image for prompt in self.measure.class_prompts for image in self._render(prompt, seeds)]
 
     def _render(self, prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
-        return render(self.pipe, prompt, seeds, self.config, self.dtype)
+        return generate_images(self.pipe, prompt, seeds, self.config, self.dtype)
 
     def _keep(self, step: int, pictures: Sequence[Sequence[Image.Image]]) -> None:
         """Keep the first seed's pictures, for the report."""
         for number, (prompt, group) in enumerate(zip(self.measure.prompts, pictures, strict=True)):
-            settings = describe(self.pipe, prompt, self.measure.seeds[0], group[0], self.config, step)
+            settings = sample_settings(self.pipe, prompt, self.measure.seeds[0], group[0], self.config, step)
             save_image(group[0], self.folder / VALIDATION / image_name(step, number), settings)
 
     def candidate(self, step: int) -> Path:
@@ -241,14 +252,14 @@ class Validation:
             if place not in kept:
                 shutil.rmtree(place, ignore_errors=True)
 
-    def put_chosen(self, adapter_name: str, last: int) -> int | None:
-        """Put the chosen step's numbers into the pipeline; its step, or ``None`` where those of ``last`` stay."""
+    def put_chosen(self, adapter_name: str, last: int) -> int:
+        """Load the chosen step's adapter into the pipeline; returns its step, or ``last`` if that one stays."""
         chosen = self.chosen
         if chosen is None or chosen == last:
-            return chosen
+            return last
         try:
             load_adapter(self.pipe, self.candidate(chosen), adapter_name, hotswap=True)
         except UserError as error:
             log.warning("the chosen step %d cannot be read, so the last step is kept: %s", chosen, error)
-            return None
+            return last
         return chosen

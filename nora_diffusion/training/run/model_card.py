@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from ..measuring.selection import reason
 from ..settings.config import having
-from .setup import Run
+from .outcome import Outcome
 
 
-def training_section(run: Run, final_loss: float, seconds: float, samples: Sequence[tuple[str, Path]]) -> str:
-    """Markdown: prompts, settings that were in force, the outcome and ``samples``, pictures with their prompts."""
-    config = run.config
-    values = ((name, getattr(config, name)) for name in having("card"))
+def training_section(outcome: Outcome) -> str:
+    """Markdown: the prompt, sample images, the settings that were in force and the result."""
+    run, plan = outcome.run, outcome.run.plan
+    values = ((name, plan.settings[name]) for name in having("card"))
     rows = [(name, value) for name, value in values if value is not None and value is not False]
-    if not config.with_prior_preservation:
+    if not plan.config.with_prior_preservation:
         rows = [row for row in rows if row[0] not in ("prior_loss_weight", "class_prompt")]
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
-    by_prompt: dict[str, list[str]] = {}
-    for number, (prompt, path) in enumerate(samples):
-        by_prompt.setdefault(prompt, []).append(f"![sample {number}]({path.as_posix()})")
-    shown = "".join(f"\n`{prompt}`:\n\n{' '.join(pictures)}\n" for prompt, pictures in by_prompt.items())
+    class_word = f", class `{plan.subject.class_word}`" if plan.subject.class_word else ""
     return (
-        f"## Training\n\n{len(run.subject.photos)} photos, {run.total_steps} steps in {seconds:.0f} s, "
-        f"mean loss of the last steps {final_loss:.4f}. Prompt: `{run.info['instance_prompt']}`"
-        f"{_class_line(run)}.{_kept_line(run)}\n{shown}\n| setting | value |\n| --- | --- |\n{table}"
+        f"## Training\n\n{len(plan.subject.photos)} photos, {run.last_step} steps in {outcome.seconds:.0f} s, "
+        f"mean loss of the last steps {outcome.final_loss:.4f}. Prompt: `{plan.subject.calling_prompt}`"
+        f"{class_word}.{_kept_line(outcome)}\n{_images(outcome)}\n| setting | value |\n| --- | --- |\n{table}"
     )
 
 
-def _class_line(run: Run) -> str:
-    return f", class `{run.subject.class_word}`" if run.subject.class_word else ""
+def _images(outcome: Outcome) -> str:
+    by_prompt: dict[str, list[str]] = {}
+    for number, (prompt, path) in enumerate(outcome.samples):
+        link = path.relative_to(outcome.folder.path).as_posix()
+        by_prompt.setdefault(prompt, []).append(f"![sample {number}]({link})")
+    return "".join(f"\n`{prompt}`:\n\n{' '.join(images)}\n" for prompt, images in by_prompt.items())
 
 
-def _kept_line(run: Run) -> str:
+def _kept_line(outcome: Outcome) -> str:
+    run = outcome.run
     if run.validation is None:
         return ""
-    return f"\n\n{reason(run.validation.points, run.kept_step or run.total_steps, run.total_steps)}"
+    return f"\n\n{reason(run.validation.points, outcome.kept_step, run.last_step)}"
 
 
 def _cell(value: object) -> str:

@@ -12,8 +12,8 @@ from ...conversion.lora_layouts import Format
 from ...errors import UserError, first_line
 from ...formats.foreign import DIFFUSERS_FILE
 from ...io.files import sha256
-from .rundir import EXPORTS, RunFolder
-from .setup import Run
+from ..planning.rundir import EXPORTS, RunFolder
+from .run import Run
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from ...pipelines.base import base_id
 from ...reports import webpage
 from ...reports.plots import line_chart
 from ..measuring.selection import DIRECTIONS, NAMES, Point, front, reason, verdicts
-from .rundir import RunFolder
-from .setup import Run
+from .outcome import Outcome
+from .run import Run
 
 log = logging.getLogger(__name__)
 
@@ -34,23 +34,23 @@ EMBEDDED_JUDGE = "the CLIP of the embedded base"
 MAX_ROWS, MAX_COLUMNS, MAX_LOSSES = 12, 12, 400
 
 
-def write_report(run: Run, folder: RunFolder, final_loss: float) -> None:
-    """Write ``report.html``. It is no part of the training: a failure is only a warning."""
+def write_report(outcome: Outcome) -> None:
+    """Write ``report.html``. A failure is only a warning."""
     try:
-        write_atomic(folder.path / REPORT, page(run, folder, final_loss))
+        write_atomic(outcome.folder.path / REPORT, page(outcome))
     except Exception as error:
         log.warning("there is no %s: %s", REPORT, error)
 
 
-def page(run: Run, folder: RunFolder, final_loss: float) -> str:
+def page(outcome: Outcome) -> str:
     """The whole page."""
+    run, folder, kept = outcome.run, outcome.folder, outcome.kept_step
     losses = [(float(step), loss) for step, loss, _ in folder.steps()]
-    kept = run.kept_step or run.total_steps
     points = run.validation.points if run.validation else []
-    parts = [webpage.paragraph(_summary(run, final_loss))]
+    parts = [webpage.paragraph(_summary(outcome))]
     if points and run.validation is not None:
-        parts += [webpage.heading("Which step"), webpage.paragraph(reason(points, kept, run.total_steps))]
-        parts.append(_table(points, kept, run.total_steps))
+        parts += [webpage.heading("Which step"), webpage.paragraph(reason(points, kept, run.last_step))]
+        parts.append(_table(points, kept, run.last_step))
         settings = run.validation.measure.settings
         leaks = len(run.validation.measure.leaks)
         real = settings["real"] + (f" ({leaks} of them learned from as well)" if leaks else "")
@@ -61,7 +61,8 @@ def page(run: Run, folder: RunFolder, final_loss: float) -> str:
     for name, title in ((VALIDATION, "Measured pictures, first seed"), (SAMPLES, "Samples")):
         if found := pictures(folder.path / name):
             sampled = [
-                f"{run.config.validation_prompt or ''}, seed {run.seed + number}" for number in range(MAX_COLUMNS)
+                f"{run.config.validation_prompt or ''}, seed {run.config.seed + number}"
+                for number in range(MAX_COLUMNS)
             ]
             prompts = run.validation.measure.prompts if run.validation and name == VALIDATION else sampled
             parts += [webpage.heading(title), _grid(found, prompts, kept)]
@@ -70,12 +71,12 @@ def page(run: Run, folder: RunFolder, final_loss: float) -> str:
     return webpage.page(f"{folder.path.name}: training of {called}", parts)
 
 
-def _summary(run: Run, final_loss: float) -> str:
-    loss = f", mean loss of the last ones {final_loss:.4f}" if math.isfinite(final_loss) else ""
-    kept, planned = run.kept_step or run.total_steps, run.config.max_train_steps or 0
-    early = f" of {planned} (stopped early)" if run.total_steps < planned else ""
+def _summary(outcome: Outcome) -> str:
+    run, kept, planned = outcome.run, outcome.kept_step, outcome.run.config.max_train_steps
+    loss = f", mean loss of the last ones {outcome.final_loss:.4f}" if math.isfinite(outcome.final_loss) else ""
+    early = f" of {planned} (stopped early)" if run.last_step < planned else ""
     return (
-        f"{len(run.subject.photos)} photos, {run.total_steps} steps{early}{loss}; {run.config.method} with "
+        f"{len(run.subject.photos)} photos, {run.last_step} steps{early}{loss}; {run.config.method} with "
         f"{run.trained:,} trained numbers on {base_id(run.pipe)}. The adapter in this folder is that of step {kept}."
     )
 
@@ -154,8 +155,7 @@ def _grid(found: dict[int, list[Path]], prompts: Sequence[str], kept: int) -> st
 
 
 def _settings(run: Run) -> str:
-    values: dict[str, Any] = run.config.to_dict()
-    rows = [[name, _text(value)] for name, value in values.items() if value not in (None, False, [], "")]
+    rows = [[name, _text(value)] for name, value in run.plan.settings.items() if value not in (None, False, [], "")]
     return f"<details><summary>All settings</summary>{webpage.table(['setting', 'value'], rows)}</details>"
 
 

@@ -79,9 +79,10 @@ TRACKERS = ("tensorboard", "trackio", "wandb", "comet_ml")
 
 @dataclass
 class TrainConfig:
-    """One training run. ``None`` means "the default that suits the base" (:mod:`.defaults`).
+    """One training run as the user asks for it. ``None`` means off, or the default that suits base and method.
 
-    Keys, flags (``--key value``) and YAML keys are the same names. Checked by :func:`.checks.check_config`.
+    :mod:`.defaults` fills those in, and planning the run makes a :class:`.resolved.ResolvedConfig` of it. Python names,
+    flags (``--key value``) and YAML keys are the same. Checked by :func:`.checks.check_config`.
     """
 
     # base
@@ -398,13 +399,9 @@ class TrainConfig:
         return {f.name: getattr(self, f.name) for f in settings() if secrets or not f.metadata["secret"]}
 
     @property
-    def batch_size(self) -> int:
-        """``train_batch_size``; every base has a default."""
-        return self.train_batch_size or 1
-
-    def images_per_step(self, processes: int) -> int:
-        """Pictures of the subject that one step learns from, over all processes and micro-steps."""
-        return self.batch_size * self.gradient_accumulation_steps * processes
+    def encodes_each_step(self) -> bool:
+        """Whether prompts are encoded at each step, because the text encoder or new tokens are trained."""
+        return self.train_text_encoder or self.train_text_encoder_ti
 
     @property
     def folder(self) -> Path:

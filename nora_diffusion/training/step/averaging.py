@@ -1,4 +1,4 @@
-"""What a run shows and saves where that is not the last step's numbers: an average of them."""
+"""Moving averages of the trained parameters, for samples, measurements and the saved adapter."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ class Average:
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, nn.Parameter], done: int) -> None:
-        """Take in the numbers after step ``done``, counted from 1."""
+        """Update with the parameters after step ``done``, counted from 1."""
         decay = min(self.decay, (1 + done) / (10 + done))
         for name, parameter in parameters.items():
             self.values[name].lerp_(parameter.detach(), 1 - decay)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds."""
+        """The tensors for a checkpoint."""
         return {f"{name}|{AVERAGE}": value.cpu().contiguous() for name, value in self.values.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Back to what :meth:`tensors` gave."""
+        """Restore from the tensors of a checkpoint."""
         for name, value in self.values.items():
             value.copy_(tensors[f"{name}|{AVERAGE}"])
 
 
 @contextmanager
-def shown(parameters: Mapping[str, nn.Parameter], optimizer: Any, average: Average | None) -> Iterator[None]:
-    """The factors as they are to be used: averaged by :class:`Average` or by a schedule-free optimizer.
+def averaged(parameters: Mapping[str, nn.Parameter], optimizer: Any, average: Average | None) -> Iterator[None]:
+    """Swap in the averaged parameters: those of :class:`Average`, or of a schedule-free optimizer.
 
-    Afterwards they are bit for bit what they were.
+    On exit they are restored bit for bit.
     """
     schedule_free = all("train_mode" in group for group in optimizer.param_groups)
     if average is None and not schedule_free:

@@ -61,6 +61,12 @@ def size_step(pipe: Any) -> int:
     return int(pipe.vae_scale_factor) * (2 if family_of(pipe) == "flux" else 1)
 
 
+def bucket_step(pipe: Any) -> int:
+    """Pixels that a side of a bucket is a multiple of, so that latents halve at every level of the denoiser."""
+    levels = len(denoiser(pipe).config.get("block_out_channels", (0, 0)))
+    return int(pipe.vae_scale_factor) * 2 ** (levels - 1)
+
+
 def latent_channels(pipe: Any) -> int:
     """Channels of the latents that the denoiser takes."""
     return int(denoiser(pipe).config.in_channels) // (4 if family_of(pipe) == "flux" else 1)

@@ -1,20 +1,19 @@
-"""What is drawn for each batch: the noise, what is added of it, and the noise levels."""
+"""Noise and timesteps of a batch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..settings.config import TrainConfig
-from .randomness import draw_timesteps
+from ..settings.config import TimestepSampling, TrainConfig
 
 
 def draw_noise(shape: torch.Size, config: TrainConfig, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``(e, what is added)``, both ``[B, C, H, W]``.
+    """The noise ``e`` of the target and the noise that is added, both ``[B, C, H, W]``.
 
-    ``e = z + noise_offset z'`` with one ``z'`` for each channel, so that brightness is learned
-    (crosslabs.org/blog/diffusion-with-offset-noise). Added is ``e + input_perturbation z''`` (arXiv 2301.11706),
-    while the target keeps ``e``. Nothing more is drawn where both are 0.
+    ``e = z + noise_offset z'`` with one ``z'`` per channel, so that brightness is learned
+    (crosslabs.org/blog/diffusion-with-offset-noise). The added noise is ``e + input_perturbation z''``
+    (arXiv 2301.11706), while the target keeps ``e``. With both at 0, only ``z`` is drawn.
     """
     noise = torch.randn(shape, generator=source)
     if config.noise_offset > 0:
@@ -24,14 +23,18 @@ def draw_noise(shape: torch.Size, config: TrainConfig, source: torch.Generator) 
     return noise, noise
 
 
-def draw_levels(count: int, total: int, config: TrainConfig, source: torch.Generator) -> Tensor:
-    """``count`` levels in ``[min_timestep, max_timestep)`` of ``total``.
+def draw_timesteps(count: int, levels: range, sampling: TimestepSampling, source: torch.Generator) -> Tensor:
+    """``count`` timesteps in ``levels [low, high)``.
 
-    ``logit_normal`` is ``floor(n sigmoid(z))``, which prefers the middle (arXiv 2403.03206); the others are those of
-    :func:`.randomness.draw_timesteps`.
+    ``uniform``: independent. ``stratified``: one from each of ``count`` equal strata, shuffled, which covers the noise
+    levels evenly and steadies the gradients of small batches. ``logit_normal``: ``floor(n sigmoid(z))``, which prefers
+    the middle (arXiv 2403.03206).
     """
-    low, high = config.min_timestep, min(config.max_timestep or total, total)
-    if config.timestep_sampling == "logit_normal":
-        places = torch.randn(count, generator=source).sigmoid() * (high - low)
-        return low + places.long().clamp(max=high - low - 1)
-    return low + draw_timesteps(count, high - low, config.timestep_sampling == "stratified", source)
+    if sampling == "uniform":
+        return levels.start + torch.randint(0, len(levels), (count,), generator=source)
+    if sampling == "stratified":
+        positions = (torch.arange(count) + torch.rand(count, generator=source)) / count
+        drawn = (positions * len(levels)).long().clamp(max=len(levels) - 1)
+        return levels.start + drawn[torch.randperm(count, generator=source)]
+    drawn = (torch.randn(count, generator=source).sigmoid() * len(levels)).long()
+    return levels.start + drawn.clamp(max=len(levels) - 1)

@@ -1,4 +1,4 @@
-"""Optimizers over the trained factors, their rates, learning-rate schedules, clipping and the guard of the norm."""
+"""Optimizers over the trained parameters, learning rates and schedules, clipping and the norm guard."""
 
 from __future__ import annotations
 
@@ -13,40 +13,35 @@ from ...adapters import NoraLayer
 from ...adapters.deltas.chain import ChainDelta
 from ...errors import UserError
 from ...formats.keys import is_token
-from ..settings.config import TrainConfig
+from ..settings.resolved import ResolvedConfig
 
 
-def scaled_rate(rate: float, config: TrainConfig, processes: int) -> float:
+def scaled_rate(rate: float, config: ResolvedConfig, processes: int) -> float:
     """The learning rate, times devices, accumulation and batch size where ``scale_lr`` asks for that."""
     factor = config.images_per_step(processes) if config.scale_lr else 1
     return rate * factor
 
 
-def kind_of(name: str) -> Literal["denoiser", "text_encoder", "tokens"]:
-    """What a trained tensor belongs to, by its file key."""
+def owner_of(name: str) -> Literal["denoiser", "text_encoder", "tokens"]:
+    """What a trained parameter belongs to, by its file key."""
     if is_token(name):
         return "tokens"
     return "text_encoder" if name.startswith("text_encoder") else "denoiser"
 
 
-def rate_of(name: str, config: TrainConfig) -> float:
-    """The rate of a factor by its file key; text encoders and new tokens may have their own.
+def rate_of(name: str, config: ResolvedConfig) -> float:
+    """The learning rate of a parameter by its file key; text encoders and new tokens may have their own.
 
-    LoRA+ (arXiv 2402.12354): an up factor, which starts at zero, learns ``loraplus_lr_ratio`` times as fast.
+    LoRA+ (arXiv 2402.12354): up factors, which start at zero, learn ``loraplus_lr_ratio`` times as fast.
     """
-    rate = config.learning_rate or 0.0
-    kind = kind_of(name)
-    if kind == "tokens":
-        return config.token_lr or rate
-    if kind == "text_encoder":
-        rate = config.text_encoder_lr or rate
-    return rate * (config.loraplus_lr_ratio if name.endswith((".nora_B", ".nora_B_in")) else 1.0)
+    is_up = name.endswith((".nora_B", ".nora_B_in"))
+    return config.rates[owner_of(name)] * (config.loraplus_lr_ratio if is_up else 1.0)
 
 
 def build_optimizer(
-    config: TrainConfig, parameters: Mapping[str, nn.Parameter], processes: int = 1
+    config: ResolvedConfig, parameters: Mapping[str, nn.Parameter], processes: int = 1
 ) -> torch.optim.Optimizer:
-    """The optimizer of ``config.optimizer`` with one group of factors for each rate.
+    """The optimizer of ``config.optimizer`` with one parameter group for each learning rate.
 
     Raises :class:`UserError` if there is nothing to train.
     """
@@ -55,13 +50,13 @@ def build_optimizer(
     groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         rate = scaled_rate(rate_of(name, config), config, processes)
-        groups.setdefault((kind_of(name), rate), []).append(parameter)
-    # Decay would draw a token's vectors to zero, which is no word.
+        groups.setdefault((owner_of(name), rate), []).append(parameter)
+    # Weight decay would pull the embeddings of new tokens to zero, where no token is.
     decay = {"tokens": {"weight_decay": 0.0}}
     return _optimizer(config, [{"params": own, "lr": rate, **decay.get(k, {})} for (k, rate), own in groups.items()])
 
 
-def _optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> Any:
+def _optimizer(config: ResolvedConfig, groups: list[dict[str, Any]]) -> Any:
     name = "adamw8bit" if config.use_8bit_adam else config.optimizer
     decay = config.adam_weight_decay
     if name == "sgd":
@@ -78,23 +73,21 @@ def _optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> Any:
             groups, lr=groups[0]["lr"], use_bias_correction=True, safeguard_warmup=True, **adam
         )
     if name == "schedulefree":
-        optimizer = import_module("schedulefree").AdamWScheduleFree(
-            groups, warmup_steps=config.lr_warmup_steps or 0, **adam
-        )
+        optimizer = import_module("schedulefree").AdamWScheduleFree(groups, warmup_steps=config.lr_warmup_steps, **adam)
         optimizer.train()
         return optimizer
     return torch.optim.AdamW(groups, **adam)
 
 
-def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    """The learning-rate schedule of diffusers by name, stepped once an optimizer step."""
+def build_schedule(config: ResolvedConfig, optimizer: torch.optim.Optimizer) -> Any:
+    """The learning-rate schedule of diffusers by name, stepped once per optimizer step."""
     from diffusers.optimization import get_scheduler
 
     return get_scheduler(
-        config.lr_scheduler or "constant",
+        config.lr_scheduler,
         optimizer=optimizer,
-        num_warmup_steps=config.lr_warmup_steps or 0,
-        num_training_steps=steps,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=config.max_train_steps,
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,
     )
@@ -105,10 +98,10 @@ def clip(parameters: Mapping[str, nn.Parameter], most: float) -> float:
     return float(nn.utils.clip_grad_norm_(list(parameters.values()), most))
 
 
-def still(parameters: Mapping[str, nn.Parameter], config: TrainConfig, step: int, steps: int) -> bool:
-    """Take away the gradients of what has learned for its fraction of the run: every optimizer then leaves it alone.
+def drop_finished_gradients(parameters: Mapping[str, nn.Parameter], config: ResolvedConfig, step: int) -> bool:
+    """Drop the gradients of parameters whose fraction of the run is over, so that every optimizer skips them.
 
-    Returns whether there was anything.
+    Returns whether there were any.
     """
     stopped = False
     fractions = {
@@ -117,18 +110,18 @@ def still(parameters: Mapping[str, nn.Parameter], config: TrainConfig, step: int
         "tokens": config.train_text_encoder_ti_frac,
     }
     for name, parameter in parameters.items():
-        if step >= fractions[kind_of(name)] * steps:
+        if step >= fractions[owner_of(name)] * config.max_train_steps:
             parameter.grad, stopped = None, True
     return stopped
 
 
 @torch.no_grad()
 def bound_norms(layers: Iterable[NoraLayer], adapter: str, most: float) -> None:
-    """Shrink every update with ``||scale dW||_F > most`` to that norm.
+    """Scale every update with ``||scale dW||_F > most`` down to that norm.
 
-    ``dW`` is a product in which each of the ``k`` trained factors stands once, so each is multiplied by the ``k``-th
-    root. The norm is ``sqrt(tr(B^T B A A^T))``, without the dense ``dW``; DoRA's magnitude is left as it is.
-    No number is read back: a GPU would stop for it at every layer.
+    ``dW`` is a product in which each of the ``k`` trained factors occurs once, so each is multiplied by the ``k``-th
+    root. The norm is ``sqrt(tr(B^T B A A^T))``, without the dense ``dW``; DoRA's magnitude is not changed.
+    Nothing is copied to the host: a GPU would wait for that at every layer.
     """
     for layer in layers:
         delta = layer.delta(adapter)
@@ -142,17 +135,17 @@ def bound_norms(layers: Iterable[NoraLayer], adapter: str, most: float) -> None:
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """The most precise floats that a device computes with: Apple's GPUs have no fp64."""
+    """The most precise floating-point dtype of a device: Apple's GPUs have no fp64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def schedule_state(schedule: Any) -> dict[str, Any]:
-    """What JSON needs to hold of a schedule: all but its functions, which the config rebuilds."""
+    """The state of a schedule for JSON: without its functions, which the config rebuilds."""
     return {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"}
 
 
 def restore_schedule(schedule: Any, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Put a schedule and the optimizer's rates back to where :func:`schedule_state` found them."""
+    """Restore a schedule and the optimizer's learning rates from :func:`schedule_state`."""
     schedule.load_state_dict({**state, "lr_lambdas": [None] * len(optimizer.param_groups)})
     for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
         group["lr"] = rate

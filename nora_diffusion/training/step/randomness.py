@@ -7,7 +7,6 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
 
 
 def derive(seed: int, *names: object) -> int:
@@ -83,14 +82,3 @@ def _rows_from(seed: int, name: str, count: int, start: int) -> Iterator[int]:
         order = torch.randperm(count, generator=generator(seed, name, epoch)).tolist()
         yield from order[offset:]
         epoch, offset = epoch + 1, 0
-
-
-def draw_timesteps(count: int, total: int, stratified: bool, source: torch.Generator) -> Tensor:
-    """``count`` timesteps in ``[0, total)``: independent, or one from each of ``count`` strata, shuffled.
-
-    Strata cover the noise levels evenly in every batch, which steadies the gradients of small ones.
-    """
-    if not stratified:
-        return torch.randint(0, total, (count,), generator=source)
-    places = (torch.arange(count) + torch.rand(count, generator=source)) / count
-    return (places * total).long().clamp(max=total - 1)[torch.randperm(count, generator=source)]

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from nora_diffusion import inspect_adapter
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import main, train
-from nora_diffusion.training.run.signals import Interrupted
-from nora_diffusion.training.run.steps import Stepper
+from nora_diffusion.training.run.batches import Batches
+from nora_diffusion.training.run.updates import Updates
+from nora_diffusion.training.signals import Interrupted
 from nora_diffusion.training.step.randomness import balanced_indices, owned_indices
 
 
@@ -81,15 +82,15 @@ def test_buckets_and_measuring_know_several_subjects(together: Configure, tmp_pa
 def test_one_adapter_learns_all(method: str, together: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each photo is learned under its own subject's prompt, each subject equally often, by the numbers of one file."""
     seen: list[tuple[float, str]] = []
-    original = Stepper._noised
+    original = Batches._noised
 
-    def noised(self: Stepper, latents: torch.Tensor, prompts: list[str], *rest: Any) -> Any:
+    def noised(self: Batches, latents: torch.Tensor, prompts: list[str], *rest: Any) -> Any:
         means = self.run.latents
         for prompt in prompts:
             seen.append((len(means.of_image), prompt))
         return original(self, latents, prompts, *rest)
 
-    monkeypatch.setattr(Stepper, "_noised", noised)
+    monkeypatch.setattr(Batches, "_noised", noised)
     extra = {"inner_rank": None, "basis": None, "num_experts": 2} if method == "mor" else {}
     result = train(together(method=method, max_train_steps=6, **extra))
     assert Counter(seen) == {(6, "a photo of sks dog"): 6, (6, "a photo of xyz toy"): 6}
@@ -101,14 +102,14 @@ def test_one_adapter_learns_all(method: str, together: Configure, monkeypatch: p
 
 def test_photos_go_with_their_prompts(together: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[list[int], list[str]]] = []
-    original = Stepper._photos
+    original = Batches._images
 
-    def photos(self: Stepper, *rest: int) -> list[int]:
+    def photos(self: Batches, *rest: int) -> list[int]:
         found = original(self, *rest)
-        drawn.append((found, self.run.caption_variants.draw(found, torch.Generator())))
+        drawn.append((found, self.run.plan.captions.draw(found, torch.Generator())))
         return found
 
-    monkeypatch.setattr(Stepper, "_photos", photos)
+    monkeypatch.setattr(Batches, "_images", photos)
     train(together())
     words = {row: prompt for rows, prompts in drawn for row, prompt in zip(rows, prompts, strict=True)}
     assert all(words[row] == ("a photo of sks dog" if row < 2 else "a photo of xyz toy") for row in words)
@@ -116,14 +117,14 @@ def test_photos_go_with_their_prompts(together: Configure, monkeypatch: pytest.M
 
 def test_each_class_is_kept_by_its_own_prompt(together: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    original = Stepper._noised
-    monkeypatch.setattr(Stepper, "_noised", lambda self, x, p, *r: (seen.append(p), original(self, x, p, *r))[1])
+    original = Batches._noised
+    monkeypatch.setattr(Batches, "_noised", lambda self, x, p, *r: (seen.append(p), original(self, x, p, *r))[1])
     own = {"dog": {"class_word": "dog"}, "toy": {"class_prompt": "a red toy"}}
     prior = {"with_prior_preservation": True, "prior_preservation": "frozen"}
     train(together(own, **prior))
     pairs = {pair for prompts in seen for pair in zip(prompts[:2], prompts[2:], strict=True)}
     assert pairs == {("a photo of sks dog", "a photo of a dog"), ("a photo of xyz toy", "a red toy")}
-    with pytest.raises(UserError, match="one set of class pictures"):
+    with pytest.raises(UserError, match="one set of class images"):
         train(together(own, with_prior_preservation=True, output_dir="other"))
 
 
@@ -137,10 +138,10 @@ def test_interrupted_and_resumed_is_the_same_run(
     changes = {"train_text_encoder_ti": True, "token_lr": 0.05}
     whole = train(together(words, output_dir=str(tmp_path / "whole"), **changes)).adapter_path.parent
     assert list(inspect_adapter(whole).tokens) == ["<dog>", "<toy>"]
-    original = Stepper._update
+    original = Updates._update
     with monkeypatch.context() as patch:
         patch.setattr(
-            Stepper, "_update", lambda self, n: (n == 1 and os.kill(os.getpid(), signal.SIGTERM), original(self, n))[1]
+            Updates, "_update", lambda self, n: (n == 1 and os.kill(os.getpid(), signal.SIGTERM), original(self, n))[1]
         )
         with pytest.raises(Interrupted):
             train(together(words, **changes))

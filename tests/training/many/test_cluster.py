@@ -23,7 +23,7 @@ from nora_diffusion.training import TrainConfig, main
 from nora_diffusion.training.many import cluster
 from nora_diffusion.training.many.cluster import Group, Table, train_on_cluster
 from nora_diffusion.training.many.subjects import train_subjects
-from nora_diffusion.training.run.signals import Interrupted
+from nora_diffusion.training.signals import Interrupted
 
 NAMES = ("dog", "cat", "toy", "hat")
 
@@ -195,9 +195,9 @@ def test_a_worker_is_killed_in_the_middle(
         import signal
 
         from nora_diffusion.training.many.cluster import train_group
-        from nora_diffusion.training.run.steps import Stepper
+        from nora_diffusion.training.run.journal import Journal
 
-        original = Stepper.record
+        original = Journal.record
 
         def record(self: Any, done: int, *rest: Any) -> None:
             original(self, done, *rest)
@@ -207,11 +207,11 @@ def test_a_worker_is_killed_in_the_middle(
                 left.write_text("\n".join(f"{path} {path.stat().st_mtime_ns}" for path in found))
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        Stepper.record = record  # type: ignore[method-assign]
+        Journal.record = record  # type: ignore[method-assign]
         try:
             return train_group(settings, names, place)
         finally:
-            Stepper.record = original  # type: ignore[method-assign]
+            Journal.record = original  # type: ignore[method-assign]
 
     monkeypatch.setattr(cluster, "train_group", dying)
     starts: list[list[str]] = []

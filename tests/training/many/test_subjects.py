@@ -21,8 +21,10 @@ from nora_diffusion.training import TrainConfig, main, train
 from nora_diffusion.training.many import subjects
 from nora_diffusion.training.many.batched import BatchedTrainer
 from nora_diffusion.training.many.subjects import train_subjects
-from nora_diffusion.training.run.signals import Interrupted
+from nora_diffusion.training.run.batches import Batches
 from nora_diffusion.training.run.steps import Stepper
+from nora_diffusion.training.run.updates import Updates
+from nora_diffusion.training.signals import Interrupted
 
 STEPS = 20
 KINDS: dict[str, dict[str, Any]] = {
@@ -147,7 +149,7 @@ def test_interrupted_and_resumed_is_the_same_run(
     """The signal comes when one subject is through and the others are not, within a step."""
     kind = {**kind, "max_train_steps": 4}
     train_subjects(together(output_dir=str(tmp_path / "whole"), **kind))
-    original = Stepper._update
+    original = Updates._update
 
     def update(self: Stepper, step: int) -> float:
         if step == 2 and self.folder.path.name == "dog":
@@ -155,7 +157,7 @@ def test_interrupted_and_resumed_is_the_same_run(
         return original(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "_update", update)
+        patch.setattr(Updates, "_update", update)
         with pytest.raises(Interrupted, match="--resume_from_checkpoint latest") as stop:
             train_subjects(together(**kind))
     assert (stop.value.exit_code, stop.value.step) == (143, 3)
@@ -200,12 +202,12 @@ def test_a_subject_that_cannot_be_written_is_left_out(
 
 def test_a_subject_that_fails_is_left_out(together: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_subjects(together(output_dir=str(tmp_path / "whole"), max_train_steps=4))
-    original = Stepper.mean_loss
+    original = Batches.mean_loss
 
-    def mean_loss(self: Stepper, *rest: Any) -> torch.Tensor:
-        return original(self, *rest) * (float("nan") if self.folder.path.name == "dog" else 1.0)
+    def mean_loss(self: Batches, *rest: Any) -> torch.Tensor:
+        return original(self, *rest) * (float("nan") if self.run.plan.folder.name == "dog" else 1.0)
 
-    monkeypatch.setattr(Stepper, "mean_loss", mean_loss)
+    monkeypatch.setattr(Batches, "mean_loss", mean_loss)
     with pytest.raises(UserError, match=r"dog: the loss is not finite at step 1.*2 other subjects are trained"):
         train_subjects(together(max_train_steps=4))
     assert json.loads((tmp_path / "run" / "dog" / "state.json").read_text())["status"] == "failed"

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from factories import write_photos
-from runs import Configure
+from runs import Configure, resolve
 
 from nora_diffusion.io.files import locked_folder
-from nora_diffusion.training.measuring.samples import fill_class_images, render
+from nora_diffusion.training.measuring.samples import fill_class_images, generate_images
 
 
 @pytest.mark.parametrize("lowered", [False, True])
@@ -32,7 +32,7 @@ def test_pictures_are_decoded_in_the_precision_of_the_vae(
         return decoded
 
     monkeypatch.setattr(type(pipe.vae), "decode", decode)
-    render(pipe, "a dog", [0], configure(resolution=16), torch.bfloat16)
+    generate_images(pipe, "a dog", [0], resolve(configure(resolution=16)), torch.bfloat16)
     assert seen == [(False, torch.float32, torch.float32)]
     assert "decode" not in vars(pipe.vae)
 
@@ -41,9 +41,9 @@ def test_a_folder_of_class_pictures_is_filled_by_one_training_at_a_time(
     configure: Configure, pipe: Any, tmp_path: Path
 ) -> None:
     """The second one counts when the first one is through."""
-    config = configure(with_prior_preservation=True, class_prompt="a dog", num_class_images=2, resolution=16)
     folder, made = tmp_path / "class", []
-    second = threading.Thread(target=lambda: made.append(fill_class_images(pipe, folder, config, 0, lambda: None)))
+    config = resolve(configure(class_data_dir=str(folder), num_class_images=2, resolution=16))
+    second = threading.Thread(target=lambda: made.append(fill_class_images(pipe, config, "a dog", lambda: None)))
     with locked_folder(folder):
         second.start()
         second.join(timeout=0.5)

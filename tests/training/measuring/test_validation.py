@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,9 +30,9 @@ from nora_diffusion.training import check, train
 from nora_diffusion.training.measuring import validation
 from nora_diffusion.training.measuring.selection import Point, choose, dominates, front, reason, stalled, verdicts
 from nora_diffusion.training.measuring.validation import Measure, Validation
-from nora_diffusion.training.run.signals import Interrupted
-from nora_diffusion.training.run.steps import Stepper
 from nora_diffusion.training.run.tracking import Trackers
+from nora_diffusion.training.run.updates import Updates
+from nora_diffusion.training.signals import Interrupted
 from nora_diffusion.training.step.randomness import derive
 
 
@@ -81,14 +84,14 @@ def test_the_scores_are_their_definitions(
 
     monkeypatch.setattr(validation, "without_adapters", without)
     monkeypatch.setattr(
-        validation, "render", lambda _, prompt, seeds, *__: [picture(prompt, s, not off) for s in seeds]
+        validation, "generate_images", lambda _, prompt, seeds, *__: [picture(prompt, s, not off) for s in seeds]
     )
     monkeypatch.setattr(Validation, "_keep", lambda *_: None)
     clip, dino = load_judge(judges / "clip"), load_vision(judges / "dino") if with_dino else None
     both = {"clip_i": clip, **({"dino": dino} if dino else {})}
     real = [picture("real", number, True) for number in range(2)]
     measure = Measure(both, real, ["a sks dog", "sks"], ["a dog", "dog"], [5, 6, 7], {})
-    scores = Validation(measure, Any, Any, tmp_path, torch.float32)._scores(3)
+    scores = Validation(measure, SimpleNamespace(folder=tmp_path), Any, torch.float32)._scores(3)
     groups = [[picture(prompt, seed, True) for seed in (5, 6, 7)] for prompt in ("a sks dog", "sks")]
     looked = [image_features(dino or clip, group) for group in groups]
     now, base = (
@@ -111,7 +114,7 @@ def test_likeness_is_to_the_subject_that_was_asked_for() -> None:
     source = torch.Generator().manual_seed(0)
     seen, real = (F.normalize(torch.randn(n, 4, generator=source), dim=1) for n in (6, 3))
     measure = Measure({}, [Any] * 3, ["a", "b", "c"], [], [5, 6], {}, (), [0, 0, 1], [0, 0, 1])
-    found = Validation(measure, Any, Any, Path(), torch.float32)
+    found = Validation(measure, SimpleNamespace(folder=Path()), Any, torch.float32)
     found._real["clip_i"] = real
     cosines = seen @ real.T
     expected = (cosines[:4, :2].mean(1).sum() + cosines[4:, 2].sum()) / 6
@@ -120,7 +123,7 @@ def test_likeness_is_to_the_subject_that_was_asked_for() -> None:
 
 def test_a_damaged_record_is_said_and_a_missing_one_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     measure = Measure({}, [], [], [], [], {})
-    found = Validation(measure, Any, Any, tmp_path, torch.float32)
+    found = Validation(measure, SimpleNamespace(folder=tmp_path), Any, torch.float32)
     found.restore(4)
     assert not caplog.text
     (tmp_path / "validation.json").write_text('{"settings": {}, "points": [')
@@ -183,15 +186,15 @@ def test_a_resumed_run_chooses_the_same(
     step: int, measured: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(measured(output_dir=str(tmp_path / "whole"))).adapter_path
-    original = Stepper._update
+    original = Updates._update
 
-    def update(self: Stepper, done: int) -> float:
+    def update(self: Updates, done: int) -> float:
         if done == step:
-            self.stop.received = 15
+            os.kill(os.getpid(), signal.SIGTERM)
         return original(self, done)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "_update", update)
+        patch.setattr(Updates, "_update", update)
         with pytest.raises(Interrupted):
             train(measured(output_dir=str(tmp_path / "parts")))
     parts = train(measured(output_dir=str(tmp_path / "parts"), resume_from_checkpoint="latest")).adapter_path
@@ -279,7 +282,7 @@ def test_a_failing_measurement_is_a_warning(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("no picture today")
 
-    monkeypatch.setattr("nora_diffusion.training.measuring.validation.render", broken)
+    monkeypatch.setattr("nora_diffusion.training.measuring.validation.generate_images", broken)
     monkeypatch.setattr("nora_diffusion.training.run.report.line_chart", broken)
     result = train(measured())
     assert result.steps == 4 and inspect_adapter(result.adapter_path).step == 4

@@ -20,7 +20,7 @@ from nora_diffusion import open_pipeline
 from nora_diffusion.errors import UserError
 from nora_diffusion.io import files
 from nora_diffusion.training import main, train
-from nora_diffusion.training.run import identity
+from nora_diffusion.training.planning import identity
 from nora_diffusion.training.run.steps import Stepper
 
 WAYS: dict[str, tuple[Any, str]] = {

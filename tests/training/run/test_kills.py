@@ -21,9 +21,10 @@ from nora_diffusion import open_pipeline
 from nora_diffusion.io import files
 from nora_diffusion.io.run_layout import checkpoint_steps
 from nora_diffusion.training import TrainConfig, train
-from nora_diffusion.training.run import rundir, setup
-from nora_diffusion.training.run.checkpoints import read_checkpoint
+from nora_diffusion.training.planning import opening, rundir
+from nora_diffusion.training.planning.checkpoints import read_checkpoint
 from nora_diffusion.training.run.steps import Stepper
+from nora_diffusion.training.run.updates import Updates
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 STEPS = 3
@@ -53,7 +54,7 @@ class Events:
 
     def arm(self) -> None:
         for owner, name in (
-            (os, "fsync"), (os, "replace"), (os, "unlink"), (shutil, "rmtree"), (Stepper, "loss"), (Stepper, "_update"),
+            (os, "fsync"), (os, "replace"), (os, "unlink"), (shutil, "rmtree"), (Stepper, "loss"), (Updates, "_update"),
         ):  # fmt: skip
             self.wrap(owner, name)
         original = os.fdopen
@@ -86,7 +87,7 @@ def forked(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Forked:
     """``forked(config, kill_at)``: train in a child; returns the number of events, or minus the signal it died by."""
     pipe = open_pipeline(tiny_base)  # loaded once: a fork has its own copy
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setattr(setup, "open_pipeline", lambda *_, **__: pipe)
+    monkeypatch.setattr(opening, "open_pipeline", lambda *_, **__: pipe)
     monkeypatch.setattr(rundir, "STATE_SECONDS", 0)  # or the clock decides how many events there are
 
     def run(config: TrainConfig, kill_at: int | None = None) -> int:
@@ -154,7 +155,7 @@ def test_killed_at_every_event(nano: Callable[..., TrainConfig], forked: Forked)
 def test_the_second_signal_stops_at_once(
     number: int, nano: Callable[..., TrainConfig], forked: Forked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Stepper._update
+    original = Updates._update
 
     def twice(self: Stepper, step: int) -> Any:
         if step == 1:
@@ -162,7 +163,7 @@ def test_the_second_signal_stops_at_once(
                 os.kill(os.getpid(), number)
         return original(self, step)
 
-    monkeypatch.setattr(Stepper, "_update", twice)
+    monkeypatch.setattr(Updates, "_update", twice)
     config = nano("twice")
     assert forked(config) == -number
     assert list(checkpoint_steps(config.folder / "checkpoints")) == [1]

@@ -23,7 +23,8 @@ from runs import Configure, distance, flags, in_double, journal
 
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import TrainConfig, train
-from nora_diffusion.training.run.setup import launched_precision
+from nora_diffusion.training.planning.opening import launched_precision
+from nora_diffusion.training.run.batches import Batches
 from nora_diffusion.training.run.steps import Stepper
 from nora_diffusion.training.run.train import build_accelerator
 
@@ -155,7 +156,7 @@ def test_the_others_wait_for_as_long_as_the_first_one_draws(configure: Configure
 
 def test_the_launchers_no_is_no_word(monkeypatch: pytest.MonkeyPatch) -> None:
     """It says so where it was told nothing: then the hardware decides, as without it."""
-    monkeypatch.setattr("nora_diffusion.training.run.setup.best_precision", lambda device: "bf16")
+    monkeypatch.setattr("nora_diffusion.training.planning.opening.best_precision", lambda device: "bf16")
     found = []
     for told in ("no", "fp8", "fp16", "bf16"):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
@@ -166,14 +167,14 @@ def test_the_launchers_no_is_no_word(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_fork
 def test_dropout_draws_other_masks_in_each_process(configure: Configure, tmp_path: Path) -> None:
     def seen(rank: int) -> None:
-        original = Stepper.draw
+        original = Batches.draw
 
-        def draw(self: Stepper, step: int, micro: int) -> Any:
+        def draw(self: Batches, step: int, micro: int) -> Any:
             batch = original(self, step, micro)
             (tmp_path / f"{rank}-{step}").write_text(str(torch.initial_seed()))
             return batch
 
-        Stepper.draw = draw  # type: ignore[method-assign]
+        Batches.draw = draw  # type: ignore[method-assign]
         train(configure(dropout=0.3))
 
     assert forked(seen) == [0, 0]
@@ -197,13 +198,13 @@ def test_two_processes_resume_bit_for_bit(configure: Configure, tmp_path: Path) 
 @needs_fork
 def test_factors_are_those_of_the_first_process(configure: Configure, tmp_path: Path) -> None:
     """A basis that came out otherwise elsewhere, as the signs of an SVD may."""
-    from nora_diffusion.training.run import setup
+    from nora_diffusion.training.run import run as building
 
     one = train(configure(train_batch_size=4, output_dir=str(tmp_path / "one"))).adapter_path.parent
-    config, original = configure(train_batch_size=2), setup.place_adapter
+    config, original = configure(train_batch_size=2), building.put_in_adapter
 
     def run(rank: int) -> None:
-        def place_adapter(*given: Any) -> Any:
+        def put_in_adapter(*given: Any) -> Any:
             parameters = original(*given)
             with torch.no_grad():
                 for name, value in given[1].unet.named_buffers():
@@ -211,7 +212,7 @@ def test_factors_are_those_of_the_first_process(configure: Configure, tmp_path: 
                         value.neg_().add_(0.1)
             return parameters
 
-        setup.place_adapter = place_adapter
+        building.put_in_adapter = put_in_adapter
         train(config)
 
     assert forked(run) == [0, 0]

@@ -18,8 +18,9 @@ from runs import Configure, assert_same_run, flags, journal
 
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import TrainConfig, train
-from nora_diffusion.training.run.signals import Interrupted
 from nora_diffusion.training.run.steps import Stepper
+from nora_diffusion.training.run.updates import Updates
+from nora_diffusion.training.signals import Interrupted
 
 SCRIPT = Path(__file__).parents[3] / "train_dreambooth_nora.py"
 HARD = {
@@ -40,14 +41,14 @@ HARD = {
 
 def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
     """Send this process a signal in the middle of step ``step``, before its update."""
-    original = Stepper._update
+    original = Updates._update
 
     def update(self: Stepper, done: int) -> float:
         if done == step:
             os.kill(os.getpid(), number)
         return original(self, done)
 
-    monkeypatch.setattr(Stepper, "_update", update)
+    monkeypatch.setattr(Updates, "_update", update)
 
 
 @pytest.mark.parametrize("variation", HARD.values(), ids=HARD.keys())

@@ -23,9 +23,9 @@ from nora_diffusion.adapters import PRESETS
 from nora_diffusion.errors import UserError
 from nora_diffusion.generation.image_settings import read_settings
 from nora_diffusion.training import check, main, train
-from nora_diffusion.training.run import train as loop
-from nora_diffusion.training.run.rundir import RunFolder, RunLog
-from nora_diffusion.training.run.setup import open_base, opening_dtype
+from nora_diffusion.training.planning import plan
+from nora_diffusion.training.planning.opening import open_base, opening_dtype
+from nora_diffusion.training.planning.rundir import RunFolder, RunLog
 from nora_diffusion.training.run.steps import Stepper
 from nora_diffusion.training.settings.methods import parameters_of
 
@@ -229,7 +229,7 @@ def test_the_denoiser_is_opened_in_the_precision_of_the_run(
     pipe = open_base(half, cpu, torch.bfloat16)
     assert (pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype) == (torch.bfloat16, torch.float32, torch.float32)
     early = train(half).adapter_path
-    monkeypatch.setattr(loop, "opening_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(plan, "opening_dtype", lambda *_: torch.float32)
     late = train(configure(mixed_precision="bf16", output_dir=str(tmp_path / "late"))).adapter_path
     assert_equal_tensors(early, late)
     fingerprints = [inspect_adapter(path).base_fingerprint for path in (early, late)]
@@ -342,7 +342,7 @@ def test_a_failing_tracker_or_preview_does_not_stop_training(
         raise LookupError("the service is down")
 
     monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.log", broken)
-    monkeypatch.setattr("nora_diffusion.training.measuring.samples.render", broken)
+    monkeypatch.setattr("nora_diffusion.training.measuring.samples.generate_images", broken)
     assert train(configure(validation_prompt="a dog", report_to="tensorboard")).steps == 3
     assert "the tracker tensorboard failed" in caplog.text and "no sample pictures" in caplog.text
 

@@ -14,7 +14,7 @@ from runs import flags
 from nora_diffusion.adapters import PRESETS
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import TrainConfig
-from nora_diffusion.training.run.setup import adapter_config
+from nora_diffusion.training.planning.adapter import adapter_config
 from nora_diffusion.training.settings.arguments import build_parser, parse
 from nora_diffusion.training.settings.checks import BOUNDS, check_config
 from nora_diffusion.training.settings.config import Fact, settings

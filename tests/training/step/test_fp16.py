@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import TrainConfig, train
 from nora_diffusion.training.many.subjects import train_subjects
-from nora_diffusion.training.run import setup
-from nora_diffusion.training.run import train as loop
-from nora_diffusion.training.run.steps import MOST_SKIPS, Stepper
+from nora_diffusion.training.planning import plan
+from nora_diffusion.training.run.updates import MOST_SKIPS, Updates
 from nora_diffusion.training.step.averaging import Average
 
 FP16 = {"mixed_precision": "fp16", "lr_scheduler": "linear", "lr_warmup_steps": 0, "ema_decay": 0.9}
@@ -25,25 +24,25 @@ FP16 = {"mixed_precision": "fp16", "lr_scheduler": "linear", "lr_warmup_steps": 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp16 is refused on a CPU for its slowness alone; the tiny base does not mind."""
-    original = setup.settle
+    original = plan.settle
 
     def settle(config: TrainConfig, pipe: Any, checkpoint: Any, photos: int, _: Any, processes: int) -> TrainConfig:
         return original(config, pipe, checkpoint, photos, torch.device("cuda"), processes)
 
-    monkeypatch.setattr(loop, "settle", settle)
+    monkeypatch.setattr(plan, "settle", settle)
 
 
 def overflow_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Gradients of these steps, counted from 0, are not finite; without any, those of all."""
-    original = Stepper._step_optimizer
+    original = Updates._step_optimizer
 
-    def step_optimizer(self: Stepper, step: int) -> Any:
+    def step_optimizer(self: Updates, step: int) -> Any:
         for factor in self.run.parameters.values():
             if (not steps or step in steps) and factor.grad is not None:
                 factor.grad.fill_(float("nan"))
         return original(self, step)
 
-    monkeypatch.setattr(Stepper, "_step_optimizer", step_optimizer)
+    monkeypatch.setattr(Updates, "_step_optimizer", step_optimizer)
 
 
 def rates(folder: Path) -> list[float]:

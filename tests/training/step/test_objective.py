@@ -7,8 +7,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from nora_diffusion.errors import UserError
+from nora_diffusion.training.step.noise import draw_timesteps
 from nora_diffusion.training.step.objective import Objective
-from nora_diffusion.training.step.randomness import derive, draw_timesteps, generator, shuffled_indices
+from nora_diffusion.training.step.randomness import derive, generator, shuffled_indices
 
 KINDS = ("epsilon", "v_prediction", "sample")
 
@@ -84,8 +85,8 @@ def test_rows_are_whole_epochs_and_a_function_of_the_start() -> None:
 
 
 def test_timesteps_and_seeds() -> None:
-    drawn = draw_timesteps(8, 1000, True, generator(1, "t"))
+    drawn = draw_timesteps(8, range(1000), "stratified", generator(1, "t"))
     assert sorted(int(t) // 125 for t in drawn) == list(range(8))
-    assert torch.equal(drawn, draw_timesteps(8, 1000, True, generator(1, "t")))
-    assert draw_timesteps(500, 10, False, generator(1)).unique().numel() == 10
+    assert torch.equal(drawn, draw_timesteps(8, range(1000), "stratified", generator(1, "t")))
+    assert draw_timesteps(500, range(10), "uniform", generator(1)).unique().numel() == 10
     assert len({derive(seed, "a", step) for seed in range(5) for step in range(5)}) == 25

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import TrainConfig, train
-from nora_diffusion.training.run.steps import Stepper
-from nora_diffusion.training.step.noise import draw_levels, draw_noise
+from nora_diffusion.training.run.batches import Batches
+from nora_diffusion.training.step.noise import draw_noise, draw_timesteps
 from nora_diffusion.training.step.objective import Objective, with_zero_snr
 
 T = torch.tensor([1, 300, 700, 999])
@@ -69,8 +69,7 @@ def test_offset_and_perturbation_have_the_moments_of_the_formulas() -> None:
 
 def test_levels_stay_in_their_range_and_logit_normal_prefers_the_middle() -> None:
     for sampling in ("uniform", "stratified", "logit_normal"):
-        config = TrainConfig(**DATA, min_timestep=200, max_timestep=700, timestep_sampling=sampling)
-        t = draw_levels(4000, 1000, config, torch.Generator().manual_seed(0))
+        t = draw_timesteps(4000, range(200, 700), sampling, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
         assert 200 <= int(t.min()) < 215 and 685 < int(t.max()) < 700
     z = (t.double().add(0.5).sub(200) / 500).logit()
     assert z.mean() == pytest.approx(0, abs=0.05) and z.std() == pytest.approx(1, rel=0.05)
@@ -93,17 +92,17 @@ def test_the_frozen_prior_is_the_base_in_the_same_batch(
 ) -> None:
     """Until the adapter moves, class rows agree with the base exactly; then they are held to the base's answer."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    original = Stepper.mean_loss
+    original = Batches.mean_loss
 
-    def look(self: Stepper, batch: Any, prediction: torch.Tensor) -> torch.Tensor:
-        errors = self.run.objective.errors(prediction, batch.target, batch.t).mean((1, 2, 3)).detach()
+    def look(self: Batches, batch: Any, prediction: torch.Tensor) -> torch.Tensor:
+        errors = self.run.plan.objective.errors(prediction, batch.target, batch.t).mean((1, 2, 3)).detach()
         loss = original(self, batch, prediction)
         size = len(errors) // 2
         assert torch.allclose(loss, errors[:size].mean() + 0.5 * errors[size:].mean())
         seen.append((errors[size:], batch.noisy))
         return loss
 
-    monkeypatch.setattr(Stepper, "mean_loss", look)
+    monkeypatch.setattr(Batches, "mean_loss", look)
     result = train(
         configure(
             with_prior_preservation=True, prior_preservation="frozen", class_prompt="a photo of dog",

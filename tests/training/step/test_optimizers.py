@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Configure
+from runs import Configure, resolve
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,6 +18,7 @@ from nora_diffusion.adapters import NoraLayer
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import TrainConfig, main, train
 from nora_diffusion.training.run.steps import Stepper
+from nora_diffusion.training.run.updates import Updates
 from nora_diffusion.training.settings.checks import check_config
 from nora_diffusion.training.step.averaging import Average
 from nora_diffusion.training.step.optimization import bound_norms, build_optimizer
@@ -70,7 +71,7 @@ def test_lora_plus_is_a_rate_for_the_up_factors() -> None:
         "text_encoder.b.nora_B",
     ]
     parameters = {name: nn.Parameter(torch.ones(2)) for name in names}
-    config = TrainConfig(learning_rate=1e-3, text_encoder_lr=1e-4, loraplus_lr_ratio=16.0)
+    config = resolve(TrainConfig(learning_rate=1e-3, text_encoder_lr=1e-4, loraplus_lr_ratio=16.0))
     optimizer = build_optimizer(config, parameters)
     rates = {id(value): group["lr"] for group in optimizer.param_groups for value in group["params"]}
     got = [rates[id(parameters[name])] for name in names]
@@ -122,7 +123,7 @@ def test_the_average_is_the_formula_and_is_what_is_saved(configure: Configure, m
 
 def test_a_part_stops_learning_at_its_fraction(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[set[str]] = []
-    original = Stepper._update
+    original = Updates._update
 
     def update(self: Stepper, step: int) -> float:
         before = {name: value.detach().clone() for name, value in self.run.parameters.items()}
@@ -131,7 +132,7 @@ def test_a_part_stops_learning_at_its_fraction(configure: Configure, monkeypatch
         moved.append({name.split(".")[0] for name in changed})
         return norm
 
-    monkeypatch.setattr(Stepper, "_update", update)
+    monkeypatch.setattr(Updates, "_update", update)
     train(configure(max_train_steps=4, train_text_encoder=True, text_encoder_frac=0.5, denoiser_frac=0.75))
     assert moved == [{"unet", "text_encoder"}, {"unet", "text_encoder"}, {"unet"}, set()]
 

@@ -16,7 +16,7 @@ from nora_diffusion import load_adapter, open_pipeline
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import train
 from nora_diffusion.training.many.subjects import train_subjects
-from nora_diffusion.training.run import setup
+from nora_diffusion.training.run import run as building
 from nora_diffusion.training.run.steps import Stepper
 
 INT8 = {"quantize_base": "int8", "gradient_checkpointing": True}
@@ -97,12 +97,12 @@ def test_several_subjects_share_it(
     entries = [{"name": name, "instance_data_dir": str(photos)} for name in ("one", "two")]
     (tmp_path / "s.yaml").write_text(json.dumps(entries))
     placed: list[bool] = []
-    original = setup.place_adapter
+    original = building.put_in_adapter
 
-    def place_adapter(config: Any, pipe: Any, *rest: Any) -> Any:
+    def put_in_adapter(config: Any, pipe: Any, *rest: Any) -> Any:
         placed.append(any(hasattr(m.weight, "qdata") for m in pipe.unet.modules() if isinstance(m, nn.Linear)))
         return original(config, pipe, *rest)
 
-    monkeypatch.setattr(setup, "place_adapter", place_adapter)
+    monkeypatch.setattr(building, "put_in_adapter", put_in_adapter)
     results = train_subjects(configure(**INT8, subjects=str(tmp_path / "s.yaml"), instance_data_dir=None))
     assert len(results) == 2 and placed == [False, False]

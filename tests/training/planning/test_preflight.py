@@ -22,9 +22,11 @@ from nora_diffusion.loaders import add_adapter, trainable_parameters
 from nora_diffusion.pipelines.components import denoiser_name
 from nora_diffusion.training import TrainConfig, check, check_on, main, train
 from nora_diffusion.training.data.subject import Subject
-from nora_diffusion.training.run.preflight import Plan, given_back, is_known, preflight
-from nora_diffusion.training.run.rundir import SPARE_BYTES
-from nora_diffusion.training.run.setup import adapter_config, lower_precision
+from nora_diffusion.training.planning.adapter import adapter_config
+from nora_diffusion.training.planning.opening import lower_precision
+from nora_diffusion.training.planning.plan import Plan, plan_on
+from nora_diffusion.training.planning.preflight import given_back, is_known, preflight
+from nora_diffusion.training.planning.rundir import SPARE_BYTES
 from nora_diffusion.training.settings.defaults import usual_rates, with_defaults
 from nora_diffusion.training.step.denoiser import native_size
 from nora_diffusion.training.step.memory import outline
@@ -41,6 +43,10 @@ def said(findings: list[Any]) -> str:
 
 def subject_of(caption: str, trigger: str) -> Subject:
     return Subject([], [caption] * 3, trigger, "dog", "")
+
+
+def plan_of(config: TrainConfig, pipe: Any) -> Plan:
+    return plan_on(with_defaults(config), subject_of("a sks dog", "sks"), pipe, torch.device("cpu"))
 
 
 def test_nothing_is_said_of_a_run_in_order(configure: Configure) -> None:
@@ -164,18 +170,17 @@ def test_a_full_disk_is_fatal_and_a_small_one_a_warning(
 
 
 def test_memory_that_is_not_there(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nora_diffusion.training.run.preflight.available", lambda device: 1000)
+    monkeypatch.setattr("nora_diffusion.training.planning.preflight.available", lambda device: 1000)
     found = said(check(configure(**RIGHT)))
     assert "of memory beside the base" in found and "use --train_batch_size 1, --gradient_checkpointing" in found
 
 
 def test_memory_that_a_lower_precision_gives_back_is_counted(configure: Configure, pipe: Any) -> None:
-    config = configure(mixed_precision="bf16")
-    plan = Plan(config, pipe, subject_of("a sks dog", "sks"), config.folder)
+    plan = plan_of(configure(mixed_precision="bf16"), pipe)
     held = sum(p.nbytes for part in (pipe.unet, pipe.text_encoder) for p in part.parameters())
     cpu = torch.device("cpu")
     assert given_back(plan, cpu) == held / 2
-    lower_precision(config, pipe, cpu)
+    lower_precision(pipe, torch.bfloat16)
     assert given_back(plan, cpu) == 0
 
 
@@ -184,11 +189,13 @@ def test_a_base_that_rests_elsewhere_is_counted_where_the_run_will_be(
 ) -> None:
     """The app's base lies in the CPU's memory while another training has the GPU."""
     asked = []
-    monkeypatch.setattr("nora_diffusion.training.run.preflight.available", lambda device: asked.append(device) or 1000)
+    monkeypatch.setattr(
+        "nora_diffusion.training.planning.preflight.available", lambda device: asked.append(device) or 1000
+    )
     found = said(check_on(configure(**RIGHT, mixed_precision="bf16"), pipe, "cuda"))
     assert asked == [torch.device("cuda")] and "cuda has" in found
     held = sum(p.nbytes for part in (pipe.unet, pipe.text_encoder) for p in part.parameters())
-    plan = Plan(configure(mixed_precision="bf16"), pipe, subject_of("a sks dog", "sks"), configure().folder)
+    plan = plan_of(configure(mixed_precision="bf16"), pipe)
     assert given_back(plan, torch.device("cuda")) == -held / 2
 
 
@@ -287,9 +294,9 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 def test_it_takes_seconds(configure: Configure, tiny_base: Path) -> None:
     pipe = open_pipeline(tiny_base)
-    config = configure(**RIGHT)
-    begun = time.process_time()  # whatever else the machine does
-    preflight(Plan(config, pipe, subject_of("a zqx dog", "zqx"), config.folder))
+    plan = plan_of(configure(**RIGHT), pipe)
+    begun = time.process_time()  # not the wall clock, which counts other load
+    preflight(plan)
     assert time.process_time() - begun < 10
 
 

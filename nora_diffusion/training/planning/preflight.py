@@ -20,19 +20,14 @@ from ...generation.image_settings import read_settings
 from ...io.run_layout import CHECKPOINTS, checkpoint_steps
 from ...loaders import check_adapter
 from ...pipelines.components import all_targets
-from ...pipelines.precision import MIXED_DTYPES
 from ..data.prompts import cut_off, tokens_of
-from ..data.subject import Subject, calling_prompt
 from ..measuring.samples import class_folder, count_images
-from ..measuring.validation import Measure
-from ..settings.config import TrainConfig
 from ..settings.defaults import USUAL_FACTORS, USUAL_TEXT_RATES, USUAL_TOKEN_RATES, usual_rates
-from ..step.denoiser import denoiser, native_size, networks
+from ..step.denoiser import native_size, networks
 from ..step.memory import Outline, available, outline
 from ..step.optimization import scaled_rate
-from .checkpoints import Checkpoint
+from .plan import Plan
 from .rundir import SPARE_BYTES
-from .setup import adapter_config, components, prompts_of
 
 log = logging.getLogger(__name__)
 
@@ -53,30 +48,6 @@ class Finding:
 
     text: str
     fatal: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A settled run that has not begun. ``place`` is where it will write, ``device`` where it will be: ``pipe``'s."""
-
-    config: TrainConfig
-    pipe: Any
-    subject: Subject
-    place: Path
-    device: torch.device | None = None
-    checkpoint: Checkpoint | None = None
-    processes: int = 1
-    measure: Measure | None = None
-
-    @property
-    def calling(self) -> str:
-        """The prompt that calls the subject."""
-        return calling_prompt(self.config, self.subject)
-
-    @property
-    def called(self) -> list[tuple[str | None, Sequence[str]]]:
-        """The trigger of each subject, and its captions."""
-        return [(own.trigger, own.captions) for own in self.subject.members or [self.subject]]
 
 
 def preflight(plan: Plan) -> list[Finding]:
@@ -101,10 +72,11 @@ def report(findings: Sequence[Finding], strict: bool = False) -> None:
 
 def _outline(plan: Plan) -> Outline:
     config = plan.config
-    rows = config.batch_size * (2 if config.with_prior_preservation else 1)
-    dtype = MIXED_DTYPES[config.mixed_precision or "no"]
-    parts, side = components(config, plan.pipe), config.resolution or 0
-    return outline(plan.pipe, adapter_config(config), parts, rows, side, dtype, config.gradient_checkpointing)
+    rows = config.train_batch_size * (2 if config.with_prior_preservation else 1)
+    return outline(
+        plan.pipe, plan.adapter, list(plan.components), rows, config.resolution, plan.dtype,
+        config.gradient_checkpointing,
+    )  # fmt: skip
 
 
 def _base(plan: Plan) -> Iterator[Finding]:
@@ -113,7 +85,7 @@ def _base(plan: Plan) -> Iterator[Finding]:
             check_adapter(plan.pipe, plan.checkpoint.path)
         except UserError as error:
             yield Finding(str(error), fatal=True)
-    side, usual = plan.config.resolution or 0, native_size(plan.pipe)
+    side, usual = plan.config.resolution, native_size(plan.pipe)
     if not 0.5 <= side / usual <= 2:
         yield Finding(
             f"Pictures of {side} pixels are far from the {usual} of this base: take --resolution {usual}, or a base "
@@ -122,25 +94,25 @@ def _base(plan: Plan) -> Iterator[Finding]:
 
 
 def _disk(plan: Plan, size: Outline) -> Iterator[Finding]:
-    config, free = plan.config, shutil.disk_usage(_existing(plan.place)).free
+    config, free = plan.config, shutil.disk_usage(_existing(plan.folder)).free
     one = size.checkpoint_bytes
-    made = -(-(config.max_train_steps or 1) // config.checkpointing_steps)
-    there = len(checkpoint_steps(plan.place / CHECKPOINTS))
-    kept = max(min(made, config.checkpoints_total_limit or made) - there, 0)
+    made = -(-config.max_train_steps // config.checkpointing_steps)
+    there = len(checkpoint_steps(plan.folder / CHECKPOINTS))
+    kept = max(min(made, made if config.checkpoints_total_limit is None else config.checkpoints_total_limit) - there, 0)
     pictures = 0
     if config.with_prior_preservation:
         missing = config.num_class_images - count_images(class_folder(config))
-        pictures = max(missing, 0) * 2 * (config.resolution or 0) ** 2
+        pictures = max(missing, 0) * 2 * (config.resolution) ** 2
     least, whole = SPARE_BYTES + 2 * one + pictures, SPARE_BYTES + (kept + 2) * one + pictures
     if free < least:
         yield Finding(
-            f"The disk of {plan.place} has {_size(free)} left and this run needs {_size(least)}: free some space or "
+            f"The disk of {plan.folder} has {_size(free)} left and this run needs {_size(least)}: free some space or "
             "choose another --output_dir.",
             fatal=True,
         )
     elif free < whole:
         yield Finding(
-            f"The disk of {plan.place} has {_size(free)} left and the {kept} checkpoints of this run take "
+            f"The disk of {plan.folder} has {_size(free)} left and the {kept} checkpoints of this run take "
             f"{_size(whole)}: keep fewer with --checkpoints_total_limit 2."
         )
 
@@ -150,13 +122,13 @@ def _existing(place: Path) -> Path:
 
 
 def _memory(plan: Plan, size: Outline) -> Iterator[Finding]:
-    device = plan.device or denoiser(plan.pipe).device
+    device = plan.device
     if device.type not in ("cpu", "cuda"):
         return
     free = available(device) + given_back(plan, device)
     if size.memory <= free:
         return
-    remedies = ["--train_batch_size 1"] if plan.config.batch_size > 1 else []
+    remedies = ["--train_batch_size 1"] if plan.config.train_batch_size > 1 else []
     remedies += [] if plan.config.gradient_checkpointing else ["--gradient_checkpointing"]
     bf16 = device.type == "cuda" and plan.config.mixed_precision == "no" and torch.cuda.is_bf16_supported()
     remedies += ["--mixed_precision bf16"] if bf16 else []
@@ -172,7 +144,7 @@ def given_back(plan: Plan, device: torch.device) -> int:
 
     Negative for parts that lie elsewhere and have yet to come.
     """
-    size = MIXED_DTYPES[plan.config.mixed_precision or "no"].itemsize
+    size = plan.dtype.itemsize
     parameters = [p for module in networks(plan.pipe) for p in module.parameters()]
     return sum(p.numel() * ((p.element_size() if p.device.type == device.type else 0) - size) for p in parameters)
 
@@ -185,8 +157,8 @@ def _photos(plan: Plan) -> Iterator[Finding]:
             f"{there}: with 3 to 10, different in background and angle, the subject is told apart from what is around "
             "it."
         )
-    batch = config.images_per_step(plan.processes)
-    views = batch * (config.max_train_steps or 1) / photos
+    batch = plan.images_per_step
+    views = batch * config.max_train_steps / photos
     if views < FEW_VIEWS:
         enough = -(-FEW_VIEWS * photos // batch)
         yield Finding(
@@ -203,7 +175,10 @@ def _trigger(plan: Plan) -> Iterator[Finding]:
         )
         return
     known = [
-        word for trigger, _ in plan.called for word in (trigger or "").split() if is_known(plan.pipe.tokenizer, word)
+        word
+        for own in plan.subject.parts
+        for word in (own.trigger or "").split()
+        if is_known(plan.pipe.tokenizer, word)
     ]
     if known:
         yield Finding(
@@ -224,14 +199,15 @@ def rare_word(tokenizer: Any) -> str:
 
 
 def _prompts(plan: Plan) -> Iterator[Finding]:
-    config, named = plan.config, [(trigger, captions) for trigger, captions in plan.called if trigger]
+    config, prompt = plan.config, plan.subject.calling_prompt
+    named = [(own.trigger, own.captions) for own in plan.subject.parts if own.trigger]
     for trigger, captions in named:
-        yield from _captions(config, trigger, captions)
-    asked = config.instance_prompt
-    if asked and named and not {*asked.split()} <= {*plan.calling.split()}:
+        yield from _captions(plan.subject.class_prompt, trigger, captions)
+    asked = plan.subject.instance_prompt
+    if asked and named and not {*asked.split()} <= {*prompt.split()}:
         yield Finding(
             f"No photo is learned under the instance prompt '{asked}', since each has a caption: the subject will "
-            f"answer to '{plan.calling}', so ask for that, or make the captions agree."
+            f"answer to '{prompt}', so ask for that, or make the captions agree."
         )
     if (
         config.validation_prompt
@@ -245,7 +221,7 @@ def _prompts(plan: Plan) -> Iterator[Finding]:
 
 
 def _lengths(plan: Plan) -> Iterator[Finding]:
-    most, prompts = tokens_of(plan.config, plan.pipe), list(dict.fromkeys(prompts_of(plan.config, plan.subject)))
+    most, prompts = tokens_of(plan.config, plan.pipe), list(dict.fromkeys(plan.prompts))
     if long := cut_off(plan.pipe.tokenizer, prompts, most):
         yield Finding(
             f"{len(long)} of {len(prompts)} prompts have more than {most} tokens, so that their end is cut off, such "
@@ -253,14 +229,14 @@ def _lengths(plan: Plan) -> Iterator[Finding]:
         )
 
 
-def _captions(config: TrainConfig, trigger: str, captions: Sequence[str]) -> Iterator[Finding]:
+def _captions(class_prompt: str, trigger: str, captions: Sequence[str]) -> Iterator[Finding]:
     without = [caption for caption in captions if not has_word(caption, trigger)]
     if without:
         yield Finding(
             f"{len(without)} of {len(captions)} captions lack the trigger '{trigger}', such as '{without[0]}': "
             f"put it in, or let --trigger {trigger} do so."
         )
-    if config.class_prompt and has_word(config.class_prompt, trigger):
+    if has_word(class_prompt, trigger):
         yield Finding(
             f"The class prompt has the trigger '{trigger}', so the class would learn the subject's name: leave it out "
             "there."
@@ -268,10 +244,10 @@ def _captions(config: TrainConfig, trigger: str, captions: Sequence[str]) -> Ite
 
 
 def _rank(plan: Plan) -> Iterator[Finding]:
-    adapter = adapter_config(plan.config)
+    adapter = plan.adapter
     if adapter.basis == "sharing":  # whose rank is that of a LoRA of the same size
         return
-    layers = all_targets(plan.pipe, components(plan.config, plan.pipe), adapter).values()
+    layers = all_targets(plan.pipe, list(plan.components), adapter).values()
     most = max(min(flat_weight(layer).shape) for own in layers for layer in own.values())
     if adapter.r > most:
         yield Finding(
@@ -303,11 +279,11 @@ def _rates(plan: Plan) -> Iterator[Finding]:
 
 def _file(plan: Plan) -> Iterator[Finding]:
     """What the run's file will say of itself, read as a reader would: not first when there is something to save."""
-    parts, adapter, subject = components(plan.config, plan.pipe), adapter_config(plan.config).to_dict(), plan.subject
+    parts, adapter, subject = list(plan.components), plan.adapter.to_dict(), plan.subject
     values = {
         "components": dict.fromkeys(parts, adapter), "base_fingerprint": {part: {} for part in parts},
         "prompts": list(dict.fromkeys(subject.captions)), "trigger": subject.trigger or "",
-        "instance_prompt": plan.calling, "license": plan.config.license or "",
+        "instance_prompt": subject.calling_prompt, "license": plan.config.license or "",
     }  # fmt: skip
     try:
         info_from(values)
@@ -330,11 +306,11 @@ def _class_pictures(plan: Plan) -> Iterator[Finding]:
     others = []
     for path in sorted(class_folder(config).glob("class-*.png")):
         with contextlib.suppress(UserError):  # somebody's own picture
-            others += [made.prompt] if (made := read_settings(path)).prompt != config.class_prompt else []
+            others += [made.prompt] if (made := read_settings(path)).prompt != plan.subject.class_prompt else []
     if others:
         yield Finding(
             f"{len(others)} of the class pictures in {class_folder(config)} were made of '{others[0]}', not of "
-            f"'{config.class_prompt}': name another --class_data_dir, or remove them."
+            f"'{plan.subject.class_prompt}': name another --class_data_dir, or remove them."
         )
 
 

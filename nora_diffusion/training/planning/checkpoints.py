@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,7 @@ from ...errors import UserError
 from ...formats.adapter_file import FILE_NAME
 from ...io.files import make_folder, sha256, sync_folder, user_errors, write_atomic
 from ...io.run_layout import MANIFEST, checkpoint_steps
-from ...loaders import save_adapter
-from ..step.optimizer_state import restore_state, state_numbers, state_tensors
+from ..step.optimizer_state import restore_state
 
 log = logging.getLogger(__name__)
 
@@ -48,22 +47,18 @@ class Checkpoint:
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(
+def write_checkpoint(
     folder: Path,
     step: int,
-    pipe: Any,
-    adapter_name: str,
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    identity: Mapping[str, Any],
-    schedule: Mapping[str, Any],
-    scaler: Mapping[str, Any],
-    info: Mapping[str, Any],
-    average: Mapping[str, Tensor] | None = None,
+    save_adapter: Callable[[Path], object],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
 ) -> Path:
     """Write ``folder/step-N``: everything into a hidden folder beside it, flushed, then one rename.
 
-    Raises :class:`UserError` if the disk is full or the folder cannot be written; earlier checkpoints stay.
+    ``save_adapter`` writes the adapter file into a folder; ``tensors`` are those of optimizer and average; ``state`` is
+    the rest of the manifest: ``identity``, ``schedule``, ``scaler`` and ``optimizer``. Raises :class:`UserError` if the
+    disk is full or the folder cannot be written; earlier checkpoints stay.
     """
     final, temporary = folder / f"step-{step}", folder / f".tmp-step-{step}"
     make_folder(folder)
@@ -71,18 +66,11 @@ def save_checkpoint(
         sync_folder(folder.parent)
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            save_adapter(pipe, temporary, adapter_name, info=info)
+            save_adapter(temporary)
             (temporary / "README.md").unlink(missing_ok=True)
-            write_atomic(temporary / OPTIMIZER, save({**state_tensors(optimizer, parameters), **(average or {})}))
-            manifest = {
-                "format_version": FORMAT_VERSION,
-                "step": step,
-                "identity": identity,
-                "schedule": schedule,
-                "scaler": scaler,
-                "optimizer": state_numbers(optimizer, parameters),
-                "sha256": {name: sha256(temporary / name) for name in (FILE_NAME, OPTIMIZER)},
-            }
+            write_atomic(temporary / OPTIMIZER, save(dict(tensors)))
+            hashes = {name: sha256(temporary / name) for name in (FILE_NAME, OPTIMIZER)}
+            manifest = {"format_version": FORMAT_VERSION, "step": step, **state, "sha256": hashes}
             write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1))
             _put(temporary, final)
         except BaseException:

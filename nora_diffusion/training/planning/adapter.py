@@ -1,0 +1,101 @@
+"""The adapter of a run: its config, the components it goes into, and putting it there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...adapters import AdapterConfig, in_blocks
+from ...adapters.presets import PRESETS
+from ...adapters.tuner.build import outer_rank
+from ...errors import UserError
+from ...loaders import add_adapter, load_adapter, pairs_from, trainable_parameters
+from ...pipelines.calibration import Calibration
+from ...pipelines.components import all_targets, component, denoiser_name
+from ..data.tokens import put_new_tokens
+from ..settings.config import TrainConfig
+from ..settings.methods import parameters_of
+from ..settings.resolved import ResolvedConfig
+from ..settings.values import suggestion
+from ..step.denoiser import TRAINED_ENCODERS, family_of, networks
+from ..step.randomness import derive
+
+
+def adapter_config(config: TrainConfig) -> AdapterConfig:
+    """The preset of ``config.method`` with the settings that it takes."""
+    targets: str | list[str] | None = config.target_modules
+    if targets is not None and len(targets) == 1:
+        targets = targets[0]  # a group, or a regular expression
+    if config.target_blocks:
+        targets = in_blocks(config.target_blocks, targets)
+    values = {parameter: getattr(config, name) for name, parameter in parameters_of(config.method).items()}
+    values["target_modules"] = targets
+    return PRESETS[config.method](**{name: value for name, value in values.items() if value is not None})
+
+
+def adapted_components(config: TrainConfig, pipe: Any) -> dict[str, nn.Module]:
+    """The components that get the adapter by name, the denoiser first."""
+    encoders = TRAINED_ENCODERS[family_of(pipe)] if config.train_text_encoder else ()
+    return {name: component(pipe, name) for name in (denoiser_name(pipe), *encoders)}
+
+
+def check_targets(config: ResolvedConfig, pipe: Any, components: Mapping[str, nn.Module]) -> None:
+    """Raise :class:`UserError` for an adapter that cannot be built or has no target, before anything is written."""
+    paths = [path for module in components.values() for path, _ in module.named_modules()]
+    for block in config.target_blocks or ():
+        if not {block, f"text_model.{block}"} & {*paths}:
+            raise UserError(f"--target_blocks: the base has no {block!r}{suggestion(block, paths)}")
+    adapter = adapter_config(config)
+    targets = all_targets(pipe, list(components), adapter)
+    for layers in targets.values():
+        for path, layer in layers.items():
+            outer_rank(adapter, layer, path)  # refuses blocks that do not divide a layer
+    if config.basis_from is not None:
+        pairs_from(pipe, config.basis_from, adapter, targets)
+
+
+def put_in_adapter(
+    config: ResolvedConfig,
+    pipe: Any,
+    components: Mapping[str, nn.Module],
+    name: str,
+    calibration: Calibration | None,
+    new_tokens: Mapping[str, str | None],
+) -> dict[str, nn.Parameter]:
+    """Add a new adapter and its tokens to the pipeline; returns its trained parameters by file key."""
+    torch.manual_seed(derive(config.seed, "init"))
+    add_adapter(pipe, adapter_config(config), name, list(components), calibration, config.basis_from)
+    put_new_tokens(config, pipe, name, new_tokens)
+    return trained_parameters(pipe, name)
+
+
+def put_in_checkpoint(pipe: Any, name: str, path: Any) -> dict[str, nn.Parameter]:
+    """Load the adapter of a checkpoint into the pipeline; returns its trained parameters by file key."""
+    load_adapter(pipe, path, name)
+    return trained_parameters(pipe, name)
+
+
+def trained_parameters(pipe: Any, name: str) -> dict[str, nn.Parameter]:
+    """The trained parameters of an adapter by file key, all with ``requires_grad``."""
+    parameters = trainable_parameters(pipe, name)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    return parameters
+
+
+def frozen_factors(pipe: Any) -> list[torch.Tensor]:
+    """The frozen factors of all adapters in a pipeline."""
+    named = (pair for module in networks(pipe) for pair in module.named_buffers())
+    return [buffer for name, buffer in named if ".nora_" in name]
+
+
+@torch.no_grad()
+def agree_on_factors(pipe: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Broadcast the first process's factors: on other processes the same basis may differ in signs."""
+    for value in (*parameters.values(), *frozen_factors(pipe)):
+        whole = value.detach().contiguous()
+        torch.distributed.broadcast(whole, src=0)
+        value.copy_(whole)

@@ -1,0 +1,124 @@
+"""Draws the batches of a run and computes their loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ...pipelines.components import without_adapters
+from ..step.denoiser import TextEmbeddings, predict
+from ..step.noise import draw_noise, draw_timesteps
+from ..step.randomness import balanced_indices, batch_indices, derive, generator, owned_indices, shuffled_indices
+from .run import Run
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A noised batch: the denoiser's inputs, and its ``target`` with the levels ``t`` that weight the loss."""
+
+    target: Tensor
+    t: Tensor
+    noisy: Tensor
+    times: Tensor
+    embeddings: TextEmbeddings
+    labels: Tensor | None
+    regions: Tensor | None = None
+
+
+class Batches:
+    """The batches of a :class:`Run`: each is a function of seed, step and micro-step.
+
+    All processes draw the batch that one process would draw, and each takes its own rows of it.
+    """
+
+    def __init__(self, run: Run, accelerator: Accelerator) -> None:
+        self.run, self.accelerator, self.device = run, accelerator, run.plan.device
+
+    def draw(self, step: int, micro: int) -> Batch:
+        """The batch of a micro-step."""
+        run, config = self.run, self.run.config
+        # The last 0 is the first process: every process draws what that one would draw alone.
+        source = generator(config.seed, "step", step, micro, 0)
+        # Dropout draws from the global generator, so that is seeded by the step as well. Dropout masks differ between
+        # processes; a sampled rank does not.
+        own = self.accelerator.process_index if config.dropout > 0 else 0
+        torch.manual_seed(derive(config.seed, "dropout", step, micro, own))
+        size = config.train_batch_size * self.accelerator.num_processes
+        number = step * config.gradient_accumulation_steps + micro
+        images = self._images(number, size)
+        views = run.latents.pick(images, source)
+        latents, regions = run.latents.draw(views, source), run.latents.weights(views)
+        prompts = run.plan.captions.draw(images, generator(config.seed, "captions", step, micro, 0))
+        if run.class_latents is not None:
+            count = len(run.class_latents.of_image)
+            classes = shuffled_indices(config.seed, "class pictures", count, number * size, size)
+            views = run.class_latents.pick(classes, source, run.latents.size_of(images[0]))
+            latents = torch.cat([latents, run.class_latents.draw(views, source)])
+            regions = None if regions is None else torch.cat([regions, torch.ones_like(regions)])
+            prompts += [run.subject.class_prompt] * size
+        elif config.with_prior_preservation:  # by the frozen base: the same images under their class prompts
+            latents = torch.cat([latents, latents])
+            regions = None if regions is None else torch.cat([regions, torch.ones_like(regions)])
+            prompts += [run.subject.class_prompts[image] for image in images]
+        return self._noised(latents, prompts, source, regions)
+
+    def _images(self, number: int, size: int) -> list[int]:
+        """Indices of the images in batch ``number``."""
+        subject, seed = self.run.subject, self.run.config.seed
+        sizes = [self.run.latents.size_of(image) for image in range(len(subject.photos))]
+        if subject.members and len(set(sizes)) > 1:
+            return owned_indices(seed, "photos", subject.owners, sizes, number, size)
+        if subject.members:
+            return balanced_indices(seed, "photos", subject.owners, number * size, size)
+        return batch_indices(seed, "photos", sizes, number, size)
+
+    def _noised(self, latents: Tensor, prompts: list[str], source: torch.Generator, regions: Tensor | None) -> Batch:
+        run, plan, objective = self.run, self.run.plan, self.run.plan.objective
+        noise, added = draw_noise(latents.shape, run.config, source)
+        t = draw_timesteps(len(latents), plan.levels, run.config.timestep_sampling, source)
+        rows = self._own_rows(len(latents))
+        latents, noise, added, t = (value[rows].to(self.device) for value in (latents, noise, added, t))
+        prompts, regions = [prompts[row] for row in rows], None if regions is None else regions[rows]
+        noisy, target = objective.add_noise(latents, added, t), objective.target(latents, noise, t)
+        labels = t if run.config.class_labels_conditioning == "timesteps" else None
+        with self.autocast():
+            embeddings = run.embeddings(prompts)
+        regions = None if regions is None else regions.to(self.device)
+        batch = Batch(target, t, noisy.to(plan.dtype), objective.times[t], embeddings, labels, regions)
+        uses_base = run.config.with_prior_preservation and run.class_latents is None
+        return self._with_base_targets(batch, prompts) if uses_base else batch
+
+    def _own_rows(self, rows: int) -> list[int]:
+        """This process's rows of a batch: of its images, and of the class rows behind them."""
+        size, accelerator = self.run.config.train_batch_size, self.accelerator
+        first = size * accelerator.process_index
+        return [row for row in range(rows) if first <= row % (size * accelerator.num_processes) < first + size]
+
+    @torch.no_grad()
+    def _with_base_targets(self, batch: Batch, prompts: list[str]) -> Batch:
+        """Replace the targets of the second half by what the base predicts without adapters."""
+        half = len(prompts) // 2
+        labels = None if batch.labels is None else batch.labels[half:]
+        with without_adapters(self.run.pipe), self.autocast():
+            embeddings = self.run.embeddings(prompts[half:])
+            prediction = predict(self.run.pipe, batch.noisy[half:], batch.times[half:], embeddings, labels)
+        if prediction.shape[1] == 2 * batch.target.shape[1]:
+            prediction = prediction.chunk(2, dim=1)[0]
+        return replace(batch, target=torch.cat([batch.target[:half], prediction.to(batch.target.dtype)]))
+
+    def mean_loss(self, batch: Batch, prediction: Tensor) -> Tensor:
+        """Mean loss of the images, plus ``prior_loss_weight`` times that of the class rows."""
+        config = self.run.config
+        losses = self.run.plan.objective.losses(prediction, batch.target, batch.t, batch.regions)
+        size = config.train_batch_size
+        mean = losses[:size].mean()
+        return mean + config.prior_loss_weight * losses[size:].mean() if len(losses) > size else mean
+
+    def autocast(self) -> torch.autocast:
+        """Autocast to the run's dtype, if that is a half precision."""
+        dtype = self.run.plan.dtype
+        lower = dtype in (torch.float16, torch.bfloat16)
+        return torch.autocast(self.device.type, dtype if lower else None, enabled=lower)

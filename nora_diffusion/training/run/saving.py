@@ -1,0 +1,43 @@
+"""Saves a finished run: the adapter, its model card, its report and, if asked, exports and an upload."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+from ...formats.model_card import is_card
+from ...loaders import save_adapter
+from ..planning.checkpoints import prune
+from ..step.averaging import averaged
+from .model_card import training_section
+from .outcome import Outcome
+from .publishing import export_all, push
+from .report import write_report
+
+
+def save_outcome(outcome: Outcome) -> None:
+    """Write all files of a finished run. Raises :class:`UserError` for a full disk or a failed upload."""
+    write_adapter_and_card(outcome)
+    prune(outcome.folder.checkpoints, outcome.run.config.checkpoints_total_limit)
+    write_report(outcome)
+
+
+def write_adapter_and_card(outcome: Outcome) -> None:
+    """Write ``nora_adapter.safetensors`` and ``README.md``, then the exports and the upload that were asked for."""
+    run, folder = outcome.run, outcome.folder
+    config = run.config
+    # An earlier step that was chosen is in the pipeline already, averaged as it was measured.
+    is_last = outcome.kept_step == run.last_step
+    with averaged(run.parameters, run.optimizer, run.average) if is_last else nullcontext():
+        path = save_adapter(
+            run.pipe,
+            folder.path,
+            run.adapter,
+            dtype=config.save_dtype,
+            info={**run.info, "step": outcome.kept_step},
+            card=training_section(outcome),
+        )
+    exports = export_all(path, config.export or [], config.save_dtype)
+    if config.push_to_hub:
+        card_file = folder.path / "README.md"
+        cards = [card_file] if is_card(card_file) else []  # a README that is not our model card is not uploaded
+        push(run, folder, [path, *cards, *(image for _, image in outcome.samples), *exports])

@@ -1,0 +1,120 @@
+"""Applies the gradients of a step: mean over processes, clipping, optimizer, norm guard, EMA, schedule."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ...adapters import NoraLayer
+from ...errors import UserError
+from ...io.run_layout import checkpoint_steps
+from ...pipelines.components import components, nora_layers
+from ..planning.rundir import RunFolder
+from ..step.optimization import bound_norms, clip, drop_finished_gradients
+from .run import Run
+
+MOST_SKIPS = 20
+"""The most steps in a row that fp16 may skip because gradients overflow, before the run is given up."""
+
+
+class Updates:
+    """The parameter updates of a :class:`Run`."""
+
+    def __init__(self, run: Run, accelerator: Accelerator, folder: RunFolder) -> None:
+        self.run, self.accelerator, self.folder = run, accelerator, folder
+        self.skipped = 0
+        """Steps skipped in a row since this start; over restarts the scaler's own state holds its scale."""
+
+    def apply(self, step: int, total: Tensor) -> tuple[float, float]:
+        """Apply the accumulated gradients of a step with mean loss ``total``; returns loss and gradient norm.
+
+        Raises :class:`UserError` before anything is updated if the loss or the gradients are not finite.
+        """
+        run = self.run
+        loss = self._mean(total).item()
+        if not math.isfinite(loss):
+            self._refuse(step, "the loss is not finite")
+        self._average_gradients()
+        dropped = drop_finished_gradients(run.parameters, run.config, step)
+        first = run.schedule.last_epoch == 0  # it counts the steps that were taken
+        norm = self._update(step)
+        # A loss of 0 gives no gradient: that of a first crop beside the subject, where the background has no weight.
+        if norm == 0 and loss > 0 and first and not dropped:
+            raise UserError("no trained factor gets a gradient: nothing would be learned with these --target_modules")
+        return loss, norm
+
+    def _update(self, step: int) -> float:
+        """Step optimizer, norm guard, EMA and schedule; return the gradient norm. A skipped step changes none."""
+        run = self.run
+        has_gradient = any(parameter.grad is not None for parameter in run.parameters.values())
+        # The scaler fails where there is no gradient.
+        norm, taken = self._step_optimizer(step) if has_gradient else (0.0, True)
+        if not taken:
+            self._skip(step)
+            return norm
+        self.skipped = 0
+        if run.config.scale_weight_norms is not None:
+            bound_norms(self._layers, run.adapter, run.config.scale_weight_norms)
+        if run.average is not None:
+            run.average.update(run.parameters, step + 1)
+        run.schedule.step()
+        return norm
+
+    def _step_optimizer(self, step: int) -> tuple[float, bool]:
+        """The gradient norm, and whether the step was taken: the scaler skips it if gradients overflow fp16."""
+        run = self.run
+        run.scaler.unscale_(run.optimizer)
+        norm = clip(run.parameters, run.config.max_grad_norm)
+        if not math.isfinite(norm) and not run.scaler.is_enabled():
+            self._refuse(step, "the gradients are not finite")
+        scale = run.scaler.get_scale()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        return norm, run.scaler.get_scale() >= scale
+
+    def _skip(self, step: int) -> None:
+        """Count a skipped step. Raises :class:`UserError` after too many, or if the whole run was skipped."""
+        self.skipped += 1
+        # The scale starts at 2^16 and halves each time: below 1 it is not the scale that makes them overflow.
+        if self.skipped >= MOST_SKIPS or self.run.scaler.get_scale() < 1:
+            self._refuse(step, "the gradients overflow fp16 however they are scaled")
+        if step + 1 == self.run.last_step and self.run.schedule.last_epoch == 0:
+            self._refuse(step, "the gradients overflowed fp16 at every step, and nothing was learned")
+
+    @functools.cached_property
+    def _layers(self) -> list[NoraLayer]:
+        """The layers that hold the run's adapter."""
+        modules = components(self.run.pipe).values()
+        return [layer for module in modules for layer in nora_layers(module, self.run.adapter).values()]
+
+    def _average_gradients(self) -> None:
+        """All-reduce the mean gradient in one flat buffer; a parameter without a gradient anywhere keeps none."""
+        if self.accelerator.num_processes == 1:
+            return
+        parameters = list(self.run.parameters.values())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        present = gradients[0].new_tensor([p.grad is not None for p in parameters])
+        mean = self._mean(torch.cat([present, *(gradient.flatten() for gradient in gradients)]))
+        present, *gradients = mean.split([len(parameters), *(p.numel() for p in parameters)])
+        for parameter, anywhere, gradient in zip(parameters, present.tolist(), gradients, strict=True):
+            if anywhere:
+                parameter.grad = torch.empty_like(parameter).copy_(gradient.view(parameter.shape))
+
+    def _mean(self, value: Tensor) -> Tensor:
+        """The mean over the processes."""
+        if self.accelerator.num_processes == 1:
+            return value
+        reduced: Tensor = self.accelerator.reduce(value, reduction="mean")
+        return reduced
+
+    def _refuse(self, step: int, reason: str) -> None:
+        whole = list(checkpoint_steps(self.folder.checkpoints).values())
+        kept = f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
+        raise UserError(
+            f"{reason} at step {step + 1}, so training stopped; {kept}: lower --learning_rate, or use "
+            "--mixed_precision no, and start again"
+        )
