@@ -127,13 +127,12 @@ class ChainDelta(nn.Module):
         down, up = self.pair()
         return up.float() @ down.float()
 
-    def row_factors(self, weight: Tensor, scale: float, rank: int | None) -> Tensor | None:
-        """DoRA's ``c = m / ||W + s dW|| [d_out]`` for the frozen ``W [d_out, d_in]``; ``None`` without a magnitude.
+    def row_factors(self, weight: Tensor, scale: float, rank: int | None) -> Tensor:
+        """DoRA's ``c = m / ||W + s dW|| [d_out]`` for the frozen ``W [d_out, d_in]``; needs a magnitude.
 
-        The norm is held constant in backward, as in section 4.3 of the paper.
+        The norm is constant in backward, as in section 4.3 of the paper.
         """
-        if self.m is None:
-            return None
+        assert self.m is not None
         with torch.no_grad(), functional.without_autocast(weight.device):
             down, up = (functional.collapse(factors) for factors in self._halves(rank))
             norms = row_norms(weight, down, up, scale)

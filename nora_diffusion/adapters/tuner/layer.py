@@ -130,7 +130,7 @@ class NoraLayer(nn.Module, PeftInterface):
         ``working``: at the rank of a training pass.
         """
         delta = self.delta(adapter)
-        if not isinstance(delta, ChainDelta):
+        if not isinstance(delta, ChainDelta) or delta.m is None:
             return None
         rank = delta.working_rank if working else delta.rank
         frozen = self.merging.frozen(self._weight).flatten(1)
@@ -159,13 +159,13 @@ class NoraLayer(nn.Module, PeftInterface):
         return self._change(adapter, self.states[adapter].scaling)
 
     def _change(self, adapter: str, scaling: float) -> Tensor:
-        weight, dw = self.merging.frozen(self._weight), self.delta(adapter).delta_weight()
-        factors = self.row_factors(adapter)
+        dw, factors, shape = self.delta(adapter).delta_weight(), self.row_factors(adapter), self._weight.shape
         if factors is None:
-            return (scaling * dw).view(weight.shape)
+            return (scaling * dw).view(shape)
+        frozen = self.merging.frozen(self._weight).flatten(1)
         scale, factors = self.states[adapter].native_scale, factors.unsqueeze(1)
-        change = (factors - 1) * weight.flatten(1) + factors * scale * dw
-        return (scaling / scale * change).view(weight.shape)
+        change = (factors - 1) * frozen + factors * scale * dw
+        return (scaling / scale * change).view(shape)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active adapters' ``dW`` to the weight; one that has none (MoR) stays live, with a warning."""
