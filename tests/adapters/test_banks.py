@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nora_diffusion.adapters import NoraLayer, nora
-from nora_diffusion.adapters.tuner.mixed_rows import LayerRows
+from nora_diffusion.adapters.tuner.mixed_rows import LayerRows, RowPlan
 from nora_diffusion.training.many.batched import SubjectRows
 
 WIDTH = 12
@@ -94,3 +94,12 @@ def test_rows_equal_each_subject_alone(bank: str, grad: bool) -> None:
                 torch.testing.assert_close(found[start : start + rows], expected, atol=1e-5, rtol=1e-5)
                 start += rows
             layer.rows = plan_rows
+
+
+def test_an_adapter_may_have_any_name() -> None:
+    """The tensors of a plan are cached by name."""
+    plan, cpu = RowPlan([{}, {"index": 0.5}]), torch.device("cpu")
+    plan.start(4)
+    assert plan.index(cpu).tolist() == [0, 1, 0, 1]
+    share = plan.share("index", cpu)
+    assert share is not None and [value.tolist() for value in share] == [[1, 3], [0.5, 0.5]]

@@ -78,7 +78,7 @@ class RowPlan:
     def index(self, device: torch.device) -> Tensor:
         """The position in :meth:`used` of each row's spec, ``[n]``."""
         position = {index: i for i, index in enumerate(sorted(set(self.batch)))}
-        return self._tensor(("index", device), [position[index] for index in self.batch], device)
+        return self._tensor(("index",), [position[index] for index in self.batch], device)
 
     def share(self, name: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """``(rows [m], weights [m])``: indices and weights of the rows that use an adapter; ``None`` if none does."""
@@ -86,12 +86,12 @@ class RowPlan:
         if not rows:
             return None
         weights = [self.specs[self.batch[row]][name] for row in rows]
-        return self._tensor((name, device), rows, device), self._tensor((name, "weights", device), weights, device)
+        return self._tensor(("rows", name), rows, device), self._tensor(("weights", name), weights, device)
 
-    def _tensor(self, key: Any, values: Sequence[float], device: torch.device) -> Tensor:
-        if key not in self._tensors:
-            self._tensors[key] = torch.tensor(values, device=device)
-        return self._tensors[key]
+    def _tensor(self, key: tuple[str, ...], values: Sequence[float], device: torch.device) -> Tensor:
+        if (key, device) not in self._tensors:
+            self._tensors[key, device] = torch.tensor(values, device=device)
+        return self._tensors[key, device]
 
 
 class LayerRows:
