@@ -77,7 +77,7 @@ def project(layers: Sequence[nn.Module], x: Tensor, kinds: Kinds) -> list[Tensor
     weights = [delta.skinny_weight().to(x.dtype) for group in groups if group for _, delta in group]
     if not weights:
         return [layer(x) for layer in layers]
-    parts = iter(F.linear(x, torch.cat(weights)).split([w.shape[0] for w in weights], dim=-1))
+    downs = iter(F.linear(x, torch.cat(weights)).split([w.shape[0] for w in weights], dim=-1))
     outputs = []
     for layer, group in zip(layers, groups, strict=True):
         if group is None:
@@ -85,7 +85,7 @@ def project(layers: Sequence[nn.Module], x: Tensor, kinds: Kinds) -> list[Tensor
             continue
         y: Tensor = layer.base_layer(x)  # type: ignore[operator]
         for scaling, delta in group:
-            y = y + scaling * delta.from_skinny(next(parts)).to(y.dtype)
+            y = y + scaling * delta.from_skinny(next(downs)).to(y.dtype)
         outputs.append(y)
     return outputs
 

@@ -43,17 +43,17 @@ def check_pattern(name: str, pattern: str) -> None:
 
 def _check_dialect(pattern: str) -> None:
     tokens = TOKEN.findall(pattern)
-    depth, repeats, separated, words = 0, 0, True, [0]
+    depth, repeats, separated, counts = 0, 0, True, [0]  # counts: plain characters in each alternative of the group
     for token, following in zip(tokens, [*tokens[1:], ""], strict=True):
         optional = following in ("*", "+", "?")
         if token == "{" or re.fullmatch(r"\\[^\WdwDWsS]", token):
             raise ValueError("'{', back-references and anchors like \\b are not supported")
         if token.startswith("("):
-            depth, words = depth + 1, [0] if not depth and token in ("(", "(?:") else words
+            depth, counts = depth + 1, [0] if not depth and token in ("(", "(?:") else counts
         elif token == ")":
             depth -= 1
             if not depth and not optional:
-                separated = separated or (len(words) <= MAX_CHOICES and min(words) >= MIN_WORD)
+                separated = separated or (len(counts) <= MAX_CHOICES and min(counts) >= MIN_WORD)
         elif token in ("*", "+"):
             repeats += 1
             if depth or repeats > MAX_REPEATS:
@@ -62,10 +62,10 @@ def _check_dialect(pattern: str) -> None:
                 raise ValueError("between two '*' or '+' there must be a plain character or word")
             separated = False
         elif token == "|":
-            words = [*words, 0] if depth else words
+            counts = [*counts, 0] if depth else counts
             separated = separated or not depth
         elif PLAIN.fullmatch(token) and not optional:
-            words = [*words[:-1], words[-1] + 1] if depth == 1 else words
+            counts = [*counts[:-1], counts[-1] + 1] if depth == 1 else counts
             separated = separated or not depth
         if token == ")" and following in ("*", "+"):
             raise ValueError("a group cannot be repeated")

@@ -337,7 +337,7 @@ def test_text_encoders_route_by_token(pipe: Any, tmp_path: Path) -> None:
     with torch.no_grad():
         before = pipe.text_encoder(ids)[0]
     info = load_adapter(pipe, save_adapter(pipe, tmp_path, "one"), "two").info
-    assert {part: config.router for part, config in info.configs.items()} == {
+    assert {component: config.router for component, config in info.configs.items()} == {
         "unet": "prompt", "text_encoder": "token",
     }  # fmt: skip
     set_adapters(pipe, "two")

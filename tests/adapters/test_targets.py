@@ -44,19 +44,19 @@ CONV = r".*(resnets\.0\.conv1|conv_shortcut|samplers\.0\.conv)"
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stage:
-    return Stage(request.param, tmp_path_factory.mktemp(request.param))
+def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RecordedPipeline:
+    return RecordedPipeline(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture
-def clean_stage(stage: Stage) -> Iterator[Stage]:
+def restored(recorded: RecordedPipeline) -> Iterator[RecordedPipeline]:
     """The same; deletes the adapter after the test."""
-    yield stage
-    if "one" in getattr(stage.denoiser, "peft_config", {}):
-        delete_adapter(stage.pipe, "one")
+    yield recorded
+    if "one" in getattr(recorded.denoiser, "peft_config", {}):
+        delete_adapter(recorded.pipe, "one")
 
 
-class Stage:
+class RecordedPipeline:
     """A pipeline, and the inputs of a real call for each of its adaptable components."""
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -115,17 +115,17 @@ def equal(one: Outputs, two: Outputs) -> bool:
     return all(torch.equal(a, b) for component in one for a, b in zip(one[component], two[component], strict=True))
 
 
-def train_one_step(stage: Stage) -> None:
+def train_one_step(recorded: RecordedPipeline) -> None:
     """One step through every component: only the declared parameters change, and all that reach an output do."""
-    parameters = trainable_parameters(stage.pipe, "one")
+    parameters = trainable_parameters(recorded.pipe, "one")
     before = {key: value.detach().clone() for key, value in parameters.items()}
-    frozen = {component: [p.clone() for p in rest(getattr(stage.pipe, component))] for component in stage.calls}
+    frozen = {component: [p.clone() for p in rest(getattr(recorded.pipe, component))] for component in recorded.calls}
     generator = torch.Generator().manual_seed(1)
     for key, parameter in parameters.items():  # B_in starts at zero, which gives A_in no gradient
         if key.endswith("B_in"):
             parameter.data.normal_(std=0.3, generator=generator)
     optimizer = torch.optim.Adam(parameters.values(), lr=0.01, eps=1e-30)  # a full step for any gradient but zero
-    outputs = stage.outputs()
+    outputs = recorded.outputs()
     sum(out.square().mean() for group in outputs.values() for out in group).backward()  # type: ignore[union-attr]
     # Some last layers reach only pooled outputs, and some reach no output at all.
     reached = [key for key, p in parameters.items() if p.grad is not None and p.grad.any()]
@@ -133,7 +133,7 @@ def train_one_step(stage: Stage) -> None:
     optimizer.step()
     assert all(not torch.equal(parameters[key], before[key]) for key in reached)
     for component, values in frozen.items():
-        assert all(torch.equal(a, b) for a, b in zip(rest(getattr(stage.pipe, component)), values, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(rest(getattr(recorded.pipe, component)), values, strict=True))
 
 
 def rest(module: nn.Module) -> list[Tensor]:
@@ -201,43 +201,43 @@ def inject_plain(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     ],
     ids=["attention", "everything"],
 )
-def test_life_cycle_of_an_adapter(clean_stage: Stage, config: AdapterConfig, tmp_path: Path) -> None:
-    stage, pipe = clean_stage, clean_stage.pipe
+def test_life_cycle_of_an_adapter(restored: RecordedPipeline, config: AdapterConfig, tmp_path: Path) -> None:
+    recorded, pipe = restored, restored.pipe
     components = present(pipe)
-    clean = stage.outputs()
+    clean = recorded.outputs()
     weights = {
         component: {k: v.clone() for k, v in getattr(pipe, component).state_dict().items()} for component in components
     }
     add_adapter(pipe, config, "one", components)
     assert all(nora_layers(getattr(pipe, component), "one") for component in components)
-    assert equal(stage.outputs(), clean)
-    train_one_step(stage)
+    assert equal(recorded.outputs(), clean)
+    train_one_step(recorded)
     with torch.no_grad():
-        live = stage.outputs()
+        live = recorded.outputs()
         assert min(difference(live, clean).values()) > 1e-3
         dense = dense_weights(pipe, config)
         for fuse, unfuse in fusers(pipe):
             fuse()
-            close(stage.outputs(), live)
+            close(recorded.outputs(), live)
             unfuse()
-            assert equal(stage.outputs(), live)
+            assert equal(recorded.outputs(), live)
         save_adapter(pipe, tmp_path / "one", "one")
         delete_adapter(pipe, "one")
-        assert equal(stage.outputs(), clean)
+        assert equal(recorded.outputs(), clean)
         for component in components:
             after = getattr(pipe, component).state_dict()
             assert after.keys() == weights[component].keys()
             assert all(torch.equal(after[key], value) for key, value in weights[component].items())
-        close(live, stage.outputs(overrides=with_clean_names(dense)))
+        close(live, recorded.outputs(overrides=with_clean_names(dense)))
         loaded = load_adapter(pipe, tmp_path / "one", "one")
         assert loaded.applied == loaded.total
-        close(stage.outputs(), live)
+        close(recorded.outputs(), live)
         delete_adapter(pipe, "one")
         report = export_lora(tmp_path / "one", tmp_path / "plain.safetensors")
         assert report.rank == 2 and report.relative_error < 1e-5
-        other = tiny_pipeline(stage.name, stage.folder)
+        other = tiny_pipeline(recorded.name, recorded.folder)
         load_exported(other, tmp_path / "plain.safetensors")
-        close(stage.outputs(other), live)
+        close(recorded.outputs(other), live)
 
 
 def with_clean_names(weights: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
@@ -246,18 +246,18 @@ def with_clean_names(weights: dict[str, dict[str, Tensor]]) -> dict[str, dict[st
     }
 
 
-def test_the_adapted_modules_are_the_targeted_ones(clean_stage: Stage) -> None:
+def test_the_adapted_modules_are_the_targeted_ones(restored: RecordedPipeline) -> None:
     """Attention has four projections, with other names in each kind of text encoder."""
-    add_adapter(clean_stage.pipe, nora(r=2, inner_r=1, basis="svd"), "one", present(clean_stage.pipe))
+    add_adapter(restored.pipe, nora(r=2, inner_r=1, basis="svd"), "one", present(restored.pipe))
     endings = {
         component: {path.rsplit(".", 2 if path.endswith(".0") else 1)[-1 if not path.endswith(".0") else -2]
-               for path in nora_layers(getattr(clean_stage.pipe, component), "one")}
-        for component in present(clean_stage.pipe)
+               for path in nora_layers(getattr(restored.pipe, component), "one")}
+        for component in present(restored.pipe)
     }  # fmt: skip
     attention, clip, t5 = {"to_q", "to_k", "to_v", "to_out"}, {"q_proj", "k_proj", "v_proj", "out_proj"}, set("qkvo")
-    expected = dict.fromkeys(endings, clip) | {denoiser_name(clean_stage.pipe): attention}
+    expected = dict.fromkeys(endings, clip) | {denoiser_name(restored.pipe): attention}
     expected |= {"sd3": {"text_encoder_3": t5}, "flux": {"text_encoder_2": t5}, "pixart": {"text_encoder": t5}}.get(
-        clean_stage.name, {}
+        restored.name, {}
     )
     assert endings == expected
 
@@ -265,18 +265,18 @@ def test_the_adapted_modules_are_the_targeted_ones(clean_stage: Stage) -> None:
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
 def test_convolutions_by_pattern(name: str, tmp_path: Path) -> None:
     """The live adapter equals the dense kernel for 3x3 and 1x1 convolutions, also with stride."""
-    stage = Stage(name, tmp_path)
+    recorded = RecordedPipeline(name, tmp_path)
     config = nora(r=4, inner_r=2, alpha=8.0, target_modules=CONV)
-    add_adapter(stage.pipe, config, "one")
-    kernels = {layer.base_layer.kernel_size for layer in nora_layers(stage.denoiser, "one").values()}
+    add_adapter(recorded.pipe, config, "one")
+    kernels = {layer.base_layer.kernel_size for layer in nora_layers(recorded.denoiser, "one").values()}
     assert kernels == {(3, 3), (1, 1)}
-    train_one_step(stage)
+    train_one_step(recorded)
     with torch.no_grad():
-        live = stage.outputs()
-        dense = with_clean_names(dense_weights(stage.pipe, config))
-        delete_adapter(stage.pipe, "one")
-        assert difference(stage.outputs(), live)["unet"] > 1e-3
-        close(stage.outputs(overrides=dense), live)
+        live = recorded.outputs()
+        dense = with_clean_names(dense_weights(recorded.pipe, config))
+        delete_adapter(recorded.pipe, "one")
+        assert difference(recorded.outputs(), live)["unet"] > 1e-3
+        close(recorded.outputs(overrides=dense), live)
 
 
 def test_a_pattern_skips_modules_that_are_not_projections(pipe: Any) -> None:
@@ -290,13 +290,17 @@ def test_encoders_and_tokenizers_are_those_of_the_pipeline(name: str, tmp_path: 
     """In the same order, also for encoders that ``torch.compile`` wraps."""
     pipe = tiny_pipeline(name, tmp_path)
     encoders = [component for component in pipe.components if component.startswith("text_encoder")]
-    words = [getattr(pipe, component.replace("text_encoder", "tokenizer")) for component in sorted(encoders)]
+    own = [getattr(pipe, component.replace("text_encoder", "tokenizer")) for component in sorted(encoders)]
     plain = [getattr(pipe, component) for component in sorted(encoders)]
     for component in encoders:
         setattr(pipe, component, torch.compile(getattr(pipe, component), backend="eager"))
-    for found, meant in ((text_encoders(pipe), plain), (networks(pipe)[1:], plain), (tokenizers(pipe), words)):
-        assert len(found) == len(meant) > 0
-        assert all(one is other for one, other in zip(found, meant, strict=True))
+    for found, expected in (
+        (text_encoders(pipe), plain),
+        (networks(pipe)[1:], plain),
+        (tokenizers(pipe), own),
+    ):
+        assert len(found) == len(expected) > 0
+        assert all(one is other for one, other in zip(found, expected, strict=True))
 
 
 BLOCKS = {
