@@ -20,7 +20,7 @@ class Update:
     """``dW = up down``, or with a core between frozen outer factors ``dW = up core_up core_down down``.
 
     Shapes: ``down [r, d_in]``, ``up [d_out, r]``, ``core_down [k, r]``, ``core_up [r, k]``. The adapter's scale
-    ``alpha / r`` is folded into ``core_up``, or into ``up`` where there is no core.
+    ``alpha / r`` is folded into ``core_up``, or into ``up`` if there is no core.
     """
 
     down: Tensor

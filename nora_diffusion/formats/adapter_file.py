@@ -70,7 +70,7 @@ def split_address(path: str | Path) -> tuple[Path, str] | None:
 
 
 def given_name(path: str | Path) -> str:
-    """An adapter's name by its path or hub id: a pack's subject, the folder of our file, else the last part."""
+    """Default name of an adapter by its path or hub id: the pack's subject, our file's folder, else the file name."""
     address = split_address(path)
     if address:
         return address[1]
@@ -133,7 +133,7 @@ def basis_folders(adapter_folder: Path, basis_dir: str | Path | None) -> list[Pa
 
 
 def is_basis_folder(folder: Path) -> bool:
-    """Whether a folder beside adapters (``shelf/*``) is that of their shared bases."""
+    """Whether this is the folder of shared bases, which a shell pattern like ``shelf/*`` includes."""
     files = list(folder.iterdir()) if folder.name == BASIS_FOLDER and folder.is_dir() else []
     return bool(files) and all(re.fullmatch(r"[0-9a-f]{64}\.safetensors", file.name) for file in files)
 

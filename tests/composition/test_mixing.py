@@ -34,7 +34,7 @@ from nora_diffusion.formats.adapter_file import read_tensors
 from nora_diffusion.loaders import active_adapters, trainable_parameters
 from nora_diffusion.pipelines.components import canonical, nora_layers
 
-PARTS = ("unet", "text_encoder")
+COMPONENTS = ("unet", "text_encoder")
 EVERYTHING = ["attn", "ff", "proj", "conv"]
 WEIGHTS = {"dog": 0.8, "hat": -0.5}
 Dense = dict[tuple[str, str], Tensor]
@@ -48,19 +48,19 @@ def quiet_overlap() -> Iterator[None]:
         yield
 
 
-def two(pipe: Any, one: AdapterConfig, other: AdapterConfig | None = None, parts: tuple[str, ...] = PARTS) -> None:
+def two(pipe: Any, one: AdapterConfig, other: AdapterConfig | None = None, names: tuple[str, ...] = COMPONENTS) -> None:
     """Add adapters named dog and hat with random weights."""
     for seed, (name, config) in enumerate({"dog": one, "hat": other or one}.items()):
-        add_adapter(pipe, config, name, parts)
+        add_adapter(pipe, config, name, names)
         randomize(pipe, name, seed)
 
 
 def dense(pipe: Any, name: str) -> Dense:
     """Every ``dW`` in fp64, computed from the factors by the formula of each method."""
     found: Dense = {}
-    for part in PARTS:
-        for path, layer in nora_layers(getattr(pipe, part), name).items():
-            config = getattr(pipe, part).peft_config[name]
+    for component in COMPONENTS:
+        for path, layer in nora_layers(getattr(pipe, component), name).items():
+            config = getattr(pipe, component).peft_config[name]
             f = {k.removeprefix("core."): v.double() for k, v in layer.delta(name).state_dict().items()}
             if "A" in f:
                 dw = f["B"] @ f["A"]
@@ -68,7 +68,7 @@ def dense(pipe: Any, name: str) -> Dense:
                 core = f["R"] if "R" in f else f["B_in"] @ f["A_in"]
                 down, up = (torch.block_diag(*f[side].chunk(config.blocks)) for side in ("A_out", "B_out"))
                 dw = up @ core @ down
-            found[part, path] = config.scale_for(path) * dw
+            found[component, path] = config.scale_for(path) * dw
     return found
 
 
@@ -108,9 +108,9 @@ def test_linear_is_the_weighted_sum_inside_the_basis(pipe: Any, method: str) -> 
     two(pipe, METHODS[method]())
     mix(pipe, WEIGHTS, "linear", "both")
     assert_close(dense(pipe, "both"), weighted(pipe, WEIGHTS))
-    for part in PARTS:
-        for path, layer in nora_layers(getattr(pipe, part), "both").items():
-            parent = nora_layers(getattr(pipe, part), "dog")[path].delta("dog")
+    for component in COMPONENTS:
+        for path, layer in nora_layers(getattr(pipe, component), "both").items():
+            parent = nora_layers(getattr(pipe, component), "dog")[path].delta("dog")
             assert torch.equal(layer.delta("both").A_out, parent.A_out), path
             assert torch.equal(layer.delta("both").B_out, parent.B_out), path
 
@@ -142,7 +142,7 @@ def test_linear_drops_settings_that_a_sum_cannot_keep(pipe: Any, name: str, tmp_
     """No blocks in a stored basis and no rank mask; every projection has the rank for all adapters."""
     weights = {"dog": 0.8, "hat": -0.5, "cup": 0.4}
     for seed, adapter in enumerate(weights):
-        add_adapter(pipe, INSIDE[name], adapter, PARTS)
+        add_adapter(pipe, INSIDE[name], adapter, COMPONENTS)
         randomize(pipe, adapter, seed)
     mix(pipe, weights, "linear", "both")
     assert_close(dense(pipe, "both"), weighted(pipe, weights))
@@ -175,41 +175,41 @@ def top(dw: Tensor, density: float) -> Tensor:
     return torch.where(dw.abs() >= threshold, dw, torch.zeros_like(dw))
 
 
-def drop(parts: list[Tensor], density: float, seed: int) -> list[Tensor]:
+def drop(updates: list[Tensor], density: float, seed: int) -> list[Tensor]:
     torch.manual_seed(seed)
-    return [dw * torch.bernoulli(torch.full_like(dw.float(), density)).double() / density for dw in parts]
+    return [dw * torch.bernoulli(torch.full_like(dw.float(), density)).double() / density for dw in updates]
 
 
-def elected(parts: list[Tensor], weights: list[float]) -> Tensor:
+def elected(updates: list[Tensor], weights: list[float]) -> Tensor:
     """Per entry: the weighted sum of the updates that have the sign of the sum, divided by their number."""
-    majority = torch.where(sum(parts) >= 0, 1.0, -1.0)  # type: ignore[arg-type]
-    agree = [(torch.sign(part) == majority).double() for part in parts]
-    total = sum(w * a * p for w, a, p in zip(weights, agree, parts, strict=True))
+    majority = torch.where(sum(updates) >= 0, 1.0, -1.0)  # type: ignore[arg-type]
+    agree = [(torch.sign(dw) == majority).double() for dw in updates]
+    total = sum(w * a * p for w, a, p in zip(weights, agree, updates, strict=True))
     return total / torch.stack(agree).sum(0).clamp(min=1)  # type: ignore[no-any-return, operator]
 
 
-def plain_sum(parts: list[Tensor], weights: list[float]) -> Tensor:
-    return sum(w * p for w, p in zip(weights, parts, strict=True))  # type: ignore[return-value]
+def plain_sum(updates: list[Tensor], weights: list[float]) -> Tensor:
+    return sum(w * p for w, p in zip(weights, updates, strict=True))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("mode", ["magnitude_prune", "ties", "dare_linear", "dare_ties"])
 def test_pruning_modes_equal_their_formulas(pipe: Any, mode: str) -> None:
-    two(pipe, lora(r=2), parts=("unet",))
+    two(pipe, lora(r=2), names=("unet",))
     density, seed = 0.4, 7
     report = mix(pipe, WEIGHTS, mode, "both", rank=100, density=density, seed=seed)  # type: ignore[arg-type]
     expected: Dense = {}
     for key, one in dense(pipe, "dog").items():
-        parts = [one, dense(pipe, "hat")[key]]
+        updates = [one, dense(pipe, "hat")[key]]
         random = mode.startswith("dare")
-        parts = drop(parts, density, _layer_seed(seed, key)) if random else [top(dw, density) for dw in parts]
+        updates = drop(updates, density, _layer_seed(seed, key)) if random else [top(dw, density) for dw in updates]
         merge = elected if mode.endswith("ties") else plain_sum
-        expected[key] = merge(parts, list(WEIGHTS.values()))
+        expected[key] = merge(updates, list(WEIGHTS.values()))
     assert_close(dense(pipe, "both"), expected, 1e-5)
     assert report.error < 1e-5  # the rank is the full one here
 
 
 def test_pruning_reports_the_error_of_truncation(pipe: Any) -> None:
-    two(pipe, lora(r=2), parts=("unet",))
+    two(pipe, lora(r=2), names=("unet",))
     mix(pipe, WEIGHTS, "ties", "full", rank=100)
     report = mix(pipe, WEIGHTS, "ties", "small", rank=2)
     full, small = dense(pipe, "full"), dense(pipe, "small")
@@ -220,7 +220,7 @@ def test_pruning_reports_the_error_of_truncation(pipe: Any) -> None:
 
 
 def test_dare_is_repeatable_and_keeps_the_random_state(pipe: Any) -> None:
-    two(pipe, lora(r=2), parts=("unet",))
+    two(pipe, lora(r=2), names=("unet",))
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -234,7 +234,7 @@ def test_dare_is_repeatable_and_keeps_the_random_state(pipe: Any) -> None:
 
 
 def test_density_one_prunes_nothing(pipe: Any) -> None:
-    two(pipe, lora(r=2), parts=("unet",))
+    two(pipe, lora(r=2), names=("unet",))
     mix(pipe, WEIGHTS, "dare_linear", "both", density=1.0, rank=100)
     assert_close(dense(pipe, "both"), weighted(pipe, WEIGHTS), 1e-5)
 
@@ -250,7 +250,7 @@ def test_a_rank_larger_than_the_layer_is_reduced_exactly(pipe: Any) -> None:
 def test_adapters_on_different_layers(pipe: Any) -> None:
     """A projection that one adapter adapts has only its update; components and targets are merged."""
     add_adapter(pipe, nora(r=4, inner_r=2, basis="svd", target_modules=["to_q", "to_k"]), "dog", ["unet"])
-    add_adapter(pipe, lora(r=2, target_modules=["to_k", "q_proj"]), "hat", PARTS)
+    add_adapter(pipe, lora(r=2, target_modules=["to_k", "q_proj"]), "hat", COMPONENTS)
     randomize(pipe, "dog", 0)
     randomize(pipe, "hat", 1)
     mix(pipe, WEIGHTS, "cat", "both")
@@ -301,7 +301,7 @@ def test_a_plain_lora_in_the_pipeline_can_be_mixed(pipe: Any) -> None:
 
 
 def test_a_lora_file_loaded_by_diffusers_can_be_mixed(pipe: Any, tmp_path: Path) -> None:
-    add_adapter(pipe, nora(r=4, inner_r=2, alpha=3.0, basis="svd", target_modules=EVERYTHING), "dog", PARTS)
+    add_adapter(pipe, nora(r=4, inner_r=2, alpha=3.0, basis="svd", target_modules=EVERYTHING), "dog", COMPONENTS)
     randomize(pipe, "dog", 0)
     save_adapter(pipe, tmp_path, "dog")
     export_lora(tmp_path, tmp_path / "plain.safetensors")
@@ -348,7 +348,7 @@ def test_a_mix_renders_like_its_adapters_together(pipe: Any, render: Any, mode: 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_saved_mix_is_an_ordinary_adapter(pipe: Any, mode: str, tmp_path: Path) -> None:
     """It loads and exports exactly and names its sources; mixing the files gives the same adapter."""
-    two(pipe, nora(r=8, inner_r=2, basis="svd", target_modules=["to_q", "conv1"]), parts=("unet",))
+    two(pipe, nora(r=8, inner_r=2, basis="svd", target_modules=["to_q", "conv1"]), names=("unet",))
     metadata = {"dog": {"trigger": "sks", "class_word": "dog", "license": "MIT"}, "hat": {"trigger": "zwx"}}
     for name, info in metadata.items():
         save_adapter(pipe, tmp_path / name, name, info=info)
@@ -367,8 +367,8 @@ def test_a_saved_mix_is_an_ordinary_adapter(pipe: Any, mode: str, tmp_path: Path
     load_adapter(pipe, file, "again", activate=False)
     assert all(torch.equal(dw, live[key]) for key, dw in dense(pipe, "again").items())
     assert export_lora(file, tmp_path / "lora.safetensors").relative_error < 1e-6
-    parts = [(tmp_path / "dog", 0.8), (tmp_path / "hat", -0.5)]
-    report = mix_files(parts, tmp_path / "mixed", mode, rank=3, seed=5)  # type: ignore[arg-type]
+    weights = [(tmp_path / "dog", 0.8), (tmp_path / "hat", -0.5)]
+    report = mix_files(weights, tmp_path / "mixed", mode, rank=3, seed=5)  # type: ignore[arg-type]
     ours, theirs = read_tensors(inspect_adapter(tmp_path / "mixed")), read_tensors(saved)
     assert all(torch.equal(ours[key], value) and ours[key].dtype == value.dtype for key, value in theirs.items())
     assert ours.keys() == theirs.keys()
@@ -472,8 +472,8 @@ def test_the_metadata_is_json_of_plain_values(pipe: Any, tmp_path: Path) -> None
     two(pipe, lora(r=2))
     mix(pipe, WEIGHTS, "cat", "both")
     file = save_adapter(pipe, tmp_path, "both")
-    parts = inspect_adapter(file).extra["mix"]["parts"]
-    assert json.loads(json.dumps(parts))[0] == {"name": "dog", "weight": 0.8, "sha256": "", "method": "lora"}
+    sources = inspect_adapter(file).extra["mix"]["parts"]
+    assert json.loads(json.dumps(sources))[0] == {"name": "dog", "weight": 0.8, "sha256": "", "method": "lora"}
 
 
 def test_adapters_of_a_compiled_model_mix(pipe: Any) -> None:

@@ -70,12 +70,13 @@ def count_keys(path: Path) -> int:
 def test_exports_load_without_this_package(model: str, tmp_path: Path, render: Any) -> None:
     pipe = tiny_pipeline(model, tmp_path / "base")
     pipe.save_pretrained(tmp_path / "base")
-    parts = list(components(pipe))
-    add_adapter(pipe, nora(r=4, inner_r=2, alpha=6.0, basis="svd", target_modules=["attn", "ff"]), "dog", parts)
+    add_adapter(
+        pipe, nora(r=4, inner_r=2, alpha=6.0, basis="svd", target_modules=["attn", "ff"]), "dog", list(components(pipe))
+    )
     torch.manual_seed(1)
     for parameter in trainable_parameters(pipe, "dog").values():
         parameter.data.normal_(std=0.3)
-    wanted = render(pipe)
+    expected = render(pipe)
     save_adapter(pipe, tmp_path / "dog", "dog")
     exports, out = tmp_path / "exports", tmp_path / "out"
     out.mkdir()
@@ -92,8 +93,8 @@ def test_exports_load_without_this_package(model: str, tmp_path: Path, render: A
 
     report = json.loads((out / "report.json").read_text())
     images = {form: torch.load(out / f"{form}.pt") for form in ("none", *paths)}
-    assert (images["none"] - wanted).abs().max() > 8 / 255, "the adapter changes the image too little for this test"
+    assert (images["none"] - expected).abs().max() > 8 / 255, "the adapter changes the image too little for this test"
     for form, path in paths.items():
         assert report[form]["tensors"] == count_keys(path) > 0
         assert report[form]["complaints"] == []
-        assert (images[form] - wanted).abs().max() < 2 / 255, form
+        assert (images[form] - expected).abs().max() < 2 / 255, form

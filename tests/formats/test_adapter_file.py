@@ -44,13 +44,13 @@ from nora_diffusion.formats.packs import SUFFIX
 from nora_diffusion.loaders import list_adapters, set_rank, trainable_parameters
 from nora_diffusion.pipelines.components import canonical, components, nora_layers
 
-PARTS = ("unet", "text_encoder")
+COMPONENTS = ("unet", "text_encoder")
 EVERYTHING = ["attn", "ff", "proj", "conv"]
 METHODS = {"nora": nora(r=4, inner_r=2, alpha=2.0), "lora": lora(r=3, alpha=6.0), "lora_xs": lora_xs(r=4)}
 
 
-def trained(pipe: Any, config: Any, parts: tuple[str, ...] = PARTS) -> None:
-    add_adapter(pipe, config, "one", parts)
+def trained(pipe: Any, config: Any, names: tuple[str, ...] = COMPONENTS) -> None:
+    add_adapter(pipe, config, "one", names)
     for parameter in trainable_parameters(pipe, "one").values():
         parameter.data.normal_(std=0.3)
 
@@ -69,7 +69,7 @@ def test_file_describes_itself(saved: Path, tiny_base: Path) -> None:
     assert (info.method, info.r, info.inner_r) == ("nora", 4, 2)
     assert (info.trigger, info.step, info.seed) == ("sks", 7, 3)
     assert info.base == str(tiny_base)
-    assert set(info.components) == set(PARTS)
+    assert set(info.components) == set(COMPONENTS)
     assert {"torch", "diffusers", "peft"} <= set(info.versions)
     with safe_open(saved / FILE_NAME, "pt") as reader:
         keys = list(reader.keys())
@@ -266,8 +266,8 @@ def test_half_precision_copies_of_the_base_match(saved: Path, pipe: Any, dtype: 
 
 def test_other_refusals(pipe: Any, saved: Path, tmp_path: Path) -> None:
     (tmp_path / "old.ckpt").write_bytes(b"x")
-    for path, word in [(tmp_path / "nothing", "no adapter at"), (tmp_path / "old.ckpt", "not a safetensors file")]:
-        with pytest.raises(UserError, match=word):
+    for path, message in [(tmp_path / "nothing", "no adapter at"), (tmp_path / "old.ckpt", "not a safetensors file")]:
+        with pytest.raises(UserError, match=message):
             load_adapter(pipe, path)
     load_adapter(pipe, saved, "one")
     with pytest.raises(UserError, match="already in"):
@@ -285,10 +285,10 @@ def test_a_failed_load_removes_the_adapter(
 
     before, fill = render(pipe), load._fill
 
-    def fail_on_text(module: Any, part: str, name: str, tensors: Any) -> None:
-        if part == "text_encoder":
+    def fail_on_text(module: Any, component: str, name: str, tensors: Any) -> None:
+        if component == "text_encoder":
             raise MemoryError
-        fill(module, part, name, tensors)
+        fill(module, component, name, tensors)
 
     monkeypatch.setattr(load, "_fill", fail_on_text)
     with pytest.raises(MemoryError):
@@ -315,20 +315,20 @@ def test_a_failed_injection_leaves_other_adapters_unchanged(
         set_active(module, names)
 
     monkeypatch.setattr(add, "set_active", fail_on_text)
-    for name, parts in (("dog", "text_encoder"), ("bird", PARTS)):
+    for name, names in (("dog", "text_encoder"), ("bird", COMPONENTS)):
         with pytest.raises(MemoryError):
-            add_adapter(pipe, lora(r=2), name, parts)
+            add_adapter(pipe, lora(r=2), name, names)
         assert list_adapters(pipe) == {"unet": ["dog", "cat"]}
         assert [p.requires_grad for p in pipe.unet.parameters()] == trainable
 
 
 def test_a_failed_first_injection_leaves_nothing_behind(pipe: Any, render: Any) -> None:
     before, trainable = render(pipe), [p.requires_grad for p in pipe.unet.parameters()]
-    modules = {part: dict(getattr(pipe, part).named_modules()) for part in PARTS}
+    modules = {component: dict(getattr(pipe, component).named_modules()) for component in COMPONENTS}
     with pytest.raises(UserError, match="token router cannot gate"):
         add_adapter(pipe, mor(r=2, num_experts=2, target_modules=["attn", "conv"]), "one", ("text_encoder", "unet"))
     assert list_adapters(pipe) == {}
-    assert all(dict(getattr(pipe, part).named_modules()) == found for part, found in modules.items())
+    assert all(dict(getattr(pipe, component).named_modules()) == found for component, found in modules.items())
     assert [p.requires_grad for p in pipe.unet.parameters()] == trainable
     assert torch.equal(render(pipe), before)
     trained(pipe, mor(r=2, num_experts=2))
@@ -432,26 +432,26 @@ def test_export_is_exact_in_stock_diffusers(
 
 
 @pytest.mark.parametrize(
-    ("model", "parts", "name"),
-    [("sd1", PARTS, "lora_te_"), ("sd2", PARTS, "lora_te_"), ("sdxl", PARTS, "lora_te1_"),
-     ("sdxl", (*PARTS, "text_encoder_2"), "lora_te1_")],
+    ("model", "names", "prefix"),
+    [("sd1", COMPONENTS, "lora_te_"), ("sd2", COMPONENTS, "lora_te_"), ("sdxl", COMPONENTS, "lora_te1_"),
+     ("sdxl", (*COMPONENTS, "text_encoder_2"), "lora_te1_")],
 )  # fmt: skip
 def test_kohya_names_the_first_of_two_text_encoders(
-    tmp_path: Path, model: str, parts: tuple[str, ...], name: str
+    tmp_path: Path, model: str, names: tuple[str, ...], prefix: str
 ) -> None:
     pipe = tiny_pipeline(model, tmp_path)
-    trained(pipe, lora(r=2), parts)
+    trained(pipe, lora(r=2), names)
     save_adapter(pipe, tmp_path / "dog", "one")
     keys = load_file(export_lora(tmp_path / "dog", tmp_path / "dog.safetensors", format="kohya").path)
-    assert {"lora_unet_", name} == {key[: key.index("_", 5) + 1] for key in keys if not key.startswith("lora_te2_")}
+    assert {"lora_unet_", prefix} == {key[: key.index("_", 5) + 1] for key in keys if not key.startswith("lora_te2_")}
 
 
 def test_an_export_needs_a_file_name_of_its_format(pipe: Any, tmp_path: Path) -> None:
     trained(pipe, METHODS["nora"], ("unet",))
     source = save_adapter(pipe, tmp_path / "dog", "one")
-    for name, form, words in [("a/dog.pt", "kohya", "end it in .safetensors"),
+    for name, form, message in [("a/dog.pt", "kohya", "end it in .safetensors"),
                               ("a/dog.safetensors", "peft", "PEFT's format is a folder")]:  # fmt: skip
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             export_lora(source, tmp_path / name, form)  # type: ignore[arg-type]
     assert not (tmp_path / "a").exists()
     assert export_lora(source, tmp_path / "v1.5").path == tmp_path / "v1.5" / "lora.safetensors"
@@ -497,7 +497,7 @@ def test_the_rank_of_a_top_level_projection_is_its_own(tmp_path: Path, form: Any
     """Flux has a ``proj_out`` at the top level and one in each single block."""
     pipe = tiny_pipeline("flux", tmp_path)
     trained(pipe, lora(r=4, target_modules=["proj"], rank_pattern={"^proj_out": 2}), ("transformer",))
-    wanted = {path: layer.get_delta_weight("one") for path, layer in nora_layers(pipe.transformer, "one").items()}
+    expected = {path: layer.get_delta_weight("one") for path, layer in nora_layers(pipe.transformer, "one").items()}
     save_adapter(pipe, tmp_path / "dog", "one")
     delete_adapter(pipe, "one")
     file = export_lora(tmp_path / "dog", tmp_path / ("peft" if form == "peft" else "dog.safetensors"), format=form).path
@@ -506,14 +506,14 @@ def test_the_rank_of_a_top_level_projection_is_its_own(tmp_path: Path, form: Any
     else:
         pipe.load_lora_weights(str(file), adapter_name="plain")
         name, model = "plain", pipe.transformer
-    for path, dense in wanted.items():
+    for path, dense in expected.items():
         torch.testing.assert_close(model.get_submodule(path).get_delta_weight(name), dense, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("model", "part"), [("sd3", "text_encoder_3"), ("flux", "text_encoder_2")])
-def test_an_export_reports_that_diffusers_ignores_t5(tmp_path: Path, model: str, part: str) -> None:
+@pytest.mark.parametrize(("model", "component"), [("sd3", "text_encoder_3"), ("flux", "text_encoder_2")])
+def test_an_export_reports_that_diffusers_ignores_t5(tmp_path: Path, model: str, component: str) -> None:
     pipe = tiny_pipeline(model, tmp_path)
-    trained(pipe, lora(r=2), ("transformer", "text_encoder", part))
+    trained(pipe, lora(r=2), ("transformer", "text_encoder", component))
     save_adapter(pipe, tmp_path / "dog", "one")
     delete_adapter(pipe, "one")
     note = "its T5 layers are read only by PEFT"
@@ -537,10 +537,10 @@ def test_an_export_of_several_ranks_is_exact_in_stock_diffusers(
 ) -> None:
     config = lora(r=4, alpha=2.0, rank_pattern={"to_q": 3, "q_proj": 1, "conv1": 2}, target_modules=EVERYTHING)
     trained(pipe, config)
-    wanted = {
-        (part, path): layer.get_delta_weight("one")
-        for part in PARTS
-        for path, layer in nora_layers(getattr(pipe, part), "one").items()
+    expected = {
+        (component, path): layer.get_delta_weight("one")
+        for component in COMPONENTS
+        for path, layer in nora_layers(getattr(pipe, component), "one").items()
     }
     save_adapter(pipe, tmp_path / "dog", "one")
     delete_adapter(pipe, "one")
@@ -557,8 +557,8 @@ def test_an_export_of_several_ranks_is_exact_in_stock_diffusers(
     monkeypatch.setattr(peft_utils, "get_peft_kwargs", as_in_038)
     for load in (pipe.load_lora_weights, lambda path, adapter_name: load_adapter(pipe, path, adapter_name)):
         load(str(report.path), adapter_name="plain")
-        for (part, path), dense in wanted.items():
-            modules = getattr(pipe, part).named_modules()
+        for (component, path), dense in expected.items():
+            modules = getattr(pipe, component).named_modules()
             layers = {canonical(name): layer for name, layer in modules if isinstance(layer, LoraLayer)}
             found = layers[path].get_delta_weight("plain").view(dense.shape)
             torch.testing.assert_close(found, dense, atol=1e-6, rtol=1e-4)
@@ -604,7 +604,7 @@ def test_export_works_where_this_package_is_not_imported(
     image = render(pipe)
     save_adapter(pipe, tmp_path / "dog", "one")
     export_lora(tmp_path / "dog", tmp_path / "dog.safetensors")
-    out = tmp_path / "picture.pt"
+    out = tmp_path / "image.pt"
     command = [sys.executable, "-c", SCRIPT, str(tiny_base), str(tmp_path / "dog.safetensors"), str(out)]
     subprocess.run(command, check=True, cwd=tmp_path)
     assert (torch.load(out) - image).abs().max() < 2 / 255
@@ -614,7 +614,7 @@ BASE_FAULTS = {
     "absent": ("does not exist", lambda p: shutil.rmtree(p)),
     "index": ("model_index.json is missing", lambda p: (p / "model_index.json").unlink()),
     "list": ("no table of a pipeline's parts", lambda p: (p / "model_index.json").write_text("[]")),
-    "part": ("unet/ is missing", lambda p: shutil.rmtree(p / "unet")),
+    "component": ("unet/ is missing", lambda p: shutil.rmtree(p / "unet")),
     "config": ("vae/config.json is missing", lambda p: (p / "vae" / "config.json").unlink()),
     "weights": ("no safetensors weights in unet/", lambda p: next((p / "unet").glob("*.safetensors")).unlink()),
     "pickle": (
@@ -626,9 +626,9 @@ BASE_FAULTS = {
 
 @pytest.mark.parametrize("fault", BASE_FAULTS)
 def test_a_broken_base_is_explained(tiny_base: Path, tmp_path: Path, fault: str) -> None:
-    word, break_it = BASE_FAULTS[fault]
+    message, break_it = BASE_FAULTS[fault]
     copy = tmp_path / "base"
     shutil.copytree(tiny_base, copy)
     break_it(copy)
-    with pytest.raises(UserError, match=word):
+    with pytest.raises(UserError, match=message):
         open_pipeline(copy)

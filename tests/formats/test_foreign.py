@@ -41,9 +41,9 @@ Make = Callable[[Any, Path], Path]
 
 def state(pipe: Any) -> dict[str, Tensor]:
     return {
-        f"{part}.{key}": value.clone()
-        for part in ("unet", "text_encoder")
-        for key, value in getattr(pipe, part).state_dict().items()
+        f"{component}.{key}": value.clone()
+        for component in ("unet", "text_encoder")
+        for key, value in getattr(pipe, component).state_dict().items()
     }
 
 
@@ -173,8 +173,8 @@ def test_dense_updates_are_those_of_the_tool(tiny_base: Path, made: dict[str, tu
     """Adding ``dW`` to the plain weights gives the output of the tool that made the file."""
     pipe, (path, expected) = open_pipeline(tiny_base), made[name]
     with TensorFile(Path(inspect_adapter(path).path)) as reader:
-        for part, module, dense in dense_updates(components(pipe), reader):
-            weight = getattr(pipe, part).get_submodule(module).weight
+        for component, module, dense in dense_updates(components(pipe), reader):
+            weight = getattr(pipe, component).get_submodule(module).weight
             weight.data += dense.view(weight.shape).float()
     torch.testing.assert_close(output(pipe), expected, atol=1e-5, rtol=1e-4)
 
@@ -219,7 +219,9 @@ def test_kohya_files_for_sdxl_are_imported(sdxl_file: Any, tmp_path: Path) -> No
     found = []
     for file in (folder / "kohya.safetensors", tmp_path / "sgm.safetensors"):
         with TensorFile(file) as reader:
-            found.append({(part, path): dense for part, path, dense in dense_updates(components(pipe), reader)})
+            found.append(
+                {(component, path): dense for component, path, dense in dense_updates(components(pipe), reader)}
+            )
     assert found[0].keys() == found[1].keys() and all(torch.equal(dense, found[1][k]) for k, dense in found[0].items())
     config = nora(r=4, inner_r=2, basis="svd", target_modules=["attn"])
     assert import_lora(pipe, tmp_path / "sgm.safetensors", tmp_path / "back", config).lost < 1e-5
@@ -232,8 +234,8 @@ def test_kohya_files_for_sdxl_load_and_are_checked(sdxl_file: Any, tmp_path: Pat
     save_file(tensors, tmp_path / "sgm.safetensors")
     load_adapter(pipe, tmp_path / "sgm.safetensors", "cat")
     with TensorFile(tmp_path / "sgm.safetensors") as reader:
-        for part, path, dense in dense_updates(components(pipe), reader):
-            layer = getattr(pipe, part).get_submodule(path)
+        for component, path, dense in dense_updates(components(pipe), reader):
+            layer = getattr(pipe, component).get_submodule(path)
             torch.testing.assert_close(layer.get_delta_weight("cat").flatten(1), dense.float(), atol=1e-6, rtol=1e-5)
     delete_adapter(pipe, "cat")
     damaged = tensors | {min(tensors): torch.full_like(tensors[min(tensors)], float("nan"))}
@@ -254,21 +256,23 @@ DIFFUSERS = {"unet": "unet.{}", "text_encoder": "text_encoder.text_model.{}"}, "
 @pytest.mark.parametrize("names", [KOHYA, DIFFUSERS], ids=["kohya", "diffusers"])
 def test_every_projection_may_have_its_own_rank_and_alpha(pipe: Any, tmp_path: Path, names: Any) -> None:
     """As sd-scripts writes them after resizing: each gets ``(alpha / r) B A``."""
-    tensors, wanted = {}, {}
+    tensors, expected = {}, {}
     prefixes, dot, lora_down, lora_up = names
-    for part, prefix in prefixes.items():
-        paths = [path for path in projections(getattr(pipe, part)) if path.endswith(("to_q", "to_out.0", "q_proj"))]
+    for component, prefix in prefixes.items():
+        paths = [
+            path for path in projections(getattr(pipe, component)) if path.endswith(("to_q", "to_out.0", "q_proj"))
+        ]
         for number, path in enumerate(paths):
             r, alpha, name = 1 + number % 3, (0.5, 4.0)[number % 2], prefix.format(canonical(path).replace(".", dot))
-            d_out, d_in = getattr(pipe, part).get_submodule(path).weight.shape
+            d_out, d_in = getattr(pipe, component).get_submodule(path).weight.shape
             down, up = torch.randn(r, d_in).half(), torch.randn(d_out, r).half()
             tensors |= {f"{name}.{lora_down}.weight": down, f"{name}.{lora_up}.weight": up}
             tensors[f"{name}.alpha"] = torch.tensor(alpha)
-            wanted[part, path] = alpha / r * up.float() @ down.float()
+            expected[component, path] = alpha / r * up.float() @ down.float()
     save_file(tensors, tmp_path / "resized.safetensors")
     load_adapter(pipe, tmp_path / "resized.safetensors", "cat")
-    for (part, path), dense in wanted.items():
-        found = getattr(pipe, part).get_submodule(path).get_delta_weight("cat")
+    for (component, path), dense in expected.items():
+        found = getattr(pipe, component).get_submodule(path).get_delta_weight("cat")
         torch.testing.assert_close(found, dense, atol=1e-6, rtol=1e-5, msg=lambda text, path=path: f"{path}: {text}")
 
 
@@ -280,7 +284,7 @@ def test_a_textual_inversion_of_two_encoders_is_all_or_nothing(
     sizes = [getattr(pipe, f"text_encoder{side}").get_input_embeddings().weight.shape[1] for side in ("", "_2")]
     save_file({"clip_l": torch.randn(2, sizes[0]), "clip_g": torch.randn(2, sizes[1])}, tmp_path / "pet.safetensors")
     before = [getattr(pipe, f"text_encoder{side}").get_input_embeddings().weight.clone() for side in ("", "_2")]
-    words = len(pipe.tokenizer), len(pipe.tokenizer_2)
+    lengths = len(pipe.tokenizer), len(pipe.tokenizer_2)
     load = type(pipe).load_textual_inversion
 
     def fail_second(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -292,11 +296,11 @@ def test_a_textual_inversion_of_two_encoders_is_all_or_nothing(
         patch.setattr(type(pipe), "load_textual_inversion", fail_second)
         with pytest.raises(UserError, match="no more memory"):
             load_adapter(pipe, tmp_path / "pet.safetensors")
-    assert (len(pipe.tokenizer), len(pipe.tokenizer_2)) == words
+    assert (len(pipe.tokenizer), len(pipe.tokenizer_2)) == lengths
     after = [getattr(pipe, f"text_encoder{side}").get_input_embeddings().weight for side in ("", "_2")]
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     load_adapter(pipe, tmp_path / "pet.safetensors")
-    assert (len(pipe.tokenizer), len(pipe.tokenizer_2)) == (words[0] + 2, words[1] + 2)
+    assert (len(pipe.tokenizer), len(pipe.tokenizer_2)) == (lengths[0] + 2, lengths[1] + 2)
 
 
 def broken(kind: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
@@ -384,9 +388,9 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_files_are_refused_with_a_reason(pipe: Any, tmp_path: Path, name: str) -> None:
-    shapes, words = OTHERS[name]
+    shapes, message = OTHERS[name]
     save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         load_adapter(pipe, tmp_path / "x.safetensors")
 
 
@@ -395,9 +399,9 @@ def test_textual_inversion(pipe: Any, tmp_path: Path, render: Any) -> None:
     save_file({"<cat-toy>": torch.randn(2, 16)}, file)
     info = inspect_adapter(tmp_path)
     assert (info.kind, info.trigger, info.r) == ("textual inversion", "<cat-toy>", 2)
-    words = len(pipe.tokenizer)
+    length = len(pipe.tokenizer)
     load_adapter(pipe, file)
-    assert len(pipe.tokenizer) == words + 2
+    assert len(pipe.tokenizer) == length + 2
     token = pipe.tokenizer.convert_tokens_to_ids("<cat-toy>")
     table = pipe.text_encoder.get_input_embeddings().weight
     assert torch.equal(table[token], load_file(file)["<cat-toy>"][0])
@@ -422,8 +426,7 @@ def test_damaged_lora_settings_are_refused(pipe: Any, made: dict[str, tuple[Path
 
 def test_export_and_import_is_lossless(pipe: Any, tmp_path: Path) -> None:
     """A NoRA exported to a plain LoRA and projected back onto the same basis gives the same update."""
-    parts = ("unet", "text_encoder")
-    add_adapter(pipe, nora(r=4, inner_r=2, alpha=2.0, basis="svd"), "one", parts)
+    add_adapter(pipe, nora(r=4, inner_r=2, alpha=2.0, basis="svd"), "one", ("unet", "text_encoder"))
     for parameter in trainable_parameters(pipe, "one").values():
         parameter.data.normal_(std=0.3)
     expected = output(pipe)

@@ -58,8 +58,8 @@ METHODS = {
 def state_hash(pipe: Any) -> str:
     """Hash of everything an adapter could leave behind: weights, module classes, flags, configs, active adapters."""
     digest = hashlib.sha256()
-    for part in ("unet", "text_encoder"):
-        module = getattr(pipe, part)
+    for component in ("unet", "text_encoder"):
+        module = getattr(pipe, component)
         for path, layer in module.named_modules():
             digest.update(f"{path} {type(layer).__name__} {layer.training} {getattr(layer, 'scaling', '')}".encode())
             digest.update(f"{getattr(layer, '_active_adapter', '')} {len(layer._forward_pre_hooks)}".encode())
@@ -356,10 +356,10 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", CRAFTED)
 def test_crafted_files(base: Any, tmp_path: Path, name: str) -> None:
-    data, words = CRAFTED[name]
+    data, message = CRAFTED[name]
     file, before = tmp_path / "x.safetensors", state_hash(base)
     file.write_bytes(data)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         load_adapter(base, file, "guest")
     assert state_hash(base) == before
 
@@ -452,9 +452,9 @@ def test_a_shared_basis_is_checked_like_an_adapter(base: Any, tiny_base: Path, t
         "not a float dtype": save({**tensors, first: tensors[first].to(torch.int64)}),
         "web page": b"<html>",
     }
-    for words, data in damages.items():
+    for message, data in damages.items():
         basis.write_bytes(data)
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             load_adapter(base, tmp_path / "dog", "guest")
         assert state_hash(base) == before
     # Saving again repairs the damaged basis. The adapter then loads, unless something is merged.

@@ -35,7 +35,7 @@ from nora_diffusion.io.files import locked_folder
 from nora_diffusion.loaders import list_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* overlap by")  # random adapters in one basis overlap
-PNG = b"\x89PNG\r\n\x1a\n" + b"picture"
+PNG = b"\x89PNG\r\n\x1a\n" + b"image"
 # Name -> inner rank, trigger.
 SUBJECTS = {"dog": (2, "sks"), "cat": (2, "zwx"), "hat": (3, "")}
 
@@ -98,7 +98,7 @@ def test_a_basis_may_be_in_another_folder(verb: str, shelf: Path, pack: Path, pi
 
 def test_subjects_keep_their_names(pack: Path, tmp_path: Path) -> None:
     report = mix_files([(f"{pack}#dog", 0.8), (f"{pack}#hat", 0.5)], tmp_path / "both", basis_dir=pack.parent / "bases")
-    assert [part["name"] for part in report.info.extra["mix"]["parts"]] == ["dog", "hat"]
+    assert [source["name"] for source in report.info.extra["mix"]["parts"]] == ["dog", "hat"]
     assert list(report.overlaps) == [("dog", "hat")]
 
 
@@ -204,14 +204,14 @@ REFUSED: dict[str, tuple[Damage, str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_adapters_that_do_not_fit_are_refused(pipe: Any, shelf: Path, pack: Path, tmp_path: Path, case: str) -> None:
-    make, words = REFUSED[case]
+    make, message = REFUSED[case]
     whole = pack.read_bytes()
     path = make(pipe, shelf, tmp_path / "other")
     files = sorted(tmp_path.rglob("*"))
     try:
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             add_to_pack(pack, [path])
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             create_pack(tmp_path / "new" / f"x{SUFFIX}", [shelf / "cat", path, *([path] if case == "twice" else [])])
     finally:
         if case == "odd name":
@@ -220,7 +220,7 @@ def test_adapters_that_do_not_fit_are_refused(pipe: Any, shelf: Path, pack: Path
 
 
 def test_other_refusals(pipe: Any, shelf: Path, pack: Path, tmp_path: Path) -> None:
-    for call, words in [
+    for call, message in [
         (lambda: create_pack(pack, [shelf / "dog"]), "exists: add to it"),
         (lambda: create_pack(tmp_path / "x.safetensors", [shelf / "dog"]), "end it in"),
         (lambda: create_pack(tmp_path / "x.nora_pack.safetensors", []), "nothing to pack"),
@@ -239,7 +239,7 @@ def test_other_refusals(pipe: Any, shelf: Path, pack: Path, tmp_path: Path) -> N
         (lambda: load_adapter(pipe, f"{tmp_path / 'no.safetensors'}#dog"), "no pack at"),
         (lambda: load_adapter(pipe, f"{shelf / 'dog' / FILE_NAME}#dog"), "is not a pack"),
     ]:
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             call()
     assert list_adapters(pipe) == {} and not (tmp_path / "no").exists()
 
@@ -313,9 +313,9 @@ def test_reading_one_of_ten_thousand_subjects_reads_only_its_bytes(tmp_path: Pat
     assert large.stat().st_size > 40_000_000
     few, _ = bytes_read(small, "subject-7")
     for name in ("subject-0", "subject-7", "subject-4999", "subject-9999"):
-        many, numbers = bytes_read(large, name)
-        assert torch.equal(numbers, torch.full((1024,), float(name.partition("-")[2])))
-        # Beside its own 4 KB of numbers and the fixed header: ten more steps of bisecting, 64 bytes each.
+        many, values = bytes_read(large, name)
+        assert torch.equal(values, torch.full((1024,), float(name.partition("-")[2])))
+        # On top of 4 KB of parameters and the header: ten more steps of the binary search, 64 bytes each.
         assert many <= few + 64 * 14 + 64
         assert many < 1024 * 4 + 8_000
     with pytest.raises(UserError, match="no subject"):

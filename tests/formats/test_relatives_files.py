@@ -25,7 +25,7 @@ from nora_diffusion.cli import main
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.pipelines.components import nora_layers
 
-PARTS = ("unet", "text_encoder")
+COMPONENTS = ("unet", "text_encoder")
 EVERYTHING = ["attn", "ff", "proj", "conv"]
 EXPORTED = {
     "dora": lambda: dora(r=3, alpha=6.0, target_modules=EVERYTHING),
@@ -41,7 +41,7 @@ EXPORTED = {
 def saved(pipe: Any, config: AdapterConfig, folder: Path) -> Path:
     """Add an adapter with random weights, save it and leave it active."""
     torch.manual_seed(0)
-    add_adapter(pipe, config, "one", PARTS)
+    add_adapter(pipe, config, "one", COMPONENTS)
     for key, parameter in trainable_parameters(pipe, "one").items():
         noise = torch.randn_like(parameter)
         parameter.data.copy_(parameter * (1 + 0.2 * noise) if key.endswith("nora_m") else 0.3 * noise)
@@ -106,7 +106,7 @@ def test_an_exported_dora_loads_with_its_magnitude(
     image = render(pipe)
     delete_adapter(pipe, "one")
     path = export_lora(tmp_path / "dog", tmp_path / ("peft" if form == "peft" else "dog.safetensors"), format=form).path
-    files = [path / component for component in PARTS] if form == "peft" else [path]
+    files = [path / component for component in COMPONENTS] if form == "peft" else [path]
     for number, file in enumerate(files):
         load_adapter(pipe, file, f"plain{number}")
     torch.testing.assert_close(render(pipe), image, atol=2e-5, rtol=1e-4)
