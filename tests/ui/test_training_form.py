@@ -19,7 +19,7 @@ from nora_diffusion.training import TrainConfig
 from nora_diffusion.training.data.dataset import transform_of, views_of
 from nora_diffusion.training.settings.checks import check_config
 from nora_diffusion.training.settings.defaults import with_defaults
-from nora_diffusion.training.step.denoiser import bucket_step
+from nora_diffusion.training.step.denoiser import bucket_multiple
 from nora_diffusion.ui.engine import Engine
 from nora_diffusion.ui.jobs.images import check_images
 from nora_diffusion.ui.jobs.training_form import build_settings, preflight, read_extra
@@ -89,7 +89,7 @@ def test_the_crops_are_those_of_the_trainer(engine: Engine, tmp_path: Path) -> N
     settings = build_settings(engine, "Fast", "sks", "dog", {"seed": 5, "random_flip": True})
     config = with_defaults(TrainConfig.from_mapping({**settings, "instance_data_dir": str(tmp_path), "resolution": 16}))
     read = read_images(tmp_path)
-    views = views_of(transform_of(config, 16, bucket_step(engine.pipe)), read, 5)
+    views = views_of(transform_of(config, 16, bucket_multiple(engine.pipe)), read, 5)
     found = check_images(photos, engine, settings)
     assert len(found[0].crops) == 8  # four crops and their mirror images
     for photo, own, checked in zip(read, views, found, strict=True):

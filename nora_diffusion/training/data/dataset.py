@@ -70,12 +70,12 @@ def caption_variants(config: ResolvedConfig, captions: Sequence[str]) -> Caption
 def report_data(folder: Path, subject: Subject, views: Sequence[Sequence[View]]) -> Path:
     """Write the data report; small photos and duplicates are warned of. Returns the path of the page."""
     rows = [
-        Row(photo, caption, own) for photo, caption, own in zip(subject.photos, subject.captions, views, strict=True)
+        Row(photo, caption, own) for photo, caption, own in zip(subject.images, subject.captions, views, strict=True)
     ]
     small = [f"{row.source.path.name} ({row.enlargement:.1f} times)" for row in rows if row.enlargement > 1.05]
     if small:
         log.warning("%s: smaller than the resolution, so enlarged", ", ".join(small[:5]))
-    twins = find_duplicates(subject.photos)
+    twins = find_duplicates(subject.images)
     for pair in twins[:5]:
         log.warning("%s: it counts twice", pair)
     return DataReport(rows, subject.rejects, twins, subject.held_out).write(folder)

@@ -15,10 +15,10 @@ from .subject import Subject, read_subject
 
 def read_data(config: TrainConfig) -> Subject:
     """What a run learns: one subject, or all subjects of the list together."""
-    return read_together(config) if config.joint else read_subject(config)
+    return read_joint(config) if config.joint else read_subject(config)
 
 
-def read_together(config: TrainConfig) -> Subject:
+def read_joint(config: TrainConfig) -> Subject:
     """The subjects of the list ``config.subjects`` as the ``members`` of one.
 
     Raises :class:`UserError` where they cannot be told apart, and for settings that know one subject only.
@@ -28,7 +28,7 @@ def read_together(config: TrainConfig) -> Subject:
     members = [replace(read_subject(own), name=name) for name, own in read_subjects(config).items()]
     _check_triggers(members)
     return Subject(
-        photos=[photo for member in members for photo in member.photos],
+        images=[photo for member in members for photo in member.images],
         captions=[caption for member in members for caption in member.captions],
         trigger=", ".join(member.trigger or "" for member in members),
         class_word=", ".join(dict.fromkeys(member.class_word for member in members if member.class_word)) or None,

@@ -30,7 +30,7 @@ class Latents:
 
     mean: list[Tensor]
     std: list[Tensor]
-    of_image: list[list[int]]
+    views_of_image: list[list[int]]
     shift: float
     factor: float
     regions: list[Tensor] | None = None
@@ -41,19 +41,19 @@ class Latents:
 
     def size_of(self, photo: int) -> tuple[int, ...]:
         """Height and width of a photo's first picture, as latents."""
-        return tuple(self.mean[self.of_image[photo][0]].shape[1:])
+        return tuple(self.mean[self.views_of_image[photo][0]].shape[1:])
 
-    def first_pictures(self, count: int) -> tuple[list[int], Tensor]:
+    def first_images(self, count: int) -> tuple[list[int], Tensor]:
         """Up to ``count`` photos of the first one's size, and the scaled mean of a picture of each ``[n, C, h, w]``."""
-        photos = [i for i in range(len(self.of_image)) if self.size_of(i) == self.size_of(0)][:count]
-        mean = torch.stack([self.mean[self.of_image[photo][0]] for photo in photos])
+        photos = [i for i in range(len(self.views_of_image)) if self.size_of(i) == self.size_of(0)][:count]
+        mean = torch.stack([self.mean[self.views_of_image[photo][0]] for photo in photos])
         return photos, (mean - self.shift) * self.factor
 
     def pick(self, photos: Sequence[int], source: torch.Generator, size: tuple[int, ...] | None = None) -> list[int]:
         """One random picture of each photo, of those with latents of ``size`` where that is given."""
         picked = []
         for photo in photos:
-            pictures = [p for p in self.of_image[photo] if size is None or tuple(self.mean[p].shape[1:]) == size]
+            pictures = [p for p in self.views_of_image[photo] if size is None or tuple(self.mean[p].shape[1:]) == size]
             picked.append(pictures[int(torch.randint(len(pictures), (1,), generator=source))])
         return picked
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...loaders.tokens import expanded
 from ...pipelines.components import text_encoders, tokenizers
 from ..settings.config import TrainConfig
-from ..step.denoiser import TextEmbeddings, encode_prompts, family_of, is_plain, zeros_for_nothing
+from ..step.denoiser import TextEmbeddings, encode_prompts, family_of, zeros_for_empty_prompts
 from .encoding_cache import EncodingCache, module_hash, place
 
 
@@ -24,7 +24,7 @@ class PromptEmbeddings:
     ) -> None:
         self._pipe, self._config, self._encoder = pipe, config, pipe.text_encoder
         self._length = config.tokenizer_max_length
-        self._plain = is_plain(pipe)
+        self._plain = family_of(pipe) == "sd"
         self._live = config.encodes_each_step
         self._masked = config.text_encoder_use_attention_mask
         unique = list(dict.fromkeys(prompts))
@@ -42,7 +42,7 @@ class PromptEmbeddings:
     def _tokenize(self) -> None:
         self._tokenizer = self._pipe.tokenizer
         prompts = expanded(self._pipe, self._prompts, self._tokenizer)
-        found = tokenize(self._tokenizer, prompts, tokens_of(self._config, self._pipe))
+        found = tokenize(self._tokenizer, prompts, token_limit(self._config, self._pipe))
         self._ids, self._mask = (value.to(self._encoder.device) for value in found)
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ class PromptEmbeddings:
             "tokenizers": [[t(prompt).input_ids, t.pad_token_id, t.model_max_length] for t in tokenizers(pipe)],
             "length": self._length,
             "family": family_of(pipe),
-            "zeros": zeros_for_nothing(pipe),
+            "zeros": zeros_for_empty_prompts(pipe),
             "encoders": made_by,
         }
 
@@ -81,12 +81,12 @@ class PromptEmbeddings:
         return {"hidden": hidden}
 
 
-def tokens_of(config: TrainConfig, pipe: Any) -> int:
+def token_limit(config: TrainConfig, pipe: Any) -> int:
     """How many tokens the first text encoder is given of a prompt."""
-    return (config.tokenizer_max_length if is_plain(pipe) else None) or pipe.tokenizer.model_max_length
+    return (config.tokenizer_max_length if family_of(pipe) == "sd" else None) or pipe.tokenizer.model_max_length
 
 
-def cut_off(tokenizer: Any, prompts: Sequence[str], length: int) -> list[str]:
+def truncated_prompts(tokenizer: Any, prompts: Sequence[str], length: int) -> list[str]:
     """Those of the prompts that have more tokens than ``length``."""
     return [prompt for prompt in prompts if len(tokenizer(prompt, truncation=False).input_ids) > length]
 

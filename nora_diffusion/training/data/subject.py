@@ -7,13 +7,13 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ...data import Reject, SourceImage, read_images, survey
 from ...data.captions import guess_class_word, guess_trigger, has_word, read_captions, with_article, with_trigger
 from ...data.colors import color
 from ...data.masks import mask_hash, with_masks
 from ...errors import UserError
-from ..settings.checks import folder_of
 from ..settings.config import TrainConfig
 from .tokens import abstractions, new_tokens_of
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 class Subject:
     """What a run learns: images with one caption each, and the words that name the subject."""
 
-    photos: Sequence[SourceImage]
+    images: Sequence[SourceImage]
     captions: Sequence[str]
     trigger: str | None
     class_word: str | None
@@ -44,14 +44,14 @@ class Subject:
     """The subjects that this one consists of, if one adapter learns several; their images follow one another."""
 
     @property
-    def parts(self) -> Sequence[Subject]:
+    def members_or_self(self) -> Sequence[Subject]:
         """The members, or this subject alone."""
         return self.members or [self]
 
     @property
     def owners(self) -> list[str]:
         """The name of each image's subject."""
-        return [member.name for member in self.parts for _ in member.photos]
+        return [member.name for member in self.members_or_self for _ in member.images]
 
     @property
     def has_trigger_everywhere(self) -> bool:
@@ -59,7 +59,7 @@ class Subject:
         return all(with_trigger(caption, self.trigger, self.class_word) == caption for caption in self.captions)
 
     @property
-    def calling_prompt(self) -> str:
+    def subject_prompt(self) -> str:
         """The prompt that names the subject: the instance prompt, unless captions replace it and name another class."""
         trigger, class_word = self.trigger, self.class_word
         if self.instance_prompt:
@@ -110,11 +110,11 @@ def _photos(config: TrainConfig) -> tuple[list[SourceImage], list[Reject]]:
     photos, rejects = _unmasked(config)
     if config.crop != "subject" and config.background_loss_weight is None:
         return photos, rejects
-    return with_masks(photos, folder_of(config.instance_data_dir or "")), rejects
+    return with_masks(photos, Path(config.instance_data_dir or "").expanduser()), rejects
 
 
 def _unmasked(config: TrainConfig) -> tuple[list[SourceImage], list[Reject]]:
-    folder, workers = folder_of(config.instance_data_dir or ""), config.dataloader_num_workers
+    folder, workers = Path(config.instance_data_dir or "").expanduser(), config.dataloader_num_workers
     background = color(config.background)
     if not config.skip_unreadable:
         return read_images(folder, workers, background), []

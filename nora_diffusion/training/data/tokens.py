@@ -45,7 +45,7 @@ def check_new_tokens(config: TrainConfig, pipe: Any, words: Sequence[str], capti
     check_words(pipe, {word: dict.fromkeys(TRAINED_ENCODERS[family_of(pipe)], (count,)) for word in words})
 
 
-def put_new_tokens(config: ResolvedConfig, pipe: Any, adapter: str, words: Mapping[str, str | None]) -> None:
+def add_new_tokens(config: ResolvedConfig, pipe: Any, adapter: str, words: Mapping[str, str | None]) -> None:
     """Make the words known to the text encoders, as tokens of ``adapter`` that start from what they are like."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     for word, concept in words.items():

@@ -20,7 +20,6 @@ from ...generation.sampling import Sampling, describe_image, sample_images
 from ...io.files import locked_folder
 from ...io.run_layout import image_name
 from ...pipelines.precision import MIXED_DTYPES
-from ..settings.checks import folder_of
 from ..settings.config import TrainConfig
 from ..settings.resolved import ResolvedConfig
 from ..step.denoiser import denoiser, networks
@@ -39,7 +38,7 @@ def count_images(folder: Path) -> int:
 
 def class_folder(config: TrainConfig) -> Path:
     """The folder of the class images."""
-    return folder_of(config.class_data_dir) if config.class_data_dir else config.folder / "class_images"
+    return Path(config.class_data_dir).expanduser() if config.class_data_dir else config.folder / "class_images"
 
 
 def fill_class_images(pipe: Any, config: ResolvedConfig, prompt: str, check: Callable[[], None]) -> int:

@@ -30,8 +30,7 @@ from ...pipelines.components import without_adapters
 from ...scoring.judges import Judge, check_judge, image_features, load_judges, text_features
 from ...scoring.metrics import agreement, diversity, likeness
 from ..data.subject import Subject
-from ..settings.checks import folder_of
-from ..settings.config import TrainConfig, having
+from ..settings.config import TrainConfig, tagged
 from ..settings.resolved import ResolvedConfig
 from ..step.randomness import derive, forked
 from .samples import generate_images, sample_settings
@@ -45,7 +44,7 @@ CLASS_SEEDS = 2
 
 def is_measured(config: TrainConfig) -> bool:
     """Whether any setting asks for measuring."""
-    return any(getattr(config, name) is not None for name in having("measures"))
+    return any(getattr(config, name) is not None for name in tagged("measures"))
 
 
 @dataclass
@@ -70,14 +69,14 @@ def plan_measure(config: ResolvedConfig, subject: Subject, device: torch.device)
     if not is_measured(config):
         return None
     check_judge(config.judge, config.pretrained_model_name_or_path)
-    asked = [prompts_of(config, member) for member in subject.parts]
+    asked = [prompts_of(config, member) for member in subject.members_or_self]
     prompts, class_prompts = ([text for own in asked for text in own[side]] for side in (0, 1))
     judges = load_judges(config.judge, config.dino, device)
     if config.validation_data_dir:
-        held_out = [read_images(folder_of(config.validation_data_dir))]
+        held_out = [read_images(Path(config.validation_data_dir).expanduser())]
     else:
-        held_out = [list(member.held_out) for member in subject.parts]
-    references = [own or member.photos for own, member in zip(held_out, subject.parts, strict=True)]
+        held_out = [list(member.held_out) for member in subject.members_or_self]
+    references = [own or member.images for own, member in zip(held_out, subject.members_or_self, strict=True)]
     real = [photo for own in references for photo in own]
     are_held_out = any(held_out)
     settings = {
@@ -93,7 +92,7 @@ def plan_measure(config: ResolvedConfig, subject: Subject, device: torch.device)
         class_prompts,
         seeds=[derive(config.seed, "validation", number) % 2**31 for number in range(config.num_validation_images)],
         settings=settings,
-        leaks=_leaks(subject.photos, [photo for own in held_out for photo in own]),
+        leaks=_leaks(subject.images, [photo for own in held_out for photo in own]),
         who=[number for number, (texts, _) in enumerate(asked) for _ in texts],
         whose=[number for number, own in enumerate(references) for _ in own],
     )

@@ -15,7 +15,7 @@ from ...errors import UserError
 from ...loaders import add_adapter, load_adapter, pairs_from, trainable_parameters
 from ...pipelines.calibration import Calibration
 from ...pipelines.components import all_targets, component, denoiser_name
-from ..data.tokens import put_new_tokens
+from ..data.tokens import add_new_tokens
 from ..settings.config import TrainConfig
 from ..settings.methods import parameters_of
 from ..settings.resolved import ResolvedConfig
@@ -68,7 +68,7 @@ def put_in_adapter(
     """Add a new adapter and its tokens to the pipeline; returns its trained parameters by file key."""
     torch.manual_seed(derive(config.seed, "init"))
     add_adapter(pipe, adapter_config(config), name, list(components), calibration, config.basis_from)
-    put_new_tokens(config, pipe, name, new_tokens)
+    add_new_tokens(config, pipe, name, new_tokens)
     return trained_parameters(pipe, name)
 
 

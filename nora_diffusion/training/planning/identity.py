@@ -8,7 +8,7 @@ from typing import Any
 from ...pipelines.base import base_id
 from ...versions import versions
 from ..data.subject import Subject
-from ..settings.config import having
+from ..settings.config import tagged
 from ..settings.resolved import ResolvedConfig
 
 
@@ -28,7 +28,7 @@ def identity_of(
     settings: Mapping[str, Any], pipe: Any, subject: Subject, class_hash: str, processes: int
 ) -> dict[str, Any]:
     """What must be equal for a resumed run to be the same: settings, data, base, versions, processes."""
-    values = {name: value for name, value in settings.items() if name not in having("free")}
+    values = {name: value for name, value in settings.items() if name not in tagged("free")}
     if _may_be_extended(settings):
         values.pop("max_train_steps")
     return {

@@ -25,7 +25,7 @@ from ..measuring.validation import Measure, plan_measure
 from ..settings.config import TrainConfig
 from ..settings.resolved import ResolvedConfig, resolved
 from ..signals import StopRequests
-from ..step.denoiser import check_pipeline, denoiser, native_size
+from ..step.denoiser import check_pipeline, denoiser, native_resolution
 from ..step.objective import Objective, is_flow
 from .adapter import adapted_components, adapter_config, check_targets
 from .checkpoints import Checkpoint, check_identity, find_checkpoint, recover
@@ -99,7 +99,7 @@ class Plan:
     @property
     def epoch_steps(self) -> int:
         """Optimizer steps in one pass over the images."""
-        return epoch_steps(len(self.subject.photos), self.images_per_step)
+        return epoch_steps(len(self.subject.images), self.images_per_step)
 
     @property
     def sample_interval(self) -> int:
@@ -151,7 +151,7 @@ def plan_on(
 ) -> Plan:
     """Plan a run on an open base."""
     processes = 1 if accelerator is None else accelerator.num_processes
-    config = settle(config, pipe, checkpoint, len(subject.photos), device, processes)
+    config = settle(config, pipe, checkpoint, len(subject.images), device, processes)
     if accelerator is not None and processes > 1:
         config = agree_on_seed(config)
     objective = objective_of(config, pipe)
@@ -193,7 +193,7 @@ def settle(
         max_train_steps=steps,
         lr_warmup_steps=warmup,
         timestep_sampling=config.timestep_sampling or ("logit_normal" if is_flow(pipe.scheduler) else "uniform"),
-        resolution=config.resolution or native_size(pipe),
+        resolution=config.resolution or native_resolution(pipe),
     )
 
 

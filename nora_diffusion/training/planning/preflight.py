@@ -20,11 +20,11 @@ from ...generation.image_settings import read_settings
 from ...io.run_layout import CHECKPOINTS, checkpoint_steps
 from ...loaders import check_adapter
 from ...pipelines.components import all_targets
-from ..data.prompts import cut_off, tokens_of
+from ..data.prompts import token_limit, truncated_prompts
 from ..measuring.samples import class_folder, count_images
 from ..settings.defaults import USUAL_FACTORS, USUAL_TEXT_RATES, USUAL_TOKEN_RATES, usual_rates
-from ..step.denoiser import native_size, networks
-from ..step.memory import Outline, available, outline
+from ..step.denoiser import native_resolution, networks
+from ..step.memory import Estimate, available, estimate
 from ..step.optimization import scaled_rate
 from .plan import Plan
 from .rundir import SPARE_BYTES
@@ -70,10 +70,10 @@ def report(findings: Sequence[Finding], strict: bool = False) -> None:
         raise UserError("\n".join(fatal))
 
 
-def _outline(plan: Plan) -> Outline:
+def _outline(plan: Plan) -> Estimate:
     config = plan.config
     rows = config.train_batch_size * (2 if config.with_prior_preservation else 1)
-    return outline(
+    return estimate(
         plan.pipe, plan.adapter, list(plan.components), rows, config.resolution, plan.dtype,
         config.gradient_checkpointing,
     )  # fmt: skip
@@ -85,7 +85,7 @@ def _base(plan: Plan) -> Iterator[Finding]:
             check_adapter(plan.pipe, plan.checkpoint.path)
         except UserError as error:
             yield Finding(str(error), fatal=True)
-    side, usual = plan.config.resolution, native_size(plan.pipe)
+    side, usual = plan.config.resolution, native_resolution(plan.pipe)
     if not 0.5 <= side / usual <= 2:
         yield Finding(
             f"Pictures of {side} pixels are far from the {usual} of this base: take --resolution {usual}, or a base "
@@ -93,7 +93,7 @@ def _base(plan: Plan) -> Iterator[Finding]:
         )
 
 
-def _disk(plan: Plan, size: Outline) -> Iterator[Finding]:
+def _disk(plan: Plan, size: Estimate) -> Iterator[Finding]:
     config, free = plan.config, shutil.disk_usage(_existing(plan.folder)).free
     one = size.checkpoint_bytes
     made = -(-config.max_train_steps // config.checkpointing_steps)
@@ -121,7 +121,7 @@ def _existing(place: Path) -> Path:
     return next(path for path in (place, *place.absolute().parents) if path.exists())
 
 
-def _memory(plan: Plan, size: Outline) -> Iterator[Finding]:
+def _memory(plan: Plan, size: Estimate) -> Iterator[Finding]:
     device = plan.device
     if device.type not in ("cpu", "cuda"):
         return
@@ -176,7 +176,7 @@ def _trigger(plan: Plan) -> Iterator[Finding]:
         return
     known = [
         word
-        for own in plan.subject.parts
+        for own in plan.subject.members_or_self
         for word in (own.trigger or "").split()
         if is_known(plan.pipe.tokenizer, word)
     ]
@@ -199,8 +199,8 @@ def rare_word(tokenizer: Any) -> str:
 
 
 def _prompts(plan: Plan) -> Iterator[Finding]:
-    config, prompt = plan.config, plan.subject.calling_prompt
-    named = [(own.trigger, own.captions) for own in plan.subject.parts if own.trigger]
+    config, prompt = plan.config, plan.subject.subject_prompt
+    named = [(own.trigger, own.captions) for own in plan.subject.members_or_self if own.trigger]
     for trigger, captions in named:
         yield from _captions(plan.subject.class_prompt, trigger, captions)
     asked = plan.subject.instance_prompt
@@ -221,8 +221,8 @@ def _prompts(plan: Plan) -> Iterator[Finding]:
 
 
 def _lengths(plan: Plan) -> Iterator[Finding]:
-    most, prompts = tokens_of(plan.config, plan.pipe), list(dict.fromkeys(plan.prompts))
-    if long := cut_off(plan.pipe.tokenizer, prompts, most):
+    most, prompts = token_limit(plan.config, plan.pipe), list(dict.fromkeys(plan.prompts))
+    if long := truncated_prompts(plan.pipe.tokenizer, prompts, most):
         yield Finding(
             f"{len(long)} of {len(prompts)} prompts have more than {most} tokens, so that their end is cut off, such "
             f"as '{long[0]}': shorten them."
@@ -283,7 +283,7 @@ def _file(plan: Plan) -> Iterator[Finding]:
     values = {
         "components": dict.fromkeys(parts, adapter), "base_fingerprint": {part: {} for part in parts},
         "prompts": list(dict.fromkeys(subject.captions)), "trigger": subject.trigger or "",
-        "instance_prompt": subject.calling_prompt, "license": plan.config.license or "",
+        "instance_prompt": subject.subject_prompt, "license": plan.config.license or "",
     }  # fmt: skip
     try:
         info_from(values)

@@ -53,7 +53,7 @@ class Batches:
         latents, regions = run.latents.draw(views, source), run.latents.weights(views)
         prompts = run.plan.captions.draw(images, generator(config.seed, "captions", step, micro, 0))
         if run.class_latents is not None:
-            count = len(run.class_latents.of_image)
+            count = len(run.class_latents.views_of_image)
             classes = shuffled_indices(config.seed, "class pictures", count, number * size, size)
             views = run.class_latents.pick(classes, source, run.latents.size_of(images[0]))
             latents = torch.cat([latents, run.class_latents.draw(views, source)])
@@ -68,7 +68,7 @@ class Batches:
     def _images(self, number: int, size: int) -> list[int]:
         """Indices of the images in batch ``number``."""
         subject, seed = self.run.subject, self.run.config.seed
-        sizes = [self.run.latents.size_of(image) for image in range(len(subject.photos))]
+        sizes = [self.run.latents.size_of(image) for image in range(len(subject.images))]
         if subject.members and len(set(sizes)) > 1:
             return owned_indices(seed, "photos", subject.owners, sizes, number, size)
         if subject.members:

@@ -19,7 +19,7 @@ from ..planning.checkpoints import check_identity
 from ..planning.plan import Plan
 from ..planning.rundir import RunFolder
 from ..signals import StopRequests
-from ..step.denoiser import bucket_step
+from ..step.denoiser import bucket_multiple
 from ..step.randomness import derive
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def encode(plan: Plan, accelerator: Accelerator, folder: RunFolder, stop: StopRe
         check_identity(checkpoint, identity)
     stop.check()
     subject = plan.subject
-    log.info("%d photos, trigger %r, class %r", len(subject.photos), subject.trigger, subject.class_word)
+    log.info("%d photos, trigger %r, class %r", len(subject.images), subject.trigger, subject.class_word)
     return RunData(plan, latents, class_latents, identity)
 
 
@@ -73,11 +73,11 @@ def encode_all(
 ) -> tuple[Latents, Latents | None, str]:
     """Latents of the images and, if prior preservation uses class images, theirs and a hash of them."""
     config, pipe, subject, cache = plan.config, plan.pipe, plan.subject, encoding_cache(plan)
-    transform = transform_of(config, config.resolution, bucket_step(pipe))
-    views = views_of(transform, subject.photos, config.seed)
+    transform = transform_of(config, config.resolution, bucket_multiple(pipe))
+    views = views_of(transform, subject.images, config.seed)
     if folder.owner:
         report_data(folder.path, subject, views)
-    latents = encode_images(pipe.vae, subject.photos, views, config.background_loss_weight, cache)
+    latents = encode_images(pipe.vae, subject.images, views, config.background_loss_weight, cache)
     if not config.with_prior_preservation or config.prior_preservation == "frozen":
         return latents, None, ""
     if folder.owner:

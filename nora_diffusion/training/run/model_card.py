@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from ..measuring.selection import reason
-from ..settings.config import having
+from ..settings.config import tagged
 from .outcome import Outcome
 
 
 def training_section(outcome: Outcome) -> str:
     """Markdown: the prompt, sample images, the settings that were in force and the result."""
     run, plan = outcome.run, outcome.run.plan
-    values = ((name, plan.settings[name]) for name in having("card"))
+    values = ((name, plan.settings[name]) for name in tagged("card"))
     rows = [(name, value) for name, value in values if value is not None and value is not False]
     if not plan.config.with_prior_preservation:
         rows = [row for row in rows if row[0] not in ("prior_loss_weight", "class_prompt")]
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
     class_word = f", class `{plan.subject.class_word}`" if plan.subject.class_word else ""
     return (
-        f"## Training\n\n{len(plan.subject.photos)} photos, {run.last_step} steps in {outcome.seconds:.0f} s, "
-        f"mean loss of the last steps {outcome.final_loss:.4f}. Prompt: `{plan.subject.calling_prompt}`"
+        f"## Training\n\n{len(plan.subject.images)} photos, {run.last_step} steps in {outcome.seconds:.0f} s, "
+        f"mean loss of the last steps {outcome.final_loss:.4f}. Prompt: `{plan.subject.subject_prompt}`"
         f"{class_word}.{_kept_line(outcome)}\n{_images(outcome)}\n| setting | value |\n| --- | --- |\n{table}"
     )
 

@@ -47,7 +47,7 @@ def push(run: Run, folder: RunFolder, wanted: Sequence[Path]) -> None:
     from huggingface_hub import HfApi
 
     config = run.config
-    photos = {photo.sha256: photo.path.name for photo in run.subject.photos}
+    photos = {photo.sha256: photo.path.name for photo in run.subject.images}
     found = [photos[digest] for path in wanted if (digest := sha256(path)) in photos]
     if found:
         raise UserError(f"the adapter is saved in {folder.path}, but {found[0]} is a training photo: nothing was sent")

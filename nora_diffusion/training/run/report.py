@@ -76,7 +76,7 @@ def _summary(outcome: Outcome) -> str:
     loss = f", mean loss of the last ones {outcome.final_loss:.4f}" if math.isfinite(outcome.final_loss) else ""
     early = f" of {planned} (stopped early)" if run.last_step < planned else ""
     return (
-        f"{len(run.subject.photos)} photos, {run.last_step} steps{early}{loss}; {run.config.method} with "
+        f"{len(run.subject.images)} photos, {run.last_step} steps{early}{loss}; {run.config.method} with "
         f"{run.trained:,} trained numbers on {base_id(run.pipe)}. The adapter in this folder is that of step {kept}."
     )
 

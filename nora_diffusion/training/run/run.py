@@ -97,7 +97,7 @@ class Run:
             "extra": {"subjects": members} if members else {},
             "trigger": subject.trigger or "",
             "class_word": subject.class_word or "",
-            "instance_prompt": subject.calling_prompt,
+            "instance_prompt": subject.subject_prompt,
             "prompts": list(dict.fromkeys(subject.captions)),
             "seed": self.config.seed,
             "license": self.config.license or "",
@@ -176,7 +176,7 @@ def calibration_of(data: RunData) -> Calibration | None:
     """What calibrates the basis: generic prompts (``None``), given ones, or the first images of the subject."""
     config = data.plan.config
     if config.calibration == "subject":
-        indices, latents = data.latents.first_pictures(CALIBRATION_IMAGES)
+        indices, latents = data.latents.first_images(CALIBRATION_IMAGES)
         return Calibration([data.plan.subject.captions[index] for index in indices], latents)
     return Calibration(config.calibration_prompts) if config.calibration_prompts else None
 

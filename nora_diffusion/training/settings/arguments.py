@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from ...errors import UserError, first_line
-from .config import GROUPS, TrainConfig, names, settings
+from .config import GROUPS, TrainConfig, settings, settings_by_name
 from .values import suggestion, unknown_argument
 
 
@@ -57,7 +57,7 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> TrainConfig:
     parser = build_parser(prog)
     parsed, unknown = parser.parse_known_args(words)
     if unknown:
-        raise unknown_argument(unknown, [*names(), "config"], parser.prog)
+        raise unknown_argument(unknown, [*settings_by_name(), "config"], parser.prog)
     values = vars(parsed)
     path = values.pop("config", None)
     return TrainConfig.from_mapping({**(read_yaml(Path(path)) if path else {}), **values})
@@ -78,7 +78,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold 'key: value' lines, one a setting")
-    known = names()
+    known = settings_by_name()
     for name in values:
         if name not in known:
             raise UserError(f"unknown setting {name!r} in {path}{suggestion(str(name), known)}")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 
 from ...adapters.presets import PRESETS, is_routed, trains_magnitude
 from ...errors import UserError
-from .config import TRACKERS, Bound, TrainConfig, having, settings
+from .config import TRACKERS, Bound, TrainConfig, settings, tagged
 from .defaults import with_defaults
 from .methods import owners_of, parameters_of
 
@@ -36,7 +35,7 @@ def check_config(config: TrainConfig) -> None:
 
 def _check_ranges(config: TrainConfig) -> None:
     for bound, (holds, what) in BOUNDS.items():
-        for name in having(bound):
+        for name in tagged(bound):
             value = getattr(config, name)
             if value is not None and not (math.isfinite(value) and holds(value)):
                 raise UserError(f"{name}={value} {what}")
@@ -202,8 +201,3 @@ def _need(package: str, flag: str, note: str = "") -> None:
     if find_spec(package) is None:
         tail = f" ({note})" if note else ""
         raise UserError(f"{flag} needs the package {package}: install it, or leave the flag out{tail}")
-
-
-def folder_of(path: str) -> Path:
-    """A folder given by the user, with ``~`` resolved."""
-    return Path(path).expanduser()

@@ -25,10 +25,10 @@ LossWeighting = Literal["none", "min_snr", "debiased"]
 LossType = Literal["l2", "huber"]
 PriorPreservation = Literal["images", "frozen"]
 Optimizer = Literal["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor", "sgd"]
-Calibrated = Literal["generic", "subject"]
+CalibrationData = Literal["generic", "subject"]
 Crop = Literal["random", "center", "subject"]
-Quantized = Literal["int8"]
-CachePlace = Literal["memory", "disk"]
+QuantizedDtype = Literal["int8"]
+LatentCache = Literal["memory", "disk"]
 Engine = Literal["local", "ray"]
 
 GROUPS = {
@@ -45,14 +45,14 @@ GROUPS = {
 
 
 Bound = Literal["positive", "not_negative", "below_one", "share", "fraction"]
-Fact = Literal[Bound, "free", "shared", "own", "measures", "card", "open", "closed"]
+Tag = Literal[Bound, "free", "shared", "own", "measures", "card", "open", "closed"]
 
 
 def key(
     default: Any,
     group: str,
     help: str,
-    *facts: Fact,
+    *tags: Tag,
     aliases: tuple[str, ...] = (),
     choices: tuple[str, ...] = (),
     secret: bool = False,
@@ -69,7 +69,7 @@ def key(
     - ``card``: listed in the model card;
     - ``open``, ``closed``: the app may set it, or may not, whatever holds for its group.
     """
-    metadata = {"group": group, "help": help, "facts": facts, "aliases": aliases, "choices": choices, "secret": secret}
+    metadata = {"group": group, "help": help, "tags": tags, "aliases": aliases, "choices": choices, "secret": secret}
     return field(default=default, metadata=metadata)
 
 
@@ -144,7 +144,7 @@ class TrainConfig:
     center_crop: bool = key(False, "data", "the same as --crop center", "open")
     crops_per_image: int = key(4, "data", "random crops cached for each photo of another shape", "positive", "open")
     aspect_buckets: bool = key(False, "data", "crop to the nearest of several shapes, not to a square", "open")
-    cache_latents: CachePlace = key(
+    cache_latents: LatentCache = key(
         "memory", "data", "where encoded photos and prompts are kept: disk for later runs", "free"
     )
     background_loss_weight: float | None = key(
@@ -185,7 +185,9 @@ class TrainConfig:
     basis_from: str | None = key(
         None, "adapter", "an adapter whose frozen outer pairs this one takes, so that both fit one pack", "closed"
     )
-    calibration: Calibrated = key("generic", "adapter", "calibrate awsvd on generic prompts or the subject's photos")
+    calibration: CalibrationData = key(
+        "generic", "adapter", "calibrate awsvd on generic prompts or the subject's photos"
+    )
     calibration_prompts: list[str] | None = key(None, "adapter", "prompts that calibrate awsvd instead")
     train_text_encoder: bool = key(False, "adapter", "adapt the text encoder as well", "card")
     train_text_encoder_ti: bool = key(
@@ -363,7 +365,7 @@ class TrainConfig:
     mixed_precision: Precision | None = key(
         None, "system", "precision of the frozen model's work", "shared", "card", "open"
     )
-    quantize_base: Quantized | None = key(
+    quantize_base: QuantizedDtype | None = key(
         None, "system", "the frozen denoiser in 8 bits, with gradient_checkpointing", "shared"
     )
     gradient_checkpointing: bool = key(False, "system", "less memory, more time", "shared", "open")
@@ -381,7 +383,7 @@ class TrainConfig:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
         """Build from YAML or flag values. Raises :class:`UserError` for unknown keys and wrong types."""
-        known = names()
+        known = settings_by_name()
         unknown = [name for name in values if name not in known]
         if unknown:
             raise UserError(f"unknown setting {unknown[0]!r}{suggestion(unknown[0], known)}")
@@ -414,11 +416,11 @@ def settings() -> tuple[Field[Any], ...]:
     return fields(TrainConfig)
 
 
-def having(fact: Fact) -> tuple[str, ...]:
-    """The names of the settings of which ``fact`` is true, in order."""
-    return tuple(f.name for f in settings() if fact in f.metadata["facts"])
+def tagged(tag: Tag) -> tuple[str, ...]:
+    """The names of the settings with ``tag``, in order."""
+    return tuple(f.name for f in settings() if tag in f.metadata["tags"])
 
 
-def names() -> dict[str, Field[Any]]:
+def settings_by_name() -> dict[str, Field[Any]]:
     """Every accepted name, aliases included, and its setting."""
     return {name: f for f in settings() for name in (f.name, *f.metadata["aliases"])}

@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import UserError
 from .arguments import read_list
 from .checks import check_config
-from .config import TrainConfig, having, names
+from .config import TrainConfig, settings_by_name, tagged
 
 
 def read_subjects(config: TrainConfig) -> dict[str, TrainConfig]:
@@ -22,7 +22,7 @@ def read_subjects(config: TrainConfig) -> dict[str, TrainConfig]:
     or a name that is no folder's or is given twice, or two uploads to one repository.
     """
     found: dict[str, TrainConfig] = {}
-    own = ("name", *having("own"))
+    own = ("name", *tagged("own"))
     path = Path(config.subjects or "").expanduser()
     for number, values in enumerate(read_list(path), start=1):
         name = str(values.pop("name", "") or Path(str(values.get("instance_data_dir", ""))).name)
@@ -31,12 +31,12 @@ def read_subjects(config: TrainConfig) -> dict[str, TrainConfig]:
             raise UserError(f"{place}: {name!r} names no folder: give it a 'name' of letters, digits, '-' and '_'")
         if name.casefold() in {known.casefold() for known in found}:
             raise UserError(f"{place}: {name!r} is there already: give each subject a 'name' of its own")
-        shared = [key for key in values if (key not in own if config.joint else key in having("shared"))]
+        shared = [key for key in values if (key not in own if config.joint else key in tagged("shared"))]
         if shared:
             raise UserError(f"{place}: {shared[0]} is the same for all subjects: give it as a flag, --{shared[0]}")
         try:
             entry = TrainConfig.from_mapping(values)
-            given = {names()[key].name for key in values}
+            given = {settings_by_name()[key].name for key in values}
             changes = {key: getattr(entry, key) for key in given}
             single: dict[str, Any] = {"subjects": None, "joint": False, "engine": "local", "address": None}
             found[name] = replace(config, **changes, **single, output_dir=str(config.folder / name))

@@ -17,7 +17,7 @@ _FALSE = ("false", "no", "off", "0")
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """``": did you mean 'x'?"`` for the nearest known name, or a hint where the names stand."""
-    near = near_names(name, known)
+    near = close_matches(name, known)
     return f": did you mean {' or '.join(map(repr, near))}?" if near else ": see --help for all settings"
 
 
@@ -26,7 +26,7 @@ def unknown_argument(words: Sequence[str], known: Iterable[str], command: str) -
     word = next((word for word in words if word.startswith("--")), words[0])
     if not word.startswith("-"):
         hint = "quote a value of several words"
-    elif near := near_names(word.lstrip("-").split("=")[0], known):
+    elif near := close_matches(word.lstrip("-").split("=")[0], known):
         return UserError(f"unknown flag {word!r}: did you mean {' or '.join('--' + name for name in near)}?")
     else:
         hint = "there is none like it"
@@ -34,7 +34,7 @@ def unknown_argument(words: Sequence[str], known: Iterable[str], command: str) -
     return UserError(f"unknown {kind} {word!r}: {hint}; see {command} --help")
 
 
-def near_names(name: str, known: Iterable[str]) -> list[str]:
+def close_matches(name: str, known: Iterable[str]) -> list[str]:
     """The one name that is spelled nearly so; else up to three that have it as one of their words, or as initials."""
     names = list(known)
     if close := difflib.get_close_matches(name, names, n=1, cutoff=0.65):

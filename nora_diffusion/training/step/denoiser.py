@@ -50,18 +50,18 @@ def networks(pipe: Any) -> list[nn.Module]:
     return [denoiser(pipe), *text_encoders(pipe)]
 
 
-def native_size(pipe: Any) -> int:
+def native_resolution(pipe: Any) -> int:
     """The side in pixels of the pictures that the base was trained for."""
     side = getattr(denoiser(pipe).config, "sample_size", None) or pipe.default_sample_size
     return int(side) * int(pipe.vae_scale_factor)
 
 
-def size_step(pipe: Any) -> int:
+def size_multiple(pipe: Any) -> int:
     """The number that sides in pixels must be a multiple of: Flux packs 2 x 2 latents into one."""
     return int(pipe.vae_scale_factor) * (2 if family_of(pipe) == "flux" else 1)
 
 
-def bucket_step(pipe: Any) -> int:
+def bucket_multiple(pipe: Any) -> int:
     """Pixels that a side of a bucket is a multiple of, so that latents halve at every level of the denoiser."""
     levels = len(denoiser(pipe).config.get("block_out_channels", (0, 0)))
     return int(pipe.vae_scale_factor) * 2 ** (levels - 1)
@@ -72,18 +72,13 @@ def latent_channels(pipe: Any) -> int:
     return int(denoiser(pipe).config.in_channels) // (4 if family_of(pipe) == "flux" else 1)
 
 
-def is_plain(pipe: Any) -> bool:
-    """Whether one CLIP's hidden states are all that the denoiser is told, as in Stable Diffusion 1.x and 2.x."""
-    return family_of(pipe) == "sd"
-
-
 def prompt_limit(pipe: Any) -> int | None:
     """The most tokens that prompts may be given; 0 where their length is fixed (SDXL), ``None`` for any (a T5)."""
     limits = {"sd": int(pipe.tokenizer.model_max_length), "sdxl": 0}
     return limits.get(family_of(pipe))
 
 
-def outline_embeddings(settings: Any, rows: int, dtype: torch.dtype) -> TextEmbeddings:
+def empty_embeddings(settings: Any, rows: int, dtype: torch.dtype) -> TextEmbeddings:
     """Prompts of 77 tokens, of 512 for Flux, in the widths that a denoiser's ``settings`` name; without numbers."""
     get = settings.get
     width = get("cross_attention_dim") or get("joint_attention_dim")
@@ -112,13 +107,13 @@ def encode_prompts(pipe: Any, prompts: Sequence[str], max_tokens: int | None = N
     if kind == "sd":
         return {"hidden": encoded[0]}
     embeddings = {"hidden": encoded[0], "pooled": encoded[1] if kind == "flux" else encoded[2]}
-    if zeros_for_nothing(pipe) and not all(prompts):
+    if zeros_for_empty_prompts(pipe) and not all(prompts):
         said = encoded[0].new_tensor([float(bool(prompt)) for prompt in prompts])
         embeddings = {name: value * said.view(-1, *[1] * (value.ndim - 1)) for name, value in embeddings.items()}
     return embeddings
 
 
-def zeros_for_nothing(pipe: Any) -> bool:
+def zeros_for_empty_prompts(pipe: Any) -> bool:
     """Whether a pipeline's guidance takes zeros for an empty prompt, not what its encoders say of one."""
     return bool(pipe.config.get("force_zeros_for_empty_prompt", False))
 
@@ -184,10 +179,10 @@ def check_pipeline(config: TrainConfig, pipe: Any) -> None:
     channels = latent_channels(pipe)
     if channels != pipe.vae.config.latent_channels:
         raise UserError(f"the denoiser takes {channels} channels (inpainting?): use the text-to-image model")
-    if config.resolution is not None and config.resolution % size_step(pipe):
-        raise UserError(f"resolution={config.resolution} must be a multiple of {size_step(pipe)}")
+    if config.resolution is not None and config.resolution % size_multiple(pipe):
+        raise UserError(f"resolution={config.resolution} must be a multiple of {size_multiple(pipe)}")
     for name in ("text_encoder_use_attention_mask", "class_labels_conditioning"):
-        if getattr(config, name) and not is_plain(pipe):
+        if getattr(config, name) and family_of(pipe) != "sd":
             raise UserError(f"--{name} is for Stable Diffusion 1.x and 2.x: leave it out for {type(pipe).__name__}")
     length, limit = config.tokenizer_max_length, prompt_limit(pipe)
     if length is None or limit is None:

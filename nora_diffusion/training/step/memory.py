@@ -15,7 +15,7 @@ from ...adapters import AdapterConfig
 from ...adapters.config import Start
 from ...loaders.inject import inject
 from ...pipelines.components import component, denoiser_name, nora_layers
-from .denoiser import outline_embeddings, predict
+from .denoiser import empty_embeddings, predict
 
 OVERHEAD = 1.15
 """Workspaces and fragmentation, over what is counted."""
@@ -24,7 +24,7 @@ NAME_BYTES = 384
 
 
 @dataclass(frozen=True)
-class Outline:
+class Estimate:
     """Numbers of an adapter, and the bytes that the denoiser keeps of a batch's forward pass for its backward."""
 
     trained: int
@@ -48,9 +48,9 @@ def checkpoint_bytes(trained: int, frozen_bytes: int, factors: int) -> int:
     return frozen_bytes + 12 * trained + NAME_BYTES * factors
 
 
-def outline(
+def estimate(
     pipe: Any, config: AdapterConfig, parts: list[str], rows: int, side: int, dtype: torch.dtype, checkpointing: bool
-) -> Outline:
+) -> Estimate:
     """Count for a batch of ``rows`` pictures of ``side`` pixels whose forward pass runs in ``dtype``.
 
     The denoiser runs once on the meta device with hooks on what autograd keeps; fused attention keeps q, k, v and its
@@ -71,12 +71,12 @@ def outline(
         frozen += size * sum(value.numel() for value in own.values() if not isinstance(value, nn.Parameter))
         if part == denoiser_name(pipe):
             nn.Module.to(module, dtype).train()
-            activations = kept_by(pipe, module, rows, side, dtype)
+            activations = saved_bytes(pipe, module, rows, side, dtype)
             if checkpointing:
                 blocks = len({name.rpartition(".")[0] for name in own})
                 module.enable_gradient_checkpointing()  # type: ignore[operator]
-                activations = activations // blocks + kept_by(pipe, module, rows, side, dtype)
-    return Outline(trained, frozen, factors, activations)
+                activations = activations // blocks + saved_bytes(pipe, module, rows, side, dtype)
+    return Estimate(trained, frozen, factors, activations)
 
 
 def _shapes(module: nn.Module) -> nn.Module:
@@ -87,7 +87,7 @@ def _shapes(module: nn.Module) -> nn.Module:
     return empty.requires_grad_(False)
 
 
-def kept_by(pipe: Any, module: nn.Module, rows: int, side: int, dtype: torch.dtype) -> int:
+def saved_bytes(pipe: Any, module: nn.Module, rows: int, side: int, dtype: torch.dtype) -> int:
     """Bytes of the storages that autograd keeps of one pass of ``module``, which stands for the pipeline's denoiser."""
     known = {value.untyped_storage()._cdata for value in (*module.parameters(), *module.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -105,7 +105,7 @@ def kept_by(pipe: Any, module: nn.Module, rows: int, side: int, dtype: torch.dty
         noisy = torch.empty(rows, pipe.vae.config.latent_channels, height, height, dtype=dtype)
         times = torch.zeros(rows, dtype=torch.long)
         labels = times if getattr(settings, "class_embed_type", None) == "timestep" else None
-        predict(_Stand(pipe, module), noisy, times, outline_embeddings(settings, rows, dtype), labels)
+        predict(_Stand(pipe, module), noisy, times, empty_embeddings(settings, rows, dtype), labels)
     return sum(storage.nbytes() for storage in kept.values())
 
 

@@ -22,7 +22,7 @@ def scaled_rate(rate: float, config: ResolvedConfig, processes: int) -> float:
     return rate * factor
 
 
-def owner_of(name: str) -> Literal["denoiser", "text_encoder", "tokens"]:
+def group_of(name: str) -> Literal["denoiser", "text_encoder", "tokens"]:
     """What a trained parameter belongs to, by its file key."""
     if is_token(name):
         return "tokens"
@@ -35,7 +35,7 @@ def rate_of(name: str, config: ResolvedConfig) -> float:
     LoRA+ (arXiv 2402.12354): up factors, which start at zero, learn ``loraplus_lr_ratio`` times as fast.
     """
     is_up = name.endswith((".nora_B", ".nora_B_in"))
-    return config.rates[owner_of(name)] * (config.loraplus_lr_ratio if is_up else 1.0)
+    return config.rates[group_of(name)] * (config.loraplus_lr_ratio if is_up else 1.0)
 
 
 def build_optimizer(
@@ -50,7 +50,7 @@ def build_optimizer(
     groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         rate = scaled_rate(rate_of(name, config), config, processes)
-        groups.setdefault((owner_of(name), rate), []).append(parameter)
+        groups.setdefault((group_of(name), rate), []).append(parameter)
     # Weight decay would pull the embeddings of new tokens to zero, where no token is.
     decay = {"tokens": {"weight_decay": 0.0}}
     return _optimizer(config, [{"params": own, "lr": rate, **decay.get(k, {})} for (k, rate), own in groups.items()])
@@ -110,7 +110,7 @@ def drop_finished_gradients(parameters: Mapping[str, nn.Parameter], config: Reso
         "tokens": config.train_text_encoder_ti_frac,
     }
     for name, parameter in parameters.items():
-        if step >= fractions[owner_of(name)] * config.max_train_steps:
+        if step >= fractions[group_of(name)] * config.max_train_steps:
             parameter.grad, stopped = None, True
     return stopped
 
@@ -126,7 +126,7 @@ def bound_norms(layers: Iterable[NoraLayer], adapter: str, most: float) -> None:
     for layer in layers:
         delta = layer.delta(adapter)
         assert isinstance(delta, ChainDelta)
-        down, up = (factor.to(widest(factor.device)) for factor in delta.pair())
+        down, up = (factor.to(widest_dtype(factor.device)) for factor in delta.pair())
         norm = abs(layer.states[adapter].native_scale) * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
         factors = [value for name, value in delta.named_parameters() if name != "m"]
         shrink = (most / norm).clamp(max=1) ** (1 / len(factors))  # 1 where the norm is 0
@@ -134,7 +134,7 @@ def bound_norms(layers: Iterable[NoraLayer], adapter: str, most: float) -> None:
             factor.mul_(shrink)
 
 
-def widest(device: torch.device) -> torch.dtype:
+def widest_dtype(device: torch.device) -> torch.dtype:
     """The most precise floating-point dtype of a device: Apple's GPUs have no fp64."""
     return torch.float32 if device.type == "mps" else torch.float64
 

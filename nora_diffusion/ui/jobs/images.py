@@ -41,7 +41,7 @@ def check_images(paths: Sequence[Path], engine: Engine, settings: Mapping[str, A
     """
     from ...training import TrainConfig
     from ...training.data.dataset import transform_of
-    from ...training.step.denoiser import bucket_step
+    from ...training.step.denoiser import bucket_multiple
 
     if len(paths) > MAX_IMAGES:
         raise UserError(f"{len(paths)} photos are too many: 3 to 10 good ones are enough, the limit is {MAX_IMAGES}")
@@ -52,7 +52,7 @@ def check_images(paths: Sequence[Path], engine: Engine, settings: Mapping[str, A
         known = duplicates.get(id(pair.second))
         if known is None or (pair.same_file and not known.same_file):
             duplicates[id(pair.second)] = pair
-    transform = transform_of(config, config.resolution or engine.side, bucket_step(engine.pipe))
+    transform = transform_of(config, config.resolution or engine.side, bucket_multiple(engine.pipe))
     seed = config.seed or 0
     return [
         _cropped(image, duplicates.get(id(image)), transform, seed) if isinstance(image, SourceImage) else image

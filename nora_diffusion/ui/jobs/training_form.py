@@ -86,16 +86,16 @@ def read_extra(text: str) -> dict[str, Any]:
         raise UserError(f"more settings must be 'key: value' lines: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError("more settings must be 'key: value' lines, one setting per line")
-    from ...training.settings.config import TrainConfig, names
+    from ...training.settings.config import TrainConfig, settings_by_name
     from ...training.settings.values import suggestion
 
-    known = names()
+    known = settings_by_name()
     for name in values:
         setting = known.get(name)
         if setting is None:
             raise UserError(f"unknown setting {name!r}{suggestion(str(name), known)}")
-        group, facts = setting.metadata["group"], setting.metadata["facts"]
-        if "closed" in facts or not (group in OPEN_GROUPS or "open" in facts):
+        group, tags = setting.metadata["group"], setting.metadata["tags"]
+        if "closed" in tags or not (group in OPEN_GROUPS or "open" in tags):
             raise UserError(f"the app sets {name!r} itself: use nora-diffusion train to change it")
     config = TrainConfig.from_mapping(values)  # YAML reads 1e3 as a string, the trainer as a number
     return {known[name].name: getattr(config, known[name].name) for name in values}

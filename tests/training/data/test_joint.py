@@ -87,7 +87,7 @@ def test_one_adapter_learns_all(method: str, together: Configure, monkeypatch: p
     def noised(self: Batches, latents: torch.Tensor, prompts: list[str], *rest: Any) -> Any:
         means = self.run.latents
         for prompt in prompts:
-            seen.append((len(means.of_image), prompt))
+            seen.append((len(means.views_of_image), prompt))
         return original(self, latents, prompts, *rest)
 
     monkeypatch.setattr(Batches, "_noised", noised)

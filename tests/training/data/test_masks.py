@@ -115,7 +115,7 @@ def test_weights_follow_their_pictures(masked: Path) -> None:
     transform = Transform([(32, 32)], "random", 2, flip=True)
     views = [transform.views(photo.image.size) for photo in photos]
     latents = encode_images(base.vae, photos, views, background=0.25)
-    for photo, own, pictures in zip(photos, views, latents.of_image, strict=True):
+    for photo, own, pictures in zip(photos, views, latents.views_of_image, strict=True):
         weights = latents.weights(pictures)
         assert weights is not None and weights.shape[1:] == (1, *latents.mean[pictures[0]].shape[1:])
         for view, weight in zip(own, weights, strict=True):

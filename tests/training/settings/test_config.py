@@ -17,7 +17,7 @@ from nora_diffusion.training import TrainConfig
 from nora_diffusion.training.planning.adapter import adapter_config
 from nora_diffusion.training.settings.arguments import build_parser, parse
 from nora_diffusion.training.settings.checks import BOUNDS, check_config
-from nora_diffusion.training.settings.config import Fact, settings
+from nora_diffusion.training.settings.config import Tag, settings
 from nora_diffusion.training.settings.defaults import usual_rates, with_defaults
 from nora_diffusion.training.settings.methods import parameters_of
 
@@ -96,9 +96,9 @@ def test_mistyped_flags(words: list[str], sentence: str) -> None:
 def test_every_number_has_one_bound() -> None:
     for setting in settings():
         number = {"int", "float"} & set(str(setting.type).split())
-        bounds = [fact for fact in setting.metadata["facts"] if fact in BOUNDS]
+        bounds = [tag for tag in setting.metadata["tags"] if tag in BOUNDS]
         assert len(bounds) == bool(number) or setting.name == "local_rank", setting.name
-        assert {*setting.metadata["facts"]} <= {*get_args(Fact)}
+        assert {*setting.metadata["tags"]} <= {*get_args(Tag)}
 
 
 @pytest.mark.parametrize(
