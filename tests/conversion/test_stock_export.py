@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_pipeline
+from factories import randomize
 from safetensors import safe_open
 
 from nora_diffusion import add_adapter, export_lora, save_adapter
 from nora_diffusion.adapters import nora
-from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.pipelines.components import components
 
 FORMATS = ("diffusers", "kohya", "peft")
@@ -73,9 +73,7 @@ def test_exports_load_without_this_package(model: str, tmp_path: Path, render: A
     add_adapter(
         pipe, nora(r=4, inner_r=2, alpha=6.0, basis="svd", target_modules=["attn", "ff"]), "dog", list(components(pipe))
     )
-    torch.manual_seed(1)
-    for parameter in trainable_parameters(pipe, "dog").values():
-        parameter.data.normal_(std=0.3)
+    randomize(pipe, "dog")
     expected = render(pipe)
     save_adapter(pipe, tmp_path / "dog", "dog")
     exports, out = tmp_path / "exports", tmp_path / "out"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from architectures import tiny_pipeline
 from diffusers.utils import peft_utils
-from factories import tiny_random_pipeline
+from factories import randomize, tiny_random_pipeline
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -41,7 +41,7 @@ from nora_diffusion.formats.adapter_file import FILE_NAME
 from nora_diffusion.formats.adapter_info import AdapterInfo
 from nora_diffusion.formats.model_card import write_card
 from nora_diffusion.formats.packs import SUFFIX
-from nora_diffusion.loaders import list_adapters, set_rank, trainable_parameters
+from nora_diffusion.loaders import list_adapters, set_rank
 from nora_diffusion.pipelines.components import canonical, components, nora_layers
 
 COMPONENTS = ("unet", "text_encoder")
@@ -51,8 +51,7 @@ METHODS = {"nora": nora(r=4, inner_r=2, alpha=2.0), "lora": lora(r=3, alpha=6.0)
 
 def trained(pipe: Any, config: Any, names: tuple[str, ...] = COMPONENTS) -> None:
     add_adapter(pipe, config, "one", names)
-    for parameter in trainable_parameters(pipe, "one").values():
-        parameter.data.normal_(std=0.3)
+    randomize(pipe)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_pipeline
+from factories import randomize
 from peft import LoHaConfig, LoHaModel, LoKrConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -51,7 +52,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-def randomize(module: Any) -> None:
+def randomize_module(module: Any) -> None:
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(std=0.2)
@@ -76,8 +77,7 @@ def diffusers_lora(pipe: Any, folder: Path) -> Path:
 def kohya(targets: list[str]) -> Make:
     def make(pipe: Any, folder: Path) -> Path:
         add_adapter(pipe, nora(r=4, inner_r=2, alpha=2.0, basis="svd", target_modules=targets), "one")
-        for parameter in trainable_parameters(pipe, "one").values():
-            parameter.data.normal_(std=0.3)
+        randomize(pipe)
         save_adapter(pipe, folder / "nora", "one")
         export_lora(folder / "nora", folder / "cat.safetensors", format="kohya")
         return folder / "cat.safetensors"
@@ -88,7 +88,7 @@ def kohya(targets: list[str]) -> Make:
 def by_peft(config: Any) -> Make:
     def make(pipe: Any, folder: Path) -> Path:
         model = get_peft_model(pipe.unet, config)
-        randomize(model)
+        randomize_module(model)
         model.save_pretrained(folder)
         return folder
 
@@ -100,7 +100,7 @@ def as_lycoris(config: Any) -> Make:
 
     def make(pipe: Any, folder: Path) -> Path:
         model = get_peft_model(pipe.unet, config)
-        randomize(model)
+        randomize_module(model)
         tensors = {}
         for key, value in get_peft_model_state_dict(model).items():
             path, _, factor = key.removeprefix("base_model.model.").rpartition(".")
@@ -198,8 +198,7 @@ def sdxl_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, dict
     pipe = tiny_pipeline("sdxl", folder / "base")
     config = nora(r=4, inner_r=2, basis="svd", target_modules=["attn", "ff", "conv1"])
     add_adapter(pipe, config, "one", ("unet", "text_encoder", "text_encoder_2"))
-    for parameter in trainable_parameters(pipe, "one").values():
-        parameter.data.normal_(std=0.3)
+    randomize(pipe)
     save_adapter(pipe, folder / "nora", "one")
     delete_adapter(pipe, "one")
     export_lora(folder / "nora", folder / "kohya.safetensors", format="kohya")
@@ -427,8 +426,7 @@ def test_damaged_lora_settings_are_refused(pipe: Any, made: dict[str, tuple[Path
 def test_export_and_import_is_lossless(pipe: Any, tmp_path: Path) -> None:
     """A NoRA exported to a plain LoRA and projected back onto the same basis gives the same update."""
     add_adapter(pipe, nora(r=4, inner_r=2, alpha=2.0, basis="svd"), "one", ("unet", "text_encoder"))
-    for parameter in trainable_parameters(pipe, "one").values():
-        parameter.data.normal_(std=0.3)
+    randomize(pipe)
     expected = output(pipe)
     save_adapter(pipe, tmp_path / "dog", "one", info={"trigger": "sks"})
     delete_adapter(pipe, "one")
@@ -490,8 +488,7 @@ def test_import_reports_its_error(pipe: Any, made: dict[str, tuple[Path, Tensor]
 def test_the_folder_of_a_peft_file_tells_its_text_encoder(tmp_path: Path) -> None:
     pipe = tiny_pipeline("sdxl", tmp_path)
     add_adapter(pipe, lora(r=2), "one", ("text_encoder_2",))
-    for parameter in trainable_parameters(pipe, "one").values():
-        parameter.data.normal_(std=0.5)
+    randomize(pipe, size=0.5)
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
         expected = pipe.text_encoder_2(ids).last_hidden_state
@@ -527,8 +524,7 @@ def test_an_import_leaves_adapters_and_config_unchanged(
     pipe: Any, made: dict[str, tuple[Path, Tensor]], tmp_path: Path
 ) -> None:
     add_adapter(pipe, lora(r=2), "one")
-    for parameter in trainable_parameters(pipe, "one").values():
-        parameter.data.normal_(std=0.3)
+    randomize(pipe)
     before, config = output(pipe), nora(r=4, inner_r=2, basis="svd", dropout=0.5)
     import_lora(pipe, made["kohya"][0], tmp_path / "x", config)
     assert torch.equal(output(pipe), before)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from factories import randomize
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -245,8 +246,7 @@ def test_a_dora_rescales_only_the_base_weight_while_a_lora_is_fused(pipe: Any) -
     """Live, fused after the LoRA, and again after unfusing: always the sum of both updates."""
     x, states = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
     add_adapter(pipe, dora(r=3, target_modules=["to_q", "conv1"]), "one")
-    for parameter in trainable_parameters(pipe, "one").values():
-        parameter.data.normal_(std=0.3)
+    randomize(pipe)
     lora_config = LoraConfig(r=2, target_modules=["to_q", "conv1"], init_lora_weights=False)
     pipe.unet.add_adapter(lora_config, "plain")
     set_adapters(pipe, ["one", "plain"], [0.6, 1.0])
@@ -264,8 +264,7 @@ def test_a_dora_rescales_only_the_base_weight_while_a_lora_is_fused(pipe: Any) -
 def test_fusing_a_dora_and_a_lora_on_a_text_encoder_is_refused(pipe: Any) -> None:
     """diffusers fuses a text encoder's LoRA first, so the DoRA would rescale it too."""
     add_adapter(pipe, dora(r=3), "one", ("unet", "text_encoder"))
-    for parameter in trainable_parameters(pipe, "one").values():
-        parameter.data.normal_(std=0.3)
+    randomize(pipe)
     pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "plain")
     set_adapters(pipe, ["one", "plain"])
     ids = torch.tensor([[1, 2, 3]])
@@ -283,8 +282,7 @@ def test_a_dora_fuses_in_half_precision_and_is_removed_exactly(pipe: Any, dtype:
     weights = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
     add_adapter(pipe, dora(r=2), "one")
     x, states = torch.randn(1, 4, 8, 8, dtype=dtype), torch.randn(1, 5, 16, dtype=dtype)
-    for parameter in trainable_parameters(pipe, "one").values():
-        parameter.data.normal_(std=0.3)
+    randomize(pipe)
     with torch.no_grad():
         live = pipe.unet(x, 3, states).sample
         pipe.fuse_lora()
