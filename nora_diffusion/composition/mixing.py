@@ -19,7 +19,7 @@ from ..formats.model_card import write_card
 from ..generation.tags import check_range
 from ..loaders import set_adapters
 from ..loaders.inject import check_new_name
-from ..loaders.load import place
+from ..loaders.load import insert
 from ..loaders.locking import one_at_a_time
 from ..loaders.tokens import tokens_of
 from ..pipelines.base import base_id
@@ -82,10 +82,10 @@ def mix(
     for name in weights:
         _refuse_tokens(repr(name), tokens_of(modules, name))
     adapted = dict.fromkeys(component for source in sources for component, _ in source.updates)
-    check_new_name(pipe, modules, adapter_name, list(adapted))
+    check_new_name(pipe, modules, adapter_name, adapted)
     report, tensors = _combine(adapter_name, sources, list(weights.values()), mode, options)
     report.info.base = base_id(pipe)
-    place(pipe, modules, adapter_name, report.info, tensors, activate=False, weight=1.0)
+    insert(pipe, modules, adapter_name, report.info, tensors, activate=False, weight=1.0)
     if activate:
         set_adapters(pipe, adapter_name)
     return report

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..formats.adapter_file import inspect_adapter
 from ..io.files import user_errors
 from ..loaders import LoadedAdapter, list_adapters, load_adapter, set_adapters
-from ..loaders.load import located
+from ..loaders.load import locate
 from ..pipelines.base import BaseSource
 from .image_settings import save_image
 from .library import NamedAdapter, find_adapter, list_library, name_adapters
@@ -73,7 +73,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     _check_writable(out)
     adapters = list(dict.fromkeys(adapter for _, active in prompts for adapter in active))
     for adapter in adapters:
-        inspect_adapter(located(adapter.path))  # fails before a model is loaded
+        inspect_adapter(locate(adapter.path))  # fails before a model is loaded
     pipe = config.source.open()
     loaded = _load_all(pipe, adapters)
     jobs = [(prompt, config.seed + i, active) for prompt, active in prompts for i in range(config.num)]

@@ -1,4 +1,4 @@
-"""Adapters in and out of a diffusers pipeline: add, load, save, weigh, delete, list."""
+"""Adapters in a diffusers pipeline: add, load, save, set weights, delete, list."""
 
 from .active import active_adapters, delete_adapter, list_adapters, set_adapters
 from .add import add_adapter, trainable_parameters

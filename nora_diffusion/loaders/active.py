@@ -1,4 +1,4 @@
-"""The active set: list, weigh and delete adapters, ordinary LoRAs too."""
+"""List adapters, set the active ones and their weights, delete them; ordinary LoRAs included."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from .tokens import remove_tokens
 
 
 def active_adapters(module: nn.Module) -> list[str]:
-    """Names of the active adapters of one component; a name counts only where the layer holds that adapter.
+    """Names of the active adapters of one component.
 
-    Ours and those of other tuners keep lists of their own, and each may name adapters that only the other has.
+    Each tuner layer has its own list of active names, which may name adapters that only other layers hold; a name
+    counts if a layer that lists it also holds the adapter.
     """
     names = [name for layer in tuner_layers(module) for name in layer.active_adapters if name in held(layer)]
     return list(dict.fromkeys(names))
 
 
 def held(layer: BaseTunerLayer) -> set[str]:
-    """Names of the adapters that one tuner layer holds, whatever its method."""
+    """Names of the adapters that a tuner layer of any method holds."""
     return {name for table in layer.adapter_layer_names for name in getattr(layer, table)}
 
 
 def set_active(module: nn.Module, names: Sequence[str]) -> None:
-    """Make exactly these adapters active. What is being trained goes on being trained, and nothing else is."""
+    """Make exactly these adapters active; ``requires_grad`` of adapter parameters stays as it is."""
     with keeping_trained(module):
         for layer in tuner_layers(module):
             layer.set_adapter(list(names), inference_mode=True)
@@ -44,7 +45,7 @@ def set_active(module: nn.Module, names: Sequence[str]) -> None:
 
 @contextmanager
 def keeping_trained(module: nn.Module) -> Iterator[None]:
-    """Afterwards the same numbers of adapters want gradients as before, whatever PEFT thinks of activation."""
+    """Restore ``requires_grad`` of all adapter parameters on exit (PEFT changes it when it activates adapters)."""
     trained = {id(parameter) for parameter in _adapter_parameters(module) if parameter.requires_grad}
     try:
         yield
@@ -75,23 +76,24 @@ Weight = float | Mapping[str, Any]
 
 @one_at_a_time
 def set_adapters(pipe: Any, names: str | Sequence[str], weights: Weight | Sequence[Weight] = 1.0) -> None:
-    """Make exactly these adapters active, with these weights. Raises :class:`UserError` for an unknown name.
+    """Make exactly these adapters active, with these weights.
 
-    A weight is a number or, as for ``pipe.set_adapters``, a dict by component and block:
-    ``{"unet": {"down": 0.5, "up": {"block_1": 1.0}}, "text_encoder": 0.3}``.
+    A weight is a number or, as in diffusers' ``pipe.set_adapters``, a dict by component and block:
+    ``{"unet": {"down": 0.5, "up": {"block_1": 1.0}}, "text_encoder": 0.3}``. Raises :class:`UserError` for an unknown
+    name and for a weight that is not a finite number.
     """
     if not isinstance(names, Iterable):
         raise UserError(f"set_adapters takes a name or a list of names, not {names!r}")
     names = [names] if isinstance(names, str) else list(names)
-    alone = isinstance(weights, str | Mapping) or not isinstance(weights, Iterable)
-    weights = [weights] * len(names) if alone else list(weights)  # type: ignore[list-item, arg-type]
+    single = isinstance(weights, str | Mapping) or not isinstance(weights, Iterable)
+    weights = [weights] * len(names) if single else list(weights)  # type: ignore[list-item, arg-type]
     if len(weights) != len(names):
-        raise UserError(f"{len(names)} adapters but {len(weights)} weights: give one weight each")
+        raise UserError(f"{len(names)} adapters but {len(weights)} weights: give one weight per adapter")
     modules = components(pipe)
     for name in names:
         require_adapter(modules, name)
         if names.count(name) > 1:
-            raise UserError(f"{name!r} is named twice: give it once, with the weight you mean")
+            raise UserError(f"{name!r} is listed twice: list it once, with its weight")
     for name, weight in zip(names, weights, strict=True):
         _check_weight(modules, name, weight)
     for component, module in modules.items():
@@ -114,26 +116,26 @@ def _check_weight(modules: Modules, name: str, weight: Weight) -> None:
             check_finite(name, own)
 
 
-def _check_blocks(name: str, part: str, module: Any, weights: Mapping[str, Any]) -> None:
-    """Weights by block of a UNet: diffusers would leave out what it does not know."""
+def _check_blocks(name: str, component: str, module: Any, weights: Mapping[str, Any]) -> None:
+    """Check a UNet's weights by block: diffusers ignores keys that it does not know."""
     if not (hasattr(module, "down_blocks") and hasattr(module, "up_blocks")):
         return
-    _check_keys(f"the {part} weights of {name!r}", weights, ("down", "mid", "up"))
+    _check_keys(f"the {component} weights of {name!r}", weights, ("down", "mid", "up"))
     for side, own in weights.items():
         if isinstance(own, Mapping):
             blocks = getattr(module, f"{side}_blocks", ())
             known = [f"block_{i}" for i, block in enumerate(blocks) if hasattr(block, "attentions")]
-            _check_keys(f"the {part} {side} weights of {name!r}", own, known)
-        for numbers in own.values() if isinstance(own, Mapping) else [own]:
-            for number in numbers if isinstance(numbers, list | tuple) else [numbers]:
-                check_finite(name, number)
+            _check_keys(f"the {component} {side} weights of {name!r}", own, known)
+        for values in own.values() if isinstance(own, Mapping) else [own]:
+            for value in values if isinstance(values, list | tuple) else [values]:
+                check_finite(name, value)
 
 
 def _check_keys(what: str, weights: Mapping[str, Any], known: Sequence[str]) -> None:
     unknown = next((key for key in weights if key not in known), None)
     if unknown is not None or not weights:
-        wrong = f"{unknown!r} is unknown in" if weights else "there is nothing in"
-        raise UserError(f"{wrong} {what}: choose among {', '.join(known) or 'none, give one number'}")
+        problem = f"{unknown!r} is unknown in {what}" if weights else f"{what} are empty"
+        raise UserError(f"{problem}: " + (f"use {', '.join(known)}" if known else "give one number instead"))
 
 
 def _set_weights(module: nn.Module, names: list[str], weights: list[Any]) -> None:
@@ -145,28 +147,28 @@ def _set_weights(module: nn.Module, names: list[str], weights: list[Any]) -> Non
 
 def _set_block_weights(component: str, module: Any, names: list[str], weights: list[Any]) -> None:
     if not hasattr(module, "set_adapters"):
-        raise UserError(f"the {component} knows no weights by block: give each adapter one number for it")
+        raise UserError(f"the {component} does not support weights by block: give one number per adapter")
     try:
         with keeping_trained(module):
             module.set_adapters(names, weights)
     except (LookupError, ValueError, TypeError) as error:
-        raise UserError(f"the {component} refuses the weights by block: {error}") from error
+        raise UserError(f"diffusers refuses the {component} weights by block: {error}") from error
 
 
 def check_finite(name: str, weight: object) -> None:
-    """Raises :class:`UserError` for a weight that is no finite number."""
+    """Raise :class:`UserError` for a weight that is not a finite number."""
     if not isinstance(weight, Real) or not math.isfinite(weight):
-        raise UserError(f"the weight {weight!r} of {name!r} is no number: give 0.8 or the like")
+        raise UserError(f"the weight {weight!r} of {name!r} is not a finite number: give a number such as 0.8")
 
 
 def unknown_adapter(modules: Modules, name: str) -> UserError:
-    """The error for a name that no adapter has; it names those there are."""
+    """The error for an unknown adapter name; it lists the known ones."""
     known = ", ".join(sorted(_names(modules))) or "none"
     return UserError(f"there is no adapter named {name!r} in the pipeline: it has {known}")
 
 
 def require_adapter(modules: Modules, name: str) -> None:
-    """Raises :class:`UserError` unless some component has an adapter of this name, ours or an ordinary LoRA."""
+    """Raise :class:`UserError` unless some component has an adapter of this name, ours or an ordinary LoRA."""
     if not isinstance(name, str) or name not in _names(modules):
         raise unknown_adapter(modules, name)
 
@@ -177,23 +179,24 @@ def _names(modules: Modules) -> set[str]:
 
 @one_at_a_time
 def delete_adapter(pipe: Any, adapter_name: str) -> None:
-    """Remove an adapter from every component; layers left without adapters are taken out again, and so are its tokens.
+    """Remove an adapter and its new tokens from all components, and the wrappers of layers without any adapter left.
 
-    The other active adapters stay as they were, and no inactive one takes the place of the removed one.
+    The set of other active adapters does not change. Raises :class:`UserError` for an unknown name, inside
+    ``mixed_batch``, and for an ordinary LoRA that is fused.
     """
     modules = components(pipe)
     require_adapter(modules, adapter_name)
     refuse_serving(modules)
     _refuse_foreign_fused(modules, adapter_name)
     remove_tokens(pipe, modules, adapter_name)
-    take_out(modules.values(), adapter_name)
+    eject(modules.values(), adapter_name)
 
 
-def take_out(modules: Iterable[nn.Module], adapter_name: str) -> None:
-    """Remove an adapter from these components; its new tokens stay."""
+def eject(modules: Iterable[nn.Module], adapter_name: str) -> None:
+    """Remove an adapter, but not its new tokens, from these components."""
     for module in modules:
         layers = list(tuner_layers(module))
-        # PEFT keeps a first adapter's config only after injecting it: a failure leaves layers that no config knows.
+        # PEFT stores the config after injection: if that fails, layers hold an adapter without a config.
         if adapter_name in adapter_configs(module) or any(adapter_name in held(layer) for layer in layers):
             others = [name for name in active_adapters(module) if name != adapter_name]
             with warnings.catch_warnings():
@@ -203,13 +206,13 @@ def take_out(modules: Iterable[nn.Module], adapter_name: str) -> None:
             if active_adapters(module) != others:
                 set_active(module, others)
             adapter_configs(module).pop(adapter_name, None)
-            eject_empty(module)
+            _eject_empty_layers(module)
             connect(module)
-            regroup(module)
+            refresh_group_offloading(module)
 
 
-def regroup(module: nn.Module) -> None:
-    """Have ``enable_group_offload`` count in the tensors that have come, and no more those that have gone."""
+def refresh_group_offloading(module: nn.Module) -> None:
+    """Update diffusers' group offloading, if it is on, after parameters were added or removed."""
     from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 
     _maybe_remove_and_reapply_group_offloading(module)
@@ -221,8 +224,8 @@ def _refuse_foreign_fused(modules: Modules, adapter_name: str) -> None:
         raise UserError(f"{adapter_name!r} is a LoRA that is fused into the weights: call unfuse_lora() first")
 
 
-def eject_empty(module: nn.Module) -> None:
-    """Put the frozen projections back where our layers hold no adapter any more."""
+def _eject_empty_layers(module: nn.Module) -> None:
+    """Replace our tuner layers that hold no adapter by their base layers."""
     for parent in list(module.modules()):
         for child_name, child in list(parent.named_children()):
             if isinstance(child, NoraLayer) and not child.nora_delta:

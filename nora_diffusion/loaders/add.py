@@ -1,4 +1,4 @@
-"""A fresh adapter in a pipeline, ready to train."""
+"""Add a new adapter to a pipeline, ready to train."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from ..errors import UserError
 from ..formats.keys import file_key
 from ..pipelines.basis_cache import outer_pairs
 from ..pipelines.calibration import Calibration, Strengths, activation_strengths
-from ..pipelines.components import (
-    components as components_of,
-)
+from ..pipelines.components import components as components_of
 from ..pipelines.components import (
     denoiser_name,
     nora_layers,
@@ -43,36 +41,39 @@ def add_adapter(
     calibration: Calibration | Sequence[str] | None = None,
     basis_from: str | Path | None = None,
 ) -> None:
-    """Put a fresh adapter into a pipeline; it starts as an exact no-op, is active (beside others) and alone trainable.
+    """Add a new adapter to a pipeline. It starts as an exact no-op and is active, beside those that were active before.
 
-    ``components``: names among unet, transformer, text_encoder ... (default: the denoiser). ``calibration``: what the
-    base is shown for the activation statistics of ``awsvd``, as prompts or as a :class:`Calibration` with a subject's
-    pictures (default: generic prompts, so that the basis belongs to no subject). ``basis_from``: an adapter file whose
-    frozen outer pairs are taken over instead of computed (:func:`.sharing.pairs_from`).
-    Raises :class:`UserError` for a name that is taken or will not do, while something is fused or offloaded, and for
-    layers or a basis that do not fit.
+    Its factors are the only parameters of these components that require gradients.
+
+    ``components``: component names such as unet, transformer or text_encoder (default: the denoiser). ``calibration``:
+    inputs for the activation statistics of ``awsvd``, as prompts or as a :class:`Calibration` with images of a subject
+    (default: generic prompts, so that subjects can share the basis). ``basis_from``: an adapter file whose frozen
+    outer pairs are copied instead of computing them (:func:`.sharing.pairs_from`).
+    Raises :class:`UserError` for a name that is taken or invalid, while an adapter is fused or weights are offloaded,
+    and for targets or a basis that do not fit.
     """
     names = [components] if isinstance(components, str) else list(components or [denoiser_name(pipe)])
     modules = components_of(pipe)
-    chosen = pick(modules, names)
     check_new_name(pipe, modules, adapter_name, names)
+    chosen = pick(modules, names)
     refuse_merged(modules)
     refuse_offloaded(modules)
     refuse_serving(modules)
     layers = targets_by_component(chosen, config)
-    taken = pairs_from(pipe, basis_from, config, layers) if basis_from is not None else None
+    copied = pairs_from(pipe, basis_from, config, layers) if basis_from is not None else None
     strengths: Strengths = {}
-    if config.basis == "awsvd" and taken is None:
-        shown = calibration if calibration is None or isinstance(calibration, Calibration) else Calibration(calibration)
-        strengths = activation_strengths(pipe, shown)
+    if config.basis == "awsvd" and copied is None:
+        if calibration is not None and not isinstance(calibration, Calibration):
+            calibration = Calibration(calibration)
+        strengths = activation_strengths(pipe, calibration)
     for name in names:
         unused = set(layers[name]) - set(strengths.get(name, layers[name]))
         if unused:
-            raise UserError(f"{sorted(unused)[0]!r} was never called while calibrating: exclude it or use basis='svd'")
+            raise UserError(f"{sorted(unused)[0]!r} was never called during calibration: exclude it or use basis='svd'")
     with all_or_nothing(pipe, modules, adapter_name):
         for name, module in chosen.items():
             measured = strengths.get(name, {})
-            pairs = outer_pairs(config, layers[name], measured) if taken is None else taken[name]
+            pairs = outer_pairs(config, layers[name], measured) if copied is None else copied[name]
             start = Start(measured, pairs)
             before = active_adapters(module)
             inject(module, router_for(config, name), adapter_name, start)
@@ -83,7 +84,7 @@ def add_adapter(
 
 
 def _train(module: nn.Module, name: str) -> None:
-    """Only the trained factors of this adapter want gradients, as fp32 master numbers."""
+    """Make the factors of this adapter, in fp32, the only parameters that require gradients."""
     module.requires_grad_(False)
     for layer in nora_layers(module, name).values():
         for parameter in layer.delta(name).parameters():
@@ -92,7 +93,7 @@ def _train(module: nn.Module, name: str) -> None:
 
 
 def trainable_parameters(pipe: Any, adapter_name: str = "default") -> dict[str, nn.Parameter]:
-    """The trained factors of an adapter, and the vectors of its tokens, by their key in the adapter file."""
+    """The trained factors of an adapter and the embeddings of its new tokens, by their key in the adapter file."""
     modules = components_of(pipe)
     factors = {
         file_key(name, path, factor): parameter

@@ -1,4 +1,4 @@
-"""What the routers of a mixture decide: gates for plots, and the plain LoRA that one fixed gate would make of it."""
+"""Gates of routed adapters: statistics for plots, and the fixed mean gate that turns a mixture into a plain LoRA."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from ..pipelines.components import Modules, components, nora_layers
 from . import delete_adapter, list_adapters, load_adapter
 from .mixed_batch import mixed_batch
 
-Seen = Callable[[Tensor, Tensor], None]
-"""Called with a projection's input and its frozen output."""
+Meter = Callable[[Tensor, Tensor], None]
+"""Called with a projection's input and the output of its base layer."""
 
 
 @dataclass(frozen=True)
 class GateSummary:
-    """The decisions of one layer's router over a run.
+    """Gate statistics of one layer over a run.
 
-    ``gate [N]``: mean gate, which sums to 1. ``entropy``: mean ``-sum_i g_i ln g_i`` of the single decisions, in nats,
-    from 0 (one expert each time) to ``ln N`` (all alike). ``decisions``: tokens, or rows of the batch.
+    ``gate [N]``: mean gate; sums to 1. ``entropy``: mean ``-sum_i g_i ln g_i`` over the single gates, in nats, from 0
+    (always one expert) to ``ln N`` (all experts equally). ``decisions``: number of gates (tokens or batch rows).
     """
 
     gate: Tensor
@@ -40,16 +40,16 @@ class GateSummary:
 
     @property
     def sharpness(self) -> float:
-        """``1 - entropy / ln N``: 0 where the router decides nothing, 1 where it picks one expert."""
+        """``1 - entropy / ln N``: 0 for uniform gates, 1 if the router always picks one expert."""
         return 1.0 - self.entropy / math.log(len(self.gate)) if len(self.gate) > 1 else 0.0
 
 
 @dataclass(frozen=True)
 class MeanGates:
-    """One gate for each layer, by ``component.path``, and what fixing it costs.
+    """One fixed gate per layer, by ``component.path``, and the error of using it instead of the router.
 
-    ``output_error`` by layer: ``||y_fixed - y||_F / ||y||_F`` of the layer's outputs ``y = W x + s dy`` on the same
-    inputs; ``change_error``: the same of the adapter's part ``s dy`` alone.
+    ``output_error`` by layer: ``||y_fixed - y||_F / ||y||_F`` for the outputs ``y = W x + s dy`` on the same inputs;
+    ``change_error``: the same for the adapter's contribution ``s dy`` alone.
     """
 
     gates: dict[str, Tensor]
@@ -63,7 +63,7 @@ class MeanGates:
         outputs, changes = list(self.output_error.values()), list(self.change_error.values())
         return (
             f"gates fixed at their mean over {self.prompts} prompts: relative error of the layer outputs "
-            f"{_mean(outputs):.1e} on average, at most {max(outputs):.1e} ({worst}); of the adapter's own part "
+            f"{_mean(outputs):.1e} on average, at most {max(outputs):.1e} ({worst}); of the adapter's contribution "
             f"{_mean(changes):.1e} on average, at most {max(changes):.1e}"
         )
 
@@ -73,10 +73,10 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def router_summary(pipe: Any, adapter_name: str, prompts: Sequence[str] | None = None) -> dict[str, GateSummary]:
-    """Mean gate and entropy of every routed layer, by ``component.path``, over a short seeded sampling of prompts.
+    """Mean gate and entropy of every routed layer, by ``component.path``, over a short seeded sampling run.
 
-    The adapter runs alone and at weight 1; the pipeline's own state is left as it is. ``prompts``: generic ones by
-    default. Raises :class:`UserError` for an adapter without a router.
+    The adapter runs alone and at weight 1; the active adapters and weights of the pipeline do not change. ``prompts``:
+    generic ones by default. Raises :class:`UserError` for an adapter without a router.
     """
     meters = {key: _GateMeter(layer, delta) for key, (layer, delta) in _routed(components(pipe), adapter_name).items()}
     _run(pipe, adapter_name, prompts, meters)
@@ -84,16 +84,16 @@ def router_summary(pipe: Any, adapter_name: str, prompts: Sequence[str] | None =
 
 
 def mean_gates(pipe: Any, adapter_name: str, prompts: Sequence[str] | None = None) -> MeanGates:
-    """Each layer's mean gate over the prompts, and the error of fixing it, measured by a second run on the same ones.
+    """The mean gate of each layer over the prompts, and the error of fixing it, measured in a second run.
 
-    Raises :class:`UserError` for an adapter without a router, or a layer that the prompts never reach.
+    Raises :class:`UserError` for an adapter without a router, and for a layer that the run never calls.
     """
     calibration = _calibration(prompts)
     gates = {key: summary.gate for key, summary in router_summary(pipe, adapter_name, prompts).items()}
     routed = _routed(components(pipe), adapter_name)
     unused = sorted(set(routed) - set(gates))
     if unused:
-        raise UserError(f"{unused[0]!r} was never called on the calibration prompts: its gate has no mean")
+        raise UserError(f"{unused[0]!r} was never called for these prompts, so it has no mean gate: use other prompts")
     meters = {
         key: _ErrorMeter(layer, delta, layer.states[adapter_name].native_scale, gates[key])
         for key, (layer, delta) in routed.items()
@@ -110,9 +110,9 @@ def mean_gates(pipe: Any, adapter_name: str, prompts: Sequence[str] | None = Non
 def mean_gates_of_file(
     pipe: Any, path: str | Path, prompts: Sequence[str] | None = None, basis_dir: str | Path | None = None
 ) -> MeanGates:
-    """:func:`mean_gates` of an adapter file, which is in the pipeline only for that time."""
-    taken = {name for names in list_adapters(pipe).values() for name in names}
-    name = next(f"gates-{i}" for i in range(len(taken) + 1) if f"gates-{i}" not in taken)
+    """:func:`mean_gates` of an adapter file, which is loaded and deleted again."""
+    used = {name for names in list_adapters(pipe).values() for name in names}
+    name = next(f"gates-{i}" for i in range(len(used) + 1) if f"gates-{i}" not in used)
     load_adapter(pipe, path, name, activate=False, basis_dir=basis_dir)
     try:
         return mean_gates(pipe, name, prompts)
@@ -126,28 +126,30 @@ def _calibration(prompts: Sequence[str] | None) -> Calibration:
 
 def _routed(modules: Modules, name: str) -> dict[str, tuple[NoraLayer, RoutedDelta]]:
     layers = {
-        f"{part}.{path}": layer for part, module in modules.items() for path, layer in nora_layers(module, name).items()
+        f"{component}.{path}": layer
+        for component, module in modules.items()
+        for path, layer in nora_layers(module, name).items()
     }
     found = {key: (layer, d) for key, layer in layers.items() if isinstance(d := layer.delta(name), RoutedDelta)}
     if not found:
-        kind = "has no router" if layers else "is not in the pipeline"
-        raise UserError(f"the adapter {name!r} {kind}: only mixtures (mor, moe_lora) have gates")
+        problem = "has no router" if layers else "is not in the pipeline"
+        raise UserError(f"the adapter {name!r} {problem}: only routed adapters (mor, moe_lora, malora) have gates")
     return found
 
 
 def _run(pipe: Any, name: str, prompts: Sequence[str] | None, meters: dict[str, Any]) -> None:
     with mixed_batch(pipe, [name]), ExitStack() as stack:
         for meter in meters.values():
-            stack.enter_context(_watching(meter.layer, meter))
+            stack.enter_context(_measuring(meter.layer, meter))
         short_run(pipe, _calibration(prompts))
 
 
 @contextmanager
-def _watching(layer: NoraLayer, seen: Seen) -> Iterator[None]:
+def _measuring(layer: NoraLayer, meter: Meter) -> Iterator[None]:
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen(args[0], output)
+        meter(args[0], output)
 
-    handle = layer.base_layer.register_forward_hook(hook)  # every path, fused ones too, calls the frozen layer
+    handle = layer.base_layer.register_forward_hook(hook)  # attention processors call the base layer too
     try:
         yield
     finally:
@@ -155,7 +157,7 @@ def _watching(layer: NoraLayer, seen: Seen) -> Iterator[None]:
 
 
 class _GateMeter:
-    """Sums gates and entropies of a layer."""
+    """Sums the gates and entropies of a layer."""
 
     def __init__(self, layer: NoraLayer, delta: RoutedDelta) -> None:
         self.layer, self.delta, self.contract = layer, delta, contraction(layer.base_layer)
@@ -172,7 +174,7 @@ class _GateMeter:
 
 
 class _ErrorMeter:
-    """Sums squared norms of a layer's output, of its change, and of what a fixed gate makes different."""
+    """Sums squared norms: of a layer's output, of the adapter's contribution, and of its change by a fixed gate."""
 
     def __init__(self, layer: NoraLayer, delta: RoutedDelta, scale: float, gate: Tensor) -> None:
         self.layer, self.delta, self.contract, self.scale = layer, delta, contraction(layer.base_layer), scale

@@ -1,4 +1,4 @@
-"""Another adapter's numbers into one that is loaded: in place, so that a compiled model need not be compiled again."""
+"""Copy an adapter's weights over those of a loaded one, in place, so that a compiled model is not recompiled."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ from ..formats.keys import file_key
 from ..io.tensor_file import Tensors
 from ..pipelines.components import Modules, adapter_configs, nora_layers
 from .active import active_adapters, set_active
-from .inject import remember
+from .inject import set_origin
 from .tokens import token_parameters, tokens_of
 
 STRUCTURE = ("core", "trained", "blocks", "rank_mask", "magnitude", "router", "num_experts", "experts")
-"""What decides how a layer computes; everything else in a config shows in the shapes, or is a number."""
+"""Config fields that must be equal; the others affect only shapes, which are compared, or scales, which are set."""
 
 
 def swap(modules: Modules, name: str, info: AdapterInfo, tensors: Tensors, activate: bool, weight: float) -> None:
-    """Copy checked numbers over those of the adapter ``name``. Raises :class:`UserError`, with nothing changed, when
-    the two differ in targets, shapes or structure, or when a basis would change that other adapters share.
+    """Copy checked tensors over those of the adapter ``name``.
+
+    Raises :class:`UserError`, without a change, if the two adapters differ in targets, shapes or structure, or if other
+    adapters share a basis that would change.
     """
     configs = info.configs
     holders = [component for component, module in modules.items() if nora_layers(module, name)]
     if not holders:
-        raise UserError(f"there is no adapter {name!r} of this toolkit to swap: load it without hotswap first")
+        raise UserError(f"there is no adapter {name!r} of this toolkit to replace: load it without hotswap first")
     if sorted(holders) != sorted(configs):
         raise _refusal(name, info, f"it is for the {', '.join(configs)}, the loaded one for the {', '.join(holders)}")
     copies: list[tuple[Tensor, Tensor]] = []
     for component, config in configs.items():
         module = modules[component]
         _check_structure(name, info, config, adapter_configs(module)[name])
-        copies += _planned(module, component, name, info, tensors)
+        copies += _planned_copies(module, component, name, info, tensors)
     copies += _planned_tokens(modules, name, info, tensors)
     with torch.no_grad():
         for target, value in copies:
@@ -43,7 +45,7 @@ def swap(modules: Modules, name: str, info: AdapterInfo, tensors: Tensors, activ
     for component, config in configs.items():
         module = modules[component]
         adapter_configs(module)[name] = copy.deepcopy(config)
-        remember(module, name, info)
+        set_origin(module, name, info)
         for path, layer in nora_layers(module, name).items():
             layer.states[name].native_scale = config.scale_for(path)
             layer.set_scale(name, weight)
@@ -53,7 +55,7 @@ def swap(modules: Modules, name: str, info: AdapterInfo, tensors: Tensors, activ
 
 def _refusal(name: str, info: AdapterInfo, reason: str) -> UserError:
     return UserError(
-        f"{info.path} cannot take the place of {name!r}: {reason}; delete {name!r} and load it without hotswap"
+        f"{info.path} cannot replace {name!r} in place: {reason}; delete {name!r} and load the file without hotswap"
     )
 
 
@@ -63,35 +65,35 @@ def _check_structure(name: str, info: AdapterInfo, new: AdapterConfig, old: Adap
             raise _refusal(name, info, f"it has {axis}={getattr(new, axis)!r}, the loaded one {getattr(old, axis)!r}")
 
 
-def _planned(
-    module: nn.Module, part: str, name: str, info: AdapterInfo, tensors: Tensors
+def _planned_copies(
+    module: nn.Module, component: str, name: str, info: AdapterInfo, tensors: Tensors
 ) -> list[tuple[Tensor, Tensor]]:
     layers = nora_layers(module, name)
-    resident = {
-        file_key(part, path, factor): (layer, value)
+    loaded = {
+        file_key(component, path, factor): (layer, value)
         for path, layer in layers.items()
         for factor, value in layer.delta(name).state_dict().items()
     }
-    here = {key for key in tensors if key.startswith(f"{part}.")}
-    odd = sorted(here ^ set(resident))
-    if odd:
-        raise _refusal(name, info, f"they sit on different projections ({odd[0]})")
+    keys = {key for key in tensors if key.startswith(f"{component}.")}
+    different = sorted(keys ^ set(loaded))
+    if different:
+        raise _refusal(name, info, f"they adapt different projections ({different[0]})")
     planned = []
-    for key, (layer, target) in resident.items():
+    for key, (layer, target) in loaded.items():
         if target.shape != tensors[key].shape:
             raise _refusal(name, info, f"{key} is {list(tensors[key].shape)}, the loaded one {list(target.shape)}")
         value = tensors[key].to(target)
-        if target.data_ptr() in _elsewhere(layer, name) and not torch.equal(target, value):
+        if target.data_ptr() in _other_buffers(layer, name) and not torch.equal(target, value):
             raise _refusal(name, info, "another loaded adapter shares the basis that would change")
         planned.append((target, value))
     return planned
 
 
 def _planned_tokens(modules: Modules, name: str, info: AdapterInfo, tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
-    ours = {word: list(own) for word, own in tokens_of(modules, name).items()}
-    if list(ours.items()) != list(info.tokens.items()):
-        theirs, mine = (" ".join(words) or "none" for words in (info.tokens, ours))
-        raise _refusal(name, info, f"its new tokens are {theirs}, those of the loaded one {mine}")
+    loaded = {word: list(vectors) for word, vectors in tokens_of(modules, name).items()}
+    if list(loaded.items()) != list(info.tokens.items()):
+        new, old = (" ".join(words) or "none" for words in (info.tokens, loaded))
+        raise _refusal(name, info, f"its new tokens are {new}, those of the loaded one {old}")
     planned = []
     for key, target in token_parameters(modules, name).items():
         if target.shape != tensors[key].shape:
@@ -100,7 +102,7 @@ def _planned_tokens(modules: Modules, name: str, info: AdapterInfo, tensors: Ten
     return planned
 
 
-def _elsewhere(layer: NoraLayer, name: str) -> set[int]:
+def _other_buffers(layer: NoraLayer, name: str) -> set[int]:
     """Addresses of the frozen factors of a layer's other adapters."""
     others = (delta for other, delta in layer.nora_delta.items() if other != name)
     return {buffer.data_ptr() for delta in others for buffer in delta.buffers()}

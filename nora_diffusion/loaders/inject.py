@@ -1,11 +1,11 @@
-"""What adding and loading share: names, file keys, PEFT's injection, all or nothing."""
+"""Shared by adding and loading: adapter names, file keys, injection through PEFT, undoing a failed change."""
 
 from __future__ import annotations
 
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,15 +19,18 @@ from ..adapters.config import Start
 from ..adapters.tuner.qkv_guard import refuse_fused
 from ..errors import UserError
 from ..formats.adapter_info import AdapterInfo
-from ..pipelines.components import Modules, adapter_configs, tuner_layers
+from ..pipelines.components import Modules, adapter_configs, pick, tuner_layers
 from ..pipelines.router_inputs import connect, router_input_width
-from .active import adapter_names, delete_adapter, held, regroup, take_out
+from .active import adapter_names, delete_adapter, eject, held, refresh_group_offloading
 from .tokens import forget_deleted
 
 
-def check_new_name(pipe: Any, modules: Modules, name: str, components: Sequence[str]) -> None:
-    """Raise :class:`UserError` for a name that is taken or cannot be one, and where q, k and v are fused."""
-    # PEFT and transformers find an adapter's keys by looking for its name, and LoRAs' by "lora_", anywhere in the key.
+def check_new_name(pipe: Any, modules: Modules, name: str, components: Iterable[str]) -> None:
+    """Raise :class:`UserError` for a name that is invalid or taken in one of these components.
+
+    Also for components that the pipeline does not have, and for fused q, k and v projections.
+    """
+    # PEFT and transformers search whole keys for an adapter's name, and for "lora_" to recognize a LoRA.
     if (
         not isinstance(name, str)
         or not re.fullmatch(r"[A-Za-z0-9_-]+", name)
@@ -35,80 +38,83 @@ def check_new_name(pipe: Any, modules: Modules, name: str, components: Sequence[
         or "lora_" in name
     ):
         raise UserError(
-            f"the adapter name {name!r} will not do: use letters, digits, '_' and '-', no part of 'nora_delta' and no "
-            "'lora_'"
+            f"the adapter name {name!r} is not allowed: use letters, digits, '_' and '-'; it must not contain 'lora_' "
+            "or be part of 'nora_delta'"
         )
     forget_deleted(pipe, modules)
-    for component in components:
-        refuse_fused(modules[component])
-    if hasattr(nn.ModuleDict(), name):  # adapters are kept in one, by name
-        raise UserError(f"the adapter name {name!r} is one that PyTorch's modules use themselves: choose another")
-    taken = {c for c in components if name in adapter_configs(modules[c])}
+    chosen = pick(modules, components)
+    for module in chosen.values():
+        refuse_fused(module)
+    if hasattr(nn.ModuleDict(), name):  # adapters are stored in one, by name
+        raise UserError(f"the adapter name {name!r} is an attribute of PyTorch's modules: choose another name")
+    taken = [component for component, module in chosen.items() if name in adapter_configs(module)]
     if taken:
-        raise UserError(f"an adapter named {name!r} is already in the {', '.join(sorted(taken))}: delete it or rename")
-    if any(name in path.split(".") for c in components for path, _ in modules[c].named_modules()):
         raise UserError(
-            f"the adapter name {name!r} is also that of a module, for which PEFT would take it: choose another"
+            f"an adapter named {name!r} is already in the {', '.join(taken)}: delete it or choose another name"
+        )
+    if any(name in path.split(".") for module in chosen.values() for path, _ in module.named_modules()):
+        raise UserError(
+            f"the adapter name {name!r} is also the name of a module, and PEFT would confuse them: choose another name"
         )
 
 
 def derived_name(text: str) -> str:
-    """An adapter's name after its file's, altered where :func:`check_new_name` would refuse it."""
+    """An adapter name made from a file name, changed where :func:`check_new_name` would refuse it."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", text).replace("lora_", "lora-") or "adapter"
-    awkward = name in "nora_delta" or name.isdigit() or hasattr(nn.ModuleDict(), name)
-    return f"adapter_{name}" if awkward else name
+    reserved = name in "nora_delta" or name.isdigit() or hasattr(nn.ModuleDict(), name)
+    return f"adapter_{name}" if reserved else name
 
 
 def inject(module: nn.Module, config: AdapterConfig, name: str, start: Start) -> None:
-    """Put an adapter into one component by PEFT, connected to what its router looks at."""
+    """Inject an adapter into one component through PEFT, and connect its routers to their inputs."""
     own = copy.deepcopy(config)
     disabled = any(layer.disable_adapters and held(layer) for layer in tuner_layers(module))
     own.start = replace(start, condition=router_input_width(module, own.router))
     with warnings.catch_warnings():
-        # PEFT warns of every second adapter on a model; several at once is what this toolkit is for.
+        # PEFT warns about a second adapter in a model, which is normal use here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        # A pattern may be meant for another component of the same pipeline.
+        # A pattern may be for another component of the pipeline.
         warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
         inject_adapter_in_model(own, module, name)
     own.start = Start()
-    own.target_modules = config.target_modules  # PEFT shortens long lists to a set of suffixes
+    own.target_modules = config.target_modules  # PEFT replaces long lists by a set of suffixes
     connect(module)
-    if disabled:  # a disabled pipeline stays so as a whole, on projections that had no adapter yet as well
+    if disabled:  # disable_lora() holds for new layers too
         for layer in tuner_layers(module):
             layer.enable_adapters(False)
-    module._hf_peft_config_loaded = True  # type: ignore[assignment]
+    module._hf_peft_config_loaded = True  # type: ignore[assignment]  # diffusers' and transformers' flag
 
 
 def tie(layer: NoraLayer, name: str) -> None:
-    """Let the frozen factors of an adapter be the tensors of another one of the layer that has equal ones."""
-    mine = layer.delta(name)
-    others = [delta for other, delta in layer.nora_delta.items() if other != name]
-    for key, buffer in list(mine.named_buffers()):
+    """Share memory: replace an adapter's frozen factors by equal tensors of another adapter of the layer."""
+    delta = layer.delta(name)
+    others = [other_delta for other, other_delta in layer.nora_delta.items() if other != name]
+    for key, buffer in list(delta.named_buffers()):
         owner, _, leaf = key.rpartition(".")
         for other in others:
             twin = dict(other.named_buffers()).get(key)
             if twin is not None and twin.dtype == buffer.dtype and torch.equal(twin, buffer):
-                setattr(mine.get_submodule(owner), leaf, twin)
+                setattr(delta.get_submodule(owner), leaf, twin)
                 break
 
 
 @contextmanager
 def all_or_nothing(pipe: Any, modules: Modules, name: str) -> Iterator[None]:
-    """Takes a half-added adapter out again when anything fails on the way (out of memory, say).
+    """Remove a partly added adapter after any error, for example out of memory.
 
-    What wanted gradients then does so again, and an adapter of that name in another component stays.
+    ``requires_grad`` is restored, and an adapter with the same name in another component stays.
     """
     before = _holders(modules, name)
     trained = {id(parameter) for parameter in _parameters(modules) if parameter.requires_grad}
     try:
-        with torch.inference_mode(False):  # what is made here may be used outside of a caller's inference mode
+        with torch.inference_mode(False):  # parameters must stay usable outside of a caller's inference mode
             yield
         for component in _holders(modules, name):
-            regroup(modules[component])
+            refresh_group_offloading(modules[component])
     except BaseException:
         if not before and _holders(modules, name):
             delete_adapter(pipe, name)
-        take_out((module for component, module in modules.items() if component not in before), name)
+        eject((module for component, module in modules.items() if component not in before), name)
         for parameter in _parameters(modules):
             parameter.requires_grad_(id(parameter) in trained)
         raise
@@ -122,12 +128,13 @@ def _parameters(modules: Modules) -> Iterator[nn.Parameter]:
     return (parameter for module in modules.values() for parameter in module.parameters())
 
 
-def remember(module: nn.Module, name: str, info: AdapterInfo) -> None:
-    """Keep what is known of an adapter beside its config, where deleting the adapter takes it away again."""
+def set_origin(module: nn.Module, name: str, info: AdapterInfo) -> None:
+    """Store the description of an adapter's file with its config."""
+    # On the config, so that it is deleted with the adapter, and copied and pickled with the model.
     adapter_configs(module)[name].origin = info
 
 
 def origin(modules: Modules, name: str) -> AdapterInfo | None:
-    """What the file that an adapter was loaded from says of itself, or what made it; None for a fresh one."""
+    """The description of the file or mix that an adapter comes from; None for one made by ``add_adapter``."""
     configs = (adapter_configs(module).get(name) for module in modules.values())
     return next((info for config in configs if (info := getattr(config, "origin", None)) is not None), None)

@@ -1,4 +1,4 @@
-"""One thread at a time: what changes a pipeline's adapters, and calls that rely on them."""
+"""One lock per pipeline: functions that change its adapters run one at a time."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from ..pipelines.components import denoiser
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Verb: TypeAlias = Callable[Concatenate[Any, P], R]
+PipelineFunction: TypeAlias = Callable[Concatenate[Any, P], R]
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_NEW_LOCK = threading.Lock()
+_LOCKS_LOCK = threading.Lock()
 
 
 @contextmanager
 def exclusive(pipe: Any) -> Iterator[None]:
-    """``with exclusive(pipe): set_adapters(pipe, "dog"); pipe(...)``: meanwhile no other thread changes its adapters.
+    """``with exclusive(pipe): set_adapters(pipe, "dog"); pipe(...)``: no other thread changes the adapters meanwhile.
 
-    All verbs of this toolkit that change a pipeline, and ``mixed_batch``, wait here for each other; a plain call of the
-    pipeline does not. May be nested. Pipelines that share their denoiser share the lock.
+    All functions of this toolkit that change a pipeline, and ``mixed_batch``, take this lock; a plain call of the
+    pipeline does not. The lock is reentrant, and pipelines with the same denoiser share it.
     """
     with _lock_of(denoiser(pipe)):
         yield
 
 
-def one_at_a_time(verb: Verb[P, R]) -> Verb[P, R]:
-    """Have a verb whose first argument is a pipeline hold :func:`exclusive`."""
+def one_at_a_time(function: PipelineFunction[P, R]) -> PipelineFunction[P, R]:
+    """Decorator: run a function whose first argument is a pipeline inside :func:`exclusive`."""
 
-    @functools.wraps(verb)
-    def alone(pipe: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+    @functools.wraps(function)
+    def locked(pipe: Any, *args: P.args, **kwargs: P.kwargs) -> R:
         with exclusive(pipe):
-            return verb(pipe, *args, **kwargs)
+            return function(pipe, *args, **kwargs)
 
-    return cast("Verb[P, R]", alone)
+    return cast("PipelineFunction[P, R]", locked)
 
 
 def _lock_of(module: nn.Module) -> threading.RLock:
-    with _NEW_LOCK:
+    with _LOCKS_LOCK:
         return _LOCKS.setdefault(module, threading.RLock())

@@ -1,4 +1,4 @@
-"""Many subjects at once: a pipeline call in which every row of the batch has adapters of its own."""
+"""Mixed batches: a pipeline call in which each row of the batch uses its own adapters."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ BASE = "__base__"
 
 @contextmanager
 def mixed_batch(pipe: Any, rows: Sequence[RowSpec], weights: Sequence[float] | float | None = None) -> Iterator[None]:
-    """``with mixed_batch(pipe, ["dog", "cat", None]): pipe([...])``: one pass, another subject (or none) per row.
+    """``with mixed_batch(pipe, ["dog", "cat", None]): pipe([...])``: one batch with other adapters (or none) per row.
 
-    ``rows``: for each prompt an adapter's name, ``(name, weight)``, a list of those, or None for the base alone.
-    ``weights``: for rows given as bare names (default 1). The active set and the weights of ``set_adapters`` are left
-    alone and do not count inside; a scale given to the pipeline's call (``cross_attention_kwargs``) does.
+    ``rows``: per prompt, an adapter name, ``(name, weight)``, a list of those, or None for the base alone.
+    ``weights``: for rows given as plain names (default 1). The active adapters and weights of ``set_adapters`` have no
+    effect inside the context and do not change; a scale passed to the pipeline call (``cross_attention_kwargs``) works.
 
-    Every row equals its solo run: guidance's negative row uses its row's adapters, rows repeat by
-    ``num_images_per_prompt``, text encoders are included. A direct call of the denoiser takes as many rows, or
-    ``[negative..., positive...]``. Adapters with equal frozen bases are served by one product, others by their rows.
-    Ordinary LoRAs are served by PEFT: one a row, with one weight in all rows.
+    Each row equals a run of its own: the negative row of guidance uses the adapters of its row, rows repeat by
+    ``num_images_per_prompt``, and text encoders are included. A direct call of the denoiser takes as many rows as
+    ``rows`` has, or twice as many: ``[negative..., positive...]``. Adapters with equal frozen bases are computed in one
+    product, other adapters for their rows. Ordinary LoRAs are computed by PEFT: at most one per row, and each with one
+    weight in all rows.
 
-    Other threads that change the pipeline or serve a batch wait until the context ends (:func:`.exclusive`).
-    Raises :class:`UserError` for an unknown name, or when something is merged or disabled.
+    Other threads that change the pipeline or start a mixed batch wait until the context ends (:func:`.exclusive`).
+    Raises :class:`UserError` for an unknown name, and while adapters are merged or disabled.
     """
     specs = _parse(rows, weights)
     with exclusive(pipe), ExitStack() as stack:
@@ -48,7 +49,7 @@ def mixed_batch(pipe: Any, rows: Sequence[RowSpec], weights: Sequence[float] | f
             stack.enter_context(serve_rows(module, plan))
             stack.enter_context(_serve_loras(module, component, plan))
             if component in DENOISERS:
-                stack.enter_context(_counting(pipe, plan))
+                stack.enter_context(_reading_calls(pipe, plan))
         yield
 
 
@@ -67,11 +68,11 @@ def _check(modules: Modules, specs: Sequence[Mapping[str, float]]) -> None:
 
 def _parse(rows: Sequence[RowSpec], weights: Sequence[float] | float | None) -> list[dict[str, float]]:
     if isinstance(rows, str) or not isinstance(rows, Sequence):
-        raise UserError(f"mixed_batch takes a list with one entry for each prompt, not {rows!r}")
+        raise UserError(f"mixed_batch takes a list with one entry per prompt, not {rows!r}")
     if isinstance(weights, int | float) or weights is None:
         weights = [1.0 if weights is None else float(weights)] * len(rows)
     if not rows or len(weights) != len(rows):
-        raise UserError(f"{len(rows)} rows but {len(weights)} weights: give at least one row, and one weight each")
+        raise UserError(f"{len(rows)} rows but {len(weights)} weights: give at least one row, and one weight per row")
     return [_spec(row, float(weight)) for row, weight in zip(rows, weights, strict=True)]
 
 
@@ -87,52 +88,51 @@ def _spec(row: RowSpec, weight: float) -> dict[str, float]:
     spec: dict[str, float] = {}
     for single in row:
         if single is not None and not isinstance(single, str | tuple):
-            raise UserError(f"{single!r} within a row is no name and no (name, weight)")
+            raise UserError(f"{single!r} in a row is neither a name nor (name, weight)")
         for name, value in _spec(single, weight).items():
             if name in spec:
-                raise UserError(f"a row names {name!r} twice: give it once, with the weight you mean")
+                raise UserError(f"a row lists {name!r} twice: list it once, with its weight")
             spec[name] = value
     return spec
 
 
-def _refuse(model: nn.Module, part: str, names: set[str]) -> None:
-    """Refuse what PEFT's other tuners cannot do by rows."""
-    for layer in tuner_layers(model):
+def _refuse(module: nn.Module, component: str, names: set[str]) -> None:
+    """Refuse disabled adapters, and those of other PEFT tuners, which do not support mixed batches."""
+    for layer in tuner_layers(module):
         if layer.disable_adapters:
-            raise UserError(f"the adapters of the {part} are disabled: call enable_lora() first")
-        asked = set(layer.active_adapters) | names
-        if not isinstance(layer, NoraLayer | LoraLayer) and held(layer) & asked:
+            raise UserError(f"the adapters of the {component} are disabled: call enable_lora() first")
+        if not isinstance(layer, NoraLayer | LoraLayer) and held(layer) & (set(layer.active_adapters) | names):
             raise UserError(
-                f"the {part} has an adapter of the kind {type(layer).__name__}, which cannot be mixed by rows: "
+                f"the {component} has a {type(layer).__name__} adapter, which mixed_batch does not support: "
                 "deactivate it with set_adapters, or delete it"
             )
         if isinstance(layer, LoraLayer) and any(getattr(layer, "use_dora", {}).get(name) for name in names):
-            raise UserError("a LoRA with a magnitude (DoRA) cannot be mixed by rows: PEFT does not support it")
+            raise UserError("mixed_batch cannot use a LoRA with a magnitude (DoRA): PEFT does not support it")
 
 
 @contextmanager
-def _serve_loras(model: nn.Module, part: str, plan: RowPlan) -> Iterator[None]:
-    """Have ordinary LoRAs follow the plan, by PEFT's ``adapter_names``."""
-    layers = [layer for layer in tuner_layers(model) if isinstance(layer, LoraLayer)]
-    mine = {name for name in plan.names if any(name in held(layer) for layer in layers)}
+def _serve_loras(module: nn.Module, component: str, plan: RowPlan) -> Iterator[None]:
+    """Apply the plan to ordinary LoRAs, by PEFT's ``adapter_names``."""
+    layers = [layer for layer in tuner_layers(module) if isinstance(layer, LoraLayer)]
+    loras = {name for name in plan.names if any(name in held(layer) for layer in layers)}
     weights: dict[str, float] = {}
     for spec in plan.specs:
-        here = [name for name in spec if name in mine]
-        if len(here) > 1:
-            raise UserError(f"{' and '.join(here)} are ordinary LoRAs of the {part}: a row can have only one of those")
-        for name in here:
+        used = [name for name in spec if name in loras]
+        if len(used) > 1:
+            raise UserError(f"{' and '.join(used)} are ordinary LoRAs of the {component}: a row can use only one")
+        for name in used:
             if weights.setdefault(name, spec[name]) != spec[name]:
                 raise UserError(f"{name!r} is an ordinary LoRA: it must have the same weight in all rows")
 
     def choose(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        chosen = [next((name for name in plan.specs[spec] if name in mine), BASE) for spec in plan.batch]
+        chosen = [next((name for name in plan.specs[spec] if name in loras), BASE) for spec in plan.batch]
         return args, kwargs | {"adapter_names": chosen}
 
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(choose, with_kwargs=True).remove)
             stack.callback(_restore, layer, list(layer.active_adapters), dict(layer.scaling))
-            layer._active_adapter = list(mine)  # so that a scale given to the pipeline's call reaches them
+            layer._active_adapter = list(loras)  # so that a scale passed to the pipeline call applies to them
             for name, weight in weights.items():
                 layer.set_scale(name, weight)
         yield
@@ -144,20 +144,24 @@ def _restore(layer: Any, active: list[str], scaling: dict[str, float]) -> None:
 
 
 @contextmanager
-def _counting(pipe: Any, plan: RowPlan) -> Iterator[None]:
-    """Count prompts and learn ``num_images_per_prompt`` of each call of the pipeline, as ``encode_prompt`` is told."""
+def _reading_calls(pipe: Any, plan: RowPlan) -> Iterator[None]:
+    """Check the number of prompts of each pipeline call, and read its ``num_images_per_prompt``.
+
+    Both are arguments of ``encode_prompt``, which is wrapped on the pipeline object inside the context;
+    ``maybe_free_model_hooks``, which ends every call, is wrapped to reset the plan.
+    """
     encode, finish = pipe.encode_prompt, pipe.maybe_free_model_hooks
     before = {name: value for name, value in vars(pipe).items() if name in ("encode_prompt", "maybe_free_model_hooks")}
     signature = inspect.signature(encode)
 
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-        told = signature.bind(*args, **kwargs).arguments
-        plan.check_prompts(_prompts(told.get("prompt"), told.get("prompt_embeds")))
-        plan.repeats = int(told.get("num_images_per_prompt") or 1)
+        arguments = signature.bind(*args, **kwargs).arguments
+        plan.check_prompts(_count_prompts(arguments.get("prompt"), arguments.get("prompt_embeds")))
+        plan.repeats = int(arguments.get("num_images_per_prompt") or 1)
         return encode(*args, **kwargs)
 
     def maybe_free_model_hooks() -> None:
-        plan.repeats = 1  # the end of every pipeline's call
+        plan.repeats = 1
         finish()
 
     pipe.encode_prompt, pipe.maybe_free_model_hooks = encode_prompt, maybe_free_model_hooks
@@ -168,8 +172,7 @@ def _counting(pipe: Any, plan: RowPlan) -> Iterator[None]:
         vars(pipe).update(before)
 
 
-def _prompts(prompt: str | list[str] | None, embeds: Tensor | None) -> int:
-    """How many prompts a pipeline was given, as texts or embedded."""
+def _count_prompts(prompt: str | list[str] | None, embeds: Tensor | None) -> int:
     if prompt is None:
         return 0 if embeds is None else len(embeds)
     return 1 if isinstance(prompt, str) else len(prompt)

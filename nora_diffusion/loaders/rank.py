@@ -1,4 +1,4 @@
-"""The rank of an adapter that was trained for all of them (DyLoRA)."""
+"""Set the rank of an adapter that was trained for every rank (DyLoRA)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from .locking import one_at_a_time
 
 @one_at_a_time
 def set_rank(pipe: Any, adapter_name: str, rank: int | None = None) -> None:
-    """Use only the first ``rank`` directions of an adapter; ``None``: all of them again.
+    """Use only the first ``rank`` directions of an adapter; ``None`` uses all of them.
 
-    Exact: the adapter then is ``dW = (alpha/r) B[:, :rank] A[:rank]``, and a file saved from it still holds all ranks.
-    Raises :class:`UserError` for an adapter without a rank mask, a rank it does not have, or while one is fused.
+    The update becomes ``dW = (alpha/r) B[:, :rank] A[:rank]``; a saved file still holds all ranks.
+    Raises :class:`UserError` for an adapter without a rank mask, for a rank outside its range, and while an adapter is
+    fused.
     """
     cut_rank(components(pipe), adapter_name, rank)
 

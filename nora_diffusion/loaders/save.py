@@ -1,4 +1,4 @@
-"""An adapter of a pipeline as a file."""
+"""Save an adapter of a pipeline to a file."""
 
 from __future__ import annotations
 
@@ -49,10 +49,13 @@ def save_adapter(
 ) -> Path:
     """Write ``path/nora_adapter.safetensors`` and its model card; returns the file.
 
-    Trained factors keep their dtype (``dtype="fp16"`` or ``"bf16"`` on request), frozen ones are stored in the
-    config's ``basis_dtype``, to which they were rounded before training: save then load is exact.
-    ``basis="shared"`` stores the frozen factors once in ``bases/<sha256>.safetensors`` beside the adapter's folder.
-    ``info`` describes the adapter (trigger, prompts ...); by default what the file it was loaded from said.
+    Trained factors keep their dtype unless ``dtype`` (fp32, fp16 or bf16) is given. Frozen factors are stored
+    in the config's ``basis_dtype``, to which they were rounded before training, so saving and loading is exact.
+    ``basis="shared"`` stores the frozen factors in ``bases/<sha256>.safetensors`` beside the adapter's folder, where
+    other adapters can use them. ``info`` describes the adapter (trigger, prompts ...; default: the description of the
+    file it was loaded from). ``card``: extra text for the model card.
+    Raises :class:`UserError` for an unknown name, dtype or ``info`` key, a ``path`` that names a file, a method without
+    a basis to share, and while an adapter is fused or weights are offloaded.
     """
     modules = components(pipe)
     folder, holders = _check(modules, path, adapter_name, dtype, basis)
@@ -60,7 +63,7 @@ def save_adapter(
     result.base, result.basis, result.versions = base_id(pipe), basis, versions()
     tensors: Tensors = {}
     for name, module in holders.items():
-        _describe_part(result, name, module, adapter_name)
+        _describe_component(result, name, module, adapter_name)
         config = adapter_configs(module)[adapter_name]
         factors = _factors(module, name, adapter_name)
         tensors |= {key: _stored(key, value, config, dtype) for key, value in factors.items()}
@@ -75,7 +78,7 @@ def save_adapter(
 def _check(
     modules: Modules, path: str | Path, adapter_name: str, dtype: str | None, basis: BasisKind
 ) -> tuple[Path, Modules]:
-    """The folder, and the components that hold the adapter; refuses what cannot be saved."""
+    """The folder, and the components that hold the adapter. Raises as :func:`save_adapter`."""
     if dtype is not None:
         check_dtype(dtype, DTYPES)
     folder = Path(path).expanduser()
@@ -93,8 +96,8 @@ def _check(
     return folder, holders
 
 
-def _describe_part(info: AdapterInfo, name: str, module: nn.Module, adapter_name: str) -> None:
-    """Add what a file has to say of one component: its configuration and the layers that it was made for."""
+def _describe_component(info: AdapterInfo, name: str, module: nn.Module, adapter_name: str) -> None:
+    """Add the description of one component: the config, the base's fingerprints and the shapes of its layers."""
     config, layers = adapter_configs(module)[adapter_name], nora_layers(module, adapter_name)
     info.components[name] = config.to_dict()
     info.base_fingerprint[name] = {p: round(fingerprint(layer.base_layer, p), 9) for p, layer in layers.items()}

@@ -1,1 +1,1 @@
-"""diffusers pipelines: opening them, their components and projections, what is measured on them."""
+"""diffusers pipelines: opening them, their components and projections, measurements on them."""

@@ -1,4 +1,4 @@
-"""Opening the frozen model: the embedded base, a local diffusers folder or a hub id."""
+"""Open the frozen base model: the embedded one, a local diffusers folder or a hub id."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _EMBEDDED_NAMES = (None, "", "tiny_sd", EMBEDDED_BASE_ID)
 
 
 def load_base() -> Any:
-    """The embedded base: a plain diffusers ``StableDiffusionPipeline`` for 64x64 pictures, in fp32 on the CPU."""
+    """The embedded base: a plain diffusers ``StableDiffusionPipeline`` for 64x64 images, in fp32 on the CPU."""
     return open_pipeline(None)
 
 
 def is_embedded(path_or_id: str | Path | None) -> bool:
-    """Whether the name means the embedded base."""
+    """Whether a base's name or path means the embedded base."""
     if path_or_id is None or str(path_or_id) in _EMBEDDED_NAMES:
         return True
     return Path(path_or_id).resolve() == (EMBEDDED_WEIGHTS / "pipeline").resolve()
 
 
 def default_guidance(base: str | Path | None) -> float:
-    """The guidance scale that suits a base."""
+    """The default guidance scale of a base."""
     return EMBEDDED_GUIDANCE if is_embedded(base) else OTHER_GUIDANCE
 
 
 def default_steps(base: str | Path | None) -> int:
-    """The denoising steps that suit a base."""
+    """The default number of denoising steps of a base."""
     return EMBEDDED_STEPS if is_embedded(base) else OTHER_STEPS
 
 
@@ -45,8 +45,8 @@ def open_pipeline(
 ) -> Any:  # fmt: skip
     """Load a diffusers text-to-image pipeline from safetensors, without a safety checker.
 
-    ``None`` or ``"tiny_sd"`` is the embedded base. ``dtype`` is one of torch (default: fp32) or ``"auto"``, ``"fp32"``,
-    ``"fp16"``, ``"bf16"``; ``"auto"`` is what suits the device (:func:`.precision.resolve_dtype`). Raises
+    ``None`` or ``"tiny_sd"`` opens the embedded base. ``dtype``: a ``torch.dtype`` (default: fp32), ``"fp32"``,
+    ``"fp16"``, ``"bf16"`` or ``"auto"``, which depends on the device (see :func:`.precision.resolve_dtype`). Raises
     :class:`UserError` that names what is missing.
     """
     if device is not None:
@@ -99,7 +99,7 @@ class BaseSource:
 
 
 def best_device() -> str:
-    """``cuda``, ``mps`` or ``cpu``, the first that there is."""
+    """The first available of ``cuda``, ``mps`` and ``cpu``."""
     import torch
 
     if torch.cuda.is_available():
@@ -108,19 +108,19 @@ def best_device() -> str:
 
 
 def check_device(device: Any) -> None:
-    """Raises :class:`UserError` for a device that torch does not know or does not have here."""
+    """Raise :class:`UserError` for a device that torch does not know or that this machine does not have."""
     import torch
 
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(
-            f"the device {str(device)!r} will not do here: {first_line(error)}; choose cpu, or leave --device out"
+            f"the device {str(device)!r} cannot be used: {first_line(error)}; choose cpu, or leave out --device"
         ) from error
 
 
 def check_base(path_or_id: str | Path | None) -> str | Path:
-    """The folder or hub id of a base. Raises :class:`UserError` for a folder that is no pipeline; loads nothing."""
+    """The folder or hub id of a base, without loading it. Raises :class:`UserError` for a folder without a pipeline."""
     source: str | Path = EMBEDDED_WEIGHTS / "pipeline" if is_embedded(path_or_id) else str(path_or_id)
     local = Path(str(source)).expanduser()
     if local.exists() or is_embedded(path_or_id) or is_path(str(source)):
@@ -146,7 +146,7 @@ def _from_pretrained(source: str | Path, dtype: Any, revision: str | None, varia
     except (OSError, ValueError, SafetensorError) as error:
         for file in sorted(source.glob("*/*.safetensors")) if isinstance(source, Path) else ():
             check_complete(file)
-        reason = first_line(error).split(" (")[0].rstrip(".")  # the hub explains at length in brackets
+        reason = first_line(error).split(" (")[0].rstrip(".")  # the hub adds a long explanation in brackets
         raise UserError(
             f"cannot load the pipeline {str(source)!r}: {reason}; give a diffusers folder with safetensors weights or "
             "a hub id that this machine can reach"
@@ -154,44 +154,44 @@ def _from_pretrained(source: str | Path, dtype: Any, revision: str | None, varia
 
 
 def check_pipeline_folder(folder: Path) -> None:
-    """Refuse a folder that is no diffusers pipeline, saying what is missing, before anything is loaded."""
+    """Raise :class:`UserError` for a folder that is not a complete diffusers pipeline; names what is missing."""
     if folder.is_file():
         raise UserError(
-            f"{folder} is a file: single-file checkpoints are not read; convert it to a diffusers folder "
+            f"{folder} is a file: single-file checkpoints are not supported; convert it to a diffusers folder "
             "(StableDiffusionPipeline.from_single_file(...).save_pretrained(...))"
         )
     if not folder.is_dir():
         raise UserError(f"the base {folder} does not exist: give a diffusers pipeline folder or a hub id")
     index = folder / "model_index.json"
     if not index.is_file():
-        raise UserError(f"{folder} is no diffusers pipeline: model_index.json is missing")
+        raise UserError(f"{folder} is not a diffusers pipeline: model_index.json is missing")
     try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
+        entries = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{index} is not valid JSON: copy the pipeline again") from error
-    if not isinstance(parts, dict):
-        raise UserError(f"{index} is no table of a pipeline's parts: copy the pipeline again")
-    for name, kind in parts.items():
-        is_part = isinstance(kind, list) and len(kind) == 2 and kind[0] is not None
-        if is_part and name not in ("safety_checker", "feature_extractor"):
-            _check_part(folder / name, str(kind[1]))
+    if not isinstance(entries, dict):
+        raise UserError(f"{index} is not a table of pipeline components: copy the pipeline again")
+    for name, entry in entries.items():
+        is_component = isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
+        if is_component and name not in ("safety_checker", "feature_extractor"):
+            _check_component(folder / name, str(entry[1]))
 
 
-def _check_part(part: Path, class_name: str) -> None:
-    if not part.is_dir():
-        raise UserError(f"{part.parent} is no complete pipeline: the folder {part.name}/ is missing")
+def _check_component(folder: Path, class_name: str) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder.parent} is not a complete pipeline: the folder {folder.name}/ is missing")
     if "Tokenizer" in class_name or "Scheduler" in class_name:
         return
-    if not (part / "config.json").is_file():
-        raise UserError(f"{part.parent} is no complete pipeline: {part.name}/config.json is missing")
-    if not any(part.glob("*.safetensors")):
-        unsafe = [f.name for pattern in ("*.bin", "*.pt", "*.ckpt", "*.pkl") for f in part.glob(pattern)]
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder.parent} is not a complete pipeline: {folder.name}/config.json is missing")
+    if not any(folder.glob("*.safetensors")):
+        unsafe = [f.name for pattern in ("*.bin", "*.pt", "*.ckpt", "*.pkl") for f in folder.glob(pattern)]
         found = f"; {unsafe[0]} may run code when opened and is not read" if unsafe else ""
-        raise UserError(f"{part.parent} has no safetensors weights in {part.name}/{found}: convert it first")
+        raise UserError(f"{folder.parent} has no safetensors weights in {folder.name}/{found}: convert it first")
 
 
 def base_id(pipe: Any) -> str:
-    """The name of a pipeline's base for metadata and messages."""
+    """The name of a pipeline's base, for metadata and messages: its path or hub id."""
     name = str(getattr(pipe, "name_or_path", "") or pipe.config.get("_name_or_path", ""))
     if name and is_embedded(name):
         return EMBEDDED_BASE_ID

@@ -1,7 +1,7 @@
-"""Outer pairs by content: computed once for a set of weights and settings, then read from disk.
+"""Disk cache of outer pairs: computed once for a set of weights and settings, then read.
 
 One entry holds all projections of one component. Its name is a hash of everything that the pairs depend on: the
-weights, kind of basis, ranks, placement, power, storage dtype and, where they count, the activation strengths.
+weights, kind of basis, ranks, placement, power, storage dtype and, for ``awsvd``, the activation strengths.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ..io import tensor_cache
 from ..io.tensor_file import tensor_hash
 
 VERSION = 1
-"""Raised whenever ``adapters/deltas/bases.py`` gives other numbers, so that no old entry is taken for a new one."""
+"""Increment when ``adapters/deltas/bases.py`` computes other values, so that old entries are not used."""
 
 
 def outer_pairs(
     config: AdapterConfig, layers: Mapping[str, nn.Module], strengths: Mapping[str, Tensor]
 ) -> dict[str, Pair]:
-    """The outer pair of each of ``layers`` by path, from the cache or computed and stored there; empty if random."""
+    """The outer pair of each layer by path, read from the cache or computed and stored; empty for a random basis."""
     if config.basis not in FROM_WEIGHTS:
         return {}
     name = f"basis-{entry_key(config, layers, strengths)}"
@@ -52,7 +52,7 @@ def _compute(
 
 
 def entry_key(config: AdapterConfig, layers: Mapping[str, nn.Module], strengths: Mapping[str, Tensor]) -> str:
-    """SHA-256 over all that the pairs of ``layers`` depend on."""
+    """SHA-256 of everything that the pairs of ``layers`` depend on."""
     weighted = config.basis == "awsvd"
     settings = {
         "version": VERSION,
@@ -63,10 +63,10 @@ def entry_key(config: AdapterConfig, layers: Mapping[str, nn.Module], strengths:
         "dtype": config.basis_dtype,
         "trained": sorted(config.trained),
     }
-    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         weights = list(pool.map(lambda layer: tensor_hash(flat_weight(layer)), layers.values()))
-    parts = [
+    entries = [
         (path, outer_rank(config, layer, path), weight, tensor_hash(strengths[path]) if weighted else None)
         for (path, layer), weight in zip(layers.items(), weights, strict=True)
     ]
-    return hashlib.sha256(json.dumps([settings, sorted(parts)]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([settings, sorted(entries)]).encode()).hexdigest()

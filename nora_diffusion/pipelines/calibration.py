@@ -1,4 +1,4 @@
-"""Activation statistics: how strongly each input channel of a projection fires, on ordinary prompts or on a subject."""
+"""Activation statistics: mean ``|x|`` per input channel of each projection, on generic prompts or on a subject."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ GENERIC_PROMPTS = (
     "a portrait of a person at night",
     "a boat on the sea at sunset",
 )
-"""Prompts of no subject in particular: a basis calibrated on them can be shared by all subjects."""
+"""Generic prompts: a basis that is calibrated on them can be shared by all subjects."""
 VERSION = 1
 STEPS = 4
 GUIDANCE = 5.0
-AT_ONCE = 2
-"""Prompts in one batch: bounds the memory, changes no number."""
+BATCH_SIZE = 2
+"""Prompts per batch: limits memory, does not change results."""
 
 Strengths = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the base is shown while it is measured: prompts, and pictures of a subject to go with them.
+    """Inputs of the calibration run: prompts and, optionally, images of a subject.
 
-    ``latents [n, c, h, w]``: scaled latents of one picture for each prompt. Without them the base dreams its own. A
-    basis that is calibrated on a subject is that subject's own: it cannot be shared.
+    ``latents [n, c, h, w]``: scaled latents of one image per prompt; by default the base generates its own. A basis
+    that is calibrated on a subject belongs to that subject and cannot be shared.
     """
 
     prompts: Sequence[str] = GENERIC_PROMPTS
@@ -51,9 +51,9 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if isinstance(self.prompts, str) or not self.prompts:
-            raise UserError(f"prompts={self.prompts!r} calibrate nothing: give a list of at least one prompt")
+            raise UserError(f"prompts={self.prompts!r} is not a list of prompts: give at least one prompt, in a list")
         if self.latents is not None and len(self.latents) != len(self.prompts):
-            raise UserError(f"{len(self.latents)} pictures but {len(self.prompts)} prompts: give one prompt to each")
+            raise UserError(f"{len(self.latents)} images but {len(self.prompts)} prompts: give one prompt per image")
 
 
 class _MeanAbs:
@@ -80,68 +80,69 @@ class _MeanAbs:
 def activation_strengths(pipe: Any, calibration: Calibration | None = None) -> Strengths:
     """``mean |x|`` per input channel ``[d_in]`` of every projection that was called, by component and path.
 
-    A short seeded sampling run (4 steps, guidance 5) of the untouched base feeds the layers their real inputs; its
-    result is kept on disk. Raises :class:`UserError` for pictures in a pipeline without a UNet.
+    Measured during a short seeded sampling run of the base without adapters (4 steps, guidance 5) and cached on disk.
+    Raises :class:`UserError` for latents in a pipeline without a UNet.
     """
     calibration = calibration or Calibration()
     if calibration.latents is not None and getattr(pipe, "unet", None) is None:
-        raise UserError(f"{type(pipe).__name__} cannot be calibrated on pictures, only UNets can: use prompts")
+        raise UserError(f"{type(pipe).__name__} has no UNet and cannot be calibrated on images: use prompts")
     modules = components(pipe)
     name = f"calibration-{_entry_key(pipe, modules, calibration)}"
     stored = tensor_cache.load(name)
     if stored is None:
         measured = _measure(pipe, modules, calibration)
-        stored = {f"{part} {path}": value for part, group in measured.items() for path, value in group.items()}
+        stored = {f"{component} {path}": mean for component, means in measured.items() for path, mean in means.items()}
         tensor_cache.store(name, stored)
-    strengths: Strengths = {part: {} for part in modules}
-    for key, value in stored.items():
-        part, path = key.split(" ", 1)
-        strengths[part][path] = value
+    strengths: Strengths = {component: {} for component in modules}
+    for key, mean in stored.items():
+        component, path = key.split(" ", 1)
+        strengths[component][path] = mean
     return strengths
 
 
 def _measure(pipe: Any, modules: Modules, calibration: Calibration) -> Strengths:
-    layers = {part: projections(module) for part, module in modules.items()}
-    meters = {part: {path: _MeanAbs() for path in group} for part, group in layers.items()}
+    meters: dict[str, dict[str, _MeanAbs]] = {component: {} for component in modules}
     with ExitStack() as stack:
-        for part, group in layers.items():
-            for path, layer in group.items():
-                stack.callback(layer.register_forward_pre_hook(meters[part][path]).remove)
+        for component, module in modules.items():
+            for path, layer in projections(module).items():
+                meter = meters[component][path] = _MeanAbs()
+                stack.callback(layer.register_forward_pre_hook(meter).remove)
         stack.enter_context(adapters_off(modules))
         short_run(pipe, calibration)
     return {
-        part: {path: meter.mean() for path, meter in group.items() if meter.count} for part, group in meters.items()
+        component: {path: meter.mean() for path, meter in group.items() if meter.count}
+        for component, group in meters.items()
     }
 
 
 def short_run(pipe: Any, calibration: Calibration) -> None:
-    """A seeded sampling run of a few steps over the calibration, for the sake of what its layers see."""
+    """Run the pipeline for a few seeded steps on the calibration inputs; callers measure through hooks."""
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:
         with torch.no_grad():
-            for start in range(0, len(calibration.prompts), AT_ONCE):
-                rows = slice(start, start + AT_ONCE)
+            for start in range(0, len(calibration.prompts), BATCH_SIZE):
+                rows = slice(start, start + BATCH_SIZE)
                 prompts = list(calibration.prompts[rows])
-                pictures = {} if calibration.latents is None else _show(pipe, calibration.latents[rows])
+                images = {} if calibration.latents is None else _noised_inputs(pipe, calibration.latents[rows])
                 pipe(
                     prompt=prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="latent",
-                    generator=[torch.Generator().manual_seed(start + i) for i in range(len(prompts))], **pictures,
+                    generator=[torch.Generator().manual_seed(start + i) for i in range(len(prompts))], **images,
                 )  # fmt: skip
     finally:
         pipe.set_progress_bar_config(**bar)
 
 
-def _show(pipe: Any, latents: Tensor) -> dict[str, Any]:
-    """Arguments that put the noised pictures in place of what the base dreams, from the second step on."""
+def _noised_inputs(pipe: Any, latents: Tensor) -> dict[str, Any]:
+    """Call arguments that replace the latents by noised ``latents``, from the second step on."""
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
 
     def replace(pipe: Any, step: int, timestep: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        old, coming = values["latents"], pipe.scheduler.timesteps[step + 1 : step + 2]
-        if not len(coming):
+        old, next_timestep = values["latents"], pipe.scheduler.timesteps[step + 1 : step + 2]
+        if not len(next_timestep):
             return {}
-        clean, added = latents.to(old.device, torch.float32), noise.to(old.device)
-        noised: Tensor = pipe.scheduler.add_noise(clean, added, coming.expand(len(clean)))
+        clean = latents.to(old.device, torch.float32)
+        noised: Tensor = pipe.scheduler.add_noise(clean, noise.to(old.device), next_timestep.expand(len(clean)))
         return {"latents": noised.to(old.dtype)}
 
     return {"callback_on_step_end": replace, "height": _pixels(pipe, latents, 2), "width": _pixels(pipe, latents, 3)}
@@ -152,18 +153,18 @@ def _pixels(pipe: Any, latents: Tensor, side: int) -> int:
 
 
 def _entry_key(pipe: Any, modules: Modules, calibration: Calibration) -> str:
-    """SHA-256 over what the measurement depends on. Weights enter by a sum over their bits, which is quick."""
-    facts = {
+    """SHA-256 of everything the result depends on; weights are represented by a sum over their bits, which is fast."""
+    inputs = {
         "version": VERSION,
         "pipeline": type(pipe).__name__,
         "scheduler": dict(pipe.scheduler.config),
         "tokens": [tokenizer(list(calibration.prompts), truncation=True).input_ids for tokenizer in tokenizers(pipe)],
         "prompts": list(calibration.prompts),
         "latents": None if calibration.latents is None else tensor_hash(calibration.latents),
-        "components": {part: _description(module) for part, module in modules.items()},
+        "components": {component: _description(module) for component, module in modules.items()},
         "run": [STEPS, GUIDANCE],
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _description(module: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Number types by the names that flags have for them, and which one suits a device."""
+"""dtypes by the names that flags use, and the default one for a device."""
 
 from __future__ import annotations
 
@@ -14,39 +14,41 @@ from ..errors import UserError
 AUTO = "auto"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MIXED_DTYPES = {"no": torch.float32, **DTYPES}
-"""The same with the word that `accelerate` and the trainer's ``mixed_precision`` have for fp32."""
+"""Values of ``mixed_precision``: ``no`` is fp32, as in accelerate."""
 
 
-def resolve_dtype(told: str, device: Any) -> torch.dtype:
-    """The number type that a pipeline makes pictures in on ``device``, where ``told`` is one or ``auto``.
+def resolve_dtype(name: str, device: Any) -> torch.dtype:
+    """The dtype in which a pipeline generates images on ``device``; ``name`` is ``auto`` or one of :data:`DTYPES`.
 
-    ``auto`` is half precision on a GPU, where SDXL's weights alone are 13 GiB in fp32 and nobody sees the difference:
-    bf16 where the hardware multiplies it, since it has fp32's range and nothing overflows; else fp16. Anywhere else it
-    is fp32: a CPU is slower with less, and on mps half precision has given black pictures. Raises :class:`UserError`.
+    ``auto`` is half precision on a GPU, where SDXL's weights alone take 13 GiB in fp32 and images look the same: bf16
+    where the hardware supports it, since it has the range of fp32 and does not overflow, else fp16. On other devices it
+    is fp32: half precision is slower on a CPU and has produced black images on mps.
+
+    Raises :class:`UserError` for an unknown name, and for fp16 on a CPU.
     """
-    check_dtype(told)
-    kind = torch.device(device).type
-    if told == AUTO:
-        return DTYPES["fp32" if kind != "cuda" else "bf16" if multiplies_bf16() else "fp16"]
-    if told == "fp16" and kind == "cpu":
+    check_dtype(name)
+    device_type = torch.device(device).type
+    if name == AUTO:
+        return DTYPES["fp32" if device_type != "cuda" else "bf16" if supports_bf16() else "fp16"]
+    if name == "fp16" and device_type == "cpu":
         raise UserError("dtype=fp16 needs a GPU: use bf16 or fp32")
-    return DTYPES[told]
+    return DTYPES[name]
 
 
-def check_dtype(told: str, known: Collection[str] = (AUTO, *DTYPES)) -> None:
+def check_dtype(name: str, known: Collection[str] = (AUTO, *DTYPES)) -> None:
     """Raise :class:`UserError` for a dtype name that is not in ``known``."""
-    if told not in known:
-        raise UserError(f"dtype={told!r} is unknown: choose one of {', '.join(known)}")
+    if name not in known:
+        raise UserError(f"dtype={name!r} is unknown: choose one of {', '.join(known)}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name that flags have for a number type; torch's own where they have none."""
+    """The name of a dtype in flags (``fp16``), or torch's own (``float64``) where flags have none."""
     return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
 
 
 @contextmanager
 def in_fp32(module: nn.Module) -> Iterator[None]:
-    """Compute with a module in fp32 and give it back its number type: in fp16 SDXL's VAE overflows."""
+    """Run a module in fp32, then restore its dtype (SDXL's VAE overflows in fp16)."""
     with keeping_dtype(module):
         nn.Module.to(module, torch.float32)
         yield
@@ -54,23 +56,23 @@ def in_fp32(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def keeping_dtype(module: nn.Module) -> Iterator[None]:
-    """Give a module back its number type at the end, whatever happens."""
+    """Restore a module's dtype on exit, also after an exception."""
     dtype = next(module.parameters()).dtype
     try:
         yield
     finally:
         if next(module.parameters()).dtype != dtype:
-            nn.Module.to(module, dtype)  # diffusers' own `to` warns of modules to keep in fp32 even if there are none
+            nn.Module.to(module, dtype)  # diffusers' `to` warns about modules to keep in fp32 even if there are none
 
 
 def best_precision(device: torch.device) -> Literal["no", "bf16"]:
-    """What to train in: bf16 where the hardware multiplies it fast, else fp32."""
+    """The default ``mixed_precision`` for training: bf16 where the hardware multiplies it fast, else fp32 (``no``)."""
     if device.type == "cuda":
-        return "bf16" if multiplies_bf16() else "no"
+        return "bf16" if supports_bf16() else "no"
     probe: Callable[[], bool] | None = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return "bf16" if device.type == "cpu" and probe is not None and probe() else "no"
 
 
-def multiplies_bf16() -> bool:
-    """Whether the GPU does, and does not only emulate it."""
+def supports_bf16() -> bool:
+    """Whether the GPU has native bf16 arithmetic (PyTorch can also emulate it)."""
     return torch.cuda.is_bf16_supported(including_emulation=False)

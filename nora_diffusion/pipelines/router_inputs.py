@@ -1,14 +1,14 @@
-"""What routers look at beside the token: the prompt and the timestep of each row of a denoiser's batch.
+"""Inputs of routers other than the token: the prompt and the timestep of each row of a denoiser's batch.
 
-- ``prompt``: the mean over the tokens of ``encoder_hidden_states`` as the denoiser is given them, padding included
-  (SD 1.x, 2.x: CLIP's states; SDXL: both encoders' states side by side; SD3: CLIP's and T5's; Flux: T5's).
-- ``timestep``: the vector that modulates the denoiser's blocks. In a UNet it is ``emb``, what every block receives as
+- ``prompt``: the mean over the tokens of ``encoder_hidden_states``, padding included (SD 1.x, 2.x: CLIP's states;
+  SDXL: the concatenated states of both encoders; SD3: CLIP's and T5's; Flux: T5's).
+- ``timestep``: the vector that modulates the denoiser's blocks. In a UNet it is ``emb``, which every block receives as
   ``temb``: the embedded timestep, plus the embedded class labels and, in SDXL, the embedded pooled text and sizes. In a
-  transformer it is the output of its time embedding: ``time_text_embed`` (SD3, Flux: timestep, guidance, pooled text),
-  ``adaln_single`` or ``time_embed`` (PixArt, Sana: the embedded timestep before its linear map) and their like.
-- ``prompt+timestep``: both, side by side.
+  transformer it is the output of the time embedding: ``time_text_embed`` (SD3, Flux: timestep, guidance, pooled text),
+  ``adaln_single`` or ``time_embed`` (PixArt, Sana: the embedded timestep before its linear map) or a similar module.
+- ``prompt+timestep``: both, concatenated.
 
-Text encoders have neither: there such an adapter gets the ``token`` router.
+Text encoders have neither; there such an adapter gets the ``token`` router.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from ..adapters.deltas.routed import RoutedDelta, RouterInputs
 from ..errors import UserError
 
 PROMPT_WIDTHS = ("encoder_hid_dim", "caption_channels", "joint_attention_dim", "cap_feat_dim", "cross_attention_dim")
-"""Config entries that give the width of ``encoder_hidden_states``, the first that is set counts."""
+"""Config entries that give the width of ``encoder_hidden_states``; the first one that is set counts."""
 TIME_MODULES = (
     "time_embedding", "time_text_embed", "time_guidance_embed", "time_caption_embed", "time_embed", "time_step_proj",
     "adaln_single",
 )  # fmt: skip
-"""Names under which denoisers hold their time embedding."""
+"""Attributes in which denoisers hold their time embedding."""
 
 
-def router_for(config: AdapterConfig, part: str) -> AdapterConfig:
-    """``config`` as a component gets it: a text encoder, which knows no prompt as a whole and no timestep, by token."""
-    if config.router in ("none", "token") or not part.startswith("text_encoder"):
+def router_for(config: AdapterConfig, component: str) -> AdapterConfig:
+    """``config`` for one component: text encoders, which have no prompt vector and no timestep, route by token."""
+    if config.router in ("none", "token") or not component.startswith("text_encoder"):
         return config
     own = copy.deepcopy(config)
     own.router = "token"
@@ -45,9 +45,9 @@ def router_for(config: AdapterConfig, part: str) -> AdapterConfig:
 
 
 def router_input_width(model: nn.Module, router: str) -> int:
-    """The width of what a router looks at; 0 for those that look at tokens or at nothing.
+    """The width of a router's input vector; 0 for ``none`` and ``token``.
 
-    Raises :class:`UserError` for a model that has no such condition.
+    Raises :class:`UserError` for a model without such an input.
     """
     if router in ("none", "token"):
         return 0
@@ -59,19 +59,19 @@ def prompt_width(model: nn.Module) -> int:
     config: Mapping[str, Any] = getattr(model, "config", {}) if _is_denoiser(model) else {}
     width = next((config[name] for name in PROMPT_WIDTHS if config.get(name)), None)
     if width is None:
-        raise UserError(f"{type(model).__name__} is given no prompt that a router could look at: use router='token'")
+        raise UserError(f"{type(model).__name__} gets no prompt that a router could use: use router='token'")
     return int(width[0] if isinstance(width, list | tuple) else width)
 
 
 def time_embedding(model: nn.Module) -> tuple[nn.Module, int]:
-    """The module at which the timestep's vector is seen (a UNet's first block receives it), and the vector's width."""
-    place = next((m for name in TIME_MODULES if (m := getattr(model, name, None)) is not None), nn.Module())
-    embedder = next((m for m in place.modules() if isinstance(m, TimestepEmbedding)), None)
+    """The module whose input or output is the timestep's vector (a UNet's first block receives it), and the width."""
+    module = next((m for name in TIME_MODULES if (m := getattr(model, name, None)) is not None), nn.Module())
+    embedder = next((m for m in module.modules() if isinstance(m, TimestepEmbedding)), None)
     if embedder is None or not _is_denoiser(model):
-        raise UserError(f"{type(model).__name__} has no time embedding that a router could look at: use router='token'")
+        raise UserError(f"{type(model).__name__} has no time embedding that a router could use: use router='token'")
     width = int(embedder.linear_2.out_features)
     if not _is_unet(model):
-        return place, width
+        return module, width
     doubled = bool(getattr(model, "config", {}).get("class_embeddings_concat"))
     return model.down_blocks[0], width * (2 if doubled else 1)  # type: ignore[index, return-value]
 
@@ -85,11 +85,11 @@ def _is_unet(model: nn.Module) -> bool:
 
 
 def connect(model: nn.Module) -> None:
-    """Have the model's routed deltas see its conditions; take the hooks out when no delta needs them any more.
+    """Give the model's routed deltas their inputs through hooks; remove the hooks once no delta needs them.
 
-    Called whenever adapters come or go; calling it again changes nothing.
+    Call it after adapters were added or removed; repeated calls change nothing.
     """
-    deltas = _conditioned(model)
+    deltas = _with_inputs(model)
     names = {name for delta in deltas for name in delta.router.split("+")}
     hooks = connected(model)
     if hooks is not None and hooks.names != names:
@@ -102,20 +102,20 @@ def connect(model: nn.Module) -> None:
 
 
 def connected(model: nn.Module) -> RouterInputHooks | None:
-    """The hooks on a model, if any: found among the model's own, which its copies and pickles carry along."""
+    """The hooks of :func:`connect` on a model, if any; found among its forward hooks, which copies and pickles keep."""
     owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
     return next((owner for owner in owners if isinstance(owner, RouterInputHooks)), None)
 
 
-def _conditioned(model: nn.Module) -> list[RoutedDelta]:
+def _with_inputs(model: nn.Module) -> list[RoutedDelta]:
     return [m for m in model.modules() if isinstance(m, RoutedDelta) and m.conditioned]
 
 
 class RouterInputHooks:
-    """The hooks on one denoiser that fill in its :class:`RouterInputs` for the time of each forward pass.
+    """Forward hooks on one denoiser that fill its :class:`RouterInputs` during each forward pass.
 
-    With gradient checkpointing, layers run again during the backward pass: when that reaches the output of a forward
-    pass, the conditions of that very pass are put back until the backward pass ends.
+    Gradient checkpointing runs layers again during the backward pass. When the backward pass reaches the output of a
+    forward pass, the inputs of that forward pass are restored until the backward pass ends.
     """
 
     def __init__(self, model: nn.Module, names: set[str]) -> None:
@@ -128,21 +128,21 @@ class RouterInputHooks:
             model.register_forward_hook(self._leave, always_call=True),
         ]
         if "timestep" in names:
-            place, self._width = time_embedding(model)
+            module, self._width = time_embedding(model)
             self._handles.append(
-                place.register_forward_pre_hook(self._see_block, with_kwargs=True)
+                module.register_forward_pre_hook(self._read_block_input, with_kwargs=True)
                 if _is_unet(model)
-                else place.register_forward_hook(self._see_embedding)
+                else module.register_forward_hook(self._read_embedding)
             )
 
     def remove(self) -> None:
-        """Take the hooks out."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.router_inputs.was_read and not _conditioned(model):
-            self.remove()  # the adapters were deleted by another tool's call
+        if not self.router_inputs.was_read and not _with_inputs(model):
+            self.remove()  # the adapters were deleted by diffusers or PEFT
             return
         self._running, self.router_inputs.was_read = True, False
         states = self._signature.bind_partial(*args, **kwargs).arguments.get("encoder_hidden_states")
@@ -160,14 +160,14 @@ class RouterInputHooks:
         engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(lambda: self.router_inputs.open({}))
 
-    def _see_block(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._see(kwargs.get("temb", args[1] if len(args) > 1 else None))
+    def _read_block_input(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._set_timestep(kwargs.get("temb", args[1] if len(args) > 1 else None))
 
-    def _see_embedding(self, _: nn.Module, args: Any, output: Any) -> None:
+    def _read_embedding(self, _: nn.Module, args: Any, output: Any) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
-        self._see(next((o for o in outputs if isinstance(o, Tensor) and o.shape[-1] == self._width), None))
+        self._set_timestep(next((o for o in outputs if isinstance(o, Tensor) and o.shape[-1] == self._width), None))
 
-    def _see(self, vector: Tensor | None) -> None:
+    def _set_timestep(self, vector: Tensor | None) -> None:
         if self._running and vector is not None:
             prompt = self.router_inputs.vectors.get("prompt")
             rows = vector.shape[0] if prompt is None else prompt.shape[0]

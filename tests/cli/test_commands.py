@@ -110,12 +110,12 @@ MISTAKES = {
         ["generate", "--prompt", "x", "--base", "no/where"],
         "cannot load the pipeline 'no/where'",
     ),
-    "unknown device": (["generate", "--prompt", "x", "--device", "cudaa"], "the device 'cudaa' will not do here"),
-    "unavailable device": (["generate", "--prompt", "x", "--device", "hpu"], "leave --device out"),
-    "unavailable device for the app": (["app", "--device", "cudaa"], "leave --device out"),
+    "unknown device": (["generate", "--prompt", "x", "--device", "cudaa"], "the device 'cudaa' cannot be used"),
+    "unavailable device": (["generate", "--prompt", "x", "--device", "hpu"], "leave out --device"),
+    "unavailable device for the app": (["app", "--device", "cudaa"], "leave out --device"),
     "absent adapter": (["inspect", "nowhere"], "no adapter at nowhere"),
     "absent adapter to generate with": (["generate", "--prompt", "x", "--adapter", "nowhere"], "no adapter at nowhere"),
-    "two weights": (["generate", "--prompt", "x", "--adapter", "out/dog:0.8:3"], "is no local path"),
+    "two weights": (["generate", "--prompt", "x", "--adapter", "out/dog:0.8:3"], "is not a local path"),
     "unknown format": (["export", "a", "b", "--format", "onnx"], "onnx"),
     "absent subject": (["demo", "--subject", "unicorn"], "unicorn"),
     "training without photos": (["train", "--instance_data_dir", "nowhere", "--instance_prompt", "x"], "nowhere"),
@@ -175,7 +175,7 @@ def test_images_are_made_on_the_best_device_by_default(
     monkeypatch.setattr("nora_diffusion.pipelines.base.best_device", lambda: "cudaa")
     words = [word.format(tiger=tiger, dog=dog) for word in words]
     assert main([*words, "--out", str(tmp_path / "out")]) == 2
-    assert "the device 'cudaa' will not do here" in capsys.readouterr().err
+    assert "the device 'cudaa' cannot be used" in capsys.readouterr().err
 
 
 def test_a_mistyped_path_is_not_a_hub_id(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A pipeline with adapters beside a dense fp64 model of what it should compute, driven by seeded random verbs."""
+"""A pipeline with adapters and a dense fp64 reference model, driven by seeded random operations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ FOREIGN = {
 }
 BLOCKS = [("down_blocks.0", "down"), ("mid_block", "mid"), ("up_blocks.1", "up")]
 Delta = Callable[[Tensor], Tensor]
-Place = tuple[str, str]
+Key = tuple[str, str]
+"""Component and path of a projection."""
 
 
 def chain(factors: dict[str, Tensor], scale: float) -> Delta:
@@ -53,13 +54,13 @@ def mixture(factors: dict[str, Tensor], scale: float) -> Delta:
 
 @dataclass
 class World:
-    """The untouched base, an fp64 copy of it, files of our adapters, state dicts of LoRAs, everybody's formulas."""
+    """The base, an fp64 copy of it, files of our adapters, LoRA state dicts, and the formula of each adapter."""
 
     base: Any
     exact: Any
     files: dict[str, Path] = field(default_factory=dict)
     loras: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    deltas: dict[str, dict[Place, Delta]] = field(default_factory=dict)
+    deltas: dict[str, dict[Key, Delta]] = field(default_factory=dict)
 
     def fresh(self, dtype: torch.dtype = torch.float32) -> Any:
         parts = {name: copy.deepcopy(part) for name, part in self.base.components.items()}
@@ -78,24 +79,24 @@ def random_lora(pipe: Any, r: int, suffixes: tuple[str, ...], seed: int) -> dict
     return tensors
 
 
-def formulas(tensors: dict[str, Tensor], scale: float) -> dict[Place, Delta]:
-    grouped: dict[Place, dict[str, Tensor]] = {}
+def formulas(tensors: dict[str, Tensor], scale: float) -> dict[Key, Delta]:
+    grouped: dict[Key, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         part, rest = key.split(".", 1)
         path, factor = rest.removesuffix(".weight").rsplit(".", 1)
         grouped.setdefault((part, canonical(path)), {})[factor.removeprefix("nora_")] = value.double()
     found = {}
-    for place, factors in grouped.items():
+    for key, factors in grouped.items():
         if "lora_A" in factors:
             dense = factors["lora_B"] @ factors["lora_A"]
-            found[place] = lambda x, dense=dense: x @ dense.T
+            found[key] = lambda x, dense=dense: x @ dense.T
         else:
-            found[place] = (mixture if "W_g" in factors else chain)(factors, scale)
+            found[key] = (mixture if "W_g" in factors else chain)(factors, scale)
     return found
 
 
 def outputs(parts: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """One call of the UNet and one of the text encoder."""
+    """The outputs of one call of the UNet and one of the text encoder."""
     generator = torch.Generator().manual_seed(5)
     x, states = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator)
     with torch.no_grad():
@@ -106,17 +107,17 @@ def outputs(parts: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 class Machine:
-    """A pipeline under test beside its dense model: for each place the weight of each adapter, live or merged."""
+    """A pipeline under test and its reference: the active and merged weight of each adapter at each projection."""
 
     def __init__(
         self, world: World, seed: int, dtype: torch.dtype = torch.float32, names: tuple[str, ...] = (*OURS, *FOREIGN)
     ) -> None:
         self.world, self.random, self.dtype, self.names = world, random.Random(seed), dtype, names
         self.pipe = world.fresh(dtype)
-        self.untouched = {part: self.weights_of(part) for part in PARTS}
-        self.first = outputs(self.parts, dtype)
-        self.weight: dict[str, dict[Place, float]] = {}
-        self.merged: dict[str, dict[Place, float]] = {}
+        self.original_weights = {part: self.weights_of(part) for part in PARTS}
+        self.original_outputs = outputs(self.parts, dtype)
+        self.weight: dict[str, dict[Key, float]] = {}
+        self.merged: dict[str, dict[Key, float]] = {}
         self.active: list[str] = []
         self.disabled = False
         self.foreign_was_fused = False
@@ -130,7 +131,7 @@ class Machine:
         found = getattr(self.pipe, part).state_dict().items()
         return {k.replace(".base_layer", ""): v.clone() for k, v in found if "lora_" not in k and "nora_" not in k}
 
-    # Verbs; each does the same to the pipeline and to the model.
+    # Operations; each is applied to the pipeline and to the reference.
 
     def load(self, name: str) -> None:
         self.weight[name] = dict.fromkeys(self.world.deltas[name], 1.0)
@@ -143,11 +144,11 @@ class Machine:
             self.weight[name] = dict.fromkeys(self.weight[name], value)
             self.active.append(name)
         else:
-            # Loading a LoRA by diffusers' verb makes it the only active one among LoRAs.
+            # load_lora_weights makes the loaded LoRA the only active one among LoRAs.
             self.pipe.load_lora_weights(dict(self.world.loras[name]), adapter_name=name)
             self.active = [n for n in self.active if n in OURS] + [name]
 
-    def weigh(self) -> None:
+    def set_weights(self) -> None:
         names = self.random.sample(sorted(self.weight), self.random.randint(1, len(self.weight)))
         values = [round(self.random.uniform(-0.5, 1.5), 2) for _ in names]
         if self.random.random() < 0.5:
@@ -157,16 +158,16 @@ class Machine:
         for name, value in zip(names, values, strict=True):
             self.weight[name] = dict.fromkeys(self.weight[name], value)
 
-    def weigh_blocks(self) -> None:
+    def set_block_weights(self) -> None:
         names = self.random.sample(sorted(self.weight), self.random.randint(1, len(self.weight)))
         values = {name: {b: self.random.choice([0.0, 0.5, 2.0]) for _, b in BLOCKS} for name in names}
         dicts = [{"unet": values[n], **({"text_encoder": 0.25} if self.in_text(n) else {})} for n in names]
         (set_adapters if self.random.random() < 0.5 else type(self.pipe).set_adapters)(self.pipe, names, dicts)
         self.active = names
         for name in names:
-            for place in self.weight[name]:
-                block = next((b for prefix, b in BLOCKS if place[1].startswith(prefix)), None)
-                self.weight[name][place] = values[name][block] if block else 0.25
+            for key in self.weight[name]:
+                block = next((b for prefix, b in BLOCKS if key[1].startswith(prefix)), None)
+                self.weight[name][key] = values[name][block] if block else 0.25
 
     def in_text(self, name: str) -> bool:
         return any(part == "text_encoder" for part, _ in self.weight[name])
@@ -181,7 +182,7 @@ class Machine:
         chosen = self.random.sample(names, self.random.randint(1, len(names))) if self.random.random() < 0.4 else None
         self.pipe.fuse_lora(lora_scale=scale, adapter_names=chosen)
         for name in names:
-            self.weight[name] = {place: scale * value for place, value in self.weight[name].items()}
+            self.weight[name] = {key: scale * value for key, value in self.weight[name].items()}
         for name in names if chosen is None else chosen:
             if name != "mix":
                 self.merged.setdefault(name, dict(self.weight[name]))
@@ -197,8 +198,8 @@ class Machine:
         del self.weight[name]
         self.merged.pop(name, None)
         self.active = [n for n in self.active if n != name]
-        if theirs and self.weight:  # PEFT may have activated another LoRA in place of the deleted one
-            self.weigh()
+        if theirs and self.weight:  # PEFT may have activated another LoRA instead of the deleted one
+            self.set_weights()
 
     def unload(self) -> None:
         self.pipe.unload_lora_weights()
@@ -206,42 +207,42 @@ class Machine:
         self.active, self.disabled = [], False
 
     def choices(self) -> list[Callable[[], None]]:
-        """The verbs that make sense now. PEFT's own LoRA does not survive a change of weight while it is fused."""
+        """The operations that are possible now. PEFT's LoRA breaks if its weight changes while it is fused."""
         absent = [n for n in self.names if n not in self.weight]
         if any(name in FOREIGN for name in self.merged):
             return [self.unfuse, self.unfuse, self.toggle]
-        verbs: list[Callable[[], None]] = []
+        operations: list[Callable[[], None]] = []
         if self.merged:
-            verbs += [self.unfuse]
+            operations += [self.unfuse]
         elif not self.disabled:
-            verbs += [lambda: self.load(self.random.choice(absent))] * 3 if absent else []
+            operations += [lambda: self.load(self.random.choice(absent))] * 3 if absent else []
         if self.weight:
-            verbs += [self.weigh, self.weigh_blocks, self.toggle]
-            verbs += [lambda: self.delete(self.random.choice(sorted(self.weight)))]
-            verbs += [self.unload] if not self.merged else []
-            verbs += [self.fuse] * 2 if self.active and not self.disabled else []
-        return verbs or [self.toggle]
+            operations += [self.set_weights, self.set_block_weights, self.toggle]
+            operations += [lambda: self.delete(self.random.choice(sorted(self.weight)))]
+            operations += [self.unload] if not self.merged else []
+            operations += [self.fuse] * 2 if self.active and not self.disabled else []
+        return operations or [self.toggle]
 
     # Checks
 
-    def factor(self, name: str, place: Place) -> float:
-        """The weight with which an adapter counts at one place now."""
+    def factor(self, name: str, key: Key) -> float:
+        """The current effective weight of an adapter at one projection."""
         if name in self.merged:
-            return self.merged[name][place]
-        hidden = name in FOREIGN and any(n in FOREIGN and place in self.merged[n] for n in self.merged)
-        return self.weight[name][place] if name in self.active and not self.disabled and not hidden else 0.0
+            return self.merged[name][key]
+        hidden = name in FOREIGN and any(n in FOREIGN and key in self.merged[n] for n in self.merged)
+        return self.weight[name][key] if name in self.active and not self.disabled and not hidden else 0.0
 
     @contextmanager
     def dense(self) -> Iterator[dict[str, Any]]:
-        """The exact parts with hooks that add every adapter's formula."""
+        """The fp64 components with hooks that add the formula of each adapter."""
         handles = []
         for part, module in self.world.exact.items():
             for path, layer in projections(module).items():
-                place = (part, canonical(path))
+                key = (part, canonical(path))
                 terms = [
-                    (self.factor(name, place), deltas[place])
+                    (self.factor(name, key), deltas[key])
                     for name, deltas in self.world.deltas.items()
-                    if name in self.weight and place in deltas
+                    if name in self.weight and key in deltas
                 ]
 
                 def hook(_: Any, args: tuple[Tensor], y: Tensor, terms: Any = terms) -> Tensor:
@@ -256,7 +257,7 @@ class Machine:
 
     def check(self) -> None:
         if self.disabled:
-            self.merged.clear()  # a disabled layer unmerges itself when it is called
+            self.merged.clear()  # a disabled layer unmerges itself when called
         found = outputs(self.parts, self.dtype)
         with self.dense() as parts:
             wanted = outputs(parts, torch.float64)
@@ -267,12 +268,12 @@ class Machine:
     def check_restored(self) -> None:
         for part in PARTS:
             for key, value in self.weights_of(part).items():
-                assert torch.equal(value, self.untouched[part][key]), f"{key} after {' > '.join(self.log)}"
+                assert torch.equal(value, self.original_weights[part][key]), f"{key} after {' > '.join(self.log)}"
         after = outputs(self.parts, self.dtype)
-        assert all(torch.equal(after[part], self.first[part]) for part in PARTS), self.log
+        assert all(torch.equal(after[part], self.original_outputs[part]) for part in PARTS), self.log
 
     def step(self) -> None:
-        verb = self.random.choice(self.choices())
-        self.log.append(getattr(verb, "__name__", "?"))
-        verb()
+        operation = self.random.choice(self.choices())
+        self.log.append(getattr(operation, "__name__", "?"))
+        operation()
         self.log[-1] += f"({','.join(sorted(self.weight))}; active {','.join(self.active)})"

@@ -1,7 +1,7 @@
-"""NoRA, MoR and ordinary LoRAs on the same projections, against a dense model of what the pipeline should compute.
+"""NoRA, MoR and ordinary LoRAs on the same projections, compared with a dense reference model.
 
-Seeded random sequences of the pipeline's own verbs and ours. After every step the outputs of UNet and text encoder are
-compared with an fp64 copy of the untouched base to which every adapter's formula is added by a hook.
+Seeded random sequences of diffusers' functions and ours. After each step the outputs of UNet and text encoder are
+compared with an fp64 copy of the base, to which hooks add the formula of each adapter.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def world(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     return world
 
 
-def take_everything_out(machine: Machine) -> None:
+def remove_all(machine: Machine) -> None:
     machine.unfuse()
     if machine.random.random() < 0.5:
         machine.unload()
@@ -57,7 +57,7 @@ def take_everything_out(machine: Machine) -> None:
     machine.active = []
 
 
-# The first few run with every change, all of them before a release.
+# The fast tests run the original_outputs 16 seeds, the slow ones all.
 SEEDS = [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 16 else []) for seed in range(60)]
 
 
@@ -68,7 +68,7 @@ def test_random_sequences_equal_the_dense_sum(world: World, seed: int) -> None:
     for _ in range(8):
         machine.step()
         machine.check()
-    take_everything_out(machine)
+    remove_all(machine)
     machine.check()
     if not machine.foreign_was_fused:
         machine.check_restored()
@@ -77,8 +77,8 @@ def test_random_sequences_equal_the_dense_sum(world: World, seed: int) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("seed", range(3))
-def test_the_base_is_given_back_bit_for_bit(world: World, dtype: torch.dtype, seed: int) -> None:
-    """Ours are fused, weighed and deleted while fused; a LoRA is loaded, used and deleted, but not fused."""
+def test_base_is_restored_bit_for_bit(world: World, dtype: torch.dtype, seed: int) -> None:
+    """Our adapters are fused, weighted and deleted while fused; a LoRA is loaded and deleted, but not fused."""
     machine = Machine(world, 100 + seed, dtype, tuple(OURS))
     machine.pipe.load_lora_weights(dict(world.loras["few"]), adapter_name="few")
     delete_adapter(machine.pipe, "few")
@@ -87,14 +87,14 @@ def test_the_base_is_given_back_bit_for_bit(world: World, dtype: torch.dtype, se
     for _ in range(10):
         machine.step()
         outputs(machine.parts, dtype)
-    take_everything_out(machine)
+    remove_all(machine)
     machine.check_restored()
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_a_stack_with_a_fused_lora_keeps_only_its_rounding(world: World, dtype: torch.dtype) -> None:
-    """PEFT adds and subtracts a LoRA in the weight's own precision; ours beside it must not make that worse."""
+def test_fused_lora_leaves_only_its_own_rounding(world: World, dtype: torch.dtype) -> None:
+    """PEFT adds and subtracts a LoRA in the weight's dtype; our adapter must not add to that rounding error."""
     machine = Machine(world, 0, dtype)
     for name in ("nest", "plain"):
         machine.load(name)
@@ -107,12 +107,12 @@ def test_a_stack_with_a_fused_lora_keeps_only_its_rounding(world: World, dtype: 
     largest = max(float(w.abs().max()) for part in PARTS for w in machine.weights_of(part).values())
     for part in PARTS:
         for key, value in machine.weights_of(part).items():
-            drift = (value.float() - machine.untouched[part][key].float()).abs().max()
+            drift = (value.float() - machine.original_weights[part][key].float()).abs().max()
             assert drift <= 16 * torch.finfo(dtype).eps * max(largest, 4.0), key
 
 
 def test_fusing_then_unloading_keeps_the_fused_weights(world: World) -> None:
-    """As diffusers documents for LoRAs: a way to be rid of the adapter's overhead."""
+    """As diffusers documents for LoRAs: a way to remove the overhead of the adapter."""
     pipe = world.fresh()
     load_adapter(pipe, world.files["nest"], "nest")
     wanted = outputs({part: getattr(pipe, part) for part in PARTS}, torch.float32)
@@ -123,15 +123,15 @@ def test_fusing_then_unloading_keeps_the_fused_weights(world: World) -> None:
     assert not [name for name, _ in pipe.unet.named_modules() if "nora_" in name]
 
 
-def test_a_disabled_pipeline_stays_disabled_as_a_whole(world: World) -> None:
+def test_loading_keeps_a_pipeline_disabled(world: World) -> None:
     machine = Machine(world, 0)
     load_adapter(machine.pipe, world.files["nest"], "nest")
     machine.pipe.disable_lora()
-    load_adapter(machine.pipe, world.files["wide"], "wide")  # sits on projections that had no adapter so far
+    load_adapter(machine.pipe, world.files["wide"], "wide")  # adapts projections that had no adapter before
     after = outputs(machine.parts, torch.float32)
-    assert all(torch.equal(after[part], machine.first[part]) for part in PARTS)
+    assert all(torch.equal(after[part], machine.original_outputs[part]) for part in PARTS)
     machine.pipe.enable_lora()
-    assert not torch.allclose(outputs(machine.parts, torch.float32)["unet"], machine.first["unet"])
+    assert not torch.allclose(outputs(machine.parts, torch.float32)["unet"], machine.original_outputs["unet"])
 
 
 def test_deleting_the_active_adapter_activates_no_other(world: World) -> None:
@@ -149,8 +149,8 @@ def test_deleting_the_active_adapter_activates_no_other(world: World) -> None:
 
 
 @pytest.mark.parametrize("names", [("nest", "plain"), ("plain", "nest"), ("mix",)], ids="-".join)
-def test_merge_and_unload_loses_nothing_silently(world: World, names: tuple[str, ...]) -> None:
-    """PEFT's own verb, which takes a nested adapter out with the outer one, merged or not."""
+def test_merge_and_unload_is_refused(world: World, names: tuple[str, ...]) -> None:
+    """PEFT's function, which removes a nested adapter together with the outer one, merged or not."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     pipe = world.fresh()
@@ -167,29 +167,29 @@ def test_merge_and_unload_loses_nothing_silently(world: World, names: tuple[str,
 
 
 @pytest.mark.parametrize("name", ["nora", "a b", "delta", "my_lora_1", ""])
-def test_names_that_collide_with_keys_are_refused(world: World, name: str) -> None:
+def test_reserved_names_are_refused(world: World, name: str) -> None:
     pipe = world.fresh()
-    with pytest.raises(UserError, match="will not do"):
+    with pytest.raises(UserError, match="is not allowed"):
         add_adapter(pipe, nora(r=2, inner_r=1, basis="svd"), name)
 
 
-def test_set_lora_device_moves_ours_and_theirs(world: World) -> None:
+def test_set_lora_device_moves_all_adapters(world: World) -> None:
     pipe = world.fresh()
     name = next(iter(OURS))
     load_adapter(pipe, world.files[name], name)
     pipe.load_lora_weights(dict(world.loras[next(iter(FOREIGN))]), adapter_name="plain")
 
-    def places() -> set[str]:
+    def devices() -> set[str]:
         found = {p.device.type for p in trainable_parameters(pipe, name).values()}
         return found | {p.device.type for key, p in pipe.unet.named_parameters() if key.endswith("lora_A.plain.weight")}
 
-    assert places() == {"cpu"}
+    assert devices() == {"cpu"}
     pipe.set_lora_device([name, "plain"], "meta")
-    assert places() == {"meta"}
+    assert devices() == {"meta"}
 
 
 def test_saving_beside_a_fused_lora_is_refused(world: World, tmp_path: Path) -> None:
-    """The base's fingerprint would be that of the fused weights, and the file refused on its own base."""
+    """The fingerprints would be those of the fused weights, and the base would refuse the file."""
     pipe = world.fresh()
     name = next(iter(OURS))
     load_adapter(pipe, world.files[name], name)
@@ -202,8 +202,8 @@ def test_saving_beside_a_fused_lora_is_refused(world: World, tmp_path: Path) -> 
     load_adapter(pipe, save_adapter(pipe, tmp_path / "again", name), "again")
 
 
-def test_an_adapter_cannot_have_a_module_s_name(world: World) -> None:
+def test_module_names_are_refused(world: World) -> None:
     pipe = world.fresh()
     for taken in ("to_q", "0", "mid_block"):
-        with pytest.raises(UserError, match="that of a module"):
+        with pytest.raises(UserError, match="the name of a module"):
             add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), taken)

@@ -1,7 +1,7 @@
-"""One small test for each internal of PEFT, diffusers and transformers that this package leans on.
+"""One small test for each internal of PEFT, diffusers and transformers that this package depends on.
 
-After an upgrade that moves one of them, the message says which internal of which library, and what here needs it.
-docs/compatibility.md lists them with the releases that were run.
+If an upgrade changes one of them, the error names the library, the internal and the code that depends on it.
+docs/compatibility.md lists them, with the tested releases.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VERSIONS = {"peft": peft.__version__, "diffusers": diffusers.__version__, "trans
 
 @contextmanager
 def canary(library: str, internal: str, needed_by: str) -> Iterator[None]:
-    """Turns any failure into a sentence."""
+    """Turn any exception into a failure that names the internal."""
     try:
         yield
     except Exception as error:
@@ -39,7 +39,7 @@ def canary(library: str, internal: str, needed_by: str) -> Iterator[None]:
         pytest.fail(f"{library} {VERSIONS[library]} changed {internal}; {needed_by} depends on it ({detail})")
 
 
-def test_the_table_of_releases_has_the_pinned_ones() -> None:
+def test_documented_releases_include_the_pinned_ones() -> None:
     root = Path(__file__).parents[2]
     documented = (root / "docs" / "compatibility.md").read_text()
     pinned = (root / "constraints.txt").read_text()
@@ -55,7 +55,7 @@ class Holder(nn.Module):
 
 
 def stacked(ours_first: bool) -> Holder:
-    """One projection with a LoRA and an adapter of ours."""
+    """One projection with a LoRA and one of our adapters."""
     model, plain = Holder(), LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
     for ours in (ours_first, not ours_first):
         if ours:
@@ -82,8 +82,8 @@ def test_peft_tables_of_methods() -> None:
         assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING[NORA] == PREFIX == f"{NORA.lower()}_"
 
 
-def test_peft_finds_a_method_by_its_string() -> None:
-    with canary("peft", "get_peft_config / PeftConfig.from_peft_type by name", "loading by PEFT's own verbs"):
+def test_peft_finds_the_method_by_name() -> None:
+    with canary("peft", "get_peft_config / PeftConfig.from_peft_type by name", "loading by PEFT"):
         assert isinstance(peft.get_peft_config(lora(r=2, target_modules=["to_q"]).to_dict()), AdapterConfig)
 
 
@@ -100,7 +100,7 @@ def test_peft_nests_tuner_layers(ours_first: bool) -> None:
         assert set(vars(layer)["_modules"]) >= {"lora_A", "lora_B", "base_layer"}
 
 
-@pytest.mark.skipif(VERSIONS["peft"] < "0.21", reason="PEFT saves methods that it does not know since 0.21; we do it")
+@pytest.mark.skipif(VERSIONS["peft"] < "0.21", reason="PEFT saves unknown methods since 0.21")
 def test_peft_strips_adapter_names_from_keys() -> None:
     with canary("peft", "BaseTuner._remove_adapter_name_from_key", "PEFT's own saving of our adapters"):
         from peft.utils import get_peft_model_state_dict
@@ -129,13 +129,13 @@ def test_peft_hooks_of_the_tuner() -> None:
         "peft", "BaseTuner._unload_and_optionally_merge", "adapters/tuner/model.py (merge_and_unload is refused)"
     ):
         assert "_unload_and_optionally_merge" in vars(BaseTuner)
-    with canary("peft", "PeftModel._enable_peft_forward_hooks", "adapters/tuner/model.py (adapter_names: one a row)"):
+    with canary("peft", "PeftModel._enable_peft_forward_hooks", "adapters/tuner/model.py (adapter_names: one per row)"):
         assert "_enable_peft_forward_hooks" in inspect.getsource(peft.PeftModel)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_peft_lora_ignores_live_adapters_beside_merged_ones() -> None:
-    with canary("peft", "lora.Linear.forward with something merged", "what docs/compatibility.md says of fusing"):
+    with canary("peft", "lora.Linear.forward with a merged adapter", "docs/compatibility.md (fusing)"):
         model = Holder()
         for name in ("one", "two"):
             config = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
@@ -163,7 +163,7 @@ def test_peft_merge_helpers() -> None:
     ["set_adapter_layers", "set_weights_and_activate_adapters", "scale_lora_layers", "unscale_lora_layers",
      "delete_adapter_layers", "recurse_remove_peft_layers"],
 )  # fmt: skip
-def test_diffusers_verbs_treat_every_tuner_layer_alike(internal: str) -> None:
+def test_diffusers_treats_all_tuner_layers_alike(internal: str) -> None:
     with canary(
         "diffusers", f"diffusers.utils.peft_utils.{internal}", "pipe.set_adapters, fuse, delete, unload on ours"
     ):
@@ -175,7 +175,7 @@ def test_diffusers_verbs_treat_every_tuner_layer_alike(internal: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_diffusers_model_verbs() -> None:
+def test_diffusers_model_functions() -> None:
     with canary("diffusers", "PeftAdapterMixin (add, set, disable, fuse, delete, unload)", "everything on a UNet"):
         unet = tiny_unet()
         unet.add_adapter(lora(r=2), "mine")
@@ -230,13 +230,13 @@ def test_diffusers_attention_interface() -> None:
             assert hasattr(attention, name), name
 
 
-def test_hooks_that_offload_have_their_names() -> None:
+def test_offloading_hooks() -> None:
     with canary("diffusers", "hooks of group offloading", "adapters/tuner/offloading.py, loaders/active.py"):
         from diffusers.hooks import apply_group_offloading
         from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 
-        model, here = Holder(), torch.device("cpu")
-        apply_group_offloading(model, here, here, offload_type="leaf_level")
+        model, cpu = Holder(), torch.device("cpu")
+        apply_group_offloading(model, cpu, cpu, offload_type="leaf_level")
         model.add_module("more", nn.Linear(4, 4))
         _maybe_remove_and_reapply_group_offloading(model)
         for layer in (model.to_q, model.get_submodule("more")):
@@ -250,13 +250,13 @@ def test_hooks_that_offload_have_their_names() -> None:
     with canary("peft", "accelerate's _hf_hook on offloaded layers", "adapters/tuner/offloading.py"):
         from accelerate import cpu_offload
 
-        offloaded = cpu_offload(Holder(), here)
+        offloaded = cpu_offload(Holder(), cpu)
         assert offloaded.to_q.weight.is_meta
         offloaded.to_q._hf_hook.pre_forward(offloaded.to_q)
         assert not offloaded.to_q.weight.is_meta
 
 
-def test_transformers_keeps_configs_of_adapters() -> None:
+def test_transformers_stores_adapter_configs() -> None:
     with canary("transformers", "PreTrainedModel.peft_config / _hf_peft_config_loaded", "loaders (text encoders)"):
         from transformers import CLIPTextConfig, CLIPTextModel
 

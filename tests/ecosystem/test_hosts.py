@@ -1,4 +1,4 @@
-"""What programs do with a pipeline beside calling it: copy it, send it off, cast it, keep its weights elsewhere."""
+"""Copying, pickling, casting and offloading pipelines with adapters."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ Render = Callable[[Any], torch.Tensor]
 
 @pytest.fixture
 def add(pipe: Any) -> Callable[[str], None]:
-    """``add(kind)``: an adapter of that kind with random numbers, called ``dog``."""
+    """``add(kind)`` adds an adapter of that method with random weights, named ``dog``."""
 
-    def put(kind: str) -> None:
+    def add_kind(kind: str) -> None:
         torch.manual_seed(0)
         add_adapter(pipe, KINDS[kind](), "dog", PARTS)
         for parameter in trainable_parameters(pipe, "dog").values():
             parameter.data += 0.3 * torch.randn(parameter.shape)
 
-    return put
+    return add_kind
 
 
-def sent(module: torch.nn.Module) -> torch.nn.Module:
-    """As another process gets it."""
+def pickled(module: torch.nn.Module) -> torch.nn.Module:
+    """A module after pickling, as another process gets it."""
     content = io.BytesIO()
     torch.save(module, content)
     content.seek(0)
@@ -59,23 +59,23 @@ def sent(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def assert_same(kind: str, one: torch.Tensor, two: torch.Tensor) -> None:
-    """Bit for bit; DoRA to rounding error, since on some CPUs a product of tiny matrices depends on their alignment."""
+    """Equal bit for bit; DoRA to rounding, since on some CPUs products of tiny matrices depend on memory alignment."""
     if kind == "dora":
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
     else:
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, sent])
+@pytest.mark.parametrize("copy_module", [copy.deepcopy, pickled])
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_compute_the_same_and_are_independent(
-    pipe: Any, render: Render, add: Callable[[str], None], kind: str, way: Callable[[Any], Any]
+    pipe: Any, render: Render, add: Callable[[str], None], kind: str, copy_module: Callable[[Any], Any]
 ) -> None:
     add(kind)
     here = render(pipe)
     originals = {part: getattr(pipe, part) for part in PARTS}
     for part, module in originals.items():
-        setattr(pipe, part, way(module))
+        setattr(pipe, part, copy_module(module))
     assert_same(kind, render(pipe), here)
     set_adapters(pipe, "dog", 0.5)
     assert not torch.equal(render(pipe), here)
@@ -84,7 +84,7 @@ def test_copies_compute_the_same_and_are_independent(
     assert torch.equal(render(pipe), here)
 
 
-def test_what_was_loaded_in_inference_mode_can_be_used_outside(pipe: Any, render: Render, tmp_path: Path) -> None:
+def test_adapters_loaded_in_inference_mode_are_usable_outside(pipe: Any, render: Render, tmp_path: Path) -> None:
     add_adapter(pipe, lora(r=2), "dog", PARTS)
     save_adapter(pipe, tmp_path, "dog")
     delete_adapter(pipe, "dog")
@@ -99,7 +99,7 @@ def test_what_was_loaded_in_inference_mode_can_be_used_outside(pipe: Any, render
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_layerwise_casting_rounds_the_base_and_nothing_else(pipe: Any, add: Callable[[str], None], kind: str) -> None:
+def test_layerwise_casting_rounds_the_base_only(pipe: Any, add: Callable[[str], None], kind: str) -> None:
     add(kind)
     x, t, states = torch.randn(2, 4, 8, 8), torch.tensor([3, 7]), torch.randn(2, 5, 16)
     twin = copy.deepcopy(pipe.unet)
@@ -113,7 +113,7 @@ def test_layerwise_casting_rounds_the_base_and_nothing_else(pipe: Any, add: Call
         assert torch.equal(pipe.unet(x, t, states).sample, twin(x, t, states).sample)
 
 
-def test_weights_that_were_cast_before_are_said_to_be(pipe: Any, tmp_path: Path) -> None:
+def test_loading_after_layerwise_casting_is_refused(pipe: Any, tmp_path: Path) -> None:
     add_adapter(pipe, lora(r=2), "dog")
     save_adapter(pipe, tmp_path, "dog")
     delete_adapter(pipe, "dog")
@@ -122,16 +122,16 @@ def test_weights_that_were_cast_before_are_said_to_be(pipe: Any, tmp_path: Path)
         load_adapter(pipe, tmp_path, "dog")
 
 
-def sequentially(pipe: Any, _: Path) -> None:
-    """``enable_sequential_cpu_offload``, which wants a GPU, as it does its work."""
+def offload_sequentially(pipe: Any, _: Path) -> None:
+    """What ``enable_sequential_cpu_offload`` does, which requires a GPU."""
     from accelerate import cpu_offload
 
     for module in (pipe.unet, pipe.text_encoder, pipe.vae):
         cpu_offload(module, torch.device("cpu"), offload_buffers=len(module._parameters) > 0)
 
 
-def by_leaves(pipe: Any, folder: Path) -> None:
-    """To disk, so that tensors are not at hand unless they are asked for, on a CPU too."""
+def offload_leaves(pipe: Any, folder: Path) -> None:
+    """Offload to disk, so that weights are absent until they are loaded, also on a CPU."""
     from diffusers.hooks import apply_group_offloading
 
     here = torch.device("cpu")
@@ -141,20 +141,25 @@ def by_leaves(pipe: Any, folder: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("how", [sequentially, by_leaves])
+@pytest.mark.parametrize("offload", [offload_sequentially, offload_leaves])
 @pytest.mark.parametrize("kind", KINDS)
 def test_offloaded_layers_compute_the_same(
-    pipe: Any, render: Render, add: Callable[[str], None], tmp_path: Path, kind: str, how: Callable[[Any, Path], None]
+    pipe: Any,
+    render: Render,
+    add: Callable[[str], None],
+    tmp_path: Path,
+    kind: str,
+    offload: Callable[[Any, Path], None],
 ) -> None:
     add(kind)
     here = render(pipe)
-    how(pipe, tmp_path)
+    offload(pipe, tmp_path)
     assert_same(kind, render(pipe), here)
     set_adapter_processors(pipe)
     torch.testing.assert_close(render(pipe), here, atol=1e-5, rtol=1e-4)
 
 
-def test_group_offloading_takes_in_what_is_loaded(pipe: Any, render: Render, tmp_path: Path) -> None:
+def test_group_offloading_includes_loaded_adapters(pipe: Any, render: Render, tmp_path: Path) -> None:
     add_adapter(pipe, nora(r=4, inner_r=2), "dog")
     save_adapter(pipe, tmp_path, "dog")
     delete_adapter(pipe, "dog")
@@ -169,10 +174,10 @@ def test_group_offloading_takes_in_what_is_loaded(pipe: Any, render: Render, tmp
     assert torch.equal(render(pipe), before)
 
 
-def test_what_is_elsewhere_is_not_read(pipe: Any, tmp_path: Path) -> None:
+def test_offloaded_weights_are_not_read(pipe: Any, tmp_path: Path) -> None:
     add_adapter(pipe, lora(r=2), "dog", PARTS)
     save_adapter(pipe, tmp_path, "dog")
-    sequentially(pipe, tmp_path)
+    offload_sequentially(pipe, tmp_path)
     calls = (lambda: load_adapter(pipe, tmp_path, "cat"), lambda: add_adapter(pipe, nora(r=2, inner_r=1), "cat"),
              lambda: save_adapter(pipe, tmp_path, "dog"), pipe.fuse_lora)  # fmt: skip
     for call in calls:

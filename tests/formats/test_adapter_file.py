@@ -233,7 +233,7 @@ def damage(saved: Path, how: str) -> None:
 
 FAULTS = {
     "truncated": "damaged or truncated", "empty": "empty, truncated", "web page": "web page", "lfs": "LFS pointer",
-    "nan": "NaN", "missing": "does not fit", "extra": "does not fit", "shape": "does not fit",
+    "nan": "NaN", "missing": "does not match", "extra": "does not match", "shape": "does not match",
     "integers": "not a float dtype", "metadata": "metadata is damaged", "newer": "version 99",
     "no metadata": "not an adapter of",
 }  # fmt: skip
@@ -383,7 +383,7 @@ def test_a_hub_repository_may_hold_a_shared_basis_or_a_lora(
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert load_adapter(pipe, "somebody/shared").info.basis == "shared"
     assert load_adapter(pipe, "somebody/lora").applied > 0
-    with pytest.raises(UserError, match="holds no adapter: none of nora_adapter"):
+    with pytest.raises(UserError, match="holds no adapter: it has none of nora_adapter"):
         load_adapter(pipe, "somebody/empty")
 
 
@@ -612,7 +612,7 @@ def test_export_works_where_this_package_is_not_imported(
 BASE_FAULTS = {
     "absent": ("does not exist", lambda p: shutil.rmtree(p)),
     "index": ("model_index.json is missing", lambda p: (p / "model_index.json").unlink()),
-    "list": ("no table of a pipeline's parts", lambda p: (p / "model_index.json").write_text("[]")),
+    "list": ("not a table of pipeline components", lambda p: (p / "model_index.json").write_text("[]")),
     "component": ("unet/ is missing", lambda p: shutil.rmtree(p / "unet")),
     "config": ("vae/config.json is missing", lambda p: (p / "vae" / "config.json").unlink()),
     "weights": ("no safetensors weights in unet/", lambda p: next((p / "unet").glob("*.safetensors")).unlink()),

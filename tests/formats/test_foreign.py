@@ -404,7 +404,7 @@ def test_textual_inversion(pipe: Any, tmp_path: Path, render: Any) -> None:
     token = pipe.tokenizer.convert_tokens_to_ids("<cat-toy>")
     table = pipe.text_encoder.get_input_embeddings().weight
     assert torch.equal(table[token], load_file(file)["<cat-toy>"][0])
-    with pytest.raises(UserError, match="is in the pipeline already"):
+    with pytest.raises(UserError, match="the pipeline already has the token"):
         load_adapter(pipe, file)
     save_file({"emb_params": torch.randn(1, 32)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="made for another base"):

@@ -226,9 +226,9 @@ def test_other_refusals(pipe: Any, shelf: Path, pack: Path, tmp_path: Path) -> N
         (lambda: create_pack(tmp_path / "x.nora_pack.safetensors", []), "nothing to pack"),
         (lambda: create_pack(tmp_path / "x.nora_pack.safetensors", str(shelf / "dog")), "give a list of paths"),
         (lambda: create_pack(tmp_path / "x.nora_pack.safetensors", [None]), "None is not a path"),  # type: ignore[list-item]
-        (lambda: load_adapter(pipe, None), "is no adapter"),  # type: ignore[arg-type]
+        (lambda: load_adapter(pipe, None), "is not an adapter"),  # type: ignore[arg-type]
         (lambda: load_adapter(pipe.unet, shelf / "dog"), "pass the pipeline that holds it"),
-        (lambda: load_adapter(pipe, shelf / "dog", 5), "the adapter name 5 will not do"),  # type: ignore[arg-type]
+        (lambda: load_adapter(pipe, shelf / "dog", 5), "the adapter name 5 is not allowed"),  # type: ignore[arg-type]
         (lambda: add_to_pack(tmp_path / "no/x.nora_pack.safetensors", [shelf / "dog"]), "no pack at"),
         (lambda: remove_from_pack(tmp_path / "no/x.nora_pack.safetensors", ["dog"]), "no pack at"),
         (lambda: remove_from_pack(pack, ["fox"]), "no subject 'fox'"),

@@ -1,4 +1,4 @@
-"""Summaries of routers, and the plain LoRA that a fixed gate makes of a mixture."""
+"""Gate statistics of routed adapters, and their export as a plain LoRA with a fixed gate."""
 
 from __future__ import annotations
 
@@ -50,41 +50,41 @@ def softmax(logits: Tensor) -> Tensor:
     return powers / powers.sum(-1, keepdim=True)
 
 
-def watched(pipe: Any, key: str) -> tuple[Any, list[Tensor], list[Tensor]]:
-    """A layer, the inputs of its frozen projection and the router's conditions over the calibration run."""
+def record_inputs(pipe: Any, key: str) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """A layer, the inputs of its base layer and its router's inputs, recorded over a calibration run."""
     part, path = key.split(".", 1)
     layer = nora_layers(getattr(pipe, part), "one")[path]
-    delta, inputs, seen = layer.delta("one"), [], []
+    delta, inputs, router_inputs = layer.delta("one"), [], []
 
     def hook(_: Any, args: tuple[Tensor, ...]) -> None:
         x = args[0].double()
         x = x.movedim(1, -1) if x.ndim == 4 else x
         inputs.append(x)
         if delta.router == "token":
-            seen.append(x.reshape(-1, x.shape[-1]))
+            router_inputs.append(x.reshape(-1, x.shape[-1]))
         else:
             vectors = delta.router_inputs.vectors
-            seen.append(torch.cat([vectors[name].double() for name in delta.router.split("+")], dim=-1))
+            router_inputs.append(torch.cat([vectors[name].double() for name in delta.router.split("+")], dim=-1))
 
     handle = layer.base_layer.register_forward_pre_hook(hook)
     set_adapters(pipe, "one")
     short_run(pipe, Calibration(prompts=PROMPTS))
     handle.remove()
-    return layer, inputs, seen
+    return layer, inputs, router_inputs
 
 
 def some_keys(keys: Any) -> list[str]:
     return [next(k for k in keys if k.startswith("text_encoder")), next(k for k in keys if "attn2.to_k" in k)]
 
 
-def test_summary_is_the_mean_of_the_decisions(mixture: Any) -> None:
+def test_summary_is_the_mean_over_gates(mixture: Any) -> None:
     summaries = router_summary(mixture, "one", PROMPTS)
     assert set(summaries) == {
         f"{p}.{k}" for p in ("unet", "text_encoder") for k in nora_layers(getattr(mixture, p), "one")
     }
     for key in some_keys(summaries):
-        layer, _, seen = watched(mixture, key)
-        gates = softmax(torch.cat(seen) @ layer.delta("one").W_g.detach().double().T)
+        layer, _, router_inputs = record_inputs(mixture, key)
+        gates = softmax(torch.cat(router_inputs) @ layer.delta("one").W_g.detach().double().T)
         summary = summaries[key]
         torch.testing.assert_close(summary.gate.double(), gates.mean(0), atol=1e-5, rtol=1e-4)
         entropy = -sum(g * math.log(g) for row in gates.tolist() for g in row if g > 0) / len(gates)
@@ -93,7 +93,7 @@ def test_summary_is_the_mean_of_the_decisions(mixture: Any) -> None:
         assert 0 < summary.sharpness < 1
 
 
-def test_an_undecided_router(pipe: Any) -> None:
+def test_uniform_router(pipe: Any) -> None:
     add_adapter(pipe, mor(r=4, num_experts=N), "one")
     for key, parameter in trainable_parameters(pipe, "one").items():
         parameter.data.mul_(0 if key.endswith("W_g") else 1)
@@ -103,12 +103,12 @@ def test_an_undecided_router(pipe: Any) -> None:
         assert summary.sharpness == pytest.approx(0, abs=1e-6)
 
 
-def test_the_cost_of_a_fixed_gate(mixture: Any) -> None:
-    """Against the dense formula on the inputs of the run."""
+def test_error_of_a_fixed_gate(mixture: Any) -> None:
+    """Compare with the dense formula on the inputs of the run."""
     found = mean_gates(mixture, "one", PROMPTS)
     assert found.prompts == 2 and found.gates.keys() == found.output_error.keys() == found.change_error.keys()
     for key in some_keys(found.gates):
-        layer, inputs, seen = watched(mixture, key)
+        layer, inputs, router_inputs = record_inputs(mixture, key)
         delta, e = layer.delta("one"), layer.delta("one").experts
         experts = [
             torch.diag(e.b[i]) @ e.B @ torch.diag(e.a[i]) @ e.A if hasattr(e, "a") else
@@ -118,7 +118,7 @@ def test_the_cost_of_a_fixed_gate(mixture: Any) -> None:
         stack = torch.stack(experts).detach().double() * layer.states["one"].native_scale
         fixed = torch.einsum("n,noi->oi", found.gates[key].double(), stack)
         error = output = change = 0.0
-        for x, c in zip(inputs, seen, strict=True):
+        for x, c in zip(inputs, router_inputs, strict=True):
             gates = softmax(c @ delta.W_g.detach().double().T)
             gates = gates.view(*x.shape[:-1], N) if delta.router == "token" else gates.unsqueeze(1)
             dy = torch.einsum("...n,noi,...i->...o", gates, stack, x)
@@ -131,7 +131,7 @@ def test_the_cost_of_a_fixed_gate(mixture: Any) -> None:
         assert found.change_error[key] == pytest.approx(math.sqrt(error / change), rel=1e-3)
 
 
-def test_measuring_leaves_the_pipeline_alone(mixture: Any) -> None:
+def test_measuring_does_not_change_the_pipeline(mixture: Any) -> None:
     add_adapter(mixture, nora(r=4, inner_r=2, basis="svd"), "two")
     set_adapters(mixture, ["one", "two"], [0.4, 0.7])
     parameter = next(iter(trainable_parameters(mixture, "one").values()))
@@ -144,7 +144,7 @@ def test_measuring_leaves_the_pipeline_alone(mixture: Any) -> None:
     assert parameter.requires_grad
 
 
-def test_export_needs_to_be_told(mixture: Any, tmp_path: Path) -> None:
+def test_export_requires_a_gate_option(mixture: Any, tmp_path: Path) -> None:
     file = save_adapter(mixture, tmp_path / "one", "one")
     add_adapter(mixture, nora(r=4, inner_r=2, basis="svd"), "two")
     plain = save_adapter(mixture, tmp_path / "two", "two")
@@ -161,10 +161,10 @@ def test_export_needs_to_be_told(mixture: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mixture", ["mor-prompt+timestep", "moe-token"], indirect=True)
-def test_exported_mean_gate_in_a_stock_pipeline(mixture: Any, tmp_path: Path) -> None:
-    """The file equals the mixture with its gates held at the mean, as seen by diffusers' own loader."""
+def test_exported_mean_gate_in_diffusers(mixture: Any, tmp_path: Path) -> None:
+    """The exported file, loaded by diffusers, equals the mixture with gates fixed at their mean."""
     file = save_adapter(mixture, tmp_path, "one")
-    held = copy.deepcopy(mixture)
+    fixed_pipe = copy.deepcopy(mixture)
     before = list_adapters(mixture)
     report = export_lora(file, tmp_path / "lora.safetensors", gate="mean", pipe=mixture, calibration=PROMPTS)
     assert list_adapters(mixture) == before
@@ -172,26 +172,24 @@ def test_exported_mean_gate_in_a_stock_pipeline(mixture: Any, tmp_path: Path) ->
     assert 0 < max(report.gates.output_error.values()) < max(report.gates.change_error.values())
     assert "2 prompts" in report.note
     for part in ("unet", "text_encoder"):
-        for path, layer in nora_layers(getattr(held, part), "one").items():
+        for path, layer in nora_layers(getattr(fixed_pipe, part), "one").items():
             delta = layer.delta("one")
             down, up = delta.pair(report.gates.gates[f"{part}.{path}"])
             dense = layer.states["one"].native_scale * (up @ down)
             layer.base_layer.weight.data += dense.detach().view_as(layer.base_layer.weight)
-    set_adapters(held, [])
+    set_adapters(fixed_pipe, [])
     stock = copy.deepcopy(mixture)
     delete_adapter(stock, "one")
     stock.load_lora_weights(str(report.path), adapter_name="plain")
     x, states, ids = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16), torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         torch.testing.assert_close(
-            stock.unet(x, 3, states).sample, held.unet(x, 3, states).sample, atol=1e-5, rtol=1e-4
+            stock.unet(x, 3, states).sample, fixed_pipe.unet(x, 3, states).sample, atol=1e-5, rtol=1e-4
         )
-        torch.testing.assert_close(stock.text_encoder(ids)[0], held.text_encoder(ids)[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(stock.text_encoder(ids)[0], fixed_pipe.text_encoder(ids)[0], atol=1e-5, rtol=1e-4)
 
 
-def test_export_from_the_command_line(
-    pipe: Any, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_command(pipe: Any, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add_adapter(pipe, mor(r=2, num_experts=N, router="prompt"), "one")
     randomize(pipe)
     file, out = str(save_adapter(pipe, tmp_path, "one")), tmp_path / "lora.safetensors"
@@ -202,7 +200,7 @@ def test_export_from_the_command_line(
     assert "mean over 2 prompts: relative error" in capsys.readouterr().out and out.is_file()
 
 
-def test_what_has_no_router_is_refused(pipe: Any) -> None:
+def test_adapters_without_a_router_are_refused(pipe: Any) -> None:
     add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "one")
     with pytest.raises(UserError, match="has no router"):
         router_summary(pipe, "one")

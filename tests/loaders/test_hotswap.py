@@ -1,4 +1,4 @@
-"""Switching in place: another adapter's numbers, the same modules, and nothing compiled again."""
+"""Hotswapping: weights are replaced in place, modules stay, and compiled models are not recompiled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PARTS = ("unet", "text_encoder")
 
 
 def make(pipe: Any, folder: Path, config: AdapterConfig, seed: int, parts: Any = PARTS, **save: Any) -> Path:
-    """An adapter with random numbers, saved and taken out again."""
+    """Save an adapter with random weights, and delete it from the pipeline."""
     torch.manual_seed(seed)
     add_adapter(pipe, config, folder.name, parts)
     for parameter in trainable_parameters(pipe, folder.name).values():
@@ -43,7 +43,7 @@ def tensors(pipe: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", [nora(r=4, inner_r=2, basis="svd"), mor(r=4, num_experts=3)], ids=["nora", "mor"])
-def test_the_swapped_adapter_is_the_other_one(pipe: Any, tmp_path: Path, kind: AdapterConfig) -> None:
+def test_hotswap_equals_loading(pipe: Any, tmp_path: Path, kind: AdapterConfig) -> None:
     dog = make(pipe, tmp_path / "dog", kind, 1, info={"trigger": "sks"})
     kind.alpha = 2.0
     cat = make(pipe, tmp_path / "cat", kind, 2, info={"trigger": "zwx"})
@@ -56,7 +56,7 @@ def test_the_swapped_adapter_is_the_other_one(pipe: Any, tmp_path: Path, kind: A
     assert (loaded.applied, loaded.trigger) == (loaded.total, "zwx")
     assert modules(pipe) == before
     assert all(torch.equal(a, b) for a, b in zip(outputs(pipe), wanted, strict=True))
-    again = save_adapter(pipe, tmp_path / "again", "pet")  # config and description came along as well
+    again = save_adapter(pipe, tmp_path / "again", "pet")  # config and description were replaced too
     assert again.read_bytes() == (cat / again.name).read_bytes()
 
 
@@ -70,12 +70,12 @@ REFUSED: dict[str, tuple[str, AdapterConfig, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("fault", REFUSED)
-def test_what_does_not_fit_is_refused_and_nothing_changes(pipe: Any, tmp_path: Path, fault: str) -> None:
+def test_mismatches_are_refused_without_changes(pipe: Any, tmp_path: Path, fault: str) -> None:
     words, config, parts = REFUSED[fault]
     dog = make(pipe, tmp_path / "dog", nora(r=4, inner_r=2, basis="svd"), 1)
     other = make(pipe, tmp_path / "other", config, 2, parts)
     load_adapter(pipe, dog, "dog")
-    load_adapter(pipe, dog, "twin")  # lies on the same basis
+    load_adapter(pipe, dog, "twin")  # shares the basis
     before = tensors(pipe)
     with pytest.raises(UserError, match=words):
         load_adapter(pipe, other, "dog", hotswap=True)
@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(pipe: Any, tmp_path: P
         load_adapter(pipe, dog, "dog", hotswap=True)
 
 
-def test_a_shared_basis_lies_in_memory_once(pipe: Any, tmp_path: Path) -> None:
+def test_shared_basis_is_in_memory_once(pipe: Any, tmp_path: Path) -> None:
     names, config = ["dog", "cat", "owl"], nora(r=4, inner_r=2, basis="svd")
     files = [make(pipe, tmp_path / name, config, i, basis="shared") for i, name in enumerate(names)]
 
@@ -114,8 +114,8 @@ def test_a_shared_basis_lies_in_memory_once(pipe: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_is_compiled_again(pipe: Any, tmp_path: Path) -> None:
-    """Neither for another adapter nor for another weight; a cheap backend counts the graphs."""
+def test_nothing_is_recompiled(pipe: Any, tmp_path: Path) -> None:
+    """Neither another adapter nor another weight recompiles; a trivial backend counts the graphs."""
     config = nora(r=4, inner_r=2, basis="svd")
     dog = make(pipe, tmp_path / "dog", config, 1)
     config.alpha = 6.0
@@ -153,7 +153,7 @@ def test_nothing_is_compiled_again(pipe: Any, tmp_path: Path) -> None:
     torch._dynamo.reset()
 
 
-def test_a_set_rank_does_not_outlive_a_swap(pipe: Any, tmp_path: Path) -> None:
+def test_hotswap_resets_the_rank(pipe: Any, tmp_path: Path) -> None:
     dog, cat = (make(pipe, tmp_path / name, dylora(r=4), seed) for seed, name in enumerate(("dog", "cat")))
     load_adapter(pipe, cat, "pet")
     wanted = outputs(pipe)
@@ -163,18 +163,18 @@ def test_a_set_rank_does_not_outlive_a_swap(pipe: Any, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(outputs(pipe), wanted, strict=True))
 
 
-def test_files_of_other_tools_are_not_swapped(pipe: Any, tmp_path: Path) -> None:
+def test_files_of_other_tools_are_not_hotswapped(pipe: Any, tmp_path: Path) -> None:
     dog = make(pipe, tmp_path / "dog", nora(r=4, inner_r=2, basis="svd"), 1)
     export_lora(dog, tmp_path / "plain.safetensors")
     load_adapter(pipe, dog, "pet")
     before = outputs(pipe)
     for option in ({"hotswap": True}, {"rank": 2}):
-        with pytest.raises(UserError, match=f"{next(iter(option))} is for adapters of this toolkit"):
+        with pytest.raises(UserError, match=f"{next(iter(option))} works with adapters of this toolkit only"):
             load_adapter(pipe, tmp_path / "plain.safetensors", "pet", **option)
     assert all(torch.equal(a, b) for a, b in zip(outputs(pipe), before, strict=True))
 
 
-def test_loading_beside_an_adapter_in_training_leaves_it_in_training(pipe: Any, tmp_path: Path) -> None:
+def test_loading_keeps_requires_grad_of_an_adapter_in_training(pipe: Any, tmp_path: Path) -> None:
     dog = make(pipe, tmp_path / "dog", nora(r=4, inner_r=2, basis="svd"), 1)
     export_lora(dog, tmp_path / "plain.safetensors")
     add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "mine")
@@ -183,6 +183,6 @@ def test_loading_beside_an_adapter_in_training_leaves_it_in_training(pipe: Any, 
     load_adapter(pipe, tmp_path / "plain.safetensors", "plain")
     set_adapters(pipe, ["mine", "dog"])
     delete_adapter(pipe, "dog")
-    wanting = {id(p) for part in PARTS for p in getattr(pipe, part).parameters() if p.requires_grad}
-    assert wanting & mine == mine
+    requiring_grad = {id(p) for part in PARTS for p in getattr(pipe, part).parameters() if p.requires_grad}
+    assert requiring_grad & mine == mine
     assert not any(p.requires_grad for k, p in pipe.unet.named_parameters() if "lora_" in k or ".dog." in k)

@@ -1,4 +1,4 @@
-"""Adapters that take the basis of another one instead of computing their own."""
+"""Adapters that copy the basis of another adapter instead of computing one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def save_one(pipe: Any, config: AdapterConfig, folder: Path, name: str = "one", 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_basis_is_taken_over_to_the_bit(
+def test_copied_basis_is_equal_bit_for_bit(
     method: str, pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = save_one(pipe, METHODS[method](), tmp_path)
@@ -62,8 +62,8 @@ def test_a_basis_is_taken_over_to_the_bit(
     create_pack(tmp_path / "both.nora_pack.safetensors", {"one": first, "two": second})
 
 
-def test_a_basis_computed_in_another_precision_is_another(pipe: Any, tmp_path: Path) -> None:
-    """Why it has to be possible to take one over."""
+def test_basis_computed_in_another_precision_differs(pipe: Any, tmp_path: Path) -> None:
+    """This is why a basis can be copied."""
     first = save_one(pipe, METHODS["nora"](), tmp_path)
     pipe.to(torch.bfloat16)
     second = save_one(pipe, METHODS["nora"](), tmp_path, "two")
@@ -75,14 +75,14 @@ def test_a_basis_computed_in_another_precision_is_another(pipe: Any, tmp_path: P
 @pytest.mark.parametrize(
     ("config", "parts", "words"),
     [
-        (nora(r=2, inner_r=2, basis="svd"), PARTS, "r = 4, this adapter would have r = 2"),
-        (nora(r=4, inner_r=2, basis="awsvd"), PARTS, "basis = svd, this adapter would have basis = awsvd"),
+        (nora(r=2, inner_r=2, basis="svd"), PARTS, "r = 4, but this adapter would have r = 2"),
+        (nora(r=4, inner_r=2, basis="awsvd"), PARTS, "basis = svd, but this adapter would have basis = awsvd"),
         (nora(r=4, inner_r=2, basis="svd"), ["unet"], "only .* adapts text_encoder"),
-        (nora(r=4, inner_r=2, basis="svd", target_modules=["attn", "ff"]), PARTS, "only the new one adapts"),
+        (nora(r=4, inner_r=2, basis="svd", target_modules=["attn", "ff"]), PARTS, "only the new adapter adapts"),
         (lora(r=4), PARTS, "'lora' has no frozen basis"),
     ],
 )
-def test_a_basis_that_does_not_fit_is_refused(
+def test_mismatched_basis_is_refused(
     config: AdapterConfig, parts: list[str], words: str, pipe: Any, tmp_path: Path
 ) -> None:
     first = save_one(pipe, nora(r=4, inner_r=2, basis="svd"), tmp_path)
@@ -91,21 +91,21 @@ def test_a_basis_that_does_not_fit_is_refused(
     assert not list_adapters(pipe) and not nora_layers(pipe.unet, "two")
 
 
-def test_the_basis_of_another_base_or_of_none_is_refused(pipe: Any, tmp_path: Path) -> None:
+def test_other_bases_and_adapters_without_a_basis_are_refused(pipe: Any, tmp_path: Path) -> None:
     first = save_one(pipe, nora(r=4, inner_r=2, basis="svd"), tmp_path)
     plain = save_one(pipe, lora(r=4), tmp_path, "plain")
     other = open_pipeline(tiny_random_pipeline(tmp_path / "other", seed=7))
     with pytest.raises(UserError, match="was made for"):
         add_adapter(other, nora(r=4, inner_r=2, basis="svd"), "two", PARTS, basis_from=first)
-    with pytest.raises(UserError, match="holds no frozen basis"):
+    with pytest.raises(UserError, match="has no frozen basis"):
         add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "two", PARTS, basis_from=plain)
     assert not list_adapters(pipe)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("basis_dtype", ["float16", "bfloat16", "float32"])
-def test_what_is_saved_is_what_was_loaded(basis_dtype: str, dtype: torch.dtype, pipe: Any, tmp_path: Path) -> None:
-    """Half precision of one kind does not hold the bits of the other."""
+def test_saving_returns_the_loaded_tensors(basis_dtype: str, dtype: torch.dtype, pipe: Any, tmp_path: Path) -> None:
+    """fp16 cannot represent all bf16 values, nor bf16 all fp16 values."""
     config = nora(r=4, inner_r=2, basis="svd", target_modules=["attn", "conv"], basis_dtype=basis_dtype)
     first = save_one(pipe, config, tmp_path)
     pipe.to(dtype)
@@ -121,7 +121,7 @@ def test_what_is_saved_is_what_was_loaded(basis_dtype: str, dtype: torch.dtype, 
     [("nora", "adapter_nora"), ("a", "adapter_a"), ("0", "adapter_0"), ("keys", "adapter_keys"),
      ("my_lora_x", "my_lora-x"), ("my dog", "my_dog")],
 )  # fmt: skip
-def test_a_file_may_be_called_what_an_adapter_may_not(file: str, name: str, pipe: Any, tmp_path: Path) -> None:
+def test_file_names_that_are_not_adapter_names(file: str, name: str, pipe: Any, tmp_path: Path) -> None:
     first = save_one(pipe, nora(r=4, inner_r=2, basis="svd"), tmp_path)
     first.parent.rename(tmp_path / file)
     assert load_adapter(pipe, tmp_path / file).name == name

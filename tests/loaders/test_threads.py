@@ -1,4 +1,4 @@
-"""What other threads see while adapters come, go and are served: whole adapters, and nobody else's."""
+"""Threads: adapters are never seen half loaded, and functions that change a pipeline run one at a time."""
 
 from __future__ import annotations
 
@@ -54,63 +54,63 @@ def predict(pipe: Any) -> torch.Tensor:
         return pipe.unet(noisy, 3, hidden).sample
 
 
-def beside(work: Callable[[], object]) -> threading.Thread:
+def start_thread(work: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["into a bare base", "beside another"])
-def test_a_half_loaded_adapter_is_not_seen(
+def test_adapter_is_not_seen_while_it_loads(
     pipe: Any, saved: Path, monkeypatch: pytest.MonkeyPatch, first: bool
 ) -> None:
     if not first:
         load_adapter(pipe, saved / "dog")
     before, seen, fill = predict(pipe), [], load._fill
 
-    def watched(*given: Any) -> None:
+    def recording_fill(*args: Any) -> None:
         seen.append(predict(pipe))
-        fill(*given)
+        fill(*args)
         seen.append(predict(pipe))
 
-    monkeypatch.setattr(load, "_fill", watched)
+    monkeypatch.setattr(load, "_fill", recording_fill)
     load_adapter(pipe, saved / "cat", activate=False)
     assert len(seen) == 2 and all(torch.equal(now, before) for now in (*seen, predict(pipe)))
 
 
-def test_verbs_of_two_threads_wait_for_each_other(pipe: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entered, go_on, place = threading.Event(), threading.Event(), load.place
+def test_calls_in_two_threads_run_one_at_a_time(pipe: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, resume, insert = threading.Event(), threading.Event(), load.insert
 
-    def slow(*given: Any) -> None:
+    def slow(*args: Any) -> None:
         entered.set()
-        assert go_on.wait(WAIT)
-        place(*given)
+        assert resume.wait(WAIT)
+        insert(*args)
 
-    monkeypatch.setattr(load, "place", slow)
-    one = beside(lambda: load_adapter(pipe, saved / "dog"))
+    monkeypatch.setattr(load, "insert", slow)
+    one = start_thread(lambda: load_adapter(pipe, saved / "dog"))
     assert entered.wait(WAIT)
     done: list[str] = []
-    other = beside(lambda: (set_adapters(pipe, "dog", 0.5), done.append("weighed")))
+    other = start_thread(lambda: (set_adapters(pipe, "dog", 0.5), done.append("weights set")))
     other.join(0.2)
-    assert not done  # else it would not have found the adapter
-    go_on.set()
+    assert not done  # otherwise it would not have found the adapter
+    resume.set()
     one.join(WAIT), other.join(WAIT)
-    assert done == ["weighed"] and list_adapters(pipe) == {"unet": ["dog"]}
+    assert done == ["weights set"] and list_adapters(pipe) == {"unet": ["dog"]}
 
 
 @pytest.mark.parametrize("context", [lambda pipe: mixed_batch(pipe, ["dog"]), exclusive], ids=["batch", "exclusive"])
-def test_nothing_changes_while_a_thread_is_alone(pipe: Any, saved: Path, context: Callable[[Any], Any]) -> None:
+def test_other_threads_wait_for_the_context(pipe: Any, saved: Path, context: Callable[[Any], Any]) -> None:
     load_adapter(pipe, saved / "dog")
     with context(pipe):
-        other = beside(lambda: load_adapter(pipe, saved / "cat"))
+        other = start_thread(lambda: load_adapter(pipe, saved / "cat"))
         other.join(0.2)
         assert other.is_alive() and list_adapters(pipe) == {"unet": ["dog"]}
     other.join(WAIT)
     assert list_adapters(pipe) == {"unet": ["dog", "cat"]}
 
 
-def test_a_mixed_batch_refuses_new_and_fewer_adapters(pipe: Any, saved: Path) -> None:
-    """Its rows would not know of them: a first adapter would act on every row."""
+def test_mixed_batch_refuses_added_and_deleted_adapters(pipe: Any, saved: Path) -> None:
+    """A new adapter would act on every row."""
     changes: list[Callable[[], object]] = [
         lambda: load_adapter(pipe, saved / "dog"),
         lambda: add_adapter(pipe, lora(r=2), "new"),

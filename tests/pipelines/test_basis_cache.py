@@ -1,4 +1,4 @@
-"""The cache of outer pairs and activation statistics: what it keys on, and what it survives."""
+"""Cache of outer pairs and activation statistics: keys, damaged entries, size limit, several processes."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_hashes_stay_what_they_are() -> None:
-    """Shared bases and entries of the cache are found by them: other digests would orphan what is on disk."""
-    numbers = torch.arange(6.0).view(2, 3)
-    assert tensor_hash(numbers) == "e20933188a476ce2418266391f2f875503b2dbea37a1f5a230c18b535bc495b5"
-    named = named_hash({"b": numbers.half(), "a": numbers.T})
+def test_hashes_are_stable() -> None:
+    """Shared bases and cache entries are found by hash: other digests would orphan existing files."""
+    tensor = torch.arange(6.0).view(2, 3)
+    assert tensor_hash(tensor) == "e20933188a476ce2418266391f2f875503b2dbea37a1f5a230c18b535bc495b5"
+    named = named_hash({"b": tensor.half(), "a": tensor.T})
     assert named == "bea4be484e2fc66bd714605b0028e4fa8d66f4f317c4c9c7e0ec46ad38036dd7"
 
 
-def some_layers() -> dict[str, nn.Module]:
+def make_layers() -> dict[str, nn.Module]:
     generator = torch.Generator().manual_seed(0)
     layers: dict[str, nn.Module] = {
         "a.to_q": nn.Linear(12, 10),
@@ -58,12 +58,12 @@ def some_layers() -> dict[str, nn.Module]:
     return layers
 
 
-def some_strengths() -> dict[str, Tensor]:
+def make_strengths() -> dict[str, Tensor]:
     return {"a.to_q": torch.linspace(1, 2, 12), "b.to_k": torch.linspace(1, 3, 10), "c.conv1": torch.linspace(1, 4, 4)}
 
 
 def pairs(config: AdapterConfig | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-    return outer_pairs(config or nora(r=4), some_layers(), some_strengths())
+    return outer_pairs(config or nora(r=4), make_layers(), make_strengths())
 
 
 def equal(one: dict[str, tuple[Tensor, Tensor]], two: dict[str, tuple[Tensor, Tensor]]) -> bool:
@@ -73,7 +73,7 @@ def equal(one: dict[str, tuple[Tensor, Tensor]], two: dict[str, tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("config", [nora(r=4), nora(r=4, basis="svd", basis_dtype="bfloat16")], ids=lambda c: c.basis)
-def test_the_second_time_is_read_and_equal(cache: Path, config: AdapterConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_call_reads_the_cache(cache: Path, config: AdapterConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     first = pairs(config)
     assert [file.name.split("-")[0] for file in cache.iterdir()] == ["basis"]
     monkeypatch.setattr(basis_cache, "outer_pair", lambda *_: pytest.fail("computed again"))
@@ -81,11 +81,9 @@ def test_the_second_time_is_read_and_equal(cache: Path, config: AdapterConfig, m
     assert first["a.to_q"][0].dtype == getattr(torch, config.basis_dtype)
 
 
-def test_an_adapter_from_the_cache_is_the_adapter_without(
-    cache: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def factors(told: str) -> dict[str, Tensor]:
-        monkeypatch.setenv("NORA_CACHE", told)
+def test_cached_and_computed_adapters_are_equal(cache: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def factors(setting: str) -> dict[str, Tensor]:
+        monkeypatch.setenv("NORA_CACHE", setting)
         torch.manual_seed(5)
         add_adapter(pipe, nora(r=4, inner_r=2, target_modules=["attn", "ff", "proj", "conv"]), "one", PARTS)
         found = {
@@ -106,10 +104,10 @@ def test_an_adapter_from_the_cache_is_the_adapter_without(
         assert all(torch.equal(other[key], value) for key, value in without.items())
 
 
-def test_the_key_holds_all_that_a_basis_depends_on() -> None:
-    layers, strengths = some_layers(), some_strengths()
+def test_key_depends_on_everything_that_changes_a_basis() -> None:
+    layers, strengths = make_layers(), make_strengths()
     key = entry_key(nora(r=4), layers, strengths)
-    assert entry_key(nora(r=4, inner_r=2, alpha=8.0, dropout=0.1), some_layers(), some_strengths()) == key
+    assert entry_key(nora(r=4, inner_r=2, alpha=8.0, dropout=0.1), make_layers(), make_strengths()) == key
     changed: list[AdapterConfig] = [
         nora(r=5),
         nora(r=4, basis="svd"),
@@ -119,37 +117,37 @@ def test_the_key_holds_all_that_a_basis_depends_on() -> None:
         nora(r=4, rank_pattern={"to_q": 3}),
     ]
     keys = [entry_key(config, layers, strengths) for config in changed]
-    other_weight = some_layers()
+    other_weight = make_layers()
     other_weight["b.to_k"].weight.data[0, 0] += 1e-6  # type: ignore[operator, union-attr]
     keys.append(entry_key(nora(r=4), other_weight, strengths))
-    keys.append(entry_key(nora(r=4), {k: v.half() for k, v in some_layers().items()}, strengths))
+    keys.append(entry_key(nora(r=4), {k: v.half() for k, v in make_layers().items()}, strengths))
     keys.append(entry_key(nora(r=4), {k: layers[k] for k in ("a.to_q", "b.to_k")}, strengths))
     keys.append(entry_key(nora(r=4), layers, strengths | {"a.to_q": strengths["a.to_q"].flip(0)}))
     assert len({key, *keys}) == len(keys) + 1
 
 
-def test_a_plain_svd_does_not_depend_on_activations() -> None:
+def test_svd_key_does_not_depend_on_strengths() -> None:
     keys = {
-        entry_key(nora(r=4, basis="svd", power=power), some_layers(), strengths)
+        entry_key(nora(r=4, basis="svd", power=power), make_layers(), strengths)
         for power in (0.5, 1.0)
-        for strengths in (some_strengths(), {})
+        for strengths in (make_strengths(), {})
     }
     assert len(keys) == 1
 
 
 @pytest.mark.parametrize("basis", ["kaiming", "orthogonal"])
-def test_random_bases_are_drawn_afresh(cache: Path, basis: Any) -> None:
-    assert outer_pairs(nora(r=4, basis=basis), some_layers(), {}) == {}
+def test_random_bases_are_not_cached(cache: Path, basis: Any) -> None:
+    assert outer_pairs(nora(r=4, basis=basis), make_layers(), {}) == {}
     assert not cache.exists()
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda data: b"",
     "cut in the header": lambda data: data[:40],
-    "cut in the numbers": lambda data: data[:-3],
+    "cut in the tensors": lambda data: data[:-3],
     "longer": lambda data: data + b"\0\0",
     "garbage": lambda data: bytes(range(256)) * 20,
-    "a number changed": lambda data: data[:-5] + bytes([data[-5] ^ 1]) + data[-4:],
+    "a value changed": lambda data: data[:-5] + bytes([data[-5] ^ 1]) + data[-4:],
     "a dtype changed": lambda data: data.replace(b'"F16"', b'"I16"', 1),
     "a web page": lambda data: b"<!doctype html><html></html>",
     "a huge header": lambda data: (2**62).to_bytes(8, "little") + data[8:],
@@ -157,19 +155,19 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_entry_is_made_anew(cache: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_damaged_entry_is_recomputed(cache: Path, damage: Callable[[bytes], bytes]) -> None:
     first = pairs()
     (file,) = cache.iterdir()
-    sound = file.read_bytes()
-    file.write_bytes(damage(sound))
-    assert file.read_bytes() != sound
+    intact = file.read_bytes()
+    file.write_bytes(damage(intact))
+    assert file.read_bytes() != intact
     assert equal(pairs(), first)
     assert equal(pairs(), first)
     assert len(list(cache.iterdir())) == 1
-    assert file.stat().st_size == len(sound)
+    assert file.stat().st_size == len(intact)
 
 
-def test_an_entry_under_another_name_is_not_believed(cache: Path) -> None:
+def test_entry_under_another_name_is_not_used(cache: Path) -> None:
     first = pairs(nora(r=4))
     (file,) = cache.iterdir()
     pairs(nora(r=4, placement="up"))
@@ -178,15 +176,15 @@ def test_an_entry_under_another_name_is_not_believed(cache: Path) -> None:
     assert equal(pairs(nora(r=4)), first)
 
 
-def test_no_flipped_bit_goes_unnoticed(cache: Path) -> None:
-    """Whatever bit of a file is flipped, the entry is a miss or still holds the very same numbers."""
+def test_flipped_bits_are_detected(cache: Path) -> None:
+    """For each flipped bit, the entry is a miss or still holds the same values."""
     value = {"x": torch.arange(6, dtype=torch.float16).reshape(2, 3), "y": torch.ones(3)}
     tensor_cache.store("basis-x", value)
     (file,) = cache.iterdir()
-    sound = file.read_bytes()
-    for place in range(len(sound)):
-        broken = bytearray(sound)
-        broken[place] ^= 1 << (place % 8)
+    intact = file.read_bytes()
+    for index in range(len(intact)):
+        broken = bytearray(intact)
+        broken[index] ^= 1 << (index % 8)
         file.write_bytes(broken)
         found = tensor_cache.load("basis-x")
         if found is not None:
@@ -194,12 +192,12 @@ def test_no_flipped_bit_goes_unnoticed(cache: Path) -> None:
             assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in value.items())
 
 
-@pytest.mark.parametrize("obstacle", ["a file in the way", "no space"])
-def test_a_disk_that_refuses_is_warned_of_once(cache: Path, obstacle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", ["a file in the way", "no space"])
+def test_unwritable_disk_warns_once(cache: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NORA_CACHE", "off")
     expected = pairs()
     monkeypatch.setenv("NORA_CACHE", str(cache))
-    if obstacle == "a file in the way":
+    if fault == "a file in the way":
         cache.write_text("not a folder")
     else:
 
@@ -213,10 +211,10 @@ def test_a_disk_that_refuses_is_warned_of_once(cache: Path, obstacle: str, monke
             found = pairs(config)
             assert config.placement != "sqrt" or equal(found, expected)
     assert [str(cache) in str(w.message) for w in caught] == [True]
-    assert obstacle == "a file in the way" or not list(cache.iterdir())
+    assert fault == "a file in the way" or not list(cache.iterdir())
 
 
-def test_the_bound_evicts_what_was_not_used_for_longest(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_size_limit_evicts_least_recently_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for age, name in enumerate(["new", "used", "old"]):
         tensor_cache.store(name, {"x": torch.full((1000,), float(age))})
         os.utime(cache / f"{name}.safetensors", (1e9 - age, 1e9 - age))
@@ -242,7 +240,7 @@ def test_the_bound_evicts_what_was_not_used_for_longest(cache: Path, monkeypatch
         ("darwin", "", "Library/Caches"),
     ],
 )
-def test_where_it_lies(
+def test_default_folder(
     platform: str, variable: str, below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("NORA_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
@@ -259,7 +257,8 @@ def test_where_it_lies(
 
 WORKER = """
 import sys, torch
-from nora_diffusion import nora, tensor_cache
+from nora_diffusion import nora
+from nora_diffusion.io import tensor_cache
 from nora_diffusion.pipelines.basis_cache import outer_pairs
 layers = {}
 for i in range(6):
@@ -278,8 +277,8 @@ print(f"{total:.6f}")
 
 
 @pytest.mark.slow
-def test_processes_share_it(cache: Path) -> None:
-    """Two processes read, write, evict and throw away the same entries at the same time, and both get them right."""
+def test_processes_share_the_cache(cache: Path) -> None:
+    """Two processes read, write, evict and delete the same entries at the same time; both get correct values."""
     environment = os.environ | {"NORA_CACHE": str(cache), "NORA_CACHE_GB": "0.00008", "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
@@ -295,7 +294,7 @@ def test_processes_share_it(cache: Path) -> None:
     assert sum(file.stat().st_size for file in cache.iterdir()) < 200_000
 
 
-def test_calibration_measures_the_mean_input_of_the_base(cache: Path, pipe: Any) -> None:
+def test_calibration_measures_mean_inputs(cache: Path, pipe: Any) -> None:
     path = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     seen: list[Tensor] = []
     handle = pipe.unet.get_submodule(path).register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].detach()))
@@ -306,13 +305,13 @@ def test_calibration_measures_the_mean_input_of_the_base(cache: Path, pipe: Any)
     assert set(strengths) == set(PARTS)
 
 
-def test_calibration_is_read_the_second_time(cache: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_calibration_reads_the_cache(cache: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     first = activation_strengths(pipe)
     sample = calibration.short_run
     monkeypatch.setattr(calibration, "short_run", lambda *_: pytest.fail("measured again"))
     again = activation_strengths(pipe)
     assert all(torch.equal(again[part][path], value) for part in first for path, value in first[part].items())
-    # Weights that carry no adapter count too, and so do prompts.
+    # The key depends on all weights, adapted or not, and on the prompts.
     monkeypatch.setattr(calibration, "short_run", sample)
     files = len(list(cache.iterdir()))
     pipe.unet.conv_in.weight.data[0, 0, 0, 0] += 0.01
@@ -326,28 +325,28 @@ def test_calibration_is_read_the_second_time(cache: Path, pipe: Any, monkeypatch
 def test_calibration_does_not_depend_on_the_batch(cache: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NORA_CACHE", "off")
     together = activation_strengths(pipe)
-    monkeypatch.setattr(calibration, "AT_ONCE", 1)
+    monkeypatch.setattr(calibration, "BATCH_SIZE", 1)
     alone = activation_strengths(pipe)
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
 
 
-def test_calibration_leaves_active_adapters_out(cache: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_ignores_adapters(cache: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NORA_CACHE", "off")
     clean = activation_strengths(pipe)
     add_adapter(pipe, lora(r=2, target_modules=["attn", "conv"]), "one", PARTS)
     for parameter in trainable_parameters(pipe, "one").values():
         parameter.data.normal_()
     key = calibration._entry_key(pipe, components(pipe), Calibration())
-    beside = activation_strengths(pipe)
-    assert beside["unet"].keys() == clean["unet"].keys()
-    torch.testing.assert_close(beside, clean)
+    with_adapter = activation_strengths(pipe)
+    assert with_adapter["unet"].keys() == clean["unet"].keys()
+    torch.testing.assert_close(with_adapter, clean)
     assert not any(layer.disable_adapters for layer in nora_layers(pipe.unet, "one").values())
     delete_adapter(pipe, "one")
     assert calibration._entry_key(pipe, components(pipe), Calibration()) == key
 
 
-def test_calibration_on_a_subject_shows_its_pictures(cache: Path, pipe: Any) -> None:
-    """From the second step on, the UNet sees the subject's latents, noised as the scheduler does."""
+def test_calibration_on_images(cache: Path, pipe: Any) -> None:
+    """From the second step on, the UNet's input is the given latents, noised by the scheduler."""
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     subject = Calibration(["a sks dog", "a sks dog"], latents)
     seen: list[tuple[Tensor, int]] = []
@@ -367,13 +366,13 @@ def test_calibration_on_a_subject_shows_its_pictures(cache: Path, pipe: Any) -> 
     assert not torch.equal(strengths["unet"]["conv_in"], generic["unet"]["conv_in"])
 
 
-def test_bad_calibrations_are_refused(pipe: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="only UNets"):
+def test_invalid_calibrations_are_refused(pipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no UNet"):
         activation_strengths(tiny_pipeline("pixart", tmp_path), Calibration(["a dog"], torch.zeros(1, 4, 8, 8)))
     for prompts, latents, word in [
         ([], None, "at least one"),
         ("a dog", None, "a list"),
-        (["a dog"], torch.zeros(2, 4, 8, 8), "2 pictures but 1"),
+        (["a dog"], torch.zeros(2, 4, 8, 8), "2 images but 1"),
     ]:
         with pytest.raises(UserError, match=word):
             add_adapter(pipe, nora(r=4), "one", calibration=Calibration(prompts, latents))

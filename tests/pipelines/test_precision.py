@@ -1,4 +1,4 @@
-"""Number types: which one is taken where, that every command opens its base as told, and what half precision costs."""
+"""dtypes: defaults by device, flags of the commands, effects of half precision."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_auto_is_half_precision_on_a_gpu_alone(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_half_precision_on_gpus_only(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
     found = {device: resolve_dtype(AUTO, device) for device in ("cpu", "mps", "cuda", "cuda:1", torch.device("cuda"))}
     half = torch.bfloat16 if has_bf16 else torch.float16
@@ -54,9 +54,9 @@ def test_auto_is_half_precision_on_a_gpu_alone(has_bf16: bool, monkeypatch: pyte
     assert best_precision(torch.device("cuda")) == ("bf16" if has_bf16 else "no")
 
 
-def test_what_is_told_is_taken() -> None:
-    told = {name: resolve_dtype(name, "cuda") for name in DTYPES}
-    assert told == DTYPES and resolve_dtype("bf16", "cpu") == torch.bfloat16
+def test_explicit_dtypes() -> None:
+    explicit = {name: resolve_dtype(name, "cuda") for name in DTYPES}
+    assert explicit == DTYPES and resolve_dtype("bf16", "cpu") == torch.bfloat16
     assert [dtype_name(dtype) for dtype in DTYPES.values()] == [*DTYPES] and dtype_name(torch.int8) == "int8"
     assert {"no": torch.float32, **DTYPES} == MIXED_DTYPES and (AUTO, *DTYPES) == flags.DTYPES
     with pytest.raises(UserError, match="fp16 needs a GPU: use bf16 or fp32"):
@@ -67,7 +67,7 @@ def test_what_is_told_is_taken() -> None:
         AppConfig(BaseSource(dtype="fp16", device="cpu")).check()
 
 
-def test_there_is_one_table() -> None:
+def test_dtypes_are_defined_once() -> None:
     tables = [file.name for file in (ROOT / "nora_diffusion").rglob("*.py")
               if re.search(r"""["']fp16["']: *torch""", file.read_text(encoding="utf-8"))]  # fmt: skip
     assert tables == ["precision.py"]
@@ -75,11 +75,11 @@ def test_there_is_one_table() -> None:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """How bases are opened: ``(dtype, revision, variant)``; none is."""
+    """Records ``(dtype, revision, variant)`` of each base that is opened, and stops there."""
     calls: list[tuple[Any, ...]] = []
 
-    def stop(source: Any, *how: Any) -> None:
-        calls.append(how)
+    def stop(source: Any, *options: Any) -> None:
+        calls.append(options)
         raise UserError("enough")
 
     monkeypatch.setattr("nora_diffusion.pipelines.base._from_pretrained", stop)
@@ -87,7 +87,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("command", ["generate", "grid", "evaluate", "app"])
-def test_every_command_opens_the_base_as_told(
+def test_commands_pass_dtype_variant_and_revision(
     command: str, opened: list[tuple[Any, ...]], tiny_base: Path, tmp_path: Path
 ) -> None:
     words = {
@@ -105,14 +105,14 @@ def test_every_command_opens_the_base_as_told(
         with pytest.raises(UserError, match="enough"):
             _ = engine.pipe
         settings = build_settings(engine, "Fast", "sks", "dog", {})
-        assert (settings["variant"], settings["revision"]) == ("fp16", "v2")  # a training opens it likewise
+        assert (settings["variant"], settings["revision"]) == ("fp16", "v2")  # a training run gets the same options
     else:
         assert main([command, *flags, *words[command], "--out", str(tmp_path / "out")]) == 2
     assert opened == [(torch.bfloat16, "v2", "fp16")]
 
 
 def _adapter(base: Path, folder: Path) -> Path:
-    """Made without :func:`open_pipeline`, which a test may have stopped."""
+    """Save an adapter without :func:`open_pipeline`, which a test may have replaced."""
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(base, safety_checker=None)
@@ -121,46 +121,46 @@ def _adapter(base: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_variant_is_found_under_its_name(tiny_base: Path, tmp_path: Path, capsys: Any) -> None:
+def test_variant(tiny_base: Path, tmp_path: Path, capsys: Any) -> None:
     open_pipeline(tiny_base).save_pretrained(tmp_path / "base", variant="fp16")
     words = ["generate", "--base", str(tmp_path / "base"), "--prompt", "a dog", "--out", str(tmp_path / "out"), *SIZE]
     assert main(words) == 2
     assert main([*words, "--variant", "fp16"]) == 0
     file = Path(capsys.readouterr().out.strip())
-    assert read_settings(file).dtype == "fp32"  # the CPU's, whatever the files are stored in
+    assert read_settings(file).dtype == "fp32"  # the CPU's default; the dtype of the files does not matter
 
 
-def test_half_precision_changes_no_picture_that_anybody_sees(tmp_path: Path, tiny_base: Path, capsys: Any) -> None:
-    """With an adapter on UNet and text encoder; the picture says what it was made in, and is another cell of a grid."""
+def test_half_precision_changes_images_little(tmp_path: Path, tiny_base: Path, capsys: Any) -> None:
+    """With an adapter on UNet and text encoder; image metadata and grid cells record the dtype."""
     pipe: Any = open_pipeline()
     torch.manual_seed(0)
     add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "one", ("unet", "text_encoder"))
     for parameter in trainable_parameters(pipe, "one").values():
         parameter.data.normal_(std=0.3)
     save_adapter(pipe, tmp_path / "dog", "one")
-    pictures = {}
+    images = {}
     for name in ("auto", "fp32", "bf16"):
         words = ["generate", "--adapter", str(tmp_path / "dog"), "--prompt", "a red fox", "--steps", "8"]
         assert main([*words, "--device", "cpu", "--dtype", name, "--out", str(tmp_path / name)]) == 0
         file = Path(capsys.readouterr().out.strip())
         assert read_settings(file).dtype == ("fp32" if name == "auto" else name)
-        pictures[name] = np.asarray(Image.open(file), dtype=float)
-    assert (pictures["auto"] == pictures["fp32"]).all()
-    assert 0 < np.abs(pictures["bf16"] - pictures["fp32"]).mean() < 2
+        images[name] = np.asarray(Image.open(file), dtype=float)
+    assert (images["auto"] == images["fp32"]).all()
+    assert 0 < np.abs(images["bf16"] - images["fp32"]).mean() < 2
     assert base_description(open_pipeline(tiny_base, "bf16"))["dtype"] == "torch.bfloat16"
 
 
-def test_judges_compute_in_fp32(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_judges_run_in_fp32(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nora_diffusion.evaluation import protocol
 
     seen: set[torch.dtype] = set()
     original: Callable[..., Tensor] = protocol.image_features
 
-    def look(judge: Judge, images: Any) -> Tensor:
+    def record(judge: Judge, images: Any) -> Tensor:
         seen.update(parameter.dtype for parameter in judge.model.parameters())
         return original(judge, images)
 
-    monkeypatch.setattr(protocol, "image_features", look)
+    monkeypatch.setattr(protocol, "image_features", record)
     config = EvaluationConfig(
         [str(_adapter(tiny_base, tmp_path / "dog"))], [str(write_photos(tmp_path / "rex", 2))],
         Sampling(1, 7.5, width=16, height=16), BaseSource(str(tiny_base), "cpu", "bf16"), seeds=1, judge="tiny",
@@ -178,14 +178,14 @@ def test_judges_compute_in_fp32(tiny_base: Path, tmp_path: Path, monkeypatch: py
     assert {read_settings(file).dtype for row in board.scored for file in row.files} == {"bf16"}
 
 
-def test_memory_that_runs_out_while_decoding_leaves_the_vae_in_half(tmp_path: Path) -> None:
-    """SDXL's pipeline decodes in fp32 where fp16 overflows, and forgets to come back when that fails."""
+def test_out_of_memory_while_decoding_restores_the_vae_dtype(tmp_path: Path) -> None:
+    """SDXL's pipeline decodes in fp32 where fp16 overflows, and does not restore the dtype if that fails."""
     pipe = _sdxl_in_fp16(tmp_path)
-    decode, full = pipe.vae.decode, [True]
+    decode, fail = pipe.vae.decode, [True]
 
     def decoding(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         assert latents.dtype == pipe.vae.dtype == torch.float32
-        if full.pop():
+        if fail.pop():
             raise torch.OutOfMemoryError("CUDA out of memory")
         return decode(latents, *args, **kwargs)
 
@@ -193,7 +193,7 @@ def test_memory_that_runs_out_while_decoding_leaves_the_vae_in_half(tmp_path: Pa
     with pytest.raises(torch.OutOfMemoryError):
         sample_images(pipe, ["a dog"], [0], SMALL)
     assert pipe.vae.dtype == torch.float16
-    full[:] = [False]
+    fail[:] = [False]
     assert np.asarray(sample_images(pipe, ["a dog"], [0], SMALL)[0]).std() > 1
 
 
@@ -213,8 +213,8 @@ def _sdxl_in_fp16(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_a_preview_is_fitted_in_fp32(dtype: torch.dtype) -> None:
-    """SDXL's VAE overflows in fp16; here the weights are as large by hand."""
+def test_preview_is_fitted_in_fp32(dtype: torch.dtype) -> None:
+    """SDXL's VAE overflows in fp16; this test scales the weights to get the same."""
     vae = open_pipeline(None, dtype).vae
     with torch.no_grad():
         vae.encoder.conv_in.weight.mul_(1e4)

@@ -124,7 +124,7 @@ def test_subjects_of_several_machines_share_one_basis(configure: Configure, tmp_
     second = train(taken).adapter_path
     one, other, two = (inspect_adapter(path).basis_sha256 for path in (first, own, second))
     assert one == two != other
-    with pytest.raises(UserError, match="this adapter would have r = 8: give both the same"):
+    with pytest.raises(UserError, match="this adapter would have r = 8: use the same value"):
         train(replace(taken, rank=8, output_dir=str(tmp_path / "none")))
     assert not (tmp_path / "none").exists()
 
