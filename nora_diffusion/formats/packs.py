@@ -111,7 +111,7 @@ class Pack:
 
     def close(self) -> None:
         """Close the file."""
-        self.reader.__exit__(None, None, None)
+        self.reader.close()
 
     def _damaged(self, reason: str) -> UserError:
         return UserError(f"the pack {self.file} is damaged ({reason}): copy it again")

@@ -83,6 +83,10 @@ class TensorFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
         self._raw.close()
 
     def read(self, start: int, stop: int) -> bytearray:
