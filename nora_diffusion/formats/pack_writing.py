@@ -83,7 +83,7 @@ def add_to_pack(path: str | Path, adapters: Adapters, basis_dir: str | Path | No
     with locked_folder(file.parent), Pack(file) as pack:
         subjects = [*pack, *added]
         _check_together(file, subjects)
-        return _write(file, subjects, bases)
+        return _write(file, subjects, bases, pack)
 
 
 def remove_from_pack(path: str | Path, names: Sequence[str]) -> Path:
@@ -96,7 +96,7 @@ def remove_from_pack(path: str | Path, names: Sequence[str]) -> Path:
         rest = [subject for subject in pack if subject.name not in names]
         if not rest:
             raise UserError(f"that would leave {file} empty: delete the file instead")
-        return _write(file, rest, {})
+        return _write(file, rest, {}, pack)
 
 
 def extract_from_pack(path: str | Path, name: str, folder: str | Path, basis_dir: str | Path | None = None) -> Path:
@@ -201,8 +201,10 @@ def _preview(path: str) -> bytes:
     return b""
 
 
-def _write(file: Path, subjects: Sequence[PackedSubject], bases: Mapping[str, Tensors]) -> Path:
-    """Write checked subjects to a pack, and their basis beside it."""
+def _write(
+    file: Path, subjects: Sequence[PackedSubject], bases: Mapping[str, Tensors], old: Pack | None = None
+) -> Path:
+    """Write checked subjects to a pack that replaces ``old``, and their basis beside it."""
     ordered = sorted(subjects, key=lambda subject: (short_hash(subject.name.encode()), subject.name))
     common = {key: metadata_of(ordered[0].info).get(key) for key in SHARED_FIELDS}
     layouts = list(dict.fromkeys(subject.layout for subject in ordered))
@@ -227,6 +229,8 @@ def _write(file: Path, subjects: Sequence[PackedSubject], bases: Mapping[str, Te
                 yield from (subject.parameters() for subject in stacks[int(key.removeprefix("stack."))])
         yield from blobs.values()
         yield from (subject.preview() for subject in ordered)
+        if old is not None:
+            old.close()  # all is read, and Windows cannot replace an open file
 
     for basis in bases.values():
         write_basis(file.parent / BASIS_FOLDER, basis)

@@ -89,6 +89,11 @@ class TensorFile:
         """Close the file."""
         self._raw.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether the file is closed."""
+        return self._raw.closed
+
     def read(self, start: int, stop: int) -> bytearray:
         """Bytes ``[start, stop)`` of the file."""
         content = bytearray(stop - start)

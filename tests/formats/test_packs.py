@@ -27,11 +27,13 @@ from nora_diffusion import (
     save_adapter,
 )
 from nora_diffusion.adapters import lora, nora
+from nora_diffusion.formats import packs
 from nora_diffusion.formats.adapter_file import FILE_NAME
 from nora_diffusion.formats.adapter_info import AdapterInfo
 from nora_diffusion.formats.pack_writing import _write, add_to_pack, create_pack, extract_from_pack, remove_from_pack
 from nora_diffusion.formats.packs import SUFFIX, Layout, Pack, PackedSubject, list_pack, read_factors
 from nora_diffusion.io.files import locked_folder
+from nora_diffusion.io.tensor_file import TensorFile
 from nora_diffusion.loaders import list_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* overlap by")  # random adapters in one basis overlap
@@ -138,6 +140,22 @@ def test_add_and_remove(shelf: Path, pack: Path, tmp_path: Path) -> None:
     assert pack.read_bytes() == whole, "the order of adding does not matter"
     other = create_pack(tmp_path / "more.nora_pack.safetensors", {"rex": f"{pack}#dog"})
     assert extract_from_pack(other, "rex", tmp_path / "rex").read_bytes() == (shelf / "dog" / FILE_NAME).read_bytes()
+
+
+def test_the_old_pack_is_closed_before_it_is_replaced(shelf: Path, pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows cannot replace an open file."""
+    opened: list[TensorFile] = []
+    monkeypatch.setattr(packs, "TensorFile", lambda file: opened.append(TensorFile(file)) or opened[-1])
+    replace = Path.replace
+
+    def check(path: Path, target: Path) -> Path:
+        assert target != pack or all(file.closed for file in opened)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", check)
+    remove_from_pack(pack, ["dog"])
+    add_to_pack(pack, {"dog": shelf / "dog"})
+    assert len(opened) == 2
 
 
 def test_a_subject_of_another_pack_keeps_its_own_preview(pack: Path, tmp_path: Path) -> None:
