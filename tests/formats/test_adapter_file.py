@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import yaml
 from architectures import tiny_pipeline
 from diffusers.utils import peft_utils
 from factories import randomize, tiny_random_pipeline
@@ -81,6 +82,9 @@ def test_file_describes_itself(saved: Path, tiny_base: Path) -> None:
         assert info.stored_numbers == info.stored_parameters
     card = (saved / "README.md").read_text()
     assert "sks" in card and "A nora adapter (r = 4, r' = 2) for" in card
+    info.license = "mine: see LICENSE #1"
+    front_matter = yaml.safe_load(write_card(saved, info).read_text().split("---\n")[1])
+    assert (front_matter["base_model"], front_matter["license"]) == (str(tiny_base), info.license)
 
 
 def test_a_foreign_readme_is_left_unchanged(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
