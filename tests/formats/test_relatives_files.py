@@ -116,13 +116,13 @@ def test_an_exported_dora_loads_with_its_magnitude(
     assert torch.equal(render(pipe), before)
 
 
-def test_a_dora_by_input_channel_is_refused(pipe: Any, render: Any, tmp_path: Path) -> None:
+def test_a_dora_with_a_magnitude_per_input_channel_is_refused(pipe: Any, render: Any, tmp_path: Path) -> None:
     before = render(pipe)
     saved(pipe, dora(r=3), tmp_path / "dog")
     delete_adapter(pipe, "one")
     tensors = load_file(export_lora(tmp_path / "dog", tmp_path / "dog.safetensors", format="kohya").path)
     save_file({k: v.T.contiguous() if "dora" in k else v for k, v in tensors.items()}, tmp_path / "old.safetensors")
-    with pytest.raises(UserError, match="by input channel"):
+    with pytest.raises(UserError, match="per input channel"):
         load_adapter(pipe, tmp_path / "old.safetensors")
     assert torch.equal(render(pipe), before)
 
