@@ -92,7 +92,7 @@ def load_adapter(
     is_local = file == Path(path_or_id).expanduser()  # the folder of a download is named by a commit
     name = adapter_name or derived_name(given_name(info.path if is_local else path_or_id))
     check_finite(name, weight)
-    if info.kind != "nora":
+    if not info.is_ours:
         from .foreign import load_foreign
 
         if hotswap or rank is not None:

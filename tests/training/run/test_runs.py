@@ -56,7 +56,7 @@ def test_the_script_with_the_flags_of_diffusers(
     assert (settings.width, settings.seed, settings.prompt) == (16, 0, "A photo of sks dog in snow")
     assert json.loads((out / "state.json").read_text())["status"] == "done"
     assert (
-        "Say `sks`" in (out / "README.md").read_text()
+        "Use `sks`" in (out / "README.md").read_text()
         and "| learning_rate | 0.0001 |" in (out / "README.md").read_text()
     )
     assert yaml.safe_load((out / "config.yaml").read_text())["resolution"] == 16
