@@ -80,8 +80,8 @@ def in_double(replace: Callable[[Any, str, Any], None]) -> None:
         if plan.config.gradient_checkpointing:
             plan.pipe.unet.enable_gradient_checkpointing()
 
-    replace(run, "put_in_adapter", in_double(run.put_in_adapter, 1))
-    replace(run, "put_in_checkpoint", in_double(run.put_in_checkpoint, 0))
+    replace(run, "add_new_adapter", in_double(run.add_new_adapter, 1))
+    replace(run, "load_checkpoint_adapter", in_double(run.load_checkpoint_adapter, 0))
     replace(run, "prepare_base", prepare_base)
     replace(subjects, "prepare_base", prepare_base)
     replace(Plan, "dtype", torch.float64)

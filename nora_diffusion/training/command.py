@@ -80,7 +80,7 @@ def say(findings: Sequence[Finding], strict: bool) -> int:
     for finding in findings:
         print(f"{'error' if finding.fatal or strict else 'warning'}: {finding.text}")
     if not findings:
-        print("nothing speaks against this run")
+        print("no problems found")
     return 2 if any(finding.fatal or strict for finding in findings) else 0
 
 

@@ -1,1 +1,1 @@
-"""Several subjects in one run, in one batch or over a cluster."""
+"""Several subjects in one run, in shared batches or on a cluster."""

@@ -1,7 +1,7 @@
-"""Many subjects over a cluster: ``--engine ray`` trains groups of the list as tasks, started again if they are killed.
+"""Train many subjects on a cluster: ``--engine ray`` runs groups of subjects as Ray tasks and restarts killed ones.
 
-The subjects' folders hold all that there is to know, so the machines must share the disk of the photos and of
-``output_dir``, the working directory and the installed packages; a task that is started again goes on from checkpoints.
+All state is in the subjects' folders, and a restarted task resumes from their checkpoints. So all machines must see the
+same photos, ``output_dir``, working directory and installed packages.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from .subjects import train_subjects
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 Rows = list[tuple[str, ...]]
 
 
 @dataclass
 class Group:
-    """Subjects that one task trains; how often it was started, and how it ended."""
+    """Subjects that one task trains, the number of times it was started, and its result."""
 
     names: list[str]
     tries: int = 0
@@ -40,33 +40,35 @@ class Group:
 
 
 def train_on_cluster(config: TrainConfig) -> int:
-    """Train the list ``config.subjects`` on a Ray cluster and print one table of its progress; returns 0.
+    """Train the list ``config.subjects`` on a Ray cluster and print a progress table; return 0.
 
-    A task whose process dies is started again up to ``task_retries`` times and resumes its subjects; those that are
-    finished are not trained again. Raises :class:`UserError` at the end for the subjects that failed, and
-    :class:`.signals.Interrupted` after SIGINT or SIGTERM, when all tasks have saved.
+    A task whose process dies is restarted up to ``task_retries`` times and resumes its subjects; finished subjects are
+    not trained again. Raises :class:`UserError` at the end if subjects failed, and :class:`.signals.Interrupted` after
+    SIGINT or SIGTERM, once all tasks have saved.
     """
     names = list(read_subjects(config))
     if config.overwrite_output_dir:
-        raise UserError("--engine ray does not overwrite, since its tasks may start twice: choose another --output_dir")
+        raise UserError(
+            "--engine ray cannot use --overwrite_output_dir, since a task may start twice: choose another --output_dir"
+        )
     size = config.subjects_per_task
     groups = [Group(names[start : start + size]) for start in range(0, len(names), size)]
     table = Table(config.folder)
     with _cluster(config.address) as ray, StopRequests() as stop:
         running = {_start(ray, config, group): group for group in groups}
-        told = False
+        canceled = False
         while running:
             table.show(groups)
-            for task in ray.wait(list(running), timeout=LOOK_SECONDS)[0]:
+            for task in ray.wait(list(running), timeout=POLL_SECONDS)[0]:
                 group = running.pop(task)
-                if _ended(ray, task, group, config.task_retries) or stop.received:
+                if _has_ended(ray, task, group, config.task_retries) or stop.received:
                     continue
-                log.warning("the task of %s was killed: it goes on from its checkpoints", ", ".join(group.names))
+                log.warning("the task of %s was killed: it is restarted from its checkpoints", ", ".join(group.names))
                 running[_start(ray, config, group)] = group
-            if stop.received and not told:
-                told = True
+            if stop.received and not canceled:
+                canceled = True
                 for task in running:
-                    ray.cancel(task)  # as Ctrl-C in the task: it finishes its step and saves
+                    ray.cancel(task)  # like Ctrl-C in the task: it finishes its step and saves
     table.show(groups, last=True)
     if stop.received:
         steps = sum(int(table.state(name).get("step", 0)) for name in names)
@@ -77,9 +79,9 @@ def train_on_cluster(config: TrainConfig) -> int:
     return 0
 
 
-def train_group(settings: Mapping[str, Any], names: Sequence[str], place: str) -> str:
-    """What a task does in its process: train these subjects of the list; returns what went wrong."""
-    os.chdir(place)
+def train_group(settings: Mapping[str, Any], names: Sequence[str], working_directory: str) -> str:
+    """Body of a task: train these subjects of the list; return the error message, or an empty string."""
+    os.chdir(working_directory)
     os.environ["TQDM_DISABLE"] = "1"
     try:
         train_subjects(TrainConfig(**settings), names)
@@ -89,7 +91,7 @@ def train_group(settings: Mapping[str, Any], names: Sequence[str], place: str) -
 
 
 def _start(ray: Any, config: TrainConfig, group: Group) -> Any:
-    """A task for a group: with a GPU to itself, where the cluster has any. A further start always resumes."""
+    """Start a task for a group, with one GPU if the cluster has GPUs. A restart always resumes."""
     settings = config.to_dict(secrets=True)
     if group.tries:
         settings["resume_from_checkpoint"] = "latest"
@@ -99,8 +101,8 @@ def _start(ray: Any, config: TrainConfig, group: Group) -> Any:
     return task.remote(settings, group.names, str(Path.cwd()))
 
 
-def _ended(ray: Any, task: Any, group: Group, retries: int) -> bool:
-    """Whether a task came to an end of its own; if its process was killed, whether it was tried often enough."""
+def _has_ended(ray: Any, task: Any, group: Group, retries: int) -> bool:
+    """Record the result of a task; return False if its process was killed and it may be restarted."""
     try:
         group.error = ray.get(task)
     except (ray.exceptions.RayTaskError, ray.exceptions.TaskCancelledError) as error:
@@ -109,8 +111,8 @@ def _ended(ray: Any, task: Any, group: Group, retries: int) -> bool:
         if group.tries <= retries:
             return False
         group.error = (
-            f"killed {group.tries} times, probably for want of memory: fewer --subjects_per_task or a smaller "
-            "--train_batch_size need less; --resume_from_checkpoint latest goes on"
+            f"killed {group.tries} times, probably because it ran out of memory: use fewer --subjects_per_task or a "
+            "smaller --train_batch_size, and continue with --resume_from_checkpoint latest"
         )
     group.done = not group.error
     return True
@@ -118,7 +120,7 @@ def _ended(ray: Any, task: Any, group: Group, retries: int) -> bool:
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[Any]:
-    """Ray, connected: to ``address``, else to one that is started on this machine and ends with the run."""
+    """Connect to the Ray cluster at ``address``, or start one on this machine that ends with the run."""
     try:
         import ray
     except ImportError as error:
@@ -130,10 +132,10 @@ def _cluster(address: str | None) -> Iterator[Any]:
     local = {} if address else {"include_dashboard": False}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
-    except Exception as error:  # of a start that took too long Ray says so by a plain one
+    except Exception as error:  # Ray raises a plain Exception if its start times out
         ray.shutdown()
-        place = f"at --address {address}" if address else "on this machine"
-        raise UserError(f"no Ray cluster {place}: {first_line(error)}; start one with `ray start --head`") from error
+        location = f"at --address {address}" if address else "on this machine"
+        raise UserError(f"no Ray cluster {location}: {first_line(error)}; start one with `ray start --head`") from error
     try:
         yield ray
     finally:
@@ -141,15 +143,18 @@ def _cluster(address: str | None) -> Iterator[Any]:
 
 
 class Table:
-    """One line a subject, read from the folders: redrawn in place on a terminal, else the lines whose state changes."""
+    """Progress table with one line per subject, read from the folders.
+
+    On a terminal the table is redrawn in place; otherwise only lines whose state has changed are printed.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._drawn = 0
-        self._before: set[tuple[str, str, str]] = set()
+        self._printed_lines = 0
+        self._printed: set[tuple[str, str, str]] = set()
 
     def state(self, name: str) -> dict[str, Any]:
-        """What a subject's ``state.json`` says."""
+        """The content of a subject's ``state.json``; empty if it cannot be read."""
         try:
             return dict(json.loads((self.folder / name / STATE).read_text(encoding="utf-8")))
         except (OSError, ValueError):
@@ -174,15 +179,15 @@ class Table:
         rows, live = self.rows(groups), sys.stderr.isatty()
         now = {(name, status, tries) for name, status, _, _, tries in rows}
         if not live and not last:
-            rows = [row for row in rows if (row[0], row[1], row[4]) in now - self._before]
+            rows = [row for row in rows if (row[0], row[1], row[4]) in now - self._printed]
         if rows:
-            lines = drawn([("subject", "state", "step", "loss", "starts"), *rows])
-            back = f"\x1b[{self._drawn}F\x1b[J" if live and self._drawn else ""
+            lines = aligned([("subject", "state", "step", "loss", "starts"), *rows])
+            back = f"\x1b[{self._printed_lines}F\x1b[J" if live and self._printed_lines else ""
             print(back + "\n".join(lines), file=sys.stderr, flush=True)
-            self._before, self._drawn = now, len(lines)
+            self._printed, self._printed_lines = now, len(lines)
 
 
-def drawn(rows: Rows) -> list[str]:
-    """Lines with columns of one width."""
+def aligned(rows: Rows) -> list[str]:
+    """Lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,4 +1,4 @@
-"""Several subjects in one run: ``--subjects subjects.yaml``, each of them as if it were trained alone."""
+"""Train several subjects in one run (``--subjects subjects.yaml``), with the same results as separate runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..planning.plan import Plan, plan_run
 from ..planning.preflight import Finding, preflight, report
 from ..planning.rundir import RunFolder
 from ..run.encoding import encode
-from ..run.run import ADAPTER, prepare_base, put_in
+from ..run.run import ADAPTER, assemble_run, prepare_base
 from ..run.steps import Stepper
 from ..run.train import (
     OUT_OF_MEMORY,
@@ -40,31 +40,30 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Planned:
-    """A subject whose run is settled and has not begun."""
+    """The plan of a subject and its locked folder."""
 
     folder: RunFolder
     plan: Plan
 
 
 def train_subjects(config: TrainConfig, only: Collection[str] | None = None) -> list[TrainResult]:
-    """Train every subject of the list ``config.subjects`` on one frozen base; ``output_dir/NAME`` is its run's folder.
+    """Train every subject of the list ``config.subjects`` on one frozen base, each in its folder ``output_dir/NAME``.
 
-    A subject's result is that of its own run, up to the rounding of its rows in a larger batch: data, noise, loss,
-    clipping, optimizer, schedule and random numbers are its own. Subjects finish when they are through; one that
-    fails is left out, and the others go on. Raises :class:`UserError` for a user's mistake before anything is
-    written, or at the end for the subjects that failed; :class:`.signals.Interrupted` after SIGINT or SIGTERM, when
-    every subject that was in training has a checkpoint. ``only`` names some of the list.
+    Each subject has its own data, noise, loss, clipping, optimizer, schedule and random numbers. Its result equals that
+    of a separate run, up to rounding in larger batches. If a subject fails, the others continue. ``only``: train these
+    subjects of the list. Raises :class:`UserError` for a user's mistake before anything is written, or at the end if
+    subjects failed; :class:`.signals.Interrupted` after SIGINT or SIGTERM, once every unfinished subject has a
+    checkpoint.
     """
     with _opened(config, only) as (accelerator, folders, stop, planned):
         report(_findings(planned), config.strict)
-        with _told(folders):
+        with _recording_failures(folders):
             members = _set_up([p for p in planned if not _is_finished(p)], accelerator, stop)
-            crowd = BatchedTrainer(members, _conclude, config.rows_at_once)
-            return crowd.run()
+            return BatchedTrainer(members, _conclude, config.rows_at_once).run()
 
 
 def check_subjects(config: TrainConfig) -> list[Finding]:
-    """What speaks against a run of several subjects, without training; nothing is written."""
+    """Run the preflight checks of all subjects without training; nothing is written."""
     with _opened(config) as (_, _, _, planned):
         return _findings(planned)
 
@@ -73,7 +72,7 @@ def check_subjects(config: TrainConfig) -> list[Finding]:
 def _opened(
     config: TrainConfig, only: Collection[str] | None = None
 ) -> Iterator[tuple[Accelerator, list[RunFolder], StopRequests, list[Planned]]]:
-    """The folders, locked, and the plan of every subject on one base."""
+    """Lock the folders, open the base once and plan every subject."""
     configs = {name: own for name, own in read_subjects(config).items() if only is None or name in only}
     subjects = {name: read_subject(own) for name, own in configs.items()}
     accelerator = build_accelerator(config)
@@ -87,7 +86,7 @@ def _opened(
         stack.enter_context(forked(accelerator.device))
         pipe: Any = None
         planned = []
-        words: dict[str, str] = {}
+        token_owners: dict[str, str] = {}
         for (name, subject), folder in zip(subjects.items(), folders, strict=True):
             own = with_defaults(configs[name])
             pipe = pipe or open_base(own, accelerator.device, opening_dtype([*configs.values()], accelerator.device))
@@ -95,9 +94,11 @@ def _opened(
                 planned.append(Planned(folder, plan_run(own, subject, accelerator, folder, stop, pipe)))
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
-            for word in subject.new_tokens:
-                if words.setdefault(word, name) != name:
-                    raise UserError(f"{name}: the new token {word!r} is that of {words[word]}: give each its own")
+            for token in subject.new_tokens:
+                if token_owners.setdefault(token, name) != name:
+                    raise UserError(
+                        f"{name}: {token_owners[token]} already has the new token {token!r}: give each subject its own"
+                    )
         yield accelerator, folders, stop, planned
 
 
@@ -122,7 +123,7 @@ def _is_finished(planned: Planned) -> bool:
 
 
 def _set_up(planned: Sequence[Planned], accelerator: Accelerator, stop: StopRequests) -> list[Member]:
-    """Encode everybody's data while the base is as it was loaded; then lower its precision and put the adapters in."""
+    """Encode the data of all subjects while the base is unchanged; then cast it and add the adapters."""
     data = [encode(p.plan, accelerator, p.folder, stop) for p in planned]
     embeddings = [None if own.plan.config.encodes_each_step else own.embeddings() for own in data]
     for p in planned:
@@ -130,7 +131,7 @@ def _set_up(planned: Sequence[Planned], accelerator: Accelerator, stop: StopRequ
     members = []
     for number, (p, own) in enumerate(zip(planned, data, strict=True)):
         stop.check()
-        run = put_in(own, embeddings[number], f"{ADAPTER}-{number}")
+        run = assemble_run(own, embeddings[number], f"{ADAPTER}-{number}")
         members.append(Member(p.folder.path.name, Stepper(run, accelerator, p.folder, stop, progress=False)))
     if planned:
         quantize_base(planned[0].plan.config, planned[0].plan.pipe)
@@ -143,23 +144,23 @@ def _conclude(member: Member) -> TrainResult:
 
 
 @contextmanager
-def _told(folders: Sequence[RunFolder]) -> Iterator[None]:
-    """Have every unfinished subject's ``state.json`` say how the run ended."""
+def _recording_failures(folders: Sequence[RunFolder]) -> Iterator[None]:
+    """Write to the ``state.json`` of every unfinished subject how the run ended."""
     try:
         yield
     except Interrupted as interrupted:
-        _tell(folders, "interrupted", str(interrupted))
+        _set_status(folders, "interrupted", str(interrupted))
         raise
     except Exception as error:
         if out_of_memory(error):
-            _tell(folders, "failed", "out of memory")
-            place = "each subject's folder"
-            raise UserError(f"{OUT_OF_MEMORY.format(folder=place)}; --rows_at_once makes passes smaller") from error
-        _tell(folders, "failed", str(error))
+            _set_status(folders, "failed", "out of memory")
+            advice = OUT_OF_MEMORY.format(folder="each subject's folder")
+            raise UserError(f"{advice}; a smaller --rows_at_once needs less memory") from error
+        _set_status(folders, "failed", str(error))
         raise
 
 
-def _tell(folders: Sequence[RunFolder], status: Any, message: str) -> None:
+def _set_status(folders: Sequence[RunFolder], status: Any, message: str) -> None:
     for folder in folders:
         if folder.status not in ("done", "failed"):
             folder.state(status, message=message)

@@ -1,1 +1,1 @@
-"""Measures of a run on its way, and which step they choose."""
+"""Samples and validation scores during a run, and the choice of the step to save."""

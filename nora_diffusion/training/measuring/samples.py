@@ -1,4 +1,4 @@
-"""Images that the trainer generates: the class images of prior preservation, and samples during the run."""
+"""Images that the trainer generates: class images for prior preservation, and samples during the run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def count_images(folder: Path) -> int:
-    """How many images a folder holds; 0 where there is no folder."""
+    """The number of images in a folder; 0 if it does not exist."""
     try:
         return len(find_images(folder))
     except UserError:
@@ -42,28 +42,28 @@ def class_folder(config: TrainConfig) -> Path:
 
 
 def fill_class_images(pipe: Any, config: ResolvedConfig, prompt: str, check: Callable[[], None]) -> int:
-    """Generate the missing class images, in batches; returns how many were made.
+    """Generate the missing class images in batches; return how many were generated.
 
-    Each has a seed of its own and is written whole, so that an interrupted run continues where it stopped. Waits for
-    another training that fills the same folder. ``check`` is called before each batch and may raise.
+    Each image has its own seed and is written atomically, so that an interrupted run continues where it stopped. Waits
+    while another training fills the same folder. ``check`` is called before each batch and may raise.
     """
     folder = class_folder(config)
     with locked_folder(folder):
         missing = config.num_class_images - count_images(folder)
         if missing > 0:
-            _draw_class_images(pipe, folder, config, prompt, missing, check)
+            _generate_class_images(pipe, folder, config, prompt, missing, check)
         return max(missing, 0)
 
 
-def _draw_class_images(
+def _generate_class_images(
     pipe: Any, folder: Path, config: ResolvedConfig, prompt: str, missing: int, check: Callable[[], None]
 ) -> None:
     names = [f"class-{number:05d}.png" for number in range(config.num_class_images + missing)]
-    wanted = [name for name in names if not (folder / name).exists()][:missing]
+    missing_names = [name for name in names if not (folder / name).exists()][:missing]
     autocast = MIXED_DTYPES[config.prior_generation_precision or _fast_precision(pipe)]
     for start in tqdm(range(0, missing, config.sample_batch_size), desc="class images", mininterval=1.0):
         check()
-        batch = wanted[start : start + config.sample_batch_size]
+        batch = missing_names[start : start + config.sample_batch_size]
         seeds = [derive(config.seed, "class", name) for name in batch]
         images = generate_images(pipe, prompt, seeds, config, autocast)
         for name, seed, image in zip(batch, seeds, images, strict=True):
@@ -77,16 +77,16 @@ def _fast_precision(pipe: Any) -> str:
 def generate_images(
     pipe: Any, prompt: str, seeds: Sequence[int], config: ResolvedConfig, autocast: torch.dtype
 ) -> list[Image.Image]:
-    """Images by the pipeline as it is, adapters included; its modules keep their train or eval mode."""
-    device, lower = denoiser(pipe).device.type, autocast != torch.float32
-    lowered = torch.autocast(device, autocast if lower else None, enabled=lower)
-    with _evaluating(pipe), torch.no_grad(), _decoding_precisely(pipe.vae), lowered:
+    """Generate one image per seed with the pipeline and its active adapters; train or eval mode is restored after."""
+    device, enabled = denoiser(pipe).device.type, autocast != torch.float32
+    context = torch.autocast(device, autocast if enabled else None, enabled=enabled)
+    with _evaluating(pipe), torch.no_grad(), _decoding_precisely(pipe.vae), context:
         return sample_images(pipe, [prompt] * len(seeds), seeds, _sampling(config))
 
 
 @contextlib.contextmanager
 def _decoding_precisely(vae: Any) -> Iterator[None]:
-    """Run ``vae.decode`` in the dtype of its weights: SDXL's overflows in fp16, and images come out black."""
+    """Run ``vae.decode`` in the dtype of its weights: SDXL's VAE overflows in fp16, which gives black images."""
     decode = vae.decode
 
     @functools.wraps(decode)
@@ -117,7 +117,7 @@ def _evaluating(pipe: Any) -> Iterator[None]:
 def save_samples(
     pipe: Any, folder: Path, step: int, prompt: str, config: ResolvedConfig, autocast: torch.dtype
 ) -> list[Path]:
-    """Save images of ``prompt`` with the seeds ``seed, seed + 1 ...``. A failure is only a warning."""
+    """Save images of ``prompt`` with the seeds ``seed, seed + 1 ...``. A failure is logged as a warning."""
     paths: list[Path] = []
     try:
         for number in range(config.num_validation_images):
@@ -125,7 +125,7 @@ def save_samples(
             image = generate_images(pipe, prompt, [seed], config, autocast)[0]
             settings = sample_settings(pipe, prompt, seed, image, config, step)
             paths.append(save_image(image, folder / image_name(step, number), settings))
-    except Exception as error:  # a failed sampler must not end the training
+    except Exception as error:  # failed samples must not end the training
         log.warning("no samples at step %d: %s", step, error)
     return paths
 
@@ -133,9 +133,9 @@ def save_samples(
 def sample_settings(
     pipe: Any, prompt: str, seed: int, image: Image.Image, config: ResolvedConfig, step: int | None = None
 ) -> ImageSettings:
-    """The settings to save with an image. ``step``: that of the adapter, which has no file of its own yet."""
-    learned = {"name": config.folder.name, "weight": 1.0, "sha256": "", "path": str(config.folder), "step": step}
-    return describe_image(pipe, image, prompt, seed, _sampling(config), [] if step is None else [learned])
+    """The settings to save with an image. ``step``: the adapter's step; ``None`` for an image of the base."""
+    adapter = {"name": config.folder.name, "weight": 1.0, "sha256": "", "path": str(config.folder), "step": step}
+    return describe_image(pipe, image, prompt, seed, _sampling(config), [] if step is None else [adapter])
 
 
 def _sampling(config: ResolvedConfig) -> Sampling:

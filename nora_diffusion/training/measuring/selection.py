@@ -1,4 +1,4 @@
-"""Which of the measured steps to keep, and when to stop: the rule, as plain functions of the numbers."""
+"""Choose the step to save, and decide when to stop early: plain functions of the validation scores."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 NAMES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "drift": "drift", "diversity": "diversity"}
-# What is better: +1 more of it, -1 less of it.
+# +1: higher is better, -1: lower is better.
 DIRECTIONS = {"dino": 1, "clip_i": 1, "clip_t": 1, "drift": -1, "diversity": 1}
-KEPT = ("clip_t", "drift", "diversity")
-ENOUGH = 0.8
-"""The share of the best likeness's gain over the base's that a step must have to be kept."""
-LEAST_RANGE = 0.02
-"""Scores are cosines: where a whole run moves one by less than this, its ups and downs are noise."""
+COSTS = ("clip_t", "drift", "diversity")
+MIN_GAIN = 0.8
+"""A step can be chosen only if it has this share of the best gain in likeness over the base."""
+MIN_RANGE = 0.02
+"""Scores are cosines: if a score changes by less than this over a whole run, its changes are noise."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured after ``step`` optimizer steps; step 0 is the base alone."""
+    """Scores after ``step`` optimizer steps; step 0 is the base without the adapter."""
 
     step: int
     scores: Mapping[str, float]
@@ -26,71 +26,72 @@ class Point:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How good a step is: its ``gain`` in likeness as a share of the best one's, and what it cost."""
+    """The rating of a step: its ``gain`` in likeness, relative to the best gain of the run, and its cost."""
 
     gain: float
     losses: Mapping[str, float]
-    """How far each of ``KEPT`` fell below the base's (or rose above it, for drift); 0 where it did not."""
+    """How much worse than the base each score in ``COSTS`` is; 0 if it is not worse."""
     cost: float
-    """The root mean square of the losses, each as a share of the largest one of the run."""
+    """Root mean square of the losses, each relative to its largest value in the run."""
 
 
 def likeness_of(scores: Mapping[str, float]) -> str:
-    """The score that stands for likeness: DINO if it was measured, else CLIP-I."""
+    """The score used as likeness: DINO if it was measured, else CLIP-I."""
     return "dino" if "dino" in scores else "clip_i"
 
 
 def verdicts(points: Sequence[Point]) -> dict[int, Verdict]:
     """``gain_s = (l_s - l_0) / max(max_t l_t - l_0, 0.02)``, ``cost_s = sqrt(mean_k (loss_ks / max_t loss_kt)^2)``.
 
-    ``l`` is likeness, point 0 the base alone (the first point, if it could not be measured). What is better than the
-    base's is no loss: a half-learned subject is diverse. A largest loss below 0.02 counts as 0.02.
+    ``l``: likeness. Point 0: the base without the adapter, or the first point if measuring the base failed. A score
+    better than the base's is a loss of 0. A largest loss below 0.02 counts as 0.02.
     """
     if not points:
         return {}
     base = points[0].scores
     name = likeness_of(base)
-    most = max(max(point.scores[name] for point in points) - base[name], LEAST_RANGE)
-    kept = [key for key in KEPT if key in base]
-    losses = {p.step: {k: max(DIRECTIONS[k] * (base[k] - p.scores[k]), 0.0) for k in kept} for p in points}
-    largest = {key: max(LEAST_RANGE, *(own[key] for own in losses.values())) for key in kept}
+    best_gain = max(max(point.scores[name] for point in points) - base[name], MIN_RANGE)
+    keys = [key for key in COSTS if key in base]
+    losses = {p.step: {k: max(DIRECTIONS[k] * (base[k] - p.scores[k]), 0.0) for k in keys} for p in points}
+    largest = {key: max(MIN_RANGE, *(by_key[key] for by_key in losses.values())) for key in keys}
     return {
         point.step: Verdict(
-            (point.scores[name] - base[name]) / most,
+            (point.scores[name] - base[name]) / best_gain,
             losses[point.step],
-            math.sqrt(sum((losses[point.step][key] / largest[key]) ** 2 for key in kept) / len(kept)),
+            math.sqrt(sum((losses[point.step][key] / largest[key]) ** 2 for key in keys) / len(keys)),
         )
         for point in points
     }
 
 
 def choose(points: Sequence[Point]) -> int | None:
-    """The step to keep: the cheapest of those trained that have ``ENOUGH`` of the gain of the best of them.
+    """The step to save: the lowest cost among trained steps with at least ``MIN_GAIN`` of the best gain.
 
-    Of equals the one with more likeness, then the earlier one.
+    Ties go to the higher likeness, then to the earlier step. ``None`` if no trained step was measured.
     """
     trained = {step: verdict for step, verdict in verdicts(points).items() if step > 0}
     if not trained:
         return None
     best = max(verdict.gain for verdict in trained.values())
-    enough = {step: v for step, v in trained.items() if v.gain >= (ENOUGH * best if best > 0 else best)}
-    return min(enough, key=lambda step: (enough[step].cost, -enough[step].gain, step))
+    candidates = {step: v for step, v in trained.items() if v.gain >= (MIN_GAIN * best if best > 0 else best)}
+    return min(candidates, key=lambda step: (candidates[step].cost, -candidates[step].gain, step))
 
 
 def front(points: Sequence[Point]) -> list[int]:
-    """The Pareto front: trained steps that no other trained step beats in likeness and in every loss."""
+    """The Pareto front of trained steps, over likeness and every loss."""
     trained = {step: verdict for step, verdict in verdicts(points).items() if step > 0}
-    return [step for step, own in trained.items() if not any(dominates(other, own) for other in trained.values())]
+    others = list(trained.values())
+    return [step for step, verdict in trained.items() if not any(dominates(other, verdict) for other in others)]
 
 
 def dominates(one: Verdict, other: Verdict) -> bool:
-    """Whether ``one`` is at least as good in likeness and in every loss, and better in something."""
+    """Whether ``one`` is at least as good as ``other`` in likeness and every loss, and better in at least one."""
     pairs = [(one.gain, other.gain), *((-one.losses[key], -other.losses[key]) for key in one.losses)]
     return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
 
 
 def stalled(points: Sequence[Point], patience: int | None) -> bool:
-    """Whether the choice has stayed the same for ``patience`` further points."""
+    """Whether ``patience`` points were measured after the chosen step."""
     chosen = choose(points)
     if patience is None or chosen is None:
         return False
@@ -98,21 +99,22 @@ def stalled(points: Sequence[Point], patience: int | None) -> bool:
 
 
 def reason(points: Sequence[Point], kept: int, last: int) -> str:
-    """Why the file holds step ``kept`` of a run that ended at step ``last``, in words."""
+    """A sentence that explains why step ``kept`` of a run that ended at step ``last`` is in the file."""
     chosen = choose(points)
     if chosen is None:
         return "Nothing was measured, so the last step is kept."
     found, base = verdicts(points), points[0].scores
-    name, costs = NAMES[likeness_of(base)], [NAMES[key] for key in KEPT if key in base]
-    own = found[chosen]
-    said = (
-        f"Step {chosen} is kept: of the steps with at least {ENOUGH:.0%} of the best gain in likeness over the base "
-        f"({name}, here {own.gain:.0%}) it cost least in {', '.join(costs[:-1])} and {costs[-1]} ({own.cost:.2f})."
+    name, costs = NAMES[likeness_of(base)], [NAMES[key] for key in COSTS if key in base]
+    verdict = found[chosen]
+    text = (
+        f"Step {chosen} is kept: of the steps with at least {MIN_GAIN:.0%} of the best gain in likeness over the base "
+        f"({name}, here {verdict.gain:.0%}) it has the lowest cost in "
+        f"{', '.join(costs[:-1])} and {costs[-1]} ({verdict.cost:.2f})."
     )
     if kept != chosen:
-        said = f"{said.replace('is kept', 'would be kept')} Its adapter could not be read, so step {kept} is kept."
+        text = f"{text.replace('is kept', 'would be kept')} Its adapter could not be read, so step {kept} is kept."
     if chosen == last:
-        return said
+        return text
     if last not in found:
-        return f"{said} The last step, {last}, was not measured."
-    return f"{said} The last step, {last}, has {found[last].gain:.0%} of the gain, at a cost of {found[last].cost:.2f}."
+        return f"{text} The last step, {last}, was not measured."
+    return f"{text} The last step, {last}, has {found[last].gain:.0%} of the gain, at a cost of {found[last].cost:.2f}."

@@ -1,7 +1,7 @@
-"""Measuring a run on the way: likeness, prompts kept, drift of the class, diversity; and the steps worth keeping.
+"""Validation during a run: likeness, prompt following, drift of the class and diversity, and which steps to save.
 
-Measuring is a function of the adapter and the settings alone: seeds are fixed, the random state of the training is put
-back, and what was measured is on disk, so that a resumed run makes the same choice.
+Scores depend only on the adapter and the settings: seeds are fixed, the random state of the training is restored
+afterwards, and scores are saved on disk, so that a resumed run makes the same choice.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ CLASS_SEEDS = 2
 
 
 def is_measured(config: TrainConfig) -> bool:
-    """Whether any setting asks for measuring."""
+    """Whether any setting turns validation on."""
     return any(getattr(config, name) is not None for name in tagged("measures"))
 
 
 @dataclass
 class Measure:
-    """What is measured and by whom: judges (:func:`load_judges`), real pictures and prompts."""
+    """Inputs of a validation: judge models (:func:`load_judges`), real images of the subject, prompts and seeds."""
 
     judges: dict[str, Judge]
     real: Sequence[Image.Image]
@@ -58,26 +58,26 @@ class Measure:
     seeds: Sequence[int]
     settings: dict[str, Any]
     leaks: Sequence[str] = ()
-    """Held-out photos that are learned from as well, if only in another size or format."""
-    who: Sequence[int] = ()
-    whose: Sequence[int] = ()
-    """Which subject each prompt asks for, and each real picture shows, where one adapter learns several."""
+    """Names of held-out photos that are also training photos, possibly in another size or format."""
+    prompt_subjects: Sequence[int] = ()
+    real_subjects: Sequence[int] = ()
+    """Index of the subject in each prompt and each real image, if one adapter learns several subjects."""
 
 
 def plan_measure(config: ResolvedConfig, subject: Subject, device: torch.device) -> Measure | None:
-    """Load the judges and build the prompts; ``None`` if no setting asks for it. Raises :class:`UserError`."""
+    """Load the judges and build the prompts; ``None`` if validation is off. Raises :class:`UserError`."""
     if not is_measured(config):
         return None
     check_judge(config.judge, config.pretrained_model_name_or_path)
-    asked = [prompts_of(config, member) for member in subject.members_or_self]
-    prompts, class_prompts = ([text for own in asked for text in own[side]] for side in (0, 1))
+    prompt_pairs = [prompts_of(config, member) for member in subject.members_or_self]
+    prompts, class_prompts = ([text for pair in prompt_pairs for text in pair[side]] for side in (0, 1))
     judges = load_judges(config.judge, config.dino, device)
     if config.validation_data_dir:
         held_out = [read_images(Path(config.validation_data_dir).expanduser())]
     else:
         held_out = [list(member.held_out) for member in subject.members_or_self]
-    references = [own or member.images for own, member in zip(held_out, subject.members_or_self, strict=True)]
-    real = [photo for own in references for photo in own]
+    references = [photos or member.images for photos, member in zip(held_out, subject.members_or_self, strict=True)]
+    real = [photo for photos in references for photo in photos]
     are_held_out = any(held_out)
     settings = {
         "judge": config.judge or "tiny", "dino": config.dino, "prompts": prompts, "class prompts": class_prompts,
@@ -92,41 +92,43 @@ def plan_measure(config: ResolvedConfig, subject: Subject, device: torch.device)
         class_prompts,
         seeds=[derive(config.seed, "validation", number) % 2**31 for number in range(config.num_validation_images)],
         settings=settings,
-        leaks=_leaks(subject.images, [photo for own in held_out for photo in own]),
-        who=[number for number, (texts, _) in enumerate(asked) for _ in texts],
-        whose=[number for number, own in enumerate(references) for _ in own],
+        leaks=_leaks(subject.images, [photo for photos in held_out for photo in photos]),
+        prompt_subjects=[number for number, (texts, _) in enumerate(prompt_pairs) for _ in texts],
+        real_subjects=[number for number, photos in enumerate(references) for _ in photos],
     )
 
 
-def _leaks(learned: Sequence[SourceImage], held_out: Sequence[SourceImage]) -> list[str]:
-    ours = set(map(id, learned))
+def _leaks(training: Sequence[SourceImage], held_out: Sequence[SourceImage]) -> list[str]:
+    training_ids = set(map(id, training))
     pairs = [
         pair
-        for pair in find_duplicates([*learned, *held_out])
-        if id(pair.first) in ours and id(pair.second) not in ours
+        for pair in find_duplicates([*training, *held_out])
+        if id(pair.first) in training_ids and id(pair.second) not in training_ids
     ]
     return list(dict.fromkeys(pair.second.path.name for pair in pairs))
 
 
 def prompts_of(config: TrainConfig, subject: Subject) -> tuple[list[str], list[str]]:
-    """Prompts with the subject in them, and the same with anybody of its class. Raises :class:`UserError`."""
+    """Prompts with the subject, and the same prompts with its class word only. Raises :class:`UserError`."""
     if not subject.class_word:
-        raise UserError("measuring needs the class of the subject: give --class_word, for example dog")
+        raise UserError("validation needs the class of the subject: set --class_word, for example dog")
     phrase = with_article(f"{subject.trigger or ''} {subject.class_word}".strip())
     templates = config.validation_prompts or TEMPLATES
     for text in templates:
         if not ("{}" in text or "{noun}" in text or (subject.trigger and has_word(text, subject.trigger))):
             raise UserError(
-                f"the subject is not in {text!r} of --validation_prompts: put {{}} where it goes, as in "
+                f"the subject is missing in {text!r} of --validation_prompts: put {{}} in its place, as in "
                 "'{} in the snow'"
             )
-    plain = [without_trigger(fill(text, with_article(subject.class_word)), subject.trigger) for text in templates]
-    return [fill(text, phrase) for text in templates], plain
+    class_prompts = [
+        without_trigger(fill(text, with_article(subject.class_word)), subject.trigger) for text in templates
+    ]
+    return [fill(text, phrase) for text in templates], class_prompts
 
 
 @dataclass
 class Validation:
-    """The points measured so far, in ``validation.json``, and the adapters worth keeping, in ``candidates/``."""
+    """Measures a run; stores its points in ``validation.json`` and the candidate adapters in ``candidates/``."""
 
     measure: Measure
     config: ResolvedConfig
@@ -142,7 +144,7 @@ class Validation:
         return self.config.folder
 
     def restore(self, step: int) -> None:
-        """Take up what was measured until ``step``, if it was measured in the same way."""
+        """Read the points up to ``step`` of an earlier start, if they were measured with the same settings."""
         try:
             stored = json.loads((self.folder / MEASURED).read_text(encoding="utf-8"))
             same = stored["settings"] == json.loads(json.dumps(self.measure.settings))
@@ -150,15 +152,15 @@ class Validation:
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s is damaged (%r): what it measured is left out", self.folder / MEASURED, error)
+            log.warning("%s is damaged (%r): its points are ignored", self.folder / MEASURED, error)
             return
         if not same:
-            log.warning("validation is measured otherwise than before: its earlier points are left out")
+            log.warning("the settings of the validation have changed: its earlier points are ignored")
             return
         self.points = [point for point in points if point.step <= step]
 
-    def at(self, step: int, adapter_name: str, info: dict[str, Any]) -> Point | None:
-        """Measure, keep the adapter if it is worth it; ``None`` if that fails, which is only a warning."""
+    def measure_step(self, step: int, adapter_name: str, info: dict[str, Any]) -> Point | None:
+        """Measure the current adapter and save it if it is a candidate; ``None`` after a failure, which is logged."""
         if any(point.step == step for point in self.points):
             return None
         try:
@@ -166,8 +168,8 @@ class Validation:
                 point = Point(step, self._scores(step))
                 if step > 0:
                     save_adapter(self.pipe, self.candidate(step), adapter_name, info={**info, "step": step})
-        except Exception as error:  # no part of the training, whatever a judge or a sampler stumbles over
-            log.warning("nothing measured at step %d: %s", step, error)
+        except Exception as error:  # a failed judge or sampler must not end the training
+            log.warning("validation failed at step %d: %s", step, error)
             return None
         self.points.append(point)
         self._write()
@@ -178,61 +180,65 @@ class Validation:
         measure = self.measure
         if self._base is None:
             with without_adapters(self.pipe):
-                self._base = self._look(self._class_pictures())
-        pictures = [self._render(prompt, measure.seeds) for prompt in measure.prompts]
-        self._keep(step, pictures)
-        flat = [image for group in pictures for image in group]
-        features = {name: image_features(judge, flat) for name, judge in measure.judges.items()}
+                self._base = self._features(self._class_images())
+        groups = [self._generate(prompt, measure.seeds) for prompt in measure.prompts]
+        self._save_images(step, groups)
+        images = [image for group in groups for image in group]
+        features = {name: image_features(judge, images) for name, judge in measure.judges.items()}
         if not self._real:
             self._real = {name: image_features(judge, measure.real) for name, judge in measure.judges.items()}
-        scores = {name: self._likeness(name, seen) for name, seen in features.items()}
-        asked = text_features(measure.judges["clip_i"], [text for text in measure.class_prompts for _ in measure.seeds])
-        scores["clip_t"] = statistics.fmean(agreement(features["clip_i"], asked))
-        now = self._look(self._class_pictures())
+        scores = {name: self._likeness(name, values) for name, values in features.items()}
+        texts = text_features(measure.judges["clip_i"], [text for text in measure.class_prompts for _ in measure.seeds])
+        scores["clip_t"] = statistics.fmean(agreement(features["clip_i"], texts))
+        now = self._features(self._class_images())
         scores["drift"] = 1 - statistics.fmean(agreement(now, self._base))
         if len(measure.seeds) > 1:
-            groups = [*features.values()][-1].split(len(measure.seeds))
-            scores["diversity"] = statistics.fmean(map(diversity, groups))
+            by_prompt = [*features.values()][-1].split(len(measure.seeds))
+            scores["diversity"] = statistics.fmean(map(diversity, by_prompt))
         return {name: round(value, 6) for name, value in scores.items()}
 
-    def _likeness(self, name: str, seen: torch.Tensor) -> float:
-        """The mean over the pictures of their likeness to the photos of the subject that each was asked for."""
+    def _likeness(self, name: str, features: torch.Tensor) -> float:
+        """The mean likeness of the generated images to the real images of the same subject."""
         measure = self.measure
-        who = torch.tensor([n for n in measure.who or [0] * len(measure.prompts) for _ in measure.seeds])
-        whose = torch.tensor(measure.whose or [0] * len(measure.real))
+        generated_subjects = torch.tensor(
+            [n for n in measure.prompt_subjects or [0] * len(measure.prompts) for _ in measure.seeds]
+        )
+        real_subjects = torch.tensor(measure.real_subjects or [0] * len(measure.real))
         real = self._real[name]
         return statistics.fmean(
-            value for n in who.unique().tolist() for value in likeness(seen[who == n], real[whose == n])
+            value
+            for n in generated_subjects.unique().tolist()
+            for value in likeness(features[generated_subjects == n], real[real_subjects == n])
         )
 
-    def _look(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        return image_features([*self.measure.judges.values()][-1], pictures)
+    def _features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        return image_features([*self.measure.judges.values()][-1], images)
 
-    def _class_pictures(self) -> list[Image.Image]:
+    def _class_images(self) -> list[Image.Image]:
         seeds = self.measure.seeds[:CLASS_SEEDS]
-        return [image for prompt in self.measure.class_prompts for image in self._render(prompt, seeds)]
+        return [image for prompt in self.measure.class_prompts for image in self._generate(prompt, seeds)]
 
-    def _render(self, prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
+    def _generate(self, prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
         return generate_images(self.pipe, prompt, seeds, self.config, self.dtype)
 
-    def _keep(self, step: int, pictures: Sequence[Sequence[Image.Image]]) -> None:
-        """Keep the first seed's pictures, for the report."""
-        for number, (prompt, group) in enumerate(zip(self.measure.prompts, pictures, strict=True)):
+    def _save_images(self, step: int, groups: Sequence[Sequence[Image.Image]]) -> None:
+        """Save the images of the first seed for the report."""
+        for number, (prompt, group) in enumerate(zip(self.measure.prompts, groups, strict=True)):
             settings = sample_settings(self.pipe, prompt, self.measure.seeds[0], group[0], self.config, step)
             save_image(group[0], self.folder / VALIDATION / image_name(step, number), settings)
 
     def candidate(self, step: int) -> Path:
-        """Where the adapter of a step is kept."""
+        """The folder of a step's adapter."""
         return self.folder / CANDIDATES / f"step-{step}"
 
     @property
     def chosen(self) -> int | None:
-        """The step that the rule picks among those measured."""
+        """The step that :func:`choose` picks from the points so far."""
         return choose(self.points)
 
     @property
-    def enough(self) -> bool:
-        """Whether it is time to stop early."""
+    def should_stop(self) -> bool:
+        """Whether early stopping is on and has run out of patience."""
         return stalled(self.points, self.config.early_stopping)
 
     def _write(self) -> None:
@@ -245,20 +251,20 @@ class Validation:
         write_atomic(self.folder / MEASURED, json.dumps(document, indent=1))
 
     def _prune(self) -> None:
-        """Keep the adapters on the Pareto front and the newest one."""
+        """Delete all candidates except those on the Pareto front and the newest one."""
         kept = {self.candidate(step) for step in (*front(self.points), self.points[-1].step)}
-        for place in checkpoint_steps(self.folder / CANDIDATES).values():
-            if place not in kept:
-                shutil.rmtree(place, ignore_errors=True)
+        for path in checkpoint_steps(self.folder / CANDIDATES).values():
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
 
-    def put_chosen(self, adapter_name: str, last: int) -> int:
-        """Load the chosen step's adapter into the pipeline; returns its step, or ``last`` if that one stays."""
+    def load_chosen(self, adapter_name: str, last: int) -> int:
+        """Load the adapter of the chosen step into the pipeline; return its step, or ``last`` if nothing was loaded."""
         chosen = self.chosen
         if chosen is None or chosen == last:
             return last
         try:
             load_adapter(self.pipe, self.candidate(chosen), adapter_name, hotswap=True)
         except UserError as error:
-            log.warning("the chosen step %d cannot be read, so the last step is kept: %s", chosen, error)
+            log.warning("the adapter of the chosen step %d cannot be read, so the last step is kept: %s", chosen, error)
             return last
         return chosen

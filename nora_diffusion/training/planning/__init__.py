@@ -1,1 +1,1 @@
-"""What is settled before a run's first step: its plan, its folder, what it resumes from, what speaks against it."""
+"""Plan a run before its first step: resolved settings, run folder, checkpoints and preflight checks."""

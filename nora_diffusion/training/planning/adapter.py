@@ -1,4 +1,4 @@
-"""The adapter of a run: its config, the components it goes into, and putting it there."""
+"""The adapter of a run: its config, the components that it adapts, and adding it to the pipeline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..step.randomness import derive
 
 
 def adapter_config(config: TrainConfig) -> AdapterConfig:
-    """The preset of ``config.method`` with the settings that it takes."""
+    """Call the preset of ``config.method`` with the settings that it accepts."""
     targets: str | list[str] | None = config.target_modules
     if targets is not None and len(targets) == 1:
         targets = targets[0]  # a group, or a regular expression
@@ -37,13 +37,13 @@ def adapter_config(config: TrainConfig) -> AdapterConfig:
 
 
 def adapted_components(config: TrainConfig, pipe: Any) -> dict[str, nn.Module]:
-    """The components that get the adapter by name, the denoiser first."""
+    """Adapted components by name; the denoiser comes first."""
     encoders = TRAINED_ENCODERS[family_of(pipe)] if config.train_text_encoder else ()
     return {name: component(pipe, name) for name in (denoiser_name(pipe), *encoders)}
 
 
 def check_targets(config: ResolvedConfig, pipe: Any, components: Mapping[str, nn.Module]) -> None:
-    """Raise :class:`UserError` for an adapter that cannot be built or has no target, before anything is written."""
+    """Check that the adapter can be built and has targets. Raises :class:`UserError`; nothing is written."""
     paths = [path for module in components.values() for path, _ in module.named_modules()]
     for block in config.target_blocks or ():
         if not {block, f"text_model.{block}"} & {*paths}:
@@ -57,7 +57,7 @@ def check_targets(config: ResolvedConfig, pipe: Any, components: Mapping[str, nn
         pairs_from(pipe, config.basis_from, adapter, targets)
 
 
-def put_in_adapter(
+def add_new_adapter(
     config: ResolvedConfig,
     pipe: Any,
     components: Mapping[str, nn.Module],
@@ -65,21 +65,21 @@ def put_in_adapter(
     calibration: Calibration | None,
     new_tokens: Mapping[str, str | None],
 ) -> dict[str, nn.Parameter]:
-    """Add a new adapter and its tokens to the pipeline; returns its trained parameters by file key."""
+    """Add a new adapter and its tokens to the pipeline; return its trained parameters by file key."""
     torch.manual_seed(derive(config.seed, "init"))
     add_adapter(pipe, adapter_config(config), name, list(components), calibration, config.basis_from)
     add_new_tokens(config, pipe, name, new_tokens)
     return trained_parameters(pipe, name)
 
 
-def put_in_checkpoint(pipe: Any, name: str, path: Any) -> dict[str, nn.Parameter]:
-    """Load the adapter of a checkpoint into the pipeline; returns its trained parameters by file key."""
+def load_checkpoint_adapter(pipe: Any, name: str, path: Any) -> dict[str, nn.Parameter]:
+    """Load the adapter of a checkpoint into the pipeline; return its trained parameters by file key."""
     load_adapter(pipe, path, name)
     return trained_parameters(pipe, name)
 
 
 def trained_parameters(pipe: Any, name: str) -> dict[str, nn.Parameter]:
-    """The trained parameters of an adapter by file key, all with ``requires_grad``."""
+    """Set ``requires_grad`` on the trained parameters of an adapter; return them by file key."""
     parameters = trainable_parameters(pipe, name)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -88,14 +88,14 @@ def trained_parameters(pipe: Any, name: str) -> dict[str, nn.Parameter]:
 
 def frozen_factors(pipe: Any) -> list[torch.Tensor]:
     """The frozen factors of all adapters in a pipeline."""
-    named = (pair for module in networks(pipe) for pair in module.named_buffers())
-    return [buffer for name, buffer in named if ".nora_" in name]
+    buffers = (item for module in networks(pipe) for item in module.named_buffers())
+    return [buffer for name, buffer in buffers if ".nora_" in name]
 
 
 @torch.no_grad()
-def agree_on_factors(pipe: Any, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Broadcast the first process's factors: on other processes the same basis may differ in signs."""
+def broadcast_factors(pipe: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Broadcast all factors from rank 0: an SVD on another process may return other signs."""
     for value in (*parameters.values(), *frozen_factors(pipe)):
-        whole = value.detach().contiguous()
-        torch.distributed.broadcast(whole, src=0)
-        value.copy_(whole)
+        buffer = value.detach().contiguous()
+        torch.distributed.broadcast(buffer, src=0)
+        value.copy_(buffer)

@@ -1,7 +1,8 @@
-"""Checkpoints: safetensors and JSON in ``checkpoints/step-N/``, whole or absent, hashed, never pickled.
+"""Checkpoints in ``checkpoints/step-N/``: safetensors and JSON, written atomically, hashed, never pickled.
 
-A checkpoint is the adapter file (frozen factors too, since a basis is never recomputed), the optimizer's
-tensors and ``manifest.json``, written last: the SHA-256 of both, the schedule's state, the run's identity.
+A checkpoint holds the adapter file (with its frozen factors, since a basis is never recomputed), the optimizer tensors
+and ``manifest.json``. The manifest is written last and has the SHA-256 of both files, the state of the learning rate
+schedule and the run's identity.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ FORMAT_VERSION = 1
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint that is not what its manifest says."""
+    """A checkpoint whose files do not match its manifest."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk: its folder, the steps done and what its manifest says."""
+    """A complete checkpoint on disk: its folder, its step and the content of its manifest."""
 
     path: Path
     step: int
     identity: dict[str, Any]
     schedule: dict[str, Any]
     scaler: dict[str, Any]
-    numbers: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
 
 
 def write_checkpoint(
@@ -54,11 +55,11 @@ def write_checkpoint(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> Path:
-    """Write ``folder/step-N``: everything into a hidden folder beside it, flushed, then one rename.
+    """Write ``folder/step-N`` atomically: write and flush a hidden folder next to it, then rename that.
 
-    ``save_adapter`` writes the adapter file into a folder; ``tensors`` are those of optimizer and average; ``state`` is
-    the rest of the manifest: ``identity``, ``schedule``, ``scaler`` and ``optimizer``. Raises :class:`UserError` if the
-    disk is full or the folder cannot be written; earlier checkpoints stay.
+    ``save_adapter`` writes the adapter file into a folder. ``tensors``: those of optimizer and EMA. ``state``: the rest
+    of the manifest (``identity``, ``schedule``, ``scaler``, ``optimizer``). Raises :class:`UserError` if the disk is
+    full or the folder cannot be written; earlier checkpoints are not changed.
     """
     final, temporary = folder / f"step-{step}", folder / f".tmp-step-{step}"
     make_folder(folder)
@@ -72,14 +73,14 @@ def write_checkpoint(
             hashes = {name: sha256(temporary / name) for name in (FILE_NAME, OPTIMIZER)}
             manifest = {"format_version": FORMAT_VERSION, "step": step, **state, "sha256": hashes}
             write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1))
-            _put(temporary, final)
+            _move_into_place(temporary, final)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     return final
 
 
-def _put(temporary: Path, final: Path) -> None:
+def _move_into_place(temporary: Path, final: Path) -> None:
     old = final.with_name(f".old-{final.name}")
     if final.exists():
         final.replace(old)
@@ -91,26 +92,27 @@ def _put(temporary: Path, final: Path) -> None:
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], checkpoint: Checkpoint
 ) -> dict[str, Tensor]:
-    """Give optimizer and factors their state back; returns all tensors that the checkpoint has beside the adapter."""
+    """Restore the optimizer state; return all tensors of the checkpoint that are not in the adapter file."""
     tensors = load_file(checkpoint.path / OPTIMIZER)
-    restore_state(optimizer, parameters, tensors, checkpoint.numbers)
+    restore_state(optimizer, parameters, tensors, checkpoint.optimizer)
     return tensors
 
 
 def prune(folder: Path, keep: int | None) -> None:
-    """Delete the oldest checkpoints beyond ``keep``, once the newest is whole; and what a crash left over."""
-    for rest in (*folder.glob(".tmp-step-*"), *folder.glob(".old-step-*")):
-        shutil.rmtree(rest, ignore_errors=True)
+    """Delete all but the newest ``keep`` checkpoints, and temporary folders that a crash left behind."""
+    for leftover in (*folder.glob(".tmp-step-*"), *folder.glob(".old-step-*")):
+        shutil.rmtree(leftover, ignore_errors=True)
     if keep is not None:
         for old in list(checkpoint_steps(folder).values())[:-keep]:
-            gone = old.with_name(f".tmp-{old.name}")  # in one go: half a checkpoint never has a checkpoint's name
+            # Rename first, so that a half-deleted checkpoint never has the name of a checkpoint.
+            hidden = old.with_name(f".tmp-{old.name}")
             with contextlib.suppress(OSError):
-                old.replace(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+                old.replace(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def recover(folder: Path) -> None:
-    """Put back what a kill between the two renames of :func:`_put` left under its other name."""
+    """Restore a checkpoint if the process was killed between the two renames of :func:`_move_into_place`."""
     for old in folder.glob(".old-step-*"):
         final = folder / old.name.removeprefix(".old-")
         with user_errors(folder):
@@ -121,10 +123,10 @@ def recover(folder: Path) -> None:
 
 
 def find_checkpoint(folder: Path, wanted: str) -> Checkpoint | None:
-    """The checkpoint that ``--resume_from_checkpoint`` means; ``None`` if ``latest`` finds none.
+    """Find the checkpoint for ``--resume_from_checkpoint``; ``None`` if ``latest`` finds no checkpoint.
 
-    ``latest`` is the newest that is whole; damaged ones are passed over with a warning. Raises :class:`UserError` for a
-    path that is no checkpoint, and where nothing is whole.
+    ``latest`` is the newest intact checkpoint; damaged ones are skipped with a warning. Raises :class:`UserError` if
+    the path is not a checkpoint, or if all checkpoints are damaged.
     """
     if wanted == "latest":
         return _newest(folder)
@@ -150,12 +152,12 @@ def _checkpoint_at(folder: Path, wanted: str) -> Path:
         if (candidate / MANIFEST).is_file():
             return candidate
     known = ", ".join(p.name for p in checkpoint_steps(folder).values()) or "none"
-    raise UserError(f"{wanted} is no checkpoint; those of this run: {known}")
+    raise UserError(f"{wanted} is not a checkpoint; the checkpoints of this run: {known}")
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read the manifest and check the files' hashes. Raises :class:`UserError` for a damaged checkpoint."""
-    way = f"resume from an earlier one (--resume_from_checkpoint {path.parent}/step-N) or start anew"
+    """Read the manifest and verify the file hashes. Raises :class:`UserError` for a damaged checkpoint."""
+    remedy = f"resume from an earlier one (--resume_from_checkpoint {path.parent}/step-N) or start a new run"
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, hashes = int(manifest["format_version"]), dict(manifest["sha256"])
@@ -165,19 +167,21 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(
-            f"the checkpoint {path} is damaged (its manifest cannot be read): {way}"
+            f"the checkpoint {path} is damaged (its manifest cannot be read): {remedy}"
         ) from error
     if version > FORMAT_VERSION:
-        raise UserError(f"the checkpoint {path} has format version {version}, newer than this release: upgrade it")
+        raise UserError(
+            f"the checkpoint {path} has format version {version}, newer than this release reads: upgrade nora-diffusion"
+        )
     for name in (FILE_NAME, OPTIMIZER):
         file = path / name
         if not file.is_file() or sha256(file) != hashes.get(name):
-            raise DamagedCheckpointError(f"the checkpoint {path} is damaged ({name} is missing or altered): {way}")
+            raise DamagedCheckpointError(f"the checkpoint {path} is damaged ({name} is missing or changed): {remedy}")
     return result
 
 
 def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
-    """Refuse to go on under other settings, data, base or versions; the message shows each difference."""
+    """Raise :class:`UserError` if settings, data, base or versions differ from the checkpoint; name each."""
     before, now = _flat(checkpoint.identity), _flat(identity)
     changes = [
         f"{key}: {_short(before.get(key))} -> {_short(now.get(key))}"
@@ -186,13 +190,13 @@ def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
     ]
     if changes:
         raise UserError(
-            f"the checkpoint {checkpoint.path} is of another run ({'; '.join(changes)}): "
-            "restore these, or start anew in another --output_dir"
+            f"the checkpoint {checkpoint.path} belongs to a different run ({'; '.join(changes)}): "
+            "restore these values, or start a new run in another --output_dir"
         )
 
 
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """With one entry for each of the versions, so that a message names those that differ."""
+    """Give each package version an entry of its own, so that a message lists only those that differ."""
     versions = identity.get("versions") or {}
     rest = {key: value for key, value in identity.items() if key != "versions"}
     return rest | {f"version of {name}": version for name, version in versions.items()}

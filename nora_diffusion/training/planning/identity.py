@@ -1,4 +1,4 @@
-"""When a resumed run is still the same run."""
+"""The identity of a run: what must not change when it resumes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..settings.config import tagged
 from ..settings.resolved import ResolvedConfig
 
 
-def may_be_extended(config: ResolvedConfig) -> bool:
-    """Whether a finished run may get more steps: nothing in its schedule depends on their number."""
-    return _may_be_extended(config.to_dict())
+def can_extend(config: ResolvedConfig) -> bool:
+    """Whether a finished run can be given more steps: no schedule depends on the number of steps."""
+    return _can_extend(config.to_dict())
 
 
-def _may_be_extended(settings: Mapping[str, Any]) -> bool:
+def _can_extend(settings: Mapping[str, Any]) -> bool:
     fractions = ["denoiser_frac", "text_encoder_frac"]
     if settings["train_text_encoder_ti"]:
         fractions.append("train_text_encoder_ti_frac")
@@ -27,9 +27,9 @@ def _may_be_extended(settings: Mapping[str, Any]) -> bool:
 def identity_of(
     settings: Mapping[str, Any], pipe: Any, subject: Subject, class_hash: str, processes: int
 ) -> dict[str, Any]:
-    """What must be equal for a resumed run to be the same: settings, data, base, versions, processes."""
+    """What must be equal when a run resumes: settings, data, base, package versions, number of processes."""
     values = {name: value for name, value in settings.items() if name not in tagged("free")}
-    if _may_be_extended(settings):
+    if _can_extend(settings):
         values.pop("max_train_steps")
     return {
         **values,

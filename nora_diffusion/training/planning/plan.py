@@ -1,4 +1,4 @@
-"""The plan of a run: everything that is settled before its first step, in one object."""
+"""The plan of a run: everything that is known before its first step, in one object."""
 
 from __future__ import annotations
 
@@ -38,10 +38,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that is settled and has not begun. Nothing in it is open: later code reads it as it is.
+    """A checked run that has not started; every setting has its final value.
 
-    ``components``: the modules that get the adapter by name, the denoiser first. ``levels``: the timesteps that are
-    trained. ``device``: where the run will be.
+    ``components``: adapted modules by name, the denoiser first. ``device``: the device of the run.
     """
 
     config: ResolvedConfig
@@ -61,7 +60,7 @@ class Plan:
 
     @property
     def adapter(self) -> AdapterConfig:
-        """A new config of the adapter."""
+        """The config of the adapter, built anew at each access."""
         return adapter_config(self.config)
 
     @property
@@ -71,12 +70,12 @@ class Plan:
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """All settings by key as they are in force, with the words that were found in the data; no secrets."""
+        """All settings by key with their final values, including words found in the data; without secrets."""
         return {**self.config.to_dict(), **self.subject.settings}
 
     @functools.cached_property
     def captions(self) -> CaptionVariants:
-        """The captions that each image may be drawn with."""
+        """The captions that may be drawn for each image."""
         return caption_variants(self.config, self.subject.captions)
 
     @property
@@ -87,9 +86,9 @@ class Plan:
         return [*self.captions.all(), *prior, *shared]
 
     @property
-    def levels(self) -> range:
+    def timesteps(self) -> range:
         """The timesteps that are trained."""
-        return trained_levels(self.config, self.objective)
+        return trained_timesteps(self.config, self.objective)
 
     @property
     def images_per_step(self) -> int:
@@ -108,7 +107,7 @@ class Plan:
         return self.config.validation_epochs * self.epoch_steps if steps is None else steps
 
     def identity(self, class_hash: str) -> dict[str, Any]:
-        """What must be equal for a resumed run to be the same run. ``class_hash``: of the class images."""
+        """What must be equal when the run resumes. ``class_hash``: hash of the class images."""
         return identity_of(self.settings, self.pipe, self.subject, class_hash, self.processes)
 
 
@@ -120,15 +119,15 @@ def plan_run(
     stop: StopRequests,
     pipe: Any = None,
 ) -> Plan:
-    """Plan a run in ``folder``, on ``pipe`` or on the base that ``config`` names; nothing in the folder changes.
+    """Plan a run in ``folder`` on ``pipe``, or on the base in ``config`` if that is ``None``.
 
-    Raises :class:`UserError` for what cannot be done, before anything is written.
+    Raises :class:`UserError` if the run is not possible. Nothing is written.
     """
     device = accelerator.device
     if folder.owner:
         recover(folder.checkpoints)
     accelerator.wait_for_everyone()
-    checkpoint = wanted_checkpoint(config, folder)
+    checkpoint = checkpoint_to_resume(config, folder)
     if pipe is None:
         pipe = open_base(config, device, opening_dtype([config], device))
     else:
@@ -136,7 +135,7 @@ def plan_run(
     plan = plan_on(config, subject, pipe, device, checkpoint, accelerator)
     stop.check()
     if checkpoint is not None:
-        # The class images are compared later, once they are there.
+        # The hash of the class images is compared later, after they have been generated.
         check_identity(checkpoint, plan.identity(str(checkpoint.identity.get("class pictures", ""))))
     return plan
 
@@ -149,13 +148,13 @@ def plan_on(
     checkpoint: Checkpoint | None = None,
     accelerator: Accelerator | None = None,
 ) -> Plan:
-    """Plan a run on an open base."""
+    """Plan a run on an open base. Raises :class:`UserError` if the run is not possible."""
     processes = 1 if accelerator is None else accelerator.num_processes
-    config = settle(config, pipe, checkpoint, len(subject.images), device, processes)
+    config = resolve_settings(config, pipe, checkpoint, len(subject.images), device, processes)
     if accelerator is not None and processes > 1:
-        config = agree_on_seed(config)
+        config = broadcast_seed(config)
     objective = objective_of(config, pipe)
-    trained_levels(config, objective)
+    trained_timesteps(config, objective)
     components = adapted_components(config, pipe)
     check_targets(config, pipe, components)
     check_new_tokens(config, pipe, list(subject.new_tokens), subject.captions)
@@ -163,7 +162,7 @@ def plan_on(
     return Plan(config, pipe, subject, components, objective, device, processes, checkpoint, measure)
 
 
-def settle(
+def resolve_settings(
     config: TrainConfig,
     pipe: Any,
     checkpoint: Checkpoint | None,
@@ -171,7 +170,7 @@ def settle(
     device: torch.device,
     processes: int,
 ) -> ResolvedConfig:
-    """Fill in what depends on base, machine, data or checkpoint. A run with the resolved config repeats this one."""
+    """Fill in settings that depend on base, machine, data or checkpoint. The result as config repeats the run."""
     earlier = checkpoint.identity if checkpoint else {}
     precision = config.mixed_precision or earlier.get("mixed_precision") or launched_precision(device)
     steps = config.max_train_steps
@@ -202,41 +201,41 @@ def epoch_steps(images: int, images_per_step: int) -> int:
     return max(1, math.ceil(images / images_per_step))
 
 
-def agree_on_seed(config: ResolvedConfig) -> ResolvedConfig:
-    """The first process's seed for all processes: each may have drawn its own."""
+def broadcast_seed(config: ResolvedConfig) -> ResolvedConfig:
+    """Use the seed of rank 0 on all processes: each may have drawn its own."""
     from accelerate.utils import broadcast_object_list
 
     return replace(config, seed=broadcast_object_list([config.seed])[0])
 
 
 def objective_of(config: ResolvedConfig, pipe: Any) -> Objective:
-    """The objective that the base's scheduler was trained for, with the config's weights and loss."""
+    """The training objective: prediction type and noise of the base's scheduler, loss and weights of the config."""
     return Objective.of(
         pipe.scheduler, config.snr_gamma, denoiser(pipe).device,
         loss=config.loss_type, huber_c=config.huber_c, weighting=config.loss_weighting,
     )  # fmt: skip
 
 
-def trained_levels(config: ResolvedConfig, objective: Objective) -> range:
-    """The timesteps that are trained. Raises :class:`UserError` for a range that the scheduler does not have."""
+def trained_timesteps(config: ResolvedConfig, objective: Objective) -> range:
+    """The timesteps that are trained. Raises :class:`UserError` for a range outside those of the scheduler."""
     for name in ("min_timestep", "max_timestep"):
-        value, most = getattr(config, name), objective.timesteps
-        if value is not None and value > most - (name == "min_timestep"):
-            raise UserError(f"{name}={value} is beyond the {most} timesteps of this base")
+        value, count = getattr(config, name), objective.timesteps
+        if value is not None and value > count - (name == "min_timestep"):
+            raise UserError(f"{name}={value} is beyond the {count} timesteps of this base: choose a smaller one")
     end = objective.timesteps if config.max_timestep is None else config.max_timestep
     return range(config.min_timestep, end)
 
 
-def wanted_checkpoint(config: TrainConfig, folder: RunFolder) -> Checkpoint | None:
-    """The checkpoint to resume from, read and checked. Raises :class:`UserError` if an earlier run is in the way."""
+def checkpoint_to_resume(config: TrainConfig, folder: RunFolder) -> Checkpoint | None:
+    """Read and check the checkpoint to resume from. Raises :class:`UserError` if the folder holds another run."""
     if config.resume_from_checkpoint:
         found = find_checkpoint(folder.checkpoints, config.resume_from_checkpoint)
         if found is not None:
             return found
-        log.warning("there is no checkpoint in %s yet: training starts from the beginning", folder.checkpoints)
+        log.warning("no checkpoint in %s: training starts from the beginning", folder.checkpoints)
     if folder.owner and folder.holds_a_run() and not config.overwrite_output_dir:
         raise UserError(
-            f"{folder.path} holds an earlier run: go on with --resume_from_checkpoint latest, replace it with "
+            f"{folder.path} holds an earlier run: continue it with --resume_from_checkpoint latest, replace it with "
             "--overwrite_output_dir, or choose another --output_dir"
         )
     return None

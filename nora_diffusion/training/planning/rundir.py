@@ -37,21 +37,21 @@ Status = Literal["starting", "training", "saving", "done", "interrupted", "faile
 SPARE_BYTES = 16 * 2**20
 STATE_SECONDS = 0.5
 EXPORTS = "exports"
-MARKS = (STATE, LOG, FILE_NAME)
-"""A folder with one of them holds a run."""
-WRITTEN = (
+RUN_MARKERS = (STATE, LOG, FILE_NAME)
+"""A folder with any of these files holds a run."""
+RUN_NAMES = (
     CONFIG, REPORT, MEASURED, "README.md", data_report.HTML_NAME, data_report.JSON_NAME,
     CHECKPOINTS, SAMPLES, VALIDATION, CANDIDATES, EXPORTS,
 )  # fmt: skip
-"""Names that a run takes for itself, and somebody else may have, too."""
+"""Other names that a run writes. Files of the user may have the same names."""
 
 
 class RunFolder:
-    """Context manager that owns ``output_dir``: created, writable and locked, or a :class:`UserError`.
+    """Context manager that creates and locks ``output_dir``. Raises :class:`UserError` if it cannot be used.
 
-    Until :meth:`claim` nothing of an earlier run is touched; a folder made for nothing is removed again.
-    In processes beside the first one (``owner=False``) it writes nothing. A folder that is no run's and has files in
-    the way of one is refused, but with ``overwrite``.
+    Files of an earlier run are not touched before :meth:`claim`; a folder that was created and never claimed is removed
+    on exit. Processes other than rank 0 (``owner=False``) write nothing. A folder that holds no run but has files with
+    the names of a run's files is refused, unless ``overwrite`` is set.
     """
 
     def __init__(self, path: Path, owner: bool = True, overwrite: bool = False) -> None:
@@ -63,26 +63,26 @@ class RunFolder:
         self._lock = FileLock(path / LOCK)
         self._state: dict[str, Any] = {}
         self._state_time = 0.0
-        self._told = False
+        self._warned = False
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints go."""
+        """The folder of checkpoints."""
         return self.path / CHECKPOINTS
 
     @property
     def samples(self) -> Path:
-        """Where sample pictures go."""
+        """The folder of sample images."""
         return self.path / SAMPLES
 
     @property
     def adapter(self) -> Path:
-        """The finished adapter."""
+        """The file of the finished adapter."""
         return self.path / FILE_NAME
 
     @property
     def status(self) -> Status | None:
-        """What ``state.json`` was last told."""
+        """The status last written to ``state.json``."""
         return self._state.get("status")
 
     def __enter__(self) -> RunFolder:
@@ -91,88 +91,89 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"the output folder {self.path} is a file: choose another --output_dir")
         if not self._overwrite:
-            self._spare_others()
+            self._refuse_foreign_files()
         self._created = not self.path.exists()
         make_folder(self.path)
         if not self._lock.try_acquire():
             raise UserError(
-                f"another training runs in {self.path}{self._holder()}: wait for it or choose another --output_dir"
+                f"another training runs in {self.path}{self._holder()}: wait for it, or choose another --output_dir"
             )
         handle = self._lock.handle
         assert handle is not None
         os.truncate(handle, 0)
         os.write(handle, str(os.getpid()).encode())
-        self._say_how_it_ended()
+        self._warn_if_killed()
         try:
             self.require(SPARE_BYTES)
         except UserError:
-            self._leave()
+            self._release()
             raise
         return self
 
-    def _spare_others(self) -> None:
-        if self.holds_a_run() or any((self.path / name).exists() for name in MARKS):
+    def _refuse_foreign_files(self) -> None:
+        if self.holds_a_run() or any((self.path / name).exists() for name in RUN_MARKERS):
             return
-        there = [name for name in WRITTEN if _is_used(self.path / name)]
-        if there:
+        taken = [name for name in RUN_NAMES if _is_used(self.path / name)]
+        if taken:
             raise UserError(
-                f"{self.path} is in use and holds no run, whose files would go between or over {', '.join(there)}: "
-                "choose another --output_dir, or give --overwrite_output_dir"
+                f"{self.path} holds no run, and a run would write into or over {', '.join(taken)}: "
+                "choose another --output_dir, or set --overwrite_output_dir"
             )
 
     def _holder(self) -> str:
-        with contextlib.suppress(OSError, ValueError):  # Windows lets nobody read what is locked
+        with contextlib.suppress(OSError, ValueError):  # Windows does not allow reading a locked file
             return f" (process {int(self._lock.path.read_text())})"
         return ""
 
-    def _say_how_it_ended(self) -> None:
-        """The lock was free, so a process that ``state.json`` shows at work is gone, whoever has its number now."""
+    def _warn_if_killed(self) -> None:
+        """Warn if an earlier run was killed: the lock was free, but ``state.json`` says that it was running."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
             before = json.loads((self.path / STATE).read_text(encoding="utf-8"))
             if before.get("status") in ("starting", "training", "saving"):
                 log.warning(
-                    "the earlier run in %s was killed at step %s, probably for want of memory (a smaller "
-                    "--train_batch_size or --gradient_checkpointing needs less) or by a power cut",
+                    "the earlier run in %s was killed at step %s, probably because it ran out of memory (use a smaller "
+                    "--train_batch_size or --gradient_checkpointing) or by a power cut",
                     self.path, before.get("step", 0),
                 )  # fmt: skip
 
     def __exit__(self, *_: object) -> None:
-        self._leave()
+        self._release()
 
-    def _leave(self) -> None:
+    def _release(self) -> None:
         self._lock.release()
         if self._created and not self._claimed:
             with contextlib.suppress(OSError):
                 (self.path / LOCK).unlink()
                 self.path.rmdir()
 
-    def claim(self, anew: bool, config: Mapping[str, Any]) -> None:
-        """From here on this run's files replace the earlier ones; ``anew`` removes its checkpoints, pictures and log.
+    def claim(self, fresh: bool, config: Mapping[str, Any]) -> None:
+        """Start writing: replace ``config.yaml``; if ``fresh``, delete checkpoints, images and log of an earlier run.
 
-        What has no name of ours stays, and the earlier adapter until the new one replaces it. ``config.yaml`` holds
-        every setting resolved: ``--config`` with it repeats the run.
+        Files that a run does not write are not touched; the earlier adapter stays until the new one replaces it.
+        ``config.yaml`` has every setting with its final value, so that ``--config`` repeats the run.
         """
         import yaml
 
         if not self.owner:
             return
         self._claimed = True
-        if anew:
+        if fresh:
             self._remove_earlier()
             with user_errors(self.path / LOG):
-                (self.path / LOG).touch()  # a mark: a run killed in the next line is known by it
+                (self.path / LOG).touch()  # marks the folder as a run even if the process is killed right here
         write_atomic(self.path / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
     def _remove_earlier(self) -> None:
         candidates, validation = self.path / CANDIDATES, self.path / VALIDATION
-        rests = [path for mark in ("tmp", "old") for path in self.checkpoints.glob(f".{mark}-step-*")]
-        for place in (*checkpoint_steps(self.checkpoints).values(), *checkpoint_steps(candidates).values(), *rests):
-            shutil.rmtree(place, ignore_errors=True)
-        pictures = [p for place in (self.samples, validation) for own in images_by_step(place).values() for p in own]
-        for path in (*pictures, *(self.path / name for name in (LOG, MEASURED, REPORT))):
+        leftovers = [path for mark in ("tmp", "old") for path in self.checkpoints.glob(f".{mark}-step-*")]
+        saved = (*checkpoint_steps(self.checkpoints).values(), *checkpoint_steps(candidates).values())
+        for folder in (*saved, *leftovers):
+            shutil.rmtree(folder, ignore_errors=True)
+        images = [p for folder in (self.samples, validation) for ps in images_by_step(folder).values() for p in ps]
+        for path in (*images, *(self.path / name for name in (LOG, MEASURED, REPORT))):
             path.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.samples, validation, candidates):
-            with contextlib.suppress(OSError):  # not there, or something else is in it
+            with contextlib.suppress(OSError):  # absent, or it holds other files
                 folder.rmdir()
 
     def require(self, size: int) -> None:
@@ -180,16 +181,16 @@ class RunFolder:
         free = shutil.disk_usage(self.path).free
         if free < size:
             raise UserError(
-                f"{self.path} has {free / 2**20:.0f} MiB left, {size / 2**20:.0f} are needed: free some space"
+                f"{self.path} has {free / 2**20:.0f} MiB left, but {size / 2**20:.0f} MiB are needed: free some space"
             )
 
     def sync_log(self) -> None:
-        """Flush ``log.jsonl`` to disk: after a power cut it must reach as far as the checkpoint does."""
+        """Flush ``log.jsonl`` to disk: after a power cut it must have all steps up to the checkpoint."""
         with user_errors(self.path / LOG), (self.path / LOG).open("rb") as file:
             os.fsync(file.fileno())
 
     def steps(self) -> list[tuple[int, float, float]]:
-        """Step, loss and seconds of every line of ``log.jsonl``, those of earlier starts of the run included."""
+        """Step, loss and seconds of every line of ``log.jsonl``, including steps from before a resume."""
         rows = []
         with contextlib.suppress(OSError):
             for line in (self.path / LOG).read_text(encoding="utf-8").splitlines():
@@ -199,11 +200,11 @@ class RunFolder:
         return rows
 
     def holds_a_run(self) -> bool:
-        """Whether an earlier run left checkpoints or an adapter here."""
+        """Whether the folder has checkpoints or an adapter of an earlier run."""
         return self.adapter.exists() or bool(checkpoint_steps(self.checkpoints))
 
     def state(self, status: Status, **values: Any) -> None:
-        """Replace ``state.json``: at once when the status changes, else at most twice a second."""
+        """Update ``state.json``: immediately if the status changes, else at most twice a second."""
         if not self._claimed:
             return
         now = time.monotonic()
@@ -213,31 +214,31 @@ class RunFolder:
             return
         self._state_time = now
         temporary = self.path / f".{STATE}.tmp"
-        # Renamed for whoever watches, but not flushed to disk: a step must not wait for it, nor fail with it.
+        # Atomic for readers, but not flushed to disk: a step must neither wait for this nor fail because of it.
         try:
             temporary.write_text(json.dumps(self._state), encoding="utf-8")
             temporary.replace(self.path / STATE)
         except OSError as error:
-            if not self._told:
-                log.warning("state.json cannot be written, so who watches sees no progress: %s", error.strerror)
-            self._told = True
+            if not self._warned:
+                log.warning("state.json cannot be written, so the app shows no progress: %s", error.strerror)
+            self._warned = True
 
 
 class RunLog:
-    """``log.jsonl``: one line a step, flushed; lines after a resumed step are dropped first."""
+    """Writes ``log.jsonl``, one flushed line per step. Drops lines after ``resumed_step`` when it opens the file."""
 
     def __init__(self, path: Path, resumed_step: int, owner: bool = True) -> None:
         self.path = path
         self._file: IO[str] | None = None
         if owner:
-            self._keep(resumed_step)
+            self._drop_after(resumed_step)
             with user_errors(path):
                 self._file = path.open("a", encoding="utf-8")
 
-    def _keep(self, last: int) -> None:
+    def _drop_after(self, step: int) -> None:
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= last]
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
         write_atomic(self.path, "".join(line + "\n" for line in kept))
 
     def write(self, **values: Any) -> None:
@@ -254,7 +255,7 @@ class RunLog:
 
 
 def _is_used(path: Path) -> bool:
-    """Whether a file is there, or a folder with something in it."""
+    """Whether the path is a file or a folder that is not empty."""
     return any(path.iterdir()) if path.is_dir() else path.exists()
 
 

@@ -1,1 +1,1 @@
-"""One run from start to end, and its folder."""
+"""One run: encode data, build, train, save and report."""

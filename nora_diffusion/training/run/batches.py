@@ -17,7 +17,10 @@ from .run import Run
 
 @dataclass(frozen=True)
 class Batch:
-    """A noised batch: the denoiser's inputs, and its ``target`` with the levels ``t`` that weight the loss."""
+    """A noised batch: inputs of the denoiser, their ``target``, and the timesteps ``t`` that weight the loss.
+
+    ``times``: the timesteps in the scheduler's units. ``regions``: loss weights per latent pixel.
+    """
 
     target: Tensor
     t: Tensor
@@ -29,23 +32,23 @@ class Batch:
 
 
 class Batches:
-    """The batches of a :class:`Run`: each is a function of seed, step and micro-step.
+    """The batches of a :class:`Run`: each depends only on seed, step and micro-step.
 
-    All processes draw the batch that one process would draw, and each takes its own rows of it.
+    All processes draw the same global batch, and each takes its own rows of it.
     """
 
     def __init__(self, run: Run, accelerator: Accelerator) -> None:
         self.run, self.accelerator, self.device = run, accelerator, run.plan.device
 
     def draw(self, step: int, micro: int) -> Batch:
-        """The batch of a micro-step."""
+        """Draw the batch of a micro-step."""
         run, config = self.run, self.run.config
-        # The last 0 is the first process: every process draws what that one would draw alone.
+        # The last 0 is the rank: every process draws the same as rank 0.
         source = generator(config.seed, "step", step, micro, 0)
-        # Dropout draws from the global generator, so that is seeded by the step as well. Dropout masks differ between
-        # processes; a sampled rank does not.
-        own = self.accelerator.process_index if config.dropout > 0 else 0
-        torch.manual_seed(derive(config.seed, "dropout", step, micro, own))
+        # Dropout draws from the global generator, so that is seeded per step as well. Dropout masks differ between
+        # processes; a sampled rank (DyLoRA) does not.
+        rank = self.accelerator.process_index if config.dropout > 0 else 0
+        torch.manual_seed(derive(config.seed, "dropout", step, micro, rank))
         size = config.train_batch_size * self.accelerator.num_processes
         number = step * config.gradient_accumulation_steps + micro
         images = self._images(number, size)
@@ -59,7 +62,7 @@ class Batches:
             latents = torch.cat([latents, run.class_latents.draw(views, source)])
             regions = None if regions is None else torch.cat([regions, torch.ones_like(regions)])
             prompts += [run.subject.class_prompt] * size
-        elif config.with_prior_preservation:  # by the frozen base: the same images under their class prompts
+        elif config.with_prior_preservation:  # prior_preservation=frozen: the same images with their class prompts
             latents = torch.cat([latents, latents])
             regions = None if regions is None else torch.cat([regions, torch.ones_like(regions)])
             prompts += [run.subject.class_prompts[image] for image in images]
@@ -78,7 +81,7 @@ class Batches:
     def _noised(self, latents: Tensor, prompts: list[str], source: torch.Generator, regions: Tensor | None) -> Batch:
         run, plan, objective = self.run, self.run.plan, self.run.plan.objective
         noise, added = draw_noise(latents.shape, run.config, source)
-        t = draw_timesteps(len(latents), plan.levels, run.config.timestep_sampling, source)
+        t = draw_timesteps(len(latents), plan.timesteps, run.config.timestep_sampling, source)
         rows = self._own_rows(len(latents))
         latents, noise, added, t = (value[rows].to(self.device) for value in (latents, noise, added, t))
         prompts, regions = [prompts[row] for row in rows], None if regions is None else regions[rows]
@@ -92,14 +95,14 @@ class Batches:
         return self._with_base_targets(batch, prompts) if uses_base else batch
 
     def _own_rows(self, rows: int) -> list[int]:
-        """This process's rows of a batch: of its images, and of the class rows behind them."""
+        """This process's rows of a global batch: its images, and their class rows in the second half."""
         size, accelerator = self.run.config.train_batch_size, self.accelerator
         first = size * accelerator.process_index
         return [row for row in range(rows) if first <= row % (size * accelerator.num_processes) < first + size]
 
     @torch.no_grad()
     def _with_base_targets(self, batch: Batch, prompts: list[str]) -> Batch:
-        """Replace the targets of the second half by what the base predicts without adapters."""
+        """Replace the targets of the second half with the predictions of the base without adapters."""
         half = len(prompts) // 2
         labels = None if batch.labels is None else batch.labels[half:]
         with without_adapters(self.run.pipe), self.autocast():
@@ -110,7 +113,7 @@ class Batches:
         return replace(batch, target=torch.cat([batch.target[:half], prediction.to(batch.target.dtype)]))
 
     def mean_loss(self, batch: Batch, prediction: Tensor) -> Tensor:
-        """Mean loss of the images, plus ``prior_loss_weight`` times that of the class rows."""
+        """Mean loss of the images plus ``prior_loss_weight`` times the mean loss of the class rows."""
         config = self.run.config
         losses = self.run.plan.objective.losses(prediction, batch.target, batch.t, batch.regions)
         size = config.train_batch_size
@@ -118,7 +121,7 @@ class Batches:
         return mean + config.prior_loss_weight * losses[size:].mean() if len(losses) > size else mean
 
     def autocast(self) -> torch.autocast:
-        """Autocast to the run's dtype, if that is a half precision."""
+        """Autocast to the run's dtype if that is fp16 or bf16; else a context that does nothing."""
         dtype = self.run.plan.dtype
         lower = dtype in (torch.float16, torch.bfloat16)
         return torch.autocast(self.device.type, dtype if lower else None, enabled=lower)

@@ -1,4 +1,4 @@
-"""Claims the folder of a run and encodes what it learns from: latents of the images, text embeddings of the prompts."""
+"""Encode the data of a run: latents of the images and text embeddings of the prompts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunData:
-    """A plan with its encoded images. ``class_latents``: of the class images, where prior preservation uses any."""
+    """A plan with its encoded images. ``class_latents``: latents of the class images, if prior preservation has any."""
 
     plan: Plan
     latents: Latents
@@ -35,21 +35,21 @@ class RunData:
     identity: dict[str, Any]
 
     def embeddings(self) -> PromptEmbeddings:
-        """Text embeddings of all prompts of the run, at the present precision of the text encoders."""
+        """Text embeddings of all prompts of the run, in the current dtype of the text encoders."""
         plan = self.plan
         return PromptEmbeddings(plan.pipe, plan.config, plan.prompts, encoding_cache(plan))
 
 
 def encoding_cache(plan: Plan) -> EncodingCache:
-    """Where encodings are cached."""
+    """The encoding cache: on disk or in memory, as ``cache_latents`` says."""
     return EncodingCache(plan.config.cache_latents == "disk")
 
 
 def encode(plan: Plan, accelerator: Accelerator, folder: RunFolder, stop: StopRequests) -> RunData:
-    """Claim the folder and encode the images of a run that passed all checks."""
+    """Claim the run folder and encode the images; call it after all checks have passed."""
     stop.check()
     checkpoint = plan.checkpoint
-    folder.claim(anew=checkpoint is None, config=_repeatable(plan))
+    folder.claim(fresh=checkpoint is None, config=_repeatable(plan))
     folder.state("starting", total=plan.config.max_train_steps, step=checkpoint.step if checkpoint else 0)
     latents, class_latents, class_hash = encode_all(plan, folder, accelerator.wait_for_everyone, stop.check)
     identity = plan.identity(class_hash)
@@ -62,8 +62,8 @@ def encode(plan: Plan, accelerator: Accelerator, folder: RunFolder, stop: StopRe
 
 
 def _repeatable(plan: Plan) -> dict[str, Any]:
-    """The settings that repeat this run as a new one."""
-    # A given trigger would be put into captions that lack it.
+    """The settings for ``config.yaml``, with which a new run repeats this one."""
+    # A trigger that is set would be added to captions that lack it.
     trigger = plan.settings["trigger"] if plan.subject.has_trigger_everywhere else None
     return plan.settings | {"trigger": trigger, "resume_from_checkpoint": None, "overwrite_output_dir": False}
 
@@ -71,7 +71,7 @@ def _repeatable(plan: Plan) -> dict[str, Any]:
 def encode_all(
     plan: Plan, folder: RunFolder, wait_for_everyone: Callable[[], None], check: Callable[[], None]
 ) -> tuple[Latents, Latents | None, str]:
-    """Latents of the images and, if prior preservation uses class images, theirs and a hash of them."""
+    """Latents of the images; if prior preservation uses class images, also their latents and a hash of them."""
     config, pipe, subject, cache = plan.config, plan.pipe, plan.subject, encoding_cache(plan)
     transform = transform_of(config, config.resolution, bucket_multiple(pipe))
     views = views_of(transform, subject.images, config.seed)
@@ -85,5 +85,5 @@ def encode_all(
     wait_for_everyone()
     images = read_images(class_folder(config), config.dataloader_num_workers)[: config.num_class_images]
     class_hash = str(derive(0, *(image.sha256 for image in images)))
-    own = class_views(transform, images, derive(config.seed, "class"), views)
-    return latents, encode_images(pipe.vae, images, own, cache=cache), class_hash
+    cropped = class_views(transform, images, derive(config.seed, "class"), views)
+    return latents, encode_images(pipe.vae, images, cropped, cache=cache), class_hash

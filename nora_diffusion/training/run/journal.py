@@ -1,4 +1,4 @@
-"""Records the steps of a run: ``log.jsonl``, ``state.json``, the progress bar and the trackers."""
+"""Record the steps of a run in ``log.jsonl``, ``state.json``, the progress bar and the trackers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .tracking import Trackers
 
 
 class Journal:
-    """Context manager in which steps can be recorded. ``progress``: show a progress bar."""
+    """Context manager that records steps. ``progress``: show a progress bar."""
 
     def __init__(self, run: Run, folder: RunFolder, progress: bool = True) -> None:
         self.run, self.folder, self.progress = run, folder, progress
@@ -47,7 +47,7 @@ class Journal:
     def record(self, done: int, loss: float, rate: float, norm: float, seconds: float) -> None:
         """Record step ``done``, counted from 1: its loss, learning rate, gradient norm and duration."""
         assert self._log is not None, "steps are recorded inside the context"
-        finite = norm if math.isfinite(norm) else None  # fp16 may skip a step, and JSON has no infinity
+        finite = norm if math.isfinite(norm) else None  # infinite in a skipped fp16 step, and JSON has no infinity
         self._log.write(step=done, loss=loss, lr=rate, grad_norm=finite, seconds=round(seconds, 4))
         self.folder.state("training", step=done, total=self.run.last_step, loss=loss)
         self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}", refresh=False)
@@ -59,5 +59,5 @@ class Journal:
         self._trackers.log({f"validation/{name}": value for name, value in scores.items()}, done)
 
     def finish(self) -> None:
-        """Let the trackers send what they hold."""
+        """Flush and close the trackers."""
         self._trackers.finish()

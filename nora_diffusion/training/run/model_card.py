@@ -1,4 +1,4 @@
-"""The training part of the model card; :mod:`nora_diffusion.formats.model_card` writes the rest."""
+"""The training section of the model card; :mod:`nora_diffusion.formats.model_card` writes the rest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .outcome import Outcome
 
 
 def training_section(outcome: Outcome) -> str:
-    """Markdown: the prompt, sample images, the settings that were in force and the result."""
+    """Markdown with the prompt, the result, sample images and the settings of the run."""
     run, plan = outcome.run, outcome.run.plan
     values = ((name, plan.settings[name]) for name in tagged("card"))
     rows = [(name, value) for name, value in values if value is not None and value is not False]
@@ -19,7 +19,7 @@ def training_section(outcome: Outcome) -> str:
     return (
         f"## Training\n\n{len(plan.subject.images)} photos, {run.last_step} steps in {outcome.seconds:.0f} s, "
         f"mean loss of the last steps {outcome.final_loss:.4f}. Prompt: `{plan.subject.subject_prompt}`"
-        f"{class_word}.{_kept_line(outcome)}\n{_images(outcome)}\n| setting | value |\n| --- | --- |\n{table}"
+        f"{class_word}.{_choice_line(outcome)}\n{_images(outcome)}\n| setting | value |\n| --- | --- |\n{table}"
     )
 
 
@@ -31,7 +31,7 @@ def _images(outcome: Outcome) -> str:
     return "".join(f"\n`{prompt}`:\n\n{' '.join(images)}\n" for prompt, images in by_prompt.items())
 
 
-def _kept_line(outcome: Outcome) -> str:
+def _choice_line(outcome: Outcome) -> str:
     run = outcome.run
     if run.validation is None:
         return ""

@@ -1,4 +1,4 @@
-"""The result of a run: what its card and report are made from."""
+"""The result of a run, from which its model card and report are written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .run import Run
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run after its last step. ``kept_step`` is the step of the adapter that is saved."""
+    """A run after its last step. ``kept_step``: the step whose adapter is saved."""
 
     run: Run
     folder: RunFolder

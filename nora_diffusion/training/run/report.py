@@ -1,4 +1,4 @@
-"""The page that a run ends with: curves, pictures over the steps, which step was kept and why. All from the folder."""
+"""Write ``report.html``: curves, images by step, and which step was saved and why."""
 
 from __future__ import annotations
 
@@ -21,45 +21,45 @@ from .run import Run
 log = logging.getLogger(__name__)
 
 MEANINGS = {
-    "dino": "mean cosine to the {real}, as {dino} sees them",
-    "clip_i": "mean cosine to the {real}, as {judge} sees them",
-    "clip_t": "mean cosine to the prompt without the trigger, by {judge}",
-    "drift": "one minus the mean cosine between pictures of the class without the trigger and the base's own of the "
-    "same seeds",
-    "diversity": "mean of one minus cosine over pairs of pictures of one prompt",
-    "gain": "share of the best gain in likeness over the base",
-    "cost": "what was lost of the rest, as a share of the most that was: root mean square",
+    "dino": "mean cosine similarity to the {real}, by features of {dino}",
+    "clip_i": "mean cosine similarity to the {real}, by features of {judge}",
+    "clip_t": "mean cosine similarity to the prompt without the trigger, by features of {judge}",
+    "drift": "one minus the mean cosine similarity between images of the class without the trigger, with and without "
+    "the adapter, at the same seeds",
+    "diversity": "mean of one minus the cosine similarity over pairs of images of the same prompt",
+    "gain": "gain in likeness over the base, relative to the best gain of the run",
+    "cost": "root mean square of the losses in the other scores, each relative to its largest loss in the run",
 }
 EMBEDDED_JUDGE = "the CLIP of the embedded base"
 MAX_ROWS, MAX_COLUMNS, MAX_LOSSES = 12, 12, 400
 
 
 def write_report(outcome: Outcome) -> None:
-    """Write ``report.html``. A failure is only a warning."""
+    """Write ``report.html``. A failure is logged as a warning."""
     try:
         write_atomic(outcome.folder.path / REPORT, page(outcome))
     except Exception as error:
-        log.warning("there is no %s: %s", REPORT, error)
+        log.warning("%s could not be written: %s", REPORT, error)
 
 
 def page(outcome: Outcome) -> str:
-    """The whole page."""
+    """The HTML of the report."""
     run, folder, kept = outcome.run, outcome.folder, outcome.kept_step
     losses = [(float(step), loss) for step, loss, _ in folder.steps()]
     points = run.validation.points if run.validation else []
     parts = [webpage.paragraph(_summary(outcome))]
     if points and run.validation is not None:
-        parts += [webpage.heading("Which step"), webpage.paragraph(reason(points, kept, run.last_step))]
+        parts += [webpage.heading("Which step was saved"), webpage.paragraph(reason(points, kept, run.last_step))]
         parts.append(_table(points, kept, run.last_step))
         settings = run.validation.measure.settings
         leaks = len(run.validation.measure.leaks)
-        real = settings["real"] + (f" ({leaks} of them learned from as well)" if leaks else "")
+        real = settings["real"] + (f" ({leaks} of them also used for training)" if leaks else "")
         judge = EMBEDDED_JUDGE if settings["judge"] == "tiny" else settings["judge"]
         parts.append(_meanings(points, {"real": real, "judge": judge, "dino": settings["dino"]}))
     curves = [_loss_chart(losses), *(_curves(points) if points else ())]
     parts += [webpage.heading("Curves"), f'<div class="plots">{"".join(curves)}</div>']
-    for name, title in ((VALIDATION, "Measured pictures, first seed"), (SAMPLES, "Samples")):
-        if found := pictures(folder.path / name):
+    for name, title in ((VALIDATION, "Validation images, first seed"), (SAMPLES, "Samples")):
+        if found := images_to_show(folder.path / name):
             sampled = [
                 f"{run.config.validation_prompt or ''}, seed {run.config.seed + number}"
                 for number in range(MAX_COLUMNS)
@@ -67,28 +67,28 @@ def page(outcome: Outcome) -> str:
             prompts = run.validation.measure.prompts if run.validation and name == VALIDATION else sampled
             parts += [webpage.heading(title), _grid(found, prompts, kept)]
     parts += [webpage.heading("Settings"), _settings(run)]
-    called = f"{run.subject.trigger or ''} {run.subject.class_word or ''}".strip() or "a subject"
-    return webpage.page(f"{folder.path.name}: training of {called}", parts)
+    name = f"{run.subject.trigger or ''} {run.subject.class_word or ''}".strip() or "a subject"
+    return webpage.page(f"{folder.path.name}: training of {name}", parts)
 
 
 def _summary(outcome: Outcome) -> str:
     run, kept, planned = outcome.run, outcome.kept_step, outcome.run.config.max_train_steps
-    loss = f", mean loss of the last ones {outcome.final_loss:.4f}" if math.isfinite(outcome.final_loss) else ""
+    loss = f", mean loss of the last steps {outcome.final_loss:.4f}" if math.isfinite(outcome.final_loss) else ""
     early = f" of {planned} (stopped early)" if run.last_step < planned else ""
     return (
         f"{len(run.subject.images)} photos, {run.last_step} steps{early}{loss}; {run.config.method} with "
-        f"{run.trained:,} trained numbers on {base_id(run.pipe)}. The adapter in this folder is that of step {kept}."
+        f"{run.trained:,} trained parameters on {base_id(run.pipe)}. The adapter in this folder is that of step {kept}."
     )
 
 
 def _meanings(points: Sequence[Point], words: Mapping[str, str | None]) -> str:
-    """What the columns of the table mean."""
+    """An explanation of the table's columns."""
     rows = [(NAMES.get(key, key), MEANINGS[key].format(**words)) for key in (*points[0].scores, "gain", "cost")]
-    return f"<details><summary>What these are</summary>{webpage.table(['', ''], rows)}</details>"
+    return f"<details><summary>What the columns mean</summary>{webpage.table(['', ''], rows)}</details>"
 
 
 def _table(points: Sequence[Point], kept: int, last: int) -> str:
-    """Every measured step; the kept one stands out, and the last one is named whatever it is."""
+    """A table of all measured steps, with the saved one highlighted."""
     found, best = verdicts(points), front(points)
     names = list(points[0].scores)
     rows = []
@@ -108,7 +108,7 @@ def _table(points: Sequence[Point], kept: int, last: int) -> str:
         "",
     ]
     marked = next((number for number, point in enumerate(points) if point.step == kept), None)
-    return webpage.table(header, rows, "Measured on the way", marked)
+    return webpage.table(header, rows, "Scores during training", marked)
 
 
 def _curves(points: Sequence[Point]) -> list[str]:
@@ -120,19 +120,19 @@ def _curves(points: Sequence[Point]) -> list[str]:
 
 
 def _loss_chart(losses: Sequence[tuple[float, float]]) -> str:
-    """Means over equal stretches: single losses depend on the timestep more than on the training."""
+    """Loss per step and its mean over windows: a single loss depends more on the timestep than on progress."""
     size = max(1, len(losses) // 50)
     smooth = [_mean(losses[start : start + size]) for start in range(0, len(losses), size)]
     thin = losses[:: max(1, len(losses) // MAX_LOSSES)]
     return line_chart("Loss", {"each step": thin, f"mean of {size} steps": smooth}, "step", "loss")
 
 
-def _mean(part: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    return sum(step for step, _ in part) / len(part), sum(loss for _, loss in part) / len(part)
+def _mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return sum(step for step, _ in points) / len(points), sum(loss for _, loss in points) / len(points)
 
 
-def pictures(folder: Path) -> dict[int, list[Path]]:
-    """The pictures of a folder by step, some steps left out where there are many."""
+def images_to_show(folder: Path) -> dict[int, list[Path]]:
+    """The images of a folder by step, at most ``MAX_ROWS`` steps evenly spread and ``MAX_COLUMNS`` images each."""
     found = images_by_step(folder)
     steps = list(found)
     if len(steps) > MAX_ROWS:
@@ -151,7 +151,7 @@ def _grid(found: dict[int, list[Path]], prompts: Sequence[str], kept: int) -> st
         for step, paths in found.items()
     ]
     marked = next((number for number, step in enumerate(found) if step == kept), None)
-    return webpage.table(header, rows, "Rows are steps; a column has one prompt and one seed.", marked)
+    return webpage.table(header, rows, "Each row is a step; each column has one prompt and one seed.", marked)
 
 
 def _settings(run: Run) -> str:

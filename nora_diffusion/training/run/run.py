@@ -1,4 +1,4 @@
-"""Builds a run: text embeddings, precision, adapter, optimizer; then the checkpoint's state."""
+"""Build a run: text embeddings, precision, adapter, optimizer, and the state of its checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..data.latents import Latents
 from ..data.prompts import PromptEmbeddings
 from ..data.subject import Subject
 from ..measuring.validation import Validation
-from ..planning.adapter import agree_on_factors, put_in_adapter, put_in_checkpoint
+from ..planning.adapter import add_new_adapter, broadcast_factors, load_checkpoint_adapter
 from ..planning.checkpoints import restore_optimizer, write_checkpoint
 from ..planning.opening import lower_precision
 from ..planning.plan import Plan
@@ -52,12 +52,12 @@ class Run:
 
     @property
     def plan(self) -> Plan:
-        """What was settled before the run."""
+        """The plan of the run."""
         return self.data.plan
 
     @property
     def config(self) -> ResolvedConfig:
-        """The settings."""
+        """The resolved settings."""
         return self.plan.config
 
     @property
@@ -67,7 +67,7 @@ class Run:
 
     @property
     def subject(self) -> Subject:
-        """What is learned."""
+        """The subject that is trained."""
         return self.plan.subject
 
     @property
@@ -87,7 +87,7 @@ class Run:
 
     @property
     def info(self) -> dict[str, Any]:
-        """What the adapter file says of its subject or subjects."""
+        """Metadata of the adapter file about its subject or subjects."""
         subject = self.subject
         members = [
             {"name": m.name, "trigger": m.trigger, "class_word": m.class_word or "", "prompt": m.captions[0]}
@@ -103,25 +103,25 @@ class Run:
             "license": self.config.license or "",
         }
 
-    def keep_best_step(self) -> int:
-        """Put the adapter of the step that validation chose into the pipeline; returns the step that is kept."""
+    def load_best_step(self) -> int:
+        """Load the adapter of the step that validation chose, if there is one; return its step."""
         if self.validation is None:
             return self.last_step
-        return self.validation.put_chosen(self.adapter, self.last_step)
+        return self.validation.load_chosen(self.adapter, self.last_step)
 
 
 def build_run(data: RunData) -> Run:
-    """Encode the prompts, lower the base's precision, put the adapter in, quantize the base."""
+    """Encode the prompts, cast the base, add the adapter and the optimizer, quantize the base."""
     plan = data.plan
     embeddings = None if plan.config.encodes_each_step else data.embeddings()
     prepare_base(plan)
-    run = put_in(data, embeddings)
+    run = assemble_run(data, embeddings)
     quantize_base(plan.config, plan.pipe)
     return run
 
 
 def prepare_base(plan: Plan) -> None:
-    """Cast the frozen base to the run's dtype, and turn gradient checkpointing on if it is asked for."""
+    """Cast the frozen base to the run's dtype; enable gradient checkpointing if it is set."""
     lower_precision(plan.pipe, plan.dtype)
     if plan.config.gradient_checkpointing:
         denoiser, *encoders = plan.components.values()
@@ -130,19 +130,19 @@ def prepare_base(plan: Plan) -> None:
             encoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
 
-def put_in(data: RunData, embeddings: PromptEmbeddings | None, name: str = ADAPTER) -> Run:
-    """A run whose adapter ``name`` is in the pipeline, at the checkpoint's state if there is one.
+def assemble_run(data: RunData, embeddings: PromptEmbeddings | None, name: str = ADAPTER) -> Run:
+    """Add the adapter ``name`` and build its optimizer; restore the checkpoint if there is one.
 
-    ``embeddings`` are made now if they are not given: prompts encoded at each step need the new tokens in place.
+    ``embeddings=None``: build them here, since prompts that are encoded at each step need the new tokens.
     """
     plan = data.plan
     config, pipe, checkpoint = plan.config, plan.pipe, plan.checkpoint
     if checkpoint is None:
-        parameters = put_in_adapter(config, pipe, plan.components, name, calibration_of(data), plan.subject.new_tokens)
+        parameters = add_new_adapter(config, pipe, plan.components, name, calibration_of(data), plan.subject.new_tokens)
     else:
-        parameters = put_in_checkpoint(pipe, name, checkpoint.path)
+        parameters = load_checkpoint_adapter(pipe, name, checkpoint.path)
     if plan.processes > 1:
-        agree_on_factors(pipe, parameters)
+        broadcast_factors(pipe, parameters)
     optimizer = build_optimizer(config, parameters, plan.processes)
     average = Average(parameters, config.ema_decay) if config.ema_decay else None
     schedule = build_schedule(config, optimizer)
@@ -173,7 +173,7 @@ def put_in(data: RunData, embeddings: PromptEmbeddings | None, name: str = ADAPT
 
 
 def calibration_of(data: RunData) -> Calibration | None:
-    """What calibrates the basis: generic prompts (``None``), given ones, or the first images of the subject."""
+    """Calibration data of the basis: generic prompts (``None``), given prompts, or the first images of the subject."""
     config = data.plan.config
     if config.calibration == "subject":
         indices, latents = data.latents.first_images(CALIBRATION_IMAGES)
@@ -182,7 +182,7 @@ def calibration_of(data: RunData) -> Calibration | None:
 
 
 def save_checkpoint(run: Run, done: int) -> Path:
-    """Write the checkpoint of step ``done`` into the run's folder. Raises :class:`UserError` as a disk fails."""
+    """Write the checkpoint of step ``done`` into the run's folder. Raises :class:`UserError` if the disk fails."""
     average = {} if run.average is None else run.average.tensors()
     return write_checkpoint(
         run.plan.folder / CHECKPOINTS,
@@ -199,7 +199,7 @@ def save_checkpoint(run: Run, done: int) -> Path:
 
 
 def validation_of(plan: Plan, first_step: int) -> Validation | None:
-    """What measures the run, with what was measured before ``first_step``; ``None`` if nothing asks for it."""
+    """The validation of a run, with points from before ``first_step``; ``None`` if it is off."""
     if plan.measure is None:
         return None
     validation = Validation(plan.measure, plan.config, plan.pipe, plan.dtype)

@@ -1,4 +1,4 @@
-"""Saves a finished run: the adapter, its model card, its report and, if asked, exports and an upload."""
+"""Save a finished run: adapter, model card, report and, if set, exports and an upload."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .report import write_report
 
 
 def save_outcome(outcome: Outcome) -> None:
-    """Write all files of a finished run. Raises :class:`UserError` for a full disk or a failed upload."""
+    """Write all files of a finished run. Raises :class:`UserError` if the disk is full or the upload fails."""
     write_adapter_and_card(outcome)
     prune(outcome.folder.checkpoints, outcome.run.config.checkpoints_total_limit)
     write_report(outcome)
 
 
 def write_adapter_and_card(outcome: Outcome) -> None:
-    """Write ``nora_adapter.safetensors`` and ``README.md``, then the exports and the upload that were asked for."""
+    """Write ``nora_adapter.safetensors`` and ``README.md``, then export and upload if set."""
     run, folder = outcome.run, outcome.folder
     config = run.config
-    # An earlier step that was chosen is in the pipeline already, averaged as it was measured.
+    # An earlier step that was chosen is already loaded, with the EMA weights that were measured.
     is_last = outcome.kept_step == run.last_step
     with averaged(run.parameters, run.optimizer, run.average) if is_last else nullcontext():
         path = save_adapter(

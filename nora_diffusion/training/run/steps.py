@@ -1,4 +1,4 @@
-"""The training loop: forward, backward, update; then log, checkpoint, samples, stop."""
+"""The training loop: forward, backward, update, log, checkpoint, validate, stop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..measuring.samples import save_samples
 from ..planning.adapter import frozen_factors
 from ..planning.checkpoints import prune
-from ..planning.identity import may_be_extended
+from ..planning.identity import can_extend
 from ..planning.rundir import RunFolder
 from ..signals import Interrupted, StopRequests
 from ..step.averaging import averaged
@@ -26,11 +26,11 @@ from .updates import Updates
 
 log = logging.getLogger(__name__)
 
-ENDED = "its schedule ends there, and a longer run starts anew in another --output_dir"
+ENDED = "its learning rate schedule ends there; start a longer run in another --output_dir"
 
 
 class Stepper:
-    """Takes a :class:`Run` from its first to its last step."""
+    """Trains a :class:`Run` from its first to its last step."""
 
     def __init__(
         self, run: Run, accelerator: Accelerator, folder: RunFolder, stop: StopRequests, progress: bool = True
@@ -40,13 +40,13 @@ class Stepper:
         self.updates = Updates(run, accelerator, folder)
         self.journal = Journal(run, folder, progress)
         self.saved: Path | None = None
-        """The last checkpoint that was written."""
+        """The last checkpoint written since this start."""
 
     def run_steps(self) -> None:
-        """Take all steps that are left. Raises :class:`Interrupted` after a signal."""
+        """Train all remaining steps. Raises :class:`Interrupted` after a signal."""
         run = self.run
         if run.first_step >= run.last_step:
-            more = "raise --max_train_steps to go on" if may_be_extended(run.config) else ENDED
+            more = "raise --max_train_steps to continue" if can_extend(run.config) else ENDED
             log.warning("this run is complete at step %d: %s", run.first_step, more)
             return
         with self.journal:
@@ -55,12 +55,12 @@ class Stepper:
                 started, rate = time.monotonic(), run.schedule.get_last_lr()[0]
                 loss, norm = self.step(step)
                 self.journal.record(step + 1, loss, rate, norm, time.monotonic() - started)
-                self.between(step + 1)
+                self.after_step(step + 1)
                 if step + 1 == run.last_step:
-                    break  # it may have been stopped early
+                    break  # early stopping lowered last_step
 
     def step(self, step: int) -> tuple[float, float]:
-        """One optimizer step over all micro-steps; returns its mean loss and the gradient norm.
+        """One optimizer step over all micro-steps; return its mean loss and the gradient norm.
 
         Raises :class:`UserError` before anything is updated if the loss or the gradients are not finite.
         """
@@ -81,8 +81,8 @@ class Stepper:
             prediction = predict(self.run.pipe, batch.noisy, batch.times, batch.embeddings, batch.labels)
         return self.batches.mean_loss(batch, prediction)
 
-    def between(self, done: int) -> None:
-        """After step ``done``: save a checkpoint, stop after a signal, sample and measure, or stop early."""
+    def after_step(self, done: int) -> None:
+        """Work that is due after step ``done``: checkpoint, stop after a signal, samples, validation."""
         last, stopped = done == self.run.last_step, self._stopped()
         if last or stopped or done % self.run.config.checkpointing_steps == 0:
             self._save(done)
@@ -93,29 +93,29 @@ class Stepper:
             self._save(done)
 
     def is_due(self, done: int) -> bool:
-        """Whether :meth:`between` has anything to do after step ``done``."""
+        """Whether :meth:`after_step` has anything to do after step ``done``."""
         intervals = (self.run.config.checkpointing_steps, self.run.plan.sample_interval)
         return done == self.run.last_step or self._stopped() > 0 or any(done % n == 0 for n in intervals)
 
     def measure(self, done: int) -> None:
-        """Make samples and measurements if they are due; lowers ``run.last_step`` if the run stops early."""
+        """Save samples and validate if due; lower ``run.last_step`` if the run stops early."""
         run, folder = self.run, self.folder
         if folder.owner and (done == run.last_step or done % run.plan.sample_interval == 0):
             with averaged(run.parameters, run.optimizer, run.average):
                 if prompt := run.config.validation_prompt:
                     save_samples(run.pipe, folder.samples, done, prompt, run.config, run.plan.dtype)
-                if run.validation is not None and (point := run.validation.at(done, run.adapter, run.info)):
+                if run.validation is not None and (point := run.validation.measure_step(done, run.adapter, run.info)):
                     self.journal.measured(done, point.scores)
-        if run.validation is not None and self._any(int(run.validation.enough)):
-            log.info("stopped early: nothing was better than step %s", run.validation.chosen)
+        if run.validation is not None and self._maximum(int(run.validation.should_stop)):
+            log.info("stopped early: no later step was better than step %s", run.validation.chosen)
             run.last_step = done
 
     def _stopped(self) -> int:
-        """The signal that any process received, or 0: all must stop at the same step."""
-        return self._any(self.stop.received or 0)
+        """The signal that any process received, or 0, so that all stop at the same step."""
+        return self._maximum(self.stop.received or 0)
 
-    def _any(self, value: int) -> int:
-        """The largest value over the processes."""
+    def _maximum(self, value: int) -> int:
+        """The maximum of a value over all processes."""
         if self.accelerator.num_processes == 1:
             return value
         return int(self.accelerator.gather(torch.tensor([value], device=self.run.plan.device)).max())
@@ -132,6 +132,6 @@ class Stepper:
         prune(folder.checkpoints, run.config.checkpoints_total_limit)
 
     def end(self) -> None:
-        """Let the trackers finish, and end the process group."""
+        """Close the trackers and end the process group."""
         self.journal.finish()
         self.accelerator.end_training()

@@ -1,4 +1,4 @@
-"""Trackers: somebody else's services beside ``log.jsonl``. One that fails is left out; the run and the others go on."""
+"""Experiment trackers (TensorBoard, W&B, ...). A tracker that fails is dropped; training continues."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROJECT = "nora-dreambooth"
 
 
 class Trackers:
-    """The trackers of a run, through accelerate's adapters. Nothing that happens in one leaves this class."""
+    """The trackers of a run, through accelerate. Errors of a tracker never leave this class."""
 
     def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> None:
         self._live: dict[str, Any] = {}
@@ -23,27 +23,28 @@ class Trackers:
     def _start(self, name: str, folder: Path, settings: Mapping[str, Any]) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        kind = LOGGER_TYPE_TO_CLASS[name]
-        tracker = kind(PROJECT, folder) if kind.requires_logging_directory else kind(PROJECT)
+        tracker_class = LOGGER_TYPE_TO_CLASS[name]
+        needs_folder = tracker_class.requires_logging_directory
+        tracker = tracker_class(PROJECT, folder) if needs_folder else tracker_class(PROJECT)
         tracker.start()
         tracker.store_init_configuration(dict(settings))
         self._live[name] = tracker
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Hand on the numbers of a step."""
+        """Log the values of a step."""
         for name, tracker in list(self._live.items()):
             self._guarded(name, lambda tracker=tracker: tracker.log(dict(values), step=step))  # type: ignore[misc]
 
     def finish(self) -> None:
-        """Let them send what they still hold."""
+        """Flush and close all trackers."""
         for name, tracker in list(self._live.items()):
             self._guarded(name, lambda tracker=tracker: tracker.finish())  # type: ignore[misc]
         self._live = {}
 
     def _guarded(self, name: str, call: Callable[[], Any]) -> None:
-        # A service may end a script that it finds itself no login for: SystemExit is a failure of its own too.
+        # A tracker without a login may call sys.exit, so SystemExit counts as a failure too.
         try:
             call()
         except (Exception, SystemExit) as error:
-            log.warning("the tracker %s failed and is left out from here on: %s", name, error)
+            log.warning("the tracker %s failed and is not used any more: %s", name, error)
             self._live.pop(name, None)

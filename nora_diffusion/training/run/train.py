@@ -1,4 +1,4 @@
-"""Trains one run: plan, encode, step, save."""
+"""Train one run: plan, encode, build, step, save."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ OUT_OF_MEMORY = (
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run. ``final_loss`` is the mean over the last steps; ``seconds`` counts the steps alone."""
+    """A finished run. ``final_loss``: mean over the last 20 steps. ``seconds``: time in training steps only."""
 
     adapter_path: Path
     steps: int
@@ -51,12 +51,12 @@ class TrainResult:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train an adapter as ``config`` says; returns where it is.
+    """Train an adapter as ``config`` says; return its path and statistics.
 
     Raises :class:`UserError` for a user's mistake, :class:`.signals.Interrupted` after SIGINT or SIGTERM.
     """
     if config.preflight_only:
-        raise UserError("preflight_only trains nothing: call nora_diffusion.training.check, or leave it out")
+        raise UserError("preflight_only does not train: call nora_diffusion.training.check, or leave it out")
     subject, config = prepared(config)
     accelerator = build_accelerator(config)
     with run_folder(config, accelerator) as folder, StopRequests() as stop:
@@ -75,40 +75,40 @@ def train(config: TrainConfig) -> TrainResult:
                 raise UserError(OUT_OF_MEMORY.format(folder=folder.checkpoints)) from error
             folder.state("failed", message=str(error))
             if accelerator.num_processes > 1 and _is_lost_connection(error):
-                raise UserError("another process of this run has stopped: see its message for the reason") from error
+                raise UserError("another process of this run has stopped: its message gives the reason") from error
             raise
 
 
 def prepared(config: TrainConfig) -> tuple[Subject, TrainConfig]:
-    """The subject of a run and its settings, checked and with defaults. Raises :class:`UserError`."""
+    """Check the settings, read the subject and fill in defaults. Raises :class:`UserError`."""
     check_config(config)
     return read_data(config), with_defaults(config)
 
 
 def _is_lost_connection(error: Exception) -> bool:
-    """Whether the connection to another process was lost; gloo reports that only by a message."""
+    """Whether another process stopped. gloo raises no error class of its own, so its message is checked."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Device and processes. Precision, checkpoints and trackers are ours, not accelerate's."""
+    """Use accelerate for device and processes only; precision, checkpoints and trackers are handled here."""
     if config.local_rank != -1 and "LOCAL_RANK" not in os.environ:
         raise UserError("--local_rank is set by the launcher: start with `accelerate launch` and leave it out")
-    # Without an accelerator device, launched processes find each other only if accelerate is told to use the CPU.
+    # On machines without an accelerator device, launched processes connect only with cpu=True.
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    # The other processes wait while the first one makes class images or measures, which may take longer than NCCL's
-    # default of ten minutes. If one process ends, the launcher ends the others.
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    return Accelerator(cpu=launched and not torch.accelerator.is_available(), kwargs_handlers=[patient])
+    # The other processes wait while rank 0 generates class images or validates, which may exceed the default
+    # timeout of ten minutes. If a process dies, the launcher ends the others.
+    timeout = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    return Accelerator(cpu=launched and not torch.accelerator.is_available(), kwargs_handlers=[timeout])
 
 
 def run_folder(config: TrainConfig, accelerator: Accelerator) -> RunFolder:
-    """The folder that ``config`` names."""
+    """The run folder at ``output_dir``; only rank 0 owns it."""
     return RunFolder(config.folder, accelerator.is_main_process, config.overwrite_output_dir)
 
 
 def check(config: TrainConfig) -> list[Finding]:
-    """The findings on a run, without training; nothing is written. Raises :class:`UserError` as ``train`` would."""
+    """Run the preflight checks without training; nothing is written. Raises :class:`UserError` like ``train``."""
     subject, config = prepared(config)
     accelerator = build_accelerator(config)
     with run_folder(config, accelerator) as folder, StopRequests() as stop:
@@ -116,9 +116,9 @@ def check(config: TrainConfig) -> list[Finding]:
 
 
 def check_on(config: TrainConfig, pipe: Any, device: str | torch.device | None = None) -> list[Finding]:
-    """The findings on a new run whose base ``pipe`` is open already; it is not changed.
+    """Run the preflight checks for a new run on an open base, which is not changed.
 
-    ``device``: where the run will be, if not where the base is now.
+    ``device``: the device of the run; default: that of the base.
     """
     subject, config = prepared(config)
     check_pipeline(config, pipe)
@@ -128,7 +128,7 @@ def check_on(config: TrainConfig, pipe: Any, device: str | torch.device | None =
 def set_up(
     config: TrainConfig, subject: Subject, accelerator: Accelerator, folder: RunFolder, stop: StopRequests
 ) -> Run:
-    """Prepare a run; the folder is not changed until all checks have passed."""
+    """Prepare a run; the folder is untouched until all checks pass."""
     plan = plan_run(config, subject, accelerator, folder, stop)
     if folder.owner:
         report(preflight(plan), config.strict)
@@ -136,13 +136,13 @@ def set_up(
 
 
 def conclude(run: Run, stepper: Stepper, folder: RunFolder) -> TrainResult:
-    """Write the adapter, its model card and its report, and upload them if asked."""
-    steps = folder.steps()  # of earlier starts too: a resumed run ends like one that was never stopped
+    """Save the adapter, its model card and its report; export and upload if set."""
+    steps = folder.steps()  # including those before a resume, so that a resumed run ends like an uninterrupted one
     recent, seconds = [loss for _, loss, _ in steps[-20:]], sum(row[2] for row in steps)
     final_loss = sum(recent) / len(recent) if recent else float("nan")
     if folder.owner:
         folder.state("saving")
-        save_outcome(Outcome(run, folder, run.keep_best_step(), final_loss, seconds))
+        save_outcome(Outcome(run, folder, run.load_best_step(), final_loss, seconds))
     stepper.end()
     folder.state("done", step=run.last_step, loss=final_loss)
     return TrainResult(folder.adapter, run.last_step, seconds, final_loss, run.trained)

@@ -1,4 +1,4 @@
-"""Applies the gradients of a step: mean over processes, clipping, optimizer, norm guard, EMA, schedule."""
+"""Update the parameters: gradient all-reduce, clipping, optimizer, norm guard, EMA, schedule."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..planning.rundir import RunFolder
 from ..step.optimization import bound_norms, clip, drop_finished_gradients
 from .run import Run
 
-MOST_SKIPS = 20
-"""The most steps in a row that fp16 may skip because gradients overflow, before the run is given up."""
+MAX_SKIPS = 20
+"""Consecutive steps that may be skipped because fp16 gradients overflow, before training stops."""
 
 
 class Updates:
@@ -27,10 +27,10 @@ class Updates:
     def __init__(self, run: Run, accelerator: Accelerator, folder: RunFolder) -> None:
         self.run, self.accelerator, self.folder = run, accelerator, folder
         self.skipped = 0
-        """Steps skipped in a row since this start; over restarts the scaler's own state holds its scale."""
+        """Consecutive skipped steps since this start. Not saved: checkpoints have the state of the scaler."""
 
     def apply(self, step: int, total: Tensor) -> tuple[float, float]:
-        """Apply the accumulated gradients of a step with mean loss ``total``; returns loss and gradient norm.
+        """Apply the accumulated gradients of a step with mean loss ``total``; return loss and gradient norm.
 
         Raises :class:`UserError` before anything is updated if the loss or the gradients are not finite.
         """
@@ -40,18 +40,20 @@ class Updates:
             self._refuse(step, "the loss is not finite")
         self._average_gradients()
         dropped = drop_finished_gradients(run.parameters, run.config, step)
-        first = run.schedule.last_epoch == 0  # it counts the steps that were taken
+        first = run.schedule.last_epoch == 0  # counts the steps that were not skipped
         norm = self._update(step)
-        # A loss of 0 gives no gradient: that of a first crop beside the subject, where the background has no weight.
+        # A loss of 0 has no gradient. It occurs if a crop misses the subject and the background has weight 0.
         if norm == 0 and loss > 0 and first and not dropped:
-            raise UserError("no trained factor gets a gradient: nothing would be learned with these --target_modules")
+            raise UserError(
+                "no trained parameter gets a gradient, so nothing would be learned: choose other --target_modules"
+            )
         return loss, norm
 
     def _update(self, step: int) -> float:
         """Step optimizer, norm guard, EMA and schedule; return the gradient norm. A skipped step changes none."""
         run = self.run
         has_gradient = any(parameter.grad is not None for parameter in run.parameters.values())
-        # The scaler fails where there is no gradient.
+        # The scaler raises if no parameter has a gradient.
         norm, taken = self._step_optimizer(step) if has_gradient else (0.0, True)
         if not taken:
             self._skip(step)
@@ -65,7 +67,7 @@ class Updates:
         return norm
 
     def _step_optimizer(self, step: int) -> tuple[float, bool]:
-        """The gradient norm, and whether the step was taken: the scaler skips it if gradients overflow fp16."""
+        """Step the optimizer; return the gradient norm, and False if the scaler skipped the step (fp16 overflow)."""
         run = self.run
         run.scaler.unscale_(run.optimizer)
         norm = clip(run.parameters, run.config.max_grad_norm)
@@ -79,15 +81,15 @@ class Updates:
     def _skip(self, step: int) -> None:
         """Count a skipped step. Raises :class:`UserError` after too many, or if the whole run was skipped."""
         self.skipped += 1
-        # The scale starts at 2^16 and halves each time: below 1 it is not the scale that makes them overflow.
-        if self.skipped >= MOST_SKIPS or self.run.scaler.get_scale() < 1:
-            self._refuse(step, "the gradients overflow fp16 however they are scaled")
+        # The scale starts at 2^16 and halves at each skip: below 1 it is not the cause of the overflow.
+        if self.skipped >= MAX_SKIPS or self.run.scaler.get_scale() < 1:
+            self._refuse(step, "the gradients overflow fp16 at every loss scale")
         if step + 1 == self.run.last_step and self.run.schedule.last_epoch == 0:
             self._refuse(step, "the gradients overflowed fp16 at every step, and nothing was learned")
 
     @functools.cached_property
     def _layers(self) -> list[NoraLayer]:
-        """The layers that hold the run's adapter."""
+        """The layers with the run's adapter."""
         modules = components(self.run.pipe).values()
         return [layer for module in modules for layer in nora_layers(module, self.run.adapter).values()]
 
@@ -112,9 +114,9 @@ class Updates:
         return reduced
 
     def _refuse(self, step: int, reason: str) -> None:
-        whole = list(checkpoint_steps(self.folder.checkpoints).values())
-        kept = f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
+        checkpoints = list(checkpoint_steps(self.folder.checkpoints).values())
+        state = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
         raise UserError(
-            f"{reason} at step {step + 1}, so training stopped; {kept}: lower --learning_rate, or use "
+            f"{reason} at step {step + 1}, so training stopped; {state}: lower --learning_rate, or use "
             "--mixed_precision no, and start again"
         )

@@ -113,7 +113,9 @@ def test_it_gives_up_after_the_retries_and_the_others_go_on(
     listed: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", InOneProcess(dies={1, 3, 4}))
-    with pytest.raises(UserError, match=r"^dog, cat: killed 3 times, probably for want of memory: fewer --subjects"):
+    with pytest.raises(
+        UserError, match=r"^dog, cat: killed 3 times, probably because it ran out of memory: use fewer --subjects"
+    ):
         train_on_cluster(listed(max_train_steps=2))
     assert (tmp_path / "run/hat/nora_adapter.safetensors").exists()
     assert not (tmp_path / "run/dog/nora_adapter.safetensors").exists() or journal(tmp_path / "run/dog")

@@ -194,7 +194,7 @@ def test_a_subject_that_cannot_be_written_is_left_out(
         return original(*given)
 
     monkeypatch.setattr(owner, where, fail)
-    with pytest.raises(UserError, match=r"^cat: there is no room: free some space; 2 other subjects are trained$"):
+    with pytest.raises(UserError, match=r"^cat: there is no room: free some space; 2 other subjects were trained$"):
         train_subjects(together(max_train_steps=2))
     states = {n: json.loads((tmp_path / "run" / n / "state.json").read_text())["status"] for n in ("dog", "cat", "toy")}
     assert states == {"dog": "done", "cat": "failed", "toy": "done"}
@@ -208,7 +208,7 @@ def test_a_subject_that_fails_is_left_out(together: Configure, tmp_path: Path, m
         return original(self, *rest) * (float("nan") if self.run.plan.folder.name == "dog" else 1.0)
 
     monkeypatch.setattr(Batches, "mean_loss", mean_loss)
-    with pytest.raises(UserError, match=r"dog: the loss is not finite at step 1.*2 other subjects are trained"):
+    with pytest.raises(UserError, match=r"dog: the loss is not finite at step 1.*2 other subjects were trained"):
         train_subjects(together(max_train_steps=4))
     assert json.loads((tmp_path / "run" / "dog" / "state.json").read_text())["status"] == "failed"
     for name in ("cat", "toy"):
@@ -247,7 +247,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "token": (
         [{"name": n, "instance_data_dir": "{photos}", "instance_prompt": "<a> dog", "train_text_encoder_ti": True}
-         for n in ("dog", "cat")], "cat: the new token '<a>' is that of dog",
+         for n in ("dog", "cat")], "cat: dog already has the new token '<a>': give each",
     ),
 }  # fmt: skip
 

@@ -86,7 +86,7 @@ def test_the_scores_are_their_definitions(
     monkeypatch.setattr(
         validation, "generate_images", lambda _, prompt, seeds, *__: [picture(prompt, s, not off) for s in seeds]
     )
-    monkeypatch.setattr(Validation, "_keep", lambda *_: None)
+    monkeypatch.setattr(Validation, "_save_images", lambda *_: None)
     clip, dino = load_judge(judges / "clip"), load_vision(judges / "dino") if with_dino else None
     both = {"clip_i": clip, **({"dino": dino} if dino else {})}
     real = [picture("real", number, True) for number in range(2)]
@@ -168,15 +168,15 @@ def test_training_does_not_notice(measured: Configure, configure: Configure, tmp
 
 def test_measuring_leaves_the_random_state_alone(measured: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     states: list[bool] = []
-    original = Validation.at
+    original = Validation.measure_step
 
-    def at(self: Validation, step: int, *rest: Any) -> Any:
+    def measure_step(self: Validation, step: int, *rest: Any) -> Any:
         before = torch.random.get_rng_state()
         found = original(self, step, *rest)
         states.append(torch.equal(before, torch.random.get_rng_state()))
         return found
 
-    monkeypatch.setattr(Validation, "at", at)
+    monkeypatch.setattr(Validation, "measure_step", measure_step)
     train(measured())
     assert states == [True] * 3
 
@@ -286,7 +286,7 @@ def test_a_failing_measurement_is_a_warning(
     monkeypatch.setattr("nora_diffusion.training.run.report.line_chart", broken)
     result = train(measured())
     assert result.steps == 4 and inspect_adapter(result.adapter_path).step == 4
-    assert "nothing measured at step 2" in caplog.text and "there is no report.html" in caplog.text
+    assert "validation failed at step 2" in caplog.text and "report.html could not be written" in caplog.text
 
 
 def test_held_out_photos_are_not_learned_from(measured: Configure, tmp_path: Path) -> None:
@@ -309,9 +309,9 @@ def test_held_out_photos_that_are_learned_from_are_named(measured: Configure, ph
         photo.save(place / "copy.webp", lossless=True)
     config = measured(validation_data_dir=str(place))
     findings = "\n".join(finding.text for finding in check(config))
-    assert "1 of the 2 held-out photos are learned from as well, such as 'copy.webp'" in findings
-    assert "(1 of them learned from as well)" in (train(config).adapter_path.parent / "report.html").read_text()
-    assert "learned from as well" not in "\n".join(
+    assert "1 of the 2 held-out photos are also training photos, such as 'copy.webp'" in findings
+    assert "(1 of them also used for training)" in (train(config).adapter_path.parent / "report.html").read_text()
+    assert "also training photos" not in "\n".join(
         finding.text for finding in check(measured(overwrite_output_dir=True))
     )
 
@@ -321,10 +321,10 @@ def test_mistakes(measured: Configure, tmp_path: Path) -> None:
         ({"judge": None}, "measuring needs --judge"),
         ({"judge": str(tmp_path)}, "cannot load the judge"),
         ({"dino": str(tmp_path)}, "cannot load the vision model"),
-        ({"instance_prompt": "sks"}, "give --class_word"),
+        ({"instance_prompt": "sks"}, "set --class_word"),
         ({"validation_split": 1}, "exclude each other"),
         ({"early_stopping": 0}, "must be above 0"),
-        ({"validation_prompts": ["{}", "a dog in snow"]}, "the subject is not in 'a dog in snow'"),
+        ({"validation_prompts": ["{}", "a dog in snow"]}, "the subject is missing in 'a dog in snow'"),
         ({"validation_data_dir": str(tmp_path / "nowhere")}, "does not exist"),
     ):
         with pytest.raises(UserError, match=words):
@@ -364,7 +364,7 @@ def test_the_rule_against_its_formula() -> None:
     assert found[20].cost == pytest.approx(expected) and (found[0].cost, found[30].cost) == (0, 1)
     assert choose(RUN) == 20
     said = reason(RUN, 20, 30)
-    assert "Step 20 is kept" in said and "(CLIP-I, here 94%) it cost least in CLIP-T and drift (0.19)" in said
+    assert "Step 20 is kept" in said and "(CLIP-I, here 94%) it has the lowest cost in CLIP-T and drift (0.19)" in said
     assert "The last step, 30, has 100% of the gain, at a cost of 1.00." in said
 
 
@@ -435,7 +435,7 @@ def test_one_failing_tracker_does_not_stop_the_others(
     trackers.finish()
     assert [name for name, _ in told].count("log") == 4  # twice by two of them
     assert [name for name, _ in told].count("finish") == 1
-    assert caplog.text.count("is left out from here on") == 3
+    assert caplog.text.count("is not used any more") == 3
 
 
 def test_tensorboard_gets_losses_and_scores(measured: Configure) -> None:

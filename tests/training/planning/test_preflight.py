@@ -25,7 +25,7 @@ from nora_diffusion.training.data.subject import Subject
 from nora_diffusion.training.planning.adapter import adapter_config
 from nora_diffusion.training.planning.opening import lower_precision
 from nora_diffusion.training.planning.plan import Plan, plan_on
-from nora_diffusion.training.planning.preflight import given_back, is_known, preflight
+from nora_diffusion.training.planning.preflight import freed_by_casting, is_known, preflight
 from nora_diffusion.training.planning.rundir import SPARE_BYTES
 from nora_diffusion.training.settings.defaults import usual_rates, with_defaults
 from nora_diffusion.training.step.denoiser import native_resolution
@@ -62,16 +62,19 @@ def test_nothing_is_said_of_a_run_in_order(configure: Configure) -> None:
         ({"train_text_encoder": True, "text_encoder_lr": 0.5}, "A --text_encoder_lr of 0.5 is outside"),
         ({"optimizer": "prodigy", "learning_rate": 1e-4}, "usual 0.1 to 10 of --optimizer prodigy"),
         ({"train_text_encoder_ti": True, "token_lr": 1.0}, "A --token_lr of 1 is outside the usual 1e-05 to 0.05"),
-        ({"rank": 4096, "alpha": 32.0}, "--rank 4096 can be in any of them: choose at most"),
+        ({"rank": 4096, "alpha": 32.0}, "A --rank of 4096 is larger than any adapted layer allows"),
         ({"push_to_hub": True}, "There is no login for --push_to_hub, so the upload at the end will fail"),
-        ({"trigger": "cat", "instance_prompt": "a cat dog"}, "'cat' is a word that the base knows"),
+        ({"trigger": "cat", "instance_prompt": "a cat dog"}, "The base already knows the trigger 'cat'"),
         ({"trigger": None, "instance_prompt": "a dog"}, "No trigger word was found"),
         ({"validation_prompt": "a dog on the beach"}, "The validation prompt lacks the trigger 'zqx'"),
-        ({"with_prior_preservation": True, "class_prompt": "a zqx dog"}, "The class prompt has the trigger 'zqx'"),
-        ({"max_train_steps": 3}, "Each photo will be seen 2.0 times, too seldom to learn it: use --max_train_steps 15"),
-        ({"class_prompt": "a dog"}, "--class_prompt will do nothing without --with_prior_preservation: add that"),
+        ({"with_prior_preservation": True, "class_prompt": "a zqx dog"}, "The class prompt contains the trigger 'zqx'"),
+        (
+            {"max_train_steps": 3},
+            "Each photo is used only 2.0 times, too few to learn the subject: use --max_train_steps 15",
+        ),
+        ({"class_prompt": "a dog"}, "--class_prompt will do nothing without --with_prior_preservation: add it"),
         ({"hub_model_id": "me/dog", "hub_token": "x"}, "--hub_model_id, --hub_token will do nothing without --push_to"),
-        ({"resolution": 64}, "Pictures of 64 pixels are far from the 16 of this base"),
+        ({"resolution": 64}, "Images of 64 pixels are far from the 16 of this base"),
     ],
 )
 def test_each_finding_is_one_sentence_with_its_remedy(
@@ -94,8 +97,8 @@ def test_few_photos_and_captions_without_the_trigger(configure: Configure, tmp_p
     place = write_photos(tmp_path / "two", 2)
     (place / "0.txt").write_text("a toy dog")
     found = said(check(configure(**{**RIGHT, "trigger": None}, instance_data_dir=str(place), use_captions=True)))
-    assert "There are only 2 photos: with 3 to 10" in found
-    assert "1 of 2 captions lack the trigger 'zqx', such as 'a toy dog': put it in, or let --trigger zqx" in found
+    assert "There are only 2 photos: use 3 to 10" in found
+    assert "1 of 2 captions lack the trigger 'zqx', such as 'a toy dog': add it, or set --trigger zqx" in found
 
 
 def test_a_prompt_that_is_cut_off_is_said_once(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
@@ -115,7 +118,7 @@ def test_an_instance_prompt_that_captions_replace(configure: Configure, tmp_path
     for prompt, called in (("a zqx dog", "a zqx cat"), ("a photo of zqx cat", "a photo of zqx cat")):
         config = configure(**{**RIGHT, **changes, "instance_prompt": prompt}, overwrite_output_dir=True)
         found = said(check(config))
-        assert (f"No photo is learned under the instance prompt '{prompt}'" in found) == (prompt != called)
+        assert (f"The instance prompt '{prompt}' is not used" in found) == (prompt != called)
         assert called in found or prompt == called
         assert inspect_adapter(train(replace(config, max_train_steps=1)).adapter_path).instance_prompt == called
 
@@ -130,7 +133,7 @@ def test_an_instance_prompt_that_captions_replace(configure: Configure, tmp_path
 def test_what_could_not_be_loaded_again_is_refused_before_the_first_step(
     changes: dict[str, Any], words: str, configure: Configure
 ) -> None:
-    with pytest.raises(UserError, match=rf"No reader would take the file of this adapter \({words}\)"):
+    with pytest.raises(UserError, match=rf"The adapter file could not be loaded again \({words}\)"):
         train(configure(**{**RIGHT, **changes}))
     assert not configure().folder.exists()
 
@@ -172,16 +175,16 @@ def test_a_full_disk_is_fatal_and_a_small_one_a_warning(
 def test_memory_that_is_not_there(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nora_diffusion.training.planning.preflight.available", lambda device: 1000)
     found = said(check(configure(**RIGHT)))
-    assert "of memory beside the base" in found and "use --train_batch_size 1, --gradient_checkpointing" in found
+    assert "of memory on top of the base" in found and "use --train_batch_size 1, --gradient_checkpointing" in found
 
 
 def test_memory_that_a_lower_precision_gives_back_is_counted(configure: Configure, pipe: Any) -> None:
     plan = plan_of(configure(mixed_precision="bf16"), pipe)
     held = sum(p.nbytes for part in (pipe.unet, pipe.text_encoder) for p in part.parameters())
     cpu = torch.device("cpu")
-    assert given_back(plan, cpu) == held / 2
+    assert freed_by_casting(plan, cpu) == held / 2
     lower_precision(pipe, torch.bfloat16)
-    assert given_back(plan, cpu) == 0
+    assert freed_by_casting(plan, cpu) == 0
 
 
 def test_a_base_that_rests_elsewhere_is_counted_where_the_run_will_be(
@@ -196,7 +199,7 @@ def test_a_base_that_rests_elsewhere_is_counted_where_the_run_will_be(
     assert asked == [torch.device("cuda")] and "cuda has" in found
     held = sum(p.nbytes for part in (pipe.unet, pipe.text_encoder) for p in part.parameters())
     plan = plan_of(configure(mixed_precision="bf16"), pipe)
-    assert given_back(plan, torch.device("cuda")) == -held / 2
+    assert freed_by_casting(plan, torch.device("cuda")) == -held / 2
 
 
 @pytest.mark.parametrize(("method", "parts"), [("nora", ["unet"]), ("lora", ["unet", "text_encoder"])])
@@ -268,7 +271,7 @@ def test_the_flag_only_looks(configure: Configure, capsys: pytest.CaptureFixture
         code = main([*flags(replace(config, preflight_only=True))])
         return code, capsys.readouterr().out
 
-    assert run() == (0, "nothing speaks against this run\n")
+    assert run() == (0, "no problems found\n")
     code, text = run(learning_rate=5e-6)
     assert code == 0 and text.startswith("warning: A --learning_rate of 5e-06")
     code, text = run(learning_rate=5e-6, strict=True)

@@ -213,7 +213,7 @@ def test_a_resume_under_other_versions_or_settings_names_each(
         train(replace(config, resume_from_checkpoint="latest", rank=8, max_train_steps=9))
     text = str(refused.value)
     assert f"(rank: 4 -> 8; version of diffusers: '{now['diffusers']}' -> '9.1'; version of torch: " in text
-    assert "restore these, or start anew in another --output_dir" in text
+    assert "restore these values, or start a new run in another --output_dir" in text
     assert contents(config.folder) == before
 
 
@@ -226,7 +226,7 @@ def test_a_run_that_was_killed_is_said_to_have_been(
     later = json.dumps({"status": "training", "step": 3, "pid": os.getpid(), "time": 9e12})
     (config.folder / "state.json").write_text(later)
     train(replace(config, resume_from_checkpoint="latest"))
-    assert "was killed at step 3, probably for want of memory" in caplog.text
+    assert "was killed at step 3, probably because it ran out of memory" in caplog.text
 
 
 TRACKERS = {"starts": "start", "begins": "store_init_configuration", "logs": "log", "ends": "finish"}
@@ -246,7 +246,7 @@ def test_a_tracker_that_fails_when_it(
 
     monkeypatch.setattr(f"accelerate.tracking.TensorBoardTracker.{method}", fail)
     assert train(configure(report_to="tensorboard", max_train_steps=1)).steps == 1
-    assert "the tracker tensorboard failed and is left out" in caplog.text
+    assert "the tracker tensorboard failed and is not used any more" in caplog.text
 
 
 def test_the_command_shows_no_trace(
@@ -305,7 +305,7 @@ def test_a_finished_run_says_that_it_is(configure: Configure, caplog: pytest.Log
     first = train(config)
     card = (config.folder / "README.md").read_text()
     again = train(replace(config, resume_from_checkpoint="latest"))
-    assert "this run is complete at step 1: raise --max_train_steps to go on" in caplog.text
+    assert "this run is complete at step 1: raise --max_train_steps to continue" in caplog.text
     assert (again.final_loss, again.seconds) == (first.final_loss, first.seconds)  # of the steps, not of this start
     assert json.loads((config.folder / "state.json").read_text())["loss"] == first.final_loss
     assert (config.folder / "README.md").read_text().split("## Training")[1] == card.split("## Training")[1]
@@ -317,6 +317,6 @@ def test_a_finished_run_whose_schedule_has_ended_is_not_to_be_prolonged(
     config = configure(max_train_steps=1, lr_scheduler="cosine")
     train(config)
     train(replace(config, resume_from_checkpoint="latest"))
-    assert "complete at step 1: its schedule ends there, and a longer run starts anew in another" in caplog.text
+    assert "complete at step 1: its learning rate schedule ends there; start a longer run in another" in caplog.text
     with pytest.raises(UserError, match="max_train_steps: 1 -> 2"):
         train(replace(config, resume_from_checkpoint="latest", max_train_steps=2))

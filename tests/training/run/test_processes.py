@@ -201,10 +201,10 @@ def test_factors_are_those_of_the_first_process(configure: Configure, tmp_path: 
     from nora_diffusion.training.run import run as building
 
     one = train(configure(train_batch_size=4, output_dir=str(tmp_path / "one"))).adapter_path.parent
-    config, original = configure(train_batch_size=2), building.put_in_adapter
+    config, original = configure(train_batch_size=2), building.add_new_adapter
 
     def run(rank: int) -> None:
-        def put_in_adapter(*given: Any) -> Any:
+        def add_new_adapter(*given: Any) -> Any:
             parameters = original(*given)
             with torch.no_grad():
                 for name, value in given[1].unet.named_buffers():
@@ -212,7 +212,7 @@ def test_factors_are_those_of_the_first_process(configure: Configure, tmp_path: 
                         value.neg_().add_(0.1)
             return parameters
 
-        building.put_in_adapter = put_in_adapter
+        building.add_new_adapter = add_new_adapter
         train(config)
 
     assert forked(run) == [0, 0]

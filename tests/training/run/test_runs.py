@@ -164,11 +164,13 @@ def test_prior_preservation_fills_and_reuses_class_images(configure: Configure, 
     (folder / sorted(made)[0]).unlink()
     train(configure(**prior, output_dir=str(tmp_path / "third")))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == made
-    write_photos(folder, 1)  # somebody's own picture says nothing of its prompt
+    write_photos(folder, 1)  # an image without settings, so without a prompt to compare
     prior["output_dir"] = str(tmp_path / "fourth")
     findings = "\n".join(finding.text for finding in check(configure(**{**prior, "class_prompt": "a photo of cat"})))
-    assert f"3 of the class pictures in {folder} were made of 'a photo of dog', not of 'a photo of cat'" in findings
-    assert "class pictures" not in "\n".join(finding.text for finding in check(configure(**prior)))
+    assert (
+        f"3 of the class images in {folder} were generated with 'a photo of dog', not with 'a photo of cat'" in findings
+    )
+    assert "class images" not in "\n".join(finding.text for finding in check(configure(**prior)))
 
 
 def test_captions_carry_the_trigger(configure: Configure, photos: Path, tmp_path: Path) -> None:
@@ -297,7 +299,7 @@ def test_a_folder_in_use_that_is_no_run_is_left_as_it_is(configure: Configure, t
         (config.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (config.folder / name).write_text("mine")
     for begin in (check, train):
-        with pytest.raises(UserError, match=r"holds no run, whose files would go between or over config\.yaml, report"):
+        with pytest.raises(UserError, match=r"holds no run, and a run would write into or over config\.yaml, report"):
             begin(config)
     assert sorted(str(p.relative_to(config.folder)) for p in config.folder.rglob("*") if p.is_file()) == sorted(names)
     again = replace(config, overwrite_output_dir=True)
@@ -316,7 +318,7 @@ def test_a_folder_without_anything_in_the_way_is_taken(configure: Configure) -> 
     (config.folder / "notes.txt").write_text("mine")
     check(config)
     with RunFolder(config.folder) as folder:
-        folder.claim(anew=True, config={})  # and killed at once
+        folder.claim(fresh=True, config={})  # and killed at once
     assert train(config).steps == 3 and (config.folder / "notes.txt").read_text() == "mine"
 
 
@@ -344,7 +346,7 @@ def test_a_failing_tracker_or_preview_does_not_stop_training(
     monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.log", broken)
     monkeypatch.setattr("nora_diffusion.training.measuring.samples.generate_images", broken)
     assert train(configure(validation_prompt="a dog", report_to="tensorboard")).steps == 3
-    assert "the tracker tensorboard failed" in caplog.text and "no sample pictures" in caplog.text
+    assert "the tracker tensorboard failed" in caplog.text and "no samples" in caplog.text
 
 
 def test_what_leaves_a_run_is_listed_and_holds_no_secret(
@@ -382,7 +384,7 @@ def test_what_leaves_a_run_is_listed_and_holds_no_secret(
         "exports/diffusers/pytorch_lora_weights.safetensors", "exports/kohya/run.safetensors",
         "exports/peft/unet/adapter_config.json", "exports/peft/unet/adapter_model.safetensors",
     ]  # fmt: skip
-    assert all(f"to be sent to run: {name}, " in caplog.text for name in sent["allow_patterns"])
+    assert all(f"to be uploaded to run: {name}, " in caplog.text for name in sent["allow_patterns"])
     assert "![sample 0](samples/step-000003-0.png)" in (result.adapter_path.parent / "README.md").read_text()
     exported = open_pipeline(str(configure().pretrained_model_name_or_path))
     exported.load_lora_weights(result.adapter_path.parent / "exports/diffusers")
@@ -405,7 +407,7 @@ def test_an_upload_that_fails_is_a_sentence_after_the_list(
         pytest.raises(UserError, match=r"is saved in .* failed \(Name or service not known\)"),
     ):
         train(configure(push_to_hub=True))
-    assert "to be sent to run: nora_adapter.safetensors, " in caplog.text and configure().folder.is_dir()
+    assert "to be uploaded to run: nora_adapter.safetensors, " in caplog.text and configure().folder.is_dir()
 
 
 def test_a_training_photo_is_never_sent(configure: Configure, monkeypatch: pytest.MonkeyPatch, photos: Path) -> None:
@@ -414,7 +416,7 @@ def test_a_training_photo_is_never_sent(configure: Configure, monkeypatch: pytes
         return [Path(shutil.copy(photos / "1.png", folder / f"step-{step:06d}-0.png"))]
 
     monkeypatch.setattr("nora_diffusion.training.run.steps.save_samples", copied)
-    with pytest.raises(UserError, match=r"1.png is a training photo: nothing was sent"):
+    with pytest.raises(UserError, match=r"1.png is a training photo: nothing was uploaded"):
         train(configure(push_to_hub=True, validation_prompt="a dog"))
 
 

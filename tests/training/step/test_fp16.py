@@ -15,7 +15,7 @@ from nora_diffusion.errors import UserError
 from nora_diffusion.training import TrainConfig, train
 from nora_diffusion.training.many.subjects import train_subjects
 from nora_diffusion.training.planning import plan
-from nora_diffusion.training.run.updates import MOST_SKIPS, Updates
+from nora_diffusion.training.run.updates import MAX_SKIPS, Updates
 from nora_diffusion.training.step.averaging import Average
 
 FP16 = {"mixed_precision": "fp16", "lr_scheduler": "linear", "lr_warmup_steps": 0, "ema_decay": 0.9}
@@ -24,12 +24,14 @@ FP16 = {"mixed_precision": "fp16", "lr_scheduler": "linear", "lr_warmup_steps": 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp16 is refused on a CPU for its slowness alone; the tiny base does not mind."""
-    original = plan.settle
+    original = plan.resolve_settings
 
-    def settle(config: TrainConfig, pipe: Any, checkpoint: Any, photos: int, _: Any, processes: int) -> TrainConfig:
+    def resolve_settings(
+        config: TrainConfig, pipe: Any, checkpoint: Any, photos: int, _: Any, processes: int
+    ) -> TrainConfig:
         return original(config, pipe, checkpoint, photos, torch.device("cuda"), processes)
 
-    monkeypatch.setattr(plan, "settle", settle)
+    monkeypatch.setattr(plan, "resolve_settings", resolve_settings)
 
 
 def overflow_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
@@ -80,7 +82,7 @@ def test_a_run_with_skipped_steps_is_resumed_exactly(
         assert_same_run(whole.folder, parts.folder, last=4)
 
 
-@pytest.mark.parametrize("steps", [3, 2 * MOST_SKIPS])
+@pytest.mark.parametrize("steps", [3, 2 * MAX_SKIPS])
 def test_a_run_that_learns_nothing_is_refused(
     steps: int, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,7 +91,7 @@ def test_a_run_that_learns_nothing_is_refused(
     with pytest.raises(UserError, match=r"the gradients overflow.* fp16 .*--mixed_precision no, and start again"):
         train(config)
     assert json.loads((config.folder / "state.json").read_text())["status"] == "failed"
-    assert len(rates(config.folder)) < min(steps, MOST_SKIPS)
+    assert len(rates(config.folder)) < min(steps, MAX_SKIPS)
 
 
 def test_skips_in_a_row_have_an_end_whatever_the_scale(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,8 +100,8 @@ def test_skips_in_a_row_have_an_end_whatever_the_scale(configure: Configure, mon
     monkeypatch.setattr(
         torch.amp.GradScaler, "__init__", lambda self, *a, **k: original(self, *a, init_scale=2.0**60, **k)
     )
-    config = configure(**FP16, max_train_steps=2 * MOST_SKIPS)
-    with pytest.raises(UserError, match=f"at step {MOST_SKIPS}, so training stopped"):
+    config = configure(**FP16, max_train_steps=2 * MAX_SKIPS)
+    with pytest.raises(UserError, match=f"at step {MAX_SKIPS}, so training stopped"):
         train(config)
 
 

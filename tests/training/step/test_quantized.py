@@ -97,12 +97,12 @@ def test_several_subjects_share_it(
     entries = [{"name": name, "instance_data_dir": str(photos)} for name in ("one", "two")]
     (tmp_path / "s.yaml").write_text(json.dumps(entries))
     placed: list[bool] = []
-    original = building.put_in_adapter
+    original = building.add_new_adapter
 
-    def put_in_adapter(config: Any, pipe: Any, *rest: Any) -> Any:
+    def add_new_adapter(config: Any, pipe: Any, *rest: Any) -> Any:
         placed.append(any(hasattr(m.weight, "qdata") for m in pipe.unet.modules() if isinstance(m, nn.Linear)))
         return original(config, pipe, *rest)
 
-    monkeypatch.setattr(building, "put_in_adapter", put_in_adapter)
+    monkeypatch.setattr(building, "add_new_adapter", add_new_adapter)
     results = train_subjects(configure(**INT8, subjects=str(tmp_path / "s.yaml"), instance_data_dir=None))
     assert len(results) == 2 and placed == [False, False]
