@@ -100,7 +100,7 @@ def test_side_by_side_starts_with_the_ends_of_a_row() -> None:
 def test_inspect_shows_what_an_adapter_changes(page: Any) -> None:
     inspect(page, "dog", intruders=True)
     titles = page.locator("#inspect-plots figcaption")
-    for index, title in enumerate(("Relative size of the update by block", "Largest updates",
+    for index, title in enumerate(("Update size by block: mean |dW| / |W|", "Largest updates: |dW| / |W|",
                                     "Singular values of the update")):  # fmt: skip
         expect(titles.nth(index)).to_have_text(title)
     page.locator("#inspect-plots summary").click()

@@ -143,13 +143,13 @@ def gaps(folder: Path, prompt: str) -> set[int]:
 def test_settings_and_prompt_survive_a_reload(page: Any, server: Server) -> None:
     settle(page, 7)
     fill(page, "a cat with a hat")
-    number(page, "Guidance scale", 3.5)
+    number(page, "CFG scale", 3.5)
     stored(page, prompt="a cat with a hat", steps=7, guidance=3.5)
     visit(page)
     prompt_is(page, "a cat with a hat")
     open_settings(page)
     expect(page.get_by_label("number input for Steps").first).to_have_value("7")
-    expect(page.get_by_label("number input for Guidance scale").first).to_have_value("3.5")
+    expect(page.get_by_label("number input for CFG scale").first).to_have_value("3.5")
 
 
 def test_seed_dice_and_reuse(page: Any, server: Server) -> None:

@@ -115,7 +115,7 @@ def details(entry: Entry, problem: str | None) -> str:
             "method": method(entry),
             "components": ", ".join(info.components),
             "base": short_name(info.base) if info.base else "unknown",
-            "trained parameters": f"{info.trained_parameters:,} of {info.stored_parameters:,} stored",
+            "parameters": f"{info.trained_parameters:,} trained, {info.stored_parameters:,} stored",
             "scores": ", ".join(f"{name} {value:.3f}" for name, value in entry.scores().items()),
             "steps": str(info.step) if info.step else "",
             "seed": "" if info.seed is None else str(info.seed),

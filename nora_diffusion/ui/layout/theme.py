@@ -51,18 +51,20 @@ CSS = """
 .facts, .facts th, .facts td, .facts tr { border: 0 !important; }
 .facts tr + tr { border-top: 1px solid var(--border-color-primary) !important; }
 .facts th { text-align: left; font-weight: 500; color: var(--body-text-color-subdued); padding: .25rem .8rem .25rem 0;
-  vertical-align: top; overflow-wrap: anywhere; min-width: 7rem; }
+  vertical-align: top; overflow-wrap: anywhere; min-width: 8.8rem; }
 .facts td + td, .facts thead th:last-child { padding-left: .8rem; }
-.facts td { padding: .25rem 0; overflow-wrap: anywhere; min-width: 6rem; }
+.facts td { padding: .25rem 0; overflow-wrap: anywhere; min-width: 6rem; vertical-align: top; }
 .facts tr.new td { font-weight: 600; }
 .row:has(> .remove) { background: var(--block-background-fill); }
 .inner { display: none !important; }
 .remove { align-self: center !important; margin: .6rem; flex: none !important; }
 .empty { border: 1px dashed var(--border-color-primary); border-radius: 10px; padding: 1.2rem;
   color: var(--body-text-color-subdued); }
-#train-prepared .grid-wrap, #train-samples .grid-wrap { min-height: 0; }
+#train-prepared .grid-wrap, #train-samples .grid-wrap, #batch-gallery .grid-wrap { min-height: 0; }
 #train-prepared .grid-wrap { max-height: 340px; overflow-y: auto; }
 #train-prepared .grid-container { grid-template-columns: repeat(5, minmax(0, 1fr)) !important; }
+#choose-thumbnail .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
+#compare-slider { border: 0 !important; }  /* Gradio draws 3 px around a slider in a group */
 .plots { display: grid; gap: .75rem; }
 .plots + .plots { margin-top: 1.5rem; }
 .plot { margin: 0; }
@@ -73,10 +75,12 @@ CSS = """
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; color: var(--body-text-color-subdued); }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
 @media (max-width: 640px) { .gradio-container { padding: .5rem !important; }
-  :is(#train-examples, #train-samples) .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
+  :is(#train-examples, #train-samples, #choose-thumbnail) .grid-container {
+    grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
   #generate-areas { grid-template: "ask" auto "result" auto "more" auto / 1fr; }
   #library-areas { grid-template: "chosen" auto "cards" auto "import" auto / 1fr; }
-  .plot svg { font-size: 14px; } }
+  .facts :is(th, td) { min-width: 5rem; }
+  .plot svg { font-size: 14px; } .plot g { font-size: 12px; } }
 """
 
 # Ctrl+Enter generates from anywhere. Gradio's sliders report a change by keyboard only after a pointerup event.

@@ -67,8 +67,8 @@ def _form(page: Page) -> SimpleNamespace:
             weight = gr.Slider(-2, 2, 1, step=0.05, label="Weight", min_width=140)
             seed = gr.Number(1, label="Seed", precision=0, minimum=0, min_width=100)
         with gr.Row():
-            steps = gr.Slider(1, MAX_STEPS, initial["steps"], step=1, label="Steps", min_width=140)
-            guidance = gr.Slider(0, 20, page.app.engine.guidance, step=0.5, label="Guidance scale (CFG)", min_width=140)
+            steps = gr.Slider(1, MAX_STEPS, initial["steps"], step=1, label="Steps", min_width=200)
+            guidance = gr.Slider(0, 20, page.app.engine.guidance, step=0.5, label="CFG scale", min_width=200)
         negative = gr.Textbox("", label="Negative prompt", max_length=MAX_PROMPT)
     scored = gr.Checkbox(
         page.app.engine.is_embedded, label="Score subject and prompt fidelity", visible=page.app.engine.is_embedded
@@ -86,8 +86,8 @@ def _result(page: Page) -> SimpleNamespace:
     pixels = ["pixels"] if page.app.engine.is_embedded else []
     status_line = gr.HTML(HINT, elem_id="compare-status")
     grid = gr.Image(
-        label="Grid", type="filepath", format="png", interactive=False, visible=False, elem_id="compare-grid",
-        buttons=["fullscreen"],
+        label="Grid", show_label=False, type="filepath", format="png", interactive=False, visible=False,
+        elem_id="compare-grid", buttons=["fullscreen"],
     )  # fmt: skip
     with gr.Row():
         png = gr.DownloadButton("Download PNG", visible=False, elem_id="compare-png")

@@ -73,7 +73,7 @@ def build(page: Page) -> Settings:
     initial = defaults(page.app.engine)
     with gr.Row():
         count = gr.Slider(1, MAX_IMAGES, initial["count"], step=1, label="Number of images", scale=2, min_width=160)
-        seed = gr.Number(initial["seed"], label="Seed (-1 = random)", precision=0, minimum=-1, min_width=120,
+        seed = gr.Number(initial["seed"], label="Seed (-1 = random)", precision=0, minimum=-1, min_width=170,
                          elem_id="seed")  # fmt: skip
     with gr.Row():
         dice = gr.Button("Random seed", size="sm", elem_id="dice", min_width=120)
@@ -82,7 +82,7 @@ def build(page: Page) -> Settings:
         negative = gr.Textbox(label="Negative prompt", max_length=MAX_PROMPT)
         with gr.Row():
             steps = gr.Slider(1, MAX_STEPS, initial["steps"], step=1, label="Steps", min_width=160)
-            guidance = gr.Slider(0, 30, initial["guidance"], step=0.1, label="Guidance scale (CFG)", min_width=160)
+            guidance = gr.Slider(0, 30, initial["guidance"], step=0.1, label="CFG scale", min_width=160)
         with gr.Row():
             width = gr.Number(0, label="Width", info="0 = model default", precision=0, step=8, minimum=0,
                               maximum=MAX_SIDE, min_width=120)  # fmt: skip

@@ -105,8 +105,8 @@ def show(found: Sequence[LayerSpectrum]) -> str:
         return ""
     largest = sorted(found, key=lambda s: -s.relative)
     plots = [
-        bar_chart("Relative size of the update by block", by_block(found), "mean |dW| / |W|"),
-        bar_chart("Largest updates", [(label(s), s.relative) for s in largest[:MAX_BARS]], "|dW| / |W|"),
+        bar_chart("Update size by block: mean |dW| / |W|", by_block(found), "mean |dW| / |W|"),
+        bar_chart("Largest updates: |dW| / |W|", [(label(s), s.relative) for s in largest[:MAX_BARS]], "|dW| / |W|"),
         line_chart("Singular values of the update", {label(s): spectrum(s) for s in largest[:MAX_LINES]},
                    "rank", "s / s1"),
     ]  # fmt: skip

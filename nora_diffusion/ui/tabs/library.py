@@ -35,7 +35,9 @@ def build(page: Page) -> None:
     """Search above the cards; details of the chosen adapter on their right, on a phone above them."""
     app = page.app
     with gr.Row():
-        words = gr.Textbox(label="Search", placeholder="name, trigger word, base, hash", elem_id="search", scale=3)
+        words = gr.Textbox(
+            label="Search", placeholder="name, trigger word, base, hash", elem_id="search", scale=3, min_width=240
+        )
         sort = gr.Dropdown(list(SORTS), value=SORTS[0], label="Sort by", min_width=140)
         method = gr.Dropdown(list(METHODS), value="all", label="Method", min_width=140, allow_custom_value=True)
     with gr.Row(elem_id="library-areas"):
@@ -73,9 +75,7 @@ def _panel(app: App, panel: gr.Column) -> SimpleNamespace:
     form = gr.Dropdown(list(FORMATS), value="diffusers", label="Export as LoRA for")
     export = gr.Button("Export")
     exported = gr.File(label="Exported", visible=False, interactive=False, height=100)
-    with gr.Accordion(
-        "Thumbnail: click an image made with this adapter", open=True, visible=False, elem_id="choose-thumbnail"
-    ) as choose:
+    with gr.Accordion("Choose a thumbnail", open=True, visible=False, elem_id="choose-thumbnail") as choose:
         candidates = gr.Gallery(
             label="Images made with this adapter", show_label=False, columns=4, height=150, allow_preview=False,
             format="png", interactive=False, buttons=[], elem_classes=["pixels"] if app.engine.is_embedded else [],

@@ -57,10 +57,11 @@ def _recipe(page: Page) -> None:
     with gr.Row():
         mode = gr.Dropdown(list(MODES.items()), value="cat", label="Mode", min_width=220)
         name = gr.Textbox("mix", label="Name of the mix", max_length=64, min_width=140, elem_id="mix-name")
-    with gr.Accordion("Mode settings", open=False), gr.Row():
-        rank = gr.Number(0, label="Rank", info="0 = sum of the ranks", precision=0, minimum=0, min_width=120)
-        density = gr.Slider(0.05, 1, 0.5, step=0.05, label="Density", info="Fraction kept by pruning", min_width=140)
-        seed = gr.Number(0, label="Seed", info="For the random drops of DARE", precision=0, minimum=0, min_width=120)
+    with gr.Accordion("Mode settings", open=False):
+        with gr.Row():
+            rank = gr.Number(0, label="Rank", info="0 = sum of the ranks", precision=0, minimum=0, min_width=120)
+            seed = gr.Number(0, label="Seed", info="For DARE's random drops", precision=0, minimum=0, min_width=120)
+        density = gr.Slider(0.05, 1, 0.5, step=0.05, label="Density", info="Fraction of values kept by pruning")
     go = gr.Button("Mix and save to library", variant="primary", elem_id="mix", interactive=app.config.may_change)
     report = gr.HTML("", elem_id="mix-report")
     copy.click(handler(tags_only), page.prompt, recipe, **PRIVATE)
@@ -130,7 +131,7 @@ def describe(report: MixReport) -> str:
         ("saved as", report.name),
         ("rank", report.rank),
         ("energy kept", f"{100 * report.kept:.1f}%"),
-        ("relative error", f"{report.error:.1e}"),
+        ("relative error", f"{report.error:.2g}"),
         *((f"overlap of {one} and {two}", f"{score:.2f}") for (one, two), score in report.overlaps.items()),
         *(("warning", text) for text in report.warnings),
     ]
@@ -147,8 +148,8 @@ def _batch(page: Page) -> None:
     )  # fmt: skip
     with gr.Row():
         steps = gr.Number(defaults(app.engine)["steps"], label="Steps", precision=0, minimum=1, min_width=90)
-        guidance = gr.Number(app.engine.guidance, label="Guidance scale (CFG)", minimum=0, step=0.5, min_width=90)
-        seed = gr.Number(-1, label="Seed for all (-1 = random)", precision=0, minimum=-1, min_width=160)
+        guidance = gr.Number(app.engine.guidance, label="CFG scale", minimum=0, step=0.5, min_width=90)
+        seed = gr.Number(-1, label="Seed (-1 = random)", precision=0, minimum=-1, min_width=160)
     with gr.Row():
         go = gr.Button("Generate batch", variant="primary", elem_id="batch-go")
         interrupt = gr.Button("Interrupt", variant="stop", visible=False)

@@ -20,7 +20,7 @@ from .generate_settings import Settings
 FULL_HASH = 64
 LABELS = {
     "prompt": "Prompt", "negative": "Negative prompt", "count": "Number of images", "seed": "Seed", "steps": "Steps",
-    "guidance": "Guidance scale", "width": "Width", "height": "Height",
+    "guidance": "CFG scale", "width": "Width", "height": "Height",
 }  # fmt: skip
 
 

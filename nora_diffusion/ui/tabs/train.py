@@ -45,7 +45,7 @@ def _form(page: Page) -> SimpleNamespace:
                           min_width=140, elem_id="train-class")  # fmt: skip
         trigger = gr.Textbox("sks", label="Trigger word", info="A rare token", max_length=40,
                              min_width=140, elem_id="train-trigger")  # fmt: skip
-        name = gr.Textbox("my-subject", label="Name", info="Name in the library", max_length=64, min_width=140,
+        name = gr.Textbox("my-subject", label="Name", info="In the library", max_length=64, min_width=140,
                           elem_id="train-name")  # fmt: skip
     settings = _settings()
     with gr.Row():
@@ -91,12 +91,12 @@ def _settings() -> dict[str, Any]:
     )  # fmt: skip
     with gr.Accordion("Advanced settings", open=False):
         with gr.Row():
-            method = gr.Dropdown(list(METHODS), value="nora", label="Method", min_width=120)
+            method = gr.Dropdown(list(METHODS), value="nora", label="Method", info="Adapter type", min_width=120)
             steps = gr.Number(0, label="Steps", info="0 = from the preset", precision=0, minimum=0, min_width=120)
             rate = gr.Number(0, label="Learning rate", info="0 = from the preset", minimum=0, min_width=120)
         with gr.Row():
             encoder = gr.Checkbox(False, label="Train the text encoder too", min_width=200)
-            prior = gr.Checkbox(False, label="Prior preservation (keeps the class unchanged)", min_width=200)
+            prior = gr.Checkbox(False, label="Prior preservation", info="Keeps the class unchanged", min_width=200)
         extra = gr.Textbox(
             "", label="More settings, one 'key: value' per line", lines=3, max_length=4000, elem_id="train-extra",
             placeholder="rank: 32\nvalidation_prompt: a sks dog in the snow",

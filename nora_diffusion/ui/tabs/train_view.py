@@ -34,7 +34,7 @@ def photo_report(photos: Sequence[CheckedImage], errors: Sequence[str] = ()) -> 
     summary = line(
         f"{len(used)} photo{'' if len(used) == 1 else 's'} will be used, cropped as shown"
         f"{f' ({crops} crops)' if crops > len(used) else ''}"
-        f"{f'; {captioned} with its own caption' if captioned else ''}."
+        f"{f'; captions: {captioned}' if captioned else ''}."
     )
     return summary + "".join(line(f"Left out: {error}.", bad=True) for error in errors)
 
