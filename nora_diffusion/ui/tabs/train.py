@@ -12,6 +12,7 @@ import gradio as gr
 from ...adapters.presets import PRESETS as ADAPTER_PRESETS
 from ...demo import EXAMPLES, open_example
 from ...errors import UserError
+from ...training.settings.config import TrainConfig
 from ..jobs.images import MAX_IMAGES, CheckedImage, check_images, with_captions
 from ..jobs.training_form import MAX_YAML, PRESETS, build_settings, preflight
 from ..layout.page import ALWAYS_LAST, UNQUEUED, Page, handler
@@ -22,7 +23,7 @@ from .generate_settings import restore_script, save_script
 from .train_runs import build_runs, choices, watch
 
 TITLE = "Train"
-METHODS = tuple(ADAPTER_PRESETS)
+METHODS, METHOD = tuple(ADAPTER_PRESETS), TrainConfig().method
 FILE_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".txt"]
 
 
@@ -91,7 +92,7 @@ def _settings() -> dict[str, Any]:
     )  # fmt: skip
     with gr.Accordion("Advanced settings", open=False):
         with gr.Row():
-            method = gr.Dropdown(list(METHODS), value="nora", label="Method", info="Adapter type", min_width=120)
+            method = gr.Dropdown(list(METHODS), value=METHOD, label="Method", info="Adapter type", min_width=120)
             steps = gr.Number(0, label="Steps", info="0 = from the preset", precision=0, minimum=0, min_width=120)
             rate = gr.Number(0, label="Learning rate", info="0 = from the preset", minimum=0, min_width=120)
         with gr.Row():
@@ -111,7 +112,7 @@ def _persist(page: Page, form: SimpleNamespace) -> None:
     """Store the form, except for the photos, in the browser over a reload."""
     rules: dict[str, list[Any]] = {
         "word": ["", 0, 40], "trigger": ["sks", 0, 40], "name": ["my-subject", 0, 64],
-        "preset": ["Balanced", 0, 40, list(PRESETS)], "method": ["nora", 0, 40, list(METHODS)],
+        "preset": ["Balanced", 0, 40, list(PRESETS)], "method": [METHOD, 0, 40, list(METHODS)],
         "steps": [0, 0, 10**9], "rate": [0, 0, 10**3], "encoder": [False, 0, 1], "prior": [False, 0, 1],
         "extra": ["", 0, MAX_YAML],
     }  # fmt: skip
