@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def adapter(self) -> AdapterConfig:
-        """The config of the adapter, built anew at each access."""
+        """The config of the adapter; a new object at each access."""
         return adapter_config(self.config)
 
     @property

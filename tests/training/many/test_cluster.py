@@ -1,4 +1,4 @@
-"""Many subjects over a cluster: nothing lost, nothing done twice."""
+"""Many subjects on a cluster: no step is lost or trained twice."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAMES = ("dog", "cat", "toy", "hat")
 
 @pytest.fixture
 def listed(configure: Configure, tmp_path: Path) -> Configure:
-    """``listed(key=value)``: a config of four subjects, two a task."""
+    """``listed(key=value)``: a config of four subjects, two per task."""
     entries = [
         {"instance_data_dir": str(write_photos(tmp_path / name, 2, seed=n)), "instance_prompt": f"sks {name}"}
         for n, name in enumerate(NAMES)
@@ -46,11 +46,11 @@ def listed(configure: Configure, tmp_path: Path) -> Configure:
 
 
 class Died(Exception):
-    """What this Ray raises for a process that was killed."""
+    """The error that this fake Ray raises for a killed process."""
 
 
 class InOneProcess:
-    """As much of Ray as is called, task by task in this process; ``kill(number)`` says which starts die half-way."""
+    """A fake Ray that runs tasks one after another in this process; ``kill(number)``: whether that start is killed."""
 
     exceptions = SimpleNamespace(RayError=Died, RayTaskError=ZeroDivisionError, TaskCancelledError=KeyError)
 
@@ -160,7 +160,7 @@ def test_the_table_reads_the_folders(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.fixture(scope="module")
 def two_workers() -> Iterator[Any]:
-    """A Ray of this machine with room for two tasks at a time."""
+    """A real Ray on this machine that runs two tasks at a time."""
     ray = pytest.importorskip("ray")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     paths = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[3])])
@@ -171,7 +171,7 @@ def two_workers() -> Iterator[Any]:
 
 
 def when(condition: Any, then: Any) -> threading.Thread:
-    """Do something once a condition holds, beside the test."""
+    """Call a function in a thread once a condition holds."""
 
     def watch() -> None:
         end = time.monotonic() + 600
@@ -190,7 +190,7 @@ def when(condition: Any, then: Any) -> threading.Thread:
 def test_a_worker_is_killed_in_the_middle(
     two_workers: Any, listed: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL to one of two workers: every step of every subject once, the other group's task started once."""
+    """SIGKILL one of two workers: each subject trains every step once; the other group is started once."""
 
     def dying(settings: Any, names: Any, place: Any) -> str:
         import os

@@ -1,4 +1,4 @@
-"""Several subjects in one run: each as if it were trained alone."""
+"""Several subjects in one run: each result equals that of a separate run."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def together(configure: Configure, entries: list[dict[str, Any]], tmp_path: Path
 
 
 def separately(config: TrainConfig, place: Path) -> dict[str, Path]:
-    """Each subject of ``config`` in a run of its own; their folders by name."""
+    """Train each subject of ``config`` in a separate run; return the folders by name."""
     folders = {}
     for name, own in subjects.read_subjects(config).items():
         own.output_dir = str(place / name)
@@ -105,7 +105,7 @@ def test_subjects_equal_their_own_runs(
 def test_rows_of_one_batch_belong_to_different_subjects(
     together: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The slow test's claim in short, and that the rows do share a pass."""
+    """A short version of the slow test, which also checks that rows share a pass."""
     in_double(monkeypatch.setattr)
     sizes: list[tuple[int, ...]] = []
     original = BatchedTrainer._pass
@@ -131,7 +131,7 @@ def journal(folder: Path) -> list[tuple[Any, ...]]:
 
 
 def assert_same(one: Path, other: Path, names: tuple[str, ...] = ("dog", "cat", "toy")) -> None:
-    """Bit for bit: losses, weights and moments."""
+    """Losses, weights and optimizer moments are equal bit for bit."""
     for name in names:
         assert journal(one / name) == journal(other / name)
         first, second = factors(one / name), factors(other / name)
@@ -146,7 +146,7 @@ def assert_same(one: Path, other: Path, names: tuple[str, ...] = ("dog", "cat", 
 def test_interrupted_and_resumed_is_the_same_run(
     kind: dict[str, Any], together: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The signal comes when one subject is through and the others are not, within a step."""
+    """The signal arrives within a step, after one subject has finished and the others have not."""
     kind = {**kind, "max_train_steps": 4}
     train_subjects(together(output_dir=str(tmp_path / "whole"), **kind))
     original = Updates._update
@@ -171,7 +171,7 @@ def test_interrupted_and_resumed_is_the_same_run(
 
 
 def test_one_subject_goes_on_alone(together: Configure, tmp_path: Path) -> None:
-    """A folder is that of an ordinary run: its checkpoint is taken up by the trainer of one subject."""
+    """The folder is that of an ordinary run: a single-subject training resumes from its checkpoint."""
     train_subjects(together(max_train_steps=2))
     config = tmp_path / "run" / "dog" / "config.yaml"
     values = yaml.safe_load(config.read_text())
@@ -183,7 +183,7 @@ def test_one_subject_goes_on_alone(together: Configure, tmp_path: Path) -> None:
 def test_a_subject_that_cannot_be_written_is_left_out(
     where: str, together: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its disk is full, or its upload fails, when the others are not through."""
+    """A subject fails at its end (full disk, upload) while the others are still training."""
     owner: Any = Stepper if where == "_save" else subjects
     original = getattr(owner, where)
 
@@ -217,7 +217,7 @@ def test_a_subject_that_fails_is_left_out(together: Configure, tmp_path: Path, m
 
 @pytest.mark.slow
 def test_samples_show_each_subject(together: Configure, tmp_path: Path) -> None:
-    """A subject's pictures on the way are those of its own run."""
+    """The samples of a subject equal those of its separate run."""
     changes = {"max_train_steps": 2, "validation_prompt": "a photo of sks dog", "validation_steps": 2}
     train_subjects(together(learning_rate=5.0, **changes))
     alone = separately(together(learning_rate=5.0, **changes), tmp_path / "alone")

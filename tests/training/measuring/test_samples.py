@@ -1,4 +1,4 @@
-"""Pictures that the trainer makes: at which precision, and by one training at a time."""
+"""Images that the trainer generates: their precision, and locking between trainings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nora_diffusion.training.measuring.samples import fill_class_images, generat
 def test_pictures_are_decoded_in_the_precision_of_the_vae(
     lowered: bool, configure: Configure, pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under autocast SDXL's VAE would overflow, and the class be learned from black pictures."""
+    """SDXL's VAE overflows under autocast, which would give black class images."""
     if lowered:
         pipe.unet.to(torch.bfloat16)
         pipe.text_encoder.to(torch.bfloat16)
@@ -40,7 +40,7 @@ def test_pictures_are_decoded_in_the_precision_of_the_vae(
 def test_a_folder_of_class_pictures_is_filled_by_one_training_at_a_time(
     configure: Configure, pipe: Any, tmp_path: Path
 ) -> None:
-    """The second one counts when the first one is through."""
+    """The second training counts the images after the first one has finished."""
     folder, made = tmp_path / "class", []
     config = resolve(configure(class_data_dir=str(folder), num_class_images=2, resolution=16))
     second = threading.Thread(target=lambda: made.append(fill_class_images(pipe, config, "a dog", lambda: None)))

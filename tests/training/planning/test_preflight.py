@@ -1,4 +1,4 @@
-"""What is said before the first step, and that it is true."""
+"""Preflight findings: each case has exactly one, and memory and disk estimates match the real run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RIGHT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def said(findings: list[Any]) -> str:
+def texts(findings: list[Any]) -> str:
     return "\n".join(finding.text for finding in findings)
 
 
@@ -96,7 +96,7 @@ def test_the_rates_of_other_optimizers_are_their_own(changes: dict[str, Any], co
 def test_few_photos_and_captions_without_the_trigger(configure: Configure, tmp_path: Path) -> None:
     place = write_photos(tmp_path / "two", 2)
     (place / "0.txt").write_text("a toy dog")
-    found = said(check(configure(**{**RIGHT, "trigger": None}, instance_data_dir=str(place), use_captions=True)))
+    found = texts(check(configure(**{**RIGHT, "trigger": None}, instance_data_dir=str(place), use_captions=True)))
     assert "There are only 2 photos: use 3 to 10" in found
     assert "1 of 2 captions lack the trigger 'zqx', such as 'a toy dog': add it, or set --trigger zqx" in found
 
@@ -104,20 +104,20 @@ def test_few_photos_and_captions_without_the_trigger(configure: Configure, tmp_p
 def test_a_prompt_that_is_cut_off_is_said_once(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
     config = configure(**{**RIGHT, "instance_prompt": "a photo of zqx dog" + " on a mat" * 30, "max_train_steps": 1})
     words = "1 of 1 prompts have more than"
-    assert words in said(check(config)) and "a mat': shorten them" in said(check(config))
+    assert words in texts(check(config)) and "a mat': shorten them" in texts(check(config))
     train(config)
     assert caplog.text.count(words) == caplog.text.count("cut off") == 1
 
 
 def test_an_instance_prompt_that_captions_replace(configure: Configure, tmp_path: Path) -> None:
-    """The file then says what the subject answers to, not what nothing was learned under."""
+    """The file then has a prompt that was trained, not the instance prompt that was not used."""
     place = write_photos(tmp_path / "own", 3)
     for number in range(3):
         (place / f"{number}.txt").write_text(f"a zqx cat on the beach {number}")
     changes = {"instance_data_dir": str(place), "use_captions": True, "trigger": None}
     for prompt, called in (("a zqx dog", "a zqx cat"), ("a photo of zqx cat", "a photo of zqx cat")):
         config = configure(**{**RIGHT, **changes, "instance_prompt": prompt}, overwrite_output_dir=True)
-        found = said(check(config))
+        found = texts(check(config))
         assert (f"The instance prompt '{prompt}' is not used" in found) == (prompt != called)
         assert called in found or prompt == called
         assert inspect_adapter(train(replace(config, max_train_steps=1)).adapter_path).instance_prompt == called
@@ -174,7 +174,7 @@ def test_a_full_disk_is_fatal_and_a_small_one_a_warning(
 
 def test_memory_that_is_not_there(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nora_diffusion.training.planning.preflight.available", lambda device: 1000)
-    found = said(check(configure(**RIGHT)))
+    found = texts(check(configure(**RIGHT)))
     assert "of memory on top of the base" in found and "use --train_batch_size 1, --gradient_checkpointing" in found
 
 
@@ -190,12 +190,12 @@ def test_memory_that_a_lower_precision_gives_back_is_counted(configure: Configur
 def test_a_base_that_rests_elsewhere_is_counted_where_the_run_will_be(
     configure: Configure, pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The app's base lies in the CPU's memory while another training has the GPU."""
+    """The app moves its base to the CPU while a training job uses the GPU."""
     asked = []
     monkeypatch.setattr(
         "nora_diffusion.training.planning.preflight.available", lambda device: asked.append(device) or 1000
     )
-    found = said(check_on(configure(**RIGHT, mixed_precision="bf16"), pipe, "cuda"))
+    found = texts(check_on(configure(**RIGHT, mixed_precision="bf16"), pipe, "cuda"))
     assert asked == [torch.device("cuda")] and "cuda has" in found
     held = sum(p.nbytes for part in (pipe.unet, pipe.text_encoder) for p in part.parameters())
     plan = plan_of(configure(mixed_precision="bf16"), pipe)
@@ -204,7 +204,7 @@ def test_a_base_that_rests_elsewhere_is_counted_where_the_run_will_be(
 
 @pytest.mark.parametrize(("method", "parts"), [("nora", ["unet"]), ("lora", ["unet", "text_encoder"])])
 def test_the_outline_counts_what_autograd_keeps(method: str, parts: list[str], pipe: Any) -> None:
-    """Against the same hooks on the real model with the real adapter."""
+    """Compared with saved-tensor hooks on the real model with the real adapter."""
     config = PRESETS[method](r=4)
     counted = estimate(pipe, config, parts, 3, 16, torch.float32, checkpointing=False)
     pipe.unet.requires_grad_(False)
@@ -280,7 +280,7 @@ def test_the_flag_only_looks(configure: Configure, capsys: pytest.CaptureFixture
 
 
 def test_a_checkpoint_of_other_weights_is_refused(configure: Configure, tmp_path: Path) -> None:
-    """The base's name is the same, its numbers are not."""
+    """The base has the same name but different weights."""
     base = tiny_random_pipeline(tmp_path / "base")
     config = configure(pretrained_model_name_or_path=str(base))
     train(config)
