@@ -1,4 +1,4 @@
-"""What the trainer's tests share: the type of their config fixture and command lines."""
+"""Helpers of the trainer's tests: config fixture type, command lines, comparisons of runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Configure = Callable[..., TrainConfig]
 
 
 def resolve(config: TrainConfig) -> ResolvedConfig:
-    """``config`` with defaults, and small values for what a base or a machine would settle."""
+    """``config`` with defaults, and small values for settings that depend on base or machine."""
     filled = with_defaults(config)
     values = {
         "seed": 0,
@@ -34,7 +34,7 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
 
 
 def flags(config: TrainConfig) -> list[str]:
-    """The command line that means ``config``."""
+    """``config`` as a command line."""
     words: list[str] = []
     for name, value in config.to_dict(secrets=True).items():
         if value is not None:
@@ -43,12 +43,13 @@ def flags(config: TrainConfig) -> list[str]:
 
 
 def journal(folder: Path) -> list[tuple[Any, ...]]:
+    """Step, loss, learning rate and gradient norm of each line in ``log.jsonl``."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [(row["step"], row["loss"], row["lr"], row["grad_norm"]) for row in rows]
 
 
 def assert_equal_tensors(one: Path, other: Path) -> None:
-    """By tensor: safetensors orders its metadata at random."""
+    """Compare tensor by tensor, since safetensors orders its metadata at random."""
     first, second = load_file(one), load_file(other)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -61,41 +62,41 @@ def assert_same_run(one: Path, other: Path, last: int) -> None:
 
 
 def in_double(replace: Callable[[Any, str, Any], None]) -> None:
-    """Have the trainer work in fp64: frozen weights, factors and activations. ``replace`` is as ``setattr``."""
+    """Make the trainer use fp64 for frozen weights, factors and activations. ``replace`` works like ``setattr``."""
 
-    def widen(pipe: Any) -> None:
+    def to_double(pipe: Any) -> None:
         for module in (pipe.unet, pipe.text_encoder):
             torch.nn.Module.to(module, torch.float64)
 
-    def in_double(original: Callable[..., Any], position: int) -> Callable[..., Any]:
-        def put_in(*given: Any) -> Any:
-            parameters = original(*given)
-            widen(given[position])
+    def wrapped(original: Callable[..., Any], pipe_index: int) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            parameters = original(*args)
+            to_double(args[pipe_index])
             return parameters
 
-        return put_in
+        return call
 
     def prepare_base(plan: Plan) -> None:
-        widen(plan.pipe)
+        to_double(plan.pipe)
         if plan.config.gradient_checkpointing:
             plan.pipe.unet.enable_gradient_checkpointing()
 
-    replace(run, "add_new_adapter", in_double(run.add_new_adapter, 1))
-    replace(run, "load_checkpoint_adapter", in_double(run.load_checkpoint_adapter, 0))
+    replace(run, "add_new_adapter", wrapped(run.add_new_adapter, 1))
+    replace(run, "load_checkpoint_adapter", wrapped(run.load_checkpoint_adapter, 0))
     replace(run, "prepare_base", prepare_base)
     replace(subjects, "prepare_base", prepare_base)
     replace(Plan, "dtype", torch.float64)
 
 
 def factors(folder: Path) -> dict[str, torch.Tensor]:
-    """What was trained, in the precision it was trained in: weights and moments."""
+    """Trained weights and optimizer moments of the last checkpoint, as fp64."""
     last = max(folder.glob("checkpoints/step-*"), key=lambda path: int(path.name[5:]))
     tensors = load_file(last / "nora_adapter.safetensors") | load_file(last / "optimizer.safetensors")
     return {key: value.double() for key, value in tensors.items() if not key.endswith("_out")}
 
 
 def distance(one: Path, other: Path) -> float:
-    """The relative distance of two runs' trained numbers."""
+    """Largest relative distance between tensors of two runs."""
     first, second = factors(one), factors(other)
     assert first.keys() == second.keys()
     return max(float((first[key] - second[key]).norm() / second[key].norm().clamp(min=1e-300)) for key in first)

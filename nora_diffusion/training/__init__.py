@@ -1,4 +1,4 @@
-"""Training: learn a subject from a few photos, by ``train(TrainConfig(...))`` or the command line."""
+"""DreamBooth training of adapters: ``train(TrainConfig(...))`` or the command line."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from .settings.config import TrainConfig
 
 __all__ = ["TrainConfig", "TrainResult", "check", "check_on", "main", "train", "train_subjects"]
-_HOMES = {
+_MODULES = {
     "TrainConfig": "settings.config", "TrainResult": "run.train", "check": "run.train", "check_on": "run.train",
     "main": "command", "train": "run.train", "train_subjects": "many.subjects",
 }  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    # torch and diffusers load only when a run starts, so that --help and a mistyped flag answer at once.
-    if name not in _HOMES:
+    # Import torch and diffusers only when a run starts, so that --help and flag errors are fast.
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -1,4 +1,4 @@
-"""The trainer's command: parse, train, and turn what went wrong into a sentence and an exit code."""
+"""Command-line entry point of the trainer: parse, train, print errors and return an exit code."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run the trainer; returns 0, 2 after a user's mistake, 130 after Ctrl-C, 143 after SIGTERM."""
-    show_log()
+    """Run the trainer. Returns 0, 2 after a user error, 130 after Ctrl-C, 143 after SIGTERM."""
+    set_up_logging()
     try:
         config = parse(argv, prog)
         if config.subjects and not config.joint and config.engine == "ray" and not config.preflight_only:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             return train_on_cluster(config)
         check, train_all = _trainer(config)
         if config.preflight_only:
-            return say(check(config), config.strict)
+            return print_findings(check(config), config.strict)
         results = train_all(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -42,18 +42,18 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         print(stop, file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
-        print("stopped before training began: nothing was written", file=sys.stderr)
+        print("stopped before training began; nothing was written", file=sys.stderr)
         return 130
-    for result in results if first_process() else ():
-        numbers = f"{result.trainable_parameters:,} trained numbers, {result.steps} steps, {result.seconds:.1f} s"
-        print(f"{result.adapter_path}: {numbers}, loss {result.final_loss:.4f}")
-    if first_process() and len(results) == 1:
-        print(f"make pictures with it: {next_command(config, results[0].adapter_path.parent)}")
+    for result in results if is_main_process() else ():
+        size = f"{result.trainable_parameters:,} trained parameters, {result.steps} steps, {result.seconds:.1f} s"
+        print(f"{result.adapter_path}: {size}, loss {result.final_loss:.4f}")
+    if is_main_process() and len(results) == 1:
+        print(f"generate images: {next_command(config, results[0].adapter_path.parent)}")
     return 0
 
 
 def next_command(config: TrainConfig, folder: Path) -> str:
-    """What makes pictures with the adapter that was just trained."""
+    """The command that generates images with the trained adapter."""
     words = ["nora-diffusion", "generate", "--adapter", str(folder), "--prompt", config.instance_prompt or "..."]
     if not is_embedded(config.pretrained_model_name_or_path):
         words += ["--base", str(config.pretrained_model_name_or_path)]
@@ -65,7 +65,7 @@ def next_command(config: TrainConfig, folder: Path) -> str:
 def _trainer(
     config: TrainConfig,
 ) -> tuple[Callable[[TrainConfig], list[Finding]], Callable[[TrainConfig], list[TrainResult]]]:
-    """What checks, and what trains, the adapters of ``config``."""
+    """The functions that check and train ``config``: one run, or several subjects."""
     if config.subjects and not config.joint:
         from .many.subjects import check_subjects, train_subjects
 
@@ -75,8 +75,8 @@ def _trainer(
     return check, lambda config: [train(config)]
 
 
-def say(findings: Sequence[Finding], strict: bool) -> int:
-    """Print what was found; 2 if it would keep the run from starting."""
+def print_findings(findings: Sequence[Finding], strict: bool) -> int:
+    """Print the findings. Returns 2 if one of them would stop the run, else 0."""
     for finding in findings:
         print(f"{'error' if finding.fatal or strict else 'warning'}: {finding.text}")
     if not findings:
@@ -84,15 +84,15 @@ def say(findings: Sequence[Finding], strict: bool) -> int:
     return 2 if any(finding.fatal or strict for finding in findings) else 0
 
 
-def first_process() -> bool:
-    """Whether this is the only process of a run, or the one that speaks for all."""
+def is_main_process() -> bool:
+    """Whether this process prints and logs for all processes of the run."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def show_log() -> None:
-    """Print this package's remarks and warnings, and no other library's, as plain lines on stderr."""
+def set_up_logging() -> None:
+    """Log messages of this package, and of no other library, to stderr."""
     hide_known_warnings()
     logger = logging.getLogger("nora_diffusion")
-    logger.setLevel(logging.INFO if first_process() else logging.WARNING)
+    logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)
     if not logger.hasHandlers():
         logger.addHandler(logging.StreamHandler())

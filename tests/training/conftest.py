@@ -1,4 +1,4 @@
-"""A small run that every trainer test varies."""
+"""Fixtures of the trainer's tests: a small run to vary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nora_diffusion.training import TrainConfig
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Any:
-    """Tiny tensors: threads would only wait for each other."""
+    """Tensors are tiny, so several threads would only slow the tests down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -36,7 +36,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def configure(tiny_base: Path, photos: Path, tmp_path: Path) -> Configure:
-    """``configure(key=value)``: a config of a three-step run in ``tmp_path/run``."""
+    """``configure(key=value)`` returns the config of a three-step run in ``tmp_path/run``."""
 
     def build(**changes: Any) -> TrainConfig:
         values: dict[str, Any] = {

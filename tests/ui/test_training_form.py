@@ -132,7 +132,7 @@ REFUSED = {
     "rank: [": "key: value",
     "a: &x [1]\nb: *x": "plain 'key: value' lines",
     "x" * 5000: "at most",
-    "max_train_steps: many": "max_train_steps='many' does not fit: give a whole number",
+    "max_train_steps: many": "max_train_steps='many' is not valid: give a whole number",
     "!!python/object/apply:os.system ['true']": "key: value",
 }
 

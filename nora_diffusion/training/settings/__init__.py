@@ -1,1 +1,1 @@
-"""Every setting of a run: flags, YAML, defaults, checks."""
+"""Training settings: flags, YAML, defaults and checks."""

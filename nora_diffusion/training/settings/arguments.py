@@ -1,4 +1,4 @@
-"""The command line of the trainer, generated from the settings of :class:`TrainConfig`."""
+"""Command-line parser of the trainer, generated from :class:`TrainConfig`."""
 
 from __future__ import annotations
 
@@ -18,44 +18,46 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """One flag a setting, in documented groups. Values stay text: :func:`.values.coerce` reads them."""
+    """Parser with one flag per setting. Values stay strings; :func:`.values.coerce` converts them."""
     parser = _Parser(
         prog=prog,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        description="Learn a subject from a few photos with a nested low-rank adapter (DreamBooth).",
+        description="Train a DreamBooth adapter (NoRA, LoRA and relatives) on a few photos of a subject.",
     )
-    parser.add_argument("--config", help="YAML file with the same keys; flags win")
+    parser.add_argument("--config", help="YAML file with the same keys; flags override it")
     hints = get_type_hints(TrainConfig)
     groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
     for setting in settings():
         flags = [f"--{name}" for name in (setting.name, *setting.metadata["aliases"])]
         options: dict[str, Any] = {"dest": setting.name, "help": setting.metadata["help"], "metavar": "VALUE"}
-        kind = str(setting.type)
-        if kind == "bool":
+        annotation = str(setting.type)
+        if annotation == "bool":
             options |= {"nargs": "?", "const": True, "metavar": "true|false"}
-        elif kind.startswith("list"):
+        elif annotation.startswith("list"):
             options |= {"nargs": "+"}
         if choices := setting.metadata["choices"] or _choices(hints[setting.name]):
             options["help"] += f"; one of {', '.join(choices)}"
-        if setting.default is not None and kind != "bool":
+        if setting.default is not None and annotation != "bool":
             options["help"] += f" (default: {setting.default})"
         groups[setting.metadata["group"]].add_argument(*flags, **options)
     return parser
 
 
 def _choices(hint: Any) -> list[str]:
-    """The values of a setting that takes one of a few."""
-    return [str(value) for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal for value in get_args(kind)]
+    """Values of the ``Literal`` in a type hint, if it has one."""
+    return [
+        str(value) for option in (hint, *get_args(hint)) if get_origin(option) is Literal for value in get_args(option)
+    ]
 
 
 def parse(argv: Sequence[str] | None, prog: str | None = None) -> TrainConfig:
-    """Flags over the YAML file over defaults. Raises :class:`UserError` with an unknown flag's nearest."""
+    """Parse the command line; flags override the YAML file. Raises :class:`UserError` that suggests similar flags."""
     import sys
 
-    words = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
+    arguments = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = build_parser(prog)
-    parsed, unknown = parser.parse_known_args(words)
+    parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise unknown_argument(unknown, [*settings_by_name(), "config"], parser.prog)
     values = vars(parsed)
@@ -64,20 +66,20 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> TrainConfig:
 
 
 def with_underscores(word: str) -> str:
-    """A flag's name under the spelling that parsers know: ``--a-b`` is ``--a_b``."""
+    """Accept dashes in flag names: ``--a-b=c`` becomes ``--a_b=c``."""
     if not word.startswith("--"):
         return word
-    name, mark, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + mark + value
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings of a YAML file under their main names. Raises :class:`UserError` where it is none."""
+    """Settings of a YAML file, with aliases resolved. Raises :class:`UserError` for unknown keys and invalid files."""
     values = _load(path, "config")
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold 'key: value' lines, one a setting")
+        raise UserError(f"{path} must contain 'key: value' lines, one per setting")
     known = settings_by_name()
     for name in values:
         if name not in known:
@@ -86,10 +88,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_list(path: Path) -> list[dict[str, Any]]:
-    """The entries of a YAML list. Raises :class:`UserError` where it is none."""
+    """Entries of a YAML list of mappings. Raises :class:`UserError` for anything else."""
     entries = _load(path, "list")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"{path} must be a list of subjects, each '- key: value' with further keys below")
+        raise UserError(
+            f"{path} must be a YAML list of subjects: each starts with '- key: value', further keys follow below"
+        )
     return [{str(name): value for name, value in entry.items()} for entry in entries]
 
 

@@ -1,4 +1,4 @@
-"""Settings that cannot be right are refused here, before anything is loaded or written."""
+"""Checks of the settings, before anything is loaded or written."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ BOUNDS: dict[Bound, tuple[Callable[[float], bool], str]] = {
     "not_negative": (lambda value: value >= 0, "must be at least 0"),
     "below_one": (lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
     "share": (lambda value: 0 <= value <= 1, "must be a share from 0 to 1, for example 0.1"),
-    "fraction": (lambda value: 0 < value <= 1, "is a fraction of the run: give more than 0 and at most 1"),
+    "fraction": (lambda value: 0 < value <= 1, "is a fraction of the run: it must be above 0 and at most 1"),
 }
 EXPORT_FORMATS = ("diffusers", "kohya", "peft")
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raise :class:`UserError` for the first setting that is out of range, contradictory or not supported."""
+    """Raise :class:`UserError` for the first setting that is out of range, contradictory or unsupported."""
     _check_ranges(config)
     _check_data(config)
     _check_adapter(config)
@@ -34,39 +34,45 @@ def check_config(config: TrainConfig) -> None:
 
 
 def _check_ranges(config: TrainConfig) -> None:
-    for bound, (holds, what) in BOUNDS.items():
+    for bound, (is_valid, message) in BOUNDS.items():
         for name in tagged(bound):
             value = getattr(config, name)
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                raise UserError(f"{name}={value} {what}")
+            if value is not None and not (math.isfinite(value) and is_valid(value)):
+                raise UserError(f"{name}={value} {message}")
 
 
 def _check_data(config: TrainConfig) -> None:
     if config.joint and not config.subjects:
         raise UserError("--joint needs the list of subjects: give it with --subjects")
     if config.subjects and not config.joint:
-        raise UserError("several subjects are trained by training.train_subjects, or by nora-diffusion train")
+        raise UserError(
+            "to train several subjects, call training.train_subjects or nora-diffusion train, or set --joint"
+        )
     if config.joint and (config.engine != "local" or config.address):
-        raise UserError("--joint is one run: leave --engine and --address out, which spread a list of runs")
+        raise UserError("--joint is a single run: leave out --engine and --address, which distribute several runs")
     if config.engine != "local" or config.address:
-        raise UserError("--engine and --address are for several subjects: give their list with --subjects")
+        raise UserError("--engine and --address are for several subjects: give a list with --subjects")
     own = [name for name in ("instance_data_dir", "instance_prompt", "trigger", "class_word") if getattr(config, name)]
     if config.joint and own:
-        raise UserError(f"--joint takes each subject's own {own[0]} from the list: leave --{own[0]} out")
+        raise UserError(f"--joint reads {own[0]} of each subject from the list: leave out --{own[0]}")
     if not config.instance_data_dir and not config.joint:
-        raise UserError("no photos: give their folder with --instance_data_dir")
+        raise UserError("no photos: give the folder of photos with --instance_data_dir")
     if config.use_captions and config.caption_column:
-        raise UserError("--use_captions and --caption_column exclude each other: choose where captions come from")
+        raise UserError("--use_captions and --caption_column exclude each other: choose one source of captions")
     if config.trigger is not None and not config.trigger.strip():
         raise UserError("the trigger is empty: give a rare word such as 'sks', or leave --trigger out")
     if config.center_crop and config.crop == "subject":
-        raise UserError("--center_crop and --crop subject exclude each other: choose where photos are cropped")
+        raise UserError("--center_crop and --crop subject exclude each other: choose one crop")
     if config.joint and config.validation_data_dir:
-        raise UserError("--joint holds photos of each subject out: use --validation_split, not --validation_data_dir")
+        raise UserError(
+            "--joint needs held-out photos of each subject: use --validation_split instead of --validation_data_dir"
+        )
     if config.validation_data_dir and config.validation_split:
-        raise UserError("--validation_data_dir and --validation_split exclude each other: choose the held-out photos")
+        raise UserError(
+            "--validation_data_dir and --validation_split exclude each other: choose one source of held-out photos"
+        )
     if config.validation_images:
-        raise UserError("--validation_images is for pipelines that start from a picture; use --validation_prompt here")
+        raise UserError("--validation_images is for image-to-image pipelines; use --validation_prompt here")
 
 
 def _check_adapter(config: TrainConfig) -> None:
@@ -88,10 +94,12 @@ def _check_adapter(config: TrainConfig) -> None:
             raise UserError(f"--{name} needs --train_text_encoder_ti")
     for name in ("train_text_encoder", "train_text_encoder_ti"):
         if getattr(config, name) and config.pre_compute_text_embeddings:
-            raise UserError(f"--pre_compute_text_embeddings excludes --{name}: embeddings change while it trains")
+            raise UserError(
+                f"--pre_compute_text_embeddings and --{name} exclude each other: the embeddings change during training"
+            )
     if config.class_labels_conditioning not in (None, "timesteps"):
         raise UserError(
-            f"class_labels_conditioning={config.class_labels_conditioning!r} is unknown: only 'timesteps' is"
+            f"class_labels_conditioning={config.class_labels_conditioning!r} is unknown: only 'timesteps' is supported"
         )
 
 
@@ -99,20 +107,19 @@ def _check_inner_rank(config: TrainConfig) -> None:
     has_inner = "inner_rank" in parameters_of(config.method) and config.core in (None, "nested")
     if has_inner and config.inner_rank is not None and config.rank is not None and config.inner_rank > config.rank:
         raise UserError(
-            f"--inner_rank {config.inner_rank} exceeds --rank {config.rank}, and the inner pair sits inside the outer "
-            "one: lower --inner_rank, or raise --rank"
+            f"--inner_rank {config.inner_rank} exceeds --rank {config.rank}: lower --inner_rank, or raise --rank"
         )
 
 
 def _check_calibration(config: TrainConfig) -> None:
     basis = with_defaults(config).basis
-    for name, wanted in {"calibration_prompts": config.calibration_prompts, "calibration": config.calibration}.items():
-        if wanted and wanted != "generic" and basis != "awsvd":
+    for name, value in {"calibration_prompts": config.calibration_prompts, "calibration": config.calibration}.items():
+        if value and value != "generic" and basis != "awsvd":
             raise UserError(f"--{name} needs --basis awsvd, not {basis}")
-        if wanted and wanted != "generic" and config.basis_from:
-            raise UserError(f"--basis_from takes a basis as it is: leave --{name} out")
+        if value and value != "generic" and config.basis_from:
+            raise UserError(f"--basis_from reuses a basis without calibration: leave out --{name}")
     if config.calibration_prompts and config.calibration == "subject":
-        raise UserError("--calibration subject takes the photos' own prompts: leave --calibration_prompts out")
+        raise UserError("--calibration subject uses the prompts of the photos: leave out --calibration_prompts")
 
 
 def _check_prior(config: TrainConfig) -> None:
@@ -120,7 +127,7 @@ def _check_prior(config: TrainConfig) -> None:
         if not config.class_prompt and not config.class_word and not config.joint:
             raise UserError("--with_prior_preservation needs --class_prompt, for example 'a photo of a dog'")
         if config.prior_preservation == "frozen" and config.class_data_dir:
-            raise UserError("--prior_preservation frozen needs no class pictures: leave --class_data_dir out")
+            raise UserError("--prior_preservation frozen needs no class images: leave out --class_data_dir")
         return
     if config.prior_preservation == "frozen":
         raise UserError("--prior_preservation frozen needs --with_prior_preservation and --class_prompt")
@@ -130,7 +137,7 @@ def _check_objective(config: TrainConfig) -> None:
     if config.max_timestep is not None and config.min_timestep >= config.max_timestep:
         raise UserError(f"min_timestep={config.min_timestep} must be below max_timestep={config.max_timestep}")
     if config.loss_weighting not in (None, "min_snr") and (config.snr_gamma or 0) > 0:
-        raise UserError("--snr_gamma is for --loss_weighting min_snr: leave one of them out")
+        raise UserError("--snr_gamma is only for --loss_weighting min_snr: leave out one of them")
     if config.text_encoder_frac < 1 and not config.train_text_encoder:
         raise UserError("--text_encoder_frac needs --train_text_encoder")
 
@@ -146,23 +153,25 @@ def _check_optimizer(config: TrainConfig) -> None:
         _need(PACKAGES[name], f"--optimizer {name}", "or pip install 'nora-diffusion[train]'")
     if name == "prodigy" and (config.text_encoder_lr or config.token_lr or config.loraplus_lr_ratio != 1):
         raise UserError(
-            "prodigy finds one rate for all: leave --text_encoder_lr, --token_lr and --loraplus_lr_ratio out"
+            "prodigy estimates one learning rate: leave out --text_encoder_lr, --token_lr and --loraplus_lr_ratio"
         )
     if name == "schedulefree" and config.lr_scheduler not in (None, "constant"):
-        raise UserError("schedulefree does without a schedule: use --lr_scheduler constant")
+        raise UserError("schedulefree needs no schedule: use --lr_scheduler constant")
     if config.scale_weight_norms is not None and is_routed(config.method):
-        raise UserError(f"--scale_weight_norms has no meaning for {config.method}, whose updates depend on the input")
+        raise UserError(f"--scale_weight_norms does not support {config.method}, whose updates depend on the input")
 
 
 def _check_system(config: TrainConfig) -> None:
     if config.quantize_base:
         _need("torchao", "--quantize_base", "pip install 'nora-diffusion[quantize]'")
         if config.magnitude or trains_magnitude(config.method):
-            raise UserError("--quantize_base excludes DoRA's magnitude, which needs the true weights: leave one out")
+            raise UserError(
+                "--quantize_base excludes DoRA's magnitude, which needs the original weights: leave out one of them"
+            )
         if not config.gradient_checkpointing:
             raise UserError(
-                "--quantize_base needs --gradient_checkpointing: without it every layer's widened weight is kept until "
-                "the backward pass, and the run takes more memory instead of less"
+                "--quantize_base needs --gradient_checkpointing: without it, the dequantized weights of all layers "
+                "are saved for the backward pass, and the run needs more memory instead of less"
             )
     if config.use_8bit_adam:
         _need("bitsandbytes", "--use_8bit_adam")
@@ -170,34 +179,34 @@ def _check_system(config: TrainConfig) -> None:
         _need(
             "xformers",
             "--enable_xformers_memory_efficient_attention",
-            "PyTorch's own fast attention is in use anyway",
+            "PyTorch's fused attention is used anyway",
         )
     for tracker in trackers(config):
         _need(tracker, f"--report_to {tracker}", "log.jsonl is always written")
-    for format in config.export or []:
-        if format not in EXPORT_FORMATS:
-            raise UserError(f"export={format!r} is unknown: choose among {', '.join(EXPORT_FORMATS)}")
+    for name in config.export or []:
+        if name not in EXPORT_FORMATS:
+            raise UserError(f"export={name!r} is unknown: choose among {', '.join(EXPORT_FORMATS)}")
         if is_routed(config.method):
             raise UserError(
-                f"--export: a {config.method} adapter has no plain LoRA that equals it: leave --export out, or use "
-                "`nora-diffusion export --gate mean` afterwards for an approximation"
+                f"--export: no plain LoRA equals a {config.method} adapter: leave out --export, or approximate it "
+                "afterwards with `nora-diffusion export --gate mean`"
             )
 
 
 def trackers(config: TrainConfig) -> list[str]:
-    """The trackers that ``report_to`` asks for, separated by commas; ``all`` means all that are installed."""
-    wanted = [word.strip() for word in (config.report_to or "none").lower().split(",")]
-    if wanted == ["none"]:
+    """Trackers in ``report_to``; ``all`` means all that are installed."""
+    names = [word.strip() for word in (config.report_to or "none").lower().split(",")]
+    if names == ["none"]:
         return []
-    if wanted == ["all"]:
+    if names == ["all"]:
         return [name for name in TRACKERS if find_spec(name)]
-    unknown = [word for word in wanted if word not in TRACKERS]
+    unknown = [word for word in names if word not in TRACKERS]
     if unknown:
         raise UserError(f"report_to={config.report_to!r} is unknown: choose one of {', '.join(TRACKERS)}, all, none")
-    return list(dict.fromkeys(wanted))
+    return list(dict.fromkeys(names))
 
 
 def _need(package: str, flag: str, note: str = "") -> None:
     if find_spec(package) is None:
-        tail = f" ({note})" if note else ""
-        raise UserError(f"{flag} needs the package {package}: install it, or leave the flag out{tail}")
+        hint = f" ({note})" if note else ""
+        raise UserError(f"{flag} needs the package {package}: install it, or leave out the flag{hint}")

@@ -1,4 +1,4 @@
-"""The list of subjects: ``--subjects subjects.yaml``."""
+"""Reads the list of subjects, ``--subjects subjects.yaml``."""
 
 from __future__ import annotations
 
@@ -15,45 +15,47 @@ from .config import TrainConfig, settings_by_name, tagged
 
 
 def read_subjects(config: TrainConfig) -> dict[str, TrainConfig]:
-    """A config for each entry of the list, by the subject's name.
+    """Config of each subject in the list, by name.
 
-    An entry holds settings of :class:`TrainConfig`, which win over those of ``config``, and ``name``: that of its
-    folder (default: the name of ``instance_data_dir``). Raises :class:`UserError` for a setting that all must share,
-    or a name that is no folder's or is given twice, or two uploads to one repository.
+    Settings of an entry override ``config``. ``name`` is the subject's folder in ``output_dir`` (default: the name of
+    ``instance_data_dir``). Raises :class:`UserError` for invalid or duplicate names, settings that all subjects must
+    share, and uploads of two subjects to one repository.
     """
-    found: dict[str, TrainConfig] = {}
+    configs: dict[str, TrainConfig] = {}
     own = ("name", *tagged("own"))
     path = Path(config.subjects or "").expanduser()
     for number, values in enumerate(read_list(path), start=1):
         name = str(values.pop("name", "") or Path(str(values.get("instance_data_dir", ""))).name)
-        place = f"subject {number} of {path}"
+        entry = f"subject {number} of {path}"
         if not re.fullmatch(r"\w[\w.-]*", name):
-            raise UserError(f"{place}: {name!r} names no folder: give it a 'name' of letters, digits, '-' and '_'")
-        if name.casefold() in {known.casefold() for known in found}:
-            raise UserError(f"{place}: {name!r} is there already: give each subject a 'name' of its own")
+            raise UserError(
+                f"{entry}: {name!r} is not a valid folder name: give a 'name' of letters, digits, '-' and '_'"
+            )
+        if name.casefold() in {known.casefold() for known in configs}:
+            raise UserError(f"{entry}: the name {name!r} is used twice: give each subject its own 'name'")
         shared = [key for key in values if (key not in own if config.joint else key in tagged("shared"))]
         if shared:
-            raise UserError(f"{place}: {shared[0]} is the same for all subjects: give it as a flag, --{shared[0]}")
+            raise UserError(f"{entry}: {shared[0]} must be the same for all subjects: give it as a flag, --{shared[0]}")
         try:
-            entry = TrainConfig.from_mapping(values)
+            own_config = TrainConfig.from_mapping(values)
             given = {settings_by_name()[key].name for key in values}
-            changes = {key: getattr(entry, key) for key in given}
+            changes = {key: getattr(own_config, key) for key in given}
             single: dict[str, Any] = {"subjects": None, "joint": False, "engine": "local", "address": None}
-            found[name] = replace(config, **changes, **single, output_dir=str(config.folder / name))
-            check_config(found[name])
+            configs[name] = replace(config, **changes, **single, output_dir=str(config.folder / name))
+            check_config(configs[name])
         except UserError as error:
-            raise UserError(f"{place} ({name}): {error}") from error
+            raise UserError(f"{entry} ({name}): {error}") from error
     if not config.joint:
-        _check_uploads(path, found)
-    return found
+        _check_uploads(path, configs)
+    return configs
 
 
-def _check_uploads(path: Path, found: Mapping[str, TrainConfig]) -> None:
-    """Raise :class:`UserError` for a repository that two subjects would overwrite each other in."""
+def _check_uploads(path: Path, configs: Mapping[str, TrainConfig]) -> None:
+    """Raise :class:`UserError` if two subjects would be uploaded to one repository."""
     owners: dict[str, str] = {}
-    for name, own in found.items():
+    for name, own in configs.items():
         if own.hub_model_id and owners.setdefault(own.hub_model_id, name) != name:
             raise UserError(
-                f"{owners[own.hub_model_id]} and {name} would both be uploaded to {own.hub_model_id}: leave "
-                f"--hub_model_id out, or give each subject its own hub_model_id in {path}"
+                f"{owners[own.hub_model_id]} and {name} would both be uploaded to {own.hub_model_id}: leave out "
+                f"--hub_model_id, or give each subject its own hub_model_id in {path}"
             )

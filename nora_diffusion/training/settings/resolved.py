@@ -1,4 +1,4 @@
-"""The settings of a run with nothing left open: what the training path reads after the run is planned."""
+"""Settings of a planned run, with every default filled in."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .config import LossWeighting, Precision, Schedule, TimestepSampling, TrainC
 
 @dataclass(kw_only=True)
 class ResolvedConfig(TrainConfig):
-    """A :class:`TrainConfig` whose settings that depend on base, method, data or checkpoint all have their value.
+    """A :class:`TrainConfig` in which all defaults that depend on base, method, data or checkpoint are filled in.
 
-    What is still ``None`` is off in this run, such as ``validation_prompt``. ``text_encoder_lr`` and ``token_lr`` may
-    be ``None``, which means ``learning_rate``: see :attr:`rates`.
+    A setting that is still ``None`` (such as ``validation_prompt``) is off. If ``text_encoder_lr`` or ``token_lr`` is
+    ``None``, :attr:`rates` uses ``learning_rate``.
     """
 
     resolution: int
@@ -34,19 +34,19 @@ class ResolvedConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         missing = [name for name in ResolvedConfig.__annotations__ if getattr(self, name) is None]
-        assert not missing, f"left open: {missing}"
+        assert not missing, f"unresolved settings: {missing}"
 
     @property
     def rates(self) -> dict[str, float]:
-        """Learning rate of the ``denoiser``, the ``text_encoder`` and new ``tokens``, before ``scale_lr``."""
+        """Learning rates of ``denoiser``, ``text_encoder`` and ``tokens``, before ``scale_lr``."""
         own = {"denoiser": None, "text_encoder": self.text_encoder_lr, "tokens": self.token_lr}
         return {name: self.learning_rate if rate is None else rate for name, rate in own.items()}
 
     def images_per_step(self, processes: int) -> int:
-        """Images of the subject in one optimizer step, over all processes and micro-steps."""
+        """Instance images per optimizer step, over all processes and accumulated batches."""
         return self.train_batch_size * self.gradient_accumulation_steps * processes
 
 
 def resolved(config: TrainConfig, **values: Any) -> ResolvedConfig:
-    """``config`` with these values. Every setting that :class:`ResolvedConfig` narrows must have one by now."""
+    """``config`` with ``values``, as a :class:`ResolvedConfig`; all of its required settings must be set."""
     return ResolvedConfig(**{f.name: getattr(config, f.name) for f in settings()} | values)

@@ -1,4 +1,4 @@
-"""Turns what a flag or a YAML key says into the type that its setting declares."""
+"""Converts flag and YAML values to the declared type of a setting, and suggests corrections."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ _FALSE = ("false", "no", "off", "0")
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """``": did you mean 'x'?"`` for the nearest known name, or a hint where the names stand."""
-    near = close_matches(name, known)
-    return f": did you mean {' or '.join(map(repr, near))}?" if near else ": see --help for all settings"
+    """``": did you mean 'x'?"`` with the closest known names, or a hint to see --help."""
+    matches = close_matches(name, known)
+    return f": did you mean {' or '.join(map(repr, matches))}?" if matches else ": see --help for all settings"
 
 
 def unknown_argument(words: Sequence[str], known: Iterable[str], command: str) -> UserError:
-    """What to say of words on a command line that nothing takes; ``known`` are the names of flags."""
+    """The error for unrecognized arguments; ``known`` are the names of all flags."""
     word = next((word for word in words if word.startswith("--")), words[0])
     if not word.startswith("-"):
-        hint = "quote a value of several words"
-    elif near := close_matches(word.lstrip("-").split("=")[0], known):
-        return UserError(f"unknown flag {word!r}: did you mean {' or '.join('--' + name for name in near)}?")
+        hint = "quote a value that has spaces"
+    elif matches := close_matches(word.lstrip("-").split("=")[0], known):
+        return UserError(f"unknown flag {word!r}: did you mean {' or '.join('--' + name for name in matches)}?")
     else:
-        hint = "there is none like it"
+        hint = "no flag has a similar name"
     kind = "flag" if word.startswith("-") else "argument"
     return UserError(f"unknown {kind} {word!r}: {hint}; see {command} --help")
 
 
 def close_matches(name: str, known: Iterable[str]) -> list[str]:
-    """The one name that is spelled nearly so; else up to three that have it as one of their words, or as initials."""
+    """The closest spelling, else up to three names that contain ``name`` as a word or have it as initials."""
     names = list(known)
     if close := difflib.get_close_matches(name, names, n=1, cutoff=0.65):
         return close
@@ -44,21 +44,21 @@ def close_matches(name: str, known: Iterable[str]) -> list[str]:
 
 
 def coerce(name: str, value: Any, annotation: str, owner: type, allowed: tuple[str, ...] = ()) -> Any:
-    """``value`` as the type that ``annotation`` names, one of ``allowed`` if given. Raises :class:`UserError`."""
+    """Convert ``value`` to the type of ``annotation``, or check it against ``allowed``. Raises :class:`UserError`."""
     choices, optional = _split(Literal[allowed] if allowed else _resolve(annotation, owner))
     if value is None or (optional and value == ""):
         if optional:
             return None
-        raise UserError(f"{name} needs a value: leave it out to use its default")
+        raise UserError(f"{name} needs a value: give one, or leave it out for the default")
     for kind in choices:
         converted = _convert(value, kind)
         if converted is not None:
             return converted
-    raise UserError(f"{name}={value!r} does not fit: {_expected(choices, value)}")
+    raise UserError(f"{name}={value!r} is not valid: {_expected(choices, value)}")
 
 
 def _resolve(annotation: str, owner: type) -> Any:
-    return eval(annotation, vars(sys.modules[owner.__module__]))  # our own source, never a user's text
+    return eval(annotation, vars(sys.modules[owner.__module__]))  # annotations from our source code, never user input
 
 
 def _split(hint: Any) -> tuple[list[Any], bool]:
@@ -97,7 +97,7 @@ def _boolean(value: Any) -> bool | None:
 
 
 def _number(value: Any, kind: Any) -> Any:
-    # YAML 1.1 reads 1e-4 as text, so text is parsed here as it is for flags.
+    # YAML 1.1 reads 1e-4 as a string, so strings are parsed as for flags.
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
     try:
@@ -115,4 +115,4 @@ def _expected(choices: list[Any], value: Any) -> str:
         allowed = [str(choice) for choice in typing.get_args(kind)]
         return f"choose one of {', '.join(allowed)}{suggestion(str(value), allowed)}"
     words = {bool: "give true or false", int: "give a whole number", float: "give a number", str: "give text"}
-    return words.get(kind, "give one or more words")
+    return words.get(kind, "give one or more strings")

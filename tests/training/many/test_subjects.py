@@ -233,17 +233,17 @@ def test_samples_show_each_subject(together: Configure, tmp_path: Path) -> None:
 
 
 MISTAKES: dict[str, tuple[Any, str]] = {
-    "no list": ({"name": "dog"}, "must be a list of subjects"),
+    "no list": ({"name": "dog"}, "must be a YAML list of subjects"),
     "no photos": ([{"name": "dog"}], r"subject 1 of .* \(dog\): no photos"),
-    "no name": ([{"instance_prompt": "x"}], "subject 1 of .*: '' names no folder"),
-    "odd name": ([{"name": "../dog"}], r"'../dog' names no folder"),
-    "twice": ([{"instance_data_dir": "{photos}"}, {"name": "SUBJECT"}], "'SUBJECT' is there already"),
+    "no name": ([{"instance_prompt": "x"}], "subject 1 of .*: '' is not a valid folder name"),
+    "odd name": ([{"name": "../dog"}], r"'../dog' is not a valid folder name"),
+    "twice": ([{"instance_data_dir": "{photos}"}, {"name": "SUBJECT"}], "the name 'SUBJECT' is used twice"),
     "shared": ([{"name": "dog", "mixed_precision": "bf16"}], "same for all subjects: give it as a flag, --mixed_prec"),
     "unknown": ([{"name": "dog", "ranc": 4}], "unknown setting 'ranc': did you mean 'rank'"),
     "prompt": ([{"instance_data_dir": "{photos}", "instance_prompt": " "}], "instance prompt is empty"),
     "upload": (
         [{"name": n, "instance_data_dir": "{photos}", "push_to_hub": True, "hub_model_id": "me/zoo"}
-         for n in ("dog", "cat")], "dog and cat would both be uploaded to me/zoo: leave --hub_model_id out",
+         for n in ("dog", "cat")], "dog and cat would both be uploaded to me/zoo: leave out --hub_model_id",
     ),
     "token": (
         [{"name": n, "instance_data_dir": "{photos}", "instance_prompt": "<a> dog", "train_text_encoder_ti": True}

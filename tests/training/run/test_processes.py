@@ -255,7 +255,7 @@ def test_accelerate_launch(configure: Configure, tmp_path: Path, monkeypatch: py
     launched = launch(config, tmp_path)
     said, errors = launched.communicate(timeout=600)
     assert launched.returncode == 0, errors
-    assert said.count("trained numbers") == 1
+    assert said.count("trained parameters") == 1
     in_double(monkeypatch.setattr)
     whole = configure(max_train_steps=STEPS, train_batch_size=4, output_dir=str(tmp_path / "one"))
     assert_same(config.folder, train(whole).adapter_path.parent)

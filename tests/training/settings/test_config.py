@@ -1,4 +1,4 @@
-"""Settings: one source for flags, YAML and Python; mistakes are named with the nearest right word."""
+"""Settings as flags, YAML and Python; errors suggest the closest valid name."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def test_secrets_are_not_written() -> None:
         (["--learning_rat", "1"], "unknown flag '--learning_rat': did you mean --learning_rate?"),
         (["--lr", "1"], "did you mean --learning_rate or --text_encoder_lr or --token_lr?"),
         (["--epochs", "1"], "did you mean --num_train_epochs or"),
-        (["--frobnicate"], "unknown flag '--frobnicate': there is none like it; see"),
-        (["--instance_prompt", "a", "sks", "dog"], "unknown argument 'sks': quote a value of several words; see"),
-        (["--rank", "four"], "rank='four' does not fit: give a whole number"),
+        (["--frobnicate"], "unknown flag '--frobnicate': no flag has a similar name; see"),
+        (["--instance_prompt", "a", "sks", "dog"], "unknown argument 'sks': quote a value that has spaces; see"),
+        (["--rank", "four"], "rank='four' is not valid: give a whole number"),
         (["--rank", "4.5"], "give a whole number"),
         (["--method", "nore"], "did you mean 'nora'"),
         (["--mixed_precision", "bf17"], "choose one of no, fp16, bf16"),
@@ -105,7 +105,7 @@ def test_every_number_has_one_bound() -> None:
     ("text", "sentence"),
     [
         ("learning_rte: 1", "unknown setting 'learning_rte' in .*: did you mean 'learning_rate'"),
-        ("- 1", "must hold 'key: value' lines"),
+        ("- 1", "must contain 'key: value' lines"),
         ("a: [", "is not valid YAML"),
         ("output_dir: null", "output_dir needs a value"),
     ],
@@ -129,24 +129,24 @@ def test_mistyped_yaml(text: str, sentence: str, tmp_path: Path) -> None:
         ({"method": "lora_mini", "inner_rank": 64}, "--inner_rank 64 exceeds --rank 32"),
         ({"method": "dora", "magnitude": True}, "--magnitude has no effect with --method dora"),
         ({"method": "mor", "blocks": 2}, "--blocks has no effect with --method mor: it is a setting of melora"),
-        ({"train_text_encoder": True, "pre_compute_text_embeddings": True}, "excludes --train_text_encoder"),
+        ({"train_text_encoder": True, "pre_compute_text_embeddings": True}, "--train_text_encoder exclude each other"),
         ({"with_prior_preservation": True}, "needs --class_prompt"),
         ({"use_captions": True, "caption_column": "text"}, "exclude each other"),
         ({"use_8bit_adam": True}, "needs the package bitsandbytes"),
         ({"enable_xformers_memory_efficient_attention": True}, "needs the package xformers"),
         ({"report_to": "wandb"}, "needs the package wandb"),
         ({"report_to": "carrier pigeon"}, "report_to='carrier pigeon' is unknown"),
-        ({"validation_images": ["a.png"]}, "--validation_images is for pipelines"),
+        ({"validation_images": ["a.png"]}, "--validation_images is for image-to-image pipelines"),
         ({"class_labels_conditioning": "words"}, "only 'timesteps' is"),
         ({"text_encoder_lr": 1e-4}, "needs --train_text_encoder"),
         ({"trigger": " "}, "the trigger is empty"),
         ({"calibration": "subject", "basis": "svd"}, "--calibration needs --basis awsvd, not svd"),
         ({"calibration_prompts": ["a dog"], "method": "lora"}, "--calibration_prompts needs --basis awsvd, not None"),
-        ({"calibration": "subject", "calibration_prompts": ["a dog"]}, "leave --calibration_prompts out"),
-        ({"calibration": "subject", "basis_from": "out/dog"}, "leave --calibration out"),
+        ({"calibration": "subject", "calibration_prompts": ["a dog"]}, "leave out --calibration_prompts"),
+        ({"calibration": "subject", "basis_from": "out/dog"}, "leave out --calibration"),
     ],
 )  # fmt: skip
-def test_settings_that_cannot_be_right(
+def test_invalid_settings_are_refused(
     change: dict[str, object], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nora_diffusion.training.settings.checks.find_spec", lambda name: None)
@@ -165,7 +165,7 @@ def test_defaults_fill_gaps_only() -> None:
     assert with_defaults(TrainConfig(num_train_epochs=3)).max_train_steps is None
 
 
-def test_a_small_rank_takes_the_default_inner_rank_with_it() -> None:
+def test_a_small_rank_limits_the_default_inner_rank() -> None:
     for changes in ({}, {"method": "lora_mini"}, {"pretrained_model_name_or_path": "some/model"}):
         config = TrainConfig(**DATA, **changes, rank=2)  # type: ignore[arg-type]
         check_config(config)
@@ -174,9 +174,9 @@ def test_a_small_rank_takes_the_default_inner_rank_with_it() -> None:
 
 def test_help_names_every_setting() -> None:
     text = build_parser("x").format_help()
-    said = " ".join(text.split())
-    assert "adapter method; one of nora, nora_input, mor, moe_lora, malora," in said
-    assert "; one of token, prompt, timestep," in said
+    joined = " ".join(text.split())
+    assert "adapter method; one of nora, nora_input, mor, moe_lora, malora," in joined
+    assert "; one of token, prompt, timestep," in joined
     assert all(f"--{f.name}" in text for f in fields(TrainConfig))
 
 
@@ -189,8 +189,8 @@ def test_the_documentation_has_every_setting() -> None:
 
 
 @pytest.mark.parametrize("method", PRESETS)
-def test_a_method_takes_what_its_preset_takes(method: str) -> None:
-    """Flags reach the preset's parameters of the same meaning, all of them and no others."""
+def test_a_method_has_the_parameters_of_its_preset(method: str) -> None:
+    """Flags set exactly the parameters of the preset."""
     flags = parameters_of(method)
     assert set(flags.values()) == set(signature(PRESETS[method]).parameters) - {"axes"}
     config = with_defaults(TrainConfig(method=method))
@@ -204,8 +204,8 @@ def test_a_method_takes_what_its_preset_takes(method: str) -> None:
         assert getattr(adapter_config(replace(config, **{flag: given})), parameter) == given
 
 
-def test_a_preset_is_a_method_at_once() -> None:
-    """Its flags, choices and defaults follow from the preset alone."""
+def test_every_preset_is_a_method() -> None:
+    """Flags, choices and defaults of a method follow from its preset."""
     assert "one of " + ", ".join(PRESETS) in " ".join(build_parser("x").format_help().split())
     for method in PRESETS:
         assert with_defaults(TrainConfig(method=method)).rank

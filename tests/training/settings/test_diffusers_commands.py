@@ -1,6 +1,6 @@
 """The command lines of diffusers' README for ``train_dreambooth_lora.py``, with only the script's name changed.
 
-Their values stand, but for places, the number of steps, checkpoints and pictures, and the size of the tiny base.
+Values are unchanged except for paths, the resolution, and the number of steps, checkpoints and images.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ RESUMED = " --resume_from_checkpoint=latest"
 @pytest.mark.parametrize("extra", ["", PRIOR, TEXT], ids=["plain", "prior preservation", "text encoder"])
 def test_the_readme_runs_and_resumes(extra: str, tiny_base: Path, photos: Path, tmp_path: Path) -> None:
     def run(more: str, steps: int) -> None:
-        places = {"base": tiny_base, "photos": photos, "out": tmp_path / "out", "classes": tmp_path / "classes"}
-        assert main(shlex.split((PLAIN + extra + more).format(**places, steps=steps))) == 0
+        paths = {"base": tiny_base, "photos": photos, "out": tmp_path / "out", "classes": tmp_path / "classes"}
+        assert main(shlex.split((PLAIN + extra + more).format(**paths, steps=steps))) == 0
 
     run("", 1)
     run(RESUMED, 2)

@@ -154,12 +154,15 @@ def test_a_scaled_run_goes_on_when_nothing_learns_any_more(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimizer": "prodigy", "loraplus_lr_ratio": 2.0}, "prodigy finds one rate|needs the package prodigyopt"),
-        ({"optimizer": "schedulefree", "lr_scheduler": "cosine"}, "does without a schedule|needs the package"),
+        (
+            {"optimizer": "prodigy", "loraplus_lr_ratio": 2.0},
+            "prodigy estimates one learning rate|needs the package prodigyopt",
+        ),
+        ({"optimizer": "schedulefree", "lr_scheduler": "cosine"}, "needs no schedule|needs the package"),
         ({"use_8bit_adam": True, "optimizer": "sgd"}, "exclude each other"),
         ({"ema_decay": 1.0}, "must be at least 0 and below 1"),
         ({"denoiser_frac": 1.5}, "is a fraction of the run"),
-        ({"method": "mor", "scale_weight_norms": 1.0}, "has no meaning for mor"),
+        ({"method": "mor", "scale_weight_norms": 1.0}, "does not support mor"),
     ],
 )
 def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
