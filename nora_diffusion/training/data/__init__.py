@@ -1,1 +1,1 @@
-"""What a run learns from: subjects, images, prompts, and their encodings."""
+"""Training data: subjects, images, prompts and their encodings."""

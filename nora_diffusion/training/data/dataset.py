@@ -1,4 +1,4 @@
-"""The training pictures of a run, as its settings ask for them, and the report on them."""
+"""Training images and captions of a run, and the data report."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ log = logging.getLogger(__name__)
 
 
 def transform_of(config: TrainConfig, resolution: int, step: int) -> Transform:
-    """How ``config`` crops and resizes images to ``resolution``. ``step``: sides of buckets are multiples of it."""
+    """Crops, buckets and resizing of ``config``. Sides of buckets are multiples of ``step``."""
     shapes = bucket_shapes(resolution, step) if config.aspect_buckets else [(resolution, resolution)]
     crop = "center" if config.center_crop else config.crop
-    # torchvision has two of them; Pillow's is the exact one.
+    # Pillow has only torchvision's exact variant of nearest.
     resample = Image.Resampling[config.image_interpolation_mode.removesuffix("_exact").upper()]
     return Transform(shapes, crop, config.crops_per_image, config.random_flip, resample)
 
 
-def views_of(transform: Transform, photos: Sequence[SourceImage], seed: int) -> list[list[View]]:
-    """The training pictures of each photo: a function of the photo and the seed alone."""
+def views_of(transform: Transform, images: Sequence[SourceImage], seed: int) -> list[list[View]]:
+    """Views of each image; they depend only on the image and the seed."""
     return [
         transform.views(
-            photo.image.size,
-            np.random.default_rng(derive(seed, "crops", photo.sha256)),
-            None if photo.mask is None else subject_box(photo.mask),
+            image.image.size,
+            np.random.default_rng(derive(seed, "crops", image.sha256)),
+            None if image.mask is None else subject_box(image.mask),
         )
-        for photo in photos
+        for image in images
     ]
 
 
 def class_views(
-    transform: Transform, photos: Sequence[SourceImage], seed: int, like: Sequence[Sequence[View]]
+    transform: Transform, images: Sequence[SourceImage], seed: int, instance_views: Sequence[Sequence[View]]
 ) -> list[list[View]]:
-    """Training pictures of the class pictures, in every shape that the photos have, to share a batch with them."""
-    shapes = sorted({view.shape for views in like for view in views})
+    """Views of class images, in every shape of ``instance_views``, so that they can share a batch."""
+    shapes = sorted({view.shape for views in instance_views for view in views})
     plain = replace(transform, crop="random" if transform.crop == "subject" else transform.crop)
-    by_shape = [views_of(replace(plain, shapes=[shape]), photos, seed) for shape in shapes]
+    by_shape = [views_of(replace(plain, shapes=[shape]), images, seed) for shape in shapes]
     return [[view for views in each for view in views] for each in zip(*by_shape, strict=True)]
 
 
 def caption_variants(config: ResolvedConfig, captions: Sequence[str]) -> CaptionVariants:
-    """The captions that each image may be drawn with."""
+    """The possible captions of each image: tag orders, and dropout."""
     if not config.shuffle_tags:
         return CaptionVariants([[caption] for caption in captions], config.caption_dropout)
     sources = [generator(config.seed, "tags", caption) for caption in captions]
@@ -68,14 +68,14 @@ def caption_variants(config: ResolvedConfig, captions: Sequence[str]) -> Caption
 
 
 def report_data(folder: Path, subject: Subject, views: Sequence[Sequence[View]]) -> Path:
-    """Write the data report; small photos and duplicates are warned of. Returns the path of the page."""
+    """Write the data report; warn about small images and duplicates. Returns the path of the HTML page."""
     rows = [
-        Row(photo, caption, own) for photo, caption, own in zip(subject.images, subject.captions, views, strict=True)
+        Row(image, caption, own) for image, caption, own in zip(subject.images, subject.captions, views, strict=True)
     ]
     small = [f"{row.source.path.name} ({row.enlargement:.1f} times)" for row in rows if row.enlargement > 1.05]
     if small:
-        log.warning("%s: smaller than the resolution, so enlarged", ", ".join(small[:5]))
-    twins = find_duplicates(subject.images)
-    for pair in twins[:5]:
+        log.warning("%s: smaller than the resolution, so it is enlarged", ", ".join(small[:5]))
+    duplicates = find_duplicates(subject.images)
+    for pair in duplicates[:5]:
         log.warning("%s: it counts twice", pair)
-    return DataReport(rows, subject.rejects, twins, subject.held_out).write(folder)
+    return DataReport(rows, subject.rejects, duplicates, subject.held_out).write(folder)

@@ -1,4 +1,4 @@
-"""Encodings that later runs find on disk, named by a hash of all that they depend on: never stale, at worst absent."""
+"""Disk cache of latents and text embeddings. An entry's name is a hash of all its inputs, so it is never stale."""
 
 from __future__ import annotations
 
@@ -21,50 +21,50 @@ Tensors = dict[str, Tensor]
 
 
 class EncodingCache:
-    """Looks encodings up before they are made, or makes them each time (``disk=False``)."""
+    """Loads encodings from disk or computes and saves them; with ``disk=False`` it always computes them."""
 
     def __init__(self, disk: bool = False) -> None:
         self.disk = disk
         if disk and tensor_cache.folder() is None:
-            log.warning("--cache_latents disk: NORA_CACHE=off says that nothing is kept")
+            log.warning("--cache_latents disk has no effect: NORA_CACHE=off turns the cache off")
 
-    def __call__(self, kind: str, ingredients: Callable[[], Mapping[str, Any]], make: Callable[[], Tensors]) -> Tensors:
-        """What ``make`` gives, from the disk if it was made of the same ``ingredients`` before."""
+    def __call__(self, kind: str, inputs: Callable[[], Mapping[str, Any]], encode: Callable[[], Tensors]) -> Tensors:
+        """The result of ``encode``, from disk if one for the same ``inputs`` is cached."""
         if not self.disk:
-            return make()
-        name = key(kind, ingredients())
+            return encode()
+        name = cache_key(kind, inputs())
         found = tensor_cache.load(name)
         if found is None:
-            found = {part: value.detach().cpu() for part, value in make().items()}
+            found = {key: value.detach().cpu() for key, value in encode().items()}
             tensor_cache.store(name, found)
         return found
 
 
-def key(kind: str, ingredients: Mapping[str, Any]) -> str:
-    """The name of an entry: what it is made of, and what made it."""
-    whole = {
+def cache_key(kind: str, inputs: Mapping[str, Any]) -> str:
+    """Name of an entry: hash of its inputs, the library versions and the TF32 modes."""
+    content = {
         "kind": kind,
         "versions": versions(),
         "tf32": [_tf32(torch.backends.cuda.matmul), _tf32(torch.backends.cudnn)],
-        **ingredients,
+        **inputs,
     }
-    return f"{kind}-{hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()}"
+    return f"{kind}-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}"
 
 
 def _tf32(backend: Any) -> Any:
-    """How a backend rounds fp32: by its newer name where there is one, for the older then may raise when it is read."""
+    """TF32 mode; prefers ``fp32_precision``, since reading ``allow_tf32`` may raise."""
     return backend.fp32_precision if hasattr(backend, "fp32_precision") else backend.allow_tf32
 
 
 def module_hash(module: nn.Module) -> str:
-    """SHA-256 of a module: its class, its settings, and the names, types and bytes of its weights."""
+    """SHA-256 of a module's class, config and weights (names, dtypes and bytes)."""
     settings: Any = getattr(module, "config", {})
     settings = settings.to_dict() if hasattr(settings, "to_dict") else dict(settings)
-    shown = {name: repr(value) for name, value in settings.items() if name not in ("_name_or_path", "name_or_path")}
-    parts = [type(module).__name__, json.dumps(shown, sort_keys=True), named_hash(dict(module.state_dict()))]
+    config = {name: repr(value) for name, value in settings.items() if name not in ("_name_or_path", "name_or_path")}
+    parts = [type(module).__name__, json.dumps(config, sort_keys=True), named_hash(dict(module.state_dict()))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def place(module: Any) -> list[str]:
-    """Where and in which precision a module computes."""
+def dtype_and_device(module: Any) -> list[str]:
+    """Dtype and device type of a module, as strings."""
     return [str(module.dtype), module.device.type]

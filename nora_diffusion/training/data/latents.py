@@ -1,4 +1,4 @@
-"""What the photos are to the denoiser, computed once: the VAE's posterior of every training picture."""
+"""VAE posteriors of all training images, computed once."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 from ...data.images import SourceImage
 from ...data.transforms import View
-from .encoding_cache import EncodingCache, Tensors, module_hash, place
+from .encoding_cache import EncodingCache, Tensors, dtype_and_device, module_hash
 
-MOST_VIEWS, MOST_PIXELS = 4, 2**20
-"""What the VAE is given at once: up to four views, as far as their pixels are those of one of 1024 x 1024."""
+MAX_VIEWS, MAX_PIXELS = 4, 2**20
+"""Limits of a VAE batch: four views, and the pixels of one view of 1024 x 1024."""
 
 
 @dataclass(frozen=True)
 class Latents:
-    """The posterior of every training picture: ``mean``, ``std``, each ``[C, h, w]``, fp32 on the CPU.
+    """VAE posteriors of all views: ``mean`` and ``std``, each ``[C, h, w]``, fp32 on the CPU.
 
-    ``of_image[i]`` lists the pictures made of photo ``i``. Each step draws a new sample of one of them. ``regions`` has
-    the weight of each place of a picture in the loss ``[1, h, w]``, where that is not 1 everywhere.
+    ``views_of_image[i]`` has the indices of the views of image ``i``; each step samples from the posterior of one of
+    them. ``regions`` are the loss weights of each view by position ``[1, h, w]``, or ``None`` if all are 1.
     """
 
     mean: list[Tensor]
@@ -35,80 +35,80 @@ class Latents:
     factor: float
     regions: list[Tensor] | None = None
 
-    def weights(self, pictures: Sequence[int]) -> Tensor | None:
-        """Weights of the places of ``pictures`` in the loss ``[B, 1, h, w]``; ``None``: all the same."""
-        return None if self.regions is None else torch.stack([self.regions[picture] for picture in pictures])
+    def weights(self, views: Sequence[int]) -> Tensor | None:
+        """Loss weights of ``views`` by position ``[B, 1, h, w]``, or ``None`` if all are 1."""
+        return None if self.regions is None else torch.stack([self.regions[view] for view in views])
 
-    def size_of(self, photo: int) -> tuple[int, ...]:
-        """Height and width of a photo's first picture, as latents."""
-        return tuple(self.mean[self.views_of_image[photo][0]].shape[1:])
+    def size_of(self, image: int) -> tuple[int, ...]:
+        """Latent height and width of the first view of an image."""
+        return tuple(self.mean[self.views_of_image[image][0]].shape[1:])
 
     def first_images(self, count: int) -> tuple[list[int], Tensor]:
-        """Up to ``count`` photos of the first one's size, and the scaled mean of a picture of each ``[n, C, h, w]``."""
-        photos = [i for i in range(len(self.views_of_image)) if self.size_of(i) == self.size_of(0)][:count]
-        mean = torch.stack([self.mean[self.views_of_image[photo][0]] for photo in photos])
-        return photos, (mean - self.shift) * self.factor
+        """Up to ``count`` images of one size, and the scaled mean of the first view of each ``[n, C, h, w]``."""
+        images = [i for i in range(len(self.views_of_image)) if self.size_of(i) == self.size_of(0)][:count]
+        mean = torch.stack([self.mean[self.views_of_image[image][0]] for image in images])
+        return images, (mean - self.shift) * self.factor
 
-    def pick(self, photos: Sequence[int], source: torch.Generator, size: tuple[int, ...] | None = None) -> list[int]:
-        """One random picture of each photo, of those with latents of ``size`` where that is given."""
+    def pick(self, images: Sequence[int], source: torch.Generator, size: tuple[int, ...] | None = None) -> list[int]:
+        """A random view of each image, with latents of ``size`` if given."""
         picked = []
-        for photo in photos:
-            pictures = [p for p in self.views_of_image[photo] if size is None or tuple(self.mean[p].shape[1:]) == size]
-            picked.append(pictures[int(torch.randint(len(pictures), (1,), generator=source))])
+        for image in images:
+            views = [v for v in self.views_of_image[image] if size is None or tuple(self.mean[v].shape[1:]) == size]
+            picked.append(views[int(torch.randint(len(views), (1,), generator=source))])
         return picked
 
-    def draw(self, pictures: Sequence[int], source: torch.Generator) -> Tensor:
-        """Scaled samples of the posteriors of ``pictures``, which have one size ``[B, C, h, w]``."""
-        mean = torch.stack([self.mean[picture] for picture in pictures])
-        std = torch.stack([self.std[picture] for picture in pictures])
+    def draw(self, views: Sequence[int], source: torch.Generator) -> Tensor:
+        """Scaled posterior samples of ``views``, which must have one size ``[B, C, h, w]``."""
+        mean = torch.stack([self.mean[view] for view in views])
+        std = torch.stack([self.std[view] for view in views])
         z = mean + std * torch.randn(mean.shape, generator=source)
         return (z - self.shift) * self.factor
 
 
 def encode_images(
     vae: nn.Module,
-    photos: Sequence[SourceImage],
+    images: Sequence[SourceImage],
     views: Sequence[Sequence[View]],
     background: float | None = None,
     cache: EncodingCache | None = None,
 ) -> Latents:
-    """Encode the views of every photo, as far as ``cache`` does not have them.
+    """Encode the views of all images that are not in ``cache``.
 
-    ``background`` is the weight of the loss beside the subjects' masks.
+    ``background`` is the loss weight outside the subject masks; ``None`` ignores masks.
     """
     cache = cache or EncodingCache()
-    made_by = [module_hash(vae), *place(vae)] if cache.disk else []
+    vae_key = [module_hash(vae), *dtype_and_device(vae)] if cache.disk else []
     mean: list[Tensor] = []
     std: list[Tensor] = []
-    of_image = []
-    for photo, own in zip(photos, views, strict=True):
+    views_of_image = []
+    for image, own in zip(images, views, strict=True):
         start = len(mean)
         for group in _by_shape(own):
-            pixels = np.stack([view.pixels(photo.image) for view in group])
-            # The pixels stand for the file, how it was decoded and the transform.
-            found = cache("latents", partial(_ingredients, pixels, made_by), partial(_encode, vae, pixels))
+            pixels = np.stack([view.pixels(image.image) for view in group])
+            # Hashing the pixels covers the file, its decoding and the transform.
+            found = cache("latents", partial(_cache_inputs, pixels, vae_key), partial(_encode, vae, pixels))
             mean += found["mean"].unbind()
             std += found["std"].unbind()
-        of_image.append(list(range(start, len(mean))))
-    regions = None if background is None else _regions(photos, views, mean, background)
+        views_of_image.append(list(range(start, len(mean))))
+    regions = None if background is None else _regions(images, views, mean, background)
     settings: Any = vae.config
     shift = float(getattr(settings, "shift_factor", None) or 0.0)
-    return Latents(mean, std, of_image, shift, float(settings.scaling_factor), regions)
+    return Latents(mean, std, views_of_image, shift, float(settings.scaling_factor), regions)
 
 
 def _regions(
-    photos: Sequence[SourceImage], views: Sequence[Sequence[View]], latents: Sequence[Tensor], background: float
+    images: Sequence[SourceImage], views: Sequence[Sequence[View]], latents: Sequence[Tensor], background: float
 ) -> list[Tensor]:
-    """``b + (1 - b) m``: ``m`` is the subject's share of what a latent sees; 1 everywhere without a mask."""
+    """``b + (1 - b) m``, where ``m`` is the mask averaged over each latent position; 1 everywhere without a mask."""
     pairs = [
-        (photo, view) for photo, own in zip(photos, views, strict=True) for group in _by_shape(own) for view in group
+        (image, view) for image, own in zip(images, views, strict=True) for group in _by_shape(own) for view in group
     ]
     found = []
-    for (photo, view), latent in zip(pairs, latents, strict=True):
+    for (image, view), latent in zip(pairs, latents, strict=True):
         height, width = latent.shape[1:]
         share = torch.ones(height, width)
-        if photo.mask is not None:
-            share = torch.from_numpy(view.region(photo.mask, (width, height)).copy())
+        if image.mask is not None:
+            share = torch.from_numpy(view.region(image.mask, (width, height)).copy())
         found.append((background + (1 - background) * share)[None])
     return found
 
@@ -117,16 +117,16 @@ def _by_shape(views: Sequence[View]) -> list[list[View]]:
     return [[view for view in views if view.shape == shape] for shape in dict.fromkeys(v.shape for v in views)]
 
 
-def _ingredients(pixels: np.ndarray[Any, Any], made_by: list[str]) -> dict[str, Any]:
-    return {"pixels": hashlib.sha256(pixels.tobytes()).hexdigest(), "shape": pixels.shape, "vae": made_by}
+def _cache_inputs(pixels: np.ndarray[Any, Any], vae_key: list[str]) -> dict[str, Any]:
+    return {"pixels": hashlib.sha256(pixels.tobytes()).hexdigest(), "shape": pixels.shape, "vae": vae_key}
 
 
 @torch.no_grad()
 def _encode(vae: Any, pixels: np.ndarray[Any, Any]) -> Tensors:
-    """The posteriors of one photo's views: the numbers of one photo do not depend on which others are there."""
+    """Posteriors of the views of one image; encoding images separately keeps them independent of each other."""
     found = []
     height, width = pixels.shape[-2:]
-    batch = min(MOST_VIEWS, max(1, MOST_PIXELS // (height * width)))
+    batch = min(MAX_VIEWS, max(1, MAX_PIXELS // (height * width)))
     for start in range(0, len(pixels), batch):
         chunk = torch.from_numpy(pixels[start : start + batch])
         posterior = vae.encode(chunk.to(vae.device, vae.dtype)).latent_dist

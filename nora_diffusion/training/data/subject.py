@@ -1,4 +1,4 @@
-"""What a run learns: images, their captions, the trigger word and the class word."""
+"""The subject of a run: images, captions, trigger word and class word."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Subject:
-    """What a run learns: images with one caption each, and the words that name the subject."""
+    """Images with one caption each, and the words that name the subject."""
 
     images: Sequence[SourceImage]
     captions: Sequence[str]
@@ -32,16 +32,16 @@ class Subject:
     rejects: Sequence[Reject] = ()
     held_out: Sequence[SourceImage] = ()
     new_tokens: Mapping[str, str | None] = field(default_factory=dict)
-    """Words that become new tokens, with the words that their embeddings start from."""
+    """Words that become new tokens, with the words that initialize their embeddings (``None``: noise)."""
     instance_prompt: str | None = None
-    """The prompt of all images; ``None`` where captions alone describe them."""
+    """The prompt of all images; ``None`` if captions alone describe them."""
     class_prompt: str = ""
-    """The prompt of the class without the trigger; empty without one."""
+    """The class prompt, without the trigger; empty if there is none."""
     class_prompts: Sequence[str] = ()
-    """The class prompt of each image, under prior preservation. Members may have their own."""
+    """The class prompt of each image, with prior preservation. Members may have different ones."""
     name: str = ""
     members: Sequence[Subject] = ()
-    """The subjects that this one consists of, if one adapter learns several; their images follow one another."""
+    """The subjects of joint training, in the order of their images in ``images``."""
 
     @property
     def members_or_self(self) -> Sequence[Subject]:
@@ -50,17 +50,17 @@ class Subject:
 
     @property
     def owners(self) -> list[str]:
-        """The name of each image's subject."""
+        """Name of the subject of each image."""
         return [member.name for member in self.members_or_self for _ in member.images]
 
     @property
     def has_trigger_everywhere(self) -> bool:
-        """Whether every caption holds the trigger, so that passing ``--trigger`` changes none of them."""
+        """Whether every caption contains the trigger, so that ``--trigger`` would not change any."""
         return all(with_trigger(caption, self.trigger, self.class_word) == caption for caption in self.captions)
 
     @property
     def subject_prompt(self) -> str:
-        """The prompt that names the subject: the instance prompt, unless captions replace it and name another class."""
+        """A prompt with the trigger: the instance prompt, unless captions replace it and name another class."""
         trigger, class_word = self.trigger, self.class_word
         if self.instance_prompt:
             prompt = with_trigger(self.instance_prompt, trigger, class_word)
@@ -72,8 +72,8 @@ class Subject:
 
     @property
     def settings(self) -> dict[str, str | None]:
-        """The settings whose values were found in the data, for ``config.yaml`` and the run's identity."""
-        if self.members:  # each entry of the list has its own
+        """Settings derived from the data, for ``config.yaml`` and the run's identity."""
+        if self.members:  # every entry of the list has its own
             return {}
         return {
             "instance_prompt": self.instance_prompt,
@@ -84,63 +84,65 @@ class Subject:
 
 
 def read_subject(config: TrainConfig) -> Subject:
-    """Read images and captions, and find the words that name the subject.
+    """Read images and captions, and find trigger and class word.
 
-    Without ``instance_prompt``, ``trigger`` and ``class_word`` make one: "a photo of sks dog". A given trigger is put
-    into captions that lack it. Raises :class:`UserError` if an image has no prompt.
+    If ``instance_prompt`` is missing, it is built from ``trigger`` and ``class_word``: "a photo of sks dog". A given
+    trigger is added to captions that lack it. Raises :class:`UserError` if an image has no prompt.
     """
     prompt, class_prompt = _instance_prompt(config), _class_prompt(config)
-    photos, rejects = _photos(config)
-    photos, held_out = hold_out(photos, config.validation_split or 0)
-    captions = read_captions([photo.path for photo in photos], prompt, config.use_captions, config.caption_column)
+    images, rejects = _read_images(config)
+    images, held_out = hold_out(images, config.validation_split or 0)
+    captions = read_captions([image.path for image in images], prompt, config.use_captions, config.caption_column)
     trigger = config.trigger or _find_trigger(config, prompt, class_prompt)
     class_word = config.class_word or guess_class_word(captions[0], trigger)
     if config.trigger:
         captions = [with_trigger(caption, trigger, class_word) for caption in captions]
     if trigger is None:
-        log.warning("no trigger word in %r (--trigger names one): the whole prompt calls the subject", captions[0])
+        log.warning(
+            "no trigger word found in %r: the whole prompt names the subject; set a trigger with --trigger", captions[0]
+        )
     return Subject(
-        photos, captions, trigger, class_word, _data_hash(photos, captions), rejects, held_out,
+        images, captions, trigger, class_word, _data_hash(images, captions), rejects, held_out,
         new_tokens=new_tokens_of(config, trigger, class_word), instance_prompt=prompt, class_prompt=class_prompt,
-        class_prompts=[class_prompt] * len(photos) if config.with_prior_preservation else [],
+        class_prompts=[class_prompt] * len(images) if config.with_prior_preservation else [],
     )  # fmt: skip
 
 
-def _photos(config: TrainConfig) -> tuple[list[SourceImage], list[Reject]]:
-    photos, rejects = _unmasked(config)
+def _read_images(config: TrainConfig) -> tuple[list[SourceImage], list[Reject]]:
+    images, rejects = _read_unmasked(config)
     if config.crop != "subject" and config.background_loss_weight is None:
-        return photos, rejects
-    return with_masks(photos, Path(config.instance_data_dir or "").expanduser()), rejects
+        return images, rejects
+    return with_masks(images, Path(config.instance_data_dir or "").expanduser()), rejects
 
 
-def _unmasked(config: TrainConfig) -> tuple[list[SourceImage], list[Reject]]:
+def _read_unmasked(config: TrainConfig) -> tuple[list[SourceImage], list[Reject]]:
     folder, workers = Path(config.instance_data_dir or "").expanduser(), config.dataloader_num_workers
     background = color(config.background)
     if not config.skip_unreadable:
         return read_images(folder, workers, background), []
-    photos, rejects = survey(folder, workers, background)
+    images, rejects = survey(folder, workers, background)
     for reject in rejects:
-        log.warning("left out: %s", reject.reason)
-    if not photos:
+        log.warning("skipped: %s", reject.reason)
+    if not images:
         raise UserError(f"no file in {folder} can be used: {rejects[0].reason}")
-    return photos, rejects
+    return images, rejects
 
 
-def hold_out(photos: Sequence[SourceImage], count: int) -> tuple[list[SourceImage], list[SourceImage]]:
-    """``(to learn from, to measure with)``: the ``count`` photos of the smallest SHA-256, whatever they are called.
+def hold_out(images: Sequence[SourceImage], count: int) -> tuple[list[SourceImage], list[SourceImage]]:
+    """Split into training and held-out images. Held out are the ``count`` images with the smallest SHA-256.
 
-    Raises :class:`UserError` if nothing is left to learn from.
+    Raises :class:`UserError` if no training image is left.
     """
-    held = {photo.sha256 for photo in sorted(photos, key=lambda photo: photo.sha256)[:count]}
-    left = [photo for photo in photos if photo.sha256 not in held]  # nor a twin of one that is held out
-    if not left:
-        raise UserError(f"--validation_split {count} leaves nothing of {len(photos)} photos to learn from: lower it")
-    return left, [photo for photo in photos if photo.sha256 in held]
+    held = {image.sha256 for image in sorted(images, key=lambda image: image.sha256)[:count]}
+    training = [image for image in images if image.sha256 not in held]  # also drops duplicates of held-out images
+    if not training:
+        raise UserError(f"--validation_split {count} leaves none of {len(images)} photos for training: lower it")
+    return training, [image for image in images if image.sha256 in held]
 
 
 def _instance_prompt(config: TrainConfig) -> str | None:
     if config.instance_prompt is not None and not config.instance_prompt.strip():
-        raise UserError("the instance prompt is empty: give for example --instance_prompt 'a photo of sks dog'")
+        raise UserError("the instance prompt is empty: give one, for example --instance_prompt 'a photo of sks dog'")
     if config.instance_prompt is None and config.trigger and config.class_word:
         return f"a photo of {config.trigger} {config.class_word}"
     return config.instance_prompt
@@ -153,16 +155,16 @@ def _class_prompt(config: TrainConfig) -> str:
 
 
 def _find_trigger(config: TrainConfig, prompt: str | None, class_prompt: str) -> str | None:
-    named = abstractions(config)
-    if len(named) == 1:
-        return named[0]
-    # Captions give no hint: their first word that is not the class may be any adjective.
+    words = abstractions(config)
+    if len(words) == 1:
+        return words[0]
+    # Captions are no help: their first word other than the class may be any adjective.
     return None if prompt is None else guess_trigger(prompt, config.class_word, class_prompt or None)
 
 
-def _data_hash(photos: Sequence[SourceImage], captions: Sequence[str]) -> str:
+def _data_hash(images: Sequence[SourceImage], captions: Sequence[str]) -> str:
     rows = [
-        [photo.sha256, caption, *([mask_hash(photo.mask)] if photo.mask else [])]
-        for photo, caption in zip(photos, captions, strict=True)
+        [image.sha256, caption, *([mask_hash(image.mask)] if image.mask else [])]
+        for image, caption in zip(images, captions, strict=True)
     ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

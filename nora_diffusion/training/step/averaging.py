@@ -1,4 +1,4 @@
-"""Moving averages of the trained parameters, for samples, measurements and the saved adapter."""
+"""EMA of the trained parameters, for samples, scores and the saved adapter."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .optimizer_state import AVERAGE
 
 
 class Average:
-    """Exponential moving average of the trained factors: ``a <- d a + (1 - d) w``.
+    """Exponential moving average of the trained parameters: ``a <- d a + (1 - d) w``.
 
-    ``d = min(decay, (1 + n) / (10 + n))``, where ``n`` is the number of steps done, so that a short run's average
-    forgets its start (as TensorFlow's and diffusers').
+    ``d = min(decay, (1 + n) / (10 + n))`` after ``n`` steps, as in TensorFlow and diffusers, so that the initial values
+    do not dominate short runs.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -25,13 +25,13 @@ class Average:
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, nn.Parameter], done: int) -> None:
-        """Update with the parameters after step ``done``, counted from 1."""
+        """Update after step ``done``, counted from 1."""
         decay = min(self.decay, (1 + done) / (10 + done))
         for name, parameter in parameters.items():
             self.values[name].lerp_(parameter.detach(), 1 - decay)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors for a checkpoint."""
+        """Tensors for a checkpoint."""
         return {f"{name}|{AVERAGE}": value.cpu().contiguous() for name, value in self.values.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -42,28 +42,28 @@ class Average:
 
 @contextmanager
 def averaged(parameters: Mapping[str, nn.Parameter], optimizer: Any, average: Average | None) -> Iterator[None]:
-    """Swap in the averaged parameters: those of :class:`Average`, or of a schedule-free optimizer.
+    """Use the averaged parameters of :class:`Average` or of a schedule-free optimizer inside the context.
 
-    On exit they are restored bit for bit.
+    On exit the parameters are restored bit for bit.
     """
     schedule_free = all("train_mode" in group for group in optimizer.param_groups)
     if average is None and not schedule_free:
         yield
         return
-    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:
         if schedule_free:
             optimizer.eval()
         if average is not None:
-            _fill(parameters, average.values)
+            _copy(parameters, average.values)
         yield
     finally:
         if schedule_free:
             optimizer.train()
-        _fill(parameters, kept)
+        _copy(parameters, saved)
 
 
 @torch.no_grad()
-def _fill(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+def _copy(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         parameter.copy_(values[name])

@@ -1,4 +1,4 @@
-"""Noise and timesteps of a batch."""
+"""Samples the noise and timesteps of a batch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..settings.config import TimestepSampling, TrainConfig
 
 
 def draw_noise(shape: torch.Size, config: TrainConfig, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The noise ``e`` of the target and the noise that is added, both ``[B, C, H, W]``.
+    """Noise ``e`` of the target and noise of the input, both ``[B, C, H, W]``.
 
-    ``e = z + noise_offset z'`` with one ``z'`` per channel, so that brightness is learned
-    (crosslabs.org/blog/diffusion-with-offset-noise). The added noise is ``e + input_perturbation z''``
-    (arXiv 2301.11706), while the target keeps ``e``. With both at 0, only ``z`` is drawn.
+    ``e = z + noise_offset z'`` with one ``z'`` per channel, so that the model learns overall brightness
+    (crosslabs.org/blog/diffusion-with-offset-noise). The input gets ``e + input_perturbation z''`` (arXiv 2301.11706),
+    the target keeps ``e``. If both settings are 0, only ``z`` is sampled.
     """
     noise = torch.randn(shape, generator=source)
     if config.noise_offset > 0:
@@ -24,11 +24,11 @@ def draw_noise(shape: torch.Size, config: TrainConfig, source: torch.Generator) 
 
 
 def draw_timesteps(count: int, levels: range, sampling: TimestepSampling, source: torch.Generator) -> Tensor:
-    """``count`` timesteps in ``levels [low, high)``.
+    """Sample ``count`` timesteps in ``levels [low, high)``.
 
-    ``uniform``: independent. ``stratified``: one from each of ``count`` equal strata, shuffled, which covers the noise
-    levels evenly and steadies the gradients of small batches. ``logit_normal``: ``floor(n sigmoid(z))``, which prefers
-    the middle (arXiv 2403.03206).
+    ``uniform``: independent. ``stratified``: one from each of ``count`` equal strata, shuffled, which lowers the
+    gradient variance of small batches. ``logit_normal``: ``floor(n sigmoid(z))``, which favors the middle
+    (arXiv 2403.03206).
     """
     if sampling == "uniform":
         return levels.start + torch.randint(0, len(levels), (count,), generator=source)

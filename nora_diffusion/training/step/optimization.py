@@ -1,4 +1,4 @@
-"""Optimizers over the trained parameters, learning rates and schedules, clipping and the norm guard."""
+"""Optimizers, learning rates, schedules, gradient clipping and the norm limit of updates."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from ..settings.resolved import ResolvedConfig
 
 
 def scaled_rate(rate: float, config: ResolvedConfig, processes: int) -> float:
-    """The learning rate, times devices, accumulation and batch size where ``scale_lr`` asks for that."""
+    """The learning rate; with ``scale_lr`` multiplied by devices, accumulation steps and batch size."""
     factor = config.images_per_step(processes) if config.scale_lr else 1
     return rate * factor
 
 
 def group_of(name: str) -> Literal["denoiser", "text_encoder", "tokens"]:
-    """What a trained parameter belongs to, by its file key."""
+    """Parameter group of a trained parameter, by its file key."""
     if is_token(name):
         return "tokens"
     return "text_encoder" if name.startswith("text_encoder") else "denoiser"
 
 
 def rate_of(name: str, config: ResolvedConfig) -> float:
-    """The learning rate of a parameter by its file key; text encoders and new tokens may have their own.
+    """Learning rate of a parameter, by its file key; text encoders and new tokens may have their own.
 
-    LoRA+ (arXiv 2402.12354): up factors, which start at zero, learn ``loraplus_lr_ratio`` times as fast.
+    LoRA+ (arXiv 2402.12354): the rate of up factors, which start at zero, is ``loraplus_lr_ratio`` times as high.
     """
     is_up = name.endswith((".nora_B", ".nora_B_in"))
     return config.rates[group_of(name)] * (config.loraplus_lr_ratio if is_up else 1.0)
@@ -41,17 +41,17 @@ def rate_of(name: str, config: ResolvedConfig) -> float:
 def build_optimizer(
     config: ResolvedConfig, parameters: Mapping[str, nn.Parameter], processes: int = 1
 ) -> torch.optim.Optimizer:
-    """The optimizer of ``config.optimizer`` with one parameter group for each learning rate.
+    """Build ``config.optimizer`` with one parameter group per learning rate.
 
-    Raises :class:`UserError` if there is nothing to train.
+    Raises :class:`UserError` if there are no trained parameters.
     """
     if not parameters:
-        raise UserError("nothing would be trained: --target_modules matches no projection of the base")
+        raise UserError("there is nothing to train: --target_modules matches no layer of the base")
     groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         rate = scaled_rate(rate_of(name, config), config, processes)
         groups.setdefault((group_of(name), rate), []).append(parameter)
-    # Weight decay would pull the embeddings of new tokens to zero, where no token is.
+    # Weight decay would pull the embeddings of new tokens to zero, away from all other tokens.
     decay = {"tokens": {"weight_decay": 0.0}}
     return _optimizer(config, [{"params": own, "lr": rate, **decay.get(k, {})} for (k, rate), own in groups.items()])
 
@@ -80,7 +80,7 @@ def _optimizer(config: ResolvedConfig, groups: list[dict[str, Any]]) -> Any:
 
 
 def build_schedule(config: ResolvedConfig, optimizer: torch.optim.Optimizer) -> Any:
-    """The learning-rate schedule of diffusers by name, stepped once per optimizer step."""
+    """diffusers' learning rate schedule ``config.lr_scheduler``, to be stepped once per optimizer step."""
     from diffusers.optimization import get_scheduler
 
     return get_scheduler(
@@ -93,13 +93,13 @@ def build_schedule(config: ResolvedConfig, optimizer: torch.optim.Optimizer) -> 
     )
 
 
-def clip(parameters: Mapping[str, nn.Parameter], most: float) -> float:
-    """Clip the gradients to the norm ``most``; returns the norm before."""
-    return float(nn.utils.clip_grad_norm_(list(parameters.values()), most))
+def clip(parameters: Mapping[str, nn.Parameter], max_norm: float) -> float:
+    """Clip the gradients to ``max_norm``; returns the norm before clipping."""
+    return float(nn.utils.clip_grad_norm_(list(parameters.values()), max_norm))
 
 
 def drop_finished_gradients(parameters: Mapping[str, nn.Parameter], config: ResolvedConfig, step: int) -> bool:
-    """Drop the gradients of parameters whose fraction of the run is over, so that every optimizer skips them.
+    """Set gradients to ``None`` for parameters whose fraction of the run is over, so that optimizers skip them.
 
     Returns whether there were any.
     """
@@ -116,12 +116,12 @@ def drop_finished_gradients(parameters: Mapping[str, nn.Parameter], config: Reso
 
 
 @torch.no_grad()
-def bound_norms(layers: Iterable[NoraLayer], adapter: str, most: float) -> None:
-    """Scale every update with ``||scale dW||_F > most`` down to that norm.
+def bound_norms(layers: Iterable[NoraLayer], adapter: str, max_norm: float) -> None:
+    """Scale each update with ``||scale dW||_F > max_norm`` down to that norm.
 
-    ``dW`` is a product in which each of the ``k`` trained factors occurs once, so each is multiplied by the ``k``-th
-    root. The norm is ``sqrt(tr(B^T B A A^T))``, without the dense ``dW``; DoRA's magnitude is not changed.
-    Nothing is copied to the host: a GPU would wait for that at every layer.
+    ``dW`` is a product of ``k`` trained factors, so each is multiplied by the ``k``-th root of the ratio. The norm is
+    computed as ``sqrt(tr(B^T B A A^T))`` without the dense ``dW``, and without a device synchronization per layer.
+    DoRA's magnitude is unchanged.
     """
     for layer in layers:
         delta = layer.delta(adapter)
@@ -129,18 +129,18 @@ def bound_norms(layers: Iterable[NoraLayer], adapter: str, most: float) -> None:
         down, up = (factor.to(widest_dtype(factor.device)) for factor in delta.pair())
         norm = abs(layer.states[adapter].native_scale) * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
         factors = [value for name, value in delta.named_parameters() if name != "m"]
-        shrink = (most / norm).clamp(max=1) ** (1 / len(factors))  # 1 where the norm is 0
+        shrink = (max_norm / norm).clamp(max=1) ** (1 / len(factors))  # 1 if the norm is 0
         for factor in factors:
             factor.mul_(shrink)
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
-    """The most precise floating-point dtype of a device: Apple's GPUs have no fp64."""
+    """fp64, or fp32 on Apple GPUs, which have no fp64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def schedule_state(schedule: Any) -> dict[str, Any]:
-    """The state of a schedule for JSON: without its functions, which the config rebuilds."""
+    """State of a schedule for JSON, without its lambdas, which are rebuilt from the config."""
     return {key: value for key, value in schedule.state_dict().items() if key != "lr_lambdas"}
 
 

@@ -1,4 +1,4 @@
-"""The state of any optimizer as tensors and JSON numbers, exactly: checkpoints hold no pickle."""
+"""Exact optimizer state as tensors and JSON numbers, so that checkpoints need no pickle."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 Parameters = Mapping[str, nn.Parameter]
 AVERAGE = "average"
-"""The name beside an optimizer's own under which a checkpoint holds :class:`.averaging.Average`."""
+"""State key of :class:`.averaging.Average` in a checkpoint, next to those of the optimizer."""
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, parameters: Parameters) -> dict[str, Tensor]:
-    """``{"<factor key>|<state key>": tensor}``."""
+    """Tensors of the optimizer state: ``{"<file key>|<state key>": tensor}``."""
     return {
         f"{name}|{key}": value.detach().cpu().contiguous()
         for name, parameter in parameters.items()
@@ -24,7 +24,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameters: Parameters) -> d
 
 
 def state_numbers(optimizer: torch.optim.Optimizer, parameters: Parameters) -> dict[str, Any]:
-    """The rest: numbers of each factor (a step count) and of each group (Prodigy's ``d``); JSON keeps them exactly."""
+    """Numbers of the optimizer state: of each factor (a step count) and group (Prodigy's ``d``); exact in JSON."""
     return {
         "factors": {
             name: numbers
@@ -36,20 +36,20 @@ def state_numbers(optimizer: torch.optim.Optimizer, parameters: Parameters) -> d
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    # The rate is the schedule's, and `initial_lr` the config's.
+    # `lr` is restored by the schedule, `initial_lr` from the config.
     return {k: v for k, v in values.items() if isinstance(v, bool | int | float) and k not in ("lr", "initial_lr")}
 
 
 def restore_state(
     optimizer: torch.optim.Optimizer, parameters: Parameters, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
-    """Give every trained factor and every group back what the two functions above took."""
+    """Restore the state from :func:`state_tensors` and :func:`state_numbers`."""
     states: dict[str, dict[str, Any]] = {name: dict(numbers.get("factors", {}).get(name, {})) for name in parameters}
     for key, value in tensors.items():
-        name, _, part = key.rpartition("|")
-        if part != AVERAGE:
+        name, _, state_key = key.rpartition("|")
+        if state_key != AVERAGE:
             # AdamW keeps its step count on the CPU.
-            states[name][part] = value if part == "step" else value.to(parameters[name].device)
+            states[name][state_key] = value if state_key == "step" else value.to(parameters[name].device)
     for name, parameter in parameters.items():
         if states[name]:
             optimizer.state[parameter] = states[name]

@@ -1,7 +1,7 @@
-"""The frozen denoiser in 8 bits, by torchao: less memory for the base, the adapter as before.
+"""Int8 quantization of the frozen denoiser with torchao, which saves memory; the adapter is not quantized.
 
-Only with gradient checkpointing: the widened weights are what autograd keeps of frozen layers for the backward pass, of
-one block then, of all without it.
+Requires gradient checkpointing: autograd saves the dequantized weights for the backward pass, with checkpointing those
+of one block, without it those of all layers.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from .denoiser import denoiser
 
 
 def quantize_base(config: TrainConfig, pipe: Any) -> None:
-    """Round the frozen linear layers of the denoiser to ``round(127 W / max_row |W|)`` where the config asks for it.
+    """Quantize the frozen linear layers of the denoiser to ``round(127 W / max_row |W|)`` if the config asks for it.
 
-    After the adapters are in: their bases were computed from the true weights, and their factors stay as they are.
-    Layers keep the fingerprints of their true weights, for the file. Weights are widened again for each product,
-    so that activations and gradients have the precision that they had.
+    Call it after adding the adapters, whose bases are computed from the original weights. Layers keep the fingerprints
+    of these weights for the adapter file. Weights are dequantized for each product, so activations and gradients keep
+    their precision.
     """
     if config.quantize_base is None:
         return
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     for path, layer in projections(denoiser(pipe)).items():
-        noted: Any = fingerprint(layer, path)
-        layer.true_fingerprint = noted
+        original: Any = fingerprint(layer, path)
+        layer.true_fingerprint = original
     quantize_(denoiser(pipe), Int8WeightOnlyConfig(), filter_fn=_is_frozen_linear)
 
 

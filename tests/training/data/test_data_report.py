@@ -121,5 +121,5 @@ def test_unusable_files_stop_a_run_or_are_left_out(
     data = json.loads((config.folder / "data_report.json").read_text())
     assert data["rejects"] == [{"file": "bad.png", "reason": "bad.png is empty"}] and len(data["photos"]) == 4
     assert data["duplicates"] == [{"files": ["0.png", "twin.png"], "bits": 0, "same_file": True}]
-    assert "left out: bad.png is empty" in caplog.text and "are the same photo" in caplog.text
+    assert "skipped: bad.png is empty" in caplog.text and "are the same photo" in caplog.text
     assert read_source(folder / "twin.png").sha256 == data["photos"][0]["sha256"]

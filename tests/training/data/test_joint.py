@@ -154,8 +154,8 @@ def test_interrupted_and_resumed_is_the_same_run(
 
 
 MISTAKES: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any], str]] = {
-    "same trigger": ({"toy": {"instance_prompt": "a sks toy"}}, {}, "dog is called by 'sks', the trigger of toy"),
-    "no trigger": ({"dog": {"instance_prompt": "a dog"}}, {}, "dog has no trigger to tell it apart"),
+    "same trigger": ({"toy": {"instance_prompt": "a sks toy"}}, {}, "captions of dog contain 'sks', the trigger of toy"),
+    "no trigger": ({"dog": {"instance_prompt": "a dog"}}, {}, "dog has no trigger word: give it one"),
     "own rate": ({"dog": {"learning_rate": 1.0}}, {}, "learning_rate must be the same for all subjects"),
     "no list": ({}, {"subjects": None}, "--joint needs the list of subjects"),
     "one prompt": ({}, {"instance_prompt": "a dog"}, "reads instance_prompt of each subject from the list"),

@@ -97,8 +97,8 @@ def test_every_family_learns_tokens(name: str, count: int, configure: Configure,
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "known": ({"instance_prompt": "a photo of sks dog"}, "'sks' is a word that the tokenizer has .* <sks>"),
-    "no word": ({"instance_prompt": "a dog"}, "has no word to learn"),
-    "nowhere": ({"token_abstraction": ["<hat>"]}, "no caption has the new token '<hat>'"),
+    "no word": ({"instance_prompt": "a dog"}, "found no trigger to train"),
+    "nowhere": ({"token_abstraction": ["<hat>"]}, "no caption contains the new token '<hat>'"),
     "inside": (
         {"token_abstraction": ["<pet>", "<pet>x"], "instance_prompt": "<pet> and <pet>x"}, "one is part of the other"
     ),

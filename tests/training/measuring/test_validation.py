@@ -298,7 +298,7 @@ def test_held_out_photos_are_not_learned_from(measured: Configure, tmp_path: Pat
     assert "3 photos" in (folder / "report.html").read_text()
     names = json.loads((folder / "data_report.json").read_text())["held_out"]
     assert len(names) == 2 and f"not trained on: {', '.join(names)}." in (folder / "data_report.html").read_text()
-    with pytest.raises(UserError, match="leaves nothing of 5 photos"):
+    with pytest.raises(UserError, match="leaves none of 5 photos"):
         train(measured(instance_data_dir=str(place), validation_data_dir=None, validation_split=5,
                        output_dir=str(tmp_path / "none")))  # fmt: skip
 

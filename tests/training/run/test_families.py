@@ -127,7 +127,7 @@ def test_flow_matching_is_the_formula(shift: float) -> None:
 
 
 def test_what_a_family_does_not_know_is_refused(family_run: Any) -> None:
-    with pytest.raises(UserError, match=r"--class_labels_conditioning is for Stable Diffusion 1.x"):
+    with pytest.raises(UserError, match=r"--class_labels_conditioning is only for Stable Diffusion 1.x"):
         train(family_run("sdxl", class_labels_conditioning="timesteps"))
     with pytest.raises(UserError, match="resolution=18 must be a multiple of 4"):
         train(family_run("flux").__class__(**{**family_run("flux").to_dict(), "resolution": 18}))
