@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets in a run: shapes of batches, class pictures, resuming."""
+"""Aspect-ratio buckets in a run: batch shapes, class images, resuming."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def shapes(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("prior", [False, True], ids=["photos", "photos and class pictures"])
+@pytest.mark.parametrize("prior", [False, True], ids=["photos", "photos and class images"])
 def test_batches_have_one_shape_and_resume_bit_for_bit(
     prior: bool, configure: Configure, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -46,10 +46,10 @@ def test_batches_have_one_shape_and_resume_bit_for_bit(
     config = configure(max_train_steps=8, **more)
     train(config)
     report = json.loads((config.folder / "data_report.json").read_text())
-    wanted = {tuple(photo["shape"]) for photo in report["photos"]}
-    assert len(wanted) == 3 and (16, 16) in wanted
-    # Latents of this base are half as large as its pictures.
-    assert {(2 * width, 2 * height) for _, _, height, width in seen} == wanted
+    expected = {tuple(photo["shape"]) for photo in report["photos"]}
+    assert len(expected) == 3 and (16, 16) in expected
+    # Latents of this base have half the size of its images.
+    assert {(2 * width, 2 * height) for _, _, height, width in seen} == expected
     assert {rows for rows, *_ in seen} == {4 if prior else 2}
 
     whole = shutil.copytree(config.folder, tmp_path / "whole")

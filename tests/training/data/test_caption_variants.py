@@ -1,4 +1,4 @@
-"""Captions in several wordings: shuffled tags, dropped captions."""
+"""Caption variants: shuffled tags and caption dropout."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def test_few_tags_have_few_orders() -> None:
     assert tag_orders("sks dog, grass", 16, 1, source()) == ["sks dog, grass"]
 
 
-def test_draws_are_even_and_dropped_at_the_rate_asked_for() -> None:
-    wordings = CaptionVariants([["one", "two"], ["three"]], dropout=0.25)
-    assert wordings.all() == ["one", "two", "three", ""]
-    drawn = Counter(wordings.draw([0] * 4000, source()))
+def test_variants_are_equally_frequent_and_dropout_has_its_rate() -> None:
+    variants = CaptionVariants([["one", "two"], ["three"]], dropout=0.25)
+    assert variants.all() == ["one", "two", "three", ""]
+    drawn = Counter(variants.draw([0] * 4000, source()))
     assert drawn[""] == pytest.approx(1000, abs=90) and drawn["one"] == pytest.approx(1500, abs=100)
     plain = CaptionVariants([["one"], ["three"]])
     assert plain.all() == ["one", "three"] and plain.draw([1, 0, 1], source()) == ["three", "one", "three"]
 
 
-def test_metadata_stands_in_for_missing_sidecars(tmp_path: Path) -> None:
+def test_metadata_replaces_missing_sidecars(tmp_path: Path) -> None:
     paths = find_images(write_photos(tmp_path, 3))
     rows = [{"file_name": "0.png", "text": "listed 0"}, {"file_name": "1.png", "text": "listed 1"}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -57,7 +57,7 @@ def test_metadata_stands_in_for_missing_sidecars(tmp_path: Path) -> None:
     assert read_captions(paths, "prompt", sidecars=True) == ["listed 0", "beside 1", "prompt"]
 
 
-def test_a_run_learns_only_the_wordings_of_its_captions(
+def test_a_run_trains_only_variants_of_its_captions(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_photos(tmp_path / "tagged", 2)
@@ -83,6 +83,6 @@ def test_a_run_learns_only_the_wordings_of_its_captions(
     assert seen == first
 
 
-def test_a_share_is_a_share(configure: Configure) -> None:
+def test_dropout_must_be_a_share(configure: Configure) -> None:
     with pytest.raises(UserError, match=r"caption_dropout=1.5 must be a share"):
         train(configure(caption_dropout=1.5))

@@ -26,7 +26,7 @@ def dogs() -> list[SourceImage]:
     return read_images(EXAMPLES / "photos" / "dog6")
 
 
-def again(image: Image.Image, how: str) -> Image.Image:
+def altered(image: Image.Image, how: str) -> Image.Image:
     if how == "half":
         return image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
     if how == "brighter":
@@ -45,27 +45,27 @@ def test_dhash_is_the_signs_of_differences() -> None:
     assert dhash(image.resize((90, 80), Image.Resampling.NEAREST)) == int(bits, 2)
 
 
-def test_different_photos_are_no_twins(dogs: list[SourceImage]) -> None:
+def test_different_photos_are_not_duplicates(dogs: list[SourceImage]) -> None:
     assert not find_duplicates([*dogs, *read_images(EXAMPLES / "photos" / "rc_car")])
     assert not find_duplicates(read_images(EXAMPLES / "subjects" / "tiger"))
 
 
 @pytest.mark.parametrize("how", ["half", "brighter", "JPEG"])
 def test_copies_are_found(dogs: list[SourceImage], how: str) -> None:
-    copy = SourceImage(Path("copy.jpg"), again(dogs[2].image, how), "other")
-    (twins,) = find_duplicates([*dogs, copy])
-    assert (twins.first.path.name, twins.second.path.name, twins.same_file) == ("02.jpg", "copy.jpg", False)
+    copy = SourceImage(Path("copy.jpg"), altered(dogs[2].image, how), "other")
+    (pair,) = find_duplicates([*dogs, copy])
+    assert (pair.first.path.name, pair.second.path.name, pair.same_file) == ("02.jpg", "copy.jpg", False)
 
 
-def test_the_same_file_twice_is_named_so(dogs: list[SourceImage]) -> None:
-    (twins,) = find_duplicates([dogs[0], dogs[0]])
-    assert twins.same_file and str(twins) == "00.jpg and 00.jpg are the same photo"
+def test_the_same_file_twice(dogs: list[SourceImage]) -> None:
+    (pair,) = find_duplicates([dogs[0], dogs[0]])
+    assert pair.same_file and str(pair) == "00.jpg and 00.jpg are the same photo"
 
 
-def test_report_shows_every_picture_and_escapes_every_name(dogs: list[SourceImage], tmp_path: Path) -> None:
-    evil = SourceImage(Path("<b onload=x>.png"), dogs[1].image, "1", remarks=("rotated by its EXIF orientation",))
-    views = Transform([(64, 48)], "random", 2, flip=True).views(evil.image.size)
-    rows = [Row(evil, "a <script> dog", views)]
+def test_report_shows_every_view_and_escapes_names(dogs: list[SourceImage], tmp_path: Path) -> None:
+    unsafe = SourceImage(Path("<b onload=x>.png"), dogs[1].image, "1", remarks=("rotated by its EXIF orientation",))
+    views = Transform([(64, 48)], "random", 2, flip=True).views(unsafe.image.size)
+    rows = [Row(unsafe, "a <script> dog", views)]
     page = DataReport(rows, [Reject(Path("x.png"), "x.png is empty")]).write(tmp_path)
     text = page.read_text(encoding="utf-8")
     assert len(re.findall(r'src="data:image/jpeg;base64,', text)) == len(views) >= 2
@@ -78,8 +78,8 @@ def test_report_shows_every_picture_and_escapes_every_name(dogs: list[SourceImag
     assert data["rejects"] == [{"file": "x.png", "reason": "x.png is empty"}]
 
 
-def test_thumbnails_are_what_is_trained_on(tmp_path: Path) -> None:
-    """The picture in the page is the view, after crop and resize."""
+def test_thumbnails_show_the_views(tmp_path: Path) -> None:
+    """Thumbnails show the view after crop and resize."""
     image = Image.new("RGB", (80, 40), (200, 30, 40))
     image.paste((20, 40, 210), (40, 0, 80, 40))
     photo = SourceImage(tmp_path / "p.png", image, "0")
@@ -89,9 +89,9 @@ def test_thumbnails_are_what_is_trained_on(tmp_path: Path) -> None:
     text = DataReport([Row(photo, "", [view])]).write(tmp_path).read_text()
     found = re.search(r'width="128" height="128" alt="p.png" src="data:image/jpeg;base64,([^"]+)"', text)
     assert found
-    shown = Image.open(io.BytesIO(b64decode(found.group(1))))
-    assert shown.size == (40, 40)
-    left, right = shown.getpixel((5, 20)), shown.getpixel((35, 20))
+    thumbnail = Image.open(io.BytesIO(b64decode(found.group(1))))
+    assert thumbnail.size == (40, 40)
+    left, right = thumbnail.getpixel((5, 20)), thumbnail.getpixel((35, 20))
     assert isinstance(left, tuple) and isinstance(right, tuple)
     assert left[0] > 180 > 60 > left[2] and right[2] > 180 > 60 > right[0]
 
@@ -106,20 +106,20 @@ def test_a_run_writes_its_report(configure: Configure, photos: Path, caplog: pyt
     assert (config.folder / "data_report.html").is_file()
 
 
-def test_unusable_files_stop_a_run_or_are_left_out(
+def test_unusable_files_stop_a_run_or_are_skipped(
     configure: Configure, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     import shutil
 
     folder = shutil.copytree(photos, tmp_path / "some")
     (folder / "bad.png").write_bytes(b"")
-    shutil.copy(folder / "0.png", folder / "twin.png")
+    shutil.copy(folder / "0.png", folder / "copy.png")
     with pytest.raises(UserError, match=r"bad.png is empty; replace or remove them"):
         train(configure(instance_data_dir=str(folder)))
     config = configure(instance_data_dir=str(folder), skip_unreadable=True, max_train_steps=1)
     train(config)
     data = json.loads((config.folder / "data_report.json").read_text())
     assert data["rejects"] == [{"file": "bad.png", "reason": "bad.png is empty"}] and len(data["photos"]) == 4
-    assert data["duplicates"] == [{"files": ["0.png", "twin.png"], "bits": 0, "same_file": True}]
+    assert data["duplicates"] == [{"files": ["0.png", "copy.png"], "bits": 0, "same_file": True}]
     assert "skipped: bad.png is empty" in caplog.text and "are the same photo" in caplog.text
-    assert read_source(folder / "twin.png").sha256 == data["photos"][0]["sha256"]
+    assert read_source(folder / "copy.png").sha256 == data["photos"][0]["sha256"]

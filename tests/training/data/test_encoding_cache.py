@@ -1,4 +1,4 @@
-"""Encodings on disk: found again when nothing has changed, and never when something has."""
+"""Disk cache of encodings: used if all inputs are equal, and never otherwise."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def refuse(*_: Any, **__: Any) -> Any:
     raise AssertionError("encoded again")
 
 
-def test_latents_are_found_again_bit_for_bit(
+def test_cached_latents_are_equal_bit_for_bit(
     pipe: Any, photo: SourceImage, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = encode(pipe, photo)
@@ -67,7 +67,7 @@ def test_latents_are_found_again_bit_for_bit(
     assert torch.equal(first.mean[0], again.mean[0]) and torch.equal(first.std[0], again.std[0])
 
 
-def brighter(photo: SourceImage) -> SourceImage:
+def one_bit_changed(photo: SourceImage) -> SourceImage:
     pixels = np.asarray(photo.image).copy()
     pixels[10, 10, 0] ^= 1
     return replace(photo, image=Image.fromarray(pixels))
@@ -80,7 +80,7 @@ def nudge(module: nn.Module) -> None:
 
 
 LATENT_CHANGES: dict[str, Callable[[Any, SourceImage], tuple[Any, SourceImage, Transform]]] = {
-    "one bit of one pixel": lambda pipe, photo: (pipe, brighter(photo), Transform([photo.image.size])),
+    "one bit of one pixel": lambda pipe, photo: (pipe, one_bit_changed(photo), Transform([photo.image.size])),
     "resolution": lambda pipe, photo: (pipe, photo, Transform([(24, 24)])),
     "shape": lambda pipe, photo: (pipe, photo, Transform([(24, 16)])),
     "crop": lambda pipe, photo: (pipe, photo, Transform([(16, 16)], "random")),
@@ -93,7 +93,7 @@ LATENT_CHANGES: dict[str, Callable[[Any, SourceImage], tuple[Any, SourceImage, T
 
 
 @pytest.mark.parametrize("change", LATENT_CHANGES.values(), ids=LATENT_CHANGES.keys())
-def test_every_ingredient_of_latents_counts(
+def test_every_input_of_latents_changes_the_key(
     change: Callable[..., Any], pipe: Any, photo: SourceImage, cache: Path
 ) -> None:
     encode(pipe, photo)
@@ -110,7 +110,7 @@ def embeddings(pipe: Any, config: TrainConfig, *prompts: str) -> torch.Tensor:
     return PromptEmbeddings(pipe, config, prompts, EncodingCache(disk=True))(prompts)["hidden"]
 
 
-def test_text_is_found_again_bit_for_bit(pipe: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_text_embeddings_are_equal_bit_for_bit(pipe: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = embeddings(pipe, TrainConfig(), "a dog", "a cat")
     assert entries(cache, "text") == 2
     monkeypatch.setattr(type(pipe.text_encoder), "forward", refuse)
@@ -133,7 +133,7 @@ TEXT_CHANGES: dict[str, Callable[[Any], tuple[TrainConfig, str]]] = {
 
 
 @pytest.mark.parametrize("change", TEXT_CHANGES.values(), ids=TEXT_CHANGES.keys())
-def test_every_ingredient_of_text_counts(change: Callable[..., Any], pipe: Any, cache: Path) -> None:
+def test_every_input_of_text_changes_the_key(change: Callable[..., Any], pipe: Any, cache: Path) -> None:
     embeddings(pipe, TrainConfig(), "a dog")
     config, prompt = change(pipe)
     found = embeddings(pipe, config, prompt)
@@ -141,17 +141,17 @@ def test_every_ingredient_of_text_counts(change: Callable[..., Any], pipe: Any, 
     assert torch.equal(found, PromptEmbeddings(pipe, config, [prompt])([prompt])["hidden"])
 
 
-def test_versions_count(pipe: Any, photo: SourceImage, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_change_the_key(pipe: Any, photo: SourceImage, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode(pipe, photo)
     monkeypatch.setattr("nora_diffusion.training.data.encoding_cache.versions", lambda: {"torch": "99"})
     encode(pipe, photo)
     assert entries(cache, "latents") == 2
 
 
-def test_tf32_counts_whichever_way_it_was_set(pipe: Any, photo: SourceImage, cache: Path) -> None:
+def test_tf32_changes_the_key(pipe: Any, photo: SourceImage, cache: Path) -> None:
     matmul: Any = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):
-        pytest.skip("this torch has one way only")
+        pytest.skip("this torch has no fp32_precision")
     before = matmul.fp32_precision
     encode(pipe, photo)
     try:
@@ -162,7 +162,7 @@ def test_tf32_counts_whichever_way_it_was_set(pipe: Any, photo: SourceImage, cac
     assert entries(cache, "latents") == 2
 
 
-def test_a_damaged_entry_is_made_again(pipe: Any, photo: SourceImage, cache: Path) -> None:
+def test_a_damaged_entry_is_encoded_again(pipe: Any, photo: SourceImage, cache: Path) -> None:
     first = encode(pipe, photo)
     (entry,) = cache.glob("latents-*")
     data = bytearray(entry.read_bytes())
@@ -176,14 +176,14 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_runs_from_disk_are_runs_from_memory(
+def test_runs_with_disk_and_memory_cache_are_equal(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, with class pictures too; the second run encodes nothing, and one with another base does."""
+    """Bit for bit, also with class images; the second run encodes nothing, a run with another base does."""
     prior: dict[str, Any] = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2,
                              "class_data_dir": str(tmp_path / "dogs"), "shuffle_tags": 3}  # fmt: skip
-    for name, where in {"memory": "memory", "first": "disk"}.items():
-        train(configure(output_dir=str(tmp_path / name), cache_latents=where, **prior))
+    for name, location in {"memory": "memory", "first": "disk"}.items():
+        train(configure(output_dir=str(tmp_path / name), cache_latents=location, **prior))
     from diffusers import AutoencoderKL
 
     other = tiny_random_pipeline(tmp_path / "other", seed=1)
@@ -196,7 +196,7 @@ def test_runs_from_disk_are_runs_from_memory(
     assert losses(tmp_path / "memory") == losses(tmp_path / "first") == losses(tmp_path / "second")
 
 
-def test_steps_do_only_the_work_of_the_denoiser(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_run_only_the_denoiser(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel
 

@@ -1,4 +1,4 @@
-"""Subject masks: where they come from, crops that keep the subject, the weighted loss."""
+"""Subject masks: their sources, crops that contain the subject, the weighted loss."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def paint(box: tuple[int, int, int, int], size: tuple[int, int] = (24, 20)) -> I
 
 @pytest.fixture
 def masked(tmp_path: Path) -> Path:
-    """Three photos of 24 x 20: one with a mask of its own, one cut out, one without anything."""
+    """Three photos of 24 x 20: with a mask file, with transparency, without a mask."""
     folder = write_photos(tmp_path / "masked", 3)
     (folder / "masks").mkdir()
     paint((2, 4, 10, 16)).save(folder / "masks" / "0.png")
@@ -44,14 +44,14 @@ def masked(tmp_path: Path) -> Path:
     return folder
 
 
-def test_masks_come_from_the_folder_or_the_transparency(masked: Path) -> None:
+def test_masks_come_from_the_folder_or_transparency(masked: Path) -> None:
     first, second, third = with_masks(read_images(masked), masked)
     assert first.mask is not None and subject_box(first.mask) == (2, 4, 10, 16)
     assert second.mask is not None and subject_box(second.mask) == (12, 0, 24, 20)
     assert third.mask is None
 
 
-def test_a_mask_of_another_scale_is_resized_and_a_cut_out_serves_as_one(masked: Path) -> None:
+def test_a_mask_of_another_scale_is_resized_and_may_be_transparency(masked: Path) -> None:
     cut = Image.new("RGBA", (48, 40), (9, 9, 9, 0))
     cut.paste((9, 9, 9, 255), (4, 8, 20, 32))
     cut.save(masked / "masks" / "0.png")
@@ -59,7 +59,7 @@ def test_a_mask_of_another_scale_is_resized_and_a_cut_out_serves_as_one(masked: 
     assert mask is not None and mask.size == (24, 20) and subject_box(mask) == (2, 4, 10, 16)
 
 
-def test_masks_that_cannot_be_right_are_refused(masked: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_invalid_masks_are_refused(masked: Path, caplog: pytest.LogCaptureFixture) -> None:
     photos = read_images(masked)
     paint((0, 0, 5, 5), (30, 20)).save(masked / "masks" / "2.png")
     with pytest.raises(UserError, match=r"2.png is 30x20, its photo 24x20"):
@@ -74,8 +74,8 @@ def test_masks_that_cannot_be_right_are_refused(masked: Path, caplog: pytest.Log
         with_masks(photos[2:], masked / "nowhere")
 
 
-def test_regions_are_the_share_of_the_subject_in_each_cell() -> None:
-    """Averages over cells by hand, of the crop, mirrored or not."""
+def test_regions_are_the_share_of_the_subject_in_each_latent() -> None:
+    """Against averages computed by hand, for a crop and its mirror image."""
     mask = paint((6, 0, 14, 12), (24, 16))
     view = View((4, 0, 20, 16), (32, 32))
     cells = np.asarray(mask, dtype=np.float32)[:, 4:20].reshape(4, 4, 4, 4).mean((1, 3)) / 255
@@ -100,7 +100,7 @@ def test_the_weighted_loss_by_its_formula() -> None:
     assert objective.losses(prediction, target, t, regions).tolist() == pytest.approx(expected, rel=1e-5)
     even = objective.losses(prediction, target, t, torch.full_like(regions, 0.3))
     torch.testing.assert_close(even, objective.losses(prediction, target, t))
-    # Where nothing counts the loss is 0, and what lies beside the subject has no influence at weight 0.
+    # With all weights 0 the loss is 0, and positions with weight 0 have no influence.
     assert objective.losses(prediction, target, t, torch.zeros_like(regions)).tolist() == [0, 0]
     regions[:, :, :3] = 0
     changed = prediction.clone()
@@ -108,16 +108,16 @@ def test_the_weighted_loss_by_its_formula() -> None:
     assert torch.equal(*(objective.losses(p, target, t, regions) for p in (prediction, changed)))
 
 
-def test_weights_follow_their_pictures(masked: Path) -> None:
-    """Flips and several crops: each picture's weights are those of its own view."""
+def test_weights_belong_to_their_views(masked: Path) -> None:
+    """With flips and several crops, each view has its own weights."""
     base = load_base()
     photos = with_masks(read_images(masked), masked)
     transform = Transform([(32, 32)], "random", 2, flip=True)
     views = [transform.views(photo.image.size) for photo in photos]
     latents = encode_images(base.vae, photos, views, background=0.25)
-    for photo, own, pictures in zip(photos, views, latents.views_of_image, strict=True):
-        weights = latents.weights(pictures)
-        assert weights is not None and weights.shape[1:] == (1, *latents.mean[pictures[0]].shape[1:])
+    for photo, own, indices in zip(photos, views, latents.views_of_image, strict=True):
+        weights = latents.weights(indices)
+        assert weights is not None and weights.shape[1:] == (1, *latents.mean[indices[0]].shape[1:])
         for view, weight in zip(own, weights, strict=True):
             side = weight.shape[-1]
             share = 1.0 if photo.mask is None else view.region(photo.mask, (side, side))
@@ -130,7 +130,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_a_run_with_masks(configure: Configure, masked: Path, tmp_path: Path) -> None:
-    """Masks change what is learned and are part of the run's identity; a weight of 1 changes nothing."""
+    """Masks change the result and are part of the run's identity; a background weight of 1 changes nothing."""
 
     def run(name: str, **changes: Any) -> list[float]:
         train(configure(instance_data_dir=str(masked), output_dir=str(tmp_path / name), max_train_steps=2, **changes))
@@ -159,8 +159,8 @@ def test_a_run_with_masks(configure: Configure, masked: Path, tmp_path: Path) ->
         train(configure(instance_data_dir=str(masked), background_loss_weight=0.1))
 
 
-def test_a_first_crop_beside_the_subject_is_no_reason_to_stop(configure: Configure, tmp_path: Path) -> None:
-    """Where the background does not count such a crop has no loss, and nothing is learned from it."""
+def test_a_crop_without_the_subject_has_loss_0(configure: Configure, tmp_path: Path) -> None:
+    """With background weight 0, such a crop has loss 0 and training goes on."""
     folder = write_photos(tmp_path / "beside", 1)
     (folder / "masks").mkdir()
     paint((0, 0, 1, 1)).save(folder / "masks" / "0.png")

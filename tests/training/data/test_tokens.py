@@ -1,4 +1,4 @@
-"""Pivotal tuning: new tokens are learned, saved in the adapter file and gone with the adapter."""
+"""Pivotal tuning: new tokens are trained, saved in the adapter file and deleted with the adapter."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def step_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(folder / f"checkpoints/step-{step}/nora_adapter.safetensors")
 
 
-def test_a_token_starts_from_the_class_word_learns_and_is_in_the_file(configure: Configure, tiny_base: Path) -> None:
+def test_a_token_starts_from_the_class_word_and_is_trained_and_saved(configure: Configure, tiny_base: Path) -> None:
     folder = train(configure(**TI, checkpointing_steps=1, train_text_encoder_ti_frac=1.0)).adapter_path.parent
     pipe = open_pipeline(tiny_base)
     start = pipe.text_encoder.get_input_embeddings().weight[pipe.tokenizer("dog").input_ids[1]]
     first, last = step_of(folder, 1)[KEY], load_file(folder / "nora_adapter.safetensors")[KEY]
     assert last.shape == (2, 16) and not torch.equal(first, last)
-    # AdamW's first step is its rate, whatever the gradient is; the vectors stand at different places, so they part.
+    # AdamW's first step equals the learning rate, whatever the gradient. The two vectors have different positions.
     assert torch.allclose((first - start).abs(), torch.tensor(0.05), atol=1e-5) and not torch.equal(last[0], last[1])
     info = inspect_adapter(folder)
     assert info.tokens == {"<pet>": ["text_encoder"]} and info.trigger == "<pet>" and info.format_version == 2
@@ -43,7 +43,7 @@ def test_a_token_starts_from_the_class_word_learns_and_is_in_the_file(configure:
 def test_the_prompt_is_encoded_as_the_pipeline_encodes_it(
     configure: Configure, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The denoiser is told the same of a prompt in the last training step and by the pipeline that loads the file."""
+    """The last training step and a pipeline that loads the file have the same text embeddings."""
     from nora_diffusion.training.data.prompts import PromptEmbeddings
 
     seen: list[torch.Tensor] = []
@@ -52,43 +52,43 @@ def test_the_prompt_is_encoded_as_the_pipeline_encodes_it(
         PromptEmbeddings, "__call__", lambda self, p: (seen.append(original(self, p)["hidden"]), original(self, p))[1]
     )
     folder = train(configure(**TI, checkpointing_steps=1)).adapter_path.parent
-    assert not torch.equal(seen[0], seen[1])  # never stale
+    assert not torch.equal(seen[0], seen[1])  # encoded again in each step
     pipe = open_pipeline(tiny_base)
     load_adapter(pipe, folder / "checkpoints/step-2", "dog")
     expected = pipe.encode_prompt("a photo of <pet> dog", "cpu", 1, False)[0]
     assert torch.allclose(seen[2][:1], expected, atol=1e-6)
 
 
-def test_each_part_stops_at_its_fraction(configure: Configure) -> None:
+def test_each_group_stops_at_its_fraction(configure: Configure) -> None:
     fractions = {"train_text_encoder_ti_frac": 0.5, "text_encoder_frac": 0.25, "denoiser_frac": 0.75}
     both = {"train_text_encoder": True, "max_train_steps": 4, "checkpointing_steps": 1}
     folder = train(configure(**TI, **fractions, **both)).adapter_path.parent
     steps = [step_of(folder, step) for step in (1, 2, 3, 4)]
     trained = [key for key in steps[0] if not key.endswith("_out")]
-    for kind, last in (("tokens.", 2), ("text_encoder.", 1), ("unet.", 3)):
+    for prefix, last in (("tokens.", 2), ("text_encoder.", 1), ("unet.", 3)):
         moved = [
-            any(not torch.equal(a[key], b[key]) for key in trained if key.startswith(kind))
+            any(not torch.equal(a[key], b[key]) for key in trained if key.startswith(prefix))
             for a, b in itertools.pairwise(steps)
         ]
-        assert moved == [step < last for step in (1, 2, 3)], kind
+        assert moved == [step < last for step in (1, 2, 3)], prefix
 
 
 @pytest.mark.parametrize(("name", "count"), [("sd2", 2), ("sdxl", 2), ("sd3", 1), ("flux", 2)])
-def test_every_family_learns_tokens(name: str, count: int, configure: Configure, tmp_path: Path) -> None:
+def test_every_family_trains_tokens(name: str, count: int, configure: Configure, tmp_path: Path) -> None:
     base = tmp_path / "base"
     tiny_pipeline(name, tmp_path / "files").save_pretrained(base)
-    few = {"sd3": 16, "flux": 16}.get(name)
-    changes = {"resolution": 16, "tokenizer_max_length": few, "num_new_tokens_per_abstraction": count}
+    length = {"sd3": 16, "flux": 16}.get(name)
+    changes = {"resolution": 16, "tokenizer_max_length": length, "num_new_tokens_per_abstraction": count}
     config = configure(**TI, pretrained_model_name_or_path=str(base), **changes, validation_prompt="a <pet> dog")
     result = train(config)
     tensors = load_file(result.adapter_path)
     encoders = inspect_adapter(result.adapter_path).tokens["<pet>"]
     assert encoders == ["text_encoder", "text_encoder_2"][: 2 if name in ("sdxl", "sd3") else 1]
     pipe = open_pipeline(base)
-    for part in encoders:
-        table = getattr(pipe, part).get_input_embeddings().weight
-        start = table[getattr(pipe, part.replace("text_encoder", "tokenizer"))("dog").input_ids[1]]
-        assert not torch.allclose(tensors[f"tokens.0.{part}"], start.expand(count, -1), atol=1e-3), part
+    for encoder in encoders:
+        table = getattr(pipe, encoder).get_input_embeddings().weight
+        start = table[getattr(pipe, encoder.replace("text_encoder", "tokenizer"))("dog").input_ids[1]]
+        assert not torch.allclose(tensors[f"tokens.0.{encoder}"], start.expand(count, -1), atol=1e-3), encoder
     loaded = load_adapter(pipe, result.adapter_path, "pet")
     assert loaded.applied == loaded.total == len(tensors)
     assert list((result.adapter_path.parent / "samples").glob("*.png"))
@@ -114,7 +114,7 @@ def test_mistakes_are_named(changes: dict[str, Any], words: str, configure: Conf
         train(configure(**{**TI, **changes}))
 
 
-def test_the_file_says_so_and_older_releases_can_tell(configure: Configure) -> None:
+def test_only_files_with_tokens_have_format_version_2(configure: Configure) -> None:
     with safe_open(train(configure(**TI)).adapter_path, "pt") as file:
         header = json.loads(file.metadata()["nora"])
     assert header["format_version"] == 2 and header["tokens"] == {"<pet>": ["text_encoder"]}

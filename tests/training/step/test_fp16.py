@@ -1,4 +1,4 @@
-"""fp16 and its gradient scaler, on a CPU that takes itself for a GPU: skipped steps, their limit and their resuming."""
+"""fp16 and its gradient scaler, tested on a CPU: skipped steps, their limit, resuming."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FP16 = {"mixed_precision": "fp16", "lr_scheduler": "linear", "lr_warmup_steps": 
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp16 is refused on a CPU for its slowness alone; the tiny base does not mind."""
+    """fp16 is refused on a CPU only because it is slow, which does not matter for the tiny base."""
     original = plan.resolve_settings
 
     def resolve_settings(
@@ -35,7 +35,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def overflow_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    """Gradients of these steps, counted from 0, are not finite; without any, those of all."""
+    """Make the gradients of these steps (counted from 0), or of all steps if none are given, NaN."""
     original = Updates._step_optimizer
 
     def step_optimizer(self: Updates, step: int) -> Any:
@@ -51,9 +51,7 @@ def rates(folder: Path) -> list[float]:
     return [json.loads(line)["lr"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_skipped_step_moves_neither_schedule_nor_average(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_skipped_step_updates_neither_schedule_nor_ema(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     overflow_at(monkeypatch, 1)
     averaged: list[int] = []
     original = Average.update
@@ -75,17 +73,15 @@ def test_a_run_with_skipped_steps_is_resumed_exactly(
     whole = configure(output_dir=str(tmp_path / "whole"), **settings)
     train(whole)
     for step in (1, 2, 3):
-        parts = configure(output_dir=str(tmp_path / f"from-{step}"), **settings)
-        train(parts)
-        start = str(parts.folder / f"checkpoints/step-{step}")
-        train(configure(output_dir=str(parts.folder), resume_from_checkpoint=start, **settings))
-        assert_same_run(whole.folder, parts.folder, last=4)
+        resumed = configure(output_dir=str(tmp_path / f"from-{step}"), **settings)
+        train(resumed)
+        start = str(resumed.folder / f"checkpoints/step-{step}")
+        train(configure(output_dir=str(resumed.folder), resume_from_checkpoint=start, **settings))
+        assert_same_run(whole.folder, resumed.folder, last=4)
 
 
 @pytest.mark.parametrize("steps", [3, 2 * MAX_SKIPS])
-def test_a_run_that_learns_nothing_is_refused(
-    steps: int, configure: Configure, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_skips_all_steps_fails(steps: int, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     overflow_at(monkeypatch)
     config = configure(**FP16, max_train_steps=steps)
     with pytest.raises(UserError, match=r"the gradients overflow.* fp16 .*--mixed_precision no, and start again"):
@@ -94,7 +90,7 @@ def test_a_run_that_learns_nothing_is_refused(
     assert len(rates(config.folder)) < min(steps, MAX_SKIPS)
 
 
-def test_skips_in_a_row_have_an_end_whatever_the_scale(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_skips_in_a_row_is_limited(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     overflow_at(monkeypatch)
     original = torch.amp.GradScaler.__init__
     monkeypatch.setattr(
@@ -105,12 +101,12 @@ def test_skips_in_a_row_have_an_end_whatever_the_scale(configure: Configure, mon
         train(config)
 
 
-def test_a_subject_of_several_that_overflows_fails(
+def test_one_of_several_subjects_overflows(
     configure: Configure, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listed = tmp_path / "subjects.yaml"
-    listed.write_text(f"- instance_data_dir: {photos}\n  instance_prompt: a photo of sks dog\n")
+    subjects_file = tmp_path / "subjects.yaml"
+    subjects_file.write_text(f"- instance_data_dir: {photos}\n  instance_prompt: a photo of sks dog\n")
     overflow_at(monkeypatch)
-    config = configure(**FP16, subjects=str(listed), instance_data_dir=None, instance_prompt=None)
+    config = configure(**FP16, subjects=str(subjects_file), instance_data_dir=None, instance_prompt=None)
     with pytest.raises(UserError, match="subject: the gradients overflowed fp16 at every step"):
         train_subjects(config)

@@ -1,4 +1,4 @@
-"""The objective against formulas written out densely, and the functions of (seed, step)."""
+"""The objective against formulas written out densely, and random numbers derived from (seed, step)."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def test_loss_equals_the_dense_formula(kind: str, gamma: float) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_noising_is_that_of_diffusers(kind: str) -> None:
+def test_added_noise_equals_diffusers(kind: str) -> None:
     x, e, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0, 400, 999])
-    theirs = DDPMScheduler.from_config(scheduler(kind, True).config)
-    ours = Objective.of(scheduler(kind, True))
-    assert torch.allclose(ours.add_noise(x, e, t), theirs.add_noise(x, e, t), atol=1e-6)
+    reference = DDPMScheduler.from_config(scheduler(kind, True).config)
+    objective = Objective.of(scheduler(kind, True))
+    assert torch.allclose(objective.add_noise(x, e, t), reference.add_noise(x, e, t), atol=1e-6)
     if kind == "v_prediction":
-        assert torch.allclose(ours.target(x, e, t), theirs.get_velocity(x, e, t), atol=1e-6)
+        assert torch.allclose(objective.target(x, e, t), reference.get_velocity(x, e, t), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,20 +64,20 @@ def test_zero_terminal_snr_gives_finite_weights(kind: str) -> None:
 
 
 def test_an_unknown_prediction_type_is_refused() -> None:
-    odd = scheduler("epsilon")
-    odd.register_to_config(prediction_type="guess")
+    unknown = scheduler("epsilon")
+    unknown.register_to_config(prediction_type="guess")
     with pytest.raises(UserError, match="prediction_type='guess'"):
-        Objective.of(odd)
+        Objective.of(unknown)
 
 
-def test_a_learned_variance_is_left_out() -> None:
+def test_a_learned_variance_is_dropped() -> None:
     objective = Objective.of(scheduler("epsilon"))
     x, e, t = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2), torch.tensor([1, 2])
     both = torch.cat([e, torch.randn(2, 4, 2, 2)], dim=1)
     assert objective.losses(both, objective.target(x, e, t), t).abs().max() == 0
 
 
-def test_rows_are_whole_epochs_and_a_function_of_the_start() -> None:
+def test_indices_are_whole_epochs_and_depend_on_the_start() -> None:
     rows = shuffled_indices(3, "photos", 5, 0, 20)
     assert [sorted(rows[i : i + 5]) for i in (0, 5, 10, 15)] == [list(range(5))] * 4
     assert rows[7:14] == shuffled_indices(3, "photos", 5, 7, 7)

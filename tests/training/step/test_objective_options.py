@@ -1,4 +1,4 @@
-"""Weightings, losses, noise, ranges and the frozen prior against their formulas, then in whole runs."""
+"""Weightings, losses, noise, timestep ranges and the frozen prior, against formulas and in whole runs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def scheduler(kind: str) -> Any:
 
 @pytest.mark.parametrize("weighting", ["min_snr", "debiased"])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow"])
-def test_a_weighting_is_the_same_loss_of_the_clean_picture_whatever_is_predicted(kind: str, weighting: str) -> None:
-    """The picture that a prediction implies, solved from the formulas in fp64, has the error that the weight names."""
+def test_a_weighting_is_the_same_loss_in_x0_for_all_prediction_types(kind: str, weighting: str) -> None:
+    """The weighted error in x_0, solved from the prediction in fp64, is that of the weighting."""
     objective = Objective.of(scheduler(kind), weighting=weighting, gamma=5.0)
     x, e, guess = torch.randn(3, 4, 4, 3, 3, generator=torch.Generator().manual_seed(0)).double().unbind()
     s, n = (v[T].double().view(-1, 1, 1, 1) for v in (objective.signal, objective.noise))
@@ -42,8 +42,8 @@ def test_a_weighting_is_the_same_loss_of_the_clean_picture_whatever_is_predicted
         "flow": noisy - n * guess,
     }[kind]
     snr = (s / n).square().flatten()
-    wanted = snr.clamp(max=5.0) if weighting == "min_snr" else snr.sqrt()
-    expected = (clean - x).square().mean((1, 2, 3)) * wanted
+    weight = snr.clamp(max=5.0) if weighting == "min_snr" else snr.sqrt()
+    expected = (clean - x).square().mean((1, 2, 3)) * weight
     assert torch.allclose(objective.losses(guess, objective.target(x, e, T), T).double(), expected, rtol=2e-3)
 
 
@@ -67,7 +67,7 @@ def test_offset_and_perturbation_have_the_moments_of_the_formulas() -> None:
     assert same is plain and torch.equal(plain, torch.randn(shape, generator=torch.Generator().manual_seed(0)))
 
 
-def test_levels_stay_in_their_range_and_logit_normal_prefers_the_middle() -> None:
+def test_timesteps_stay_in_range_and_logit_normal_favors_the_middle() -> None:
     for sampling in ("uniform", "stratified", "logit_normal"):
         t = draw_timesteps(4000, range(200, 700), sampling, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
         assert 200 <= int(t.min()) < 215 and 685 < int(t.max()) < 700
@@ -87,14 +87,14 @@ def test_zero_terminal_snr_on_request() -> None:
 
 
 @pytest.mark.parametrize("encoder", [False, True])
-def test_the_frozen_prior_is_the_base_in_the_same_batch(
+def test_the_frozen_prior_is_the_base_prediction_in_the_same_batch(
     encoder: bool, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until the adapter moves, class rows agree with the base exactly; then they are held to the base's answer."""
+    """Class rows equal the base's prediction at the first step, and differ from it afterwards."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     original = Batches.mean_loss
 
-    def look(self: Batches, batch: Any, prediction: torch.Tensor) -> torch.Tensor:
+    def mean_loss(self: Batches, batch: Any, prediction: torch.Tensor) -> torch.Tensor:
         errors = self.run.plan.objective.errors(prediction, batch.target, batch.t).mean((1, 2, 3)).detach()
         loss = original(self, batch, prediction)
         size = len(errors) // 2
@@ -102,7 +102,7 @@ def test_the_frozen_prior_is_the_base_in_the_same_batch(
         seen.append((errors[size:], batch.noisy))
         return loss
 
-    monkeypatch.setattr(Batches, "mean_loss", look)
+    monkeypatch.setattr(Batches, "mean_loss", mean_loss)
     result = train(
         configure(
             with_prior_preservation=True, prior_preservation="frozen", class_prompt="a photo of dog",
@@ -122,7 +122,11 @@ def test_every_option_changes_a_run_and_resumes(configure: Configure, tmp_path: 
         "timestep_sampling": "logit_normal", "min_timestep": 100, "max_timestep": 900, "rescale_zero_snr": True,
     }  # fmt: skip
     for name, value in options.items():
-        if name not in ("rescale_zero_snr", "min_timestep", "max_timestep"):  # the base has it; three draws may agree
+        if name not in (
+            "rescale_zero_snr",
+            "min_timestep",
+            "max_timestep",
+        ):  # the base has zero SNR already; three timesteps may be in range anyway
             changed = load_file(train(configure(**base, output_dir=str(tmp_path / name), **{name: value})).adapter_path)
             assert any(not torch.equal(plain[key], changed[key]) for key in plain), name
     run = {**base, **options, "output_dir": str(tmp_path / "all")}
@@ -137,12 +141,12 @@ def test_every_option_changes_a_run_and_resumes(configure: Configure, tmp_path: 
     [
         ({"min_timestep": 500, "max_timestep": 400}, "must be below max_timestep=400"),
         ({"max_timestep": 1001}, "beyond the 1000 timesteps"),
-        ({"loss_weighting": "debiased", "snr_gamma": 5.0}, "--snr_gamma is for"),
+        ({"loss_weighting": "debiased", "snr_gamma": 5.0}, "--snr_gamma is only for"),
         ({"prior_preservation": "frozen"}, "needs --with_prior_preservation"),
         ({"rescale_zero_snr": True}, "needs a base with v-prediction"),
         ({"text_encoder_frac": 0.5}, "needs --train_text_encoder"),
     ],
 )
-def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str, configure: Configure) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], message: str, configure: Configure) -> None:
     with pytest.raises(UserError, match=message):
         train(configure(**settings))

@@ -1,4 +1,4 @@
-"""Optimizers, their exact resuming, LoRA+, the norm guard, averages and fractions of a run."""
+"""Optimizers, exact resuming, LoRA+, the norm limit, EMA and fractions of a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "adafactor": {"optimizer": "adafactor"},
     "sgd": {"optimizer": "sgd", "lr_scheduler": "cosine"},
     "average": {"ema_decay": 0.99, "validation_prompt": "a dog", "validation_steps": 1},
-    "LoRA+ and guard": {"loraplus_lr_ratio": 4.0, "scale_weight_norms": 0.05},
+    "LoRA+ and norm limit": {"loraplus_lr_ratio": 4.0, "scale_weight_norms": 0.05},
     "fractions": {"train_text_encoder": True, "text_encoder_frac": 0.5, "denoiser_frac": 0.75},
 }
 
@@ -53,8 +53,8 @@ def test_it_resumes_bit_for_bit_at_every_step(variation: dict[str, Any], configu
         assert [json.loads(line)["loss"] for line in now] == [json.loads(line)["loss"] for line in log]
 
 
-def test_prodigy_has_one_rate_with_new_tokens_too(configure: Configure) -> None:
-    """Whatever factor is given; and the run's own config.yaml repeats it."""
+def test_prodigy_has_one_rate_also_with_new_tokens(configure: Configure) -> None:
+    """With any learning rate; the config.yaml of the run repeats it."""
     pytest.importorskip("prodigyopt")
     words = {"instance_prompt": "a photo of <pet> dog", "train_text_encoder_ti": True, "validation_prompt": "a <pet>"}
     config = configure(optimizer="prodigy", learning_rate=0.5, **words)
@@ -79,8 +79,8 @@ def test_lora_plus_is_a_rate_for_the_up_factors() -> None:
 
 
 @pytest.mark.parametrize("method", ["nora", "lora", "lora_xs", "melora"])
-def test_the_guard_gives_exactly_the_norm_asked_for(method: str, configure: Configure) -> None:
-    """Against the dense ``dW``: larger updates get that norm and keep their direction, smaller ones stay."""
+def test_updates_are_limited_to_exactly_the_norm(method: str, configure: Configure) -> None:
+    """Against the dense ``dW``: larger updates are scaled to the norm, smaller ones are unchanged."""
     foreign = {} if method == "nora" else {"inner_rank": None, "basis": "svd" if method == "lora_xs" else None}
     blocks = {"blocks": 2} if method == "melora" else {}
     result = train(configure(method=method, learning_rate=0.05, **foreign, **blocks))
@@ -88,18 +88,18 @@ def test_the_guard_gives_exactly_the_norm_asked_for(method: str, configure: Conf
     load_adapter(pipe, result.adapter_path, "dog")
     layers = [layer for layer in pipe.unet.modules() if isinstance(layer, NoraLayer)]
     before = [layer.get_delta_weight("dog").double() for layer in layers]
-    most = float(torch.stack([dw.norm() for dw in before]).median()) * 1.001  # between two of them
-    assert 0 < sum(float(dw.norm()) > most for dw in before) < len(before)
-    with pytest.MonkeyPatch.context() as patch:  # on a GPU each of these waits for all that is under way
+    max_norm = float(torch.stack([dw.norm() for dw in before]).median()) * 1.001  # between two of them
+    assert 0 < sum(float(dw.norm()) > max_norm for dw in before) < len(before)
+    with pytest.MonkeyPatch.context() as patch:  # each of these would synchronize with the GPU
         for read in ("__float__", "__bool__", "item"):
             patch.setattr(torch.Tensor, read, None)
-        bound_norms(layers, "dog", most)
+        bound_norms(layers, "dog", max_norm)
     for layer, dw in zip(layers, before, strict=True):
         after = layer.get_delta_weight("dog").double()
-        assert torch.allclose(after, dw * min(1.0, most / float(dw.norm())), atol=1e-6)
+        assert torch.allclose(after, dw * min(1.0, max_norm / float(dw.norm())), atol=1e-6)
 
 
-def test_the_average_is_the_formula_and_is_what_is_saved(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ema_equals_its_formula_and_is_saved(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     history: list[dict[str, torch.Tensor]] = []
     original = Average.update
 
@@ -121,7 +121,7 @@ def test_the_average_is_the_formula_and_is_what_is_saved(configure: Configure, m
         assert torch.equal(raw[name], history[-1][name])
 
 
-def test_a_part_stops_learning_at_its_fraction(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_component_stops_training_at_its_fraction(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[set[str]] = []
     original = Updates._update
 
@@ -137,10 +137,10 @@ def test_a_part_stops_learning_at_its_fraction(configure: Configure, monkeypatch
     assert moved == [{"unet", "text_encoder"}, {"unet", "text_encoder"}, {"unet"}, set()]
 
 
-def test_a_scaled_run_goes_on_when_nothing_learns_any_more(
+def test_a_run_with_gradient_scaler_continues_without_gradients(
     configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in fp16, whose scaler takes no step without a gradient."""
+    """GradScaler fails on a step without gradients."""
     original = Stepper.run_steps
 
     def run_steps(self: Stepper) -> list[float]:
@@ -165,7 +165,7 @@ def test_a_scaled_run_goes_on_when_nothing_learns_any_more(
         ({"method": "mor", "scale_weight_norms": 1.0}, "does not support mor"),
     ],
 )
-def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_config(TrainConfig(instance_data_dir="photos", **settings))
 

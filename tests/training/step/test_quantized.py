@@ -1,4 +1,4 @@
-"""A frozen base in 8 bits: the basis and the file know the true weights, the adapter learns as before."""
+"""A frozen base in int8: basis and file use the original weights, the adapter trains as before."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nora_diffusion.training.run.steps import Stepper
 INT8 = {"quantize_base": "int8", "gradient_checkpointing": True}
 
 
-def test_it_needs_the_package_the_true_weights_and_checkpointing(
+def test_it_needs_torchao_the_original_weights_and_checkpointing(
     configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torchao")
@@ -37,7 +37,7 @@ def test_it_needs_the_package_the_true_weights_and_checkpointing(
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Stepper]:
-    """The steppers of the runs of a test."""
+    """Steppers of the runs in a test."""
     pytest.importorskip("torchao")
     found: list[Stepper] = []
     original = Stepper.run_steps
@@ -46,7 +46,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Stepper]:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_the_weights_are_eight_bits_and_the_factors_are_not(
+def test_weights_are_quantized_and_factors_are_not(
     precision: str, configure: Configure, tmp_path: Path, seen: list[Stepper]
 ) -> None:
     changes: dict[str, Any] = {"mixed_precision": precision, "target_modules": ["attn", "ff"], "max_train_steps": 5}
@@ -65,7 +65,7 @@ def test_the_weights_are_eight_bits_and_the_factors_are_not(
     assert all(parameter.dtype == torch.float32 for parameter in seen[1].run.parameters.values())
     one, other = load_file(plain), load_file(small)
     frozen = [key for key in one if key.endswith("_out")]
-    assert frozen and all(torch.equal(one[key], other[key]) for key in frozen)  # from the true weights
+    assert frozen and all(torch.equal(one[key], other[key]) for key in frozen)  # from the original weights
     losses = [torch.tensor([row[1] for row in journal(path.parent)]) for path in (plain, small)]
     assert 0 < (losses[0] - losses[1]).abs().max() < 0.02 * losses[0].max()
     moved = [key for key in one if key not in frozen and one[key].any()]
@@ -73,7 +73,7 @@ def test_the_weights_are_eight_bits_and_the_factors_are_not(
 
 
 @pytest.mark.parametrize("method", ["nora", "mora", "mor"])
-def test_the_file_fits_the_true_base_and_the_run_resumes_bit_for_bit(
+def test_the_file_fits_the_original_base_and_the_run_resumes_bit_for_bit(
     method: str, configure: Configure, tmp_path: Path, seen: list[Stepper]
 ) -> None:
     none = {} if method == "nora" else {"inner_rank": None, "basis": None}
@@ -90,7 +90,7 @@ def test_the_file_fits_the_true_base_and_the_run_resumes_bit_for_bit(
         train(configure(**{**changes, "quantize_base": None}, resume_from_checkpoint="latest", max_train_steps=4))
 
 
-def test_several_subjects_share_it(
+def test_several_subjects_share_a_quantized_base(
     configure: Configure, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torchao")

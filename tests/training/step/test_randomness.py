@@ -1,4 +1,4 @@
-"""The global generators of a process that trains: put back, and those of other devices never touched."""
+"""Training restores the global generators and does not touch those of other devices."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nora_diffusion.training import train
 from nora_diffusion.training.step.randomness import forked
 
 
-def test_the_callers_generator_is_put_back_and_no_other_device_is_started(
+def test_the_global_generator_is_restored_and_no_other_device_is_initialized(
     configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
     original = torch.random.fork_rng
 
     def fork_rng(devices: Any = None, *rest: Any, **named: Any) -> Any:
-        asked.append(devices)  # None would be every device there is
+        asked.append(devices)  # None would be all devices
         return original(devices, *rest, **named)
 
     monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
