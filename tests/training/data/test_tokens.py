@@ -96,11 +96,11 @@ def test_every_family_trains_tokens(name: str, count: int, configure: Configure,
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "known": ({"instance_prompt": "a photo of sks dog"}, "'sks' is a word that the tokenizer has .* <sks>"),
+    "known": ({"instance_prompt": "a photo of sks dog"}, "'sks' is already a word of the tokenizer.* <sks>"),
     "no word": ({"instance_prompt": "a dog"}, "found no trigger to train"),
     "nowhere": ({"token_abstraction": ["<hat>"]}, "no caption contains the new token '<hat>'"),
     "inside": (
-        {"token_abstraction": ["<pet>", "<pet>x"], "instance_prompt": "<pet> and <pet>x"}, "one is part of the other"
+        {"token_abstraction": ["<pet>", "<pet>x"], "instance_prompt": "<pet> and <pet>x"}, "one contains the other"
     ),
     "alone": ({"train_text_encoder_ti": False}, "--token_lr needs --train_text_encoder_ti"),
     "fraction": ({"train_text_encoder_ti_frac": 1.5}, "is a fraction of the run"),
