@@ -166,7 +166,7 @@ def test_the_warnings_of_the_trainer_are_shown(engine: Engine, tmp_path: Path, m
 
     assert warnings() == ""
     assert "There is only 1 photo: with 3 to 10" in warnings(photos=photos[:1])
-    assert "'cat' is a word that the base knows" in warnings("cat")
+    assert "The base already knows the trigger 'cat'" in warnings("cat")
     assert "The validation prompt lacks the trigger 'zwxq'" in warnings(validation_prompt="a dog")
     assert "A learning_rate of 0.5 is outside the usual" in warnings(learning_rate=0.5)  # no dashes on a page
     assert "use max_train_steps 30 or more" in warnings(max_train_steps=3)

@@ -268,8 +268,8 @@ def test_a_trigger_that_is_known_is_not_advised(configure: Configure) -> None:
     from nora_diffusion.training import check
 
     texts = [finding.text for finding in check(configure(instance_prompt="a sks dog"))]
-    (text,) = [text for text in texts if "a word that the base knows" in text]
-    assert text.startswith("'sks' is") and text.endswith("such as 'ohwx'.")
+    (text,) = [text for text in texts if "The base already knows the trigger" in text]
+    assert "trigger 'sks'," in text and text.endswith("such as 'ohwx'.")
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
