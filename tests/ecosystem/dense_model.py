@@ -17,11 +17,11 @@ from nora_diffusion import delete_adapter, load_adapter, set_adapters
 from nora_diffusion.adapters import mor, nora
 from nora_diffusion.pipelines.components import canonical, projections
 
-PARTS = ("unet", "text_encoder")
+COMPONENTS = ("unet", "text_encoder")
 OURS = {
-    "nest": (nora(r=4, inner_r=2), PARTS),
+    "nest": (nora(r=4, inner_r=2), COMPONENTS),
     "wide": (nora(r=6, inner_r=3, alpha=9.0, basis="svd", target_modules=["attn", "ff"]), ("unet",)),
-    "mix": (mor(r=4, num_experts=3, alpha=2.0), PARTS),
+    "mix": (mor(r=4, num_experts=3, alpha=2.0), COMPONENTS),
 }
 FOREIGN = {
     "plain": (3, ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")),
@@ -63,28 +63,28 @@ class World:
     deltas: dict[str, dict[Key, Delta]] = field(default_factory=dict)
 
     def fresh(self, dtype: torch.dtype = torch.float32) -> Any:
-        parts = {name: copy.deepcopy(part) for name, part in self.base.components.items()}
-        return type(self.base)(**parts, requires_safety_checker=False).to(dtype=dtype)
+        components = {name: copy.deepcopy(component) for name, component in self.base.components.items()}
+        return type(self.base)(**components, requires_safety_checker=False).to(dtype=dtype)
 
 
 def random_lora(pipe: Any, r: int, suffixes: tuple[str, ...], seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for part in PARTS:
-        for path, layer in projections(getattr(pipe, part)).items():
+    for component in COMPONENTS:
+        for path, layer in projections(getattr(pipe, component)).items():
             if path.endswith(suffixes):
                 d_out, d_in = layer.weight.shape
-                tensors[f"{part}.{path}.lora_A.weight"] = 0.4 * torch.randn(r, d_in, generator=generator)
-                tensors[f"{part}.{path}.lora_B.weight"] = 0.4 * torch.randn(d_out, r, generator=generator)
+                tensors[f"{component}.{path}.lora_A.weight"] = 0.4 * torch.randn(r, d_in, generator=generator)
+                tensors[f"{component}.{path}.lora_B.weight"] = 0.4 * torch.randn(d_out, r, generator=generator)
     return tensors
 
 
 def formulas(tensors: dict[str, Tensor], scale: float) -> dict[Key, Delta]:
     grouped: dict[Key, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        part, rest = key.split(".", 1)
+        component, rest = key.split(".", 1)
         path, factor = rest.removesuffix(".weight").rsplit(".", 1)
-        grouped.setdefault((part, canonical(path)), {})[factor.removeprefix("nora_")] = value.double()
+        grouped.setdefault((component, canonical(path)), {})[factor.removeprefix("nora_")] = value.double()
     found = {}
     for key, factors in grouped.items():
         if "lora_A" in factors:
@@ -95,14 +95,14 @@ def formulas(tensors: dict[str, Tensor], scale: float) -> dict[Key, Delta]:
     return found
 
 
-def outputs(parts: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+def outputs(components: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
     """The outputs of one call of the UNet and one of the text encoder."""
     generator = torch.Generator().manual_seed(5)
     x, states = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator)
     with torch.no_grad():
         return {
-            "unet": parts["unet"](x.to(dtype), 3, states.to(dtype)).sample,
-            "text_encoder": parts["text_encoder"](torch.arange(12).view(2, 6)).last_hidden_state,
+            "unet": components["unet"](x.to(dtype), 3, states.to(dtype)).sample,
+            "text_encoder": components["text_encoder"](torch.arange(12).view(2, 6)).last_hidden_state,
         }
 
 
@@ -114,8 +114,8 @@ class Machine:
     ) -> None:
         self.world, self.random, self.dtype, self.names = world, random.Random(seed), dtype, names
         self.pipe = world.fresh(dtype)
-        self.original_weights = {part: self.weights_of(part) for part in PARTS}
-        self.original_outputs = outputs(self.parts, dtype)
+        self.original_weights = {component: self.weights_of(component) for component in COMPONENTS}
+        self.original_outputs = outputs(self.components, dtype)
         self.weight: dict[str, dict[Key, float]] = {}
         self.merged: dict[str, dict[Key, float]] = {}
         self.active: list[str] = []
@@ -124,11 +124,11 @@ class Machine:
         self.log: list[str] = []
 
     @property
-    def parts(self) -> dict[str, Any]:
-        return {part: getattr(self.pipe, part) for part in PARTS}
+    def components(self) -> dict[str, Any]:
+        return {component: getattr(self.pipe, component) for component in COMPONENTS}
 
-    def weights_of(self, part: str) -> dict[str, Tensor]:
-        found = getattr(self.pipe, part).state_dict().items()
+    def weights_of(self, component: str) -> dict[str, Tensor]:
+        found = getattr(self.pipe, component).state_dict().items()
         return {k.replace(".base_layer", ""): v.clone() for k, v in found if "lora_" not in k and "nora_" not in k}
 
     # Operations; each is applied to the pipeline and to the reference.
@@ -170,7 +170,7 @@ class Machine:
                 self.weight[name][key] = values[name][block] if block else 0.25
 
     def in_text(self, name: str) -> bool:
-        return any(part == "text_encoder" for part, _ in self.weight[name])
+        return any(component == "text_encoder" for component, _ in self.weight[name])
 
     def toggle(self) -> None:
         (self.pipe.enable_lora if self.disabled else self.pipe.disable_lora)()
@@ -236,9 +236,9 @@ class Machine:
     def dense(self) -> Iterator[dict[str, Any]]:
         """The fp64 components with hooks that add the formula of each adapter."""
         handles = []
-        for part, module in self.world.exact.items():
+        for component, module in self.world.exact.items():
             for path, layer in projections(module).items():
-                key = (part, canonical(path))
+                key = (component, canonical(path))
                 terms = [
                     (self.factor(name, key), deltas[key])
                     for name, deltas in self.world.deltas.items()
@@ -258,19 +258,21 @@ class Machine:
     def check(self) -> None:
         if self.disabled:
             self.merged.clear()  # a disabled layer unmerges itself when called
-        found = outputs(self.parts, self.dtype)
-        with self.dense() as parts:
-            wanted = outputs(parts, torch.float64)
-        for part in PARTS:
-            error = (found[part].double() - wanted[part]).norm() / wanted[part].norm()
-            assert error < 1e-5, f"{part} is off by {error:.2e} after {' > '.join(self.log)}"
+        found = outputs(self.components, self.dtype)
+        with self.dense() as components:
+            wanted = outputs(components, torch.float64)
+        for component in COMPONENTS:
+            error = (found[component].double() - wanted[component]).norm() / wanted[component].norm()
+            assert error < 1e-5, f"{component} is off by {error:.2e} after {' > '.join(self.log)}"
 
     def check_restored(self) -> None:
-        for part in PARTS:
-            for key, value in self.weights_of(part).items():
-                assert torch.equal(value, self.original_weights[part][key]), f"{key} after {' > '.join(self.log)}"
-        after = outputs(self.parts, self.dtype)
-        assert all(torch.equal(after[part], self.original_outputs[part]) for part in PARTS), self.log
+        for component in COMPONENTS:
+            for key, value in self.weights_of(component).items():
+                assert torch.equal(value, self.original_weights[component][key]), f"{key} after {' > '.join(self.log)}"
+        after = outputs(self.components, self.dtype)
+        assert all(torch.equal(after[component], self.original_outputs[component]) for component in COMPONENTS), (
+            self.log
+        )
 
     def step(self) -> None:
         operation = self.random.choice(self.choices())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ecosystem.dense_model import FOREIGN, OURS, PARTS, Machine, World, formulas, outputs, random_lora
+from ecosystem.dense_model import COMPONENTS, FOREIGN, OURS, Machine, World, formulas, outputs, random_lora
 from safetensors.torch import load_file
 
 from nora_diffusion import (
@@ -31,11 +31,11 @@ from nora_diffusion.loaders import active_adapters, trainable_parameters
 @pytest.fixture(scope="module")
 def world(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     pipe = open_pipeline(tiny_base)
-    world = World(pipe, {part: copy.deepcopy(getattr(pipe, part)).double() for part in PARTS})
-    for seed, (name, (config, parts)) in enumerate(OURS.items()):
+    world = World(pipe, {component: copy.deepcopy(getattr(pipe, component)).double() for component in COMPONENTS})
+    for seed, (name, (config, components)) in enumerate(OURS.items()):
         maker = world.fresh()
         torch.manual_seed(seed)
-        add_adapter(maker, config, name, parts)
+        add_adapter(maker, config, name, components)
         for parameter in trainable_parameters(maker, name).values():
             parameter.data.normal_(std=0.4)
         world.files[name] = save_adapter(maker, tmp_path_factory.mktemp(name), name).parent
@@ -86,7 +86,7 @@ def test_base_is_restored_bit_for_bit(world: World, dtype: torch.dtype, seed: in
         machine.load(name)
     for _ in range(10):
         machine.step()
-        outputs(machine.parts, dtype)
+        outputs(machine.components, dtype)
     remove_all(machine)
     machine.check_restored()
 
@@ -104,10 +104,10 @@ def test_fused_lora_leaves_only_its_own_rounding(world: World, dtype: torch.dtyp
         machine.pipe.unfuse_lora()
     delete_adapter(machine.pipe, "nest")
     machine.pipe.unload_lora_weights()
-    largest = max(float(w.abs().max()) for part in PARTS for w in machine.weights_of(part).values())
-    for part in PARTS:
-        for key, value in machine.weights_of(part).items():
-            drift = (value.float() - machine.original_weights[part][key].float()).abs().max()
+    largest = max(float(w.abs().max()) for component in COMPONENTS for w in machine.weights_of(component).values())
+    for component in COMPONENTS:
+        for key, value in machine.weights_of(component).items():
+            drift = (value.float() - machine.original_weights[component][key].float()).abs().max()
             assert drift <= 16 * torch.finfo(dtype).eps * max(largest, 4.0), key
 
 
@@ -115,11 +115,11 @@ def test_fusing_then_unloading_keeps_the_fused_weights(world: World) -> None:
     """As diffusers documents for LoRAs: a way to remove the overhead of the adapter."""
     pipe = world.fresh()
     load_adapter(pipe, world.files["nest"], "nest")
-    wanted = outputs({part: getattr(pipe, part) for part in PARTS}, torch.float32)
+    wanted = outputs({component: getattr(pipe, component) for component in COMPONENTS}, torch.float32)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
-    found = outputs({part: getattr(pipe, part) for part in PARTS}, torch.float32)
-    assert all(torch.allclose(found[part], wanted[part], atol=1e-5) for part in PARTS)
+    found = outputs({component: getattr(pipe, component) for component in COMPONENTS}, torch.float32)
+    assert all(torch.allclose(found[component], wanted[component], atol=1e-5) for component in COMPONENTS)
     assert not [name for name, _ in pipe.unet.named_modules() if "nora_" in name]
 
 
@@ -128,10 +128,10 @@ def test_loading_keeps_a_pipeline_disabled(world: World) -> None:
     load_adapter(machine.pipe, world.files["nest"], "nest")
     machine.pipe.disable_lora()
     load_adapter(machine.pipe, world.files["wide"], "wide")  # adapts projections that had no adapter before
-    after = outputs(machine.parts, torch.float32)
-    assert all(torch.equal(after[part], machine.original_outputs[part]) for part in PARTS)
+    after = outputs(machine.components, torch.float32)
+    assert all(torch.equal(after[component], machine.original_outputs[component]) for component in COMPONENTS)
     machine.pipe.enable_lora()
-    assert not torch.allclose(outputs(machine.parts, torch.float32)["unet"], machine.original_outputs["unet"])
+    assert not torch.allclose(outputs(machine.components, torch.float32)["unet"], machine.original_outputs["unet"])
 
 
 def test_deleting_the_active_adapter_activates_no_other(world: World) -> None:

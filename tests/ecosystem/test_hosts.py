@@ -25,7 +25,7 @@ from nora_diffusion.attention import set_adapter_processors
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.pipelines.components import nora_layers
 
-PARTS = ("unet", "text_encoder")
+COMPONENTS = ("unet", "text_encoder")
 KINDS: dict[str, Callable[[], AdapterConfig]] = {
     "nora": lambda: nora(r=4, inner_r=2, basis="svd"),
     "dora": lambda: dora(r=2),
@@ -42,7 +42,7 @@ def add(pipe: Any) -> Callable[[str], None]:
 
     def add_kind(kind: str) -> None:
         torch.manual_seed(0)
-        add_adapter(pipe, KINDS[kind](), "dog", PARTS)
+        add_adapter(pipe, KINDS[kind](), "dog", COMPONENTS)
         for parameter in trainable_parameters(pipe, "dog").values():
             parameter.data += 0.3 * torch.randn(parameter.shape)
 
@@ -73,19 +73,19 @@ def test_copies_compute_the_same_and_are_independent(
 ) -> None:
     add(kind)
     here = render(pipe)
-    originals = {part: getattr(pipe, part) for part in PARTS}
-    for part, module in originals.items():
-        setattr(pipe, part, copy_module(module))
+    originals = {component: getattr(pipe, component) for component in COMPONENTS}
+    for component, module in originals.items():
+        setattr(pipe, component, copy_module(module))
     assert_same(kind, render(pipe), here)
     set_adapters(pipe, "dog", 0.5)
     assert not torch.equal(render(pipe), here)
-    for part, module in originals.items():
-        setattr(pipe, part, module)
+    for component, module in originals.items():
+        setattr(pipe, component, module)
     assert torch.equal(render(pipe), here)
 
 
 def test_adapters_loaded_in_inference_mode_are_usable_outside(pipe: Any, render: Render, tmp_path: Path) -> None:
-    add_adapter(pipe, lora(r=2), "dog", PARTS)
+    add_adapter(pipe, lora(r=2), "dog", COMPONENTS)
     save_adapter(pipe, tmp_path, "dog")
     delete_adapter(pipe, "dog")
     with torch.inference_mode():
@@ -135,9 +135,13 @@ def offload_leaves(pipe: Any, folder: Path) -> None:
     from diffusers.hooks import apply_group_offloading
 
     here = torch.device("cpu")
-    for part in PARTS:
+    for component in COMPONENTS:
         apply_group_offloading(
-            getattr(pipe, part), here, here, offload_type="leaf_level", offload_to_disk_path=str(folder / part)
+            getattr(pipe, component),
+            here,
+            here,
+            offload_type="leaf_level",
+            offload_to_disk_path=str(folder / component),
         )
 
 
@@ -175,7 +179,7 @@ def test_group_offloading_includes_loaded_adapters(pipe: Any, render: Render, tm
 
 
 def test_offloaded_weights_are_not_read(pipe: Any, tmp_path: Path) -> None:
-    add_adapter(pipe, lora(r=2), "dog", PARTS)
+    add_adapter(pipe, lora(r=2), "dog", COMPONENTS)
     save_adapter(pipe, tmp_path, "dog")
     offload_sequentially(pipe, tmp_path)
     calls = (lambda: load_adapter(pipe, tmp_path, "cat"), lambda: add_adapter(pipe, nora(r=2, inner_r=1), "cat"),

@@ -52,8 +52,8 @@ def softmax(logits: Tensor) -> Tensor:
 
 def record_inputs(pipe: Any, key: str) -> tuple[Any, list[Tensor], list[Tensor]]:
     """A layer, the inputs of its base layer and its router's inputs, recorded over a calibration run."""
-    part, path = key.split(".", 1)
-    layer = nora_layers(getattr(pipe, part), "one")[path]
+    component, path = key.split(".", 1)
+    layer = nora_layers(getattr(pipe, component), "one")[path]
     delta, inputs, router_inputs = layer.delta("one"), [], []
 
     def hook(_: Any, args: tuple[Tensor, ...]) -> None:
@@ -171,10 +171,10 @@ def test_exported_mean_gate_in_diffusers(mixture: Any, tmp_path: Path) -> None:
     assert report.gates is not None and report.gates.prompts == 2
     assert 0 < max(report.gates.output_error.values()) < max(report.gates.change_error.values())
     assert "2 prompts" in report.note
-    for part in ("unet", "text_encoder"):
-        for path, layer in nora_layers(getattr(fixed_pipe, part), "one").items():
+    for component in ("unet", "text_encoder"):
+        for path, layer in nora_layers(getattr(fixed_pipe, component), "one").items():
             delta = layer.delta("one")
-            down, up = delta.pair(report.gates.gates[f"{part}.{path}"])
+            down, up = delta.pair(report.gates.gates[f"{component}.{path}"])
             dense = layer.states["one"].native_scale * (up @ down)
             layer.base_layer.weight.data += dense.detach().view_as(layer.base_layer.weight)
     set_adapters(fixed_pipe, [])

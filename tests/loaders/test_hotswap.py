@@ -13,13 +13,13 @@ from nora_diffusion import UserError, add_adapter, delete_adapter, export_lora, 
 from nora_diffusion.adapters import AdapterConfig, dylora, mor, nora
 from nora_diffusion.loaders import trainable_parameters
 
-PARTS = ("unet", "text_encoder")
+COMPONENTS = ("unet", "text_encoder")
 
 
-def make(pipe: Any, folder: Path, config: AdapterConfig, seed: int, parts: Any = PARTS, **save: Any) -> Path:
+def make(pipe: Any, folder: Path, config: AdapterConfig, seed: int, components: Any = COMPONENTS, **save: Any) -> Path:
     """Save an adapter with random weights, and delete it from the pipeline."""
     torch.manual_seed(seed)
-    add_adapter(pipe, config, folder.name, parts)
+    add_adapter(pipe, config, folder.name, components)
     for parameter in trainable_parameters(pipe, folder.name).values():
         parameter.data.normal_(std=0.3)
     save_adapter(pipe, folder, folder.name, **save)
@@ -35,11 +35,17 @@ def outputs(pipe: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def modules(pipe: Any) -> dict[str, int]:
-    return {f"{part}.{name}": id(m) for part in PARTS for name, m in getattr(pipe, part).named_modules()}
+    return {
+        f"{component}.{name}": id(m) for component in COMPONENTS for name, m in getattr(pipe, component).named_modules()
+    }
 
 
 def tensors(pipe: Any) -> dict[str, torch.Tensor]:
-    return {f"{part}.{k}": v.clone() for part in PARTS for k, v in getattr(pipe, part).state_dict().items()}
+    return {
+        f"{component}.{k}": v.clone()
+        for component in COMPONENTS
+        for k, v in getattr(pipe, component).state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("kind", [nora(r=4, inner_r=2, basis="svd"), mor(r=4, num_experts=3)], ids=["nora", "mor"])
@@ -61,19 +67,23 @@ def test_hotswap_equals_loading(pipe: Any, tmp_path: Path, kind: AdapterConfig) 
 
 
 REFUSED: dict[str, tuple[str, AdapterConfig, tuple[str, ...]]] = {
-    "shape": ("the loaded one", nora(r=4, inner_r=3, basis="svd"), PARTS),
-    "structure": ("trained|core", mor(r=4, num_experts=3), PARTS),
-    "targets": ("different projections", nora(r=4, inner_r=2, basis="svd", target_modules=["to_q", "q_proj"]), PARTS),
+    "shape": ("the loaded one", nora(r=4, inner_r=3, basis="svd"), COMPONENTS),
+    "structure": ("trained|core", mor(r=4, num_experts=3), COMPONENTS),
+    "targets": (
+        "different projections",
+        nora(r=4, inner_r=2, basis="svd", target_modules=["to_q", "q_proj"]),
+        COMPONENTS,
+    ),
     "components": ("text_encoder", nora(r=4, inner_r=2, basis="svd"), ("unet",)),
-    "basis": ("shares the basis", nora(r=4, inner_r=2, basis="orthogonal"), PARTS),
+    "basis": ("shares the basis", nora(r=4, inner_r=2, basis="orthogonal"), COMPONENTS),
 }
 
 
 @pytest.mark.parametrize("fault", REFUSED)
 def test_mismatches_are_refused_without_changes(pipe: Any, tmp_path: Path, fault: str) -> None:
-    words, config, parts = REFUSED[fault]
+    words, config, components = REFUSED[fault]
     dog = make(pipe, tmp_path / "dog", nora(r=4, inner_r=2, basis="svd"), 1)
-    other = make(pipe, tmp_path / "other", config, 2, parts)
+    other = make(pipe, tmp_path / "other", config, 2, components)
     load_adapter(pipe, dog, "dog")
     load_adapter(pipe, dog, "twin")  # shares the basis
     before = tensors(pipe)
@@ -94,7 +104,7 @@ def test_shared_basis_is_in_memory_once(pipe: Any, tmp_path: Path) -> None:
     files = [make(pipe, tmp_path / name, config, i, basis="shared") for i, name in enumerate(names)]
 
     def frozen() -> tuple[int, int]:
-        named = [n for part in PARTS for n in getattr(pipe, part).named_buffers(remove_duplicate=False)]
+        named = [n for component in COMPONENTS for n in getattr(pipe, component).named_buffers(remove_duplicate=False)]
         found = [buffer for name, buffer in named if "nora_" in name]
         return len(found), len({b.data_ptr() for b in found})
 
@@ -129,7 +139,7 @@ def test_nothing_is_recompiled(pipe: Any, tmp_path: Path) -> None:
     load_adapter(pipe, dog, "pet", weight=0.7)
     torch._dynamo.reset()
     eager = pipe.unet, pipe.text_encoder
-    compiled = [torch.compile(part, backend=backend) for part in eager]
+    compiled = [torch.compile(component, backend=backend) for component in eager]
 
     def run(compile_them: bool) -> tuple[torch.Tensor, ...]:
         pipe.unet, pipe.text_encoder = compiled if compile_them else eager
@@ -183,6 +193,8 @@ def test_loading_keeps_requires_grad_of_an_adapter_in_training(pipe: Any, tmp_pa
     load_adapter(pipe, tmp_path / "plain.safetensors", "plain")
     set_adapters(pipe, ["mine", "dog"])
     delete_adapter(pipe, "dog")
-    requiring_grad = {id(p) for part in PARTS for p in getattr(pipe, part).parameters() if p.requires_grad}
+    requiring_grad = {
+        id(p) for component in COMPONENTS for p in getattr(pipe, component).parameters() if p.requires_grad
+    }
     assert requiring_grad & mine == mine
     assert not any(p.requires_grad for k, p in pipe.unet.named_parameters() if "lora_" in k or ".dog." in k)

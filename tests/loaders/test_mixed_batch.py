@@ -20,14 +20,14 @@ from nora_diffusion.adapters.presets import moe_lora
 from nora_diffusion.attention import NoRAAttnProcessor
 from nora_diffusion.loaders import trainable_parameters
 
-PARTS = ("unet", "text_encoder")
+COMPONENTS = ("unet", "text_encoder")
 ALL_TARGETS = ["attn", "ff", "proj", "conv"]
 Spec = dict[str, float]
 
 
-def fill(pipe: Any, configs: dict[str, AdapterConfig], parts: Sequence[str] = PARTS) -> Any:
+def fill(pipe: Any, configs: dict[str, AdapterConfig], components: Sequence[str] = COMPONENTS) -> Any:
     for seed, (name, config) in enumerate(configs.items()):
-        add_adapter(pipe, config, name, parts)
+        add_adapter(pipe, config, name, components)
         randomize(pipe, name, seed)
     return pipe
 
@@ -247,10 +247,10 @@ def with_loras(pipe: Any) -> Any:
 
 
 def add_lora(pipe: Any, name: str) -> Any:
-    for part in PARTS:
-        targets = ["to_q", "to_v", "conv1"] if part == "unet" else ["q_proj", "v_proj"]
+    for component in COMPONENTS:
+        targets = ["to_q", "to_v", "conv1"] if component == "unet" else ["q_proj", "v_proj"]
         config = LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False)
-        getattr(pipe, part).add_adapter(config, name)
+        getattr(pipe, component).add_adapter(config, name)
     return pipe
 
 
@@ -411,9 +411,9 @@ def test_adapter_names_of_peft() -> None:
 def state(pipe: Any) -> dict[str, Any]:
     """All state that a mixed batch changes temporarily."""
     found: dict[str, Any] = {"pipe": sorted(vars(pipe))}
-    for part in PARTS:
-        for path, module in getattr(pipe, part).named_modules():
-            found[f"{part}.{path}"] = (
+    for component in COMPONENTS:
+        for path, module in getattr(pipe, component).named_modules():
+            found[f"{component}.{path}"] = (
                 len(module._forward_pre_hooks), len(module._forward_hooks), getattr(module, "rows", None),
                 list(getattr(module, "_active_adapter", [])), dict(getattr(module, "scaling", {})),
                 {name: p.requires_grad for name, p in module.named_parameters(recurse=False)},

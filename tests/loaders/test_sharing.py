@@ -25,7 +25,7 @@ from nora_diffusion.adapters.deltas import bases as bases_module
 from nora_diffusion.loaders import list_adapters, trainable_parameters
 from nora_diffusion.pipelines.components import nora_layers
 
-PARTS = ["unet", "text_encoder"]
+COMPONENTS = ["unet", "text_encoder"]
 METHODS = {
     "nora": lambda: nora(r=4, inner_r=2, basis="svd", target_modules=["attn", "conv"]),
     "awsvd": lambda: nora(r=4, inner_r=2),
@@ -34,8 +34,8 @@ METHODS = {
 }
 
 
-def save_one(pipe: Any, config: AdapterConfig, folder: Path, name: str = "one", parts: Any = PARTS) -> Path:
-    add_adapter(pipe, config, name, parts)
+def save_one(pipe: Any, config: AdapterConfig, folder: Path, name: str = "one", components: Any = COMPONENTS) -> Path:
+    add_adapter(pipe, config, name, components)
     file = save_adapter(pipe, folder / name, name)
     delete_adapter(pipe, name)
     return file
@@ -54,7 +54,7 @@ def test_copied_basis_is_equal_bit_for_bit(
     for kind in bases_module.BASES:
         monkeypatch.setitem(bases_module.BASES, kind, computed)
     monkeypatch.setattr("nora_diffusion.loaders.add.activation_strengths", computed)
-    add_adapter(pipe, METHODS[method](), "two", PARTS, basis_from=first.parent)
+    add_adapter(pipe, METHODS[method](), "two", COMPONENTS, basis_from=first.parent)
     assert all(p.requires_grad for p in trainable_parameters(pipe, "two").values())
     second = save_adapter(pipe, tmp_path / "two", "two")
     digest = inspect_adapter(first).basis_sha256
@@ -73,21 +73,21 @@ def test_basis_computed_in_another_precision_differs(pipe: Any, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("config", "parts", "words"),
+    ("config", "components", "words"),
     [
-        (nora(r=2, inner_r=2, basis="svd"), PARTS, "r = 4, but this adapter would have r = 2"),
-        (nora(r=4, inner_r=2, basis="awsvd"), PARTS, "basis = svd, but this adapter would have basis = awsvd"),
+        (nora(r=2, inner_r=2, basis="svd"), COMPONENTS, "r = 4, but this adapter would have r = 2"),
+        (nora(r=4, inner_r=2, basis="awsvd"), COMPONENTS, "basis = svd, but this adapter would have basis = awsvd"),
         (nora(r=4, inner_r=2, basis="svd"), ["unet"], "only .* adapts text_encoder"),
-        (nora(r=4, inner_r=2, basis="svd", target_modules=["attn", "ff"]), PARTS, "only the new adapter adapts"),
-        (lora(r=4), PARTS, "'lora' has no frozen basis"),
+        (nora(r=4, inner_r=2, basis="svd", target_modules=["attn", "ff"]), COMPONENTS, "only the new adapter adapts"),
+        (lora(r=4), COMPONENTS, "'lora' has no frozen basis"),
     ],
 )
 def test_mismatched_basis_is_refused(
-    config: AdapterConfig, parts: list[str], words: str, pipe: Any, tmp_path: Path
+    config: AdapterConfig, components: list[str], words: str, pipe: Any, tmp_path: Path
 ) -> None:
     first = save_one(pipe, nora(r=4, inner_r=2, basis="svd"), tmp_path)
     with pytest.raises(UserError, match=words):
-        add_adapter(pipe, config, "two", parts, basis_from=first)
+        add_adapter(pipe, config, "two", components, basis_from=first)
     assert not list_adapters(pipe) and not nora_layers(pipe.unet, "two")
 
 
@@ -96,9 +96,9 @@ def test_other_bases_and_adapters_without_a_basis_are_refused(pipe: Any, tmp_pat
     plain = save_one(pipe, lora(r=4), tmp_path, "plain")
     other = open_pipeline(tiny_random_pipeline(tmp_path / "other", seed=7))
     with pytest.raises(UserError, match="was made for"):
-        add_adapter(other, nora(r=4, inner_r=2, basis="svd"), "two", PARTS, basis_from=first)
+        add_adapter(other, nora(r=4, inner_r=2, basis="svd"), "two", COMPONENTS, basis_from=first)
     with pytest.raises(UserError, match="has no frozen basis"):
-        add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "two", PARTS, basis_from=plain)
+        add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "two", COMPONENTS, basis_from=plain)
     assert not list_adapters(pipe)
 
 

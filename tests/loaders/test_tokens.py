@@ -37,8 +37,12 @@ WIDTH = 16
 def random_tokens(pipe: Any, tokens: dict[str, int], seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
     """``{token: {encoder: vectors}}`` with ``tokens[token]`` random vectors for each CLIP encoder."""
     source = torch.Generator().manual_seed(seed)
-    parts = [part for part in ("text_encoder", "text_encoder_2") if getattr(pipe, part, None) is not None]
-    return {w: {part: torch.randn(n, WIDTH, generator=source) for part in parts} for w, n in tokens.items()}
+    components = [
+        component for component in ("text_encoder", "text_encoder_2") if getattr(pipe, component, None) is not None
+    ]
+    return {
+        w: {component: torch.randn(n, WIDTH, generator=source) for component in components} for w, n in tokens.items()
+    }
 
 
 def put(pipe: Any, name: str, tokens: dict[str, int], seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
@@ -84,10 +88,12 @@ def test_prompts_equal_textual_inversion(pipe: Any, tiny_base: Path) -> None:
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_deleting_restores_the_encoders_and_tokenizers(name: str, tmp_path: Path) -> None:
     pipe = tiny_pipeline(name, tmp_path)
-    parts = [part for part in ("text_encoder", "text_encoder_2") if getattr(pipe, part, None) is not None]
-    state = {part: dict(getattr(pipe, part).state_dict()) for part in parts}
-    tokenizers = [getattr(pipe, part.replace("text_encoder", "tokenizer")) for part in parts]
-    tables = [getattr(pipe, part).get_input_embeddings() for part in parts]
+    components = [
+        component for component in ("text_encoder", "text_encoder_2") if getattr(pipe, component, None) is not None
+    ]
+    state = {component: dict(getattr(pipe, component).state_dict()) for component in components}
+    tokenizers = [getattr(pipe, component.replace("text_encoder", "tokenizer")) for component in components]
+    tables = [getattr(pipe, component).get_input_embeddings() for component in components]
     prompts = ["a <pet> dog", "<toy>"]
     before = [embeddings_of(pipe, prompt) for prompt in prompts]
     put(pipe, "dog", {"<pet>": 2}), put(pipe, "cat", {"<cat>": 1, "<toy>": 2}, 1), put(pipe, "hat", {"<hat>": 1}, 2)
@@ -99,12 +105,14 @@ def test_deleting_restores_the_encoders_and_tokenizers(name: str, tmp_path: Path
     pipe.delete_adapters("cat")  # diffusers' function, which does not remove tokens
     put(pipe, "cat", {"<toy>": 1})
     delete_adapter(pipe, "cat"), delete_adapter(pipe, "hat")
-    assert [getattr(pipe, part.replace("text_encoder", "tokenizer")) for part in parts] == tokenizers
-    assert all(t is getattr(pipe, part).get_input_embeddings() for t, part in zip(tables, parts, strict=True))
-    for part in parts:
-        after = getattr(pipe, part).state_dict()
-        assert after.keys() == state[part].keys()
-        assert all(torch.equal(value, state[part][key]) for key, value in after.items())
+    assert [getattr(pipe, component.replace("text_encoder", "tokenizer")) for component in components] == tokenizers
+    assert all(
+        t is getattr(pipe, component).get_input_embeddings() for t, component in zip(tables, components, strict=True)
+    )
+    for component in components:
+        after = getattr(pipe, component).state_dict()
+        assert after.keys() == state[component].keys()
+        assert all(torch.equal(value, state[component][key]) for key, value in after.items())
     assert all(same(embeddings_of(pipe, prompt), values) for prompt, values in zip(prompts, before, strict=True))
 
 
@@ -121,8 +129,8 @@ def test_end_of_prompt_with_legacy_configs(tmp_path: Path) -> None:
     before = embeddings_of(pipe, "a <pet> on the beach")[-1]
     delete_adapter(pipe, "dog")
     assert {module.eos_token_id for module in pooled} == {2}
-    for part in ("text_encoder", "text_encoder_2"):  # put the vector on an existing token instead
-        getattr(pipe, part).get_input_embeddings().weight.data[word] = vectors["<pet>"][part][0]
+    for component in ("text_encoder", "text_encoder_2"):  # put the vector on an existing token instead
+        getattr(pipe, component).get_input_embeddings().weight.data[word] = vectors["<pet>"][component][0]
     assert table.data_ptr() == pipe.text_encoder_2.get_input_embeddings().weight.data_ptr()
     assert torch.allclose(embeddings_of(pipe, "a cat on the beach")[-1], before, atol=1e-6)
 

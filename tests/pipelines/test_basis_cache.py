@@ -25,7 +25,7 @@ from nora_diffusion.pipelines.basis_cache import entry_key, outer_pairs
 from nora_diffusion.pipelines.calibration import Calibration, activation_strengths
 from nora_diffusion.pipelines.components import components, nora_layers
 
-PARTS = ("unet", "text_encoder")
+COMPONENTS = ("unet", "text_encoder")
 
 
 @pytest.fixture
@@ -85,11 +85,11 @@ def test_cached_and_computed_adapters_are_equal(cache: Path, pipe: Any, monkeypa
     def factors(setting: str) -> dict[str, Tensor]:
         monkeypatch.setenv("NORA_CACHE", setting)
         torch.manual_seed(5)
-        add_adapter(pipe, nora(r=4, inner_r=2, target_modules=["attn", "ff", "proj", "conv"]), "one", PARTS)
+        add_adapter(pipe, nora(r=4, inner_r=2, target_modules=["attn", "ff", "proj", "conv"]), "one", COMPONENTS)
         found = {
-            f"{part}.{path}.{name}": value.clone()
-            for part in PARTS
-            for path, layer in nora_layers(getattr(pipe, part), "one").items()
+            f"{component}.{path}.{name}": value.clone()
+            for component in COMPONENTS
+            for path, layer in nora_layers(getattr(pipe, component), "one").items()
             for name, value in layer.delta("one").state_dict().items()
         }
         delete_adapter(pipe, "one")
@@ -302,7 +302,7 @@ def test_calibration_measures_mean_inputs(cache: Path, pipe: Any) -> None:
     handle.remove()
     expected = torch.cat([x.flatten(0, -2) for x in seen]).abs().mean(0)
     torch.testing.assert_close(strengths["unet"][path], expected)
-    assert set(strengths) == set(PARTS)
+    assert set(strengths) == set(COMPONENTS)
 
 
 def test_second_calibration_reads_the_cache(cache: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +310,9 @@ def test_second_calibration_reads_the_cache(cache: Path, pipe: Any, monkeypatch:
     sample = calibration.short_run
     monkeypatch.setattr(calibration, "short_run", lambda *_: pytest.fail("measured again"))
     again = activation_strengths(pipe)
-    assert all(torch.equal(again[part][path], value) for part in first for path, value in first[part].items())
+    assert all(
+        torch.equal(again[component][path], value) for component in first for path, value in first[component].items()
+    )
     # The key depends on all weights, adapted or not, and on the prompts.
     monkeypatch.setattr(calibration, "short_run", sample)
     files = len(list(cache.iterdir()))
@@ -333,7 +335,7 @@ def test_calibration_does_not_depend_on_the_batch(cache: Path, pipe: Any, monkey
 def test_calibration_ignores_adapters(cache: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NORA_CACHE", "off")
     clean = activation_strengths(pipe)
-    add_adapter(pipe, lora(r=2, target_modules=["attn", "conv"]), "one", PARTS)
+    add_adapter(pipe, lora(r=2, target_modules=["attn", "conv"]), "one", COMPONENTS)
     for parameter in trainable_parameters(pipe, "one").values():
         parameter.data.normal_()
     key = calibration._entry_key(pipe, components(pipe), Calibration())

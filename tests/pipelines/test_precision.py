@@ -206,8 +206,8 @@ def _sdxl_in_fp16(folder: Path) -> Any:
         up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
     assert pipe.vae.config.force_upcast
-    for part in (pipe.vae, pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
-        torch.nn.Module.to(part, torch.float16)
+    for component in (pipe.vae, pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
+        torch.nn.Module.to(component, torch.float16)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
