@@ -165,7 +165,7 @@ def test_the_warnings_of_the_trainer_are_shown(engine: Engine, tmp_path: Path, m
         return " ".join(preflight(engine, settings, photos, tmp_path))
 
     assert warnings() == ""
-    assert "There is only 1 photo: with 3 to 10" in warnings(photos=photos[:1])
+    assert "There is only 1 photo: use 3 to 10" in warnings(photos=photos[:1])
     assert "The base already knows the trigger 'cat'" in warnings("cat")
     assert "The validation prompt lacks the trigger 'zwxq'" in warnings(validation_prompt="a dog")
     assert "A learning_rate of 0.5 is outside the usual" in warnings(learning_rate=0.5)  # no dashes on a page
