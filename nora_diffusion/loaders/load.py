@@ -40,7 +40,7 @@ from .hotswap import swap
 from .inject import all_or_nothing, check_new_name, derived_name, inject, set_origin, tie
 from .locking import one_at_a_time
 from .rank import cut_rank
-from .tokens import add_new_tokens, check_new_tokens, shapes_of
+from .tokens import add_tokens, check_tokens, shapes_of
 
 
 @dataclass
@@ -115,7 +115,7 @@ def load_adapter(
     if hotswap:
         swap(modules, name, info, tensors, activate, weight)
     else:
-        check_new_tokens(pipe, modules, shapes_of(token_vectors(info.tokens, tensors)))
+        check_tokens(pipe, modules, shapes_of(token_vectors(info.tokens, tensors)))
         insert(pipe, modules, name, info, tensors, activate, weight)
     if rank is not None or (hotswap and all(config.rank_mask for config in configs.values())):
         cut_rank(modules, name, rank)  # the rank of the replaced adapter does not apply to the new one
@@ -145,7 +145,7 @@ def insert(
             set_active(module, [*before, name] if activate else before)
             for layer in nora_layers(module, name).values():
                 layer.set_scale(name, weight)
-        add_new_tokens(pipe, modules, name, token_vectors(info.tokens, tensors))
+        add_tokens(pipe, modules, name, token_vectors(info.tokens, tensors))
 
 
 def locate(path_or_id: str | Path) -> Path:

@@ -17,7 +17,7 @@ from ..adapters.deltas.tokens import LearnedEmbedding
 from ..errors import UserError
 from ..formats.adapter_info import WORD
 from ..formats.keys import token_key
-from ..pipelines.components import DENOISERS, Modules, adapter_configs, component, components, tokenizer_name
+from ..pipelines.components import DENOISERS, Modules, adapter_configs, tokenizer_name
 
 MAX_VECTORS = 64
 LEGACY_END = 2
@@ -56,13 +56,8 @@ def shapes_of(tokens: NewTokens) -> Shapes:
     }
 
 
-def check_words(pipe: Any, shapes: Shapes) -> None:
+def check_tokens(pipe: Any, modules: Modules, shapes: Shapes) -> None:
     """Raise :class:`UserError` for new tokens that this pipeline cannot have, by the shapes of their vectors."""
-    check_new_tokens(pipe, components(pipe), shapes)
-
-
-def check_new_tokens(pipe: Any, modules: Modules, shapes: Shapes) -> None:
-    """:func:`check_words` for a pipeline whose components are resolved."""
     for token, by_encoder in shapes.items():
         counts = {shape[0] for shape in by_encoder.values()}
         if not WORD.fullmatch(token):
@@ -97,14 +92,9 @@ def _check_new_token(pipe: Any, modules: Modules, encoder: str, token: str, new:
         )
 
 
-def add_tokens(pipe: Any, adapter: str, tokens: NewTokens) -> None:
-    """Add new tokens to the text encoders, as part of a loaded adapter. Raises as :func:`check_words`."""
-    add_new_tokens(pipe, components(pipe), adapter, tokens)
-
-
-def add_new_tokens(pipe: Any, modules: Modules, adapter: str, tokens: NewTokens) -> None:
-    """:func:`add_tokens` for a pipeline whose components are resolved."""
-    check_new_tokens(pipe, modules, shapes_of(tokens))
+def add_tokens(pipe: Any, modules: Modules, adapter: str, tokens: NewTokens) -> None:
+    """Add new tokens to the text encoders, as part of a loaded adapter. Raises as :func:`check_tokens`."""
+    check_tokens(pipe, modules, shapes_of(tokens))
     for encoder in dict.fromkeys(encoder for by_encoder in tokens.values() for encoder in by_encoder):
         module: Any = modules[encoder]
         table = _table(module) or _new_table(pipe, encoder, module)
@@ -194,17 +184,15 @@ def expanded(pipe: Any, prompts: Sequence[str], tokenizer: Any) -> list[str]:
     return list(prompts) if convert is None else list(convert(list(prompts), tokenizer))
 
 
-def start_vectors(pipe: Any, encoder: str, count: int, concept: str | None, noise: Tensor) -> Tensor:
+def start_vectors(encoder: Any, tokenizer: Any, count: int, concept: str | None, noise: Tensor) -> Tensor:
     """Initial vectors ``[count, width]`` of a new token: the embeddings of the words in ``concept``, or scaled noise.
 
     If ``concept`` has fewer tokens than ``count``, they repeat in order; if more, consecutive ones are averaged.
     ``noise [count, width]`` is standard normal; it is scaled to the standard deviation of the embedding table.
     """
-    module: Any = component(pipe, encoder)
-    weight = module.get_input_embeddings().weight.detach().float().cpu()
+    weight = encoder.get_input_embeddings().weight.detach().float().cpu()
     if not concept:
         return noise * weight.std()
-    tokenizer = getattr(pipe, tokenizer_name(encoder))
     pieces = weight[tokenizer(concept, add_special_tokens=False).input_ids]
     if len(pieces) > count:
         return torch.stack([group.mean(0) for group in pieces.tensor_split(count)])

@@ -16,7 +16,7 @@ from ..adapters.tuner.merging import bit_sum
 from ..errors import UserError
 from ..io import tensor_cache
 from ..io.tensor_file import tensor_hash
-from .components import Modules, adapters_off, canonical, components, projections, tokenizers
+from .components import Modules, canonical, components, projections, tokenizers, without_adapters
 
 GENERIC_PROMPTS = (
     "a dog in the grass",
@@ -107,7 +107,7 @@ def _measure(pipe: Any, modules: Modules, calibration: Calibration) -> Strengths
             for path, layer in projections(module).items():
                 meter = meters[component][path] = _MeanAbs()
                 stack.callback(layer.register_forward_pre_hook(meter).remove)
-        stack.enter_context(adapters_off(modules))
+        stack.enter_context(without_adapters(modules))
         short_run(pipe, calibration)
     return {
         component: {path: meter.mean() for path, meter in group.items() if meter.count}

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -60,16 +60,6 @@ def denoiser(pipe: Any) -> Any:
     """The UNet or the transformer, without the wrapper of ``torch.compile``. Raises as :func:`denoiser_name`."""
     module = getattr(pipe, denoiser_name(pipe))
     return getattr(module, "_orig_mod", module)
-
-
-def component(pipe: Any, name: str) -> nn.Module:
-    """One component of a pipeline; use :func:`components` where several are needed."""
-    return pick(components(pipe), [name])[name]
-
-
-def present(pipe: Any) -> list[str]:
-    """Names of the components that a pipeline has; use :func:`components` where the modules are needed too."""
-    return list(components(pipe))
 
 
 def devices(pipe: Any) -> set[torch.device]:
@@ -147,11 +137,6 @@ def targets_by_component(modules: Modules, config: AdapterConfig) -> dict[str, d
     return selected
 
 
-def all_targets(pipe: Any, names: Iterable[str], config: AdapterConfig) -> dict[str, dict[str, nn.Module]]:
-    """:func:`targets_by_component` for the components of a pipeline with these names."""
-    return targets_by_component(pick(components(pipe), names), config)
-
-
 def _target_names(config: AdapterConfig) -> list[str]:
     names = config.target_modules or []
     return re.findall(r"[A-Za-z]\w+", names) if isinstance(names, str) else list(names)
@@ -180,7 +165,7 @@ def tuner_layers(module: nn.Module) -> Iterator[BaseTunerLayer]:
 
 
 @contextmanager
-def adapters_off(modules: Modules) -> Iterator[None]:
+def without_adapters(modules: Modules) -> Iterator[None]:
     """Run without adapters; afterwards each layer is enabled or disabled as before. ``requires_grad`` is untouched."""
     layers = [layer for module in modules.values() for layer in tuner_layers(module)]
     before = [layer.disable_adapters for layer in layers]
@@ -191,11 +176,6 @@ def adapters_off(modules: Modules) -> Iterator[None]:
     finally:
         for layer, disabled in zip(layers, before, strict=True):
             layer._disable_adapters = disabled
-
-
-def without_adapters(pipe: Any) -> AbstractContextManager[None]:
-    """:func:`adapters_off` for all components of a pipeline."""
-    return adapters_off(components(pipe))
 
 
 def nora_layers(module: nn.Module, adapter_name: str) -> dict[str, NoraLayer]:

@@ -28,9 +28,9 @@ from nora_diffusion.adapters import TARGET_GROUPS, in_blocks
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.pipelines.components import (
     canonical,
+    components,
     denoiser_name,
     nora_layers,
-    present,
     projections,
     text_encoders,
     tokenizers,
@@ -65,7 +65,7 @@ class RecordedPipeline:
         self.calls: dict[str, Call] = {}
         hooks = [
             getattr(self.pipe, component).register_forward_pre_hook(self._record(component), with_kwargs=True)
-            for component in present(self.pipe)
+            for component in components(self.pipe)
         ]
         self.pipe("a dog", num_inference_steps=1, output_type="latent", generator=torch.Generator().manual_seed(0))
         for hook in hooks:
@@ -143,7 +143,7 @@ def rest(module: nn.Module) -> list[Tensor]:
 def dense_weights(pipe: Any, config: AdapterConfig) -> dict[str, dict[str, Tensor]]:
     """``W + (alpha / r) B_out B_in A_in A_out`` of every adapted layer, by component and parameter name."""
     found: dict[str, dict[str, Tensor]] = {}
-    for component in present(pipe):
+    for component in components(pipe):
         module = getattr(pipe, component)
         names = {canonical(path): path for path, _ in module.named_modules()}
         found[component] = {}
@@ -160,7 +160,9 @@ def dense_weights(pipe: Any, config: AdapterConfig) -> dict[str, dict[str, Tenso
 
 def fusers(pipe: Any) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
     """Pairs ``(merge, unmerge)`` for all adapters: by the layers, and by the pipeline if it can."""
-    layers = [layer for component in present(pipe) for layer in nora_layers(getattr(pipe, component), "one").values()]
+    layers = [
+        layer for component in components(pipe) for layer in nora_layers(getattr(pipe, component), "one").values()
+    ]
     yield lambda: [layer.merge() for layer in layers] and None, lambda: [layer.unmerge() for layer in layers] and None
     if hasattr(pipe, "fuse_lora"):  # PixArt pipelines have no LoRA loader
         yield pipe.fuse_lora, pipe.unfuse_lora
@@ -203,13 +205,13 @@ def inject_plain(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 )
 def test_life_cycle_of_an_adapter(restored: RecordedPipeline, config: AdapterConfig, tmp_path: Path) -> None:
     recorded, pipe = restored, restored.pipe
-    components = present(pipe)
+    names = list(components(pipe))
     clean = recorded.outputs()
     weights = {
-        component: {k: v.clone() for k, v in getattr(pipe, component).state_dict().items()} for component in components
+        component: {k: v.clone() for k, v in getattr(pipe, component).state_dict().items()} for component in names
     }
-    add_adapter(pipe, config, "one", components)
-    assert all(nora_layers(getattr(pipe, component), "one") for component in components)
+    add_adapter(pipe, config, "one", names)
+    assert all(nora_layers(getattr(pipe, component), "one") for component in names)
     assert equal(recorded.outputs(), clean)
     train_one_step(recorded)
     with torch.no_grad():
@@ -224,7 +226,7 @@ def test_life_cycle_of_an_adapter(restored: RecordedPipeline, config: AdapterCon
         save_adapter(pipe, tmp_path / "one", "one")
         delete_adapter(pipe, "one")
         assert equal(recorded.outputs(), clean)
-        for component in components:
+        for component in names:
             after = getattr(pipe, component).state_dict()
             assert after.keys() == weights[component].keys()
             assert all(torch.equal(after[key], value) for key, value in weights[component].items())
@@ -248,11 +250,11 @@ def with_clean_names(weights: dict[str, dict[str, Tensor]]) -> dict[str, dict[st
 
 def test_the_adapted_modules_are_the_targeted_ones(restored: RecordedPipeline) -> None:
     """Attention has four projections, with other names in each kind of text encoder."""
-    add_adapter(restored.pipe, nora(r=2, inner_r=1, basis="svd"), "one", present(restored.pipe))
+    add_adapter(restored.pipe, nora(r=2, inner_r=1, basis="svd"), "one", list(components(restored.pipe)))
     endings = {
         component: {path.rsplit(".", 2 if path.endswith(".0") else 1)[-1 if not path.endswith(".0") else -2]
                for path in nora_layers(getattr(restored.pipe, component), "one")}
-        for component in present(restored.pipe)
+        for component in components(restored.pipe)
     }  # fmt: skip
     attention, clip, t5 = {"to_q", "to_k", "to_v", "to_out"}, {"q_proj", "k_proj", "v_proj", "out_proj"}, set("qkvo")
     expected = dict.fromkeys(endings, clip) | {denoiser_name(restored.pipe): attention}
@@ -360,7 +362,7 @@ def test_a_pattern_that_matches_nothing_is_refused(pipe: Any) -> None:
     with pytest.raises(UserError, match="'to_qq' matches no adapted projection: did you mean to_q"):
         add_adapter(pipe, config, "one")
     config = nora(r=4, inner_r=2, basis="svd", rank_pattern={"to_v": 3, "text_model.encoder.layers.1.*": 2})
-    add_adapter(pipe, config, "one", present(pipe))
+    add_adapter(pipe, config, "one", list(components(pipe)))
     delete_adapter(pipe, "one")
     with pytest.raises(UserError, match="rank_pattern"):
         add_adapter(pipe, config, "one", "unet")
@@ -394,21 +396,23 @@ def test_weights_by_component_reach_every_component(name: str, tmp_path: Path) -
     """Also T5 encoders, which diffusers' ``set_adapters`` does not support."""
     pipe = tiny_pipeline(name, tmp_path)
     for adapter in ("one", "two"):
-        add_adapter(pipe, nora(r=2, inner_r=1, basis="svd"), adapter, present(pipe))
-    add_adapter(pipe, nora(r=2, inner_r=1, basis="svd"), "three", present(pipe)[-1:])
-    weights = {component: 0.1 * number for number, component in enumerate(present(pipe), 1)}
+        add_adapter(pipe, nora(r=2, inner_r=1, basis="svd"), adapter, list(components(pipe)))
+    add_adapter(pipe, nora(r=2, inner_r=1, basis="svd"), "three", list(components(pipe))[-1:])
+    weights = {component: 0.1 * number for number, component in enumerate(components(pipe), 1)}
     set_adapters(pipe, ["one", "three"], [weights, weights])
-    for component in present(pipe):
+    for component in components(pipe):
         for layer in nora_layers(getattr(pipe, component), "one").values():
             assert {name: layer.scaling[name] for name in layer.live_names()} == dict.fromkeys(
                 [name for name in ("one", "three") if name in layer.nora_delta], weights[component]
             )
     with pytest.raises(UserError, match="does not support weights by block"):
-        set_adapters(pipe, "one", {present(pipe)[-1]: {"block_1": 0.5}})
+        set_adapters(pipe, "one", {list(components(pipe))[-1]: {"block_1": 0.5}})
     with pytest.raises(UserError, match="is not a finite number"):
-        set_adapters(pipe, "one", {present(pipe)[-1]: "half"})
+        set_adapters(pipe, "one", {list(components(pipe))[-1]: "half"})
 
 
 def test_a_name_may_belong_to_one_component_only(pipe: Any) -> None:
-    add_adapter(pipe, nora(r=2, inner_r=1, basis="svd", target_modules=["to_q", "q_proj"]), "one", present(pipe))
+    add_adapter(
+        pipe, nora(r=2, inner_r=1, basis="svd", target_modules=["to_q", "q_proj"]), "one", list(components(pipe))
+    )
     assert nora_layers(pipe.unet, "one") and nora_layers(pipe.text_encoder, "one")

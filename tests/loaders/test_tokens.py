@@ -30,6 +30,7 @@ from nora_diffusion.formats.adapter_file import FILE_NAME
 from nora_diffusion.formats.pack_writing import create_pack, extract_from_pack
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.loaders.tokens import add_tokens, start_vectors
+from nora_diffusion.pipelines.components import components
 
 WIDTH = 16
 
@@ -52,7 +53,7 @@ def put(pipe: Any, name: str, tokens: dict[str, int], seed: int = 0) -> dict[str
     for parameter in trainable_parameters(pipe, name).values():
         parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=source))
     vectors = random_tokens(pipe, tokens, seed)
-    add_tokens(pipe, name, vectors)
+    add_tokens(pipe, components(pipe), name, vectors)
     return vectors
 
 
@@ -286,10 +287,12 @@ def test_files_with_wrong_headers_are_refused(pipe: Any, tmp_path: Path) -> None
 def test_start_vectors(pipe: Any) -> None:
     table, ids = pipe.text_encoder.get_input_embeddings().weight, pipe.tokenizer("red hat with dog").input_ids[1:-1]
     noise = torch.randn(2, WIDTH)
-    assert torch.equal(start_vectors(pipe, "text_encoder", 3, "red hat", noise), table[[ids[0], ids[1], ids[0]]])
+    assert torch.equal(
+        start_vectors(pipe.text_encoder, pipe.tokenizer, 3, "red hat", noise), table[[ids[0], ids[1], ids[0]]]
+    )
     halves = torch.stack([table[ids[:2]].mean(0), table[ids[2:]].mean(0)])
-    assert torch.allclose(start_vectors(pipe, "text_encoder", 2, "red hat with dog", noise), halves)
-    assert torch.allclose(start_vectors(pipe, "text_encoder", 2, None, noise), noise * table.std())
+    assert torch.allclose(start_vectors(pipe.text_encoder, pipe.tokenizer, 2, "red hat with dog", noise), halves)
+    assert torch.allclose(start_vectors(pipe.text_encoder, pipe.tokenizer, 2, None, noise), noise * table.std())
 
 
 def test_commands(pipe: Any, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

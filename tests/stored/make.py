@@ -26,6 +26,7 @@ from nora_diffusion import add_adapter, create_pack, delete_adapter, open_pipeli
 from nora_diffusion.adapters import AdapterConfig, dora, lora, mor, nora
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.loaders.tokens import add_tokens
+from nora_diffusion.pipelines.components import components
 from nora_diffusion.training import TrainConfig, train
 
 HERE = Path(__file__).resolve().parent
@@ -97,7 +98,7 @@ def write(place: Path) -> dict[str, list[float]]:
     computed["shared"] = computed["nora"]
     add_adapter(pipe, CONFIGS["nora"](), "one")
     learn(pipe, "one")
-    add_tokens(pipe, "one", {"<word>": {"text_encoder": formula("word", torch.Size([2, 16]), 0.5)}})
+    add_tokens(pipe, components(pipe), "one", {"<word>": {"text_encoder": formula("word", torch.Size([2, 16]), 0.5)}})
     save_adapter(pipe, place / "adapter-2/tokens", "one")
     computed["tokens"] = answers(pipe, TOKENS)
     delete_adapter(pipe, "one")

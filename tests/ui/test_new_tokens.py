@@ -12,6 +12,7 @@ from nora_diffusion.generation.image_settings import read_settings
 from nora_diffusion.generation.sampling import Sampling
 from nora_diffusion.loaders.tokens import add_tokens
 from nora_diffusion.pipelines.base import BaseSource
+from nora_diffusion.pipelines.components import components
 from nora_diffusion.ui.device import Device
 from nora_diffusion.ui.engine import Engine
 from nora_diffusion.ui.request import ActiveAdapter, Request
@@ -24,7 +25,7 @@ def test_a_token_is_added_and_removed_with_its_adapter(base: Path, tmp_path: Pat
     pipe = open_pipeline(base)
     add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "pet")
     width = pipe.text_encoder.get_input_embeddings().embedding_dim
-    add_tokens(pipe, "pet", {"<pet>": {"text_encoder": torch.randn(2, width)}})
+    add_tokens(pipe, components(pipe), "pet", {"<pet>": {"text_encoder": torch.randn(2, width)}})
     file = save_adapter(pipe, tmp_path / "pet", "pet", info={"trigger": "<pet>"})
     delete_adapter(pipe, "pet")
     engine = Engine(BaseSource(str(base), "cpu"))

@@ -10,8 +10,8 @@ import torch
 
 from ...data.captions import word_pattern
 from ...errors import UserError
-from ...loaders.tokens import add_tokens, check_words, start_vectors
-from ...pipelines.components import component
+from ...loaders.tokens import add_tokens, check_tokens, start_vectors
+from ...pipelines.components import components, tokenizer_name
 from ..settings.config import TrainConfig
 from ..settings.resolved import ResolvedConfig
 from ..step.denoiser import TRAINED_ENCODERS, family_of
@@ -44,16 +44,20 @@ def check_new_tokens(config: TrainConfig, pipe: Any, words: Sequence[str], capti
                 f"no caption contains the new token {word!r}, so it would not be trained: put it into the prompt"
             )
     count = config.num_new_tokens_per_abstraction
-    check_words(pipe, {word: dict.fromkeys(TRAINED_ENCODERS[family_of(pipe)], (count,)) for word in words})
+    shapes = {word: dict.fromkeys(TRAINED_ENCODERS[family_of(pipe)], (count,)) for word in words}
+    check_tokens(pipe, components(pipe), shapes)
 
 
 def add_new_tokens(config: ResolvedConfig, pipe: Any, adapter: str, words: Mapping[str, str | None]) -> None:
     """Add the words to tokenizers and text encoders as tokens of ``adapter``, initialized from their concepts."""
+    modules = components(pipe)
     vectors: dict[str, dict[str, torch.Tensor]] = {}
     for word, concept in words.items():
         for name in TRAINED_ENCODERS[family_of(pipe)]:
-            encoder: Any = component(pipe, name)
+            encoder: Any = modules[name]
             size = config.num_new_tokens_per_abstraction, encoder.get_input_embeddings().embedding_dim
             noise = torch.randn(size, generator=generator(config.seed, "new token", word, name))
-            vectors.setdefault(word, {})[name] = start_vectors(pipe, name, size[0], concept, noise)
-    add_tokens(pipe, adapter, vectors)
+            vectors.setdefault(word, {})[name] = start_vectors(
+                encoder, getattr(pipe, tokenizer_name(name)), size[0], concept, noise
+            )
+    add_tokens(pipe, modules, adapter, vectors)

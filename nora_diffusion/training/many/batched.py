@@ -17,7 +17,7 @@ from ...adapters.presets import samples_rank
 from ...adapters.tuner.mixed_rows import RowPlan, serve_rows
 from ...errors import UserError
 from ...loaders import delete_adapter
-from ...pipelines.components import component, present
+from ...pipelines.components import components
 from ..run.batches import Batch
 from ..run.run import Run
 from ..run.steps import Stepper
@@ -138,8 +138,8 @@ class BatchedTrainer:
         self.rows = SubjectRows([member.run.adapter for member in self.live])
         with ExitStack() as stack:
             for member in self.live:
-                for name in present(member.run.pipe) if member is self.live[0] else ():
-                    stack.enter_context(serve_rows(component(member.run.pipe, name), self.rows))
+                for module in components(member.run.pipe).values() if member is self.live[0] else ():
+                    stack.enter_context(serve_rows(module, self.rows))
                 # Adding or deleting an adapter resets requires_grad of the others.
                 for parameter in member.run.parameters.values():
                     parameter.requires_grad_(True)

@@ -19,10 +19,11 @@ from ...generation.image_settings import ImageSettings, save_image
 from ...generation.sampling import Sampling, describe_image, sample_images
 from ...io.files import locked_folder
 from ...io.run_layout import image_name
+from ...pipelines.components import denoiser
 from ...pipelines.precision import MIXED_DTYPES
 from ..settings.config import TrainConfig
 from ..settings.resolved import ResolvedConfig
-from ..step.denoiser import denoiser, networks
+from ..step.denoiser import networks
 from ..step.randomness import derive
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from ...generation.image_settings import save_image
 from ...io.files import write_atomic
 from ...io.run_layout import CANDIDATES, MEASURED, VALIDATION, checkpoint_steps, image_name
 from ...loaders import load_adapter, save_adapter
-from ...pipelines.components import without_adapters
+from ...pipelines.components import components, without_adapters
 from ...scoring.judges import Judge, check_judge, image_features, load_judges, text_features
 from ...scoring.metrics import agreement, diversity, likeness
 from ..data.subject import Subject
@@ -179,7 +179,7 @@ class Validation:
     def _scores(self, step: int) -> dict[str, float]:
         measure = self.measure
         if self._base is None:
-            with without_adapters(self.pipe):
+            with without_adapters(components(self.pipe)):
                 self._base = self._features(self._class_images())
         groups = [self._generate(prompt, measure.seeds) for prompt in measure.prompts]
         self._save_images(step, groups)

@@ -14,7 +14,7 @@ from ...adapters.tuner.build import outer_rank
 from ...errors import UserError
 from ...loaders import add_adapter, load_adapter, pairs_from, trainable_parameters
 from ...pipelines.calibration import Calibration
-from ...pipelines.components import all_targets, component, denoiser_name
+from ...pipelines.components import components, denoiser_name, pick, targets_by_component
 from ..data.tokens import add_new_tokens
 from ..settings.config import TrainConfig
 from ..settings.methods import parameters_of
@@ -39,7 +39,7 @@ def adapter_config(config: TrainConfig) -> AdapterConfig:
 def adapted_components(config: TrainConfig, pipe: Any) -> dict[str, nn.Module]:
     """Adapted components by name; the denoiser comes first."""
     encoders = TRAINED_ENCODERS[family_of(pipe)] if config.train_text_encoder else ()
-    return {name: component(pipe, name) for name in (denoiser_name(pipe), *encoders)}
+    return pick(components(pipe), (denoiser_name(pipe), *encoders))
 
 
 def check_targets(config: ResolvedConfig, pipe: Any, components: Mapping[str, nn.Module]) -> None:
@@ -49,7 +49,7 @@ def check_targets(config: ResolvedConfig, pipe: Any, components: Mapping[str, nn
         if not {block, f"text_model.{block}"} & {*paths}:
             raise UserError(f"--target_blocks: the base has no {block!r}{suggestion(block, paths)}")
     adapter = adapter_config(config)
-    targets = all_targets(pipe, list(components), adapter)
+    targets = targets_by_component(components, adapter)
     for layers in targets.values():
         for path, layer in layers.items():
             outer_rank(adapter, layer, path)  # refuses blocks that do not divide a layer

@@ -11,9 +11,10 @@ from torch import nn
 
 from ...errors import UserError, first_line
 from ...pipelines.base import open_pipeline
+from ...pipelines.components import denoiser
 from ...pipelines.precision import MIXED_DTYPES, best_precision
 from ..settings.config import Precision, TrainConfig
-from ..step.denoiser import check_pipeline, denoiser, networks
+from ..step.denoiser import check_pipeline, networks
 from ..step.objective import with_zero_snr
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from ...adapters import AdapterConfig
 from ...data.caption_variants import CaptionVariants
 from ...errors import UserError
+from ...pipelines.components import denoiser
 from ...pipelines.precision import MIXED_DTYPES
 from ..data.dataset import caption_variants
 from ..data.subject import Subject
@@ -25,7 +26,7 @@ from ..measuring.validation import Measure, plan_measure
 from ..settings.config import TrainConfig
 from ..settings.resolved import ResolvedConfig, resolved
 from ..signals import StopRequests
-from ..step.denoiser import check_pipeline, denoiser, native_resolution
+from ..step.denoiser import check_pipeline, native_resolution
 from ..step.objective import Objective, is_flow
 from .adapter import adapted_components, adapter_config, check_targets
 from .checkpoints import Checkpoint, check_identity, find_checkpoint, recover

@@ -19,7 +19,7 @@ from ...formats.adapter_info import info_from
 from ...generation.image_settings import read_settings
 from ...io.run_layout import CHECKPOINTS, checkpoint_steps
 from ...loaders import check_adapter
-from ...pipelines.components import all_targets
+from ...pipelines.components import targets_by_component
 from ..data.prompts import token_limit, truncated_prompts
 from ..measuring.samples import class_folder, count_images
 from ..settings.defaults import USUAL_FACTORS, USUAL_TEXT_RATES, USUAL_TOKEN_RATES, usual_rates
@@ -74,7 +74,7 @@ def _estimate(plan: Plan) -> Estimate:
     config = plan.config
     rows = config.train_batch_size * (2 if config.with_prior_preservation else 1)
     return estimate(
-        plan.pipe, plan.adapter, list(plan.components), rows, config.resolution, plan.dtype,
+        plan.pipe, plan.adapter, plan.components, rows, config.resolution, plan.dtype,
         config.gradient_checkpointing,
     )  # fmt: skip
 
@@ -249,7 +249,7 @@ def _rank(plan: Plan) -> Iterator[Finding]:
     adapter = plan.adapter
     if adapter.basis == "sharing":  # here r is the rank of a LoRA of equal size, which may exceed a layer
         return
-    layers = all_targets(plan.pipe, list(plan.components), adapter).values()
+    layers = targets_by_component(plan.components, adapter).values()
     largest = max(min(flat_weight(layer).shape) for by_path in layers for layer in by_path.values())
     if adapter.r > largest:
         yield Finding(

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ...pipelines.components import without_adapters
+from ...pipelines.components import components, without_adapters
 from ..step.denoiser import TextEmbeddings, predict
 from ..step.noise import draw_noise, draw_timesteps
 from ..step.randomness import balanced_indices, batch_indices, derive, generator, owned_indices, shuffled_indices
@@ -105,7 +105,7 @@ class Batches:
         """Replace the targets of the second half with the predictions of the base without adapters."""
         half = len(prompts) // 2
         labels = None if batch.labels is None else batch.labels[half:]
-        with without_adapters(self.run.pipe), self.autocast():
+        with without_adapters(components(self.run.pipe)), self.autocast():
             embeddings = self.run.embeddings(prompts[half:])
             prediction = predict(self.run.pipe, batch.noisy[half:], batch.times[half:], embeddings, labels)
         if prediction.shape[1] == 2 * batch.target.shape[1]:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from ...errors import UserError, out_of_memory
+from ...pipelines.components import denoiser
 from ..data.joint import read_data
 from ..data.subject import Subject
 from ..planning.plan import plan_on, plan_run
@@ -23,7 +24,7 @@ from ..settings.checks import check_config
 from ..settings.config import TrainConfig
 from ..settings.defaults import with_defaults
 from ..signals import Interrupted, StopRequests
-from ..step.denoiser import check_pipeline, denoiser
+from ..step.denoiser import check_pipeline
 from ..step.randomness import forked
 from .encoding import encode
 from .outcome import Outcome

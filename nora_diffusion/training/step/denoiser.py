@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ...pipelines.components import component, denoiser_name, text_encoders
+from ...pipelines.components import components, denoiser
 from ..settings.config import TrainConfig
 
 Family = Literal["sd", "sdxl", "sd3", "flux"]
@@ -40,14 +40,9 @@ def family_of(pipe: Any) -> Family:
     raise UserError(f"{type(pipe).__name__} is not supported: this trainer takes {SUPPORTED}")
 
 
-def denoiser(pipe: Any) -> Any:
-    """The UNet or transformer of a pipeline."""
-    return component(pipe, denoiser_name(pipe))
-
-
 def networks(pipe: Any) -> list[nn.Module]:
     """The denoiser and the text encoders: the models that adapters can be in."""
-    return [denoiser(pipe), *text_encoders(pipe)]
+    return list(components(pipe).values())
 
 
 def native_resolution(pipe: Any) -> int:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ...adapters import AdapterConfig
 from ...adapters.config import Start
 from ...loaders.inject import inject
-from ...pipelines.components import component, denoiser_name, nora_layers
+from ...pipelines.components import DENOISERS, Modules, denoiser_name, nora_layers
 from .denoiser import empty_embeddings, predict
 
 OVERHEAD = 1.15
@@ -51,7 +51,7 @@ def checkpoint_bytes(trained: int, frozen_bytes: int, factors: int) -> int:
 def estimate(
     pipe: Any,
     config: AdapterConfig,
-    components: list[str],
+    components: Modules,
     rows: int,
     side: int,
     dtype: torch.dtype,
@@ -64,8 +64,8 @@ def estimate(
     """
     trained = frozen = factors = 0
     activations = 0
-    for name in components:
-        module = _on_meta(component(pipe, name))
+    for name, adapted in components.items():
+        module = _on_meta(adapted)
         with torch.device("meta"):
             inject(module, config, "outline", Start(empty=True))
         for layer in nora_layers(module, "outline").values():
@@ -75,7 +75,7 @@ def estimate(
         trained += sum(value.numel() for value in own.values() if isinstance(value, nn.Parameter))
         size = torch.finfo(getattr(torch, config.basis_dtype)).bits // 8
         frozen += size * sum(value.numel() for value in own.values() if not isinstance(value, nn.Parameter))
-        if name == denoiser_name(pipe):
+        if name in DENOISERS:
             nn.Module.to(module, dtype).train()
             activations = saved_bytes(pipe, module, rows, side, dtype)
             if checkpointing:

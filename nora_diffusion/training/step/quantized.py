@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ...pipelines.components import fingerprint, projections
+from ...pipelines.components import denoiser, fingerprint, projections
 from ..settings.config import TrainConfig
-from .denoiser import denoiser
 
 
 def quantize_base(config: TrainConfig, pipe: Any) -> None:

@@ -19,7 +19,7 @@ from nora_diffusion import inspect_adapter, load_base, open_pipeline
 from nora_diffusion.adapters import PRESETS
 from nora_diffusion.errors import UserError
 from nora_diffusion.loaders import add_adapter, trainable_parameters
-from nora_diffusion.pipelines.components import denoiser_name
+from nora_diffusion.pipelines.components import components, denoiser_name, pick
 from nora_diffusion.training import TrainConfig, check, check_on, main, train
 from nora_diffusion.training.data.subject import Subject
 from nora_diffusion.training.planning.adapter import adapter_config
@@ -152,7 +152,7 @@ def test_a_full_disk_is_fatal_and_a_small_one_a_warning(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pipe: Any
 ) -> None:
     config = configure(**RIGHT, checkpointing_steps=1)
-    one = estimate(pipe, adapter_config(config), ["unet"], 1, 16, torch.float32, False).checkpoint_bytes
+    one = estimate(pipe, adapter_config(config), {"unet": pipe.unet}, 1, 16, torch.float32, False).checkpoint_bytes
     other = train(configure(output_dir=str(tmp_path / "other"))).adapter_path.parent
     assert one == pytest.approx(sum(f.stat().st_size for f in (other / "checkpoints/step-3").iterdir()), rel=0.2)
     usage = shutil.disk_usage("/")
@@ -206,7 +206,7 @@ def test_a_base_that_rests_elsewhere_is_counted_where_the_run_will_be(
 def test_the_outline_counts_what_autograd_keeps(method: str, parts: list[str], pipe: Any) -> None:
     """Compared with saved-tensor hooks on the real model with the real adapter."""
     config = PRESETS[method](r=4)
-    counted = estimate(pipe, config, parts, 3, 16, torch.float32, checkpointing=False)
+    counted = estimate(pipe, config, pick(components(pipe), parts), 3, 16, torch.float32, checkpointing=False)
     pipe.unet.requires_grad_(False)
     add_adapter(pipe, config, "x", parts)
     trained = trainable_parameters(pipe, "x")
@@ -233,14 +233,15 @@ def test_the_outline_counts_what_autograd_keeps(method: str, parts: list[str], p
 
 def test_gradient_checkpointing_is_counted(pipe: Any) -> None:
     config = PRESETS["lora"](r=4)
-    sizes = [estimate(pipe, config, ["unet"], 8, 16, torch.float32, on).memory for on in (False, True)]
+    sizes = [estimate(pipe, config, {"unet": pipe.unet}, 8, 16, torch.float32, on).memory for on in (False, True)]
     assert 0 < sizes[1] < 0.7 * sizes[0]
 
 
 def test_half_precision_halves_the_activations(pipe: Any) -> None:
     config = PRESETS["lora"](r=4)
     full, half = (
-        estimate(pipe, config, ["unet"], 2, 16, t, False).activations for t in (torch.float32, torch.bfloat16)
+        estimate(pipe, config, {"unet": pipe.unet}, 2, 16, t, False).activations
+        for t in (torch.float32, torch.bfloat16)
     )
     assert 0.45 < half / full < 0.6
 
@@ -248,10 +249,8 @@ def test_half_precision_halves_the_activations(pipe: Any) -> None:
 @pytest.mark.parametrize("architecture", ["sdxl", "sd3", "flux"])
 def test_other_architectures_are_counted(architecture: str, tmp_path: Path) -> None:
     pipe = tiny_pipeline(architecture, tmp_path)
-    side = native_resolution(pipe)
-    one, two = (
-        estimate(pipe, PRESETS["lora"](r=4), [denoiser_name(pipe)], n, side, torch.float32, False) for n in (1, 2)
-    )
+    side, adapted = native_resolution(pipe), pick(components(pipe), [denoiser_name(pipe)])
+    one, two = (estimate(pipe, PRESETS["lora"](r=4), adapted, n, side, torch.float32, False) for n in (1, 2))
     assert 0 < one.activations < two.activations <= 2 * one.activations
 
 
@@ -308,7 +307,7 @@ def test_it_takes_seconds(configure: Configure, tiny_base: Path) -> None:
 @pytest.mark.parametrize("method", PRESETS)
 def test_every_method_is_counted(method: str, pipe: Any) -> None:
     config = adapter_config(with_defaults(TrainConfig(method=method, pretrained_model_name_or_path="elsewhere")))
-    counted = estimate(pipe, config, ["unet"], 1, 16, torch.float32, checkpointing=False)
+    counted = estimate(pipe, config, {"unet": pipe.unet}, 1, 16, torch.float32, checkpointing=False)
     add_adapter(pipe, config, "x", ["unet"])
     assert counted.trained == sum(p.numel() for p in trainable_parameters(pipe, "x").values())
     assert counted.activations > 0

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from nora_diffusion import load_adapter, open_pipeline
 from nora_diffusion.errors import UserError
+from nora_diffusion.pipelines.components import denoiser
 from nora_diffusion.training import train
-from nora_diffusion.training.step.denoiser import denoiser, encode_prompts, family_of, predict
+from nora_diffusion.training.step.denoiser import encode_prompts, family_of, predict
 from nora_diffusion.training.step.objective import Objective
 
 FAMILIES = ("sd2", "sdxl", "sd3", "flux")
