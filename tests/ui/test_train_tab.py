@@ -66,7 +66,7 @@ def test_photos_are_shown_as_trained_and_rejects_have_reasons(page: Any, tmp_pat
     page.get_by_label("Class word").fill("dog")
     page.get_by_role("button", name="Check").click()
     # a warning of the trainer
-    expect(page.locator("#train-findings")).to_contain_text("There are only 2 photos: with 3 to 10")
+    expect(page.locator("#train-findings")).to_contain_text("There are only 2 photos: use 3 to 10")
     expect(report).to_contain_text("fake.png is not a JPEG")
     page.get_by_label("Name").fill("Rex the dog!")
     page.get_by_role("button", name="Check").click()
