@@ -46,7 +46,7 @@ def layer_of_subjects(ranks: list[int], basis: Literal["svd", "orthogonal"]) -> 
 def run(layer: NoraLayer, plan: SubjectRows, shares: dict[int, int]) -> Tensor:
     """The output of a pass with ``shares[i]`` rows of subject ``i``."""
     rows = sum(shares.values())
-    plan.share_out(shares)
+    plan.set_counts(shares)
     plan.start(rows)
     x = torch.randn(rows, 3, WIDTH, generator=torch.Generator().manual_seed(1))
     return layer(x)  # type: ignore[no-any-return]

@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_is_detected(configure: Configure) -> None:
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"damaged \(optimizer.safetensors"):
         train(configure(resume_from_checkpoint="latest", max_train_steps=5))
-    with pytest.raises(UserError, match="those of this run: step-3"):
+    with pytest.raises(UserError, match="the checkpoints of this run: step-3"):
         train(configure(resume_from_checkpoint="step-77"))
 
 
