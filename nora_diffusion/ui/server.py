@@ -20,8 +20,8 @@ from . import security
 from .config import AppConfig
 from .state import App
 
-SHUTDOWN_SECONDS = 1.0
-"""How long open pages may keep the server from ending."""
+SHUTDOWN_SECONDS = 5.0
+"""How long requests that are still running may delay the end of the app."""
 
 
 def serve(config: AppConfig) -> None:
@@ -75,8 +75,9 @@ def _served(app: App) -> Iterator[str]:
 
     listener = _bind(app.config.listen, app.config.port)
     blocks, appearance = build(app)
-    site = security.Gatekeeper(_mounted(app, blocks, appearance), security.known_hosts(app.config), app.scratch)
-    server = uvicorn.Server(uvicorn.Config(site, log_level="warning"))
+    site = _mounted(app, blocks, appearance)
+    checked = security.Gatekeeper(site, security.known_hosts(app.config), app.scratch)
+    server = uvicorn.Server(uvicorn.Config(checked, log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
@@ -87,10 +88,9 @@ def _served(app: App) -> Iterator[str]:
         yield _url(app.config.listen, listener.getsockname()[1])
     finally:
         blocks.close(verbose=False)
+        site.routes[-1].app.stop_event.set()  # Gradio's app: ends the heartbeat streams of open pages
         server.should_exit = True
         thread.join(SHUTDOWN_SECONDS)
-        server.force_exit = True  # event streams of open pages never end by themselves
-        thread.join(5.0)
 
 
 def _mounted(app: App, blocks: Any, appearance: dict[str, Any]) -> Any:

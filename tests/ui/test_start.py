@@ -11,7 +11,7 @@ import pytest
 
 from nora_diffusion.ui.config import DEFAULT_LIBRARY
 
-from .conftest import LONG, ROOT, Server
+from .conftest import LONG, ROOT, Server, start
 
 
 def refused(*flags: str) -> str:
@@ -61,6 +61,14 @@ def test_the_page_reveals_no_folders(server: Server, base: Path) -> None:
     for text in (page, str(broken["output"]), str(gone["output"])):
         for folder in (server.library, base, ROOT, Path.home()):
             assert f"{folder}/" not in text and f'{folder}"' not in text, folder
+
+
+def test_an_open_page_does_not_delay_the_end(base: Path, tmp_path: Path) -> None:
+    running = start(tmp_path, "--base", str(base))
+    with running.client() as http, http.stream("GET", "/gradio_api/heartbeat/page") as events:
+        assert "ALIVE" in next(events.iter_lines())
+        assert running.stop() == 0
+    assert not running.scratch.exists() and "Traceback" not in running.log.read_text()
 
 
 def test_make_clean_keeps_the_default_library() -> None:
