@@ -1,13 +1,65 @@
-"""The exception for mistakes that a user can fix, and helpers for errors of other libraries."""
+"""The exception for mistakes that a user can fix, the sentence for errors of the machine or the input, and the edge.
+
+The edge of a program (:func:`program`) is the one place that turns errors into messages and exit codes.
+"""
 
 from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from typing import ParamSpec
+
+Parameters = ParamSpec("Parameters")
+
+MAX_MESSAGE = 1200
+"""Characters of one line of a message; from a longer one the middle is cut, which is the user's own text."""
+UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+PARSERS = {"PIL", "json", "safetensors", "safetensors_rust", "tokenizers", "yaml", "zipfile"}
+"""Top-level packages whose ``ValueError`` and ``RecursionError`` are about the text or file that they parse."""
+FREE_SPACE, OTHER_FOLDER = "free space or choose another folder", "change its permissions or choose another path"
+REMEDIES = {
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
+    errno.EACCES: OTHER_FOLDER,
+    errno.EPERM: OTHER_FOLDER,
+    errno.EROFS: OTHER_FOLDER,
+    errno.ENOENT: "check the path; another program may have removed it",
+    errno.EEXIST: "choose another path",
+    errno.ENOTDIR: "choose another path",
+    errno.EISDIR: "choose another path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "close files, or raise the limit on open files (ulimit -n)",
+}
+BROKEN_PIPE = 141
+"""Exit code when the reader of the output has gone, as in ``| head``: that of a process ended by SIGPIPE."""
 
 
 class UserError(ValueError):
     """A mistake in the user's input. The message is one sentence: what is wrong and what to do.
 
-    The command line prints it and exits with code 2, without a stack trace.
+    The command line prints it and exits with code 2, without a stack trace. Text of the user in it may have any length
+    and any characters: see :func:`printable`.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
+
+
+def printable(text: str) -> str:
+    """``text`` for a message: control characters and lone surrogates escaped, each line at most 1,200 characters."""
+    text = UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    if len(text) <= MAX_MESSAGE:
+        return text
+    return "\n".join(
+        line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE // 2]} […] {line[-MAX_MESSAGE // 3 :]}"
+        for line in text.split("\n")
+    )
 
 
 def first_line(error: BaseException) -> str:
@@ -17,9 +69,110 @@ def first_line(error: BaseException) -> str:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error means out of memory on any device. On a CPU torch raises a plain ``RuntimeError``."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def explanation(error: BaseException) -> str | None:
+    """The sentence for the user about an error, or ``None`` if it is a bug, whose stack trace must be shown.
+
+    How the two are told apart: an error is the user's if its class says that the machine or the input caused it,
+    wherever it was raised (``UserError``; ``OSError``: disk, permissions, names, network; out of memory on any device;
+    ``UnicodeError``), or if a parser raised it about what it read (``ValueError``, ``RecursionError`` and the parser's
+    own classes, from a call into :data:`PARSERS`), or if the system refused a name with a NUL. Everything else is a
+    bug: a ``ValueError`` or ``RecursionError`` of this package or of torch, and every ``TypeError``, ``KeyError``,
+    ``AttributeError``, ``RuntimeError`` ...
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return printable(os_error(error))
+    if out_of_memory(error):
+        return "the memory is full: use smaller images or batches, or close other programs that use the device"
+    if isinstance(error, UnicodeEncodeError):
+        wrong = error.object[error.start : error.end][:20]
+        return f"the text {error.object[:60]!a} has characters that {error.encoding} does not have: {wrong!a}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a file or name is not {error.encoding} text (byte {error.start}: {error.reason}): save it as UTF-8"
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return "a path contains a NUL character: remove it"
+    if isinstance(error, RecursionError) and _raised_in_parser(error):
+        return "a file is nested too deeply to be read: remove levels of brackets or indentation"
+    if _raised_in_parser(error) and (isinstance(error, ValueError) or _package(type(error).__module__) in PARSERS):
+        return printable(f"a file cannot be read: {first_line(error)}")
+    return None
+
+
+def os_error(error: OSError) -> str:
+    """An ``OSError`` as a sentence: the file, the system's reason, and what to do."""
+    names = " or ".join(os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, str | bytes))
+    remedy = REMEDIES.get(error.errno or 0)
+    return (f"{names}: " if names else "") + reason(error) + (f"; {remedy}" if remedy else "")
+
+
+def reason(error: OSError) -> str:
+    """The system's reason for an error, without file names."""
+    return error.strerror or first_line(error)
+
+
+def _raised_in_parser(error: BaseException) -> bool:
+    """Whether this package, or a program, called a parser that raised the error."""
+    packages = [_package(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = [index for index, package in enumerate(packages) if package in ("__main__", _package(__name__))]
+    return not PARSERS.isdisjoint(packages[own[-1] + 1 if own else 0 :])
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def program(main: Callable[Parameters, int]) -> Callable[Parameters, int]:
+    """Decorate the entry point of a program: errors become one sentence on stderr and exit codes.
+
+    Returns 2 for an error that :func:`explanation` explains, 130 for Ctrl-C, 141 if the reader of the output has gone.
+    A bug keeps its stack trace, and Python's exit code 1. Output is never lost to a console's code page: characters
+    that it does not have are printed as escapes.
+    """
+
+    @functools.wraps(main)
+    def guarded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> int:
+        if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            try:
+                return main(*args, **kwargs)
+            finally:
+                _flush_output()
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError as error:
+            if error.filename is None:
+                return BROKEN_PIPE
+            raise
+        except Exception as error:
+            text = explanation(error)
+            if text is None:
+                raise
+            with contextlib.suppress(OSError):
+                print(f"error: {text}", file=sys.stderr)
+            return 2
+
+    return guarded
+
+
+def _flush_output() -> None:
+    """Write what was printed. If that fails, discard it, or else the interpreter fails on it again at its exit."""
+    try:
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the output has no file descriptor
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise UserError(f"cannot write the output: {reason(error)}") from error

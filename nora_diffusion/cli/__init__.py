@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..errors import UserError
+from ..errors import UserError, program
 from ..quiet import hide_known_warnings
 from ..training.settings.arguments import with_underscores
 from ..training.settings.values import unknown_argument
@@ -87,25 +87,20 @@ def build_parser() -> Parser:
     return parser
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 after a user error, 130 after Ctrl-C."""
+    """Run a command; returns the exit code: 0, or that of :func:`nora_diffusion.errors.program` after an error."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["train"]:
         from ..training import main as train
 
         return train(words[1:], "nora-diffusion train")
     hide_known_warnings()
-    try:
-        check_command(words)
-        parser = build_parser()
-        values = parser.parse(words)
-        if values.command is None:
-            parser.print_help()
-            return 2
-        values.run(values)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    check_command(words)
+    parser = build_parser()
+    values = parser.parse(words)
+    if values.command is None:
+        parser.print_help()
         return 2
-    except KeyboardInterrupt:
-        return 130
+    values.run(values)
     return 0

@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, program
 from ..io.files import locked_folder, sha256, write_atomic
 from ..pipelines.base import EMBEDDED_WEIGHTS
 from ..quiet import hide_known_warnings
@@ -225,6 +225,7 @@ def report(rows: Sequence[Row]) -> str:
     return text
 
 
+@program
 def main(argv: Sequence[str] | None = None) -> int:
     """Train several methods on held-out subjects, over learning rates and seeds, and write a table of scores."""
 
@@ -251,9 +252,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         text = report(compare(args.weights, tasks, args.out))
         write_atomic(args.out / "report.md", text)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except (Interrupted, KeyboardInterrupt):
         print("Stopped. Finished lessons are saved; run the same command again to continue.", file=sys.stderr)
         return 130

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import UserError
+from ..errors import program
 from ..pipelines.base import EMBEDDED_WEIGHTS, open_pipeline
 from ..quiet import hide_known_warnings
 from ..reports.sheets import contact_sheet
@@ -166,7 +167,8 @@ def evaluate_teaching(weights: Path, images: Path | None) -> dict[str, float]:
     return {k: round(v, 4) for k, v in report.items()}
 
 
-def main() -> None:
+@program
+def main() -> int:
     """Measure the embedded base and print the scores as JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--weights", type=Path, default=EMBEDDED_WEIGHTS, help="folder of the base (default: shipped)")
@@ -177,16 +179,14 @@ def main() -> None:
     parser.add_argument("--teach", action="store_true", help="also train adapters on four held-out subjects (minutes)")
     args = parser.parse_args()
     hide_known_warnings()
-    try:
-        report = evaluate(args.weights, args.images, args.prompts)
-        if args.teach:
-            report |= evaluate_teaching(args.weights, args.images)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from error
+    report = evaluate(args.weights, args.images, args.prompts)
+    if args.teach:
+        report |= evaluate_teaching(args.weights, args.images)
     print(json.dumps(report, indent=1))
     if args.report:
         args.report.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ..errors import program
 from .world import vocabulary as world
 from .world.render import cut_out, render
 from .world.scenes import Background, Scene, SceneObject
@@ -103,7 +105,8 @@ def write_subject(slug: str, folder: Path) -> None:
     (folder / "subject.json").write_text(json.dumps(info, indent=1) + "\n")
 
 
-def main() -> None:
+@program
+def main() -> int:
     """Write the images, captions and descriptions of all example subjects."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument(
@@ -113,7 +116,8 @@ def main() -> None:
     for slug in world.SUBJECTS:
         write_subject(slug, args.out / slug)
     print(f"Wrote {len(world.SUBJECTS)} subjects to {args.out}.")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

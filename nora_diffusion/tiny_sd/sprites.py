@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+from ..errors import program
 from .world.sprites import FOLDER, build_sheet
 
 
-def main() -> None:
+@program
+def main() -> int:
     """Build the sprite sheet from a font file and print its path."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--font", type=Path, required=True, help="path of NotoColorEmoji.ttf")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write to (default: the package's own)")
     args = parser.parse_args()
     print(build_sheet(args.font, args.out))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, program
 from ..pipelines.base import EMBEDDED_WEIGHTS
 from .recipe import processes
 from .recipe.configs import SIZES, Size, Stage
@@ -64,7 +65,8 @@ def adjusted(size: Size, stage: Stage, **settings: Any) -> Size:
     return replace(size, stages={**size.stages, stage: replace(size.stages[stage], **changes)})
 
 
-def main() -> None:
+@program
+def main() -> int:
     """Train the embedded base, stage by stage, and export its weights."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--stage", choices=[*get_args(Stage), "all"], default="all", help="default: %(default)s")
@@ -84,16 +86,14 @@ def main() -> None:
     processes.init()
     init = None if args.init is None else EMBEDDED_WEIGHTS / "pipeline" if args.init == "shipped" else Path(args.init)
     stages: tuple[Stage, ...] = STAGES if args.stage == "all" else (args.stage,)
-    try:
-        for stage in stages:
-            size = adjusted(SIZES[args.size], stage, steps=args.steps, batch=args.batch, lr=args.lr)
-            options = LoopOptions(args.out, save_every=args.save_every)
-            run_stage(stage, size, options, args.seed, args.device, init, args.compile)
-        if processes.rank() == 0 and state_path(args.out, "diffusion").exists():
-            export_all(SIZES[args.size], args.out, args.out / "weights", args.seed)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from error
+    for stage in stages:
+        size = adjusted(SIZES[args.size], stage, steps=args.steps, batch=args.batch, lr=args.lr)
+        options = LoopOptions(args.out, save_every=args.save_every)
+        run_stage(stage, size, options, args.seed, args.device, init, args.compile)
+    if processes.rank() == 0 and state_path(args.out, "diffusion").exists():
+        export_all(SIZES[args.size], args.out, args.out / "weights", args.seed)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..errors import program
 from ..pipelines.base import is_embedded
 from ..quiet import hide_known_warnings
 from .settings.arguments import parse
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from .settings.config import TrainConfig
 
 
+@program
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run the trainer. Returns 0, 2 after a user error, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Run the trainer. Returns 0, 130 after Ctrl-C, 143 after SIGTERM, or the code of :func:`program`."""
     set_up_logging()
     try:
         config = parse(argv, prog)
@@ -35,9 +36,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         if config.preflight_only:
             return print_findings(check(config), config.strict)
         results = train_all(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ..errors import UserError, out_of_memory
+from ..errors import explanation, out_of_memory
 from .device import Device
 from .messages import INTERNAL_ERROR, OUT_OF_MEMORY, sentence
 
@@ -126,8 +126,6 @@ class Run:
             self.report(state="done", seconds=time.monotonic() - started, preview="")
         except Stopped:
             self.report(state="stopped", seconds=time.monotonic() - started, message="Interrupted.", preview="")
-        except UserError as error:
-            self.report(state="failed", message=sentence(error), preview="")
         except Exception as error:
             self._fail(error)
         finally:
@@ -148,8 +146,10 @@ class Run:
             free_memory()
             self.report(state="failed", message=OUT_OF_MEMORY, preview="")
             return
-        log.error("a run failed", exc_info=error)
-        self.report(state="failed", message=INTERNAL_ERROR, preview="")
+        text = explanation(error)
+        if text is None:
+            log.error("a run failed", exc_info=error)
+        self.report(state="failed", message=INTERNAL_ERROR if text is None else sentence(text), preview="")
 
 
 def free_memory() -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError, first_line
+from ...errors import UserError, explanation, first_line
 from ...io.run_layout import STATE
 from ..settings.config import TrainConfig
 from ..settings.listing import read_subjects
@@ -85,8 +85,13 @@ def train_group(settings: Mapping[str, Any], names: Sequence[str], working_direc
     os.environ["TQDM_DISABLE"] = "1"
     try:
         train_subjects(TrainConfig(**settings), names)
-    except (UserError, Interrupted) as error:
-        return str(error)
+    except Interrupted as stop:
+        return str(stop)
+    except Exception as error:
+        text = explanation(error)
+        if text is None:
+            raise
+        return text
     return ""
 
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...errors import explanation, first_line, program
 from ...io.files import FileLock, make_folder, sync_folder, user_errors, write_atomic
 from ...io.run_layout import SAMPLES, STATE, images_by_step
 from ...pipelines.base import is_embedded
@@ -27,6 +28,7 @@ from .sample_scores import SampleScores
 UNREADABLE = 3
 
 
+@program
 def main(folder: Path) -> int:
     """Run the job of ``folder``. Returns the trainer's exit code, or 3 if its adapter cannot be used."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -54,8 +56,10 @@ def _train(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     except KeyboardInterrupt:
         return {"code": 143, "message": "stopped before training began"}
     except Exception as error:
-        traceback.print_exc()
-        return {"code": UNREADABLE, "message": str(error) or type(error).__name__}
+        text = explanation(error)
+        if text is None:
+            traceback.print_exc()
+        return {"code": UNREADABLE, "message": text or first_line(error)}
     finally:
         lock.release()
 

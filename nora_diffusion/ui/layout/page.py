@@ -17,7 +17,7 @@ from typing import Any
 
 import gradio as gr
 
-from ...errors import UserError
+from ...errors import explanation
 from ..messages import INTERNAL_ERROR, sentence
 from ..runs import Run
 from ..state import App
@@ -50,7 +50,7 @@ class Page:
 
 
 def handler(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an event handler: a :class:`UserError` becomes a toast, any other error a generic toast and a log entry.
+    """Wrap an event handler: an explained error becomes a toast, a bug a generic toast and a log entry.
 
     Works for functions and generators. Gradio shows ``gr.Error`` even with ``show_error=False``.
     """
@@ -75,8 +75,9 @@ def handler(function: Callable[..., Any]) -> Callable[..., Any]:
 def _toast_error(error: Exception) -> Exception:
     if isinstance(error, gr.Error):
         return error
-    if isinstance(error, UserError):
-        return gr.Error(toast(error), title="Error", duration=12, print_exception=False)
+    text = explanation(error)
+    if text is not None:
+        return gr.Error(toast(text), title="Error", duration=12, print_exception=False)
     log.error("unexpected error in a handler", exc_info=error)
     return gr.Error(INTERNAL_ERROR, title="Internal error", duration=12, print_exception=False)
 
