@@ -129,12 +129,21 @@ REFUSED = {
     "local_rank: 3": "the app sets",
     "rnak: 3": "did you mean",
     "- 3": "lines",
-    "rank: [": "key: value",
-    "a: &x [1]\nb: *x": "plain 'key: value' lines",
+    "rank: [": "more settings, line 1 is not valid YAML: the brackets are not closed",
+    "rank: 3\nrank: 4": "more settings, line 2: 'rank' is also in line 1",
+    "dropout: 0.1\nlora_dropout: 0.1": "more settings has dropout under two names",
+    "a: &x [[1]]\nb: *x": "must stand for text",
     "x" * 5000: "at most",
     "max_train_steps: many": "max_train_steps='many' is not valid: give a whole number",
-    "!!python/object/apply:os.system ['true']": "key: value",
+    "!!python/object/apply:os.system ['true']": "more settings, line 1: tags such as !!python/object/apply:os.system",
+    "seed: 12:30": "seed='12:30' is not valid: give a whole number",
 }
+
+
+def test_text_of_more_settings_stays_text() -> None:
+    found = read_extra("validation_prompt: 0123\nmixed_precision: no\nclass_prompt: a cat & a dog\nrank: 010")
+    expected = {"validation_prompt": "0123", "mixed_precision": "no", "class_prompt": "a cat & a dog", "rank": 10}
+    assert found == expected
 
 
 @pytest.mark.parametrize("text", REFUSED)

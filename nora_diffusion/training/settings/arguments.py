@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from ...errors import UserError, first_line
+from ...errors import UserError
+from ...io.yaml_text import read_yaml
 from .config import GROUPS, TrainConfig, settings, settings_by_name
 from .values import suggestion, unknown_argument
 
@@ -62,7 +63,7 @@ def parse(argv: Sequence[str] | None, prog: str | None = None) -> TrainConfig:
         raise unknown_argument(unknown, [*settings_by_name(), "config"], parser.prog)
     values = vars(parsed)
     path = values.pop("config", None)
-    return TrainConfig.from_mapping({**(read_yaml(Path(path)) if path else {}), **values})
+    return TrainConfig.from_mapping({**(read_settings(Path(path)) if path else {}), **values})
 
 
 def with_underscores(word: str) -> str:
@@ -73,36 +74,24 @@ def with_underscores(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Settings of a YAML file, with aliases resolved. Raises :class:`UserError` for unknown keys and invalid files."""
-    values = _load(path, "config")
+def read_settings(path: Path) -> dict[str, Any]:
+    """Settings of a YAML file, by name. Raises :class:`UserError` for unknown or repeated keys and invalid files."""
+    return by_name(read_yaml(path, "config"), str(path))
+
+
+def by_name(values: Any, source: str) -> dict[str, Any]:
+    """The settings of a YAML document by name, with aliases resolved. Raises :class:`UserError`."""
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{path} must contain 'key: value' lines, one per setting")
+        raise UserError(f"{source} must contain 'key: value' lines, one per setting")
     known = settings_by_name()
-    for name in values:
-        if name not in known:
-            raise UserError(f"unknown setting {name!r} in {path}{suggestion(str(name), known)}")
-    return {known[name].name: value for name, value in values.items()}
-
-
-def read_list(path: Path) -> list[dict[str, Any]]:
-    """Entries of a YAML list of mappings. Raises :class:`UserError` for anything else."""
-    entries = _load(path, "list")
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(
-            f"{path} must be a YAML list of subjects: each starts with '- key: value', further keys follow below"
-        )
-    return [{str(name): value for name, value in entry.items()} for entry in entries]
-
-
-def _load(path: Path, what: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the {what} {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {first_line(error)}") from error
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"unknown setting {key!r} in {source}{suggestion(str(key), known)}")
+        name = known[key].name
+        if name in found:
+            raise UserError(f"{source} has {name} under two names: keep one of them")
+        found[name] = value
+    return found

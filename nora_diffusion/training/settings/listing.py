@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from .arguments import read_list
+from ...io.yaml_text import read_yaml
 from .checks import check_config
 from .config import TrainConfig, settings_by_name, tagged
 
@@ -24,7 +24,7 @@ def read_subjects(config: TrainConfig) -> dict[str, TrainConfig]:
     configs: dict[str, TrainConfig] = {}
     own = ("name", *tagged("own"))
     path = Path(config.subjects or "").expanduser()
-    for number, values in enumerate(read_list(path), start=1):
+    for number, values in enumerate(_entries(path), start=1):
         name = str(values.pop("name", "") or Path(str(values.get("instance_data_dir", ""))).name)
         entry = f"subject {number} of {path}"
         if not re.fullmatch(r"\w[\w.-]*", name):
@@ -48,6 +48,15 @@ def read_subjects(config: TrainConfig) -> dict[str, TrainConfig]:
     if not config.joint:
         _check_uploads(path, configs)
     return configs
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    entries = read_yaml(path, "list")
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(
+            f"{path} must be a YAML list of subjects: each starts with '- key: value', further keys follow below"
+        )
+    return [{str(key): value for key, value in entry.items()} for entry in entries]
 
 
 def _check_uploads(path: Path, configs: Mapping[str, TrainConfig]) -> None:

@@ -6,6 +6,7 @@ import difflib
 import sys
 import typing
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from types import NoneType, UnionType
 from typing import Any, Literal
 
@@ -72,7 +73,7 @@ def _split(hint: Any) -> tuple[list[Any], bool]:
 
 def _convert(value: Any, kind: Any) -> Any:
     if typing.get_origin(kind) is Literal:
-        return _literal(value, typing.get_args(kind))
+        return value if value in typing.get_args(kind) else None
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, list) else [value]
         return items if items and all(isinstance(item, str) for item in items) else None
@@ -83,12 +84,6 @@ def _convert(value: Any, kind: Any) -> Any:
     return _number(value, kind)
 
 
-def _literal(value: Any, choices: tuple[Any, ...]) -> Any:
-    # YAML reads a bare `no` as False.
-    value = "no" if value is False and "no" in choices else value
-    return value if value in choices else None
-
-
 def _boolean(value: Any) -> bool | None:
     if isinstance(value, bool):
         return value
@@ -97,16 +92,15 @@ def _boolean(value: Any) -> bool | None:
 
 
 def _number(value: Any, kind: Any) -> Any:
-    # YAML 1.1 reads 1e-4 as a string, so strings are parsed as for flags.
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
     try:
-        number = float(value)
-    except ValueError:
+        if kind is float:
+            return float(value)
+        number = Decimal(str(value))  # exact for long integers, and reads 1e3
+    except (ValueError, ArithmeticError):
         return None
-    if kind is float:
-        return number
-    return int(number) if number == number and abs(number) < 2**63 and number == int(number) else None
+    return int(number) if number.is_finite() and abs(number) < 2**63 and number == int(number) else None
 
 
 def _expected(choices: list[Any], value: Any) -> str:

@@ -14,6 +14,7 @@ from ...data.captions import without_trigger
 from ...errors import UserError
 from ...io.files import write_atomic
 from ...io.run_layout import step_of
+from ...io.yaml_text import read_yaml
 from .job import Job
 
 FILE = "scores.json"
@@ -83,7 +84,4 @@ class SampleScores:
 
 
 def _trigger(job: Job) -> str:
-    import yaml
-
-    values = yaml.safe_load((job.folder / "request.yaml").read_text(encoding="utf-8"))
-    return str(values.get("trigger") or "")
+    return str(read_yaml(job.folder / "request.yaml", "request").get("trigger") or "")

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError, first_line
+from ...errors import UserError
+from ...io.yaml_text import parse_yaml
 from ..engine import Engine
 from ..messages import without_dashes
 from .jobs import copy_images
@@ -76,29 +77,18 @@ def _defaults(engine: Engine, settings: Mapping[str, Any]) -> Any:
 
 def read_extra(text: str) -> dict[str, Any]:
     """Parse ``key: value`` lines. Raises :class:`UserError` for settings that a page may not set."""
-    import yaml
-
-    if len(text or "") > MAX_YAML or any(mark in text for mark in ("&", "*")):
-        raise UserError(f"more settings must be plain 'key: value' lines, at most {MAX_YAML} characters")
-    try:
-        values = yaml.safe_load(text or "") or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"more settings must be 'key: value' lines: {first_line(error)}") from error
-    if not isinstance(values, dict):
-        raise UserError("more settings must be 'key: value' lines, one setting per line")
+    if len(text or "") > MAX_YAML:
+        raise UserError(f"more settings must be 'key: value' lines, at most {MAX_YAML} characters")
+    from ...training.settings.arguments import by_name
     from ...training.settings.config import TrainConfig, settings_by_name
-    from ...training.settings.values import suggestion
 
-    known = settings_by_name()
+    values = by_name(parse_yaml(text or "", "more settings"), "more settings")
     for name in values:
-        setting = known.get(name)
-        if setting is None:
-            raise UserError(f"unknown setting {name!r}{suggestion(str(name), known)}")
-        group, tags = setting.metadata["group"], setting.metadata["tags"]
-        if "closed" in tags or not (group in OPEN_GROUPS or "open" in tags):
+        metadata = settings_by_name()[name].metadata
+        if "closed" in metadata["tags"] or not (metadata["group"] in OPEN_GROUPS or "open" in metadata["tags"]):
             raise UserError(f"the app sets {name!r} itself: use nora-diffusion train to change it")
-    config = TrainConfig.from_mapping(values)  # YAML reads 1e3 as a string, the trainer as a number
-    return {known[name].name: getattr(config, known[name].name) for name in values}
+    config = TrainConfig.from_mapping(values)
+    return {name: getattr(config, name) for name in values}
 
 
 def preflight(engine: Engine, settings: Mapping[str, Any], images: Sequence[Path], library: Path) -> list[str]:

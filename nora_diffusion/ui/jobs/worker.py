@@ -20,6 +20,7 @@ from typing import Any
 from ...errors import explanation, first_line, program
 from ...io.files import FileLock, make_folder, sync_folder, user_errors, write_atomic
 from ...io.run_layout import SAMPLES, STATE, images_by_step
+from ...io.yaml_text import read_yaml
 from ...pipelines.base import is_embedded
 from ..entries import SCORES
 from .job import boot_id, read_job, read_json
@@ -88,9 +89,7 @@ def final_scores(folder: Path) -> dict[str, float]:
 
     An error while scoring loses the scores but not the training.
     """
-    import yaml
-
-    settings = yaml.safe_load((folder / "request.yaml").read_text(encoding="utf-8"))
+    settings = read_yaml(folder / "request.yaml", "request")
     if not is_embedded(settings.get("pretrained_model_name_or_path")):
         return {}
     try:

@@ -265,6 +265,19 @@ def test_mistakes_are_named_before_anything_is_written(
     assert not any(path.is_file() for path in (tmp_path / "run").rglob("*"))
 
 
+def test_names_and_words_stay_text(configure: Configure, tmp_path: Path) -> None:
+    path = tmp_path / "subjects.yaml"
+    rows = [f"- {{name: {name}, instance_data_dir: {name}, trigger: {name}}}" for name in ("007", "0010", "no", "1e3")]
+    path.write_text("\n".join(rows))
+    found = subjects.read_subjects(configure(subjects=str(path), instance_data_dir=None))
+    assert {name: (own.trigger, own.instance_data_dir) for name, own in found.items()} == {
+        name: (name, name) for name in ("007", "0010", "no", "1e3")
+    }
+    path.write_text("- name: dog\n  instance_data_dir: a\n  name: cat\n")
+    with pytest.raises(UserError, match=r"subjects\.yaml, line 3: 'name' is also in line 1"):
+        subjects.read_subjects(configure(subjects=str(path), instance_data_dir=None))
+
+
 def test_the_command(together: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = flags(together(max_train_steps=2))
     assert main([*words, "--preflight_only"]) in (0, 2)

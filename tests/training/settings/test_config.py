@@ -65,6 +65,35 @@ def test_yaml_round_trip_and_flags_win(tmp_path: Path) -> None:
     assert (read.learning_rate, read.mixed_precision, read.dropout) == (1e-4, "no", 0.1)
 
 
+def test_the_type_of_a_setting_decides_what_yaml_means(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "trigger: 007\nclass_word: no\ninstance_prompt: 12:30\nlicense: 2024-01-01\nmixed_precision: no\nrank: 010\n"
+        "use_captions: yes\nseed: 9007199254740993\ntoken_abstraction: [0010, on]\nlearning_rate: 1e-4\n"
+        "validation_prompts: 0123\nmax_train_steps: 1e3\ncheckpoints_total_limit: ~\n"
+    )
+    read = parse(["--config", str(file)])
+    assert (read.trigger, read.class_word, read.instance_prompt, read.license) == ("007", "no", "12:30", "2024-01-01")
+    assert (read.mixed_precision, read.rank, read.use_captions, read.seed) == ("no", 10, True, 9007199254740993)
+    assert (read.token_abstraction, read.validation_prompts) == (["0010", "on"], ["0123"])
+    assert (read.learning_rate, read.max_train_steps, read.checkpoints_total_limit) == (1e-4, 1000, None)
+    file.write_text(yaml.safe_dump(read.to_dict()))
+    assert parse(["--config", str(file)]) == read
+
+
+@pytest.mark.parametrize("value", ["12:30", "0x10", "0b1", "0o7", "1,5", "true", "2024-01-01", "[1]", "{a: 1}", "1.5"])
+def test_numbers_are_decimal_or_refused(value: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"seed: {value}")
+    with pytest.raises(UserError, match=r"seed=.* is not valid: give a whole number"):
+        parse(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_an_alias_in_yaml_gives_way_to_its_flag(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lora_dropout: 0.1\n")
+    assert parse(["--config", str(file), "--dropout", "0.2"]).dropout == 0.2
+
+
 def test_secrets_are_not_written() -> None:
     assert "hub_token" not in TrainConfig(hub_token="secret").to_dict()
 
@@ -106,7 +135,10 @@ def test_every_number_has_one_bound() -> None:
     [
         ("learning_rte: 1", "unknown setting 'learning_rte' in .*: did you mean 'learning_rate'"),
         ("- 1", "must contain 'key: value' lines"),
-        ("a: [", "is not valid YAML"),
+        ("a: [", "run.yaml, line 1 is not valid YAML: the brackets are not closed"),
+        ("seed: 1\nrank: 4\nseed: 2", "run.yaml, line 3: 'seed' is also in line 1: keep one of them"),
+        ("dropout: 0.1\nlora_dropout: 0.2", "run.yaml has dropout under two names"),
+        ("trigger: [a]", "trigger=.* is not valid: give text"),
         ("output_dir: null", "output_dir needs a value"),
     ],
 )
