@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import io
+import math
 from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile, jpeg_factory
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from ..io.images import MAX_PIXELS
+from . import jpeg, png
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jxl")
 # JPEG includes MPO, which some phones write as .jpg.
 FORMATS = ("JPEG", "PNG", "WEBP")
 HEAD_BYTES = 32
+BYTES_PER_PIXEL = {"PNG": 8, "HEIC": 9, "WEBP": 18}
+"""Peak memory of decoding and reducing, measured with Pillow 12 and pillow-heif 1.8."""
+MAX_DECODER_BYTES = 720 * 2**20
+MAX_STORED_PIXELS = 2**28
+"""Larger images are refused, however little memory their decoder needs: decoding takes long."""
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
     (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"), "HEIC"
 )
@@ -52,6 +64,8 @@ def can_read_heic() -> bool:
 def refusal(content: bytes, heic: bool) -> str:
     """Why these bytes are not a supported image, as a predicate for the file's name; empty if they may be one."""
     name = sniff(content[:HEAD_BYTES])
+    if name == "JPEG" and (kind := jpeg.structure(content).unsupported):
+        return f"is {kind}, which cannot be read: export it as an ordinary 8-bit JPEG or PNG"
     if name in FORMATS or (name == "HEIC" and heic and can_read_heic()):
         return ""
     if name == "HEIC":
@@ -62,26 +76,78 @@ def refusal(content: bytes, heic: bool) -> str:
     return "is not a JPEG, PNG or WEBP image"
 
 
-def open_image(content: bytes) -> Image.Image:
-    """Open an image lazily; ``load()`` decodes the pixels (HEIC is decoded at once).
-
-    Raises Pillow's errors for a damaged file. Call :func:`size_of` first.
-    """
-    if sniff(content[:HEAD_BYTES]) != "HEIC":
-        return Image.open(io.BytesIO(content), formats=FORMATS)
-    import pillow_heif
-
-    # pillow-heif applies the EXIF orientation and resets it.
-    image: Image.Image = pillow_heif.open_heif(io.BytesIO(content), convert_hdr_to_8bit=True).to_pillow()
-    return image
-
-
 def size_of(content: bytes) -> tuple[int, int]:
-    """Width and height from the header, without decoding pixels."""
+    """Width and height from the header, without decoding pixels. Raises Pillow's errors for a damaged file."""
     if sniff(content[:HEAD_BYTES]) != "HEIC":
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with _opened(content) as image:
             return image.size
     import pillow_heif
 
     size: tuple[int, int] = pillow_heif.open_heif(io.BytesIO(content)).size
     return size
+
+
+def decoder_bytes(content: bytes, size: tuple[int, int]) -> int:
+    """An upper bound of the memory in which :func:`decoded` decodes an image of ``size``."""
+    name, pixels = sniff(content[:HEAD_BYTES]), size[0] * size[1]
+    if name != "JPEG":
+        return pixels * BYTES_PER_PIXEL[name or ""]
+    frame = jpeg.structure(content)
+    return 4 * pixels // _jpeg_scale(frame, pixels) ** 2 + frame.buffered_bytes
+
+
+def missing_share(content: bytes) -> float:
+    """The share of a JPEG's height, from the bottom, that is not in the file; 0 for other formats."""
+    return jpeg.missing_share(content) if sniff(content[:HEAD_BYTES]) == "JPEG" else 0.0
+
+
+def open_image(content: bytes) -> Image.Image:
+    """Open an image lazily; ``load()`` decodes the pixels (HEIC is decoded at once).
+
+    A JPEG of more than ``MAX_PIXELS`` is decoded at a half, a quarter or an eighth of its size. Raises Pillow's errors
+    for a damaged file. Check :func:`size_of` and :func:`decoder_bytes` first.
+    """
+    if sniff(content[:HEAD_BYTES]) == "HEIC":
+        import pillow_heif
+
+        # pillow-heif applies the EXIF orientation and resets it.
+        image: Image.Image = pillow_heif.open_heif(io.BytesIO(content), convert_hdr_to_8bit=True).to_pillow()
+        return image
+    opened = _opened(content)
+    if isinstance(opened, JpegImageFile):
+        scale = _jpeg_scale(jpeg.structure(content), math.prod(opened.size))
+        if scale > 1:
+            opened.draft(None, (opened.width // scale, opened.height // scale))
+    return opened
+
+
+def reduced(image: Image.Image) -> Image.Image:
+    """A decoded image, made smaller by a whole factor if it has more than ``MAX_PIXELS``."""
+    factor = math.ceil(math.sqrt(math.prod(image.size) / MAX_PIXELS))
+    if factor <= 1:
+        return image
+    if image.mode.startswith("I"):  # cannot be averaged, and its transparent color is a single value
+        smaller = image.resize((image.width // factor, image.height // factor), Image.Resampling.NEAREST)
+    else:
+        smaller = image.convert("RGBA" if image.has_transparency_data else "RGB").reduce(factor)
+    smaller.info = {**smaller.info, **image.info}
+    return smaller
+
+
+def _opened(content: bytes) -> Image.Image:
+    """Open an image lazily, with no other plugin than that of its format."""
+    name = sniff(content[:HEAD_BYTES])
+    if name == "JPEG":
+        return jpeg_factory(io.BytesIO(jpeg.with_end(content)))
+    if name == "PNG":
+        plain, profile = png.simplified(content)
+        image = PngImageFile(io.BytesIO(plain))
+        if profile is not None:
+            image.info["icc_profile"] = profile
+        return image
+    return WebPImageFile(io.BytesIO(content))
+
+
+def _jpeg_scale(frame: jpeg.Structure, pixels: int) -> int:
+    """The smallest factor of the JPEG decoder that gives at most ``MAX_PIXELS``; 1 if the file cannot be scaled."""
+    return next((n for n in (1, 2, 4, 8) if pixels <= n * n * MAX_PIXELS), 8) if frame.is_scalable else 1

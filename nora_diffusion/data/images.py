@@ -5,23 +5,35 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import warnings
+import math
+import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from ..errors import UserError
-from ..io.images import MAX_PIXELS
 from .colors import WHITE, Color, to_rgb
-from .formats import is_image, open_image, refusal, size_of
+from .formats import (
+    MAX_DECODER_BYTES,
+    MAX_STORED_PIXELS,
+    decoder_bytes,
+    is_image,
+    missing_share,
+    open_image,
+    reduced,
+    refusal,
+    size_of,
+)
 
 log = logging.getLogger(__name__)
 
 MIN_SIDE = 16
 MAX_ASPECT = 8.0
+MAX_MISSING = 0.04
+"""A truncated JPEG is used if at most this share of its rows is missing."""
 ORIENTATION = 0x0112
 
 
@@ -100,18 +112,19 @@ def read_source(path: Path, background: Color = WHITE, heic: bool = False) -> So
     if refused:
         raise UnreadableImageError(f"{path.name} {refused}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            _check_size(path, size_of(content))
-            with open_image(content) as opened:
-                return _decode(path, opened, hashlib.sha256(content).hexdigest(), background)
-    except UnidentifiedImageError as error:
-        raise UnreadableImageError(f"{path.name} is damaged or truncated") from error
-    except Image.DecompressionBombError as error:
-        raise UnreadableImageError(f"{path.name} has more than {MAX_PIXELS // 10**6} megapixels") from error
-    except (OSError, SyntaxError, ValueError, RuntimeError, EOFError) as error:
-        if isinstance(error, UnreadableImageError):
-            raise
+        size = size_of(content)
+        _check_size(path, size, decoder_bytes(content, size))
+        missing = missing_share(content)
+        if missing > MAX_MISSING:
+            raise UnreadableImageError(f"{path.name} is cut off: the lower {missing:.0%} of the image is missing")
+        with open_image(content) as opened:
+            return _decode(path, opened, size, missing, hashlib.sha256(content).hexdigest(), background)
+    except UnreadableImageError:
+        raise
+    except MemoryError as error:
+        raise UnreadableImageError(f"{path.name} needs more memory than there is: save a smaller copy") from error
+    # Pillow's decoders raise all of these for damaged files.
+    except (OSError, SyntaxError, ValueError, RuntimeError, EOFError, LookupError, TypeError, struct.error) as error:
         raise UnreadableImageError(f"{path.name} is damaged or truncated") from error
 
 
@@ -125,20 +138,27 @@ def _content(path: Path) -> bytes:
     return content
 
 
-def _decode(path: Path, opened: Image.Image, sha256: str, background: Color) -> SourceImage:
-    mode, frames = opened.mode, getattr(opened, "n_frames", 1)
+def _decode(
+    path: Path, opened: Image.Image, size: tuple[int, int], missing: float, sha256: str, background: Color
+) -> SourceImage:
+    mode, frames = opened.mode, 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
     upright, rotated = _upright(opened)
-    image, alpha, profile_ok = to_rgb(upright, background)
+    image, alpha, color_remarks = to_rgb(reduced(upright), background)
+    if alpha is not None and alpha.getextrema() == (0, 0):
+        raise UnreadableImageError(f"{path.name} is wholly transparent: nothing of it is visible")
     remarks = ["rotated by its EXIF orientation"] if rotated else []
+    if math.prod(image.size) < math.prod(size):
+        remarks.append("{}x{}, reduced to {}x{}".format(*size, *image.size))
+    if missing:
+        remarks.append("its last rows are damaged")
     if alpha is not None:
         color = "white" if background == WHITE else "#{:02x}{:02x}{:02x}".format(*background)
         remarks.append(f"partly transparent, filled with {color}")
         log.warning("%s is %s", path.name, remarks[-1])
-    if not profile_ok:
-        remarks.append("its color profile is broken, so its colors are taken as sRGB")
+    remarks += color_remarks
     if mode not in ("RGB", "RGBA"):
         remarks.append(f"converted from {mode} to RGB")
-    if frames > 1 and opened.format != "MPO":
+    if frames > 1:
         remarks.append(f"the first of {frames} frames")
     return SourceImage(path, image, sha256, alpha, tuple(remarks))
 
@@ -153,11 +173,15 @@ def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
         return image.copy(), False  # damaged EXIF data; the pixels are fine
 
 
-def _check_size(path: Path, size: tuple[int, int]) -> None:
+def _check_size(path: Path, size: tuple[int, int], needed: int) -> None:
+    """``needed``: bytes of memory for decoding."""
     width, height = size
     short, long = sorted(size)
-    if width * height > MAX_PIXELS:
-        raise UnreadableImageError(f"{path.name} is {width}x{height}, more than {MAX_PIXELS // 10**6} megapixels")
+    if width * height > MAX_STORED_PIXELS or needed > MAX_DECODER_BYTES:
+        raise UnreadableImageError(
+            f"{path.name} is {width}x{height}: {width * height / 1e6:.0f} megapixels need too much memory, so save a "
+            "smaller copy"
+        )
     if short < MIN_SIDE:
         raise UnreadableImageError(f"{path.name} is {width}x{height}, smaller than {MIN_SIDE} pixels")
     if long > MAX_ASPECT * short:

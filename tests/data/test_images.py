@@ -209,9 +209,9 @@ def test_one_error_names_all_broken_files(tmp_path: Path) -> None:
 
 def test_size_is_checked_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     halves().save(tmp_path / "large.png")
-    monkeypatch.setattr("nora_diffusion.data.images.MAX_PIXELS", 100)
+    monkeypatch.setattr("nora_diffusion.data.images.MAX_DECODER_BYTES", 100)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(UserError, match=r"large.png is 40x20, more than"):
+    with pytest.raises(UserError, match=r"large.png is 40x20: 0 megapixels need too much memory, so save a smaller"):
         read_source(tmp_path / "large.png")
 
 
