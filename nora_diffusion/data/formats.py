@@ -57,23 +57,22 @@ def is_image(path: Path) -> bool:
 
 
 def can_read_heic() -> bool:
-    """Whether pillow-heif (the extra ``heic``) is installed."""
+    """Whether pillow-heif is installed; some platforms have no wheel of it."""
     return find_spec("pillow_heif") is not None
 
 
-def refusal(content: bytes, heic: bool) -> str:
+def refusal(content: bytes) -> str:
     """Why these bytes are not a supported image, as a predicate for the file's name; empty if they may be one."""
     name = sniff(content[:HEAD_BYTES])
     if name == "JPEG" and (kind := jpeg.structure(content).unsupported):
         return f"is {kind}, which cannot be read: export it as an ordinary 8-bit JPEG or PNG"
-    if name in FORMATS or (name == "HEIC" and heic and can_read_heic()):
+    if name in FORMATS or (name == "HEIC" and can_read_heic()):
         return ""
     if name == "HEIC":
-        extra = " or install the extra: pip install 'nora-diffusion[heic]'" if heic and not can_read_heic() else ""
-        return f"is a HEIC image: export it as JPEG{extra}"
+        return "is a HEIC image: export it as JPEG, or install its decoder: pip install pillow-heif"
     if name is not None:
         return f"is {name}, which cannot be read: export it as JPEG or PNG"
-    return "is not a JPEG, PNG or WEBP image"
+    return "is not a JPEG, PNG, WEBP or HEIC image"
 
 
 def size_of(content: bytes) -> tuple[int, int]:

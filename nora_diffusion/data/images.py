@@ -73,16 +73,16 @@ def find_images(folder: Path) -> list[Path]:
     if folder.is_file():
         raise UserError(f"{folder} is a file: give its folder")
     if not folder.is_dir():
-        raise UserError(f"the photo folder {folder} does not exist: give a folder with JPEG, PNG or WEBP files")
+        raise UserError(f"the photo folder {folder} does not exist: give a folder with JPEG, PNG, WEBP or HEIC files")
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     images = [p for p in files if is_image(p)]
     if not images:
-        raise UserError(f"no photos in {folder}: put 3 to 10 JPEG, PNG or WEBP files there")
+        raise UserError(f"no photos in {folder}: put 3 to 10 JPEG, PNG, WEBP or HEIC files there")
     return images
 
 
 def survey(folder: Path, workers: int = 0, background: Color = WHITE) -> tuple[list[SourceImage], list[Reject]]:
-    """All images of a folder (HEIC too, if the extra is installed), and the files that cannot be used."""
+    """All images of a folder and the files that cannot be used."""
     paths = find_images(folder)
     read = functools.partial(_try_read, background=background)
     if workers > 0:
@@ -102,13 +102,13 @@ def read_images(folder: Path, workers: int = 0, background: Color = WHITE) -> li
     return images
 
 
-def read_source(path: Path, background: Color = WHITE, heic: bool = False) -> SourceImage:
+def read_source(path: Path, background: Color = WHITE) -> SourceImage:
     """Read one image file: check header and size, then decode the pixels, apply the EXIF orientation, convert to RGB.
 
-    ``heic`` allows HEIC if the extra is installed. Raises :class:`UnreadableImageError` (a :class:`UserError`).
+    Raises :class:`UnreadableImageError` (a :class:`UserError`).
     """
     content = _content(path)
-    refused = refusal(content, heic)
+    refused = refusal(content)
     if refused:
         raise UnreadableImageError(f"{path.name} {refused}")
     try:
@@ -190,7 +190,7 @@ def _check_size(path: Path, size: tuple[int, int], needed: int) -> None:
 
 def _try_read(path: Path, background: Color) -> SourceImage | Reject:
     try:
-        return read_source(path, background, heic=True)
+        return read_source(path, background)
     except UnreadableImageError as error:
         return Reject(path, str(error))
 

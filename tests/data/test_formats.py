@@ -35,7 +35,7 @@ def encoded(image: Image.Image, format: str = "JPEG", **options: Any) -> bytes:
 def read(tmp_path: Path) -> Any:
     def read(content: bytes) -> SourceImage:
         (tmp_path / "photo").write_bytes(content)
-        return read_source(tmp_path / "photo", heic=True)
+        return read_source(tmp_path / "photo")
 
     return read
 

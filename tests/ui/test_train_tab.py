@@ -60,7 +60,7 @@ def test_photos_are_shown_as_trained_and_rejects_have_reasons(page: Any, tmp_pat
     page.locator("#train-prepared img").nth(1).wait_for()
     report = page.locator("#train-report")
     expect(report).to_contain_text("2 photos will be used")
-    expect(report).to_contain_text("fake.png is not a JPEG, PNG or WEBP")
+    expect(report).to_contain_text("fake.png is not a JPEG, PNG, WEBP or HEIC")
     page.get_by_role("button", name="Check").click()
     page.get_by_text("enter one word, for example").wait_for()  # the class word is empty
     page.get_by_label("Class word").fill("dog")

@@ -64,7 +64,7 @@ def _read(path: Path, background: Color) -> SourceImage | CheckedImage:
     try:
         if path.stat().st_size > MAX_IMAGE_BYTES:
             raise UnreadableImageError(f"{path.name} is larger than {MAX_IMAGE_BYTES // 2**20} MiB")
-        return read_source(path, background, heic=True)
+        return read_source(path, background)
     except UnreadableImageError as error:
         return CheckedImage(path, error=str(error))
 

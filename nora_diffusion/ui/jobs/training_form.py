@@ -96,7 +96,7 @@ def preflight(engine: Engine, settings: Mapping[str, Any], images: Sequence[Path
     from ...training import TrainConfig, check_on
 
     if not images:
-        raise UserError("there are no photos to train on: drop 3 to 10 JPEG, PNG or WEBP files")
+        raise UserError("there are no photos to train on: drop 3 to 10 JPEG, PNG, WEBP or HEIC files")
     with tempfile.TemporaryDirectory() as folder:
         copies = Path(folder) / "photos"
         copy_images(images, copies)
