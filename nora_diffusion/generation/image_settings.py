@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,7 +16,8 @@ from ..io.images import MAX_PIXELS, png
 from .tags import Tag, parse_tags, tag_name
 
 JSON_KEY = "nora_diffusion"
-MAX_TEXT = 2**20
+MAX_TEXT = 2**18
+"""Longest settings that are read, in characters; other texts in the file do not count."""
 
 
 @dataclass
@@ -89,15 +89,16 @@ def read_settings(path: str | Path) -> ImageSettings:
         raise UserError(f"{name} cannot be read as a PNG image: {error}") from error
     if size[0] * size[1] > MAX_PIXELS:
         raise UserError(f"{name} is {size[0]}x{size[1]}, more than {MAX_PIXELS // 10**6} megapixels")
-    if sum(len(text) for text in info.values() if isinstance(text, str)) > MAX_TEXT:
-        raise UserError(f"{name} has more than {MAX_TEXT // 2**20} MiB of text, which is not read")
-    if isinstance(info.get(JSON_KEY), str):
+    texts = {key: info[key] for key in (JSON_KEY, "parameters") if isinstance(info.get(key), str)}
+    if any(len(text) > MAX_TEXT for text in texts.values()):
+        raise UserError(f"{name} has settings of more than {MAX_TEXT // 2**10} KiB, which are not read")
+    if JSON_KEY in texts:
         try:
-            return _checked(ImageSettings(**json.loads(info[JSON_KEY])))
+            return _checked(ImageSettings(**json.loads(texts[JSON_KEY])))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise UserError(f"{name}: its settings are damaged ({error})") from error
-    if isinstance(info.get("parameters"), str):
-        return parse_parameters(info["parameters"])
+            raise UserError(f"{name}: its settings are damaged ({str(error)[:80]})") from error
+    if "parameters" in texts:
+        return parse_parameters(texts["parameters"])
     raise UserError(f"{name} has no settings")
 
 
@@ -123,10 +124,9 @@ def parse_parameters(text: str) -> ImageSettings:
     if "Steps: " not in last:
         raise UserError("the image's parameters are not in A1111's format: a line with 'Steps: ' is missing")
     prompt, _, negative = body.partition("\nNegative prompt: ")
-    quoted = re.search(r'Lora hashes: "([^"]*)"', last)
-    pairs = dict(re.findall(r"(\w[\w ]*): ([^,\"]+)", re.sub(r'[\w ]+: "[^"]*"', "", last)))
+    pairs = _read_pairs(last)
     clean, tags = parse_tags(prompt)
-    hashes = dict(pair.split(": ", 1) for pair in (quoted[1] if quoted else "").split(", ") if ": " in pair)
+    hashes = _read_pairs(pairs.get("Lora hashes", ""))
     adapters = [
         {"name": t.name, "weight": t.unet, "te": t.te, "sha256": hashes.get(t.name, "").lower(), "path": ""}
         for t in tags
@@ -139,4 +139,18 @@ def parse_parameters(text: str) -> ImageSettings:
             base=pairs.get("Model", ""), adapters=adapters,
         )  # fmt: skip
     except (ValueError, KeyError) as error:
-        raise UserError(f"the image's parameters cannot be read ({error})") from error
+        raise UserError(f"the image's parameters cannot be read ({str(error)[:80]})") from error
+
+
+def _read_pairs(line: str) -> dict[str, str]:
+    """Read ``Key: value, Key: "quoted, value"``. Each ``find`` continues at the last one's end, so time is linear."""
+    pairs, position = {}, 0
+    while (colon := line.find(": ", position)) >= 0:
+        key, position = line[position:colon].rpartition(",")[2].strip(), colon + 2
+        end = line.find('"', position + 1) if line.startswith('"', position) else -1
+        if end >= 0:
+            pairs[key], position = line[position + 1 : end], end + 1
+        else:
+            end = line.find(",", position)
+            pairs[key], position = line[position : end if end >= 0 else None].strip(), end if end >= 0 else len(line)
+    return pairs

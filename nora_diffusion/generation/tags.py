@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import UserError
 
 MAX_WEIGHT = 100.0
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+MAX_QUOTED = 200
+"""Characters of a tag that an error quotes."""
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 TAG = re.compile(r"<\s*lora\s*:[^<>]*>", re.IGNORECASE)
 SPACED = re.compile(rf"(?P<blank> ?)(?P<tag>{TAG.pattern})", re.IGNORECASE)
 BROKEN = re.compile(r"<\s*lora\b[^<>\n]{0,60}>?", re.IGNORECASE)
@@ -33,9 +36,9 @@ class Tag:
 
     def __post_init__(self) -> None:
         if not self.name or self.name != self.name.strip() or FORBIDDEN.search(self.name):
-            raise UserError(f"the adapter name {self.name!r} is not valid in a tag: write <lora:name:0.8>")
+            raise UserError(f"the adapter name {self.name[:80]!r} is not valid in a tag: write <lora:name:0.8>")
         for weight in (self.unet, self.te):
-            check_range(weight, f"the tag of {self.name!r}")
+            check_range(weight, f"the tag of {self.name[:80]!r}")
 
     def __str__(self) -> str:
         if self.unet == self.te:
@@ -53,10 +56,9 @@ def parse_tags(prompt: str) -> tuple[str, list[Tag]]:
     clean = _replace(prompt, lambda tag: "")
     if broken := BROKEN.search(clean):
         raise UserError(f"{broken[0]!r} in the prompt is not a complete tag: write <lora:name:0.8>")
-    names = [tag.name for tag in tags]
-    for tag in tags:
-        if names.count(tag.name) > 1:
-            raise UserError(f"the prompt names the adapter {tag.name!r} twice: write one tag with the weight you mean")
+    for name, count in Counter(tag.name for tag in tags).items():
+        if count > 1:
+            raise UserError(f"the prompt names the adapter {name[:80]!r} twice: write one tag with the weight you mean")
     return clean, tags
 
 
@@ -82,7 +84,7 @@ def tag_name(text: str) -> str:
 def parse_weight(text: str, where: str) -> float:
     """A weight from a prompt or a command line. Raises :class:`UserError`, naming ``where`` it comes from."""
     if not NUMBER.fullmatch(text.strip()):
-        raise UserError(f"the weight {text.strip()!r} in {where} is not a number: write for example 0.8")
+        raise UserError(f"the weight {text.strip()[:40]!r} in {where} is not a number: write for example 0.8")
     return check_range(float(text), where)
 
 
@@ -95,13 +97,16 @@ def check_range(weight: float, where: str) -> float:
 
 def _parse(text: str) -> Tag:
     fields = [field.strip() for field in text.strip("<>").split(":")[1:]]
+    text = text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}…"
     name, numbers, named = fields[0], list[float](), dict[str, float]()
     for field in fields[1:]:
         key, equals, value = field.partition("=")
         if not equals:
             numbers.append(parse_weight(field, text))
         elif key.strip() not in ("unet", "te") or key.strip() in named:
-            raise UserError(f"{field!r} in {text} is unknown or repeated: name each weight once, as unet=0.8 or te=0.6")
+            raise UserError(
+                f"{field[:40]!r} in {text} is unknown or repeated: name each weight once, as unet=0.8 or te=0.6"
+            )
         else:
             named[key.strip()] = parse_weight(value, text)
     if not name or len(numbers) > 2:
@@ -120,9 +125,10 @@ def _replace(prompt: str, text_for: Callable[[Tag], str]) -> str:
         text = text_for(_parse(match["tag"]))
         if text:
             return match["blank"] + text
-        before, after = prompt[: match.start()], prompt[match.end() :]
-        joins = before and after and " " not in (before[-1], after[0]) and not TAG.match(after)
-        inside = before.rfind("<") > before.rfind(">")  # an unclosed tag, which must stay recognizable as one
+        start, end = match.span()  # no slices of the prompt: with many tags they would take quadratic time
+        between = start > 0 and end < len(prompt) and " " not in (prompt[start - 1], prompt[end])
+        joins = between and not TAG.match(prompt, end)
+        inside = prompt.rfind("<", 0, start) > prompt.rfind(">", 0, start)  # an unclosed tag must stay recognizable
         return " " if joins and not inside else ""
 
     result = SPACED.sub(replaced, prompt)

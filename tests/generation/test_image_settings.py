@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from nora_diffusion import UserError
-from nora_diffusion.generation.image_settings import ImageSettings, read_settings, save_image
+from nora_diffusion.generation.image_settings import (
+    MAX_TEXT,
+    ImageSettings,
+    parse_parameters,
+    read_settings,
+    save_image,
+)
+from nora_diffusion.generation.tags import Tag, parse_tags, parse_weight, write_tags
 from nora_diffusion.reports.sheets import contact_sheet
 
 SETTINGS = ImageSettings(
@@ -36,6 +47,56 @@ def test_images_without_settings_are_refused(tmp_path: Path) -> None:
     for name, word in (("plain.png", "no settings"), ("text.png", "cannot be read")):
         with pytest.raises(UserError, match=word):
             read_settings(tmp_path / name)
+
+
+LAST = "Steps: 20, CFG scale: 5, Seed: 3, Size: 64x48"
+
+
+def test_parameters_of_other_programs() -> None:
+    """Quoted values may contain commas and colons; only the hashes are read of them."""
+    text = f'a cat <lora:a:0.5>\nNegative prompt: x\n{LAST}, TI: "b, Seed: 9", Lora hashes: "a: AB12, c: 7", Version: 1'
+    settings = parse_parameters(text)
+    assert (settings.prompt, settings.negative_prompt, settings.seed, settings.width) == ("a cat", "x", 3, 64)
+    assert settings.adapters == [{"name": "a", "weight": 0.5, "te": 0.5, "sha256": "ab12", "path": ""}]
+    assert parse_parameters(f'a cat\n{LAST}, Lora hashes: "a: AB12').steps == 20
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        parse_parameters(f"a cat\nSteps: {'9' * 5000}, CFG scale: 5, Seed: 3")
+    assert len(str(caught.value)) < 200
+
+
+PIECES = ("a", " ", "a ", "a: ", 'a: "', 'Lora hashes: "', '"', ", ", "<", "<lora", "< ", "<lora:", "<lora:a:1>", "<>",
+          "\n", "\nNegative prompt: ", 'a: "\\', "<lora:a:unet=1:te=2:", "\t", "1", "a:")  # fmt: skip
+READERS: dict[str, Callable[[str], Any]] = {
+    "prompt": lambda text: parse_parameters(f"{text}\n{LAST}"),
+    "last line": lambda text: parse_parameters(f"x\n{LAST}{text}"),
+    "hashes": lambda text: parse_parameters(f'x\n{LAST}, Lora hashes: "{text}"'),
+    "tags": parse_tags,
+    "writing tags": lambda text: write_tags(text, [Tag("new")]),
+    "tag": lambda text: parse_tags(f"<lora:a:{text}x>"),
+    "weight": lambda text: parse_weight(f"1{text}x", "x"),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_no_text_takes_more_than_linear_time(reader: str) -> None:
+    """Quadratic time would be hours at this length; errors quote only a part."""
+    numbered = "".join(f"<lora:a{i}:1>" for i in range(2**14))
+    for text in (*(piece * (2**18 // len(piece)) for piece in PIECES), "1" * 2**18 + ".", numbered):
+        started = time.process_time()
+        with suppress(UserError):
+            READERS[reader](text)
+        assert time.process_time() - started < 5, text[:20]
+    with suppress(UserError):
+        READERS[reader]("<lora:" + "a" * 2**20 + ":b>")
+
+
+@pytest.mark.parametrize("key", ["parameters", "nora_diffusion"])
+def test_long_settings_are_not_read(tmp_path: Path, key: str) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text(key, "a" * (MAX_TEXT + 1), zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "long.png", pnginfo=info)
+    with pytest.raises(UserError, match="more than 256 KiB"):
+        read_settings(tmp_path / "long.png")
 
 
 def test_contact_sheet_contains_the_images() -> None:
