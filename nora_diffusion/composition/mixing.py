@@ -123,7 +123,7 @@ def mix_files(
     info.conv_shapes = {path: shape for parent in infos for path, shape in parent.conv_shapes.items()}
     if not all(config.stored_outer for config in info.configs.values()):
         info.shapes = {path: shape for parent in infos for path, shape in parent.shapes.items()}
-    file = write_adapter(folder, tensors, info)
+    file = write_adapter(folder, tensors, info, new=True)
     report.info = inspect_adapter(file)
     write_card(folder, report.info, _card(info))
     return report

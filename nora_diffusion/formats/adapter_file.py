@@ -183,8 +183,13 @@ def write_basis(folder: Path, basis: Tensors) -> str:
     return digest
 
 
-def write_adapter(folder: Path, tensors: Tensors, info: AdapterInfo, basis_dir: str | Path | None = None) -> Path:
-    """Write ``folder/nora_adapter.safetensors``, and a shared basis to a file of its own if it does not exist yet."""
+def write_adapter(
+    folder: Path, tensors: Tensors, info: AdapterInfo, basis_dir: str | Path | None = None, new: bool = False
+) -> Path:
+    """Write ``folder/nora_adapter.safetensors``, and a shared basis to a file of its own if it does not exist yet.
+
+    ``new``: raise :class:`UserError` instead of replacing an adapter, even one written at the same moment.
+    """
     basis = {key: value for key, value in tensors.items() if is_frozen(key)}
     if info.basis == "shared":
         info.basis_sha256 = write_basis(basis_folders(folder, basis_dir)[0], basis)
@@ -192,6 +197,5 @@ def write_adapter(folder: Path, tensors: Tensors, info: AdapterInfo, basis_dir: 
     else:
         info.basis_sha256 = named_hash(basis) if basis else ""
     # A single metadata entry: safetensors writes several in random order, and equal adapters must give equal files.
-    return write_atomic(
-        folder / FILE_NAME, save({k: v.contiguous() for k, v in tensors.items()}, {"nora": dump_info(info)})
-    )
+    content = save({k: v.contiguous() for k, v in tensors.items()}, {"nora": dump_info(info)})
+    return write_atomic(folder / FILE_NAME, content, new)

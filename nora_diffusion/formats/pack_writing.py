@@ -106,7 +106,7 @@ def extract_from_pack(path: str | Path, name: str, folder: str | Path, basis_dir
     with Pack(file) as pack:
         subject = pack.find(name)
         preview = subject.preview()
-        written = write_adapter(folder, read_tensors(subject.info, basis_dir), subject.info)
+        written = write_adapter(folder, read_tensors(subject.info, basis_dir), subject.info, new=True)
     write_card(folder, inspect_adapter(written))
     for ending, magic in PREVIEWS.items():
         if preview.startswith(magic):

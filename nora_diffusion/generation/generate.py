@@ -12,11 +12,11 @@ from typing import Any
 
 from ..errors import UserError
 from ..formats.adapter_file import inspect_adapter
-from ..io.files import user_errors
+from ..io.files import user_errors, write_first_free
 from ..loaders import LoadedAdapter, list_adapters, load_adapter, set_adapters
 from ..loaders.load import locate
 from ..pipelines.base import BaseSource
-from .image_settings import save_image
+from .image_settings import ImageSettings, png_with_settings
 from .library import NamedAdapter, find_adapter, list_library, name_adapters
 from .sampling import MAX_SEED, Sampling, check_prompt, check_range, describe_image, sample_images
 from .tags import Tag, parse_tags, parse_weight
@@ -84,7 +84,7 @@ def generate(config: GenerateConfig) -> list[Path]:
         described = [_describe(loaded[adapter], tag) for adapter, tag in active.items()]
         for image, (prompt, seed) in zip(images, batch, strict=True):
             settings = describe_image(pipe, image, prompt, seed, config.sampling, described)
-            files.append(save_image(image, next_file(out, seed), settings))
+            files.append(save_new_image(image, out, seed, settings))
     return files
 
 
@@ -153,7 +153,8 @@ def _batches(jobs: list[tuple[str, int, Active]], size: int) -> Iterator[tuple[l
             yield [(prompt, seed) for prompt, seed, _ in same[start : start + size]], same[0][2]
 
 
-def next_file(folder: Path, seed: int) -> Path:
-    """The next free ``NNNN-seed.png`` in ``folder``."""
-    numbers = [int(match[1]) for f in folder.glob("*.png") if (match := re.match(r"(\d{4,})-", f.name))]
-    return folder / f"{max(numbers, default=-1) + 1:04d}-{seed}.png"
+def save_new_image(image: Any, folder: Path, seed: int, settings: ImageSettings) -> Path:
+    """Write an image as ``NNNN-seed.png`` with the next free number in ``folder``; other processes may do the same."""
+    numbers = [int(match[1]) for f in folder.glob("*.png") if (match := re.match(r"(\d{4,9})-", f.name, re.ASCII))]
+    names = (folder / f"{number:04d}-{seed}.png" for number in itertools.count(max(numbers, default=-1) + 1))
+    return write_first_free(names, png_with_settings(image, settings))

@@ -68,10 +68,15 @@ def tag_of(adapter: dict[str, Any]) -> Tag:
 
 def save_image(image: Image.Image, path: Path, settings: ImageSettings) -> Path:
     """Write a PNG with its settings, atomically."""
+    return write_atomic(path, png_with_settings(image, settings))
+
+
+def png_with_settings(image: Image.Image, settings: ImageSettings) -> bytes:
+    """Encode an image and its settings as PNG."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", settings.parameters_text())
     info.add_text(JSON_KEY, json.dumps(asdict(settings)))
-    return write_atomic(path, png(image, info))
+    return png(image, info)
 
 
 def read_settings(path: str | Path) -> ImageSettings:

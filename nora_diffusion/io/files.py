@@ -1,4 +1,4 @@
-"""Atomic writes (a crash leaves the old file or the new one), file hashes and file locks."""
+"""Atomic writes (a crash leaves the old file or the new one), names that are reserved, file hashes and file locks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import contextlib
 import errno
 import glob
 import hashlib
+import itertools
 import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import REMEDIES, UserError, reason
 
 POLL_SECONDS = 0.1
 ABANDONED_SECONDS = 3600.0
@@ -42,8 +43,8 @@ def user_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot write {path}: {reason}; free space or choose another folder") from error
+        remedy = REMEDIES.get(error.errno or 0, "free space or choose another folder")
+        raise UserError(f"cannot write {path}: {reason(error)}; {remedy}") from error
 
 
 def make_folder(path: Path) -> Path:
@@ -53,13 +54,19 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def write_atomic(path: Path, content: bytes | str | Iterable[bytes]) -> Path:
+class TakenError(UserError):
+    """Another file or folder already has the name."""
+
+
+def write_atomic(path: Path, content: bytes | str | Iterable[bytes], new: bool = False) -> Path:
     """Write a temporary file in the same folder, fsync it, rename it to ``path``, fsync the folder.
 
-    ``content`` may be an iterator of chunks, so that a large file never has to fit in memory. Raises
+    ``content`` may be an iterator of chunks, so that a large file never has to fit in memory. Text is written as UTF-8;
+    a lone surrogate, as in a file name that is not UTF-8, becomes an escape. With ``new`` an existing file is never
+    replaced, even if another process creates it at the same moment: raises :class:`TakenError`. Raises
     :class:`UserError` if the folder cannot be written or the disk is full; the old file is then untouched.
     """
-    encoded = content.encode() if isinstance(content, str) else content
+    encoded = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     chunks = (encoded,) if isinstance(encoded, bytes) else encoded
     make_folder(path.parent)
     with user_errors(path):
@@ -72,12 +79,68 @@ def write_atomic(path: Path, content: bytes | str | Iterable[bytes]) -> Path:
                     file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
+            if new:
+                _rename_new(temporary, path)
+            else:
+                temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
     return path
+
+
+def _rename_new(temporary: Path, path: Path) -> None:
+    """Rename a file to a name that no file has."""
+    try:
+        try:
+            os.link(temporary, path)  # unlike a rename it never replaces a file
+        except FileExistsError:
+            raise
+        except OSError:  # a disk without hard links
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+            temporary.replace(path)
+        else:
+            temporary.unlink()
+    except FileExistsError as error:
+        raise TakenError(f"{path} already exists: choose another name") from error
+
+
+def write_first_free(paths: Iterable[Path], content: bytes) -> Path:
+    """Write to the first of ``paths`` that no file has, and return it. Processes that do so never share a name."""
+    for path in paths:
+        with contextlib.suppress(TakenError):
+            return write_atomic(path, content, new=True)
+    raise TakenError("all names are taken: choose another folder")
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """``path``, then ``path-2``, ``path-3`` ..."""
+    return (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
+
+
+@contextlib.contextmanager
+def reserved_name(folder: Path, name: str, stem: Callable[[Path], str]) -> Iterator[Path]:
+    """Reserve the first of ``name``, ``name-2`` ... that nothing in ``folder`` has; yields a new folder of that name.
+
+    ``stem`` gives the name that a file or folder takes. The new folder is the reservation: it is created exclusively
+    and before the other names are looked at, so threads and processes never share a name. If it is empty at the end,
+    it is removed: whoever reserved the name has put a file beside it, or failed.
+    """
+    for path in numbered(make_folder(folder) / name):
+        with user_errors(path):
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            if path.name.casefold() not in {stem(other).casefold() for other in folder.iterdir() if other != path}:
+                break
+            path.rmdir()
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def remove_abandoned(folder: Path, names: str) -> None:

@@ -57,13 +57,20 @@ class Device:
             while not turn.held:
                 if turn not in self._queue:
                     return False
-                if self._queue[0] is turn and self._lock.try_acquire():
+                if self._queue[0] is turn and self._no_training():
                     turn.held = True
                     break
                 rest = POLL_SECONDS if end is None else min(POLL_SECONDS, end - time.monotonic())
                 if rest <= 0:
                     return False
                 self._changed.wait(rest)
+            return True
+
+    def _no_training(self) -> bool:
+        """Take the lock of trainings. None runs where it cannot exist: a read-only library, a disk without locks."""
+        try:
+            return self._lock.try_acquire()
+        except UserError:
             return True
 
     def drop(self, turn: Turn) -> None:

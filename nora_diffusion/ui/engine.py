@@ -13,8 +13,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..formats.adapter_info import AdapterInfo
-from ..generation.generate import next_file
-from ..generation.image_settings import save_image
+from ..generation.generate import save_new_image
 from ..generation.sampling import describe_image, sample_images
 from ..loaders import LoadedAdapter, delete_adapter, load_adapter
 from ..loaders.mixed_batch import mixed_batch
@@ -191,7 +190,7 @@ class Engine:
         self, out: Path, image: Any, prompt: str, seed: int, request: Request, adapters: list[dict[str, Any]]
     ) -> Path:
         settings = describe_image(self.pipe, image, prompt, seed, request.sampling, adapters)
-        return save_image(image, next_file(out, seed), replace(settings, base=self.base_id))
+        return save_new_image(image, out, seed, replace(settings, base=self.base_id))
 
     def generate(self, request: Request, prompt: str, seed: int, run: Run) -> Any:
         """Generate one image with the active adapters."""

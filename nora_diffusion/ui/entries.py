@@ -107,6 +107,11 @@ class Entry:
         return self.file.parent / THUMBNAIL if self.in_own_folder else self.file.with_suffix(".png")
 
 
+def name_of(path: Path) -> str:
+    """The name that a file or folder of the library takes: no two adapters may share it."""
+    return path.name.removesuffix(SUFFIX).removesuffix(".safetensors")
+
+
 def read_entries(file: Path, stamp: Stamp) -> list[Entry]:
     """Read one file of the library: an adapter, or the subjects of a pack. Errors are stored in the entry."""
     if file.name.endswith(SUFFIX):

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ..errors import UserError
 from ..formats.adapter_file import FILE_NAME, inspect_adapter
 from ..formats.packs import SUFFIX, Pack
 from ..generation.image_settings import read_settings
-from ..io.files import make_folder, sha256, user_errors, write_atomic
-from .entries import Entry, Stamp, read_entries, stamp_of
+from ..io.files import make_folder, reserved_name, sha256, user_errors, write_atomic
+from .entries import Entry, Stamp, name_of, read_entries, stamp_of
 from .messages import without_folders
 
 IMAGES, TRASH, HASHES = "pictures", ".trash", ".hashes.json"
@@ -108,7 +110,8 @@ class Library:
         if missing:
             known = {_key(stamp) for stamp in self._entries}
             self._hashes = {k: v for k, v in self._hashes.items() if k in known}
-            write_atomic(self.folder / HASHES, json.dumps(self._hashes))
+            with contextlib.suppress(UserError):  # only a cache: the folder may be read-only
+                write_atomic(self.folder / HASHES, json.dumps(self._hashes))
 
     def add(self, source: Path, name: str) -> Entry:
         """Copy an adapter file into the library under an unused name, after its header was checked.
@@ -125,18 +128,18 @@ class Library:
         duplicate = self.by_hash(info.sha256)
         if duplicate is not None:
             raise UserError(f"this adapter is already in the library, as {duplicate.name!r}")
-        target = self.unused_path(safe_name(Path(name).stem if Path(name).name != FILE_NAME else info.trigger))
-        # Another tool's file is not a nora_adapter.safetensors: it stays a single file.
-        file = target / FILE_NAME if info.is_ours else target.with_suffix(".safetensors")
-        write_atomic(file, source.read_bytes())
-        return self.entry(target.name)
+        with self.reserved(Path(name).stem if Path(name).name != FILE_NAME else info.trigger) as folder:
+            # Another tool's file is not a nora_adapter.safetensors: it stays a single file.
+            file = folder / FILE_NAME if info.is_ours else folder.with_suffix(".safetensors")
+            write_atomic(file, source.read_bytes(), new=True)
+        return self.entry(folder.name)
 
     def _add_pack(self, source: Path, name: str) -> Entry:
         with Pack(source) as pack:
             if not list(pack):  # reads the metadata of every subject, so a damaged pack is refused here
                 raise UserError(f"the pack {source.name} contains no subject")
-        file = self.folder / f"{self.unused_path(safe_name(name)).name}{SUFFIX}"
-        write_atomic(file, source.read_bytes())
+        with self.reserved(name) as folder:
+            file = write_atomic(folder.with_suffix(SUFFIX), source.read_bytes(), new=True)
         return next(entry for entry in self.entries() if entry.pack == file)
 
     def delete(self, name: str) -> str:
@@ -147,42 +150,51 @@ class Library:
                 f"{entry.name!r} is part of the pack {entry.pack.name}: remove it with nora-diffusion pack remove"
             )
         trash_id = f"{time.time_ns()}-{entry.name}"
-        folder = make_folder(self.folder / TRASH / trash_id)
+        folder = self.folder / TRASH / trash_id
         source = entry.file.parent if entry.in_own_folder else entry.file
         with user_errors(source):
-            shutil.move(str(source), folder / source.name)
+            folder.mkdir(parents=True)
+            try:
+                source.rename(folder / source.name)
+            except OSError:
+                folder.rmdir()
+                raise
         for old in self.deletions()[MAX_DELETIONS:]:
             shutil.rmtree(self.folder / TRASH / old, ignore_errors=True)
         return trash_id
 
     def deletions(self) -> list[str]:
         """Ids of the deletions that can be undone, newest first."""
-        folders = [p for p in (self.folder / TRASH).glob("*-*") if TRASH_ID.fullmatch(p.name) and any(p.iterdir())]
-        return sorted((p.name for p in folders), key=lambda name: -int(name.partition("-")[0]))
+        return list(self._deleted())
+
+    def _deleted(self) -> dict[str, Path]:
+        """What each deletion that can be undone has moved, newest first."""
+        tickets = [path for path in (self.folder / TRASH).glob("*-*") if TRASH_ID.fullmatch(path.name)]
+        tickets.sort(key=lambda path: -int(path.name.partition("-")[0]))
+        return {path.name: moved for path in tickets if (moved := _moved(path)) is not None}
 
     def restore(self, trash_id: str) -> Entry:
         """Undo a deletion. The adapter gets an unused name if its own is taken by now."""
-        known = {name: self.folder / TRASH / name for name in self.deletions()}
-        if trash_id not in known:
+        source = self._deleted().get(trash_id)
+        if source is None:
             raise UserError("there is nothing to restore")
-        (source,) = known[trash_id].iterdir()
-        target = self.folder / source.name
-        if target.exists():  # refusing would block the undo of all earlier deletions
-            stem = _stem(target)
-            target = self.folder / f"{self.unused_path(stem).name}{source.name.removeprefix(stem)}"
-        with user_errors(target):
-            source.rename(target)
-            known[trash_id].rmdir()
-        return self.entry(target.name if target.is_dir() else _stem(target))
+        stem = name_of(source)
+        with reserved_name(self.folder, stem, name_of) as folder, user_errors(source):
+            if source.is_dir():
+                if os.name == "nt":  # where a folder cannot replace an empty one
+                    folder.rmdir()
+                source.rename(folder)
+            else:
+                source.rename(folder.with_name(f"{folder.name}{source.name.removeprefix(stem)}"))
+        shutil.rmtree(source.parent, ignore_errors=True)
+        return self.entry(folder.name)
 
     def _files(self) -> Iterable[Path]:
         for path in self.folder.iterdir():
-            if path.name.startswith(".") or path.is_symlink():
-                continue
-            if path.suffix == ".safetensors" and path.is_file():
-                yield path
-            elif (file := path / FILE_NAME).is_file() and not file.is_symlink():
-                yield file
+            file = path if path.suffix == ".safetensors" else path / FILE_NAME
+            with contextlib.suppress(OSError):  # a folder that may not be entered
+                if not (path.name.startswith(".") or path.is_symlink() or file.is_symlink()) and file.is_file():
+                    yield file
 
     def _read(self, file: Path, stamp: Stamp) -> list[Entry]:
         entries = read_entries(file, stamp)
@@ -191,11 +203,12 @@ class Library:
             entry.error = without_folders(entry.error.replace(f"{self.folder}/", ""))
         return entries
 
-    def unused_path(self, name: str) -> Path:
-        """A path for a new adapter: ``name``, or ``name-2``, ``name-3`` ... if that is taken."""
-        taken = {entry.name for entry in self.entries()} | {_stem(path) for path in self.folder.iterdir()}
-        names = (name if n == 1 else f"{name}-{n}" for n in range(1, 10_000))
-        return self.folder / next(n for n in names if n not in taken)
+    def reserved(self, name: str) -> AbstractContextManager[Path]:
+        """Reserve a name for a new adapter: ``name`` made safe, or with ``-2``, ``-3`` ... if that is taken.
+
+        Yields the adapter's folder, which is removed at the end if it is empty.
+        """
+        return reserved_name(self.folder, safe_name(name), name_of)
 
     def _read_hashes(self) -> dict[str, str]:
         try:
@@ -211,8 +224,13 @@ def safe_name(text: str) -> str:
     return name if NAME.fullmatch(name) else "adapter"
 
 
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(SUFFIX).removesuffix(".safetensors")
+def _moved(ticket: Path) -> Path | None:
+    """The adapter in a folder of the trash; None for an empty or unreadable folder. Other files do not count."""
+    try:
+        adapters = [p for p in ticket.iterdir() if (p / FILE_NAME).is_file() or p.suffix == ".safetensors"]
+    except OSError:
+        return None
+    return adapters[0] if len(adapters) == 1 else None
 
 
 def _key(stamp: Stamp) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from nora_diffusion import add_adapter, nora, open_pipeline, save_adapter
@@ -23,8 +26,8 @@ from nora_diffusion.demo import SUBJECT, run_demo
 from nora_diffusion.evaluation.axes import Cell
 from nora_diffusion.evaluation.grid import GridConfig
 from nora_diffusion.evaluation.protocol import EvaluationConfig
-from nora_diffusion.generation.generate import GenerateConfig, parse_adapter
-from nora_diffusion.generation.image_settings import read_settings
+from nora_diffusion.generation.generate import GenerateConfig, parse_adapter, save_new_image
+from nora_diffusion.generation.image_settings import ImageSettings, read_settings
 from nora_diffusion.generation.sampling import Sampling
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.pipelines.base import BaseSource
@@ -72,6 +75,24 @@ def test_generate_writes_images_with_their_settings(
     # Nothing is overwritten.
     assert generate(tiny_base, tmp_path / "three", "--prompt", "a dog") == 0
     assert (tmp_path / "three" / "0003-0.png").is_file()
+
+
+def test_images_of_several_writers_all_stay(tmp_path: Path) -> None:
+    """Processes that generate into one folder, with the same seeds and others."""
+    settings = ImageSettings("a dog", 0, 2, 2.0, 8, 8)
+
+    def write(writer: int) -> list[Path]:
+        image = Image.new("RGB", (8, 8), (writer, 0, 0))
+        return [save_new_image(image, tmp_path, seed, settings) for seed in (5, 5, 6, writer) * 4]
+
+    with ThreadPoolExecutor(6) as pool:
+        files = [file for made in pool.map(write, range(6)) for file in made]
+    assert len(set(files)) == 96 and sorted(tmp_path.iterdir()) == sorted(files)
+    assert all(re.fullmatch(r"\d{4}-\d\.png", file.name) for file in files)
+    odd = ("99999999999999999999-1.png", "١٢٣٤-1.png", "0200-.png", "0300-x.png")  # only "0300-x" and "0200-" count
+    for name in odd:
+        (tmp_path / name).touch()
+    assert save_new_image(Image.new("RGB", (8, 8)), tmp_path, 1, settings).name == "0301-1.png"
 
 
 def test_inspect(dog: Path, capsys: Capture) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +195,104 @@ def test_all_deletions_but_the_oldest_can_be_undone(shelf: Library, monkeypatch:
     for trash_id, name in zip(again.deletions(), ("stranger", "hat"), strict=True):
         assert again.restore(trash_id).name == name
     assert again.deletions() == []
+
+
+def test_the_trash_survives_foreign_files(shelf: Library) -> None:
+    """What other programs leave in the trash blocks no undo."""
+    first, trash = shelf.delete("dog"), shelf.folder / module.TRASH
+    second = shelf.delete("hat")
+    for ticket in (first, second):
+        (trash / ticket / ".DS_Store").write_bytes(b"x")
+        (trash / ticket / "Thumbs.db").write_bytes(b"x")
+    newer = 10**19  # ids that would come first
+    (trash / f"{newer}-file").write_bytes(b"x")
+    (trash / f"{newer + 1}-empty").mkdir()
+    (trash / f"{newer + 2}-nothing").mkdir()
+    (trash / f"{newer + 2}-nothing" / "notes.txt").write_text("x")
+    (trash / f"{newer + 3}-link").symlink_to(trash / "nowhere")
+    shutil.copytree(trash / first, trash / f"{newer + 4}-two")
+    shutil.copytree(trash / second / "hat", trash / f"{newer + 4}-two" / "hat")
+    (trash / "x-y").mkdir()
+    (trash / "-").mkdir()
+    (trash / ("9" * 40 + "-big")).mkdir()
+    assert shelf.deletions() == [second, first]
+    assert shelf.restore(first).name == "dog" and shelf.restore(second).name == "hat"
+    assert shelf.deletions() == [] and not (trash / first).exists()
+
+
+def test_a_deletion_that_fails_leaves_everything(shelf: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(UserError, match="cannot write"):
+            shelf.delete("dog")
+    assert shelf.deletions() == [] and "dog" in names(shelf.entries())
+    assert list((shelf.folder / module.TRASH).iterdir()) == []
+
+
+def test_a_read_only_library_is_listed_searched_and_inspected(
+    shelf: Library, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def read_only(path: Any, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    opened = os.open
+
+    def open_to_read(path: Any, flags: int, *_: object, **__: object) -> Any:
+        return opened(path, flags) if flags == os.O_RDONLY else read_only(path)
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    monkeypatch.setattr(os, "open", open_to_read)
+    shelf.hash_all()
+    digest = shelf.entry("dog").sha256
+    found = shelf.by_hash(digest)
+    assert len(digest) == 64 and found is not None and found.name == "dog"
+    assert shelf.images_with(found) == []
+    with Device(shelf.folder / ".jobs" / "device.lock").join("an inspection") as turn:
+        assert turn.held  # no training of this library can run
+    with pytest.raises(UserError, match="Read-only file system"):
+        shelf.delete("dog")
+
+
+def test_an_entry_that_cannot_be_read_hides_no_other(shelf: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``is_file`` does in a folder that may not be entered."""
+    is_file = Path.is_file
+
+    def refused(path: Path) -> bool:
+        if path.parent.name == "hat":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert "dog" in names(shelf.entries()) and "hat" not in names(shelf.entries())
+
+
+def test_adapters_that_arrive_at_the_same_moment_all_stay(shelf: Library, base: Path, tmp_path: Path) -> None:
+    """Imports of one file name by several pages, as folders and as single files, and trainings that end meanwhile."""
+    from nora_diffusion import export_lora, nora, open_pipeline
+
+    pipe, sources = open_pipeline(base), []
+    for number in range(9):
+        folder = tmp_path / str(number)
+        save_random(pipe, folder / "own", nora(r=4, inner_r=2), trigger=f"sks{number}", class_word="dog")
+        (folder / "plain").mkdir()
+        sources += [folder / "own" / FILE_NAME, export_lora(folder / "own", folder / "plain" / "dog.safetensors").path]
+    before = names(shelf.entries())
+
+    def arrive(number: int) -> str:
+        if number % 3 == 0:
+            return publish(sources[0].parent, shelf.folder, "dog", {}).name
+        page = Library(shelf.folder) if number % 2 else shelf
+        return page.add(sources[2 + number - number // 3 - 1], "dog.safetensors").name
+
+    with ThreadPoolExecutor(8) as pool:  # 8 trainings end, 16 different files are imported
+        arrived = list(pool.map(arrive, range(24)))
+    entries = Library(shelf.folder).entries()
+    assert len(set(arrived)) == 24 and names(entries) == before | set(arrived)
+    assert all(entry.info for entry in entries if entry.name in arrived)
+    assert not [path for path in shelf.folder.iterdir() if path.name.startswith(".new-")]
 
 
 def test_unknown_values_are_not_shown(shelf: Library) -> None:

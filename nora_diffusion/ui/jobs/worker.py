@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import explanation, first_line, program
-from ...io.files import FileLock, make_folder, sync_folder, user_errors, write_atomic
+from ...io.files import FileLock, make_folder, reserved_name, sync_folder, user_errors, write_atomic
 from ...io.run_layout import SAMPLES, STATE, images_by_step
 from ...io.yaml_text import read_yaml
 from ...pipelines.base import is_embedded
-from ..entries import SCORES
+from ..entries import SCORES, name_of
 from .job import boot_id, read_job, read_json
 from .sample_scores import SampleScores
 
@@ -123,7 +123,8 @@ def publish(run: Path, library: Path, name: str, scores: Mapping[str, float]) ->
             temporary.chmod(0o755)
             for file in temporary.iterdir():
                 _flush(file)
-            target = _rename(temporary, library, name)
+            with reserved_name(library, name, name_of) as target:
+                temporary.rename(target)  # replaces the empty folder that holds the name
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -134,21 +135,6 @@ def publish(run: Path, library: Path, name: str, scores: Mapping[str, float]) ->
 def _flush(file: Path) -> None:
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
-
-
-def _rename(temporary: Path, library: Path, name: str) -> Path:
-    """Rename to the first unused of ``name``, ``name-2`` ...; a rename never replaces a folder that is not empty."""
-    number = 1
-    while True:
-        target = library / (name if number == 1 else f"{name}-{number}")
-        number += 1
-        if target.exists():
-            continue
-        try:
-            return temporary.rename(target)
-        except OSError:
-            if not target.exists():
-                raise
 
 
 if __name__ == "__main__":

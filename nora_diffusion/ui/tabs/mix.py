@@ -14,7 +14,6 @@ from ...generation.sampling import MAX_PROMPT, Sampling
 from ...generation.tags import Tag, parse_tags
 from ..layout.cards import table
 from ..layout.page import PRIVATE, UNQUEUED, Page, handler, run_buttons, run_key, stop_handler
-from ..library import safe_name
 from ..request import MAX_IMAGES, ActiveAdapter, Request
 from ..runs import Run
 from ..state import App
@@ -91,11 +90,11 @@ def mix_handler(app: App) -> Any:
         check_one_weight(tags, "mix")
         adapters = [(find_adapter(app, tag, {}).path, tag.unet) for tag in tags]
         check_mixable(app, [tag.name for tag in tags])
-        folder = app.library.unused_path(safe_name(name or "mix"))
         settings = {
             "rank": to_int(rank, "the rank") or None, "density": float(density), "seed": to_int(seed, "the seed"),
         }  # fmt: skip
-        report = mix_files(adapters, folder, mode, **settings)  # type: ignore[arg-type]
+        with app.library.reserved(name or "mix") as folder:
+            report = mix_files(adapters, folder, mode, **settings)  # type: ignore[arg-type]
         return describe(report), changes + 1
 
     return mix
