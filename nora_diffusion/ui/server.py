@@ -71,12 +71,13 @@ def _served(app: App) -> Iterator[str]:
     """
     import uvicorn
 
+    from .layout.event_streams import EventStreams
     from .shell import build
 
     listener = _bind(app.config.listen, app.config.port)
     blocks, appearance = build(app)
     site = _mounted(app, blocks, appearance)
-    checked = security.Gatekeeper(site, security.known_hosts(app.config), app.scratch)
+    checked = security.Gatekeeper(EventStreams(site), security.known_hosts(app.config), app.scratch)
     server = uvicorn.Server(uvicorn.Config(checked, log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

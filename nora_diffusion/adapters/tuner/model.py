@@ -92,5 +92,5 @@ class NoraModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        key = re.sub(r"(\.base_layer)+\.nora_", ".nora_", key)
+        key = re.sub(r"(?<!\.base_layer)(\.base_layer)+\.nora_", ".nora_", key)
         return key.replace(f".nora_delta.{adapter_name}.", ".nora_delta.", 1)
