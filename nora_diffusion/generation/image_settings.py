@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,11 +15,17 @@ from PIL import Image, PngImagePlugin
 from ..errors import UserError
 from ..io.files import write_atomic
 from ..io.images import MAX_PIXELS, png
-from .tags import Tag, parse_tags, tag_name
+from .tags import Tag, parse_tags, short_number, tag_name
 
 JSON_KEY = "nora_diffusion"
 MAX_TEXT = 2**18
 """Longest settings that are read, in characters; other texts in the file do not count."""
+LABEL = re.compile(r"^([^\S\n]*(?:Negative prompt|Steps) *):", re.MULTILINE | re.IGNORECASE)
+ESCAPED_LABEL = re.compile(LABEL.pattern.replace(" *):", " *) :"), LABEL.flags)
+"""A line of a prompt that readers of ``parameters`` take for one of theirs gets a space before its colon. Text encoders
+see no difference."""
+NEGATIVE = re.compile(r"(?:^|\n)Negative prompt: ?")
+QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 @dataclass
@@ -42,22 +50,29 @@ class ImageSettings:
     dtype: str = ""
 
     def parameters_text(self) -> str:
-        """The text under the PNG key ``parameters``, as A1111 and its forks write it."""
-        lines = [" ".join([self.prompt, *(str(tag_of(adapter)) for adapter in self.adapters)])]
+        """The text under the PNG key ``parameters``, as A1111 and its forks write it.
+
+        :func:`parse_parameters` reads the same prompts and numbers from it.
+        """
+        lines = [" ".join([LABEL.sub(r"\1 :", self.prompt), *(str(tag_of(adapter)) for adapter in self.adapters)])]
         if self.negative_prompt:
-            lines.append(f"Negative prompt: {self.negative_prompt}")
+            lines.append("Negative prompt: " + LABEL.sub(r"\1 :", self.negative_prompt))
         values = {
             "Steps": self.steps,
             "Sampler": self.sampler,
-            "CFG scale": f"{self.guidance:g}",
+            "CFG scale": short_number(self.guidance),
             "Seed": self.seed,
             "Size": f"{self.width}x{self.height}",
             "Model": self.base,
+            "Lora hashes": ", ".join(f"{tag_of(a).name}: {a['sha256']}" for a in self.adapters if a["sha256"]),
         }
-        hashes = ", ".join(f"{a['name']}: {a['sha256']}" for a in self.adapters if a["sha256"])
-        pairs = [f"{key}: {value}" for key, value in values.items() if value != ""]
-        lines.append(", ".join(pairs + ([f'Lora hashes: "{hashes}"'] if hashes else [])))
+        lines.append(", ".join(f"{key}: {_quoted(str(value))}" for key, value in values.items() if value != ""))
         return "\n".join(lines)
+
+
+def _quoted(value: str) -> str:
+    """A value of the last line, in quotes where it could be taken for several, as A1111 does."""
+    return json.dumps(value, ensure_ascii=False) if any(char in value for char in ',:"\n') else value
 
 
 def tag_of(adapter: dict[str, Any]) -> Tag:
@@ -128,7 +143,7 @@ def parse_parameters(text: str) -> ImageSettings:
     body, _, last = text.rpartition("\n")
     if "Steps: " not in last:
         raise UserError("the image's parameters are not in A1111's format: a line with 'Steps: ' is missing")
-    prompt, _, negative = body.partition("\nNegative prompt: ")
+    prompt, negative, *_ = [ESCAPED_LABEL.sub(r"\1:", part) for part in NEGATIVE.split(body, maxsplit=1)] + [""]
     pairs = _read_pairs(last)
     clean, tags = parse_tags(prompt)
     hashes = _read_pairs(pairs.get("Lora hashes", ""))
@@ -152,9 +167,10 @@ def _read_pairs(line: str) -> dict[str, str]:
     pairs, position = {}, 0
     while (colon := line.find(": ", position)) >= 0:
         key, position = line[position:colon].rpartition(",")[2].strip(), colon + 2
-        end = line.find('"', position + 1) if line.startswith('"', position) else -1
-        if end >= 0:
-            pairs[key], position = line[position + 1 : end], end + 1
+        if quoted := QUOTED.match(line, position):
+            with contextlib.suppress(ValueError):
+                pairs[key] = str(json.loads(quoted[0], strict=False))
+            position = quoted.end()
         else:
             end = line.find(",", position)
             pairs[key], position = line[position : end if end >= 0 else None].strip(), end if end >= 0 else len(line)

@@ -42,8 +42,8 @@ class Tag:
 
     def __str__(self) -> str:
         if self.unet == self.te:
-            return f"<lora:{self.name}:{_number(self.unet)}>"
-        return f"<lora:{self.name}:unet={_number(self.unet)}:te={_number(self.te)}>"
+            return f"<lora:{self.name}:{short_number(self.unet)}>"
+        return f"<lora:{self.name}:unet={short_number(self.unet)}:te={short_number(self.te)}>"
 
 
 def parse_tags(prompt: str) -> tuple[str, list[Tag]]:
@@ -135,6 +135,6 @@ def _replace(prompt: str, text_for: Callable[[Tag], str]) -> str:
     return result.removeprefix(" ") if TAG.match(prompt) else result
 
 
-def _number(value: float) -> str:
+def short_number(value: float) -> str:
     """The shortest text that parses to the same number."""
     return repr(float(value)).removesuffix(".0")

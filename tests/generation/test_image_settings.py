@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,44 @@ def test_images_without_settings_are_refused(tmp_path: Path) -> None:
     for name, word in (("plain.png", "no settings"), ("text.png", "cannot be read")):
         with pytest.raises(UserError, match=word):
             read_settings(tmp_path / name)
+
+
+@pytest.mark.parametrize("guidance", [7.0, 7.5, 7.123456789, 1 / 3, 1e-07, 0.1 + 0.2, 99.99999999999999, 0.0, 5])
+def test_the_guidance_is_not_rounded(guidance: float) -> None:
+    settings = replace(SETTINGS, guidance=guidance)
+    assert parse_parameters(settings.parameters_text()).guidance == guidance
+
+
+ODD_PROMPTS = (
+    "a dog\nNegative prompt: a cat", "Negative prompt: a cat", "negative prompt: x", "a dog\nSteps: 20, Seed: 7",
+    "Steps: 1\nSteps: 2\n", "a dog\n  \tNegative prompt: x", "Negative prompt : x\nNegative prompt  : y\nSteps : 1",
+    "a\n\nb\n", "a, b: c", 'a "quoted" dog', "a\\nSteps: 1", "Negative prompt:", "x\rSteps: 5",
+    "Steps: 1\u2028Steps: 2", "CFG scale: 3, Size: 1x1", "",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", ODD_PROMPTS)
+def test_prompts_are_never_taken_for_settings(prompt: str, tmp_path: Path) -> None:
+    """Neither by our reader nor by one that goes by the beginnings of lines, as A1111's does."""
+    for negative in ("", *ODD_PROMPTS):
+        settings = replace(SETTINGS, prompt=prompt, negative_prompt=negative, adapters=[], versions={})
+        text = settings.parameters_text()
+        assert parse_parameters(text) == settings
+        *lines, last = text.strip().split("\n")
+        assert last.startswith("Steps: 20, Sampler: ")
+        labeled = [line.strip().startswith("Negative prompt:") for line in lines]
+        assert sum(labeled) == bool(negative) and not any(line.strip().startswith("Steps:") for line in lines)
+    file = save_image(Image.new("RGB", (8, 8)), tmp_path / "a.png", replace(SETTINGS, prompt=prompt))
+    assert read_settings(file).prompt == prompt
+
+
+def test_names_with_commas_and_quotes_stay_whole() -> None:
+    """Written as A1111 does: a value with a comma or a colon is a JSON string."""
+    base = 'C:\\my models, "new"\\sd: 1, Seed: 9'
+    adapters = [{"name": "dog", "weight": 0.5, "te": 0.5, "sha256": "ab" * 32, "path": ""}]
+    settings = replace(SETTINGS, base=base, sampler="a, b", adapters=adapters)
+    assert parse_parameters(settings.parameters_text()) == settings
+    assert f'Model: {json.dumps(base)}, Lora hashes: "dog: {"ab" * 32}"' in settings.parameters_text()
 
 
 LAST = "Steps: 20, CFG scale: 5, Seed: 3, Size: 64x48"
