@@ -35,6 +35,7 @@ def run(values: argparse.Namespace) -> None:
     from ..formats import pack_writing
     from ..formats.adapter_file import is_basis_folder
     from ..formats.packs import list_pack
+    from ..generation.generate import split_label
 
     if values.verb == "list":
         _list(values)
@@ -46,7 +47,7 @@ def run(values: argparse.Namespace) -> None:
         file = pack_writing.remove_from_pack(values.pack, values.names)
     else:
         verb = pack_writing.create_pack if values.verb == "create" else pack_writing.add_to_pack
-        named = [tuple(text.split("=", 1)) if "=" in text else ("", text) for text in values.adapters]
+        named = [split_label(text) for text in values.adapters]
         file = verb(values.pack, [(name, path) for name, path in named if name or not is_basis_folder(Path(path))])
     count = len(list_pack(file))
     print(f"{file}: {count} {'subject' if count == 1 else 'subjects'}, {file.stat().st_size:,} bytes")

@@ -17,7 +17,7 @@ from ..data.captions import fill
 from ..errors import UserError
 from ..formats.adapter_file import inspect_adapter
 from ..formats.adapter_info import AdapterInfo
-from ..generation.generate import parse_adapter
+from ..generation.generate import parse_adapter, split_label
 from ..generation.sampling import Sampling, check_range
 from ..io.images import load_image
 from ..pipelines.base import BaseSource, base_id
@@ -69,11 +69,11 @@ class Contender:
 
 def parse_contender(text: str) -> Contender:
     """Parse ``[label=]path[:weight]``; the default label is the path's name. Raises :class:`UserError`."""
-    label, equals, rest = text.partition("=")
-    path, weight = parse_adapter(rest if equals else text)
+    label, rest = split_label(text)
+    path, weight = parse_adapter(rest)
     if path in NONE:
         raise UserError("the base alone is always evaluated: name adapters only")
-    label = label if equals else Path(path).name.replace("{subject}", "").strip("-_. ") or Path(path).parent.name
+    label = label or Path(path).name.replace("{subject}", "").strip("-_. ") or Path(path).parent.name
     if not label.strip() or label == BASE:
         raise UserError(f"{text!r} needs another label: write for example nora={path}")
     return Contender(label.strip(), path, weight)

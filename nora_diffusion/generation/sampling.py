@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,9 @@ from ..versions import versions
 from .image_settings import ImageSettings
 
 MAX_STEPS, MAX_GUIDANCE, MAX_SIDE, MAX_PROMPT, MAX_SEED = 1000, 100, 4096, 4000, 2**63 - 1
+
+USUAL_STEPS = 20
+NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 
 OnStep = Callable[[int, Any], None]
 
@@ -63,15 +68,44 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 
 
 def check_prompt(prompt: str) -> None:
-    """Raises :class:`UserError` for a prompt that is too long."""
+    """Raises :class:`UserError` for a prompt that is too long or is not text: with a NUL, or half of an emoji."""
     if len(prompt) > MAX_PROMPT:
         raise UserError(f"a prompt has more than {MAX_PROMPT} characters: shorten it")
+    if odd := NOT_TEXT.search(prompt):
+        raise UserError(f"a prompt has the character {odd[0]!a}, which is not text: remove it")
+
+
+def check_steps(scheduler: Any, steps: int) -> None:
+    """Raises :class:`UserError` if the scheduler cannot sample in this many steps, which its config does not state."""
+    kind: Any = type(scheduler)
+    config = scheduler.to_json_string()
+    if _samples(kind, config, steps) or not _samples(kind, config, USUAL_STEPS):  # else the trial itself fails
+        return
+    near = (n for distance in range(1, 5) for n in (steps - distance, steps + distance) if n > 0)
+    possible = next((n for n in near if _samples(kind, config, n)), USUAL_STEPS)
+    raise UserError(f"steps={steps} is not possible with {kind.__name__}, the base's scheduler: choose {possible}")
+
+
+@functools.lru_cache
+def _samples(kind: Any, config: str, steps: int) -> bool:
+    """Whether a scheduler makes ``steps`` steps, tried on a single number."""
+    import torch
+
+    scheduler, latents = kind.from_config(json.loads(config)), torch.zeros(1, 1, 1, 1)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            scheduler.set_timesteps(steps)
+            for timestep in scheduler.timesteps:
+                latents = scheduler.step(torch.zeros_like(latents), timestep, latents, return_dict=False)[0]
+        except Exception:  # schedulers fail in many ways
+            return False
+    return True
 
 
 def sample_images(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, on_step: OnStep | None = None
 ) -> list[Any]:
-    """Call the pipeline once; returns one image per prompt.
+    """Call the pipeline once; returns one image per prompt. Raises :class:`UserError` as :func:`check_steps`.
 
     Each image has its own generator, so its noise does not depend on the batch. ``on_step(step, latents)`` is called
     after each step, counted from 1, with the step's prediction of the clean latents if the scheduler returns it, else
@@ -79,6 +113,7 @@ def sample_images(
     """
     import torch
 
+    check_steps(pipe.scheduler, sampling.steps)
     # diffusers upcasts a VAE that overflows in fp16, and leaves it in fp32 if memory runs out while decoding.
     with keeping_dtype(pipe.vae), _predictions(pipe.scheduler, wanted=on_step is not None) as predicted:
 
