@@ -10,20 +10,25 @@ endif
 STAMP := .venv/.installed
 EXTRAS := app,train,track,quantize,ray,dev
 
-.PHONY: help setup app demo browser screenshots test test-slow check build release-check clean
+LOWEST := .venv-lowest/$(notdir $(BIN))
+# LOWEST_TORCH=--torch also takes torch's lowest release. On Linux, PyPI has it with CUDA only.
+LOWEST_TORCH ?=
+
+.PHONY: help setup app demo browser screenshots test test-slow test-lowest check build release-check clean
 
 help:
 	@echo "make app            generate, mix, train and compare in the browser"
 	@echo "make demo           learn a subject with NoRA and write outputs/demo (about 3 minutes on 2 cores)"
 	@echo "make test           the fast tests"
 	@echo "make test-slow      the tests that train or take long"
+	@echo "make test-lowest    the fast tests with the lowest releases that pyproject.toml allows, in .venv-lowest"
 	@echo "make check          ruff and a strict type check"
 	@echo "make browser        download a Chromium for the tests of the app, where the system has none"
 	@echo "make screenshots    pictures of every tab in outputs/screenshots (needs Chromium)"
 	@echo "make build          write the wheel and the sdist into dist"
 	@echo "make release-check  build, check version and changelog, and try the wheel in an empty environment"
 	@echo "make setup          only build .venv with the pinned dependencies"
-	@echo "make clean          remove .venv, dist and caches; outputs stays, which holds the library of the app"
+	@echo "make clean          remove .venv, .venv-lowest, dist and caches; outputs stays, which holds the library of the app"
 	@echo "make help           this list"
 
 setup: $(STAMP)
@@ -33,6 +38,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up .venv (pinned dependencies; this takes some minutes once) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+.venv-lowest/.installed: pyproject.toml constraints.txt tests/lowest.py
+	@echo "Setting up .venv-lowest ..."
+	@test -x $(LOWEST)/python || $(PYTHON) -m venv .venv-lowest
+	@$(LOWEST)/python -m pip install --quiet --disable-pip-version-check packaging tomli
+	@$(LOWEST)/python -m tests.lowest $(LOWEST_TORCH) > .venv-lowest/constraints.txt
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(LOWEST)/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[app,train,dev]'
 	@touch $@
 
 app: $(STAMP)
@@ -56,6 +69,9 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	@$(WORKERS) -m slow || { status=$$?; test $$status -eq 5; }  # 5: no test is marked slow
 
+test-lowest: .venv-lowest/.installed
+	@OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest --numprocesses auto --dist loadfile -m "not slow"
+
 check: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -69,5 +85,5 @@ release-check: build
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_project.py tests/test_package.py
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-lowest build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,7 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .versions import check_installed
+
 __version__ = "0.1.0"
+
+check_installed()
 
 _HOMES = {
     "errors": ("UserError",),
