@@ -1,6 +1,6 @@
 """Constraints for pip with the lowest release of every range in pyproject.toml: ``python -m tests.lowest [--torch]``.
 
-The ranges are those of the package and of its extras ``app`` and ``train``. The tools of ``dev`` are pinned as in
+The ranges are those of the package and of the extras in ``EXTRAS``. The tools of ``dev`` are pinned as in
 constraints.txt, and so is torch without ``--torch``: PyPI has its older releases for Linux with CUDA only.
 """
 
@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = ("app", "train")
+EXTRAS = ("app", "train", "track", "quantize")
 
 
 def project() -> dict[str, list[Requirement]]:
