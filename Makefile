@@ -11,6 +11,7 @@ STAMP := .venv/.installed
 EXTRAS := app,train,track,quantize,ray,dev
 
 LOWEST := .venv-lowest/$(notdir $(BIN))
+LOWEST_STAMP := .venv-lowest/.installed
 # LOWEST_TORCH=--torch also takes torch's lowest release. On Linux, PyPI has it with CUDA only.
 LOWEST_TORCH ?=
 
@@ -40,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
-.venv-lowest/.installed: pyproject.toml constraints.txt tests/lowest.py
+$(LOWEST_STAMP): pyproject.toml constraints.txt tests/lowest.py
 	@echo "Setting up .venv-lowest ..."
 	@test -x $(LOWEST)/python || $(PYTHON) -m venv .venv-lowest
 	@$(LOWEST)/python -m pip install --quiet --disable-pip-version-check packaging tomli
@@ -70,7 +71,7 @@ test-slow: $(STAMP)
 	@$(WORKERS) -m slow || { status=$$?; test $$status -eq 5; }  # 5: no test is marked slow
 
 # Without the app: its gradio is pinned at the lowest release already.
-test-lowest: .venv-lowest/.installed
+test-lowest: $(LOWEST_STAMP)
 	@OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest --numprocesses auto --dist loadfile -m "not slow" --ignore tests/ui
 
 check: $(STAMP)

@@ -14,7 +14,7 @@ REQUIRED = {
     "peft": ">=0.20,<0.23",
     "safetensors": ">=0.8",
     "huggingface_hub": ">=1.23",
-    "Pillow": ">=11",
+    "Pillow": ">=11.1",
     "numpy": ">=2.0",
 }
 """The ranges of ``pyproject.toml``. ``make test-lowest`` runs the tests with the lowest release of each."""

@@ -77,7 +77,7 @@ def test_the_workflow_calls_make(path: Path) -> None:
     """Each step of it can be run at home, and all supported releases of Python are tested on all systems."""
     jobs = load(path)["jobs"]
     called = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
-    assert {word for line in called for word in line.split()} - {"make"} <= targets()
+    assert {word for line in called for word in line.split() if "=" not in word} - {"make"} <= targets()
     assert all(line.startswith("make ") for line in called)
     assert {"make check", "make test", "make test-slow", "make release-check"} <= set(called)
     matrix = jobs["test"]["strategy"]["matrix"]
