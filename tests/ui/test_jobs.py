@@ -22,7 +22,9 @@ from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.ui.config import AppConfig
 from nora_diffusion.ui.jobs.job import Job, boot_id, read_job
 from nora_diffusion.ui.jobs.jobs import Jobs
+from nora_diffusion.ui.jobs.sample_scores import SampleScores
 from nora_diffusion.ui.state import App
+from nora_diffusion.ui.tabs.train_view import curves, label, run_status
 
 from .conftest import LONG, until
 
@@ -86,6 +88,82 @@ def test_the_status_follows_from_the_files(tmp_path: Path) -> None:
     (failed / "run" / "checkpoints" / "step-7" / "manifest.json").write_text("{}")
     assert read_job(failed).message == "out of memory: lower train_batch_size; run is kept"
     assert read_job(failed).resumable and read_job(failed).checkpoint == 7
+
+
+ODD: tuple[Any, ...] = (
+    None, "x", "", -1, 10**400, 1e400, float("nan"), float("-inf"), True, [], [[]], {}, {"a": {}}, "\ud83d", "\0", 0.5,
+)  # fmt: skip
+KEYS = {
+    "job": ("name",),
+    "process": ("pid", "boot", "waiting"),
+    "exit": ("code", "message", "adapter"),
+    "state": ("status", "pid", "total", "step", "message", "loss"),
+    "log": ("step", "loss", "seconds"),
+}
+
+
+@pytest.mark.parametrize("file", KEYS)
+def test_an_odd_value_in_one_job_hides_no_training(file: str, jobs: Jobs) -> None:
+    """Every job is listed and can be removed, whatever one value of it is."""
+    fake(jobs.root / "good", exit={"code": 0, "message": "", "adapter": "/library/dog"})
+    for key in KEYS[file]:
+        for number, odd in enumerate(ODD):
+            for alive in (False, True):
+                good: dict[str, dict[str, Any]] = {
+                    "job": {"name": "dog"},
+                    "process": {"pid": 2, "boot": boot_id()},
+                    "state": {"status": "training", "pid": 2, "total": 9},
+                    **({} if alive else {"exit": {"code": 2, "message": "x"}}),
+                }
+                if file in good:
+                    good[file] = {**good[file], key: odd}
+                folder = fake(jobs.root / f"odd-{key}-{number}-{alive}", **good)
+                row = {"step": 3, "loss": 0.5, "seconds": 1.0}
+                rows = [row, {**row, key: odd} if file == "log" else row]
+                (folder / "run" / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+                lock = FileLock(folder / "alive.lock")
+                assert not alive or lock.try_acquire()
+                found = jobs.list()
+                lock.release()
+                assert {job.id for job in found} == {"good", folder.name}, (key, odd)
+                job = next(job for job in found if job.id == folder.name)
+                json.dumps([job.name, job.message, job.step, job.total, job.eta, job.losses], allow_nan=False)
+                str(job.adapter).encode(errors="backslashreplace")
+                for shown in (run_status(job), label(job), curves(job, None)):
+                    assert shown.encode()
+                assert job.running == alive
+                jobs.remove(folder.name)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}"])
+def test_a_file_that_is_no_json_hides_no_training(content: bytes, jobs: Jobs) -> None:
+    fake(jobs.root / "good", exit={"code": 0, "message": ""})
+    names = ("job.json", "process.json", "exit.json", "scores.json", "output.log", "run/state.json", "run/log.jsonl")
+    for name in names:
+        folder = fake(jobs.root / "odd", process={"pid": 2}, exit={"code": 2, "message": ""})
+        (folder / name).write_bytes(content)
+        (folder / "run" / "samples").mkdir()
+        (folder / "run" / "samples" / f"step-{'9' * 200}-1.png").write_bytes(content)
+        (folder / "run" / "checkpoints" / "step-x").mkdir(parents=True)
+        (folder / "run" / "checkpoints" / f"step-{'9' * 200}").mkdir()
+        assert {job.id for job in jobs.list()} == {"good", "odd"}, name
+        assert SampleScores()._known(jobs.get("good")) == {}
+        jobs.remove("odd")
+    for name in names[1:]:  # folders in their place
+        folder = fake(jobs.root / "odd")
+        (folder / name).mkdir()
+        assert {job.id for job in jobs.list()} == {"good", "odd"}, name
+        jobs.remove("odd")
+
+
+@pytest.mark.parametrize("pid", [None, "x", 0, 1, -1, 1e400, True, []])
+def test_only_a_process_of_its_own_is_signaled(pid: Any, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signals to 0 and -1 reach whole groups of processes."""
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("signaled"))
+    monkeypatch.setattr("nora_diffusion.ui.jobs.jobs.START_PATIENCE", 0.0)
+    folder = fake(jobs.root / "odd", process={"pid": pid})
+    with FileLock(folder / "alive.lock"), pytest.raises(UserError, match="still starting"):
+        jobs.stop("odd")
 
 
 def test_only_the_lock_shows_that_a_process_is_alive(tmp_path: Path) -> None:

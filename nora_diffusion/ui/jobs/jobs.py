@@ -24,8 +24,10 @@ from typing import Any
 
 from ...errors import UserError
 from ...io.files import FileLock, is_held, user_errors, write_atomic
-from .job import Job, read_job, read_json
+from .job import Job, number_in, read_job, read_json
 
+START_PATIENCE = 10.0
+"""Seconds that a stop waits for a process that is still starting."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -167,11 +169,11 @@ def _check(values: Mapping[str, Any]) -> None:
     check_config(TrainConfig.from_mapping(values))
 
 
-def _pid(folder: Path, patience: float = 10.0) -> int:
+def _pid(folder: Path) -> int:
     """The pid of a running job, which the process writes right after its start."""
-    until = time.monotonic() + patience
-    while not (values := read_json(folder / "process.json")):
+    until = time.monotonic() + START_PATIENCE
+    while (pid := number_in(read_json(folder / "process.json"), "pid") or 0) <= 1:  # 0 and -1 are groups
         if time.monotonic() > until:
             raise UserError("the training is still starting: try again in a moment")
         time.sleep(0.05)
-    return int(values["pid"])
+    return int(pid)

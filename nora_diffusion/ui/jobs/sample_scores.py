@@ -15,9 +15,10 @@ from ...errors import UserError
 from ...io.files import write_atomic
 from ...io.run_layout import step_of
 from ...io.yaml_text import read_yaml
-from .job import Job
+from .job import Job, number_in, read_json
 
 FILE = "scores.json"
+KINDS = ("subject", "prompt")
 
 
 class SampleScores:
@@ -45,15 +46,16 @@ class SampleScores:
                 steps.setdefault(step_of(sample), []).append(known[sample.name])
         return {
             kind: [(step, sum(s[kind] for s in scores) / len(scores)) for step, scores in sorted(steps.items())]
-            for kind in ("subject", "prompt")
+            for kind in KINDS
         }
 
     def _known(self, job: Job) -> dict[str, dict[str, float]]:
         file = job.folder / FILE
-        try:
-            known: dict[str, dict[str, float]] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            known = {}
+        known: dict[str, dict[str, float]] = {
+            name: scores
+            for name, scores in read_json(file).items()
+            if isinstance(scores, dict) and all(number_in(scores, kind) is not None for kind in KINDS)
+        }
         new = [sample for sample in job.samples if sample.name not in known]
         if new:
             known |= self._score(job, new)
