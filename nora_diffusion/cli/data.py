@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(values: argparse.Namespace) -> None:
     """Write the report and print a summary. Unusable files are listed, not an error."""
     from ..data import survey
-    from ..data.captions import read_captions
+    from ..data.caption_files import read_captions
     from ..data.colors import color
     from ..data.masks import FOLDER, with_masks
     from ..errors import UserError
@@ -54,8 +54,11 @@ def run(values: argparse.Namespace) -> None:
         photos = with_masks(photos, folder)
     paths = [photo.path for photo in photos]
     captions = read_captions(paths, values.instance_prompt or "(no caption)", True, values.caption_column)
+    for finding in captions.findings:
+        print(f"warning: {finding}")
     views = views_of(transform_of(TrainConfig(**settings), values.resolution, BUCKET_STEP), photos, values.seed)
-    page = report_data(Path(values.out).expanduser(), Subject(photos, captions, None, None, "", rejects), views)
+    subject = Subject(photos, captions.texts, None, None, "", rejects, findings=captions.findings)
+    page = report_data(Path(values.out).expanduser(), subject, views)
     print(f"{len(photos)} photos, {len(rejects)} rejected: {page}")
 
 

@@ -1,16 +1,8 @@
-"""Captions of images (one prompt for all, ``.txt`` files or ``metadata.jsonl``), trigger and class words in prompts."""
+"""Trigger word and class word in prompts and captions."""
 
 from __future__ import annotations
 
-import json
-import logging
 import re
-from collections.abc import Sequence
-from pathlib import Path
-
-from ..errors import UserError
-
-log = logging.getLogger(__name__)
 
 FILLERS = frozenset({
     "a", "an", "the", "of", "in", "on", "at", "with", "and", "my", "our", "one", "good", "bad", "nice", "close", "up",
@@ -19,76 +11,6 @@ FILLERS = frozenset({
 })  # fmt: skip
 TRIGGERS = ("sks", "ohwx", "zqx", "qxzvj")
 """Words commonly used as triggers because they mean nothing to a model."""
-METADATA = "metadata.jsonl"
-COLUMN = "text"
-
-
-def read_captions(
-    images: Sequence[Path], prompt: str | None, sidecars: bool = False, column: str | None = None
-) -> list[str]:
-    """One caption per image file: from ``column`` of ``metadata.jsonl``; or with ``sidecars`` from the ``.txt`` of the
-    same name, else from ``text`` of ``metadata.jsonl``. Images without a caption get ``prompt``.
-
-    Raises :class:`UserError` if an image has neither.
-    """
-    folder = images[0].parent
-    if column:
-        own = _from_metadata(folder, column)
-        source = f"a line in {METADATA}"
-    elif sidecars:
-        rows = _from_metadata(folder, COLUMN) if (folder / METADATA).is_file() else {}
-        own = rows | {path.name: text for path in images if (text := _from_sidecar(path))}
-        source = "a .txt file"
-    else:
-        own, source = {}, ""
-    if not own and not prompt:
-        raise UserError("there is no prompt: give --instance_prompt 'a photo of sks dog', or captions (--use_captions)")
-    if source and not own:
-        log.warning("no photo has %s: all get the instance prompt '%s' as caption", source, prompt)
-    missing = [path.name for path in images if path.name not in own]
-    if missing and not prompt:
-        raise UserError(f"{missing[0]} has no caption: add {source} for it, or give --instance_prompt for such photos")
-    return [own.get(path.name, prompt or "") for path in images]
-
-
-def _from_sidecar(path: Path) -> str:
-    sidecar = path.with_suffix(".txt")
-    if not sidecar.is_file():
-        return ""
-    try:
-        return " ".join(sidecar.read_text(encoding="utf-8-sig").split())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the caption {sidecar} cannot be read: save it as UTF-8 text") from error
-
-
-def _from_metadata(folder: Path, column: str) -> dict[str, str]:
-    path = folder / METADATA
-    if not path.is_file():
-        raise UserError(f'--caption_column needs {path}, with lines like {{"file_name": "0.jpg", {column!r}: ...}}')
-    captions = {}
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: save it as UTF-8 text") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            name, text = _metadata_row(path, number, line, column)
-            captions[name] = text
-    return captions
-
-
-def _metadata_row(path: Path, number: int, line: str, column: str) -> tuple[str, str]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{path}, line {number} is not valid JSON: write one object per line") from error
-    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-        raise UserError(f"{path}, line {number} has no 'file_name'")
-    text = row.get(column)
-    if not isinstance(text, str) or not text.strip():
-        others = ", ".join(key for key in row if key != "file_name")
-        raise UserError(f"{path}, line {number} has no text under {column!r}; its keys are {others or 'none'}")
-    return Path(row["file_name"]).name, " ".join(text.split())
 
 
 def guess_trigger(prompt: str, class_word: str | None = None, class_prompt: str | None = None) -> str | None:

@@ -48,12 +48,13 @@ class Row:
 
 @dataclass(frozen=True)
 class DataReport:
-    """The training data of a run: its images, rejected files, duplicates and held-out images."""
+    """The training data of a run: images, rejected files, duplicates, held-out images, sentences about problems."""
 
     rows: Sequence[Row]
     rejects: Sequence[Reject] = ()
     duplicates: Sequence[Duplicate] = ()
     held_out: Sequence[SourceImage] = ()
+    findings: Sequence[str] = ()
 
     def write(self, folder: Path) -> Path:
         """Write ``data_report.json`` and the self-contained ``data_report.html``; returns the path of the page.
@@ -73,6 +74,7 @@ class DataReport:
                 {"files": [d.first.path.name, d.second.path.name], "bits": d.distance, "same_file": d.same_file}
                 for d in self.duplicates
             ],
+            "findings": list(self.findings),
         }
 
     def _as_html(self) -> str:
@@ -83,6 +85,8 @@ class DataReport:
         if self.held_out:
             names = ", ".join(image.path.name for image in self.held_out)
             parts.append(paragraph(f"Held out for validation, not trained on: {names}."))
+        if self.findings:
+            parts += [heading("Problems"), *map(paragraph, self.findings)]
         if self.rejects:
             parts += [heading("Rejected"), table(("file", "reason"), [(r.path.name, r.reason) for r in self.rejects])]
         if self.duplicates:

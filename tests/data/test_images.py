@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ from factories import write_photos
 from PIL import Image, ImageCms
 
 from nora_diffusion.data import find_images, read_images, read_source, survey
-from nora_diffusion.data.captions import guess_class_word, guess_trigger, read_captions, with_trigger
+from nora_diffusion.data.captions import guess_class_word, guess_trigger, with_trigger
 from nora_diffusion.data.colors import color
 from nora_diffusion.data.formats import sniff
 from nora_diffusion.errors import UserError
@@ -223,22 +222,6 @@ def test_folders_without_images(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match="no photos in"):
         find_images(tmp_path)
-
-
-def test_captions_come_from_text_files_metadata_or_the_prompt(tmp_path: Path) -> None:
-    paths = find_images(write_photos(tmp_path, 2))
-    assert read_captions(paths, "a photo of sks dog") == ["a photo of sks dog"] * 2
-    (tmp_path / "0.txt").write_text("a sks dog\n in snow\n")
-    assert read_captions(paths, "other", sidecars=True) == ["a sks dog in snow", "other"]
-    with pytest.raises(UserError, match=r"1.png has no caption: add a .txt file"):
-        read_captions(paths, None, sidecars=True)
-    rows = [{"file_name": "0.png", "text": "one"}, {"file_name": "1.png", "text": "two"}]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert read_captions(paths, None, column="text") == ["one", "two"]
-    with pytest.raises(UserError, match="has no text under 'caption'; its keys are text"):
-        read_captions(paths, None, column="caption")
-    with pytest.raises(UserError, match="there is no prompt"):
-        read_captions(paths, None)
 
 
 def test_guessing_triggers_and_class_words() -> None:

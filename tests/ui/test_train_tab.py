@@ -13,7 +13,7 @@ from factories import write_photos
 from playwright.sync_api import expect
 
 from nora_diffusion import UserError, inspect_adapter
-from nora_diffusion.data.captions import read_captions
+from nora_diffusion.data.caption_files import read_captions
 from nora_diffusion.ui.jobs.images import with_captions
 from nora_diffusion.ui.jobs.jobs import Jobs
 from nora_diffusion.ui.tabs.generate_settings import STORAGE_KEY
@@ -133,8 +133,25 @@ def test_captions_are_copied_where_the_trainer_looks(tmp_path: Path) -> None:
     (tmp_path / "copies").mkdir()
     copies, errors = with_captions(photos, list(files.values()), tmp_path / "copies")
     assert [p.read_bytes() for p in copies] == [p.read_bytes() for p in photos]
-    assert read_captions(copies, "plain", sidecars=True) == ["a dog in snow", "a dog in snow", *["plain"] * 3]
-    assert "longer than" in errors[0] and "UTF-8" in errors[1] and len(errors) == 2
+    texts = [read_captions([copy], "plain", sidecars=True).texts[0] for copy in copies]
+    assert texts == ["a dog in snow", "a dog in snow", *["plain"] * 3]
+    assert "UTF-8" in errors[0] and "longer than" in errors[1] and len(errors) == 2
+
+
+def test_captions_are_matched_as_in_the_trainer(tmp_path: Path) -> None:
+    photos = sorted(write_photos(tmp_path, 4).glob("*"))
+    names = {"0.TXT": "zero", "1.caption": "one", "2.png.txt": "two", "2.txt": "other", "3.txt": ""}
+    for name, text in names.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "copies").mkdir()
+    copies, errors = with_captions(photos, [tmp_path / name for name in names], tmp_path / "copies")
+    assert [read_captions([copy], "plain", sidecars=True).texts[0] for copy in copies] == [
+        "zero",
+        "one",
+        "two",
+        "plain",
+    ]
+    assert errors == ["2.txt is left out: 2.png.txt is already the caption of 2.png"]
 
 
 def test_an_example_subject_takes_one_click(page: Any) -> None:

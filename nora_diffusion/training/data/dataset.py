@@ -78,4 +78,4 @@ def report_data(folder: Path, subject: Subject, views: Sequence[Sequence[View]])
     duplicates = find_duplicates(subject.images)
     for pair in duplicates[:5]:
         log.warning("%s: it counts twice", pair)
-    return DataReport(rows, subject.rejects, duplicates, subject.held_out).write(folder)
+    return DataReport(rows, subject.rejects, duplicates, subject.held_out, subject.findings).write(folder)

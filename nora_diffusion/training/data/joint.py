@@ -38,6 +38,7 @@ def read_joint(config: TrainConfig) -> Subject:
         new_tokens={word: concept for member in members for word, concept in member.new_tokens.items()},
         class_prompt=config.class_prompt or "",
         class_prompts=[prompt for member in members for prompt in member.class_prompts],
+        findings=[f"{member.name}: {finding}" for member in members for finding in member.findings],
         members=members,
     )
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...data import Reject, SourceImage, read_images, survey
-from ...data.captions import guess_class_word, guess_trigger, has_word, read_captions, with_article, with_trigger
+from ...data.caption_files import read_captions
+from ...data.captions import guess_class_word, guess_trigger, has_word, with_article, with_trigger
 from ...data.colors import color
 from ...data.masks import mask_hash, with_masks
 from ...errors import UserError
@@ -39,6 +40,8 @@ class Subject:
     """The class prompt, without the trigger; empty if there is none."""
     class_prompts: Sequence[str] = ()
     """The class prompt of each image, with prior preservation. Members may have different ones."""
+    findings: Sequence[str] = ()
+    """Problems of the data with their remedies, one sentence each, for preflight and the data report."""
     name: str = ""
     members: Sequence[Subject] = ()
     """The subjects of joint training, in the order of their images in ``images``."""
@@ -92,7 +95,8 @@ def read_subject(config: TrainConfig) -> Subject:
     prompt, class_prompt = _instance_prompt(config), _class_prompt(config)
     images, rejects = _read_images(config)
     images, held_out = hold_out(images, config.validation_split or 0)
-    captions = read_captions([image.path for image in images], prompt, config.use_captions, config.caption_column)
+    read = read_captions([image.path for image in images], prompt, config.use_captions, config.caption_column)
+    captions = read.texts
     trigger = config.trigger or _find_trigger(config, prompt, class_prompt)
     class_word = config.class_word or guess_class_word(captions[0], trigger)
     if config.trigger:
@@ -105,6 +109,7 @@ def read_subject(config: TrainConfig) -> Subject:
         images, captions, trigger, class_word, _data_hash(images, captions), rejects, held_out,
         new_tokens=new_tokens_of(config, trigger, class_word), instance_prompt=prompt, class_prompt=class_prompt,
         class_prompts=[class_prompt] * len(images) if config.with_prior_preservation else [],
+        findings=read.findings,
     )  # fmt: skip
 
 

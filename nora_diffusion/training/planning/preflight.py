@@ -54,9 +54,9 @@ def preflight(plan: Plan) -> list[Finding]:
     """Run all checks; takes seconds and writes nothing."""
     size = _estimate(plan)
     return [
-        *_base(plan), *_disk(plan, size), *_memory(plan, size), *_photos(plan), *_trigger(plan), *_prompts(plan),
-        *_lengths(plan), *_rank(plan), *_rates(plan), *_file(plan), *_measured(plan), *_class_images(plan),
-        *_upload(plan), *_without_effect(plan),
+        *_base(plan), *_disk(plan, size), *_memory(plan, size), *_photos(plan), *_data(plan), *_trigger(plan),
+        *_prompts(plan), *_lengths(plan), *_rank(plan), *_rates(plan), *_file(plan), *_measured(plan),
+        *_class_images(plan), *_upload(plan), *_without_effect(plan),
     ]  # fmt: skip
 
 
@@ -167,6 +167,10 @@ def _photos(plan: Plan) -> Iterator[Finding]:
             f"Each photo is used only {views:.1f} times, too few to learn the subject: use --max_train_steps {enough} "
             "or more."
         )
+
+
+def _data(plan: Plan) -> Iterator[Finding]:
+    yield from map(Finding, plan.subject.findings)
 
 
 def _trigger(plan: Plan) -> Iterator[Finding]:

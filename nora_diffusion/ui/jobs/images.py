@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from ...data import SourceImage, UnreadableImageError, read_source
+from ...data.caption_files import caption_files, read_caption
 from ...data.colors import Color, color
 from ...data.report import Row
 from ...data.similarity import Duplicate, find_duplicates
@@ -85,26 +86,31 @@ def _cropped(image: SourceImage, duplicate: Duplicate | None, transform: Transfo
 def with_captions(images: Sequence[Path], captions: Sequence[Path], folder: Path) -> tuple[list[Path], list[str]]:
     """Copy the images into ``folder``, each with its caption file next to it, where the trainer looks for it.
 
-    A caption file has the name of its image. Returns the paths of the copies, and an error for each unusable caption.
+    Caption files are matched to images as in the trainer. Returns the paths of the copies, and an error for each
+    unusable caption.
     """
-    texts, errors = {}, []
-    for file in captions:
-        if file.stem not in {image.stem for image in images}:
-            errors.append(f"{file.name} belongs to no photo: give it the name of its photo")
-        elif file.stat().st_size > MAX_CAPTION_BYTES:
+    beside = caption_files(images, captions)
+    used = {file for files in beside.values() for file in files}
+    errors = [
+        f"{file.name} belongs to no photo: give it the name of its photo" for file in captions if file not in used
+    ]
+    texts = {}
+    for image, (file, *others) in beside.items():
+        errors += [f"{other.name} is left out: {file.name} is already the caption of {image.name}" for other in others]
+        if file.stat().st_size > MAX_CAPTION_BYTES:
             errors.append(f"{file.name} is longer than {MAX_CAPTION_BYTES} bytes: shorten the caption")
-        else:
-            try:
-                texts[file.stem] = " ".join(file.read_text(encoding="utf-8-sig").split())
-            except UnicodeDecodeError:
-                errors.append(f"{file.name} is not UTF-8 text: save it as UTF-8")
+            continue
+        try:
+            texts[image] = read_caption(file)
+        except UserError:
+            errors.append(f"{file.name} is not UTF-8 text: save it as UTF-8")
     copies = []
     for number, image in enumerate(images):  # a folder each: two images may have the same name
         (folder / str(number)).mkdir()
         copies.append(Path(shutil.copyfile(image, folder / str(number) / image.name)))
-        if texts.get(image.stem):
-            write_atomic(copies[-1].with_suffix(".txt"), texts[image.stem])
-    return copies, errors
+        if texts.get(image):
+            write_atomic(copies[-1].with_suffix(".txt"), texts[image])
+    return copies, list(dict.fromkeys(errors))
 
 
 def _caption(image: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from ...adapters.presets import PRESETS as ADAPTER_PRESETS
+from ...data.caption_files import SUFFIXES
 from ...demo import EXAMPLES, open_example
 from ...errors import UserError
 from ...training.settings.config import TrainConfig
@@ -24,7 +25,7 @@ from .train_runs import build_runs, choices, watch
 
 TITLE = "Train"
 METHODS, METHOD = tuple(ADAPTER_PRESETS), TrainConfig().method
-FILE_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".txt"]
+FILE_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", *SUFFIXES]
 
 
 def build(page: Page) -> None:
@@ -153,7 +154,7 @@ def read_upload(app: App, files: Sequence[str] | None) -> tuple[list[str], Any, 
     """Check the uploaded files and show them as the trainer crops them."""
     app.require_changes()
     paths = [Path(file) for file in files or []]
-    captions = [path for path in paths if path.suffix.lower() == ".txt"]
+    captions = [path for path in paths if path.suffix.lower() in SUFFIXES]
     photos = [path for path in paths if path not in captions]
     errors: list[str] = []
     if captions and len(photos) <= MAX_IMAGES:

@@ -13,8 +13,8 @@ from factories import write_photos
 from runs import Configure
 
 from nora_diffusion.data import find_images
+from nora_diffusion.data.caption_files import read_captions
 from nora_diffusion.data.caption_variants import CaptionVariants, tag_orders
-from nora_diffusion.data.captions import read_captions
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import train
 from nora_diffusion.training.data.prompts import PromptEmbeddings
@@ -54,7 +54,7 @@ def test_metadata_replaces_missing_sidecars(tmp_path: Path) -> None:
     rows = [{"file_name": "0.png", "text": "listed 0"}, {"file_name": "1.png", "text": "listed 1"}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "1.txt").write_text("beside 1")
-    assert read_captions(paths, "prompt", sidecars=True) == ["listed 0", "beside 1", "prompt"]
+    assert read_captions(paths, "prompt", sidecars=True).texts == ["listed 0", "beside 1", "prompt"]
 
 
 def test_a_run_trains_only_variants_of_its_captions(

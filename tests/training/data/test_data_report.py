@@ -66,7 +66,9 @@ def test_report_shows_every_view_and_escapes_names(dogs: list[SourceImage], tmp_
     unsafe = SourceImage(Path("<b onload=x>.png"), dogs[1].image, "1", remarks=("rotated by its EXIF orientation",))
     views = Transform([(64, 48)], "random", 2, flip=True).views(unsafe.image.size)
     rows = [Row(unsafe, "a <script> dog", views)]
-    page = DataReport(rows, [Reject(Path("x.png"), "x.png is empty")]).write(tmp_path)
+    page = DataReport(rows, [Reject(Path("x.png"), "x.png is empty")], findings=["2 captions <are> lost."]).write(
+        tmp_path
+    )
     text = page.read_text(encoding="utf-8")
     assert len(re.findall(r'src="data:image/jpeg;base64,', text)) == len(views) >= 2
     assert "<script" not in text and "<b onload" not in text and "&lt;script&gt; dog" in text
@@ -76,6 +78,7 @@ def test_report_shows_every_view_and_escapes_names(dogs: list[SourceImage], tmp_
     (photo,) = data["photos"]
     assert photo["caption"] == "a <script> dog" and photo["shape"] == [64, 48] and len(photo["views"]) == len(views)
     assert data["rejects"] == [{"file": "x.png", "reason": "x.png is empty"}]
+    assert data["findings"] == ["2 captions <are> lost."] and "2 captions &lt;are&gt; lost." in text
 
 
 def test_thumbnails_show_the_views(tmp_path: Path) -> None:

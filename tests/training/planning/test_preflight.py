@@ -101,6 +101,25 @@ def test_few_photos_and_captions_without_the_trigger(configure: Configure, tmp_p
     assert "1 of 2 captions lack the trigger 'zqx', such as 'a toy dog': add it, or set --trigger zqx" in found
 
 
+def test_lost_captions_are_findings(configure: Configure, tmp_path: Path) -> None:
+    folder = write_photos(tmp_path / "partial", 3)
+    (folder / "0.txt").write_text("a zqx dog on grass")
+    config = configure(**RIGHT, instance_data_dir=str(folder))
+    (unread,) = check(config)
+    assert (
+        unread.text.startswith("Captions beside the photos are not read (0.txt): add --use_captions")
+        and not unread.fatal
+    )
+    found = texts(check(replace(config, use_captions=True)))
+    assert found.startswith("2 of 3 photos have no caption (1.png, 2.png), so they are trained on the instance prompt")
+    (folder / "metadata.jsonl").write_text('{"file_name": "7.png", "text": "a zqx dog"}\n')
+    found = texts(check(replace(config, use_captions=True)))
+    assert "1 of 1 rows of metadata.jsonl name no photo of this folder (7.png)" in found and "2 of 3 photos" in found
+    with pytest.raises(UserError, match="2 of 3 photos have no caption"):
+        train(replace(config, use_captions=True, strict=True))
+    assert not config.folder.exists()
+
+
 def test_a_prompt_that_is_cut_off_is_said_once(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
     config = configure(**{**RIGHT, "instance_prompt": "a photo of zqx dog" + " on a mat" * 30, "max_train_steps": 1})
     words = "1 of 1 prompts have more than"

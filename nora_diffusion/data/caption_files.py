@@ -1,0 +1,222 @@
+"""Captions of images: one prompt for all, caption files beside the images, or the rows of ``metadata.jsonl``.
+
+Names are compared as Unicode NFC. A name in another case belongs to an image only if no other image has it exactly.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from ..errors import UserError
+from ..io.untrusted import clean, parse_json
+from .images import enumerated
+
+METADATA = "metadata.jsonl"
+COLUMN = "text"
+SUFFIXES = (".txt", ".caption")
+
+
+@dataclass(frozen=True)
+class Captions:
+    """One caption per image. ``findings``: sentences about captions that are missing, unused or ambiguous."""
+
+    texts: list[str]
+    findings: tuple[str, ...] = ()
+
+
+def read_captions(
+    images: Sequence[Path], prompt: str | None, sidecars: bool = False, column: str | None = None
+) -> Captions:
+    """The captions of images of one folder.
+
+    They come from ``column`` of ``metadata.jsonl``; or with ``sidecars`` from the caption file of each image (see
+    :func:`caption_files`), else from ``text`` of ``metadata.jsonl``. Images without a caption get ``prompt``. Raises
+    :class:`UserError` if an image has neither, for unreadable files and for contradictory rows.
+    """
+    folder = images[0].parent
+    entries = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    texts = [path for path in entries if path.suffix.lower() in SUFFIXES]
+    others = [path for path in entries if path not in texts and path.name != METADATA]
+    beside = caption_files(images, texts)
+    has_rows = (folder / METADATA).is_file()
+    if not sidecars and not column:
+        if not prompt:
+            raise UserError(
+                "there is no prompt: give --instance_prompt 'a photo of sks dog', or captions (--use_captions)"
+            )
+        return Captions([prompt] * len(images), tuple(_not_read(beside, has_rows)))
+    own: dict[Path, str] = {}
+    findings: list[str] = []
+    if column or has_rows:
+        own, findings = _from_rows(list(_rows(folder / METADATA, column or COLUMN)), others)
+    if sidecars:
+        own |= {image: text for image, files in beside.items() if (text := read_caption(files[0]))}
+        findings += [*_ambiguous(beside), *_orphans(texts, caption_files(others, texts))]
+    missing = [image.name for image in images if image not in own]
+    if missing:
+        count = f"{len(missing)} of {len(images)} photos have no caption ({named(missing)})"
+        source = f"a row of {METADATA}" if column else f"a text file such as {Path(missing[0]).stem}.txt"
+        if not prompt:
+            raise UserError(f"{count}: add {source}, or give --instance_prompt for them")
+        findings.insert(0, f"{count}, so they are trained on the instance prompt '{prompt[:80]}': add {source}.")
+    return Captions([own.get(image, prompt or "") for image in images], tuple(findings))
+
+
+def caption_files(images: Iterable[Path], files: Iterable[Path]) -> dict[Path, list[Path]]:
+    """The caption files of each image, best first: for ``0.jpg`` these are ``0.jpg.txt``, ``0.txt``, ``0.caption``."""
+    exact: dict[str, list[Path]] = {}
+    folded: dict[str, list[Path]] = {}
+    for image in images:
+        for stem in {image.name, image.stem}:
+            exact.setdefault(_nfc(stem), []).append(image)
+            folded.setdefault(_folded(stem), []).append(image)
+    found: dict[Path, list[Path]] = {}
+    for file in files:
+        for image in exact.get(_nfc(file.stem)) or folded.get(_folded(file.stem), []):
+            found.setdefault(image, []).append(file)
+    for image, own in found.items():
+        own.sort(key=lambda f: (_folded(f.stem) != _folded(image.name), SUFFIXES.index(f.suffix.lower())))
+    return found
+
+
+def read_caption(file: Path) -> str:
+    """The text of a caption file, in one line. Raises :class:`UserError`."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the caption {file} cannot be read: save it as UTF-8 text") from error
+    if "\0" in text:
+        raise UserError(f"the caption {file} is not UTF-8 text: save it as such")
+    return " ".join(text.split())
+
+
+def named(names: Sequence[str]) -> str:
+    """The first three names, shortened, and the number of the others."""
+    return enumerated([clean(name)[:80] for name in names], limit=3)
+
+
+def _not_read(beside: Mapping[Path, Sequence[Path]], has_rows: bool) -> Iterator[str]:
+    files = [own[0].name for own in beside.values()] + [METADATA] * has_rows
+    if files:
+        yield f"Captions beside the photos are not read ({named(files)}): add --use_captions, or remove them."
+
+
+def _ambiguous(beside: Mapping[Path, Sequence[Path]]) -> Iterator[str]:
+    several = [f"{own[0].name} and {own[1].name}" for own in beside.values() if len(own) > 1]
+    if several:
+        yield f"Photos have more than one caption file ({named(several)}), of which the first is used: keep one."
+    users = Counter(own[0].name for own in beside.values())
+    shared = [name for name, count in users.items() if count > 1]
+    if shared:
+        yield (
+            f"Caption files belong to more than one photo ({named(shared)}): name them like the photos, such as "
+            "0.jpg.txt."
+        )
+
+
+def _orphans(texts: Sequence[Path], owned: Mapping[Path, Sequence[Path]]) -> Iterator[str]:
+    used = {file for files in owned.values() for file in files}
+    orphans = [file.name for file in texts if file not in used]
+    if orphans:
+        yield (
+            f"{len(orphans)} of {len(texts)} caption files belong to no photo ({named(orphans)}): name them like their "
+            "photos, or remove them."
+        )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A line of ``metadata.jsonl``: its number, its ``file_name`` and the parts of that path, the caption."""
+
+    line: int
+    name: str
+    parts: tuple[str, ...]
+    text: str
+
+
+def _rows(path: Path, column: str) -> Iterator[_Row]:
+    if not path.is_file():
+        raise UserError(f'--caption_column needs {path}, with lines like {{"file_name": "0.jpg", {column!r}: ...}}')
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: save it as UTF-8 text") from error
+    for line, text in enumerate(content.split("\n"), start=1):  # splitlines() would cut at U+2028 inside a caption
+        if text.strip():
+            yield _row(f"{path}, line {line}", line, text, column)
+
+
+def _row(source: str, line: int, content: str, column: str) -> _Row:
+    try:
+        row = parse_json(content)
+    except ValueError as error:
+        raise UserError(f"{source} is not valid JSON ({error}): write one object per line") from error
+    name = row.get("file_name") if isinstance(row, dict) else None
+    parts = PurePosixPath(name.replace("\\", "/")).parts if isinstance(name, str) else ()
+    if not name or not parts:
+        raise UserError(f"{source} has no 'file_name'")
+    text = row.get(column)
+    if not isinstance(text, str) or not text.strip():
+        others = enumerated([key[:80] for key in row if key != "file_name"])
+        raise UserError(f"{source} has no text under {column!r}; its keys are {others or 'none'}")
+    if any("\ud800" <= character <= "\udfff" or character == "\0" for character in text):
+        raise UserError(f"{source} has half of an emoji (an unpaired surrogate) or a NUL in {column!r}: remove it")
+    return _Row(line, name, parts, " ".join(text.split()))
+
+
+def _from_rows(rows: Sequence[_Row], files: Sequence[Path]) -> tuple[dict[Path, str], list[str]]:
+    """Captions by file, and a finding about rows that name none. A row with the file's path wins over its base name."""
+    by_name: dict[str, list[Path]] = {}
+    for path in files:
+        by_name.setdefault(_folded(path.name), []).append(path)
+    claims: dict[Path, list[tuple[int, _Row]]] = {}
+    for row in rows:
+        if target := _target(row, by_name.get(_folded(row.parts[-1]), [])):
+            claims.setdefault(target[1], []).append((target[0], row))
+    used, captions = set(), {}
+    for path, claimed in claims.items():
+        best = min(level for level, _ in claimed)
+        closest = [row for level, row in claimed if level == best]
+        for row in closest[1:]:
+            if row.text != closest[0].text:
+                raise UserError(
+                    f"{path.with_name(METADATA)}, lines {closest[0].line} and {row.line} have different captions for "
+                    f"{path.name} ({named([closest[0].name, row.name])}): keep one of them, or give each file its path"
+                )
+        used |= {row.line for row in closest}
+        captions[path] = closest[0].text
+    unused = [row.name for row in rows if row.line not in used]
+    finding = (
+        f"{len(unused)} of {len(rows)} rows of {METADATA} name no photo of this folder ({named(unused)}): correct "
+        "file_name, or remove them."
+    )
+    return captions, [finding] if unused else []
+
+
+def _target(row: _Row, files: Sequence[Path]) -> tuple[int, Path] | None:
+    """The file that a row names, if there is one, and how: 0 by its path, 1 in another case, 2 and 3 by its name."""
+    spellings: tuple[tuple[Callable[[str], str], int], ...] = (
+        (_nfc, len(row.parts)), (_folded, len(row.parts)), (_nfc, 1), (_folded, 1),
+    )  # fmt: skip
+    for level, (spelling, count) in enumerate(spellings):
+        wanted = [spelling(part) for part in row.parts[-count:]]
+        found = [path for path in files if [spelling(part) for part in path.absolute().parts[-count:]] == wanted]
+        if found:
+            return (level, found[0]) if len(found) == 1 else None
+        # os.path, since Path.exists raises for impossible names
+        if level == 1 and files and os.path.exists(files[0].parent.joinpath(*row.parts)):  # noqa: PTH110
+            return None  # the path of another file, in a sub-folder
+    return None
+
+
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _folded(name: str) -> str:
+    return _nfc(name).casefold()
