@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -162,7 +163,8 @@ class FileLock:
     """An exclusive lock on a file or folder, between threads and processes; as a context manager it blocks.
 
     The operating system releases the lock when the holder's process ends, even if it is killed, so no pid or
-    timestamp is needed. Raises :class:`NoLocksError`, or :class:`UserError` if ``path`` cannot be opened.
+    timestamp is needed. A forked child does not hold its parent's locks; a program that is started with the handle
+    (``pass_fds``) does. Raises :class:`NoLocksError`, or :class:`UserError` if ``path`` cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -173,19 +175,21 @@ class FileLock:
         """Take the lock if it is free (``shared``: if there is no exclusive holder); return whether that worked."""
         make_folder(self.path.parent)
         flags = os.O_RDONLY if self.path.is_dir() else os.O_RDWR | os.O_CREAT
-        with user_errors(self.path):
-            handle = os.open(self.path, flags, 0o666)  # the umask applies
-        try:
-            _lock(handle, shared)
-        except OSError as error:
-            os.close(handle)
-            if error.errno in NO_LOCKS:
-                raise NoLocksError(
-                    f"the disk of {self.path.parent} has no file locks: choose a folder on another disk"
-                ) from error
-            return False
-        self.handle = handle
-        return True
+        with _NO_FORK:
+            with user_errors(self.path):
+                handle = os.open(self.path, flags, 0o666)  # the umask applies
+            try:
+                _lock(handle, shared)
+            except OSError as error:
+                os.close(handle)
+                if error.errno in NO_LOCKS:
+                    raise NoLocksError(
+                        f"the disk of {self.path.parent} has no file locks: choose a folder on another disk"
+                    ) from error
+                return False
+            self.handle = handle
+            _HELD.add(self)
+            return True
 
     def acquire(self, canceled: Callable[[], bool] = lambda: False) -> bool:
         """Wait for the lock; ``False`` if ``canceled()`` became true first."""
@@ -197,9 +201,11 @@ class FileLock:
 
     def release(self) -> None:
         """Release the lock; does nothing if it is not held."""
-        if self.handle is not None:
-            os.close(self.handle)
-            self.handle = None
+        with _NO_FORK:
+            _HELD.discard(self)
+            if self.handle is not None:
+                os.close(self.handle)
+                self.handle = None
 
     def __enter__(self) -> FileLock:
         self.acquire()
@@ -207,6 +213,26 @@ class FileLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+_HELD: set[FileLock] = set()
+"""The locks that this process holds."""
+_NO_FORK = threading.Lock()
+"""Held while a lock is taken or released: no fork happens in between."""
+
+
+def _close_inherited() -> None:
+    """In a forked child: close the handles of the parent's locks, which the child would hold until it ends."""
+    for lock in _HELD:
+        if lock.handle is not None:
+            os.close(lock.handle)
+            lock.handle = None
+    _HELD.clear()
+    _NO_FORK.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_NO_FORK.acquire, after_in_parent=_NO_FORK.release, after_in_child=_close_inherited)
 
 
 def _lock(handle: int, shared: bool) -> None:

@@ -6,7 +6,9 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,3 +70,121 @@ def test_a_disk_without_locks_is_not_mistaken_for_a_held_lock(tmp_path: Path, mo
     assert not is_held(tmp_path / ".lock")
     with locked_folder(tmp_path):  # on a network drive this runs unlocked instead of failing
         pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_forked_child_does_not_hold_the_locks_of_its_parent(shared: bool, tmp_path: Path) -> None:
+    """The parent's lock stays, and is free when the parent releases it, while the child lives on."""
+    file, folder = tmp_path / "lock", tmp_path / "folder"
+    folder.mkdir()
+    locks = [FileLock(file), FileLock(folder)]
+    assert all(lock.try_acquire(shared) for lock in locks)
+    (reader, writer), (tried, trying) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(writer)
+            taken = [FileLock(path).try_acquire() for path in (file, folder)]  # the parent holds them
+            locks[0].release()  # does nothing
+            os.write(trying, b"x")
+            os.read(reader, 1)
+        finally:
+            os._exit(1 if any(taken) else 0)
+    try:
+        os.read(tried, 1)
+        assert is_held(file) != shared
+        for lock in locks:
+            lock.release()
+        assert not is_held(file)
+        assert FileLock(folder).acquire(canceled=lambda: True)
+    finally:
+        os.close(writer)
+    assert os.waitpid(child, 0)[1] == 0
+    for handle in (reader, tried, trying):
+        os.close(handle)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_can_take_a_lock_that_its_parent_held(tmp_path: Path) -> None:
+    """It would wait for itself if it had inherited the handle."""
+    lock = FileLock(tmp_path / "lock")
+    with lock:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(0 if FileLock(lock.path).acquire(canceled=lambda: True) else 1)
+    os.close(writer)
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(reader)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forks_while_threads_take_locks(tmp_path: Path) -> None:
+    """No child keeps a lock, whenever the fork happens."""
+    stop = threading.Event()
+
+    def take() -> None:
+        while not stop.is_set():
+            with FileLock(tmp_path / "lock"):
+                pass
+
+    threads = [threading.Thread(target=take) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    children = []
+    reader, writer = os.pipe()
+    for _ in range(30):
+        child = os.fork()
+        if child == 0:
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(0)
+        children.append(child)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    held = is_held(tmp_path / "lock")
+    os.close(writer)
+    os.close(reader)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 30
+    assert not held
+
+
+@pytest.mark.skipif(os.name == "nt", reason="only handles of POSIX are passed on")
+def test_a_program_that_gets_the_handle_holds_the_lock(tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / "lock")
+    lock.acquire()
+    assert lock.handle is not None
+    program = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE, pass_fds=[lock.handle]
+    )
+    lock.release()
+    assert is_held(lock.path)
+    program.communicate()
+    assert not is_held(lock.path)
+
+
+@pytest.mark.parametrize("call", ["open", "truncate", "write"])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_full_disk_at_the_lock_file_is_a_sentence_and_leaves_nothing(
+    call: str, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, original = tmp_path / "run", getattr(os, call)
+    if there:
+        folder.mkdir()
+
+    def full(*args: Any) -> Any:
+        if call != "open" or args[0] == folder / ".lock":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(UserError, match=r"\.lock: No space left on device; free space"):
+            RunFolder(folder).__enter__()
+    assert folder.exists() == there
+    with RunFolder(folder):  # the lock is free again
+        assert is_held(folder / ".lock")

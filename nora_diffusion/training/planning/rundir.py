@@ -30,6 +30,7 @@ from ...io.run_layout import (
     checkpoint_steps,
     images_by_step,
 )
+from ...io.untrusted import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class RunFolder:
         self._created = False
         self._claimed = False
         self._lock = FileLock(path / LOCK)
+        self._earlier: dict[str, Any] = {}
         self._state: dict[str, Any] = {}
         self._state_time = 0.0
         self._warned = False
@@ -85,6 +87,13 @@ class RunFolder:
         """The status last written to ``state.json``."""
         return self._state.get("status")
 
+    @property
+    def was_done(self) -> bool:
+        """Whether an earlier run in this folder has trained and saved everything up to its last checkpoint."""
+        steps = checkpoint_steps(self.checkpoints)
+        is_last = self._earlier.get("step") == max(steps, default=None)
+        return self._earlier.get("status") == "done" and is_last and self.adapter.exists()
+
     def __enter__(self) -> RunFolder:
         if not self.owner:
             return self
@@ -94,21 +103,25 @@ class RunFolder:
             self._refuse_foreign_files()
         self._created = not self.path.exists()
         make_folder(self.path)
-        if not self._lock.try_acquire():
-            raise UserError(
-                f"another training runs in {self.path}{self._holder()}: wait for it, or choose another --output_dir"
-            )
-        handle = self._lock.handle
-        assert handle is not None
-        os.truncate(handle, 0)
-        os.write(handle, str(os.getpid()).encode())
-        self._warn_if_killed()
         try:
+            if not self._lock.try_acquire():
+                raise UserError(
+                    f"another training runs in {self.path}{self._holder()}: wait for it, or choose another --output_dir"
+                )
             self.require(SPARE_BYTES)
-        except UserError:
+            self._write_holder()
+            self._read_earlier()
+        except BaseException:
             self._release()
             raise
         return self
+
+    def _write_holder(self) -> None:
+        handle = self._lock.handle
+        assert handle is not None
+        with user_errors(self._lock.path):
+            os.truncate(handle, 0)
+            os.write(handle, str(os.getpid()).encode())
 
     def _refuse_foreign_files(self) -> None:
         if self.holds_a_run() or any((self.path / name).exists() for name in RUN_MARKERS):
@@ -125,25 +138,28 @@ class RunFolder:
             return f" (process {int(self._lock.path.read_text())})"
         return ""
 
-    def _warn_if_killed(self) -> None:
-        """Warn if an earlier run was killed: the lock was free, but ``state.json`` says that it was running."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            before = json.loads((self.path / STATE).read_text(encoding="utf-8"))
-            if before.get("status") in ("starting", "training", "saving"):
-                log.warning(
-                    "the earlier run in %s was killed at step %s, probably because it ran out of memory (use a smaller "
-                    "--train_batch_size or --gradient_checkpointing) or by a power cut",
-                    self.path, before.get("step", 0),
-                )  # fmt: skip
+    def _read_earlier(self) -> None:
+        """Read the state of an earlier run; warn if it was killed: its lock is free, but it says that it is running."""
+        with contextlib.suppress(OSError, ValueError):
+            before = parse_json((self.path / STATE).read_bytes())
+            self._earlier = before if isinstance(before, dict) else {}
+        if self._earlier.get("status") in ("starting", "training", "saving"):
+            log.warning(
+                "the earlier run in %s was killed at step %s, probably because it ran out of memory (use a smaller "
+                "--train_batch_size or --gradient_checkpointing) or by a power cut",
+                self.path, self._earlier.get("step", 0),
+            )  # fmt: skip
 
     def __exit__(self, *_: object) -> None:
         self._release()
 
     def _release(self) -> None:
+        held = self._lock.handle is not None
         self._lock.release()
         if self._created and not self._claimed:
             with contextlib.suppress(OSError):
-                (self.path / LOCK).unlink()
+                if held:
+                    (self.path / LOCK).unlink()
                 self.path.rmdir()
 
     def claim(self, fresh: bool, config: Mapping[str, Any]) -> None:
@@ -177,7 +193,11 @@ class RunFolder:
                 folder.rmdir()
 
     def require(self, size: int) -> None:
-        """Raise :class:`UserError` unless ``size`` bytes are free on the folder's disk."""
+        """Raise :class:`UserError` unless the folder exists and ``size`` bytes are free on its disk."""
+        if not self.path.is_dir():
+            raise UserError(
+                f"{self.path} was removed or renamed during the run: start it again in another --output_dir"
+            )
         free = shutil.disk_usage(self.path).free
         if free < size:
             raise UserError(
@@ -192,11 +212,10 @@ class RunFolder:
     def steps(self) -> list[tuple[int, float, float]]:
         """Step, loss and seconds of every line of ``log.jsonl``, including steps from before a resume."""
         rows = []
-        with contextlib.suppress(OSError):
-            for line in (self.path / LOG).read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a crash
-                    row = json.loads(line)
-                    rows.append((int(row["step"]), float(row["loss"]), float(row["seconds"])))
+        for line in _lines(self.path / LOG):
+            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
+                row = _row(line)
+                rows.append((row["step"], float(row["loss"]), float(row["seconds"])))
         return rows
 
     def holds_a_run(self) -> bool:
@@ -236,10 +255,8 @@ class RunLog:
                 self._file = path.open("a", encoding="utf-8")
 
     def _drop_after(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
-        write_atomic(self.path, "".join(line + "\n" for line in kept))
+        if self.path.exists():
+            write_atomic(self.path, b"".join(line + b"\n" for line in _lines(self.path) if _is_until(line, step)))
 
     def write(self, **values: Any) -> None:
         """Append one line."""
@@ -259,8 +276,24 @@ def _is_used(path: Path) -> bool:
     return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
-def _step(line: str) -> float:
+def _lines(log: Path) -> list[bytes]:
+    """The lines of ``log.jsonl``, which a crash or a damaged disk may have left as anything."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut short by a crash
+        return log.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    """The values of one line. Raises ``ValueError`` if it is not a JSON object with a step."""
+    row = parse_json(line)
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise ValueError("not a step")
+    return row
+
+
+def _is_until(line: bytes, step: int) -> bool:
+    try:
+        return bool(_row(line)["step"] <= step)
+    except ValueError:
+        return False
