@@ -383,3 +383,73 @@ def test_a_finished_run_that_did_not_fit_into_the_library_is_not_trained_again(
     assert list(jobs.library.iterdir()) == []
     assert worker.main(folder) == 0 and jobs.get(folder.name).status == "done"
     assert inspect_adapter(jobs.library / "dog").sha256 == inspect_adapter(library / "dog").sha256
+
+
+KILLS = (
+    (os, "mkdir"), (os, "rename"), (os, "replace"), (os, "fsync"), (os, "chmod"), (os, "rmdir"), (shutil, "copy2"),
+    (shutil, "rmtree"),
+)  # fmt: skip
+
+
+def publish_in_a_child(folder: Path, kill_at: int | None = None) -> int:
+    """Run a job in a forked child that dies at its ``kill_at``-th change on the disk; returns the number of changes."""
+    from nora_diffusion.ui.jobs import worker
+
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        count = 0
+
+        def counted(original: Any) -> Any:
+            def change(*args: Any, **kwargs: Any) -> Any:
+                nonlocal count
+                count += 1
+                if count == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*args, **kwargs)
+
+            return change
+
+        try:
+            for owner, name in KILLS:
+                setattr(owner, name, counted(getattr(owner, name)))
+            worker.main(folder)
+            os.write(writer, str(count).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as end:
+        changes = end.read()
+    _, status = os.waitpid(child, 0)
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else int(changes)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_while_publishing_leaves_one_adapter_and_nothing_else(jobs: Jobs, library: Path, tmp_path: Path) -> None:
+    """At every change on the disk, up to and after ``exit.json``; another adapter of the same name stays."""
+    original = fake(tmp_path / "original", state={"status": "done"})
+    shutil.copy(library / "dog" / FILE_NAME, original / "run")
+    (original / "request.yaml").write_text("pretrained_model_name_or_path: elsewhere\n")
+    job = {"name": "dog", "library": str(jobs.library), "device_lock": str(jobs.device_lock), "flags": []}
+    (original / "job.json").write_text(json.dumps(job))
+
+    def started() -> Path:
+        shutil.rmtree(jobs.root, ignore_errors=True)
+        shutil.rmtree(jobs.library, ignore_errors=True)
+        shutil.copytree(library / "dog", jobs.library / "dog")
+        return shutil.copytree(original, jobs.root / "20260101-000000-abc")
+
+    changes = publish_in_a_child(started())
+    assert changes > 10
+    for kill_at in range(1, changes + 1):
+        folder = started()
+        assert publish_in_a_child(folder, kill_at) == -signal.SIGKILL
+        if jobs.get(folder.name).status != "done":
+            assert publish_in_a_child(folder) > 0
+        assert jobs.get(folder.name).status == "done"
+        names = sorted(path.name for path in jobs.library.iterdir())
+        assert [name for name in names if (jobs.library / name / FILE_NAME).exists()] in (
+            ["dog", "dog-2"],
+            ["dog", "dog-3"],
+        )
+        assert not [name for name in names if name.startswith(".new-")], kill_at
+        assert jobs.get(folder.name).adapter == jobs.library / names[-1]

@@ -6,25 +6,39 @@ writes ``exit.json`` last. A job without that file whose process is gone was kil
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import sys
-import tempfile
+import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import explanation, first_line, program
-from ...io.files import FileLock, make_folder, reserved_name, sync_folder, user_errors, write_atomic
+from ...io.files import (
+    ABANDONED_SECONDS,
+    FileLock,
+    make_folder,
+    reserved_name,
+    sha256,
+    sync_folder,
+    user_errors,
+    write_atomic,
+)
 from ...io.run_layout import SAMPLES, STATE, images_by_step
 from ...io.yaml_text import read_yaml
 from ...pipelines.base import is_embedded
 from ..entries import SCORES, name_of
 from .job import boot_id, read_job, read_json
 from .sample_scores import SampleScores
+
+if TYPE_CHECKING:
+    from ...formats.adapter_info import AdapterInfo
 
 UNREADABLE = 3
 
@@ -52,7 +66,7 @@ def _train(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the rest is short and must not be interrupted
         if code != 0:
             return {"code": code, "message": ""}
-        adapter = publish(folder / "run", Path(job["library"]), str(job["name"]), final_scores(folder))
+        adapter = publish(folder / "run", Path(job["library"]), str(job["name"]), final_scores(folder), folder)
         return {"code": 0, "message": "", "adapter": str(adapter)}
     except KeyboardInterrupt:
         return {"code": 143, "message": "stopped before training began"}
@@ -100,19 +114,25 @@ def final_scores(folder: Path) -> dict[str, float]:
     return {f"{kind} fidelity": round(points[-1][1], 4) for kind, points in curves.items() if points}
 
 
-def publish(run: Path, library: Path, name: str, scores: Mapping[str, float]) -> Path:
+def publish(run: Path, library: Path, name: str, scores: Mapping[str, float], job: Path | None = None) -> Path:
     """Copy a finished adapter into the library under an unused name, completely or not at all. Returns its folder.
 
-    Raises :class:`UserError` if the file is not readable.
+    ``job``: the folder of the job. It records the name, so that a job that was killed before it wrote ``exit.json`` is
+    not published twice. Raises :class:`UserError` if the file is not readable.
     """
     from ...formats.adapter_file import inspect_adapter, read_tensors
 
     info = inspect_adapter(run)
     read_tensors(info)
     make_folder(library)
+    record = None if job is None else job / "published.json"
+    if record is not None and (found := _published(record, info)):
+        return found
     with user_errors(library):
-        temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=library))
+        _remove_leftovers(library, job)
+        temporary = library / f".new-{secrets.token_hex(4) if job is None else job.name}"
         try:
+            temporary.mkdir(mode=0o700)
             shutil.copy2(info.path, temporary)
             if (run / "README.md").is_file():
                 shutil.copy2(run / "README.md", temporary)
@@ -124,12 +144,39 @@ def publish(run: Path, library: Path, name: str, scores: Mapping[str, float]) ->
             for file in temporary.iterdir():
                 _flush(file)
             with reserved_name(library, name, name_of) as target:
+                if record is not None:
+                    write_atomic(record, json.dumps({"adapter": str(target)}))
                 temporary.rename(target)  # replaces the empty folder that holds the name
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         sync_folder(library)
     return target
+
+
+def _published(record: Path, info: AdapterInfo) -> Path | None:
+    """The folder to which an earlier process of this job has copied the adapter; else a name it reserved is freed."""
+    from ...formats.adapter_file import FILE_NAME
+
+    text = read_json(record).get("adapter")
+    if not isinstance(text, str):
+        return None
+    target = Path(text)
+    with contextlib.suppress(OSError):
+        if sha256(target / FILE_NAME) == info.sha256:
+            return target
+    with contextlib.suppress(OSError):
+        target.rmdir()  # only if it is empty
+    return None
+
+
+def _remove_leftovers(library: Path, job: Path | None) -> None:
+    """Remove what killed processes left: that of this job, and what is old; a younger one may still be written."""
+    for folder in library.glob(".new-*"):
+        with contextlib.suppress(OSError):
+            age = time.time() - folder.stat().st_mtime
+            if age > ABANDONED_SECONDS or (job is not None and folder.name == f".new-{job.name}"):
+                shutil.rmtree(folder)
 
 
 def _flush(file: Path) -> None:
