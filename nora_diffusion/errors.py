@@ -67,6 +67,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def last_line(error: BaseException) -> str:
+    """The last line of an error's message, or its type if it has none: for messages that contain a traceback."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error means out of memory on any device. On a CPU torch raises a plain ``RuntimeError``."""
     torch = sys.modules.get("torch")

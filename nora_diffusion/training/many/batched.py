@@ -18,6 +18,7 @@ from ...adapters.tuner.mixed_rows import RowPlan, serve_rows
 from ...errors import UserError
 from ...loaders import delete_adapter
 from ...pipelines.components import components
+from ..planning.checkpoints import remove
 from ..run.batches import Batch
 from ..run.run import Run
 from ..run.steps import Stepper
@@ -26,6 +27,9 @@ from ..signals import Interrupted
 from ..step.denoiser import predict
 
 log = logging.getLogger(__name__)
+
+Failures = dict[str, str]
+"""Error messages of the subjects that failed, by name."""
 
 
 @dataclass(eq=False)
@@ -38,6 +42,8 @@ class Member:
     error: UserError | None = None
     total: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Loss of the current step, summed over its micro-steps."""
+    extra: int | None = None
+    """Step of a checkpoint that can be deleted, as it was written only because another subject wrote one."""
 
     @property
     def run(self) -> Run:
@@ -52,9 +58,32 @@ class Member:
         return self.done >= self.run.last_step
 
     @property
+    def saves(self) -> bool:
+        """Whether a checkpoint is due before the next step."""
+        return self.stepper.saves_at(self.done)
+
+    @property
     def is_due(self) -> bool:
-        """Whether work is due before the next step (checkpoint, samples, stop, failure)."""
-        return self.error is not None or self.stepper.is_due(self.done)
+        """Whether work is due before the next step (failure, checkpoint, stop, samples)."""
+        stepper = self.stepper
+        return self.error is not None or self.saves or stepper.stopped() > 0 or stepper.measures_at(self.done)
+
+    def save(self, together: Sequence[str]) -> None:
+        """Write a checkpoint, unless this step has one. ``together``: the subjects that do so at the same step."""
+        stepper, earlier = self.stepper, self.stepper.saved_step
+        if self.error is None and earlier != self.done:
+            try:
+                stepper.write_checkpoint(self.done, together)
+            except UserError as error:
+                self.error = error
+            self.extra = earlier if earlier is not None and not stepper.saves_at(earlier) else None
+
+    def prune(self) -> None:
+        """Delete the checkpoints that the settings do not keep; call it after all subjects have saved."""
+        if self.error is None:
+            if self.extra is not None:
+                remove(self.stepper.folder.checkpoints / f"step-{self.extra}")
+            self.stepper.prune()
 
     @property
     def micro_steps(self) -> int:
@@ -103,11 +132,12 @@ class BatchedTrainer:
         members: Sequence[Member],
         conclude: Callable[[Member], TrainResult],
         rows_at_once: int | None = None,
+        failures: Failures | None = None,
     ) -> None:
         self.live = list(members)
         self.conclude, self.rows_at_once = conclude, rows_at_once
         self.results: list[TrainResult] = []
-        self.failed: list[str] = []
+        self.failures = {} if failures is None else failures
 
     def run(self) -> list[TrainResult]:
         """Train all steps of all subjects. Raises :class:`UserError` at the end if subjects failed."""
@@ -128,8 +158,9 @@ class BatchedTrainer:
                         self._step()
                     self._after_step()
                 self._remove_finished()
-        if self.failed:
-            raise UserError(f"{'; '.join(self.failed)}; {len(self.results)} other subjects were trained")
+        if self.failures:
+            failed = "; ".join(f"{name}: {message}" for name, message in self.failures.items())
+            raise UserError(f"{failed}; {len(self.results)} other subjects were trained")
         return self.results
 
     @contextmanager
@@ -202,26 +233,32 @@ class BatchedTrainer:
             member.total += loss.detach()
 
     def _after_step(self) -> None:
-        """Do the work that is due for each subject. Raises :class:`Interrupted` after all have saved."""
-        stops = self._run_due_work(self.live)
-        if stops:  # the signal may have arrived after the first subjects were done
-            stops |= self._run_due_work([m for m in self.live if m not in stops and not m.finished])
-            first = next(iter(stops.values()))
-            folder = first.checkpoint.parents[2] if first.checkpoint else None
-            raise Interrupted(first.exit_code - 128, first.step, folder)
+        """Do the work that is due for each subject. Raises :class:`Interrupted` after all have saved.
 
-    def _run_due_work(self, members: Sequence[Member]) -> dict[Member, Interrupted]:
-        stops = {}
+        If one subject saves a checkpoint, all do, so that they can continue together from it: see
+        :func:`.checkpoints.steps_to_resume`. So too if one stops early, as the next passes are without its rows.
+        """
+        stopped = max(member.stepper.stopped() for member in self.live)
+        if stopped or any(member.saves for member in self.live):
+            self._save()
+        goes_on = {member: not member.finished for member in self.live}
         for number, member in enumerate(self.live):
-            if member in members and member.error is None and member.is_due:
+            if member.error is None and not (stopped and goes_on[member]):
                 self.rows.set_counts({number: 1})
-                try:
-                    member.stepper.after_step(member.done)
-                except Interrupted as stop:
-                    stops[member] = stop
-                except UserError as error:
-                    member.error = error
-        return stops
+                member.stepper.measure(member.done)
+        if any(goes_on[member] and member.finished for member in self.live):
+            self._save()
+        if stopped and (unfinished := [member for member in self.live if goes_on[member] and member.error is None]):
+            saved = unfinished[0].stepper.saved
+            raise Interrupted(stopped, unfinished[0].done, saved.parents[2] if saved else None)
+
+    def _save(self) -> None:
+        """Write the checkpoints of all subjects, and only then delete older ones."""
+        names = [member.name for member in self.live if member.error is None]
+        for member in self.live:
+            member.save(names)
+        for member in self.live:
+            member.prune()
 
     def _remove_finished(self) -> None:
         """Save the adapters of finished subjects; remove these and failed ones from the pipeline."""
@@ -231,7 +268,7 @@ class BatchedTrainer:
             if member.error is not None:
                 log.warning("%s failed; the other subjects continue: %s", member.name, member.error)
                 member.stepper.folder.state("failed", message=str(member.error))
-                self.failed.append(f"{member.name}: {member.error}")
+                self.failures[member.name] = str(member.error)
             self.live.remove(member)
             delete_adapter(member.run.pipe, member.run.adapter)
 

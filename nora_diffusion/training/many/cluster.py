@@ -6,7 +6,7 @@ same photos, ``output_dir``, working directory and installed packages.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import os
 import sys
@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError, explanation, first_line
+from ...errors import UserError, explanation, first_line, last_line
 from ...io.run_layout import STATE
+from ...io.untrusted import parse_json
 from ..settings.config import TrainConfig
 from ..settings.listing import read_subjects
 from ..signals import Interrupted, StopRequests
@@ -70,8 +71,8 @@ def train_on_cluster(config: TrainConfig) -> int:
                 for task in running:
                     ray.cancel(task)  # like Ctrl-C in the task: it finishes its step and saves
     table.show(groups, last=True)
-    if stop.received:
-        steps = sum(int(table.state(name).get("step", 0)) for name in names)
+    if stop.received and not all(group.done for group in groups):
+        steps = sum(table.step(name) for name in names)
         raise Interrupted(stop.received, steps, config.folder if steps else None)
     failed = [f"{', '.join(group.names)}: {group.error}" for group in groups if group.error]
     if failed:
@@ -80,11 +81,14 @@ def train_on_cluster(config: TrainConfig) -> int:
 
 
 def train_group(settings: Mapping[str, Any], names: Sequence[str], working_directory: str) -> str:
-    """Body of a task: train these subjects of the list; return the error message, or an empty string."""
+    """Body of a task: train these subjects of the list; return the error message, or an empty string.
+
+    A subject that cannot be trained, for example because of a damaged photo, does not stop the others.
+    """
     os.chdir(working_directory)
     os.environ["TQDM_DISABLE"] = "1"
     try:
-        train_subjects(TrainConfig(**settings), names)
+        train_subjects(TrainConfig(**settings), names, skip_failing=True)
     except Interrupted as stop:
         return str(stop)
     except Exception as error:
@@ -110,8 +114,10 @@ def _has_ended(ray: Any, task: Any, group: Group, retries: int) -> bool:
     """Record the result of a task; return False if its process was killed and it may be restarted."""
     try:
         group.error = ray.get(task)
-    except (ray.exceptions.RayTaskError, ray.exceptions.TaskCancelledError) as error:
-        group.error = str(error).strip().splitlines()[-1]
+    except ray.exceptions.TaskCancelledError:
+        group.error = "stopped before its training began"
+    except ray.exceptions.RayTaskError as error:
+        group.error = last_line(error)  # of the traceback in the task
     except ray.exceptions.RayError:
         if group.tries <= retries:
             return False
@@ -160,10 +166,15 @@ class Table:
 
     def state(self, name: str) -> dict[str, Any]:
         """The content of a subject's ``state.json``; empty if it cannot be read."""
-        try:
-            return dict(json.loads((self.folder / name / STATE).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return {}
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(state := parse_json((self.folder / name / STATE).read_bytes()), dict):
+                return state
+        return {}
+
+    def step(self, name: str) -> int:
+        """The number of steps that a subject has trained."""
+        step = self.state(name).get("step")
+        return step if isinstance(step, int) else 0
 
     def rows(self, groups: Sequence[Group]) -> Rows:
         """Name, state, steps, loss and starts of each subject."""
@@ -171,11 +182,11 @@ class Table:
         for group in groups:
             for name in group.names:
                 state = self.state(name)
-                status = "done" if group.done else state.get("status", "waiting")
+                status = "done" if group.done else str(state.get("status", "waiting"))
                 if group.error and status not in ("done", "interrupted"):
                     status = "failed"
                 loss = f"{state['loss']:.4f}" if isinstance(state.get("loss"), float) else ""
-                steps = f"{state.get('step', 0)}/{state.get('total', '?')}"
+                steps = f"{self.step(name)}/{state.get('total', '?')}"
                 rows.append((name, status, steps, loss, str(group.tries)))
         return rows
 

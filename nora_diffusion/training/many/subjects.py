@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +11,15 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ...errors import UserError, out_of_memory
-from ..data.subject import read_subject
+from ...errors import UserError, explanation, out_of_memory
+from ..data.prompts import PromptEmbeddings
+from ..data.subject import Subject, read_subject
+from ..planning.checkpoints import recover, steps_to_resume
 from ..planning.opening import open_base, opening_dtype
 from ..planning.plan import Plan, plan_run
 from ..planning.preflight import Finding, preflight, report
 from ..planning.rundir import RunFolder
-from ..run.encoding import encode
+from ..run.encoding import RunData, encode
 from ..run.run import ADAPTER, assemble_run, prepare_base
 from ..run.steps import Stepper
 from ..run.train import (
@@ -33,7 +35,7 @@ from ..settings.listing import read_subjects
 from ..signals import Interrupted, StopRequests
 from ..step.quantized import quantize_base
 from ..step.randomness import forked
-from .batched import BatchedTrainer, Member
+from .batched import BatchedTrainer, Failures, Member
 
 log = logging.getLogger(__name__)
 
@@ -46,20 +48,28 @@ class Planned:
     plan: Plan
 
 
-def train_subjects(config: TrainConfig, only: Collection[str] | None = None) -> list[TrainResult]:
+def train_subjects(
+    config: TrainConfig, only: Collection[str] | None = None, skip_failing: bool = False
+) -> list[TrainResult]:
     """Train every subject of the list ``config.subjects`` on one frozen base, each in its folder ``output_dir/NAME``.
 
     Each subject has its own data, noise, loss, clipping, optimizer, schedule and random numbers. Its result equals that
     of a separate run, up to rounding in larger batches. If a subject fails, the others continue. ``only``: train these
-    subjects of the list. Raises :class:`UserError` for a user's mistake before anything is written, or at the end if
-    subjects failed; :class:`.signals.Interrupted` after SIGINT or SIGTERM, once every unfinished subject has a
+    subjects of the list. ``skip_failing``: train the others also if one cannot start.
+
+    Raises :class:`UserError` for a user's mistake before anything is written (unless ``skip_failing``), or at the end
+    if subjects failed; :class:`.signals.Interrupted` after SIGINT or SIGTERM, once every unfinished subject has a
     checkpoint.
     """
-    with _opened(config, only) as (accelerator, folders, stop, planned):
-        report(_findings(planned), config.strict)
+    failures: Failures = {}
+    with _opened(config, only, failures if skip_failing else None) as (accelerator, folders, stop, planned):
+        if skip_failing:
+            planned = [p for p in planned if _passes(p, config.strict, failures)]
+        else:
+            report(_findings(planned), config.strict)
         with _recording_failures(folders):
-            members = _set_up([p for p in planned if not _is_finished(p)], accelerator, stop)
-            return BatchedTrainer(members, _conclude, config.rows_at_once).run()
+            members = _set_up([p for p in planned if not _is_finished(p)], accelerator, stop, failures)
+            return BatchedTrainer(members, _conclude, config.rows_at_once, failures).run()
 
 
 def check_subjects(config: TrainConfig) -> list[Finding]:
@@ -69,12 +79,30 @@ def check_subjects(config: TrainConfig) -> list[Finding]:
 
 
 @contextmanager
+def _collected(name: str, failures: Failures | None) -> Iterator[None]:
+    """Add an error of a subject to ``failures``; if that is ``None``, raise it with the subject's name."""
+    try:
+        yield
+    except Exception as error:
+        text = None if out_of_memory(error) else explanation(error)
+        if text is None:
+            raise
+        if failures is None:
+            raise UserError(f"{name}: {text}") from error
+        log.warning("%s failed; the other subjects continue: %s", name, text)
+        failures[name] = text
+
+
+@contextmanager
 def _opened(
-    config: TrainConfig, only: Collection[str] | None = None
+    config: TrainConfig, only: Collection[str] | None = None, failures: Failures | None = None
 ) -> Iterator[tuple[Accelerator, list[RunFolder], StopRequests, list[Planned]]]:
     """Lock the folders, open the base once and plan every subject."""
     configs = {name: own for name, own in read_subjects(config).items() if only is None or name in only}
-    subjects = {name: read_subject(own) for name, own in configs.items()}
+    subjects: dict[str, Subject] = {}
+    for name, own in configs.items():
+        with _collected(name, failures):
+            subjects[name] = read_subject(own)
     accelerator = build_accelerator(config)
     if accelerator.num_processes > 1:
         raise UserError("--subjects trains in one process: start it without `accelerate launch`")
@@ -82,24 +110,26 @@ def _opened(
         stop = stack.enter_context(StopRequests())
         if not config.folder.exists():
             stack.callback(_remove_if_empty, config.folder)
-        folders = [stack.enter_context(run_folder(own, accelerator)) for own in configs.values()]
+        folders: dict[str, RunFolder] = {}
+        for name in subjects:
+            with _collected(name, failures):
+                folders[name] = stack.enter_context(run_folder(configs[name], accelerator))
         stack.enter_context(forked(accelerator.device))
+        configs |= _resumed_together(configs, folders)
         pipe: Any = None
         planned = []
         token_owners: dict[str, str] = {}
-        for (name, subject), folder in zip(subjects.items(), folders, strict=True):
-            own = with_defaults(configs[name])
+        for name, folder in folders.items():
+            own, subject = with_defaults(configs[name]), subjects[name]
             pipe = pipe or open_base(own, accelerator.device, opening_dtype([*configs.values()], accelerator.device))
-            try:
+            with _collected(name, failures):
+                for token in subject.new_tokens:
+                    if token_owners.setdefault(token, name) != name:
+                        raise UserError(
+                            f"{token_owners[token]} already has the new token {token!r}: give each subject its own"
+                        )
                 planned.append(Planned(folder, plan_run(own, subject, accelerator, folder, stop, pipe)))
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from error
-            for token in subject.new_tokens:
-                if token_owners.setdefault(token, name) != name:
-                    raise UserError(
-                        f"{name}: {token_owners[token]} already has the new token {token!r}: give each subject its own"
-                    )
-        yield accelerator, folders, stop, planned
+        yield accelerator, [*folders.values()], stop, planned
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -113,27 +143,57 @@ def _findings(planned: Sequence[Planned]) -> list[Finding]:
     ]
 
 
+def _resumed_together(configs: Mapping[str, TrainConfig], folders: Mapping[str, RunFolder]) -> dict[str, TrainConfig]:
+    """The configs with ``latest`` replaced by the step from which all continue exactly: :func:`steps_to_resume`.
+
+    A subject without a checkpoint of that step, such as one that failed before it, keeps ``latest``.
+    """
+    resuming = {name: folder for name, folder in folders.items() if configs[name].resume_from_checkpoint == "latest"}
+    for folder in resuming.values():
+        recover(folder.checkpoints)
+    finished = {name for name, folder in resuming.items() if folder.was_done}
+    changed = {}
+    for name, step in steps_to_resume({n: f.checkpoints for n, f in resuming.items()}, finished).items():
+        path = str(resuming[name].checkpoints / f"step-{step}") if step else None
+        changed[name] = replace(configs[name], resume_from_checkpoint=path, overwrite_output_dir=step == 0)
+    return changed
+
+
+def _passes(planned: Planned, strict: bool, failures: Failures) -> bool:
+    """Whether a subject passes its checks; else add them to ``failures``."""
+    name = planned.folder.path.name
+    with _collected(name, failures):
+        report(preflight(planned.plan), strict)
+    return name not in failures
+
+
 def _is_finished(planned: Planned) -> bool:
     checkpoint, config = planned.plan.checkpoint, planned.plan.config
-    finished = checkpoint is not None and checkpoint.step >= config.max_train_steps
-    if finished and planned.folder.adapter.exists():
+    if planned.folder.was_done and checkpoint is not None and checkpoint.step >= config.max_train_steps:
         log.info("%s is finished: %s", planned.folder.path.name, planned.folder.adapter)
         return True
     return False
 
 
-def _set_up(planned: Sequence[Planned], accelerator: Accelerator, stop: StopRequests) -> list[Member]:
+def _set_up(
+    planned: Sequence[Planned], accelerator: Accelerator, stop: StopRequests, failures: Failures
+) -> list[Member]:
     """Encode the data of all subjects while the base is unchanged; then cast it and add the adapters."""
-    data = [encode(p.plan, accelerator, p.folder, stop) for p in planned]
-    embeddings = [None if own.plan.config.encodes_each_step else own.embeddings() for own in data]
+    encoded: list[tuple[Planned, RunData, PromptEmbeddings | None]] = []
     for p in planned:
+        with _collected(p.folder.path.name, failures):
+            data = encode(p.plan, accelerator, p.folder, stop)
+            encoded.append((p, data, None if p.plan.config.encodes_each_step else data.embeddings()))
+        if message := failures.get(p.folder.path.name):
+            p.folder.state("failed", message=message)
+    for p, _, _ in encoded:
         prepare_base(p.plan)
     members = []
-    for number, (p, own) in enumerate(zip(planned, data, strict=True)):
+    for number, (p, data, embeddings) in enumerate(encoded):
         stop.check()
-        run = assemble_run(own, embeddings[number], f"{ADAPTER}-{number}")
+        run = assemble_run(data, embeddings, f"{ADAPTER}-{number}")
         members.append(Member(p.folder.path.name, Stepper(run, accelerator, p.folder, stop, progress=False)))
-    if planned:
+    if members:
         quantize_base(planned[0].plan.config, planned[0].plan.pipe)
     return members
 

@@ -162,6 +162,7 @@ class Validation:
     def measure_step(self, step: int, adapter_name: str, info: dict[str, Any]) -> Point | None:
         """Measure the current adapter and save it if it is a candidate; ``None`` after a failure, which is logged."""
         if any(point.step == step for point in self.points):
+            self._prune()  # the run may have been killed after it had measured this step
             return None
         try:
             with forked(self.pipe.device):

@@ -2,16 +2,18 @@
 
 A checkpoint holds the adapter file (with its frozen factors, since a basis is never recomputed), the optimizer tensors
 and ``manifest.json``. The manifest is written last and has the SHA-256 of both files, the state of the learning rate
-schedule and the run's identity.
+schedule and the run's identity. Since format 2 it also has a SHA-256 of its own values.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,9 @@ from ..step.optimizer_state import restore_state
 log = logging.getLogger(__name__)
 
 OPTIMIZER = "optimizer.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+OWN_HASH = "manifest_sha256"
+"""Key of the manifest's own hash, since format 2."""
 
 
 class DamagedCheckpointError(UserError):
@@ -38,7 +42,11 @@ class DamagedCheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk: its folder, its step and the content of its manifest."""
+    """A complete checkpoint on disk: its folder, its step and the content of its manifest.
+
+    ``previous``: step of the checkpoint before it; 0 for the first. ``together``: names of the subjects that trained in
+    the same passes and wrote their checkpoints after the same step.
+    """
 
     path: Path
     step: int
@@ -46,6 +54,8 @@ class Checkpoint:
     schedule: dict[str, Any]
     scaler: dict[str, Any]
     optimizer: dict[str, Any] = field(default_factory=dict)
+    previous: int = 0
+    together: list[str] = field(default_factory=list)
 
 
 def write_checkpoint(
@@ -58,8 +68,8 @@ def write_checkpoint(
     """Write ``folder/step-N`` atomically: write and flush a hidden folder next to it, then rename that.
 
     ``save_adapter`` writes the adapter file into a folder. ``tensors``: those of optimizer and EMA. ``state``: the rest
-    of the manifest (``identity``, ``schedule``, ``scaler``, ``optimizer``). Raises :class:`UserError` if the disk is
-    full or the folder cannot be written; earlier checkpoints are not changed.
+    of the manifest (``identity``, ``schedule``, ``scaler``, ``optimizer``, ``previous``, ``together``). Raises
+    :class:`UserError` if the disk is full or the folder cannot be written; earlier checkpoints are not changed.
     """
     final, temporary = folder / f"step-{step}", folder / f".tmp-step-{step}"
     make_folder(folder)
@@ -72,6 +82,7 @@ def write_checkpoint(
             write_atomic(temporary / OPTIMIZER, save(dict(tensors)))
             hashes = {name: sha256(temporary / name) for name in (FILE_NAME, OPTIMIZER)}
             manifest = {"format_version": FORMAT_VERSION, "step": step, **state, "sha256": hashes}
+            manifest[OWN_HASH] = _hash(json.loads(json.dumps(manifest)))  # of the values as they will be read
             write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1))
             _move_into_place(temporary, final)
         except BaseException:
@@ -104,11 +115,15 @@ def prune(folder: Path, keep: int | None) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     if keep is not None:
         for old in list(checkpoint_steps(folder).values())[:-keep]:
-            # Rename first, so that a half-deleted checkpoint never has the name of a checkpoint.
-            hidden = old.with_name(f".tmp-{old.name}")
-            with contextlib.suppress(OSError):
-                old.replace(hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
+            remove(old)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint. It is renamed first, so that half a checkpoint never has the name of one."""
+    hidden = checkpoint.with_name(f".tmp-{checkpoint.name}")
+    with contextlib.suppress(OSError):
+        checkpoint.replace(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def recover(folder: Path) -> None:
@@ -155,17 +170,46 @@ def _checkpoint_at(folder: Path, wanted: str) -> Path:
     raise UserError(f"{wanted} is not a checkpoint; the checkpoints of this run: {known}")
 
 
+def steps_to_resume(folders: Mapping[str, Path], finished: Collection[str]) -> dict[str, int]:
+    """The step from which each subject continues exactly as before, if several trained together; 0: from the start.
+
+    The rounding of a batch depends on its rows, so no subject may repeat steps without the others. All continue from
+    the newest step at which all that trained together then have an intact checkpoint, or have ``finished``. If they
+    were killed while they wrote their first checkpoints, all start over. A subject that is not in the result has no
+    such checkpoint: it failed earlier, or is new. ``folders``: the checkpoint folder of each subject by name.
+    """
+    unfinished = {name: checkpoint_steps(folder) for name, folder in folders.items() if name not in finished}
+    for step in sorted({step for steps in unfinished.values() for step in steps}, reverse=True):
+        found = {name: _intact(steps[step]) for name, steps in unfinished.items() if step in steps}
+        intact = [checkpoint for checkpoint in found.values() if checkpoint]
+        needed = {*found} | {name for checkpoint in intact for name in checkpoint.together if name in unfinished}
+        if intact and all(found.get(name) for name in needed):
+            return dict.fromkeys(found, step)
+        if intact and all(checkpoint.together and checkpoint.previous == 0 for checkpoint in intact):
+            return dict.fromkeys(found, 0)
+    return {}
+
+
+def _intact(path: Path) -> Checkpoint | None:
+    try:
+        return read_checkpoint(path)
+    except DamagedCheckpointError as error:
+        log.warning("%s", error)
+        return None
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read the manifest and verify the file hashes. Raises :class:`UserError` for a damaged checkpoint."""
+    """Read the manifest and verify all hashes. Raises :class:`UserError` for a damaged checkpoint."""
     remedy = f"resume from an earlier one (--resume_from_checkpoint {path.parent}/step-N) or start a new run"
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, hashes = int(manifest["format_version"]), dict(manifest["sha256"])
+        version, hashes, own = int(manifest["format_version"]), dict(manifest["sha256"]), manifest.pop(OWN_HASH, None)
         result = Checkpoint(
             path, int(manifest["step"]), manifest["identity"], manifest["schedule"], manifest["scaler"],
-            manifest.get("optimizer", {}),
+            manifest.get("optimizer", {}), manifest.get("previous", 0), manifest.get("together", []),
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        is_changed = (version > 1 or own is not None) and own != _hash(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DamagedCheckpointError(
             f"the checkpoint {path} is damaged (its manifest cannot be read): {remedy}"
         ) from error
@@ -173,11 +217,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UserError(
             f"the checkpoint {path} has format version {version}, newer than this release reads: upgrade nora-diffusion"
         )
+    if is_changed:
+        raise DamagedCheckpointError(f"the checkpoint {path} is damaged ({MANIFEST} was changed): {remedy}")
+    if re.fullmatch(r"step-\d+", path.name) and path.name != f"step-{result.step}":
+        raise DamagedCheckpointError(
+            f"the checkpoint {path} is not that of its folder's name ({MANIFEST} has step {result.step}): {remedy}"
+        )
     for name in (FILE_NAME, OPTIMIZER):
         file = path / name
         if not file.is_file() or sha256(file) != hashes.get(name):
             raise DamagedCheckpointError(f"the checkpoint {path} is damaged ({name} is missing or changed): {remedy}")
     return result
+
+
+def _hash(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the values of a manifest, which does not depend on the order of keys or on white space."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:

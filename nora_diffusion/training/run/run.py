@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ def assemble_run(data: RunData, embeddings: PromptEmbeddings | None, name: str =
         average,
         validation_of(plan, first_step),
         first_step,
-        last_step=config.max_train_steps,
+        last_step=max(config.max_train_steps, first_step),  # a checkpoint may be beyond a lowered max_train_steps
     )
 
 
@@ -181,8 +182,11 @@ def calibration_of(data: RunData) -> Calibration | None:
     return Calibration(config.calibration_prompts) if config.calibration_prompts else None
 
 
-def save_checkpoint(run: Run, done: int) -> Path:
-    """Write the checkpoint of step ``done`` into the run's folder. Raises :class:`UserError` if the disk fails."""
+def save_checkpoint(run: Run, done: int, previous: int, together: Sequence[str]) -> Path:
+    """Write the checkpoint of step ``done`` into the run's folder. Raises :class:`UserError` if the disk fails.
+
+    ``previous``, ``together``: see :class:`.checkpoints.Checkpoint`.
+    """
     average = {} if run.average is None else run.average.tensors()
     return write_checkpoint(
         run.plan.folder / CHECKPOINTS,
@@ -194,6 +198,8 @@ def save_checkpoint(run: Run, done: int) -> Path:
             "schedule": schedule_state(run.schedule),
             "scaler": run.scaler.state_dict(),
             "optimizer": state_numbers(run.optimizer, run.parameters),
+            "previous": previous,
+            "together": list(together),
         },
     )
 

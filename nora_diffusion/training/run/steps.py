@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -39,18 +40,17 @@ class Stepper:
         self.batches = Batches(run, accelerator)
         self.updates = Updates(run, accelerator, folder)
         self.journal = Journal(run, folder, progress)
-        self.saved: Path | None = None
-        """The last checkpoint written since this start."""
+        self.saved_step: int | None = None
+        """Step of the last checkpoint written since this start."""
 
     def run_steps(self) -> None:
         """Train all remaining steps. Raises :class:`Interrupted` after a signal."""
         run = self.run
-        if run.first_step >= run.last_step:
+        if run.first_step == run.last_step:
             more = "raise --max_train_steps to continue" if can_extend(run.config) else ENDED
             log.warning("this run is complete at step %d: %s", run.first_step, more)
-            return
         with self.journal:
-            self.measure(run.first_step)
+            self.measure(run.first_step)  # after a resume too: the run may have been killed before it had measured
             for step in range(run.first_step, run.last_step):
                 started, rate = time.monotonic(), run.schedule.get_last_lr()[0]
                 loss, norm = self.step(step)
@@ -83,24 +83,32 @@ class Stepper:
 
     def after_step(self, done: int) -> None:
         """Work that is due after step ``done``: checkpoint, stop after a signal, samples, validation."""
-        last, stopped = done == self.run.last_step, self._stopped()
-        if last or stopped or done % self.run.config.checkpointing_steps == 0:
-            self._save(done)
+        last, stopped = done == self.run.last_step, self.stopped()
+        if stopped or self.saves_at(done):
+            self.save(done)
         if stopped and not last:
             raise Interrupted(stopped, done, self.saved)
         self.measure(done)
         if done == self.run.last_step and not last:
-            self._save(done)
+            self.save(done)
 
-    def is_due(self, done: int) -> bool:
-        """Whether :meth:`after_step` has anything to do after step ``done``."""
-        intervals = (self.run.config.checkpointing_steps, self.run.plan.sample_interval)
-        return done == self.run.last_step or self._stopped() > 0 or any(done % n == 0 for n in intervals)
+    @property
+    def saved(self) -> Path | None:
+        """The last checkpoint written since this start."""
+        return None if self.saved_step is None else self.folder.checkpoints / f"step-{self.saved_step}"
+
+    def saves_at(self, done: int) -> bool:
+        """Whether the run writes a checkpoint after step ``done``."""
+        return done == self.run.last_step or done % self.run.config.checkpointing_steps == 0
+
+    def measures_at(self, done: int) -> bool:
+        """Whether the run saves samples and validates after step ``done``."""
+        return done == self.run.last_step or done % self.run.plan.sample_interval == 0
 
     def measure(self, done: int) -> None:
         """Save samples and validate if due; lower ``run.last_step`` if the run stops early."""
         run, folder = self.run, self.folder
-        if folder.owner and (done == run.last_step or done % run.plan.sample_interval == 0):
+        if folder.owner and self.measures_at(done):
             with averaged(run.parameters, run.optimizer, run.average):
                 if prompt := run.config.validation_prompt:
                     save_samples(run.pipe, folder.samples, done, prompt, run.config, run.plan.dtype)
@@ -110,7 +118,7 @@ class Stepper:
             log.info("stopped early: no later step was better than step %s", run.validation.chosen)
             run.last_step = done
 
-    def _stopped(self) -> int:
+    def stopped(self) -> int:
         """The signal that any process received, or 0, so that all stop at the same step."""
         return self._maximum(self.stop.received or 0)
 
@@ -120,7 +128,16 @@ class Stepper:
             return value
         return int(self.accelerator.gather(torch.tensor([value], device=self.run.plan.device)).max())
 
-    def _save(self, done: int) -> None:
+    def save(self, done: int) -> None:
+        """Write the checkpoint of step ``done``, then delete the ones beyond ``checkpoints_total_limit``."""
+        self.write_checkpoint(done)
+        self.prune()
+
+    def write_checkpoint(self, done: int, together: Sequence[str] = ()) -> None:
+        """Write the checkpoint of step ``done``. ``together``: the subjects that write theirs at the same time.
+
+        Raises :class:`UserError` if the disk is full.
+        """
         run, folder = self.run, self.folder
         if not folder.owner:
             return
@@ -128,8 +145,14 @@ class Stepper:
         size = checkpoint_bytes(run.trained, sum(factor.nbytes for factor in frozen), len(run.parameters) + len(frozen))
         folder.require(2 * size)
         folder.sync_log()
-        self.saved = save_checkpoint(run, done)
-        prune(folder.checkpoints, run.config.checkpoints_total_limit)
+        previous = run.first_step if self.saved_step is None else self.saved_step
+        save_checkpoint(run, done, previous, together)
+        self.saved_step = done
+
+    def prune(self) -> None:
+        """Delete the checkpoints beyond ``checkpoints_total_limit``."""
+        if self.folder.owner:
+            prune(self.folder.checkpoints, self.run.config.checkpoints_total_limit)
 
     def end(self) -> None:
         """Close the trackers and end the process group."""

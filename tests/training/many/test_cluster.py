@@ -121,6 +121,88 @@ def test_it_gives_up_after_the_retries_and_the_others_go_on(
     assert not (tmp_path / "run/dog/nora_adapter.safetensors").exists() or journal(tmp_path / "run/dog")
 
 
+class Stopping(InOneProcess):
+    """Ctrl-C while the first task runs; the tasks that wait are canceled, and Ray's error for these has no text."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(set())
+        self.number, self.canceled = number, set[int]()
+
+    def wait(self, tasks: list[int], timeout: float) -> tuple[list[int], list[int]]:
+        if not self.canceled:
+            os.kill(os.getpid(), self.number)
+        return super().wait(tasks, timeout)
+
+    def cancel(self, task: int) -> None:
+        self.canceled.add(task)
+
+    def get(self, task: int) -> str:
+        if task in self.canceled:
+            raise KeyError
+        return super().get(task)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_with_tasks_that_wait_keeps_the_work_of_the_others(
+    number: int, code: int, listed: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Stopping(number)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    with pytest.raises(Interrupted, match=r"after 3 steps: saved .*--resume_from_checkpoint latest") as stop:
+        train_on_cluster(listed(subjects_per_task=1, seed=3))
+    assert stop.value.exit_code == code and fake.canceled == {2, 3, 4}
+    assert (tmp_path / "run/dog/nora_adapter.safetensors").is_file()
+    monkeypatch.setitem(sys.modules, "ray", InOneProcess(set()))
+    assert train_on_cluster(listed(subjects_per_task=1, seed=3, resume_from_checkpoint="latest")) == 0
+    assert all((tmp_path / "run" / name / "nora_adapter.safetensors").is_file() for name in NAMES)
+
+
+def break_photo(tmp_path: Path) -> None:
+    photo = next((tmp_path / "cat").glob("*.png"))
+    photo.write_bytes(photo.read_bytes()[:60])
+
+
+def break_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/cat").write_text("a file in the way")
+
+
+def break_lock(tmp_path: Path) -> None:
+    (tmp_path / "run/cat/.lock").mkdir(parents=True)
+    (tmp_path / "run/cat/README.md").write_text("not of a run")
+
+
+def break_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "subjects.yaml"
+    entries = yaml.safe_load(path.read_text())
+    entries[1] |= {"class_labels_conditioning": "timesteps", "target_blocks": ["no_such_block"]}
+    path.write_text(yaml.safe_dump(entries))
+
+
+def break_start(tmp_path: Path) -> None:
+    """A class image that cannot be read is found only when the data are encoded."""
+    path = tmp_path / "subjects.yaml"
+    entries = yaml.safe_load(path.read_text())
+    (tmp_path / "class of cat").mkdir()
+    (tmp_path / "class of cat/0.png").write_bytes(b"not an image")
+    entries[1] |= {"with_prior_preservation": True, "class_prompt": "a cat", "num_class_images": 1}
+    path.write_text(yaml.safe_dump([{**e, "class_data_dir": str(tmp_path / "class of cat")} for e in entries]))
+
+
+@pytest.mark.parametrize("breaks", [break_photo, break_folder, break_lock, break_prompt, break_start])
+def test_a_subject_that_cannot_start_does_not_stop_the_others_of_its_task(
+    breaks: Any, listed: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = listed(subjects_per_task=4, seed=3)
+    breaks(tmp_path)
+    monkeypatch.setitem(sys.modules, "ray", InOneProcess(set()))
+    with pytest.raises(UserError, match=r"^dog, cat, toy, hat: cat: .*; 3 other subjects were trained$"):
+        train_on_cluster(config)
+    assert [(tmp_path / "run" / name / "nora_adapter.safetensors").is_file() for name in NAMES] == [
+        True, False, True, True,
+    ]  # fmt: skip
+
+
 def test_mistakes_are_sentences(listed: Configure, monkeypatch: pytest.MonkeyPatch, photos: Path) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"needs the package ray: pip install 'nora-diffusion\[ray\]'"):
@@ -230,6 +312,25 @@ def test_a_worker_is_killed_in_the_middle(
         assert [row[0] for row in journal(run / name)] == [*range(1, steps + 1)]
         assert json.loads((run / name / "state.json").read_text())["status"] == "done"
         assert distance(run / name, tmp_path / "here" / name) <= 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_in_running_tasks_while_others_wait(
+    number: int, code: int, two_workers: Any, listed: Configure, tmp_path: Path
+) -> None:
+    """Four tasks for two CPUs."""
+    run = tmp_path / "run"
+    config = listed(max_train_steps=100_000, checkpointing_steps=100_000, subjects_per_task=1)
+    thread = when(
+        lambda: sum(log.stat().st_size > 0 for log in run.glob("*/log.jsonl")) == 2,
+        lambda: os.kill(os.getpid(), number),
+    )
+    with pytest.raises(Interrupted, match="--resume_from_checkpoint latest") as stop:
+        train_on_cluster(config)
+    thread.join()
+    assert stop.value.exit_code == code
+    assert len(list(run.glob("*/checkpoints/step-*"))) == 2
 
 
 @pytest.mark.slow

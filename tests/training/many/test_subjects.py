@@ -179,16 +179,16 @@ def test_one_subject_goes_on_alone(together: Configure, tmp_path: Path) -> None:
     assert main(["--config", str(config), "--resume_from_checkpoint", "latest"]) == 0
 
 
-@pytest.mark.parametrize("where", ["_save", "conclude"])
+@pytest.mark.parametrize("where", ["write_checkpoint", "conclude"])
 def test_a_subject_that_cannot_be_written_is_left_out(
     where: str, together: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A subject fails at its end (full disk, upload) while the others are still training."""
-    owner: Any = Stepper if where == "_save" else subjects
+    owner: Any = Stepper if where == "write_checkpoint" else subjects
     original = getattr(owner, where)
 
     def fail(*given: Any) -> Any:
-        stepper = given[0] if where == "_save" else given[1]
+        stepper = given[0] if where == "write_checkpoint" else given[1]
         if stepper.folder.path.name == "cat":
             raise UserError("there is no room: free some space")
         return original(*given)

@@ -1,4 +1,5 @@
-"""The proof of a resume: killed at every step, in the middle of an accumulation and at every write, fsync and rename.
+"""The proof of a resume: killed at every step, in the middle of an accumulation and at every write, fsync and rename,
+and at the awkward moments: in the last measurement, while the result is saved, and between the subjects of a list.
 
 A forked child really dies by SIGKILL, half of a write done; the parent lets the run go on and compares it, bit for bit,
 with one that was never killed: weights, optimizer state, schedule and logged losses.
@@ -6,29 +7,64 @@ with one that was never killed: weights, optimizer state, schedule and logged lo
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Configure, assert_same_run
+import yaml
+from factories import tiny_clip, write_photos
+from runs import Configure, assert_equal_tensors, assert_same_run, factors, journal
 
 from nora_diffusion import open_pipeline
 from nora_diffusion.io import files
+from nora_diffusion.io.images import load_image
 from nora_diffusion.io.run_layout import checkpoint_steps
 from nora_diffusion.training import TrainConfig, train
+from nora_diffusion.training.many import subjects
+from nora_diffusion.training.many.subjects import train_subjects
+from nora_diffusion.training.measuring import selection, validation
+from nora_diffusion.training.measuring.validation import Validation
 from nora_diffusion.training.planning import opening, rundir
 from nora_diffusion.training.planning.checkpoints import read_checkpoint
+from nora_diffusion.training.run import run, saving, steps
+from nora_diffusion.training.run import train as run_train
 from nora_diffusion.training.run.steps import Stepper
 from nora_diffusion.training.run.updates import Updates
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 STEPS = 3
 Forked = Callable[..., int]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The moment before (or ``after``) the ``number``-th call of a function, at which a process dies."""
+
+    owner: Any
+    name: str
+    number: int = 1
+    after: bool = False
+
+    def arm(self) -> None:
+        original, calls = getattr(self.owner, self.name), itertools.count(1)
+
+        def dying(*args: Any, **kwargs: Any) -> Any:
+            is_it = next(calls) == self.number
+            if is_it and not self.after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*args, **kwargs)
+            if is_it:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(self.owner, self.name, dying)
 
 
 class Events:
@@ -84,20 +120,25 @@ class Events:
 
 @pytest.fixture
 def forked(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Forked:
-    """``forked(config, kill_at)``: train in a child; returns the number of events, or minus the signal it died by."""
+    """``forked(config, kill_at)``: train in a child; returns the number of events, or minus the signal it died by.
+
+    ``kill_at``: the number of the event at which it dies, or a :class:`Call`.
+    """
     pipe = open_pipeline(tiny_base)  # loaded once: a fork has its own copy
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setattr(opening, "open_pipeline", lambda *_, **__: pipe)
     monkeypatch.setattr(rundir, "STATE_SECONDS", 0)  # or the clock decides how many events there are
 
-    def run(config: TrainConfig, kill_at: int | None = None) -> int:
+    def run(config: TrainConfig, kill_at: int | Call | None = None) -> int:
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
             try:
-                events = Events(kill_at)
+                events = Events(kill_at if isinstance(kill_at, int) else None)
                 events.arm()
-                train(config)
+                if isinstance(kill_at, Call):
+                    kill_at.arm()
+                train_subjects(config) if config.subjects else train(config)
                 os.write(writer, json.dumps(events.count).encode())
             finally:
                 os._exit(0)
@@ -167,3 +208,152 @@ def test_the_second_signal_stops_at_once(
     config = nano("twice")
     assert forked(config) == -number
     assert list(checkpoint_steps(config.folder / "checkpoints")) == [1]
+
+
+MEASUREMENTS = 3  # at steps 0, 2 and 3 of the runs below
+LATE: dict[str, Call] = {
+    "before the last step is measured": Call(Validation, "measure_step", MEASUREMENTS),
+    "in the last measurement": Call(Validation, "_scores", MEASUREMENTS),
+    "measured, and not written": Call(Validation, "_write", MEASUREMENTS),
+    "written, and candidates not pruned": Call(Validation, "_prune", MEASUREMENTS),
+    "a candidate half written": Call(validation, "save_adapter", MEASUREMENTS - 1),
+    "in the last samples": Call(steps, "save_samples", MEASUREMENTS),
+    "last checkpoint, nothing else": Call(Stepper, "measure", STEPS + 1),
+    "trained, and not saved": Call(run_train, "conclude"),
+    "before the adapter": Call(saving, "save_adapter"),
+    "after the adapter": Call(saving, "save_adapter", after=True),
+    "after the exports": Call(saving, "export_all", after=True),
+    "before the report": Call(saving, "write_report"),
+    "all but the last word": Call(Stepper, "end", after=True),
+}
+
+
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random CLIP model."""
+    folder = tmp_path_factory.mktemp("judge")
+    tiny_clip(folder / "clip")
+    return folder / "clip"
+
+
+@pytest.fixture
+def measured(nano: Callable[..., TrainConfig], judge: Path) -> Callable[..., TrainConfig]:
+    """Runs that are measured at steps 0, 2 and 3, with samples and an export."""
+
+    def build(name: str, **changes: Any) -> TrainConfig:
+        values: dict[str, Any] = {
+            "judge": str(judge), "validation_steps": 2, "validation_prompts": ["{}"], "validation_prompt": "a sks dog",
+            "export": ["peft"], "learning_rate": 0.1, "ema_decay": 0.5,
+        }  # fmt: skip
+        return nano(name, **{**values, **changes})
+
+    return build
+
+
+def assert_same_result(one: Path, other: Path, last: int = STEPS) -> None:
+    """The run, what was measured, which steps are kept and every file of the result are the same."""
+    assert_same_run(one, other, last)
+    first, second = (json.loads((folder / "validation.json").read_text()) for folder in (one, other))
+    assert first == second and first["points"][-1]["step"] == last
+
+    def files(folder: Path) -> list[str]:
+        return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+    assert files(one) == files(other)
+    for name in files(one):
+        if name.endswith(".safetensors"):
+            assert_equal_tensors(one / name, other / name)
+        if name.endswith(".png"):
+            assert load_image(one / name).tobytes() == load_image(other / name).tobytes()
+    for folder in (one, other):
+        assert json.loads((folder / "state.json").read_text())["status"] == "done"
+
+
+@pytest.mark.parametrize("moment", LATE.values(), ids=LATE.keys())
+def test_killed_when_all_steps_are_done(
+    moment: Call, measured: Callable[..., TrainConfig], forked: Forked, tmp_path: Path
+) -> None:
+    whole = measured("whole")
+    assert forked(whole) > 0
+    assert forked(measured("killed"), moment) == -signal.SIGKILL
+    assert forked(measured("killed", resume_from_checkpoint="latest")) > 0
+    assert_same_result(whole.folder, tmp_path / "killed")
+
+
+@pytest.mark.parametrize("moment", [LATE["in the last measurement"], Call(Stepper, "save", 3)], ids=["score", "save"])
+def test_killed_when_it_stops_early(
+    moment: Call, measured: Callable[..., TrainConfig], forked: Forked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step at which it stops is measured, and no later one is trained."""
+    for module in (selection, validation):
+        monkeypatch.setattr(module, "choose", lambda points: 2 if len(points) > 2 else None)
+    early = {"early_stopping": 1, "validation_steps": 1, "max_train_steps": 9, "lr_scheduler": "constant"}
+    whole = measured("whole", **early)
+    assert forked(whole) > 0 and len(journal(whole.folder)) == 3
+    assert forked(measured("killed", **early), moment) == -signal.SIGKILL
+    assert forked(measured("killed", resume_from_checkpoint="latest", **early)) > 0
+    assert_same_result(whole.folder, tmp_path / "killed", 3)
+
+
+@pytest.fixture
+def zoo(configure: Configure, tmp_path: Path) -> Callable[..., TrainConfig]:
+    """``zoo(name, key=value)``: three subjects, of which cat ends first and toy accumulates."""
+    own: list[dict[str, Any]] = [
+        {"instance_prompt": "a photo of sks dog", "seed": 1},
+        {"instance_prompt": "a photo of sks cat", "seed": 2, "train_batch_size": 3, "max_train_steps": 3},
+        {"instance_prompt": "sks toy", "seed": 3, "gradient_accumulation_steps": 2},
+    ]
+    for number, (name, values) in enumerate(zip(NAMES, own, strict=True)):
+        values["instance_data_dir"] = str(write_photos(tmp_path / f"photos of {name}" / name, 2, seed=number))
+
+    def build(name: str, entries: dict[str, dict[str, Any]] | None = None, **changes: Any) -> TrainConfig:
+        path = tmp_path / f"{name}.yaml"
+        lines = [{**values, **(entries or {}).get(n, {})} for n, values in zip(NAMES, own, strict=True)]
+        path.write_text(yaml.safe_dump(lines))
+        values: dict[str, Any] = {
+            "instance_data_dir": None, "instance_prompt": None, "seed": None, "subjects": str(path),
+            "max_train_steps": 6, "checkpointing_steps": 2, "checkpoints_total_limit": 1,
+            "output_dir": str(tmp_path / name),
+        }  # fmt: skip
+        return configure(**{**values, **changes})
+
+    return build
+
+
+NAMES = ("dog", "cat", "toy")
+BETWEEN: dict[str, Call] = {
+    "one has its first checkpoint": Call(run, "write_checkpoint", 2),
+    "two have their first checkpoint": Call(run, "write_checkpoint", 3),
+    "all have, and nothing is pruned": Call(Stepper, "prune", 4),
+    "cat ends, and dog has saved": Call(run, "write_checkpoint", 5),
+    "cat ends, and all have saved": Call(subjects, "conclude"),
+    "cat has ended": Call(subjects, "conclude", after=True),
+    "a step after cat has ended": Call(Updates, "_update", 11),
+    "two steps after": Call(Updates, "_update", 12),
+    "dog has saved once more": Call(run, "write_checkpoint", 8),
+    "in the last step": Call(Updates, "_update", 14),
+    "dog has saved its last": Call(run, "write_checkpoint", 10),
+    "dog has ended": Call(subjects, "conclude", 2, after=True),
+}
+
+
+def assert_same_subjects(one: Path, other: Path) -> None:
+    for name in NAMES:
+        assert journal(one / name) == journal(other / name), name
+        first, second = factors(one / name), factors(other / name)
+        assert first.keys() == second.keys()
+        assert all(first[key].equal(second[key]) for key in first), name
+        assert_equal_tensors(one / name / "nora_adapter.safetensors", other / name / "nora_adapter.safetensors")
+        assert (
+            checkpoint_steps(one / name / "checkpoints").keys() == checkpoint_steps(other / name / "checkpoints").keys()
+        )
+        assert json.loads((other / name / "state.json").read_text())["status"] == "done"
+
+
+@pytest.mark.parametrize("moment", BETWEEN.values(), ids=BETWEEN.keys())
+def test_killed_between_subjects(moment: Call, zoo: Callable[..., TrainConfig], forked: Forked, tmp_path: Path) -> None:
+    whole = zoo("whole")
+    assert forked(whole) > 0
+    assert forked(zoo("killed"), moment) == -signal.SIGKILL
+    assert forked(zoo("killed", resume_from_checkpoint="latest")) > 0
+    assert_same_subjects(whole.folder, tmp_path / "killed")

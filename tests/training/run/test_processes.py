@@ -228,7 +228,7 @@ def test_a_process_that_fails_stops_the_others_with_a_sentence(
     def full(*_: Any) -> None:
         raise UserError("the disk is full: free some space")
 
-    monkeypatch.setattr(Stepper, "_save", lambda self, done: full() if self.folder.owner else None)
+    monkeypatch.setattr(Stepper, "save", lambda self, done: full() if self.folder.owner else None)
     config = configure(checkpointing_steps=1)
     assert forked(lambda _: train(config)) == [2, 2]
     said = capfd.readouterr().err

@@ -16,8 +16,10 @@ import pytest
 import torch
 from runs import Configure, assert_same_run, flags, journal
 
+from nora_diffusion import inspect_adapter
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import TrainConfig, train
+from nora_diffusion.training.planning.checkpoints import read_checkpoint
 from nora_diffusion.training.run.steps import Stepper
 from nora_diffusion.training.run.updates import Updates
 from nora_diffusion.training.signals import Interrupted
@@ -165,3 +167,98 @@ def wait_for(condition: Any, child: subprocess.Popen[str], seconds: float = 600)
         assert child.poll() is None, child.communicate()[1]
         assert time.monotonic() < end, "the child did not get there"
         time.sleep(0.02)
+
+
+def changed_digit(text: str) -> str:
+    return text.replace('"last_epoch": 3', '"last_epoch": 2')
+
+
+def changed_identity(text: str) -> str:
+    return text.replace('"learning_rate": 0.01', '"learning_rate": 0.02')
+
+
+MANIFESTS: dict[str, tuple[Any, str]] = {
+    "a digit of the schedule": (changed_digit, r"damaged \(manifest.json was changed\)"),
+    "a digit of the settings": (changed_identity, r"damaged \(manifest.json was changed\)"),
+    "a digit of a hash": (lambda t: t.replace('_sha256": "', '_sha256": "0'), r"damaged \(manifest.json was changed\)"),
+    "another version": (lambda t: t.replace('"format_version": 2', '"format_version": 1'), "manifest.json was changed"),
+    "no hash": (lambda t: t.replace("manifest_sha256", "manifest_sha255"), "manifest.json was changed"),
+    "the step": (lambda t: t.replace('"step": 3', '"step": 2'), "manifest.json was changed"),
+    "not text": (lambda t: b"\xff" + t.encode(), "its manifest cannot be read"),
+    "no object": (lambda t: "[1]", "its manifest cannot be read"),
+    "too deep": (lambda t: "[" * 100_000, "its manifest cannot be read"),
+    "infinite": (lambda t: t.replace('"step": 3', '"step": 1e999'), "its manifest cannot be read"),
+    "cut": (lambda t: t[: len(t) // 2], "its manifest cannot be read"),
+    "empty": (lambda t: "", "its manifest cannot be read"),
+}
+
+
+def test_a_changed_manifest_is_detected(configure: Configure) -> None:
+    folder = train(configure(lr_scheduler="constant_with_warmup")).adapter_path.parent
+    file = folder / "checkpoints/step-3/manifest.json"
+    text = file.read_text()
+    for name, (change, words) in MANIFESTS.items():
+        changed = change(text)
+        assert changed != text, name
+        file.write_bytes(changed if isinstance(changed, bytes) else changed.encode())
+        with pytest.raises(UserError, match=words):
+            read_checkpoint(file.parent)
+    file.write_text(json.dumps(json.loads(text), sort_keys=True))  # the same values
+    assert read_checkpoint(file.parent).step == 3
+
+
+def test_a_checkpoint_in_the_folder_of_another_step_is_detected(configure: Configure, tmp_path: Path) -> None:
+    folder = train(configure(checkpointing_steps=1)).adapter_path.parent / "checkpoints"
+    shutil.rmtree(folder / "step-3")
+    shutil.copytree(folder / "step-2", folder / "step-9")
+    with pytest.raises(UserError, match=r"step-9 is not that of its folder's name \(manifest.json has step 2\)"):
+        read_checkpoint(folder / "step-9")
+    assert read_checkpoint(Path(shutil.copytree(folder / "step-2", tmp_path / "a copy"))).step == 2
+    resumed = train(configure(checkpointing_steps=1, resume_from_checkpoint="latest"))  # from step 2
+    assert [row[0] for row in journal(resumed.adapter_path.parent)] == [1, 2, 3]
+
+
+LINES = [
+    b"\xff", b'{"step": 2, "loss": "\xe9", "seconds": 1}', b'{"step": 2, "lo\xffss": 1}', b"\x00", b"[1]", b"7",
+    b"null", b"\x85",
+    b'{"step": "2"}', b'{"step": 2.5}', b'{"step": null}', b'{"step": true}', b'{"step": 1e999}', b'{"loss": 1}',
+    b'{"step": 2, "loss": NaN, "seconds": 0}', b"[" * 100_000, b'{"step": 2, "loss": 0.5, "seco', b"\xe2\x80\xa8",
+]  # fmt: skip
+
+
+def test_a_log_with_any_bytes_is_resumed(configure: Configure, tmp_path: Path) -> None:
+    """Lines that are no steps are dropped; the others stay."""
+    whole = train(configure(output_dir=str(tmp_path / "whole"), max_train_steps=4, lr_scheduler="constant"))
+    folder = train(configure(checkpointing_steps=1)).adapter_path.parent
+    lines = (folder / "log.jsonl").read_bytes().splitlines()
+    (folder / "log.jsonl").write_bytes(b"\n".join([*LINES, lines[0], *LINES, *lines[1:], *LINES]))
+    resumed = train(configure(max_train_steps=4, resume_from_checkpoint="latest"))
+    assert journal(folder) == journal(whole.adapter_path.parent)
+    assert resumed.final_loss == whole.final_loss
+
+
+def test_a_lowered_number_of_steps_names_the_step_of_the_adapter(configure: Configure) -> None:
+    folder = train(configure()).adapter_path.parent
+    assert train(configure(max_train_steps=2, resume_from_checkpoint="latest")).steps == 3
+    assert inspect_adapter(folder).step == 3
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed", "replaced by a file"])
+def test_a_folder_that_goes_away_while_training(
+    how: str, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, original = configure(max_train_steps=6, checkpointing_steps=4), Updates._update
+
+    def update(self: Updates, step: int) -> Any:
+        if step == 1:
+            if how == "renamed":
+                config.folder.rename(config.folder.with_name("elsewhere"))
+            else:
+                shutil.rmtree(config.folder)
+            if how == "replaced by a file":
+                config.folder.write_text("")
+        return original(self, step)
+
+    monkeypatch.setattr(Updates, "_update", update)
+    with pytest.raises(UserError, match="run was removed or renamed during the run: start it again in another"):
+        train(config)
