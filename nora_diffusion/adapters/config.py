@@ -48,7 +48,8 @@ class AdapterConfig(PeftConfig):
     ``alpha=None`` means ``alpha = r``. An empty ``trained`` means :data:`TRAINED` of the core.
     ``inner_r`` is the rank ``r'`` of a nested or input core, or of each projected expert; 1 elsewhere. ``blocks`` > 1
     makes the outer pair block-diagonal, ``rank_mask`` samples the rank while training, ``magnitude`` adds DoRA's
-    trained row norms. Raises :class:`UserError` for a value outside its range.
+    trained row norms. ``modules_to_save``: modules that are trained as a whole, with PEFT's own
+    functions only. Raises :class:`UserError` for a value outside its range.
     """
 
     method: str = "nora"
@@ -70,6 +71,7 @@ class AdapterConfig(PeftConfig):
     basis_dtype: BasisDtype = "float16"
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     start: Start = field(default_factory=Start, repr=False, compare=False)
@@ -78,6 +80,8 @@ class AdapterConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = NORA
         self.target_modules = expand_targets(self.target_modules)
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
         if not self.has_inner_rank:
             self.inner_r = 1
         if not self.trained:
@@ -113,6 +117,9 @@ class AdapterConfig(PeftConfig):
             raise UserError(f"experts={self.experts!r} needs a router and basis='kaiming': experts start at random")
         if self.core == "input" and self.blocks > 1:
             raise UserError("core='input' does not go with blocks: leave one of them out")
+        saved = [] if self.modules_to_save is None else self.modules_to_save
+        if not isinstance(saved, list | tuple | set) or not all(isinstance(name, str) and name for name in saved):
+            raise UserError(f"modules_to_save={saved!r} is not a list of module names: give names such as ['conv_in']")
         self._check_scale()
         self._check_trained()
         check_patterns("target_modules", self.target_modules)
@@ -161,8 +168,10 @@ class AdapterConfig(PeftConfig):
         return 1.0 if alpha is None else alpha / rank
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields that describe the adapter, ready for JSON (``start`` is not one of them)."""
+        """All fields that describe the adapter, ready for JSON: without ``start`` and unused ``modules_to_save``."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "start"}
+        if not self.modules_to_save:
+            del values["modules_to_save"]
         return values | {"peft_type": str(self.peft_type)}
 
     @property

@@ -188,7 +188,7 @@ def _is_small_shape(shape: list[int]) -> bool:
 def _axes(values: dict[str, Any]) -> dict[str, Any]:
     """The axes of a config, type-checked. Refuses unknown axes: ignoring one would change the adapter's output."""
     hints = _hints(AdapterConfig)
-    axes = set(AdapterConfig.__annotations__) - {"start"}
+    axes = set(AdapterConfig.__annotations__) - {"start", "modules_to_save"}
     unknown = values.keys() - axes - PEFT_FIELDS - {"start"}
     if unknown:
         raise ValueError(f"the axis {min(unknown)[:40]!r} is unknown to this release: upgrade")

@@ -26,7 +26,7 @@ from ..pipelines.components import (
 )
 from ..pipelines.router_inputs import router_for
 from .active import active_adapters, set_active
-from .inject import all_or_nothing, check_new_name, inject, tie
+from .inject import all_or_nothing, check_new_name, inject, refuse_whole_modules, tie
 from .locking import one_at_a_time
 from .sharing import pairs_from
 from .tokens import token_parameters
@@ -52,6 +52,7 @@ def add_adapter(
     Raises :class:`UserError` for a name that is taken or invalid, while an adapter is fused or weights are offloaded,
     and for targets or a basis that do not fit.
     """
+    refuse_whole_modules(config)
     names = [components] if isinstance(components, str) else list(components or [denoiser_name(pipe)])
     modules = components_of(pipe)
     check_new_name(pipe, modules, adapter_name, names)

@@ -58,6 +58,15 @@ def check_new_name(pipe: Any, modules: Modules, name: str, components: Iterable[
         )
 
 
+def refuse_whole_modules(config: AdapterConfig) -> None:
+    """Raise :class:`UserError` for ``modules_to_save``: adapter files hold factors only."""
+    if config.modules_to_save:
+        raise UserError(
+            f"modules_to_save={config.modules_to_save} cannot be part of an adapter file: leave it out, or use PEFT's "
+            "get_peft_model and save_pretrained"
+        )
+
+
 def derived_name(text: str) -> str:
     """An adapter name made from a file name, changed where :func:`check_new_name` would refuse it."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", text).replace("lora_", "lora-") or "adapter"

@@ -30,7 +30,7 @@ from ..pipelines.components import (
 from ..pipelines.precision import DTYPES, check_dtype
 from ..versions import versions
 from .active import unknown_adapter
-from .inject import origin
+from .inject import origin, refuse_whole_modules
 from .locking import one_at_a_time
 from .tokens import token_parameters, tokens_of
 
@@ -89,6 +89,7 @@ def _check(
         raise unknown_adapter(modules, adapter_name)
     for module in holders.values():
         config = adapter_configs(module)[adapter_name]
+        refuse_whole_modules(config)
         if basis == "shared" and not config.frozen_outer:
             raise UserError(f"method {config.method!r} has no frozen basis to share: save it with basis='own'")
     refuse_merged(modules)

@@ -401,7 +401,7 @@ def test_adapter_names_of_peft() -> None:
             torch.testing.assert_close(found[row : row + 1], expected, atol=1e-6, rtol=1e-5)
         with pytest.raises(UserError, match="ghost"):
             model(x, adapter_names=["ghost"] * 4)
-        with pytest.raises(UserError, match="4 rows"):
+        with pytest.raises(UserError, match="got 3 and 4"):
             model(x, adapter_names=["dog"] * 3)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .cores import Core, InputCore
+from .lease import Lease
 from .magnitude import row_norms
 from .routed import RoutedDelta
 
@@ -71,6 +72,7 @@ class ChainDelta(nn.Module):
         self.masked = masked
         self.rank: int | None = None
         self.sampled_rank: int | None = None
+        self.lease: Lease | None = None
         self.dropout = nn.Dropout(dropout)
 
     @property

@@ -98,7 +98,7 @@ def outer_pair(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Pair
     if config.basis == "awsvd" and strength is None:
         raise UserError(
             "the 'awsvd' basis needs activation statistics: use nora_diffusion.add_adapter, which calibrates, "
-            "or basis='svd'"
+            "or basis='svd'; to load a file through PEFT, pass low_cpu_mem_usage=True"
         )
     if strength is not None:
         strength = strength.repeat_interleave(d_in // strength.numel()).to(weight.device)

@@ -17,7 +17,7 @@ from ..deltas.routed import RoutedDelta
 from .build import build_delta, contraction
 from .merging import WeightMerge
 from .offloading import is_offloaded, onloaded
-from .peft_interface import AdapterState, PeftInterface, RowServer
+from .peft_interface import AdapterState, PeftInterface, RowServer, move_filled
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -47,7 +47,8 @@ class NoraLayer(nn.Module, PeftInterface):
     def update_layer(self, adapter_name: str, config: AdapterConfig, key: str) -> None:
         """Add one adapter, active and at weight 1."""
         delta = build_delta(config, self.base_layer, key)
-        self.nora_delta[adapter_name] = delta.to(self._weight.device).train(self.base_layer.training)
+        move_filled(delta, self._weight.device)
+        self.nora_delta[adapter_name] = delta.train(self.base_layer.training)
         scale = config.scale_for(key)
         # Without factors yet it must add nothing: the loader that fills them also sets the weight.
         scaling = 0.0 if config.start.empty else scale

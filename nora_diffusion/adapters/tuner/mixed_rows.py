@@ -36,9 +36,11 @@ class RowPlan:
 
     A batch of ``n = g len(specs) repeats`` rows is ``g`` copies (guidance: negative, positive) of the specs in order,
     each repeated ``repeats`` times in succession (``num_images_per_prompt``). ``batch`` has the spec index of each row.
+    ``exact``: refuse copies.
     """
 
-    def __init__(self, specs: Sequence[RowSpec]) -> None:
+    def __init__(self, specs: Sequence[RowSpec], *, exact: bool = False) -> None:
+        self.exact = exact
         self.specs = [{name: weight for name, weight in spec.items() if weight} for spec in specs]
         self.names = list(dict.fromkeys(name for spec in self.specs for name in spec))
         self.repeats = 1
@@ -48,6 +50,11 @@ class RowPlan:
     def start(self, rows: int) -> None:
         """Assign specs for a call with this many rows. Raises :class:`UserError` for a number that does not fit."""
         block = len(self.specs) * self.repeats
+        if self.exact and rows != block:
+            raise UserError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {block} and {rows} "
+                "respectively."
+            )
         if rows % block:
             times = f" (times {self.repeats} images per prompt)" if self.repeats > 1 else ""
             raise UserError(
@@ -288,7 +295,7 @@ def serve_rows(model: nn.Module, plan: RowPlan) -> Iterator[None]:
         stack.callback(_SERVING.discard, model)
         stack.callback(model.register_forward_pre_hook(_counting(plan), with_kwargs=True).remove)
         for layer in layers:
-            stack.callback(_restore, layer, layer.scaling)
+            stack.callback(_restore, layer, dict(layer.scaling))
             for name in plan.names:
                 layer.set_scale(name, 1.0)
             layer.rows = LayerRows(layer, plan)

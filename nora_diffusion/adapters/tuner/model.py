@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import UserError
 from ..config import AdapterConfig
 from ..peft_names import PREFIX
+from .build import flat_weight
 from .layer import NoraLayer
 from .mixed_rows import RowPlan, serve_rows
-from .qkv_guard import guard
+from .qkv_guard import guard, unguard
 from .rank_mask import watch
 
 
@@ -52,6 +54,42 @@ class NoraModel(BaseTuner):
         else:
             target.update_layer(adapter_name, peft_config, current_key)
 
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """PEFT's injection. With ``low_cpu_mem_usage`` the factors come from a file, so no basis is computed."""
+        config = self.peft_config[adapter_name]
+        start = config.start
+        # PEFT either passes the option or only enters its context, in which parameters are created on the meta device.
+        from_file = (low_cpu_mem_usage or nn.Linear(1, 1).weight.is_meta) and not start.empty
+        try:
+            config.start = replace(start, empty=start.empty or from_file)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        finally:
+            config.start = start
+        if from_file:  # PEFT's loader fills the factors, but activates nothing
+            for layer in self.nora_layers(adapter_name):
+                layer.set_scale(adapter_name, 1.0)
+            self.set_adapter(self.active_adapters, config.inference_mode)
+
+    def nora_layers(self, adapter_name: str) -> list[NoraLayer]:
+        """The layers that hold an adapter."""
+        return [m for m in self.model.modules() if isinstance(m, NoraLayer) and adapter_name in m.nora_delta]
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """``autocast_adapter_dtype=False`` casts the trained factors, created in fp32, to the base's dtype."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in [] if autocast_adapter_dtype else self.nora_layers(adapter_name):
+            weight = flat_weight(layer.base_layer)
+            if weight.is_floating_point() and weight.itemsize > 1:  # not the 8 bits of a quantized weight
+                for parameter in layer.delta(adapter_name).parameters():
+                    parameter.data = parameter.data.to(weight.dtype)
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Ignore the call with which PEFT activates a new adapter alone, if it is still to be filled from a file."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
@@ -68,10 +106,21 @@ class NoraModel(BaseTuner):
         unknown = set(names) - set(self.peft_config) - {"__base__"}
         if unknown:
             raise UserError(f"there is no adapter named {sorted(unknown)[0]!r}: it has {', '.join(self.peft_config)}")
-        with serve_rows(self.model, RowPlan([{} if name == "__base__" else {name: 1.0} for name in names])):
+        if any(layer.merged for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)):
+            raise UserError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        plan = RowPlan([{} if name == "__base__" else {name: 1.0} for name in names], exact=True)
+        with serve_rows(self.model, plan):
             yield
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> None:
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; if none is active then, activate another one. Raises ``ValueError`` for a merged one."""
+        super().delete_adapter(adapter_name)
+        if self.peft_config and not self.active_adapter:
+            self.set_adapter(min(self.peft_config))
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         """PEFT's ``merge_and_unload()`` and ``unload()``; raises :class:`UserError` if that would drop an adapter."""
         layers = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer)]
         if any(isinstance(layer.base_layer, NoraLayer) for layer in layers):
@@ -83,7 +132,9 @@ class NoraModel(BaseTuner):
                   and not layer.delta(n).mergeable}  # fmt: skip
         if routed:
             raise UserError(f"{', '.join(sorted(routed))}: a routed adapter cannot be merged, and unloading drops it")
-        super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        unguard(model)
+        return model
 
     def _post_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
         guard(model)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import InitVar, dataclass, field
-from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 import torch
@@ -53,6 +52,23 @@ class AdapterState:
         self.scaling_tensor.fill_(scaling)
 
 
+@dataclass(frozen=True)
+class StateView(Mapping[str, Any]):
+    """One field of the states, by adapter name: read-only, and always current."""
+
+    states: Mapping[str, AdapterState]
+    name: str
+
+    def __getitem__(self, adapter: str) -> Any:
+        return getattr(self.states[adapter], self.name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.states)
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+
 class PeftInterface(BaseTunerLayer):
     """The names and verbs by which PEFT and diffusers handle a layer."""
 
@@ -68,17 +84,29 @@ class PeftInterface(BaseTunerLayer):
     @property
     def r(self) -> Mapping[str, int]:
         """Outer rank of each adapter; read-only."""
-        return MappingProxyType({name: state.r for name, state in self.states.items()})
+        return StateView(self.states, "r")
 
     @property
     def scaling(self) -> Mapping[str, float]:
         """``alpha / r`` times the weight of each adapter; read-only, :meth:`set_scale` changes it."""
-        return MappingProxyType({name: state.scaling for name, state in self.states.items()})
+        return StateView(self.states, "scaling")
 
     @property
     def merged_adapters(self) -> list[str]:
         """Names of the merged adapters."""
         return list(self.merging.scalings)
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input; the input channels of a convolution."""
+        base: Any = self.get_base_layer()
+        return int(base.in_channels if isinstance(base, nn.Conv2d) else base.in_features)
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output; the output channels of a convolution."""
+        base: Any = self.get_base_layer()
+        return int(base.out_channels if isinstance(base, nn.Conv2d) else base.out_features)
 
     @property
     def groups(self) -> int:
@@ -109,6 +137,11 @@ class PeftInterface(BaseTunerLayer):
         """Make exactly these adapters active; they require gradients unless ``inference``."""
         cast(Any, self).set_adapter(names, inference_mode=inference)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move one adapter. PEFT would also cast it to the base's dtype, which rounds its frozen factors."""
+        if adapter_name in self.nora_delta:
+            move_filled(self.delta(adapter_name), device or self.weight.device)
+
     # The weight that diffusers sets is the user's factor on top of alpha / r.
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -132,3 +165,9 @@ class PeftInterface(BaseTunerLayer):
     def _active_states(self) -> list[AdapterState]:
         names = self.active if self.rows is None else self.rows.names
         return [self.states[name] for name in names if name in self.states]
+
+
+def move_filled(delta: nn.Module, device: torch.device) -> None:
+    """Move a delta, unless it is on the meta device: there it awaits its file (PEFT's ``low_cpu_mem_usage``)."""
+    if not any(parameter.is_meta for parameter in delta.parameters()):
+        delta.to(device)

@@ -14,6 +14,7 @@ from torch import nn
 from ...errors import UserError
 from ..config import AdapterConfig
 from ..deltas.chain import ChainDelta
+from ..deltas.lease import Lease
 
 
 def check_rank(config: AdapterConfig, rank: int) -> None:
@@ -38,11 +39,7 @@ def sample_ranks(model: nn.Module, args: tuple[Any, ...] = ()) -> None:
     A forward pre-hook of the adapted model: one draw per pass from torch's CPU generator for all layers, and none if no
     masked delta is in training. Gradient checkpointing recomputes layers but does not call this again.
     """
-    deltas = masked_deltas(model)
-    if not deltas:
-        unwatch(model)
-        return
-    training = [delta for delta in deltas if delta.training]
+    training = [delta for delta in masked_deltas(model) if delta.training]
     if training:
         u = float(torch.rand((), device="cpu"))
         for delta in training:
@@ -50,12 +47,10 @@ def sample_ranks(model: nn.Module, args: tuple[Any, ...] = ()) -> None:
 
 
 def watch(model: nn.Module) -> None:
-    """Sample ranks before each pass of the model; registers the hook once for all its adapters."""
-    if sample_ranks not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(sample_ranks)
-
-
-def unwatch(model: nn.Module) -> None:
-    """Remove the hook; :func:`sample_ranks` calls this when the last masked delta is gone."""
-    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is sample_ranks]:
-        del model._forward_pre_hooks[key]
+    """Sample ranks before each pass of the model, by one hook for all its adapters that ends with the last of them."""
+    deltas = masked_deltas(model)
+    lease = next((delta.lease for delta in deltas if delta.lease is not None), None)
+    if lease is None:
+        lease = Lease(model.register_forward_pre_hook(sample_ranks).remove)
+    for delta in deltas:
+        delta.lease = lease
