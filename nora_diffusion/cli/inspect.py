@@ -29,11 +29,12 @@ def run(values: argparse.Namespace) -> None:
     """Print the description."""
     from dataclasses import asdict
 
-    from ..formats.adapter_file import inspect_adapter
+    from ..formats.adapter_file import inspect_adapter, verify_adapter
 
     if (values.intruders or values.base) and not values.layers:
         raise UserError("--intruders and --base need --layers: give it as well")
     info = inspect_adapter(values.adapter)
+    verify_adapter(info)
     layers = _layers(values) if values.layers else []
     overlap = _overlap(values) if values.overlap else {}
     if values.json:

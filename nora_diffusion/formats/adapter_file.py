@@ -19,8 +19,9 @@ from ..io.files import sha256, write_atomic
 from ..io.tensor_file import TensorFile, Tensors, named_hash, require_finite
 from .adapter_info import AdapterInfo, dump_info, parse_info
 from .foreign import DIFFUSERS_FILE, EMBEDDING_FILE, PEFT_FILE, recognize
-from .keys import count_parameters, is_frozen
+from .keys import count_parameters, frozen_factors
 from .packs import inspect_subject, read_subject
+from .structure import check_structure
 
 FILE_NAME = "nora_adapter.safetensors"
 BASIS_FOLDER = "bases"
@@ -83,7 +84,8 @@ def inspect_adapter(path: str | Path, hashed: bool = True) -> AdapterInfo:
     """Read the header of an adapter file, of a subject in a pack (``pack.safetensors#name``) or of another tool's file.
 
     ``hashed=False`` leaves ``sha256`` empty and so avoids reading the whole file: for listing many adapters. Raises
-    :class:`UserError` for a damaged file and for one that ``load_adapter`` cannot load.
+    :class:`UserError` for a damaged file, also if its tensors are not those of its metadata, and for one that
+    ``load_adapter`` cannot load.
     """
     address = split_address(path)
     if address:
@@ -95,17 +97,22 @@ def inspect_adapter(path: str | Path, hashed: bool = True) -> AdapterInfo:
         else:
             reader.require_floats()
             info = parse_info(reader.metadata["nora"], str(file))
+            info.path = str(file)
             if info.basis == "shared" and not info.basis_sha256:
                 raise UserError(f"{file}: its metadata is damaged (basis_sha256 is missing): copy it again")
+            if info.basis == "own":
+                check_structure(info, {key: entry.shape for key, entry in reader.entries.items()})
         count_parameters(info, {key: entry.numel for key, entry in reader.entries.items()})
-    info.path, info.sha256, info.bytes = str(file), sha256(file) if hashed else "", file.stat().st_size
+    info.sha256, info.bytes = sha256(file) if hashed else "", file.stat().st_size
     return info
 
 
-def read_tensors(info: AdapterInfo, basis_dir: str | Path | None = None) -> Tensors:
-    """All factors of an adapter, including a shared basis, which is verified against its hash.
+def read_tensors(info: AdapterInfo, basis_dir: str | Path | None = None, basis: Tensors | None = None) -> Tensors:
+    """All factors of an adapter, including a shared basis: the one reader of every function that uses an adapter.
 
-    Raises :class:`UserError` for damaged tensors, NaN or infinity, and for a file of another tool.
+    The frozen factors are verified against the hash in the metadata, the names and shapes of all tensors against its
+    description. ``basis``: the shared basis, if it has been read already. Raises :class:`UserError` for damaged or
+    missing tensors, NaN or infinity, and for a file of another tool.
     """
     _ = info.configs  # raises for a file of another tool
     address = split_address(info.path)
@@ -115,13 +122,26 @@ def read_tensors(info: AdapterInfo, basis_dir: str | Path | None = None) -> Tens
         with TensorFile(Path(info.path)) as reader:
             reader.require_floats()
             tensors = {key: reader.tensor(key) for key in reader.entries}
+    require_finite(tensors, info.path)
     if info.basis == "shared":
-        basis = _load_basis(info, basis_dir)
+        basis = _load_basis(info, basis_dir) if basis is None else basis
         if basis.keys() & tensors.keys():
             raise UserError(f"{info.path} and its basis both hold {min(basis.keys() & tensors.keys())}")
         tensors.update(basis)
-    require_finite(tensors, info.path)
+    elif info.basis_sha256 and named_hash(frozen_factors(tensors)) != info.basis_sha256:
+        raise UserError(f"{info.path} is damaged (its basis does not match basis_sha256): copy it again")
+    check_structure(info, {key: tuple(value.shape) for key, value in tensors.items()})
     return tensors
+
+
+def verify_adapter(info: AdapterInfo) -> None:
+    """Read all tensors of an adapter or of another tool's file. Raises :class:`UserError` like :func:`read_tensors`."""
+    if info.is_ours:
+        read_tensors(info)
+        return
+    with TensorFile(Path(info.path)) as reader:
+        for key in reader.entries:
+            require_finite({key: reader.tensor(key)}, info.path)
 
 
 def basis_folders(adapter_folder: Path, basis_dir: str | Path | None) -> list[Path]:
@@ -169,6 +189,7 @@ def read_basis(file: Path) -> Tensors:
         tensors = {key: reader.tensor(key) for key in reader.entries}
     if named_hash(tensors) != file.stem:
         raise UserError(f"{file} is damaged (its hash is not its file name): copy it again")
+    require_finite(tensors, file)
     return tensors
 
 
@@ -190,7 +211,7 @@ def write_adapter(
 
     ``new``: raise :class:`UserError` instead of replacing an adapter, even one written at the same moment.
     """
-    basis = {key: value for key, value in tensors.items() if is_frozen(key)}
+    basis = frozen_factors(tensors)
     if info.basis == "shared":
         info.basis_sha256 = write_basis(basis_folders(folder, basis_dir)[0], basis)
         tensors = {key: value for key, value in tensors.items() if key not in basis}

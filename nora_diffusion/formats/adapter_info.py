@@ -25,6 +25,8 @@ LARGEST_IN_CONFIG = 2**16
 ENCODERS = {name for name in COMPONENTS if name.startswith("text_encoder")}
 WORD = re.compile(r"[^\s,;:()\[\]{}]{2,50}")
 """A new token: no white space, no punctuation that separates words or that other tools use for prompt weights."""
+MAX_VECTORS = 64
+"""Upper bound for the vectors of a new token."""
 BasisKind = Literal["own", "shared"]
 _hints = functools.cache(get_type_hints)
 

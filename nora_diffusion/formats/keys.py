@@ -21,13 +21,19 @@ def file_key(component: str, path: str, factor: str) -> str:
     return f"{component}.{path}.nora_{factor.rpartition('.')[2]}"
 
 
+def split_key(key: str) -> tuple[str, str, str] | None:
+    """``(component, path, factor)`` of the key of a factor; ``None`` for any other key."""
+    module, separator, factor = key.rpartition(".nora_")
+    component, _, path = module.partition(".")
+    return (component, path, factor) if separator and path else None
+
+
 def factors_by_projection(tensors: Tensors) -> dict[Projection, Tensors]:
     """The factors of an adapter file by projection, without its tokens. Inverse of :func:`file_key`."""
     found: dict[Projection, Tensors] = {}
     for key, value in tensors.items():
-        if not is_token(key):
-            module, factor = key.rsplit(".nora_", 1)
-            component, path = module.split(".", 1)
+        if not is_token(key) and (parts := split_key(key)) is not None:
+            component, path, factor = parts
             found.setdefault((component, path), {})[factor] = value
     return found
 
@@ -35,6 +41,11 @@ def factors_by_projection(tensors: Tensors) -> dict[Projection, Tensors]:
 def is_frozen(key: str) -> bool:
     """Whether a key is that of a frozen factor."""
     return key.endswith(tuple(f".nora_{factor}" for factor in FROZEN))
+
+
+def frozen_factors(tensors: Tensors) -> Tensors:
+    """The frozen factors among an adapter's tensors: its basis."""
+    return {key: value for key, value in tensors.items() if is_frozen(key)}
 
 
 def token_key(number: int, encoder: str) -> str:

@@ -20,7 +20,7 @@ from safetensors.torch import save
 
 from ..errors import UserError
 from ..io.files import locked_folder, write_atomic
-from ..io.tensor_file import READABLE, TensorFile, Tensors, named_hash, require_finite
+from ..io.tensor_file import READABLE, TensorFile, Tensors, named_hash
 from ..pipelines.components import same_weights
 from .adapter_file import (
     BASIS_FOLDER,
@@ -33,7 +33,7 @@ from .adapter_file import (
     write_basis,
 )
 from .adapter_info import AdapterInfo, dump_info
-from .keys import is_frozen
+from .keys import frozen_factors, is_frozen
 from .model_card import write_card
 from .packs import (
     MAX_PREVIEW,
@@ -149,9 +149,9 @@ def _subject(name: str, path: str | Path, basis_dir: str | Path | None, bases: d
         raise UserError(
             f"{info.path} is a {info.method} adapter without a frozen basis: a pack needs one that all subjects share"
         )
-    _share_basis(info, basis_dir, bases)
-    tensors = _trained(info.path)
-    require_finite(tensors, info.path)
+    tensors = read_tensors(info, basis_dir, bases.get(info.basis_sha256))
+    _share_basis(info, frozen_factors(tensors), bases)
+    tensors = {key: tensors[key] for key in sorted(tensors) if not is_frozen(key)}
     dtypes = {value.dtype for value in tensors.values()}
     if len(dtypes) != 1:
         raise UserError(f"{info.path} has more than one dtype: save it with dtype=fp32, fp16 or bf16")
@@ -163,13 +163,9 @@ def _subject(name: str, path: str | Path, basis_dir: str | Path | None, bases: d
     return PackedSubject(name, info, layout, size, lambda: _preview(info.path), lambda: _parameters(info.path))
 
 
-def _share_basis(info: AdapterInfo, basis_dir: str | Path | None, bases: dict[str, Tensors]) -> None:
-    """Verify the adapter's basis and add it to ``bases``; only the first is kept, since a pack has just one."""
-    if info.basis == "shared" and info.basis_sha256 in bases:
-        return
-    tensors = read_tensors(info, basis_dir)
-    basis = {key: value for key, value in tensors.items() if is_frozen(key)}
-    info.basis, info.basis_sha256 = "shared", named_hash(basis)
+def _share_basis(info: AdapterInfo, basis: Tensors, bases: dict[str, Tensors]) -> None:
+    """Add the adapter's verified basis to ``bases``; only the first is kept, since a pack has just one."""
+    info.basis, info.basis_sha256 = "shared", info.basis_sha256 or named_hash(basis)
     if not bases:
         bases[info.basis_sha256] = basis
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..adapters import AdapterConfig
 from ..adapters.config import Start
-from ..adapters.tuner.build import build_delta, cast_frozen, flat_weight
+from ..adapters.tuner.build import cast_frozen, flat_weight
 from ..adapters.tuner.rank_mask import check_rank
 from ..errors import UserError, first_line
 from ..formats.adapter_file import BASIS_FOLDER, IN_FOLDERS, given_name, inspect_adapter, read_tensors, split_address
 from ..formats.adapter_info import AdapterInfo
 from ..formats.keys import file_key, token_key, token_vectors
+from ..formats.structure import factor_shapes, require_equal
 from ..io.files import is_path
 from ..io.tensor_file import Tensors
 from ..pipelines.base import base_id
@@ -202,15 +201,16 @@ def _check_fit(
     wrong_base = _wrong_base(info, base)
     expected: dict[str, tuple[int, ...]] = {}
     for component, module in pick(modules, configs).items():
-        config = copy.deepcopy(configs[component])
-        config.start = Start(empty=True, condition=router_input_width(module, config.router))
+        config = configs[component]
+        condition = router_input_width(module, config.router)
         try:
             layers = {canonical(path): layer for path, layer in targets(module, config).items()}
         except UserError as error:
             raise wrong_base from error
         _check_fingerprint(info.base_fingerprint.get(component, {}), layers, wrong_base)
         for path, layer in layers.items():
-            for factor, shape in _factor_shapes(config, layer, path).items():
+            _check_kernel(info, f"{component}.{path}", layer)
+            for factor, shape in factor_shapes(config, layer, path, condition).items():
                 expected[file_key(component, path, factor)] = shape
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     for encoder, keys in _token_keys(info).items():
@@ -220,12 +220,7 @@ def _check_fit(
             if columns and columns != [width]:
                 raise wrong_base
             expected[key] = (rows, width)
-    if found != expected:
-        key = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))[0]
-        raise UserError(
-            f"{info.path} does not match its own description at {key}: found {found.get(key, 'nothing')}, "
-            f"expected {expected.get(key, 'nothing')}; copy it again"
-        )
+    require_equal(info, found, expected)
 
 
 def _wrong_base(info: AdapterInfo, base: str) -> UserError:
@@ -249,12 +244,14 @@ def _token_keys(info: AdapterInfo) -> dict[str, list[str]]:
     return keys
 
 
-def _factor_shapes(config: AdapterConfig, layer: nn.Module, path: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of the factors that a config describes; built on the meta device, so that nothing is allocated."""
-    outline = copy.copy(layer)
-    outline._parameters = {"weight": layer.weight.detach().to("meta")}  # type: ignore[operator,dict-item]
-    with torch.device("meta"):
-        return {factor: tuple(value.shape) for factor, value in build_delta(config, outline, path).state_dict().items()}
+def _check_kernel(info: AdapterInfo, full: str, layer: nn.Module) -> None:
+    """Raise :class:`UserError` if the file states another kernel than the layer has: exports depend on it."""
+    kernel = list(layer.weight.shape[1:]) if isinstance(layer, nn.Conv2d) else None
+    if info.conv_shapes.get(full) != kernel:
+        raise UserError(
+            f"{info.path} does not match its own description at {full}: it states the kernel "
+            f"{info.conv_shapes.get(full)}, the layer has {kernel}; copy it again"
+        )
 
 
 def _check_fingerprint(stored: dict[str, float], layers: dict[str, nn.Module], error: UserError) -> None:

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ..errors import UserError
-from ..formats.adapter_file import FILE_NAME, inspect_adapter
+from ..formats.adapter_file import FILE_NAME, inspect_adapter, verify_adapter
 from ..formats.packs import SUFFIX, Pack
 from ..generation.image_settings import read_settings
 from ..io.files import make_folder, reserved_name, sha256, user_errors, write_atomic
@@ -114,7 +114,7 @@ class Library:
                 write_atomic(self.folder / HASHES, json.dumps(self._hashes))
 
     def add(self, source: Path, name: str) -> Entry:
-        """Copy an adapter file into the library under an unused name, after its header was checked.
+        """Copy an adapter file into the library under an unused name, after its header and its tensors were checked.
 
         Raises :class:`UserError` for anything but a valid adapter file.
         """
@@ -125,6 +125,8 @@ class Library:
         if Path(name).name.endswith(SUFFIX):
             return self._add_pack(source, Path(name).name.removesuffix(SUFFIX))
         info = inspect_adapter(source)
+        if info.basis == "own":  # a shared basis need not be beside the file yet
+            verify_adapter(info)
         duplicate = self.by_hash(info.sha256)
         if duplicate is not None:
             raise UserError(f"this adapter is already in the library, as {duplicate.name!r}")

@@ -102,9 +102,18 @@ def valid(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 @pytest.fixture(scope="module")
 def large(valid: dict[str, bytes]) -> dict[str, bytes]:
     """The same and two files of 1 MB, which match no model and are only read."""
-    metadata = split(valid["nora"])[0]["__metadata__"]
-    tensors = {f"unet.{i}.nora_A_out": torch.randn(256, 512).to(torch.float16) for i in range(4)}
-    return {**valid, "large": save(tensors, metadata), "large too": save(tensors, metadata)}
+    values = json.loads(split(valid["nora"])[0]["__metadata__"]["nora"])
+    values["components"]["unet"] |= {"r": 256, "target_modules": ["down"], "rank_pattern": {}}
+    values["base_fingerprint"]["unet"] = {f"{i}.down": 1.0 for i in range(2)}
+    tensors = {}
+    for key in values["base_fingerprint"]["unet"]:
+        shapes = {"A_out": (256, 512), "B_out": (512, 256), "A_in": (2, 256), "B_in": (256, 2)}
+        tensors |= {f"unet.{key}.nora_{f}": torch.randn(s).to(torch.float16) for f, s in shapes.items()}
+    values = {k: v for k, v in values.items() if k != "basis_sha256"}
+    for table in ("components", "base_fingerprint"):
+        del values[table]["text_encoder"]
+    data = save(tensors, {"nora": json.dumps(values)})
+    return {**valid, "large": data, "large too": data}
 
 
 # Mutations of files

@@ -261,7 +261,7 @@ def test_files_with_wrong_headers_are_refused(pipe: Any, tmp_path: Path) -> None
         header.replace(good, '{"a b":["text_encoder"]}'): "tokens has an invalid value",
         header.replace(good, '{"<pet>":["unet"]}'): "tokens has an invalid value",
         header.replace(good, '{"<pet>":[]}'): "tokens has an invalid value",
-        header.replace(good, '{"<pet>":["text_encoder_2"]}'): "'text_encoder_2' is not a component of",
+        header.replace(good, '{"<pet>":["text_encoder_2"]}'): "its own description at tokens.0",
         header.replace(good, '{"<pet>":["text_encoder"],"<x>":["text_encoder"]}'): "its own description at tokens.1",
         header.replace(f'"tokens":{good},', ""): "its own description at tokens.0",
         header.replace(good, '{"dog":["text_encoder"]}'): "is already a word of the tokenizer",
@@ -272,6 +272,10 @@ def test_files_with_wrong_headers_are_refused(pipe: Any, tmp_path: Path) -> None
         save_file(tensors, folder / FILE_NAME, {"nora": text})
         with pytest.raises(UserError, match=message):
             load_adapter(pipe, folder, "dog")
+    renamed = {name.replace(key, "tokens.0.text_encoder_2"): value for name, value in tensors.items()}
+    save_file(renamed, folder / FILE_NAME, {"nora": header.replace(good, '{"<pet>":["text_encoder_2"]}')})
+    with pytest.raises(UserError, match="'text_encoder_2' is not a component of"):
+        load_adapter(pipe, folder, "dog")
     shapes = {
         "wide": (torch.zeros(2, 8), "made for the base"), "flat": (torch.zeros(16), "its own description"),
         "none": (torch.zeros(0, 16), "1 to 64 vectors"), "many": (torch.zeros(65, 16), "1 to 64 vectors"),

@@ -1,0 +1,123 @@
+"""Compares an adapter's tensors with its own metadata, without its base: the same names and the same shapes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from ..adapters import AdapterConfig
+from ..adapters.config import Start
+from ..adapters.tuner.build import build_delta
+from ..errors import UserError
+from .adapter_info import ENCODERS, MAX_VECTORS, AdapterInfo
+from .keys import Projection, file_key, is_token, split_key, token_key
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+"""Shapes of tensors by name."""
+
+
+def check_structure(info: AdapterInfo, shapes: Shapes) -> None:
+    """Raise :class:`UserError` unless the tensors in a file (and its basis) are exactly those of its metadata.
+
+    ``shapes``: by file key. Whether they also fit a pipeline is checked by ``load_adapter``.
+    """
+    found: dict[Projection, dict[str, Shape]] = {}
+    for key, shape in shapes.items():
+        if is_token(key):
+            continue
+        if (parts := split_key(key)) is None:
+            raise _mismatch(info, key, shape, None)
+        component, path, factor = parts
+        found.setdefault((component, path), {})[factor] = shape
+    expected = _token_shapes(info, shapes)
+    for component, config in info.configs.items():
+        paths = info.base_fingerprint[component]
+        if not paths:
+            raise UserError(f"{info.path} adapts no projection of the {component}: copy it again")
+        for path in paths:
+            if not _is_target(config, component, path):
+                raise UserError(f"{info.path} adapts {path}, which is not one of its target modules: copy it again")
+            factors = found.get((component, path), {})
+            layer = _outline(info, config, f"{component}.{path}", factors)
+            gate = factors.get("W_g", ())
+            try:
+                stated = factor_shapes(config, layer, path, gate[1] if len(gate) == 2 else 0)
+            except UserError as error:
+                raise UserError(f"{info.path}: {error}") from error
+            expected |= {file_key(component, path, factor): shape for factor, shape in stated.items()}
+    require_equal(info, shapes, expected)
+
+
+def require_equal(info: AdapterInfo, found: Shapes, expected: Shapes) -> None:
+    """Raise :class:`UserError` for the first tensor that is missing, unexpected or of another shape."""
+    for key in sorted(found.keys() | expected.keys()):
+        if found.get(key) != expected.get(key):
+            raise _mismatch(info, key, found.get(key), expected.get(key))
+
+
+def factor_shapes(config: AdapterConfig, layer: nn.Module, path: str, condition: int) -> dict[str, Shape]:
+    """The shapes of one projection's factors; built on the meta device, so that nothing is allocated.
+
+    ``condition``: input width of a router that does not read tokens.
+    """
+    config, outline = copy.copy(config), copy.copy(layer)
+    config.start = Start(empty=True, condition=condition)
+    outline._parameters = {"weight": layer.weight.detach().to("meta")}  # type: ignore[operator,dict-item]
+    with torch.device("meta"):
+        return {factor: tuple(value.shape) for factor, value in build_delta(config, outline, path).state_dict().items()}
+
+
+def _outline(info: AdapterInfo, config: AdapterConfig, full: str, factors: Mapping[str, Shape]) -> nn.Module:
+    """A layer without storage of the size that the outer factors, or else the metadata, state for a projection."""
+    down, up = factors.get("A", factors.get("A_out", ())), factors.get("B", factors.get("B_out", ()))
+    stated = info.shapes.get(full)
+    if len(down) == len(up) == 2:
+        size = (up[0], down[1] * config.blocks)
+        if stated not in (None, list(size)):
+            raise UserError(f"{info.path} states the shape {stated} for {full}, but its factors are for {list(size)}")
+    elif not down and not up and stated is not None:
+        size = (stated[0], stated[1])
+    else:
+        raise UserError(f"{info.path} has neither the shape nor the outer factors of {full}: copy it again")
+    if not all(size):
+        raise UserError(f"{info.path}: the factors of {full} are empty: copy it again")
+    kernel = info.conv_shapes.get(full)
+    if kernel is None:
+        return nn.Linear(size[1], size[0], bias=False, device="meta")
+    if math.prod(kernel) != size[1]:
+        raise UserError(f"{info.path} states the kernel {kernel} for {full}, whose factors have {size[1]} inputs")
+    return nn.Conv2d(kernel[0], size[0], (kernel[1], kernel[2]), bias=False, device="meta")
+
+
+def _is_target(config: AdapterConfig, component: str, path: str) -> bool:
+    """Whether the config selects a path; text encoders may have it below ``text_model``."""
+    paths = (path, f"text_model.{path}") if component in ENCODERS else (path,)
+    return any(check_target_module_exists(config, name) for name in paths)
+
+
+def _token_shapes(info: AdapterInfo, shapes: Shapes) -> dict[str, Shape]:
+    """The stated tokens' tensors ``[n, width]``: any width, and the same ``n`` in every text encoder."""
+    expected: dict[str, Shape] = {}
+    for number, (token, encoders) in enumerate(info.tokens.items()):
+        keys = [token_key(number, encoder) for encoder in encoders]
+        counts = {shapes[key][0] for key in keys if len(shapes.get(key, ())) == 2}
+        if len(counts) > 1 or not all(1 <= count <= MAX_VECTORS for count in counts):
+            raise UserError(
+                f"{info.path}: its new token {token!r} must have 1 to {MAX_VECTORS} vectors, the same number in each "
+                "text encoder"
+            )
+        expected |= {key: shapes[key] if len(shapes.get(key, ())) == 2 else (1, 1) for key in keys}
+    return expected
+
+
+def _mismatch(info: AdapterInfo, key: str, found: Shape | None, expected: Shape | None) -> UserError:
+    return UserError(
+        f"{info.path} does not match its own description at {key}: found {found or 'nothing'}, expected "
+        f"{expected or 'nothing'}; copy it again"
+    )
