@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..formats.adapter_file import given_name, inspect_adapter
 from ..formats.adapter_info import AdapterInfo
 from ..generation.image_settings import read_settings, save_image
-from ..generation.sampling import OnStep, describe_image, sample_images
+from ..generation.sampling import OnStep, check_lengths, describe_image, sample_images
 from ..io.files import write_atomic
 from ..io.images import load_image, png
 from ..loaders import delete_adapter, load_adapter, set_adapters
@@ -123,8 +123,10 @@ class Grid:
                 missing.setdefault(self.files[position], cell)
         return sorted(missing.values(), key=lambda cell: str(cell.path or ""))
 
-    def make(self, on_step: OnStep | None = None) -> Iterator[tuple[int, int]]:
+    def make(self, on_step: OnStep | None = None, check: Callable[[], None] | None = None) -> Iterator[tuple[int, int]]:
         """Generate the missing cells; yields ``(done, total)`` before the first and after each of them.
+
+        ``on_step`` and ``check`` are those of :func:`sample_images`.
 
         One adapter at a time is loaded; it is deleted at the end, even after an error.
         """
@@ -145,15 +147,16 @@ class Grid:
                         loaded = cell.path
                 if loaded is not None:
                     set_adapters(self.pipe, [NAME], [cell.weight])
-                self._sample(cell, on_step)
+                self._sample(cell, on_step, check)
                 done += 1
                 yield done, total
         finally:
             if loaded is not None:
                 delete_adapter(self.pipe, NAME)
 
-    def _sample(self, cell: Cell, on_step: OnStep | None) -> None:
-        image = sample_images(self.pipe, [cell.prompt], [cell.seed], cell.sampling, on_step)[0]
+    def _sample(self, cell: Cell, on_step: OnStep | None, check: Callable[[], None] | None) -> None:
+        check_lengths(self.pipe, [cell.prompt, cell.sampling.negative_prompt])
+        image = sample_images(self.pipe, [cell.prompt], [cell.seed], cell.sampling, on_step, check)[0]
         adapters = []
         if (path := cell.path) is not None:
             info = self.adapters[path]

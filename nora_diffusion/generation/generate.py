@@ -18,7 +18,7 @@ from ..loaders.load import locate
 from ..pipelines.base import BaseSource
 from .image_settings import ImageSettings, png_with_settings
 from .library import NamedAdapter, find_adapter, list_library, name_adapters
-from .sampling import MAX_SEED, Sampling, check_prompt, check_range, describe_image, sample_images
+from .sampling import MAX_SEED, Sampling, check_lengths, check_prompt, check_range, describe_image, sample_images
 from .tags import Tag, parse_tags, parse_weight
 
 
@@ -102,6 +102,7 @@ def generate(config: GenerateConfig) -> list[Path]:
         inspect_adapter(locate(adapter.path))  # fails before a model is loaded
     pipe = config.source.open()
     loaded = _load_all(pipe, adapters)
+    check_lengths(pipe, [*(prompt for prompt, _ in prompts), config.sampling.negative_prompt])
     jobs = [(prompt, config.seed + i, active) for prompt, active in prompts for i in range(config.num)]
     files = []
     for batch, active in _batches(jobs, config.batch):

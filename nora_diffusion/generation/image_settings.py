@@ -115,7 +115,7 @@ def read_settings(path: str | Path) -> ImageSettings:
     if JSON_KEY in texts:
         try:
             return _checked(ImageSettings(**json.loads(texts[JSON_KEY])))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise UserError(f"{name}: its settings are damaged ({str(error)[:80]})") from error
     if "parameters" in texts:
         return parse_parameters(texts["parameters"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..loaders.tokens import expanded
 from ..pipelines.base import base_id, default_guidance, default_steps
-from ..pipelines.components import denoiser
+from ..pipelines.components import DENOISERS, components, denoiser, tokenizer_name
 from ..pipelines.precision import dtype_name, keeping_dtype
 from ..versions import versions
 from .image_settings import ImageSettings
@@ -102,20 +104,54 @@ def _samples(kind: Any, config: str, steps: int) -> bool:
     return True
 
 
+def check_lengths(pipe: Any, prompts: Sequence[str]) -> None:
+    """Raises :class:`UserError` for a prompt whose end no text encoder would read.
+
+    A pipeline would cut it off silently, and the settings in the file would claim all of it. To be called when the
+    adapters are loaded, since their tokens may have several vectors.
+    """
+    encoders = [name for name in components(pipe) if name not in DENOISERS]
+    for prompt in dict.fromkeys(prompts):
+        found = [_unread(pipe, getattr(pipe, tokenizer_name(name)), prompt) for name in encoders]
+        unread = [each for each in found if each is not None]
+        if unread and len(unread) == len(found):
+            limit, rest = max(unread)  # of the encoder that reads most
+            raise UserError(
+                f"a prompt is longer than the {limit} tokens that this base reads: shorten it, or its end "
+                f"'{rest if len(rest) <= 80 else rest[:80] + '…'}' would have no effect"
+            )
+
+
+def _unread(pipe: Any, tokenizer: Any, prompt: str) -> tuple[int, str] | None:
+    """The number of tokens that an encoder reads, and the rest of the prompt; ``None`` if it reads all of it."""
+    (text,) = expanded(pipe, [prompt], tokenizer)
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    longest = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
+    limits = [tokenizer.model_max_length, *([longest.default] if longest and longest.default else [])]
+    limit = min(limits) - tokenizer.num_special_tokens_to_add()
+    return (limit, tokenizer.decode(tokens[limit:])) if len(tokens) > limit else None
+
+
 def sample_images(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, on_step: OnStep | None = None
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    on_step: OnStep | None = None,
+    check: Callable[[], None] | None = None,
 ) -> list[Any]:
     """Call the pipeline once; returns one image per prompt. Raises :class:`UserError` as :func:`check_steps`.
 
     Each image has its own generator, so its noise does not depend on the batch. ``on_step(step, latents)`` is called
     after each step, counted from 1, with the step's prediction of the clean latents if the scheduler returns it, else
-    with the noisy latents. An exception raised in it ends the call.
+    with the noisy latents. ``check()`` is called many times within a step. An exception raised in either ends the call.
     """
     import torch
 
     check_steps(pipe.scheduler, sampling.steps)
     # diffusers upcasts a VAE that overflows in fp16, and leaves it in fp32 if memory runs out while decoding.
-    with keeping_dtype(pipe.vae), _predictions(pipe.scheduler, wanted=on_step is not None) as predicted:
+    recorded = _predictions(pipe.scheduler, wanted=on_step is not None)
+    with keeping_dtype(pipe.vae), recorded as predicted, _checking(pipe, check):
 
         def callback(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
             if on_step is not None:
@@ -151,6 +187,22 @@ def _predictions(scheduler: Any, wanted: bool) -> Iterator[list[Any]]:
         yield predicted
     finally:
         del scheduler.step
+
+
+@contextmanager
+def _checking(pipe: Any, check: Callable[[], None] | None) -> Iterator[None]:
+    """Call ``check`` before each module of the pipeline runs."""
+    models = [*components(pipe).values(), pipe.vae] if check else []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_: check() if check else None)
+        for model in models
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def describe_image(

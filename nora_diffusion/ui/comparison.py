@@ -16,7 +16,7 @@ from ..formats.adapter_file import FILE_NAME
 from ..io.run_layout import CHECKPOINTS, checkpoint_steps
 from .entries import Entry
 from .jobs.job import Job
-from .request import MAX_SIDE, MAX_STEPS
+from .request import Request
 from .runs import Run, Skipped
 from .state import App
 
@@ -128,7 +128,7 @@ def check_size(config: GridConfig) -> GridConfig:
     if len(cells) > MAX_CELLS:
         raise UserError(f"{len(cells)} cells are too many: the limit is {MAX_CELLS} here, 1000 in nora-diffusion grid")
     for _, cell in cells:
-        cell.sampling.check(MAX_STEPS, MAX_SIDE)
+        Request(((cell.prompt, cell.seed),), cell.sampling).check()
     return config
 
 
@@ -149,7 +149,7 @@ def compare(app: App, config: GridConfig, adapter: str, scored: bool, run: Run) 
             run.check()
         run.report(step=step)
 
-    for done, total in grid.make(on_step):
+    for done, total in grid.make(on_step, run.check_stop):
         run.check()
         run.report(image=min(done + 1, total), images=total, step=0, steps=config.cell.sampling.steps)
     judge, references = _judge(app, adapter) if scored else (None, [])

@@ -11,10 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import UserError
 from ..formats.adapter_info import AdapterInfo
 from ..generation.generate import save_new_image
-from ..generation.sampling import describe_image, sample_images
+from ..generation.sampling import Sampling, check_lengths, describe_image, sample_images
 from ..loaders import LoadedAdapter, delete_adapter, load_adapter
 from ..loaders.mixed_batch import mixed_batch
 from ..pipelines.base import BaseSource, base_id, best_device, default_guidance, is_embedded
@@ -30,7 +32,7 @@ from ..pipelines.components import (
 from .entries import Stamp, stamp_of
 from .messages import short_name
 from .preview import LatentPreview
-from .request import ActiveAdapter, Request
+from .request import MAX_SCALE, MAX_SIDE, MAX_STEPS, ActiveAdapter, Request
 from .runs import Run, Skipped, free_memory
 from .weights import set_weights
 
@@ -109,6 +111,29 @@ class Engine:
         size = denoiser(pipe).config.sample_size
         return int((size if isinstance(size, int) else size[0]) * getattr(pipe, "vae_scale_factor", 8))
 
+    @property
+    def max_side(self) -> int:
+        """Largest side of an image in pixels."""
+        return min(MAX_SIDE, MAX_SCALE * self.side)
+
+    def check_size(self, sampling: Sampling, together: int = 1) -> None:
+        """Raise :class:`UserError` for images that are too large for the base or for the machine's free memory.
+
+        ``together``: number of images in one call of the pipeline.
+        """
+        from ..training.step.memory import available
+
+        sampling.check(MAX_STEPS, self.max_side)
+        width, height = sampling.width or self.side, sampling.height or self.side
+        need = together * width * height * _decoding_bytes(self.pipe.vae)
+        free = available(torch.device(self.device))
+        if need > free:
+            raise UserError(
+                f"{together} image{'s' if together > 1 else ''} of {width}x{height} at once need about "
+                f"{need / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free: choose "
+                f"{'fewer images' if together > 1 else 'a smaller size'}"
+            )
+
     @cached_property
     def preview(self) -> LatentPreview:
         """The linear map from latents to RGB."""
@@ -151,7 +176,9 @@ class Engine:
     def make(self, request: Request, out: Path, run: Run) -> list[Path]:
         """Generate the images one by one. Each is written to ``out``, with its settings, before the next one starts."""
         request.check()
+        self.check_size(request.sampling)
         settings = self.use(request.adapters)
+        check_lengths(self.pipe, [*(prompt for prompt, _ in request.images), request.sampling.negative_prompt])
         files: list[Path] = []
         run.report(images=len(request.images), steps=request.sampling.steps)
         for number, (prompt, seed) in enumerate(request.images, 1):
@@ -168,8 +195,10 @@ class Engine:
     def make_batch(self, request: Request, rows: Sequence[Sequence[ActiveAdapter]], out: Path, run: Run) -> list[Path]:
         """Generate all images in one batch, each row with its own adapters; ``request.adapters`` are all of them."""
         request.check()
+        self.check_size(request.sampling, together=len(rows))
         settings = {values["name"]: values for values in self.use(request.adapters)}
         prompts, seeds = zip(*request.images, strict=True)
+        check_lengths(self.pipe, [*prompts, request.sampling.negative_prompt])
         run.report(images=1, steps=request.sampling.steps, image=1)
 
         def on_step(step: int, latents: Any) -> None:
@@ -178,7 +207,7 @@ class Engine:
 
         specs = [[(_peft_name(adapter.name), adapter.weights.unet) for adapter in row] for row in rows]
         with mixed_batch(self.pipe, specs):
-            images = sample_images(self.pipe, prompts, seeds, request.sampling, on_step)
+            images = sample_images(self.pipe, prompts, seeds, request.sampling, on_step, run.check_stop)
         files = []
         for image, (prompt, seed), row in zip(images, request.images, rows, strict=True):
             adapters = [{**settings[adapter.name], "weight": adapter.weights.unet} for adapter in row]
@@ -202,7 +231,7 @@ class Engine:
             show = step % every == 0 and step < steps
             run.report(step=step, **({"preview": self.preview_uri(latents[0])} if show else {}))
 
-        return sample_images(self.pipe, [prompt], [seed], request.sampling, on_step)[0]
+        return sample_images(self.pipe, [prompt], [seed], request.sampling, on_step, run.check_stop)[0]
 
 
 def _fingerprints(pipe: Any) -> dict[str, dict[str, float]]:
@@ -211,6 +240,16 @@ def _fingerprints(pipe: Any) -> dict[str, dict[str, float]]:
         name: {canonical(path): fingerprint(layer, path) for path, layer in projections(module).items()}
         for name, module in components(pipe).items()
     }
+
+
+def _decoding_bytes(vae: Any) -> int:
+    """Estimated peak bytes of a pixel while the VAE decodes it, which needs more than the denoiser.
+
+    At full resolution a convolution's input, its normalized copy and its output are alive, with the channels of the
+    block before the last.
+    """
+    channels = getattr(vae.config, "block_out_channels", (128,))
+    return int(3 * channels[min(1, len(channels) - 1)] * vae.dtype.itemsize)
 
 
 def _adapter_settings(adapter: ActiveAdapter, loaded: LoadedAdapter) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a page may request, and its limits. They are checked here because HTTP clients can bypass the sliders."""
+"""What a page may request, and its limits: the form's, those of an image's settings, and those of HTTP clients."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UserError
-from ..generation.sampling import MAX_SEED, Sampling, check_prompt, check_range
+from ..generation.sampling import Sampling, check_prompt, check_range
 from .weights import AdapterWeights
 
 MAX_IMAGES = 64
 MAX_STEPS = 200
 MAX_SIDE = 2048
+MAX_SCALE = 4
+"""Largest side of an image, as a multiple of the base's own: beyond, bases repeat the subject, and a step can take
+minutes, in which nothing can be interrupted."""
+MAX_SEED = 2**53 - 1
+"""Largest whole number that every browser keeps exactly."""
+LIMITS: dict[str, tuple[int, int]] = {
+    "count": (1, MAX_IMAGES), "seed": (-1, MAX_SEED), "steps": (1, MAX_STEPS), "guidance": (0, 30),
+    "width": (0, MAX_SIDE), "height": (0, MAX_SIDE),
+}  # fmt: skip
+"""Smallest and largest value of each number of the Generate tab. A seed of -1 is random, a side of 0 the base's own."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class Request:
     sampling: Sampling
     adapters: tuple[ActiveAdapter, ...] = ()
 
-    def check(self) -> None:
+    def check(self, max_side: int = MAX_SIDE) -> None:
         """Raise :class:`UserError` for the first value out of range."""
         if not 1 <= len(self.images) <= MAX_IMAGES:
             raise UserError(f"{len(self.images)} images were requested at once: choose 1 to {MAX_IMAGES}")
@@ -40,4 +50,5 @@ class Request:
         for prompt, seed in self.images:
             check_prompt(prompt)
             check_range("seed", seed, 0, MAX_SEED)
-        self.sampling.check(MAX_STEPS, MAX_SIDE)
+        check_range("guidance", self.sampling.guidance, *LIMITS["guidance"])
+        self.sampling.check(MAX_STEPS, max_side)

@@ -80,12 +80,13 @@ class Run:
 
     def check(self) -> None:
         """Raise :class:`Stopped` or :class:`Skipped` if the user asked for it. Called after every step."""
-        self._check_stop()
+        self.check_stop()
         if self._skip.is_set():
             self._skip.clear()
             raise Skipped
 
-    def _check_stop(self) -> None:
+    def check_stop(self) -> None:
+        """Raise :class:`Stopped` if the user asked for it. Called many times within a step."""
         if self._stop.is_set():
             raise Stopped
 
@@ -133,11 +134,11 @@ class Run:
 
     def _wait_in_queue(self) -> None:
         while not self._turn.wait(0.2):
-            self._check_stop()
+            self.check_stop()
             now = (self._turn.ahead, self.device.busy_with or "")
             if now != (self.progress.ahead, self.progress.busy_with):
                 self.report(ahead=now[0], busy_with=now[1])
-        self._check_stop()
+        self.check_stop()
         self._skip.clear()  # there was no image to skip yet
 
     def _fail(self, error: Exception) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from nora_diffusion.formats.packs import SUFFIX
 from nora_diffusion.generation.generate import GenerateConfig, generate
 from nora_diffusion.generation.image_settings import read_settings
 from nora_diffusion.generation.library import NamedAdapter, find_adapter, list_library, name_adapters
-from nora_diffusion.generation.sampling import Sampling
+from nora_diffusion.generation.sampling import Sampling, check_lengths
 from nora_diffusion.generation.tags import Tag
 from nora_diffusion.loaders import delete_adapter, trainable_parameters
 from nora_diffusion.pipelines.base import BaseSource
@@ -150,3 +151,27 @@ def test_names_of_adapters(library: Path, tmp_path: Path, monkeypatch: pytest.Mo
         find_adapter(Tag("dog"), [NamedAdapter("dog", "a"), NamedAdapter("dog", "b")])
     with pytest.raises(UserError, match="--library"):
         find_adapter(Tag("dog"), [])
+
+
+@pytest.mark.parametrize("part", ["prompt", "negative"])
+def test_a_prompt_that_no_encoder_reads_to_its_end_is_refused(tiny_base: Path, tmp_path: Path, part: str) -> None:
+    """A pipeline would cut it off silently, and the file would claim all of it."""
+    limit = open_pipeline(tiny_base).tokenizer.model_max_length - 2
+    whole, long = "a " * limit, "a " * limit + "dog"
+    assert len(images(tiny_base, tmp_path, whole)) == 1
+    prompt, negative = (long, "") if part == "prompt" else ("a", long)
+    config = GenerateConfig(
+        ["a", prompt], Sampling(1, 7.5, negative, 16, 16), BaseSource(str(tiny_base)), out=str(tmp_path / "n")
+    )
+    with pytest.raises(UserError, match=rf"longer than the {limit} tokens that this base reads.*'dog'"):
+        generate(config)
+    assert not (tmp_path / "n").exists()
+
+
+def test_the_encoder_that_reads_most_counts(tiny_base: Path) -> None:
+    pipe = open_pipeline(tiny_base)
+    pipe.text_encoder_2, pipe.tokenizer_2 = pipe.text_encoder, copy.deepcopy(pipe.tokenizer)
+    pipe.tokenizer_2.model_max_length = 200
+    check_lengths(pipe, ["a " * 198])
+    with pytest.raises(UserError, match="longer than the 198 tokens"):
+        check_lengths(pipe, ["a " * 199])

@@ -161,7 +161,7 @@ def test_interrupt_ends_within_one_step(engine: Engine, device: Device, tmp_path
     with patient(engine, lambda progress: progress.step == 3) as (steps, asked):
         made = run(device, engine, request("a dog", "a cat", steps=100), tmp_path, watch)
     assert made.progress.state == "stopped" and made.progress.files == ()
-    assert len(steps) == 4  # interrupted after step 3, stopped at the next
+    assert len(steps) in (3, 4)  # interrupted after step 3, stopped within the next one or at its end
     assert run(device, engine, request("a dog"), tmp_path).progress.state == "done"
 
 

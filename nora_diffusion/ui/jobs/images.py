@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from ...data.caption_files import caption_files, read_caption
 from ...data.colors import Color, color
 from ...data.report import Row
 from ...data.similarity import Duplicate, find_duplicates
-from ...data.transforms import Transform
+from ...data.transforms import Transform, View
 from ...errors import UserError
-from ...io.files import write_atomic
+from ...io.files import sha256, write_atomic
 from ..engine import Engine
 
 MAX_IMAGES, MAX_IMAGE_BYTES = 100, 60 * 2**20
 MAX_CAPTION_BYTES = 4000
+PREVIEW_SIDE = 256
 
 
 @dataclass(frozen=True)
@@ -38,49 +39,82 @@ class CheckedImage:
 def check_images(paths: Sequence[Path], engine: Engine, settings: Mapping[str, Any]) -> list[CheckedImage]:
     """Check each file and crop it as a training with these settings does. Headers are checked before decoding.
 
-    Raises :class:`UserError` for too many files.
+    Only small copies are kept, so that memory holds one photo at a time. Raises :class:`UserError` for too many files.
     """
     from ...training import TrainConfig
     from ...training.data.dataset import transform_of
     from ...training.step.denoiser import bucket_multiple
 
-    if len(paths) > MAX_IMAGES:
-        raise UserError(f"{len(paths)} photos are too many: 3 to 10 good ones are enough, the limit is {MAX_IMAGES}")
+    _check_count(paths)
     config = TrainConfig.from_mapping({"resolution": engine.side, **settings})
-    images = [_read(path, color(config.background)) for path in paths]
+    transform = transform_of(config, config.resolution or engine.side, bucket_multiple(engine.pipe))
+    small: list[SourceImage] = []
+    checked: list[CheckedImage] = []
+    for path in paths:
+        try:
+            image = _read(path, color(config.background))
+        except UnreadableImageError as error:
+            checked.append(CheckedImage(path, error=str(error)))
+            continue
+        checked.append(_cropped(image, transform, config.seed or 0))
+        small.append(replace(image, image=_reduced(image.image), alpha=None, mask=None))
     duplicates: dict[int, Duplicate] = {}
-    for pair in find_duplicates([image for image in images if isinstance(image, SourceImage)]):
+    for pair in find_duplicates(small):
         known = duplicates.get(id(pair.second))
         if known is None or (pair.same_file and not known.same_file):
             duplicates[id(pair.second)] = pair
-    transform = transform_of(config, config.resolution or engine.side, bucket_multiple(engine.pipe))
-    seed = config.seed or 0
-    return [
-        _cropped(image, duplicates.get(id(image)), transform, seed) if isinstance(image, SourceImage) else image
-        for image in images
-    ]
+    found = iter(small)
+    return [image if image.error else _noted(image, duplicates.get(id(next(found)))) for image in checked]
 
 
-def _read(path: Path, background: Color) -> SourceImage | CheckedImage:
-    try:
-        if path.stat().st_size > MAX_IMAGE_BYTES:
-            raise UnreadableImageError(f"{path.name} is larger than {MAX_IMAGE_BYTES // 2**20} MiB")
-        return read_source(path, background)
-    except UnreadableImageError as error:
-        return CheckedImage(path, error=str(error))
+def distinct(paths: Sequence[Path]) -> list[Path]:
+    """The files that :func:`check_images` reads: not too large, and no copies of another one."""
+    _check_count(paths)
+    fitting = [path for path in paths if path.stat().st_size <= MAX_IMAGE_BYTES]
+    return list({sha256(path): path for path in reversed(fitting)}.values())[::-1]
 
 
-def _cropped(image: SourceImage, duplicate: Duplicate | None, transform: Transform, seed: int) -> CheckedImage:
-    """The trainer's crops of an image; a byte-identical copy of another image is left out."""
+def _check_count(paths: Sequence[Path]) -> None:
+    if len(paths) > MAX_IMAGES:
+        raise UserError(f"{len(paths)} photos are too many: 3 to 10 good ones are enough, the limit is {MAX_IMAGES}")
+
+
+def _read(path: Path, background: Color) -> SourceImage:
+    if path.stat().st_size > MAX_IMAGE_BYTES:
+        raise UnreadableImageError(f"{path.name} is larger than {MAX_IMAGE_BYTES // 2**20} MiB")
+    return read_source(path, background)
+
+
+def _cropped(image: SourceImage, transform: Transform, seed: int) -> CheckedImage:
+    """The trainer's crops of an image, at most ``PREVIEW_SIDE`` pixels large."""
     from ...training.data.dataset import views_of
 
-    if duplicate is not None and duplicate.same_file:
-        return CheckedImage(image.path, error=f"{image.path.name} is the same photo as {duplicate.first.path.name}")
     (views,) = views_of(transform, [image], seed)
     remarks = Row(image, "", views).all_remarks()
-    remarks += [f"looks like {duplicate.first.path.name}, so it counts twice"] if duplicate else []
-    crops = tuple(view.apply(image.image) for view in views)
+    crops = tuple(_preview(view).apply(image.image) for view in views)
     return CheckedImage(image.path, crops, remark="; ".join(remarks), caption=_caption(image.path))
+
+
+def _preview(view: View) -> View:
+    scale = min(1.0, PREVIEW_SIDE / max(view.shape))
+    width, height = (max(1, round(side * scale)) for side in view.shape)
+    return replace(view, shape=(width, height))
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    small = image.copy()
+    small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.BOX)
+    return small
+
+
+def _noted(image: CheckedImage, duplicate: Duplicate | None) -> CheckedImage:
+    """The image with a remark if it looks like another one; a byte-identical copy of another image is left out."""
+    if duplicate is None:
+        return image
+    if duplicate.same_file:
+        return CheckedImage(image.path, error=f"{image.path.name} is the same photo as {duplicate.first.path.name}")
+    twice = f"looks like {duplicate.first.path.name}, so it counts twice"
+    return replace(image, remark="; ".join(filter(None, (image.remark, twice))))
 
 
 def with_captions(images: Sequence[Path], captions: Sequence[Path], folder: Path) -> tuple[list[Path], list[str]]:

@@ -12,12 +12,25 @@ from ...errors import UserError
 from ...io.yaml_text import parse_yaml
 from ..engine import Engine
 from ..messages import without_dashes
+from ..request import MAX_SEED, MAX_STEPS
+from .images import distinct
 from .jobs import copy_images
 
 MAX_YAML = 4000
 WORD = re.compile(r"[^\s<>]{1,40}")
 PRESETS: dict[str, tuple[float, float]] = {"Fast": (1 / 3, 1.0), "Balanced": (1.0, 1.0), "Best": (2.5, 0.7)}
 """Multipliers of the base's default steps and learning rate."""
+
+MAX_NUMBER = 10**9
+LIMITS: dict[str, float] = {
+    "train_batch_size": 64, "gradient_accumulation_steps": 256, "max_train_steps": 10**6, "num_train_epochs": 10**5,
+    "rank": 1024, "inner_rank": 1024, "num_experts": 64, "blocks": 64, "num_new_tokens_per_abstraction": 32,
+    "crops_per_image": 16, "shuffle_tags": 64, "num_class_images": 1000, "sample_batch_size": 64,
+    "num_validation_images": 16, "sample_steps": MAX_STEPS, "sample_guidance": 100, "lr_num_cycles": 1000,
+    "seed": MAX_SEED,
+}  # fmt: skip
+"""Largest value of each number that costs time or memory; ``resolution`` is limited by the base, others by
+:data:`MAX_NUMBER`."""
 
 OPEN_GROUPS = ("adapter", "prior", "training", "optimizer")
 """Groups of trainer settings that a page may set."""
@@ -37,6 +50,7 @@ def build_settings(
     trigger, class_word = trigger.strip(), class_word.strip()
     own = {k: v for k, v in changes.items() if v is not None and v != ""} | read_extra(extra)
     defaults = _defaults(engine, own)
+    check_limits(engine, own)
     steps = own.get("max_train_steps") or max(1, round(defaults.max_train_steps * PRESETS[preset][0]))
     every = max(1, int(steps) // 5)
     return {
@@ -55,6 +69,15 @@ def build_settings(
         "seed": 0,
         **own,
     }
+
+
+def check_limits(engine: Engine, settings: Mapping[str, Any]) -> None:
+    """Raise :class:`UserError` for the first number that is too large for this base or any machine."""
+    limits = {**LIMITS, "resolution": engine.max_side}
+    for name, value in settings.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not value <= limits.get(name, MAX_NUMBER):  # also NaN
+            raise UserError(f"{name}={value:g} is too large: choose at most {limits.get(name, MAX_NUMBER):g}")
 
 
 def check_word(field: str, word: str, example: str) -> None:
@@ -92,15 +115,19 @@ def read_extra(text: str) -> dict[str, Any]:
 
 
 def preflight(engine: Engine, settings: Mapping[str, Any], images: Sequence[Path], library: Path) -> list[str]:
-    """The trainer's preflight warnings. Raises :class:`UserError` if the trainer would refuse the run."""
+    """The trainer's preflight warnings, before any photo is resized. Files that cannot be read are left out.
+
+    Raises :class:`UserError` if the trainer would refuse the run.
+    """
     from ...training import TrainConfig, check_on
 
     if not images:
         raise UserError("there are no photos to train on: drop 3 to 10 JPEG, PNG, WEBP or HEIC files")
     with tempfile.TemporaryDirectory() as folder:
         copies = Path(folder) / "photos"
-        copy_images(images, copies)
-        values = {**settings, "instance_data_dir": str(copies), "output_dir": str(library / ".jobs" / "next")}
+        copy_images(distinct(images), copies)
+        folders = {"instance_data_dir": str(copies), "output_dir": str(library / ".jobs" / "next")}
+        values = {**settings, **folders, "skip_unreadable": True}
         findings = check_on(TrainConfig.from_mapping(values), engine.pipe, engine.device)
     fatal = [finding.text for finding in findings if finding.fatal]
     if fatal:

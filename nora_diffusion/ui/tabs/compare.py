@@ -16,7 +16,7 @@ from ...generation.sampling import MAX_PROMPT, Sampling
 from ..comparison import MAX_TEXT, NO_CHOICE, Comparison, build_axis, build_grid, compare, suggestion
 from ..layout.cards import line
 from ..layout.page import ALWAYS_LAST, UNQUEUED, Page, handler, run_buttons, run_key, stop_handler
-from ..request import MAX_STEPS
+from ..request import MAX_SEED, MAX_STEPS
 from ..runs import Run
 from ..state import App
 from .adapter_sliders import usable_names, with_trigger_words
@@ -65,7 +65,7 @@ def _form(page: Page) -> SimpleNamespace:
     with gr.Accordion("Settings for all cells", open=False):
         with gr.Row():
             weight = gr.Slider(-2, 2, 1, step=0.05, label="Weight", min_width=140)
-            seed = gr.Number(1, label="Seed", precision=0, minimum=0, min_width=100)
+            seed = gr.Number(1, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=100)
         with gr.Row():
             steps = gr.Slider(1, MAX_STEPS, initial["steps"], step=1, label="Steps", min_width=200)
             guidance = gr.Slider(0, 20, page.app.engine.guidance, step=0.5, label="CFG scale", min_width=200)

@@ -13,7 +13,7 @@ from ...generation.sampling import MAX_PROMPT
 from ...pipelines.base import default_steps
 from ..engine import Engine
 from ..layout.page import ALWAYS_LAST, UNQUEUED, Page
-from ..request import MAX_IMAGES, MAX_SIDE, MAX_STEPS
+from ..request import LIMITS, MAX_SEED
 
 STORAGE_KEY = "nora_diffusion"
 FIRST_PROMPT = "a red car in the forest"
@@ -72,22 +72,23 @@ def build(page: Page) -> Settings:
     """Number of images and seed visible, the rest in an accordion."""
     initial = defaults(page.app.engine)
     with gr.Row():
-        count = gr.Slider(1, MAX_IMAGES, initial["count"], step=1, label="Number of images", scale=2, min_width=160)
-        seed = gr.Number(initial["seed"], label="Seed (-1 = random)", precision=0, minimum=-1, min_width=170,
-                         elem_id="seed")  # fmt: skip
+        count = gr.Slider(*LIMITS["count"], initial["count"], step=1, label="Number of images", scale=2, min_width=160)
+        seed = gr.Number(initial["seed"], label="Seed (-1 = random)", precision=0, minimum=-1, maximum=MAX_SEED,
+                         min_width=170, elem_id="seed")  # fmt: skip
     with gr.Row():
         dice = gr.Button("Random seed", size="sm", elem_id="dice", min_width=120)
         reuse = gr.Button("Reuse last seed", size="sm", elem_id="reuse", min_width=120)
     with gr.Accordion("Sampling settings", open=False):
         negative = gr.Textbox(label="Negative prompt", max_length=MAX_PROMPT)
         with gr.Row():
-            steps = gr.Slider(1, MAX_STEPS, initial["steps"], step=1, label="Steps", min_width=160)
-            guidance = gr.Slider(0, 30, initial["guidance"], step=0.1, label="CFG scale", min_width=160)
+            steps = gr.Slider(*LIMITS["steps"], initial["steps"], step=1, label="Steps", min_width=160)
+            guidance = gr.Slider(*LIMITS["guidance"], initial["guidance"], step=0.1, label="CFG scale", min_width=160)
         with gr.Row():
-            width = gr.Number(0, label="Width", info="0 = model default", precision=0, step=8, minimum=0,
-                              maximum=MAX_SIDE, min_width=120)  # fmt: skip
-            height = gr.Number(0, label="Height", info="0 = model default", precision=0, step=8, minimum=0,
-                               maximum=MAX_SIDE, min_width=120)  # fmt: skip
+            width, height = (
+                gr.Number(0, label=label, info="0 = model default", precision=0, step=8, minimum=0,
+                          maximum=LIMITS["width"][1], min_width=120)
+                for label in ("Width", "Height")
+            )  # fmt: skip
         reset = gr.Button("Reset to defaults", size="sm")
     last = gr.State(None)
     settings = Settings(negative, count, seed, steps, guidance, width, height, last)
@@ -109,11 +110,7 @@ def _persist(page: Page, settings: Settings, initial: dict[str, Any], reset: gr.
 
 
 def _rules(initial: Mapping[str, Any]) -> list[list[Any]]:
-    ranges = {
-        "count": (1, MAX_IMAGES), "seed": (-1, 2**53), "steps": (1, MAX_STEPS), "guidance": (0, 30),
-        "width": (0, MAX_SIDE), "height": (0, MAX_SIDE),
-    }  # fmt: skip
-    return [[name, value, *ranges.get(name, (0, MAX_PROMPT))] for name, value in initial.items()]
+    return [[name, value, *LIMITS.get(name, (0, MAX_PROMPT))] for name, value in initial.items()]
 
 
 def save_script(fields: Iterable[str], tab: str = "") -> str:

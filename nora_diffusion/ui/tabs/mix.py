@@ -10,11 +10,11 @@ import gradio as gr
 from ...composition.mixing import MixReport, mix_files
 from ...composition.modes import Mode
 from ...errors import UserError
-from ...generation.sampling import MAX_PROMPT, Sampling
+from ...generation.sampling import MAX_PROMPT, Sampling, check_range
 from ...generation.tags import Tag, parse_tags
 from ..layout.cards import table
 from ..layout.page import PRIVATE, UNQUEUED, Page, handler, run_buttons, run_key, stop_handler
-from ..request import MAX_IMAGES, ActiveAdapter, Request
+from ..request import LIMITS, MAX_IMAGES, MAX_SEED, ActiveAdapter, Request
 from ..runs import Run
 from ..state import App
 from .adapter_sliders import build_sliders
@@ -33,6 +33,8 @@ MODES = {
     "magnitude_prune: keep the largest values, sum": "magnitude_prune",
 }
 MIN_ADAPTERS = 2
+MAX_RANK = 4096
+DENSITIES = (0.05, 1)
 
 
 def build(page: Page) -> None:
@@ -58,9 +60,11 @@ def _recipe(page: Page) -> None:
         name = gr.Textbox("mix", label="Name of the mix", max_length=64, min_width=140, elem_id="mix-name")
     with gr.Accordion("Mode settings", open=False):
         with gr.Row():
-            rank = gr.Number(0, label="Rank", info="0 = sum of the ranks", precision=0, minimum=0, min_width=120)
-            seed = gr.Number(0, label="Seed", info="For DARE's random drops", precision=0, minimum=0, min_width=120)
-        density = gr.Slider(0.05, 1, 0.5, step=0.05, label="Density", info="Fraction of values kept by pruning")
+            rank = gr.Number(0, label="Rank", info="0 = sum of the ranks", precision=0, minimum=0,
+                             maximum=MAX_RANK, min_width=120)  # fmt: skip
+            seed = gr.Number(0, label="Seed", info="For DARE's random drops", precision=0, minimum=0,
+                             maximum=MAX_SEED, min_width=120)  # fmt: skip
+        density = gr.Slider(*DENSITIES, 0.5, step=0.05, label="Density", info="Fraction of values kept by pruning")
     go = gr.Button("Mix and save to library", variant="primary", elem_id="mix", interactive=app.config.may_change)
     report = gr.HTML("", elem_id="mix-report")
     copy.click(handler(tags_only), page.prompt, recipe, **PRIVATE)
@@ -93,6 +97,9 @@ def mix_handler(app: App) -> Any:
         settings = {
             "rank": to_int(rank, "the rank") or None, "density": float(density), "seed": to_int(seed, "the seed"),
         }  # fmt: skip
+        check_range("rank", settings["rank"] or 0, 0, MAX_RANK)
+        check_range("density", settings["density"] or 0, *DENSITIES)
+        check_range("seed", settings["seed"] or 0, 0, MAX_SEED)
         with app.library.reserved(name or "mix") as folder:
             report = mix_files(adapters, folder, mode, **settings)  # type: ignore[arg-type]
         return describe(report), changes + 1
@@ -146,9 +153,11 @@ def _batch(page: Page) -> None:
         elem_id="batch",
     )  # fmt: skip
     with gr.Row():
-        steps = gr.Number(defaults(app.engine)["steps"], label="Steps", precision=0, minimum=1, min_width=90)
-        guidance = gr.Number(app.engine.guidance, label="CFG scale", minimum=0, step=0.5, min_width=90)
-        seed = gr.Number(-1, label="Seed (-1 = random)", precision=0, minimum=-1, min_width=160)
+        steps = gr.Number(defaults(app.engine)["steps"], label="Steps", precision=0, minimum=1,
+                          maximum=LIMITS["steps"][1], min_width=90)  # fmt: skip
+        guidance = gr.Number(app.engine.guidance, label="CFG scale", minimum=0, maximum=LIMITS["guidance"][1],
+                             step=0.5, min_width=90)  # fmt: skip
+        seed = gr.Number(-1, label="Seed (-1 = random)", precision=0, minimum=-1, maximum=MAX_SEED, min_width=160)
     with gr.Row():
         go = gr.Button("Generate batch", variant="primary", elem_id="batch-go")
         interrupt = gr.Button("Interrupt", variant="stop", visible=False)

@@ -10,14 +10,20 @@ import gradio as gr
 
 from ...errors import UserError
 from ...generation.image_settings import ImageSettings, read_settings, tag_of
+from ...generation.sampling import check_prompt
 from ...generation.tags import write_tags
 from ..layout.cards import line
 from ..layout.page import PRIVATE, UNQUEUED, Page, handler
 from ..messages import sentence
+from ..request import LIMITS
 from ..state import App
+from ..weights import AdapterWeights
 from .generate_settings import Settings
 
 FULL_HASH = 64
+MAX_ADAPTERS = 32
+MAX_SHOWN = 80
+"""Characters of a name or of an invalid value that are shown."""
 LABELS = {
     "prompt": "Prompt", "negative": "Negative prompt", "count": "Number of images", "seed": "Seed", "steps": "Steps",
     "guidance": "CFG scale", "width": "Width", "height": "Height",
@@ -48,7 +54,7 @@ def build(page: Page, settings: Settings, block_weights: gr.State) -> None:
     def take(restored: dict[str, Any] | None) -> list[Any]:
         if restored is None:
             return [gr.skip()] * (len(fields) + 1) + [None, "", gr.update(visible=False)]
-        values = [restored["values"][name] for name in fields]
+        values = [restored["values"].get(name, gr.skip()) for name in fields]
         return [*values, restored["blocks"], None, line("Applied."), gr.update(visible=False)]
 
     outputs = [found, changes, choice]
@@ -62,28 +68,62 @@ def build(page: Page, settings: Settings, block_weights: gr.State) -> None:
 def restored(app: App, image: ImageSettings) -> tuple[dict[str, Any], dict[str, dict[str, float]], list[str]]:
     """The values for the page, the block weights, and a note for everything that cannot be restored.
 
-    Adapters are matched by the full SHA-256 of their file only: a name or a short hash is ambiguous.
+    Adapters are matched by the full SHA-256 of their file only: a name or a short hash is ambiguous. Every value is
+    within the limits of the form, or left out.
     """
     tags, block_weights, notes = [], {}, []
-    for adapter in image.adapters:
+    for adapter in image.adapters[:MAX_ADAPTERS]:
         digest = str(adapter.get("sha256", ""))
-        name, entry = str(adapter["name"]), app.library.by_hash(digest)
+        name, entry = str(adapter["name"])[:MAX_SHOWN], app.library.by_hash(digest)
         if entry is None:
             hash_text = f"SHA-256 {digest}" if len(digest) == FULL_HASH else "no full SHA-256 given"
             notes.append(f"The adapter {name} ({hash_text}) is not in the library and is left out.")
             continue
         tags.append(tag_of({**adapter, "name": entry.tag}))
-        if adapter.get("blocks"):
-            block_weights[entry.tag] = {str(k): float(v) for k, v in dict(adapter["blocks"]).items()}
+        try:
+            if blocks := _block_weights(adapter):
+                block_weights[entry.tag] = blocks
+        except UserError as error:
+            notes.append(f"The block weights of the adapter {name} are left out: {error}.")
+    if len(image.adapters) > MAX_ADAPTERS:
+        notes.append(f"Only {MAX_ADAPTERS} of {len(image.adapters)} adapters are read.")
     base = app.engine.base_id
     if image.base and image.base != base:
-        notes.append(f"The image was made with the base model {image.base}; this app runs {base}.")
-    values = {
-        "prompt": write_tags(image.prompt, tags), "negative": image.negative_prompt, "count": 1,
-        "seed": image.seed, "steps": image.steps, "guidance": image.guidance, "width": image.width,
-        "height": image.height,
+        notes.append(f"The image was made with the base model {image.base[:MAX_SHOWN]}; this app runs {base}.")
+    values: dict[str, Any] = {"count": 1}
+    stored: dict[str, Any] = {
+        "prompt": image.prompt, "negative": image.negative_prompt, "seed": image.seed, "steps": image.steps,
+        "guidance": image.guidance, "width": image.width, "height": image.height,
     }  # fmt: skip
+    for name, value in stored.items():
+        try:
+            values[name] = _checked(name, write_tags(value, tags) if name == "prompt" else value, app.engine.max_side)
+        except UserError as error:
+            notes.append(f"{LABELS[name]} is left out: {error}.")
     return values, block_weights, notes
+
+
+def _checked(name: str, value: Any, max_side: int) -> Any:
+    """Return a value that the field ``name`` accepts. Raises :class:`UserError` for others."""
+    if isinstance(value, str):
+        check_prompt(value)
+        return value
+    is_side = name in ("width", "height")
+    low, high = LIMITS[name] if not is_side else (0, max_side)
+    if not low <= value <= high:  # also for NaN
+        raise UserError(f"{str(value)[:MAX_SHOWN]} is outside {low} to {high}")
+    if is_side and value % 8:
+        raise UserError(f"{value} is not a multiple of 8")
+    return value
+
+
+def _block_weights(adapter: dict[str, Any]) -> dict[str, float]:
+    """The block weights of an adapter in an image's settings. Raises :class:`UserError` for invalid ones."""
+    try:
+        blocks = {str(block)[:MAX_SHOWN]: float(weight) for block, weight in dict(adapter.get("blocks") or {}).items()}
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"they cannot be read ({str(error)[:MAX_SHOWN]})") from error
+    return dict(AdapterWeights(blocks=blocks).blocks)
 
 
 def changes_table(now: dict[str, Any], new: dict[str, Any], notes: list[str]) -> str:

@@ -15,7 +15,7 @@ from ...demo import EXAMPLES, open_example
 from ...errors import UserError
 from ...training.settings.config import TrainConfig
 from ..jobs.images import MAX_IMAGES, CheckedImage, check_images, with_captions
-from ..jobs.training_form import MAX_YAML, PRESETS, build_settings, preflight
+from ..jobs.training_form import LIMITS, MAX_YAML, PRESETS, build_settings, preflight
 from ..layout.page import ALWAYS_LAST, UNQUEUED, Page, handler
 from ..library import safe_name
 from ..state import App
@@ -24,6 +24,7 @@ from .generate_settings import restore_script, save_script
 from .train_runs import build_runs, choices, watch
 
 TITLE = "Train"
+MAX_TRAIN_STEPS, MAX_RATE = int(LIMITS["max_train_steps"]), 1000
 METHODS, METHOD = tuple(ADAPTER_PRESETS), TrainConfig().method
 FILE_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", *SUFFIXES]
 
@@ -94,8 +95,10 @@ def _settings() -> dict[str, Any]:
     with gr.Accordion("Advanced settings", open=False):
         with gr.Row():
             method = gr.Dropdown(list(METHODS), value=METHOD, label="Method", info="Adapter type", min_width=120)
-            steps = gr.Number(0, label="Steps", info="0 = from the preset", precision=0, minimum=0, min_width=120)
-            rate = gr.Number(0, label="Learning rate", info="0 = from the preset", minimum=0, min_width=120)
+            steps = gr.Number(0, label="Steps", info="0 = from the preset", precision=0, minimum=0,
+                              maximum=MAX_TRAIN_STEPS, min_width=120)  # fmt: skip
+            rate = gr.Number(0, label="Learning rate", info="0 = from the preset", minimum=0, maximum=MAX_RATE,
+                             min_width=120)  # fmt: skip
         with gr.Row():
             encoder = gr.Checkbox(False, label="Train the text encoder too", min_width=200)
             prior = gr.Checkbox(False, label="Prior preservation", info="Keeps the class unchanged", min_width=200)
@@ -114,7 +117,7 @@ def _persist(page: Page, form: SimpleNamespace) -> None:
     rules: dict[str, list[Any]] = {
         "word": ["", 0, 40], "trigger": ["sks", 0, 40], "name": ["my-subject", 0, 64],
         "preset": ["Balanced", 0, 40, list(PRESETS)], "method": [METHOD, 0, 40, list(METHODS)],
-        "steps": [0, 0, 10**9], "rate": [0, 0, 10**3], "encoder": [False, 0, 1], "prior": [False, 0, 1],
+        "steps": [0, 0, MAX_TRAIN_STEPS], "rate": [0, 0, MAX_RATE], "encoder": [False, 0, 1], "prior": [False, 0, 1],
         "extra": ["", 0, MAX_YAML],
     }  # fmt: skip
     fields = [getattr(form, name) for name in rules]
@@ -222,9 +225,9 @@ def name_warnings(name: str) -> list[str]:
 
 def run_checks(app: App, photos: Sequence[str], settings: Mapping[str, Any]) -> tuple[list[CheckedImage], list[str]]:
     """The photos as cropped with these settings, and the trainer's warnings about a run on the usable ones."""
-    checked = check_images([Path(photo) for photo in photos or ()], app.engine, settings)
-    usable = [photo.path for photo in checked if photo.crops]
-    return checked, preflight(app.engine, settings, usable, app.library.folder)
+    paths = [Path(photo) for photo in photos or ()]
+    warnings = preflight(app.engine, settings, paths, app.library.folder)
+    return check_images(paths, app.engine, settings), warnings
 
 
 def form_settings(
