@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from ..adapters.patterns import pattern_of
@@ -19,7 +18,7 @@ from ..errors import UserError
 from ..formats.adapter_info import AdapterInfo
 from ..formats.foreign import PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX
 from ..io.files import write_atomic
-from ..io.tensor_file import TensorFile, Tensors
+from ..io.tensor_file import TensorFile, Tensors, file_bytes
 from ..pipelines.components import canonical
 
 Format = Literal["diffusers", "kohya", "peft"]
@@ -219,7 +218,7 @@ def write_tensors(
     metadata = {"format": "pt", **{k: v for k, v in origin.items() if v}, **(more or {})}
     if info.trigger:
         metadata["modelspec.trigger_phrase"] = info.trigger
-    write_atomic(path, save(tensors, metadata))
+    write_atomic(path, file_bytes(path, tensors, metadata))
     return path, path.stat().st_size, len(tensors)
 
 

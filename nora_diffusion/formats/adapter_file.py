@@ -12,11 +12,9 @@ import os
 import re
 from pathlib import Path
 
-from safetensors.torch import save
-
 from ..errors import UserError
 from ..io.files import sha256, write_atomic
-from ..io.tensor_file import TensorFile, Tensors, named_hash, require_finite
+from ..io.tensor_file import TensorFile, Tensors, file_bytes, named_hash, require_finite
 from .adapter_info import AdapterInfo, dump_info, parse_info
 from .foreign import DIFFUSERS_FILE, EMBEDDING_FILE, PEFT_FILE, recognize
 from .keys import count_parameters, frozen_factors
@@ -200,7 +198,7 @@ def write_basis(folder: Path, basis: Tensors) -> str:
     try:
         read_basis(target)
     except UserError:
-        write_atomic(target, save({k: v.contiguous() for k, v in basis.items()}, {"format": "nora_basis"}))
+        write_atomic(target, file_bytes(target, basis, {"format": "nora_basis"}))
     return digest
 
 
@@ -212,11 +210,12 @@ def write_adapter(
     ``new``: raise :class:`UserError` instead of replacing an adapter, even one written at the same moment.
     """
     basis = frozen_factors(tensors)
+    info.basis_sha256 = named_hash(basis) if basis else ""
     if info.basis == "shared":
-        info.basis_sha256 = write_basis(basis_folders(folder, basis_dir)[0], basis)
         tensors = {key: value for key, value in tensors.items() if key not in basis}
-    else:
-        info.basis_sha256 = named_hash(basis) if basis else ""
     # A single metadata entry: safetensors writes several in random order, and equal adapters must give equal files.
-    content = save({k: v.contiguous() for k, v in tensors.items()}, {"nora": dump_info(info)})
-    return write_atomic(folder / FILE_NAME, content, new)
+    file = folder / FILE_NAME
+    content = file_bytes(file, tensors, {"nora": dump_info(info)})
+    if info.basis == "shared":
+        write_basis(basis_folders(folder, basis_dir)[0], basis)
+    return write_atomic(file, content, new)

@@ -1,4 +1,5 @@
-"""Reading untrusted safetensors files: the whole header is checked first, then tensors are read one by one.
+"""Reading untrusted safetensors files: the whole header is checked first, then tensors are read one by one. And the
+bytes of a file to write, whose values are checked as the reader checks them.
 
 Plain reads instead of a memory map: if another process truncates a mapped file, the reader crashes, and mapped memory
 cannot be measured. Every byte passes through :meth:`TensorFile.read`.
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import UserError
@@ -223,6 +225,23 @@ def all_finite(value: Tensor) -> bool:
         return True
     low, high = value.aminmax()
     return bool(low.isfinite() and high.isfinite())
+
+
+def file_bytes(path: Path, tensors: Tensors, metadata: dict[str, str]) -> bytes:
+    """The bytes of a safetensors file for ``path``. Raises :class:`UserError` for values that no loader accepts.
+
+    These are NaN and infinity, which a conversion to fp16 makes of every value beyond 65504.
+    """
+    for key, value in tensors.items():
+        if all_finite(value):
+            continue
+        if value.dtype == torch.float16 and not value.isnan().any():
+            raise UserError(
+                f"cannot write {path}: {key} has values beyond 65504, the largest of fp16: save it as bf16 or fp32 "
+                "(--save_dtype when training, --dtype when exporting)"
+            )
+        raise UserError(f"cannot write {path}: {key} holds NaN or infinity: train with a lower learning rate")
+    return save({key: value.contiguous() for key, value in tensors.items()}, metadata)
 
 
 def require_finite(tensors: Tensors, path: str | Path) -> None:

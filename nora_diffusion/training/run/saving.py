@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+from ...errors import UserError
 from ...formats.model_card import is_card
 from ...loaders import save_adapter
 from ..planning.checkpoints import prune
@@ -15,8 +16,14 @@ from .report import write_report
 
 
 def save_outcome(outcome: Outcome) -> None:
-    """Write all files of a finished run. Raises :class:`UserError` if the disk is full or the upload fails."""
-    write_adapter_and_card(outcome)
+    """Write all files of a finished run.
+
+    Raises :class:`UserError` if the disk is full, the weights exceed ``save_dtype``, or an export or upload fails.
+    """
+    try:
+        write_adapter_and_card(outcome)
+    except UserError as error:
+        raise UserError(f"{error}; then run the command again with --resume_from_checkpoint latest") from error
     prune(outcome.folder.checkpoints, outcome.run.config.checkpoints_total_limit)
     write_report(outcome)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from factories import tiny_random_pipeline
-from runs import Configure, assert_same_run
+from runs import Configure, assert_equal_tensors, assert_same_run
 
 from nora_diffusion import open_pipeline
 from nora_diffusion.errors import UserError
@@ -22,6 +22,7 @@ from nora_diffusion.io import files
 from nora_diffusion.training import main, train
 from nora_diffusion.training.planning import identity
 from nora_diffusion.training.run.steps import Stepper
+from nora_diffusion.training.run.updates import Updates
 
 WAYS: dict[str, tuple[Any, str]] = {
     "making": (files.os, "open"),
@@ -320,3 +321,26 @@ def test_a_finished_run_whose_schedule_has_ended_is_not_to_be_prolonged(
     assert "complete at step 1: its learning rate schedule ends there; start a longer run in another" in caplog.text
     with pytest.raises(UserError, match="max_train_steps: 1 -> 2"):
         train(replace(config, resume_from_checkpoint="latest", max_train_steps=2))
+
+
+def test_weights_beyond_save_dtype_are_refused_and_the_run_goes_on_in_another(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    original = Updates.apply
+
+    def apply(self: Updates, step: int, total: torch.Tensor) -> Any:
+        found = original(self, step, total)
+        if step == 2:  # the last
+            with torch.no_grad():
+                next(p for name, p in self.run.parameters.items() if name.endswith(".nora_B_in"))[0, 0] = 1e5
+        return found
+
+    monkeypatch.setattr(Updates, "apply", apply)
+    with pytest.raises(UserError, match=r"nora_B_in has values beyond 65504.*bf16.*--resume_from_checkpoint latest$"):
+        train(configure(save_dtype="fp16"))
+    folder = configure().folder
+    assert not (folder / "nora_adapter.safetensors").exists()
+    assert json.loads((folder / "state.json").read_text())["status"] == "failed"
+    saved = train(configure(save_dtype="bf16", resume_from_checkpoint="latest")).adapter_path
+    whole = train(configure(save_dtype="bf16", output_dir=str(tmp_path / "whole"))).adapter_path
+    assert_equal_tensors(saved, whole)
