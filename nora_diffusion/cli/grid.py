@@ -33,7 +33,7 @@ def run(values: argparse.Namespace) -> None:
     """Make the grid and print where it is."""
     from pathlib import Path
 
-    from ..data import read_images
+    from ..data import Pixels, read_images
     from ..errors import UserError
     from ..evaluation.axes import Cell, parse_axis
     from ..evaluation.grid import NO_AXIS, GridConfig, run_grid
@@ -47,9 +47,7 @@ def run(values: argparse.Namespace) -> None:
     if not values.prompt and all(a.name != "prompt" for a in axes.values()):
         raise UserError("there is no prompt: give --prompt, or an axis prompt=...")
     cell = Cell(sampling_of(values, values.negative_prompt), values.prompt, adapter, weight, seed=values.seed)
-    references = (
-        [source.image for source in read_images(Path(values.references).expanduser())] if values.references else []
-    )
+    references = Pixels(read_images(Path(values.references).expanduser()) if values.references else [])
     judge = load_judge(values.judge) if values.judge else None
     config = GridConfig(cell, axes["x"], axes["y"], axes["z"], source_of(values), values.out)
     folder = run_grid(config, judge, references)

@@ -1,21 +1,27 @@
-"""Read the images of a folder: check each before decoding, apply its EXIF orientation, convert it to RGB."""
+"""Read the images of a folder: check each before decoding, apply its EXIF orientation, convert it to RGB.
+
+Pixels are decoded when they are needed and not kept, so that a folder of any size fits into memory.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import overload
 
 from PIL import Image, ImageOps
 
 from ..errors import UserError
 from .colors import WHITE, Color, to_rgb
+from .fingerprint import Fingerprint
 from .formats import (
     MAX_DECODER_BYTES,
     MAX_STORED_PIXELS,
@@ -34,23 +40,83 @@ MIN_SIDE = 16
 MAX_ASPECT = 8.0
 MAX_MISSING = 0.04
 """A truncated JPEG is used if at most this share of its rows is missing."""
+MAX_FILE_BYTES = 512 * 2**20
 ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
-class SourceImage:
-    """A decoded image file: an upright RGB image and the SHA-256 of the file.
+class Decoded:
+    """The pixels of an image file: upright, RGB. ``alpha``: its alpha channel (mode ``L``), if it is not opaque."""
 
-    ``alpha``: its alpha channel (mode ``L``), if it is transparent somewhere. ``remarks``: what was changed. ``mask``:
-    the subject in white (mode ``L``), after :func:`.masks.with_masks`.
+    image: Image.Image
+    alpha: Image.Image | None
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """A checked image file. It holds no pixels: a decoded photo of 12 megapixels has 46 MiB.
+
+    ``size``: width and height of the decoded image. ``sha256``: hash of the file. ``is_transparent``: whether it has an
+    alpha channel. ``remarks``: what was changed. ``mask``: the subject, after :func:`.masks.with_masks`.
     """
 
     path: Path
-    image: Image.Image
+    size: tuple[int, int]
     sha256: str
-    alpha: Image.Image | None = None
+    fingerprint: Fingerprint = field(compare=False)
+    is_transparent: bool = False
     remarks: tuple[str, ...] = ()
-    mask: Image.Image | None = None
+    background: Color = WHITE
+    mask: Mask | None = None
+
+    def decode(self) -> Decoded:
+        """Decode the file again. Raises :class:`UnreadableImageError` if it is not the file that was checked."""
+        content = _content(self.path)
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise UnreadableImageError(f"{self.path.name} was changed while it was in use: start again")
+        with _reading(self.path):
+            return _decode(self.path, content, self.background)
+
+    @property
+    def image(self) -> Image.Image:
+        """The pixels, decoded at each access."""
+        return self.decode().image
+
+    @property
+    def alpha(self) -> Image.Image | None:
+        """The alpha channel, decoded at each access; ``None`` if the image is opaque."""
+        return self.decode().alpha if self.is_transparent else None
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A subject mask without its pixels. ``file``: its image; ``None``: the alpha channel of the photo.
+
+    ``box``: left, top, right and bottom of the subject. ``coverage``: its share of the photo.
+    """
+
+    file: SourceImage | None
+    box: tuple[float, float, float, float]
+    sha256: str
+    coverage: float
+
+
+class Pixels(Sequence[Image.Image]):
+    """The pixels of several images, decoded at each access, so that they are not in memory together."""
+
+    def __init__(self, sources: Sequence[SourceImage]) -> None:
+        self.sources = sources
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> Pixels: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | Pixels:
+        return Pixels(self.sources[index]) if isinstance(index, slice) else self.sources[index].image
 
 
 @dataclass(frozen=True)
@@ -103,7 +169,7 @@ def read_images(folder: Path, workers: int = 0, background: Color = WHITE) -> li
 
 
 def read_source(path: Path, background: Color = WHITE) -> SourceImage:
-    """Read one image file: check header and size, then decode the pixels, apply the EXIF orientation, convert to RGB.
+    """Check one image file: header, size, and that its pixels can be decoded. The pixels are not kept.
 
     Raises :class:`UnreadableImageError` (a :class:`UserError`).
     """
@@ -111,25 +177,43 @@ def read_source(path: Path, background: Color = WHITE) -> SourceImage:
     refused = refusal(content)
     if refused:
         raise UnreadableImageError(f"{path.name} {refused}")
-    try:
+    with _reading(path):
         size = size_of(content)
         _check_size(path, size, decoder_bytes(content, size))
         missing = missing_share(content)
         if missing > MAX_MISSING:
             raise UnreadableImageError(f"{path.name} is cut off: the lower {missing:.0%} of the image is missing")
-        with open_image(content) as opened:
-            return _decode(path, opened, size, missing, hashlib.sha256(content).hexdigest(), background)
+        decoded = _decode(path, content, background)
+    if decoded.alpha is not None:
+        log.warning("%s is partly transparent, filled with %s", path.name, _name(background))
+    return SourceImage(
+        path,
+        decoded.image.size,
+        hashlib.sha256(content).hexdigest(),
+        Fingerprint.of(decoded.image),
+        decoded.alpha is not None,
+        (*decoded.remarks, *(["its last rows are damaged"] if missing else [])),
+        background,
+    )
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn the errors of Pillow's decoders into :class:`UnreadableImageError`."""
+    try:
+        yield
     except UnreadableImageError:
         raise
     except MemoryError as error:
         raise UnreadableImageError(f"{path.name} needs more memory than there is: save a smaller copy") from error
-    # Pillow's decoders raise all of these for damaged files.
     except (OSError, SyntaxError, ValueError, RuntimeError, EOFError, LookupError, TypeError, struct.error) as error:
         raise UnreadableImageError(f"{path.name} is damaged or truncated") from error
 
 
 def _content(path: Path) -> bytes:
     try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise UnreadableImageError(f"{path.name} is larger than {MAX_FILE_BYTES // 2**20} MiB: save a smaller copy")
         content = path.read_bytes()
     except OSError as error:
         raise UnreadableImageError(f"{path.name} cannot be opened ({error.strerror or error})") from error
@@ -138,29 +222,29 @@ def _content(path: Path) -> bytes:
     return content
 
 
-def _decode(
-    path: Path, opened: Image.Image, size: tuple[int, int], missing: float, sha256: str, background: Color
-) -> SourceImage:
-    mode, frames = opened.mode, 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
-    upright, rotated = _upright(opened)
+def _decode(path: Path, content: bytes, background: Color) -> Decoded:
+    with open_image(content) as opened:
+        mode, frames = opened.mode, 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
+        upright, rotated = _upright(opened)
     image, alpha, color_remarks = to_rgb(reduced(upright), background)
     if alpha is not None and alpha.getextrema() == (0, 0):
         raise UnreadableImageError(f"{path.name} is wholly transparent: nothing of it is visible")
     remarks = ["rotated by its EXIF orientation"] if rotated else []
+    size = size_of(content)
     if math.prod(image.size) < math.prod(size):
         remarks.append("{}x{}, reduced to {}x{}".format(*size, *image.size))
-    if missing:
-        remarks.append("its last rows are damaged")
     if alpha is not None:
-        color = "white" if background == WHITE else "#{:02x}{:02x}{:02x}".format(*background)
-        remarks.append(f"partly transparent, filled with {color}")
-        log.warning("%s is %s", path.name, remarks[-1])
+        remarks.append(f"partly transparent, filled with {_name(background)}")
     remarks += color_remarks
     if mode not in ("RGB", "RGBA"):
         remarks.append(f"converted from {mode} to RGB")
     if frames > 1:
         remarks.append(f"the first of {frames} frames")
-    return SourceImage(path, image, sha256, alpha, tuple(remarks))
+    return Decoded(image, alpha, tuple(remarks))
+
+
+def _name(color: Color) -> str:
+    return "white" if color == WHITE else "#{:02x}{:02x}{:02x}".format(*color)
 
 
 def _upright(image: Image.Image) -> tuple[Image.Image, bool]:

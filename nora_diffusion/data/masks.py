@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import UserError
 from .formats import is_image
-from .images import SourceImage, enumerated, read_source
+from .images import Mask, SourceImage, enumerated, read_source
 from .transforms import Box
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ HALF = 128
 
 
 def with_masks(images: Sequence[SourceImage], folder: Path) -> list[SourceImage]:
-    """The images with their ``mask`` (mode ``L``, the image's size, the subject in white), if they have one.
+    """The images with their ``mask`` (the subject in white), if they have one.
 
     Raises :class:`UserError` if no image has one, or if a mask is empty or of another shape than its image.
     """
@@ -41,18 +41,35 @@ def with_masks(images: Sequence[SourceImage], folder: Path) -> list[SourceImage]
     return masked
 
 
-def _mask(source: SourceImage, file: Path | None) -> Image.Image | None:
-    if file is None:
-        return source.alpha
-    read = read_source(file)
-    mask = read.alpha or read.image.convert("L")
-    aspects = [image.width / image.height for image in (mask, source.image)]
-    if abs(aspects[0] / aspects[1] - 1) > MAX_ASPECT_ERROR:
-        sizes = ["{}x{}".format(*image.size) for image in (mask, source.image)]
-        raise UserError(f"the mask {file} is {sizes[0]}, its photo {sizes[1]}: make one of the photo's size")
-    if subject_box(mask) is None:
-        raise UserError(f"the mask {file} shows no subject: paint it white, or remove the mask")
-    return mask.resize(source.image.size, Image.Resampling.BILINEAR)
+def _mask(source: SourceImage, path: Path | None) -> Mask | None:
+    if path is None and not source.is_transparent:
+        return None
+    file = None if path is None else read_source(path)
+    name = "the transparency of the photo" if path is None else f"the mask {path}"
+    mask = _stored(source, file)
+    if file is not None and abs(mask.width * source.size[1] / (mask.height * source.size[0]) - 1) > MAX_ASPECT_ERROR:
+        sizes = ["{}x{}".format(*size) for size in (mask.size, source.size)]
+        raise UserError(f"{name} is {sizes[0]}, its photo {sizes[1]}: make one of the photo's size")
+    mask = _resized(mask, source)
+    box = subject_box(mask)
+    if box is None:
+        remedy = "paint it white, or remove the mask" if file else "make it opaque, or put a mask into masks/"
+        raise UserError(f"{name} {'' if file else source.path.name + ' '}shows no subject: {remedy}")
+    return Mask(file, box, mask_hash(mask), float(np.asarray(mask).mean() / 255))
+
+
+def mask_pixels(source: SourceImage) -> Image.Image | None:
+    """The mask of an image, at its size (mode ``L``); ``None`` if it has none."""
+    return None if source.mask is None else _resized(_stored(source, source.mask.file), source)
+
+
+def _stored(source: SourceImage, file: SourceImage | None) -> Image.Image:
+    decoded = (file or source).decode()
+    return decoded.alpha or decoded.image.convert("L")
+
+
+def _resized(mask: Image.Image, source: SourceImage) -> Image.Image:
+    return mask.resize(source.size, Image.Resampling.BILINEAR)
 
 
 def subject_box(mask: Image.Image) -> Box | None:

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from ..io.files import write_atomic
 from ..reports.webpage import ImageTag, data_uri, heading, page, paragraph, table
 from .images import Reject, SourceImage
-from .similarity import Duplicate, dhash
+from .similarity import Duplicate
 from .transforms import View
 
 HTML_NAME, JSON_NAME = "data_report.html", "data_report.json"
@@ -42,7 +41,7 @@ class Row:
         factor = self.enlargement
         enlarged = [f"too small, so enlarged {factor:.1f} times"] if factor > 1.05 else []
         mask = self.source.mask
-        coverage = [] if mask is None else [f"its mask covers {np.asarray(mask).mean() / 255:.0%}"]
+        coverage = [] if mask is None else [f"its mask covers {mask.coverage:.0%}"]
         return [*enlarged, *self.source.remarks, *coverage]
 
 
@@ -105,9 +104,9 @@ class DataReport:
 def _row_json(row: Row) -> dict[str, Any]:
     return {
         "file": row.source.path.name,
-        "size": list(row.source.image.size),
+        "size": list(row.source.size),
         "sha256": row.source.sha256,
-        "dhash": f"{dhash(row.source.image):016x}",
+        "dhash": f"{row.source.fingerprint.dhash:016x}",
         "caption": row.caption,
         "shape": list(row.views[0].shape),
         "views": [{"box": [round(x, 3) for x in view.box], "mirrored": view.mirrored} for view in row.views],

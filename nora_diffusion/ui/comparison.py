@@ -171,12 +171,12 @@ def first_row_end(positions: Sequence[tuple[int, ...]]) -> int:
     return row[-1] if len(row) > 1 else len(positions) - 1
 
 
-def _judge(app: App, adapter: str) -> tuple[Any, list[Any]]:
-    from ..data import read_images
+def _judge(app: App, adapter: str) -> tuple[Any, Sequence[Any]]:
+    from ..data import Pixels, read_images
     from ..scoring.judges import load_judge
 
     job = job_of(app, adapter) if adapter and adapter not in NONE else None
-    references = [photo.image for photo in read_images(job.folder / "photos")] if job else []
+    references = Pixels(read_images(job.folder / "photos") if job else [])
     return (load_judge(), references) if app.engine.is_embedded else (None, [])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import zlib
@@ -34,8 +35,10 @@ def encoded(image: Image.Image, format: str = "JPEG", **options: Any) -> bytes:
 @pytest.fixture
 def read(tmp_path: Path) -> Any:
     def read(content: bytes) -> SourceImage:
-        (tmp_path / "photo").write_bytes(content)
-        return read_source(tmp_path / "photo")
+        folder = tmp_path / hashlib.sha256(content).hexdigest()
+        folder.mkdir(exist_ok=True)
+        (folder / "photo").write_bytes(content)
+        return read_source(folder / "photo")
 
     return read
 

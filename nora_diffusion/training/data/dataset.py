@@ -12,7 +12,6 @@ from PIL import Image
 
 from ...data.caption_variants import CaptionVariants, tag_orders
 from ...data.images import SourceImage
-from ...data.masks import subject_box
 from ...data.report import DataReport, Row
 from ...data.similarity import find_duplicates
 from ...data.transforms import Transform, View, bucket_shapes
@@ -37,9 +36,9 @@ def views_of(transform: Transform, images: Sequence[SourceImage], seed: int) -> 
     """Views of each image; they depend only on the image and the seed."""
     return [
         transform.views(
-            image.image.size,
+            image.size,
             np.random.default_rng(derive(seed, "crops", image.sha256)),
-            None if image.mask is None else subject_box(image.mask),
+            None if image.mask is None else image.mask.box,
         )
         for image in images
     ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.images import SourceImage
+from ...data.masks import mask_pixels
 from ...data.transforms import View
 from .encoding_cache import EncodingCache, Tensors, dtype_and_device, module_hash
 
@@ -80,35 +81,38 @@ def encode_images(
     vae_key = [module_hash(vae), *dtype_and_device(vae)] if cache.disk else []
     mean: list[Tensor] = []
     std: list[Tensor] = []
+    regions: list[Tensor] = []
     views_of_image = []
-    for image, own in zip(images, views, strict=True):
-        start = len(mean)
-        for group in _by_shape(own):
-            pixels = np.stack([view.pixels(image.image) for view in group])
+    for source, own in zip(images, views, strict=True):
+        start, groups = len(mean), _by_shape(own)
+        for pixels in _pixels(source, groups):
             # Hashing the pixels covers the file, its decoding and the transform.
             found = cache("latents", partial(_cache_inputs, pixels, vae_key), partial(_encode, vae, pixels))
             mean += found["mean"].unbind()
             std += found["std"].unbind()
         views_of_image.append(list(range(start, len(mean))))
-    regions = None if background is None else _regions(images, views, mean, background)
+        if background is not None:
+            regions += _regions(source, [view for group in groups for view in group], mean[start:], background)
     settings: Any = vae.config
     shift = float(getattr(settings, "shift_factor", None) or 0.0)
-    return Latents(mean, std, views_of_image, shift, float(settings.scaling_factor), regions)
+    factor = float(settings.scaling_factor)
+    return Latents(mean, std, views_of_image, shift, factor, None if background is None else regions)
 
 
-def _regions(
-    images: Sequence[SourceImage], views: Sequence[Sequence[View]], latents: Sequence[Tensor], background: float
-) -> list[Tensor]:
+def _pixels(source: SourceImage, groups: Sequence[Sequence[View]]) -> list[np.ndarray[Any, Any]]:
+    """The views of an image, stacked by group. The image itself is not kept."""
+    image = source.image
+    return [np.stack([view.pixels(image) for view in group]) for group in groups]
+
+
+def _regions(source: SourceImage, views: Sequence[View], latents: Sequence[Tensor], background: float) -> list[Tensor]:
     """``b + (1 - b) m``, where ``m`` is the mask averaged over each latent position; 1 everywhere without a mask."""
-    pairs = [
-        (image, view) for image, own in zip(images, views, strict=True) for group in _by_shape(own) for view in group
-    ]
-    found = []
-    for (image, view), latent in zip(pairs, latents, strict=True):
+    mask, found = mask_pixels(source), []
+    for view, latent in zip(views, latents, strict=True):
         height, width = latent.shape[1:]
         share = torch.ones(height, width)
-        if image.mask is not None:
-            share = torch.from_numpy(view.region(image.mask, (width, height)).copy())
+        if mask is not None:
+            share = torch.from_numpy(view.region(mask, (width, height)).copy())
         found.append((background + (1 - background) * share)[None])
     return found
 

@@ -13,7 +13,7 @@ from ...data import Reject, SourceImage, read_images, survey
 from ...data.caption_files import read_captions
 from ...data.captions import guess_class_word, guess_trigger, has_word, with_article, with_trigger
 from ...data.colors import color
-from ...data.masks import mask_hash, with_masks
+from ...data.masks import with_masks
 from ...errors import UserError
 from ..settings.config import TrainConfig
 from .tokens import abstractions, new_tokens_of
@@ -169,7 +169,7 @@ def _find_trigger(config: TrainConfig, prompt: str | None, class_prompt: str) ->
 
 def _data_hash(images: Sequence[SourceImage], captions: Sequence[str]) -> str:
     rows = [
-        [image.sha256, caption, *([mask_hash(image.mask)] if image.mask else [])]
+        [image.sha256, caption, *([image.mask.sha256] if image.mask else [])]
         for image, caption in zip(images, captions, strict=True)
     ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ...data import SourceImage, read_images
+from ...data import Pixels, SourceImage, read_images
 from ...data.captions import fill, has_word, with_article, without_trigger
 from ...data.similarity import find_duplicates
 from ...errors import UserError
@@ -87,7 +87,7 @@ def plan_measure(config: ResolvedConfig, subject: Subject, device: torch.device)
     }  # fmt: skip
     return Measure(
         judges,
-        [photo.image for photo in real],
+        Pixels(real),
         prompts,
         class_prompts,
         seeds=[derive(config.seed, "validation", number) % 2**31 for number in range(config.num_validation_images)],

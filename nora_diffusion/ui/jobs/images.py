@@ -48,7 +48,7 @@ def check_images(paths: Sequence[Path], engine: Engine, settings: Mapping[str, A
     _check_count(paths)
     config = TrainConfig.from_mapping({"resolution": engine.side, **settings})
     transform = transform_of(config, config.resolution or engine.side, bucket_multiple(engine.pipe))
-    small: list[SourceImage] = []
+    read: list[SourceImage] = []
     checked: list[CheckedImage] = []
     for path in paths:
         try:
@@ -57,13 +57,13 @@ def check_images(paths: Sequence[Path], engine: Engine, settings: Mapping[str, A
             checked.append(CheckedImage(path, error=str(error)))
             continue
         checked.append(_cropped(image, transform, config.seed or 0))
-        small.append(replace(image, image=_reduced(image.image), alpha=None, mask=None))
+        read.append(image)
     duplicates: dict[int, Duplicate] = {}
-    for pair in find_duplicates(small):
+    for pair in find_duplicates(read):
         known = duplicates.get(id(pair.second))
         if known is None or (pair.same_file and not known.same_file):
             duplicates[id(pair.second)] = pair
-    found = iter(small)
+    found = iter(read)
     return [image if image.error else _noted(image, duplicates.get(id(next(found)))) for image in checked]
 
 
@@ -91,7 +91,8 @@ def _cropped(image: SourceImage, transform: Transform, seed: int) -> CheckedImag
 
     (views,) = views_of(transform, [image], seed)
     remarks = Row(image, "", views).all_remarks()
-    crops = tuple(_preview(view).apply(image.image) for view in views)
+    pixels = image.image
+    crops = tuple(_preview(view).apply(pixels) for view in views)
     return CheckedImage(image.path, crops, remark="; ".join(remarks), caption=_caption(image.path))
 
 
@@ -99,12 +100,6 @@ def _preview(view: View) -> View:
     scale = min(1.0, PREVIEW_SIDE / max(view.shape))
     width, height = (max(1, round(side * scale)) for side in view.shape)
     return replace(view, shape=(width, height))
-
-
-def _reduced(image: Image.Image) -> Image.Image:
-    small = image.copy()
-    small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.BOX)
-    return small
 
 
 def _noted(image: CheckedImage, duplicate: Duplicate | None) -> CheckedImage:

@@ -63,11 +63,11 @@ class SampleScores:
         return known
 
     def _score(self, job: Job, samples: list[Path]) -> dict[str, dict[str, float]]:
-        from ...data import read_images
+        from ...data import Pixels, read_images
         from ...generation.image_settings import read_settings
         from ...scoring.judges import prompt_score, subject_score
 
-        photos = [photo.image for photo in read_images(job.folder / "photos")]
+        photos = Pixels(read_images(job.folder / "photos"))
         trigger = _trigger(job)
         scores = {}
         for sample in samples:

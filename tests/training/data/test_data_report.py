@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ from PIL import Image, ImageEnhance
 from runs import Configure
 
 from nora_diffusion.data import Reject, SourceImage, read_images, read_source
+from nora_diffusion.data.fingerprint import dhash
 from nora_diffusion.data.report import DataReport, Row
-from nora_diffusion.data.similarity import dhash, find_duplicates
+from nora_diffusion.data.similarity import find_duplicates
 from nora_diffusion.data.transforms import Transform
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import train
@@ -51,8 +54,9 @@ def test_different_photos_are_not_duplicates(dogs: list[SourceImage]) -> None:
 
 
 @pytest.mark.parametrize("how", ["half", "brighter", "JPEG"])
-def test_copies_are_found(dogs: list[SourceImage], how: str) -> None:
-    copy = SourceImage(Path("copy.jpg"), altered(dogs[2].image, how), "other")
+def test_copies_are_found(dogs: list[SourceImage], how: str, tmp_path: Path) -> None:
+    altered(dogs[2].image, how).save(tmp_path / "copy.png")
+    copy = replace(read_source(tmp_path / "copy.png"), path=Path("copy.jpg"))
     (pair,) = find_duplicates([*dogs, copy])
     assert (pair.first.path.name, pair.second.path.name, pair.same_file) == ("02.jpg", "copy.jpg", False)
 
@@ -63,7 +67,11 @@ def test_the_same_file_twice(dogs: list[SourceImage]) -> None:
 
 
 def test_report_shows_every_view_and_escapes_names(dogs: list[SourceImage], tmp_path: Path) -> None:
-    unsafe = SourceImage(Path("<b onload=x>.png"), dogs[1].image, "1", remarks=("rotated by its EXIF orientation",))
+    unsafe = replace(
+        dogs[1],
+        remarks=("rotated by its EXIF orientation",),
+        path=Path(shutil.copy(dogs[1].path, tmp_path / "<b onload=x>.png")),
+    )
     views = Transform([(64, 48)], "random", 2, flip=True).views(unsafe.image.size)
     rows = [Row(unsafe, "a <script> dog", views)]
     page = DataReport(rows, [Reject(Path("x.png"), "x.png is empty")], findings=["2 captions <are> lost."]).write(
@@ -85,7 +93,8 @@ def test_thumbnails_show_the_views(tmp_path: Path) -> None:
     """Thumbnails show the view after crop and resize."""
     image = Image.new("RGB", (80, 40), (200, 30, 40))
     image.paste((20, 40, 210), (40, 0, 80, 40))
-    photo = SourceImage(tmp_path / "p.png", image, "0")
+    image.save(tmp_path / "p.png")
+    photo = read_source(tmp_path / "p.png")
     (view,) = Transform([(40, 40)]).views(image.size)
     from base64 import b64decode
 
@@ -112,8 +121,6 @@ def test_a_run_writes_its_report(configure: Configure, photos: Path, caplog: pyt
 def test_unusable_files_stop_a_run_or_are_skipped(
     configure: Configure, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import shutil
-
     folder = shutil.copytree(photos, tmp_path / "some")
     (folder / "bad.png").write_bytes(b"")
     shutil.copy(folder / "0.png", folder / "copy.png")

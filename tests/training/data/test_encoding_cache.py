@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,11 @@ def refuse(*_: Any, **__: Any) -> Any:
 
 
 def test_cached_latents_are_equal_bit_for_bit(
-    pipe: Any, photo: SourceImage, cache: Path, monkeypatch: pytest.MonkeyPatch
+    pipe: Any, photo: SourceImage, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     first = encode(pipe, photo)
     monkeypatch.setattr(type(pipe.vae), "encode", refuse)
-    moved = replace(photo, path=Path("elsewhere.png"))
+    moved = read_source(Path(shutil.copy(photo.path, tmp_path / "elsewhere.png")))
     again = encode(pipe, moved)
     assert entries(cache, "latents") == 1
     assert torch.equal(first.mean[0], again.mean[0]) and torch.equal(first.std[0], again.std[0])
@@ -70,7 +70,9 @@ def test_cached_latents_are_equal_bit_for_bit(
 def one_bit_changed(photo: SourceImage) -> SourceImage:
     pixels = np.asarray(photo.image).copy()
     pixels[10, 10, 0] ^= 1
-    return replace(photo, image=Image.fromarray(pixels))
+    changed = photo.path.with_name("changed")
+    Image.fromarray(pixels).save(changed, "PNG")
+    return read_source(changed)
 
 
 def nudge(module: nn.Module) -> None:

@@ -14,8 +14,8 @@ from factories import write_photos
 from PIL import Image
 from runs import Configure
 
-from nora_diffusion.data import read_images
-from nora_diffusion.data.masks import subject_box, with_masks
+from nora_diffusion.data import SourceImage, read_images
+from nora_diffusion.data.masks import mask_pixels, subject_box, with_masks
 from nora_diffusion.data.transforms import Transform, View
 from nora_diffusion.errors import UserError
 from nora_diffusion.pipelines.base import load_base
@@ -29,6 +29,12 @@ SCHEDULER = load_base().scheduler
 def paint(box: tuple[int, int, int, int], size: tuple[int, int] = (24, 20)) -> Image.Image:
     mask = Image.new("L", size)
     mask.paste(255, box)
+    return mask
+
+
+def mask_of(photo: SourceImage) -> Image.Image:
+    mask = mask_pixels(photo)
+    assert mask is not None
     return mask
 
 
@@ -46,17 +52,17 @@ def masked(tmp_path: Path) -> Path:
 
 def test_masks_come_from_the_folder_or_transparency(masked: Path) -> None:
     first, second, third = with_masks(read_images(masked), masked)
-    assert first.mask is not None and subject_box(first.mask) == (2, 4, 10, 16)
-    assert second.mask is not None and subject_box(second.mask) == (12, 0, 24, 20)
-    assert third.mask is None
+    assert first.mask is not None and first.mask.box == subject_box(mask_of(first)) == (2, 4, 10, 16)
+    assert second.mask is not None and second.mask.box == subject_box(mask_of(second)) == (12, 0, 24, 20)
+    assert third.mask is None and mask_pixels(third) is None
 
 
 def test_a_mask_of_another_scale_is_resized_and_may_be_transparency(masked: Path) -> None:
     cut = Image.new("RGBA", (48, 40), (9, 9, 9, 0))
     cut.paste((9, 9, 9, 255), (4, 8, 20, 32))
     cut.save(masked / "masks" / "0.png")
-    mask = with_masks(read_images(masked), masked)[0].mask
-    assert mask is not None and mask.size == (24, 20) and subject_box(mask) == (2, 4, 10, 16)
+    mask = mask_of(with_masks(read_images(masked), masked)[0])
+    assert mask.size == (24, 20) and subject_box(mask) == (2, 4, 10, 16)
 
 
 def test_invalid_masks_are_refused(masked: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -120,7 +126,7 @@ def test_weights_belong_to_their_views(masked: Path) -> None:
         assert weights is not None and weights.shape[1:] == (1, *latents.mean[indices[0]].shape[1:])
         for view, weight in zip(own, weights, strict=True):
             side = weight.shape[-1]
-            share = 1.0 if photo.mask is None else view.region(photo.mask, (side, side))
+            share = 1.0 if photo.mask is None else view.region(mask_of(photo), (side, side))
             assert np.allclose(weight[0], 0.25 + 0.75 * np.asarray(share))
     assert encode_images(base.vae, photos, views).weights([0]) is None
 
