@@ -1,19 +1,22 @@
 """Adapter files of other tools: recognized by their keys, and read module by module.
 
 A *module* of such a file holds the factors of one projection. The factors of a LoRA are called as in kohya's files:
-``down``, ``up``, ``mid``, ``alpha``; those of LoHa and LoKr as in LyCORIS (``hada_w1_a``, ``lokr_w1`` ...).
+``down``, ``up``, ``mid``, ``alpha``; those of LoHa and LoKr as in LyCORIS (``hada_w1_a``, ``lokr_w1`` ...). All names
+that tools give to factors and components stand in :data:`RENAMED`, :data:`FACTORS` and :data:`PREFIXES`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..errors import UserError
-from ..io.tensor_file import TensorFile
+from ..io.tensor_file import TensorFile, Tensors
 from ..io.untrusted import clean, is_plain
 from ..pipelines.components import COMPONENTS
 from .adapter_info import AdapterInfo
@@ -28,15 +31,34 @@ EMBEDDING_KEY = "emb_params"
 EMBEDDING_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 """The key of a textual inversion in A1111's files, and those for two text encoders (SDXL)."""
 
+RENAMED = {
+    # PEFT's wrapper, also below the name of a component, and its slot for the adapter's name
+    r"(^|\.)base_model\.model\.": r"\1",
+    r"\.lora_([AB])\.[\w-]+\.weight$": r".lora_\1.weight",
+    r"\.lora_([AB])$": r".lora_\1.weight",
+    r"\.lora_magnitude_vector(\.[\w-]+)*$": ".dora_scale_peft",
+    # diffusers' earlier names: attention processors, and the layers of text encoders
+    r"\.processor\.": ".",
+    r"\.self_attn\.to_out(_lora\.|\.dora_scale)": r".self_attn.out_proj\1",
+    r"\.self_attn\.to_([qkv])(_lora\.|\.dora_scale)": r".self_attn.\1_proj\2",
+    r"\.to_out(_lora\.|\.dora_scale)": r".to_out.0\1",
+    r"_lora\.(?=(down|up)\.weight$)": ".lora.",
+    r"\.lora_linear_layer\.": ".lora.",
+}
+"""Other spellings of keys, as regular expressions, and what they are read as; applied in this order."""
 FACTORS = {
     "lora_A.weight": "down", "lora_B.weight": "up", "lora_down.weight": "down", "lora_up.weight": "up",
     "lora.down.weight": "down", "lora.up.weight": "up", "lora_mid.weight": "mid", "alpha": "alpha",
-    "dora_scale": "dora", "lora_magnitude_vector": "dora", "lora_magnitude_vector.weight": "dora",
+    "dora_scale": "dora", "dora_scale_peft": "dora",
     **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
     **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
 }  # fmt: skip
 RANKED = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 """Factors whose first dimension is the rank."""
+BLOCK = re.compile(r"(down|up)_list\.(\d{1,4})")
+"""Factors of LyCORIS' DyLoRA: the rank in numbered blocks."""
+BUNDLED = re.compile(r"bundle_emb\.(.+)\.(\w+)")
+"""OneTrainer's embeddings inside a LoRA file: ``bundle_emb.<token>.<encoder>``."""
 REFUSED = {
     "model.diffusion_model.": "a whole checkpoint, not an adapter",
     "oft_": "an OFT adapter", "boft_": "a BOFT adapter", ".diff": "a full-weight difference",
@@ -45,12 +67,19 @@ REFUSED = {
     "image_proj": "an IP-Adapter", "conv_in.": "the weights of a whole model, not an adapter",
     "embeddings.": "the weights of a whole model, not an adapter",
 }  # fmt: skip
+DENOISER = "denoiser"
+"""Stands for the UNet or the transformer, if a file's names are the same for both."""
 PREFIXES = {
     "lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
-    "lora_transformer_": "transformer", **{f"{name}.": name for name in COMPONENTS},
-    PEFT_PREFIX: "",
+    "lora_te3_": "text_encoder_3", "lora_transformer_": "transformer", "lycoris_": DENOISER,
+    "model.diffusion_model.": DENOISER, "diffusion_model.": DENOISER,
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_h.transformer.": "text_encoder", "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "text_encoders.t5xxl.transformer.": "text_encoder_3", **{f"{name}.": name for name in COMPONENTS},
 }  # fmt: skip
-"""The component that a module's name begins with: kohya's, diffusers' and PEFT's names; PEFT's do not state one."""
+"""The component that a module's name begins with, in files of kohya, OneTrainer, SimpleTuner, ComfyUI and diffusers."""
+BARE = re.compile(r"(down_blocks|mid_block|up_blocks)\.")
+"""Modules of the first files of diffusers, which name no component."""
 FAMILY_NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "embedding": "textual inversion"}
 
 
@@ -61,6 +90,31 @@ class Module:
     component: str
     name: str
     keys: dict[str, str]
+
+    def shapes(self, reader: TensorFile) -> dict[str, tuple[int, ...]]:
+        """The shape of each factor."""
+        outlines = {factor: torch.empty(reader.entries[key].shape, device="meta") for factor, key in self.keys.items()}
+        try:
+            return {factor: tuple(value.shape) for factor, value in joined(outlines).items()}
+        except UserError as error:
+            raise UserError(f"{reader.path}: {self.name}: {error}") from error
+
+
+def joined(factors: Tensors) -> Tensors:
+    """The factors with DyLoRA's blocks put together: ``down_list.<n> [b, d_in]`` and ``up_list.<n> [d_out, b]``.
+
+    Raises :class:`UserError` if a block is missing or has another shape.
+    """
+    found = {factor: value for factor, value in factors.items() if not BLOCK.fullmatch(factor)}
+    for dimension, side in enumerate(("down", "up")):
+        blocks = {int(m[2]): v for factor, v in factors.items() if (m := BLOCK.fullmatch(factor)) and m[1] == side}
+        if not blocks:
+            continue
+        try:
+            found[side] = torch.cat([blocks[number] for number in range(len(blocks))], dimension)
+        except (KeyError, IndexError, RuntimeError) as error:
+            raise UserError(f"its blocks {side}_list are incomplete or of different shapes: copy it again") from error
+    return found
 
 
 def family_of(reader: TensorFile) -> Family:
@@ -109,19 +163,24 @@ def recognize(reader: TensorFile) -> AdapterInfo:
         modules = read_modules(reader)
         info.kind = f"{_tool(reader)} {_variant(reader, family, modules)}"
         for module in modules:
-            entry = info.components.setdefault(module.component or "unet", {"method": family, "r": 1, "inner_r": 1})
-            shapes = {factor: reader.entries[key].shape for factor, key in module.keys.items()}
-            entry["r"] = max(entry["r"], rank_of(shapes) or 1)
+            component = "unet" if module.component in ("", DENOISER) else module.component
+            entry = info.components.setdefault(component, {"method": family, "r": 1, "inner_r": 1})
+            entry["r"] = max(entry["r"], rank_of(module.shapes(reader)) or 1)
+        info.trigger = info.trigger or ", ".join(bundled_tokens(reader))
     article = "an" if info.kind[0] in "aeiou" else "a"
     info.note = f"{article} {info.kind} file of another tool"
+    if bundled := bundled_tokens(reader):
+        info.note += f" with the embeddings of {', '.join(bundled)}"
     return info
 
 
 def _tool(reader: TensorFile) -> str:
-    first = next(iter(reader.entries))
-    if first.startswith(PEFT_PREFIX):
-        return "PEFT"
-    return "kohya" if first.startswith("lora_") else "diffusers"
+    first = next(key for key in reader.entries if not BUNDLED.fullmatch(key))
+    tools = {
+        PEFT_PREFIX: "PEFT", "lora_": "kohya", "lycoris_": "LyCORIS", "diffusion_model.": "ComfyUI",
+        "model.diffusion_model.": "ComfyUI", "text_encoders.": "ComfyUI",
+    }  # fmt: skip
+    return next((tool for prefix, tool in tools.items() if first.startswith(prefix)), "diffusers")
 
 
 def _variant(reader: TensorFile, family: Family, modules: list[Module]) -> str:
@@ -130,6 +189,8 @@ def _variant(reader: TensorFile, family: Family, modules: list[Module]) -> str:
     factors = {factor for module in modules for factor in module.keys}
     if "dora" in factors:
         return "DoRA"
+    if any(BLOCK.fullmatch(factor) for factor in factors):
+        return "DyLoRA"
     conv = any(reader.entries[m.keys["down"]].shape[2:] not in ((), (1, 1)) for m in modules)
     return "LoCon" if conv or "mid" in factors else "LoRA"
 
@@ -138,13 +199,15 @@ def read_modules(reader: TensorFile) -> list[Module]:
     """The modules of a LoRA, LoHa or LoKr. Raises :class:`UserError` for unknown keys and incomplete modules."""
     found: dict[str, Module] = {}
     for key in reader.entries:
+        if BUNDLED.fullmatch(key):
+            continue
         name, factor = _split(key)
         if factor is None:
             raise UserError(f"{reader.path}: the key {key} belongs to no known kind of adapter")
-        prefix = next((p for p in PREFIXES if name.startswith(p)), None)
-        if prefix is None:
-            raise UserError(f"{reader.path}: {key} does not state which component of a pipeline it is for")
-        module = found.setdefault(name, Module(PREFIXES[prefix], name.removeprefix(prefix), {}))
+        component, path = _component(reader, key, name)
+        module = found.setdefault(f"{component}.{path}", Module(component, path, {}))
+        if factor in module.keys:
+            raise UserError(f"{reader.path} holds one factor twice, as {module.keys[factor]} and {key}")
         module.keys[factor] = key
     for module in found.values():
         _check_complete(reader, module)
@@ -152,20 +215,39 @@ def read_modules(reader: TensorFile) -> list[Module]:
 
 
 def _split(key: str) -> tuple[str, str | None]:
+    """The module's name and the factor in a key."""
+    for pattern, replacement in RENAMED.items():
+        key = re.sub(pattern, replacement, key)
+    if match := re.fullmatch(rf"(.+)\.({BLOCK.pattern})(\.weight)?", key):
+        return match[1], match[2]
     for suffix, factor in FACTORS.items():
         if key.endswith(f".{suffix}"):
             return key[: -len(suffix) - 1], factor
     return key, None
 
 
+def _component(reader: TensorFile, key: str, name: str) -> tuple[str, str]:
+    """The component that a module's name begins with, and the rest of the name."""
+    prefix = next((p for p in PREFIXES if name.startswith(p)), None)
+    if prefix is not None:
+        return PREFIXES[prefix], name.removeprefix(prefix)
+    if key.startswith(PEFT_PREFIX):
+        return "", name
+    if not BARE.match(name):
+        raise UserError(f"{reader.path}: {key} does not state which component of a pipeline it is for")
+    return "unet", name
+
+
 def _check_complete(reader: TensorFile, module: Module) -> None:
-    factors = set(module.keys)
+    shapes = module.shapes(reader)
+    factors = set(shapes)
     complete = {"down", "up"} <= factors or {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= factors
     sides = ("lokr_w1", "lokr_w2")
     complete = complete or all(side in factors or {f"{side}_a", f"{side}_b"} <= factors for side in sides)
     if not complete:
         raise UserError(f"{reader.path}: factors of {module.name} are missing: copy it again")
-    shapes = {factor: reader.entries[key].shape for factor, key in module.keys.items()}
+    if any(0 in shape for shape in shapes.values()):
+        raise UserError(f"{reader.path}: a factor of {module.name} is empty: copy it again")
     if any(len(s) not in (2, 4) for f, s in shapes.items() if f not in ("alpha", "dora", "mid")):
         raise UserError(f"{reader.path}: a factor of {module.name} is not a matrix or a convolution kernel")
     if "down" in shapes and "mid" not in shapes and shapes["down"][0] != shapes["up"][1]:
@@ -178,6 +260,15 @@ def _check_complete(reader: TensorFile, module: Module) -> None:
 def rank_of(shapes: Mapping[str, Sequence[int]]) -> int | None:
     """A module's rank by the shapes of its factors; ``None`` if both Kronecker factors of a LoKr are stored whole."""
     return next((shapes[factor][0] for factor in RANKED if factor in shapes), None)
+
+
+def bundled_tokens(reader: TensorFile) -> dict[str, dict[str, str]]:
+    """The embeddings inside a LoRA file: the key of each encoder's vectors (``clip_l`` ...), by token."""
+    found: dict[str, dict[str, str]] = {}
+    for key in reader.entries:
+        if match := BUNDLED.fullmatch(key):
+            found.setdefault(clean(match[1]), {})[match[2]] = key
+    return found
 
 
 def token_of(reader: TensorFile) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import UserError
-from ..pipelines.components import Modules, canonical, projections
-from .foreign import Module
+from ..pipelines.components import DENOISERS, Modules, canonical, projections
+from .foreign import DENOISER, Module
 from .keys import Projection
 
 ORIGINAL = {
@@ -37,6 +37,8 @@ def match_projections(components: Modules, path: str, modules: list[Module]) -> 
     found: dict[Projection, Module] = {}
     for module in modules:
         component = module.component or default
+        if component == DENOISER:
+            component = next((name for name in DENOISERS if name in components), "")
         if module.name not in paths.get(component, {}):
             raise UserError(f"{path} was made for another base: this pipeline has no {module.name}")
         projection = component, paths[component][module.name]

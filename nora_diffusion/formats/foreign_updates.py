@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, cast, get_type_hints
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError, first_line
+from ..adapters.config import fits
+from ..adapters.patterns import check_patterns
+from ..errors import UserError
 from ..io.tensor_file import TensorFile, Tensors, require_finite
-from ..io.untrusted import parse_json
+from ..io.untrusted import conform, parse_json
 from ..pipelines.components import Modules, projections
-from .foreign import PEFT_CONFIG, PEFT_FILE, Module, rank_of, read_modules
+from .foreign import PEFT_CONFIG, PEFT_FILE, Module, joined, rank_of, read_modules
 from .foreign_names import match_projections
 from .keys import Projection
 
 MAX_CONFIG = 2**20
+MAX_SETTING = 2**20
+"""Upper bound for ranks and alphas in another tool's config."""
 
 
 def dense_updates(components: Modules, reader: TensorFile) -> Iterator[tuple[str, str, Tensor]]:
@@ -48,20 +52,30 @@ def fitted_modules(components: Modules, reader: TensorFile) -> dict[Projection, 
             dense = dense_update({factor: value.to("meta") for factor, value in factors.items()})
         except UserError as error:
             raise UserError(f"{reader.path}: {module.name}: {error}") from error
-        if dense.shape[0] != weight.shape[0] or dense.numel() != weight.numel():
+        if (dense.shape[0], dense[0].numel()) != (weight.shape[0], weight[0].numel()):
             raise UserError(
                 f"{reader.path} was made for another base: {module.name} is for a weight of shape "
                 f"{tuple(dense.flatten(1).shape)}, this pipeline's is {tuple(weight.flatten(1).shape)}"
             )
-        found[projection] = module, factors
+        found[projection] = module, _shaped(factors, weight)
     return found
+
+
+def _shaped(factors: Tensors, weight: Tensor) -> Tensors:
+    """A LoRA's factors with as many dimensions as the weight: files may hold those of convolutions as matrices."""
+    if "down" not in factors or "mid" in factors or factors["down"].dim() == weight.dim():
+        return factors
+    kernel = weight.shape[1:] if weight.dim() == 4 else (-1,)
+    ones = (1, 1) if weight.dim() == 4 else ()
+    down, up = factors["down"], factors["up"]
+    return factors | {"down": down.reshape(down.shape[0], *kernel), "up": up.reshape(*up.shape[:2], *ones)}
 
 
 def read_factors(reader: TensorFile, module: Module) -> Tensors:
     """Read a module's factors. Raises :class:`UserError` for NaN and infinity."""
     tensors = {key: reader.tensor(key) for key in module.keys.values()}
     require_finite(tensors, reader.path)
-    return {factor: tensors[key] for factor, key in module.keys.items()}
+    return joined({factor: tensors[key] for factor, key in module.keys.items()})
 
 
 def dense_update(factors: Tensors) -> Tensor:
@@ -79,9 +93,10 @@ def dense_update(factors: Tensors) -> Tensor:
             return _product(f, "hada_w1", "hada_t1") * _product(f, "hada_w2", "hada_t2")
         w1 = f["lokr_w1"] if "lokr_w1" in f else _product(f, "lokr_w1", "")
         w2 = f["lokr_w2"] if "lokr_w2" in f else _product(f, "lokr_w2", "lokr_t2")
-        return torch.kron(w1 if w2.dim() == 2 else w1[:, :, None, None], w2)
-    except RuntimeError as error:
-        raise UserError(f"its factors do not fit together ({first_line(error)})") from None
+        return torch.kron(w1 if w2.dim() == 2 else w1[:, :, None, None], w2.contiguous())
+    except RuntimeError:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in factors.items())
+        raise UserError(f"its factors do not fit together ({shapes}): copy it again") from None
 
 
 def _product(f: Tensors, name: str, core: str) -> Tensor:
@@ -91,11 +106,38 @@ def _product(f: Tensors, name: str, core: str) -> Tensor:
     return a.flatten(1) @ b.flatten(1)
 
 
+@dataclass
+class LoraSettings:
+    """The fields of a PEFT config that change an update, type-checked; of LoRA, LoHa and LoKr."""
+
+    r: int | None = None
+    lora_alpha: float | None = None
+    alpha: float | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = None
+    decompose_factor: int | None = None
+
+    @classmethod
+    def read(cls, values: Any) -> LoraSettings:
+        """Check untrusted values. Raises ``ValueError`` for the first invalid one."""
+        if not isinstance(values, dict):
+            raise ValueError("they are not a table")
+        hints = get_type_hints(cls)
+        settings = cls(**{k: conform(v, hints[k], k, MAX_SETTING) for k, v in values.items() if k in hints})
+        ranks = [settings.r, *(settings.rank_pattern or {}).values()]
+        if any(rank is not None and rank < 1 for rank in ranks):
+            raise ValueError("a rank is below 1")
+        for name in ("rank_pattern", "alpha_pattern"):
+            check_patterns(name, getattr(settings, name))
+        return settings
+
+
 class Scales:
     """``alpha / r`` of a file's modules: from ``.alpha`` keys, the metadata or PEFT's config beside it, else 1."""
 
     def __init__(self, reader: TensorFile) -> None:
-        self.config = peft_config(reader)
+        self.settings = lora_settings(reader)
 
     def of(self, module: Module, factors: Mapping[str, Tensor]) -> float:
         """The scale of one module."""
@@ -103,35 +145,32 @@ class Scales:
         if "alpha" in factors:
             # LyCORIS ignores alpha if both Kronecker factors are stored whole.
             return float(factors["alpha"]) / rank if rank else 1.0
-        config = self.config.get(module.component) or self.config.get("") or {}
-        alpha = _by_pattern(config.get("alpha_pattern"), module.name, config.get("lora_alpha", config.get("alpha")))
-        r = _by_pattern(config.get("rank_pattern"), module.name, config.get("r", rank))
-        if not alpha or not r:
+        own = self.settings.get(module.component) or self.settings.get("") or LoraSettings()
+        alpha = _by_pattern(own.alpha_pattern, module.name, own.alpha if own.lora_alpha is None else own.lora_alpha)
+        r = _by_pattern(own.rank_pattern, module.name, own.r or rank)
+        if alpha is None or r is None:
             return 1.0
-        return float(alpha) / float(r) ** (0.5 if config.get("use_rslora") else 1.0)
+        return alpha / r ** (0.5 if own.use_rslora else 1.0)
 
 
-def _by_pattern(patterns: Any, name: str, default: Any) -> Any:
-    """Look up PEFT's patterns as plain suffixes: an untrusted regular expression is never executed."""
-    table = patterns if isinstance(patterns, dict) else {}
-    plain = {re.sub(r"[\^$\\]", "", key): value for key, value in table.items()}
-    return next((v for key, v in plain.items() if f".{name}".endswith(f".{key}")), default)
+def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """Look up PEFT's patterns, which match the end of a path."""
+    return next((value for pattern, value in (patterns or {}).items() if fits(pattern, name)), default)
 
 
-def peft_config(reader: TensorFile) -> dict[str, dict[str, Any]]:
+def lora_settings(reader: TensorFile) -> dict[str, LoraSettings]:
     """PEFT's configs by component, from diffusers' metadata; under ``""`` the ``adapter_config.json`` beside the file.
 
-    Raises :class:`UserError` if they cannot be parsed.
+    Raises :class:`UserError` for damaged values and for patterns that could take long to match.
     """
     try:
-        values = parse_json(reader.metadata.get("lora_adapter_metadata", "{}"))
         found: dict[str, dict[str, Any]] = {}
-        for key, value in values.items():
+        for key, value in dict(parse_json(reader.metadata.get("lora_adapter_metadata", "{}"))).items():
             component, _, name = key.partition(".")
             found.setdefault(component, {})[name] = value
         config = reader.path.parent / PEFT_CONFIG
         if reader.path.name == PEFT_FILE and config.is_file() and config.stat().st_size < MAX_CONFIG:
             found[""] = dict(parse_json(config.read_bytes()))
+        return {component: LoraSettings.read(values) for component, values in found.items()}
     except (ValueError, AttributeError, TypeError, OSError) as error:
         raise UserError(f"{reader.path}: its LoRA settings are damaged ({error}): copy it again") from error
-    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 
 from ..errors import UserError, first_line
 from ..formats.adapter_info import AdapterInfo
-from ..formats.foreign import Module, family_of, rank_of, token_of
-from ..formats.foreign_updates import Scales, fitted_modules, peft_config
+from ..formats.foreign import Module, bundled_tokens, family_of, rank_of, token_of
+from ..formats.foreign_updates import LoraSettings, Scales, fitted_modules, lora_settings
 from ..formats.keys import Projection
-from ..io.tensor_file import TensorFile, Tensors, all_finite
+from ..io.tensor_file import TensorFile, Tensors, all_finite, require_finite
 from ..pipelines.components import Modules, refuse_merged, tuner_layers
-from .active import active_adapters, held, keeping_trained, set_active
+from .active import active_adapters, delete_adapter, held, keeping_trained, set_active
 from .inject import all_or_nothing, check_new_name
 from .tokens import pieces_of
 
@@ -33,9 +34,15 @@ def load_foreign(pipe: Any, modules: Modules, info: AdapterInfo, name: str, acti
     with TensorFile(Path(info.path)) as reader:
         family = family_of(reader)
         if family == "embedding":
-            _load_embedding(pipe, modules, reader)
+            _load_embeddings(pipe, _own_embedding(pipe, modules, reader))
         else:
+            embeddings = _bundled_embeddings(pipe, modules, reader)
             _load_layers(pipe, modules, reader, family, info, name, activate, weight)
+            try:
+                _load_embeddings(pipe, embeddings)
+            except BaseException:
+                delete_adapter(pipe, name)
+                raise
         return len(reader.entries)
 
 
@@ -52,8 +59,6 @@ def _load_layers(
             "`nora-diffusion import`"
         )
     before = {component: active_adapters(module) for component, module in modules.items()}
-    # diffusers drops kohya's dora_scale, and alphas and ranks that differ within a file.
-    renamed = family == "lora" and not _describes_itself(reader, info)
     with ExitStack() as stack:
         stack.enter_context(_restored_on_error(modules, info.path, before))
         stack.enter_context(all_or_nothing(pipe, modules, name))
@@ -61,17 +66,14 @@ def _load_layers(
             stack.enter_context(keeping_trained(module))
         if family != "lora":
             _inject(modules, reader, family, name, found)
-        elif renamed:
+        else:  # not the file itself: diffusers drops dora_scale, and alphas and ranks that differ within a file
             pipe.load_lora_weights(_renamed(reader, found), adapter_name=name)
-        else:  # as folder and name: older diffusers accept a file's path only with access to the hub
-            file = Path(info.path)
-            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
         _check_applied(modules, info.path, name, len(found))
         for component, module in modules.items():
             layers = [layer for layer in tuner_layers(module) if name in held(layer)]
             set_active(module, [*before[component], name] if activate and layers else before[component])
             for layer in layers:
-                if renamed:  # older diffusers set the alpha of all modules to the rank of one
+                if family == "lora":  # older diffusers set the alpha of all modules to the rank of one
                     layer.lora_alpha[name] = layer.r[name]
                 layer.set_scale(name, weight)
 
@@ -88,7 +90,9 @@ def _restored_on_error(modules: Modules, path: str, before: dict[str, list[str]]
             set_active(module, before[component])
         if isinstance(error, UserError) or not isinstance(error, Exception):
             raise
-        raise UserError(f"{path} is refused by the library that loads such files: {first_line(error)}") from error
+        raise UserError(
+            f"diffusers or PEFT cannot load {path} ({first_line(error)[:200]}): convert it with `nora-diffusion import`"
+        ) from error
 
 
 def _unwrap(module: nn.Module, known: set[int]) -> None:
@@ -110,11 +114,6 @@ def _check_applied(modules: Modules, path: str, name: str, wanted: int) -> None:
         )
 
 
-def _describes_itself(reader: TensorFile, info: AdapterInfo) -> bool:
-    """Whether a LoRA has PEFT's configs in its metadata, where diffusers reads them."""
-    return info.kind.startswith("diffusers") and "lora_adapter_metadata" in reader.metadata
-
-
 def _renamed(reader: TensorFile, found: Fitting) -> Tensors:
     """A LoRA's tensors under diffusers' keys, which have no scale: it is multiplied into ``B``."""
     scales, renamed = Scales(reader), {}
@@ -125,6 +124,7 @@ def _renamed(reader: TensorFile, found: Fitting) -> Tensors:
         renamed[f"{component}.{path}.lora_B.weight"] = up if scale == 1 else up.float() * scale
         if "dora" in factors:
             renamed[f"{component}.{path}.lora_magnitude_vector.weight"] = _magnitude(reader, module, factors)
+    require_finite(renamed, reader.path)
     return renamed
 
 
@@ -179,11 +179,8 @@ def _config(reader: TensorFile, family: str, entries: dict[str, tuple[Module, Te
     }
     if family == "loha":
         return LoHaConfig(**shared)
-    config = peft_config(reader).get("", {})
-    factor = config.get("decompose_factor", -1)
-    return LoKrConfig(
-        **shared, decompose_both="lokr_w1_a" in names, decompose_factor=factor if type(factor) is int else -1
-    )
+    factor = lora_settings(reader).get("", LoraSettings()).decompose_factor
+    return LoKrConfig(**shared, decompose_both="lokr_w1_a" in names, decompose_factor=-1 if factor is None else factor)
 
 
 def _peft_rank(factors: Tensors) -> int:
@@ -196,46 +193,85 @@ def _fill(reader: TensorFile, layer: Any, name: str, source: Module, factors: Te
     own = {table: getattr(layer, table)[name] for table in layer.adapter_layer_names if name in getattr(layer, table)}
     shapes = {factor: tuple(value.shape) for factor, value in factors.items() if factor != "alpha"}
     if shapes != {factor: tuple(value.shape) for factor, value in own.items()}:
-        raise UserError(f"{reader.path}: PEFT decomposes {source.name} into other factors than this file does")
+        raise UserError(
+            f"{reader.path}: PEFT has no layer for the factors of {source.name}: convert it with "
+            "`nora-diffusion import`"
+        )
     for factor, parameter in own.items():
         parameter.data.copy_(factors[factor])
 
 
-def _load_embedding(pipe: Any, modules: Modules, reader: TensorFile) -> None:
-    """Load a textual inversion under its own token. Raises :class:`UserError` if it does not fit the text encoders."""
-    if not hasattr(pipe, "load_textual_inversion"):
-        raise UserError(f"{reader.path} is a textual inversion, which {type(pipe).__name__} does not support")
+@dataclass
+class Embedding:
+    """The vectors of a token for one text encoder."""
+
+    token: str
+    vectors: Tensor
+    side: dict[str, Any]
+    path: str
+
+
+ENCODERS = {"clip_l": "", "clip_g": "_2", "clip_h": ""}
+"""The ending of a pipeline's attributes (``text_encoder_2``) by other tools' names of text encoders."""
+
+
+def _own_embedding(pipe: Any, modules: Modules, reader: TensorFile) -> list[Embedding]:
+    """The vectors in a textual inversion file, checked."""
     token = token_of(reader)
     first = next((key for key in reader.entries if key != "clip_g"), None)
-    keys = {"": first} if first else {}
-    keys |= {"_2": "clip_g"} if "clip_g" in reader.entries else {}
-    embeddings = []
-    for suffix, key in keys.items():
-        encoder: Any = modules.get(f"text_encoder{suffix}")
-        tokenizer: Any = getattr(pipe, f"tokenizer{suffix}", None)
-        vectors = reader.tensor(key)
-        if encoder is None:
-            raise UserError(f"{reader.path} was made for another base: this pipeline has no text_encoder{suffix}")
-        weight = encoder.get_input_embeddings().weight
-        if vectors.shape[-1] != weight.shape[1]:
-            raise UserError(
-                f"{reader.path} was made for another base: its embeddings have {vectors.shape[-1]} dimensions, "
-                f"those of this pipeline's text encoder {weight.shape[1]}"
-            )
-        if not all_finite(vectors):
-            raise UserError(f"{reader.path} holds NaN or infinity: the embedding is broken")
-        if token in tokenizer.get_vocab():
-            raise UserError(
-                f"the pipeline already has the token {token!r}: call unload_textual_inversion({token!r}) first"
-            )
-        embeddings.append((vectors.to(weight.dtype), {"tokenizer": tokenizer, "text_encoder": encoder}))
-    loaded: list[dict[str, Any]] = []
+    keys = ({"": first} if first else {}) | ({"_2": "clip_g"} if "clip_g" in reader.entries else {})
+    return [_embedding(pipe, modules, reader, token, key, suffix) for suffix, key in keys.items()]
+
+
+def _bundled_embeddings(pipe: Any, modules: Modules, reader: TensorFile) -> list[Embedding]:
+    """The vectors that OneTrainer writes into a LoRA file, checked."""
+    found = []
+    for token, keys in bundled_tokens(reader).items():
+        for encoder, key in keys.items():
+            if encoder not in ENCODERS:
+                raise UserError(
+                    f"{reader.path} holds the embedding {key}, which diffusers cannot load: train it without output "
+                    "embeddings, or take the key out"
+                )
+            found.append(_embedding(pipe, modules, reader, token, key, ENCODERS[encoder]))
+    return found
+
+
+def _embedding(pipe: Any, modules: Modules, reader: TensorFile, token: str, key: str, suffix: str) -> Embedding:
+    """One embedding. Raises :class:`UserError` if it does not fit the text encoder."""
+    if not hasattr(pipe, "load_textual_inversion"):
+        raise UserError(f"{reader.path} holds a textual inversion, which {type(pipe).__name__} does not support")
+    encoder: Any = modules.get(f"text_encoder{suffix}")
+    tokenizer: Any = getattr(pipe, f"tokenizer{suffix}", None)
+    vectors = reader.tensor(key)
+    if encoder is None:
+        raise UserError(f"{reader.path} was made for another base: this pipeline has no text_encoder{suffix}")
+    weight = encoder.get_input_embeddings().weight
+    if vectors.dim() not in (1, 2) or vectors.shape[-1] != weight.shape[1]:
+        raise UserError(
+            f"{reader.path} was made for another base: its embeddings have {vectors.shape[-1]} dimensions, "
+            f"those of this pipeline's text encoder {weight.shape[1]}"
+        )
+    if not all_finite(vectors):
+        raise UserError(f"{reader.path} holds NaN or infinity: the embedding is broken")
+    if token in tokenizer.get_vocab():
+        raise UserError(f"the pipeline already has the token {token!r}: call unload_textual_inversion({token!r}) first")
+    side = {"tokenizer": tokenizer, "text_encoder": encoder}
+    return Embedding(token, vectors.to(weight.dtype), side, str(reader.path))
+
+
+def _load_embeddings(pipe: Any, embeddings: list[Embedding]) -> None:
+    """Load checked embeddings under their own tokens, all or nothing."""
+    loaded: list[Embedding] = []
     try:
-        for vectors, side in embeddings:
-            pipe.load_textual_inversion({token: vectors}, token=token, **side)
-            loaded.append(side)
+        for one in embeddings:
+            pipe.load_textual_inversion({one.token: one.vectors}, token=one.token, **one.side)
+            loaded.append(one)
     except Exception as error:
-        count = max(len(vectors) if vectors.ndim == 2 else 1 for vectors, _ in embeddings)
-        for side in loaded:
-            pipe.unload_textual_inversion(pieces_of(token, count), **side)
-        raise UserError(f"{reader.path} is refused by diffusers, which loads such files: {error}") from error
+        for one in loaded:
+            count = len(one.vectors) if one.vectors.ndim == 2 else 1
+            pipe.unload_textual_inversion(pieces_of(one.token, count), **one.side)
+        raise UserError(
+            f"diffusers cannot load the embedding {embeddings[len(loaded)].token!r} of {embeddings[0].path} "
+            f"({first_line(error)[:200]}): use another one"
+        ) from error
