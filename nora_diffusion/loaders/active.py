@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..adapters import NoraLayer
-from ..adapters.tuner.qkv_guard import unguard
+from ..adapters.tuner.guards import unguard
 from ..errors import UserError
 from ..pipelines.components import Modules, adapter_configs, components, refuse_serving, tuner_layers
 from ..pipelines.router_inputs import connect
@@ -190,6 +190,7 @@ def delete_adapter(pipe: Any, adapter_name: str) -> None:
     _refuse_foreign_fused(modules, adapter_name)
     remove_tokens(pipe, modules, adapter_name)
     eject(modules.values(), adapter_name)
+    declare_components(pipe, modules)
 
 
 def eject(modules: Iterable[nn.Module], adapter_name: str) -> None:
@@ -206,9 +207,22 @@ def eject(modules: Iterable[nn.Module], adapter_name: str) -> None:
             if active_adapters(module) != others:
                 set_active(module, others)
             adapter_configs(module).pop(adapter_name, None)
-            _eject_empty_layers(module)
-            connect(module)
-            refresh_group_offloading(module)
+        unwrap_empty(module)
+        connect(module)
+        refresh_group_offloading(module)
+
+
+def declare_components(pipe: Any, modules: Modules) -> None:
+    """Let diffusers' own functions (``pipe.set_adapters``, ``disable_lora`` ...) reach every component with adapters.
+
+    They skip a T5, which their LoRA loaders do not support.
+    """
+    known = getattr(type(pipe), "_lora_loadable_modules", None)
+    if known is not None:
+        vars(pipe).pop("_lora_loadable_modules", None)
+        others = [component for component in adapter_names(modules) if component not in known]
+        if others:
+            pipe._lora_loadable_modules = [*known, *others]
 
 
 def refresh_group_offloading(module: nn.Module) -> None:
@@ -224,13 +238,17 @@ def _refuse_foreign_fused(modules: Modules, adapter_name: str) -> None:
         raise UserError(f"{adapter_name!r} is a LoRA that is fused into the weights: call unfuse_lora() first")
 
 
-def _eject_empty_layers(module: nn.Module) -> None:
-    """Replace our tuner layers that hold no adapter by their base layers."""
+def unwrap_empty(module: nn.Module) -> None:
+    """Replace tuner layers of any method that hold no adapter by their base layers.
+
+    diffusers' own functions leave such layers, whose keys would spoil a saved folder. Without any tuner layer left, the
+    module is as it was before its first adapter.
+    """
     for parent in list(module.modules()):
         for child_name, child in list(parent.named_children()):
-            if isinstance(child, NoraLayer) and not child.nora_delta:
-                setattr(parent, child_name, child.base_layer)
-    if not any(isinstance(layer, NoraLayer) for layer in tuner_layers(module)):
+            while isinstance(child, BaseTunerLayer) and not held(child):
+                child = child.base_layer
+                setattr(parent, child_name, child)
+    if not any(True for _ in tuner_layers(module)):
         unguard(module)
-    if not adapter_configs(module) and not any(True for _ in tuner_layers(module)):
         module._hf_peft_config_loaded = False  # type: ignore[assignment]

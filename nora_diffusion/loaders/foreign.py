@@ -12,6 +12,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..adapters.tuner.guards import guard
 from ..errors import UserError, first_line
 from ..formats.adapter_info import AdapterInfo
 from ..formats.foreign import Module, bundled_tokens, family_of, rank_of, token_of
@@ -19,7 +20,7 @@ from ..formats.foreign_updates import LoraSettings, Scales, fitted_modules, lora
 from ..formats.keys import Projection
 from ..io.tensor_file import TensorFile, Tensors, all_finite, require_finite
 from ..pipelines.components import Modules, refuse_merged, tuner_layers
-from .active import active_adapters, delete_adapter, held, keeping_trained, set_active
+from .active import active_adapters, delete_adapter, held, keeping_trained, set_active, unwrap_empty
 from .inject import all_or_nothing, check_new_name
 from .tokens import pieces_of
 
@@ -71,6 +72,8 @@ def _load_layers(
         _check_applied(modules, info.path, name, len(found))
         for component, module in modules.items():
             layers = [layer for layer in tuner_layers(module) if name in held(layer)]
+            if layers:
+                guard(module)
             set_active(module, [*before[component], name] if activate and layers else before[component])
             for layer in layers:
                 if family == "lora":  # older diffusers set the alpha of all modules to the rank of one
@@ -81,29 +84,17 @@ def _load_layers(
 @contextmanager
 def _restored_on_error(modules: Modules, path: str, before: dict[str, list[str]]) -> Iterator[None]:
     """On an error of another library, remove the empty wrappers that it left, and raise a :class:`UserError`."""
-    wrapped = {component: {id(layer) for layer in tuner_layers(module)} for component, module in modules.items()}
     try:
         yield
     except BaseException as error:
         for component, module in modules.items():
-            _unwrap(module, wrapped[component])
+            unwrap_empty(module)
             set_active(module, before[component])
         if isinstance(error, UserError) or not isinstance(error, Exception):
             raise
         raise UserError(
             f"diffusers or PEFT cannot load {path} ({first_line(error)[:200]}): convert it with `nora-diffusion import`"
         ) from error
-
-
-def _unwrap(module: nn.Module, known: set[int]) -> None:
-    """Remove tuner layers without adapters, except those in ``known`` (by id)."""
-    for parent in list(module.modules()):
-        for child_name, child in list(parent.named_children()):
-            while isinstance(child, BaseTunerLayer) and id(child) not in known and not held(child):
-                child = child.base_layer
-                setattr(parent, child_name, child)
-    if not any(True for _ in tuner_layers(module)):
-        module._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
 def _check_applied(modules: Modules, path: str, name: str, wanted: int) -> None:

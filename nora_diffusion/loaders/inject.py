@@ -16,12 +16,12 @@ from torch import nn
 
 from ..adapters import AdapterConfig, NoraLayer
 from ..adapters.config import Start
-from ..adapters.tuner.qkv_guard import refuse_fused
+from ..adapters.tuner.guards import refuse_fused
 from ..errors import UserError
 from ..formats.adapter_info import AdapterInfo
 from ..pipelines.components import Modules, adapter_configs, pick, tuner_layers
 from ..pipelines.router_inputs import connect, router_input_width
-from .active import adapter_names, delete_adapter, eject, held, refresh_group_offloading
+from .active import adapter_names, declare_components, delete_adapter, eject, held, refresh_group_offloading
 from .tokens import forget_deleted
 
 
@@ -120,6 +120,7 @@ def all_or_nothing(pipe: Any, modules: Modules, name: str) -> Iterator[None]:
             yield
         for component in _holders(modules, name):
             refresh_group_offloading(modules[component])
+        declare_components(pipe, modules)
     except BaseException:
         if not before and _holders(modules, name):
             delete_adapter(pipe, name)

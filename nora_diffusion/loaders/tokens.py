@@ -157,6 +157,7 @@ def _update_tokenizer(pipe: Any, encoder: str, module: Any, table: LearnedEmbedd
     # Case matters, and a match inside a longer word does not count.
     extended.add_tokens([AddedToken(p, normalized=False, single_word=True) for own in pieces.values() for p in own])
     table.set_first_ids({token: extended.convert_tokens_to_ids(token) for token in pieces})
+    extended.save_pretrained = tokenizer.save_pretrained  # a saved pipeline has no new tokens
     setattr(pipe, tokenizer_name(encoder), extended)
 
 

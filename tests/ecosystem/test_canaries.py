@@ -206,11 +206,11 @@ def test_diffusers_refuses_keys_without_lora() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_diffusers_fuse_qkv_reads_the_base_weight() -> None:
-    with canary("diffusers", "fuse_qkv_projections reads to_q.weight and flags fused_projections", "qkv_guard.py"):
-        from nora_diffusion.adapters.tuner.qkv_guard import METHOD, refuse_fused
+    with canary("diffusers", "fuse_qkv_projections reads to_q.weight and flags fused_projections", "guards.py"):
+        from nora_diffusion.adapters.tuner.guards import FUSE, refuse_fused
 
         unet = tiny_unet()
-        assert hasattr(UNet2DConditionModel, METHOD)
+        assert hasattr(UNet2DConditionModel, FUSE)
         refuse_fused(unet)
         unet.fuse_qkv_projections()
         with pytest.raises(ValueError, match="unfuse_qkv_projections"):

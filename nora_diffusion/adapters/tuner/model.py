@@ -15,9 +15,9 @@ from ...errors import UserError
 from ..config import AdapterConfig
 from ..peft_names import PREFIX
 from .build import flat_weight
+from .guards import guard, unguard
 from .layer import NoraLayer
 from .mixed_rows import RowPlan, serve_rows
-from .qkv_guard import guard, unguard
 from .rank_mask import watch
 
 
