@@ -36,16 +36,6 @@ def _is_made_up(word: str) -> bool:
     return word.lower() in TRIGGERS or no_vowel or any(character.isdigit() for character in word)
 
 
-def guess_class_word(prompt: str, trigger: str | None) -> str | None:
-    """The words between the trigger and the next filler: ``"sks toy dog on a beach"`` gives ``"toy dog"``."""
-    words = _words(prompt)
-    if trigger is None or trigger not in words:
-        return None
-    following = _words(re.split(word_pattern(trigger), prompt, maxsplit=1)[-1].split(",")[0])
-    stop = next((i for i, word in enumerate(following) if word.lower() in FILLERS), len(following))
-    return " ".join(following[:stop]) or None
-
-
 def word_pattern(word: str) -> str:
     """A regular expression for ``word`` as a whole word."""
     return rf"(?<!\w){re.escape(word)}(?!\w)"

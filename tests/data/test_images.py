@@ -12,7 +12,7 @@ from factories import write_photos
 from PIL import Image, ImageCms
 
 from nora_diffusion.data import find_images, read_images, read_source, survey
-from nora_diffusion.data.captions import guess_class_word, guess_trigger, with_trigger
+from nora_diffusion.data.captions import guess_trigger, with_trigger
 from nora_diffusion.data.colors import color
 from nora_diffusion.data.formats import sniff
 from nora_diffusion.errors import UserError
@@ -224,7 +224,7 @@ def test_folders_without_images(tmp_path: Path) -> None:
         find_images(tmp_path)
 
 
-def test_guessing_triggers_and_class_words() -> None:
+def test_guessing_triggers() -> None:
     assert guess_trigger("a photo of sks dog") == "sks"
     assert guess_trigger("a photo of sks dog", class_word="dog") == "sks"
     assert guess_trigger("a photo of dog sks", class_prompt="a photo of a dog") == "sks"
@@ -232,10 +232,7 @@ def test_guessing_triggers_and_class_words() -> None:
     assert guess_trigger("a professional photo of sks dog") == guess_trigger("ein Foto von sks Hund") == "sks"
     assert guess_trigger("a photo of my dog tqz") == "tqz" and guess_trigger("a photo of a big tok3 dog") == "tok3"
     assert guess_trigger("an oil painting of bobo cat") == "bobo" and guess_trigger("a selfie of bobo man") == "bobo"
-    assert guess_class_word("a photo of sks dog wearing a hat", "sks") == "dog"
     assert guess_trigger("a photo of a dog", class_word="dog") is None
-    assert guess_class_word("a photo of sks toy dog on the beach", "sks") == "toy dog"
-    assert guess_class_word("sks toy dog, red, sunny", "sks") == "toy dog"
     assert with_trigger("a red toy dog in snow", "sks", "toy dog") == "a red sks toy dog in snow"
     assert with_trigger("a sks dog", "sks", "dog") == "a sks dog"
     assert with_trigger("the beach", "sks", "dog") == "sks dog, the beach"

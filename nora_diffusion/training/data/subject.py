@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ...data import Reject, SourceImage, read_images, survey
 from ...data.caption_files import read_captions
-from ...data.captions import guess_class_word, guess_trigger, has_word, with_article, with_trigger
+from ...data.captions import guess_trigger, has_word, with_article, with_trigger
+from ...data.class_words import guess_class_word
 from ...data.colors import color
 from ...data.masks import with_masks
 from ...errors import UserError
@@ -98,7 +99,7 @@ def read_subject(config: TrainConfig) -> Subject:
     read = read_captions([image.path for image in images], prompt, config.use_captions, config.caption_column)
     captions = read.texts
     trigger = config.trigger or _find_trigger(config, prompt, class_prompt)
-    class_word = config.class_word or guess_class_word(captions[0], trigger)
+    class_word = config.class_word or _find_class_word(config, prompt, captions, trigger)
     if config.trigger:
         captions = [with_trigger(caption, trigger, class_word) for caption in captions]
     if trigger is None:
@@ -165,6 +166,18 @@ def _find_trigger(config: TrainConfig, prompt: str | None, class_prompt: str) ->
         return words[0]
     # Captions are no help: their first word other than the class may be any adjective.
     return None if prompt is None else guess_trigger(prompt, config.class_word, class_prompt or None)
+
+
+def _find_class_word(
+    config: TrainConfig, prompt: str | None, captions: Sequence[str], trigger: str | None
+) -> str | None:
+    """Guess the class word and log the guess."""
+    word, source = guess_class_word(trigger, prompt or "", config.class_prompt or "", captions)
+    if word:
+        log.info("trigger word %r, class word %r (found in %s); set another with --class_word", trigger, word, source)
+    elif trigger:
+        log.info("trigger word %r, no class word found; set it with --class_word", trigger)
+    return word
 
 
 def _data_hash(images: Sequence[SourceImage], captions: Sequence[str]) -> str:

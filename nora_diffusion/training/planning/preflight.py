@@ -55,8 +55,8 @@ def preflight(plan: Plan) -> list[Finding]:
     size = _estimate(plan)
     return [
         *_base(plan), *_disk(plan, size), *_memory(plan, size), *_photos(plan), *_data(plan), *_trigger(plan),
-        *_prompts(plan), *_lengths(plan), *_rank(plan), *_rates(plan), *_file(plan), *_measured(plan),
-        *_class_images(plan), *_upload(plan), *_without_effect(plan),
+        *_new_tokens(plan), *_prompts(plan), *_lengths(plan), *_rank(plan), *_rates(plan), *_file(plan),
+        *_measured(plan), *_class_images(plan), *_upload(plan), *_without_effect(plan),
     ]  # fmt: skip
 
 
@@ -202,6 +202,15 @@ def is_known(tokenizer: Any, word: str) -> bool:
 def rare_word(tokenizer: Any) -> str:
     """A common trigger word that the base does not know."""
     return next((word for word in TRIGGERS if not is_known(tokenizer, word)), TRIGGERS[-1])
+
+
+def _new_tokens(plan: Plan) -> Iterator[Finding]:
+    noise = [word for word, concept in plan.subject.new_tokens.items() if concept is None]
+    if noise:
+        yield Finding(
+            f"No class word was found, so the new token '{noise[0]}' starts from noise: set --class_word or "
+            "--initializer_concept, for example dog."
+        )
 
 
 def _prompts(plan: Plan) -> Iterator[Finding]:

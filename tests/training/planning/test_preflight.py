@@ -21,7 +21,7 @@ from nora_diffusion.errors import UserError
 from nora_diffusion.loaders import add_adapter, trainable_parameters
 from nora_diffusion.pipelines.components import components, denoiser_name, pick
 from nora_diffusion.training import TrainConfig, check, check_on, main, train
-from nora_diffusion.training.data.subject import Subject
+from nora_diffusion.training.data.subject import Subject, read_subject
 from nora_diffusion.training.planning.adapter import adapter_config
 from nora_diffusion.training.planning.opening import lower_precision
 from nora_diffusion.training.planning.plan import Plan, plan_on
@@ -118,6 +118,42 @@ def test_lost_captions_are_findings(configure: Configure, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="2 of 3 photos have no caption"):
         train(replace(config, use_captions=True, strict=True))
     assert not config.folder.exists()
+
+
+def test_the_guessed_class_word_is_shown_before_the_first_step(
+    configure: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_photos(tmp_path / "natural", 3)
+    for number, text in enumerate(("a zqx dog jumping over a fence", "a zqx dog sleeps", "a zqx dog's face")):
+        (folder / f"{number}.txt").write_text(text)
+    config = configure(**RIGHT, instance_data_dir=str(folder), use_captions=True)
+    with caplog.at_level(logging.INFO):
+        check(config)
+        assert "trigger word 'zqx', class word 'dog' (found in the instance prompt)" in caplog.text
+        check(replace(config, instance_prompt=None))
+        assert (
+            "trigger word 'zqx', class word 'dog' (found in the captions); set another with --class_word" in caplog.text
+        )
+        caplog.clear()
+        check(replace(config, class_word="dog"))
+        assert "class word" not in caplog.text
+
+
+def test_a_new_token_that_starts_from_noise_is_a_finding(configure: Configure, tmp_path: Path) -> None:
+    folder = write_photos(tmp_path / "new", 3)
+    for number in range(3):
+        (folder / f"{number}.txt").write_text(f"close up of <zqx>, outdoors {number}")
+    values = {**RIGHT, "instance_data_dir": str(folder), "use_captions": True, "train_text_encoder_ti": True}
+    for changes, concept in (
+        ({"instance_prompt": "a photo of <zqx> dog"}, "dog"), ({"instance_prompt": "a photo of <zqx>"}, None),
+        ({"instance_prompt": None}, None), ({"instance_prompt": None, "class_word": "cat"}, "cat"),
+        ({"instance_prompt": None, "initializer_concept": "cat"}, "cat"),
+    ):  # fmt: skip
+        config = configure(**{**values, "trigger": "<zqx>", **changes})
+        assert read_subject(config).new_tokens == {"<zqx>": concept}
+        assert ("the new token '<zqx>' starts from noise: set --class_word" in texts(check(config))) == (
+            concept is None
+        )
 
 
 def test_a_prompt_that_is_cut_off_is_said_once(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
