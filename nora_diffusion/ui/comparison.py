@@ -149,9 +149,11 @@ def compare(app: App, config: GridConfig, adapter: str, scored: bool, run: Run) 
             run.check()
         run.report(step=step)
 
+    files = list(dict.fromkeys(grid.files.values()))
     for done, total in grid.make(on_step, run.check_stop):
+        ready = tuple(file for file in files if file.is_file())
+        run.report(image=min(done + 1, total), images=total, step=0, steps=config.cell.sampling.steps, files=ready)
         run.check()
-        run.report(image=min(done + 1, total), images=total, step=0, steps=config.cell.sampling.steps)
     judge, references = _judge(app, adapter) if scored else (None, [])
     made = grid.finish(judge, references)
     folder = grid.folder

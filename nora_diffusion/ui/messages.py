@@ -12,16 +12,19 @@ OUT_OF_MEMORY = (
     "The device ran out of memory. Its memory was freed and the app keeps running: choose a smaller image, or close "
     "other programs that use the device."
 )
+FIRST_WORDS = frozenset(
+    ("a", "an", "another", "cannot", "more", "no", "the", "there", "they", "this", "to", "training", "two", "unknown")
+)
+"""Words at the start of a message that get a capital letter; others may be names of adapters, files or settings."""
 _QUOTED = re.compile(r"""(['"])(?:[A-Za-z]:)?[\\/](?:[^'"\n]*[\\/])?([^'"\n\\/]+)\1""")
 _BELOW_KNOWN = re.compile(r"""\0(?:[^\s\\/:;,'"<>]+[\\/])*""")
 _PLAIN = re.compile(r"""(?<![\w:/.<>])(?:[A-Za-z]:)?[\\/](?:[^\s\\/:;,'"<>]+[\\/])+""")
 
 
 def sentence(error: object) -> str:
-    """An error without folders, starting with a capital letter (unless it starts with a file name). Not escaped."""
+    """An error without folders, starting with a capital letter, unless it starts with a name. Not escaped."""
     text = without_folders(str(error))
-    first = text.partition(" ")[0].rstrip(".,:;")
-    return text if "." in first else text[:1].upper() + text[1:]
+    return text[:1].upper() + text[1:] if text.partition(" ")[0] in FIRST_WORDS else text
 
 
 def without_folders(text: str) -> str:

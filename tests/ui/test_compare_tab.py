@@ -152,6 +152,10 @@ def test_an_interrupted_grid_is_continued(page: Any, server: Server) -> None:
     expect(status).to_contain_text("Interrupted")
     expect(page.locator("#compare-go")).to_be_visible()
     cells = {f: f.stat().st_mtime_ns for f in (server.library / ".grids" / "cells").glob("*.png")}
+    assert len(cells) >= 2
+    expect(status).to_have_text(
+        f"Interrupted with {len(cells)} of 90 cells finished. They are kept: Compare makes only the others."
+    )
     page.locator("#compare-x-values").locator("input, textarea").fill("1,2")
     compare(page, 6)
     assert {f: f.stat().st_mtime_ns for f in cells} == cells  # cached cells are not generated again

@@ -50,6 +50,26 @@ def test_no_serious_accessibility_violations(page: Any, scheme: str) -> None:
         assert not found, f"{name}: " + "\n".join(found)
 
 
+OWN_CLASSES_ON_OTHERS = """
+() => {
+  const rules = [...document.styleSheets].flatMap((sheet) => [...sheet.cssRules]);
+  const own = rules.filter((rule) => rule.selectorText?.endsWith('.html-container') && rule.cssRules?.length > 20);
+  const names = own.flatMap((rule) => [...rule.cssText.matchAll(/\\.([a-z]+)[ {:.>,]/g)].map((match) => match[1]));
+  const others = [...new Set(names)].flatMap((name) => [...document.querySelectorAll('.' + name)])
+    .filter((element) => /svelte-/.test(element.className));
+  return [own.length, others.length, others.filter((element) => element.closest('.html-container')).length];
+}
+"""
+
+
+def test_styles_of_our_html_leave_other_elements_alone(page: Any) -> None:
+    """Gradio's components have classes such as ``preview`` and ``empty`` as well: there our styles broke its view."""
+    for name in TABS:
+        open_tab(page, name)
+    blocks, others, styled = page.evaluate(OWN_CLASSES_ON_OTHERS)
+    assert blocks and others and not styled
+
+
 def test_every_tab_fits_a_phone(page: Any) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     visit(page)
@@ -64,7 +84,9 @@ LONG_NAME = "a-very-long-name-of-an-adapter-that-somebody-gave-it-in-a-hurry1"
 def test_long_names_leave_room_for_the_values(browser: Any) -> None:
     report = MixReport("mix", "cat", 8, 1, 1.0, 0.0, {(LONG_NAME, "hat"): 0.25}, [], AdapterInfo({}))
     with visitor(browser) as page:
-        page.set_content(f"<style>{CSS}</style><div style='width: 480px'>{describe(report)}</div>")
+        page.set_content(
+            f"<style>{CSS}</style><div class='html-container' style='width: 480px'>{describe(report)}</div>"
+        )
         cell, table = page.locator(".facts td").last.bounding_box(), page.locator(".facts").bounding_box()
     assert cell["width"] > 90 and cell["x"] + cell["width"] <= table["x"] + table["width"] + 1
 
@@ -75,7 +97,9 @@ def test_neighboring_cards_are_aligned(browser: Any) -> None:
         for name in ("dog", LONG_NAME)
     ]
     with visitor(browser) as page:
-        page.set_content(f"<style>{CSS}</style><div style='width: 300px'>{cards(entries, [None, None])}</div>")  # type: ignore[arg-type]
+        page.set_content(
+            f"<style>{CSS}</style><div class='html-container' style='width: 300px'>{cards(entries, [None, None])}</div>"
+        )  # type: ignore[arg-type]
         (one, two), name = (p.bounding_box() for p in page.locator(".none").all()), page.locator(".card b").last
         assert one["y"] == two["y"]
         assert name.bounding_box()["height"] <= 3.5 * page.locator(".card b").first.bounding_box()["height"]

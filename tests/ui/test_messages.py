@@ -29,13 +29,15 @@ def test_paths_are_cut_down_to_their_names(text: str, expected: str | None) -> N
 
 def test_known_folders_with_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "Ann Smith"))
-    assert sentence(f"{tmp_path}/Ann Smith/photos of her/1.png is empty") == "Photos of her/1.png is empty"
+    assert sentence(f"{tmp_path}/Ann Smith/photos of her/1.png is empty") == "photos of her/1.png is empty"
 
 
 def test_a_file_name_keeps_its_case() -> None:
     assert sentence("holiday.png has no settings") == "holiday.png has no settings"
     assert sentence("/srv/holiday.png: no settings") == "holiday.png: no settings"
-    assert sentence("nothing.") == "Nothing."
+    assert sentence("my-dog cannot be used with this base") == "my-dog cannot be used with this base"
+    assert sentence("width=9 is not possible") == "width=9 is not possible"
+    assert sentence("there is nothing.") == "There is nothing."
 
 
 def test_short_names_and_flags() -> None:

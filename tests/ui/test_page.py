@@ -21,7 +21,7 @@ from nora_diffusion.ui.request import MAX_IMAGES, MAX_STEPS
 from nora_diffusion.ui.tabs.adapter_sliders import TEXT_ENCODER, UNET, weight_script
 from nora_diffusion.ui.tabs.generate_settings import STORAGE_KEY
 
-from .conftest import LANDMARKS, LONG, Server, number, open_tab, press, until, visit, visitor
+from .conftest import LANDMARKS, LONG, Server, number, open_tab, press, start, until, visit, visitor
 
 TAGS = "a sks dog <lora:dog:0.8>"
 
@@ -107,6 +107,44 @@ def test_an_image_in_two_actions_whose_download_contains_its_settings(
     settings = read_settings(saved)
     assert (settings.prompt, settings.steps, settings.width) == ("a dog on the beach", 3, 16)
     assert saved.read_bytes() == made.read_bytes()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_an_image_is_viewed_in_full(page: Any, server: Server, width: int) -> None:
+    """A click shows the image in the whole gallery, and full screen in the whole window."""
+    page.set_viewport_size({"width": width, "height": 900})
+    settle(page)
+    fill(page, "a dog")
+    generate(page, server)
+    page.locator("#gallery .thumbnail-item").first.click()
+    view, gallery = page.locator("#gallery .preview"), page.locator("#gallery")
+
+    def covers(width: float, height: float) -> bool:
+        box = view.bounding_box()
+        return bool(box["width"] > 0.97 * width and box["height"] > 0.97 * height)
+
+    until(lambda: covers(gallery.bounding_box()["width"], 480), page=page)
+    image = view.locator(".media-button img")
+    assert image.evaluate("image => Math.min(image.clientWidth, image.clientHeight)") > 0.6 * min(width, 480)
+    gallery.get_by_label("Fullscreen").first.click()
+    until(lambda: covers(width, 900), page=page)
+
+
+def test_a_typed_weight_counts_with_ctrl_enter(page: Any, server: Server) -> None:
+    settle(page)
+    fill(page, TAGS)
+    weight = page.get_by_label("number input for dog: weight")
+    expect(weight).to_have_value("0.8")
+    folder = server.library / "pictures"
+    for number_typed in (0.3, -1.5):
+        before = set(folder.glob("*.png"))
+        weight.fill(str(number_typed))
+        weight.press("Control+Enter")
+        until(lambda before=before: len(set(folder.glob("*.png")) - before) == 1, page=page)  # type: ignore[misc]
+        (made,) = set(folder.glob("*.png")) - before
+        assert read_settings(made).adapters[0]["weight"] == number_typed
+        prompt_is(page, f"a sks dog <lora:dog:{number_typed}>")
+        expect(page.locator("#generate")).to_be_visible()
 
 
 def test_ctrl_enter_interrupt_and_skip(page: Any, server: Server) -> None:
@@ -323,6 +361,25 @@ def test_every_deletion_can_be_undone_after_a_reload(page: Any, server: Server) 
             page.locator(f"[data-name={name}]").wait_for()
 
 
+def test_the_hint_goes_when_the_first_adapter_arrives(browser: Any, base: Path, library: Path, tmp_path: Path) -> None:
+    empty = start(tmp_path, "--base", str(base))
+    try:
+        with visitor(browser) as page:
+            visit(page, empty.url)
+            expect(page.locator("#add-adapter")).to_contain_text("No adapters yet")
+            open_tab(page, "library")
+            imported = shutil.copy(library / "hat" / "nora_adapter.safetensors", tmp_path / "hat.safetensors")
+            page.set_input_files("#import input[type=file]", imported)
+            pick(page, "hat")
+            page.click("#insert")
+            expect(page.get_by_label("number input for hat: weight")).to_have_value("1")
+            expect(page.locator("#add-adapter")).not_to_contain_text("No adapters yet")
+            open_tab(page, "inspect")
+            expect(page.locator("#inspect-adapter")).not_to_contain_text("No adapters yet")
+    finally:
+        empty.stop()
+
+
 def test_only_usable_adapters_can_be_added(page: Any, server: Server) -> None:
     page.click("#add-adapter input")
     for name in ("dog", "hat"):
@@ -444,7 +501,7 @@ def test_import_export_delete_undo(page: Any, server: Server, library: Path, bas
     named = tmp_path / "imported.safetensors"
     shutil.copy(file, named)
     page.set_input_files("#import input[type=file]", named)
-    page.get_by_text("Imported", exact=True).wait_for()
+    page.get_by_text("Imported: imported", exact=True).wait_for()  # Gradio shows no titles of its toasts
     card = page.locator(".card", has_text="imported")
     card.wait_for()
     pick(page, "imported")
@@ -499,6 +556,8 @@ def test_a_batch_with_different_adapters(page: Any, server: Server) -> None:
     before = set((server.library / "pictures").glob("*.png"))
     page.click("#batch-go")
     page.locator("#batch-status").get_by_text(re.compile(r"3 images in")).wait_for()
+    captions = page.locator("#batch-gallery .caption-label")
+    expect(captions).to_have_text([re.compile(text) for text in ("1. a dog", "2. a hat", "3. a cat")])
     made = sorted(set((server.library / "pictures").glob("*.png")) - before)
     assert [[a["name"] for a in read_settings(f).adapters] for f in made] == [["dog"], ["hat"], []]
 

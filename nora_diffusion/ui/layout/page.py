@@ -77,9 +77,9 @@ def _toast_error(error: Exception) -> Exception:
         return error
     text = explanation(error)
     if text is not None:
-        return gr.Error(toast(text), title="Error", duration=12, print_exception=False)
+        return gr.Error(toast(text), duration=12, print_exception=False)
     log.error("unexpected error in a handler", exc_info=error)
-    return gr.Error(INTERNAL_ERROR, title="Internal error", duration=12, print_exception=False)
+    return gr.Error(INTERNAL_ERROR, duration=12, print_exception=False)
 
 
 def toast(error: object) -> str:

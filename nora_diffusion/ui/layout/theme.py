@@ -17,12 +17,7 @@ CSS = """
 .html-container { padding: 0 !important; }
 .block:has(> .html-container > .prose:empty) { display: none; }
 :is(#train-photos, #import, #drop-image) .icon-wrap { display: none; }
-.status { margin: 0; min-height: 1.5em; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
-.status.bad { color: var(--error-text-color); font-weight: 550; }
-.bar { height: 4px; border-radius: 2px; background: var(--border-color-primary); overflow: hidden; margin: .4rem 0; }
-.bar > span { display: block; height: 100%; background: var(--color-accent); transition: width .15s; }
-.preview { display: block; width: 100%; max-width: 384px; aspect-ratio: 1; border-radius: 8px; }
-.pixels img, .card img { image-rendering: pixelated; object-fit: contain; }
+.pixels img, .html-container .card img { image-rendering: pixelated; object-fit: contain; }
 #generate-areas { display: grid; gap: var(--layout-gap); grid-template: "ask result" auto "more result" 1fr / 5fr 6fr; }
 #generate-ask { grid-area: ask; } #generate-more { grid-area: more; } #generate-result { grid-area: result; }
 #library-areas { display: grid; gap: var(--layout-gap);
@@ -30,6 +25,21 @@ CSS = """
 #library-cards { grid-area: cards; } #library-chosen { grid-area: chosen; } #library-import { grid-area: import; }
 :is(#generate-areas, #library-areas) > * { min-width: 0 !important; }
 #gallery .grid-wrap, #batch-gallery .grid-wrap { height: auto !important; max-height: none !important; }
+.row:has(> .remove) { background: var(--block-background-fill); }
+.inner { display: none !important; }
+.remove { align-self: center !important; margin: .6rem; flex: none !important; }
+#train-prepared .grid-wrap, #train-samples .grid-wrap, #batch-gallery .grid-wrap { min-height: 0; }
+:is(#gallery, #batch-gallery, #train-samples) .gallery-container:has(> .preview) { min-height: 30rem; }
+#train-prepared .grid-wrap { max-height: 340px; overflow-y: auto; }
+#train-prepared .grid-container { grid-template-columns: repeat(5, minmax(0, 1fr)) !important; }
+#choose-thumbnail .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
+#compare-slider { border: 0 !important; }  /* Gradio draws 3 px around a slider in a group */
+.html-container {  /* only our own HTML: Gradio's components have classes of the same names, such as `preview` */
+.status { margin: 0; min-height: 1.5em; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+.status.bad { color: var(--error-text-color); font-weight: 550; }
+.bar { height: 4px; border-radius: 2px; background: var(--border-color-primary); overflow: hidden; margin: .4rem 0; }
+.bar > span { display: block; height: 100%; background: var(--color-accent); transition: width .15s; }
+.preview { display: block; width: 100%; max-width: 384px; aspect-ratio: 1; border-radius: 8px; }
 .cards { display: grid; gap: .75rem; padding: 0; margin: 0;
   grid-template-columns: repeat(auto-fill, minmax(135px, 1fr)); }
 .card { text-align: left; border: 1px solid var(--border-color-primary); border-radius: 10px; padding: .6rem;
@@ -55,16 +65,8 @@ CSS = """
 .facts td + td, .facts thead th:last-child { padding-left: .8rem; }
 .facts td { padding: .25rem 0; overflow-wrap: anywhere; min-width: 6rem; vertical-align: top; }
 .facts tr.new td { font-weight: 600; }
-.row:has(> .remove) { background: var(--block-background-fill); }
-.inner { display: none !important; }
-.remove { align-self: center !important; margin: .6rem; flex: none !important; }
 .empty { border: 1px dashed var(--border-color-primary); border-radius: 10px; padding: 1.2rem;
   color: var(--body-text-color-subdued); }
-#train-prepared .grid-wrap, #train-samples .grid-wrap, #batch-gallery .grid-wrap { min-height: 0; }
-#train-prepared .grid-wrap { max-height: 340px; overflow-y: auto; }
-#train-prepared .grid-container { grid-template-columns: repeat(5, minmax(0, 1fr)) !important; }
-#choose-thumbnail .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
-#compare-slider { border: 0 !important; }  /* Gradio draws 3 px around a slider in a group */
 .plots { display: grid; gap: .75rem; }
 .plots + .plots { margin-top: 1.5rem; }
 .plot { margin: 0; }
@@ -74,13 +76,14 @@ CSS = """
 .plot .rule { stroke: var(--border-color-primary); stroke-width: 1; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; color: var(--body-text-color-subdued); }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
+@media (max-width: 640px) { .facts :is(th, td) { min-width: 5rem; }
+  .plot svg { font-size: 14px; } .plot g { font-size: 12px; } }
+}
 @media (max-width: 640px) { .gradio-container { padding: .5rem !important; }
   :is(#train-examples, #train-samples, #choose-thumbnail) .grid-container {
     grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
   #generate-areas { grid-template: "ask" auto "result" auto "more" auto / 1fr; }
-  #library-areas { grid-template: "chosen" auto "cards" auto "import" auto / 1fr; }
-  .facts :is(th, td) { min-width: 5rem; }
-  .plot svg { font-size: 14px; } .plot g { font-size: 12px; } }
+  #library-areas { grid-template: "chosen" auto "cards" auto "import" auto / 1fr; } }
 """
 
 # Ctrl+Enter generates from anywhere. Gradio's sliders report a change by keyboard only after a pointerup event.
@@ -89,7 +92,11 @@ SCRIPT = """
   document.addEventListener('keydown', (event) => {
     if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) {
       const button = document.querySelector('#generate');
-      if (button && button.offsetParent !== null) { event.preventDefault(); button.click(); }
+      if (!button || button.offsetParent === null) return;
+      event.preventDefault();
+      event.stopPropagation();
+      document.activeElement?.blur();  // a number counts only when its field is left
+      setTimeout(() => button.click(), 100);
     }
   }, true);
   document.addEventListener('keyup', (event) => {

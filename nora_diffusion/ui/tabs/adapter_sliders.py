@@ -124,7 +124,7 @@ def weight_script(change: str) -> str:
 
 def update_choices(found: list[str]) -> Any:
     """Update of an adapter dropdown, with a hint if there are no adapters."""
-    return gr.update(choices=found, info=None if found else NO_ADAPTERS)
+    return gr.update(choices=found, info="" if found else NO_ADAPTERS)
 
 
 def usable_names(page: Page) -> list[str]:

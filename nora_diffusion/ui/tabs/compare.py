@@ -183,10 +183,12 @@ def compare_handler(app: App) -> Any:
         run = Run(app.device, WORK, lambda run: found.append(compare(app, grid, adapter, bool(scored), run)))
         app.runs.put(run_key(request, WORK), run)
         for progress in run.follow():
-            if progress.over and found:
+            text, updates = status(progress), [gr.skip()] * 8
+            if progress.state == "done":
                 text, updates = line(f"{len(found[0].cells)} cells in {progress.seconds:.1f} s."), _show(app, found[0])
-            else:
-                text, updates = status(progress), [gr.skip()] * 8
+            elif progress.state == "stopped" and progress.images:
+                cells = f"{len(progress.files)} of {progress.images} cells"
+                text = line(f"Interrupted with {cells} finished. They are kept: Compare makes only the others.")
             yield gr.update(visible=False), gr.update(visible=True), text, *updates
 
     return go

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -76,12 +76,12 @@ def generate_handler(app: App) -> Any:
     return generate
 
 
-def follow(app: App, run: Run) -> Iterator[tuple[Any, ...]]:
+def follow(app: App, run: Run, captions: Sequence[str] = ()) -> Iterator[tuple[Any, ...]]:
     """Updates of (Generate, Interrupt, Skip, status, preview, gallery) during a run."""
     shown: tuple[Any, ...] = ()
     for progress in run.follow():
         same = progress.files == shown
-        items = gr.skip() if same else gr.update(value=gallery_items(app, progress.files), visible=True)
+        items = gr.skip() if same else gr.update(value=gallery_items(app, progress.files, captions), visible=True)
         shown = progress.files
         buttons = [gr.update(visible=visible) for visible in (False, True, progress.state == "working")]
         preview = gr.update(value=preview_image(progress), visible=not progress.over)

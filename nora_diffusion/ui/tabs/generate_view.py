@@ -45,6 +45,10 @@ def preview_image(progress: Progress) -> str:
     return f'<img class="preview" alt="Preview of the current image" src="{escape(progress.preview)}">'
 
 
-def gallery_items(app: App, files: Sequence[Path]) -> list[tuple[str, str]]:
-    """Newest first, with their seeds. Passed as file paths, so that downloads keep the settings in the PNG."""
-    return [(app.hand_out(file), f"seed {file.stem.partition('-')[2]}") for file in reversed(files)]
+def gallery_items(app: App, files: Sequence[Path], captions: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """The images in the order of the request, with their seeds or ``captions``.
+
+    Passed as file paths, so that downloads keep the settings in the PNG.
+    """
+    texts = captions or [f"seed {file.stem.partition('-')[2]}" for file in files]
+    return [(app.hand_out(file), text) for file, text in zip(files, texts, strict=False)]

@@ -57,7 +57,7 @@ def _choices(page: Page, chosen: str | None) -> Any:
     found = usable_names(page)
     if chosen in found:  # sending the value again could overwrite a choice made in the meantime
         return update_choices(found)
-    return gr.update(choices=found, value=found[0] if found else None, info=None if found else NO_ADAPTERS)
+    return gr.update(choices=found, value=found[0] if found else None, info="" if found else NO_ADAPTERS)
 
 
 def inspect_handler(app: App) -> Any:

@@ -216,9 +216,9 @@ def import_handler(app: App) -> Any:
             except UserError as error:
                 refused.append(str(error))
         if imported:
-            gr.Info(toast(", ".join(imported)), title="Imported", duration=6)
+            gr.Info(toast(f"Imported: {', '.join(imported)}"), duration=6)
         if refused:
-            gr.Warning(toast("; ".join(refused)), title="Not imported", duration=15)
+            gr.Warning(toast(f"Not imported: {'; '.join(refused)}"), duration=15)
         return [None, changes + 1]
 
     return import_files

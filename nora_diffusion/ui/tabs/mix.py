@@ -184,7 +184,8 @@ def batch_handler(app: App) -> Any:
         out = app.library.images
         run = Run(app.device, WORK, lambda run: app.engine.make_batch(order, rows, out, run))
         app.runs.put(run_key(request, WORK), run)
-        for go, interrupt, _, text, _, items in follow(app, run):
+        captions = [f"{n}. {prompt}" for n, (prompt, _) in enumerate(order.images, 1)]
+        for go, interrupt, _, text, _, items in follow(app, run, captions):
             yield go, interrupt, gr.update(value=text, visible=True), items
 
     return batch
