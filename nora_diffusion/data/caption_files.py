@@ -63,7 +63,7 @@ def read_captions(
         source = f"a row of {METADATA}" if column else f"a text file such as {Path(missing[0]).stem}.txt"
         if not prompt:
             raise UserError(f"{count}: add {source}, or give --instance_prompt for them")
-        findings.insert(0, f"{count}, so they are trained on the instance prompt '{prompt[:80]}': add {source}.")
+        findings.insert(0, f"{count} and get the prompt '{prompt[:80]}' instead: add {source}.")
     return Captions([own.get(image, prompt or "") for image in images], tuple(findings))
 
 

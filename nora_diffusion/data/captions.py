@@ -31,9 +31,11 @@ def guess_trigger(prompt: str, class_word: str | None = None, class_prompt: str 
 
 
 def _is_made_up(word: str) -> bool:
-    """Whether a word is a common trigger, has no vowel (``tqz``) or has a digit (``tok3``)."""
+    """Whether a word is a common trigger, is ``<dog>``, has no vowel (``tqz``) or has a digit (``tok3``)."""
     no_vowel = len(word) > 2 and word.isascii() and not re.search("[aeiouy]", word, re.IGNORECASE)
-    return word.lower() in TRIGGERS or no_vowel or any(character.isdigit() for character in word)
+    return (
+        word.lower() in TRIGGERS or word.startswith("<") or no_vowel or any(character.isdigit() for character in word)
+    )
 
 
 def word_pattern(word: str) -> str:

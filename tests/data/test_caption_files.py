@@ -119,8 +119,8 @@ def test_lost_captions_are_counted_and_named(tmp_path: Path) -> None:
         (folder / name).write_text(name)
     (folder / "2.txt").write_text(" \n")
     assert read(folder).findings == (
-        "4 of 6 photos have no caption (2.jpg, 3.jpg, 4.jpg, and 1 more), so they "
-        "are trained on the instance prompt 'plain': add a text file such as 2.txt.",
+        "4 of 6 photos have no caption (2.jpg, 3.jpg, 4.jpg, and 1 more) and get the "
+        "prompt 'plain' instead: add a text file such as 2.txt.",
         "2 of 5 caption files belong to no photo (O.txt, notes.txt): name them like their photos, or remove them.",
     )
 

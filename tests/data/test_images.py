@@ -232,6 +232,7 @@ def test_guessing_triggers() -> None:
     assert guess_trigger("a professional photo of sks dog") == guess_trigger("ein Foto von sks Hund") == "sks"
     assert guess_trigger("a photo of my dog tqz") == "tqz" and guess_trigger("a photo of a big tok3 dog") == "tok3"
     assert guess_trigger("an oil painting of bobo cat") == "bobo" and guess_trigger("a selfie of bobo man") == "bobo"
+    assert guess_trigger("a photo of <ohwx>") == guess_trigger("<ohwx> dog on grass") == "<ohwx>"
     assert guess_trigger("a photo of a dog", class_word="dog") is None
     assert with_trigger("a red toy dog in snow", "sks", "toy dog") == "a red sks toy dog in snow"
     assert with_trigger("a sks dog", "sks", "dog") == "a sks dog"

@@ -175,6 +175,12 @@ def test_the_warnings_of_the_trainer_are_shown(engine: Engine, tmp_path: Path, m
 
     assert warnings() == ""
     assert "There is only 1 photo: use 3 to 10" in warnings(photos=photos[:1])
+    photos[1].with_suffix(".txt").write_text("a zwxq dog on grass")
+    lost = (
+        "2 of 3 photos have no caption (0.png, 2.png) and get the prompt 'a zwxq dog' instead: add a text file such as "
+    )
+    assert warnings(use_captions=True) == lost + "0.txt."
+    photos[1].with_suffix(".txt").unlink()
     assert "The base already knows the trigger 'cat'" in warnings("cat")
     assert "The validation prompt lacks the trigger 'zwxq'" in warnings(validation_prompt="a dog")
     assert "A learning_rate of 0.5 is outside the usual" in warnings(learning_rate=0.5)  # no dashes on a page

@@ -125,11 +125,19 @@ def preflight(engine: Engine, settings: Mapping[str, Any], images: Sequence[Path
         raise UserError("there are no photos to train on: drop 3 to 10 JPEG, PNG, WEBP or HEIC files")
     with tempfile.TemporaryDirectory() as folder:
         copies = Path(folder) / "photos"
-        copy_images(distinct(images), copies)
+        used = distinct(images)
+        copy_images(used, copies)
         folders = {"instance_data_dir": str(copies), "output_dir": str(library / ".jobs" / "next")}
         values = {**settings, **folders, "skip_unreadable": True}
         findings = check_on(TrainConfig.from_mapping(values), engine.pipe, engine.device)
     fatal = [finding.text for finding in findings if finding.fatal]
     if fatal:
-        raise UserError(without_dashes(" ".join(fatal)))
-    return [without_dashes(finding.text) for finding in findings]
+        raise UserError(_for_page(" ".join(fatal), used))
+    return [_for_page(finding.text, used) for finding in findings]
+
+
+def _for_page(text: str, images: Sequence[Path]) -> str:
+    """A finding in the page's words: without dashes, with the names of the images instead of those of their copies."""
+    for number, image in enumerate(images):
+        text = text.replace(f"{number:03d}-{image.stem}", image.stem)
+    return without_dashes(text)

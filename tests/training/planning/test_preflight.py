@@ -111,7 +111,7 @@ def test_lost_captions_are_findings(configure: Configure, tmp_path: Path) -> Non
         and not unread.fatal
     )
     found = texts(check(replace(config, use_captions=True)))
-    assert found.startswith("2 of 3 photos have no caption (1.png, 2.png), so they are trained on the instance prompt")
+    assert found.startswith("2 of 3 photos have no caption (1.png, 2.png) and get the prompt 'a photo of zqx dog'")
     (folder / "metadata.jsonl").write_text('{"file_name": "7.png", "text": "a zqx dog"}\n')
     found = texts(check(replace(config, use_captions=True)))
     assert "1 of 1 rows of metadata.jsonl name no photo of this folder (7.png)" in found and "2 of 3 photos" in found
