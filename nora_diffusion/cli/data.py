@@ -33,7 +33,8 @@ def run(values: argparse.Namespace) -> None:
     from ..data import survey
     from ..data.caption_files import read_captions
     from ..data.colors import color
-    from ..data.masks import FOLDER, with_masks
+    from ..data.folder import has_masks, left_out
+    from ..data.masks import with_masks
     from ..errors import UserError
     from ..training import TrainConfig
     from ..training.data.dataset import report_data, transform_of, views_of
@@ -50,14 +51,17 @@ def run(values: argparse.Namespace) -> None:
         print(f"rejected: {reject.reason}")
     if not photos:
         raise UserError(f"no file in {folder} can be used: see the reasons above")
-    if values.crop == "subject" or (folder / FOLDER).is_dir():
+    masked = values.crop == "subject" or has_masks(folder)
+    if masked:
         photos = with_masks(photos, folder)
+    others = left_out(folder, masked, [Path(values.out).expanduser()])
     paths = [photo.path for photo in photos]
     captions = read_captions(paths, values.instance_prompt or "(no caption)", True, values.caption_column)
-    for finding in captions.findings:
+    findings = [*captions.findings, *others.findings]
+    for finding in findings:
         print(f"warning: {finding}")
     views = views_of(transform_of(TrainConfig(**settings), values.resolution, BUCKET_STEP), photos, values.seed)
-    subject = Subject(photos, captions.texts, None, None, "", rejects, findings=captions.findings)
+    subject = Subject(photos, captions.texts, None, None, "", rejects, findings=findings, left_out=others.files)
     page = report_data(Path(values.out).expanduser(), subject, views)
     print(f"{len(photos)} photos, {len(rejects)} rejected: {page}")
 

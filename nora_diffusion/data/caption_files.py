@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import UserError
 from ..io.untrusted import clean, parse_json
-from .images import enumerated
+from .folder import enumerated
 
 METADATA = "metadata.jsonl"
 COLUMN = "text"

@@ -22,11 +22,11 @@ from PIL import Image, ImageOps
 from ..errors import UserError
 from .colors import WHITE, Color, to_rgb
 from .fingerprint import Fingerprint
+from .folder import Reject, enumerated, find_images
 from .formats import (
     MAX_DECODER_BYTES,
     MAX_STORED_PIXELS,
     decoder_bytes,
-    is_image,
     missing_share,
     open_image,
     reduced,
@@ -119,32 +119,8 @@ class Pixels(Sequence[Image.Image]):
         return Pixels(self.sources[index]) if isinstance(index, slice) else self.sources[index].image
 
 
-@dataclass(frozen=True)
-class Reject:
-    """A file that cannot be used, and the reason: a sentence that starts with its name."""
-
-    path: Path
-    reason: str
-
-
 class UnreadableImageError(UserError):
     """A file that cannot be used; the message starts with its name."""
-
-
-def find_images(folder: Path) -> list[Path]:
-    """The image files of ``folder``, sorted by name. Raises :class:`UserError` if there are none.
-
-    Files count by their suffix or by their header, so an image without a suffix is found too.
-    """
-    if folder.is_file():
-        raise UserError(f"{folder} is a file: give its folder")
-    if not folder.is_dir():
-        raise UserError(f"the photo folder {folder} does not exist: give a folder with JPEG, PNG, WEBP or HEIC files")
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    images = [p for p in files if is_image(p)]
-    if not images:
-        raise UserError(f"no photos in {folder}: put 3 to 10 JPEG, PNG, WEBP or HEIC files there")
-    return images
 
 
 def survey(folder: Path, workers: int = 0, background: Color = WHITE) -> tuple[list[SourceImage], list[Reject]]:
@@ -277,9 +253,3 @@ def _try_read(path: Path, background: Color) -> SourceImage | Reject:
         return read_source(path, background)
     except UnreadableImageError as error:
         return Reject(path, str(error))
-
-
-def enumerated(items: Sequence[str], separator: str = ", ", limit: int = 5) -> str:
-    """The first ``limit`` items, and the number of further ones."""
-    rest = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
-    return separator.join(items[:limit]) + rest

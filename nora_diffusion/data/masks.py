@@ -1,4 +1,4 @@
-"""Subject masks: an image of the same name in ``masks/``, else the alpha channel of the image itself."""
+"""Subject masks: the file that :func:`.folder.find_masks` finds, else the alpha channel of the image itself."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from .formats import is_image
-from .images import Mask, SourceImage, enumerated, read_source
+from .folder import MASK_FOLDERS, enumerated, find_masks
+from .images import Mask, SourceImage, read_source
 from .transforms import Box
 
 log = logging.getLogger(__name__)
 
-FOLDER = "masks"
 MAX_ASPECT_ERROR = 0.02
 HALF = 128
 
@@ -28,15 +27,14 @@ def with_masks(images: Sequence[SourceImage], folder: Path) -> list[SourceImage]
 
     Raises :class:`UserError` if no image has one, or if a mask is empty or of another shape than its image.
     """
-    files = {path.stem: path for path in sorted((folder / FOLDER).glob("*")) if is_image(path)}
-    unused = sorted(path.name for stem, path in files.items() if stem not in {image.path.stem for image in images})
+    files, unused = find_masks(folder, [image.path for image in images])
     if unused:
-        log.warning("%s: no photo has the name of %s", folder / FOLDER, enumerated(unused))
-    masked = [replace(image, mask=_mask(image, files.get(image.path.stem))) for image in images]
+        log.warning("%s: no photo has the name of %s", folder, enumerated([path.name for path in unused]))
+    masked = [replace(image, mask=_mask(image, files.get(image.path))) for image in images]
     if all(image.mask is None for image in masked):
         raise UserError(
             f"no photo in {folder} has a mask: put black and white images with the photos' names into "
-            f"{folder / FOLDER}, or use photos with a transparent background"
+            f"{folder / MASK_FOLDERS[0]}, or use photos with a transparent background"
         )
     return masked
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from ..io.files import write_atomic
 from ..reports.webpage import ImageTag, data_uri, heading, page, paragraph, table
-from .images import Reject, SourceImage
+from .folder import Reject
+from .images import SourceImage
 from .similarity import Duplicate
 from .transforms import View
 
@@ -54,6 +55,7 @@ class DataReport:
     duplicates: Sequence[Duplicate] = ()
     held_out: Sequence[SourceImage] = ()
     findings: Sequence[str] = ()
+    left_out: Sequence[Reject] = ()
 
     def write(self, folder: Path) -> Path:
         """Write ``data_report.json`` and the self-contained ``data_report.html``; returns the path of the page.
@@ -69,6 +71,7 @@ class DataReport:
             "photos": [_row_json(row) for row in self.rows],
             "held_out": [image.path.name for image in self.held_out],
             "rejects": [{"file": reject.path.name, "reason": reject.reason} for reject in self.rejects],
+            "left_out": [{"file": reject.path.name, "reason": reject.reason} for reject in self.left_out],
             "duplicates": [
                 {"files": [d.first.path.name, d.second.path.name], "bits": d.distance, "same_file": d.same_file}
                 for d in self.duplicates
@@ -88,6 +91,8 @@ class DataReport:
             parts += [heading("Problems"), *map(paragraph, self.findings)]
         if self.rejects:
             parts += [heading("Rejected"), table(("file", "reason"), [(r.path.name, r.reason) for r in self.rejects])]
+        if self.left_out:
+            parts += [heading("Left out"), table(("file", "reason"), [(r.path.name, r.reason) for r in self.left_out])]
         if self.duplicates:
             pairs = [
                 (d.first.path.name, d.second.path.name, "same file" if d.same_file else "looks the same")

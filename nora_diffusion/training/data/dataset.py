@@ -77,4 +77,7 @@ def report_data(folder: Path, subject: Subject, views: Sequence[Sequence[View]])
     duplicates = find_duplicates(subject.images)
     for pair in duplicates[:5]:
         log.warning("%s: it counts twice", pair)
-    return DataReport(rows, subject.rejects, duplicates, subject.held_out, subject.findings).write(folder)
+    report = DataReport(
+        rows, subject.rejects, duplicates, subject.held_out, subject.findings, subject.left_out
+    )  # fmt: skip
+    return report.write(folder)

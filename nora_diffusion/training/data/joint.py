@@ -39,6 +39,7 @@ def read_joint(config: TrainConfig) -> Subject:
         class_prompt=config.class_prompt or "",
         class_prompts=[prompt for member in members for prompt in member.class_prompts],
         findings=[f"{member.name}: {finding}" for member in members for finding in member.findings],
+        left_out=[file for member in members for file in member.left_out],
         members=members,
     )
 

@@ -14,6 +14,7 @@ from ...data.caption_files import read_captions
 from ...data.captions import guess_trigger, has_word, with_article, with_trigger
 from ...data.class_words import guess_class_word
 from ...data.colors import color
+from ...data.folder import left_out
 from ...data.masks import with_masks
 from ...errors import UserError
 from ..settings.config import TrainConfig
@@ -42,6 +43,8 @@ class Subject:
     class_prompts: Sequence[str] = ()
     """The class prompt of each image, with prior preservation. Members may have different ones."""
     findings: Sequence[str] = ()
+    left_out: Sequence[Reject] = ()
+    """Files of the photo folder that are not read."""
     """Problems of the data with their remedies, one sentence each, for preflight and the data report."""
     name: str = ""
     members: Sequence[Subject] = ()
@@ -95,6 +98,7 @@ def read_subject(config: TrainConfig) -> Subject:
     """
     prompt, class_prompt = _instance_prompt(config), _class_prompt(config)
     images, rejects = _read_images(config)
+    others = left_out(_folder(config), uses_masks(config), (config.folder, class_folder(config)))
     images, held_out = hold_out(images, config.validation_split or 0)
     read = read_captions([image.path for image in images], prompt, config.use_captions, config.caption_column)
     captions = read.texts
@@ -110,20 +114,32 @@ def read_subject(config: TrainConfig) -> Subject:
         images, captions, trigger, class_word, _data_hash(images, captions), rejects, held_out,
         new_tokens=new_tokens_of(config, trigger, class_word), instance_prompt=prompt, class_prompt=class_prompt,
         class_prompts=[class_prompt] * len(images) if config.with_prior_preservation else [],
-        findings=read.findings,
+        findings=[*read.findings, *others.findings], left_out=others.files,
     )  # fmt: skip
 
 
 def _read_images(config: TrainConfig) -> tuple[list[SourceImage], list[Reject]]:
-    images, rejects = _read_unmasked(config)
-    if config.crop != "subject" and config.background_loss_weight is None:
-        return images, rejects
-    return with_masks(images, Path(config.instance_data_dir or "").expanduser()), rejects
+    images, rejects = read_folder(config, _folder(config))
+    return with_masks(images, _folder(config)) if uses_masks(config) else images, rejects
 
 
-def _read_unmasked(config: TrainConfig) -> tuple[list[SourceImage], list[Reject]]:
-    folder, workers = Path(config.instance_data_dir or "").expanduser(), config.dataloader_num_workers
-    background = color(config.background)
+def _folder(config: TrainConfig) -> Path:
+    return Path(config.instance_data_dir or "").expanduser()
+
+
+def class_folder(config: TrainConfig) -> Path:
+    """The folder of the class images."""
+    return Path(config.class_data_dir).expanduser() if config.class_data_dir else config.folder / "class_images"
+
+
+def uses_masks(config: TrainConfig) -> bool:
+    """Whether subject masks are read."""
+    return config.crop == "subject" or config.background_loss_weight is not None
+
+
+def read_folder(config: TrainConfig, folder: Path) -> tuple[list[SourceImage], list[Reject]]:
+    """The images of a folder. Unusable files are returned with ``skip_unreadable``; else :class:`UserError`."""
+    workers, background = config.dataloader_num_workers, color(config.background)
     if not config.skip_unreadable:
         return read_images(folder, workers, background), []
     images, rejects = survey(folder, workers, background)

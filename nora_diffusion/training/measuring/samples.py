@@ -21,7 +21,7 @@ from ...io.files import locked_folder
 from ...io.run_layout import image_name
 from ...pipelines.components import denoiser
 from ...pipelines.precision import MIXED_DTYPES
-from ..settings.config import TrainConfig
+from ..data.subject import class_folder
 from ..settings.resolved import ResolvedConfig
 from ..step.denoiser import networks
 from ..step.randomness import derive
@@ -35,11 +35,6 @@ def count_images(folder: Path) -> int:
         return len(find_images(folder))
     except UserError:
         return 0
-
-
-def class_folder(config: TrainConfig) -> Path:
-    """The folder of the class images."""
-    return Path(config.class_data_dir).expanduser() if config.class_data_dir else config.folder / "class_images"
 
 
 def fill_class_images(pipe: Any, config: ResolvedConfig, prompt: str, check: Callable[[], None]) -> int:

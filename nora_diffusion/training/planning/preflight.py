@@ -21,7 +21,8 @@ from ...io.run_layout import CHECKPOINTS, checkpoint_steps
 from ...loaders import check_adapter
 from ...pipelines.components import targets_by_component
 from ..data.prompts import token_limit, truncated_prompts
-from ..measuring.samples import class_folder, count_images
+from ..data.subject import class_folder
+from ..measuring.samples import count_images
 from ..settings.defaults import USUAL_FACTORS, USUAL_TEXT_RATES, USUAL_TOKEN_RATES, usual_rates
 from ..step.denoiser import native_resolution, networks
 from ..step.memory import Estimate, available, estimate

@@ -14,7 +14,8 @@ from ..data.dataset import class_views, report_data, transform_of, views_of
 from ..data.encoding_cache import EncodingCache
 from ..data.latents import Latents, encode_images
 from ..data.prompts import PromptEmbeddings
-from ..measuring.samples import class_folder, fill_class_images
+from ..data.subject import class_folder
+from ..measuring.samples import fill_class_images
 from ..planning.checkpoints import check_identity
 from ..planning.plan import Plan
 from ..planning.rundir import RunFolder
