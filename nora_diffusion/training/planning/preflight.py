@@ -14,17 +14,20 @@ import torch
 
 from ...adapters.tuner.build import flat_weight
 from ...data.captions import TRIGGERS, has_word
+from ...data.folder import enumerated
+from ...data.transforms import Box
 from ...errors import UserError
 from ...formats.adapter_info import info_from
 from ...generation.image_settings import read_settings
 from ...io.run_layout import CHECKPOINTS, checkpoint_steps
 from ...loaders import check_adapter
 from ...pipelines.components import targets_by_component
+from ..data.dataset import transform_of, views_of
 from ..data.prompts import token_limit, truncated_prompts
 from ..data.subject import class_folder
 from ..measuring.samples import count_images
 from ..settings.defaults import USUAL_FACTORS, USUAL_TEXT_RATES, USUAL_TOKEN_RATES, usual_rates
-from ..step.denoiser import native_resolution, networks
+from ..step.denoiser import bucket_multiple, native_resolution, networks
 from ..step.memory import Estimate, available, estimate
 from ..step.optimization import scaled_rate
 from .plan import Plan
@@ -55,7 +58,8 @@ def preflight(plan: Plan) -> list[Finding]:
     """Run all checks; takes seconds and writes nothing."""
     size = _estimate(plan)
     return [
-        *_base(plan), *_disk(plan, size), *_memory(plan, size), *_photos(plan), *_data(plan), *_trigger(plan),
+        *_base(plan), *_disk(plan, size), *_memory(plan, size), *_photos(plan), *_masks(plan), *_data(plan),
+        *_trigger(plan),
         *_new_tokens(plan), *_prompts(plan), *_lengths(plan), *_rank(plan), *_rates(plan), *_file(plan),
         *_measured(plan), *_class_images(plan), *_upload(plan), *_without_effect(plan),
     ]  # fmt: skip
@@ -172,6 +176,30 @@ def _photos(plan: Plan) -> Iterator[Finding]:
 
 def _data(plan: Plan) -> Iterator[Finding]:
     yield from map(Finding, plan.subject.findings)
+
+
+def _masks(plan: Plan) -> Iterator[Finding]:
+    """Photos whose crops are all outside their masks; with a background weight of 0 nothing is learned from them."""
+    config, images = plan.config, plan.subject.images
+    if config.background_loss_weight != 0:
+        return
+    transform = transform_of(config, config.resolution, bucket_multiple(plan.pipe))
+    views = views_of(transform, images, config.seed)
+    missed = [
+        image.path.name
+        for image, own in zip(images, views, strict=True)
+        if image.mask is not None and not any(_overlap(view.box, image.mask.box) for view in own)
+    ]
+    if missed:
+        yield Finding(
+            f"No crop of {len(missed)} of {len(images)} photos shows the subject ({enumerated(missed)}), so nothing is "
+            "learned from them: use --crop subject, or a --background_loss_weight above 0.",
+            fatal=len(missed) == len(images),
+        )
+
+
+def _overlap(first: Box, second: Box) -> bool:
+    return all(first[i] < second[i + 2] and second[i] < first[i + 2] for i in (0, 1))
 
 
 def _trigger(plan: Plan) -> Iterator[Finding]:

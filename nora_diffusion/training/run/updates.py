@@ -19,6 +19,8 @@ from .run import Run
 
 MAX_SKIPS = 20
 """Consecutive steps that may be skipped because fp16 gradients overflow, before training stops."""
+MAX_ZERO_STEPS = 100
+"""Steps at the start of a run, and at least one pass over the photos, that may have a gradient of exactly 0."""
 
 
 class Updates:
@@ -28,6 +30,7 @@ class Updates:
         self.run, self.accelerator, self.folder = run, accelerator, folder
         self.skipped = 0
         """Consecutive skipped steps since this start. Not saved: checkpoints have the state of the scaler."""
+        self.has_learned = any(loss > 0 for step, loss, _ in folder.steps() if step <= run.first_step)
 
     def apply(self, step: int, total: Tensor) -> tuple[float, float]:
         """Apply the accumulated gradients of a step with mean loss ``total``; return loss and gradient norm.
@@ -42,6 +45,12 @@ class Updates:
         dropped = drop_finished_gradients(run.parameters, run.config, step)
         first = run.schedule.last_epoch == 0  # counts the steps that were not skipped
         norm = self._update(step)
+        self.has_learned = self.has_learned or norm > 0 or bool(dropped)
+        if not self.has_learned and step + 1 >= min(run.last_step, max(MAX_ZERO_STEPS, run.plan.epoch_steps)):
+            raise UserError(
+                f"the gradient of all {step + 1} steps is exactly 0, so nothing was learned and no adapter is written: "
+                "check the photos and their masks, --background_loss_weight and the range of timesteps"
+            )
         # A loss of 0 has no gradient. It occurs if a crop misses the subject and the background has weight 0.
         if norm == 0 and loss > 0 and first and not dropped:
             raise UserError(

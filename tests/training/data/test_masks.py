@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from nora_diffusion.data.masks import mask_pixels, subject_box, with_masks
 from nora_diffusion.data.transforms import Transform, View
 from nora_diffusion.errors import UserError
 from nora_diffusion.pipelines.base import load_base
-from nora_diffusion.training import train
+from nora_diffusion.training import check, train
 from nora_diffusion.training.data.latents import encode_images
 from nora_diffusion.training.step.objective import Objective
 
@@ -165,11 +166,54 @@ def test_a_run_with_masks(configure: Configure, masked: Path, tmp_path: Path) ->
         train(configure(instance_data_dir=str(masked), background_loss_weight=0.1))
 
 
+CROPPED = {"background_loss_weight": 0.0, "crop": "center", "train_batch_size": 1}
+
+
 def test_a_crop_without_the_subject_has_loss_0(configure: Configure, tmp_path: Path) -> None:
     """With background weight 0, such a crop has loss 0 and training goes on."""
+    folder = write_photos(tmp_path / "beside", 2)
+    (folder / "masks").mkdir()
+    paint((0, 0, 1, 1)).save(folder / "masks" / "0.png")
+    paint((4, 4, 20, 16)).save(folder / "masks" / "1.png")
+    config = configure(instance_data_dir=str(folder), max_train_steps=6, **CROPPED)
+    words = "No crop of 1 of 2 photos shows the subject (0.png), so nothing is learned from them: use --crop subject"
+    assert [words in finding.text for finding in check(config)].count(True) == 1
+    assert train(config).steps == 6
+    found = losses(tmp_path / "run")
+    assert found.count(0) == 3 and all(loss > 0 for loss in found if loss)
+
+
+def test_masks_without_a_subject_are_refused(configure: Configure, tmp_path: Path) -> None:
+    """If no crop shows the subject, or nothing is opaque, all losses would be 0."""
     folder = write_photos(tmp_path / "beside", 1)
     (folder / "masks").mkdir()
     paint((0, 0, 1, 1)).save(folder / "masks" / "0.png")
-    crops = {"background_loss_weight": 0.0, "crop": "center", "train_batch_size": 1, "max_train_steps": 2}
-    assert train(configure(instance_data_dir=str(folder), **crops)).steps == 2
-    assert losses(tmp_path / "run") == [0, 0]
+    config = configure(instance_data_dir=str(folder), max_train_steps=2, **CROPPED)
+    with pytest.raises(UserError, match="No crop of 1 of 1 photos shows the subject"):
+        train(config)
+    shutil.rmtree(folder / "masks")
+    for alpha, words in ((0, "is wholly transparent"), (1, "shows no subject"), (100, "shows no subject")):
+        Image.new("RGBA", (24, 20), (200, 30, 40, alpha)).save(folder / "0.png")
+        with pytest.raises(UserError, match=words):
+            train(config)
+    assert not config.folder.exists()
+
+
+@pytest.mark.parametrize("steps", [3, 200])
+def test_a_run_that_learns_nothing_writes_no_adapter(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """Whatever the reason for losses of 0; also if the run is resumed."""
+    monkeypatch.setattr(Objective, "weights", lambda self, times: torch.zeros(len(times)))
+    monkeypatch.setattr("nora_diffusion.training.run.updates.MAX_ZERO_STEPS", 5)
+    config = configure(max_train_steps=steps, checkpointing_steps=2)
+    with pytest.raises(UserError, match=rf"gradient of all {min(steps, 5)} steps is exactly 0, so nothing was learned"):
+        train(config)
+    assert not (config.folder / "nora_adapter.safetensors").exists() and losses(config.folder) == [0] * (
+        min(steps, 5) - 1
+    )
+    with pytest.raises(UserError, match="nothing was learned"):
+        train(replace(config, resume_from_checkpoint="latest"))
+    monkeypatch.undo()
+    train(replace(config, resume_from_checkpoint="latest", max_train_steps=6))
+    assert (config.folder / "nora_adapter.safetensors").exists()
