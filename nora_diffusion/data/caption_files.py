@@ -1,10 +1,11 @@
 """Captions of images: one prompt for all, caption files beside the images, or the rows of ``metadata.jsonl``.
 
-Names are compared as Unicode NFC. A name in another case belongs to an image only if no other image has it exactly.
+A name that differs in its Unicode form or its case belongs to an image only if no other image has it exactly.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import unicodedata
 from collections import Counter
@@ -19,6 +20,18 @@ from .folder import enumerated
 METADATA = "metadata.jsonl"
 COLUMN = "text"
 SUFFIXES = (".txt", ".caption")
+
+
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _folded(name: str) -> str:
+    return _nfc(name).casefold()
+
+
+SPELLINGS: tuple[Callable[[str], str], ...] = (str, _nfc, _folded)
+"""Ways to compare names, the strictest first."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +54,9 @@ def read_captions(
     folder = images[0].parent
     entries = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     texts = [path for path in entries if path.suffix.lower() in SUFFIXES]
-    others = [path for path in entries if path not in texts and path.name != METADATA]
-    beside = caption_files(images, texts)
+    others = [path for path in entries if path.suffix.lower() not in SUFFIXES and path.name != METADATA]
+    owned = caption_files(others, texts)
+    beside = {image: owned[image] for image in images if image in owned}
     has_rows = (folder / METADATA).is_file()
     if not sidecars and not column:
         if not prompt:
@@ -56,7 +70,7 @@ def read_captions(
         own, findings = _from_rows(list(_rows(folder / METADATA, column or COLUMN)), others)
     if sidecars:
         own |= {image: text for image, files in beside.items() if (text := read_caption(files[0]))}
-        findings += [*_ambiguous(beside), *_orphans(texts, caption_files(others, texts))]
+        findings += [*_ambiguous(beside), *_orphans(texts, owned)]
     missing = [image.name for image in images if image not in own]
     if missing:
         count = f"{len(missing)} of {len(images)} photos have no caption ({named(missing)})"
@@ -69,15 +83,15 @@ def read_captions(
 
 def caption_files(images: Iterable[Path], files: Iterable[Path]) -> dict[Path, list[Path]]:
     """The caption files of each image, best first: for ``0.jpg`` these are ``0.jpg.txt``, ``0.txt``, ``0.caption``."""
-    exact: dict[str, list[Path]] = {}
-    folded: dict[str, list[Path]] = {}
+    owners: list[dict[str, list[Path]]] = [{} for _ in SPELLINGS]
     for image in images:
-        for stem in {image.name, image.stem}:
-            exact.setdefault(_nfc(stem), []).append(image)
-            folded.setdefault(_folded(stem), []).append(image)
+        for spelling, by_stem in zip(SPELLINGS, owners, strict=True):
+            for stem in {spelling(image.name), spelling(image.stem)}:
+                by_stem.setdefault(stem, []).append(image)
     found: dict[Path, list[Path]] = {}
     for file in files:
-        for image in exact.get(_nfc(file.stem)) or folded.get(_folded(file.stem), []):
+        named_alike = (by_stem.get(spelling(file.stem)) for spelling, by_stem in zip(SPELLINGS, owners, strict=True))
+        for image in next(filter(None, named_alike), []):
             found.setdefault(image, []).append(file)
     for image, own in found.items():
         own.sort(key=lambda f: (_folded(f.stem) != _folded(image.name), SUFFIXES.index(f.suffix.lower())))
@@ -199,24 +213,13 @@ def _from_rows(rows: Sequence[_Row], files: Sequence[Path]) -> tuple[dict[Path, 
 
 
 def _target(row: _Row, files: Sequence[Path]) -> tuple[int, Path] | None:
-    """The file that a row names, if there is one, and how: 0 by its path, 1 in another case, 2 and 3 by its name."""
-    spellings: tuple[tuple[Callable[[str], str], int], ...] = (
-        (_nfc, len(row.parts)), (_folded, len(row.parts)), (_nfc, 1), (_folded, 1),
-    )  # fmt: skip
-    for level, (spelling, count) in enumerate(spellings):
+    """The file that a row names, if there is one, and how: 0 to 2 by its path, 3 to 5 by its base name."""
+    for level, (count, spelling) in enumerate(itertools.product((len(row.parts), 1), SPELLINGS)):
         wanted = [spelling(part) for part in row.parts[-count:]]
         found = [path for path in files if [spelling(part) for part in path.absolute().parts[-count:]] == wanted]
         if found:
             return (level, found[0]) if len(found) == 1 else None
         # os.path, since Path.exists raises for impossible names
-        if level == 1 and files and os.path.exists(files[0].parent.joinpath(*row.parts)):  # noqa: PTH110
+        if spelling is _folded and files and os.path.exists(files[0].parent.joinpath(*row.parts)):  # noqa: PTH110
             return None  # the path of another file, in a sub-folder
     return None
-
-
-def _nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
-
-
-def _folded(name: str) -> str:
-    return _nfc(name).casefold()

@@ -113,6 +113,28 @@ def test_a_row_for_two_photos_is_not_used(tmp_path: Path) -> None:
     assert read(tmp_path).texts == ["plain", "plain", "b"] and "(A.JPG)" in read(tmp_path).findings[1]
 
 
+def test_an_exact_name_comes_first(tmp_path: Path) -> None:
+    names = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")] + ["a", "A"]
+    folder = folder_of(tmp_path, *(f"{name}.jpg" for name in names))
+    if len(find_images(folder)) < 4:
+        pytest.skip("this file system ignores case or Unicode forms")
+    write_rows(folder, *((f"{name}.jpg", name) for name in names))
+    assert read(folder, None) == Captions([path.stem for path in find_images(folder)])
+    for name in names:
+        (folder / f"{name}.txt").write_text(f"text {name}")
+    assert read(folder, None) == Captions([f"text {path.stem}" for path in find_images(folder)])
+
+
+def test_captions_of_photos_that_are_not_trained_stay_theirs(tmp_path: Path) -> None:
+    """Held-out and unreadable photos have captions too."""
+    folder = folder_of(tmp_path, "0.jpg", "a.jpg")
+    for name in ("0.txt", "A.txt", "a.txt"):
+        (folder / name).write_text(name)
+    write_rows(folder, ("0.jpg", "row 0"), ("a.jpg", "row a"))
+    assert read_captions([folder / "0.jpg"], None, sidecars=True) == Captions(["0.txt"])
+    assert read_captions([folder / "0.jpg"], None, column="text") == Captions(["row 0"])
+
+
 def test_lost_captions_are_counted_and_named(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, *(f"{n}.jpg" for n in range(6)))
     for name in ("0.txt", "1.txt", "O.txt", "notes.txt"):
