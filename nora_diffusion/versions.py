@@ -8,12 +8,12 @@ from packaging.specifiers import SpecifierSet
 
 REQUIRED = {
     "torch": ">=2.10",
-    "diffusers": ">=0.40,<0.44",
-    "transformers": ">=5.6,<6",
+    "diffusers": ">=0.41,<0.44",
+    "transformers": ">=5.10.1,<6",
     "accelerate": ">=1.10",
     "peft": ">=0.20,<0.23",
     "safetensors": ">=0.8",
-    "huggingface_hub": ">=1.23",
+    "huggingface_hub": ">=1.32",
     "Pillow": ">=11.1",
     "numpy": ">=2.0",
 }

@@ -46,7 +46,7 @@ def test_a_release_outside_its_range_is_refused(name: str, versions: str, fits: 
             check_installed({name: versions})
 
 
-@pytest.mark.parametrize(("name", "version"), [("transformers", "5.5.4"), ("diffusers", "0.39.0"), ("peft", "0.23.0")])
+@pytest.mark.parametrize(("name", "version"), [("transformers", "5.9.0"), ("diffusers", "0.40.0"), ("peft", "0.23.0")])
 def test_the_package_does_not_import_with_it(tmp_path: Path, name: str, version: str) -> None:
     folder = tmp_path / f"{name}-{version}.dist-info"
     folder.mkdir()
@@ -64,7 +64,7 @@ def test_the_package_does_not_import_with_it(tmp_path: Path, name: str, version:
 
 def test_the_lowest_releases_are_constraints_for_pip() -> None:
     without, with_torch = constraints(torch=False), constraints(torch=True)
-    assert "transformers==5.6" in without
+    assert "transformers==5.10.1" in without
     assert "gradio==6.31" in without
     assert "torch==2.10" in with_torch
     assert [line for line in without if line.startswith("torch==")] == [
