@@ -129,6 +129,8 @@ def _persist(page: Page, form: SimpleNamespace) -> None:
 
 def _wire(app: App, form: SimpleNamespace, chosen: gr.Dropdown) -> Any:
     """Wire the form. Returns the event that starts a training."""
+    # Progress and errors only on the report: Gradio would cover the photos and fields with them, an error for good.
+    shown = {"api_visibility": "private", "show_progress_on": form.report}
     photos = [form.photos, form.prepared, form.report, form.errors]
     values = [
         form.photos, form.preset, form.trigger, form.word, form.method, form.steps, form.rate, form.encoder, form.prior,
@@ -137,19 +139,18 @@ def _wire(app: App, form: SimpleNamespace, chosen: gr.Dropdown) -> Any:
     gr.on(  # not `change`: choosing an example clears the field
         [form.dropped.upload, form.dropped.clear, form.dropped.delete],
         handler(lambda files: read_upload(app, files)), form.dropped, photos, api_name="train_photos",
-        api_visibility="private", **ALWAYS_LAST,
+        **shown, **ALWAYS_LAST,
     )  # fmt: skip
     form.examples.select(
         handler(example_handler(app)), None, [*photos, form.name, form.trigger, form.word, form.dropped],
-        api_name="train_example", api_visibility="private",
+        api_name="train_example", **shown,
     )  # fmt: skip
     form.check.click(
         handler(check_handler(app)), [form.name, form.errors, *values], [form.found, form.prepared, form.report],
-        api_name="train_check", api_visibility="private",
+        api_name="train_check", **shown,
     )  # fmt: skip
     return form.start.click(
-        handler(start_handler(app)), [form.name, *values], [form.found, chosen], api_name="train_start",
-        api_visibility="private",
+        handler(start_handler(app)), [form.name, *values], [form.found, chosen], api_name="train_start", **shown,
     )  # fmt: skip
 
 
