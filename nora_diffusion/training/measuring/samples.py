@@ -13,28 +13,20 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ...data import find_images
-from ...errors import UserError
+from ...data.folder import enumerated
 from ...generation.image_settings import ImageSettings, save_image
 from ...generation.sampling import Sampling, describe_image, sample_images
 from ...io.files import locked_folder
 from ...io.run_layout import image_name
 from ...pipelines.components import denoiser
 from ...pipelines.precision import MIXED_DTYPES
+from ..data.class_images import read_class_images
 from ..data.subject import class_folder
 from ..settings.resolved import ResolvedConfig
 from ..step.denoiser import networks
 from ..step.randomness import derive
 
 log = logging.getLogger(__name__)
-
-
-def count_images(folder: Path) -> int:
-    """The number of images in a folder; 0 if it does not exist."""
-    try:
-        return len(find_images(folder))
-    except UserError:
-        return 0
 
 
 def fill_class_images(pipe: Any, config: ResolvedConfig, prompt: str, check: Callable[[], None]) -> int:
@@ -45,7 +37,7 @@ def fill_class_images(pipe: Any, config: ResolvedConfig, prompt: str, check: Cal
     """
     folder = class_folder(config)
     with locked_folder(folder):
-        missing = config.num_class_images - count_images(folder)
+        missing = config.num_class_images - len(read_class_images(config).images)
         if missing > 0:
             _generate_class_images(pipe, folder, config, prompt, missing, check)
         return max(missing, 0)
@@ -56,6 +48,12 @@ def _generate_class_images(
 ) -> None:
     names = [f"class-{number:05d}.png" for number in range(config.num_class_images + missing)]
     missing_names = [name for name in names if not (folder / name).exists()][:missing]
+    deleted = [name for name in missing_names if any((folder / later).exists() for later in names[names.index(name) :])]
+    if deleted:
+        log.warning(
+            "%s: the seed of a class image depends on its name and on --seed, so deleted ones come back the same (%s): "
+            "to replace one, put another image in its place", folder, enumerated(deleted),
+        )  # fmt: skip
     autocast = MIXED_DTYPES[config.prior_generation_precision or _fast_precision(pipe)]
     for start in tqdm(range(0, missing, config.sample_batch_size), desc="class images", mininterval=1.0):
         check()

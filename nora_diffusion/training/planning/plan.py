@@ -19,6 +19,7 @@ from ...data.caption_variants import CaptionVariants
 from ...errors import UserError
 from ...pipelines.components import denoiser
 from ...pipelines.precision import MIXED_DTYPES
+from ..data.class_images import ClassImages, read_class_images
 from ..data.dataset import caption_variants
 from ..data.subject import Subject
 from ..data.tokens import check_new_tokens
@@ -78,6 +79,11 @@ class Plan:
     def captions(self) -> CaptionVariants:
         """The captions that may be drawn for each image."""
         return caption_variants(self.config, self.subject.captions)
+
+    @functools.cached_property
+    def class_images(self) -> ClassImages:
+        """The class images that exist before the run."""
+        return read_class_images(self.config)
 
     @property
     def prompts(self) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,14 +17,13 @@ from ...data.folder import enumerated
 from ...data.transforms import Box
 from ...errors import UserError
 from ...formats.adapter_info import info_from
-from ...generation.image_settings import read_settings
 from ...io.run_layout import CHECKPOINTS, checkpoint_steps
 from ...loaders import check_adapter
+from ...pipelines.base import base_id
 from ...pipelines.components import targets_by_component
+from ..data.class_images import class_image_findings, uses_class_images
 from ..data.dataset import transform_of, views_of
 from ..data.prompts import token_limit, truncated_prompts
-from ..data.subject import class_folder
-from ..measuring.samples import count_images
 from ..settings.defaults import USUAL_FACTORS, USUAL_TEXT_RATES, USUAL_TOKEN_RATES, usual_rates
 from ..step.denoiser import bucket_multiple, native_resolution, networks
 from ..step.memory import Estimate, available, estimate
@@ -105,8 +103,8 @@ def _disk(plan: Plan, size: Estimate) -> Iterator[Finding]:
     existing = len(checkpoint_steps(plan.folder / CHECKPOINTS))
     added = max(min(planned, limit) - existing, 0)
     image_bytes = 0
-    if config.with_prior_preservation:
-        missing = config.num_class_images - count_images(class_folder(config))
+    if uses_class_images(config):
+        missing = config.num_class_images - len(plan.class_images.images)
         image_bytes = max(missing, 0) * 2 * config.resolution**2
     least = SPARE_BYTES + 2 * size.checkpoint_bytes + image_bytes
     total = least + added * size.checkpoint_bytes
@@ -344,19 +342,10 @@ def _measured(plan: Plan) -> Iterator[Finding]:
 
 
 def _class_images(plan: Plan) -> Iterator[Finding]:
-    config = plan.config
-    if not config.with_prior_preservation or config.prior_preservation == "frozen":
-        return
-    prompts = []
-    for path in sorted(class_folder(config).glob("class-*.png")):
-        with contextlib.suppress(UserError):  # an image without stored settings
-            prompts.append(read_settings(path).prompt)
-    others = [prompt for prompt in prompts if prompt != plan.subject.class_prompt]
-    if others:
-        yield Finding(
-            f"{len(others)} of the class images in {class_folder(config)} were generated with '{others[0]}', not with "
-            f"'{plan.subject.class_prompt}': choose another --class_data_dir, or remove them."
-        )
+    if uses_class_images(plan.config):
+        skip = plan.config.skip_unreadable
+        for text, fatal in class_image_findings(plan.class_images, plan.subject, base_id(plan.pipe), skip):
+            yield Finding(text, fatal)
 
 
 def _upload(plan: Plan) -> Iterator[Finding]:

@@ -9,12 +9,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ...data import read_images
+from ..data.class_images import read_class_images, uses_class_images
 from ..data.dataset import class_views, report_data, transform_of, views_of
 from ..data.encoding_cache import EncodingCache
 from ..data.latents import Latents, encode_images
 from ..data.prompts import PromptEmbeddings
-from ..data.subject import class_folder
 from ..measuring.samples import fill_class_images
 from ..planning.checkpoints import check_identity
 from ..planning.plan import Plan
@@ -79,12 +78,12 @@ def encode_all(
     if folder.owner:
         report_data(folder.path, subject, views)
     latents = encode_images(pipe.vae, subject.images, views, config.background_loss_weight, cache)
-    if not config.with_prior_preservation or config.prior_preservation == "frozen":
+    if not uses_class_images(config):
         return latents, None, ""
     if folder.owner:
         fill_class_images(pipe, config, subject.class_prompt, check)
     wait_for_everyone()
-    images = read_images(class_folder(config), config.dataloader_num_workers)[: config.num_class_images]
+    images = read_class_images(config).images[: config.num_class_images]
     class_hash = str(derive(0, *(image.sha256 for image in images)))
     cropped = class_views(transform, images, derive(config.seed, "class"), views)
     return latents, encode_images(pipe.vae, images, cropped, cache=cache), class_hash

@@ -12,6 +12,17 @@ from typing import Any, Literal
 
 from ...errors import UserError
 
+OTHER_NAMES = {
+    "train_data_dir": "instance_data_dir", "dataset_name": "instance_data_dir", "image_dir": "instance_data_dir",
+    "reg_data_dir": "class_data_dir", "conditioning_data_dir": "background_loss_weight",
+    "alpha_mask": "background_loss_weight", "masked_loss": "background_loss_weight", "network_dim": "rank",
+    "network_alpha": "alpha", "lora_alpha": "alpha", "network_module": "method", "network_train_unet_only": "placement",
+    "unet_lr": "learning_rate", "lr_warmup": "lr_warmup_steps", "max_train_epochs": "num_train_epochs",
+    "save_every_n_steps": "checkpointing_steps", "caption_extension": "use_captions", "enable_bucket": "aspect_buckets",
+    "output_name": "output_dir", "flip_aug": "random_flip", "shuffle_caption": "shuffle_tags",
+    "min_snr_gamma": "snr_gamma", "save_precision": "save_dtype",
+}  # fmt: skip
+"""Names that other trainers give to our settings: kohya's scripts, diffusers' text-to-image script."""
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
 
@@ -38,6 +49,8 @@ def unknown_argument(words: Sequence[str], known: Iterable[str], command: str) -
 def close_matches(name: str, known: Iterable[str]) -> list[str]:
     """The closest spelling, else up to three names that contain ``name`` as a word or have it as initials."""
     names = list(known)
+    if OTHER_NAMES.get(name) in names:
+        return [OTHER_NAMES[name]]
     if close := difflib.get_close_matches(name, names, n=1, cutoff=0.65):
         return close
     words = [(other, other.split("_")) for other in names]

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from factories import tiny_random_pipeline, write_photos
+from PIL import Image
 from runs import Configure, assert_equal_tensors
 from safetensors.torch import load_file
 
@@ -164,7 +165,8 @@ def test_prior_preservation_fills_and_reuses_class_images(configure: Configure, 
     (folder / sorted(made)[0]).unlink()
     train(configure(**prior, output_dir=str(tmp_path / "third")))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == made
-    write_photos(folder, 1)  # an image without settings, so without a prompt to compare
+    with Image.open(folder / sorted(made)[0]) as image:  # without settings, so without a prompt to compare
+        image.rotate(90).save(folder / "own.png")
     prior["output_dir"] = str(tmp_path / "fourth")
     findings = "\n".join(finding.text for finding in check(configure(**{**prior, "class_prompt": "a photo of cat"})))
     assert (

@@ -20,6 +20,7 @@ from nora_diffusion.training.settings.checks import BOUNDS, check_config
 from nora_diffusion.training.settings.config import Tag, settings
 from nora_diffusion.training.settings.defaults import usual_rates, with_defaults
 from nora_diffusion.training.settings.methods import parameters_of
+from nora_diffusion.training.settings.values import OTHER_NAMES
 
 # fmt: off
 DIFFUSERS_FLAGS = [
@@ -103,6 +104,9 @@ def test_secrets_are_not_written() -> None:
     [
         (["--learning_rat", "1"], "unknown flag '--learning_rat': did you mean --learning_rate?"),
         (["--lr", "1"], "did you mean --learning_rate or --text_encoder_lr or --token_lr?"),
+        (["--train_data_dir", "x"], "unknown flag '--train_data_dir': did you mean --instance_data_dir?"),
+        (["--reg_data_dir=x"], "did you mean --class_data_dir?"),
+        (["--network_dim", "4"], "did you mean --rank?"),
         (["--epochs", "1"], "did you mean --num_train_epochs or"),
         (["--frobnicate"], "unknown flag '--frobnicate': no flag has a similar name; see"),
         (["--instance_prompt", "a", "sks", "dog"], "unknown argument 'sks': quote a value that has spaces; see"),
@@ -248,3 +252,8 @@ def test_every_preset_is_a_method() -> None:
 
 def test_a_router_gets_no_convolutions_by_default() -> None:
     assert "conv" not in (with_defaults(TrainConfig(method="mor")).target_modules or [])
+
+
+def test_names_of_other_trainers_lead_to_settings() -> None:
+    known = {setting.name for setting in settings()}
+    assert not known & set(OTHER_NAMES) and set(OTHER_NAMES.values()) <= known
