@@ -30,7 +30,8 @@ def sentence(error: object) -> str:
 def without_folders(text: str) -> str:
     """Cut every absolute path in ``text`` down to its last name; URLs stay."""
     text = _QUOTED.sub(r"\1\2\1", text)
-    known = (str(folder) for folder in (Path(tempfile.gettempdir()), Path.home()) if len(folder.parts) > 1)
+    temporary = Path(tempfile.gettempdir())  # in the app's private folder
+    known = (str(folder) for folder in (temporary, temporary.parent, Path.home()) if len(folder.parts) > 1)
     for folder in sorted(known, key=len, reverse=True):  # their names may contain spaces
         text = text.replace(f"{folder}{os.sep}", "\0")
     return _PLAIN.sub("", _BELOW_KNOWN.sub("", text))

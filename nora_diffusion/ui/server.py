@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,27 +14,33 @@ from typing import Any
 
 from ..errors import UserError
 from ..pipelines.base import EMBEDDED_WEIGHTS
-from . import security
 from .config import AppConfig
+from .security.gate import Gatekeeper, known_hosts
+from .security.login import HINT, Password
+from .security.scratch import clean_environment, private_folder
+from .security.uploads import MAX_UPLOAD, Uploads
 from .state import App
 
 SHUTDOWN_SECONDS = 5.0
 """How long requests that are still running may delay the end of the app."""
+HTTP: dict[str, Any] = {"http": "h11", "ws": "none", "proxy_headers": False, "server_header": False,
+                        "limit_concurrency": 512}  # fmt: skip
+"""Settings of uvicorn: a parser with limits, no websockets, clients' addresses not from headers, a limit on clients."""
 
 
 def serve(config: AppConfig) -> None:
     """Serve the app until Ctrl-C. Raises :class:`UserError` before anything starts if a setting is wrong."""
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())  # first, so that the private folder is always removed
     with started(config) as (app, url):
         user = f" for the user {config.credentials[0]!r}" if config.auth else ""
         print(f"The app is running at {url}{user}; press Ctrl-C to stop it.", flush=True)
         threading.Thread(target=app.warm_up, daemon=True).start()
-        wait_for_signal()
+        wait(ended)
 
 
-def wait_for_signal() -> None:
-    """Wait for Ctrl-C or SIGTERM, so that the private folder is removed after either."""
-    ended = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+def wait(ended: threading.Event) -> None:
+    """Wait for Ctrl-C or SIGTERM."""
     with contextlib.suppress(KeyboardInterrupt):
         while not ended.wait(1.0):  # on Windows, Ctrl-C does not interrupt a wait without a timeout
             pass
@@ -47,19 +51,16 @@ def wait_for_signal() -> None:
 def started(config: AppConfig) -> Iterator[tuple[App, str]]:
     """A running server and its address. All its temporary files are removed at the end."""
     config.check()
-    scratch = Path(tempfile.mkdtemp(prefix="nora_app_"))  # mode 0700
-    work = scratch / "work"  # Gradio may serve files of the working folder, so it stays empty
-    work.mkdir()
     before = Path.cwd()
-    try:
-        app = App(config, scratch)
-        security.clean_environment(scratch)
-        os.chdir(work)
-        with _served(app) as url:
-            yield app, url
-    finally:
-        os.chdir(before)
-        shutil.rmtree(scratch, ignore_errors=True)
+    with private_folder() as scratch:
+        try:
+            app = App(config, scratch / "files")
+            clean_environment(app.scratch)
+            os.chdir(scratch / "work")  # Gradio may serve files of the working folder, so it stays empty
+            with _served(app) as url:
+                yield app, url
+        finally:
+            os.chdir(before)
 
 
 @contextmanager
@@ -77,8 +78,8 @@ def _served(app: App) -> Iterator[str]:
     listener = _bind(app.config.listen, app.config.port)
     blocks, appearance = build(app)
     site = _mounted(app, blocks, appearance)
-    checked = security.Gatekeeper(EventStreams(site), security.known_hosts(app.config), app.scratch)
-    server = uvicorn.Server(uvicorn.Config(checked, log_level="warning"))
+    checked = Gatekeeper(EventStreams(site), known_hosts(app.config))
+    server = uvicorn.Server(uvicorn.Config(checked, log_level="warning", **HTTP))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
@@ -89,7 +90,7 @@ def _served(app: App) -> Iterator[str]:
         yield _url(app.config.listen, listener.getsockname()[1])
     finally:
         blocks.close(verbose=False)
-        site.routes[-1].app.stop_event.set()  # Gradio's app: ends the heartbeat streams of open pages
+        _gradio(site).stop_event.set()  # ends the heartbeat streams of open pages
         server.should_exit = True
         thread.join(SHUTDOWN_SECONDS)
 
@@ -99,15 +100,25 @@ def _mounted(app: App, blocks: Any, appearance: dict[str, Any]) -> Any:
     import gradio as gr
     from fastapi import FastAPI
 
+    from .security.sessions import Sessions
+
     closed: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
-    password = security.Password(*app.config.credentials) if app.config.auth else None
+    password = Password(*app.config.credentials) if app.config.auth else None
     blocks.queue(max_size=64, default_concurrency_limit=16, api_open=False)
-    return gr.mount_gradio_app(
-        FastAPI(**closed), blocks, path="/", auth=password,
+    site = gr.mount_gradio_app(
+        FastAPI(**closed), blocks, path="/", auth=password, auth_message=HINT if password else None,
         mcp_server=False, ssr_mode=False, enable_monitoring=False, run_history=False, pwa=False, show_error=False,
         footer_links=[], root_path="", allowed_paths=[], blocked_paths=[str(path) for path in blocked(app)],
-        max_file_size=security.MAX_UPLOAD, app_kwargs=closed, **appearance,
+        max_file_size=MAX_UPLOAD, app_kwargs=closed, **appearance,
     )  # fmt: skip
+    Uploads(app.scratch / "uploads").attach(_gradio(site))
+    Sessions.attach(_gradio(site), blocks)
+    return site
+
+
+def _gradio(site: Any) -> Any:
+    """Gradio's app within the site."""
+    return site.routes[-1].app
 
 
 def blocked(app: App) -> list[Path]:

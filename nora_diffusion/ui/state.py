@@ -7,9 +7,11 @@ import shutil
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, reason
+from ..io.files import make_folder
 from .config import AppConfig
 from .device import Device
 from .engine import Engine
@@ -32,7 +34,7 @@ class App:
     """
 
     def __init__(self, config: AppConfig, scratch: Path) -> None:
-        self.config, self.scratch = config, scratch
+        self.config, self.scratch = config, make_folder(scratch)
         self.library = Library(config.library_folder)
         jobs = self.library.folder / ".jobs"
         self.jobs = Jobs(jobs, self.library.folder, jobs / "device.lock", config.source.device)
@@ -73,11 +75,18 @@ class App:
 
     def copy_permanently(self, file: Path) -> Path:
         """Copy a file to the private folder until the app stops."""
-        return Path(shutil.copyfile(file, self.private_folder() / file.name))
+        with _temporary_folder():
+            folder = self.private_folder()
+            try:
+                return Path(shutil.copyfile(file, folder / file.name))
+            except OSError:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
 
     def private_folder(self) -> Path:
         """A new empty folder whose files the browser may load."""
-        return Path(tempfile.mkdtemp(dir=self.scratch))
+        with _temporary_folder():
+            return Path(tempfile.mkdtemp(dir=self.scratch))
 
     def overlap(self, one: str, two: str) -> float:
         """Overlap of two adapters' updates, 0 to 1; 0 if it cannot be computed from the files (MoR)."""
@@ -105,3 +114,17 @@ class App:
         """
         if not self.config.may_change:
             raise UserError("this server is shared: start it with --allow_changes to train, upload and delete")
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[None]:
+    """Name the disk if the temporary folder cannot be written: it is another one than the library's."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise  # the file to copy was deleted in the meantime
+    except OSError as error:
+        raise UserError(
+            f"the disk with the app's temporary folder cannot be written ({reason(error)}): free space on it, or set "
+            "TMPDIR to a folder on another disk and restart the app. Generated images are saved in the library"
+        ) from error

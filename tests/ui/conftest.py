@@ -109,11 +109,14 @@ class Server:
         return code
 
 
-def start(folder: Path, *flags: str) -> Server:
-    """Start the app in its own process on a free port."""
-    (folder / "tmp").mkdir(parents=True)
+def start(folder: Path, *flags: str, temporary: Path | None = None) -> Server:
+    """Start the app in its own process on a free port, with a temporary folder of its own unless one is given."""
+    temporary = temporary or folder / "tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir(exist_ok=True)
     log = folder / "server.log"
-    environment = {**os.environ, **HOSTILE, "TMPDIR": str(folder / "tmp"), "HF_HUB_OFFLINE": "1"}
+    before = set(temporary.glob("nora_app_*"))
+    environment = {**os.environ, **HOSTILE, "TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "app.py", "--port", "0", "--library", str(folder / "library"), *flags]
     with log.open("w") as errors:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -121,7 +124,7 @@ def start(folder: Path, *flags: str) -> Server:
     line = process.stdout.readline()
     match = re.search(r"http://\S+?(?=/?[ ;])", line)
     assert match, line + log.read_text()
-    (scratch,) = (folder / "tmp").glob("nora_app_*")
+    (scratch,) = set(temporary.glob("nora_app_*")) - before
     return Server(match[0], folder / "library", scratch, process, log)
 
 

@@ -1,0 +1,1 @@
+"""What stands between the network and the page: request checks, headers, log-in, uploads, the private folder."""

@@ -1,0 +1,91 @@
+"""Limits on request bodies: size, pauses, and what a call may contain."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+
+MAX_BODY = 2**20
+"""Largest body in bytes of a request that is not an upload."""
+PAUSE_SECONDS = 30.0
+"""Longest pause between two pieces of a body."""
+MAX_SESSION = 128
+"""Longest session name in characters. The page sends 11."""
+
+
+class BadBodyError(ValueError):
+    """A body that is refused; the message says why."""
+
+
+def limited(receive: Receive, limit: int) -> Receive:
+    """Stop reading after ``limit`` bytes or a long pause, as if the client had disconnected."""
+    seen, complete = 0, False
+
+    async def read() -> Message:
+        nonlocal seen, complete
+        if complete:
+            return await receive()  # waits for the client to disconnect
+        try:
+            message = await asyncio.wait_for(receive(), PAUSE_SECONDS)
+        except asyncio.TimeoutError:
+            message = {"type": "http.disconnect"}
+        seen += len(message.get("body", b""))
+        if seen > limit:
+            message = {"type": "http.disconnect"}
+        complete = not message.get("more_body", False)
+        return message
+
+    return read
+
+
+async def checked_call(receive: Receive) -> Receive:
+    """Read the JSON body of a call to a handler and check it. Returns the stream of messages for the app.
+
+    Raises :class:`BadBodyError`.
+    """
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise BadBodyError("the request did not arrive completely")
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    check_call(body)
+    replayed = False
+
+    async def replay() -> Message:
+        nonlocal replayed
+        if replayed:
+            return await receive()
+        replayed = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def check_call(body: bytes) -> None:
+    """Raise :class:`BadBodyError` for anything but a JSON object whose files were uploaded to this app.
+
+    Gradio would download a file that is given by its URL.
+    """
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise BadBodyError("the request is not valid JSON") from error
+    if not isinstance(values, dict):
+        raise BadBodyError("the request is not a JSON object")
+    if len(str(values.get("session_hash"))) > MAX_SESSION:
+        raise BadBodyError("the session name is too long")
+    rest: list[Any] = [values]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict):
+            if "://" in str(value.get("path", "")):
+                raise BadBodyError("a file has to be uploaded; a URL is not accepted")
+            rest.extend(value.values())
+        elif isinstance(value, list):
+            rest.extend(value)
