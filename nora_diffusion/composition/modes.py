@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..adapters.deltas.bases import truncated_svd
 from ..errors import UserError
+from ..generation.sampling import MAX_SEED, check_range
 from .updates import Update
 
 Mode = Literal["linear", "cat", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties"]
@@ -36,8 +37,7 @@ class Options:
             raise UserError(f"rank={self.rank} is not a rank: give a whole number of at least 1")
         if not 0 < self.density <= 1:
             raise UserError(f"density={self.density} is out of range: choose more than 0 and at most 1")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed={self.seed} is out of range: choose 0 to {2**63 - 1}")
+        check_range("seed", self.seed, 0, MAX_SEED)
 
 
 @dataclass(frozen=True)

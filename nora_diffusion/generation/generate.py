@@ -48,7 +48,7 @@ class GenerateConfig:
             check_prompt(prompt)
         check_range("num", self.num, 1, 10_000)
         check_range("batch", self.batch, 1, 256)
-        check_range("seed", self.seed, 0, MAX_SEED)
+        check_range("seed", self.seed, 0, MAX_SEED - self.num + 1)
         self.sampling.check()
 
 

@@ -20,7 +20,9 @@ from ..pipelines.precision import dtype_name, keeping_dtype
 from ..versions import versions
 from .image_settings import ImageSettings
 
-MAX_STEPS, MAX_GUIDANCE, MAX_SIDE, MAX_PROMPT, MAX_SEED = 1000, 100, 4096, 4000, 2**63 - 1
+MAX_STEPS, MAX_GUIDANCE, MAX_SIDE, MAX_PROMPT = 1000, 100, 4096, 4000
+MAX_SEED = 2**64 - 1
+"""The largest seed of a PyTorch generator. Seeds stay whole numbers: a float has only 53 bits."""
 
 USUAL_STEPS = 20
 NOT_TEXT = re.compile("[\0\ud800-\udfff]")

@@ -150,15 +150,22 @@ def _update_tokenizer(pipe: Any, encoder: str, module: Any, table: LearnedEmbedd
         module.set_input_embeddings(table.plain)
         setattr(pipe, tokenizer_name(encoder), tokenizer)
         return
+    counts = {token: len(v) for name in table.adapters for token, v in table.vectors(name).items()}
+    extended = extended_tokenizer(tokenizer, counts)
+    extended.save_pretrained = tokenizer.save_pretrained  # a saved pipeline has no new tokens
+    table.set_first_ids({token: extended.convert_tokens_to_ids(token) for token in counts})
+    setattr(pipe, tokenizer_name(encoder), extended)
+
+
+def extended_tokenizer(tokenizer: Any, counts: Mapping[str, int]) -> Any:
+    """A copy of a tokenizer with new tokens, each with its number of vectors."""
     from transformers import AddedToken
 
     extended = copy.deepcopy(tokenizer)
-    pieces = {token: pieces_of(token, len(v)) for name in table.adapters for token, v in table.vectors(name).items()}
+    pieces = [piece for token, count in counts.items() for piece in pieces_of(token, count)]
     # Case matters, and a match inside a longer word does not count.
-    extended.add_tokens([AddedToken(p, normalized=False, single_word=True) for own in pieces.values() for p in own])
-    table.set_first_ids({token: extended.convert_tokens_to_ids(token) for token in pieces})
-    extended.save_pretrained = tokenizer.save_pretrained  # a saved pipeline has no new tokens
-    setattr(pipe, tokenizer_name(encoder), extended)
+    extended.add_tokens([AddedToken(piece, normalized=False, single_word=True) for piece in pieces])
+    return extended
 
 
 def pieces_of(token: str, count: int) -> list[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...loaders.tokens import expanded
+from ...loaders.tokens import expanded, extended_tokenizer
 from ...pipelines.components import text_encoders, tokenizers
 from ..settings.config import TrainConfig
 from ..step.denoiser import TextEmbeddings, encode_prompts, family_of, zeros_for_empty_prompts
@@ -86,9 +86,13 @@ def token_limit(config: TrainConfig, pipe: Any) -> int:
     return (config.tokenizer_max_length if family_of(pipe) == "sd" else None) or pipe.tokenizer.model_max_length
 
 
-def truncated_prompts(tokenizer: Any, prompts: Sequence[str], length: int) -> list[str]:
-    """The prompts that have more than ``length`` tokens."""
-    return [prompt for prompt in prompts if len(tokenizer(prompt, truncation=False).input_ids) > length]
+def truncated_prompts(
+    pipe: Any, prompts: Sequence[str], length: int, new_tokens: Mapping[str, int] | None = None
+) -> list[str]:
+    """The prompts that have more than ``length`` tokens. ``new_tokens``: those to be added, each with its vectors."""
+    tokenizer = extended_tokenizer(pipe.tokenizer, new_tokens) if new_tokens else pipe.tokenizer
+    texts = expanded(pipe, prompts, tokenizer)
+    return [p for p, text in zip(prompts, texts, strict=True) if len(tokenizer(text).input_ids) > length]
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:

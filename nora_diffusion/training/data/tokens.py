@@ -16,6 +16,10 @@ from ..settings.config import TrainConfig
 from ..settings.resolved import ResolvedConfig
 from ..step.denoiser import TRAINED_ENCODERS, family_of
 from ..step.randomness import generator
+from .prompts import token_limit
+
+SPECIAL_TOKENS = 2
+"""Start and end of a prompt."""
 
 
 def abstractions(config: TrainConfig) -> list[str]:
@@ -37,13 +41,18 @@ def new_tokens_of(config: TrainConfig, trigger: str | None, class_word: str | No
 
 
 def check_new_tokens(config: TrainConfig, pipe: Any, words: Sequence[str], captions: Sequence[str]) -> None:
-    """Raise :class:`UserError` for a token that is in no caption, or that the pipeline cannot add."""
+    """Raise :class:`UserError` for a token that is in no caption, is longer than a prompt, or cannot be added."""
     for word in words:
         if not any(re.search(word_pattern(word), caption) for caption in captions):
             raise UserError(
                 f"no caption contains the new token {word!r}, so it would not be trained: put it into the prompt"
             )
-    count = config.num_new_tokens_per_abstraction
+    count, limit = config.num_new_tokens_per_abstraction, token_limit(config, pipe)
+    if words and count > limit - SPECIAL_TOKENS:
+        raise UserError(
+            f"num_new_tokens_per_abstraction={count} does not fit into the {limit} tokens of a prompt: choose at most "
+            f"{limit - SPECIAL_TOKENS}"
+        )
     shapes = {word: dict.fromkeys(TRAINED_ENCODERS[family_of(pipe)], (count,)) for word in words}
     check_tokens(pipe, components(pipe), shapes)
 

@@ -20,12 +20,12 @@ from ..planning.plan import Plan, plan_run
 from ..planning.preflight import Finding, preflight, report
 from ..planning.rundir import RunFolder
 from ..run.encoding import RunData, encode
+from ..run.launch import build_accelerator
 from ..run.run import ADAPTER, assemble_run, prepare_base
 from ..run.steps import Stepper
 from ..run.train import (
     OUT_OF_MEMORY,
     TrainResult,
-    build_accelerator,
     conclude,
     run_folder,
 )

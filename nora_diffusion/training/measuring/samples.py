@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ...data.folder import enumerated
 from ...generation.image_settings import ImageSettings, save_image
-from ...generation.sampling import Sampling, describe_image, sample_images
+from ...generation.sampling import MAX_SEED, Sampling, describe_image, sample_images
 from ...io.files import locked_folder
 from ...io.run_layout import image_name
 from ...pipelines.components import denoiser
@@ -111,17 +111,22 @@ def _evaluating(pipe: Any) -> Iterator[None]:
 def save_samples(
     pipe: Any, folder: Path, step: int, prompt: str, config: ResolvedConfig, autocast: torch.dtype
 ) -> list[Path]:
-    """Save images of ``prompt`` with the seeds ``seed, seed + 1 ...``. A failure is logged as a warning."""
+    """Save images of ``prompt``, each with its :func:`sample_seed`. A failure is logged as a warning."""
     paths: list[Path] = []
     try:
         for number in range(config.num_validation_images):
-            seed = config.seed + number
+            seed = sample_seed(config, number)
             image = generate_images(pipe, prompt, [seed], config, autocast)[0]
             settings = sample_settings(pipe, prompt, seed, image, config, step)
             paths.append(save_image(image, folder / image_name(step, number), settings))
     except Exception as error:  # failed samples must not end the training
         log.warning("no samples at step %d: %s", step, error)
     return paths
+
+
+def sample_seed(config: ResolvedConfig, number: int) -> int:
+    """The seed of a sample: ``seed``, ``seed + 1`` ..., from 0 again after the largest."""
+    return (config.seed + number) % (MAX_SEED + 1)
 
 
 def sample_settings(

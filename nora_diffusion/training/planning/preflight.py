@@ -26,7 +26,7 @@ from ..data.dataset import transform_of, views_of
 from ..data.prompts import token_limit, truncated_prompts
 from ..settings.defaults import USUAL_FACTORS, USUAL_TEXT_RATES, USUAL_TOKEN_RATES, usual_rates
 from ..step.denoiser import bucket_multiple, native_resolution, networks
-from ..step.memory import Estimate, available, estimate
+from ..step.memory import Estimate, available, capacity, estimate
 from ..step.optimization import scaled_rate
 from .plan import Plan
 from .rundir import SPARE_BYTES
@@ -76,10 +76,17 @@ def report(findings: Sequence[Finding], strict: bool = False) -> None:
 def _estimate(plan: Plan) -> Estimate:
     config = plan.config
     rows = config.train_batch_size * (2 if config.with_prior_preservation else 1)
-    return estimate(
-        plan.pipe, plan.adapter, plan.components, rows, config.resolution, plan.dtype,
-        config.gradient_checkpointing,
-    )  # fmt: skip
+    try:
+        return estimate(
+            plan.pipe, plan.adapter, plan.components, rows, config.resolution, plan.dtype,
+            config.gradient_checkpointing,
+        )  # fmt: skip
+    except (RuntimeError, OverflowError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        raise UserError(
+            "a step needs more memory than 64 bits can count: use a smaller --train_batch_size, --resolution or --rank"
+        ) from error
 
 
 def _base(plan: Plan) -> Iterator[Finding]:
@@ -138,10 +145,13 @@ def _memory(plan: Plan, size: Estimate) -> Iterator[Finding]:
     bf16 = device.type == "cuda" and plan.config.mixed_precision == "no" and torch.cuda.is_bf16_supported()
     remedies += ["--mixed_precision bf16"] if bf16 else []
     remedies += [] if remedies else ["a smaller --resolution or --rank"]
-    yield Finding(
-        f"A step needs about {_size(size.memory)} of memory on top of the base, and {device} has {_size(free)} left: "
-        f"use {', '.join(remedies)}."
-    )
+    needed = f"A step needs about {_size(size.memory)} of memory on top of the base, and {device} has"
+    base = plan.dtype.itemsize * sum(p.numel() for module in networks(plan.pipe) for p in module.parameters())
+    most = max(capacity(device) - base, 0)
+    if size.counted > most:
+        yield Finding(f"{needed} at most {_size(most)} for it: use {', '.join(remedies)}.", fatal=True)
+    else:
+        yield Finding(f"{needed} {_size(free)} left: use {', '.join(remedies)}.")
 
 
 def freed_by_casting(plan: Plan, device: torch.device) -> int:
@@ -264,7 +274,8 @@ def _prompts(plan: Plan) -> Iterator[Finding]:
 
 def _lengths(plan: Plan) -> Iterator[Finding]:
     limit, prompts = token_limit(plan.config, plan.pipe), list(dict.fromkeys(plan.prompts))
-    if long := truncated_prompts(plan.pipe.tokenizer, prompts, limit):
+    new_tokens = dict.fromkeys(plan.subject.new_tokens, plan.config.num_new_tokens_per_abstraction)
+    if long := truncated_prompts(plan.pipe, prompts, limit, new_tokens):
         yield Finding(
             f"{len(long)} of {len(prompts)} prompts have more than {limit} tokens, so their end is cut off, such as "
             f"'{long[0]}': shorten them."

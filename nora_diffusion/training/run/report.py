@@ -14,6 +14,7 @@ from ...io.run_layout import REPORT, SAMPLES, VALIDATION, images_by_step
 from ...pipelines.base import base_id
 from ...reports import webpage
 from ...reports.plots import line_chart
+from ..measuring.samples import sample_seed
 from ..measuring.selection import DIRECTIONS, NAMES, Point, front, reason, verdicts
 from .outcome import Outcome
 from .run import Run
@@ -61,7 +62,7 @@ def page(outcome: Outcome) -> str:
     for name, title in ((VALIDATION, "Validation images, first seed"), (SAMPLES, "Samples")):
         if found := images_to_show(folder.path / name):
             sampled = [
-                f"{run.config.validation_prompt or ''}, seed {run.config.seed + number}"
+                f"{run.config.validation_prompt or ''}, seed {sample_seed(run.config, number)}"
                 for number in range(MAX_COLUMNS)
             ]
             prompts = run.validation.measure.prompts if run.validation and name == VALIDATION else sampled

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 
 from ...errors import UserError, out_of_memory
 from ...pipelines.components import denoiser
@@ -27,6 +24,7 @@ from ..signals import Interrupted, StopRequests
 from ..step.denoiser import check_pipeline
 from ..step.randomness import forked
 from .encoding import encode
+from .launch import build_accelerator
 from .outcome import Outcome
 from .run import Run, build_run
 from .saving import save_outcome
@@ -89,18 +87,6 @@ def prepared(config: TrainConfig) -> tuple[Subject, TrainConfig]:
 def _is_lost_connection(error: Exception) -> bool:
     """Whether another process stopped. gloo raises no error class of its own, so its message is checked."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
-
-
-def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Use accelerate for device and processes only; precision, checkpoints and trackers are handled here."""
-    if config.local_rank != -1 and "LOCAL_RANK" not in os.environ:
-        raise UserError("--local_rank is set by the launcher: start with `accelerate launch` and leave it out")
-    # On machines without an accelerator device, launched processes connect only with cpu=True.
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    # The other processes wait while rank 0 generates class images or validates, which may exceed the default
-    # timeout of ten minutes. If a process dies, the launcher ends the others.
-    timeout = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    return Accelerator(cpu=launched and not torch.accelerator.is_available(), kwargs_handlers=[timeout])
 
 
 def run_folder(config: TrainConfig, accelerator: Accelerator) -> RunFolder:

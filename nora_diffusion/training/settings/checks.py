@@ -15,10 +15,13 @@ from .methods import owners_of, parameters_of
 BOUNDS: dict[Bound, tuple[Callable[[float], bool], str]] = {
     "positive": (lambda value: value > 0, "must be above 0"),
     "not_negative": (lambda value: value >= 0, "must be at least 0"),
+    "seed": (lambda value: 0 <= value < 2**64, "must be at least 0 and below 2^64, as for all of PyTorch's seeds"),
     "below_one": (lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
     "share": (lambda value: 0 <= value <= 1, "must be a share from 0 to 1, for example 0.1"),
     "fraction": (lambda value: 0 < value <= 1, "is a fraction of the run: it must be above 0 and at most 1"),
 }
+TO_FREEZE = {"text_encoder_lr": "--train_text_encoder", "token_lr": "--train_text_encoder_ti"}
+"""A learning rate of 0 means that this flag is not wanted."""
 EXPORT_FORMATS = ("diffusers", "kohya", "peft")
 
 
@@ -37,8 +40,9 @@ def _check_ranges(config: TrainConfig) -> None:
     for bound, (is_valid, message) in BOUNDS.items():
         for name in tagged(bound):
             value = getattr(config, name)
-            if value is not None and not (math.isfinite(value) and is_valid(value)):
-                raise UserError(f"{name}={value} {message}")
+            if value is not None and not (is_valid(value) and value != math.inf):
+                hint = f": to leave these weights as they are, leave out {TO_FREEZE[name]}" if name in TO_FREEZE else ""
+                raise UserError(f"{name}={value} {message}{hint if value == 0 else ''}")
 
 
 def _check_data(config: TrainConfig) -> None:

@@ -44,7 +44,7 @@ GROUPS = {
 }
 
 
-Bound = Literal["positive", "not_negative", "below_one", "share", "fraction"]
+Bound = Literal["positive", "not_negative", "seed", "below_one", "share", "fraction"]
 Tag = Literal[Bound, "free", "shared", "own", "measures", "card", "open", "closed"]
 
 
@@ -60,7 +60,8 @@ def key(
     """A dataclass field for one setting, with its default and what parser, checks, app and model card need to know.
 
     ``choices`` are the allowed values of a ``str`` setting. Each number is tagged with its range: ``positive`` (> 0),
-    ``not_negative`` (>= 0), ``below_one`` ([0, 1)), ``share`` ([0, 1]) or ``fraction`` of the run ((0, 1]). Other tags:
+    ``not_negative`` (>= 0), ``seed`` ([0, 2^64)), ``below_one`` ([0, 1)), ``share`` ([0, 1]) or ``fraction`` of the run
+    ((0, 1]). Other tags:
 
     - ``free``: may change when a run resumes: it does not affect the result, or the identity covers it otherwise;
     - ``shared``: must be the same for all subjects of a run, because it affects the frozen base or the whole run;
@@ -264,7 +265,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = key(
         1, "training", "batches accumulated for one optimizer step", "positive", "card"
     )
-    seed: int | None = key(None, "training", "random seed (default: drawn and recorded)", "not_negative", "card")
+    seed: int | None = key(None, "training", "random seed (default: drawn and recorded)", "seed", "card")
     snr_gamma: float | None = key(
         None, "training", "gamma of min-SNR weighting, usually 5; 0 turns it off", "not_negative", "card"
     )

@@ -47,7 +47,8 @@ def unknown_argument(words: Sequence[str], known: Iterable[str], command: str) -
 
 
 def close_matches(name: str, known: Iterable[str]) -> list[str]:
-    """The closest spelling, else up to three names that contain ``name`` as a word or have it as initials."""
+    """The name of another trainer's flag here, the closest spelling, or up to three names that contain ``name`` as a
+    word or have it as initials."""
     names = list(known)
     if OTHER_NAMES.get(name) in names:
         return [OTHER_NAMES[name]]
@@ -113,7 +114,7 @@ def _number(value: Any, kind: Any) -> Any:
         number = Decimal(str(value))  # exact for long integers, and reads 1e3
     except (ValueError, ArithmeticError):
         return None
-    return int(number) if number.is_finite() and abs(number) < 2**63 and number == int(number) else None
+    return int(number) if number.is_finite() and -(2**63) <= number < 2**64 and number == int(number) else None
 
 
 def _expected(choices: list[Any], value: Any) -> str:
@@ -121,5 +122,10 @@ def _expected(choices: list[Any], value: Any) -> str:
     if typing.get_origin(kind) is Literal:
         allowed = [str(choice) for choice in typing.get_args(kind)]
         return f"choose one of {', '.join(allowed)}{suggestion(str(value), allowed)}"
-    words = {bool: "give true or false", int: "give a whole number", float: "give a number", str: "give text"}
+    words = {
+        bool: "give true or false",
+        int: "give a whole number of at most 64 bits",
+        float: "give a number",
+        str: "give text",
+    }
     return words.get(kind, "give one or more strings")

@@ -38,9 +38,14 @@ class Estimate:
         return checkpoint_bytes(self.trained, self.frozen_bytes, self.factors)
 
     @property
-    def memory(self) -> int:
+    def counted(self) -> int:
         """Bytes in addition to the loaded model: activations, adapter, gradients and AdamW's two moments."""
-        return int(OVERHEAD * (self.activations + self.frozen_bytes + 16 * self.trained))
+        return self.activations + self.frozen_bytes + 16 * self.trained
+
+    @property
+    def memory(self) -> int:
+        """The counted bytes with workspaces and fragmentation."""
+        return int(OVERHEAD * self.counted)
 
 
 def checkpoint_bytes(trained: int, frozen_bytes: int, factors: int) -> int:
@@ -153,3 +158,12 @@ def available(device: torch.device) -> int:
     import psutil  # type: ignore[import-untyped, unused-ignore]
 
     return int(psutil.virtual_memory().available)
+
+
+def capacity(device: torch.device) -> int:
+    """All memory of ``device`` in bytes; for a CPU with its swap space."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    import psutil  # type: ignore[import-untyped, unused-ignore]
+
+    return int(psutil.virtual_memory().total + psutil.swap_memory().total)

@@ -120,3 +120,38 @@ def test_only_files_with_tokens_have_format_version_2(configure: Configure) -> N
     assert header["format_version"] == 2 and header["tokens"] == {"<pet>": ["text_encoder"]}
     with safe_open(train(configure(overwrite_output_dir=True)).adapter_path, "pt") as file:
         assert json.loads(file.metadata()["nora"])["format_version"] == 1
+
+
+PROMPTS = (
+    "a photo of <pet> dog", "<pet>", "<pet><pet>", "<pet> <pet>, <pet>", "a <pet>dog", "x<pet>y <petty>", "no token",
+    "", "<Pet> dog", "<pet>'s ball", "a\n<pet>\tdog", "ünïcode <pet> 犬 🐕", "<petty> <pet>", "a " * 40 + "<pet>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 5])
+@pytest.mark.parametrize("words", [["<pet>"], ["<pet>", "<petty>"]])
+def test_the_length_of_a_prompt_counts_all_vectors_of_new_tokens(vectors: int, words: list[str], pipe: Any) -> None:
+    """Before the tokens exist, the count is that of the tokenizer that has them."""
+    from nora_diffusion.loaders.tokens import add_tokens, expanded
+    from nora_diffusion.pipelines.components import components
+    from nora_diffusion.training.data.prompts import truncated_prompts
+
+    limits, counts = (5, 8, 12, 20, 60, 77, 90), dict.fromkeys(words, vectors)
+    before = {p: [bool(truncated_prompts(pipe, [p], n, counts)) for n in limits] for p in PROMPTS}
+    width = pipe.text_encoder.get_input_embeddings().embedding_dim
+    add_tokens(pipe, components(pipe), "x", {word: {"text_encoder": torch.randn(vectors, width)} for word in words})
+    for prompt in PROMPTS:
+        (text,) = expanded(pipe, [prompt], pipe.tokenizer)
+        real = len(pipe.tokenizer(text, truncation=False).input_ids)
+        assert before[prompt] == [real > limit for limit in limits], prompt
+
+
+def test_preflight_counts_them(configure: Configure) -> None:
+    from nora_diffusion.training import check
+
+    for vectors, is_cut in ((1, False), (14, True)):
+        found = check(configure(**TI, num_new_tokens_per_abstraction=vectors))
+        assert any("tokens, so their end is cut off" in finding.text for finding in found) == is_cut, vectors
+    for vectors in (15, 10**9):
+        with pytest.raises(UserError, match="does not fit into the 16 tokens of a prompt: choose at most 14"):
+            check(configure(**TI, num_new_tokens_per_abstraction=vectors))

@@ -250,6 +250,7 @@ def test_a_base_that_rests_elsewhere_is_counted_where_the_run_will_be(
     monkeypatch.setattr(
         "nora_diffusion.training.planning.preflight.available", lambda device: asked.append(device) or 1000
     )
+    monkeypatch.setattr("nora_diffusion.training.planning.preflight.capacity", lambda device: 2**40)
     found = texts(check_on(configure(**RIGHT, mixed_precision="bf16"), pipe, "cuda"))
     assert asked == [torch.device("cuda")] and "cuda has" in found
     held = sum(p.nbytes for part in (pipe.unet, pipe.text_encoder) for p in part.parameters())
@@ -366,3 +367,45 @@ def test_every_method_is_counted(method: str, pipe: Any) -> None:
     add_adapter(pipe, config, "x", ["unet"])
     assert counted.trained == sum(p.numel() for p in trainable_parameters(pipe, "x").values())
     assert counted.activations > 0
+
+
+def test_what_cannot_fit_is_an_error_without_strict(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a warning while other programs could free the memory, and an error when the machine has not so much."""
+    module = "nora_diffusion.training.planning.preflight"
+    config = configure(**RIGHT)
+    monkeypatch.setattr(f"{module}.available", lambda device: 1000)
+    for most, fatal in ((2**50, False), (1000, True), (0, True)):
+        monkeypatch.setattr(f"{module}.capacity", lambda device, most=most: most)
+        (found,) = [finding for finding in check(config) if "of memory on top of the base" in finding.text]
+        assert found.fatal == fatal
+        assert ("at most" in found.text) == fatal and "use --train_batch_size 1" in found.text
+    with pytest.raises(UserError, match="of memory on top of the base, and cpu has at most"):
+        train(config)
+    assert not config.folder.exists()
+
+
+HUGE: dict[str, dict[str, Any]] = {
+    "rows": {"train_batch_size": 10**9},
+    "rows, checkpointing": {"train_batch_size": 2**40, "gradient_checkpointing": True},
+    "rows beyond 64 bits of bytes": {"train_batch_size": 2**60},
+    "pixels": {"resolution": 2**20},
+    "pixels beyond 64 bits": {"resolution": 2**44},
+    "rank": {"rank": 2**40, "inner_rank": 2, "basis": "orthogonal"},
+    "rank beyond 64 bits of bytes": {"rank": 2**61, "inner_rank": 2, "basis": "orthogonal"},
+    "experts": {"method": "mor", "inner_rank": None, "basis": None, "num_experts": 2**45},
+}
+
+
+@pytest.mark.parametrize("changes", HUGE.values(), ids=HUGE.keys())
+def test_what_no_machine_has_is_refused(changes: dict[str, Any], configure: Configure) -> None:
+    words = r"on top of the base, and cpu has at most|more memory than 64 bits|could not be loaded again \(r has"
+    with pytest.raises(UserError, match=words):
+        train(configure(**{**RIGHT, **changes}))
+    assert not configure().folder.exists()
+
+
+def test_the_capacity_is_that_of_the_machine() -> None:
+    from nora_diffusion.training.step.memory import available, capacity
+
+    device = torch.device("cpu")
+    assert available(device) <= capacity(device)

@@ -25,8 +25,8 @@ from nora_diffusion.errors import UserError
 from nora_diffusion.training import TrainConfig, train
 from nora_diffusion.training.planning.opening import launched_precision
 from nora_diffusion.training.run.batches import Batches
+from nora_diffusion.training.run.launch import build_accelerator
 from nora_diffusion.training.run.steps import Stepper
-from nora_diffusion.training.run.train import build_accelerator
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 STEPS = 20

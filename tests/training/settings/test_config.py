@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from inspect import signature
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -257,3 +257,46 @@ def test_a_router_gets_no_convolutions_by_default() -> None:
 def test_names_of_other_trainers_lead_to_settings() -> None:
     known = {setting.name for setting in settings()}
     assert not known & set(OTHER_NAMES) and set(OTHER_NAMES.values()) <= known
+
+
+SEEDS = (0, 1, 2**31, 2**32 - 1, 2**53 + 1, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_seed_is_read_exactly(seed: int, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"seed: {seed}\n")
+    found = [
+        parse(["--seed", str(seed)]), parse([f"--seed={seed}"]), parse(["--config", str(file)]),
+        TrainConfig.from_mapping({"seed": seed}), TrainConfig.from_mapping({"seed": str(seed)}),
+    ]  # fmt: skip
+    file.write_text(yaml.safe_dump(found[0].to_dict()))
+    found.append(parse(["--config", str(file)]))
+    assert [config.seed for config in found] == [seed] * len(found)
+    for config in found:
+        check_config(replace(config, instance_data_dir="photos"))
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**64), "1" + "0" * 400, "1e400", "0.5", "nan", "inf", "", "0x10"])
+def test_no_seed_is_rounded_or_a_traceback(seed: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="seed") as refused:
+        check_config(replace(parse(["--instance_data_dir", "photos", "--seed", seed])))
+        assert seed == ""  # the default, which is drawn
+        raise UserError("no seed")
+    assert seed == "" or "whole number" in str(refused.value) or "at least 0" in str(refused.value)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 10**400])
+def test_a_seed_from_python_has_the_same_bounds(seed: int) -> None:
+    with pytest.raises(UserError, match=r"must be at least 0 and below 2\^64"):
+        check_config(TrainConfig(instance_data_dir="photos", seed=seed))
+
+
+@pytest.mark.parametrize("name", ["text_encoder_lr", "token_lr"])
+def test_a_rate_of_0_says_how_to_leave_the_weights_alone(name: str) -> None:
+    both: dict[str, Any] = {"train_text_encoder": True, "train_text_encoder_ti": True, "instance_data_dir": "photos"}
+    flag = {"text_encoder_lr": "--train_text_encoder", "token_lr": "--train_text_encoder_ti"}[name]
+    with pytest.raises(UserError, match=f"^{name}=0.0 must be above 0: to leave these weights .* leave out {flag}$"):
+        check_config(TrainConfig(**both, **{name: 0.0}))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=f"^{name}=-1.0 must be above 0$"):
+        check_config(TrainConfig(**both, **{name: -1.0}))  # type: ignore[arg-type]
