@@ -21,8 +21,9 @@ STOPS = FILLERS | SINGULAR | _words(
     down during except for from in inside into like near next of off on onto opposite out outside over past per through
     to toward towards under underneath until up upon via with within without
     is are was were be been being am has have had do does did can could will would may might must should
-    here there outdoors indoors alone asleep awake together away back upside mid
-    sat stood lay ran slept ate held wore caught swam flew rode drove fell sang drank shot hung"""
+    here there outdoors indoors alone asleep awake together away back upside mid ready full busy visible vs
+    sat stood lay ran slept ate held wore caught swam flew rode drove fell sang drank shot hung came went took made got
+    gave saw found hid bit dug drew threw knelt leapt lost spun swung crept woke"""
 )  # fmt: skip
 """Words that end a noun phrase."""
 VERBS = _words(
@@ -95,8 +96,8 @@ def _noun_phrase(text: str, is_singular: bool) -> str | None:
     """The noun phrase that ``text`` begins with. ``is_singular``: its article is, so a later word in -s is a verb."""
     text = PUNCTUATION.split(POSSESSIVE.split(text, maxsplit=1)[0], maxsplit=1)[0]
     words: list[str] = []
-    for word in text.split():
-        if word.lower() in STOPS or _is_verb(word.lower(), bool(words), is_singular):
+    for word in (stripped for part in text.split() if (stripped := part.strip("-*'’"))):
+        if word.lower() in STOPS or _is_verb(word.lower(), words, is_singular):
             break
         words.append(word)
     if words and _is_participle(words[-1].lower()):  # "sks seated on a chair" has no noun
@@ -104,8 +105,8 @@ def _noun_phrase(text: str, is_singular: bool) -> str | None:
     return " ".join(words) or None
 
 
-def _is_verb(word: str, follows_noun: bool, is_singular: bool) -> bool:
-    """Whether a word is a verb or an adverb, by its form and :data:`VERBS`."""
+def _is_verb(word: str, nouns: Sequence[str], is_singular: bool) -> bool:
+    """Whether a word after ``nouns`` is a verb or an adverb, by its form and :data:`VERBS`."""
     endings = (("s", ""), ("es", ""), ("ies", "y"), ("ing", ""), ("ing", "e"))
     stems = [word.removesuffix(ending) + stem for ending, stem in endings if word.endswith(ending)]
     stems += [word[:-4]] if word.endswith("ing") else []  # "running"
@@ -113,7 +114,8 @@ def _is_verb(word: str, follows_noun: bool, is_singular: bool) -> bool:
         return True
     adverb = len(word) > 4 and word.endswith("ly") and not word.endswith(("fly", "lly", "family"))
     third_person = is_singular and word.endswith("s") and not word.endswith(("ss", "us", "is"))
-    return follows_noun and (adverb or third_person or _is_participle(word))
+    plural = bool(nouns) and not is_singular and nouns[-1].endswith("s") and not nouns[-1].endswith("ss")
+    return bool(nouns) and (adverb or third_person or _is_participle(word) or (plural and word in VERBS))
 
 
 def _is_participle(word: str) -> bool:
