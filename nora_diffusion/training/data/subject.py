@@ -108,7 +108,8 @@ def read_subject(config: TrainConfig) -> Subject:
         captions = [with_trigger(caption, trigger, class_word) for caption in captions]
     if trigger is None:
         log.warning(
-            "no trigger word found in %r: the whole prompt names the subject; set a trigger with --trigger", captions[0]
+            "no trigger word found in %r: the whole prompt names the subject; set a trigger with --trigger",
+            captions[0][:200],
         )
     return Subject(
         images, captions, trigger, class_word, _data_hash(images, captions), rejects, held_out,

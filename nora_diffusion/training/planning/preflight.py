@@ -15,7 +15,7 @@ from ...adapters.tuner.build import flat_weight
 from ...data.captions import TRIGGERS, has_word
 from ...data.folder import enumerated
 from ...data.transforms import Box
-from ...errors import UserError
+from ...errors import UserError, printable
 from ...formats.adapter_info import info_from
 from ...io.run_layout import CHECKPOINTS, checkpoint_steps
 from ...loaders import check_adapter
@@ -46,10 +46,16 @@ COMMON_FRACTION = 0.9
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence that states a problem and its remedy. A fatal finding stops the run."""
+    """A sentence that states a problem and its remedy. A fatal finding stops the run.
+
+    A long prompt or file name in it is cut by :func:`.printable`.
+    """
 
     text: str
     fatal: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", printable(self.text))
 
 
 def preflight(plan: Plan) -> list[Finding]:
@@ -57,9 +63,8 @@ def preflight(plan: Plan) -> list[Finding]:
     size = _estimate(plan)
     return [
         *_base(plan), *_disk(plan, size), *_memory(plan, size), *_photos(plan), *_masks(plan), *_data(plan),
-        *_trigger(plan),
-        *_new_tokens(plan), *_prompts(plan), *_lengths(plan), *_rank(plan), *_rates(plan), *_file(plan),
-        *_measured(plan), *_class_images(plan), *_upload(plan), *_without_effect(plan),
+        *_trigger(plan), *_new_tokens(plan), *_prompts(plan), *_lengths(plan), *_rank(plan), *_rates(plan),
+        *_file(plan), *_measured(plan), *_class_images(plan), *_upload(plan), *_without_effect(plan),
     ]  # fmt: skip
 
 

@@ -164,6 +164,17 @@ def test_a_prompt_that_is_cut_off_is_said_once(configure: Configure, caplog: pyt
     assert caplog.text.count(words) == caplog.text.count("cut off") == 1
 
 
+def test_long_captions_are_not_printed_in_full(
+    configure: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_photos(tmp_path / "long", 3)
+    (folder / "0.txt").write_text("a dog \x1b[31m " + "on a mat " * 3000)
+    config = configure(instance_prompt="a dog", instance_data_dir=str(folder), use_captions=True, trigger=None)
+    found = check(config) + check(replace(config, trigger="zqx", class_word="cat"))
+    assert "prompts have more than" in texts(found) and all(len(finding.text) < 1300 for finding in found)
+    assert "\x1b" not in texts(found) and len(caplog.text) < 3000
+
+
 def test_an_instance_prompt_that_captions_replace(configure: Configure, tmp_path: Path) -> None:
     """The file then has a prompt that was trained, not the instance prompt that was not used."""
     place = write_photos(tmp_path / "own", 3)
