@@ -144,9 +144,9 @@ def program(main: Callable[Parameters, int]) -> Callable[Parameters, int]:
 
     @functools.wraps(main)
     def guarded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> int:
-        if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")
         try:
+            if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+                sys.stdout.reconfigure(errors="backslashreplace")
             try:
                 return main(*args, **kwargs)
             finally:

@@ -155,6 +155,10 @@ def _from_pretrained(source: str | Path, dtype: Any, revision: str | None, varia
 
 def check_pipeline_folder(folder: Path) -> None:
     """Raise :class:`UserError` for a folder that is not a complete diffusers pipeline; names what is missing."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the path of the base {folder} is not UTF-8, as safetensors needs: rename it") from error
     if folder.is_file():
         raise UserError(
             f"{folder} is a file: single-file checkpoints are not supported; convert it to a diffusers folder "

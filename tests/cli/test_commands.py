@@ -119,6 +119,10 @@ MISTAKES = {
     "unexpected argument": (["demo", "tiger"], "see nora-diffusion demo --help"),
     "no prompt": (["generate"], "--prompt"),
     "empty prompt": (["generate", "--prompt", " "], "no prompt"),
+    "base in a folder that is not UTF-8": (
+        ["generate", "--prompt", "x", "--base", os.fsdecode(b"./caf\xe9")],
+        r"caf\udce9 is not UTF-8",
+    ),
     "prompt with a NUL": (["generate", "--prompt", "a\0b"], "not text"),
     "half of an emoji": (["generate", "--prompt", "a \ud83d dog"], r"'\ud83d', which is not text"),
     "half of an emoji to avoid": (["generate", "--prompt", "x", "--negative_prompt", "\udc15"], "not text"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
+import gradio as gr
 import pytest
 
+from nora_diffusion.ui.layout.page import handler
 from nora_diffusion.ui.messages import sentence, short_name, without_dashes, without_folders
 
 
@@ -30,6 +33,21 @@ def test_paths_are_cut_down_to_their_names(text: str, expected: str | None) -> N
 def test_known_folders_with_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "Ann Smith"))
     assert sentence(f"{tmp_path}/Ann Smith/photos of her/1.png is empty") == "photos of her/1.png is empty"
+
+
+def test_a_handler_explains_what_the_machine_refuses(caplog: pytest.LogCaptureFixture) -> None:
+    """As when the temporary folder is full: only a bug is an internal error."""
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    full = OSError(errno.ENOSPC, "No space left on device", "/home/ann/tmp/0000-1.png")
+    with pytest.raises(gr.Error, match=r"0000-1\.png: No space left on device; free space") as caught:
+        handler(fail)(full)
+    assert "/home" not in str(caught.value) and not caplog.records
+    with pytest.raises(gr.Error, match="Internal error"):
+        handler(fail)(KeyError("x"))
+    assert caplog.records[0].exc_info is not None
 
 
 def test_a_file_name_keeps_its_case() -> None:
