@@ -67,7 +67,7 @@ def test_a_plain_lora_is_refused(server: Server, tmp_path: Path) -> None:
     [
         ({"recipe": "<lora:dog:1>"}, "at least two"), ({"recipe": "<lora:dog:1> <lora:stranger:1>"}, "cannot be used"),
         ({"recipe": "<lora:dog:unet=1:te=0.5> <lora:hat:1>"}, "two weights"), ({"mode": "sum"}, "sum"),
-        ({"density": float("nan")}, "Density=nan"), ({"rank": -1}, "minimum"), ({"seed": -1}, "minimum"),
+        ({"density": float("nan")}, "density=nan"), ({"rank": -1}, "minimum"), ({"seed": -1}, "minimum"),
         ({"recipe": "<lora:../dog:1> <lora:hat:1>"}, "no adapter"),
     ],
 )  # fmt: skip
