@@ -25,6 +25,7 @@ from ...errors import UserError
 from ...generation.image_settings import save_image
 from ...io.files import write_atomic
 from ...io.run_layout import CANDIDATES, MEASURED, VALIDATION, checkpoint_steps, image_name
+from ...io.untrusted import conform, parse_json
 from ...loaders import load_adapter, save_adapter
 from ...pipelines.components import components, without_adapters
 from ...scoring.judges import Judge, check_judge, image_features, load_judges, text_features
@@ -34,12 +35,13 @@ from ..settings.config import TrainConfig, tagged
 from ..settings.resolved import ResolvedConfig
 from ..step.randomness import derive, forked
 from .samples import generate_images, sample_settings
-from .selection import Point, choose, front, stalled
+from .selection import NAMES, Point, choose, front, stalled
 
 log = logging.getLogger(__name__)
 
 TEMPLATES = ("{}", "{} in the snow", "{} on the beach", "{} on a wooden table")
 CLASS_SEEDS = 2
+MAX_SCORE = 1000.0
 
 
 def is_measured(config: TrainConfig) -> bool:
@@ -126,6 +128,14 @@ def prompts_of(config: TrainConfig, subject: Subject) -> tuple[list[str], list[s
     return [fill(text, phrase) for text in templates], class_prompts
 
 
+def _point(values: Any) -> Point:
+    """A point of ``validation.json``. Raises ``ValueError``, ``KeyError`` or ``TypeError`` if it is damaged."""
+    scores = conform(values["scores"], dict[str, float], "scores", MAX_SCORE)
+    if "clip_i" not in scores or scores.keys() - NAMES.keys():
+        raise ValueError("unknown scores")
+    return Point(conform(values["step"], int, "step", 2**63), scores)
+
+
 @dataclass
 class Validation:
     """Measures a run; stores its points in ``validation.json`` and the candidate adapters in ``candidates/``."""
@@ -146,9 +156,9 @@ class Validation:
     def restore(self, step: int) -> None:
         """Read the points up to ``step`` of an earlier start, if they were measured with the same settings."""
         try:
-            stored = json.loads((self.folder / MEASURED).read_text(encoding="utf-8"))
+            stored = parse_json((self.folder / MEASURED).read_bytes())
             same = stored["settings"] == json.loads(json.dumps(self.measure.settings))
-            points = [Point(int(p["step"]), dict(p["scores"])) for p in stored["points"]]
+            points = [_point(values) for values in stored["points"]]
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -204,6 +204,31 @@ def test_a_resumed_run_chooses_the_same(
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+DAMAGED: dict[str, Any] = {
+    "not JSON": b"{", "no text": b"\xff", "a list": b"[]", "too deep": b"[" * 100_000, "no points": b"{}",
+    "a point that is none": [7], "no step": [{"scores": {"clip_i": 0.1}}], "a step of text": [{"step": "0"}],
+    "scores of text": [{"step": 0, "scores": {"clip_i": "0.1"}}], "no clip_i": [{"step": 0, "scores": {"drift": 0.1}}],
+    "an unknown score": [{"step": 0, "scores": {"clip_i": 0.1, "luck": 1.0}}],
+    "not finite": b'{"points": [{"step": 0, "scores": {"clip_i": NaN}}]}',
+    "beyond all bounds": [{"step": 0, "scores": {"clip_i": 1e300}}],
+    "a score of true": [{"step": 0, "scores": {"clip_i": True}}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED.keys())
+def test_damaged_scores_do_not_stop_a_resumed_run(
+    damage: Any, measured: Configure, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, {0: 0.1, 2: 0.9, 4: 0.5, 6: 0.95})
+    folder = train(measured()).adapter_path.parent
+    path = folder / "validation.json"
+    document = json.loads(path.read_text())
+    path.write_bytes(damage if isinstance(damage, bytes) else json.dumps({**document, "points": damage}).encode())
+    result = train(measured(max_train_steps=6, resume_from_checkpoint="latest"))
+    assert result.steps == 6 and "is damaged" in caplog.text
+    assert [point["step"] for point in points_of(folder)] == [4, 6]
+
+
 def scripted(monkeypatch: pytest.MonkeyPatch, likeness: dict[int, float]) -> None:
     """Measurements of which only likeness moves."""
     scores = {"clip_t": 0.3, "drift": 0.0}
