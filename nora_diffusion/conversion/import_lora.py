@@ -17,6 +17,7 @@ from ..adapters.tuner.mixed_rows import core_matrix
 from ..errors import UserError
 from ..formats.adapter_file import inspect_adapter, require_vacant
 from ..formats.foreign_updates import dense_updates, fitted_modules
+from ..io.files import locked_folder
 from ..io.tensor_file import TensorFile
 from ..loaders import add_adapter, delete_adapter, save_adapter
 from ..loaders.active import keeping_trained
@@ -79,7 +80,10 @@ def import_lora(
                 norms.append(norm)
                 lost[f"{component}.{canonical(path)}"] = error / norm if norm else 0.0
             metadata = {"trigger": foreign.trigger, "extra": {"imported_from": foreign.sha256}} | (info or {})
-            file = save_adapter(pipe, dst, NAME, info=metadata)
+            folder = Path(dst).expanduser()
+            with locked_folder(folder):
+                require_vacant(folder)  # another process may have written there meanwhile
+                file = save_adapter(pipe, folder, NAME, info=metadata)
         finally:
             delete_adapter(pipe, NAME)
     total = float(torch.tensor(norms).norm())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..io.untrusted import require_text
 from ..loaders.tokens import expanded
 from ..pipelines.base import base_id, default_guidance, default_steps
 from ..pipelines.components import DENOISERS, components, denoiser, tokenizer_name
@@ -25,7 +25,6 @@ MAX_SEED = 2**64 - 1
 """The largest seed of a PyTorch generator. Seeds stay whole numbers: a float has only 53 bits."""
 
 USUAL_STEPS = 20
-NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 
 OnStep = Callable[[int, Any], None]
 
@@ -75,8 +74,7 @@ def check_prompt(prompt: str) -> None:
     """Raises :class:`UserError` for a prompt that is too long or is not text: with a NUL, or half of an emoji."""
     if len(prompt) > MAX_PROMPT:
         raise UserError(f"a prompt has more than {MAX_PROMPT} characters: shorten it")
-    if odd := NOT_TEXT.search(prompt):
-        raise UserError(f"a prompt has the character {odd[0]!a}, which is not text: remove it")
+    require_text(prompt, "a prompt")
 
 
 def check_steps(scheduler: Any, steps: int) -> None:

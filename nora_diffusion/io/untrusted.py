@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import types
 import unicodedata
 from typing import Any, Literal, Union, get_args, get_origin
+
+from ..errors import UserError
 
 MAX_VALUES = 100_000
 MAX_TEXT = 10_000
@@ -17,6 +20,15 @@ UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 separators of lines and paragraphs."""
 JOINERS = "\u200c\u200d"
 """Format characters that some scripts and emoji need."""
+
+
+NOT_TEXT = re.compile("[\0\ud800-\udfff]")
+
+
+def require_text(text: str, name: str) -> None:
+    """Raise :class:`UserError` for a NUL or a lone surrogate: half of an emoji, or a byte that is not UTF-8."""
+    if odd := NOT_TEXT.search(text):
+        raise UserError(f"{name} has the character {odd[0]!a}, which is not text: remove it")
 
 
 def is_plain(text: str) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import program
+from ..errors import printable, program
 from ..pipelines.base import is_embedded
 from ..quiet import hide_known_warnings
 from .settings.arguments import parse
@@ -93,4 +93,13 @@ def set_up_logging() -> None:
     logger = logging.getLogger("nora_diffusion")
     logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)
     if not logger.hasHandlers():
-        logger.addHandler(logging.StreamHandler())
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Formatter())
+        logger.addHandler(handler)
+
+
+class _Formatter(logging.Formatter):
+    """Cuts long text of the user, such as a caption."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 from ...adapters.presets import PRESETS, is_routed, trains_magnitude
 from ...errors import UserError
+from ...io.untrusted import require_text
 from .config import TRACKERS, Bound, TrainConfig, settings, tagged
 from .defaults import with_defaults
 from .methods import owners_of, parameters_of
@@ -28,6 +29,7 @@ EXPORT_FORMATS = ("diffusers", "kohya", "peft")
 def check_config(config: TrainConfig) -> None:
     """Raise :class:`UserError` for the first setting that is out of range, contradictory or unsupported."""
     _check_ranges(config)
+    _check_text(config)
     _check_data(config)
     _check_adapter(config)
     _check_prior(config)
@@ -43,6 +45,16 @@ def _check_ranges(config: TrainConfig) -> None:
             if value is not None and not (is_valid(value) and value != math.inf):
                 hint = f": to leave these weights as they are, leave out {TO_FREEZE[name]}" if name in TO_FREEZE else ""
                 raise UserError(f"{name}={value} {message}{hint if value == 0 else ''}")
+
+
+def _check_text(config: TrainConfig) -> None:
+    for setting in settings():
+        value = getattr(config, setting.name)
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                # A path may have any bytes but a NUL; prompts and words must be text.
+                is_word = any(part in setting.name for part in ("prompt", "trigger", "class_word", "abstraction"))
+                require_text(text if is_word else text.encode(errors="replace").decode(), setting.name)
 
 
 def _check_data(config: TrainConfig) -> None:

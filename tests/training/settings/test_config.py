@@ -180,6 +180,12 @@ def test_mistyped_yaml(text: str, sentence: str, tmp_path: Path) -> None:
         ({"calibration_prompts": ["a dog"], "method": "lora"}, "--calibration_prompts needs --basis awsvd, not None"),
         ({"calibration": "subject", "calibration_prompts": ["a dog"]}, "leave out --calibration_prompts"),
         ({"calibration": "subject", "basis_from": "out/dog"}, "leave out --calibration"),
+        ({"instance_prompt": "a \ud83d dog"}, r"instance_prompt has the character '\ud83d', which is not text"),
+        ({"class_prompt": "caf\udce9"}, r"class_prompt has the character '\udce9', which is not text"),
+        ({"trigger": "s\0ks"}, r"trigger has the character '\x00', which is not text"),
+        ({"validation_prompts": ["a dog", "\udc15"]}, "validation_prompts has the character"),
+        ({"output_dir": "out\0"}, "output_dir has the character"),
+        ({"pretrained_model_name_or_path": "base\0"}, "pretrained_model_name_or_path has the character"),
     ],
 )  # fmt: skip
 def test_invalid_settings_are_refused(
@@ -189,6 +195,10 @@ def test_invalid_settings_are_refused(
     with pytest.raises(UserError) as error:
         check_config(TrainConfig(**{**DATA, **change}))  # type: ignore[arg-type]
     assert sentence in str(error.value)
+
+
+def test_paths_need_not_be_utf8() -> None:
+    check_config(TrainConfig(**{**DATA, "instance_data_dir": "caf\udce9", "output_dir": "caf\udce9"}))
 
 
 def test_defaults_fill_gaps_only() -> None:
