@@ -7,6 +7,7 @@ writes ``exit.json`` last. A job without that file whose process is gone was kil
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -24,6 +25,7 @@ from ...io.files import (
     ABANDONED_SECONDS,
     FileLock,
     make_folder,
+    numbered,
     reserved_name,
     sha256,
     sync_folder,
@@ -117,19 +119,18 @@ def final_scores(folder: Path) -> dict[str, float]:
 def publish(run: Path, library: Path, name: str, scores: Mapping[str, float], job: Path | None = None) -> Path:
     """Copy a finished adapter into the library under an unused name, completely or not at all. Returns its folder.
 
-    ``job``: the folder of the job. It records the name, so that a job that was killed before it wrote ``exit.json`` is
-    not published twice. Raises :class:`UserError` if the file is not readable.
+    ``job``: the folder of the job, in which the start is recorded, so that a job that was killed before it wrote
+    ``exit.json`` is not published twice. Raises :class:`UserError` if the file is not readable.
     """
     from ...formats.adapter_file import inspect_adapter, read_tensors
 
     info = inspect_adapter(run)
     read_tensors(info)
     make_folder(library)
-    record = None if job is None else job / "published.json"
-    if record is not None and (found := _published(record, info)):
-        return found
     with user_errors(library):
         _remove_leftovers(library, job)
+        if job is not None and (found := _published(job / "publishing", library, name, info)):
+            return found
         temporary = library / f".new-{secrets.token_hex(4) if job is None else job.name}"
         try:
             temporary.mkdir(mode=0o700)
@@ -144,8 +145,6 @@ def publish(run: Path, library: Path, name: str, scores: Mapping[str, float], jo
             for file in temporary.iterdir():
                 _flush(file)
             with reserved_name(library, name, name_of) as target:
-                if record is not None:
-                    write_atomic(record, json.dumps({"adapter": str(target)}))
                 temporary.rename(target)  # replaces the empty folder that holds the name
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -154,19 +153,27 @@ def publish(run: Path, library: Path, name: str, scores: Mapping[str, float], jo
     return target
 
 
-def _published(record: Path, info: AdapterInfo) -> Path | None:
-    """The folder to which an earlier process of this job has copied the adapter; else a name it reserved is freed."""
+def _published(marker: Path, library: Path, name: str, info: AdapterInfo) -> Path | None:
+    """The folder to which an earlier process of this job has copied the adapter; ``None`` if there is none.
+
+    ``marker`` is created when the job starts to publish. An empty folder that is newer is the name that the earlier
+    process had reserved, and is removed.
+    """
     from ...formats.adapter_file import FILE_NAME
 
-    text = read_json(record).get("adapter")
-    if not isinstance(text, str):
+    if not marker.exists():
+        marker.touch()
         return None
-    target = Path(text)
-    with contextlib.suppress(OSError):
-        if sha256(target / FILE_NAME) == info.sha256:
-            return target
-    with contextlib.suppress(OSError):
-        target.rmdir()  # only if it is empty
+    since = marker.stat().st_mtime
+    for folder in itertools.takewhile(Path.exists, numbered(library / name)):
+        with contextlib.suppress(OSError):
+            if folder.stat().st_mtime >= since and sha256(folder / FILE_NAME) == info.sha256:
+                return folder
+    for folder in itertools.takewhile(Path.exists, numbered(library / name)):
+        with contextlib.suppress(OSError):
+            if folder.stat().st_mtime >= since:
+                folder.rmdir()  # only if it is empty
+                break
     return None
 
 
