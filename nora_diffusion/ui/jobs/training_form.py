@@ -73,11 +73,12 @@ def build_settings(
 
 def check_limits(engine: Engine, settings: Mapping[str, Any]) -> None:
     """Raise :class:`UserError` for the first number that is too large for this base or any machine."""
-    limits = {**LIMITS, "resolution": engine.max_side}
     for name, value in settings.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and not value <= limits.get(name, MAX_NUMBER):  # also NaN
-            raise UserError(f"{name}={value:g} is too large: choose at most {limits.get(name, MAX_NUMBER):g}")
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        limit = engine.max_side if name == "resolution" else LIMITS.get(name, MAX_NUMBER)
+        if not value <= limit:  # also NaN
+            raise UserError(f"{name}={value:g} is too large: choose at most {limit:g}")
 
 
 def check_word(field: str, word: str, example: str) -> None:
