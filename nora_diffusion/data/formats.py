@@ -77,7 +77,10 @@ def refusal(content: bytes) -> str:
 
 def size_of(content: bytes) -> tuple[int, int]:
     """Width and height from the header, without decoding pixels. Raises Pillow's errors for a damaged file."""
-    if sniff(content[:HEAD_BYTES]) != "HEIC":
+    name = sniff(content[:HEAD_BYTES])
+    if name == "JPEG" and not jpeg.structure(content).scan_sizes:
+        raise SyntaxError("a JPEG without image data")
+    if name != "HEIC":
         with _opened(content) as image:
             return image.size
     import pillow_heif
@@ -92,7 +95,7 @@ def decoder_bytes(content: bytes, size: tuple[int, int]) -> int:
     if name != "JPEG":
         return pixels * BYTES_PER_PIXEL[name or ""]
     frame = jpeg.structure(content)
-    return 4 * pixels // _jpeg_scale(frame, pixels) ** 2 + frame.buffered_bytes
+    return 4 * pixels // frame.scale**2 + frame.buffered_bytes
 
 
 def missing_share(content: bytes) -> float:
@@ -114,7 +117,7 @@ def open_image(content: bytes) -> Image.Image:
         return image
     opened = _opened(content)
     if isinstance(opened, JpegImageFile):
-        scale = _jpeg_scale(jpeg.structure(content), math.prod(opened.size))
+        scale = jpeg.structure(content).scale
         if scale > 1:
             opened.draft(None, (opened.width // scale, opened.height // scale))
     return opened
@@ -145,8 +148,3 @@ def _opened(content: bytes) -> Image.Image:
             image.info["icc_profile"] = profile
         return image
     return WebPImageFile(io.BytesIO(content))
-
-
-def _jpeg_scale(frame: jpeg.Structure, pixels: int) -> int:
-    """The smallest factor of the JPEG decoder that gives at most ``MAX_PIXELS``; 1 if the file cannot be scaled."""
-    return next((n for n in (1, 2, 4, 8) if pixels <= n * n * MAX_PIXELS), 8) if frame.is_scalable else 1

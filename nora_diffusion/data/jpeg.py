@@ -6,14 +6,20 @@ Pillow reports neither a truncated scan (libjpeg fills the rest with gray) nor t
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from dataclasses import dataclass, field
 
 from PIL import Image, ImageChops
 from PIL.JpegImagePlugin import jpeg_factory
 
+from ..io.images import MAX_PIXELS
+
 END = b"\xff\xd9"
-_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # neither a stuffed byte nor a restart marker
+MAX_SEGMENTS, MAX_SCANS, MAX_FILL = 10_000, 500, 2**16
+"""More make a small file slow to decode; ordinary files have a few dozen segments, ten
+scans, and no bytes between the segments."""
+_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # neither a stuffed byte nor a restart marker
 _FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE = {0xC2, 0xCA}
 _SCALABLE = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
@@ -41,10 +47,14 @@ class Structure:
     missing_bits: dict[tuple[int, int], int] = field(default_factory=dict)
     """Low bits that no scan has, by component id and coefficient."""
     end: int | None = None
+    is_excessive: bool = False
+    """Whether it has more than ``MAX_SEGMENTS``, ``MAX_SCANS`` or ``MAX_FILL`` bytes before the first scan."""
 
     @property
     def unsupported(self) -> str:
         """The kind of image if Pillow cannot decode it, such as ``"a 12-bit JPEG"``; else empty."""
+        if self.is_excessive:
+            return "a JPEG of unusual structure"
         if self.coding in _OTHER_CODING:
             return _OTHER_CODING[self.coding]
         return f"a {self.precision}-bit JPEG" if self.precision != 8 else ""
@@ -54,9 +64,11 @@ class Structure:
         return self.coding in _PROGRESSIVE
 
     @property
-    def is_scalable(self) -> bool:
-        """Whether the decoder can produce a smaller image."""
-        return self.coding in _SCALABLE
+    def scale(self) -> int:
+        """The smallest factor of the decoder that gives at most ``MAX_PIXELS``; 1 if the file cannot be scaled."""
+        if self.coding not in _SCALABLE:
+            return 1
+        return next((n for n in (1, 2, 4, 8) if self.width * self.height <= n * n * MAX_PIXELS), 8)
 
     @property
     def buffered_bytes(self) -> int:
@@ -75,8 +87,15 @@ class Structure:
 
 def structure(content: bytes) -> Structure:
     """Read the markers of the first image in a JPEG file. Damaged files give what can be read of them."""
-    found, position = Structure(), 2
-    while match := _MARKER.search(content, position):
+    found, position, fill = Structure(), 2, 0
+    for count in itertools.count():
+        match = _MARKER.search(content, position)
+        if match is None:
+            break
+        fill += 0 if found.scan_sizes else match.start() - position
+        if count == MAX_SEGMENTS or len(found.scan_sizes) > MAX_SCANS or fill > MAX_FILL:
+            found.is_excessive = True
+            break
         marker, position = match[1][0], match.end()
         if marker == 0xD9:
             found.end = match.start()
@@ -134,15 +153,15 @@ def missing_share(content: bytes) -> float:
     if found.lacks_scans:
         return 1.0
     scan = _TAIL.sub(b"", content) if found.end is None else content[: found.end]
-    first, second = (_decode(scan + more + END, found.is_progressive) for more in (b"", _OTHER_BITS))
+    # One value per block shows it, except in progressive files, whose last scans have only details.
+    scale = found.scale if found.is_progressive else 8
+    first, second = (_decode(scan + more + END, scale) for more in (b"", _OTHER_BITS))
     box = ImageChops.difference(first, second).getbbox()
     return 0.0 if box is None else 1 - box[1] / first.height
 
 
-def _decode(content: bytes, full_size: bool) -> Image.Image:
-    """One value per block; in full size for progressive images, whose last scans have only details."""
+def _decode(content: bytes, scale: int) -> Image.Image:
     with jpeg_factory(io.BytesIO(content)) as image:
-        if not full_size:
-            image.draft(None, (1, 1))
+        image.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))
         image.load()
         return image

@@ -6,6 +6,7 @@ wrong bit depth.
 
 from __future__ import annotations
 
+import itertools
 import struct
 import zlib
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_TEXT, MAX_PROFILE = 2**20, 2**24
 """Largest decompressed sizes in bytes; longer texts are dropped, larger profiles count as broken."""
+MAX_CHUNKS = 100_000
 _IGNORED = {b"zTXt", b"tEXt", b"iTXt"}
 _ORIENTATION_TEXTS = {b"XML:com.adobe.xmp", b"Raw profile type exif", b"Raw profile type APP1"}
 _GRAY, _RGB = 0, 2
@@ -44,7 +46,11 @@ def simplified(content: bytes) -> tuple[bytes, bytes | None]:
 def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
     """Name, data and whether the checksum is right, of each chunk; the data of the last one may be cut off."""
     position = len(SIGNATURE)
-    while position + 8 <= len(content):
+    for count in itertools.count():
+        if position + 8 > len(content):
+            return
+        if count == MAX_CHUNKS:
+            raise ValueError(f"more than {MAX_CHUNKS} chunks")
         length, name = struct.unpack_from(">I4s", content, position)
         data = content[position + 8 : position + 8 + length]
         stored = content[position + 8 + length : position + 12 + length]
