@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +18,16 @@ from ..adapters.patterns import pattern_of
 from ..errors import UserError
 from ..formats.adapter_info import AdapterInfo
 from ..formats.foreign import PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX
+from ..formats.foreign_names import original_name
 from ..io.files import write_atomic
 from ..io.tensor_file import TensorFile, Tensors, file_bytes
 from ..pipelines.components import canonical
+from .lora_metadata import Architecture, hashes, kohya_metadata, modelspec
 
 Format = Literal["diffusers", "kohya", "peft"]
 MAKER = "nora_diffusion"
+SMALLEST_WIDTH = 320
+"""Channels of the narrowest layers of SDXL's UNet."""
 
 
 @dataclass
@@ -61,6 +66,17 @@ class PlainPair:
             m = self.magnitude.to(dtype)
             tensors[f"{key}.lora_magnitude_vector.weight"] = m if self.kernel is None else m.view(1, -1, 1, 1)
         return tensors
+
+    def comfy_tensors(self, dtype: torch.dtype) -> Tensors:
+        """The names of diffusers' attention processors, ``attn1.processor.to_q_lora.down.weight``, for a UNet.
+
+        ComfyUI reads only these, diffusers also the names of :meth:`peft_tensors`. Other layers are ``.lora.down``.
+        """
+        down, up = self.shaped(dtype)
+        key = f"{self.component}.{self.path}.lora"
+        if match := re.fullmatch(r"(.*)\.(to_[qkv]|to_out)(\.0)?", self.path):
+            key = f"{self.component}.{match[1]}.processor.{match[2]}_lora"
+        return {f"{key}.down.weight": down, f"{key}.up.weight": up}
 
     def kohya_tensors(self, key: str, dtype: torch.dtype) -> Tensors:
         """kohya's names: ``lora_down``, ``lora_up``, ``alpha``, and ``dora_scale [d_out, 1]`` (4-D for conv)."""
@@ -149,14 +165,21 @@ def _is_export(file: Path) -> bool:
 
 def _write_diffusers(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype) -> tuple[Path, int, int]:
     tensors: Tensors = {}
+    magnitudes = {pair.component for pair in pairs if pair.magnitude is not None}
     for pair in pairs:
-        tensors |= pair.peft_tensors(f"{pair.component}.{_long_path(pair)}", dtype)
+        if pair.component == "unet" and "unet" not in magnitudes:
+            tensors |= pair.comfy_tensors(dtype)
+        else:
+            tensors |= pair.peft_tensors(f"{pair.component}.{_long_path(pair)}", dtype)
     settings = {name: _lora_settings([p for p in pairs if p.component == name]) for name in info.components}
     metadata = {}
     if any(own["rank_pattern"] for own in settings.values()):  # else diffusers 0.38 takes the first rank for all alphas
         flat = {f"{component}.{name}": value for component, own in settings.items() for name, value in own.items()}
         metadata["lora_adapter_metadata"] = json.dumps(flat)
-    return write_tensors(export_file(dst), tensors, info, metadata)
+    file = export_file(dst)
+    if any(pair.component == "unet" for pair in pairs):
+        metadata |= modelspec(info, file.stem, architecture(info, pairs))
+    return write_tensors(file, tensors, info, metadata)
 
 
 def _lora_settings(pairs: Sequence[PlainPair]) -> dict[str, Any]:
@@ -174,21 +197,53 @@ def _lora_settings(pairs: Sequence[PlainPair]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _has_two_encoders(info: AdapterInfo, pairs: list[PlainPair]) -> bool:
-    """Whether the base has a second text encoder (SDXL): it is adapted, or the UNet's text input is wider than one."""
+def architecture(info: AdapterInfo, pairs: Sequence[PlainPair]) -> Architecture:
+    """Which Stable Diffusion an adapter is for, by what it adapts.
+
+    Only SDXL has a second text encoder, a UNet with a text input wider than one text encoder, several transformer
+    layers in one block, or an ``add_embedding``. Stable Diffusion 2 reads text of width 1,024, version 1 of 768.
+    """
     widths = {pair.component: pair.down.shape[1] for pair in pairs if pair.path.endswith(("attn2.to_k", "q_proj"))}
-    return "text_encoder_2" in info.components or widths.get("unet", 0) > widths.get("text_encoder", math.inf)
+    unet = [pair.path for pair in pairs if pair.component == "unet"]
+    deep = any("transformer_blocks.1." in path or path.startswith("add_embedding.") for path in unet)
+    text = widths.get("unet", 0)
+    wide = text >= 2048 or text > widths.get("text_encoder", math.inf)
+    named = re.search(r"sdxl|stable-diffusion-xl", info.base, re.IGNORECASE)
+    if "text_encoder_2" in info.components or deep or wide or named:
+        return "sdxl"
+    return "sd2" if 1024 in (text, widths.get("text_encoder")) else "sd1"
+
+
+def _layers_per_block(pairs: Sequence[PlainPair]) -> int:
+    """``layers_per_block`` of an SDXL UNet. It is 2; only a small UNet, for tests, may have as many as are adapted."""
+    unet = [pair for pair in pairs if pair.component == "unet"]
+    if any(max(pair.down.shape[1], pair.up.shape[0]) >= SMALLEST_WIDTH for pair in unet):
+        return 2
+    found = [re.match(r"(down|up)_blocks\.\d+\.(?:resnets|attentions)\.(\d+)\.", pair.path) for pair in unet]
+    return max([1, *(int(match[2]) + (match[1] == "down") for match in found if match)])
+
+
+def _kohya_path(pair: PlainPair, layers: int | None, paths: Sequence[str]) -> str:
+    """The path in kohya's files: of SDXL's UNet under Stability AI's names, which sd-scripts trains."""
+    path = _long_path(pair)
+    if pair.component == "unet" and layers is not None:
+        path = original_name(path, layers, paths) or path
+    return path.replace(".", "_")
 
 
 def _write_kohya(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype) -> tuple[Path, int, int]:
     prefixes = {"unet": "lora_unet", "text_encoder_2": "lora_te2"}
-    prefixes["text_encoder"] = "lora_te1" if _has_two_encoders(info, pairs) else "lora_te"
+    kind, paths = architecture(info, pairs), [pair.path for pair in pairs if pair.component == "unet"]
+    prefixes["text_encoder"] = "lora_te1" if kind == "sdxl" else "lora_te"
+    layers = _layers_per_block(pairs) if kind == "sdxl" else None
     tensors: Tensors = {}
     for pair in pairs:
         if pair.component not in prefixes:
             raise UserError(f"kohya's format has no name for {pair.component}: export to diffusers instead")
-        tensors |= pair.kohya_tensors(f"{prefixes[pair.component]}_{_long_path(pair).replace('.', '_')}", dtype)
-    return write_tensors(export_file(dst), tensors, info)
+        tensors |= pair.kohya_tensors(f"{prefixes[pair.component]}_{_kohya_path(pair, layers, paths)}", dtype)
+    file, rank = export_file(dst), max(pair.rank for pair in pairs)
+    metadata = kohya_metadata(info, file.stem, kind, rank, max(pair.alpha or pair.rank for pair in pairs))
+    return write_tensors(file, tensors, info, metadata | modelspec(info, file.stem, kind))
 
 
 def _write_peft(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype: torch.dtype) -> tuple[Path, int, int]:
@@ -218,7 +273,7 @@ def write_tensors(
     metadata = {"format": "pt", **{k: v for k, v in origin.items() if v}, **(more or {})}
     if info.trigger:
         metadata["modelspec.trigger_phrase"] = info.trigger
-    write_atomic(path, file_bytes(path, tensors, metadata))
+    write_atomic(path, file_bytes(path, tensors, metadata | hashes(tensors)))
     return path, path.stat().st_size, len(tensors)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from torch import nn
@@ -68,30 +68,39 @@ def paths_by_name(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     paths = list(projections(model))
     for path in paths:
-        for name in (path, canonical(path), f"text_model.{canonical(path)}", *_original_name(model, path, paths)):
+        for name in (path, canonical(path), f"text_model.{canonical(path)}", *_original_names(model, path, paths)):
             found.setdefault(name, path)
             found.setdefault(name.replace(".", "_"), path)
     return found
 
 
-def _original_name(model: nn.Module, path: str, paths: list[str]) -> Iterator[str]:
-    """The name of a UNet's projection in the original Stable Diffusion code, if it has one."""
-    start = next((name for name in ORIGINAL if f"{path}.".startswith(f"{name}.")), None)
+def _original_names(model: nn.Module, path: str, paths: list[str]) -> Iterator[str]:
+    """The name of a projection in the original Stable Diffusion code, if the model is a UNet and it has one."""
     layers = getattr(model, "config", {}).get("layers_per_block") if hasattr(model, "down_blocks") else None
-    if start is not None and layers is not None:
-        yield ORIGINAL[start] + _original_suffix(path.removeprefix(start))
-    if (match := BLOCK.fullmatch(path)) is None or not isinstance(layers, int):
-        return
+    if isinstance(layers, int) and (name := original_name(path, layers, paths)) is not None:
+        yield name
+
+
+def original_name(path: str, layers: int, paths: Collection[str]) -> str | None:
+    """The name of a UNet's projection in Stability AI's code, ``input_blocks.4.1.proj_in``, or ``None``.
+
+    ``layers``: the UNet's ``layers_per_block``. ``paths``: all its projections, by which blocks with attention are
+    known.
+    """
+    start = next((name for name in ORIGINAL if f"{path}.".startswith(f"{name}.")), None)
+    if start is not None:
+        return ORIGINAL[start] + _original_suffix(path.removeprefix(start))
+    if (match := BLOCK.fullmatch(path)) is None:
+        return None
     side, block, kind, index, suffix = match.groups()
     # A block counts `layers` pairs of resnet and attention (one more on the way up), and its down- or upsampler.
     number = int(block) * (layers + 1) + (layers if kind.endswith("samplers") else int(index))
     if side == "down":
         slot = "0.op" if kind == "downsamplers" else str(int(kind == "attentions"))
-        yield f"input_blocks.{number + 1}.{slot}{'' if kind == 'downsamplers' else _original_suffix(suffix)}"
-    else:
-        has_attention = any(other.startswith(f"up_blocks.{block}.attentions.") for other in paths)
-        slot = {"resnets": "0", "attentions": "1", "upsamplers": "2" if has_attention else "1"}[kind]
-        yield f"output_blocks.{number}.{slot}{_original_suffix(suffix)}"
+        return f"input_blocks.{number + 1}.{slot}{'' if kind == 'downsamplers' else _original_suffix(suffix)}"
+    has_attention = any(other.startswith(f"up_blocks.{block}.attentions.") for other in paths)
+    slot = {"resnets": "0", "attentions": "1", "upsamplers": "2" if has_attention else "1"}[kind]
+    return f"output_blocks.{number}.{slot}{_original_suffix(suffix)}"
 
 
 def _original_suffix(path: str) -> str:

@@ -159,8 +159,8 @@ def _subject(name: str, path: str | Path, basis_dir: str | Path | None, bases: d
     layout = Layout(dtype_name, tuple((key, tuple(value.shape)) for key, value in tensors.items()))
     info.sha256 = hashlib.sha256(save(tensors, {"nora": dump_info(info)})).hexdigest()
     # Parameters and preview are read again on writing, so that a pack of thousands does not have to fit in memory.
-    size = len(_preview(info.path))
-    return PackedSubject(name, info, layout, size, lambda: _preview(info.path), lambda: _parameters(info.path))
+    size = len(preview_of(info.path))
+    return PackedSubject(name, info, layout, size, lambda: preview_of(info.path), lambda: _parameters(info.path))
 
 
 def _share_basis(info: AdapterInfo, basis: Tensors, bases: dict[str, Tensors]) -> None:
@@ -183,7 +183,7 @@ def _parameters(path: str) -> bytes:
     return b"".join(value.flatten().view(torch.uint8).numpy().tobytes() for value in _trained(path).values())
 
 
-def _preview(path: str) -> bytes:
+def preview_of(path: str) -> bytes:
     """The preview image in an adapter's folder, or of a subject of another pack; empty if there is none."""
     address = split_address(path)
     if address:
