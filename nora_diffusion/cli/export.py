@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-HELP = "export an adapter as a plain LoRA for other tools, without loss"
+HELP = "export an adapter as a plain LoRA for other tools"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration_prompts", nargs="+", metavar="PROMPT", help="prompts to measure it on (default: generic ones)"
     )
-    parser.add_argument("--base", help="base to measure it on: folder or hub id (default: the adapter's)")
-    parser.add_argument("--rank", type=int, help="truncate an adapter that was trained for every rank (dylora)")
+    parser.add_argument(
+        "--dora",
+        choices=("plain", "magnitude"),
+        help="a DoRA as a plain LoRA (default for kohya) or with its magnitude (default for the others)",
+    )
+    parser.add_argument("--base", help="base for --gate and --dora plain: folder or hub id (default: the adapter's)")
+    parser.add_argument("--rank", type=int, help="truncate an adapter that was trained for every rank (dylora), or "
+                        "the rank of a DoRA's plain LoRA")  # fmt: skip
 
 
 def run(values: argparse.Namespace) -> None:
@@ -31,7 +37,8 @@ def run(values: argparse.Namespace) -> None:
 
     report = export_lora(
         values.adapter, values.out, values.format, values.dtype, rank=values.rank, gate=values.gate,
-        pipe=_base(values) if values.gate else None, calibration=values.calibration_prompts,
+        pipe=_base(values) if values.gate or values.base else None, calibration=values.calibration_prompts,
+        dora=values.dora,
     )  # fmt: skip
     print(
         f"{report.path}: rank {report.rank}, {report.keys} tensors, {report.bytes:,} bytes, "

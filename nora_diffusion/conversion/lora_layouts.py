@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class PlainPair:
     """One projection's LoRA: ``dW = (alpha / r) B A``.
 
     ``kernel``: ``[c, kh, kw]`` of a convolution. ``magnitude``: DoRA's ``m``. ``alpha``: ``None`` means the rank, so
-    that every reader scales by 1.
+    that every reader scales by 1. ``exact``: computes the update that the pair approximates, if it is not equal to it.
     """
 
     component: str
@@ -45,6 +45,7 @@ class PlainPair:
     kernel: list[int] | None
     magnitude: Tensor | None = None
     alpha: int | None = None
+    exact: Callable[[], Tensor] | None = None
 
     @property
     def rank(self) -> int:
@@ -87,12 +88,24 @@ class PlainPair:
             tensors[f"{key}.dora_scale"] = self.magnitude.to(dtype).view(-1, *(1 for _ in down.shape[1:]))
         return tensors
 
-    def error(self, dtype: torch.dtype) -> tuple[float, float]:
-        """``(max |dW_file - dW|, max |dW|)`` in fp64."""
+    def error(self, dtype: torch.dtype) -> PairError:
+        """The error of the pair as stored in ``dtype``, in fp64."""
         scale = (self.alpha or self.rank) / self.rank
-        exact = scale * (self.up @ self.down)
-        stored = scale * (self.up.to(dtype).double() @ self.down.to(dtype).double())
-        return float((stored - exact).abs().max()), float(exact.abs().max())
+        exact = self.exact() if self.exact else scale * (self.up @ self.down)
+        difference = scale * (self.up.to(dtype).double() @ self.down.to(dtype).double()) - exact
+        return PairError(
+            float(difference.abs().max()), float(exact.abs().max()), float(difference.square().sum()),
+            float(exact.square().sum()),
+        )  # fmt: skip
+
+
+class PairError(NamedTuple):
+    """``max |dW_file - dW|``, ``max |dW|``, ``||dW_file - dW||_F^2`` and ``||dW||_F^2``."""
+
+    worst: float
+    largest: float
+    lost: float
+    energy: float
 
 
 def with_common_alpha(pairs: Sequence[PlainPair]) -> list[PlainPair]:

@@ -121,10 +121,10 @@ def load_adapter(
     return LoadedAdapter(name, applied=len(tensors), total=len(tensors), info=info)
 
 
-def check_adapter(pipe: Any, path: str | Path) -> tuple[AdapterInfo, Tensors]:
+def check_adapter(pipe: Any, path: str | Path, basis_dir: str | Path | None = None) -> tuple[AdapterInfo, Tensors]:
     """Read a file and check that it fits the pipeline, without loading it. Raises as :func:`load_adapter`."""
     info = inspect_adapter(path)
-    tensors = read_tensors(info)
+    tensors = read_tensors(info, basis_dir)
     _check_fit(info, info.configs, components(pipe), tensors, base_id(pipe))
     return info, tensors
 

@@ -195,7 +195,7 @@ def test_metadata_for_model_browsers(tmp_path: Path, form: Any) -> None:
 
 
 def test_thumbnails_come_from_the_preview_the_pack_or_the_last_sample(tmp_path: Path) -> None:
-    saved("sdxl", tmp_path, ["context"], ["unet"])
+    saved("sdxl", tmp_path, ["attn"], ["unet"])
     folder = tmp_path / "dog"
     assert _thumbnail(inspect_adapter(folder)) == b""
     samples = folder / "samples" / "step-10"
