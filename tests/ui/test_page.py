@@ -145,6 +145,21 @@ def test_a_typed_weight_counts_with_ctrl_enter(page: Any, server: Server) -> Non
         assert read_settings(made).adapters[0]["weight"] == number_typed
         prompt_is(page, f"a sks dog <lora:dog:{number_typed}>")
         expect(page.locator("#generate")).to_be_visible()
+    open_blocks(page)
+    held: list[Any] = []
+    page.route("**/run/predict", lambda route: held.append(route))  # a slow server: block weights are stored on it
+    before, block = set(folder.glob("*.png")), page.get_by_label("number input for Block: mid").locator("visible=true")
+    block.fill("0.5")
+    block.press("Control+Enter")
+    until(lambda: bool(held), page=page)
+    page.wait_for_timeout(500)
+    assert set(folder.glob("*.png")) == before
+    for route in held:
+        route.continue_()
+    page.unroute("**/run/predict")
+    until(lambda: len(set(folder.glob("*.png")) - before) == 1, page=page)
+    (made,) = set(folder.glob("*.png")) - before
+    assert read_settings(made).adapters[0]["blocks"] == {"mid": 0.5}
 
 
 def test_ctrl_enter_interrupt_and_skip(page: Any, server: Server) -> None:

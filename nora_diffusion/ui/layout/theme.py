@@ -89,14 +89,23 @@ CSS = """
 # Ctrl+Enter generates from anywhere. Gradio's sliders report a change by keyboard only after a pointerup event.
 SCRIPT = """
 () => {
+  let unanswered = 0;
+  const send = window.fetch;
+  window.fetch = (...request) => {
+    const answer = send(...request);
+    if (!String(request[0]?.url ?? request[0]).includes('/run/predict')) return answer;
+    unanswered++;
+    return answer.finally(() => unanswered--);
+  };
+  const press = (button) => unanswered ? setTimeout(press, 50, button) : button.click();
   document.addEventListener('keydown', (event) => {
     if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) {
       const button = document.querySelector('#generate');
       if (!button || button.offsetParent === null) return;
       event.preventDefault();
       event.stopPropagation();
-      document.activeElement?.blur();  // a number counts only when its field is left
-      setTimeout(() => button.click(), 100);
+      document.activeElement?.blur();  // a number counts when its field is left, a block weight when it is answered
+      setTimeout(press, 100, button);
     }
   }, true);
   document.addEventListener('keyup', (event) => {
