@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ...data import Pixels, SourceImage, read_images
+from ...data import Pixels, SourceImage
 from ...data.captions import fill, has_word, with_article, without_trigger
 from ...data.similarity import find_duplicates
 from ...errors import UserError
@@ -30,7 +30,7 @@ from ...loaders import load_adapter, save_adapter
 from ...pipelines.components import components, without_adapters
 from ...scoring.judges import Judge, check_judge, image_features, load_judges, text_features
 from ...scoring.metrics import agreement, diversity, likeness
-from ..data.subject import Subject
+from ..data.subject import Subject, read_folder
 from ..settings.config import TrainConfig, tagged
 from ..settings.resolved import ResolvedConfig
 from ..step.randomness import derive, forked
@@ -75,7 +75,7 @@ def plan_measure(config: ResolvedConfig, subject: Subject, device: torch.device)
     prompts, class_prompts = ([text for pair in prompt_pairs for text in pair[side]] for side in (0, 1))
     judges = load_judges(config.judge, config.dino, device)
     if config.validation_data_dir:
-        held_out = [read_images(Path(config.validation_data_dir).expanduser())]
+        held_out = [read_folder(config, Path(config.validation_data_dir).expanduser())[0]]
     else:
         held_out = [list(member.held_out) for member in subject.members_or_self]
     references = [photos or member.images for photos, member in zip(held_out, subject.members_or_self, strict=True)]

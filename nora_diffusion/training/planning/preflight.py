@@ -13,8 +13,6 @@ import torch
 
 from ...adapters.tuner.build import flat_weight
 from ...data.captions import TRIGGERS, has_word
-from ...data.folder import enumerated
-from ...data.transforms import Box
 from ...errors import UserError, printable
 from ...formats.adapter_info import info_from
 from ...io.run_layout import CHECKPOINTS, checkpoint_steps
@@ -22,12 +20,12 @@ from ...loaders import check_adapter
 from ...pipelines.base import base_id
 from ...pipelines.components import targets_by_component
 from ..data.class_images import class_image_findings, uses_class_images
-from ..data.dataset import transform_of, views_of
 from ..data.prompts import token_limit, truncated_prompts
 from ..settings.defaults import USUAL_FACTORS, USUAL_TEXT_RATES, USUAL_TOKEN_RATES, usual_rates
-from ..step.denoiser import bucket_multiple, native_resolution, networks
+from ..step.denoiser import native_resolution, networks
 from ..step.memory import Estimate, available, capacity, estimate
 from ..step.optimization import scaled_rate
+from .image_checks import encoded_bytes, image_memory, missed_subjects
 from .plan import Plan
 from .rundir import SPARE_BYTES
 
@@ -62,9 +60,9 @@ def preflight(plan: Plan) -> list[Finding]:
     """Run all checks; takes seconds and writes nothing."""
     size = _estimate(plan)
     return [
-        *_base(plan), *_disk(plan, size), *_memory(plan, size), *_photos(plan), *_masks(plan), *_data(plan),
+        *_base(plan), *_disk(plan, size), *_memory(plan, size), *_photos(plan), *_images(plan), *_data(plan),
         *_trigger(plan), *_new_tokens(plan), *_prompts(plan), *_lengths(plan), *_rank(plan), *_rates(plan),
-        *_file(plan), *_measured(plan), *_class_images(plan), *_upload(plan), *_without_effect(plan),
+        *_file(plan), *_measured(plan), *_upload(plan), *_without_effect(plan),
     ]  # fmt: skip
 
 
@@ -143,6 +141,7 @@ def _memory(plan: Plan, size: Estimate) -> Iterator[Finding]:
     if device.type not in ("cpu", "cuda"):
         return
     free = available(device) + freed_by_casting(plan, device)
+    free -= encoded_bytes(plan) if device.type == "cpu" else 0
     if size.memory <= free:
         return
     remedies = ["--train_batch_size 1"] if plan.config.train_batch_size > 1 else []
@@ -189,30 +188,6 @@ def _photos(plan: Plan) -> Iterator[Finding]:
 
 def _data(plan: Plan) -> Iterator[Finding]:
     yield from map(Finding, plan.subject.findings)
-
-
-def _masks(plan: Plan) -> Iterator[Finding]:
-    """Photos whose crops are all outside their masks; with a background weight of 0 nothing is learned from them."""
-    config, images = plan.config, plan.subject.images
-    if config.background_loss_weight != 0:
-        return
-    transform = transform_of(config, config.resolution, bucket_multiple(plan.pipe))
-    views = views_of(transform, images, config.seed)
-    missed = [
-        image.path.name
-        for image, own in zip(images, views, strict=True)
-        if image.mask is not None and not any(_overlap(view.box, image.mask.box) for view in own)
-    ]
-    if missed:
-        yield Finding(
-            f"No crop of {len(missed)} of {len(images)} photos shows the subject ({enumerated(missed)}), so nothing is "
-            "learned from them: use --crop subject, or a --background_loss_weight above 0.",
-            fatal=len(missed) == len(images),
-        )
-
-
-def _overlap(first: Box, second: Box) -> bool:
-    return all(first[i] < second[i + 2] and second[i] < first[i + 2] for i in (0, 1))
 
 
 def _trigger(plan: Plan) -> Iterator[Finding]:
@@ -357,11 +332,12 @@ def _measured(plan: Plan) -> Iterator[Finding]:
         )
 
 
-def _class_images(plan: Plan) -> Iterator[Finding]:
+def _images(plan: Plan) -> Iterator[Finding]:
+    yield from (Finding(*found) for found in (*missed_subjects(plan), *image_memory(plan)))
     if uses_class_images(plan.config):
         skip = plan.config.skip_unreadable
-        for text, fatal in class_image_findings(plan.class_images, plan.subject, base_id(plan.pipe), skip):
-            yield Finding(text, fatal)
+        found = class_image_findings(plan.class_images, plan.subject, base_id(plan.pipe), skip)
+        yield from (Finding(*each) for each in found)
 
 
 def _upload(plan: Plan) -> Iterator[Finding]:
