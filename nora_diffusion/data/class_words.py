@@ -50,10 +50,12 @@ PUNCTUATION = re.compile(r"[^\w\s<>*'’-]| - ")
 def guess_class_word(
     trigger: str | None, instance_prompt: str, class_prompt: str, captions: Sequence[str]
 ) -> tuple[str | None, str]:
-    """The class word and where it was found: in the instance prompt, the class prompt or the captions.
+    """The class word, if there is a trigger, and where it was found: in instance prompt, class prompt or captions.
 
     If the captions replace the instance prompt, lack its class and agree on another one, theirs is taken.
     """
+    if trigger is None:
+        return None, ""
     of_captions = common_class_word(captions, trigger)
     if word := class_word_in(instance_prompt, trigger):
         is_used = instance_prompt in captions or any(has_word(caption, word) for caption in captions)

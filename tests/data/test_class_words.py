@@ -100,3 +100,4 @@ def test_the_instance_prompt_comes_first() -> None:
     assert guess_class_word("sks", "a sks dog", "", ["a sks cat", "a sks cat, day"]) == ("cat", "the captions")
     assert guess_class_word("sks", "a sks dog", "", ["a sks cat", "a sks dog"]) == ("dog", "the instance prompt")
     assert guess_class_word("sks", "", "", ["close up of sks"])[0] is None
+    assert guess_class_word(None, "a dog", "a photo of a dog", ["a dog"])[0] is None
