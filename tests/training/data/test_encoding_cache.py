@@ -40,8 +40,8 @@ def pipe(tiny_base: Path) -> Any:
 
 
 @pytest.fixture
-def photo(photos: Path) -> SourceImage:
-    return read_source(photos / "0.png")
+def photo(photos: Path, tmp_path: Path) -> SourceImage:
+    return read_source(Path(shutil.copy(photos / "0.png", tmp_path)))
 
 
 def entries(cache: Path, kind: str) -> int:
