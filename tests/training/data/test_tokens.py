@@ -104,7 +104,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "alone": ({"train_text_encoder_ti": False}, "--token_lr needs --train_text_encoder_ti"),
     "fraction": ({"train_text_encoder_ti_frac": 1.5}, "is a fraction of the run"),
-    "many": ({"num_new_tokens_per_abstraction": 65}, "must have 1 to 64 vectors"),
+    "many": ({"num_new_tokens_per_abstraction": 65}, "=65 does not fit into the 16 tokens of a prompt"),
 }  # fmt: skip
 
 
