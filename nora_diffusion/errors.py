@@ -10,6 +10,7 @@ import errno
 import functools
 import os
 import re
+import reprlib
 import sys
 import traceback
 from collections.abc import Callable
@@ -60,6 +61,13 @@ def printable(text: str) -> str:
         line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE // 2]} […] {line[-MAX_MESSAGE // 3 :]}"
         for line in text.split("\n")
     )
+
+
+def quoted(value: object) -> str:
+    """``repr(value)``, shortened: for errors that quote what a user gave."""
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = shortener.maxlong = 100
+    return shortener.repr(value)
 
 
 def first_line(error: BaseException) -> str:

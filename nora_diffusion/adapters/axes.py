@@ -17,6 +17,8 @@ ExpertKind = Literal["shared", "independent", "projected"]
 """What the experts of a router share (:mod:`.deltas.routed`)."""
 BasisDtype = Literal["float32", "float16", "bfloat16"]
 Targets = str | list[str] | None
+MAX_WEIGHT = 100.0
+"""Bound for the weight of an adapter: larger ones give noise, and soon NaN."""
 
 
 def has_inner_rank(core: object, experts: object) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from peft import PeftConfig
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, quoted
+from ..io.untrusted import conform
 from .axes import Basis, BasisDtype, CoreKind, ExpertKind, Factor, Placement, Router, has_inner_rank
 from .deltas.bases import COMPUTED, Pair
 from .patterns import check_patterns, suffix_matcher
@@ -24,6 +25,28 @@ TRAINED: dict[CoreKind, tuple[Factor, ...]] = {
     "diagonal": ("core",),
 }
 """What each core trains unless told otherwise."""
+
+
+LARGEST = 2**16
+"""Upper bound for ranks, counts and scales; checked before anything is allocated."""
+SMALLEST_ALPHA, MAX_POWER = 1e-30, 10
+_COUNT = f"a whole number from 1 to {LARGEST}"
+_NUMBER, _SWITCH = f"a finite number of at most {LARGEST}", "True or False"
+_NAMES = "a group such as 'attn', a list of names or a regular expression"
+_KINDS = {
+    "method": "the name of a method",
+    "r": _COUNT, "inner_r": _COUNT, "num_experts": _COUNT, "blocks": _COUNT,
+    "alpha": f"{_NUMBER}, or None", "power": _NUMBER, "dropout": "a number from 0 to below 1",
+    "trained": "a list of factors", "rank_mask": _SWITCH, "magnitude": _SWITCH,
+    "target_modules": _NAMES, "exclude_modules": _NAMES, "modules_to_save": "a list of module names",
+    "rank_pattern": "a dict of names and ranks", "alpha_pattern": "a dict of names and alphas",
+}  # fmt: skip
+"""What the fields must be, apart from those with a choice of names."""
+_CHOICES: dict[str, Any] = {
+    "basis": Basis, "placement": Placement, "core": CoreKind, "router": Router, "experts": ExpertKind,
+    "basis_dtype": BasisDtype,
+}  # fmt: skip
+_hints = functools.cache(get_type_hints)
 
 
 @dataclass
@@ -79,9 +102,8 @@ class AdapterConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = NORA
+        self._check_types()
         self.target_modules = expand_targets(self.target_modules)
-        if isinstance(self.modules_to_save, str):
-            self.modules_to_save = [self.modules_to_save]
         if not self.has_inner_rank:
             self.inner_r = 1
         if not self.trained:
@@ -90,21 +112,29 @@ class AdapterConfig(PeftConfig):
             self.start = Start()
         self._check()
 
+    def _check_types(self) -> None:
+        """Check each value against the type of its field, after numbers of NumPy and torch became Python's own."""
+        hints = _hints(AdapterConfig) | {"trained": list[str]}
+        for name in AdapterConfig.__annotations__:
+            value = _plain(getattr(self, name))
+            value = [value] if name == "modules_to_save" and isinstance(value, str) else value
+            setattr(self, name, value)
+            if name in _CHOICES:
+                self._check_choice(name, get_args(_CHOICES[name]))
+            elif name in _KINDS and not (name == "trained" and value is None):
+                try:
+                    conform(value, hints[name], name, LARGEST)
+                except ValueError:
+                    raise UserError(f"{name}={quoted(value)} is not allowed: give {_KINDS[name]}") from None
+
     def _check(self) -> None:
         for name in ("r", "inner_r", "num_experts", "blocks"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{name}={value!r} is not a rank or a count: give a whole number of at least 1")
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} is not a rank or a count: give {_COUNT}")
         if self.has_inner_rank and self.inner_r > self.r and self.stored_outer:
             raise UserError(f"inner_r={self.inner_r} exceeds r={self.r}: the inner pair sits inside the outer one")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
-        self._check_choice("basis", get_args(Basis))
-        self._check_choice("placement", get_args(Placement))
-        self._check_choice("core", get_args(CoreKind))
-        self._check_choice("router", get_args(Router))
-        self._check_choice("experts", get_args(ExpertKind))
-        self._check_choice("basis_dtype", get_args(BasisDtype))
         if self.router != "none" and self.core != "none":
             raise UserError(f"router={self.router!r} needs core='none': experts share plain factors")
         if self.router != "none" and (self.blocks > 1 or self.rank_mask or self.magnitude):
@@ -117,9 +147,6 @@ class AdapterConfig(PeftConfig):
             raise UserError(f"experts={self.experts!r} needs a router and basis='kaiming': experts start at random")
         if self.core == "input" and self.blocks > 1:
             raise UserError("core='input' does not go with blocks: leave one of them out")
-        saved = [] if self.modules_to_save is None else self.modules_to_save
-        if not isinstance(saved, list | tuple | set) or not all(isinstance(name, str) and name for name in saved):
-            raise UserError(f"modules_to_save={saved!r} is not a list of module names: give names such as ['conv_in']")
         self._check_scale()
         self._check_trained()
         check_patterns("target_modules", self.target_modules)
@@ -129,20 +156,21 @@ class AdapterConfig(PeftConfig):
 
     def _check_scale(self) -> None:
         for name, value in {"alpha": self.alpha, **self.alpha_pattern}.items():
-            if value is not None and not (_is_finite(value) and value > 0):
+            if value is not None and value < SMALLEST_ALPHA:
                 raise UserError(f"alpha={value!r} of {name!r} must be above 0: it scales the update")
-        if not _is_finite(self.power):
+        if abs(self.power) > MAX_POWER:
             raise UserError(
-                f"power={self.power!r} is not finite: it is the exponent of activation strengths, 0.5 by default"
+                f"power={self.power} is out of range: it is the exponent of activation strengths, 0.5 by default, at "
+                f"most {MAX_POWER} in magnitude"
             )
         for name, rank in self.rank_pattern.items():
-            if not isinstance(rank, int) or rank < 1:
-                raise UserError(f"rank {rank!r} of {name!r} is not a rank: give a whole number of at least 1")
+            if rank < 1:
+                raise UserError(f"rank {rank!r} of {name!r} is not a rank: give {_COUNT}")
 
     def _check_trained(self) -> None:
         for factor in self.trained:
             if factor not in get_args(Factor):
-                raise UserError(f"trained={factor!r} is unknown: choose among {', '.join(get_args(Factor))}")
+                raise UserError(f"trained={quoted(factor)} is unknown: choose among {', '.join(get_args(Factor))}")
         # The factor that starts at zero must be trained, or nothing is.
         needed = "core" if self.starts_at_core else "up"
         if needed not in self.trained or (self.core == "none" and "core" in self.trained):
@@ -152,8 +180,8 @@ class AdapterConfig(PeftConfig):
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
-        if value not in choices:
-            raise UserError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}")
+        if not isinstance(value, str) or value not in choices:
+            raise UserError(f"{name}={quoted(value)} is unknown: choose one of {', '.join(choices)}")
 
     def rank_for(self, key: str) -> int:
         """The outer rank of the module at path ``key``, after ``rank_pattern``."""
@@ -210,5 +238,12 @@ def fits(pattern: str, key: str) -> bool:
     return bool(suffix_matcher(pattern.removeprefix("text_model.")).match(key.removeprefix("text_model.")))
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _plain(value: Any) -> Any:
+    """Scalars of NumPy and torch as Python's own numbers, sets and tuples as lists; also inside lists and dicts."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_type_hints
 
 from ..adapters import AdapterConfig
 from ..adapters.axes import has_inner_rank
+from ..adapters.config import LARGEST
 from ..errors import UserError
 from ..io.untrusted import conform, parse_json
 from ..pipelines.components import COMPONENTS
@@ -20,8 +21,6 @@ from ..pipelines.components import COMPONENTS
 FORMAT = "nora_adapter"
 FORMAT_VERSION = 2
 """Newest version that this release writes and reads. Files without new tokens have version 1."""
-LARGEST_IN_CONFIG = 2**16
-"""Upper bound for ranks, counts and scales in a config; checked before anything is allocated."""
 ENCODERS = {name for name in COMPONENTS if name.startswith("text_encoder")}
 WORD = re.compile(r"[^\s,;:()\[\]{}]{2,50}")
 """A new token: no white space, no punctuation that separates words or that other tools use for prompt weights."""
@@ -194,4 +193,4 @@ def _axes(values: dict[str, Any]) -> dict[str, Any]:
     unknown = values.keys() - axes - PEFT_FIELDS - {"start"}
     if unknown:
         raise ValueError(f"the axis {min(unknown)[:40]!r} is unknown to this release: upgrade")
-    return {k: conform(v, hints[k], k, LARGEST_IN_CONFIG) for k, v in values.items() if k in axes}
+    return {k: conform(v, hints[k], k, LARGEST) for k, v in values.items() if k in axes}

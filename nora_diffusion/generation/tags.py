@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..adapters.axes import MAX_WEIGHT
 from ..errors import UserError
 
-MAX_WEIGHT = 100.0
 MAX_QUOTED = 200
 """Characters of a tag that an error quotes."""
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)

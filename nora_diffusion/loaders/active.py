@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Real
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,7 +12,8 @@ from torch import nn
 
 from ..adapters import NoraLayer
 from ..adapters.tuner.guards import unguard
-from ..errors import UserError
+from ..adapters.tuner.peft_interface import check_weight
+from ..errors import UserError, quoted
 from ..pipelines.components import Modules, adapter_configs, components, refuse_serving, tuner_layers
 from ..pipelines.router_inputs import connect
 from .locking import one_at_a_time
@@ -80,55 +79,95 @@ def set_adapters(pipe: Any, names: str | Sequence[str], weights: Weight | Sequen
 
     A weight is a number or, as in diffusers' ``pipe.set_adapters``, a dict by component and block:
     ``{"unet": {"down": 0.5, "up": {"block_1": 1.0}}, "text_encoder": 0.3}``. Raises :class:`UserError` for an unknown
-    name and for a weight that is not a finite number.
+    name and for a weight that is not a number from -100 to 100; nothing changes then.
     """
-    if not isinstance(names, Iterable):
-        raise UserError(f"set_adapters takes a name or a list of names, not {names!r}")
+    if not isinstance(names, Iterable) or _is_scalar(names):
+        raise UserError(f"set_adapters takes a name or a list of names, not {quoted(names)}")
     names = [names] if isinstance(names, str) else list(names)
-    single = isinstance(weights, str | Mapping) or not isinstance(weights, Iterable)
-    weights = [weights] * len(names) if single else list(weights)  # type: ignore[list-item, arg-type]
+    weights = per_entry(weights, len(names))
     if len(weights) != len(names):
         raise UserError(f"{len(names)} adapters but {len(weights)} weights: give one weight per adapter")
     modules = components(pipe)
     for name in names:
         require_adapter(modules, name)
-        if names.count(name) > 1:
-            raise UserError(f"{name!r} is listed twice: list it once, with its weight")
-    for name, weight in zip(names, weights, strict=True):
-        _check_weight(modules, name, weight)
-    for component, module in modules.items():
-        own = [weight.get(component, 1.0) if isinstance(weight, Mapping) else weight for weight in weights]
-        if any(isinstance(weight, Mapping) for weight in own):
-            _set_block_weights(component, module, names, own)
-        else:
-            _set_weights(module, names, own)
+    if len(set(names)) < len(names):
+        raise UserError(f"{max(names, key=names.count)!r} is listed twice: list it once, with its weight")
+    checked = [_check_weights(modules, name, weight) for name, weight in zip(names, weights, strict=True)]
+    with undone_on_error(modules):
+        for component, module in modules.items():
+            own = [weight.get(component, 1.0) if isinstance(weight, Mapping) else weight for weight in checked]
+            if any(isinstance(weight, Mapping) for weight in own):
+                _set_block_weights(component, module, names, own)
+            else:
+                _set_weights(module, names, own)
 
 
-def _check_weight(modules: Modules, name: str, weight: Weight) -> None:
+def per_entry(weights: Any, count: int) -> list[Any]:
+    """One weight for each of ``count`` entries; a single number or dict applies to all."""
+    if isinstance(weights, str | bytes | Mapping) or not isinstance(weights, Iterable) or _is_scalar(weights):
+        return [weights] * count
+    return list(weights)
+
+
+def _is_scalar(weight: Any) -> bool:
+    """Whether it is a tensor or array without dimensions, which claims to be iterable."""
+    return getattr(weight, "shape", None) == ()
+
+
+@contextmanager
+def undone_on_error(modules: Modules) -> Iterator[None]:
+    """After any error, give every layer its active adapters and weights back."""
+    layers = [layer for module in modules.values() for layer in tuner_layers(module)]
+    before = [(layer, list(layer.active_adapters), dict(getattr(layer, "scaling", {}))) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, active, scaling in before:
+            restore_weights(layer, active, scaling)
+        raise
+
+
+def restore_weights(layer: Any, active: list[str], scaling: Mapping[str, float]) -> None:
+    """Set the active adapters and the scaling of a tuner layer of any method."""
+    layer._active_adapter = active
+    for name, value in scaling.items():
+        if isinstance(layer, NoraLayer):
+            layer.states[name].rescale(value)
+        elif name in layer.scaling:
+            layer.scaling[name] = value
+
+
+def _check_weights(modules: Modules, name: str, weight: Any) -> Any:
+    """The weight, or the weights by component and block, in Python's own numbers."""
     if not isinstance(weight, Mapping):
-        check_finite(name, weight)
-        return
+        return check_weight(name, weight)
     _check_keys(f"the weights of {name!r}", weight, list(modules))
-    for component, own in weight.items():
-        if isinstance(own, Mapping):
-            _check_blocks(name, component, modules[component], own)
-        else:
-            check_finite(name, own)
+    return {
+        component: _check_blocks(name, component, modules[component], own)
+        if isinstance(own, Mapping)
+        else check_weight(name, own)
+        for component, own in weight.items()
+    }
 
 
-def _check_blocks(name: str, component: str, module: Any, weights: Mapping[str, Any]) -> None:
-    """Check a UNet's weights by block: diffusers ignores keys that it does not know."""
-    if not (hasattr(module, "down_blocks") and hasattr(module, "up_blocks")):
-        return
-    _check_keys(f"the {component} weights of {name!r}", weights, ("down", "mid", "up"))
-    for side, own in weights.items():
-        if isinstance(own, Mapping):
-            blocks = getattr(module, f"{side}_blocks", ())
-            known = [f"block_{i}" for i, block in enumerate(blocks) if hasattr(block, "attentions")]
-            _check_keys(f"the {component} {side} weights of {name!r}", own, known)
-        for values in own.values() if isinstance(own, Mapping) else [own]:
-            for value in values if isinstance(values, list | tuple) else [values]:
-                check_finite(name, value)
+def _check_blocks(name: str, component: str, module: Any, weights: Mapping[str, Any]) -> Any:
+    """Check weights by block; for a UNet the names of blocks too, because diffusers ignores unknown ones."""
+    if hasattr(module, "down_blocks") and hasattr(module, "up_blocks"):
+        _check_keys(f"the {component} weights of {name!r}", weights, ("down", "mid", "up"))
+        for side, own in weights.items():
+            if isinstance(own, Mapping):
+                blocks = getattr(module, f"{side}_blocks", ())
+                known = [f"block_{i}" for i, block in enumerate(blocks) if hasattr(block, "attentions")]
+                _check_keys(f"the {component} {side} weights of {name!r}", own, known)
+    return _checked_numbers(name, weights)
+
+
+def _checked_numbers(name: str, weights: Any) -> Any:
+    if isinstance(weights, Mapping):
+        return {key: _checked_numbers(name, own) for key, own in weights.items()}
+    if isinstance(weights, list | tuple):
+        return [_checked_numbers(name, own) for own in weights]
+    return check_weight(name, weights)
 
 
 def _check_keys(what: str, weights: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -155,16 +194,10 @@ def _set_block_weights(component: str, module: Any, names: list[str], weights: l
         raise UserError(f"diffusers refuses the {component} weights by block: {error}") from error
 
 
-def check_finite(name: str, weight: object) -> None:
-    """Raise :class:`UserError` for a weight that is not a finite number."""
-    if not isinstance(weight, Real) or not math.isfinite(weight):
-        raise UserError(f"the weight {weight!r} of {name!r} is not a finite number: give a number such as 0.8")
-
-
 def unknown_adapter(modules: Modules, name: str) -> UserError:
     """The error for an unknown adapter name; it lists the known ones."""
     known = ", ".join(sorted(_names(modules))) or "none"
-    return UserError(f"there is no adapter named {name!r} in the pipeline: it has {known}")
+    return UserError(f"there is no adapter named {quoted(name)} in the pipeline: it has {known}")
 
 
 def require_adapter(modules: Modules, name: str) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..adapters import AdapterConfig
 from ..adapters.config import Start
-from ..errors import UserError
+from ..errors import UserError, quoted
 from ..formats.keys import file_key
 from ..pipelines.basis_cache import outer_pairs
 from ..pipelines.calibration import Calibration, Strengths, activation_strengths
@@ -26,7 +26,7 @@ from ..pipelines.components import (
 )
 from ..pipelines.router_inputs import router_for
 from .active import active_adapters, set_active
-from .inject import all_or_nothing, check_new_name, inject, refuse_whole_modules, tie
+from .inject import all_or_nothing, check_new_name, check_path, inject, refuse_whole_modules, tie
 from .locking import one_at_a_time
 from .sharing import pairs_from
 from .tokens import token_parameters
@@ -52,7 +52,13 @@ def add_adapter(
     Raises :class:`UserError` for a name that is taken or invalid, while an adapter is fused or weights are offloaded,
     and for targets or a basis that do not fit.
     """
+    if not isinstance(config, AdapterConfig):
+        raise UserError(f"{quoted(config)} is not a config of this toolkit: make one with nora(), lora() ...")
     refuse_whole_modules(config)
+    if basis_from is not None:
+        check_path("basis_from", basis_from)
+    if components is not None and not isinstance(components, str | Sequence):
+        raise UserError(f"components={quoted(components)} is not a list of component names")
     names = [components] if isinstance(components, str) else list(components or [denoiser_name(pipe)])
     modules = components_of(pipe)
     check_new_name(pipe, modules, adapter_name, names)

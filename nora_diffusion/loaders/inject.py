@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,7 @@ from torch import nn
 from ..adapters import AdapterConfig, NoraLayer
 from ..adapters.config import Start
 from ..adapters.tuner.guards import refuse_fused
-from ..errors import UserError
+from ..errors import UserError, quoted
 from ..formats.adapter_info import AdapterInfo
 from ..pipelines.components import Modules, adapter_configs, pick, tuner_layers
 from ..pipelines.router_inputs import connect, router_input_width
@@ -38,8 +39,8 @@ def check_new_name(pipe: Any, modules: Modules, name: str, components: Iterable[
         or "lora_" in name
     ):
         raise UserError(
-            f"the adapter name {name!r} is not allowed: use letters, digits, '_' and '-'; it must not contain 'lora_' "
-            "or be part of 'nora_delta'"
+            f"the adapter name {quoted(name)} is not allowed: use letters, digits, '_' and '-'; it must not contain "
+            "'lora_' or be part of 'nora_delta'"
         )
     forget_deleted(pipe, modules)
     chosen = pick(modules, components)
@@ -65,6 +66,12 @@ def refuse_whole_modules(config: AdapterConfig) -> None:
             f"modules_to_save={config.modules_to_save} cannot be part of an adapter file: leave it out, or use PEFT's "
             "get_peft_model and save_pretrained"
         )
+
+
+def check_path(name: str, value: object) -> None:
+    """Raise :class:`UserError` for an option that is not a path."""
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(f"{name}={quoted(value)} is not a path")
 
 
 def derived_name(text: str) -> str:

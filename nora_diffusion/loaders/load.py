@@ -11,8 +11,9 @@ from torch import nn
 from ..adapters import AdapterConfig
 from ..adapters.config import Start
 from ..adapters.tuner.build import cast_frozen, flat_weight
+from ..adapters.tuner.peft_interface import check_weight
 from ..adapters.tuner.rank_mask import check_rank
-from ..errors import UserError, first_line
+from ..errors import UserError, first_line, quoted
 from ..formats.adapter_file import BASIS_FOLDER, IN_FOLDERS, given_name, inspect_adapter, read_tensors, split_address
 from ..formats.adapter_info import AdapterInfo
 from ..formats.keys import file_key, token_key, token_vectors
@@ -34,9 +35,9 @@ from ..pipelines.components import (
     targets,
 )
 from ..pipelines.router_inputs import router_input_width
-from .active import active_adapters, check_finite, keeping_trained, set_active
+from .active import active_adapters, keeping_trained, set_active
 from .hotswap import swap
-from .inject import all_or_nothing, check_new_name, derived_name, inject, set_origin, tie
+from .inject import all_or_nothing, check_new_name, check_path, derived_name, inject, set_origin, tie
 from .locking import one_at_a_time
 from .rank import cut_rank
 from .tokens import add_tokens, check_tokens, shapes_of
@@ -89,8 +90,12 @@ def load_adapter(
     file = locate(path_or_id)
     info = inspect_adapter(file)
     is_local = file == Path(path_or_id).expanduser()  # the folder of a download is named by a commit
+    if not isinstance(adapter_name, str | None):
+        raise UserError(f"the adapter name {quoted(adapter_name)} is not text")
     name = adapter_name or derived_name(given_name(info.path if is_local else path_or_id))
-    check_finite(name, weight)
+    weight = check_weight(name, weight)
+    if basis_dir is not None:
+        check_path("basis_dir", basis_dir)
     if not info.is_ours:
         from .foreign import load_foreign
 
@@ -150,7 +155,7 @@ def insert(
 def locate(path_or_id: str | Path) -> Path:
     """The path of an adapter, downloaded first for a hub id. Raises :class:`UserError` if the download fails."""
     if not isinstance(path_or_id, str | Path):
-        raise UserError(f"{path_or_id!r} is not an adapter: give a file, a folder, a pack address or a hub id")
+        raise UserError(f"{quoted(path_or_id)} is not an adapter: give a file, a folder, a pack address or a hub id")
     path = Path(path_or_id)
     try:
         path = path.expanduser()
@@ -166,7 +171,7 @@ def locate(path_or_id: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = first_line(error)
         raise UserError(
-            f"{path_or_id!r} is not a local path, and it cannot be downloaded from the hub: {reason}"
+            f"{quoted(path_or_id)} is not a local path, and it cannot be downloaded from the hub: {reason}"
         ) from error
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..adapters import NoraLayer
 from ..adapters.tuner.mixed_rows import RowPlan, serve_rows
-from ..errors import UserError
+from ..adapters.tuner.peft_interface import check_weight
+from ..errors import UserError, quoted
 from ..pipelines.components import DENOISERS, Modules, components, refuse_merged, refuse_offloaded, tuner_layers
-from .active import check_finite, held, require_adapter
+from .active import held, per_entry, require_adapter, restore_weights
 from .locking import exclusive
 
 Row = str | tuple[str, float] | None
@@ -59,21 +60,17 @@ def _check(modules: Modules, specs: Sequence[Mapping[str, float]]) -> None:
         require_adapter(modules, name)
     refuse_merged(modules)
     refuse_offloaded(modules)
-    for spec in specs:
-        for name, weight in spec.items():
-            check_finite(name, weight)
     for component, module in modules.items():
         _refuse(module, component, names)
 
 
 def _parse(rows: Sequence[RowSpec], weights: Sequence[float] | float | None) -> list[dict[str, float]]:
     if isinstance(rows, str) or not isinstance(rows, Sequence):
-        raise UserError(f"mixed_batch takes a list with one entry per prompt, not {rows!r}")
-    if isinstance(weights, int | float) or weights is None:
-        weights = [1.0 if weights is None else float(weights)] * len(rows)
-    if not rows or len(weights) != len(rows):
-        raise UserError(f"{len(rows)} rows but {len(weights)} weights: give at least one row, and one weight per row")
-    return [_spec(row, float(weight)) for row, weight in zip(rows, weights, strict=True)]
+        raise UserError(f"mixed_batch takes a list with one entry per prompt, not {quoted(rows)}")
+    own = per_entry(1.0 if weights is None else weights, len(rows))
+    if not rows or len(own) != len(rows):
+        raise UserError(f"{len(rows)} rows but {len(own)} weights: give at least one row, and one weight per row")
+    return [_spec(row, check_weight("a row", weight)) for row, weight in zip(rows, own, strict=True)]
 
 
 def _spec(row: RowSpec, weight: float) -> dict[str, float]:
@@ -81,14 +78,14 @@ def _spec(row: RowSpec, weight: float) -> dict[str, float]:
         return {}
     if isinstance(row, str):
         return {row: weight}
-    if isinstance(row, tuple) and len(row) == 2 and isinstance(row[0], str) and isinstance(row[1], int | float):
-        return {row[0]: float(row[1])}
+    if isinstance(row, tuple) and len(row) == 2 and isinstance(row[0], str) and not isinstance(row[1], str | tuple):
+        return {row[0]: check_weight(*row)} if row[1] is not None else {row[0]: weight}
     if isinstance(row, Mapping) or not isinstance(row, Sequence):
-        raise UserError(f"a row of mixed_batch is a name, (name, weight), a list of those or None, not {row!r}")
+        raise UserError(f"a row of mixed_batch is a name, (name, weight), a list of those or None, not {quoted(row)}")
     spec: dict[str, float] = {}
     for single in row:
         if single is not None and not isinstance(single, str | tuple):
-            raise UserError(f"{single!r} in a row is neither a name nor (name, weight)")
+            raise UserError(f"{quoted(single)} in a row is neither a name nor (name, weight)")
         for name, value in _spec(single, weight).items():
             if name in spec:
                 raise UserError(f"a row lists {name!r} twice: list it once, with its weight")
@@ -131,16 +128,11 @@ def _serve_loras(module: nn.Module, component: str, plan: RowPlan) -> Iterator[N
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(choose, with_kwargs=True).remove)
-            stack.callback(_restore, layer, list(layer.active_adapters), dict(layer.scaling))
+            stack.callback(restore_weights, layer, list(layer.active_adapters), dict(layer.scaling))
             layer._active_adapter = list(loras)  # so that a scale passed to the pipeline call applies to them
             for name, weight in weights.items():
                 layer.set_scale(name, weight)
         yield
-
-
-def _restore(layer: Any, active: list[str], scaling: dict[str, float]) -> None:
-    layer._active_adapter = active
-    layer.scaling.update({name: value for name, value in scaling.items() if name in layer.scaling})
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..adapters.tuner.rank_mask import check_rank, masked_deltas
 from ..pipelines.components import Modules, adapter_configs, components, nora_layers, refuse_merged
-from .active import unknown_adapter
+from .active import require_adapter, unknown_adapter
 from .locking import one_at_a_time
 
 
@@ -23,6 +23,7 @@ def set_rank(pipe: Any, adapter_name: str, rank: int | None = None) -> None:
 
 def cut_rank(modules: Modules, adapter_name: str, rank: int | None) -> None:
     """:func:`set_rank` for components that the caller has resolved."""
+    require_adapter(modules, adapter_name)
     layers = [layer for module in modules.values() for layer in nora_layers(module, adapter_name).values()]
     if not layers:
         raise unknown_adapter(modules, adapter_name)
@@ -30,7 +31,8 @@ def cut_rank(modules: Modules, adapter_name: str, rank: int | None) -> None:
     for module in modules.values():
         config = adapter_configs(module).get(adapter_name)
         if config is not None:
-            check_rank(config, 1 if rank is None else rank)
+            rank = None if rank is None else check_rank(config, rank)
+            check_rank(config, 1)
     for layer in layers:
         for delta in masked_deltas(layer.delta(adapter_name)):
             delta.rank = rank

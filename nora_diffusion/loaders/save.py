@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters import AdapterConfig
 from ..adapters.tuner.build import flat_weight
-from ..errors import UserError
+from ..errors import UserError, quoted
 from ..formats.adapter_file import inspect_adapter, write_adapter
 from ..formats.adapter_info import DESCRIPTIVE, FORMAT_VERSION, AdapterInfo, BasisKind
 from ..formats.keys import file_key, is_frozen
@@ -29,8 +29,8 @@ from ..pipelines.components import (
 )
 from ..pipelines.precision import DTYPES, check_dtype
 from ..versions import versions
-from .active import unknown_adapter
-from .inject import origin, refuse_whole_modules
+from .active import require_adapter, unknown_adapter
+from .inject import check_path, origin, refuse_whole_modules
 from .locking import one_at_a_time
 from .tokens import token_parameters, tokens_of
 
@@ -58,6 +58,11 @@ def save_adapter(
     a basis to share, and while an adapter is fused or weights are offloaded.
     """
     modules = components(pipe)
+    check_path("path", path)
+    if basis_dir is not None:
+        check_path("basis_dir", basis_dir)
+    if not isinstance(card, str | None):
+        raise UserError(f"card={quoted(card)} is not text")
     folder, holders = _check(modules, path, adapter_name, dtype, basis)
     result = _describe(origin(modules, adapter_name) if info is None else info)
     result.base, result.basis, result.versions = base_id(pipe), basis, versions()
@@ -79,8 +84,11 @@ def _check(
     modules: Modules, path: str | Path, adapter_name: str, dtype: str | None, basis: BasisKind
 ) -> tuple[Path, Modules]:
     """The folder, and the components that hold the adapter. Raises as :func:`save_adapter`."""
+    require_adapter(modules, adapter_name)
     if dtype is not None:
         check_dtype(dtype, DTYPES)
+    if not isinstance(basis, str) or basis not in get_args(BasisKind):
+        raise UserError(f"basis={quoted(basis)} is unknown: choose one of {', '.join(get_args(BasisKind))}")
     folder = Path(path).expanduser()
     if folder.suffix == ".safetensors":
         raise UserError(f"{path} is a file name: give a folder for the adapter and its card")
@@ -120,6 +128,8 @@ def _factors(module: nn.Module, component_name: str, adapter_name: str) -> Tenso
 
 
 def _describe(info: AdapterInfo | Mapping[str, Any] | None) -> AdapterInfo:
+    if not isinstance(info, AdapterInfo | Mapping | None):
+        raise UserError(f"info={quoted(info)} is not a description: give a dict with keys such as {DESCRIPTIVE[0]}")
     values = dict(info) if isinstance(info, Mapping) else {k: getattr(info, k) for k in DESCRIPTIVE if info}
     unknown = set(values) - set(DESCRIPTIVE)
     if unknown:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.tuner.merging import bit_sum
-from ..errors import UserError
+from ..errors import UserError, quoted
 from ..io import tensor_cache
 from ..io.tensor_file import tensor_hash
 from .components import Modules, canonical, components, projections, tokenizers, without_adapters
@@ -50,8 +50,11 @@ class Calibration:
     latents: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.prompts, str) or not self.prompts:
-            raise UserError(f"prompts={self.prompts!r} is not a list of prompts: give at least one prompt, in a list")
+        prompts = self.prompts if isinstance(self.prompts, list | tuple) else []
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise UserError(
+                f"prompts={quoted(self.prompts)} is not a list of prompts: give at least one prompt, in a list"
+            )
         if self.latents is not None and len(self.latents) != len(self.prompts):
             raise UserError(f"{len(self.latents)} images but {len(self.prompts)} prompts: give one prompt per image")
 

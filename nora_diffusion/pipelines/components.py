@@ -18,7 +18,7 @@ from ..adapters import AdapterConfig, NoraLayer
 from ..adapters.config import fits
 from ..adapters.targets import TARGET_GROUPS
 from ..adapters.tuner.mixed_rows import serves_rows
-from ..errors import UserError
+from ..errors import UserError, quoted
 
 FINGERPRINT_TOLERANCE = 1e-2
 DENOISERS = ("unet", "transformer")
@@ -40,9 +40,9 @@ def components(pipe: Any) -> dict[str, nn.Module]:
 def pick(modules: Modules, names: Iterable[str]) -> dict[str, nn.Module]:
     """The components with these names. Raises :class:`UserError` for a name that the pipeline does not have."""
     names = list(names)
-    unknown = next((name for name in names if name not in modules), None)
-    if unknown is not None:
-        raise UserError(f"{unknown!r} is not a component of this pipeline: choose one of {', '.join(modules)}")
+    unknown = [name for name in names if not isinstance(name, str) or name not in modules]
+    if unknown:
+        raise UserError(f"{quoted(unknown[0])} is not a component of this pipeline: choose one of {', '.join(modules)}")
     return {name: modules[name] for name in names}
 
 

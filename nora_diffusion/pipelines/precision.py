@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, quoted
 
 AUTO = "auto"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -37,8 +37,8 @@ def resolve_dtype(name: str, device: Any) -> torch.dtype:
 
 def check_dtype(name: str, known: Collection[str] = (AUTO, *DTYPES)) -> None:
     """Raise :class:`UserError` for a dtype name that is not in ``known``."""
-    if name not in known:
-        raise UserError(f"dtype={name!r} is unknown: choose one of {', '.join(known)}")
+    if not isinstance(name, str) or name not in known:
+        raise UserError(f"dtype={quoted(name)} is unknown: choose one of {', '.join(known)}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

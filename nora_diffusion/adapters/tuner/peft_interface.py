@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import InitVar, dataclass, field
+from numbers import Real
 from typing import Any, Protocol, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ...errors import UserError, quoted
+from ..axes import MAX_WEIGHT
 from ..deltas.chain import Delta
 from .merging import WeightMerge
 
@@ -147,7 +150,7 @@ class PeftInterface(BaseTunerLayer):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the weight of one adapter, if this layer has it."""
         if adapter in self.states:
-            self.states[adapter].rescale(scale * self.states[adapter].native_scale)
+            self.states[adapter].rescale(check_weight(adapter, scale) * self.states[adapter].native_scale)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters."""
@@ -165,6 +168,20 @@ class PeftInterface(BaseTunerLayer):
     def _active_states(self) -> list[AdapterState]:
         names = self.active if self.rows is None else self.rows.names
         return [self.states[name] for name in names if name in self.states]
+
+
+def check_weight(name: str, weight: Any) -> float:
+    """The weight of an adapter as Python's own number.
+
+    Raises :class:`UserError` if it is not a finite number or its size exceeds :data:`MAX_WEIGHT`.
+    """
+    is_number = isinstance(weight, Real) and not isinstance(weight, bool)
+    if not is_number or not abs(weight) <= MAX_WEIGHT:
+        raise UserError(
+            f"the weight {quoted(weight)} of {name!r} is not a finite number from -{MAX_WEIGHT:g} to "
+            f"{MAX_WEIGHT:g}: give a number such as 0.8"
+        )
+    return float(weight)
 
 
 def move_filled(delta: nn.Module, device: torch.device) -> None:

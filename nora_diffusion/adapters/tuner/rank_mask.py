@@ -6,26 +6,32 @@ This orders the directions by importance: the first ``b`` of them are an adapter
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...errors import UserError
+from ...errors import UserError, quoted
 from ..config import AdapterConfig
 from ..deltas.chain import ChainDelta
 from ..deltas.lease import Lease
 
 
-def check_rank(config: AdapterConfig, rank: int) -> None:
-    """Raise :class:`UserError` if the adapter cannot be truncated, or not to this rank."""
+def check_rank(config: AdapterConfig, rank: Any) -> int:
+    """The rank as Python's own number. Raises :class:`UserError` if the adapter cannot be truncated to it."""
     if not config.rank_mask:
         raise UserError(
             f"method {config.method!r} was trained at one rank: only an adapter with a rank mask (dylora) has others"
         )
     most = config.middle_rank
-    if not 1 <= rank <= most:
-        raise UserError(f"rank={rank} is out of range for this adapter: choose 1 to {most}")
+    try:
+        number = 0 if isinstance(rank, bool) else operator.index(rank)
+    except TypeError:
+        number = 0
+    if not 1 <= number <= most:
+        raise UserError(f"rank={quoted(rank)} is out of range for this adapter: choose 1 to {most}")
+    return number
 
 
 def masked_deltas(model: nn.Module) -> list[ChainDelta]:

@@ -11,11 +11,12 @@ from typing import Any
 
 import gradio as gr
 
+from ...adapters.axes import MAX_WEIGHT
 from ...composition.angles import WARN_ABOVE
 from ...data.captions import has_word, with_trigger
 from ...errors import UserError
 from ...formats.adapter_info import AdapterInfo
-from ...generation.tags import MAX_WEIGHT, NUMBER, TAG, Tag, parse_tags, write_tags
+from ...generation.tags import NUMBER, TAG, Tag, parse_tags, write_tags
 from ..layout.cards import line
 from ..layout.page import ALWAYS_LAST, PRIVATE, UNQUEUED, Page, handler
 from ..state import App
