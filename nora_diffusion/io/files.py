@@ -134,7 +134,7 @@ def reserved_name(folder: Path, name: str, stem: Callable[[Path], str]) -> Itera
                 path.mkdir()
             except FileExistsError:
                 continue
-            if path.name.casefold() not in {stem(other).casefold() for other in folder.iterdir() if other != path}:
+            if stem(path).casefold() not in {stem(other).casefold() for other in folder.iterdir() if other != path}:
                 break
             path.rmdir()
     try:

@@ -171,7 +171,7 @@ def check_pipeline_folder(folder: Path) -> None:
         raise UserError(f"{folder} is not a diffusers pipeline: model_index.json is missing")
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{index} is not valid JSON: copy the pipeline again") from error
     if not isinstance(entries, dict):
         raise UserError(f"{index} is not a table of pipeline components: copy the pipeline again")

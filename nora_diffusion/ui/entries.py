@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..formats.adapter_file import FILE_NAME, basis_files, given_name, inspect_adapter, split_address
 from ..formats.adapter_info import AdapterInfo
 from ..formats.packs import SUFFIX, Pack, PackedSubject
@@ -108,15 +108,18 @@ class Entry:
 
 
 def name_of(path: Path) -> str:
-    """The name that a file or folder of the library takes: no two adapters may share it."""
-    return path.name.removesuffix(SUFFIX).removesuffix(".safetensors")
+    """The name that a file or folder of the library takes: no two adapters may share it.
+
+    Characters that a page cannot show, as in a name that is not UTF-8, are escaped.
+    """
+    return printable(path.name.removesuffix(SUFFIX).removesuffix(".safetensors"))
 
 
 def read_entries(file: Path, stamp: Stamp) -> list[Entry]:
     """Read one file of the library: an adapter, or the subjects of a pack. Errors are stored in the entry."""
     if file.name.endswith(SUFFIX):
         return _read_pack(file, stamp)
-    entry = Entry(given_name(file), file, stamp)
+    entry = Entry(printable(given_name(file)), file, stamp)
     try:
         entry.info = inspect_adapter(file, hashed=False)
     except (UserError, OSError) as error:
@@ -131,11 +134,11 @@ def _read_pack(file: Path, stamp: Stamp) -> list[Entry]:
         with Pack(file) as pack:
             return [_packed_entry(file, stamp, subject) for subject in pack]
     except (UserError, OSError) as error:
-        return [Entry(file.name.removesuffix(SUFFIX), file, stamp, error=str(error))]
+        return [Entry(name_of(file), file, stamp, error=str(error))]
 
 
 def _packed_entry(pack: Path, stamp: Stamp, subject: PackedSubject) -> Entry:
-    name, info = f"{pack.name.removesuffix(SUFFIX)}#{subject.name}", subject.info
+    name, info = f"{name_of(pack)}#{subject.name}", subject.info
     return Entry(name, Path(info.path), stamp, info, _missing_basis(info, pack), info.sha256)
 
 

@@ -180,16 +180,17 @@ class Library:
         source = self._deleted().get(trash_id)
         if source is None:
             raise UserError("there is nothing to restore")
-        stem = name_of(source)
-        with reserved_name(self.folder, stem, name_of) as folder, user_errors(source):
+        ending = next((end for end in (SUFFIX, ".safetensors") if source.name.endswith(end)), "")
+        name = source.name.removesuffix(ending)
+        with reserved_name(self.folder, name, name_of) as folder, user_errors(source):
             if source.is_dir():
                 if os.name == "nt":  # where a folder cannot replace an empty one
                     folder.rmdir()
                 source.rename(folder)
             else:
-                source.rename(folder.with_name(f"{folder.name}{source.name.removeprefix(stem)}"))
+                source.rename(folder.with_name(folder.name + ending))
         shutil.rmtree(source.parent, ignore_errors=True)
-        return self.entry(folder.name)
+        return self.entry(name_of(folder))
 
     def _files(self) -> Iterable[Path]:
         for path in self.folder.iterdir():

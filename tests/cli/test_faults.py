@@ -89,7 +89,7 @@ def inputs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Path]:
+def place(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Path]]:
     """``place()`` makes a fresh working folder with the inputs, and enters it."""
     count = 0
 
@@ -104,10 +104,13 @@ def place(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
         monkeypatch.chdir(folder)
         return folder
 
-    monkeypatch.setattr(nora_diffusion.ui.server, "wait_for_signal", lambda: None)
+    monkeypatch.setattr(nora_diffusion.ui.server, "wait", lambda ended: None)
+    monkeypatch.setattr(nora_diffusion.ui.server, "clean_environment", lambda files: None)
     monkeypatch.setattr(nora_diffusion.ui.server, "_served", served)
     monkeypatch.setattr(nora_diffusion.ui.state.App, "warm_up", lambda app: None)
-    return fresh
+    before = signal.getsignal(signal.SIGTERM)
+    yield fresh
+    signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import struct
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -327,6 +328,26 @@ def test_any_folder_can_be_named_in_a_prompt(shelf: Library) -> None:
     shutil.copytree(shelf.folder / "hat", shelf.folder / "a:b")
     entry = shelf.entry("a:b")
     assert entry.tag == "a_b" and shelf.entry("a_b") == entry
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+@pytest.mark.parametrize(
+    "name", [b"caf\xe9", b"caf\xe9 \xf0\x9f\x90\x95", b"\x1b[2J", b"a\nb", "a\u202eb\u2028c".encode()]
+)
+def test_odd_names_can_be_shown_found_deleted_and_restored(shelf: Library, name: bytes) -> None:
+    """A page can only show text: a name that is not UTF-8 would hide the whole library."""
+    folder, file = (shelf.folder / os.fsdecode(name + ending) for ending in (b"", b"-2.safetensors"))
+    shutil.copytree(shelf.folder / "hat", folder)
+    shutil.copy(shelf.folder / "dog" / FILE_NAME, file)
+    odd = [entry for entry in shelf.entries() if entry.file in (folder / FILE_NAME, file)]
+    assert len(odd) == 2 and cards(shelf.entries(), [None] * len(shelf.entries())).encode()
+    for entry in odd:
+        assert entry.name.encode() and entry.tag.encode() and shelf.entry(entry.name) == entry
+        content = entry.file.read_bytes()
+        trash_id = shelf.delete(entry.name)
+        assert entry.name not in names(shelf.entries())
+        restored = shelf.restore(trash_id)
+        assert (restored.name, restored.file.read_bytes()) == (entry.name, content)
 
 
 @pytest.fixture(scope="module")
