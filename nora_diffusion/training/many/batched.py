@@ -239,7 +239,7 @@ class BatchedTrainer:
         :func:`.checkpoints.steps_to_resume`. So too if one stops early, as the next passes are without its rows.
         """
         stopped = max(member.stepper.stopped() for member in self.live)
-        if stopped or any(member.saves for member in self.live):
+        if stopped or any(member.saves for member in self.live if member.error is None):
             self._save()
         goes_on = {member: not member.finished for member in self.live}
         for number, member in enumerate(self.live):

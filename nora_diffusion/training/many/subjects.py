@@ -154,6 +154,8 @@ def _resumed_together(configs: Mapping[str, TrainConfig], folders: Mapping[str, 
     finished = {name for name, folder in resuming.items() if folder.was_done}
     changed = {}
     for name, step in steps_to_resume({n: f.checkpoints for n, f in resuming.items()}, finished).items():
+        if step == 0:
+            log.warning("%s starts over: the earlier run was killed while it wrote its first checkpoints", name)
         path = str(resuming[name].checkpoints / f"step-{step}") if step else None
         changed[name] = replace(configs[name], resume_from_checkpoint=path, overwrite_output_dir=step == 0)
     return changed
