@@ -23,9 +23,6 @@ from .state import App
 
 SHUTDOWN_SECONDS = 5.0
 """How long requests that are still running may delay the end of the app."""
-HTTP: dict[str, Any] = {"http": "h11", "ws": "none", "proxy_headers": False, "server_header": False,
-                        "limit_concurrency": 512}  # fmt: skip
-"""Settings of uvicorn: a parser with limits, no websockets, clients' addresses not from headers, a limit on clients."""
 
 
 def serve(config: AppConfig) -> None:
@@ -73,6 +70,7 @@ def _served(app: App) -> Iterator[str]:
     import uvicorn
 
     from .layout.event_streams import EventStreams
+    from .security.connections import HTTP
     from .shell import build
 
     listener = _bind(app.config.listen, app.config.port)
