@@ -76,7 +76,7 @@ def _served(app: App) -> Iterator[str]:
     listener = _bind(app.config.listen, app.config.port)
     blocks, appearance = build(app)
     site = _mounted(app, blocks, appearance)
-    checked = Gatekeeper(EventStreams(site), known_hosts(app.config))
+    checked = Gatekeeper(EventStreams(site), known_hosts(app.config), blocks.fns)
     server = uvicorn.Server(uvicorn.Config(checked, log_level="warning", **HTTP))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

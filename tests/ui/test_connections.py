@@ -36,7 +36,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(connections, "HEAD_SECONDS", PAUSE)
     monkeypatch.setattr(bodies, "PAUSE_SECONDS", PAUSE)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        settings = uvicorn.Config(Gatekeeper(answer, {"localhost"}), lifespan="off", **connections.HTTP)
+        settings = uvicorn.Config(Gatekeeper(answer, {"localhost"}, {0}), lifespan="off", **connections.HTTP)
         server = uvicorn.Server(settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
@@ -71,7 +71,7 @@ def test_a_body_that_stops_is_refused(port: int) -> None:
 
 
 def test_a_long_answer_is_not_cut(port: int) -> None:
-    found = received(port, HEAD, b"Content-Length: 2\r\nConnection: close\r\n\r\n", b"{}")
+    found = received(port, HEAD, b"Content-Length: 15\r\nConnection: close\r\n\r\n", b'{"fn_index": 0}')
     assert b" 200 " in found and found.count(b"\r\nx\r\n") == 5
 
 
@@ -84,15 +84,19 @@ def test_an_endless_head_is_refused(port: int) -> None:
     [
         b"", b"null", b"[]", b'"text"', b"\0", b"{", b'{"data": [' + b"9" * 5000 + b"]}", b"[" * 100_000, b"\xff\xfe",
         b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b'{"session_hash": "' + b"a" * 200 + b'"}',
-        b'{"data": [{"path": "http://169.254.169.254/latest/meta-data"}]}',
-        b'{"data": [[{"x": {"path": "FILE:///etc/passwd"}}]]}', b'{"data": {"path": "https://evil.example/large"}}',
+        b'{"fn_index": 0, "data": [{"path": "http://169.254.169.254/latest/meta-data"}]}',
+        b'{"fn_index": 0, "data": [[{"x": {"path": "FILE:///etc/passwd"}}]]}',
+        b'{"fn_index": 0, "data": {"path": "https://evil.example/large"}}',
+        b'{"data": []}', b'{"fn_index": 7}', b'{"fn_index": -1}', b'{"fn_index": "0"}', b'{"fn_index": null}',
+        b'{"fn_index": true}', b'{"fn_index": 0.0}', b'{"fn_index": [0]}', b'{"fn_index": 0, "fn_index": 9}',
     ],
-    ids=range(14),
+    ids=range(23),
 )  # fmt: skip
 def test_odd_calls_are_refused(body: bytes) -> None:
     with pytest.raises(BadBodyError):
-        check_call(body)
+        check_call(body, {0, 1})
 
 
 def test_an_ordinary_call_is_accepted() -> None:
-    check_call(b'{"data": ["see http://example.com", {"path": "/tmp/a.png"}, null, 1.5], "session_hash": "abc"}')
+    data = b'["see http://example.com", {"path": "/tmp/a.png"}, null, 1.5]'
+    check_call(b'{"fn_index": 1, "session_hash": "abc", "data": ' + data + b"}", {0, 1})

@@ -55,6 +55,9 @@ RESPONSES: dict[str, tuple[int, Ask]] = {
     "wrong method": (405, lambda http, _: http.delete("/config")),
     "no JSON": (400, lambda http, _: http.post("/gradio_api/queue/join", content=b"{")),
     "wrong fields": (422, lambda http, _: http.post("/gradio_api/queue/join", json={"fn_index": 1})),
+    "wrong number of values": (500, lambda http, server: http.post(
+        "/gradio_api/run/predict", json={**body("interrupt", server), "fn_index": server.find("show")})),
+    "unknown function": (400, lambda http, _: http.post("/gradio_api/queue/join", json={"fn_index": -1, "data": []})),
     "too large": (413, lambda http, _: http.post("/gradio_api/queue/join", content=bytes(2**20 + 1))),
     "not a form": (400, lambda http, _: http.post("/gradio_api/upload", content=b"x")),
 }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Container, MutableMapping
 from typing import Any
 
 Message = MutableMapping[str, Any]
@@ -43,10 +43,10 @@ def limited(receive: Receive, limit: int) -> Receive:
     return read
 
 
-async def checked_call(receive: Receive) -> Receive:
+async def checked_call(receive: Receive, functions: Container[int]) -> Receive:
     """Read the JSON body of a call to a handler and check it. Returns the stream of messages for the app.
 
-    Raises :class:`BadBodyError`.
+    ``functions``: the indices of the page's handlers. Raises :class:`BadBodyError`.
     """
     body, more = b"", True
     while more:
@@ -54,7 +54,7 @@ async def checked_call(receive: Receive) -> Receive:
         if message["type"] == "http.disconnect":
             raise BadBodyError("the request did not arrive completely")
         body, more = body + message.get("body", b""), message.get("more_body", False)
-    check_call(body)
+    check_call(body, functions)
     replayed = False
 
     async def replay() -> Message:
@@ -67,8 +67,8 @@ async def checked_call(receive: Receive) -> Receive:
     return replay
 
 
-def check_call(body: bytes) -> None:
-    """Raise :class:`BadBodyError` for anything but a JSON object whose files were uploaded to this app.
+def check_call(body: bytes, functions: Container[int]) -> None:
+    """Raise :class:`BadBodyError` for anything but a JSON object that names a handler, and files uploaded to this app.
 
     Gradio would download a file that is given by its URL.
     """
@@ -78,6 +78,9 @@ def check_call(body: bytes) -> None:
         raise BadBodyError("the request is not valid JSON") from error
     if not isinstance(values, dict):
         raise BadBodyError("the request is not a JSON object")
+    index = values.get("fn_index")
+    if type(index) is not int or index not in functions:
+        raise BadBodyError("the page has no such function: reload it")
     if len(str(values.get("session_hash"))) > MAX_SESSION:
         raise BadBodyError("the session name is too long")
     rest: list[Any] = [values]

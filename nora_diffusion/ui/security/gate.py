@@ -6,7 +6,7 @@ import ipaddress
 import math
 import re
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -43,11 +43,11 @@ class Refusal(NamedTuple):
 class Gatekeeper:
     """ASGI middleware: 400 for an unknown ``Host`` (DNS rebinding), 403 for a request from another site, 404 for unused
     routes, 411 and 413 for a body without a length or over its limit, 429 after too many wrong passwords. Adds the
-    security headers to every response."""
+    security headers to every response. ``functions`` are the indices of the page's handlers."""
 
-    def __init__(self, app: Asgi, hosts: Iterable[str]) -> None:
+    def __init__(self, app: Asgi, hosts: Iterable[str], functions: Container[int] = ()) -> None:
         self.app = app
-        self.hosts = frozenset(hosts)
+        self.hosts, self.functions = frozenset(hosts), functions
         self.attempts = Attempts()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -69,7 +69,7 @@ class Gatekeeper:
             send = self._noting_success(send, _address(scope))
         if scope["path"] in CALLS and scope["method"] == "POST":
             try:
-                receive = await checked_call(receive)
+                receive = await checked_call(receive, self.functions)
             except BadBodyError as error:
                 await _respond(send, Refusal(400, str(error)))
                 return
