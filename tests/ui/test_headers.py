@@ -27,7 +27,8 @@ def uploaded(http: httpx.Client, name: str, content: bytes) -> httpx.Response:
 
 
 def body(name: str, server: Server, *data: Any) -> dict[str, Any]:
-    return {"data": data, "fn_index": server.find(name), "session_hash": "headers"}
+    index = server.find(name)
+    return {"data": data, "fn_index": index, "session_hash": "headers", "event_data": {"name": "dog"}}
 
 
 RESPONSES: dict[str, tuple[int, Ask]] = {
