@@ -56,7 +56,7 @@ def class_image_findings(found: ClassImages, subject: Subject, base: str, skip: 
     if found.rejects:
         reasons = enumerated([reject.reason for reject in found.rejects], "; ")
         remedy = "they are skipped" if skip else "remove them, or set --skip_unreadable"
-        yield f"{len(found.rejects)} class images in {folder} cannot be used ({reasons}): {remedy}.", not skip
+        yield f"{len(found.rejects)} of the class images in {folder} cannot be used ({reasons}): {remedy}.", not skip
     yield from _copies(found, photos)
     yield from _of_another_run(found, subject.class_prompt, base)
 
@@ -71,7 +71,10 @@ def _copies(found: ClassImages, photos: Sequence[SourceImage]) -> Iterator[tuple
     for same_file, text in ((True, "are copies of photos"), (False, "look like photos")):
         names = list(dict.fromkeys(pair.second.path.name for pair in pairs if pair.same_file == same_file))
         if names:
-            yield f"{len(names)} class images in {found.folder} {text} ({enumerated(names)}): remove them.", same_file
+            yield (
+                f"{len(names)} of the class images in {found.folder} {text} ({enumerated(names)}): remove them.",
+                same_file,
+            )
 
 
 def _of_another_run(found: ClassImages, prompt: str, base: str) -> Iterator[tuple[str, bool]]:

@@ -49,12 +49,16 @@ def test_copies_of_photos_are_no_class_images(with_class: Any, tmp_path: Path) -
     folder = tmp_path / "class"
     folder.mkdir()
     shutil.copy(tmp_path / "photos" / "1.png", folder / "renamed.png")
-    with pytest.raises(UserError, match=r"1 class images in .* are copies of photos \(renamed.png\): remove them"):
+    with pytest.raises(
+        UserError, match=r"1 of the class images in .* are copies of photos \(renamed.png\): remove them"
+    ):
         train(with_class())
     assert len(list(folder.glob("*.png"))) == 1
     with Image.open(tmp_path / "photos" / "1.png") as photo:
         photo.resize((96, 80)).save(folder / "renamed.png")
-    assert "1 class images" in findings(with_class()) and "look like photos (renamed.png)" in findings(with_class())
+    assert "1 of the class images" in findings(with_class()) and "look like photos (renamed.png)" in findings(
+        with_class()
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image"])
@@ -64,7 +68,9 @@ def test_unreadable_class_images_are_found_before_any_is_generated(
     folder = tmp_path / "class"
     folder.mkdir()
     (folder / "a.png").write_bytes(content)
-    with pytest.raises(UserError, match=r"1 class images in .* cannot be used \(a.png is .*\): remove them, or set"):
+    with pytest.raises(
+        UserError, match=r"1 of the class images in .* cannot be used \(a.png is .*\): remove them, or set"
+    ):
         train(with_class())
     assert [path.name for path in folder.iterdir()] == ["a.png"]
     config = with_class(skip_unreadable=True)
