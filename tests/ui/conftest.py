@@ -42,19 +42,6 @@ HOSTILE = {
 }  # fmt: skip
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Rerun failed browser tests up to two times, as Playwright's own test runner can.
-
-    Every wait in them is for what they assert. Reruns are for events outside the tests, such as a browser that the
-    system killed. The summary names the tests that were rerun.
-    """
-    if not config.pluginmanager.hasplugin("rerunfailures"):
-        return
-    for item in items:
-        if "browser" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.flaky(reruns=2))
-
-
 @dataclass
 class Server:
     """A running app."""
