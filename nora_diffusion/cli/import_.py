@@ -40,3 +40,5 @@ def run(values: argparse.Namespace) -> None:
     for path, lost in sorted(report.layers.items(), key=lambda item: -item[1]):
         print(f"{lost:9.2e}  {path}")
     print(f"{report.path}: ||dW - dW'|| / ||dW|| = {report.lost:.2e} over {len(report.layers)} projections")
+    if report.note:
+        print(report.note)

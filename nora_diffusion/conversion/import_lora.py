@@ -16,6 +16,7 @@ from ..adapters.deltas.cores import DenseCore, NestedCore
 from ..adapters.tuner.mixed_rows import core_matrix
 from ..errors import UserError
 from ..formats.adapter_file import inspect_adapter, require_vacant
+from ..formats.foreign import bundled_tokens
 from ..formats.foreign_updates import dense_updates, fitted_modules
 from ..io.files import locked_folder
 from ..io.tensor_file import TensorFile
@@ -29,11 +30,15 @@ CORES = {"nested": NestedCore, "dense": DenseCore}
 
 @dataclass
 class ImportReport:
-    """The adapter file and its relative error ``||dW - dW'|| / ||dW||`` (Frobenius), overall and by projection."""
+    """The adapter file and its relative error ``||dW - dW'|| / ||dW||`` (Frobenius), overall and by projection.
+
+    ``note``: what of the file is not in the adapter.
+    """
 
     path: Path
     lost: float
     layers: dict[str, float] = field(default_factory=dict)
+    note: str = ""
 
 
 def import_lora(
@@ -62,6 +67,7 @@ def import_lora(
     modules = components(pipe)
     with ExitStack() as stack:
         reader = stack.enter_context(TensorFile(Path(foreign.path)))
+        embeddings = ", ".join(bundled_tokens(reader))
         for module in modules.values():
             stack.enter_context(keeping_trained(module))
         adapted = {(component, canonical(path)) for component, path in fitted_modules(modules, reader)}
@@ -87,7 +93,9 @@ def import_lora(
         finally:
             delete_adapter(pipe, NAME)
     total = float(torch.tensor(norms).norm())
-    return ImportReport(file, float(torch.tensor(errors).norm()) / total if total else 0.0, lost)
+    share = float(torch.tensor(errors).norm()) / total if total else 0.0
+    note = f"the embeddings of {embeddings} are not imported: load the file itself for them" if embeddings else ""
+    return ImportReport(file, share, lost, note)
 
 
 def _set_core(delta: Any, dense: Tensor, scale: float) -> float:

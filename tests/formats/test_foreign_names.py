@@ -233,6 +233,8 @@ def test_onetrainers_bundled_embeddings_are_loaded(tmp_path: Path, model: str) -
     save_file(tensors | vectors, file)
     info = inspect_adapter(file)
     assert info.trigger == "<my.dog>" and "with the embeddings of <my.dog>" in info.note
+    imported = import_lora(pipe, file, tmp_path / "imported")
+    assert "the embeddings of <my.dog> are not imported" in imported.note
     loaded = load_adapter(pipe, file, "one")
     assert loaded.applied == loaded.total == 2 + len(vectors)
     for key, value in vectors.items():
