@@ -323,3 +323,63 @@ def test_adapter_names_are_refused_where_they_would_be_wrong(method: str) -> Non
             model(inputs(), adapter_names=["default"] * 5)
         model.unmerge_adapter()
     torch.testing.assert_close(model(inputs(), adapter_names=["default"] * 5), model(inputs()))
+
+
+# Weighted sums
+
+
+@pytest.mark.parametrize("weights", [[0.5, 1.5], [-0.5, 0.8], [1, 0]])
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
+@pytest.mark.parametrize("method", [name for name in MERGEABLE if name not in ("dora", "nora-magnitude")])
+def test_add_weighted_adapter(method: str, kind: str, weights: list[float]) -> None:
+    model = adapted(config_of(method))
+    model.add_adapter("other", config_of("nora-random"))
+    randomize(model)
+    layers = [module for module in model.modules() if isinstance(module, NoraLayer)]
+    names = ["default", "other"]
+    rank = {"svd_rank": 6} if kind == "svd" else {}
+    model.add_weighted_adapter(names, weights, "sum", combination_type=kind, **rank)
+    assert model.active_adapters == ["default"]
+    for layer in layers:
+        expected = sum(weight * layer.get_delta_weight(name) for name, weight in zip(names, weights, strict=True))
+        torch.testing.assert_close(layer.get_delta_weight("sum"), expected, atol=1e-5, rtol=1e-4)
+    model.set_adapter("sum")
+    assert torch.isfinite(output(model)).all() and not torch.equal(output(model), output(model_of()))
+    model.delete_adapter("sum")
+
+
+def test_a_weighted_adapter_of_lower_rank_is_the_best_of_that_rank() -> None:
+    model = adapted(config_of("lora"))
+    model.add_adapter("other", config_of("lora"))
+    randomize(model)
+    layer = model.base_model.model.one
+    model.add_weighted_adapter(["default", "other"], [1.0, 2.0], "sum", svd_rank=1)
+    dense = layer.get_delta_weight("default") + 2 * layer.get_delta_weight("other")
+    u, s, vt = torch.linalg.svd(dense)
+    torch.testing.assert_close(layer.get_delta_weight("sum"), s[0] * torch.outer(u[:, 0], vt[0]), atol=1e-5, rtol=1e-4)
+    model.add_weighted_adapter(["default", "other"], [1.0, 2.0], "default_rank")
+    assert layer.r["default_rank"] == 2
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"adapters": ["default", "ghost"]}, "ghost"),
+        ({"adapters": ["default"]}, "one weight for each"),
+        ({"adapters": []}, "one weight for each"),
+        ({"weights": [1.0, float("nan")]}, "finite number"),
+        ({"weights": [1.0, 1e300]}, "finite number"),
+        ({"combination_type": "ties"}, "ties"),
+        ({"svd_rank": 1.5}, "svd_rank"),
+        ({"adapter_name": "other"}, "exists already"),
+        ({"adapters": ["default", "routed"]}, "router"),
+    ],
+)
+def test_weighted_adapters_that_are_refused(change: dict[str, Any], message: str) -> None:
+    model = adapted(config_of("lora"))
+    model.add_adapter("other", config_of("nora"))
+    model.add_adapter("routed", config_of("mor"))
+    options = {"adapters": ["default", "other"], "weights": [1.0, 2.0], "adapter_name": "sum"}
+    with pytest.raises(UserError, match=message):
+        model.add_weighted_adapter(**(options | change))
+    assert set(model.peft_config) == {"default", "other", "routed"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from .guards import guard, unguard
 from .layer import NoraLayer
 from .mixed_rows import RowPlan, serve_rows
 from .rank_mask import watch
+from .weighted import lora_config, weighted_pairs
 
 
 class NoraModel(BaseTuner):
@@ -113,6 +114,29 @@ class NoraModel(BaseTuner):
         plan = RowPlan([{} if name == "__base__" else {name: 1.0} for name in names], exact=True)
         with serve_rows(self.model, plan):
             yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add a plain LoRA that is the weighted sum of adapters, inactive; see :func:`.weighted.weighted_pairs`.
+
+        Raises :class:`UserError` for a name that is taken, and as that function.
+        """
+        if adapter_name in self.peft_config:
+            raise UserError(f"an adapter named {adapter_name!r} exists already: delete it or choose another name")
+        pairs = weighted_pairs(self.model, adapters, weights, combination_type, svd_rank)
+        self.peft_config[adapter_name] = lora_config(pairs)
+        self.inject_adapter(self.model, adapter_name)
+        for path, layer in self.model.named_modules():
+            if isinstance(layer, NoraLayer) and adapter_name in layer.nora_delta:
+                delta, pair = layer.delta(adapter_name), pairs.get(path.replace(".base_layer", ""))
+                for factor, value in zip(("A", "B"), pair or (), strict=False):
+                    delta.get_parameter(factor).data.copy_(value)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if none is active then, activate another one. Raises ``ValueError`` for a merged one."""
