@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
@@ -67,7 +68,7 @@ class NoraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         start = config.start
         # PEFT either passes the option or only enters its context, in which parameters are created on the meta device.
-        from_file = (low_cpu_mem_usage or nn.Linear(1, 1).weight.is_meta) and not start.empty
+        from_file = (low_cpu_mem_usage or _creates_on_meta()) and not start.empty
         try:
             config.start = replace(start, empty=start.empty or from_file)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -169,3 +170,10 @@ class NoraModel(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         key = re.sub(r"(?<!\.base_layer)(\.base_layer)+\.nora_", ".nora_", key)
         return key.replace(f".nora_delta.{adapter_name}.", ".nora_delta.", 1)
+
+
+def _creates_on_meta() -> bool:
+    """Whether new parameters are created on the meta device. Draws no random numbers, unlike a layer's constructor."""
+    module = nn.Module()
+    module.register_parameter("probe", nn.Parameter(torch.empty(0)))
+    return module.probe.is_meta
