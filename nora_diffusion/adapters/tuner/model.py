@@ -176,4 +176,4 @@ def _creates_on_meta() -> bool:
     """Whether new parameters are created on the meta device. Draws no random numbers, unlike a layer's constructor."""
     module = nn.Module()
     module.register_parameter("probe", nn.Parameter(torch.empty(0)))
-    return module.probe.is_meta
+    return next(module.parameters()).is_meta
