@@ -106,5 +106,5 @@ def test_new_events_wait_until_the_client_has_read_the_end(ends: bool, monkeypat
 
 def test_the_routes_are_those_of_gradio(server: Server) -> None:
     with server.client() as http:
-        assert http.post(JOIN, json={}).status_code == 422  # it exists
+        assert http.post(JOIN, json={}).status_code == 400  # it exists: the gate asks for a session
         assert http.get(STREAM).status_code == 422
