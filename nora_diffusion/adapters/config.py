@@ -128,6 +128,8 @@ class AdapterConfig(PeftConfig):
                     raise UserError(f"{name}={quoted(value)} is not allowed: give {_KINDS[name]}") from None
 
     def _check(self) -> None:
+        if "" in (self.modules_to_save or []):
+            raise UserError(f"modules_to_save={self.modules_to_save} has an empty name")
         for name in ("r", "inner_r", "num_experts", "blocks"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is not a rank or a count: give {_COUNT}")

@@ -91,7 +91,7 @@ def load_adapter(
     info = inspect_adapter(file)
     is_local = file == Path(path_or_id).expanduser()  # the folder of a download is named by a commit
     if not isinstance(adapter_name, str | None):
-        raise UserError(f"the adapter name {quoted(adapter_name)} is not text")
+        raise UserError(f"the adapter name {quoted(adapter_name)} is not allowed: give text")
     name = adapter_name or derived_name(given_name(info.path if is_local else path_or_id))
     weight = check_weight(name, weight)
     if basis_dir is not None:

@@ -84,7 +84,6 @@ def _check(
     modules: Modules, path: str | Path, adapter_name: str, dtype: str | None, basis: BasisKind
 ) -> tuple[Path, Modules]:
     """The folder, and the components that hold the adapter. Raises as :func:`save_adapter`."""
-    require_adapter(modules, adapter_name)
     if dtype is not None:
         check_dtype(dtype, DTYPES)
     if not isinstance(basis, str) or basis not in get_args(BasisKind):
@@ -92,6 +91,7 @@ def _check(
     folder = Path(path).expanduser()
     if folder.suffix == ".safetensors":
         raise UserError(f"{path} is a file name: give a folder for the adapter and its card")
+    require_adapter(modules, adapter_name)
     holders = {name: module for name, module in modules.items() if nora_layers(module, adapter_name)}
     if not holders:
         raise unknown_adapter(modules, adapter_name)

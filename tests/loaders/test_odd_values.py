@@ -174,7 +174,9 @@ def test_options(pipe: Any, value: Any, saved: Path, tmp_path: Path) -> None:
         lambda: load_adapter(pipe, saved, value, weight="x"),
         lambda: load_adapter(pipe, saved, "new", basis_dir=value, weight="x"),
         lambda: load_adapter(pipe, saved, "new", rank=1 if value is None else value),
-        lambda: add_adapter(pipe, config, "new", components=["vae"] if value is None or not value else value),
+        lambda: add_adapter(
+            pipe, config, "new", components=["vae"] if not isinstance(value, str | list | tuple) or not value else value
+        ),
         lambda: add_adapter(pipe, config, "new", basis_from=saved / "no" if value is None else value),
         lambda: add_adapter(pipe, awsvd, "new", calibration=[3] if value is None else value),
     ]
