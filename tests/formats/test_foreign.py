@@ -202,13 +202,17 @@ def sdxl_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, dict
     save_adapter(pipe, folder / "nora", "one")
     delete_adapter(pipe, "one")
     export_lora(folder / "nora", folder / "kohya.safetensors", format="kohya")
-    tensors = {}
-    for key, value in load_file(folder / "kohya.safetensors").items():
-        for path, original in ORIGINAL_NAMES.items():
-            key = key.replace(f"lora_unet_{path.replace('.', '_')}_", f"lora_unet_{original.replace('.', '_')}_")
-        tensors[key.replace("_conv1.", "_in_layers_2.")] = value
+    tensors = load_file(folder / "kohya.safetensors")
     assert not any("down_blocks" in key or "mid_block" in key for key in tensors)
+    save_file({in_diffusers(key): value for key, value in tensors.items()}, folder / "diffusers.safetensors")
     return pipe, folder, tensors
+
+
+def in_diffusers(key: str) -> str:
+    """Our export's key with the module named as in diffusers."""
+    for path, original in ORIGINAL_NAMES.items():
+        key = key.replace(f"lora_unet_{original.replace('.', '_')}_", f"lora_unet_{path.replace('.', '_')}_")
+    return key.replace("_in_layers_2.", "_conv1.")
 
 
 def test_kohya_files_for_sdxl_are_imported(sdxl_file: Any, tmp_path: Path) -> None:
@@ -216,7 +220,7 @@ def test_kohya_files_for_sdxl_are_imported(sdxl_file: Any, tmp_path: Path) -> No
     pipe, folder, tensors = sdxl_file
     save_file(tensors, tmp_path / "sgm.safetensors")
     found = []
-    for file in (folder / "kohya.safetensors", tmp_path / "sgm.safetensors"):
+    for file in (folder / "diffusers.safetensors", tmp_path / "sgm.safetensors"):
         with TensorFile(file) as reader:
             found.append(
                 {(component, path): dense for component, path, dense in dense_updates(components(pipe), reader)}
@@ -241,7 +245,7 @@ def test_kohya_files_for_sdxl_load_and_are_checked(sdxl_file: Any, tmp_path: Pat
     save_file(damaged, tmp_path / "nan.safetensors")
     with pytest.raises(UserError, match="NaN"):
         load_adapter(pipe, tmp_path / "nan.safetensors", "cat")
-    twice = load_file(folder / "kohya.safetensors") | tensors
+    twice = load_file(folder / "diffusers.safetensors") | tensors
     save_file(twice, tmp_path / "twice.safetensors")
     with pytest.raises(UserError, match="twice"):
         load_adapter(pipe, tmp_path / "twice.safetensors", "cat")

@@ -92,7 +92,7 @@ def test_a_folder_that_is_read_only_from_the_start(
         return opened(path, flags, *rest, **named)
 
     monkeypatch.setattr(os, "open", read_only)
-    sentence = r"cannot write .*run/\.lock: Read-only file system; free space or choose another folder"
+    sentence = r"cannot write .*run/\.lock: Read-only file system; change its permissions or choose another path"
     with pytest.raises(UserError, match=sentence):
         train(replace(config, overwrite_output_dir=True))
     assert contents(finished) == before
