@@ -227,6 +227,7 @@ def test_sliders_and_prompt_agree(page: Any, server: Server) -> None:
     page.get_by_role("option", name="hat", exact=True).click()
     prompt_is(page, "a sks dog <lora:dog:0.35> <lora:hat:0.8>")
     expect(page.get_by_label("number input for hat: weight")).to_have_value("0.8")
+    settle(page)
     page.get_by_role("button", name="Remove").locator("visible=true").first.click()
     prompt_is(page, "a sks dog <lora:hat:0.8>")
 

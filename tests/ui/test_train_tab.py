@@ -135,7 +135,7 @@ def test_captions_are_copied_where_the_trainer_looks(tmp_path: Path) -> None:
     assert [p.read_bytes() for p in copies] == [p.read_bytes() for p in photos]
     texts = [read_captions([copy], "plain", sidecars=True).texts[0] for copy in copies]
     assert texts == ["a dog in snow", "a dog in snow", *["plain"] * 3]
-    assert "UTF-8" in errors[0] and "longer than" in errors[1] and len(errors) == 2
+    assert "longer than" in errors[0] and "UTF-8" in errors[1] and len(errors) == 2
 
 
 def test_captions_are_matched_as_in_the_trainer(tmp_path: Path) -> None:
