@@ -151,7 +151,7 @@ def test_a_typed_weight_counts_with_ctrl_enter(page: Any, server: Server) -> Non
     before, block = set(folder.glob("*.png")), page.get_by_label("number input for Block: mid").locator("visible=true")
     block.fill("0.5")
     block.press("Control+Enter")
-    until(lambda: bool(held), page=page)
+    until(lambda: any("0.5" in (route.request.post_data or "") for route in held), page=page)
     page.wait_for_timeout(500)
     assert set(folder.glob("*.png")) == before
     for route in held:
