@@ -51,7 +51,9 @@ def write_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> Path:
     return folder
 
 
-def tiny_random_pipeline(path: Path, prediction_type: PredictionType = "epsilon", seed: int = 0) -> Path:
+def tiny_random_pipeline(
+    path: Path, prediction_type: PredictionType = "epsilon", seed: int = 0, tokens: int = 16
+) -> Path:
     """Save a random Stable Diffusion 1.5-shaped pipeline of a few thousand weights; returns its folder."""
     from diffusers import (
         AutoencoderKL,
@@ -65,7 +67,7 @@ def tiny_random_pipeline(path: Path, prediction_type: PredictionType = "epsilon"
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     files = write_tokenizer(path / "tokenizer")
-    tokenizer = CLIPTokenizer(str(files / "vocab.json"), str(files / "merges.txt"), model_max_length=16)
+    tokenizer = CLIPTokenizer(str(files / "vocab.json"), str(files / "merges.txt"), model_max_length=tokens)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -73,7 +75,7 @@ def tiny_random_pipeline(path: Path, prediction_type: PredictionType = "epsilon"
             intermediate_size=32,
             num_hidden_layers=2,
             num_attention_heads=2,
-            max_position_embeddings=16,
+            max_position_embeddings=tokens,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,

@@ -94,7 +94,7 @@ def run_command(words: list[str], base: Path) -> None:
 @pytest.mark.parametrize("document", [*filter(blocks, DOCUMENTS)], ids=lambda p: p.name)
 def test_documents_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tmp_path / "base"
-    tiny_random_pipeline(base / "sd")
+    tiny_random_pipeline(base / "sd", tokens=77)  # for the prompts of the documents
     tiny_pipeline("sdxl", tmp_path / "files").save_pretrained(base / "sdxl")
     tiny_dino(base / "dino")
     (base / "judge").symlink_to(ROOT / "nora_diffusion/tiny_sd/weights/judge")
