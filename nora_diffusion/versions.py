@@ -9,7 +9,7 @@ from packaging.specifiers import SpecifierSet
 REQUIRED = {
     "torch": ">=2.10",
     "diffusers": ">=0.41,<0.44",
-    "transformers": ">=5.10.1,<6",
+    "transformers": ">=5.10.4,<6",
     "accelerate": ">=1.10",
     "peft": ">=0.21,<0.23",
     "safetensors": ">=0.8",
