@@ -19,7 +19,7 @@ from typing import overload
 
 from PIL import Image, ImageOps
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from .colors import WHITE, Color, to_rgb
 from .fingerprint import Fingerprint
 from .folder import Reject, enumerated, find_images
@@ -192,7 +192,7 @@ def _content(path: Path) -> bytes:
             raise UnreadableImageError(f"{path.name} is larger than {MAX_FILE_BYTES // 2**20} MiB: save a smaller copy")
         content = path.read_bytes()
     except OSError as error:
-        raise UnreadableImageError(f"{path.name} cannot be opened ({error.strerror or error})") from error
+        raise UnreadableImageError(f"{path.name} cannot be opened ({reason(error)})") from error
     if not content:
         raise UnreadableImageError(f"{path.name} is empty")
     return content

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from .untrusted import is_plain, parse_json
 
 MAX_HEADER = 10 * 2**20
@@ -73,7 +73,7 @@ class TensorFile:
         try:
             self._raw = path.open("rb", buffering=0)
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+            raise UserError(f"cannot read {path}: {reason(error)}") from error
         try:
             self.size = os.fstat(self._raw.fileno()).st_size
             self.metadata, self.entries = self._header()
@@ -105,7 +105,7 @@ class TensorFile:
             while done < len(content) and (count := self._raw.readinto(view[done:])):
                 done += count
         except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
+            raise UserError(f"cannot read {self.path}: {reason(error)}") from error
         self.bytes_read += done
         if done < len(content):
             raise self._damaged("it ends too early")

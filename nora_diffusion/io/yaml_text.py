@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from ..errors import UserError
+from ..errors import UserError, reason
 
 MAX_DEPTH = 8
 TAG = "tag:yaml.org,2002:"
@@ -43,7 +43,7 @@ def read_yaml(path: Path, what: str) -> Any:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"cannot read the {what} {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read the {what} {path}: {reason(error)}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"the {what} {path} is not UTF-8 text: save it as UTF-8") from error
     return parse_yaml(text, str(path))
