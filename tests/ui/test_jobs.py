@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from factories import write_photos
+from forks import run_in_fork
 
 from nora_diffusion import UserError, inspect_adapter
 from nora_diffusion.formats.adapter_file import FILE_NAME
@@ -395,8 +396,7 @@ def publish_in_a_child(folder: Path, kill_at: int | None = None) -> int:
     """Run a job in a forked child that dies at its ``kill_at``-th change on the disk; returns the number of changes."""
     from nora_diffusion.ui.jobs import worker
 
-    reader, writer = os.pipe()
-    if (child := os.fork()) == 0:
+    def action() -> int:
         count = 0
 
         def counted(original: Any) -> Any:
@@ -409,18 +409,12 @@ def publish_in_a_child(folder: Path, kill_at: int | None = None) -> int:
 
             return change
 
-        try:
-            for owner, name in KILLS:
-                setattr(owner, name, counted(getattr(owner, name)))
-            worker.main(folder)
-            os.write(writer, str(count).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as end:
-        changes = end.read()
-    _, status = os.waitpid(child, 0)
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else int(changes)
+        for owner, name in KILLS:
+            setattr(owner, name, counted(getattr(owner, name)))
+        worker.main(folder)
+        return count
+
+    return run_in_fork(action)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import yaml
 from factories import tiny_clip, write_photos
+from forks import run_in_fork
 from runs import Configure, assert_equal_tensors, assert_same_run, factors, journal
 
 from nora_diffusion import open_pipeline
@@ -130,23 +131,15 @@ def forked(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Forked:
     monkeypatch.setattr(rundir, "STATE_SECONDS", 0)  # or the clock decides how many events there are
 
     def run(config: TrainConfig, kill_at: int | Call | None = None) -> int:
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                events = Events(kill_at if isinstance(kill_at, int) else None)
-                events.arm()
-                if isinstance(kill_at, Call):
-                    kill_at.arm()
-                train_subjects(config) if config.subjects else train(config)
-                os.write(writer, json.dumps(events.count).encode())
-            finally:
-                os._exit(0)
-        os.close(writer)
-        with os.fdopen(reader, "rb") as pipe_end:
-            said = pipe_end.read()
-        _, status = os.waitpid(child, 0)
-        return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else int(said or b"0")
+        def action() -> int:
+            events = Events(kill_at if isinstance(kill_at, int) else None)
+            events.arm()
+            if isinstance(kill_at, Call):
+                kill_at.arm()
+            train_subjects(config) if config.subjects else train(config)
+            return events.count
+
+        return run_in_fork(action)
 
     return run
 
