@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..errors import UserError
-from ..io.untrusted import clean, parse_json
-from .folder import enumerated
+from ..io.untrusted import NOT_TEXT, clean, parse_json
+from .folder import enumerated, folded
 
 METADATA = "metadata.jsonl"
 COLUMN = "text"
@@ -26,11 +26,7 @@ def _nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _folded(name: str) -> str:
-    return _nfc(name).casefold()
-
-
-SPELLINGS: tuple[Callable[[str], str], ...] = (str, _nfc, _folded)
+SPELLINGS: tuple[Callable[[str], str], ...] = (str, _nfc, folded)
 """Ways to compare names, the strictest first."""
 
 
@@ -94,7 +90,7 @@ def caption_files(images: Iterable[Path], files: Iterable[Path]) -> dict[Path, l
         for image in next(filter(None, named_alike), []):
             found.setdefault(image, []).append(file)
     for image, own in found.items():
-        own.sort(key=lambda f: (_folded(f.stem) != _folded(image.name), SUFFIXES.index(f.suffix.lower())))
+        own.sort(key=lambda f: (folded(f.stem) != folded(image.name), SUFFIXES.index(f.suffix.lower())))
     return found
 
 
@@ -178,7 +174,7 @@ def _row(source: str, line: int, content: str, column: str) -> _Row:
     if not isinstance(text, str) or not text.strip():
         others = enumerated([key[:80] for key in row if key != "file_name"])
         raise UserError(f"{source} has no text under {column!r}; its keys are {others or 'none'}")
-    if any("\ud800" <= character <= "\udfff" or character == "\0" for character in text):
+    if NOT_TEXT.search(text):
         raise UserError(f"{source} has half of an emoji (an unpaired surrogate) or a NUL in {column!r}: remove it")
     return _Row(line, name, parts, " ".join(text.split()))
 
@@ -187,10 +183,10 @@ def _from_rows(rows: Sequence[_Row], files: Sequence[Path]) -> tuple[dict[Path, 
     """Captions by file, and a finding about rows that name none. A row with the file's path wins over its base name."""
     by_name: dict[str, list[Path]] = {}
     for path in files:
-        by_name.setdefault(_folded(path.name), []).append(path)
+        by_name.setdefault(folded(path.name), []).append(path)
     claims: dict[Path, list[tuple[int, _Row]]] = {}
     for row in rows:
-        if target := _target(row, by_name.get(_folded(row.parts[-1]), [])):
+        if target := _target(row, by_name.get(folded(row.parts[-1]), [])):
             claims.setdefault(target[1], []).append((target[0], row))
     used, captions = set(), {}
     for path, claimed in claims.items():
@@ -220,6 +216,6 @@ def _target(row: _Row, files: Sequence[Path]) -> tuple[int, Path] | None:
         if found:
             return (level, found[0]) if len(found) == 1 else None
         # os.path, since Path.exists raises for impossible names
-        if spelling is _folded and files and os.path.exists(files[0].parent.joinpath(*row.parts)):  # noqa: PTH110
+        if spelling is folded and files and os.path.exists(files[0].parent.joinpath(*row.parts)):  # noqa: PTH110
             return None  # the path of another file, in a sub-folder
     return None

@@ -17,6 +17,8 @@ from ..errors import UserError
 from .formats import is_image
 
 MASK_FOLDERS = ("masks", "mask", "conditioning")
+SCORING_FOLDER = "scoring"
+"""Sub-folder with photos kept for evaluation, as in ``examples/subjects``."""
 MAX_FILES = 10_000
 """Files that are looked at in sub-folders."""
 _MASK = re.compile(r"(?P<photo>.+)[-_. ](?P<kind>masklabel|condlabel|mask)", re.IGNORECASE)
@@ -78,7 +80,7 @@ def find_masks(folder: Path, photos: Sequence[Path]) -> tuple[dict[Path, Path], 
     for mask in _mask_files(folder):
         match = _MASK.fullmatch(mask.stem)
         names = [mask.stem, *([match["photo"]] if match else [])]
-        photo = next((by_key[key] for key in map(_key, names) if key in by_key), None)
+        photo = next((by_key[key] for key in map(folded, names) if key in by_key), None)
         if photo is None:
             unused.append(mask)
         else:
@@ -131,7 +133,7 @@ def _extra_images(images: Iterable[Path]) -> dict[Path, str]:
     return {
         path: match["kind"].lower()
         for path, match in matches.items()
-        if match["kind"].lower() in _OF_ONETRAINER or _key(match["photo"]) in known
+        if match["kind"].lower() in _OF_ONETRAINER or folded(match["photo"]) in known
     }
 
 
@@ -147,7 +149,8 @@ def _mask_files(folder: Path) -> Iterator[Path]:
 
 
 def _nested_photos(folder: Path, ignored: Sequence[Path] = ()) -> list[Path]:
-    skipped = {(folder / name).resolve() for name in MASK_FOLDERS} | {path.resolve() for path in ignored}
+    own = [folder / name for name in (*MASK_FOLDERS, SCORING_FOLDER)]
+    skipped = {path.resolve() for path in (*own, *ignored)}
     found = []
     for path in itertools.islice(folder.rglob("*"), MAX_FILES):
         inner = path.relative_to(folder)
@@ -173,9 +176,10 @@ def _names(paths: Sequence[Path], folder: Path) -> str:
     return enumerated([path.relative_to(folder).as_posix() for path in paths])
 
 
-def _key(name: str) -> str:
+def folded(name: str) -> str:
+    """A file name for comparison: names that differ only in their Unicode form or their case are equal."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def _keys(path: Path) -> tuple[str, str]:
-    return _key(path.stem), _key(path.name)
+    return folded(path.stem), folded(path.name)

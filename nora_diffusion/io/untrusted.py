@@ -19,9 +19,8 @@ UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 separators of lines and paragraphs."""
 JOINERS = "\u200c\u200d"
 """Format characters that some scripts and emoji need."""
-
-
 NOT_TEXT = re.compile("[\0\ud800-\udfff]")
+"""NUL and lone surrogates, which no file can hold as text."""
 
 
 def require_text(text: str, name: str) -> None:

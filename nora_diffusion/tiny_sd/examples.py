@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..data.folder import SCORING_FOLDER
 from ..errors import program
 from .world import vocabulary as world
 from .world.render import cut_out, render
@@ -83,7 +84,7 @@ def demo_prompts(slug: str) -> list[str]:
 def write_subject(slug: str, folder: Path) -> None:
     """Write one subject's images, captions and ``subject.json``."""
     scoring = scoring_scenes(slug)
-    for target, scenes in ((folder, training_scenes(slug)), (folder / "scoring", scoring)):
+    for target, scenes in ((folder, training_scenes(slug)), (folder / SCORING_FOLDER, scoring)):
         target.mkdir(parents=True, exist_ok=True)
         for i, scene in enumerate(scenes):
             Image.fromarray(render(scene)).save(target / f"{i}.png", optimize=True)
@@ -98,7 +99,7 @@ def write_subject(slug: str, folder: Path) -> None:
         "trigger": TRIGGER,
         "instance_prompt": instance_prompt(slug),
         "class_prompt": f"a {class_word}",
-        "heldout": [f"scoring/{i}.png" for i in range(len(scoring))],
+        "heldout": [f"{SCORING_FOLDER}/{i}.png" for i in range(len(scoring))],
         "demo_prompts": demo_prompts(slug),
         "license": "SIL-OFL-1.1 (Noto Color Emoji)" if name not in world.HELDOUT_VARIANTS else "Apache-2.0",
     }

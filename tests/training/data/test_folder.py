@@ -91,6 +91,7 @@ def test_files_that_are_not_read_are_listed(configure: Configure, photos: Path, 
         (photos / name).write_bytes(b"{}")
     put(photos / "more" / "2.png")
     put(photos / ".cache" / "3.png")
+    put(photos / "scoring" / "4.png")  # kept for evaluation
     config = configure(instance_data_dir=str(photos), max_train_steps=1)
     texts = "\n".join(finding.text for finding in check(config))
     assert "10 files are left out, in formats that are not read (a.NEF, b.dng, c.psd, clip.MOV, d.tga" in texts
