@@ -5,14 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
 from urllib.parse import parse_qs
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Asgi = Callable[[Message, Receive, Send], Awaitable[None]]
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 STREAM, JOIN = "/gradio_api/queue/data", "/gradio_api/queue/join"
 CLOSE = b'"msg":"close_stream"'
@@ -30,11 +25,11 @@ class EventStreams:
     events are held back.
     """
 
-    def __init__(self, app: Asgi) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self._closing: dict[str, asyncio.Event] = {}
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == STREAM:
             await self._stream(scope, receive, send)
         elif scope["type"] == "http" and scope["path"] == JOIN:
@@ -42,7 +37,7 @@ class EventStreams:
         else:
             await self.app(scope, receive, send)
 
-    async def _stream(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
         ended = asyncio.Event()
 
@@ -61,7 +56,7 @@ class EventStreams:
             if self._closing.get(session) is ended:
                 del self._closing[session]
 
-    async def _join(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _join(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = bytearray()
 
         async def copied() -> Message:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Container, MutableMapping
+from collections.abc import Container
 from typing import Any
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
+from starlette.types import Message, Receive
 
 MAX_BODY = 2**20
 """Largest body in bytes of a request that is not an upload."""

@@ -6,18 +6,17 @@ import ipaddress
 import math
 import re
 import socket
-from collections.abc import Awaitable, Callable, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from ..config import AppConfig
-from .bodies import MAX_BODY, BadBodyError, Message, Receive, checked_call, limited
+from .bodies import MAX_BODY, BadBodyError, checked_call, limited
 from .headers import headers_for
 from .login import Attempts
 from .uploads import MAX_UPLOAD, UPLOAD
-
-Send = Callable[[Message], Awaitable[None]]
-Asgi = Callable[[Message, Receive, Send], Awaitable[None]]
 
 LOGIN = "/login"
 CALLS = ("/gradio_api/queue/join", "/gradio_api/run/predict")
@@ -45,12 +44,12 @@ class Gatekeeper:
     routes, 411 and 413 for a body without a length or over its limit, 429 after too many wrong passwords. Adds the
     security headers to every response. ``functions`` are the indices of the page's handlers."""
 
-    def __init__(self, app: Asgi, hosts: Iterable[str], functions: Container[int] = ()) -> None:
+    def __init__(self, app: ASGIApp, hosts: Iterable[str], functions: Container[int] = ()) -> None:
         self.app = app
         self.hosts, self.functions = frozenset(hosts), functions
         self.attempts = Attempts()
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -75,7 +74,7 @@ class Gatekeeper:
                 return
         await self.app(scope, receive, send)
 
-    def refusal(self, scope: Message, headers: Mapping[str, str]) -> Refusal | None:
+    def refusal(self, scope: Scope, headers: Mapping[str, str]) -> Refusal | None:
         """The refusal of a request, or None if the app may answer it."""
         path, method = scope["path"], scope.get("method", "GET")
         if not self.known_host(headers.get("host", "")):
@@ -141,7 +140,7 @@ def _split(url: str) -> tuple[str, str]:
         return "", ""
 
 
-def _address(scope: Message) -> str:
+def _address(scope: Scope) -> str:
     return str((scope.get("client") or ("unknown",))[0])
 
 
