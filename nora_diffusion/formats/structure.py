@@ -36,6 +36,7 @@ def check_structure(info: AdapterInfo, shapes: Shapes) -> None:
         component, path, factor = parts
         found.setdefault((component, path), {})[factor] = shape
     expected = _token_shapes(info, shapes)
+    known: dict[tuple[object, ...], dict[str, Shape]] = {}  # most projections of a model are alike
     for component, config in info.configs.items():
         paths = info.base_fingerprint[component]
         if not paths:
@@ -44,13 +45,16 @@ def check_structure(info: AdapterInfo, shapes: Shapes) -> None:
             if not _is_target(config, component, path):
                 raise UserError(f"{info.path} adapts {path}, which is not one of its target modules: copy it again")
             factors = found.get((component, path), {})
-            layer = _outline(info, config, f"{component}.{path}", factors)
+            size, kernel = _size(info, config, f"{component}.{path}", factors)
             gate = factors.get("W_g", ())
-            try:
-                stated = factor_shapes(config, layer, path, gate[1] if len(gate) == 2 else 0)
-            except UserError as error:
-                raise UserError(f"{info.path}: {error}") from error
-            expected |= {file_key(component, path, factor): shape for factor, shape in stated.items()}
+            condition = gate[1] if len(gate) == 2 else 0
+            same = component, size, kernel, condition, config.rank_for(path)
+            if same not in known:
+                try:
+                    known[same] = factor_shapes(config, _layer(size, kernel), path, condition)
+                except UserError as error:
+                    raise UserError(f"{info.path}: {error}") from error
+            expected |= {file_key(component, path, factor): shape for factor, shape in known[same].items()}
     require_equal(info, shapes, expected)
 
 
@@ -73,8 +77,13 @@ def factor_shapes(config: AdapterConfig, layer: nn.Module, path: str, condition:
         return {factor: tuple(value.shape) for factor, value in build_delta(config, outline, path).state_dict().items()}
 
 
-def _outline(info: AdapterInfo, config: AdapterConfig, full: str, factors: Mapping[str, Shape]) -> nn.Module:
-    """A layer without storage of the size that the outer factors, or else the metadata, state for a projection."""
+def _size(
+    info: AdapterInfo, config: AdapterConfig, full: str, factors: Mapping[str, Shape]
+) -> tuple[tuple[int, int], Shape | None]:
+    """``(d_out, d_in)`` that the outer factors, or else the metadata, state for a projection; its kernel ``(c, h, w)``.
+
+    The kernel is that of a convolution.
+    """
     down, up = factors.get("A", factors.get("A_out", ())), factors.get("B", factors.get("B_out", ()))
     stated = info.shapes.get(full)
     if len(down) == len(up) == 2:
@@ -88,10 +97,15 @@ def _outline(info: AdapterInfo, config: AdapterConfig, full: str, factors: Mappi
     if not all(size):
         raise UserError(f"{info.path}: the factors of {full} are empty: copy it again")
     kernel = info.conv_shapes.get(full)
+    if kernel is not None and math.prod(kernel) != size[1]:
+        raise UserError(f"{info.path} states the kernel {kernel} for {full}, whose factors have {size[1]} inputs")
+    return size, None if kernel is None else tuple(kernel)
+
+
+def _layer(size: tuple[int, int], kernel: Shape | None) -> nn.Module:
+    """A layer without storage."""
     if kernel is None:
         return nn.Linear(size[1], size[0], bias=False, device="meta")
-    if math.prod(kernel) != size[1]:
-        raise UserError(f"{info.path} states the kernel {kernel} for {full}, whose factors have {size[1]} inputs")
     return nn.Conv2d(kernel[0], size[0], (kernel[1], kernel[2]), bias=False, device="meta")
 
 
