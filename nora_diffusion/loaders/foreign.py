@@ -59,6 +59,11 @@ def _load_layers(
             f"{info.path} is {info.note} in Tucker form (lora_mid), which diffusers does not load: convert it with "
             "`nora-diffusion import`"
         )
+    if family != "lora" and any("dora" in own for _, own in found.values()):
+        raise UserError(
+            f"{info.path} is {info.note} with magnitudes (dora_scale), which neither PEFT nor `nora-diffusion import` "
+            "reads: load it with the tool that made it"
+        )
     before = {component: active_adapters(module) for component, module in modules.items()}
     with ExitStack() as stack:
         stack.enter_context(_restored_on_error(modules, info.path, before))

@@ -536,6 +536,24 @@ def test_an_import_leaves_adapters_and_config_unchanged(
     assert config.dropout == 0.5 and config.target_modules == nora().target_modules
 
 
+def test_a_loha_with_magnitudes_is_not_sent_to_import(
+    pipe: Any, made: dict[str, tuple[Path, Tensor]], tmp_path: Path
+) -> None:
+    """Import reads no magnitudes either."""
+    tensors = load_file(made["lycoris-loha"][0])
+    name = next(key for key in tensors if key.endswith(".hada_w1_a"))
+    save_file(
+        tensors | {name.replace("hada_w1_a", "dora_scale"): torch.ones(len(tensors[name]), 1)},
+        tmp_path / "x.safetensors",
+    )
+    before = state(pipe)
+    with pytest.raises(
+        UserError, match=r"a kohya LoHa file of another tool with magnitudes \(dora_scale\).*load it with the tool"
+    ):
+        load_adapter(pipe, tmp_path / "x.safetensors", "one")
+    assert same(state(pipe), before)
+
+
 def test_import_refusals(pipe: Any, made: dict[str, tuple[Path, Tensor]], tmp_path: Path) -> None:
     before = state(pipe)
     with pytest.raises(UserError, match="no frozen basis"):
