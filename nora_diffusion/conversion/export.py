@@ -195,7 +195,7 @@ def _note_on_readers(format: Format, pairs: list[PlainPair]) -> str:
     notes = []
     t5 = any(p.component.startswith("text_encoder") and p.path.startswith("encoder.block.") for p in pairs)
     if format == "diffusers" and t5:
-        notes.append("its T5 layers are read only by PEFT: pipe.load_lora_weights ignores them")
+        notes.append("its T5 layers are read only by PEFT and load_adapter: pipe.load_lora_weights ignores them")
     outside = sorted({p.path.split(".")[0] for p in pairs if p.component == "unet" and p.path.startswith(OUTSIDE)})
     if format == "kohya" and outside:
         notes.append(f"sd-scripts ignores {', '.join(outside)}; older releases of diffusers refuse them")

@@ -69,13 +69,15 @@ REFUSED = {
 }  # fmt: skip
 DENOISER = "denoiser"
 """Stands for the UNet or the transformer, if a file's names are the same for both."""
+T5 = "t5"
+"""Stands for the T5, which is SD3's third, Flux's second and PixArt's only text encoder."""
 PREFIXES = {
     "lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
-    "lora_te3_": "text_encoder_3", "lora_transformer_": "transformer", "lycoris_": DENOISER,
+    "lora_te3_": T5, "lora_transformer_": "transformer", "lycoris_": DENOISER,
     "model.diffusion_model.": DENOISER, "diffusion_model.": DENOISER,
     "text_encoders.clip_l.transformer.": "text_encoder",
     "text_encoders.clip_h.transformer.": "text_encoder", "text_encoders.clip_g.transformer.": "text_encoder_2",
-    "text_encoders.t5xxl.transformer.": "text_encoder_3", **{f"{name}.": name for name in COMPONENTS},
+    "text_encoders.t5xxl.transformer.": T5, **{f"{name}.": name for name in COMPONENTS},
 }  # fmt: skip
 """The component that a module's name begins with, in files of kohya, OneTrainer, SimpleTuner, ComfyUI and diffusers."""
 BARE = re.compile(r"(down_blocks|mid_block|up_blocks)\.")
@@ -163,7 +165,7 @@ def recognize(reader: TensorFile) -> AdapterInfo:
         modules = read_modules(reader)
         info.kind = f"{_tool(reader)} {_variant(reader, family, modules)}"
         for module in modules:
-            component = "unet" if module.component in ("", DENOISER) else module.component
+            component = {"": "unet", DENOISER: "unet", T5: "text_encoder_3"}.get(module.component, module.component)
             entry = info.components.setdefault(component, {"method": family, "r": 1, "inner_r": 1})
             entry["r"] = max(entry["r"], rank_of(module.shapes(reader)) or 1)
         info.trigger = info.trigger or ", ".join(bundled_tokens(reader))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from torch import nn
 
 from ..errors import UserError
 from ..pipelines.components import DENOISERS, Modules, canonical, projections
-from .foreign import DENOISER, Module
+from .foreign import DENOISER, T5, Module
 from .keys import Projection
 
 ORIGINAL = {
@@ -24,6 +24,8 @@ IN_RESNET = {
     "conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }  # fmt: skip
+ROLES = {DENOISER: DENOISERS, T5: ("text_encoder_3", "text_encoder_2", "text_encoder")}
+"""The components that a role may stand for; the first of them that has a projection of the module's name."""
 BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(.*)")
 
 
@@ -36,17 +38,24 @@ def match_projections(components: Modules, path: str, modules: list[Module]) -> 
     default = _default_component(path, paths, [module.name for module in modules if not module.component])
     found: dict[Projection, Module] = {}
     for module in modules:
-        component = module.component or default
-        if component == DENOISER:
-            component = next((name for name in DENOISERS if name in components), "")
-        if module.name not in paths.get(component, {}):
-            raise UserError(f"{path} was made for another base: this pipeline has no {module.name}")
+        possible = ROLES.get(module.component, (module.component or default,))
+        component = next((name for name in possible if module.name in paths.get(name, {})), None)
+        if component is None:
+            raise UserError(_missing(path, module, possible, components))
         projection = component, paths[component][module.name]
         if projection in found:
             names = f"{found[projection].name} and {module.name}"
             raise UserError(f"{path} adapts {'.'.join(projection)} twice, as {names}")
         found[projection] = module
     return found
+
+
+def _missing(path: str, module: Module, possible: Sequence[str], components: Modules) -> str:
+    """Why no projection of the pipeline matches a module."""
+    if module.component and (module.component == T5 or not any(name in components for name in possible)):
+        owner = "a T5" if module.component == T5 else f"the {possible[0]}"
+        return f"{path} adapts {module.name} of {owner}, which this pipeline does not have: open a base with it"
+    return f"{path} was made for another base: this pipeline has no {module.name}"
 
 
 def _default_component(path: str, paths: dict[str, dict[str, str]], names: list[str]) -> str:

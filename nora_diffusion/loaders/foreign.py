@@ -1,11 +1,11 @@
-"""Load files of other tools through their libraries: LoRAs and embeddings by diffusers, LoHa and LoKr by PEFT."""
+"""Load files of other tools through their libraries: LoRAs by diffusers, a T5's, LoHa and LoKr by PEFT."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from ..adapters.tuner.guards import guard
 from ..errors import UserError, first_line
 from ..formats.adapter_info import AdapterInfo
-from ..formats.foreign import Module, bundled_tokens, family_of, rank_of, token_of
+from ..formats.foreign import Module, family_of, rank_of
 from ..formats.foreign_updates import LoraSettings, Scales, fitted_modules, lora_settings
 from ..formats.keys import Projection
-from ..io.tensor_file import TensorFile, Tensors, all_finite, require_finite
+from ..io.tensor_file import TensorFile, Tensors, require_finite
 from ..pipelines.components import Modules, refuse_merged, tuner_layers
 from .active import active_adapters, delete_adapter, held, keeping_trained, set_active, unwrap_empty
+from .foreign_embeddings import bundled_embeddings, load_embeddings, own_embedding
 from .inject import all_or_nothing, check_new_name
-from .tokens import pieces_of
 
 Fitting = dict[Projection, tuple[Module, Tensors]]
+DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight"
 
 
 def load_foreign(pipe: Any, modules: Modules, info: AdapterInfo, name: str, activate: bool, weight: float) -> int:
@@ -35,12 +36,12 @@ def load_foreign(pipe: Any, modules: Modules, info: AdapterInfo, name: str, acti
     with TensorFile(Path(info.path)) as reader:
         family = family_of(reader)
         if family == "embedding":
-            _load_embeddings(pipe, _own_embedding(pipe, modules, reader))
+            load_embeddings(pipe, own_embedding(pipe, modules, reader))
         else:
-            embeddings = _bundled_embeddings(pipe, modules, reader)
+            embeddings = bundled_embeddings(pipe, modules, reader)
             _load_layers(pipe, modules, reader, family, info, name, activate, weight)
             try:
-                _load_embeddings(pipe, embeddings)
+                load_embeddings(pipe, embeddings)
             except BaseException:
                 delete_adapter(pipe, name)
                 raise
@@ -68,13 +69,15 @@ def _load_layers(
     with ExitStack() as stack:
         stack.enter_context(_restored_on_error(modules, info.path, before))
         stack.enter_context(all_or_nothing(pipe, modules, name))
+        stack.enter_context(warnings.catch_warnings())  # PEFT warns about a second adapter, which is normal use here
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         for module in modules.values():
             stack.enter_context(keeping_trained(module))
         if family != "lora":
             _inject(modules, reader, family, name, found)
-        else:  # not the file itself: diffusers drops dora_scale, and alphas and ranks that differ within a file
-            pipe.load_lora_weights(_renamed(reader, found), adapter_name=name)
-        _check_applied(modules, info.path, name, len(found))
+        else:
+            _load_lora(pipe, modules, name, _renamed(reader, found))
+        _check_applied(modules, info.path, name, found)
         for component, module in modules.items():
             layers = [layer for layer in tuner_layers(module) if name in held(layer)]
             if layers:
@@ -102,26 +105,68 @@ def _restored_on_error(modules: Modules, path: str, before: dict[str, list[str]]
         ) from error
 
 
-def _check_applied(modules: Modules, path: str, name: str, wanted: int) -> None:
-    layers = [layer for module in modules.values() for layer in tuner_layers(module) if name in held(layer)]
-    if len(layers) != wanted:
+def _check_applied(modules: Modules, path: str, name: str, found: Fitting) -> None:
+    own = [modules[component] for component in dict.fromkeys(component for component, _ in found)]
+    applied = sum(name in held(layer) for module in own for layer in tuner_layers(module))
+    if applied != len(found):
         raise UserError(
-            f"{path} was made for another base: only {len(layers)} of its {wanted} projections could be applied"
+            f"diffusers or PEFT applied only {applied} of the {len(found)} projections of {path}: convert it with "
+            "`nora-diffusion import`"
         )
 
 
-def _renamed(reader: TensorFile, found: Fitting) -> Tensors:
-    """A LoRA's tensors under diffusers' keys, which have no scale: it is multiplied into ``B``."""
-    scales, renamed = Scales(reader), {}
+def _load_lora(pipe: Any, modules: Modules, name: str, tensors: dict[str, Tensors]) -> None:
+    """Load a LoRA by diffusers, and by PEFT where diffusers' loader does not reach: T5, and pipelines without one."""
+    known = getattr(type(pipe), "_lora_loadable_modules", ())
+    by_diffusers = {f"{c}.{key}": value for c, own in tensors.items() if c in known for key, value in own.items()}
+    if by_diffusers:  # not the file itself: diffusers drops dora_scale, and alphas and ranks that differ within a file
+        pipe.load_lora_weights(by_diffusers, adapter_name=name)
+    for component, own in tensors.items():
+        if component not in known:
+            _inject_lora(modules[component], name, own)
+
+
+def _inject_lora(module: nn.Module, name: str, tensors: Tensors) -> None:
+    """Load a LoRA of one component by PEFT, at scale 1."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    ranks = {key.removesuffix(DOWN): value.shape[0] for key, value in tensors.items() if key.endswith(DOWN)}
+    r, pattern = max(ranks.values()), {f"^{re.escape(path)}": rank for path, rank in ranks.items()}
+    config = LoraConfig(
+        r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=dict(pattern), inference_mode=True,
+        target_modules="|".join(re.escape(path) for path in ranks),
+        use_dora=any(key.endswith(MAGNITUDE) for key in tensors),
+    )  # fmt: skip
+    inject_adapter_in_model(config, module, name)
+    set_peft_model_state_dict(module, tensors, name)
+    module._hf_peft_config_loaded = True  # type: ignore[assignment]  # diffusers' flag
+
+
+def _renamed(reader: TensorFile, found: Fitting) -> dict[str, Tensors]:
+    """A LoRA's tensors by component under PEFT's keys, which have no scale: it is multiplied into ``B``."""
+    scales = Scales(reader)
+    renamed: dict[str, Tensors] = {}
     for (component, path), (module, factors) in found.items():
-        scale, up = scales.of(module, factors), factors["up"]
-        renamed[f"{component}.{path}.lora_A.weight"] = factors["down"]
+        scale, up, own = scales.of(module, factors), factors["up"], renamed.setdefault(component, {})
+        own[path + DOWN] = factors["down"]
         # In fp32, so that the only rounding is the cast to the model's dtype.
-        renamed[f"{component}.{path}.lora_B.weight"] = up if scale == 1 else up.float() * scale
+        own[path + UP] = up if scale == 1 else up.float() * scale
         if "dora" in factors:
-            renamed[f"{component}.{path}.lora_magnitude_vector.weight"] = _magnitude(reader, module, factors)
-    require_finite(renamed, reader.path)
+            own[path + MAGNITUDE] = _magnitude(reader, module, factors)
+    for component, own in renamed.items():
+        require_finite(own, reader.path)
+        _check_magnitudes(reader, component, own)
     return renamed
+
+
+def _check_magnitudes(reader: TensorFile, component: str, tensors: Tensors) -> None:
+    """Raise :class:`UserError` if only some projections have one: PEFT would give the others one of its own."""
+    with_one, total = (sum(key.endswith(end) for key in tensors) for end in (MAGNITUDE, DOWN))
+    if 0 < with_one < total:
+        raise UserError(
+            f"{reader.path}: only {with_one} of the {total} projections of the {component} have a magnitude (DoRA), "
+            "which diffusers and PEFT do not support: load it with the tool that made it"
+        )
 
 
 def _magnitude(reader: TensorFile, module: Module, factors: Tensors) -> Tensor:
@@ -195,79 +240,3 @@ def _fill(reader: TensorFile, layer: Any, name: str, source: Module, factors: Te
         )
     for factor, parameter in own.items():
         parameter.data.copy_(factors[factor])
-
-
-@dataclass
-class Embedding:
-    """The vectors of a token for one text encoder."""
-
-    token: str
-    vectors: Tensor
-    side: dict[str, Any]
-    path: str
-
-
-ENCODERS = {"clip_l": "", "clip_g": "_2", "clip_h": ""}
-"""The ending of a pipeline's attributes (``text_encoder_2``) by other tools' names of text encoders."""
-
-
-def _own_embedding(pipe: Any, modules: Modules, reader: TensorFile) -> list[Embedding]:
-    """The vectors in a textual inversion file, checked."""
-    token = token_of(reader)
-    first = next((key for key in reader.entries if key != "clip_g"), None)
-    keys = ({"": first} if first else {}) | ({"_2": "clip_g"} if "clip_g" in reader.entries else {})
-    return [_embedding(pipe, modules, reader, token, key, suffix) for suffix, key in keys.items()]
-
-
-def _bundled_embeddings(pipe: Any, modules: Modules, reader: TensorFile) -> list[Embedding]:
-    """The vectors that OneTrainer writes into a LoRA file, checked."""
-    found = []
-    for token, keys in bundled_tokens(reader).items():
-        for encoder, key in keys.items():
-            if encoder not in ENCODERS:
-                raise UserError(
-                    f"{reader.path} holds the embedding {key}, which diffusers cannot load: train it without output "
-                    "embeddings, or take the key out"
-                )
-            found.append(_embedding(pipe, modules, reader, token, key, ENCODERS[encoder]))
-    return found
-
-
-def _embedding(pipe: Any, modules: Modules, reader: TensorFile, token: str, key: str, suffix: str) -> Embedding:
-    """One embedding. Raises :class:`UserError` if it does not fit the text encoder."""
-    if not hasattr(pipe, "load_textual_inversion"):
-        raise UserError(f"{reader.path} holds a textual inversion, which {type(pipe).__name__} does not support")
-    encoder: Any = modules.get(f"text_encoder{suffix}")
-    tokenizer: Any = getattr(pipe, f"tokenizer{suffix}", None)
-    vectors = reader.tensor(key)
-    if encoder is None:
-        raise UserError(f"{reader.path} was made for another base: this pipeline has no text_encoder{suffix}")
-    weight = encoder.get_input_embeddings().weight
-    if vectors.dim() not in (1, 2) or vectors.shape[-1] != weight.shape[1]:
-        raise UserError(
-            f"{reader.path} was made for another base: its embeddings have {vectors.shape[-1]} dimensions, "
-            f"those of this pipeline's text encoder {weight.shape[1]}"
-        )
-    if not all_finite(vectors):
-        raise UserError(f"{reader.path} holds NaN or infinity: the embedding is broken")
-    if token in tokenizer.get_vocab():
-        raise UserError(f"the pipeline already has the token {token!r}: call unload_textual_inversion({token!r}) first")
-    side = {"tokenizer": tokenizer, "text_encoder": encoder}
-    return Embedding(token, vectors.to(weight.dtype), side, str(reader.path))
-
-
-def _load_embeddings(pipe: Any, embeddings: list[Embedding]) -> None:
-    """Load checked embeddings under their own tokens, all or nothing."""
-    loaded: list[Embedding] = []
-    try:
-        for one in embeddings:
-            pipe.load_textual_inversion({one.token: one.vectors}, token=one.token, **one.side)
-            loaded.append(one)
-    except Exception as error:
-        for one in loaded:
-            count = len(one.vectors) if one.vectors.ndim == 2 else 1
-            pipe.unload_textual_inversion(pieces_of(one.token, count), **one.side)
-        raise UserError(
-            f"diffusers cannot load the embedding {embeddings[len(loaded)].token!r} of {embeddings[0].path} "
-            f"({first_line(error)[:200]}): use another one"
-        ) from error

@@ -15,12 +15,12 @@ from architectures import tiny_pipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nora_diffusion import UserError, delete_adapter, inspect_adapter, load_adapter, open_pipeline
+from nora_diffusion import UserError, delete_adapter, inspect_adapter, load_adapter, open_pipeline, set_adapters
 from nora_diffusion.conversion.import_lora import import_lora
 from nora_diffusion.formats.foreign_updates import dense_updates
 from nora_diffusion.io.tensor_file import TensorFile
 from nora_diffusion.loaders import list_adapters
-from nora_diffusion.pipelines.components import components, projections
+from nora_diffusion.pipelines.components import components, projections, tuner_layers
 
 ATTENTION = re.compile(r"\.(to_q|to_k|to_v|to_out\.0)$")
 ORIGINAL = {
@@ -321,3 +321,95 @@ def test_refusals_are_whole_sentences(pipe: Any, tmp_path: Path, name: str) -> N
         load_adapter(pipe, tmp_path / "x.safetensors", "one")
     text = str(error.value)
     assert text.startswith(str(tmp_path)) and "\n" not in text and not text.endswith((",", ":", "..."))
+
+
+T5_NAMES: dict[str, tuple[Callable[[str], str], tuple[str, str]]] = {
+    "sd-scripts, OneTrainer": (lambda path: f"lora_te3_{path.replace('.', '_')}", DOWN_UP),
+    "ComfyUI, OneTrainer": (lambda path: f"text_encoders.t5xxl.transformer.{path}", AB),
+}
+"""Names of a T5's layers that do not depend on its place in the pipeline."""
+PLACES = {"sd3": "text_encoder_3", "flux": "text_encoder_2", "pixart": "text_encoder"}
+T5_FORMS = [(model, form) for model in PLACES for form in (*T5_NAMES, "diffusers", "kohya")]
+
+
+def t5_names(model: str, form: str) -> tuple[Callable[[str], str], tuple[str, str]]:
+    place = PLACES[model]
+    number = place.removeprefix("text_encoder").removeprefix("_") or "1"
+    return {
+        "diffusers": (lambda path: f"{place}.{path}", AB),
+        "kohya": (lambda path: f"lora_te{number}_{path.replace('.', '_')}", DOWN_UP),
+        **T5_NAMES,
+    }[form]
+
+
+@pytest.mark.parametrize("model, form", T5_FORMS)
+def test_layers_of_a_t5_are_loaded(tmp_path: Path, model: str, form: str) -> None:
+    """diffusers' loader ignores them. Ranks, alphas and the other components of a file are as in any LoRA."""
+    pipe = tiny_pipeline(model, tmp_path)
+    name, (a, b) = t5_names(model, form)
+    encoder, tensors, expected = getattr(pipe, PLACES[model]), {}, {}
+    for number, (path, layer) in enumerate(projections(encoder).items()):
+        down, up = torch.randn(1 + number % 2, layer.in_features), torch.randn(layer.out_features, 1 + number % 2)  # type: ignore[arg-type]
+        tensors |= {f"{name(path)}.{a}": down, f"{name(path)}.{b}": up, f"{name(path)}.alpha": torch.tensor(1.0)}
+        expected[path] = up @ down / len(down)
+    down, up = torch.randn(2, 16), torch.randn(16, 2)
+    block = "lora_transformer_transformer_blocks_0_attn1_to_q" if model == "pixart" else (
+        "lora_transformer_transformer_blocks_0_attn_to_q"
+    )  # fmt: skip
+    save_file(tensors | {f"{block}.lora_down.weight": down, f"{block}.lora_up.weight": up}, tmp_path / "x.safetensors")
+    loaded = load_adapter(pipe, tmp_path / "x.safetensors", "one", weight=0.5)
+    assert loaded.applied == loaded.total == len(tensors) + 2
+    assert list_adapters(pipe) == {"transformer": ["one"], PLACES[model]: ["one"]}
+    modules = dict(encoder.named_modules())
+    for path, dense in expected.items():
+        torch.testing.assert_close(modules[path].get_delta_weight("one"), 0.5 * dense)
+    set_adapters(pipe, "one", 2.0)
+    assert {layer.scaling["one"] for layer in tuner_layers(encoder)} == {2.0}
+    delete_adapter(pipe, "one")
+    assert list_adapters(pipe) == {} and not list(tuner_layers(encoder))
+
+
+@pytest.mark.parametrize("prefix", ["lora_te3_", "text_encoder_3."])
+def test_a_t5_that_the_pipeline_lacks_is_named(tmp_path: Path, prefix: str) -> None:
+    pipe = tiny_pipeline("sd3", tmp_path)
+    pipe.text_encoder_3 = None
+    path = f"{prefix}encoder.block.0.layer.0.SelfAttention.q"
+    path = path.replace(".", "_") if prefix == "lora_te3_" else path
+    tensors = {f"{path}.lora_down.weight": torch.ones(1, 32), f"{path}.lora_up.weight": torch.ones(16, 1)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="which this pipeline does not have: open a base with it"):
+        load_adapter(pipe, tmp_path / "x.safetensors", "one")
+
+
+def test_a_file_may_add_components_to_an_adapter(tmp_path: Path) -> None:
+    """The projections of each file are counted, not those of all components that hold the name."""
+    pipe = tiny_pipeline("sd3", tmp_path)
+    for prefix, shape in (
+        ("lora_transformer_transformer_blocks_0_attn_to_q", 16),
+        ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", 16),
+    ):
+        save_file(
+            {f"{prefix}.lora_down.weight": torch.ones(1, shape), f"{prefix}.lora_up.weight": torch.ones(16, 1)},
+            tmp_path / "x.safetensors",
+        )
+        load_adapter(pipe, tmp_path / "x.safetensors", "one")
+    assert list_adapters(pipe) == {"transformer": ["one"], "text_encoder": ["one"]}
+
+
+@pytest.mark.parametrize(
+    "prefix", ["lora_te3_encoder_block_0_layer_0_SelfAttention_", "lora_te1_text_model_encoder_layers_0_self_attn_"]
+)
+def test_magnitudes_of_some_projections_are_refused(tmp_path: Path, prefix: str) -> None:
+    """PEFT would give the others magnitudes of its own, and so another update than the file's."""
+    pipe = tiny_pipeline("sd3", tmp_path)
+    width, ends = (32, "qk") if "te3" in prefix else (16, ("q_proj", "k_proj"))
+    tensors = {}
+    for end in ends:
+        tensors |= {
+            f"{prefix}{end}.lora_down.weight": torch.ones(1, width),
+            f"{prefix}{end}.lora_up.weight": torch.ones(16, 1),
+        }
+    save_file(tensors | {f"{prefix}{ends[0]}.dora_scale": torch.ones(16, 1)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"only 1 of the 2 projections of the text_encoder\w* have a magnitude"):
+        load_adapter(pipe, tmp_path / "x.safetensors", "one")
+    assert list_adapters(pipe) == {}
