@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..adapters import AdapterConfig, nora
 from ..adapters.deltas.cores import DenseCore, NestedCore
-from ..adapters.tuner.mixed_rows import core_matrix
+from ..adapters.deltas.joining import core_matrix
 from ..errors import UserError
 from ..formats.adapter_file import inspect_adapter, require_vacant
 from ..formats.foreign import bundled_tokens

@@ -93,7 +93,22 @@ class ChainDelta(nn.Module):
         """The rank of the next pass: sampled if a masked adapter is in training, else the set ``rank``."""
         return self.sampled_rank if self.masked and self.training else self.rank
 
-    def _halves(self, rank: int | None) -> tuple[list[Tensor], list[Tensor]]:
+    @property
+    def is_plain(self) -> bool:
+        """Whether the next pass is ``dy = B A x`` for :meth:`pair`: no magnitude, sampled rank or active dropout."""
+        return self.m is None and not (self.training and (self.masked or self.dropout.p > 0))
+
+    def state_key(self) -> tuple[object, ...]:
+        """Changes whenever a factor or the rank changes: the addresses and versions of all tensors."""
+        tensors = [*self._parameters.values(), *self._buffers.values()]
+        if self.core is not None:
+            tensors += self.core._parameters.values()
+        # Inference tensors count no versions; they cannot be changed outside of inference mode either.
+        return self.rank, *(
+            (t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors if t is not None
+        )
+
+    def halves(self, rank: int | None) -> tuple[list[Tensor], list[Tensor]]:
         """``([A_out, A_in], [B_in, B_out])``, truncated to ``rank`` at the narrowest point."""
         down, up = self.outer
         core_down, core_up = (None, None) if self.core is None else self.core.pair()
@@ -105,12 +120,12 @@ class ChainDelta(nn.Module):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """The LoRA pair of the same map: ``(A [k, d_in], B [d_out, k])``, in the dtype of the factors."""
-        below, above = self._halves(self.rank)
+        below, above = self.halves(self.rank)
         return functional.collapse(below), functional.collapse(above)
 
     def forward(self, x: Tensor, contract: functional.Contract) -> Tensor:
         """``dy = B_out core(A_out x)``, ``[..., d_out]`` with channels last, unscaled."""
-        below, above = self._halves(self.working_rank)
+        below, above = self.halves(self.working_rank)
         p: Tensor = self.dropout(contract(x, below[0]))
         for factor in (*below[1:], *above):
             p = F.linear(p, factor.to(p.dtype))
@@ -118,11 +133,11 @@ class ChainDelta(nn.Module):
 
     def skinny_weight(self) -> Tensor:
         """``A_in A_out [k, d_in]``."""
-        return functional.collapse(self._halves(self.rank)[0])
+        return functional.collapse(self.halves(self.rank)[0])
 
     def from_skinny(self, p: Tensor) -> Tensor:
         """``dy [..., d_out]`` from ``p = A_in A_out x [..., k]``."""
-        return F.linear(p, functional.collapse(self._halves(self.rank)[1]).to(p.dtype))
+        return F.linear(p, functional.collapse(self.halves(self.rank)[1]).to(p.dtype))
 
     def delta_weight(self) -> Tensor:
         """``dW = B A`` in fp32, unscaled."""
@@ -136,7 +151,7 @@ class ChainDelta(nn.Module):
         """
         assert self.m is not None
         with torch.no_grad(), functional.without_autocast(weight.device):
-            down, up = (functional.collapse(factors) for factors in self._halves(rank))
+            down, up = (functional.collapse(factors) for factors in self.halves(rank))
             norms = row_norms(weight, down, up, scale)
         return self.m.to(norms.dtype) / norms
 

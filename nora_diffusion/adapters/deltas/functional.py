@@ -79,6 +79,13 @@ def at_least_single(value: Tensor) -> Tensor:
     return value if value.dtype == torch.float64 else value.float()
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer computes: autocast's where it is on (never for fp64), else that of ``x``."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Disable a caller's autocast, for sums that need more than the precision of fp16 or bf16."""
     if device.type == "meta":  # no autocast there

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...errors import UserError
 from ..config import AdapterConfig
 from ..deltas.chain import ChainDelta
+from ..deltas.fused import chained_linear
+from ..deltas.joining import ScaledChain
 from ..deltas.routed import RoutedDelta
 from .build import build_delta, contraction
+from .live_pair import LivePair, add_product, is_plain_linear
 from .merging import WeightMerge
 from .offloading import is_offloaded, onloaded
 from .peft_interface import AdapterState, PeftInterface, RowServer, move_filled
@@ -43,6 +47,7 @@ class NoraLayer(nn.Module, PeftInterface):
         self.contract = contraction(base_layer)
         """Applies a down-projection ``[k, d_in]`` to an input of this layer: ``p [..., k]``."""
         self.rows: RowServer | None = None
+        self.live_pair = LivePair()
 
     def update_layer(self, adapter_name: str, config: AdapterConfig, key: str) -> None:
         """Add one adapter, active and at weight 1."""
@@ -81,21 +86,61 @@ class NoraLayer(nn.Module, PeftInterface):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            chain = self._single_chain()
+            if chain is not None:
+                scaling, delta = chain
+                below, above = delta.halves(delta.working_rank)
+                bias = cast("Tensor | None", self.base_layer.bias)
+                return chained_linear(x, self._weight, bias, below, above, scaling)
         base: Tensor = self.base_layer(x, *args, **kwargs)
         if not is_offloaded(self.base_layer):
             return self._adapted(x, base)
         with onloaded(self.nora_delta, *([self.base_layer] if self._rescales() else [])):
             return self._adapted(x, base)
 
+    def _single_chain(self) -> ScaledChain | None:
+        """The live adapter with its scaling, if it is the only one and fits :func:`chained_linear`."""
+        if self.rows is not None or self._weight.requires_grad or not is_plain_linear(self.base_layer):
+            return None
+        names = list(self.live_names())
+        delta = self.delta(names[0]) if len(names) == 1 else None
+        if not isinstance(delta, ChainDelta) or delta.m is not None or delta.blocks > 1:
+            return None
+        if delta.training and delta.dropout.p > 0:
+            return None
+        return self.states[names[0]].scaling, delta
+
     def _adapted(self, x: Tensor, base: Tensor) -> Tensor:
         """The output for an input whose frozen output is ``base``."""
         if self.rows is not None and not self.disable_adapters:
             return self.rows.add(x, base)
-        y = base
-        for name in self.live_names():
-            scaling, dy = self.contribution(name, x, base)
-            y = y + scaling * dy.to(y.dtype)
-        return y
+        y, names = base, list(self.live_names())
+        chains = self.joined_chains(names)
+        for name in names:
+            if name not in chains:
+                scaling, dy = self.contribution(name, x, base)
+                y = y + scaling * dy.to(y.dtype)
+        return self._with_chains(list(chains.values()), x, y) if chains else y
+
+    def _with_chains(self, chains: Sequence[ScaledChain], x: Tensor, y: Tensor) -> Tensor:
+        """``y + sum_k scaling_k delta_k(x)``; may write into ``y``."""
+        down, up = self.live_pair.get(chains, y.dtype)
+        p = self.contract(x, down)
+        if isinstance(self.base_layer, nn.Conv2d):
+            return y + self.channels_first(F.linear(p, up))
+        return add_product(y, p, up, in_place=is_plain_linear(self.base_layer))
+
+    def joined_chains(self, names: Sequence[str]) -> dict[str, ScaledChain]:
+        """Those of the live adapters that a pass without gradients adds as one pair, by name."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return {}
+        deltas = {name: self.delta(name) for name in names}
+        return {
+            name: (self.states[name].scaling, delta)
+            for name, delta in deltas.items()
+            if isinstance(delta, ChainDelta) and delta.is_plain
+        }
 
     def contribution(
         self, adapter: str, x: Tensor, base: Tensor, rows: Tensor | None = None
@@ -210,6 +255,7 @@ class NoraLayer(nn.Module, PeftInterface):
             return done[id(tensor)][1]
 
         super()._apply(once, recurse)  # type: ignore[no-untyped-call]
+        self.live_pair.clear()
         self.merging.repin(self._weight)
         for state in self.states.values():
             state.move(self._weight.device)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ..deltas import functional
 from ..deltas.chain import ChainDelta
+from ..deltas.joining import core_matrix, shares_basis
 from .layer import NoraLayer
 
 _SERVING: WeakSet[nn.Module] = WeakSet()
@@ -182,10 +183,7 @@ class Bank(ABC):
 
     def _state(self, name: str) -> Any:
         """Cache key: changes when this chain's factors, rank or scale change."""
-        delta = self.delta(name)
-        factors = [*delta.parameters(), *delta.buffers()]
-        versions = [(f.data_ptr(), 0 if f.is_inference() else f._version) for f in factors]
-        return versions, delta.rank, self._scaling(name)
+        return self.delta(name).state_key(), self._scaling(name)
 
     def delta(self, name: str) -> ChainDelta:
         return cast(ChainDelta, self.layer.delta(name))
@@ -234,14 +232,6 @@ class PairBank(Bank):
         return torch.stack(downs), torch.stack(ups)
 
 
-def core_matrix(delta: ChainDelta) -> Tensor:
-    """The core of a chain as a matrix ``[r, r]``, at least in fp32."""
-    assert delta.core is not None
-    down, up = delta.core.pair()
-    dtype = torch.promote_types(down.dtype, torch.float32)
-    return down.to(dtype) if up is None else up.to(dtype) @ down.to(dtype)
-
-
 def _groups(names: Sequence[str], alike: Callable[[str, str], bool]) -> list[list[str]]:
     """Groups of two or more adapters that are alike."""
     groups: list[list[str]] = []
@@ -257,18 +247,12 @@ def _groups(names: Sequence[str], alike: Callable[[str, str], bool]) -> list[lis
 def _is_plain(layer: NoraLayer, name: str) -> bool:
     """Whether an adapter is a plain product of matrices: no gate, magnitude, sampled rank or active dropout."""
     delta = layer.delta(name)
-    if not isinstance(delta, ChainDelta) or delta.m is not None:
-        return False
-    return not (delta.training and (delta.masked or delta.dropout.p > 0))
+    return isinstance(delta, ChainDelta) and delta.is_plain
 
 
 def _same_basis(layer: NoraLayer, one: str, two: str) -> bool:
-    """Whether two chains at full rank have cores and share a frozen outer pair."""
-    deltas = [cast(ChainDelta, layer.delta(name)) for name in (one, two)]
-    if any(d.core is None or d.rank is not None or any(f.requires_grad for f in d.outer) for d in deltas):
-        return False
-    pairs = zip(*(delta.outer for delta in deltas), strict=True)
-    return all(a is b or (a.shape == b.shape and torch.equal(a, b)) for a, b in pairs)
+    one_chain, other = (cast(ChainDelta, layer.delta(name)) for name in (one, two))
+    return shares_basis(one_chain, other, by_value=True)
 
 
 def _same_rank(layer: NoraLayer, one: str, two: str) -> bool:

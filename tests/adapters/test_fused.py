@@ -1,0 +1,204 @@
+"""The fast training path: the same outputs and gradients as the plain formula, and less kept for backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nora_diffusion.adapters import NoraLayer, dora, dylora, lora, lora_mini, lora_xs, melora, mora, nora, nora_input
+from nora_diffusion.adapters.config import AdapterConfig
+from nora_diffusion.adapters.deltas.fused import chained_linear
+from nora_diffusion.adapters.tuner import layer as layer_module
+
+D_OUT, D_IN, TOKENS = 10, 12, 7
+CHAINS = {
+    "nora": nora(r=6, inner_r=2, alpha=3.0, basis="svd"),
+    "nora-dense": nora(r=6, core="dense", basis="svd"),
+    "nora-diagonal": nora(r=6, core="diagonal", basis="svd", alpha=2.0),
+    "nora-all-trained": nora(r=6, inner_r=2, basis="svd", alpha=12.0, trained=["down", "core", "up"]),
+    "nora-core-and-up": nora(r=6, inner_r=2, basis="svd", trained=["core", "up"]),
+    "nora_input": nora_input(r=6, inner_r=3, basis="svd", alpha=1.5),
+    "lora": lora(r=4, alpha=2.0),
+    "lora-up-only": lora(r=4, trained=["up"]),
+    "lora_xs": lora_xs(r=4),
+    "lora_mini": lora_mini(r=6, inner_r=2),
+    "mora": mora(r=4),
+    "dylora": dylora(r=4),
+}
+
+
+def frozen_linear(bias: bool = True) -> nn.Linear:
+    return nn.Linear(D_IN, D_OUT, bias=bias).double().requires_grad_(False)
+
+
+def layer_with(config: AdapterConfig, base: nn.Linear) -> NoraLayer:
+    layer = NoraLayer(base)
+    layer.update_layer("x", config, "m")
+    layer.double()
+    for parameter in layer.delta("x").parameters():
+        parameter.data.normal_()
+    return layer
+
+
+def outcome(layer: NoraLayer, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output and the gradients of the input and of every factor, for a fixed loss."""
+    x = x.detach().requires_grad_()
+    layer.zero_grad()
+    y = layer(x)
+    (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    grads = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    return y.detach(), {"x": x.grad, **{name: g.clone() for name, g in grads.items()}}  # type: ignore[dict-item]
+
+
+def plainly(run: Callable[[], Any]) -> Any:
+    """Run without the fast path."""
+    with mock.patch.object(layer_module, "is_plain_linear", lambda _: False):
+        return run()
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("config", CHAINS.values(), ids=CHAINS)
+def test_outputs_and_gradients_equal_the_plain_path(config: AdapterConfig, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = layer_with(config, frozen_linear(bias))
+    x = torch.randn(2, TOKENS, D_IN, dtype=torch.float64)
+    with mock.patch.object(layer_module, "chained_linear", wraps=chained_linear) as fast:
+        y, grads = outcome(layer, x)
+        assert fast.call_count == 1
+    expected, plain_grads = plainly(lambda: outcome(layer, x))
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    assert grads.keys() == plain_grads.keys() and len(grads) > 1
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, plain_grads[name], rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_equal_finite_differences() -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(5, 4).double(), torch.randn(5).double()
+    shapes = {"x": (3, 4), "down": (3, 4), "lower": (2, 3), "upper": (3, 2), "up": (5, 3)}
+    factors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes.values()]
+
+    def run(x: Tensor, down: Tensor, lower: Tensor, upper: Tensor, up: Tensor) -> Tensor:
+        return chained_linear(x, weight, bias, [down, lower], [upper, up], 0.7)
+
+    assert torch.autograd.gradcheck(run, factors)
+
+
+def test_a_sampled_rank_trains_the_rows_of_that_rank_only() -> None:
+    layer = layer_with(dylora(r=4), frozen_linear())
+    delta: Any = layer.delta("x")
+    delta.sampled_rank = 2
+    x = torch.randn(3, D_IN, dtype=torch.float64)
+    y, grads = outcome(layer, x)
+    expected = layer.base_layer(x) + x @ delta.A[:2].T @ delta.B[:, :2].T
+    torch.testing.assert_close(y, expected)
+    assert grads["nora_delta.x.A"][2:].abs().sum() == 0 < grads["nora_delta.x.A"][:2].abs().sum()
+
+
+def kept_bytes(layer: NoraLayer, x: Tensor) -> int:
+    """Bytes kept for backward that are neither the input nor a factor."""
+    known = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters(), *layer.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    assert y.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("method", ["nora", "lora_xs", "mora"])
+def test_a_frozen_outer_pair_keeps_only_the_input_in_the_basis(method: str) -> None:
+    layer = layer_with(CHAINS[method], frozen_linear()).bfloat16()
+    x = torch.randn(64, D_IN, dtype=torch.bfloat16)
+    assert kept_bytes(layer, x) == 2 * 64 * layer.delta("x").outer[0].shape[0]
+
+
+def test_a_trained_down_factor_keeps_the_input_in_autocast_once() -> None:
+    layer = layer_with(lora(r=4), frozen_linear()).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kept_bytes(layer, torch.randn(64, D_IN)) == 2 * 64 * (D_IN + 4)
+
+
+def test_autocast_gives_its_dtype_and_gradients_in_fp32() -> None:
+    torch.manual_seed(0)
+    layer = layer_with(CHAINS["nora"], frozen_linear()).float()
+    x = torch.randn(64, D_IN)
+    expected, plain_grads = plainly(lambda: outcome(layer, x))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, grads = outcome(layer, x)
+    assert y.dtype == torch.bfloat16 and {g.dtype for g in grads.values()} == {torch.float32}
+    assert (y.float() - expected).norm() < 0.02 * expected.norm()
+    for name, grad in grads.items():
+        assert (grad - plain_grads[name]).norm() < 0.03 * plain_grads[name].norm(), name
+
+
+def _hooked(layer: NoraLayer) -> None:
+    layer.base_layer.register_forward_hook(lambda module, args, output: output * 1)
+
+
+def _replaced_forward(layer: NoraLayer) -> None:
+    layer.base_layer.forward = layer.base_layer.forward  # as offloading and casting hooks do
+
+
+def _trained_base(layer: NoraLayer) -> None:
+    layer.base_layer.weight.requires_grad_(True)  # type: ignore[union-attr]
+
+
+def _second_adapter(layer: NoraLayer) -> None:
+    layer.update_layer("y", lora(r=2), "m")
+    layer.double()
+
+
+@pytest.mark.parametrize("change", [_hooked, _replaced_forward, _trained_base, _second_adapter])
+def test_what_a_plain_product_does_not_cover_takes_the_plain_path(change: Callable[[NoraLayer], None]) -> None:
+    layer = layer_with(CHAINS["nora"], frozen_linear())
+    change(layer)
+    with mock.patch.object(layer_module, "chained_linear") as fast:
+        layer(torch.randn(3, D_IN, dtype=torch.float64))
+    assert not fast.called
+
+
+@pytest.mark.parametrize("config", [dora(r=2), nora(r=4, basis="svd", dropout=0.5), melora(r=4, blocks=2)])
+def test_other_deltas_take_the_plain_path(config: AdapterConfig) -> None:
+    layer = layer_with(config, frozen_linear())
+    with mock.patch.object(layer_module, "chained_linear") as fast:
+        layer(torch.randn(3, D_IN, dtype=torch.float64))
+    assert not fast.called
+
+
+def test_an_input_without_gradient_costs_no_product_with_the_frozen_weight() -> None:
+    layer = layer_with(CHAINS["nora"], frozen_linear())
+    y = layer(torch.randn(3, D_IN, dtype=torch.float64))
+    y.sum().backward()
+    assert all(p.grad is not None for p in layer.delta("x").parameters())
+
+
+def test_checkpointed_layers_recompute_the_same_gradients() -> None:
+    layer = layer_with(CHAINS["nora"], frozen_linear())
+    x = torch.randn(3, D_IN, dtype=torch.float64)
+    _, expected = outcome(layer, x)
+    inputs = x.detach().requires_grad_()
+    layer.zero_grad()
+    y = torch.utils.checkpoint.checkpoint(layer, inputs, use_reentrant=False)
+    (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    torch.testing.assert_close(inputs.grad, expected["x"], rtol=0, atol=0)
+
+
+def test_a_second_derivative_is_refused_in_words() -> None:
+    layer = layer_with(CHAINS["nora"], frozen_linear())
+    x = torch.randn(3, D_IN, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(F.silu(layer(x)).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
