@@ -1,8 +1,19 @@
-"""The values of each axis. Nothing here imports torch or peft, so that ``--help`` knows them at once."""
+"""The axes of the design space: the values of each, and an adapter as a point on them, with all checks.
+
+Nothing here imports torch or peft, so that flags and files are checked at once.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+from ..errors import UserError, quoted
+from ..io.untrusted import conform
+from .patterns import check_patterns, suffix_matcher
+from .targets import expand_targets
 
 Basis = Literal["svd", "awsvd", "kaiming", "orthogonal", "sharing"]
 """How the outer pair is made (:mod:`.deltas.bases`)."""
@@ -17,6 +28,10 @@ ExpertKind = Literal["shared", "independent", "projected"]
 """What the experts of a router share (:mod:`.deltas.routed`)."""
 BasisDtype = Literal["float32", "float16", "bfloat16"]
 Targets = str | list[str] | None
+FROM_WEIGHTS = frozenset({"svd", "awsvd"})
+"""Bases that depend on the base model only: computed and stored once for all subjects."""
+COMPUTED = frozenset({"sharing"})
+"""Bases that depend on shapes only: files do not store them."""
 MAX_WEIGHT = 100.0
 """Bound for the weight of an adapter: larger ones give noise, and soon NaN."""
 
@@ -24,3 +39,226 @@ MAX_WEIGHT = 100.0
 def has_inner_rank(core: object, experts: object) -> bool:
     """Whether ``inner_r`` means something: a nested or input core, or projected experts."""
     return core in ("nested", "input") or experts == "projected"
+
+
+TRAINED: dict[CoreKind, tuple[Factor, ...]] = {
+    "none": ("down", "up"),
+    "input": ("core", "up"),
+    "nested": ("core",),
+    "dense": ("core",),
+    "diagonal": ("core",),
+}
+"""What each core trains unless told otherwise."""
+
+LARGEST = 2**16
+"""Upper bound for ranks, counts and scales; checked before anything is allocated."""
+SMALLEST_ALPHA, MAX_POWER = 1e-30, 10
+_COUNT = f"a whole number from 1 to {LARGEST}"
+_NUMBER, _SWITCH = f"a finite number of at most {LARGEST}", "True or False"
+_NAMES = "a group such as 'attn', a list of names or a regular expression"
+_KINDS = {
+    "method": "the name of a method",
+    "r": _COUNT, "inner_r": _COUNT, "num_experts": _COUNT, "blocks": _COUNT,
+    "alpha": f"{_NUMBER}, or None", "power": _NUMBER, "dropout": "a number from 0 to below 1",
+    "trained": "a list of factors", "rank_mask": _SWITCH, "magnitude": _SWITCH,
+    "target_modules": _NAMES, "exclude_modules": _NAMES, "modules_to_save": "a list of module names",
+    "rank_pattern": "a dict of names and ranks", "alpha_pattern": "a dict of names and alphas",
+}  # fmt: skip
+"""What the fields must be, apart from those with a choice of names."""
+_CHOICES: dict[str, Any] = {
+    "basis": Basis, "placement": Placement, "core": CoreKind, "router": Router, "experts": ExpertKind,
+    "basis_dtype": BasisDtype,
+}  # fmt: skip
+
+
+@dataclass
+class Axes:
+    """One adapter: its target modules, its outer basis, and which factors are trained.
+
+    ``alpha=None`` means ``alpha = r``. An empty ``trained`` means :data:`TRAINED` of the core.
+    ``inner_r`` is the rank ``r'`` of a nested or input core, or of each projected expert; 1 elsewhere. ``blocks`` > 1
+    makes the outer pair block-diagonal, ``rank_mask`` samples the rank while training, ``magnitude`` adds DoRA's
+    trained row norms. ``modules_to_save``: modules that are trained as a whole, with PEFT's own
+    functions only. Raises :class:`UserError` for a value outside its range.
+    """
+
+    method: str = "nora"
+    r: int = 32
+    alpha: float | None = None
+    basis: Basis = "awsvd"
+    placement: Placement = "sqrt"
+    power: float = 0.5
+    core: CoreKind = "nested"
+    inner_r: int = 4
+    trained: list[Factor] = field(default_factory=list)
+    blocks: int = 1
+    rank_mask: bool = False
+    magnitude: bool = False
+    router: Router = "none"
+    num_experts: int = 1
+    experts: ExpertKind = "shared"
+    dropout: float = 0.0
+    basis_dtype: BasisDtype = "float16"
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self.target_modules = expand_targets(self.target_modules)
+        if not self.has_inner_rank:
+            self.inner_r = 1
+        if not self.trained:
+            self.trained = list(TRAINED[self.core])
+        self._check()
+
+    def _check_types(self) -> None:
+        """Check each value against the type of its field, after numbers of NumPy and torch became Python's own."""
+        hints = axis_types() | {"trained": list[str]}
+        for name in axis_types():
+            value = _plain(getattr(self, name))
+            value = [value] if name == "modules_to_save" and isinstance(value, str) else value
+            setattr(self, name, value)
+            if name in _CHOICES:
+                self._check_choice(name, get_args(_CHOICES[name]))
+            elif name in _KINDS and not (name == "trained" and value is None):
+                try:
+                    conform(value, hints[name], name, LARGEST)
+                except ValueError:
+                    raise UserError(f"{name}={quoted(value)} is not allowed: give {_KINDS[name]}") from None
+
+    def _check(self) -> None:
+        if "" in (self.modules_to_save or []):
+            raise UserError(f"modules_to_save={self.modules_to_save} has an empty name")
+        for name in ("r", "inner_r", "num_experts", "blocks"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} is not a rank or a count: give {_COUNT}")
+        if self.has_inner_rank and self.inner_r > self.r and self.stored_outer:
+            raise UserError(f"inner_r={self.inner_r} exceeds r={self.r}: the inner pair sits inside the outer one")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if self.router != "none" and self.core != "none":
+            raise UserError(f"router={self.router!r} needs core='none': experts share plain factors")
+        if self.router != "none" and (self.blocks > 1 or self.rank_mask or self.magnitude):
+            raise UserError(f"router={self.router!r} does not go with blocks, rank_mask or magnitude: leave them out")
+        if self.router == "none" and self.num_experts > 1:
+            raise UserError(f"num_experts={self.num_experts} needs a router: choose what the gate looks at")
+        if self.router != "none" and set(self.trained) != {"down", "up"}:
+            raise UserError(f"trained={self.trained} with router={self.router!r}: a mixture trains both down and up")
+        if self.experts != "shared" and (self.router == "none" or self.basis != "kaiming"):
+            raise UserError(f"experts={self.experts!r} needs a router and basis='kaiming': experts start at random")
+        if self.core == "input" and self.blocks > 1:
+            raise UserError("core='input' does not go with blocks: leave one of them out")
+        self._check_scale()
+        self._check_trained()
+        check_patterns("target_modules", self.target_modules)
+        check_patterns("exclude_modules", self.exclude_modules)
+        check_patterns("rank_pattern", self.rank_pattern)
+        check_patterns("alpha_pattern", self.alpha_pattern)
+
+    def _check_scale(self) -> None:
+        for name, value in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            if value is not None and value < SMALLEST_ALPHA:
+                raise UserError(f"alpha={value!r} of {name!r} must be above 0: it scales the update")
+        if abs(self.power) > MAX_POWER:
+            raise UserError(
+                f"power={self.power} is out of range: it is the exponent of activation strengths, 0.5 by default, at "
+                f"most {MAX_POWER} in magnitude"
+            )
+        for name, rank in self.rank_pattern.items():
+            if rank < 1:
+                raise UserError(f"rank {rank!r} of {name!r} is not a rank: give {_COUNT}")
+
+    def _check_trained(self) -> None:
+        for factor in self.trained:
+            if factor not in get_args(Factor):
+                raise UserError(f"trained={quoted(factor)} is unknown: choose among {', '.join(get_args(Factor))}")
+        # The factor that starts at zero must be trained, or nothing is.
+        needed = "core" if self.starts_at_core else "up"
+        if needed not in self.trained or (self.core == "none" and "core" in self.trained):
+            raise UserError(f"trained={self.trained} with core={self.core!r} never learns: {needed!r} must be in it")
+        if self.basis in COMPUTED and (self.core == "none" or set(self.trained) != {"core"}):
+            raise UserError(f"basis={self.basis!r} is fixed: it needs a core, and only that can be trained")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, str) or value not in choices:
+            raise UserError(f"{name}={quoted(value)} is unknown: choose one of {', '.join(choices)}")
+
+    def selects(self, path: str) -> bool:
+        """Whether the module at ``path`` is a target. Files are checked without PEFT, whose rule this is."""
+        saved = any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save or [])
+        return _names(self.target_modules, path) and not _names(self.exclude_modules, path) and not saved
+
+    def rank_for(self, key: str) -> int:
+        """The outer rank of the module at path ``key``, after ``rank_pattern``."""
+        pattern = _pattern(self.rank_pattern, key)
+        return self.r if pattern is None else self.rank_pattern[pattern]
+
+    def scale_for(self, key: str) -> float:
+        """``alpha / r`` of the module at path ``key``, after both patterns."""
+        rank = self.rank_for(key)
+        pattern = _pattern(self.alpha_pattern, key)
+        alpha = self.alpha if pattern is None else self.alpha_pattern[pattern]
+        return 1.0 if alpha is None else alpha / rank
+
+    @property
+    def has_inner_rank(self) -> bool:
+        """Whether ``inner_r`` means something: a nested or input core, or projected experts."""
+        return has_inner_rank(self.core, self.experts)
+
+    @property
+    def middle_rank(self) -> int:
+        """The rank at the narrowest point of the chain."""
+        return self.inner_r if self.has_inner_rank else self.r
+
+    @property
+    def starts_at_core(self) -> bool:
+        """Whether the core is the factor that starts at zero; without one, and with an input core, it is ``up``."""
+        return self.core not in ("none", "input")
+
+    @property
+    def stored_outer(self) -> bool:
+        """Whether files hold the outer pair; otherwise it follows from shapes alone."""
+        return self.basis not in COMPUTED
+
+    @property
+    def frozen_outer(self) -> bool:
+        """Whether files hold frozen outer factors, which subjects can share."""
+        return self.stored_outer and not {"down", "up"} <= set(self.trained)
+
+
+@functools.cache
+def axis_types() -> dict[str, Any]:
+    """The type of each axis, in the order of the fields."""
+    return get_type_hints(Axes)
+
+
+def _names(targets: str | list[str] | None, path: str) -> bool:
+    """Whether a pattern matches a path, or a list has its name or the end of it."""
+    if isinstance(targets, str):
+        return bool(re.fullmatch(targets, path))
+    return any(f".{path}".endswith(f".{name}") for name in targets or [])
+
+
+def _pattern(patterns: dict[str, Any], key: str) -> str | None:
+    return next((pattern for pattern in patterns if fits(pattern, key)), None)
+
+
+def fits(pattern: str, key: str) -> bool:
+    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` matches the module at path ``key``."""
+    # Releases of transformers differ in whether CLIP's layers lie in a text_model: patterns match both.
+    return bool(suffix_matcher(pattern.removeprefix("text_model.")).match(key.removeprefix("text_model.")))
+
+
+def _plain(value: Any) -> Any:
+    """Scalars of NumPy and torch as Python's own numbers, sets and tuples as lists; also inside lists and dicts."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value

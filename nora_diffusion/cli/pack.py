@@ -32,14 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(values: argparse.Namespace) -> None:
     """Run the verb and print the result."""
+    if values.verb == "list":
+        _list(values)
+        return
+    # Here, since they import torch, and a list needs none.
     from ..formats import pack_writing
     from ..formats.adapter_file import is_basis_folder
     from ..formats.packs import list_pack
     from ..generation.generate import split_label
 
-    if values.verb == "list":
-        _list(values)
-        return
     if values.verb == "extract":
         print(pack_writing.extract_from_pack(values.pack, values.name, values.out))
         return

@@ -12,7 +12,7 @@ from ..adapters import AdapterConfig, lora
 from ..adapters.axes import CoreKind
 from ..adapters.patterns import pattern_of
 from ..formats.keys import Projection, file_key
-from ..io.tensor_file import Tensors
+from ..io.tensors import Tensors
 from .sources import Source
 from .updates import Update
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..errors import UserError
-from ..formats.adapter_file import inspect_adapter, require_vacant, write_adapter
+from ..formats.adapter_file import inspect_adapter, require_vacant
 from ..formats.adapter_info import AdapterInfo
+from ..formats.adapter_writing import write_adapter
 from ..formats.keys import Projection, factors_by_projection
 from ..formats.model_card import write_card
 from ..generation.tags import check_range

@@ -20,7 +20,7 @@ from ..formats.adapter_file import inspect_adapter, read_tensors
 from ..formats.adapter_info import AdapterInfo
 from ..formats.foreign import EMBEDDING_KEY, EMBEDDING_KEYS
 from ..formats.keys import Projection, factors_by_projection, token_vectors
-from ..io.tensor_file import Tensors
+from ..io.tensors import Tensors
 from ..loaders.gates import MeanGates, mean_gates_of_file
 from ..pipelines.precision import DTYPES, check_dtype
 from .dora import base_weights, truncated

@@ -20,7 +20,8 @@ from ..formats.adapter_info import AdapterInfo
 from ..formats.foreign import PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX
 from ..formats.foreign_names import original_name
 from ..io.files import write_atomic
-from ..io.tensor_file import TensorFile, Tensors, file_bytes
+from ..io.tensor_file import TensorFile
+from ..io.tensors import Tensors, file_bytes
 from ..pipelines.components import canonical
 from .lora_metadata import Architecture, hashes, kohya_metadata, modelspec
 

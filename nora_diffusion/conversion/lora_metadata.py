@@ -15,7 +15,7 @@ from safetensors.torch import save
 from ..formats.adapter_info import AdapterInfo
 from ..formats.pack_writing import preview_of
 from ..io.run_layout import SAMPLES
-from ..io.tensor_file import Tensors
+from ..io.tensors import Tensors
 
 Architecture = Literal["sd1", "sd2", "sdxl"]
 STABILITY_AI = "https://github.com/Stability-AI/generative-models"

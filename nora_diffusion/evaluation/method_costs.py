@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ..adapters import PRESETS, AdapterConfig
+from ..adapters.axes import FROM_WEIGHTS
 from ..adapters.config import Start
-from ..adapters.deltas.bases import FROM_WEIGHTS
 from ..adapters.deltas.chain import ChainDelta
 from ..adapters.tuner.build import build_delta, flat_weight
 from ..errors import UserError

@@ -11,15 +11,19 @@ import difflib
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..io.files import sha256, write_atomic
-from ..io.tensor_file import TensorFile, Tensors, file_bytes, named_hash, require_finite
-from .adapter_info import AdapterInfo, dump_info, parse_info
+from ..io.files import sha256
+from ..io.tensor_file import RawTensor, RawTensors, TensorFile, raw_hash, require_finite
+from .adapter_info import AdapterInfo, parse_info
 from .foreign import DIFFUSERS_FILE, EMBEDDING_FILE, PEFT_FILE, recognize
 from .keys import count_parameters, frozen_factors
 from .packs import inspect_subject, read_subject
 from .structure import check_structure
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILE_NAME = "nora_adapter.safetensors"
 BASIS_FOLDER = "bases"
@@ -105,41 +109,48 @@ def inspect_adapter(path: str | Path, hashed: bool = True) -> AdapterInfo:
     return info
 
 
-def read_tensors(info: AdapterInfo, basis_dir: str | Path | None = None, basis: Tensors | None = None) -> Tensors:
+def read_checked(
+    info: AdapterInfo, basis_dir: str | Path | None = None, basis: RawTensors | None = None
+) -> dict[str, RawTensor]:
     """All factors of an adapter, including a shared basis: the one reader of every function that uses an adapter.
 
     The frozen factors are verified against the hash in the metadata, the names and shapes of all tensors against its
     description. ``basis``: the shared basis, if it has been read already. Raises :class:`UserError` for damaged or
     missing tensors, NaN or infinity, and for a file of another tool.
     """
-    _ = info.configs  # raises for a file of another tool
+    _ = info.axes  # raises for a file of another tool
     address = split_address(info.path)
     if address:
         tensors = read_subject(*address)
     else:
         with TensorFile(Path(info.path)) as reader:
             reader.require_floats()
-            tensors = {key: reader.tensor(key) for key in reader.entries}
+            tensors = {key: reader.raw(key) for key in reader.entries}
     require_finite(tensors, info.path)
     if info.basis == "shared":
         basis = _load_basis(info, basis_dir) if basis is None else basis
         if basis.keys() & tensors.keys():
             raise UserError(f"{info.path} and its basis both hold {min(basis.keys() & tensors.keys())}")
         tensors.update(basis)
-    elif info.basis_sha256 and named_hash(frozen_factors(tensors)) != info.basis_sha256:
+    elif info.basis_sha256 and raw_hash(frozen_factors(tensors)) != info.basis_sha256:
         raise UserError(f"{info.path} is damaged (its basis does not match basis_sha256): copy it again")
-    check_structure(info, {key: tuple(value.shape) for key, value in tensors.items()})
+    check_structure(info, {key: value.shape for key, value in tensors.items()})
     return tensors
 
 
+def read_tensors(info: AdapterInfo, basis_dir: str | Path | None = None) -> dict[str, Tensor]:
+    """:func:`read_checked` as tensors of torch."""
+    return {key: value.tensor() for key, value in read_checked(info, basis_dir).items()}
+
+
 def verify_adapter(info: AdapterInfo) -> None:
-    """Read all tensors of an adapter or of another tool's file. Raises :class:`UserError` like :func:`read_tensors`."""
+    """Read all tensors of an adapter or of another tool's file. Raises :class:`UserError` like :func:`read_checked`."""
     if info.is_ours:
-        read_tensors(info)
+        read_checked(info)
         return
     with TensorFile(Path(info.path)) as reader:
         for key in reader.entries:
-            require_finite({key: reader.tensor(key)}, info.path)
+            require_finite({key: reader.raw(key)}, info.path)
 
 
 def basis_folders(adapter_folder: Path, basis_dir: str | Path | None) -> list[Path]:
@@ -172,7 +183,7 @@ def basis_files(info: AdapterInfo, basis_dir: str | Path | None = None) -> list[
     return files
 
 
-def _load_basis(info: AdapterInfo, basis_dir: str | Path | None) -> Tensors:
+def _load_basis(info: AdapterInfo, basis_dir: str | Path | None) -> RawTensors:
     files = basis_files(info, basis_dir)
     for file in files[:-1]:
         with contextlib.suppress(UserError):  # a damaged copy must not hide an intact one
@@ -180,42 +191,12 @@ def _load_basis(info: AdapterInfo, basis_dir: str | Path | None) -> Tensors:
     return read_basis(files[-1])
 
 
-def read_basis(file: Path) -> Tensors:
+def read_basis(file: Path) -> RawTensors:
     """Read a shared basis. Raises :class:`UserError` unless its hash is its file name."""
     with TensorFile(file) as reader:
         reader.require_floats()
-        tensors = {key: reader.tensor(key) for key in reader.entries}
-    if named_hash(tensors) != file.stem:
+        tensors = {key: reader.raw(key) for key in reader.entries}
+    if raw_hash(tensors) != file.stem:
         raise UserError(f"{file} is damaged (its hash is not its file name): copy it again")
     require_finite(tensors, file)
     return tensors
-
-
-def write_basis(folder: Path, basis: Tensors) -> str:
-    """Write ``folder/<sha256>.safetensors`` unless an intact one exists; return the hash."""
-    digest = named_hash(basis)
-    target = folder / f"{digest}.safetensors"
-    try:
-        read_basis(target)
-    except UserError:
-        write_atomic(target, file_bytes(target, basis, {"format": "nora_basis"}))
-    return digest
-
-
-def write_adapter(
-    folder: Path, tensors: Tensors, info: AdapterInfo, basis_dir: str | Path | None = None, new: bool = False
-) -> Path:
-    """Write ``folder/nora_adapter.safetensors``, and a shared basis to a file of its own if it does not exist yet.
-
-    ``new``: raise :class:`UserError` instead of replacing an adapter, even one written at the same moment.
-    """
-    basis = frozen_factors(tensors)
-    info.basis_sha256 = named_hash(basis) if basis else ""
-    if info.basis == "shared":
-        tensors = {key: value for key, value in tensors.items() if key not in basis}
-    # A single metadata entry: safetensors writes several in random order, and equal adapters must give equal files.
-    file = folder / FILE_NAME
-    content = file_bytes(file, tensors, {"nora": dump_info(info)})
-    if info.basis == "shared":
-        write_basis(basis_folders(folder, basis_dir)[0], basis)
-    return write_atomic(file, content, new)

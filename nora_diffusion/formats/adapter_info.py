@@ -9,14 +9,15 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from ..adapters import AdapterConfig
-from ..adapters.axes import has_inner_rank
-from ..adapters.config import LARGEST
+from ..adapters.axes import LARGEST, Axes, axis_types, has_inner_rank
 from ..errors import UserError
 from ..io.untrusted import conform, parse_json
-from ..pipelines.components import COMPONENTS
+from ..pipelines.names import COMPONENTS
+
+if TYPE_CHECKING:
+    from ..adapters import AdapterConfig
 
 FORMAT = "nora_adapter"
 FORMAT_VERSION = 2
@@ -27,7 +28,6 @@ WORD = re.compile(r"[^\s,;:()\[\]{}]{2,50}")
 MAX_VECTORS = 64
 """Upper bound for the vectors of a new token."""
 BasisKind = Literal["own", "shared"]
-_hints = functools.cache(get_type_hints)
 
 
 @dataclass
@@ -70,12 +70,19 @@ class AdapterInfo:
     @property
     def configs(self) -> dict[str, AdapterConfig]:
         """The config of each component. Raises :class:`UserError` for a file of another tool."""
+        from ..adapters import AdapterConfig  # late: it imports torch and peft
+
+        return {name: AdapterConfig(**vars(axes)) for name, axes in self.axes.items()}
+
+    @property
+    def axes(self) -> dict[str, Axes]:
+        """The axes of each component. Raises :class:`UserError` for a file of another tool."""
         if not self.is_ours:
             raise UserError(
                 f"{self.path} is {self.note}: load it with load_adapter, or convert a LoRA to an adapter of this "
                 "toolkit with `nora-diffusion import`"
             )
-        return {name: AdapterConfig(**_axes(values)) for name, values in self.components.items()}
+        return {name: Axes(**_axes(values)) for name, values in self.components.items()}
 
     @property
     def fingerprints(self) -> dict[tuple[str, str], float]:
@@ -161,7 +168,7 @@ def info_from(values: dict[str, Any]) -> AdapterInfo:
     """Build an :class:`AdapterInfo` from untrusted values. Raises ``ValueError`` for the first invalid one."""
     if values.get("format", FORMAT) != FORMAT:
         raise ValueError(f"its format is not {FORMAT}")
-    hints = _hints(AdapterInfo)
+    hints = _field_types()
     known = {f.name for f in fields(AdapterInfo)} - set(READ_ONLY)
     info = AdapterInfo(**{k: conform(v, hints[k], k, 2**64) for k, v in values.items() if k in known})
     checks: dict[str, Callable[[AdapterInfo], bool]] = {
@@ -178,8 +185,13 @@ def info_from(values: dict[str, Any]) -> AdapterInfo:
         if not is_valid(info):
             raise ValueError(f"{name} has an invalid value")
     info.components = {name: {**config, **_axes(config)} for name, config in info.components.items()}
-    _ = info.configs
+    _ = info.axes
     return info
+
+
+@functools.cache
+def _field_types() -> dict[str, Any]:
+    return get_type_hints(AdapterInfo)
 
 
 def _is_small_shape(shape: list[int]) -> bool:
@@ -188,9 +200,9 @@ def _is_small_shape(shape: list[int]) -> bool:
 
 def _axes(values: dict[str, Any]) -> dict[str, Any]:
     """The axes of a config, type-checked. Refuses unknown axes: ignoring one would change the adapter's output."""
-    hints = _hints(AdapterConfig)
-    axes = set(AdapterConfig.__annotations__) - {"start", "modules_to_save"}
+    types = axis_types()
+    axes = types.keys() - {"modules_to_save"}
     unknown = values.keys() - axes - PEFT_FIELDS - {"start"}
     if unknown:
         raise ValueError(f"the axis {min(unknown)[:40]!r} is unknown to this release: upgrade")
-    return {k: conform(v, hints[k], k, LARGEST) for k, v in values.items() if k in axes}
+    return {k: conform(v, types[k], k, LARGEST) for k, v in values.items() if k in axes}

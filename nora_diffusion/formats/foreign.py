@@ -10,22 +10,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from typing import Literal, TypeVar
 
 from ..errors import UserError
-from ..io.tensor_file import TensorFile, Tensors
+from ..io.tensor_file import TensorFile
 from ..io.untrusted import clean, is_plain
-from ..pipelines.components import COMPONENTS
+from ..pipelines.names import COMPONENTS
 from .adapter_info import AdapterInfo
 
+T = TypeVar("T")
 Family = Literal["lora", "loha", "lokr", "embedding"]
 
-PEFT_FILE, PEFT_CONFIG = SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DIFFUSERS_FILE, EMBEDDING_FILE = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
-"""File names that diffusers gives to LoRAs and to textual inversions."""
+"""File names that PEFT gives to adapters and configs, diffusers to LoRAs and to textual inversions."""
 PEFT_PREFIX = "base_model.model."
 EMBEDDING_KEY = "emb_params"
 EMBEDDING_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
@@ -55,8 +53,9 @@ FACTORS = {
 }  # fmt: skip
 RANKED = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 """Factors whose first dimension is the rank."""
+SIDES = ("down", "up")
 BLOCK = re.compile(r"(down|up)_list\.(\d{1,4})")
-"""Factors of LyCORIS' DyLoRA: the rank in numbered blocks."""
+"""Factors of LyCORIS' DyLoRA, the rank in numbered blocks: ``down_list.<n> [b, d_in]``, ``up_list.<n> [d_out, b]``."""
 BUNDLED = re.compile(r"bundle_emb\.(.+)\.(\w+)")
 """OneTrainer's embeddings inside a LoRA file: ``bundle_emb.<token>.<encoder>``."""
 REFUSED = {
@@ -95,28 +94,25 @@ class Module:
 
     def shapes(self, reader: TensorFile) -> dict[str, tuple[int, ...]]:
         """The shape of each factor."""
-        outlines = {factor: torch.empty(reader.entries[key].shape, device="meta") for factor, key in self.keys.items()}
-        try:
-            return {factor: tuple(value.shape) for factor, value in joined(outlines).items()}
-        except UserError as error:
-            raise UserError(f"{reader.path}: {self.name}: {error}") from error
+        shapes = {factor: reader.entries[key].shape for factor, key in self.keys.items()}
+        joined = {factor: shape for factor, shape in shapes.items() if not BLOCK.fullmatch(factor)}
+        for dimension, side in enumerate(SIDES):
+            if not (blocks := blocks_of(shapes, side)):
+                continue
+            sizes = [shape[dimension] for shape in blocks.values() if len(shape) > dimension]
+            (before, after), *others = {(shape[:dimension], shape[dimension + 1 :]) for shape in blocks.values()}
+            if others or len(sizes) < len(blocks) or sorted(blocks) != list(range(len(blocks))):
+                problem = f"its blocks {side}_list are incomplete or of different shapes: copy it again"
+                raise UserError(f"{reader.path}: {self.name}: {problem}")
+            joined[side] = (*before, sum(sizes), *after)
+        return joined
 
 
-def joined(factors: Tensors) -> Tensors:
-    """The factors with DyLoRA's blocks put together: ``down_list.<n> [b, d_in]`` and ``up_list.<n> [d_out, b]``.
-
-    Raises :class:`UserError` if a block is missing or has another shape.
-    """
-    found = {factor: value for factor, value in factors.items() if not BLOCK.fullmatch(factor)}
-    for dimension, side in enumerate(("down", "up")):
-        blocks = {int(m[2]): v for factor, v in factors.items() if (m := BLOCK.fullmatch(factor)) and m[1] == side}
-        if not blocks:
-            continue
-        try:
-            found[side] = torch.cat([blocks[number] for number in range(len(blocks))], dimension)
-        except (KeyError, IndexError, RuntimeError) as error:
-            raise UserError(f"its blocks {side}_list are incomplete or of different shapes: copy it again") from error
-    return found
+def blocks_of(factors: Mapping[str, T], side: str) -> dict[int, T]:
+    """DyLoRA's blocks of a side by their numbers."""
+    return {
+        int(match[2]): v for factor, v in factors.items() if (match := BLOCK.fullmatch(factor)) and match[1] == side
+    }
 
 
 def family_of(reader: TensorFile) -> Family:

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import UserError
-from ..pipelines.components import DENOISERS, Modules, canonical, projections
+from ..pipelines.components import Modules, canonical, projections
+from ..pipelines.names import DENOISERS
 from .foreign import DENOISER, T5, Module
 from .keys import Projection
 

@@ -9,13 +9,14 @@ from typing import Any, cast, get_type_hints
 import torch
 from torch import Tensor
 
-from ..adapters.config import fits
+from ..adapters.axes import fits
 from ..adapters.patterns import check_patterns
 from ..errors import UserError
-from ..io.tensor_file import TensorFile, Tensors, require_finite
+from ..io.tensor_file import TensorFile, require_finite
+from ..io.tensors import Tensors
 from ..io.untrusted import conform, parse_json
 from ..pipelines.components import Modules, projections
-from .foreign import PEFT_CONFIG, PEFT_FILE, Module, joined, rank_of, read_modules
+from .foreign import BLOCK, PEFT_CONFIG, PEFT_FILE, SIDES, Module, blocks_of, rank_of, read_modules
 from .foreign_names import match_projections
 from .keys import Projection
 
@@ -72,10 +73,15 @@ def _shaped(factors: Tensors, weight: Tensor) -> Tensors:
 
 
 def read_factors(reader: TensorFile, module: Module) -> Tensors:
-    """Read a module's factors. Raises :class:`UserError` for NaN and infinity."""
-    tensors = {key: reader.tensor(key) for key in module.keys.values()}
-    require_finite(tensors, reader.path)
-    return joined({factor: tensors[key] for factor, key in module.keys.items()})
+    """Read a module's factors, DyLoRA's blocks put together. Raises :class:`UserError` for NaN and infinity."""
+    found = {key: reader.raw(key) for key in module.keys.values()}
+    require_finite(found, reader.path)
+    tensors = {factor: found[key].tensor() for factor, key in module.keys.items()}
+    factors = {factor: value for factor, value in tensors.items() if not BLOCK.fullmatch(factor)}
+    for dimension, side in enumerate(SIDES):
+        if blocks := blocks_of(tensors, side):
+            factors[side] = torch.cat([blocks[number] for number in sorted(blocks)], dimension)
+    return factors
 
 
 def dense_update(factors: Tensors) -> Tensor:

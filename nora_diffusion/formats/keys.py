@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
-from torch import Tensor
-
-from ..io.tensor_file import Tensors
+from ..adapters.shapes import FROZEN
 from .adapter_info import AdapterInfo
 
-FROZEN = ("A_out", "B_out")
-"""Factors of the frozen basis."""
+T = TypeVar("T")
 
 Projection = tuple[str, str]
 """Component and path of a projection: ``("unet", "mid_block.attentions.0...to_q")``."""
@@ -28,9 +26,9 @@ def split_key(key: str) -> tuple[str, str, str] | None:
     return (component, path, factor) if separator and path else None
 
 
-def factors_by_projection(tensors: Tensors) -> dict[Projection, Tensors]:
+def factors_by_projection(tensors: Mapping[str, T]) -> dict[Projection, dict[str, T]]:
     """The factors of an adapter file by projection, without its tokens. Inverse of :func:`file_key`."""
-    found: dict[Projection, Tensors] = {}
+    found: dict[Projection, dict[str, T]] = {}
     for key, value in tensors.items():
         if not is_token(key) and (parts := split_key(key)) is not None:
             component, path, factor = parts
@@ -43,7 +41,7 @@ def is_frozen(key: str) -> bool:
     return key.endswith(tuple(f".nora_{factor}" for factor in FROZEN))
 
 
-def frozen_factors(tensors: Tensors) -> Tensors:
+def frozen_factors(tensors: Mapping[str, T]) -> dict[str, T]:
     """The frozen factors among an adapter's tensors: its basis."""
     return {key: value for key, value in tensors.items() if is_frozen(key)}
 
@@ -53,7 +51,7 @@ def token_key(number: int, encoder: str) -> str:
     return f"tokens.{number}.{encoder}"
 
 
-def token_vectors(tokens: Mapping[str, Sequence[str]], tensors: Tensors) -> dict[str, dict[str, Tensor]]:
+def token_vectors(tokens: Mapping[str, Sequence[str]], tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
     """The vectors of the metadata's ``tokens`` by token and text encoder."""
     return {
         token: {encoder: tensors[token_key(number, encoder)] for encoder in encoders}

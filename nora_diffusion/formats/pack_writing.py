@@ -15,30 +15,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save
 
 from ..errors import UserError
 from ..io.files import locked_folder, write_atomic
-from ..io.tensor_file import READABLE, TensorFile, Tensors, named_hash
+from ..io.tensor_file import READABLE, RawTensor, RawTensors, TensorFile, raw_hash
 from ..pipelines.components import same_weights
 from .adapter_file import (
     BASIS_FOLDER,
     given_name,
     inspect_adapter,
+    read_checked,
     read_tensors,
     require_vacant,
     split_address,
-    write_adapter,
-    write_basis,
 )
 from .adapter_info import AdapterInfo, dump_info
+from .adapter_writing import write_adapter, write_basis
 from .keys import frozen_factors, is_frozen
 from .model_card import write_card
 from .packs import (
     MAX_PREVIEW,
     NAME,
     PACK_VERSION,
+    ROW,
     SUFFIX,
     IndexRow,
     Layout,
@@ -127,7 +127,9 @@ def _require_new(file: Path) -> None:
         raise UserError(f"{file} exists: add to it, or choose another name")
 
 
-def _read_adapters(adapters: Adapters, basis_dir: str | Path | None) -> tuple[list[PackedSubject], dict[str, Tensors]]:
+def _read_adapters(
+    adapters: Adapters, basis_dir: str | Path | None
+) -> tuple[list[PackedSubject], dict[str, RawTensors]]:
     """Check every adapter; return them and their bases by hash. Writes nothing."""
     if isinstance(adapters, str | Path) or not isinstance(adapters, Mapping | Sequence):
         raise UserError(f"adapters={adapters!r} has the wrong type: give a list of paths or a dict of names to paths")
@@ -135,52 +137,52 @@ def _read_adapters(adapters: Adapters, basis_dir: str | Path | None) -> tuple[li
     pairs = [entry if isinstance(entry, tuple) else ("", entry) for entry in listed]
     if not pairs:
         raise UserError("there is nothing to pack: give at least one adapter")
-    bases: dict[str, Tensors] = {}
+    bases: dict[str, RawTensors] = {}
     return [_subject(name, path, basis_dir, bases) for name, path in pairs], bases
 
 
-def _subject(name: str, path: str | Path, basis_dir: str | Path | None, bases: dict[str, Tensors]) -> PackedSubject:
+def _subject(name: str, path: str | Path, basis_dir: str | Path | None, bases: dict[str, RawTensors]) -> PackedSubject:
     """Read and check one adapter; its basis is added to ``bases``."""
     info = inspect_adapter(path)
     name = name or given_name(info.path)
     if not re.fullmatch(NAME, name):
         raise UserError(f"{name!r} is not a valid name for a subject: use letters, digits, '_' and '-'")
-    if not all(config.frozen_outer for config in info.configs.values()):
+    if not all(axes.frozen_outer for axes in info.axes.values()):
         raise UserError(
             f"{info.path} is a {info.method} adapter without a frozen basis: a pack needs one that all subjects share"
         )
-    tensors = read_tensors(info, basis_dir, bases.get(info.basis_sha256))
+    tensors = read_checked(info, basis_dir, bases.get(info.basis_sha256))
     _share_basis(info, frozen_factors(tensors), bases)
     tensors = {key: tensors[key] for key in sorted(tensors) if not is_frozen(key)}
     dtypes = {value.dtype for value in tensors.values()}
     if len(dtypes) != 1:
         raise UserError(f"{info.path} has more than one dtype: save it with dtype=fp32, fp16 or bf16")
-    dtype_name = next(name for name, dtype in READABLE.items() if dtype in dtypes)
-    layout = Layout(dtype_name, tuple((key, tuple(value.shape)) for key, value in tensors.items()))
-    info.sha256 = hashlib.sha256(save(tensors, {"nora": dump_info(info)})).hexdigest()
+    layout = Layout(dtypes.pop(), tuple((key, value.shape) for key, value in tensors.items()))
+    content = save({key: value.tensor() for key, value in tensors.items()}, {"nora": dump_info(info)})
+    info.sha256 = hashlib.sha256(content).hexdigest()
     # Parameters and preview are read again on writing, so that a pack of thousands does not have to fit in memory.
     size = len(preview_of(info.path))
     return PackedSubject(name, info, layout, size, lambda: preview_of(info.path), lambda: _parameters(info.path))
 
 
-def _share_basis(info: AdapterInfo, basis: Tensors, bases: dict[str, Tensors]) -> None:
+def _share_basis(info: AdapterInfo, basis: RawTensors, bases: dict[str, RawTensors]) -> None:
     """Add the adapter's verified basis to ``bases``; only the first is kept, since a pack has just one."""
-    info.basis, info.basis_sha256 = "shared", info.basis_sha256 or named_hash(basis)
+    info.basis, info.basis_sha256 = "shared", info.basis_sha256 or raw_hash(basis)
     if not bases:
         bases[info.basis_sha256] = basis
 
 
-def _trained(path: str) -> Tensors:
+def _trained(path: str) -> dict[str, RawTensor]:
     """The trained factors of an adapter file or of a subject of another pack."""
     address = split_address(path)
     if address:
         return read_subject(*address)
     with TensorFile(Path(path)) as reader:
-        return {key: reader.tensor(key) for key in sorted(reader.entries) if not is_frozen(key)}
+        return {key: reader.raw(key) for key in sorted(reader.entries) if not is_frozen(key)}
 
 
 def _parameters(path: str) -> bytes:
-    return b"".join(value.flatten().view(torch.uint8).numpy().tobytes() for value in _trained(path).values())
+    return b"".join(value.data for value in _trained(path).values())
 
 
 def preview_of(path: str) -> bytes:
@@ -198,7 +200,7 @@ def preview_of(path: str) -> bytes:
 
 
 def _write(
-    file: Path, subjects: Sequence[PackedSubject], bases: Mapping[str, Tensors], old: Pack | None = None
+    file: Path, subjects: Sequence[PackedSubject], bases: Mapping[str, RawTensors], old: Pack | None = None
 ) -> Path:
     """Write checked subjects to a pack that replaces ``old``, and their basis beside it."""
     ordered = sorted(subjects, key=lambda subject: (short_hash(subject.name.encode()), subject.name))
@@ -207,10 +209,10 @@ def _write(
     stacks = [[subject for subject in ordered if subject.layout == layout] for layout in layouts]
     cards = {subject.name: _card(subject, common) for subject in ordered}
     shared = json.dumps({"common": common, "layouts": layouts}, separators=(",", ":")).encode()
-    index = torch.tensor(list(_index_rows(ordered, stacks, cards)), dtype=torch.int64)
+    index = b"".join(ROW.pack(*row) for row in _index_rows(ordered, stacks, cards))
     blobs = {"shared": shared, "cards": b"".join(cards.values())}
     head = {"format": "nora_pack", "pack_version": PACK_VERSION, "shared_sha256": hashlib.sha256(shared).hexdigest()}
-    shapes = {"index": ("I64", list(index.shape))}
+    shapes = {"index": ("I64", [len(ordered), len(IndexRow._fields)])}
     # Wider dtypes first, so that every tensor is aligned.
     for number in sorted(range(len(layouts)), key=lambda n: -READABLE[layouts[n].dtype].itemsize):
         shapes[f"stack.{number}"] = (layouts[number].dtype, [len(stacks[number]), sum(layouts[number].sizes.values())])
@@ -219,7 +221,7 @@ def _write(
 
     def chunks() -> Iterator[bytes]:
         yield _header(shapes, head)
-        yield index.numpy().tobytes()
+        yield index
         for key in shapes:
             if key.startswith("stack."):
                 yield from (subject.parameters() for subject in stacks[int(key.removeprefix("stack."))])
@@ -229,7 +231,7 @@ def _write(
             old.close()  # all is read, and Windows cannot replace an open file
 
     for basis in bases.values():
-        write_basis(file.parent / BASIS_FOLDER, basis)
+        write_basis(file.parent / BASIS_FOLDER, {key: value.tensor() for key, value in basis.items()})
     return write_atomic(file, chunks())
 
 

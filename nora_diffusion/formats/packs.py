@@ -16,15 +16,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from ..errors import UserError
-from ..io.tensor_file import FLOATS, READABLE, TensorFile, Tensors, require_finite
+from ..io.tensor_file import FLOATS, READABLE, RawTensor, TensorFile, require_finite
 from ..io.untrusted import conform, parse_json
 from .adapter_info import AdapterInfo, dump_info, info_from
 from .keys import count_parameters
@@ -46,6 +45,10 @@ class IndexRow(NamedTuple):
     preview: int
     preview_end: int
     check: int
+
+
+ROW = struct.Struct(f"<{len(IndexRow._fields)}q")
+"""A row of the index as bytes."""
 
 
 class Layout(NamedTuple):
@@ -156,14 +159,14 @@ class Pack:
     def _bytes(self, key: str, start: int, end: int) -> bytes:
         if not 0 <= start <= end <= self.reader.entries[key].shape[0]:
             raise self._damaged(f"its index points outside {key}")
-        return self.reader.rows(key, start, end).numpy().tobytes()
+        return bytes(self.reader.rows(key, start, end).data)
 
     def __len__(self) -> int:
         return self.reader.entries["index"].shape[0]
 
     def index_row(self, number: int) -> IndexRow:
         """One row of the index."""
-        row = IndexRow(*self.reader.rows("index", number, number + 1)[0].tolist())
+        row = IndexRow(*ROW.unpack(self.reader.rows("index", number, number + 1).data))
         if not (0 <= row.stack < len(self.layouts) and row.card_end - row.card <= MAX_CARD):
             raise self._damaged("its index is invalid")
         if row.preview_end - row.preview > MAX_PREVIEW:
@@ -209,8 +212,7 @@ class Pack:
         info.bytes = len(card) + sum(layout.sizes.values()) * READABLE[layout.dtype].itemsize
 
         def parameters() -> bytes:
-            stacked = self.reader.rows(f"stack.{row.stack}", row.row, row.row + 1).view(-1)
-            content = stacked.view(READABLE["U8"]).numpy().tobytes()
+            content = bytes(self.reader.rows(f"stack.{row.stack}", row.row, row.row + 1).data)
             if short_hash(card, content) != row.check:
                 raise self._damaged(f"the parameters or the card of {name} do not match their hash")
             return content
@@ -221,11 +223,13 @@ class Pack:
         return PackedSubject(name, info, layout, row.preview_end - row.preview, preview, parameters)
 
 
-def read_factors(subject: PackedSubject) -> Tensors:
+def read_factors(subject: PackedSubject) -> dict[str, RawTensor]:
     """The trained factors of a subject. Raises :class:`UserError` for NaN and infinity."""
-    flat = torch.frombuffer(bytearray(subject.parameters()), dtype=READABLE[subject.layout.dtype])
-    factors = zip(subject.layout.factors, flat.split(list(subject.layout.sizes.values())), strict=True)
-    tensors = {key: values.view(shape) for (key, shape), values in factors}
+    dtype, start = subject.layout.dtype, 0
+    content, tensors = memoryview(bytearray(subject.parameters())), {}
+    for key, shape in subject.layout.factors:
+        stop = start + math.prod(shape) * READABLE[dtype].itemsize
+        tensors[key], start = RawTensor(dtype, shape, content[start:stop]), stop
     require_finite(tensors, subject.info.path)
     return tensors
 
@@ -236,7 +240,7 @@ def inspect_subject(file: Path, name: str) -> AdapterInfo:
         return pack.find(name).info
 
 
-def read_subject(file: Path, name: str) -> Tensors:
+def read_subject(file: Path, name: str) -> dict[str, RawTensor]:
     """The trained factors of one subject; reads no other subject's."""
     with Pack(file) as pack:
         return read_factors(pack.find(name))

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 
-import torch
-from peft.tuners.tuners_utils import check_target_module_exists
-from torch import nn
-
-from ..adapters import AdapterConfig
-from ..adapters.config import Start
-from ..adapters.tuner.build import build_delta
+from ..adapters.axes import Axes
+from ..adapters.shapes import Shape, factor_shapes
 from ..errors import UserError
 from .adapter_info import ENCODERS, MAX_VECTORS, AdapterInfo
 from .keys import Projection, file_key, is_token, split_key, token_key
 
-Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 """Shapes of tensors by name."""
 
@@ -37,21 +30,21 @@ def check_structure(info: AdapterInfo, shapes: Shapes) -> None:
         found.setdefault((component, path), {})[factor] = shape
     expected = _token_shapes(info, shapes)
     known: dict[tuple[object, ...], dict[str, Shape]] = {}  # most projections of a model are alike
-    for component, config in info.configs.items():
+    for component, axes in info.axes.items():
         paths = info.base_fingerprint[component]
         if not paths:
             raise UserError(f"{info.path} adapts no projection of the {component}: copy it again")
         for path in paths:
-            if not _is_target(config, component, path):
+            if not _is_target(axes, component, path):
                 raise UserError(f"{info.path} adapts {path}, which is not one of its target modules: copy it again")
             factors = found.get((component, path), {})
-            size, kernel = _size(info, config, f"{component}.{path}", factors)
+            size, kernel = _size(info, axes, f"{component}.{path}", factors)
             gate = factors.get("W_g", ())
             condition = gate[1] if len(gate) == 2 else 0
-            same = component, size, kernel, condition, config.rank_for(path)
+            same = component, size, kernel, condition, axes.rank_for(path)
             if same not in known:
                 try:
-                    known[same] = factor_shapes(config, _layer(size, kernel), path, condition)
+                    known[same] = factor_shapes(axes, size, kernel, path, condition)
                 except UserError as error:
                     raise UserError(f"{info.path}: {error}") from error
             expected |= {file_key(component, path, factor): shape for factor, shape in known[same].items()}
@@ -65,20 +58,8 @@ def require_equal(info: AdapterInfo, found: Shapes, expected: Shapes) -> None:
             raise _mismatch(info, key, found.get(key), expected.get(key))
 
 
-def factor_shapes(config: AdapterConfig, layer: nn.Module, path: str, condition: int) -> dict[str, Shape]:
-    """The shapes of one projection's factors; built on the meta device, so that nothing is allocated.
-
-    ``condition``: input width of a router that does not read tokens.
-    """
-    config, outline = copy.copy(config), copy.copy(layer)
-    config.start = Start(empty=True, condition=condition)
-    outline._parameters = {"weight": layer.weight.detach().to("meta")}  # type: ignore[operator,dict-item]
-    with torch.device("meta"):
-        return {factor: tuple(value.shape) for factor, value in build_delta(config, outline, path).state_dict().items()}
-
-
 def _size(
-    info: AdapterInfo, config: AdapterConfig, full: str, factors: Mapping[str, Shape]
+    info: AdapterInfo, axes: Axes, full: str, factors: Mapping[str, Shape]
 ) -> tuple[tuple[int, int], Shape | None]:
     """``(d_out, d_in)`` that the outer factors, or else the metadata, state for a projection; its kernel ``(c, h, w)``.
 
@@ -87,7 +68,7 @@ def _size(
     down, up = factors.get("A", factors.get("A_out", ())), factors.get("B", factors.get("B_out", ()))
     stated = info.shapes.get(full)
     if len(down) == len(up) == 2:
-        size = (up[0], down[1] * config.blocks)
+        size = (up[0], down[1] * axes.blocks)
         if stated not in (None, list(size)):
             raise UserError(f"{info.path} states the shape {stated} for {full}, but its factors are for {list(size)}")
     elif not down and not up and stated is not None:
@@ -102,17 +83,10 @@ def _size(
     return size, None if kernel is None else tuple(kernel)
 
 
-def _layer(size: tuple[int, int], kernel: Shape | None) -> nn.Module:
-    """A layer without storage."""
-    if kernel is None:
-        return nn.Linear(size[1], size[0], bias=False, device="meta")
-    return nn.Conv2d(kernel[0], size[0], (kernel[1], kernel[2]), bias=False, device="meta")
-
-
-def _is_target(config: AdapterConfig, component: str, path: str) -> bool:
-    """Whether the config selects a path; text encoders may have it below ``text_model``."""
+def _is_target(axes: Axes, component: str, path: str) -> bool:
+    """Whether the axes select a path; text encoders may have it below ``text_model``."""
     paths = (path, f"text_model.{path}") if component in ENCODERS else (path,)
-    return any(check_target_module_exists(config, name) for name in paths)
+    return any(axes.selects(name) for name in paths)
 
 
 def _token_shapes(info: AdapterInfo, shapes: Shapes) -> dict[str, Shape]:

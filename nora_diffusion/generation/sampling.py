@@ -15,7 +15,8 @@ from ..errors import UserError
 from ..io.untrusted import require_text
 from ..loaders.tokens import expanded
 from ..pipelines.base import base_id, default_guidance, default_steps
-from ..pipelines.components import DENOISERS, components, denoiser, tokenizer_name
+from ..pipelines.components import components, denoiser, tokenizer_name
+from ..pipelines.names import DENOISERS
 from ..pipelines.precision import dtype_name, keeping_dtype
 from ..versions import versions
 from .image_settings import ImageSettings

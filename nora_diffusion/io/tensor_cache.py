@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .files import remove_abandoned, write_atomic
-from .tensor_file import named_hash
+from .tensors import named_hash
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
-"""Reading untrusted safetensors files: the whole header is checked first, then tensors are read one by one. And the
-bytes of a file to write, whose values are checked as the reader checks them.
+"""Reading untrusted safetensors files: the whole header is checked first, then tensors are read one by one.
 
 Plain reads instead of a memory map: if another process truncates a mapped file, the reader crashes, and mapped memory
-cannot be measured. Every byte passes through :meth:`TensorFile.read`.
+cannot be measured. Every byte passes through :meth:`TensorFile.read`. Files are read and checked without torch, whose
+import takes seconds: :meth:`RawTensor.tensor` imports it.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from safetensors.torch import save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UserError, reason
 from .untrusted import is_plain, parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_HEADER = 10 * 2**20
 MAX_TENSORS = 20_000
@@ -26,12 +26,26 @@ MAX_KEY = 500
 MAX_DIMENSIONS = 8
 MAX_HEADER_VALUES = 20 * MAX_TENSORS
 
-Tensors = dict[str, Tensor]
+
+class Dtype(NamedTuple):
+    """A dtype: its name in torch, bytes of an element, and the bits that are all set in NaN and infinity (0: none)."""
+
+    name: str
+    itemsize: int
+    exponent: int = 0
+
+
 READABLE = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "U8": torch.uint8,
-}  # fmt: skip
-FLOATS = ("F64", "F32", "F16", "BF16")
+    "F64": Dtype("float64", 8, 0x7FF0 << 48),
+    "F32": Dtype("float32", 4, 0x7F80 << 16),
+    "F16": Dtype("float16", 2, 0x7C00),
+    "BF16": Dtype("bfloat16", 2, 0x7F80),
+    "I64": Dtype("int64", 8),
+    "U8": Dtype("uint8", 1),
+}
+FLOATS = tuple(name for name, dtype in READABLE.items() if dtype.exponent)
+BLOCK = 2**16
+"""Elements that :meth:`RawTensor.is_finite` looks at together: they stay in the processor's cache."""
 
 OTHER_FORMATS = {
     b"PK\x03\x04": "is a zip archive (PyTorch checkpoints are): it may run code when opened and is not read",
@@ -57,6 +71,35 @@ class Entry(NamedTuple):
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+class RawTensor(NamedTuple):
+    """A tensor as it stands in a file: safetensors' name of its dtype, its shape and its bytes (little-endian)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | bytearray | memoryview
+
+    def tensor(self) -> Tensor:
+        """As a tensor of torch that shares the bytes."""
+        import torch  # late: describing and checking a file needs no torch
+
+        dtype = getattr(torch, READABLE[self.dtype].name)
+        if not self.data:
+            return torch.empty(self.shape, dtype=dtype)
+        return torch.frombuffer(self.data, dtype=dtype).view(self.shape)
+
+    def is_finite(self) -> bool:
+        """Whether it holds neither NaN nor infinity."""
+        import numpy as np  # late: a header alone needs no numpy
+
+        _, itemsize, exponent = READABLE[self.dtype]
+        bits = np.frombuffer(self.data, f"<u{itemsize}")
+        blocks = (bits[start : start + BLOCK] & exponent for start in range(0, len(bits), BLOCK))
+        return not exponent or all(int(block.max()) < exponent for block in blocks)
+
+
+RawTensors = Mapping[str, RawTensor]
 
 
 class TensorFile:
@@ -111,25 +154,23 @@ class TensorFile:
             raise self._damaged("it ends too early")
         return content
 
-    def tensor(self, key: str) -> Tensor:
+    def raw(self, key: str) -> RawTensor:
         """Read a whole tensor."""
         entry = self.entries[key]
-        return self._tensor(entry, entry.start, entry.stop, entry.shape)
+        return RawTensor(entry.dtype, entry.shape, self.read(entry.start, entry.stop))
 
-    def rows(self, key: str, first: int, last: int) -> Tensor:
+    def tensor(self, key: str) -> Tensor:
+        """Read a whole tensor as one of torch."""
+        return self.raw(key).tensor()
+
+    def rows(self, key: str, first: int, last: int) -> RawTensor:
         """Rows ``[first, last)`` of a tensor; only their bytes are read."""
         entry = self.entries[key]
         if not 0 <= first <= last <= entry.shape[0]:
             raise self._damaged(f"rows {first} to {last} of {key} do not exist")
         width = (entry.stop - entry.start) // max(entry.shape[0], 1)
-        shape = (last - first, *entry.shape[1:])
-        return self._tensor(entry, entry.start + first * width, entry.start + last * width, shape)
-
-    def _tensor(self, entry: Entry, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
-        dtype = READABLE[entry.dtype]
-        if start == stop:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(self.read(start, stop), dtype=dtype).view(shape)
+        content = self.read(entry.start + first * width, entry.start + last * width)
+        return RawTensor(entry.dtype, (last - first, *entry.shape[1:]), content)
 
     def require_floats(self) -> None:
         """Raise :class:`UserError` if a tensor's dtype is not a float dtype."""
@@ -219,51 +260,22 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**48 for size in value)
 
 
-def all_finite(value: Tensor) -> bool:
-    """Whether a tensor has no NaN or infinity. Checks minimum and maximum, so no temporary tensor is allocated."""
-    if not value.numel():
-        return True
-    low, high = value.aminmax()
-    return bool(low.isfinite() and high.isfinite())
-
-
-def file_bytes(path: Path, tensors: Tensors, metadata: dict[str, str]) -> bytes:
-    """The bytes of a safetensors file for ``path``. Raises :class:`UserError` for values that no loader accepts.
-
-    These are NaN and infinity, which a conversion to fp16 makes of every value beyond 65504.
-    """
-    for key, value in tensors.items():
-        if all_finite(value):
-            continue
-        if value.dtype == torch.float16 and not value.isnan().any():
-            raise UserError(
-                f"cannot write {path}: {key} has values beyond 65504, the largest of fp16: save it as bf16 or fp32 "
-                "(--save_dtype when training, --dtype when exporting)"
-            )
-        raise UserError(f"cannot write {path}: {key} holds NaN or infinity: train with a lower learning rate")
-    return save({key: value.contiguous() for key, value in tensors.items()}, metadata)
-
-
-def require_finite(tensors: Tensors, path: str | Path) -> None:
+def require_finite(tensors: RawTensors, path: str | Path) -> None:
     """Raise :class:`UserError` if a tensor read from ``path`` holds NaN or infinity."""
-    damaged = next((key for key, value in tensors.items() if not all_finite(value)), None)
+    damaged = next((key for key, value in tensors.items() if not value.is_finite()), None)
     if damaged:
         raise UserError(f"{path}: {damaged} holds NaN or infinity: the adapter is damaged")
 
 
-def tensor_hash(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and bytes."""
-    tensor = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(tensor.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def raw_hash(tensors: RawTensors) -> str:
+    """:func:`.tensors.named_hash` of tensors in a file."""
+    return hash_of((k, v.shape, READABLE[v.dtype].name, v.data) for k, v in sorted(tensors.items()))
 
 
-def named_hash(tensors: Tensors) -> str:
-    """SHA-256 of the names, shapes, dtypes and bytes of tensors; the same for every file that holds them."""
+def hash_of(tensors: Iterable[tuple[str, tuple[int, ...], str, bytes | bytearray | memoryview]]) -> str:
+    """SHA-256 of the names, shapes, dtypes (as torch names them) and bytes of tensors, in the given order."""
     digest = hashlib.sha256()
-    for key in sorted(tensors):
-        value = tensors[key].detach().cpu().contiguous()
-        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    for key, shape, dtype, data in tensors:
+        digest.update(f"{key}{shape}torch.{dtype}".encode())
+        digest.update(data)
     return digest.hexdigest()

@@ -18,7 +18,8 @@ from ..formats.adapter_info import AdapterInfo
 from ..formats.foreign import Module, family_of, rank_of
 from ..formats.foreign_updates import LoraSettings, Scales, fitted_modules, lora_settings
 from ..formats.keys import Projection
-from ..io.tensor_file import TensorFile, Tensors, require_finite
+from ..io.tensor_file import TensorFile
+from ..io.tensors import Tensors, all_finite
 from ..pipelines.components import Modules, refuse_merged, tuner_layers
 from .active import active_adapters, delete_adapter, held, keeping_trained, set_active, unwrap_empty
 from .foreign_embeddings import bundled_embeddings, load_embeddings, own_embedding
@@ -154,7 +155,8 @@ def _renamed(reader: TensorFile, found: Fitting) -> dict[str, Tensors]:
         if "dora" in factors:
             own[path + MAGNITUDE] = _magnitude(reader, module, factors)
     for component, own in renamed.items():
-        require_finite(own, reader.path)
+        if damaged := next((key for key, value in own.items() if not all_finite(value)), None):
+            raise UserError(f"{reader.path}: {damaged} holds NaN or infinity: the adapter is damaged")
         _check_magnitudes(reader, component, own)
     return renamed
 

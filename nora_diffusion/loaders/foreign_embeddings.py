@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..errors import UserError, first_line
 from ..formats.foreign import bundled_tokens, token_of
-from ..io.tensor_file import TensorFile, all_finite
+from ..io.tensor_file import TensorFile
+from ..io.tensors import all_finite
 from ..pipelines.components import Modules
 from .tokens import pieces_of
 

@@ -11,7 +11,7 @@ from ..adapters import AdapterConfig, NoraLayer
 from ..errors import UserError
 from ..formats.adapter_info import AdapterInfo
 from ..formats.keys import file_key
-from ..io.tensor_file import Tensors
+from ..io.tensors import Tensors
 from ..pipelines.components import Modules, adapter_configs, nora_layers
 from .active import active_adapters, set_active
 from .inject import set_origin

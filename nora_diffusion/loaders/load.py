@@ -10,16 +10,17 @@ from torch import nn
 
 from ..adapters import AdapterConfig
 from ..adapters.config import Start
-from ..adapters.tuner.build import cast_frozen, flat_weight
+from ..adapters.shapes import Shape, factor_shapes
+from ..adapters.tuner.build import cast_frozen, flat_weight, kernel_of
 from ..adapters.tuner.peft_interface import check_weight
 from ..adapters.tuner.rank_mask import check_rank
 from ..errors import UserError, first_line, quoted
 from ..formats.adapter_file import BASIS_FOLDER, IN_FOLDERS, given_name, inspect_adapter, read_tensors, split_address
 from ..formats.adapter_info import AdapterInfo
 from ..formats.keys import file_key, token_key, token_vectors
-from ..formats.structure import factor_shapes, require_equal
+from ..formats.structure import require_equal
 from ..io.files import is_path
-from ..io.tensor_file import Tensors
+from ..io.tensors import Tensors
 from ..pipelines.base import base_id
 from ..pipelines.components import (
     Modules,
@@ -214,8 +215,9 @@ def _check_fit(
             raise wrong_base from error
         _check_fingerprint(info.base_fingerprint.get(component, {}), layers, wrong_base)
         for path, layer in layers.items():
-            _check_kernel(info, f"{component}.{path}", layer)
-            for factor, shape in factor_shapes(config, layer, path, condition).items():
+            size, kernel = flat_weight(layer).shape, kernel_of(layer)
+            _check_kernel(info, f"{component}.{path}", kernel)
+            for factor, shape in factor_shapes(config, size, kernel, path, condition).items():
                 expected[file_key(component, path, factor)] = shape
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     for encoder, keys in _token_keys(info).items():
@@ -249,13 +251,13 @@ def _token_keys(info: AdapterInfo) -> dict[str, list[str]]:
     return keys
 
 
-def _check_kernel(info: AdapterInfo, full: str, layer: nn.Module) -> None:
+def _check_kernel(info: AdapterInfo, full: str, kernel: Shape | None) -> None:
     """Raise :class:`UserError` if the file states another kernel than the layer has: exports depend on it."""
-    kernel = list(layer.weight.shape[1:]) if isinstance(layer, nn.Conv2d) else None
-    if info.conv_shapes.get(full) != kernel:
+    stated = info.conv_shapes.get(full)
+    if (None if stated is None else tuple(stated)) != kernel:
         raise UserError(
             f"{info.path} does not match its own description at {full}: it states the kernel "
-            f"{info.conv_shapes.get(full)}, the layer has {kernel}; copy it again"
+            f"{stated}, the layer has {None if kernel is None else list(kernel)}; copy it again"
         )
 
 

@@ -14,7 +14,8 @@ from ..adapters import NoraLayer
 from ..adapters.tuner.mixed_rows import RowPlan, serve_rows
 from ..adapters.tuner.peft_interface import check_weight
 from ..errors import UserError, quoted
-from ..pipelines.components import DENOISERS, Modules, components, refuse_merged, refuse_offloaded, tuner_layers
+from ..pipelines.components import Modules, components, refuse_merged, refuse_offloaded, tuner_layers
+from ..pipelines.names import DENOISERS
 from .active import held, per_entry, require_adapter, restore_weights
 from .locking import exclusive
 

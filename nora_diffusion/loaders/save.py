@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from ..adapters import AdapterConfig
 from ..adapters.tuner.build import flat_weight
 from ..errors import UserError, quoted
-from ..formats.adapter_file import inspect_adapter, write_adapter
+from ..formats.adapter_file import inspect_adapter
 from ..formats.adapter_info import DESCRIPTIVE, FORMAT_VERSION, AdapterInfo, BasisKind
+from ..formats.adapter_writing import write_adapter
 from ..formats.keys import file_key, is_frozen
 from ..formats.model_card import write_card
-from ..io.tensor_file import Tensors
+from ..io.tensors import Tensors
 from ..pipelines.base import base_id
 from ..pipelines.components import (
     Modules,

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterConfig
 from ..adapters.deltas.bases import Pair
+from ..adapters.shapes import FROZEN
 from ..adapters.tuner.build import flat_weight
 from ..errors import UserError
-from ..formats.keys import FROZEN, file_key, is_frozen
+from ..formats.keys import file_key, is_frozen
 from ..pipelines.components import canonical
 from .load import check_adapter
 

@@ -17,7 +17,8 @@ from ..adapters.deltas.tokens import LearnedEmbedding
 from ..errors import UserError
 from ..formats.adapter_info import MAX_VECTORS, WORD
 from ..formats.keys import token_key
-from ..pipelines.components import DENOISERS, Modules, adapter_configs, tokenizer_name
+from ..pipelines.components import Modules, adapter_configs, tokenizer_name
+from ..pipelines.names import DENOISERS
 
 LEGACY_END = 2
 """``eos_token_id`` of old CLIP configs: the encoder then takes the largest id for the end, but new tokens have larger

@@ -15,11 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from torch import Tensor, nn
 
 from ..adapters import AdapterConfig
+from ..adapters.axes import FROM_WEIGHTS
 from ..adapters.config import Start
-from ..adapters.deltas.bases import FROM_WEIGHTS, Pair
-from ..adapters.tuner.build import flat_weight, outer_pair, outer_rank
+from ..adapters.deltas.bases import Pair
+from ..adapters.shapes import outer_rank
+from ..adapters.tuner.build import flat_weight, outer_pair
 from ..io import tensor_cache
-from ..io.tensor_file import tensor_hash
+from ..io.tensors import tensor_hash
 
 VERSION = 1
 """Increment when ``adapters/deltas/bases.py`` computes other values, so that old entries are not used."""
@@ -46,7 +48,7 @@ def _compute(
     config.start = Start(dict(strengths))
     stored = {}
     for path, layer in layers.items():
-        down, up = outer_pair(config, layer, path, outer_rank(config, layer, path))
+        down, up = outer_pair(config, layer, path, outer_rank(config, flat_weight(layer).shape, path))
         stored[f"{path}.down"], stored[f"{path}.up"] = down, up
     return stored
 
@@ -66,7 +68,12 @@ def entry_key(config: AdapterConfig, layers: Mapping[str, nn.Module], strengths:
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         weights = list(pool.map(lambda layer: tensor_hash(flat_weight(layer)), layers.values()))
     entries = [
-        (path, outer_rank(config, layer, path), weight, tensor_hash(strengths[path]) if weighted else None)
+        (
+            path,
+            outer_rank(config, flat_weight(layer).shape, path),
+            weight,
+            tensor_hash(strengths[path]) if weighted else None,
+        )
         for (path, layer), weight in zip(layers.items(), weights, strict=True)
     ]
     return hashlib.sha256(json.dumps([settings, sorted(entries)]).encode()).hexdigest()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..adapters.tuner.merging import bit_sum
 from ..errors import UserError, quoted
 from ..io import tensor_cache
-from ..io.tensor_file import tensor_hash
+from ..io.tensors import tensor_hash
 from .components import Modules, canonical, components, projections, tokenizers, without_adapters
 
 GENERIC_PROMPTS = (

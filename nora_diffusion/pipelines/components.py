@@ -11,18 +11,17 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..adapters import AdapterConfig, NoraLayer
-from ..adapters.config import fits
+from ..adapters.axes import fits
 from ..adapters.targets import TARGET_GROUPS
 from ..adapters.tuner.mixed_rows import serves_rows
 from ..errors import UserError, quoted
+from .names import COMPONENTS, DENOISERS
 
 FINGERPRINT_TOLERANCE = 1e-2
-DENOISERS = ("unet", "transformer")
-COMPONENTS = (*DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3")
 
 Modules = Mapping[str, nn.Module]
 """Components by name, as :func:`components` returns them."""
@@ -105,7 +104,7 @@ def _inside_adapter(path: str) -> bool:
 def targets(module: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     """The projections that ``config`` selects, by path. Raises :class:`UserError` if it selects none."""
     available = projections(module)
-    selected = {path: layer for path, layer in available.items() if check_target_module_exists(config, path)}
+    selected = {path: layer for path, layer in available.items() if config.selects(path)}
     if not selected:
         raise UserError(
             f"target_modules={config.target_modules!r} matches no projection of {type(module).__name__}: "

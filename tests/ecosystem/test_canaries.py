@@ -151,7 +151,7 @@ def test_peft_merge_helpers() -> None:
         from peft.tuners.tuners_utils import check_adapters_to_merge
 
         assert check_adapters_to_merge(stacked(True).to_q, ["plain"]) == ["plain"]
-    with canary("peft", "peft.tuners.tuners_utils.check_target_module_exists", "pipelines/components.py (targets)"):
+    with canary("peft", "peft.tuners.tuners_utils.check_target_module_exists", "adapters/axes.py (selects)"):
         from peft.tuners.tuners_utils import check_target_module_exists
 
         assert check_target_module_exists(lora(r=2, target_modules=["to_q"]), "block.to_q")

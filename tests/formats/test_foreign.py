@@ -13,6 +13,7 @@ import torch
 from architectures import tiny_pipeline
 from factories import randomize
 from peft import LoHaConfig, LoHaModel, LoKrConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from nora_diffusion.adapters import lora, lora_xs, nora
 from nora_diffusion.adapters.deltas.bases import BASES
 from nora_diffusion.conversion.import_lora import import_lora, project
 from nora_diffusion.formats.adapter_file import FILE_NAME
+from nora_diffusion.formats.foreign import PEFT_CONFIG, PEFT_FILE
 from nora_diffusion.formats.foreign_updates import dense_updates
 from nora_diffusion.io.tensor_file import TensorFile
 from nora_diffusion.loaders import list_adapters, trainable_parameters
@@ -567,3 +569,8 @@ def test_import_refusals(pipe: Any, made: dict[str, tuple[Path, Tensor]], tmp_pa
     with pytest.raises(UserError, match="x already holds an adapter: choose another folder"):
         import_lora(pipe, made["kohya"][0], tmp_path / "x")
     assert (tmp_path / "x" / FILE_NAME).read_bytes() == kept
+
+
+def test_the_file_names_are_those_of_peft() -> None:
+    """They are stated in ``formats.foreign``, so that files are recognized without importing PEFT."""
+    assert (PEFT_FILE, PEFT_CONFIG) == (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)

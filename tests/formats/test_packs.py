@@ -33,7 +33,7 @@ from nora_diffusion.formats.adapter_info import AdapterInfo
 from nora_diffusion.formats.pack_writing import _write, add_to_pack, create_pack, extract_from_pack, remove_from_pack
 from nora_diffusion.formats.packs import SUFFIX, Layout, Pack, PackedSubject, list_pack, read_factors
 from nora_diffusion.io.files import locked_folder
-from nora_diffusion.io.tensor_file import TensorFile
+from nora_diffusion.io.tensor_file import RawTensor, TensorFile
 from nora_diffusion.loaders import list_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* overlap by")  # random adapters in one basis overlap
@@ -262,9 +262,9 @@ def test_other_refusals(pipe: Any, shelf: Path, pack: Path, tmp_path: Path) -> N
     assert list_adapters(pipe) == {} and not (tmp_path / "no").exists()
 
 
-def read_all(pack: Path) -> dict[str, tuple[AdapterInfo, dict[str, torch.Tensor]] | None]:
+def read_all(pack: Path) -> dict[str, tuple[AdapterInfo, dict[str, RawTensor]] | None]:
     """Every subject by name, ``None`` if reading it is refused."""
-    found: dict[str, tuple[AdapterInfo, dict[str, torch.Tensor]] | None] = {}
+    found: dict[str, tuple[AdapterInfo, dict[str, RawTensor]] | None] = {}
     for name in SUBJECTS:
         try:
             with Pack(pack) as reader:
@@ -297,7 +297,7 @@ def test_flipped_bits_are_detected(pack: Path) -> None:
                 continue
             expected = intact[name]
             assert expected and found[0] == expected[0]
-            assert all(torch.equal(value, expected[1][key]) for key, value in found[1].items())
+            assert found[1] == expected[1]
     assert refused > len(positions) / 2
 
 
@@ -322,7 +322,7 @@ def synthetic(count: int, file: Path) -> Path:
 def bytes_read(file: Path, name: str) -> tuple[int, torch.Tensor]:
     with Pack(file) as pack:
         tensors = read_factors(pack.find(name))
-        return pack.reader.bytes_read, torch.cat([value.flatten() for value in tensors.values()])
+        return pack.reader.bytes_read, torch.cat([value.tensor().flatten() for value in tensors.values()])
 
 
 def test_reading_one_of_ten_thousand_subjects_reads_only_its_bytes(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from nora_diffusion import UserError, add_adapter, export_lora, inspect_adapter, load_adapter, save_adapter
 from nora_diffusion.adapters.presets import dora, lora, nora
 from nora_diffusion.formats.pack_writing import create_pack
-from nora_diffusion.io.tensor_file import file_bytes
+from nora_diffusion.io.tensors import file_bytes
 from nora_diffusion.loaders import trainable_parameters
 
 BEYOND = 65520.0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nora_diffusion import AdapterConfig, UserError, add_adapter, lora, nora
 from nora_diffusion.io import tensor_cache
-from nora_diffusion.io.tensor_file import named_hash, tensor_hash
+from nora_diffusion.io.tensors import named_hash, tensor_hash
 from nora_diffusion.loaders import delete_adapter, trainable_parameters
 from nora_diffusion.pipelines import basis_cache, calibration
 from nora_diffusion.pipelines.basis_cache import entry_key, outer_pairs

@@ -125,7 +125,3 @@ BASES: dict[Basis, Callable[..., Pair]] = {
     "orthogonal": orthogonal,
     "sharing": sharing,
 }
-FROM_WEIGHTS = frozenset({"svd", "awsvd"})
-"""Bases that depend on the base model only: computed and stored once for all subjects."""
-COMPUTED = frozenset({"sharing"})
-"""Bases that depend on shapes only: files do not store them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -19,6 +18,7 @@ from ..deltas.chain import ChainDelta, Delta
 from ..deltas.cores import Core, DenseCore, DiagonalCore, InputCore, NestedCore
 from ..deltas.magnitude import start_magnitude
 from ..deltas.routed import Experts, IndependentExperts, ProjectedExperts, RoutedDelta, SharedExperts
+from ..shapes import Shape, inner_rank, outer_rank, outer_shapes, router_width
 
 
 def flat_weight(base: nn.Module) -> Tensor:
@@ -26,23 +26,9 @@ def flat_weight(base: nn.Module) -> Tensor:
     return cast(Tensor, base.weight).flatten(1)
 
 
-def outer_rank(config: AdapterConfig, base: nn.Module, key: str) -> int:
-    """The outer rank of the projection at path ``key``, at most its smaller side.
-
-    For the ``sharing`` basis it is ``k = sqrt((d_in + d_out) r)``, so that the square core has as many parameters as a
-    LoRA of rank ``r`` (MoRA, arXiv 2405.12130). Raises :class:`UserError` if ``blocks`` does not divide the projection.
-    """
-    d_out, d_in = flat_weight(base).shape
-    r = config.rank_for(key)
-    if config.basis == "sharing":
-        r = int(math.sqrt((d_in + d_out) * r) + 0.5)
-    r = min(r, d_out, d_in)
-    if any(size % config.blocks for size in (r, d_out, d_in)):
-        raise UserError(
-            f"blocks={config.blocks} does not divide {key!r}, which is {d_out} x {d_in} with rank {r}: choose a number "
-            "that divides all three, or do not target this layer"
-        )
-    return r
+def kernel_of(base: nn.Module) -> Shape | None:
+    """The kernel ``(c, kh, kw)`` of a convolution; ``None`` for a linear layer."""
+    return tuple(base.weight.shape[1:]) if isinstance(base, nn.Conv2d) else None
 
 
 def build_core(config: AdapterConfig, r: int) -> Core | None:
@@ -63,9 +49,7 @@ def build_basis(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Pai
     """
     weight = flat_weight(base)
     if config.start.empty and config.stored_outer:
-        n = config.blocks
-        up_rank = inner_rank(config, r) if config.core == "input" else r // n
-        shapes = (r, weight.shape[1] // n), (weight.shape[0], up_rank)
+        shapes = outer_shapes(config, weight.shape, r)
         return weight.new_empty(shapes[0], dtype=torch.float32), weight.new_empty(shapes[1], dtype=torch.float32)
     down, up = config.start.pairs.get(key) or outer_pair(config, base, key, r)
     if config.core == "input":  # B starts at zero, so only the down factor of the basis is used
@@ -74,11 +58,6 @@ def build_basis(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Pai
         down if "down" in config.trained else cast_frozen(down, weight),
         up if "up" in config.trained else cast_frozen(up, weight),
     )
-
-
-def inner_rank(config: AdapterConfig, r: int) -> int:
-    """The inner rank ``r'`` for an outer rank ``r``."""
-    return min(config.inner_r, r)
 
 
 def cast_frozen(factor: Tensor, weight: Tensor) -> Tensor:
@@ -125,7 +104,7 @@ def build_magnitude(config: AdapterConfig, base: nn.Module) -> Tensor:
 
 def build_delta(config: AdapterConfig, base: nn.Module, key: str) -> Delta:
     """The delta that ``config`` describes for the projection ``base`` at path ``key``."""
-    r = outer_rank(config, base, key)
+    r = outer_rank(config, flat_weight(base).shape, key)
     if config.router != "none":
         return build_routed(config, base, key, r)
     down, up = build_basis(config, base, key, r)
@@ -147,12 +126,8 @@ def build_routed(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Ro
 
     Raises :class:`UserError` for a token router on a wide convolution, or if the width of the router's input is unset.
     """
-    token, n = config.router == "token", config.num_experts
-    if token and isinstance(base, nn.Conv2d) and base.kernel_size != (1, 1):
-        raise UserError(f"a token router cannot gate the {base.kernel_size} convolution {key!r}: do not target it")
-    width = flat_weight(base).shape[1] if token else config.start.condition
-    if not width:
-        raise UserError(f"router={config.router!r} reads the model's inputs: use nora_diffusion.add_adapter")
+    n = config.num_experts
+    width = router_width(config, flat_weight(base).shape, kernel_of(base), key, config.start.condition)
     return RoutedDelta(build_experts(config, base, key, r), n, config.router, width, config.dropout)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...io import tensor_cache
-from ...io.tensor_file import named_hash
+from ...io.tensors import named_hash
 from ...versions import versions
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from torch import nn
 
 from ...adapters import AdapterConfig, in_blocks
 from ...adapters.presets import PRESETS
-from ...adapters.tuner.build import outer_rank
+from ...adapters.shapes import outer_rank
+from ...adapters.tuner.build import flat_weight
 from ...errors import UserError
 from ...loaders import add_adapter, load_adapter, pairs_from, trainable_parameters
 from ...pipelines.calibration import Calibration
@@ -52,7 +53,7 @@ def check_targets(config: ResolvedConfig, pipe: Any, components: Mapping[str, nn
     targets = targets_by_component(components, adapter)
     for layers in targets.values():
         for path, layer in layers.items():
-            outer_rank(adapter, layer, path)  # refuses blocks that do not divide a layer
+            outer_rank(adapter, flat_weight(layer).shape, path)  # refuses blocks that do not divide a layer
     if config.basis_from is not None:
         pairs_from(pipe, config.basis_from, adapter, targets)
 

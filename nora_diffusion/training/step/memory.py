@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from ...adapters import AdapterConfig
 from ...adapters.config import Start
 from ...loaders.inject import inject
-from ...pipelines.components import DENOISERS, Modules, denoiser_name, nora_layers
+from ...pipelines.components import Modules, denoiser_name, nora_layers
+from ...pipelines.names import DENOISERS
 from .denoiser import empty_embeddings, predict
 
 OVERHEAD = 1.15
