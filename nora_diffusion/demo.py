@@ -1,4 +1,7 @@
-"""The demo: train NoRA on a subject that the base never saw, then compare images with and without the adapter."""
+"""The demo: train NoRA on a subject that the base never saw, then compare images with and without the adapter.
+
+Libraries are imported when it runs: ``--help`` needs the names of the examples only.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,13 @@ import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 from .io.files import make_folder, write_atomic
-from .io.images import load_image, png
-from .reports.sheets import contact_sheet
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUBJECT = "stripemug-red"
 SEED = 0
@@ -51,9 +53,13 @@ class Example:
         return [str(p) for p in self.values["demo_prompts"]]
 
     def images(self) -> list[Image.Image]:
+        from .io.images import load_image
+
         return [load_image(f) for f in sorted(self.folder.glob("*.png"))]
 
     def heldout_images(self) -> list[Image.Image]:
+        from .io.images import load_image
+
         return [load_image(self.folder / name) for name in self.values["heldout"]]
 
 
@@ -82,11 +88,12 @@ def run_demo(
     slug: str = SUBJECT, out: str | Path = "outputs/demo", max_train_steps: int | None = None
 ) -> dict[str, Any]:
     """Train, export, generate and score; writes the adapter, its LoRA, ``grid.png`` and ``report.json`` to ``out``."""
-    from .conversion.export import export_lora
-    from .training import train
-
     example = open_example(slug)
     folder = make_folder(Path(out).expanduser())
+    from .conversion.export import export_lora
+    from .io.images import png
+    from .training import train
+
     start = time.monotonic()
     result = train(_train_config(example, folder, max_train_steps))
     trained = time.monotonic()
@@ -134,6 +141,8 @@ def _generate(example: Example, folder: Path) -> tuple[list[Image.Image], list[I
 
 
 def _grid(example: Example, base: list[Image.Image], nora: list[Image.Image]) -> Image.Image:
+    from .reports.sheets import contact_sheet
+
     training = [(image, f"training image {i + 1}") for i, image in enumerate(example.images())]
     labels = [p.format(example.phrase) for p in example.prompts]
     return contact_sheet(
