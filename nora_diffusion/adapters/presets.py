@@ -2,36 +2,52 @@
 
 A preset's own parameters, with their defaults, are the settings that the method has: the trainer's flags, its checks
 and the app's form follow from them (:func:`options`). Other axes of :class:`.config.AdapterConfig` can be given by
-keyword.
+keyword. The bodies below return the axes only, so that a method can be described without torch (:func:`default_axes`).
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
-from .axes import Basis, CoreKind, Placement, Router, Targets
+from .axes import Axes, Basis, CoreKind, Placement, Router, Targets
 
 if TYPE_CHECKING:
     from .config import AdapterConfig
 
-
-def _config(method: str, **axes: Any) -> AdapterConfig:
-    # Imported late, since both import torch and peft. Importing the tuner registers it with PEFT.
-    from . import tuner  # noqa: F401
-    from .config import AdapterConfig
-
-    return AdapterConfig(method=method, **axes)
+Point = dict[str, Any]
+"""The axes of an adapter that differ from their defaults."""
+Settings = ParamSpec("Settings")
 
 
-def _pair(method: str, **axes: Any) -> AdapterConfig:
+def _preset(point: Callable[Settings, Point]) -> Callable[Settings, AdapterConfig]:
+    """Decorate a function that returns the axes of a method: the result returns its config."""
+
+    @functools.wraps(point)
+    def config(*args: Settings.args, **kwargs: Settings.kwargs) -> AdapterConfig:
+        # Imported late, since both import torch and peft. Importing the tuner registers it with PEFT.
+        from . import tuner  # noqa: F401
+        from .config import AdapterConfig
+
+        return AdapterConfig(**point(*args, **kwargs))
+
+    config.__dict__["__signature__"] = inspect.signature(point).replace(return_annotation="AdapterConfig")
+    return config
+
+
+def _point(method: str, **axes: Any) -> Point:
+    return {"method": method, **axes}
+
+
+def _pair(method: str, **axes: Any) -> Point:
     """LoRA and its relatives: a trained outer pair with a random down factor, and no core."""
     # Given here, so that a caller who passes one of them gets an error: it would have no effect.
-    return _config(method, basis="kaiming", core="none", inner_r=1, **axes)
+    return _point(method, basis="kaiming", core="none", inner_r=1, **axes)
 
 
+@_preset
 def nora(
     r: int = 32,
     inner_r: int = 4,
@@ -44,18 +60,19 @@ def nora(
     core: CoreKind = "nested",
     magnitude: bool = False,
     **axes: Any,
-) -> AdapterConfig:
+) -> Point:
     """NoRA: ``dW = (alpha/r) B_out B_in A_in A_out``, outer pair frozen, inner pair trained.
 
     ``2 r r'`` trained numbers a projection; the core may also be ``dense`` or ``diagonal``.
     https://arxiv.org/abs/2408.10280
     """
-    return _config(
+    return _point(
         "nora", r=r, inner_r=inner_r, alpha=alpha, basis=basis, placement=placement, power=power,
         core=core, dropout=dropout, target_modules=target_modules, magnitude=magnitude, **axes,
     )  # fmt: skip
 
 
+@_preset
 def nora_input(
     r: int = 32,
     inner_r: int = 4,
@@ -67,18 +84,19 @@ def nora_input(
     power: float = 0.5,
     magnitude: bool = False,
     **axes: Any,
-) -> AdapterConfig:
+) -> Point:
     """One-sided NoRA: ``dW = (alpha/r) B A_in A_out``, ``A_out [r, d_in]`` frozen, ``A_in [r', r]``, ``B`` trained.
 
     Subjects of one base share input directions, not output directions (docs/comparing.md), so only the input side is
     frozen: ``r' (r + d_out)`` trained parameters a projection. Follows https://arxiv.org/abs/2408.10280
     """
-    return _config(
+    return _point(
         "nora_input", r=r, inner_r=inner_r, alpha=alpha, basis=basis, placement=placement, power=power,
         core="input", dropout=dropout, target_modules=target_modules, magnitude=magnitude, **axes,
     )  # fmt: skip
 
 
+@_preset
 def mor(
     r: int = 32,
     num_experts: int = 8,
@@ -87,7 +105,7 @@ def mor(
     dropout: float = 0.0,
     target_modules: Targets = None,
     **axes: Any,
-) -> AdapterConfig:
+) -> Point:
     """MoR: ``dy = (alpha/r) sum_i g_i diag(b_i) B diag(a_i) A x``, ``g = softmax(W_g c)``.
 
     The router looks at ``c``: the token, the prompt, the timestep or the last two
@@ -100,6 +118,7 @@ def mor(
     )  # fmt: skip
 
 
+@_preset
 def lora(
     r: int = 8,
     alpha: float | None = None,
@@ -107,11 +126,12 @@ def lora(
     target_modules: Targets = None,
     magnitude: bool = False,
     **axes: Any,
-) -> AdapterConfig:
+) -> Point:
     """LoRA: ``dW = (alpha/r) B A``, both trained. https://arxiv.org/abs/2106.09685"""
     return _pair("lora", r=r, alpha=alpha, dropout=dropout, target_modules=target_modules, magnitude=magnitude, **axes)
 
 
+@_preset
 def lora_xs(
     r: int = 32,
     alpha: float | None = None,
@@ -121,17 +141,18 @@ def lora_xs(
     target_modules: Targets = None,
     magnitude: bool = False,
     **axes: Any,
-) -> AdapterConfig:
+) -> Point:
     """LoRA-XS: ``dW = (alpha/r) B R A`` with a frozen SVD pair and one trained ``R [r, r]``.
 
     https://arxiv.org/abs/2405.17604
     """
-    return _config(
+    return _point(
         "lora_xs", r=r, alpha=alpha, basis=basis, placement=placement, core="dense", inner_r=1,
         dropout=dropout, target_modules=target_modules, magnitude=magnitude, **axes,
     )  # fmt: skip
 
 
+@_preset
 def lora_mini(
     r: int = 32,
     inner_r: int = 4,
@@ -141,20 +162,21 @@ def lora_mini(
     target_modules: Targets = None,
     magnitude: bool = False,
     **axes: Any,
-) -> AdapterConfig:
+) -> Point:
     """LoRA-Mini: ``dW = (alpha/r) B_out B_in A_in A_out``, outer pair frozen and random, inner pair trained.
 
     The same chain as NoRA in subspaces that know nothing of the weight. https://arxiv.org/abs/2411.15804
     """
-    return _config(
+    return _point(
         "lora_mini", r=r, inner_r=inner_r, alpha=alpha, basis=basis, core="nested",
         dropout=dropout, target_modules=target_modules, magnitude=magnitude, **axes,
     )  # fmt: skip
 
 
+@_preset
 def dora(
     r: int = 8, alpha: float | None = None, dropout: float = 0.0, target_modules: Targets = None, **axes: Any
-) -> AdapterConfig:
+) -> Point:
     """DoRA: ``W' = m (W + dW) / ||W + dW||`` by rows, ``dW = (alpha/r) B A``; ``m``, ``A``, ``B`` trained.
 
     Any other preset without a router takes ``magnitude=True``. https://arxiv.org/abs/2402.09353
@@ -162,6 +184,7 @@ def dora(
     return _pair("dora", r=r, alpha=alpha, magnitude=True, dropout=dropout, target_modules=target_modules, **axes)
 
 
+@_preset
 def mora(
     r: int = 8,
     alpha: float | None = None,
@@ -169,18 +192,19 @@ def mora(
     target_modules: Targets = None,
     magnitude: bool = False,
     **axes: Any,
-) -> AdapterConfig:
+) -> Point:
     """MoRA: ``dW = (alpha/r) D M C``, one trained ``M [k, k]``, fixed maps, ``k = sqrt((d_in + d_out) r)``.
 
     The numbers of a LoRA of rank ``r`` at the rank ``k``. ``C`` adds up the channels of each group, ``D`` copies each
     number to its group (the paper's sharing, eq. 6). https://arxiv.org/abs/2405.12130
     """
-    return _config(
+    return _point(
         "mora", r=r, alpha=alpha, basis="sharing", core="dense", inner_r=1,
         dropout=dropout, target_modules=target_modules, magnitude=magnitude, **axes,
     )  # fmt: skip
 
 
+@_preset
 def melora(
     r: int = 32,
     blocks: int = 4,
@@ -189,7 +213,7 @@ def melora(
     target_modules: Targets = None,
     magnitude: bool = False,
     **axes: Any,
-) -> AdapterConfig:
+) -> Point:
     """MELoRA: ``dW = (alpha/r) diag(B_1 A_1, ..., B_n A_n)``: ``n`` mini LoRAs of rank ``r / n``, all trained.
 
     Rank ``r`` in all, for the numbers of a LoRA of rank ``r / n``. https://arxiv.org/abs/2402.17263
@@ -200,6 +224,7 @@ def melora(
     )  # fmt: skip
 
 
+@_preset
 def dylora(
     r: int = 8,
     alpha: float | None = None,
@@ -207,7 +232,7 @@ def dylora(
     target_modules: Targets = None,
     magnitude: bool = False,
     **axes: Any,
-) -> AdapterConfig:
+) -> Point:
     """DyLoRA: ``dW = (alpha/r) B[:, :b] A[:b]``, ``b`` drawn from 1 to ``r`` at every training step.
 
     One file then serves every rank up to ``r`` (``set_rank``, ``export_lora(rank=...)``). The paper scales by
@@ -220,6 +245,7 @@ def dylora(
     )  # fmt: skip
 
 
+@_preset
 def moe_lora(
     r: int = 4,
     num_experts: int = 8,
@@ -228,7 +254,7 @@ def moe_lora(
     dropout: float = 0.0,
     target_modules: Targets = None,
     **axes: Any,
-) -> AdapterConfig:
+) -> Point:
     """MoE-LoRA: ``dy = (alpha/r) sum_i g_i B_i A_i x``, ``g = softmax(W_g c)``: the baseline that MoR shrinks.
 
     ``num_experts`` independent pairs of rank ``r`` each, with MoR's routers. https://arxiv.org/abs/2310.18339
@@ -239,6 +265,7 @@ def moe_lora(
     )  # fmt: skip
 
 
+@_preset
 def malora(
     r: int = 8,
     inner_r: int = 6,
@@ -248,13 +275,13 @@ def malora(
     dropout: float = 0.0,
     target_modules: Targets = None,
     **axes: Any,
-) -> AdapterConfig:
+) -> Point:
     """MALoRA: ``dy = (alpha/r) sum_i g_i B_i P_i A x``, ``g = softmax(W_g c)``: MoE-LoRA with a shared down factor.
 
     All experts share the subspace ``A [r, d_in]``; each has ``P_i [r', r]`` and ``B_i [d_out, r']``. The paper's
     balance loss on the router is not part of it yet. https://arxiv.org/abs/2410.22782
     """
-    return _config(
+    return _point(
         "malora", r=r, inner_r=inner_r, num_experts=num_experts, alpha=alpha, basis="kaiming", core="none",
         router=router, experts="projected", dropout=dropout, target_modules=target_modules, **axes,
     )  # fmt: skip
@@ -284,6 +311,12 @@ def options(method: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
 
 
+@functools.cache
+def default_axes(method: str) -> Axes:
+    """The axes of a method at its defaults. Unlike its config, they need no torch."""
+    return Axes(**inspect.unwrap(PRESETS[method])())
+
+
 def is_routed(method: str) -> bool:
     """Whether a method has experts and a router, so that no single ``dW`` equals it."""
     return "router" in options(method)
@@ -291,15 +324,14 @@ def is_routed(method: str) -> bool:
 
 def trains_magnitude(method: str) -> bool:
     """Whether a method trains DoRA's magnitude without being asked to."""
-    return PRESETS[method]().magnitude
+    return default_axes(method).magnitude
 
 
 def samples_rank(method: str) -> bool:
     """Whether a method draws a rank at every training step (DyLoRA)."""
-    return PRESETS[method]().rank_mask
+    return default_axes(method).rank_mask
 
 
-@cache
 def freezes_outer(method: str) -> bool:
     """Whether a method leaves an outer factor frozen. Such methods learn best at higher rates."""
-    return not {"down", "up"} <= set(PRESETS[method]().trained)
+    return not {"down", "up"} <= set(default_axes(method).trained)

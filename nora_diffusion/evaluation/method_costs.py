@@ -1,42 +1,54 @@
-"""The size of each method on real UNets, counted on the meta device."""
+"""The size of each method on the attention of real UNets. Needs no torch: sizes follow from shapes."""
 
 from __future__ import annotations
 
 import inspect
+import math
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import nn
-
-from ..adapters import PRESETS, AdapterConfig
-from ..adapters.axes import FROM_WEIGHTS
-from ..adapters.config import Start
-from ..adapters.deltas.chain import ChainDelta
-from ..adapters.tuner.build import build_delta, flat_weight
+from ..adapters.axes import FROM_WEIGHTS, Axes
+from ..adapters.presets import PRESETS, default_axes
+from ..adapters.shapes import FROZEN, Shape, factor_shapes, narrowest_rank
 from ..errors import UserError
-from ..pipelines.components import targets
+from ..io.tensor_file import READABLE
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8},
-    "sdxl": {
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
+
+@dataclass(frozen=True)
+class Layout:
+    """The attention of a UNet: channels and transformer depth of each resolution, and the width of the prompt.
+
+    ``middle``: the depth in the middle. Down blocks have two transformers, up blocks three.
+    """
+
+    title: str
+    channels: tuple[int, ...]
+    depths: tuple[int, ...]
+    middle: int
+    context: int
+
+    def projections(self) -> dict[str, Shape]:
+        """The size ``(d_out, d_in)`` of each attention projection by path, as diffusers names it."""
+        levels = list(zip(self.channels, self.depths, strict=True))
+        blocks = {"mid_block.attentions.0": (self.channels[-1], self.middle)}
+        for side, count, order in (("down", 2, levels), ("up", 3, levels[::-1])):
+            for number, level in enumerate(order):
+                blocks |= {f"{side}_blocks.{number}.attentions.{n}": level for n in range(count)}
+        return {
+            f"{block}.transformer_blocks.{n}.{attention}.{name}": (width, source if name in ("to_k", "to_v") else width)
+            for block, (width, depth) in blocks.items()
+            for n in range(depth)
+            for attention, source in (("attn1", width), ("attn2", self.context))
+            for name in ("to_q", "to_k", "to_v", "to_out.0")
+        }
+
+
+LAYOUTS = {
+    "sd15": Layout("SD 1.5", (320, 640, 1280, 1280), (1, 1, 1, 0), 1, 768),
+    "sdxl": Layout("SDXL", (320, 640, 1280), (0, 2, 10), 10, 2048),
 }
-"""Arguments of ``UNet2DConditionModel`` for the UNets of Stable Diffusion 1.5 and SDXL."""
-TITLES = {"sd15": "SD 1.5", "sdxl": "SDXL"}
+ITEMSIZE = {dtype.name: dtype.itemsize for dtype in READABLE.values()}
 
 
 @dataclass
@@ -52,35 +64,30 @@ class Cost:
     ranks: frozenset[int] = frozenset()
 
 
-def layout(name: str) -> nn.Module:
-    """A UNet on the meta device. Raises :class:`UserError` for an unknown name."""
+def layout(name: str) -> dict[str, Shape]:
+    """The projections of a layout. Raises :class:`UserError` for an unknown name."""
     if name not in LAYOUTS:
         raise UserError(f"layout {name!r} is unknown: choose one of {', '.join(LAYOUTS)}")
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        return UNet2DConditionModel(**LAYOUTS[name])
+    return LAYOUTS[name].projections()
 
 
-def cost(config: AdapterConfig, model: nn.Module) -> Cost:
-    """The size of ``config`` on a model: trained parameters in fp32, frozen ones in the config's ``basis_dtype``."""
-    config.start = Start(empty=True)
-    groups: dict[tuple[tuple[int, ...], int], list[str]] = defaultdict(list)
-    for path, layer in targets(model, config).items():
-        groups[tuple(flat_weight(layer).shape), config.rank_for(path)].append(path)
+def cost(axes: Axes, projections: Mapping[str, Shape]) -> Cost:
+    """The size of an adapter on those of the ``projections`` that it targets: their ``(d_out, d_in)`` by path.
+
+    Trained parameters count in fp32, frozen ones in ``basis_dtype``.
+    """
     total = Cost()
-    for ((d_out, d_in), _), paths in groups.items():
-        count = len(paths)
-        with torch.device("meta"):
-            delta = build_delta(config, nn.Linear(d_in, d_out, bias=False), paths[0])
-        trained = sum(parameter.numel() for parameter in delta.parameters())
-        frozen = sum(value.numel() for value in delta.state_dict().values()) - trained
-        basis_bytes = frozen * torch.finfo(getattr(torch, config.basis_dtype)).bits // 8
-        total.trained += count * trained
-        total.basis_bytes += count * basis_bytes
-        total.file_bytes += count * (4 * trained + basis_bytes)
-        if isinstance(delta, ChainDelta):
-            total.ranks |= {delta.full_rank}
+    for path, size in projections.items():
+        if not axes.selects(path):
+            continue
+        factors = {name: math.prod(shape) for name, shape in factor_shapes(axes, size, None, path, 0).items()}
+        frozen = sum(count for name, count in factors.items() if name in FROZEN) * ITEMSIZE[axes.basis_dtype]
+        trained = sum(count for name, count in factors.items() if name not in FROZEN)
+        total.trained += trained
+        total.basis_bytes += frozen
+        total.file_bytes += frozen + 4 * trained
+        if axes.router == "none":
+            total.ranks |= {narrowest_rank(axes, size, path)}
     return total
 
 
@@ -91,24 +98,24 @@ def method_table(methods: Iterable[str] | None = None, layouts: Iterable[str] | 
     if unknown:
         raise UserError(f"method {unknown[0]!r} is unknown: choose one of {', '.join(PRESETS)}")
     models = {name: layout(name) for name in layouts or LAYOUTS}
-    heads = [f"{what}, {TITLES[name]}" for name in models for what in ("trained", "file")]
+    heads = [f"{what}, {LAYOUTS[name].title}" for name in models for what in ("trained", "file")]
     rows = [["method", "what it computes", "defaults", *heads, "merges", "as a plain LoRA"]]
     rows.append(["---"] * len(rows[0]))
     rows += [_row(name, models) for name in chosen]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _row(name: str, models: Mapping[str, nn.Module]) -> list[str]:
-    config = PRESETS[name]()
-    costs = [cost(config, model) for model in models.values()]
-    sizes = [text for c in costs for text in (f"{c.trained:,}", _size(c, config))]
+def _row(name: str, models: Mapping[str, Mapping[str, Shape]]) -> list[str]:
+    axes = default_axes(name)
+    costs = [cost(axes, projections) for projections in models.values()]
+    sizes = [text for c in costs for text in (f"{c.trained:,}", _size(c, axes))]
     ranks = frozenset().union(*(c.ranks for c in costs))
     title, formula, link = described(name)
     merges, exports = ("yes", f"exact, rank {_span(ranks)}") if ranks else ("no", 'only with `gate="mean"`')
-    if config.magnitude:
+    if axes.magnitude:
         exports += ", with magnitude"
     formula = formula.replace("|", r"\|")
-    return [f"[{title}]({link}) `{name}`", f"`{formula}`", _defaults(config), *sizes, merges, exports]
+    return [f"[{title}]({link}) `{name}`", f"`{formula}`", _defaults(axes), *sizes, merges, exports]
 
 
 def described(name: str) -> tuple[str, str, str]:
@@ -119,14 +126,14 @@ def described(name: str) -> tuple[str, str, str]:
     return head[1], head[2], link[0]
 
 
-def _defaults(config: AdapterConfig) -> str:
-    values = {"r": config.r}
-    if config.has_inner_rank:
-        values["r'"] = config.inner_r
-    if config.router != "none":
-        values["N"] = config.num_experts
-    if config.blocks > 1:
-        values["n"] = config.blocks
+def _defaults(axes: Axes) -> str:
+    values = {"r": axes.r}
+    if axes.has_inner_rank:
+        values["r'"] = axes.inner_r
+    if axes.router != "none":
+        values["N"] = axes.num_experts
+    if axes.blocks > 1:
+        values["n"] = axes.blocks
     return ", ".join(f"{name} = {value}" for name, value in values.items())
 
 
@@ -135,6 +142,6 @@ def _span(ranks: frozenset[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _size(cost: Cost, config: AdapterConfig) -> str:
+def _size(cost: Cost, axes: Axes) -> str:
     own, rest = (f"{size / 1e6:.2f} MB" for size in (cost.file_bytes, cost.file_bytes - cost.basis_bytes))
-    return f"{own}, {rest} shared" if config.basis in FROM_WEIGHTS else own
+    return f"{own}, {rest} shared" if axes.basis in FROM_WEIGHTS else own

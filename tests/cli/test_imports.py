@@ -55,14 +55,17 @@ def test_inspect_a_file_of_another_tool(tmp_path: Path) -> None:
     assert imported("inspect", "--json", tmp_path / "x.safetensors") == "0 numpy"
 
 
-@pytest.mark.parametrize("words", [["pack", "list", PACK]], ids=["pack list"])
+@pytest.mark.parametrize("words", [["methods"], ["pack", "list", PACK]], ids=["methods", "pack list"])
 def test_lists(words: list[object]) -> None:
     assert imported(*words) == "0"
 
 
-@pytest.mark.parametrize(
-    "words",
-    ["inspekt x", "inspect --jsn x", "inspect", "inspect missing", "pack list missing", "demo --subject missing"],
-)  # fmt: skip
+MISTAKES = [
+    "inspekt x", "inspect --jsn x", "inspect", "inspect missing", "pack list missing", "methods --layout sd9",
+    "demo --subject missing",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", MISTAKES)
 def test_mistakes(words: str) -> None:
     assert imported(*words.split()) == "2"

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from nora_diffusion import UserError, add_adapter, export_lora, save_adapter
 from nora_diffusion.adapters import PRESETS, AdapterConfig, dora, melora, mora, nora
+from nora_diffusion.adapters.tuner.build import flat_weight
 from nora_diffusion.cli import main
 from nora_diffusion.evaluation.method_costs import LAYOUTS, cost, layout, method_table
 from nora_diffusion.loaders import trainable_parameters
+from nora_diffusion.pipelines.components import projections, targets
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "adapters.md"
 EVERYTHING = ["attn", "ff", "proj", "conv"]
@@ -23,11 +27,27 @@ CONFIGS = {
     "mora": lambda: mora(r=2),
     "melora": lambda: melora(r=4, blocks=2),
 }
+UNETS: dict[str, dict[str, Any]] = {
+    "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8},
+    "sdxl": {
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+"""Arguments of ``UNet2DConditionModel`` for the UNets of Stable Diffusion 1.5 and SDXL."""
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_costs_equal_those_of_a_real_file(pipe: Any, tmp_path: Path, name: str) -> None:
-    counted = cost(CONFIGS[name](), pipe.unet)
+    counted = cost(CONFIGS[name](), {path: flat_weight(layer).shape for path, layer in projections(pipe.unet).items()})
     add_adapter(pipe, CONFIGS[name](), "one")
     tensors = load_file(save_adapter(pipe, tmp_path / "one", "one"))
     assert counted.trained == sum(p.numel() for p in trainable_parameters(pipe, "one").values())
@@ -37,14 +57,17 @@ def test_costs_equal_those_of_a_real_file(pipe: Any, tmp_path: Path, name: str) 
     assert max(counted.ranks) == export_lora(tmp_path / "one", tmp_path / "plain.safetensors").rank
 
 
-@pytest.mark.parametrize(("name", "projections"), [("sd15", 128), ("sdxl", 560)])
-def test_layouts_have_the_attention_of_the_real_models(name: str, projections: int) -> None:
+@pytest.mark.parametrize(("name", "count"), [("sd15", 128), ("sdxl", 560)])
+def test_layouts_have_the_attention_of_the_real_models(name: str, count: int) -> None:
     """Rank 1 trains ``d_in + d_out`` parameters per projection; the totals of SD 1.5 and SDXL are known."""
     known = {"sd15": 199_296, "sdxl": 1_451_520}
     model = layout(name)
-    assert all(parameter.is_meta for parameter in model.parameters())
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNETS[name])
+    assert model == {path: flat_weight(layer).shape for path, layer in targets(unet, nora()).items()}
+    assert len(model) == count
     assert cost(AdapterConfig(r=1, inner_r=1, core="none", basis="kaiming"), model).trained == known[name]
-    assert cost(nora(r=1, inner_r=1), model).trained == 2 * projections
+    assert cost(nora(r=1, inner_r=1), model).trained == 2 * count
 
 
 def test_the_documented_table_is_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
