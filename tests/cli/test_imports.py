@@ -60,9 +60,14 @@ def test_lists(words: list[object]) -> None:
     assert imported(*words) == "0"
 
 
+def test_data(tmp_path: Path) -> None:
+    photos = Path(__file__).parents[2] / "examples/subjects/backpack"
+    assert imported("data", photos, "--out", tmp_path) == "0 PIL numpy"
+
+
 MISTAKES = [
     "inspekt x", "inspect --jsn x", "inspect", "inspect missing", "pack list missing", "methods --layout sd9",
-    "demo --subject missing",
+    "demo --subject missing", "data missing",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Training images and captions of a run, and the data report."""
+"""Training images of a run, and the data report."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...data.caption_variants import CaptionVariants, tag_orders
 from ...data.images import SourceImage
 from ...data.report import DataReport, Row
 from ...data.similarity import find_duplicates
 from ...data.transforms import Transform, View, bucket_shapes
 from ..settings.config import TrainConfig
-from ..settings.resolved import ResolvedConfig
-from ..step.randomness import derive, generator
+from ..step.seeds import derive
 from .subject import Subject
 
 log = logging.getLogger(__name__)
@@ -52,18 +50,6 @@ def class_views(
     plain = replace(transform, crop="random" if transform.crop == "subject" else transform.crop)
     by_shape = [views_of(replace(plain, shapes=[shape]), images, seed) for shape in shapes]
     return [[view for views in each for view in views] for each in zip(*by_shape, strict=True)]
-
-
-def caption_variants(config: ResolvedConfig, captions: Sequence[str]) -> CaptionVariants:
-    """The possible captions of each image: tag orders, and dropout."""
-    if not config.shuffle_tags:
-        return CaptionVariants([[caption] for caption in captions], config.caption_dropout)
-    sources = [generator(config.seed, "tags", caption) for caption in captions]
-    texts = [
-        tag_orders(caption, config.shuffle_tags, config.keep_tokens, source)
-        for caption, source in zip(captions, sources, strict=True)
-    ]
-    return CaptionVariants(texts, config.caption_dropout)
 
 
 def report_data(folder: Path, subject: Subject, views: Sequence[Sequence[View]]) -> Path:

@@ -18,7 +18,6 @@ from ...data.folder import left_out
 from ...data.masks import with_masks
 from ...errors import UserError
 from ..settings.config import TrainConfig
-from .tokens import abstractions, new_tokens_of
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +174,24 @@ def _class_prompt(config: TrainConfig) -> str:
     if config.class_prompt is None:
         return f"a photo of a {config.class_word}" if config.with_prior_preservation else ""
     return config.class_prompt
+
+
+def abstractions(config: TrainConfig) -> list[str]:
+    """Words of ``token_abstraction``; commas may separate them, as in diffusers' scripts."""
+    return [word for entry in config.token_abstraction or () for item in entry.split(",") if (word := item.strip())]
+
+
+def new_tokens_of(config: TrainConfig, trigger: str | None, class_word: str | None) -> dict[str, str | None]:
+    """New tokens of a run, each with the words that initialize it (``None``: noise).
+
+    Raises :class:`UserError` if there is no word to train.
+    """
+    if not config.train_text_encoder_ti:
+        return {}
+    words = abstractions(config) or ([trigger] if trigger else [])
+    if not words:
+        raise UserError("--train_text_encoder_ti found no trigger to train: put one such as <dog> into the prompt")
+    return dict.fromkeys(words, config.initializer_concept or class_word)
 
 
 def _find_trigger(config: TrainConfig, prompt: str | None, class_prompt: str) -> str | None:

@@ -22,24 +22,6 @@ SPECIAL_TOKENS = 2
 """Start and end of a prompt."""
 
 
-def abstractions(config: TrainConfig) -> list[str]:
-    """Words of ``token_abstraction``; commas may separate them, as in diffusers' scripts."""
-    return [word for entry in config.token_abstraction or () for item in entry.split(",") if (word := item.strip())]
-
-
-def new_tokens_of(config: TrainConfig, trigger: str | None, class_word: str | None) -> dict[str, str | None]:
-    """New tokens of a run, each with the words that initialize it (``None``: noise).
-
-    Raises :class:`UserError` if there is no word to train.
-    """
-    if not config.train_text_encoder_ti:
-        return {}
-    words = abstractions(config) or ([trigger] if trigger else [])
-    if not words:
-        raise UserError("--train_text_encoder_ti found no trigger to train: put one such as <dog> into the prompt")
-    return dict.fromkeys(words, config.initializer_concept or class_word)
-
-
 def check_new_tokens(config: TrainConfig, pipe: Any, words: Sequence[str], captions: Sequence[str]) -> None:
     """Raise :class:`UserError` for a token that is in no caption, is longer than a prompt, or cannot be added."""
     for word in words:

@@ -24,7 +24,7 @@ from ..data.class_images import read_class_images
 from ..data.subject import class_folder
 from ..settings.resolved import ResolvedConfig
 from ..step.denoiser import networks
-from ..step.randomness import derive
+from ..step.seeds import derive
 
 log = logging.getLogger(__name__)
 

@@ -33,7 +33,8 @@ from ...scoring.metrics import agreement, diversity, likeness
 from ..data.subject import Subject, read_folder
 from ..settings.config import TrainConfig, tagged
 from ..settings.resolved import ResolvedConfig
-from ..step.randomness import derive, forked
+from ..step.randomness import forked
+from ..step.seeds import derive
 from .samples import generate_images, sample_settings
 from .selection import NAMES, Point, choose, front, stalled
 

@@ -22,7 +22,7 @@ from ..settings.methods import parameters_of
 from ..settings.resolved import ResolvedConfig
 from ..settings.values import suggestion
 from ..step.denoiser import TRAINED_ENCODERS, family_of, networks
-from ..step.randomness import derive
+from ..step.seeds import derive
 
 
 def adapter_config(config: TrainConfig) -> AdapterConfig:

@@ -19,8 +19,8 @@ from ...data.caption_variants import CaptionVariants
 from ...errors import UserError
 from ...pipelines.components import denoiser
 from ...pipelines.precision import MIXED_DTYPES
+from ..data.captions import caption_variants
 from ..data.class_images import ClassImages, read_class_images
-from ..data.dataset import caption_variants
 from ..data.subject import Subject
 from ..data.tokens import check_new_tokens
 from ..measuring.validation import Measure, plan_measure

@@ -11,7 +11,8 @@ from torch import Tensor
 from ...pipelines.components import components, without_adapters
 from ..step.denoiser import TextEmbeddings, predict
 from ..step.noise import draw_noise, draw_timesteps
-from ..step.randomness import balanced_indices, batch_indices, derive, generator, owned_indices, shuffled_indices
+from ..step.randomness import balanced_indices, batch_indices, generator, owned_indices, shuffled_indices
+from ..step.seeds import derive
 from .run import Run
 
 

@@ -20,7 +20,7 @@ from ..planning.plan import Plan
 from ..planning.rundir import RunFolder
 from ..signals import StopRequests
 from ..step.denoiser import bucket_multiple
-from ..step.randomness import derive
+from ..step.seeds import derive
 
 log = logging.getLogger(__name__)
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
 
 import torch
 
-
-def derive(seed: int, *names: object) -> int:
-    """Derive an independent seed in ``[0, 2^63)``, as in ``derive(seed, "noise", step, micro)``."""
-    text = ":".join(map(str, (seed, *names)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+from .seeds import derive
 
 
 def generator(seed: int, *names: object) -> torch.Generator:
-    """CPU generator seeded by :func:`derive`, so that results do not depend on the model's device."""
+    """CPU generator seeded by :func:`.seeds.derive`, so that results do not depend on the model's device."""
     return torch.Generator().manual_seed(derive(seed, *names))
 
 

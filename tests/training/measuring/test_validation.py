@@ -33,7 +33,7 @@ from nora_diffusion.training.measuring.validation import Measure, Validation
 from nora_diffusion.training.run.tracking import Trackers
 from nora_diffusion.training.run.updates import Updates
 from nora_diffusion.training.signals import Interrupted
-from nora_diffusion.training.step.randomness import derive
+from nora_diffusion.training.step.seeds import derive
 
 
 @pytest.fixture(scope="session")

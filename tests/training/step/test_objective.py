@@ -9,7 +9,8 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from nora_diffusion.errors import UserError
 from nora_diffusion.training.step.noise import draw_timesteps
 from nora_diffusion.training.step.objective import Objective
-from nora_diffusion.training.step.randomness import derive, generator, shuffled_indices
+from nora_diffusion.training.step.randomness import generator, shuffled_indices
+from nora_diffusion.training.step.seeds import derive
 
 KINDS = ("epsilon", "v_prediction", "sample")
 
