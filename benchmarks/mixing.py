@@ -23,7 +23,8 @@ from typing import Any
 from nora_diffusion import load_adapter, load_base, mix, overlap_files, set_adapters, train
 from nora_diffusion.composition.modes import MODES
 from nora_diffusion.demo import open_example
-from nora_diffusion.generation.sampling import Sampling, sample_images
+from nora_diffusion.generation.sampling import sample_images
+from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.io.files import write_atomic
 from nora_diffusion.reports.sheets import contact_sheet
 from nora_diffusion.scoring.judges import load_judge, subject_score

@@ -128,7 +128,8 @@ def _train_config(example: Example, folder: Path, max_train_steps: int | None) -
 
 
 def _generate(example: Example, folder: Path) -> tuple[list[Image.Image], list[Image.Image]]:
-    from .generation.sampling import Sampling, sample_images
+    from .generation.sampling import sample_images
+    from .generation.settings import Sampling
     from .loaders import load_adapter
     from .pipelines.base import load_base
 

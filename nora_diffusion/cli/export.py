@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(values: argparse.Namespace) -> None:
     """Export, and print the size and the error."""
+    from ..formats.adapter_file import inspect_adapter
+
+    inspect_adapter(values.adapter, hashed=False)  # fails before torch is imported
     from ..conversion.export import export_lora
 
     report = export_lora(

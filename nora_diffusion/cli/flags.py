@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..pipelines.base import BaseSource
 
 if TYPE_CHECKING:
-    from ..generation.sampling import Sampling
+    from ..generation.settings import Sampling
 
 DTYPES = ("auto", "fp32", "fp16", "bf16")
 
@@ -39,7 +39,7 @@ def source_of(values: argparse.Namespace) -> BaseSource:
 
 def sampling_of(values: argparse.Namespace, negative_prompt: str = "") -> Sampling:
     """The flags as ``Sampling``, with the base's defaults."""
-    from ..generation.sampling import Sampling
+    from ..generation.settings import Sampling
 
     return Sampling.for_base(
         values.base, values.steps, values.guidance, negative_prompt=negative_prompt, width=values.width,

@@ -37,7 +37,7 @@ def run(values: argparse.Namespace) -> None:
     from ..errors import UserError
     from ..evaluation.axes import Cell, parse_axis
     from ..evaluation.grid import NO_AXIS, GridConfig, run_grid
-    from ..generation.generate import parse_adapter
+    from ..generation.addresses import parse_adapter
     from ..scoring.judges import load_judge
 
     if values.references and not values.judge:

@@ -24,12 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(values: argparse.Namespace) -> None:
     """Import, and print the relative error of each layer, worst first, and the total."""
     from ..adapters import lora_xs, nora
-    from ..conversion.import_lora import import_lora
     from ..formats.adapter_file import inspect_adapter, require_vacant
     from ..pipelines.base import open_pipeline
 
-    inspect_adapter(values.lora)  # fails before a model is loaded
+    inspect_adapter(values.lora, hashed=False)  # fails before torch is imported
     require_vacant(Path(values.out).expanduser())
+    from ..conversion.import_lora import import_lora
+
     config = (
         nora(values.rank, values.inner_rank, basis=values.basis)
         if values.method == "nora"

@@ -27,10 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(values: argparse.Namespace) -> None:
     """Mix, and print the rank, the error and the overlaps."""
-    from ..composition.mixing import mix_files
-    from ..generation.generate import parse_adapter
+    from ..formats.adapter_file import inspect_adapter
+    from ..generation.addresses import parse_adapter
 
     adapters = [parse_adapter(text) for text in values.adapters]
+    for path, _ in adapters:
+        inspect_adapter(path, hashed=False)  # fails before torch is imported
+    from ..composition.mixing import mix_files
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # printed below
         report = mix_files(

@@ -35,11 +35,10 @@ def run(values: argparse.Namespace) -> None:
     if values.verb == "list":
         _list(values)
         return
-    # Here, since they import torch, and a list needs none.
+    named = _named(values) if values.verb in ("create", "add") else []
+    # Here, since it imports torch, which lists and mistakes do not need.
     from ..formats import pack_writing
-    from ..formats.adapter_file import is_basis_folder
     from ..formats.packs import list_pack
-    from ..generation.generate import split_label
 
     if values.verb == "extract":
         print(pack_writing.extract_from_pack(values.pack, values.name, values.out))
@@ -48,10 +47,23 @@ def run(values: argparse.Namespace) -> None:
         file = pack_writing.remove_from_pack(values.pack, values.names)
     else:
         verb = pack_writing.create_pack if values.verb == "create" else pack_writing.add_to_pack
-        named = [split_label(text) for text in values.adapters]
-        file = verb(values.pack, [(name, path) for name, path in named if name or not is_basis_folder(Path(path))])
+        file = verb(values.pack, named)
     count = len(list_pack(file))
     print(f"{file}: {count} {'subject' if count == 1 else 'subjects'}, {file.stat().st_size:,} bytes")
+
+
+def _named(values: argparse.Namespace) -> list[tuple[str, str]]:
+    """Names and paths of the adapters; a name may be empty. Raises :class:`UserError` for what is not an adapter."""
+    from ..formats.adapter_file import inspect_adapter, is_basis_folder
+    from ..formats.packs import pack_path
+    from ..generation.addresses import split_label
+
+    pack_path(values.pack)
+    pairs = [split_label(text) for text in values.adapters]
+    named = [(name, path) for name, path in pairs if name or not is_basis_folder(Path(path))]
+    for _, path in named:
+        inspect_adapter(path, hashed=False)
+    return named
 
 
 def _list(values: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..adapters.deltas.bases import truncated_svd
 from ..errors import UserError
-from ..generation.sampling import MAX_SEED, check_range
+from ..generation.settings import MAX_SEED, check_range
 from .updates import Update
 
 Mode = Literal["linear", "cat", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties"]

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..formats.adapter_file import FILE_NAME, inspect_adapter
-from ..generation.generate import parse_adapter
-from ..generation.sampling import MAX_SEED, Sampling, check_prompt, check_range
+from ..generation.addresses import parse_adapter
+from ..generation.settings import MAX_SEED, Sampling, check_prompt, check_range
 from ..generation.tags import parse_tags
 from ..io.run_layout import CHECKPOINTS, checkpoint_steps
 

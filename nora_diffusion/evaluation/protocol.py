@@ -17,8 +17,8 @@ from ..data.captions import fill
 from ..errors import UserError
 from ..formats.adapter_file import inspect_adapter
 from ..formats.adapter_info import AdapterInfo
-from ..generation.generate import parse_adapter, split_label
-from ..generation.sampling import Sampling, check_range
+from ..generation.addresses import parse_adapter, split_label
+from ..generation.settings import Sampling, check_range
 from ..io.images import load_image
 from ..pipelines.base import BaseSource, base_id
 from ..pipelines.precision import dtype_name

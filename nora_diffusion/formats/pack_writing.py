@@ -39,12 +39,12 @@ from .packs import (
     NAME,
     PACK_VERSION,
     ROW,
-    SUFFIX,
     IndexRow,
     Layout,
     Pack,
     PackedSubject,
     metadata_of,
+    pack_path,
     read_subject,
     require_pack,
     short_hash,
@@ -112,14 +112,6 @@ def extract_from_pack(path: str | Path, name: str, folder: str | Path, basis_dir
         if preview.startswith(magic):
             write_atomic(folder / f"preview{ending}", preview)
     return written
-
-
-def pack_path(path: str | Path) -> Path:
-    """The file of a pack. Raises :class:`UserError` unless it ends in ``.nora_pack.safetensors``."""
-    file = Path(path).expanduser()
-    if not file.name.endswith(SUFFIX):
-        raise UserError(f"{file} is not a valid name for a pack: end it in {SUFFIX}")
-    return file.resolve() if file.is_symlink() else file  # rewrite the pack, not the link to it
 
 
 def _require_new(file: Path) -> None:

@@ -86,6 +86,14 @@ def metadata_of(info: AdapterInfo) -> dict[str, Any]:
     return values
 
 
+def pack_path(path: str | Path) -> Path:
+    """The file of a pack. Raises :class:`UserError` unless it ends in ``.nora_pack.safetensors``."""
+    file = Path(path).expanduser()
+    if not file.name.endswith(SUFFIX):
+        raise UserError(f"{file} is not a valid name for a pack: end it in {SUFFIX}")
+    return file.resolve() if file.is_symlink() else file  # rewrite the pack, not the link to it
+
+
 def require_pack(file: Path) -> None:
     """Raise :class:`UserError` if the file does not exist."""
     if not file.is_file():

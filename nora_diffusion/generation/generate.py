@@ -1,4 +1,4 @@
-"""Generate images with any base and any adapters."""
+"""Generate images with any base and any adapters. Torch is imported when all settings and files have been checked."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..formats.adapter_file import inspect_adapter, split_address
+from ..formats.adapter_file import inspect_adapter
+from ..formats.hub import locate
 from ..io.files import user_errors, write_first_free
-from ..loaders import LoadedAdapter, list_adapters, load_adapter, set_adapters
-from ..loaders.load import locate
 from ..pipelines.base import BaseSource
+from .addresses import parse_adapter
 from .image_settings import ImageSettings, png_with_settings
 from .library import NamedAdapter, find_adapter, list_library, name_adapters
-from .sampling import MAX_SEED, Sampling, check_lengths, check_prompt, check_range, describe_image, sample_images
-from .tags import Tag, parse_tags, parse_weight
+from .settings import MAX_SEED, Sampling, check_prompt, check_range
+from .tags import Tag, parse_tags
+
+if TYPE_CHECKING:
+    from ..loaders import LoadedAdapter
 
 
 @dataclass
@@ -52,40 +55,6 @@ class GenerateConfig:
         self.sampling.check()
 
 
-def parse_adapter(text: str) -> tuple[str, float]:
-    """Split ``path[:weight]`` at its last colon, unless that is part of the path: ``C:\\dog``, or a name that exists.
-
-    Raises :class:`UserError` for a weight that is not a number, and if both readings name something that exists.
-    """
-    path, colon, tail = text.rpartition(":")
-    if not colon or not path or "/" in tail or "\\" in tail:
-        return text, 1.0
-    if exists(text):
-        if exists(path):
-            raise UserError(f"{text!r} may be {path} with a weight, or a name: write {text}:1 for the name")
-        return text, 1.0
-    return path, parse_weight(tail, f"--adapter {text!r}")
-
-
-def split_label(text: str) -> tuple[str, str]:
-    """``(label, path)`` of ``[label=]path``; an equals sign in a path is not a label's. The label may be empty."""
-    label, equals, path = text.partition("=")
-    if not equals or "/" in label or "\\" in label or exists(text) or exists(text.rpartition(":")[0]):
-        return "", text
-    return label, path
-
-
-def exists(path: str) -> bool:
-    """Whether a path, or the address of a subject in an existing pack, names something. Never raises."""
-    address = split_address(path)
-    if address and ":" in address[1]:  # no subject has a colon in its name
-        return False
-    try:
-        return bool(path) and Path(address[0] if address else path).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):
-        return False
-
-
 def generate(config: GenerateConfig) -> list[Path]:
     """Generate the images and return their files. Nothing is written unless the base and all adapters load.
 
@@ -100,6 +69,8 @@ def generate(config: GenerateConfig) -> list[Path]:
     adapters = list(dict.fromkeys(adapter for _, active in prompts for adapter in active))
     for adapter in adapters:
         inspect_adapter(locate(adapter.path))  # fails before a model is loaded
+    from .sampling import check_lengths, describe_image, sample_images
+
     pipe = config.source.open()
     loaded = _load_all(pipe, adapters)
     check_lengths(pipe, [*(prompt for prompt, _ in prompts), config.sampling.negative_prompt])
@@ -135,6 +106,8 @@ def _read_prompt(prompt: str, given: list[NamedAdapter], available: list[NamedAd
 
 def _load_all(pipe: Any, adapters: Sequence[NamedAdapter]) -> dict[NamedAdapter, LoadedAdapter]:
     """Load each adapter under a name of our own, because PEFT allows few characters in a name."""
+    from ..loaders import load_adapter
+
     return {
         adapter: load_adapter(pipe, adapter.path, f"adapter_{i}", activate=False) for i, adapter in enumerate(adapters)
     }
@@ -145,6 +118,8 @@ def _activate(pipe: Any, tags: dict[str, Tag]) -> None:
 
     A textual inversion has no layers to activate: it acts wherever a prompt has its token.
     """
+    from ..loaders import list_adapters, set_adapters
+
     loaded = list_adapters(pipe)
     components = {name: [component for component, names in loaded.items() if name in names] for name in tags}
     active = [name for name in tags if components[name]]

@@ -1,4 +1,4 @@
-"""Sampling settings with their limits, and the pipeline call that uses them."""
+"""The pipeline call that makes images of sampling settings."""
 
 from __future__ import annotations
 
@@ -7,75 +7,21 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..io.untrusted import require_text
 from ..loaders.tokens import expanded
-from ..pipelines.base import base_id, default_guidance, default_steps
+from ..pipelines.base import base_id
 from ..pipelines.components import components, denoiser, tokenizer_name
 from ..pipelines.names import DENOISERS
 from ..pipelines.precision import dtype_name, keeping_dtype
 from ..versions import versions
 from .image_settings import ImageSettings
-
-MAX_STEPS, MAX_GUIDANCE, MAX_SIDE, MAX_PROMPT = 1000, 100, 4096, 4000
-MAX_SEED = 2**64 - 1
-"""The largest seed of a PyTorch generator. Seeds stay whole numbers: a float has only 53 bits."""
+from .settings import Sampling
 
 USUAL_STEPS = 20
 
 OnStep = Callable[[int, Any], None]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling settings shared by the images of a call.
-
-    ``guidance`` is the scale of classifier-free guidance. ``width`` and ``height`` are in pixels (``None``: the base's
-    own size).
-    """
-
-    steps: int
-    guidance: float
-    negative_prompt: str = ""
-    width: int | None = None
-    height: int | None = None
-
-    @classmethod
-    def for_base(
-        cls, base: str | Path | None, steps: int | None = None, guidance: float | None = None, **others: Any
-    ) -> Sampling:
-        """The settings, with the base's default where ``steps`` or ``guidance`` is ``None``."""
-        return cls(
-            default_steps(base) if steps is None else steps,
-            float(default_guidance(base) if guidance is None else guidance),
-            **others,
-        )
-
-    def check(self, max_steps: int = MAX_STEPS, max_side: int = MAX_SIDE) -> None:
-        """Raises :class:`UserError` for the first setting out of range."""
-        check_range("steps", self.steps, 1, max_steps)
-        check_range("guidance", self.guidance, 0, MAX_GUIDANCE)
-        check_prompt(self.negative_prompt)
-        for name, side in (("width", self.width), ("height", self.height)):
-            if side is not None and not (8 <= side <= max_side and side % 8 == 0):
-                raise UserError(f"{name}={side} is not possible: choose a multiple of 8 up to {max_side}")
-
-
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raises :class:`UserError` unless ``low <= value <= high``, which NaN never is."""
-    if not low <= value <= high:
-        raise UserError(f"{name}={value} is out of range: choose {low} to {high}")
-
-
-def check_prompt(prompt: str) -> None:
-    """Raises :class:`UserError` for a prompt that is too long or is not text: with a NUL, or half of an emoji."""
-    if len(prompt) > MAX_PROMPT:
-        raise UserError(f"a prompt has more than {MAX_PROMPT} characters: shorten it")
-    require_text(prompt, "a prompt")
 
 
 def check_steps(scheduler: Any, steps: int) -> None:

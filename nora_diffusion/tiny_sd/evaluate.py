@@ -55,7 +55,8 @@ PROMPTS = (
 
 def generate(pipe: Any, prompts: list[str], seed: int = 0) -> np.ndarray:
     """One image for each prompt: uint8 (N, 64, 64, 3). Image ``i`` has the seed ``seed + i``."""
-    from ..generation.sampling import Sampling, sample_images  # late: its imports log what main() silences first
+    from ..generation.sampling import sample_images  # late: its imports log what main() silences first
+    from ..generation.settings import Sampling
 
     images: list[np.ndarray] = []
     for start in range(0, len(prompts), BATCH):

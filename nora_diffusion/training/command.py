@@ -14,6 +14,7 @@ from ..errors import printable, program
 from ..pipelines.base import is_embedded
 from ..quiet import hide_known_warnings
 from .settings.arguments import parse
+from .settings.checks import check_config
 from .signals import Interrupted
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             from .many.cluster import train_on_cluster
 
             return train_on_cluster(config)
+        refuse_early(config)
         check, train_all = _trainer(config)
         if config.preflight_only:
             return print_findings(check(config), config.strict)
@@ -48,6 +50,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if is_main_process() and len(results) == 1:
         print(f"generate images: {next_command(config, results[0].adapter_path.parent)}")
     return 0
+
+
+def refuse_early(config: TrainConfig) -> None:
+    """Refuse most mistakes before torch is imported: settings out of range, a folder without photos."""
+    from ..data.folder import find_images  # late: --help needs no Pillow
+
+    if not config.subjects:  # in a list each entry has settings of its own
+        check_config(config)
+        find_images(Path(config.instance_data_dir or "").expanduser())
 
 
 def next_command(config: TrainConfig, folder: Path) -> str:

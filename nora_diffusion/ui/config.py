@@ -33,7 +33,6 @@ class AppConfig:
 
     def check(self) -> None:
         """Raise :class:`UserError` for the first setting that is invalid or not safe."""
-        self.source.check()
         if not 0 <= self.port <= 65535:
             raise UserError(f"port={self.port} is out of range: choose 1 to 65535, or 0 for any free port")
         if self.auth is not None and not all(self.credentials):
@@ -43,6 +42,7 @@ class AppConfig:
                 f"--listen {self.listen} opens the app to other machines: add --auth user:password, "
                 "or omit --listen to use it on this machine only"
             )
+        self.source.check()  # last, as it imports torch
 
     @property
     def on_loopback(self) -> bool:

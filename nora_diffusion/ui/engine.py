@@ -16,7 +16,8 @@ import torch
 from ..errors import UserError
 from ..formats.adapter_info import AdapterInfo
 from ..generation.generate import save_new_image
-from ..generation.sampling import Sampling, check_lengths, describe_image, sample_images
+from ..generation.sampling import check_lengths, describe_image, sample_images
+from ..generation.settings import Sampling
 from ..loaders import LoadedAdapter, delete_adapter, load_adapter
 from ..loaders.mixed_batch import mixed_batch
 from ..pipelines.base import BaseSource, base_id, best_device, default_guidance, is_embedded

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UserError
-from ..generation.sampling import Sampling, check_prompt, check_range
+from ..generation.settings import Sampling, check_prompt, check_range
 from .weights import AdapterWeights
 
 MAX_IMAGES = 64

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..generation.sampling import MAX_PROMPT
+from ..generation.settings import MAX_PROMPT
 from .config import CACHE_SECONDS
 from .layout.page import Page
 from .layout.theme import appearance

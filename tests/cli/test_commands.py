@@ -27,9 +27,10 @@ from nora_diffusion.demo import SUBJECT, run_demo
 from nora_diffusion.evaluation.axes import Cell
 from nora_diffusion.evaluation.grid import GridConfig
 from nora_diffusion.evaluation.protocol import EvaluationConfig
-from nora_diffusion.generation.generate import GenerateConfig, parse_adapter, save_new_image, split_label
+from nora_diffusion.generation.addresses import parse_adapter, split_label
+from nora_diffusion.generation.generate import GenerateConfig, save_new_image
 from nora_diffusion.generation.image_settings import ImageSettings, read_settings
-from nora_diffusion.generation.sampling import Sampling
+from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.training import TrainConfig

@@ -19,7 +19,7 @@ from nora_diffusion.evaluation.axes import Cell, axis, checkpoint, parse_axis
 from nora_diffusion.evaluation.grid import Grid, GridConfig, run_grid
 from nora_diffusion.generation.generate import GenerateConfig, generate
 from nora_diffusion.generation.image_settings import read_settings
-from nora_diffusion.generation.sampling import Sampling
+from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.scoring.judges import load_judge

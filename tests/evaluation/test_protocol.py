@@ -18,7 +18,8 @@ from nora_diffusion.evaluation.protocol import EvaluationConfig, evaluate, parse
 from nora_diffusion.evaluation.report import write_reports
 from nora_diffusion.evaluation.scoreboard import Scoreboard, compare, summarize
 from nora_diffusion.evaluation.subjects import PROMPTS, read_subject, read_templates
-from nora_diffusion.generation.sampling import Sampling, sample_images
+from nora_diffusion.generation.sampling import sample_images
+from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.loaders import load_adapter, trainable_parameters
 from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.scoring.judges import image_features, load_judge, load_vision, prompt_score, subject_score

@@ -18,7 +18,8 @@ from nora_diffusion.formats.packs import SUFFIX
 from nora_diffusion.generation.generate import GenerateConfig, generate
 from nora_diffusion.generation.image_settings import read_settings
 from nora_diffusion.generation.library import NamedAdapter, find_adapter, list_library, name_adapters
-from nora_diffusion.generation.sampling import Sampling, check_lengths
+from nora_diffusion.generation.sampling import check_lengths
+from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.generation.tags import Tag
 from nora_diffusion.loaders import delete_adapter, trainable_parameters
 from nora_diffusion.pipelines.base import BaseSource

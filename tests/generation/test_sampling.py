@@ -11,7 +11,8 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
 from nora_diffusion import UserError
-from nora_diffusion.generation.sampling import Sampling, check_steps, sample_images
+from nora_diffusion.generation.sampling import check_steps, sample_images
+from nora_diffusion.generation.settings import Sampling
 
 KINDS = ("PNDM", "DDIM", "DDPM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "DPMSolverMultistep",
          "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "KDPM2Discrete", "LCM", "TCD", "DDIMInverse",

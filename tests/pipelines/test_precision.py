@@ -21,7 +21,8 @@ from nora_diffusion.cli import flags, main
 from nora_diffusion.evaluation.grid import base_description
 from nora_diffusion.evaluation.protocol import EvaluationConfig, evaluate
 from nora_diffusion.generation.image_settings import read_settings
-from nora_diffusion.generation.sampling import Sampling, sample_images
+from nora_diffusion.generation.sampling import sample_images
+from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.pipelines.precision import (

@@ -14,7 +14,7 @@ from playwright.sync_api import expect
 
 from nora_diffusion import mor, open_pipeline
 from nora_diffusion.generation.generate import GenerateConfig, generate
-from nora_diffusion.generation.sampling import Sampling
+from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.ui.comparison import first_row_end
 

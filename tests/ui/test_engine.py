@@ -17,7 +17,7 @@ from PIL import Image
 from nora_diffusion import UserError
 from nora_diffusion.adapters import NoraLayer
 from nora_diffusion.generation.image_settings import read_settings
-from nora_diffusion.generation.sampling import Sampling
+from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.pipelines.components import components
 from nora_diffusion.ui.config import AppConfig

@@ -17,7 +17,7 @@ from PIL import Image
 
 from nora_diffusion import UserError
 from nora_diffusion.formats.adapter_file import FILE_NAME
-from nora_diffusion.generation.sampling import Sampling
+from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.ui import entries as reading
 from nora_diffusion.ui import library as module

@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 
 from nora_diffusion import UserError
 from nora_diffusion.generation.image_settings import ImageSettings, read_settings
-from nora_diffusion.generation.sampling import Sampling
+from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.training.settings.config import settings
 from nora_diffusion.ui.config import AppConfig

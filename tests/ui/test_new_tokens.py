@@ -9,7 +9,7 @@ import torch
 from nora_diffusion import add_adapter, delete_adapter, open_pipeline, save_adapter
 from nora_diffusion.adapters import nora
 from nora_diffusion.generation.image_settings import read_settings
-from nora_diffusion.generation.sampling import Sampling
+from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.loaders.tokens import add_tokens
 from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.pipelines.components import components

@@ -135,7 +135,8 @@ def teach(weights: Path, probes: Probes, slug: str, method: str, **settings: Any
     ``settings`` override the training settings of the method. The images have the seeds ``10 s`` to ``10 s + 9``
     for the training seed ``s``.
     """
-    from ...generation.sampling import Sampling, sample_images
+    from ...generation.sampling import sample_images
+    from ...generation.settings import Sampling
     from ...loaders import load_adapter
 
     scenes, base, own = new_scenes(slug), weights / "pipeline", method_settings(method)

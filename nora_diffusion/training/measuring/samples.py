@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from ...data.folder import enumerated
 from ...generation.image_settings import ImageSettings, save_image
-from ...generation.sampling import MAX_SEED, Sampling, describe_image, sample_images
+from ...generation.sampling import describe_image, sample_images
+from ...generation.settings import MAX_SEED, Sampling
 from ...io.files import locked_folder
 from ...io.run_layout import image_name
 from ...pipelines.components import denoiser

@@ -12,7 +12,7 @@ import gradio as gr
 from ...errors import UserError
 from ...evaluation.axes import AXES, NONE, Cell
 from ...evaluation.grid import GridConfig
-from ...generation.sampling import MAX_PROMPT, Sampling
+from ...generation.settings import MAX_PROMPT, Sampling
 from ..comparison import MAX_TEXT, NO_CHOICE, Comparison, build_axis, build_grid, compare, suggestion
 from ..layout.cards import line
 from ..layout.page import ALWAYS_LAST, UNQUEUED, Page, handler, run_buttons, run_key, stop_handler

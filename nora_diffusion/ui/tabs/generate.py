@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from ...errors import UserError
-from ...generation.sampling import MAX_PROMPT, Sampling
+from ...generation.settings import MAX_PROMPT, Sampling
 from ...generation.tags import Tag, parse_tags
 from ..layout.page import UNQUEUED, Page, handler, run_buttons, run_key, stop_handler
 from ..request import MAX_IMAGES, ActiveAdapter, Request

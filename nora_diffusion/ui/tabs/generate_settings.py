@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from ...generation.sampling import MAX_PROMPT
+from ...generation.settings import MAX_PROMPT
 from ...pipelines.base import default_steps
 from ..engine import Engine
 from ..layout.page import ALWAYS_LAST, UNQUEUED, Page

@@ -10,7 +10,7 @@ import gradio as gr
 from ...composition.mixing import MixReport, mix_files
 from ...composition.modes import Mode
 from ...errors import UserError
-from ...generation.sampling import MAX_PROMPT, Sampling, check_range
+from ...generation.settings import MAX_PROMPT, Sampling, check_range
 from ...generation.tags import Tag, parse_tags
 from ..layout.cards import table
 from ..layout.page import PRIVATE, UNQUEUED, Page, handler, run_buttons, run_key, stop_handler

@@ -10,7 +10,7 @@ import gradio as gr
 
 from ...errors import UserError
 from ...generation.image_settings import ImageSettings, read_settings, tag_of
-from ...generation.sampling import check_prompt
+from ...generation.settings import check_prompt
 from ...generation.tags import write_tags
 from ..layout.cards import line
 from ..layout.page import PRIVATE, UNQUEUED, Page, handler

@@ -17,7 +17,8 @@ from nora_diffusion.composition.modes import Options
 from nora_diffusion.errors import UserError
 from nora_diffusion.generation.generate import GenerateConfig
 from nora_diffusion.generation.image_settings import ImageSettings, parse_parameters, read_settings
-from nora_diffusion.generation.sampling import Sampling, sample_images
+from nora_diffusion.generation.sampling import sample_images
+from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.io.files import locked_folder
 from nora_diffusion.training import train
 from nora_diffusion.training.measuring.samples import fill_class_images, generate_images

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 
 from nora_diffusion import inspect_adapter, load_adapter, open_pipeline
 from nora_diffusion.errors import UserError
-from nora_diffusion.generation.sampling import Sampling, sample_images
+from nora_diffusion.generation.sampling import sample_images
+from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.scoring.judges import image_features, load_judge, load_vision, prompt_score, subject_score
 from nora_diffusion.training import check, train
 from nora_diffusion.training.measuring import validation
