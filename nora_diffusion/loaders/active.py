@@ -37,9 +37,8 @@ def held(layer: BaseTunerLayer) -> set[str]:
 
 def set_active(module: nn.Module, names: Sequence[str]) -> None:
     """Make exactly these adapters active; ``requires_grad`` of adapter parameters stays as it is."""
-    with keeping_trained(module):
-        for layer in tuner_layers(module):
-            layer.set_adapter(list(names), inference_mode=True)
+    for layer in tuner_layers(module):
+        layer._active_adapter = list(names)  # PEFT's `set_adapter` would also set requires_grad
 
 
 @contextmanager
@@ -118,13 +117,20 @@ def _is_scalar(weight: Any) -> bool:
 def undone_on_error(modules: Modules) -> Iterator[None]:
     """After any error, give every layer its active adapters and weights back."""
     layers = [layer for module in modules.values() for layer in tuner_layers(module)]
-    before = [(layer, list(layer.active_adapters), dict(getattr(layer, "scaling", {}))) for layer in layers]
+    before = [(layer, list(layer.active_adapters), _scaling_of(layer)) for layer in layers]
     try:
         yield
     except BaseException:
         for layer, active, scaling in before:
             restore_weights(layer, active, scaling)
         raise
+
+
+def _scaling_of(layer: Any) -> dict[str, float]:
+    """The scaling of each adapter of a tuner layer of any method."""
+    if isinstance(layer, NoraLayer):
+        return {name: state.scaling for name, state in layer.states.items()}
+    return dict(getattr(layer, "scaling", {}))
 
 
 def restore_weights(layer: Any, active: list[str], scaling: Mapping[str, float]) -> None:
@@ -178,8 +184,8 @@ def _check_keys(what: str, weights: Mapping[str, Any], known: Sequence[str]) -> 
 
 
 def _set_weights(module: nn.Module, names: list[str], weights: list[Any]) -> None:
-    set_active(module, names)
     for layer in tuner_layers(module):
+        layer._active_adapter = list(names)
         for name, weight in zip(names, weights, strict=True):
             layer.set_scale(name, weight)
 

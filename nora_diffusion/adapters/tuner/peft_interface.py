@@ -51,8 +51,9 @@ class AdapterState:
 
     def rescale(self, scaling: float) -> None:
         """Set the factor that ``forward`` applies; in place, so that compiled graphs use it too."""
-        self.scaling = scaling
-        self.scaling_tensor.fill_(scaling)
+        if scaling != self.scaling:
+            self.scaling = scaling
+            self.scaling_tensor.fill_(scaling)
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,19 @@ class PeftInterface(BaseTunerLayer):
         """Names of the active adapters of the whole model, whether or not this layer has them."""
         return list(cast("list[str]", self.active_adapters))
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make exactly these adapters active; they alone require gradients, and none does in ``inference_mode``."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name, delta in self.nora_delta.items():
+            trained = name in names and not inference_mode
+            for parameter in _parameters(delta):
+                if parameter.requires_grad != trained and parameter.is_leaf:
+                    parameter.requires_grad_(trained)
+        self._active_adapter = names
+
     def activate(self, names: list[str], inference: bool = False) -> None:
-        """Make exactly these adapters active; they require gradients unless ``inference``."""
-        cast(Any, self).set_adapter(names, inference_mode=inference)
+        """:meth:`set_adapter` with types."""
+        self.set_adapter(names, inference_mode=inference)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move one adapter. PEFT would also cast it to the base's dtype, which rounds its frozen factors."""
@@ -175,6 +186,8 @@ def check_weight(name: str, weight: Any) -> float:
 
     Raises :class:`UserError` if it is not a finite number or its size exceeds :data:`MAX_WEIGHT`.
     """
+    if type(weight) is float and abs(weight) <= MAX_WEIGHT:
+        return weight
     is_number = isinstance(weight, Real) and not isinstance(weight, bool)
     if not is_number or not abs(weight) <= MAX_WEIGHT:
         raise UserError(
@@ -182,6 +195,14 @@ def check_weight(name: str, weight: Any) -> float:
             f"{MAX_WEIGHT:g}: give a number such as 0.8"
         )
     return float(weight)
+
+
+def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """``module.parameters()`` without the names that it builds first, which take most of a switch between adapters."""
+    yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+    for child in module._modules.values():
+        if child is not None:
+            yield from _parameters(child)
 
 
 def move_filled(delta: nn.Module, device: torch.device) -> None:
