@@ -144,6 +144,14 @@ def test_autocast_gives_its_dtype_and_gradients_in_fp32() -> None:
         assert (grad - plain_grads[name]).norm() < 0.03 * plain_grads[name].norm(), name
 
 
+def test_the_meta_device_has_no_autocast() -> None:
+    """The trainer estimates its memory there before it starts."""
+    layer = layer_with(CHAINS["nora"], frozen_linear()).to("meta")
+    assert layer(torch.empty(7, D_IN, dtype=torch.float64, device="meta")).shape == (7, D_OUT)
+    layer.float()
+    assert layer(torch.empty(7, D_IN, device="meta")).dtype == torch.float32
+
+
 def _hooked(layer: NoraLayer) -> None:
     layer.base_layer.register_forward_hook(lambda module, args, output: output * 1)
 

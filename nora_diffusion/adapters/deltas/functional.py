@@ -81,9 +81,10 @@ def at_least_single(value: Tensor) -> Tensor:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a linear layer computes: autocast's where it is on (never for fp64), else that of ``x``."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    device = x.device.type
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):  # no autocast on meta
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
