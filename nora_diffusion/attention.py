@@ -6,7 +6,8 @@ encoders have no diffusers attention processors; their tuner layers run as usual
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,13 +16,16 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from .adapters import NoraLayer
+from .adapters.deltas import functional
 from .adapters.deltas.chain import ChainDelta, Delta
 from .adapters.deltas.routed import RoutedDelta
+from .adapters.tuner.live_pair import add_product, is_plain_linear
 from .adapters.tuner.offloading import is_offloaded
 from .errors import UserError
 from .pipelines.components import denoiser
 
-LiveDelta = tuple[float | Tensor, Delta]
+Part = tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]
+"""``(A [K, d_in], add)``: ``add(y, p)`` adds to the output ``y`` what follows from ``p = A x``."""
 Kinds = tuple[type[nn.Module], ...]
 STOCK = ("AttnProcessor", "AttnProcessor2_0")
 """diffusers' processors that compute the same attention as ours; any other is not replaced."""
@@ -56,36 +60,46 @@ def remove_adapter_processors(pipe: Any) -> None:
     )
 
 
-def fused_deltas(layer: nn.Module, kinds: Kinds) -> list[LiveDelta] | None:
-    """The live deltas of a projection if they can be fused, else ``None``: the layer must be called as usual.
+def live_parts(layer: nn.Module, kinds: Kinds, dtype: torch.dtype) -> list[Part] | None:
+    """What the live adapters of a projection add, if it can be fused; else ``None``: the layer must be called as usual.
 
-    They cannot if another tuner layer (an ordinary LoRA) wraps the layer, if it has a hook or is offloaded, or if a
+    It cannot if another tuner layer (an ordinary LoRA) wraps the layer, if it has a hook or is offloaded, or if a
     delta is in training mode, of another kind or has a magnitude (DoRA, which rescales the frozen output too).
     """
     if not isinstance(layer, NoraLayer) or (layer.disable_adapters and layer.merged) or layer.rows is not None:
         return None
     if layer._forward_hooks or layer._forward_pre_hooks or torch.is_grad_enabled() or is_offloaded(layer.base_layer):
         return None
-    live: list[LiveDelta] = [(layer.live_scale(name), layer.delta(name)) for name in layer.live_names()]
-    fits = all(isinstance(d, kinds) and not d.training and getattr(d, "m", None) is None for _, d in live)
-    return live if fits else None
+    names = list(layer.live_names())
+    deltas = {name: layer.delta(name) for name in names}
+    if not all(isinstance(d, kinds) and not d.training and getattr(d, "m", None) is None for d in deltas.values()):
+        return None
+    chains = layer.joined_chains(names)
+    parts = [_single_part(layer.live_scale(name), deltas[name]) for name in names if name not in chains]
+    if chains:
+        down, up = layer.live_pair.get(list(chains.values()), dtype)
+        parts.append((down, partial(add_product, up=up, in_place=not parts and is_plain_linear(layer.base_layer))))
+    return parts
+
+
+def _single_part(scaling: float | Tensor, delta: Delta) -> Part:
+    return delta.skinny_weight(), lambda y, p: y + scaling * delta.from_skinny(p).to(y.dtype)
 
 
 def project(layers: Sequence[nn.Module], x: Tensor, kinds: Kinds) -> list[Tensor]:
     """``[layer(x) for layer in layers]``, with the adapters' down-projections of ``x`` in one product."""
-    groups = [fused_deltas(layer, kinds) for layer in layers]
-    weights = [delta.skinny_weight().to(x.dtype) for group in groups if group for _, delta in group]
+    dtype = functional.compute_dtype(x)
+    groups = [live_parts(layer, kinds, dtype) for layer in layers]
+    weights = [down.to(dtype) for group in groups for down, _ in group or []]
     if not weights:
         return [layer(x) for layer in layers]
-    downs = iter(F.linear(x, torch.cat(weights)).split([w.shape[0] for w in weights], dim=-1))
+    products = F.linear(x, torch.cat(weights) if len(weights) > 1 else weights[0])
+    downs = iter(products.split([len(w) for w in weights], dim=-1))
     outputs = []
     for layer, group in zip(layers, groups, strict=True):
-        if group is None:
-            outputs.append(layer(x))
-            continue
-        y: Tensor = layer.base_layer(x)  # type: ignore[operator]
-        for scaling, delta in group:
-            y = y + scaling * delta.from_skinny(next(downs)).to(y.dtype)
+        y: Tensor = layer(x) if group is None else layer.base_layer(x)  # type: ignore[operator]
+        for _, add in group or []:
+            y = add(y, next(downs))
         outputs.append(y)
     return outputs
 

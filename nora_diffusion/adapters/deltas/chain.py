@@ -69,6 +69,7 @@ class ChainDelta(nn.Module):
         self.core = core
         self.blocks = blocks
         self.m = None if magnitude is None else nn.Parameter(magnitude)
+        self.rescales = magnitude is not None
         self.masked = masked
         self.rank: int | None = None
         self.sampled_rank: int | None = None
@@ -96,17 +97,12 @@ class ChainDelta(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether the next pass is ``dy = B A x`` for :meth:`pair`: no magnitude, sampled rank or active dropout."""
-        return self.m is None and not (self.training and (self.masked or self.dropout.p > 0))
+        return not self.rescales and not (self.training and (self.masked or self.dropout.p > 0))
 
     def state_key(self) -> tuple[object, ...]:
         """Changes whenever a factor or the rank changes: the addresses and versions of all tensors."""
-        tensors = [*self._parameters.values(), *self._buffers.values()]
-        if self.core is not None:
-            tensors += self.core._parameters.values()
-        # Inference tensors count no versions; they cannot be changed outside of inference mode either.
-        return self.rank, *(
-            (t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors if t is not None
-        )
+        factors = [*self.parameters(), *self.buffers()]
+        return self.rank, *((factor.data_ptr(), version(factor)) for factor in factors)
 
     def halves(self, rank: int | None) -> tuple[list[Tensor], list[Tensor]]:
         """``([A_out, A_in], [B_in, B_out])``, truncated to ``rank`` at the narrowest point."""
@@ -154,6 +150,14 @@ class ChainDelta(nn.Module):
             down, up = (functional.collapse(factors) for factors in self.halves(rank))
             norms = row_norms(weight, down, up, scale)
         return self.m.to(norms.dtype) / norms
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place.
+
+    Inference tensors count no versions; they cannot be changed outside of inference mode either.
+    """
+    return 0 if tensor.is_inference() else tensor._version
 
 
 Delta = ChainDelta | RoutedDelta

@@ -135,11 +135,11 @@ class NoraLayer(nn.Module, PeftInterface):
         """Those of the live adapters that a pass without gradients adds as one pair, by name."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return {}
-        deltas = {name: self.delta(name) for name in names}
+        deltas: Any = self._modules["nora_delta"]._modules  # type: ignore[union-attr]  # ModuleDict's lookup is slow
         return {
-            name: (self.states[name].scaling, delta)
-            for name, delta in deltas.items()
-            if isinstance(delta, ChainDelta) and delta.is_plain
+            name: (self.states[name].scaling, deltas[name])
+            for name in names
+            if isinstance(deltas[name], ChainDelta) and deltas[name].is_plain
         }
 
     def contribution(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..deltas import functional
+from ..deltas.chain import version
 from ..deltas.joining import ScaledChain, joined_pair
 
 
@@ -24,7 +26,7 @@ class LivePair:
 
     def get(self, chains: Sequence[ScaledChain], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The pair of one or more chains."""
-        key = dtype, [(scale, chain.state_key()) for scale, chain in chains]
+        key = dtype, list(chains), _state(chains)
         if self._pair is None or key != self._key:
             with functional.without_autocast(next(chains[0][1].parameters()).device):
                 down, up = joined_pair(chains)
@@ -34,6 +36,20 @@ class LivePair:
     def clear(self) -> None:
         """Forget the pair, and free its memory."""
         self._key = self._pair = None
+
+
+def _state(chains: Sequence[ScaledChain]) -> tuple[list[object], ...]:
+    """Ranks, cores, and addresses and versions of all factors.
+
+    Asked in every pass of every layer, so it reads the dictionaries of ``nn.Module`` without its slow lookup.
+    """
+    modules = [chain for _, chain in chains]
+    cores = [chain._modules.get("core") for chain in modules]
+    holders = [*modules, *filter(None, cores)]
+    tables = [*(holder._parameters for holder in holders), *(chain._buffers for chain in modules)]
+    factors: list[Any] = [factor for table in tables for factor in table.values()]
+    ranks: list[object] = [chain.rank for chain in modules]
+    return ranks, [*cores], [*map(Tensor.data_ptr, factors)], [*map(version, factors)]
 
 
 def add_product(y: Tensor, p: Tensor, up: Tensor, *, in_place: bool) -> Tensor:
