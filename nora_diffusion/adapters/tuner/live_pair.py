@@ -46,7 +46,7 @@ def _state(chains: Sequence[ScaledChain]) -> tuple[list[object], ...]:
     modules = [chain for _, chain in chains]
     cores = [chain._modules.get("core") for chain in modules]
     holders = [*modules, *filter(None, cores)]
-    tables = [*(holder._parameters for holder in holders), *(chain._buffers for chain in modules)]
+    tables: list[Any] = [*(holder._parameters for holder in holders), *(chain._buffers for chain in modules)]
     factors: list[Any] = [factor for table in tables for factor in table.values()]
     ranks: list[object] = [chain.rank for chain in modules]
     return ranks, [*cores], [*map(Tensor.data_ptr, factors)], [*map(version, factors)]
