@@ -57,18 +57,6 @@ def product_svd(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return up_q @ u, s, down_q @ vt.T
 
 
-def routed_delta(p: Tensor, gates: Tensor, up: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
-    """``sum_i g_i * diag(b_i) B diag(a_i) p``, the mixture of ranks (MoR, arXiv 2410.13408) without its scale.
-
-    Shapes: ``p [..., r]``, ``gates [..., N]``, ``B [d_out, r]``, ``a [N, r]`` (inner), ``b [N, d_out]`` (outer).
-    Computed as one product of gated rows ``[..., N r]`` with ``[diag(b_1) B, ..., diag(b_N) B]``: autograd saves
-    ``N r`` values per token; a sum over the experts' outputs would save ``N d_out``.
-    """
-    gated = gates.unsqueeze(-1) * p.unsqueeze(-2) * inner.to(p.dtype)
-    lift = outer.T.unsqueeze(-1) * up.unsqueeze(1)
-    return F.linear(gated.flatten(-2).to(p.dtype), lift.flatten(1).to(p.dtype))
-
-
 def router_gates(logits: Tensor) -> Tensor:
     """Softmax gates over all experts, computed at least in fp32."""
     return torch.softmax(at_least_single(logits), dim=-1).to(logits.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from . import functional
+from .mixture import gated_up
 
 
 @dataclass
@@ -62,9 +63,9 @@ class SharedExperts(nn.Module):
         self.a = nn.Parameter(1 + 0.1 * torch.randn(num_experts, down.shape[0]))
         self.b = nn.Parameter(1 + 0.1 * torch.randn(num_experts, up.shape[0]))
 
-    def mix(self, p: Tensor, gates: Tensor) -> Tensor:
-        """``sum_i g_i diag(b_i) B diag(a_i) p`` for ``p [..., r]`` and one gate ``[..., N]`` per token."""
-        return functional.routed_delta(p, gates, self.B, self.a, self.b)
+    def mix(self, s: Tensor) -> Tensor:
+        """``sum_i g_i diag(b_i) B diag(a_i) p`` for ``s = [p; l] [..., r + N]``, ``g = softmax(l)`` per token."""
+        return gated_up(s, len(self.a), self.B, self.a, self.b)
 
     def up_for(self, gates: Tensor) -> Tensor:
         """The up-projection for each gate ``[u, N]``: ``(sum_i g_i b_i a_i^T) o B``, ``[u, d_out, r]``."""
@@ -78,12 +79,13 @@ class IndependentExperts(nn.Module):
     def __init__(self, down: Tensor, up: Tensor, num_experts: int) -> None:
         super().__init__()
         self.r = down.shape[0] // num_experts
+        self.num_experts = num_experts
         self.A = nn.Parameter(down)
         self.B = nn.Parameter(torch.zeros_like(up))
 
-    def mix(self, p: Tensor, gates: Tensor) -> Tensor:
-        """``sum_i g_i B_i p_i`` for ``p [..., N r]`` and one gate ``[..., N]`` per token."""
-        return F.linear(p * gates.repeat_interleave(self.r, dim=-1), self.B.to(p.dtype))
+    def mix(self, s: Tensor) -> Tensor:
+        """``sum_i g_i B_i p_i`` for ``s = [p; l] [..., N r + N]``, ``g = softmax(l)`` per token."""
+        return gated_up(s, self.num_experts, self.B)
 
     def up_for(self, gates: Tensor) -> Tensor:
         """``[g_1 B_1, ..., g_N B_N]``, ``[u, d_out, N r]``."""
@@ -104,10 +106,11 @@ class ProjectedExperts(nn.Module):
         self.P = nn.Parameter(torch.randn(num_experts, inner_r, r) / math.sqrt(r))
         self.B = nn.Parameter(up.new_zeros(up.shape[0], num_experts * inner_r))
 
-    def mix(self, p: Tensor, gates: Tensor) -> Tensor:
-        """``sum_i g_i B_i P_i p`` for ``p [..., r]`` and one gate ``[..., N]`` per token."""
+    def mix(self, s: Tensor) -> Tensor:
+        """``sum_i g_i B_i P_i p`` for ``s = [p; l] [..., r + N]``, ``g = softmax(l)`` per token."""
+        p, logits = s.tensor_split([self.A.shape[0]], dim=-1)
         inner = F.linear(p, self.P.flatten(0, 1).to(p.dtype))
-        return F.linear(inner * gates.repeat_interleave(self.P.shape[1], dim=-1), self.B.to(p.dtype))
+        return gated_up(torch.cat([inner, logits], dim=-1), len(self.P), self.B)
 
     def up_for(self, gates: Tensor) -> Tensor:
         """``sum_i g_i B_i P_i``, ``[u, d_out, r]``."""
@@ -153,7 +156,9 @@ class RoutedDelta(nn.Module):
         """``dy [..., d_out]`` from ``p = x S^T``; ``rows``: indices in the batch of the rows of ``p``, if not all."""
         k = self.experts.A.shape[0]
         if not self.conditioned:
-            return self.experts.mix(self.dropout(p[..., :k]), functional.router_gates(p[..., k:]))
+            if self.training and self.dropout.p > 0:
+                p = torch.cat([self.dropout(p[..., :k]), p[..., k:]], dim=-1)
+            return self.experts.mix(p)
         gates = self.row_gates()
         gates = gates if rows is None or len(gates) == 1 else gates[rows]
         if len(gates) not in (1, len(p)):
