@@ -18,7 +18,8 @@ from ..formats.adapter_info import AdapterInfo
 from ..formats.keys import Projection, factors_by_projection
 from ..loaders.active import held, unknown_adapter
 from ..loaders.inject import origin
-from ..pipelines.components import Modules, adapter_configs, canonical, nora_layers, same_weights
+from ..pipelines.components import Modules, adapter_configs, canonical, nora_layers
+from ..pipelines.fingerprints import same_weights
 from .updates import Update, chain_update, lora_update
 
 

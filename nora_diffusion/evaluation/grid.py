@@ -23,7 +23,8 @@ from ..io.files import write_atomic
 from ..io.images import load_image, png
 from ..loaders import delete_adapter, load_adapter, set_adapters
 from ..pipelines.base import BaseSource, base_id
-from ..pipelines.components import denoiser, fingerprint, projections
+from ..pipelines.components import denoiser, projections
+from ..pipelines.fingerprints import fingerprint
 from ..pipelines.precision import dtype_name
 from ..reports.sheets import contact_sheet
 from ..scoring.judges import Judge, image_features, text_features

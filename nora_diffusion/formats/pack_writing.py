@@ -20,7 +20,7 @@ from safetensors.torch import save
 from ..errors import UserError
 from ..io.files import locked_folder, write_atomic
 from ..io.tensor_file import READABLE, RawTensor, RawTensors, TensorFile, raw_hash
-from ..pipelines.components import same_weights
+from ..pipelines.fingerprints import same_weights
 from .adapter_file import (
     BASIS_FOLDER,
     given_name,

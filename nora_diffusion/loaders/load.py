@@ -26,15 +26,14 @@ from ..pipelines.components import (
     Modules,
     canonical,
     components,
-    fingerprint,
     nora_layers,
     pick,
     refuse_merged,
     refuse_offloaded,
     refuse_serving,
-    same_weights,
     targets,
 )
+from ..pipelines.fingerprints import fingerprint, same_weights
 from ..pipelines.router_inputs import router_input_width
 from .active import active_adapters, keeping_trained, set_active
 from .hotswap import swap

@@ -19,15 +19,8 @@ from ..formats.keys import file_key, is_frozen
 from ..formats.model_card import write_card
 from ..io.tensors import Tensors
 from ..pipelines.base import base_id
-from ..pipelines.components import (
-    Modules,
-    adapter_configs,
-    components,
-    fingerprint,
-    nora_layers,
-    refuse_merged,
-    refuse_offloaded,
-)
+from ..pipelines.components import Modules, adapter_configs, components, nora_layers, refuse_merged, refuse_offloaded
+from ..pipelines.fingerprints import fingerprint
 from ..pipelines.precision import DTYPES, check_dtype
 from ..versions import versions
 from .active import require_adapter, unknown_adapter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters import AdapterConfig, NoraLayer
 from ..adapters.axes import fits
@@ -20,8 +19,6 @@ from ..adapters.targets import TARGET_GROUPS
 from ..adapters.tuner.mixed_rows import serves_rows
 from ..errors import UserError, quoted
 from .names import COMPONENTS, DENOISERS
-
-FINGERPRINT_TOLERANCE = 1e-2
 
 Modules = Mapping[str, nn.Module]
 """Components by name, as :func:`components` returns them."""
@@ -234,28 +231,3 @@ def refuse_serving(modules: Modules) -> None:
     """Raise :class:`UserError` inside ``mixed_batch``, where adapters cannot be added or removed."""
     if any(serves_rows(module) for module in modules.values()):
         raise UserError("the pipeline is serving a mixed batch: leave that context first")
-
-
-def fingerprint(layer: nn.Module, path: str) -> float:
-    """``u^T W v / sqrt(d_out d_in)`` with seeded normal ``u``, ``v``; nearly equal for fp16, bf16 and fp32 copies.
-
-    For a quantized layer it is the value computed before quantization, which the layer keeps as ``true_fingerprint``
-    (an attribute, so that copies and pickles of the layer keep it too).
-    """
-    if (stored := getattr(layer, "true_fingerprint", None)) is not None:
-        return float(stored)
-    weight: Tensor = layer.weight.detach().flatten(1).float()  # type: ignore[operator]
-    # Drawn on the CPU, so that all devices get the same u and v; the weight, gigabytes in a whole model, is not moved.
-    generator = torch.Generator().manual_seed(sum(canonical(path).encode()))
-    u, v = (torch.randn(size, generator=generator).to(weight.device) for size in weight.shape)
-    return float(u @ weight @ v) / weight.numel() ** 0.5
-
-
-def same_weights(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> bool:
-    """Whether two models have the same weights, by fingerprints ``f`` and ``g``: ``||f - g|| <= 1e-2 ||g||``.
-
-    Only the projections in ``theirs`` are compared. The tolerance accepts fp16, bf16 and fp32 copies of one model;
-    the result is False if any value is not finite.
-    """
-    distance = math.dist([ours[key] for key in theirs], list(theirs.values()))
-    return distance <= FINGERPRINT_TOLERANCE * math.hypot(*theirs.values())

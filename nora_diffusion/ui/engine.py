@@ -21,15 +21,8 @@ from ..generation.settings import Sampling
 from ..loaders import LoadedAdapter, delete_adapter, load_adapter
 from ..loaders.mixed_batch import mixed_batch
 from ..pipelines.base import BaseSource, base_id, best_device, default_guidance, is_embedded
-from ..pipelines.components import (
-    canonical,
-    components,
-    denoiser,
-    devices,
-    fingerprint,
-    projections,
-    same_weights,
-)
+from ..pipelines.components import canonical, components, denoiser, devices, projections
+from ..pipelines.fingerprints import fingerprint, same_weights
 from .entries import Stamp, stamp_of
 from .messages import short_name
 from .preview import LatentPreview

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ...pipelines.components import denoiser, fingerprint, projections
+from ...pipelines.components import denoiser, projections
+from ...pipelines.fingerprints import fingerprint
 from ..settings.config import TrainConfig
 
 
