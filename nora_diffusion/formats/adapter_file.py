@@ -10,8 +10,10 @@ import contextlib
 import difflib
 import os
 import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import UserError
 from ..io.files import sha256
@@ -19,11 +21,13 @@ from ..io.tensor_file import RawTensor, RawTensors, TensorFile, raw_hash, requir
 from .adapter_info import AdapterInfo, parse_info
 from .foreign import DIFFUSERS_FILE, EMBEDDING_FILE, PEFT_FILE, recognize
 from .keys import count_parameters, frozen_factors
-from .packs import inspect_subject, read_subject
+from .packs import Pack, read_factors, read_subject
 from .structure import check_structure
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T", RawTensor, "Tensor")
 
 FILE_NAME = "nora_adapter.safetensors"
 BASIS_FOLDER = "bases"
@@ -89,23 +93,61 @@ def inspect_adapter(path: str | Path, hashed: bool = True) -> AdapterInfo:
     :class:`UserError` for a damaged file, also if its tensors are not those of its metadata, and for one that
     ``load_adapter`` cannot load.
     """
+    with open_adapter(path) as adapter:
+        if hashed and not split_address(path):
+            adapter.info.sha256 = sha256(Path(adapter.info.path))
+        return adapter.info
+
+
+@dataclass
+class OpenAdapter:
+    """An adapter whose file is open: its description, and a function that reads the tensors in its own file.
+
+    ``read()`` leaves out a shared basis; it sets ``info.sha256``, from the bytes that it reads. Raises
+    :class:`UserError` for NaN and infinity.
+    """
+
+    info: AdapterInfo
+    read: Callable[[], dict[str, RawTensor]]
+
+
+@contextlib.contextmanager
+def open_adapter(path: str | Path) -> Iterator[OpenAdapter]:
+    """Open an adapter file, a subject of a pack or another tool's file, and read its header. Raises as
+    :func:`inspect_adapter`.
+    """
     address = split_address(path)
     if address:
-        return inspect_subject(*address)
+        with Pack(address[0]) as pack:
+            subject = pack.find(address[1])
+            yield OpenAdapter(subject.info, lambda: read_factors(subject))
+        return
     file = locate(path)
     with TensorFile(file) as reader:
-        if "nora" not in reader.metadata:
-            info = recognize(reader)
-        else:
-            reader.require_floats()
-            info = parse_info(reader.metadata["nora"], str(file))
-            info.path = str(file)
-            if info.basis == "shared" and not info.basis_sha256:
-                raise UserError(f"{file}: its metadata is damaged (basis_sha256 is missing): copy it again")
-            if info.basis == "own":
-                check_structure(info, {key: entry.shape for key, entry in reader.entries.items()})
-        count_parameters(info, {key: entry.numel for key, entry in reader.entries.items()})
-    info.sha256, info.bytes = sha256(file) if hashed else "", file.stat().st_size
+        info = _describe(reader)
+
+        def read() -> dict[str, RawTensor]:
+            tensors, info.sha256 = reader.read_all()
+            require_finite(tensors, file)
+            return tensors
+
+        yield OpenAdapter(info, read)
+
+
+def _describe(reader: TensorFile) -> AdapterInfo:
+    """The description of a file by its header."""
+    if "nora" not in reader.metadata:
+        info = recognize(reader)
+    else:
+        reader.require_floats()
+        info = parse_info(reader.metadata["nora"], str(reader.path))
+        info.path = str(reader.path)
+        if info.basis == "shared" and not info.basis_sha256:
+            raise UserError(f"{reader.path}: its metadata is damaged (basis_sha256 is missing): copy it again")
+        if info.basis == "own":
+            check_structure(info, {key: entry.shape for key, entry in reader.entries.items()})
+    count_parameters(info, {key: entry.numel for key, entry in reader.entries.items()})
+    info.bytes = reader.size
     return info
 
 
@@ -127,14 +169,26 @@ def read_checked(
             reader.require_floats()
             tensors = {key: reader.raw(key) for key in reader.entries}
     require_finite(tensors, info.path)
+    return complete(info, tensors, basis_dir, basis)
+
+
+def complete(
+    info: AdapterInfo, own: dict[str, RawTensor], basis_dir: str | Path | None = None, basis: RawTensors | None = None
+) -> dict[str, RawTensor]:
+    """The tensors of an adapter's file with its shared basis, verified as by :func:`read_checked`."""
     if info.basis == "shared":
-        basis = _load_basis(info, basis_dir) if basis is None else basis
-        if basis.keys() & tensors.keys():
-            raise UserError(f"{info.path} and its basis both hold {min(basis.keys() & tensors.keys())}")
-        tensors.update(basis)
-    elif info.basis_sha256 and raw_hash(frozen_factors(tensors)) != info.basis_sha256:
+        return joined(info, own, _load_basis(info, basis_dir) if basis is None else basis)
+    if info.basis_sha256 and raw_hash(frozen_factors(own)) != info.basis_sha256:
         raise UserError(f"{info.path} is damaged (its basis does not match basis_sha256): copy it again")
-    check_structure(info, {key: value.shape for key, value in tensors.items()})
+    return joined(info, own, {})
+
+
+def joined(info: AdapterInfo, own: Mapping[str, T], basis: Mapping[str, T]) -> dict[str, T]:
+    """All tensors of an adapter. Raises :class:`UserError` unless they are exactly those of its description."""
+    if basis.keys() & own.keys():
+        raise UserError(f"{info.path} and its basis both hold {min(basis.keys() & own.keys())}")
+    tensors = {**own, **basis}
+    check_structure(info, {key: tuple(value.shape) for key, value in tensors.items()})
     return tensors
 
 

@@ -154,6 +154,14 @@ class TensorFile:
             raise self._damaged("it ends too early")
         return content
 
+    def read_all(self) -> tuple[dict[str, RawTensor], str]:
+        """All tensors, and the SHA-256 of the whole file in hex, which is read once."""
+        digest, tensors = self._header_digest.copy(), {}
+        for key in sorted(self.entries, key=lambda key: self.entries[key].start):  # they follow each other
+            tensors[key] = self.raw(key)
+            digest.update(tensors[key].data)
+        return tensors, digest.hexdigest()
+
     def raw(self, key: str) -> RawTensor:
         """Read a whole tensor."""
         entry = self.entries[key]
@@ -190,8 +198,10 @@ class TensorFile:
             raise UserError(f"{self.path} has a header of {length:,} bytes, more than the {MAX_HEADER:,} allowed")
         if 8 + length > self.size:
             raise self._damaged("its header ends too early")
+        header = start[8 : 8 + length] + self.read(len(start), max(8 + length, len(start)))
+        self._header_digest = hashlib.sha256(start[:8] + header)
         try:
-            values = parse_json(self.read(8, 8 + length), MAX_HEADER_VALUES)
+            values = parse_json(header, MAX_HEADER_VALUES)
         except ValueError as error:
             raise self._damaged(f"its header: {error}") from error
         metadata = values.pop("__metadata__", {}) if isinstance(values, dict) else None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft import inject_adapter_in_model
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters import AdapterConfig, NoraLayer
 from ..adapters.config import Start
@@ -104,14 +104,22 @@ def inject(module: nn.Module, config: AdapterConfig, name: str, start: Start) ->
 def tie(layer: NoraLayer, name: str) -> None:
     """Share memory: replace an adapter's frozen factors by equal tensors of another adapter of the layer."""
     delta = layer.delta(name)
-    others = [other_delta for other, other_delta in layer.nora_delta.items() if other != name]
+    others = [dict(other_delta.named_buffers()) for other, other_delta in layer.nora_delta.items() if other != name]
     for key, buffer in list(delta.named_buffers()):
         owner, _, leaf = key.rpartition(".")
         for other in others:
-            twin = dict(other.named_buffers()).get(key)
-            if twin is not None and twin.dtype == buffer.dtype and torch.equal(twin, buffer):
+            twin = other.get(key)
+            if (
+                twin is not None
+                and twin.dtype == buffer.dtype
+                and (_is_same(twin, buffer) or torch.equal(twin, buffer))
+            ):
                 setattr(delta.get_submodule(owner), leaf, twin)
                 break
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ..adapters.tuner.build import cast_frozen, flat_weight, kernel_of
 from ..adapters.tuner.peft_interface import check_weight
 from ..adapters.tuner.rank_mask import check_rank
 from ..errors import UserError, quoted
-from ..formats.adapter_file import given_name, inspect_adapter, read_tensors
+from ..formats.adapter_file import OpenAdapter, complete, given_name, inspect_adapter, joined, open_adapter
 from ..formats.adapter_info import AdapterInfo
 from ..formats.hub import locate
 from ..formats.keys import file_key, token_key, token_vectors
@@ -40,6 +40,7 @@ from .hotswap import swap
 from .inject import all_or_nothing, check_new_name, check_path, derived_name, inject, set_origin, tie
 from .locking import one_at_a_time
 from .rank import cut_rank
+from .resident import resident_basis
 from .tokens import add_tokens, check_tokens, shapes_of
 
 
@@ -88,33 +89,35 @@ def load_adapter(
     modules = components(pipe)
     refuse_serving(modules)
     file = locate(path_or_id)
-    info = inspect_adapter(file)
-    is_local = file == Path(path_or_id).expanduser()  # the folder of a download is named by a commit
-    if not isinstance(adapter_name, str | None):
-        raise UserError(f"the adapter name {quoted(adapter_name)} is not allowed: give text")
-    name = adapter_name or derived_name(given_name(info.path if is_local else path_or_id))
-    weight = check_weight(name, weight)
-    if basis_dir is not None:
-        check_path("basis_dir", basis_dir)
-    if not info.is_ours:
-        from .foreign import load_foreign
+    with open_adapter(file) as source:
+        info = source.info
+        is_local = file == Path(path_or_id).expanduser()  # the folder of a download is named by a commit
+        if not isinstance(adapter_name, str | None):
+            raise UserError(f"the adapter name {quoted(adapter_name)} is not allowed: give text")
+        name = adapter_name or derived_name(given_name(info.path if is_local else path_or_id))
+        weight = check_weight(name, weight)
+        if basis_dir is not None:
+            check_path("basis_dir", basis_dir)
+        if not info.is_ours:
+            from .foreign import load_foreign
 
-        if hotswap or rank is not None:
-            option = "hotswap" if hotswap else "rank"
-            raise UserError(
-                f"{info.path} is {info.note}: {option} works with adapters of this toolkit only, leave it out"
-            )
-        count = load_foreign(pipe, modules, info, name, activate, weight)
-        return LoadedAdapter(name, applied=count, total=count, info=info)
-    configs = info.configs
-    if rank is not None:
-        for config in configs.values():
-            check_rank(config, rank)
-    if not hotswap:
-        check_new_name(pipe, modules, name, configs)
-    refuse_merged(modules)
-    refuse_offloaded(modules)
-    tensors = read_tensors(info, basis_dir)
+            if hotswap or rank is not None:
+                option = "hotswap" if hotswap else "rank"
+                raise UserError(
+                    f"{info.path} is {info.note}: {option} works with adapters of this toolkit only, leave it out"
+                )
+            info = inspect_adapter(info.path)  # with its hash
+            count = load_foreign(pipe, modules, info, name, activate, weight)
+            return LoadedAdapter(name, applied=count, total=count, info=info)
+        configs = info.configs
+        if rank is not None:
+            for config in configs.values():
+                check_rank(config, rank)
+        if not hotswap:
+            check_new_name(pipe, modules, name, configs)
+        refuse_merged(modules)
+        refuse_offloaded(modules)
+        tensors = _read(source, modules, basis_dir)
     _check_fit(info, configs, modules, tensors, base_id(pipe))
     if hotswap:
         swap(modules, name, info, tensors, activate, weight)
@@ -128,10 +131,22 @@ def load_adapter(
 
 def check_adapter(pipe: Any, path: str | Path, basis_dir: str | Path | None = None) -> tuple[AdapterInfo, Tensors]:
     """Read a file and check that it fits the pipeline, without loading it. Raises as :func:`load_adapter`."""
-    info = inspect_adapter(path)
-    tensors = read_tensors(info, basis_dir)
-    _check_fit(info, info.configs, components(pipe), tensors, base_id(pipe))
+    modules = components(pipe)
+    with open_adapter(path) as source:
+        info, tensors = source.info, _read(source, modules, basis_dir)
+    _check_fit(info, info.configs, modules, tensors, base_id(pipe))
     return info, tensors
+
+
+def _read(source: OpenAdapter, modules: Modules, basis_dir: str | Path | None) -> Tensors:
+    """All tensors of an adapter of ours; those of a shared basis from memory, if a loaded adapter has the same."""
+    info = source.info
+    _ = info.axes  # raises for a file of another tool
+    own = source.read()
+    basis = resident_basis(modules, info) if info.basis == "shared" else None
+    if basis is None:
+        return {key: value.tensor() for key, value in complete(info, own, basis_dir).items()}
+    return joined(info, {key: value.tensor() for key, value in own.items()}, basis)
 
 
 def insert(
@@ -223,8 +238,9 @@ def _check_fingerprint(stored: dict[str, float], layers: dict[str, nn.Module], e
 def _fill(module: nn.Module, component: str, name: str, tensors: Tensors) -> None:
     for path, layer in nora_layers(module, name).items():
         delta, weight = layer.delta(name), flat_weight(layer.base_layer)
-        stored = {f: tensors[file_key(component, path, f)] for f in delta.state_dict()}
-        delta.load_state_dict(stored)
-        for f, buffer in delta.named_buffers():
-            buffer.data = cast_frozen(buffer.to(stored[f].dtype), weight) if f in stored else buffer.to(weight.dtype)
+        for factor, parameter in delta.named_parameters():
+            parameter.data.copy_(tensors[file_key(component, path, factor)])
+        for factor, buffer in delta.named_buffers():
+            stored = tensors.get(file_key(component, path, factor))
+            buffer.data = buffer.to(weight.dtype) if stored is None else cast_frozen(stored.to(buffer.device), weight)
         tie(layer, name)
