@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..adapters import AdapterConfig
@@ -235,11 +236,12 @@ def _check_fingerprint(stored: dict[str, float], layers: dict[str, nn.Module], e
         raise error
 
 
+@torch.no_grad()
 def _fill(module: nn.Module, component: str, name: str, tensors: Tensors) -> None:
     for path, layer in nora_layers(module, name).items():
         delta, weight = layer.delta(name), flat_weight(layer.base_layer)
         for factor, parameter in delta.named_parameters():
-            parameter.data.copy_(tensors[file_key(component, path, factor)])
+            parameter.copy_(tensors[file_key(component, path, factor)])
         for factor, buffer in delta.named_buffers():
             stored = tensors.get(file_key(component, path, factor))
             buffer.data = buffer.to(weight.dtype) if stored is None else cast_frozen(stored.to(buffer.device), weight)
