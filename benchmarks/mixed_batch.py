@@ -6,7 +6,7 @@ The batch has two rows per subject (with and without the prompt, as for guidance
 pass over the rounds and its ratio to the base without adapters. Rows, for NoRA with a shared basis, NoRA with one basis
 per subject, and plain LoRAs:
 
-- *enter*: entering the context ``mixed_batch``, once per generation (it compares the bases);
+- *enter*: entering the context ``mixed_batch``, once per generation;
 - *together*: one pass in which each row has its own adapter (LoRAs: PEFT's ``adapter_names``);
 - *one by one*: one pass per subject, switching the adapter in between.
 

@@ -11,8 +11,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..adapters import NoraLayer
-from ..adapters.tuner.mixed_rows import RowPlan, serve_rows
+from ..adapters.tuner.mixed_rows import serve_rows
 from ..adapters.tuner.peft_interface import check_weight
+from ..adapters.tuner.row_plan import RowPlan
 from ..errors import UserError, quoted
 from ..pipelines.components import Modules, components, refuse_merged, refuse_offloaded, tuner_layers
 from ..pipelines.names import DENOISERS
@@ -48,7 +49,7 @@ def mixed_batch(pipe: Any, rows: Sequence[RowSpec], weights: Sequence[float] | f
         _check(modules, specs)
         for component, module in modules.items():
             plan = RowPlan(specs)
-            stack.enter_context(serve_rows(module, plan))
+            stack.enter_context(serve_rows(module, plan, tuner_layers(module)))
             stack.enter_context(_serve_loras(module, component, plan))
             if component in DENOISERS:
                 stack.enter_context(_reading_calls(pipe, plan))
@@ -112,7 +113,7 @@ def _refuse(module: nn.Module, component: str, names: set[str]) -> None:
 def _serve_loras(module: nn.Module, component: str, plan: RowPlan) -> Iterator[None]:
     """Apply the plan to ordinary LoRAs, by PEFT's ``adapter_names``."""
     layers = [layer for layer in tuner_layers(module) if isinstance(layer, LoraLayer)]
-    loras = {name for name in plan.names if any(name in held(layer) for layer in layers)}
+    loras = set(plan.names) & {name for layer in layers for name in held(layer)}
     weights: dict[str, float] = {}
     for spec in plan.specs:
         used = [name for name in spec if name in loras]
@@ -128,7 +129,8 @@ def _serve_loras(module: nn.Module, component: str, plan: RowPlan) -> Iterator[N
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(layer.register_forward_pre_hook(choose, with_kwargs=True).remove)
+            if loras:
+                stack.callback(layer.register_forward_pre_hook(choose, with_kwargs=True).remove)
             stack.callback(restore_weights, layer, list(layer.active_adapters), dict(layer.scaling))
             layer._active_adapter = list(loras)  # so that a scale passed to the pipeline call applies to them
             for name, weight in weights.items():

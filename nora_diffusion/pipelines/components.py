@@ -161,12 +161,22 @@ def tuner_layers(module: nn.Module) -> Iterator[BaseTunerLayer]:
 
 
 def named_tuner_layers(module: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
-    """:func:`tuner_layers` with their paths.
+    """:func:`tuner_layers` with their paths."""
+    is_tuner: dict[type, bool] = {}  # `isinstance` is slow for abstract classes
+    for path, current in _named_frozen_modules(module):
+        kind = type(current)
+        if kind not in is_tuner:
+            is_tuner[kind] = issubclass(kind, BaseTunerLayer)
+        if is_tuner[kind]:
+            yield path, cast(BaseTunerLayer, current)
+
+
+def _named_frozen_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules but those inside adapters, in the order of ``named_modules``.
 
     Ten times as fast as ``named_modules``, which enters the factors of every adapter and builds each path anew at each
     level.
     """
-    is_tuner: dict[type, bool] = {}  # `isinstance` is slow for abstract classes
     seen: set[nn.Module] = set()
     stack = [("", module)]
     while stack:
@@ -174,17 +184,16 @@ def named_tuner_layers(module: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]
         if current in seen:
             continue
         seen.add(current)
-        kind = type(current)
-        if kind not in is_tuner:
-            is_tuner[kind] = issubclass(kind, BaseTunerLayer)
+        yield path, current
         children = current._modules
-        if is_tuner[kind]:
-            layer = cast(BaseTunerLayer, current)
-            yield path, layer
-            children = {name: child for name, child in children.items() if name not in layer.adapter_layer_names}
         if children:
+            inside: Iterable[str] = getattr(type(current), "adapter_layer_names", ())
             prefix = f"{path}." if path else ""
-            stack += [(prefix + name, child) for name, child in reversed(children.items()) if child is not None]
+            stack += [
+                (prefix + name, child)
+                for name, child in reversed(children.items())
+                if child is not None and name not in inside
+            ]
 
 
 @contextmanager
@@ -220,7 +229,8 @@ def refuse_merged(modules: Modules) -> None:
 def refuse_offloaded(modules: Modules) -> None:
     """Raise :class:`UserError` for weights on the meta device, which sequential offloading fills at each call."""
     for name, module in modules.items():
-        if any(parameter.is_meta for parameter in module.parameters()):
+        frozen = (p for _, layer in _named_frozen_modules(module) for p in layer._parameters.values())
+        if any(parameter is not None and parameter.is_meta for parameter in frozen):
             raise UserError(
                 f"the weights of the {name} are offloaded layer by layer: call pipe.remove_all_hooks() first, and "
                 "enable_sequential_cpu_offload() again afterwards"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nora_diffusion.adapters import NoraLayer, nora
-from nora_diffusion.adapters.tuner.mixed_rows import LayerRows, RowPlan
+from nora_diffusion.adapters.tuner.mixed_rows import LayerRows, serve_rows
+from nora_diffusion.adapters.tuner.row_plan import RowPlan
 from nora_diffusion.training.many.batched import SubjectRows
 
 WIDTH = 12
 BANKS = {"CoreBank": "svd", "PairBank": "orthogonal"}
+"""The bank of a pass with gradients and a basis for it; a pass without gradients uses pairs for both."""
 
 
 class Operations(TorchDispatchMode):
@@ -62,7 +64,9 @@ def test_cost_depends_on_the_rows_of_the_pass(bank: str, grad: bool) -> None:
     counts = []
     for members in (2, 9):
         layer, plan = layer_of_subjects([2] * members, BANKS[bank])  # type: ignore[arg-type]
-        assert layer.rows is not None and [type(b).__name__ for b in layer.rows.banks] == [bank]
+        with torch.set_grad_enabled(grad):
+            kinds = [type(b).__name__ for b in cast(LayerRows, layer.rows).grouped()[0]]
+        assert kinds == [bank if grad else "PairBank"]
         with torch.set_grad_enabled(grad), Operations() as operations:
             y = run(layer, plan, {0: 2, 1: 1})
             if grad:
@@ -94,6 +98,22 @@ def test_rows_equal_each_subject_alone(bank: str, grad: bool) -> None:
                 torch.testing.assert_close(found[start : start + rows], expected, atol=1e-5, rtol=1e-5)
                 start += rows
             layer.rows = plan_rows
+
+
+def test_a_compiled_model_is_not_recompiled_from_pass_to_pass() -> None:
+    """Graphs are made while the factors of the rows are first built, kept and rebuilt; then no more."""
+    layer, _ = layer_of_subjects([2, 2], "svd")
+    layer.rows, graphs = None, list[int]()
+    model = nn.Sequential(layer)
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(1) or graph.forward)
+    x = torch.randn(2, 3, WIDTH)
+    with torch.no_grad(), serve_rows(model, RowPlan([{"s0": 1.0}, {"s1": 0.5}])):
+        for _ in range(4):
+            before, found = len(graphs), [compiled(x) for _ in range(3)]
+            for y in found:
+                torch.testing.assert_close(y, model(x))
+            next(layer.delta("s1").core.parameters()).mul_(2)  # type: ignore[union-attr]
+    assert len(graphs) == before > 0
 
 
 def test_an_adapter_may_have_any_name() -> None:

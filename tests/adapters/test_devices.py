@@ -21,7 +21,8 @@ from nora_diffusion.adapters import PRESETS, AdapterConfig, NoraLayer, lora, nor
 from nora_diffusion.adapters.config import Start
 from nora_diffusion.adapters.deltas.bases import BASES
 from nora_diffusion.adapters.tuner import merging
-from nora_diffusion.adapters.tuner.mixed_rows import RowPlan, serve_rows
+from nora_diffusion.adapters.tuner.mixed_rows import serve_rows
+from nora_diffusion.adapters.tuner.row_plan import RowPlan
 from nora_diffusion.attention import AdapterAttnProcessor
 from nora_diffusion.loaders.inject import inject
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from nora_diffusion import UserError, add_adapter, load_base, mixed_batch, open_pipeline, set_adapters
 from nora_diffusion.adapters import AdapterConfig, NoraLayer, dora, dylora, lora, lora_xs, mor, mora, nora
-from nora_diffusion.adapters.deltas.chain import functional
 from nora_diffusion.adapters.presets import moe_lora
+from nora_diffusion.adapters.tuner.mixed_rows import LayerRows
+from nora_diffusion.adapters.tuner.row_banks import CoreBank, PairBank
 from nora_diffusion.attention import NoRAAttnProcessor
 from nora_diffusion.loaders import trainable_parameters
 
@@ -273,25 +275,82 @@ def test_rows_of_ordinary_loras(with_loras: Any, copies: int) -> None:
 # Internals
 
 
-def test_shared_basis_uses_one_product(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def banks_of(layer: NoraLayer) -> list[tuple[str, list[str]]]:
+    """The banks of the next pass, with the adapters in them."""
+    assert layer.rows is not None
+    return [(type(bank).__name__, bank.names) for bank in cast(LayerRows, layer.rows).grouped()[0]]
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
+def test_shared_basis_uses_one_bank(shared: Any, grad: bool) -> None:
+    """Convolutions and training use one core per row; linear layers without gradients one collapsed pair."""
     layers = [m for m in shared.unet.modules() if isinstance(m, NoraLayer)]
-    products: list[int] = []
-    monkeypatch.setattr(
-        functional, "rowwise", lambda p, m: products.append(len(m)) or torch.bmm(p.flatten(1, -2), m).view_as(p)
-    )
-    with torch.no_grad(), mixed_batch(shared, SHARED_ROWS):
+    with torch.set_grad_enabled(grad), mixed_batch(shared, SHARED_ROWS):
         for layer in layers:
-            assert layer.rows is not None and not layer.rows.single
-            assert [bank.names for bank in layer.rows.banks] == [["dog", "cat", "hat"]]
-        shared.unet(*unet_inputs(8))
-    assert products == [8] * len(layers)
+            kind = "CoreBank" if grad or isinstance(layer.base_layer, nn.Conv2d) else "PairBank"
+            assert banks_of(layer) == [(kind, ["dog", "cat", "hat"])]
 
 
-def test_chains_of_equal_rank_use_one_bank(own: Any) -> None:
+def test_a_linear_layer_adds_to_its_frozen_output(shared: Any) -> None:
+    """Without gradients there is no second tensor of its size, unless a hook may have kept the first."""
+    layer = shared.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    x, made = torch.randn(4, 3, layer.in_features), list[Tensor]()
+    linear = torch.nn.functional.linear
+    with torch.no_grad(), mixed_batch(shared, SHARED_ROWS):
+        layer.rows.plan.start(4)
+        with mock.patch("torch.nn.functional.linear", lambda *args: made.append(linear(*args)) or made[-1]):
+            assert layer(x).data_ptr() == made[0].data_ptr() and len(made) == 1
+            with layer.base_layer.register_forward_hook(lambda *_: None):
+                assert layer(x).data_ptr() != made[1].data_ptr()
+
+
+def test_chains_of_similar_rank_use_one_bank(own: Any) -> None:
     layer = own.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
-    with mixed_batch(own, ["dog", "cat", "lora", "dylora", "dora", "mor"]):
-        assert [bank.names for bank in layer.rows.banks] == [["cat", "lora", "dylora"]]
-        assert layer.rows.single == ["dog", "dora", "mor"]
+    with torch.no_grad(), mixed_batch(own, ["dog", "cat", "lora", "dylora", "dora", "mor", "mora"]):
+        assert banks_of(layer) == [("PairBank", ["dog", "cat", "lora", "dylora", "mora"])]
+        assert layer.rows.grouped()[1] == ["dora", "mor"]
+
+
+def test_a_batch_keeps_its_factors_until_one_changes(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, factor = unet_inputs(4), next(iter(trainable_parameters(shared, "dog").values()))
+    layers = sum(isinstance(m, NoraLayer) for m in shared.unet.modules())
+    built: list[str] = []
+    for kind in (CoreBank, PairBank):
+        build = kind.build
+        monkeypatch.setattr(kind, "build", lambda self, specs, build=build: built.append("") or build(self, specs))
+    with torch.no_grad(), mixed_batch(shared, SHARED_ROWS):
+        for _ in range(3):
+            shared.unet(*inputs)
+        assert len(built) == layers
+        factor.mul_(1)
+        shared.unet(*inputs)
+    assert len(built) == layers + 1
+
+
+def test_bases_are_compared_once(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing reads all values: entering compares nothing, and a second context knows the result of the first."""
+    pipe = fill(open_pipeline(tiny_base), {name: SHARED[name]() for name in ("dog", "cat")}, ["unet"])
+    layers = [m for m in pipe.unet.modules() if isinstance(m, NoraLayer)]
+    for delta in (layer.delta("cat") for layer in layers):
+        for name, factor in delta.named_buffers(recurse=False):
+            setattr(delta, name, factor.clone())
+    compared: list[Tensor] = []
+    equal = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda a, b: compared.append(a) or equal(a, b))
+
+    def count() -> int:
+        compared.clear()
+        with mixed_batch(pipe, ["dog", "cat"]):
+            assert not compared
+            for layer in layers:
+                assert banks_of(layer) == [("CoreBank", ["dog", "cat"])]
+        return len(compared)
+
+    assert count() == 2 * len(layers)
+    assert count() == 0
+    with torch.no_grad():
+        layers[0].delta("cat").outer[0].mul_(1)
+    assert count() == 2
 
 
 def test_weights_changed_inside_the_context_are_used(shared: Any) -> None:

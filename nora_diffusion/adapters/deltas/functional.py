@@ -84,4 +84,16 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
 
 def rowwise(p: Tensor, matrices: Tensor) -> Tensor:
     """Multiply each row of a batch by its own matrix: ``p [n, ..., k]``, ``M [n, k, m]`` -> ``[n, ..., m]``."""
-    return torch.bmm(p.flatten(1, -2) if p.ndim > 2 else p.unsqueeze(1), matrices).view(*p.shape[:-1], -1)
+    return torch.bmm(_by_row(p), matrices).view(*p.shape[:-1], -1)
+
+
+def add_rowwise(y: Tensor, p: Tensor, matrices: Tensor, *, in_place: bool) -> Tensor:
+    """``y + rowwise(p, M)`` in one pass, for ``y [n, ..., m]``; ``in_place``: may write into ``y``."""
+    rows, update = _by_row(y), _by_row(p)
+    out = rows.baddbmm_(update, matrices) if in_place else torch.baddbmm(rows, update, matrices)
+    return out.view(y.shape).to(y.dtype)
+
+
+def _by_row(x: Tensor) -> Tensor:
+    """``[n, ..., k]`` as ``[n, tokens, k]``."""
+    return x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)

@@ -18,8 +18,9 @@ from ..peft_names import PREFIX
 from .build import flat_weight
 from .guards import guard, unguard
 from .layer import NoraLayer
-from .mixed_rows import RowPlan, serve_rows
+from .mixed_rows import serve_rows
 from .rank_mask import watch
+from .row_plan import RowPlan
 from .weighted import lora_config, weighted_pairs
 
 

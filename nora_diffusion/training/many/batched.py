@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...adapters.presets import samples_rank
-from ...adapters.tuner.mixed_rows import RowPlan, serve_rows
+from ...adapters.tuner.mixed_rows import serve_rows
+from ...adapters.tuner.row_plan import RowPlan
 from ...errors import UserError
 from ...loaders import delete_adapter
 from ...pipelines.components import components

@@ -1,0 +1,223 @@
+"""Banks: the factors of several chains of one layer, stacked, so that each row of a batch is multiplied by its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..deltas import functional
+from ..deltas.chain import ChainDelta
+from ..deltas.joining import core_matrix, joined_pair, shares_basis
+from .layer import NoraLayer
+from .row_plan import RowPlan, RowSpec
+
+Comparison = tuple[object, bool]
+_COMPARED: WeakKeyDictionary[ChainDelta, WeakKeyDictionary[ChainDelta, Comparison]] = WeakKeyDictionary()
+"""Whether two chains have equal bases, with the state of these bases."""
+
+
+class Bank(ABC):
+    """Factors of several chains, one set for each row of the batch.
+
+    Only the specs of the batch are stacked: of many subjects that train together, a pass may have two.
+    """
+
+    def __init__(self, layer: NoraLayer, names: list[str], plan: RowPlan) -> None:
+        self.layer, self.names, self.plan = layer, names, plan
+        self._checked = -1
+        self._seen: object = None
+        self._rows: tuple[Tensor, ...] = ()
+        self._chains: list[ChainDelta] = []
+        self._tables: list[dict[str, Any]] = []
+
+    @abstractmethod
+    def add(self, x: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
+        """``y`` plus the chains' part of each row, for the input ``x``; ``in_place``: ``y`` may be overwritten."""
+
+    @abstractmethod
+    def build(self, specs: Sequence[RowSpec]) -> tuple[Tensor, ...]:
+        """The factors of these specs, stacked; at least one spec uses a chain of this bank."""
+
+    def is_used(self) -> bool:
+        """Whether any row of the batch uses a chain of this bank."""
+        return not self.plan.live.isdisjoint(self.names)
+
+    def rows(self, y: Tensor) -> tuple[Tensor, ...]:
+        """The factors of each row in the dtype of ``y``.
+
+        They are kept until the batch or a factor changes; under autograd every pass builds them.
+        """
+        if torch.is_grad_enabled():
+            return self._built(y)
+        if not torch.compiler.is_compiling():  # a graph that reads the number of the pass would serve one pass only
+            self.refresh()
+        if not self._rows or self._rows[0].dtype != y.dtype:
+            self._rows = self._built(y)
+        return self._rows
+
+    def refresh(self) -> None:
+        """Forget the factors of the rows if they have changed since the last pass; checked once per pass."""
+        if self._checked != self.plan.passes:
+            self._checked, state = self.plan.passes, self._state()
+            if state != self._seen:
+                self._seen, self._rows = state, ()
+
+    def _built(self, y: Tensor) -> tuple[Tensor, ...]:
+        index = self.plan.index(y.device)
+        with functional.without_autocast(y.device):
+            return tuple(factor.to(y.dtype)[index] for factor in self.build(self.plan.used))
+
+    def _state(self) -> tuple[object, ...]:
+        """Changes with the batch, and with the scales, ranks and factors of the chains that it uses.
+
+        It reads the tables of ``nn.Module`` without its slow lookup.
+        """
+        names, deltas = self.live(), cast("dict[str, ChainDelta]", self.layer.nora_delta._modules)
+        chains = [deltas[name] for name in names]
+        if chains != self._chains:
+            modules = [module for one in chains for module in one.modules()]
+            self._chains, self._tables = chains, [t for m in modules for t in (m._parameters, m._buffers) if t]
+        factors = [factor for table in self._tables for factor in table.values()]
+        scales = [self.layer.states[name].scaling for name in names]
+        return self.plan.changes, scales, [one.rank for one in chains], _versions(factors)
+
+    def live(self) -> list[str]:
+        """The chains of this bank that the batch uses."""
+        return [name for name in self.names if name in self.plan.live]
+
+    def delta(self, name: str) -> ChainDelta:
+        return chain(self.layer, name)
+
+    def scaling(self, name: str) -> float:
+        return self.layer.states[name].scaling
+
+
+class CoreBank(Bank):
+    """For chains that share a frozen outer pair: ``y += B C[row] A x``, ``C[row] = sum_k w_k s_k C_k [r, r]``."""
+
+    def add(self, x: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
+        down, up = self.delta(self.names[0]).outer
+        p = self.layer.contract(x, down)
+        (cores,) = self.rows(p)
+        dy = F.linear(functional.rowwise(p, cores), up.to(p.dtype))
+        return y + self.layer.channels_first(dy).to(y.dtype)
+
+    def build(self, specs: Sequence[RowSpec]) -> tuple[Tensor, ...]:
+        cores = {name: self.scaling(name) * core_matrix(self.delta(name)) for name in self.live()}
+        zero = torch.zeros_like(next(iter(cores.values())))
+        sums = [sum((w * cores[n] for n, w in spec.items() if n in cores), start=zero) for spec in specs]
+        return (torch.stack(sums).transpose(1, 2),)
+
+
+class PairBank(Bank):
+    """For chains of any basis in a linear layer: ``y += B[row] A[row] x``, one collapsed pair for each row.
+
+    The pairs ``[n, d_in, K]`` and ``[n, K, d_out]`` of a batch of ``n`` rows are padded with zeros to the largest rank
+    ``K`` that the chains of one row add up to.
+    """
+
+    def add(self, x: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
+        downs, ups = self.rows(y)
+        return functional.add_rowwise(y, functional.rowwise(x.to(y.dtype), downs), ups, in_place=in_place)
+
+    def build(self, specs: Sequence[RowSpec]) -> tuple[Tensor, ...]:
+        chains = {name: (self.scaling(name), self.delta(name)) for name in self.live()}
+        members = [[(w * chains[n][0], chains[n][1]) for n, w in spec.items() if n in chains] for spec in specs]
+        pairs = [joined_pair(own) if own else None for own in members]
+        rank = max(len(pair[0]) for pair in pairs if pair is not None)
+        down, up = next(pair for pair in pairs if pair is not None)
+        none = down.new_zeros(0, down.shape[1]), up.new_zeros(up.shape[0], 0)
+        padded = [_padded(*(pair or none), rank) for pair in pairs]
+        return torch.stack([down.T for down, _ in padded]), torch.stack([up.T for _, up in padded])
+
+
+def _padded(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    missing = rank - len(down)
+    return F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))
+
+
+def banks(layer: NoraLayer, names: Sequence[str], plan: RowPlan) -> list[Bank]:
+    """The banks of those adapters of a layer that a bank can hold together with others.
+
+    A convolution has a bank for each basis that adapters share, and so has a linear layer under autograd, which then
+    keeps ``p = A x`` and not ``x``. The pairs of :class:`PairBank` are cheaper in a pass without gradients, and nothing
+    has to be compared for them.
+    """
+    chains = [name for name in names if is_plain(layer, name)]
+    is_linear, found = isinstance(layer.base_layer, nn.Linear), list[Bank]()
+    if torch.is_grad_enabled() or not is_linear:
+        found += [CoreBank(layer, group, plan) for group in _groups(chains, partial(_have_same_basis, layer))]
+    banked = {name for bank in found for name in bank.names}
+    if is_linear:
+        others = [name for name in chains if name not in banked]
+        found += [PairBank(layer, group, plan) for group in _groups(others, partial(_have_similar_rank, layer))]
+    return found
+
+
+def chain(layer: NoraLayer, name: str) -> ChainDelta:
+    """The delta of an adapter that is known to be a chain."""
+    return cast(ChainDelta, layer.delta(name))
+
+
+def is_plain(layer: NoraLayer, name: str) -> bool:
+    """Whether an adapter is a plain product of matrices: no gate, magnitude, sampled rank or active dropout."""
+    delta = layer.delta(name)
+    return isinstance(delta, ChainDelta) and delta.is_plain
+
+
+def _groups(names: Sequence[str], alike: Callable[[str, str], bool]) -> list[list[str]]:
+    """Groups of two or more adapters that are alike."""
+    groups: list[list[str]] = []
+    for name in names:
+        group = next((group for group in groups if alike(group[0], name)), None)
+        if group is None:
+            groups.append([name])
+        else:
+            group.append(name)
+    return [group for group in groups if len(group) > 1]
+
+
+def _have_similar_rank(layer: NoraLayer, one: str, two: str) -> bool:
+    """Whether padding one chain to the rank of the other costs little: the next power of two is the same, from 8."""
+    ranks = [delta.rank or delta.full_rank for delta in (chain(layer, one), chain(layer, two))]
+    return len({max(rank - 1, 7).bit_length() for rank in ranks}) == 1
+
+
+def _have_same_basis(layer: NoraLayer, one: str, two: str) -> bool:
+    return same_basis(chain(layer, one), chain(layer, two))
+
+
+def same_basis(one: ChainDelta, two: ChainDelta) -> bool:
+    """Whether two chains have cores inside equal frozen outer pairs.
+
+    Values are compared once, and again after one of the four tensors has changed: it reads all of them, and waits for
+    a GPU.
+    """
+    if shares_basis(one, two):
+        return True
+    known = _COMPARED.setdefault(one, WeakKeyDictionary())
+    state = _basis_state(one), _basis_state(two)
+    if two not in known or known[two][0] != state:
+        known[two] = state, shares_basis(one, two, by_value=True)
+    return known[two][1]
+
+
+def _basis_state(one: ChainDelta) -> Any:
+    """Changes with the frozen tensors of a chain, and with its rank."""
+    return one.rank, _versions(one._buffers.values())
+
+
+def _versions(tensors: Iterable[Tensor | None]) -> tuple[list[int], list[int]]:
+    """Changes if one of these tensors is replaced or written to.
+
+    Inference tensors count no versions; they cannot be changed outside of inference mode either.
+    """
+    present = [tensor for tensor in tensors if tensor is not None]
+    return [t.data_ptr() for t in present], [t._version for t in present if not t.is_inference()]
