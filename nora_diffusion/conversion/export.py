@@ -193,9 +193,8 @@ def _note_on_dora(format: Format, pairs: list[PlainPair], lost: float) -> str:
 def _note_on_readers(format: Format, pairs: list[PlainPair]) -> str:
     """Layers that a reader of the format ignores without a warning."""
     notes = []
-    t5 = any(p.component.startswith("text_encoder") and p.path.startswith("encoder.block.") for p in pairs)
-    if format == "diffusers" and t5:
-        notes.append("its T5 layers are read only by PEFT and load_adapter: pipe.load_lora_weights ignores them")
+    if format == "diffusers" and any(pair.is_t5 for pair in pairs):
+        notes.append("its T5 layers are read by ComfyUI and load_adapter: pipe.load_lora_weights ignores them")
     outside = sorted({p.path.split(".")[0] for p in pairs if p.component == "unet" and p.path.startswith(OUTSIDE)})
     if format == "kohya" and outside:
         notes.append(f"sd-scripts ignores {', '.join(outside)}; older releases of diffusers refuse them")

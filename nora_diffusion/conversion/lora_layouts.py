@@ -17,7 +17,7 @@ from torch import Tensor
 from ..adapters.patterns import pattern_of
 from ..errors import UserError
 from ..formats.adapter_info import AdapterInfo
-from ..formats.foreign import PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX
+from ..formats.foreign import PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX, T5_PREFIX
 from ..formats.foreign_names import original_name
 from ..io.files import write_atomic
 from ..io.tensor_file import TensorFile
@@ -52,6 +52,11 @@ class PlainPair:
     def rank(self) -> int:
         """The rank ``r``."""
         return self.down.shape[0]
+
+    @property
+    def is_t5(self) -> bool:
+        """Whether the projection is one of a T5."""
+        return self.component.startswith("text_encoder") and self.path.startswith("encoder.block.")
 
     def shaped(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The factors as stored in files: 2-D for linear layers, 4-D for convolutions."""
@@ -184,7 +189,9 @@ def _write_diffusers(dst: Path, info: AdapterInfo, pairs: list[PlainPair], dtype
         if pair.component == "unet" and "unet" not in magnitudes:
             tensors |= pair.comfy_tensors(dtype)
         else:
-            tensors |= pair.peft_tensors(f"{pair.component}.{_long_path(pair)}", dtype)
+            # Of the programs that read this format, diffusers ignores a T5 under any name.
+            prefix = T5_PREFIX if pair.is_t5 else f"{pair.component}."
+            tensors |= pair.peft_tensors(prefix + _long_path(pair), dtype)
     settings = {name: _lora_settings([p for p in pairs if p.component == name]) for name in info.components}
     metadata = {}
     if any(own["rank_pattern"] for own in settings.values()):  # else diffusers 0.38 takes the first rank for all alphas

@@ -70,13 +70,15 @@ DENOISER = "denoiser"
 """Stands for the UNet or the transformer, if a file's names are the same for both."""
 T5 = "t5"
 """Stands for the T5, which is SD3's third, Flux's second and PixArt's only text encoder."""
+T5_PREFIX = "text_encoders.t5xxl.transformer."
+"""ComfyUI's name of the T5."""
 PREFIXES = {
     "lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
     "lora_te3_": T5, "lora_transformer_": "transformer", "lycoris_": DENOISER,
     "model.diffusion_model.": DENOISER, "diffusion_model.": DENOISER,
     "text_encoders.clip_l.transformer.": "text_encoder",
     "text_encoders.clip_h.transformer.": "text_encoder", "text_encoders.clip_g.transformer.": "text_encoder_2",
-    "text_encoders.t5xxl.transformer.": T5, **{f"{name}.": name for name in COMPONENTS},
+    T5_PREFIX: T5, **{f"{name}.": name for name in COMPONENTS},
 }  # fmt: skip
 """The component that a module's name begins with, in files of kohya, OneTrainer, SimpleTuner, ComfyUI and diffusers."""
 BARE = re.compile(r"(down_blocks|mid_block|up_blocks)\.")

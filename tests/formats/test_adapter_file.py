@@ -519,12 +519,15 @@ def test_an_export_reports_that_diffusers_ignores_t5(tmp_path: Path, model: str,
     trained(pipe, lora(r=2), ("transformer", "text_encoder", component))
     save_adapter(pipe, tmp_path / "dog", "one")
     delete_adapter(pipe, "one")
-    note = "its T5 layers are read only by PEFT"
+    note = "its T5 layers are read by ComfyUI"
     report = export_lora(tmp_path / "dog", tmp_path / "dog.safetensors")
     assert note in report.note
     assert note not in export_lora(tmp_path / "dog", tmp_path / "peft", format="peft").note
     pipe.load_lora_weights(str(report.path), adapter_name="plain")
     assert {component for component, names in list_adapters(pipe).items() if names} == {"transformer", "text_encoder"}
+    loaded = load_adapter(pipe, report.path, "whole")
+    assert loaded.applied == loaded.total == report.keys
+    assert component in list_adapters(pipe)
 
 
 def test_alpha_is_the_rank_in_every_precision() -> None:
