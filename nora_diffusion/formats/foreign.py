@@ -73,7 +73,7 @@ T5 = "t5"
 T5_PREFIX = "text_encoders.t5xxl.transformer."
 """ComfyUI's name of the T5."""
 PREFIXES = {
-    "lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
+    "lora_unet_": DENOISER, "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
     "lora_te3_": T5, "lora_transformer_": "transformer", "lycoris_": DENOISER,
     "model.diffusion_model.": DENOISER, "diffusion_model.": DENOISER,
     "text_encoders.clip_l.transformer.": "text_encoder",

@@ -27,6 +27,8 @@ IN_RESNET = {
 }  # fmt: skip
 ROLES = {DENOISER: DENOISERS, T5: ("text_encoder_3", "text_encoder_2", "text_encoder")}
 """The components that a role may stand for; the first of them that has a projection of the module's name."""
+ORIGINAL_DIT = re.compile(r"(joint|double|single)_blocks[._]")
+"""Blocks of SD3's and Flux's transformers in their original code, where q, k and v are one projection."""
 BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(.*)")
 
 
@@ -42,7 +44,7 @@ def match_projections(components: Modules, path: str, modules: list[Module]) -> 
         possible = ROLES.get(module.component, (module.component or default,))
         component = next((name for name in possible if module.name in paths.get(name, {})), None)
         if component is None:
-            raise UserError(_missing(path, module, possible, components))
+            raise UserError(f"{path} {_missing(module, possible, components, modules)}")
         projection = component, paths[component][module.name]
         if projection in found:
             names = f"{found[projection].name} and {module.name}"
@@ -51,12 +53,17 @@ def match_projections(components: Modules, path: str, modules: list[Module]) -> 
     return found
 
 
-def _missing(path: str, module: Module, possible: Sequence[str], components: Modules) -> str:
-    """Why no projection of the pipeline matches a module."""
+def _missing(module: Module, possible: Sequence[str], components: Modules, modules: list[Module]) -> str:
+    """Why no projection of the pipeline matches a module, as the end of a sentence about its file."""
+    if "transformer" in components and any(ORIGINAL_DIT.match(other.name) for other in modules):
+        return (
+            f"names the transformer's layers as the model's original code does ({module.name}): try "
+            "pipe.load_lora_weights, or save it in diffusers' names with the tool that made it"
+        )
     if module.component and (module.component == T5 or not any(name in components for name in possible)):
         owner = "a T5" if module.component == T5 else f"the {possible[0]}"
-        return f"{path} adapts {module.name} of {owner}, which this pipeline does not have: open a base with it"
-    return f"{path} was made for another base: this pipeline has no {module.name}"
+        return f"adapts {module.name} of {owner}, which this pipeline does not have: open a base with it"
+    return f"was made for another base: this pipeline has no {module.name}"
 
 
 def _default_component(path: str, paths: dict[str, dict[str, str]], names: list[str]) -> str:

@@ -64,7 +64,7 @@ def fitted_modules(components: Modules, reader: TensorFile) -> dict[Projection, 
 
 def _shaped(factors: Tensors, weight: Tensor) -> Tensors:
     """A LoRA's factors with as many dimensions as the weight: files may hold those of convolutions as matrices."""
-    if "down" not in factors or "mid" in factors or factors["down"].dim() == weight.dim():
+    if "down" not in factors or "mid" in factors:
         return factors
     kernel = weight.shape[1:] if weight.dim() == 4 else (-1,)
     ones = (1, 1) if weight.dim() == 4 else ()

@@ -172,13 +172,15 @@ def test_dylora_of_lycoris_is_put_together(pipe: Any, pairs: Pairs, tmp_path: Pa
         inspect_adapter(tmp_path / "x.safetensors")
 
 
-def test_factors_of_convolutions_may_be_matrices(pipe: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flat", [("down", "up"), ("up",)], ids=["both", "as LyCORIS writes its DyLoRA"])
+def test_factors_of_convolutions_may_be_matrices(pipe: Any, tmp_path: Path, flat: tuple[str, ...]) -> None:
     layer = projections(pipe.unet)["conv_in"]
     d_out, c, height, width = layer.weight.shape  # type: ignore[union-attr,misc]
     down, up = torch.randn(2, c * height * width), torch.randn(int(d_out), 2)  # type: ignore[operator,arg-type]
     pairs = {("unet", "conv_in"): (down, up)}
     name = "lora_unet_conv_in"
-    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "x.safetensors")
+    stored = down if "down" in flat else down.view(2, c, height, width)
+    save_file({f"{name}.lora_down.weight": stored, f"{name}.lora_up.weight": up}, tmp_path / "x.safetensors")
     check(pipe, tmp_path / "x.safetensors", pairs)
 
 
@@ -413,3 +415,25 @@ def test_magnitudes_of_some_projections_are_refused(tmp_path: Path, prefix: str)
     with pytest.raises(UserError, match=r"only 1 of the 2 projections of the text_encoder\w* have a magnitude"):
         load_adapter(pipe, tmp_path / "x.safetensors", "one")
     assert list_adapters(pipe) == {}
+
+
+@pytest.mark.parametrize("model", ["sd3", "flux"])
+@pytest.mark.parametrize(
+    "name", ["lora_unet_double_blocks_0_img_attn_qkv", "diffusion_model.joint_blocks.0.x_block.attn.qkv"]
+)
+def test_names_of_the_original_transformers_are_refused_as_such(tmp_path: Path, model: str, name: str) -> None:
+    other = "lora_unet_context_embedder" if name.startswith("lora_unet_") else "diffusion_model.context_embedder"
+    tensors = {}
+    for module in (other, name):
+        tensors |= {f"{module}.lora_down.weight": torch.ones(1, 7), f"{module}.lora_up.weight": torch.ones(7, 1)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="as the model's original code does"):
+        load_adapter(tiny_pipeline(model, tmp_path), tmp_path / "x.safetensors", "one")
+
+
+def test_a_lora_for_a_unet_is_not_for_a_transformer(tmp_path: Path) -> None:
+    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    tensors = {f"{name}.lora_down.weight": torch.ones(1, 7), f"{name}.lora_up.weight": torch.ones(7, 1)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="was made for another base: this pipeline has no down_blocks_0"):
+        load_adapter(tiny_pipeline("flux", tmp_path), tmp_path / "x.safetensors", "one")
