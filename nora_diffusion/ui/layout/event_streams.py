@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
+from collections import OrderedDict
 from urllib.parse import parse_qs
 
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..security.sessions import MAX_SESSIONS
 
 STREAM, JOIN = "/gradio_api/queue/data", "/gradio_api/queue/join"
 CLOSE = b'"msg":"close_stream"'
-PATIENCE = 3.0
-"""Maximum seconds to wait until a client ends a stream."""
+ENDED = "x-stream-ended"
+"""Header of the answer to an event that is queued after the end of the page's last stream."""
 
 
 class EventStreams:
     """ASGI middleware against a race in Gradio's client, which made clicks do nothing.
 
     The client reads the results of all queued events of a page from one stream, and opens a new one for an event only
-    if it has none. Gradio closes the stream after the last pending event. An event that is queued before the client has
-    read that would wait for its result on a closed stream forever. So the connection of a closed stream stays open
-    until the client ends it, which it does after reading ``close_stream``; until then the answers to the page's new
-    events are held back.
+    if it has none. Gradio ends the stream after the last pending event. An event that is queued before the client has
+    read that would wait for its result on an ended stream forever. So the answer to such an event says that the stream
+    has ended; the page (``SCRIPT`` in ``theme.py``) gives it to the client when that has read the end of the stream.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self._closing: dict[str, asyncio.Event] = {}
+        self._ended: OrderedDict[str, None] = OrderedDict()
+        """Pages whose last stream has ended, oldest first."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == STREAM:
@@ -39,22 +41,16 @@ class EventStreams:
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
-        ended = asyncio.Event()
+        self._ended.pop(session, None)
 
         async def watched(message: Message) -> None:
             if CLOSE in message.get("body", b""):
-                self._closing[session] = ended
-            elif self._closing.get(session) is ended and not message.get("more_body"):
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(_disconnected(receive), PATIENCE)
+                self._ended[session] = None
+                if len(self._ended) > MAX_SESSIONS:
+                    self._ended.popitem(last=False)
             await send(message)
 
-        try:
-            await self.app(scope, receive, watched)
-        finally:
-            ended.set()
-            if self._closing.get(session) is ended:
-                del self._closing[session]
+        await self.app(scope, receive, watched)
 
     async def _join(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = bytearray()
@@ -64,19 +60,12 @@ class EventStreams:
             body.extend(message.get("body", b""))
             return message
 
-        async def held(message: Message) -> None:
-            if message["type"] == "http.response.start" and self._closing:
-                ended = self._closing.get(_session(bytes(body)))
-                if ended is not None:
-                    await ended.wait()
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._ended and _session(bytes(body)) in self._ended:
+                MutableHeaders(scope=message)[ENDED] = "1"
             await send(message)
 
-        await self.app(scope, copied, held)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        await self.app(scope, copied, marked)
 
 
 def _session(body: bytes) -> str:

@@ -86,26 +86,49 @@ CSS = """
   #library-areas { grid-template: "chosen" auto "cards" auto "import" auto / 1fr; } }
 """
 
-# Ctrl+Enter generates from anywhere. Gradio's sliders report a change by keyboard only after a pointerup event.
+# An event whose stream has ended is answered when Gradio's client has read that end: see event_streams.py. The client
+# then aborts the last stream that it has opened, which is that of an upload's progress if there was one.
+# Ctrl+Enter generates from anywhere, after what the field that is left changes: in the page by the end of the task, and
+# on the server when all answers to unqueued events are read. The task that reads an answer may start the next event.
+# Gradio's sliders report a change by keyboard only after a pointerup event.
 SCRIPT = """
 () => {
-  let unanswered = 0;
-  const send = window.fetch;
-  window.fetch = (...request) => {
-    const answer = send(...request);
-    if (!String(request[0]?.url ?? request[0]).includes('/run/predict')) return answer;
-    unanswered++;
-    return answer.finally(() => unanswered--);
+  let ended = null, read = () => {}, unanswered = 0, pressed = null;
+  const press = () => {
+    if (unanswered || !pressed) return;
+    pressed.click();
+    pressed = null;
   };
-  const press = (button) => unanswered ? setTimeout(press, 50, button) : button.click();
+  const answered = () => setTimeout(() => { unanswered--; press(); });
+  const send = window.fetch;
+  window.fetch = async (...request) => {
+    const url = String(request[0]?.url ?? request[0]);
+    request[0]?.signal?.addEventListener('abort', () => read());
+    if (url.includes('/queue/data')) ended = new Promise((done) => { read = done; });
+    if (!url.includes('/run/predict')) {
+      const answer = await send(...request);
+      if (answer.headers.has('x-stream-ended')) await ended;
+      return answer;
+    }
+    unanswered++;
+    try {
+      const answer = await send(...request);
+      const json = answer.json.bind(answer);
+      answer.json = () => json().finally(answered);
+      return answer;
+    } catch (error) {
+      answered();
+      throw error;
+    }
+  };
   document.addEventListener('keydown', (event) => {
     if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) {
       const button = document.querySelector('#generate');
       if (!button || button.offsetParent === null) return;
       event.preventDefault();
       event.stopPropagation();
-      document.activeElement?.blur();  // a number counts when its field is left, a block weight when it is answered
-      setTimeout(press, 100, button);
+      document.activeElement?.blur();  // a number counts when its field is left
+      setTimeout(() => { pressed = button; press(); });
     }
   }, true);
   document.addEventListener('keyup', (event) => {
