@@ -236,6 +236,21 @@ def open_tab(page: Any, name: str) -> None:
         return bool(content.is_visible())
 
     until(opened)
+    drawn(page)
+
+
+def drawn(page: Any) -> None:
+    """Wait until a tab or an accordion that was just opened for the first time can be filled.
+
+    Gradio sets its fields once more in the next animation frame, and so overwrites what was typed in between.
+    """
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def expand(page: Any, title: str) -> None:
+    """Open an accordion."""
+    page.get_by_role("button", name=title).locator("visible=true").first.click()
+    drawn(page)
 
 
 def number(page: Any, label: str, value: float) -> None:

@@ -21,7 +21,7 @@ from nora_diffusion.ui.request import MAX_IMAGES, MAX_STEPS
 from nora_diffusion.ui.tabs.adapter_sliders import TEXT_ENCODER, UNET, weight_script
 from nora_diffusion.ui.tabs.generate_settings import STORAGE_KEY
 
-from .conftest import LANDMARKS, LONG, Server, number, open_tab, press, start, until, visit, visitor
+from .conftest import LANDMARKS, LONG, Server, expand, number, open_tab, press, start, until, visit, visitor
 
 TAGS = "a sks dog <lora:dog:0.8>"
 
@@ -47,7 +47,7 @@ def prompt_is(page: Any, prompt: str | re.Pattern[str]) -> None:
 
 
 def open_settings(page: Any) -> None:
-    page.get_by_role("button", name="Sampling settings").click()
+    expand(page, "Sampling settings")
 
 
 def settle(page: Any, steps: int = 3) -> None:
@@ -83,7 +83,7 @@ def pick(page: Any, name: str) -> None:
 
 
 def open_blocks(page: Any) -> None:
-    page.get_by_role("button", name="Text encoder and block weights").locator("visible=true").first.click()
+    expand(page, "Text encoder and block weights")
 
 
 def drop(page: Any, image: Path) -> Any:
@@ -147,19 +147,23 @@ def test_a_typed_weight_counts_with_ctrl_enter(page: Any, server: Server) -> Non
         expect(page.locator("#generate")).to_be_visible()
     open_blocks(page)
     held: list[Any] = []
-    page.route("**/run/predict", lambda route: held.append(route))  # a slow server: block weights are stored on it
-    before, block = set(folder.glob("*.png")), page.get_by_label("number input for Block: mid").locator("visible=true")
-    block.fill("0.5")
-    block.press("Control+Enter")
-    until(lambda: any("0.5" in (route.request.post_data or "") for route in held), page=page)
+    slow = True  # block weights are stored on the server
+    page.route("**/run/predict", lambda route: held.append(route) if slow else route.continue_())
+    before = set(folder.glob("*.png"))
+    up, mid = (page.get_by_label(f"number input for Block: {name}").locator("visible=true") for name in ("up", "mid"))
+    up.fill("0.25")
+    up.blur()
+    until(lambda: any("0.25" in (route.request.post_data or "") for route in held), page=page)
+    mid.fill("0.5")
+    mid.press("Control+Enter")  # its weight is sent when the first one is answered
     page.wait_for_timeout(500)
     assert set(folder.glob("*.png")) == before
+    slow = False
     for route in held:
         route.continue_()
-    page.unroute("**/run/predict")
     until(lambda: len(set(folder.glob("*.png")) - before) == 1, page=page)
     (made,) = set(folder.glob("*.png")) - before
-    assert read_settings(made).adapters[0]["blocks"] == {"mid": 0.5}
+    assert read_settings(made).adapters[0]["blocks"] == {"mid": 0.5, "up": 0.25}
 
 
 def test_ctrl_enter_interrupt_and_skip(page: Any, server: Server) -> None:

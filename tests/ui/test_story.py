@@ -14,7 +14,7 @@ from safetensors import safe_open
 from nora_diffusion import inspect_adapter
 from nora_diffusion.generation.image_settings import read_settings
 
-from .conftest import LONG, ROOT, Server, end_trainings, open_tab, select, start, visitor
+from .conftest import LONG, ROOT, Server, end_trainings, expand, open_tab, select, start, visitor
 from .conftest import visit as open_page
 
 TIGER = ROOT / "examples" / "subjects" / "tiger"
@@ -64,7 +64,7 @@ def test_the_story(app: Server, tab: Any, tmp_path: Path) -> None:
     tab.set_input_files("#train-photos input[type=file]", [str(TIGER / f"{n}.png") for n in range(5)])
     tab.locator("#train-name textarea, #train-name input").fill("tiger")
     tab.get_by_label("Class word").fill("cat")
-    tab.get_by_text("Advanced settings", exact=True).click()
+    expand(tab, "Advanced settings")
     tab.locator("#train-extra textarea").fill(SMALL)
     train(tab, "tiger")
     expect(tab.locator("#train-curves svg")).to_have_count(2)  # loss; subject and prompt fidelity of the samples

@@ -19,7 +19,7 @@ from nora_diffusion.ui.jobs.jobs import Jobs
 from nora_diffusion.ui.tabs.generate_settings import STORAGE_KEY
 from nora_diffusion.ui.tabs.train import name_warnings
 
-from .conftest import LONG, Server, end_trainings, jobs_of, open_tab, until, visit, visitor
+from .conftest import LONG, Server, end_trainings, expand, jobs_of, open_tab, until, visit, visitor
 
 FORGED = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
 
@@ -42,7 +42,7 @@ def status(page: Any, pattern: str) -> str:
 def fill(page: Any, name: str, **settings: Any) -> None:
     page.get_by_label("Name").fill(name)
     page.get_by_label("Class word").fill("dog")
-    page.get_by_text("Advanced settings", exact=True).click()
+    expand(page, "Advanced settings")
     small = {"rank": 4, "inner_rank": 2, "basis": "svd", "train_batch_size": 1, "sample_steps": 1, **settings}
     page.locator("#train-extra textarea").fill("\n".join(f"{key}: {value}" for key, value in small.items()))
 
@@ -86,7 +86,7 @@ def test_the_form_survives_a_reload(page: Any) -> None:
     expect(page.get_by_label("Name")).to_have_value("rex")
     expect(page.get_by_label("Class word")).to_have_value("dog")
     expect(page.get_by_label("Fast")).to_be_checked()
-    page.get_by_text("Advanced settings", exact=True).click()
+    expand(page, "Advanced settings")
     expect(page.get_by_label("Train the text encoder too")).to_be_checked()
     expect(page.locator("#train-extra textarea")).to_have_value(re.compile("inner_rank: 2"))
     # Stored values that are not valid, for example from an older release, are ignored.
