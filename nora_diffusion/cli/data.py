@@ -56,12 +56,13 @@ def run(values: argparse.Namespace) -> None:
         photos = with_masks(photos, folder)
     others = left_out(folder, masked, [Path(values.out).expanduser()])
     paths = [photo.path for photo in photos]
-    captions = read_captions(paths, values.instance_prompt or "(no caption)", True, values.caption_column)
+    captions = read_captions(paths, values.instance_prompt, True, values.caption_column, required=False)
     findings = [*captions.findings, *others.findings]
     for finding in findings:
         print(f"warning: {finding}")
     views = views_of(transform_of(TrainConfig(**settings), values.resolution, BUCKET_STEP), photos, values.seed)
-    subject = Subject(photos, captions.texts, None, None, "", rejects, findings=findings, left_out=others.files)
+    texts = [text or "(no caption)" for text in captions.texts]
+    subject = Subject(photos, texts, None, None, "", rejects, findings=findings, left_out=others.files)
     page = report_data(Path(values.out).expanduser(), subject, views)
     print(f"{len(photos)} photos, {len(rejects)} rejected: {page}")
 

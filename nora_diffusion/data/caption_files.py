@@ -39,13 +39,18 @@ class Captions:
 
 
 def read_captions(
-    images: Sequence[Path], prompt: str | None, sidecars: bool = False, column: str | None = None
+    images: Sequence[Path],
+    prompt: str | None,
+    sidecars: bool = False,
+    column: str | None = None,
+    required: bool = True,
 ) -> Captions:
     """The captions of images of one folder.
 
     They come from ``column`` of ``metadata.jsonl``; or with ``sidecars`` from the caption file of each image (see
     :func:`caption_files`), else from ``text`` of ``metadata.jsonl``. Images without a caption get ``prompt``. Raises
-    :class:`UserError` if an image has neither, for unreadable files and for contradictory rows.
+    :class:`UserError` if an image has neither (unless ``required`` is false: then its caption is empty, with a
+    finding), for unreadable files and for contradictory rows.
     """
     folder = images[0].parent
     entries = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
@@ -71,9 +76,10 @@ def read_captions(
     if missing:
         count = f"{len(missing)} of {len(images)} photos have no caption ({named(missing)})"
         source = f"a row of {METADATA}" if column else f"a text file such as {Path(missing[0]).stem}.txt"
-        if not prompt:
-            raise UserError(f"{count}: add {source}, or give --instance_prompt for them")
-        findings.insert(0, f"{count} and get the prompt '{prompt[:80]}' instead: add {source}.")
+        remedy = f"{count}: add {source}, or give --instance_prompt for them"
+        if required and not prompt:
+            raise UserError(remedy)
+        findings.insert(0, f"{count} and get the prompt '{prompt[:80]}' instead: add {source}." if prompt else remedy)
     return Captions([own.get(image, prompt or "") for image in images], tuple(findings))
 
 

@@ -22,10 +22,11 @@ def test_the_report_lists_rejects_and_duplicates(tmp_path: Path, capsys: pytest.
     assert main(["data", str(folder), "--out", str(out), "--resolution", "128", "--crop", "center"]) == 0
     output = capsys.readouterr().out
     assert "rejected: cut.jpg is cut off: the lower 97%" in output and "6 photos, 1 rejected" in output
-    assert "warning: 5 of 6 photos have no caption (01.jpg, 02.jpg, 03.jpg, and 2 more)" in output
+    missing = "5 of 6 photos have no caption (01.jpg, 02.jpg, 03.jpg, and 2 more)"
+    assert f"warning: {missing}: add a text file such as 01.txt, or give --instance_prompt for them\n" in output
     report = json.loads((out / "data_report.json").read_text())
     assert [pair["files"] for pair in report["duplicates"]] == [["01.jpg", "copy.jpg"]]
-    assert report["photos"][0]["caption"] == "a sks dog on grass"
+    assert [photo["caption"] for photo in report["photos"][:2]] == ["a sks dog on grass", "(no caption)"]
     assert all(photo["shape"] == [128, 128] and len(photo["views"]) == 1 for photo in report["photos"])
     assert "data:image/jpeg;base64," in (out / "data_report.html").read_text()
 
