@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..data import read_images, read_source
 from ..data.captions import with_article
+from ..data.images import Pixels
 from ..errors import UserError
 from ..formats.adapter_info import AdapterInfo
 
@@ -49,7 +50,7 @@ class EvaluatedSubject:
     """
 
     name: str
-    references: tuple[Image.Image, ...]
+    references: Sequence[Image.Image]
     templates: tuple[str, ...]
     phrase: str = ""
     class_phrase: str = ""
@@ -79,9 +80,9 @@ def read_subject(folder: Path, prompts: str | None = None) -> EvaluatedSubject:
     own = tuple(map(str, values.get("demo_prompts", ())))
     templates = read_templates(prompts) if prompts else own or PROMPTS["object"]
     names = [str(name) for name in values.get("heldout", ())]
-    images = [read_source(folder / name).image for name in names] or [photo.image for photo in read_images(folder)]
+    images = [read_source(folder / name) for name in names] or read_images(folder)
     return EvaluatedSubject(
-        folder.resolve().name, tuple(images), templates, str(values.get("instance_prompt", "")),
+        folder.resolve().name, Pixels(images), templates, str(values.get("instance_prompt", "")),
         str(values.get("class_prompt", "")),
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from ..errors import program
+from ..io.files import write_atomic
 from ..pipelines.base import EMBEDDED_WEIGHTS, open_pipeline
 from ..quiet import hide_known_warnings
 from ..reports.sheets import contact_sheet
@@ -185,7 +186,7 @@ def main() -> int:
         report |= evaluate_teaching(args.weights, args.images)
     print(json.dumps(report, indent=1))
     if args.report:
-        args.report.write_text(json.dumps(report, indent=1) + "\n")
+        write_atomic(args.report, json.dumps(report, indent=1) + "\n")
     return 0
 
 

@@ -168,8 +168,10 @@ def test_mistakes_are_found_before_any_image_is_made(tiny_base: Path, folder: Pa
     ):
         with pytest.raises(UserError, match=words):
             evaluate(config(tiny_base, folder, tmp_path / "out", **changes))
+    subject = read_subject(unnamed)
     with pytest.raises(UserError, match="has no trigger and class word"):
-        read_subject(unnamed).phrases([])
+        subject.phrases([])
+    assert subject.references[0] is not subject.references[0]  # decoded when needed and not kept
     assert not (tmp_path / "out").exists()
     assert read_templates("live")[0] == "{} in the jungle"
 
