@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from .runs import Runs
 
 MAX_COPIES = 1000
 """Number of files that stay copied for the browser."""
+MAX_DOWNLOADS = 20
+"""Number of exports that stay for download."""
 
 
 class App:
@@ -43,6 +46,7 @@ class App:
         self.runs = Runs()
         self._copies: dict[tuple[Path, int], Path] = {}
         self._copying = threading.Lock()
+        self._downloads: deque[Path] = deque()
         self._overlaps: dict[tuple[Stamp, ...], float] = {}
 
     def warm_up(self) -> None:
@@ -82,6 +86,19 @@ class App:
             except OSError:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
+
+    @contextlib.contextmanager
+    def download(self) -> Iterator[Path]:
+        """A new folder for files to download. The last ones are kept; one whose block raises is not."""
+        folder = self.private_folder()
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._downloads.append(folder)
+        while len(self._downloads) > MAX_DOWNLOADS:
+            shutil.rmtree(self._downloads.popleft(), ignore_errors=True)
 
     def private_folder(self) -> Path:
         """A new empty folder whose files the browser may load."""

@@ -217,6 +217,20 @@ def test_a_running_apps_folder_stays(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not list(tmp_path.iterdir())
 
 
+def test_the_last_downloads_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nora_diffusion.ui.state.MAX_DOWNLOADS", 2)
+    app = App(AppConfig(library=str(tmp_path / "library")), tmp_path / "files")
+    made = []
+    for _ in range(3):
+        with app.download() as folder:
+            (folder / "lora.safetensors").write_bytes(b"weights")
+        made.append(folder)
+    with pytest.raises(UserError), app.download() as folder:
+        raise UserError("the export failed")
+    assert [made_folder.exists() for made_folder in made] == [False, True, True]
+    assert sorted(app.scratch.iterdir()) == sorted(made[1:])
+
+
 @pytest.mark.parametrize("act", [lambda app, file: app.hand_out(file), lambda app, _: app.private_folder()])
 def test_a_full_temporary_folder_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[App, Path], object]

@@ -162,8 +162,9 @@ def export_handler(app: App) -> Any:
 
     def export(name: str, form: str) -> Any:
         entry = app.library.entry(name)
-        target = app.private_folder() / f"{safe_name(entry.name)}_{form}.safetensors"
-        report = export_lora(entry.file, target, form)  # type: ignore[arg-type]
+        with app.download() as folder:
+            target = folder / f"{safe_name(entry.name)}_{form}.safetensors"
+            report = export_lora(entry.file, target, form)  # type: ignore[arg-type]
         label = f"rank {report.rank}, max error {report.max_error:.1e}"
         files = [str(file) for file in (report.path, *report.embeddings)]
         return gr.update(value=files if report.embeddings else files[0], visible=True, label=f"Exported: {label}")
