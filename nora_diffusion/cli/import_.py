@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inner_rank", type=int, default=4, help="inner rank r' (nora)")
     parser.add_argument("--basis", choices=("svd", "awsvd", "orthogonal"), default="svd",
                         help="frozen outer pair to project onto")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="seed of the orthogonal basis, which is random")
     parser.add_argument("--trigger", help="trigger word, if the file does not record it")
 
 
@@ -37,7 +38,7 @@ def run(values: argparse.Namespace) -> None:
         else lora_xs(values.rank, basis=values.basis)
     )
     info = {"trigger": values.trigger} if values.trigger else None
-    report = import_lora(open_pipeline(values.base), values.lora, values.out, config, info)
+    report = import_lora(open_pipeline(values.base), values.lora, values.out, config, info, values.seed)
     for path, lost in sorted(report.layers.items(), key=lambda item: -item[1]):
         print(f"{lost:9.2e}  {path}")
     print(f"{report.path}: ||dW - dW'|| / ||dW|| = {report.lost:.2e} over {len(report.layers)} projections")

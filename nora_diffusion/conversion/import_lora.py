@@ -42,7 +42,12 @@ class ImportReport:
 
 
 def import_lora(
-    pipe: Any, src: str | Path, dst: str | Path, config: AdapterConfig | None = None, info: dict[str, Any] | None = None
+    pipe: Any,
+    src: str | Path,
+    dst: str | Path,
+    config: AdapterConfig | None = None,
+    info: dict[str, Any] | None = None,
+    seed: int = 0,
 ) -> ImportReport:
     """Project a LoRA (LoHa, LoKr) file onto a basis of the pipeline's weights and write it as an adapter to ``dst``.
 
@@ -54,13 +59,16 @@ def import_lora(
     ``R_b^-1 N R_a^-T``.
 
     ``config``: a preset with a frozen basis (default ``nora()``); its targets are replaced by the file's. ``info``:
-    metadata of the adapter (``trigger`` ...). The pipeline is left unchanged. Raises :class:`UserError` if the file is
-    not a LoRA or was made for another base, the config has no frozen basis, or ``dst`` holds an adapter.
+    metadata of the adapter (``trigger`` ...). ``seed``: of a random basis, and recorded in the file. The pipeline is
+    left unchanged. Raises :class:`UserError` if the file is not a LoRA or was made for another base, the config has no
+    frozen basis, or ``dst`` holds an adapter.
     """
     require_vacant(Path(dst).expanduser())
     config = nora() if config is None else copy.copy(config)
     if config.core not in CORES or not config.frozen_outer or config.blocks > 1 or config.magnitude:
         raise UserError(f"method {config.method!r} has no frozen basis to project onto: import as nora or lora_xs")
+    if not 0 <= seed < 2**64:
+        raise UserError("the seed must be 0 to 2^64 - 1: choose another")
     foreign = inspect_adapter(src)
     if foreign.is_ours or foreign.kind == "textual inversion":
         raise UserError(f"{foreign.path} is not a LoRA of another tool: there is nothing to import")
@@ -75,7 +83,9 @@ def import_lora(
         # One list of paths for all components: a projection that is not in the file gets a zero update.
         config.target_modules = sorted({path for _, path in adapted})
         config.dropout = 0.0
-        add_adapter(pipe, config, NAME, names)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # bases are drawn on the CPU
+            add_adapter(pipe, config, NAME, names)
         try:
             lost, errors, norms = {}, [], []
             layers = {name: nora_layers(modules[name], NAME) for name in names}
@@ -85,7 +95,9 @@ def import_lora(
                 errors.append(error)
                 norms.append(norm)
                 lost[f"{component}.{canonical(path)}"] = error / norm if norm else 0.0
-            metadata = {"trigger": foreign.trigger, "extra": {"imported_from": foreign.sha256}} | (info or {})
+            metadata = {"trigger": foreign.trigger, "seed": seed, "extra": {"imported_from": foreign.sha256}} | (
+                info or {}
+            )
             folder = Path(dst).expanduser()
             with locked_folder(folder):
                 require_vacant(folder)  # another process may have written there meanwhile

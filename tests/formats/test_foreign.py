@@ -491,6 +491,23 @@ def test_import_reports_its_error(pipe: Any, made: dict[str, tuple[Path, Tensor]
         assert square and all(report.layers[path] < 1e-5 for path in square)
 
 
+def test_an_import_onto_a_random_basis_can_be_repeated(
+    pipe: Any, made: dict[str, tuple[Path, Tensor]], tmp_path: Path
+) -> None:
+    files = []
+    for number, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(number)
+        report = import_lora(
+            pipe, made["diffusers"][0], tmp_path / str(number), nora(r=4, basis="orthogonal"), seed=seed
+        )
+        assert inspect_adapter(report.path).seed == seed
+        files.append(load_file(report.path))
+    equal = [all(torch.equal(files[0][key], other[key]) for key in files[0]) for other in files]
+    assert equal == [True, True, False]
+    with pytest.raises(UserError, match="the seed must be"):
+        import_lora(pipe, made["diffusers"][0], tmp_path / "none", seed=-1)
+
+
 def test_the_folder_of_a_peft_file_tells_its_text_encoder(tmp_path: Path) -> None:
     pipe = tiny_pipeline("sdxl", tmp_path)
     add_adapter(pipe, lora(r=2), "one", ("text_encoder_2",))
