@@ -11,9 +11,12 @@ import functools
 import os
 import re
 import reprlib
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import ParamSpec
 
 Parameters = ParamSpec("Parameters")
@@ -50,6 +53,15 @@ class UserError(ValueError):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(printable(str(message)))
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised as Ctrl-C is, so that what is being written is removed."""
+
+
+def stop_signal(stop: KeyboardInterrupt) -> signal.Signals:
+    """The signal that stopped a program; its exit code is 128 + the signal's number."""
+    return signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
 
 
 def printable(text: str) -> str:
@@ -145,7 +157,8 @@ def _package(module: str) -> str:
 def program(main: Callable[Parameters, int]) -> Callable[Parameters, int]:
     """Decorate the entry point of a program: errors become one sentence on stderr and exit codes.
 
-    Returns 2 for an error that :func:`explanation` explains, 130 for Ctrl-C, 141 if the reader of the output has gone.
+    Returns 2 for an error that :func:`explanation` explains, 130 for Ctrl-C, 143 for SIGTERM, 141 if the reader of the
+    output has gone.
     A bug keeps its stack trace, and Python's exit code 1. Output is never lost to a console's code page: characters
     that it does not have are printed as escapes.
     """
@@ -156,11 +169,15 @@ def program(main: Callable[Parameters, int]) -> Callable[Parameters, int]:
             if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
                 sys.stdout.reconfigure(errors="backslashreplace")
             try:
-                return main(*args, **kwargs)
+                with _termination_raised():
+                    return main(*args, **kwargs)
             finally:
                 _flush_output()
-        except KeyboardInterrupt:
-            return 130
+        except KeyboardInterrupt as stop:
+            number = stop_signal(stop)
+            with contextlib.suppress(OSError):
+                print(f"stopped by {number.name}: finished files stay, unfinished ones were removed", file=sys.stderr)
+            return 128 + number
         except BrokenPipeError as error:
             if error.filename is None:
                 return BROKEN_PIPE
@@ -174,6 +191,24 @@ def program(main: Callable[Parameters, int]) -> Callable[Parameters, int]:
             return 2
 
     return guarded
+
+
+@contextlib.contextmanager
+def _termination_raised() -> Iterator[None]:
+    """Within the block SIGTERM raises :class:`Terminated`, unless it is handled already, or in another thread."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if threading.current_thread() is not threading.main_thread() or not free:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _flush_output() -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -129,8 +130,14 @@ def test_messages_are_bounded_and_printable() -> None:
     assert str(pickle.loads(pickle.dumps(UserError(text)))) == text
 
 
-def test_ctrl_c_and_help_keep_their_exit_codes() -> None:
-    assert program(lambda: int(raising(KeyboardInterrupt())() is None))() == 130
+def test_signals_and_help_keep_their_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        before = signal.getsignal(number)
+        assert program(lambda number=number: int(signal.raise_signal(number) is None))() == code  # type: ignore[misc]
+        assert signal.getsignal(number) is before
+        assert (
+            capsys.readouterr().err == f"stopped by {number.name}: finished files stay, unfinished ones were removed\n"
+        )
     with pytest.raises(SystemExit):
         program(lambda: int(raising(SystemExit(0))() is None))()
 

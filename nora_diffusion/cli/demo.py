@@ -20,7 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(values: argparse.Namespace) -> None:
     """Run the demo and print its table."""
     from ..demo import run_demo, table
+    from ..training.signals import Interrupted
 
-    report = run_demo(values.subject, values.out, values.max_train_steps)
+    try:
+        report = run_demo(values.subject, values.out, values.max_train_steps)
+    except Interrupted as stop:  # a demo starts over, and does not resume
+        raise stop.as_interrupt() from None
     print(table(report))
     print(f"\nimages: {values.out}/grid.png")

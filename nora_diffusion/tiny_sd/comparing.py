@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, program
+from ..errors import UserError, program, stop_signal
 from ..io.files import locked_folder, sha256, write_atomic
 from ..pipelines.base import EMBEDDED_WEIGHTS
 from ..quiet import hide_known_warnings
@@ -252,9 +252,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         text = report(compare(args.weights, tasks, args.out))
         write_atomic(args.out / "report.md", text)
-    except (Interrupted, KeyboardInterrupt):
+    except (Interrupted, KeyboardInterrupt) as stop:
         print("Stopped. Finished lessons are saved; run the same command again to continue.", file=sys.stderr)
-        return 130
+        return stop.exit_code if isinstance(stop, Interrupted) else 128 + stop_signal(stop)
     print(f"\n{text}\nWrote {args.out / 'report.md'}. The measurements of every lesson are in lessons.jsonl.")
     return 0
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import printable, program
+from ..errors import printable, program, stop_signal
 from ..pipelines.base import is_embedded
 from ..quiet import hide_known_warnings
 from .settings.arguments import parse
@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped before training began; nothing was written", file=sys.stderr)
-        return 130
+        return 128 + stop_signal(stop)
     for result in results if is_main_process() else ():
         size = f"{result.trainable_parameters:,} trained parameters, {result.steps} steps, {result.seconds:.1f} s"
         print(f"{result.adapter_path}: {size}, loss {result.final_loss:.4f}")

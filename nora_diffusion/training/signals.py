@@ -9,11 +9,14 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from ..errors import Terminated
+
 
 class Interrupted(Exception):
     """A signal stopped the run after ``step`` steps. ``checkpoint`` is the one to resume from, if any."""
 
     def __init__(self, signum: int, step: int, checkpoint: Path | None) -> None:
+        self.signum = signum
         self.exit_code = 128 + signum
         self.step = step
         self.checkpoint = checkpoint
@@ -23,6 +26,10 @@ class Interrupted(Exception):
             else "nothing was trained yet; run the same command to start over"
         )
         super().__init__(f"stopped by {signal.Signals(signum).name} after {step} steps: {hint}")
+
+    def as_interrupt(self) -> KeyboardInterrupt:
+        """What the signal raises outside a run."""
+        return Terminated() if self.signum == signal.SIGTERM else KeyboardInterrupt()
 
 
 class StopRequests:

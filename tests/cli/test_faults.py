@@ -1,4 +1,4 @@
-"""Faults injected into every command: full disks, refused and failing files, Ctrl-C, odd values, names and consoles.
+"""Faults injected into every command: full disks, refused and failing files, signals, odd values, names and consoles.
 
 Whatever goes wrong outside the program, a command ends with one sentence and an exit code, without a stack trace, and
 every file that it leaves is whole. The faults come from an audit hook, which Python calls before it opens, creates,
@@ -10,8 +10,11 @@ from __future__ import annotations
 import argparse
 import errno
 import io
+import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import write_photos
+import torch
+from factories import tiny_clip, write_photos
 from PIL import Image
 
 import nora_diffusion.ui.server
@@ -62,13 +66,25 @@ WITH_BASE = {
     "evaluate": "evaluate --adapters dog --subjects photos --prompts prompts.txt --seeds 1 --judge tiny --out out "
     + SAMPLING,
     "train": TRAINING,
+    "demo": "demo --out out/demo --max_train_steps 2",
 }
 ALL = CHEAP | WITH_BASE
 
 
 def test_every_command_is_here() -> None:
-    """``demo`` trains, exports and generates, as these do; it takes minutes."""
-    assert {name.split()[0] for name in ALL} == {*COMMANDS, "train"} - {"demo"}
+    assert {name.split()[0] for name in ALL} == {*COMMANDS, "train"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def embedded(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A tiny base and judge instead of the embedded ones, with which the demo takes minutes."""
+    weights = tmp_path_factory.mktemp("weights")
+    shutil.copytree(tiny_base, weights / "pipeline")
+    tiny_clip(weights / "judge")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nora_diffusion.pipelines.base.EMBEDDED_WEIGHTS", weights)
+        patch.setattr("nora_diffusion.scoring.judges.EMBEDDED_WEIGHTS", weights)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +105,7 @@ def inputs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Path]]:
+def place(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Path]:
     """``place()`` makes a fresh working folder with the inputs, and enters it."""
     count = 0
 
@@ -108,9 +124,7 @@ def place(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(nora_diffusion.ui.server, "clean_environment", lambda files: None)
     monkeypatch.setattr(nora_diffusion.ui.server, "_served", served)
     monkeypatch.setattr(nora_diffusion.ui.state.App, "warm_up", lambda app: None)
-    before = signal.getsignal(signal.SIGTERM)
-    yield fresh
-    signal.signal(signal.SIGTERM, before)
+    return fresh
 
 
 @contextmanager
@@ -175,8 +189,21 @@ def fails(number: int) -> Callable[[str], None]:
     return strike
 
 
-def interrupts(_: str) -> None:
-    signal.raise_signal(signal.SIGINT)
+def sends(number: signal.Signals) -> Callable[[str], None]:
+    return lambda _: signal.raise_signal(number)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def check_stop(number: signal.Signals, code: int, folder: Path, capsys: Capture, about: object) -> str:
+    """Done, or one sentence and the signal's exit code, and no temporary file is left. Returns the output."""
+    err = capsys.readouterr().err
+    sentences = [line for line in err.split("\n") if line.startswith("stopped ")]
+    assert code in (0, 128 + number) and "Traceback" not in err and len(sentences) == (code != 0), (about, code, err)
+    assert not [file for file in folder.rglob(".*") if re.fullmatch(r"\..*\.[0-9a-f]{8}", file.name)], about
+    check_files(folder, about)
+    return err
 
 
 def check_end(code: int, capsys: Capture, about: object) -> None:
@@ -214,31 +241,57 @@ def positions(command: str) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("command", ALL)
-@pytest.mark.parametrize("fault", ["full disk", "no permission", "broken disk", "Ctrl-C"])
+@pytest.mark.parametrize("fault", ["full disk", "no permission", "broken disk", "signal"])
 def test_the_nth_access_fails(
     command: str, fault: str, place: Callable[[], Path], tiny_base: Path, capsys: Capture
 ) -> None:
-    """Writes fail, for good or once; reads fail; or the user presses Ctrl-C at that moment."""
-    strike, options = {
-        "full disk": (fails(errno.ENOSPC), {"lasting": True}),
-        "no permission": (fails(errno.EACCES), {}),
-        "broken disk": (fails(errno.EIO), {"writes": False}),
-        "Ctrl-C": (interrupts, {}),
-    }[fault]
+    """Writes fail, for good or once; reads fail; or Ctrl-C and SIGTERM, in turn, arrive at that moment."""
     for at in positions(command):
+        strike, options = {
+            "full disk": (fails(errno.ENOSPC), {"lasting": True}),
+            "no permission": (fails(errno.EACCES), {}),
+            "broken disk": (fails(errno.EIO), {"writes": False}),
+            "signal": (sends(SIGNALS[at % 2]), {}),
+        }[fault]
         folder = place()
         about = (command, fault, at)
         with FAULTS.armed(strike, folder, at, **options):
             code = main(words(ALL[command], tiny_base))
-        if fault == "Ctrl-C":
-            assert code in (0, 130), about
-            capsys.readouterr()
+        if fault == "signal":
+            check_stop(SIGNALS[at % 2], code, folder, capsys, about)
         else:
             check_end(code, capsys, about)
-        check_files(folder, about)
+            check_files(folder, about)
         if not FAULTS.struck:
             assert code == 0, about
             return
+
+
+@contextmanager
+def at_call(at: int, strike: Callable[[str], None]) -> Iterator[None]:
+    """Call ``strike`` before the ``at``-th call of a module of any model, so while a command computes."""
+    calls = itertools.count(1)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda *_: strike("") if next(calls) == at else None
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("command", WITH_BASE)
+def test_a_signal_while_it_computes(command: str, place: Callable[[], Path], tiny_base: Path, capsys: Capture) -> None:
+    """The same command can be given again; a training goes on from its checkpoint if the message says so."""
+    for at, number in zip((1, 700, 1500), itertools.cycle(SIGNALS), strict=False):
+        folder, about = place(), (command, at)
+        with at_call(at, sends(number)):
+            code = main(words(WITH_BASE[command], tiny_base))
+        err = check_stop(number, code, folder, capsys, about)
+        if code:
+            resumed = ["--resume_from_checkpoint", "latest"] if "--resume_from_checkpoint latest" in err else []
+            assert main([*words(WITH_BASE[command], tiny_base), *resumed]) == 0, about
+            check_files(folder, about)
 
 
 @pytest.mark.parametrize("command", [*CHEAP, "generate", "train"])
