@@ -20,7 +20,7 @@ from ..formats.adapter_info import AdapterInfo
 from ..formats.foreign import PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX, T5_PREFIX
 from ..formats.foreign_names import original_name
 from ..io.files import write_atomic
-from ..io.tensor_file import TensorFile
+from ..io.tensor_file import TensorFile, header_bytes
 from ..io.tensors import Tensors, file_bytes
 from ..pipelines.components import canonical
 from .lora_metadata import Architecture, hashes, kohya_metadata, modelspec
@@ -294,7 +294,12 @@ def write_tensors(
     metadata = {"format": "pt", **{k: v for k, v in origin.items() if v}, **(more or {})}
     if info.trigger:
         metadata["modelspec.trigger_phrase"] = info.trigger
-    write_atomic(path, file_bytes(path, tensors, metadata | hashes(tensors)))
+    # Serialized once: the metadata, which holds the hash of the tensors, stands before them.
+    content = file_bytes(path, tensors, {})
+    start = 8 + int.from_bytes(content[:8], "little")
+    entries, data = json.loads(content[8:start]), memoryview(content)[start:]
+    entries.pop("__metadata__", None)
+    write_atomic(path, (header_bytes({"__metadata__": metadata | hashes(data), **entries}), data))
     return path, path.stat().st_size, len(tensors)
 
 

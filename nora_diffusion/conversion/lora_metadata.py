@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from PIL import Image
-from safetensors.torch import save
 
 from ..formats.adapter_info import AdapterInfo
 from ..formats.pack_writing import preview_of
 from ..io.run_layout import SAMPLES
-from ..io.tensors import Tensors
 
 Architecture = Literal["sd1", "sd2", "sdxl"]
 STABILITY_AI = "https://github.com/Stability-AI/generative-models"
@@ -55,10 +53,9 @@ def modelspec(info: AdapterInfo, name: str, architecture: Architecture) -> dict[
     return metadata
 
 
-def hashes(tensors: Tensors) -> dict[str, str]:
+def hashes(data: memoryview) -> dict[str, str]:
     """SHA-256 of the tensors' bytes in the file, which does not depend on the metadata, under both tools' names."""
-    content = save(tensors)
-    digest = hashlib.sha256(memoryview(content)[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    digest = hashlib.sha256(data).hexdigest()
     return {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
 
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import re
-import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import save
 
 from ..errors import UserError
 from ..io.files import locked_folder, write_atomic
-from ..io.tensor_file import READABLE, RawTensor, RawTensors, TensorFile, raw_hash
+from ..io.tensor_file import READABLE, RawTensor, RawTensors, TensorFile, header_bytes, raw_hash
 from ..pipelines.fingerprints import same_weights
 from .adapter_file import (
     BASIS_FOLDER,
@@ -233,9 +232,7 @@ def _header(shapes: dict[str, tuple[str, list[int]]], head: dict[str, Any]) -> b
     for key, (dtype, shape) in shapes.items():
         start, end = end, end + math.prod(shape) * READABLE[dtype].itemsize
         entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return header_bytes(entries)
 
 
 def _card(subject: PackedSubject, common: dict[str, Any]) -> bytes:

@@ -59,7 +59,7 @@ class TakenError(UserError):
     """Another file or folder already has the name."""
 
 
-def write_atomic(path: Path, content: bytes | str | Iterable[bytes], new: bool = False) -> Path:
+def write_atomic(path: Path, content: bytes | str | Iterable[bytes | memoryview], new: bool = False) -> Path:
     """Write a temporary file in the same folder, fsync it, rename it to ``path``, fsync the folder.
 
     ``content`` may be an iterator of chunks, so that a large file never has to fit in memory. Text is written as UTF-8;

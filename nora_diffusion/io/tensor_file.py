@@ -8,8 +8,10 @@ import takes seconds: :meth:`RawTensor.tensor` imports it.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -236,6 +238,13 @@ class TensorFile:
             start = entry.stop
         if start != self.size:
             raise self._damaged(f"its tensors end at byte {start:,} of {self.size:,}")
+
+
+def header_bytes(entries: Mapping[str, Any]) -> bytes:
+    """A safetensors header as bytes: its length and its JSON, padded so that the tensors behind it are aligned."""
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def check_complete(path: Path) -> None:

@@ -17,6 +17,7 @@ from diffusers import UNet2DConditionModel
 from factories import randomize
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save
 
 from nora_diffusion import add_adapter, create_pack, export_lora, load_adapter, save_adapter
 from nora_diffusion.adapters import nora
@@ -25,6 +26,7 @@ from nora_diffusion.conversion.lora_metadata import _thumbnail
 from nora_diffusion.formats.adapter_file import inspect_adapter
 from nora_diffusion.formats.adapter_info import AdapterInfo
 from nora_diffusion.formats.foreign_names import original_name
+from nora_diffusion.io import tensors
 from nora_diffusion.pipelines.components import components, projections
 
 ALL = ["attn", "ff", "proj", "conv", "linear_1", "linear_2", "conv_in", "conv_out", "conv_shortcut", "time_emb_proj"]
@@ -192,6 +194,16 @@ def test_metadata_for_model_browsers(tmp_path: Path, form: Any) -> None:
         assert metadata["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
         assert "sks" in metadata["ss_tag_frequency"]
     del pipe
+
+
+def test_equal_exports_are_equal_files_serialized_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors itself writes metadata in random order."""
+    saved("sdxl", tmp_path, ["attn"], ["unet"])
+    serialized: list[int] = []
+    monkeypatch.setattr(tensors, "save", lambda *args: serialized.append(1) or save(*args))
+    one, two = (export_lora(tmp_path / "dog", tmp_path / f"{n}/x.safetensors", "kohya").path for n in (1, 2))
+    assert Path(one).read_bytes() == Path(two).read_bytes()
+    assert len(serialized) == 2
 
 
 def test_thumbnails_come_from_the_preview_the_pack_or_the_last_sample(tmp_path: Path) -> None:
