@@ -15,7 +15,7 @@ LOWEST_STAMP := .venv-lowest/.installed
 # LOWEST_TORCH=--torch also takes torch's lowest release. On Linux, PyPI has it with CUDA only.
 LOWEST_TORCH ?=
 
-.PHONY: help setup app demo browser screenshots test test-slow test-lowest check build release-check clean
+.PHONY: help setup app demo browser screenshots test test-slow test-lowest check bench build release-check clean
 
 help:
 	@echo "make app            generate, mix, train and compare in the browser"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-slow      the tests that train or take long"
 	@echo "make test-lowest    the fast tests with the lowest releases that pyproject.toml allows, in .venv-lowest"
 	@echo "make check          ruff and a strict type check"
+	@echo "make bench          the benchmarks of docs/performance.md on the CPU (about 15 minutes on a quiet machine)"
 	@echo "make browser        download a Chromium for the tests of the app, where the system has none"
 	@echo "make screenshots    pictures of every tab in outputs/screenshots (needs Chromium)"
 	@echo "make build          write the wheel and the sdist into dist"
@@ -73,6 +74,11 @@ test-slow: $(STAMP)
 # Without the app: its gradio is pinned at the lowest release already.
 test-lowest: $(LOWEST_STAMP)
 	@OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest --numprocesses auto --dist loadfile -m "not slow" --ignore tests/ui
+
+bench: $(STAMP)  # one thread, so that another program on another core disturbs it little
+	@for name in steps attention mixed_batch loading growth; do \
+		echo; echo "== $$name"; OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; \
+	done
 
 check: $(STAMP)
 	@$(BIN)/ruff check .
