@@ -238,6 +238,7 @@ class NoraLayer(nn.Module, PeftInterface):
             others = {n: s for n, s in self.merging.scalings.items() if n != adapter_name}
             self.unmerge()
         self.states.pop(adapter_name, None)
+        self.live_pair.clear()  # it holds the deltas
         if adapter_name in self.nora_delta:
             del self.nora_delta[adapter_name]
         # Not `activate`, which would set requires_grad of the other adapters.
