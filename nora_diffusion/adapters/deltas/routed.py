@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from . import functional
+from .fused_routed import routed_linear, rowwise_linear
 from .mixture import gated_up
 
 
@@ -63,6 +64,10 @@ class SharedExperts(nn.Module):
         self.a = nn.Parameter(1 + 0.1 * torch.randn(num_experts, down.shape[0]))
         self.b = nn.Parameter(1 + 0.1 * torch.randn(num_experts, up.shape[0]))
 
+    def token_factors(self) -> tuple[Tensor, ...]:
+        """``(D [r, d_in], *up)``: the down factor and the arguments of :func:`.mixture.gated_up`."""
+        return self.A, self.B, self.a, self.b
+
     def mix(self, s: Tensor) -> Tensor:
         """``sum_i g_i diag(b_i) B diag(a_i) p`` for ``s = [p; l] [..., r + N]``, ``g = softmax(l)`` per token."""
         return gated_up(s, len(self.a), self.B, self.a, self.b)
@@ -82,6 +87,10 @@ class IndependentExperts(nn.Module):
         self.num_experts = num_experts
         self.A = nn.Parameter(down)
         self.B = nn.Parameter(torch.zeros_like(up))
+
+    def token_factors(self) -> tuple[Tensor, ...]:
+        """``(D [N r, d_in], up)``: the down factors and the argument of :func:`.mixture.gated_up`."""
+        return self.A, self.B
 
     def mix(self, s: Tensor) -> Tensor:
         """``sum_i g_i B_i p_i`` for ``s = [p; l] [..., N r + N]``, ``g = softmax(l)`` per token."""
@@ -105,6 +114,10 @@ class ProjectedExperts(nn.Module):
         self.A = nn.Parameter(down)
         self.P = nn.Parameter(torch.randn(num_experts, inner_r, r) / math.sqrt(r))
         self.B = nn.Parameter(up.new_zeros(up.shape[0], num_experts * inner_r))
+
+    def token_factors(self) -> tuple[Tensor, ...]:
+        """``(D [N r', d_in], up)``: those of independent experts with the down factors ``P_i A``."""
+        return self.P.flatten(0, 1) @ self.A, self.B
 
     def mix(self, s: Tensor) -> Tensor:
         """``sum_i g_i B_i P_i p`` for ``s = [p; l] [..., r + N]``, ``g = softmax(l)`` per token."""
@@ -156,16 +169,32 @@ class RoutedDelta(nn.Module):
         """``dy [..., d_out]`` from ``p = x S^T``; ``rows``: indices in the batch of the rows of ``p``, if not all."""
         k = self.experts.A.shape[0]
         if not self.conditioned:
-            if self.training and self.dropout.p > 0:
+            if self.drops:
                 p = torch.cat([self.dropout(p[..., :k]), p[..., k:]], dim=-1)
             return self.experts.mix(p)
-        gates = self.row_gates()
-        gates = gates if rows is None or len(gates) == 1 else gates[rows]
-        if len(gates) not in (1, len(p)):
-            gates = self._common_gate(gates, len(p))
-        ups = self.experts.up_for(gates).to(p.dtype)
+        ups = self.row_ups(len(p), rows).to(p.dtype)
         p = self.dropout(p)
         return F.linear(p, ups[0]) if len(ups) == 1 else functional.rowwise(p, ups.transpose(1, 2))
+
+    @property
+    def drops(self) -> bool:
+        """Whether the next pass drops some of ``p``."""
+        return self.training and self.dropout.p > 0
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        """``y = W x + b + s dy``, ``[..., d_out]``, without dropout, for a frozen linear projection."""
+        if self.conditioned:
+            return rowwise_linear(x, weight, bias, scale, self.experts.A, self.row_ups(len(x)))
+        down, *up = self.experts.token_factors()
+        return routed_linear(x, weight, bias, scale, down, self.W_g, *up)
+
+    def row_ups(self, count: int, rows: Tensor | None = None) -> Tensor:
+        """The up factor ``[count or 1, d_out, k]`` of each of ``count`` rows; ``rows``: their indices in the batch."""
+        gates = self.row_gates()
+        gates = gates if rows is None or len(gates) == 1 else gates[rows]
+        if len(gates) not in (1, count):
+            gates = self._common_gate(gates, count)
+        return self.experts.up_for(gates)
 
     def _common_gate(self, gates: Tensor, rows: int) -> Tensor:
         """The gate ``[1, N]`` that all rows share, for a batch whose rows the model has rearranged (frames, say).

@@ -87,11 +87,13 @@ class NoraLayer(nn.Module, PeftInterface):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            chain = self._single_chain()
-            if chain is not None:
-                scaling, delta = chain
-                below, above = delta.halves(delta.working_rank)
+            single = self._single()
+            if single is not None:
+                scaling, delta = single
                 bias = cast("Tensor | None", self.base_layer.bias)
+                if isinstance(delta, RoutedDelta):
+                    return delta.linear(x, self._weight, bias, scaling)
+                below, above = delta.halves(delta.working_rank)
                 return chained_linear(x, self._weight, bias, below, above, scaling)
         base: Tensor = self.base_layer(x, *args, **kwargs)
         if not is_offloaded(self.base_layer):
@@ -99,12 +101,14 @@ class NoraLayer(nn.Module, PeftInterface):
         with onloaded(self.nora_delta, *([self.base_layer] if self._rescales() else [])):
             return self._adapted(x, base)
 
-    def _single_chain(self) -> ScaledChain | None:
-        """The live adapter with its scaling, if it is the only one and fits :func:`chained_linear`."""
+    def _single(self) -> ScaledChain | tuple[float, RoutedDelta] | None:
+        """The live adapter with its scaling, if it is the only one and trains in one function with the projection."""
         if self.rows is not None or self._weight.requires_grad or not is_plain_linear(self.base_layer):
             return None
         names = list(self.live_names())
         delta = self.delta(names[0]) if len(names) == 1 else None
+        if isinstance(delta, RoutedDelta):
+            return None if delta.drops else (self.states[names[0]].scaling, delta)
         if not isinstance(delta, ChainDelta) or delta.m is not None or delta.blocks > 1:
             return None
         if delta.training and delta.dropout.p > 0:

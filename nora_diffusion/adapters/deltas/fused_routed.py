@@ -1,0 +1,125 @@
+"""A frozen linear projection and one mixture in a single autograd function: the training path of ``nn.Linear``.
+
+The same map as the frozen projection plus :meth:`.routed.RoutedDelta.forward`, with the same gradients, in fewer passes
+over ``[tokens, d_out]`` and ``[tokens, d_in]``. The functions can be differentiated once, and compute in autocast's
+dtype where it is on, else in that of ``x``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import functional
+from .mixture import gated_rows, gated_up_backward, stacked_up
+
+Grads = tuple[Tensor | None, ...]
+
+
+def routed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, down: Tensor, router: Tensor, *up: Tensor | None
+) -> Tensor:
+    """``y = W x + b + s sum_i g_i U_i p_i``, ``[..., d_out]``, with ``p = D x`` and ``g = softmax(W_g x)`` per token.
+
+    Frozen ``W [d_out, d_in]`` and ``b``; ``D [k, d_in]``; ``router``: ``W_g [N, d_in]``; ``up``: the factors of
+    :func:`.mixture.gated_up`. Kept for backward: ``x`` and ``[p; W_g x]``.
+    """
+    apply: Any = _RoutedLinear.apply
+    y: Tensor = apply(x, weight, bias, scale, down, router, *up)
+    return y
+
+
+class _RoutedLinear(torch.autograd.Function):
+    """With ``S = [D; W_g]`` and ``ds`` the gradient of ``S x``: ``dx = W^T dy + s S^T ds`` and ``dS = s ds x^T``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        down: Tensor,
+        router: Tensor,
+        up: Tensor,
+        inner: Tensor | None = None,
+        outer: Tensor | None = None,
+    ) -> Tensor:
+        flat, weight, y = _frozen(x, weight, bias)
+        rows = torch.cat([down, router]).to(flat.dtype) @ flat.T
+        _, z = gated_rows(rows, len(router), shared=inner is not None)
+        y.addmm_(z.T, stacked_up(up, inner, outer).to(z.dtype), alpha=scale)
+        ctx.scale, ctx.x_shape, ctx.x_dtype = scale, x.shape, x.dtype
+        need_x = ctx.needs_input_grad[0]
+        ctx.save_for_backward(weight if need_x else None, flat, rows, down, router, up, inner, outer)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Grads:
+        weight, flat, rows, down, router, *up = ctx.saved_tensors
+        dy = dy.reshape(-1, dy.shape[-1])
+        d_rows, d_up = gated_up_backward(dy, rows, len(router), *up)
+        dx = None
+        if weight is not None:
+            skinny = torch.cat([down, router]).to(rows.dtype)
+            dx = (dy @ weight).addmm_(d_rows.T, skinny, alpha=ctx.scale).view(ctx.x_shape).to(ctx.x_dtype)
+        d_skinny = (d_rows @ flat).to(down.dtype)
+        grads = [d_skinny[: len(down)], d_skinny[len(down) :], *d_up]
+        return dx, None, None, None, *(g if g is None or ctx.scale == 1 else ctx.scale * g for g in grads)
+
+
+def rowwise_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, down: Tensor, ups: Tensor) -> Tensor:
+    """``y_n = W x_n + b + s U_n D x_n`` for each row ``n`` of the batch, ``x [rows, ..., d_in]``.
+
+    Frozen ``W [d_out, d_in]`` and ``b``; ``D [k, d_in]``; ``ups``: ``U [rows, d_out, k]``, or ``[1, d_out, k]`` for all
+    rows. Kept for backward: ``x`` and ``D x``.
+    """
+    apply: Any = _RowwiseLinear.apply
+    y: Tensor = apply(x, weight, bias, scale, down, ups)
+    return y
+
+
+class _RowwiseLinear(torch.autograd.Function):
+    """With ``p = D x`` and ``h_n = U_n^T dy_n``:
+
+    ``dx = W^T dy + s D^T h``, ``dD = s h x^T`` and ``dU_n = s dy_n p_n^T``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, down: Tensor, ups: Tensor
+    ) -> Tensor:
+        flat, weight, y = _frozen(x, weight, bias)
+        p = F.linear(flat, down.to(flat.dtype)).unflatten(0, (len(ups), -1))
+        y.view(len(ups), -1, y.shape[-1]).baddbmm_(p, ups.to(p.dtype).transpose(1, 2), alpha=scale)
+        ctx.scale, ctx.x_shape, ctx.x_dtype = scale, x.shape, x.dtype
+        need_x, need_down = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+        ctx.save_for_backward(weight if need_x else None, flat if need_down else None, p, down, ups)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Grads:
+        weight, flat, p, down, ups = ctx.saved_tensors
+        dy = dy.reshape(len(ups), -1, dy.shape[-1])
+        h = torch.bmm(dy, ups.to(dy.dtype)).flatten(0, 1)
+        d_ups = torch.bmm(dy.transpose(1, 2), p).to(ups.dtype)
+        dx = d_down = None
+        if flat is not None:
+            d_down = ctx.scale * (h.T @ flat).to(down.dtype)
+        if weight is not None:
+            dx = dy.flatten(0, 1) @ weight
+            dx = dx.addmm_(h, down.to(h.dtype), alpha=ctx.scale).view(ctx.x_shape).to(ctx.x_dtype)
+        return dx, None, None, None, d_down, ctx.scale * d_ups
+
+
+def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """``x [tokens, d_in]`` and ``W`` in the dtype of the pass, and ``W x + b``."""
+    dtype = functional.compute_dtype(x)
+    flat, weight = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)
+    return flat, weight, F.linear(flat, weight, None if bias is None else bias.to(dtype))
