@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nora_diffusion.adapters import NoraLayer, dora, dylora, lora, lora_mini, lora_xs, melora, mora, nora, nora_input
 from nora_diffusion.adapters.config import AdapterConfig
+from nora_diffusion.adapters.deltas import chain as chain_module
 from nora_diffusion.adapters.deltas.fused import chained_linear
 from nora_diffusion.adapters.tuner import layer as layer_module
 
@@ -68,7 +69,7 @@ def test_outputs_and_gradients_equal_the_plain_path(config: AdapterConfig, bias:
     torch.manual_seed(0)
     layer = layer_with(config, frozen_linear(bias))
     x = torch.randn(2, TOKENS, D_IN, dtype=torch.float64)
-    with mock.patch.object(layer_module, "chained_linear", wraps=chained_linear) as fast:
+    with mock.patch.object(chain_module, "chained_linear", wraps=chained_linear) as fast:
         y, grads = outcome(layer, x)
         assert fast.call_count == 1
     expected, plain_grads = plainly(lambda: outcome(layer, x))
@@ -173,7 +174,7 @@ def _second_adapter(layer: NoraLayer) -> None:
 def test_what_a_plain_product_does_not_cover_takes_the_plain_path(change: Callable[[NoraLayer], None]) -> None:
     layer = layer_with(CHAINS["nora"], frozen_linear())
     change(layer)
-    with mock.patch.object(layer_module, "chained_linear") as fast:
+    with mock.patch.object(chain_module, "chained_linear") as fast:
         layer(torch.randn(3, D_IN, dtype=torch.float64))
     assert not fast.called
 
@@ -181,7 +182,7 @@ def test_what_a_plain_product_does_not_cover_takes_the_plain_path(change: Callab
 @pytest.mark.parametrize("config", [dora(r=2), nora(r=4, basis="svd", dropout=0.5), melora(r=4, blocks=2)])
 def test_other_deltas_take_the_plain_path(config: AdapterConfig) -> None:
     layer = layer_with(config, frozen_linear())
-    with mock.patch.object(layer_module, "chained_linear") as fast:
+    with mock.patch.object(chain_module, "chained_linear") as fast:
         layer(torch.randn(3, D_IN, dtype=torch.float64))
     assert not fast.called
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .cores import Core, InputCore
+from .fused import chained_linear
 from .lease import Lease
 from .magnitude import row_norms
 from .routed import RoutedDelta
@@ -99,6 +100,11 @@ class ChainDelta(nn.Module):
         """Whether the next pass is ``dy = B A x`` for :meth:`pair`: no magnitude, sampled rank or active dropout."""
         return not self.rescales and not (self.training and (self.masked or self.dropout.p > 0))
 
+    @property
+    def fuses(self) -> bool:
+        """Whether :meth:`linear` serves the next pass."""
+        return not self.rescales and self.blocks == 1 and not (self.training and self.dropout.p > 0)
+
     def state_key(self) -> tuple[object, ...]:
         """Changes whenever a factor or the rank changes: the addresses and versions of all tensors."""
         factors = [*self.parameters(), *self.buffers()]
@@ -126,6 +132,10 @@ class ChainDelta(nn.Module):
         for factor in (*below[1:], *above):
             p = F.linear(p, factor.to(p.dtype))
         return p
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        """``y = W x + b + s dy``, ``[..., d_out]``, for a frozen linear projection: the fast training path."""
+        return chained_linear(x, weight, bias, *self.halves(self.working_rank), scale)
 
     def skinny_weight(self) -> Tensor:
         """``A_in A_out [k, d_in]``."""

@@ -181,8 +181,13 @@ class RoutedDelta(nn.Module):
         """Whether the next pass drops some of ``p``."""
         return self.training and self.dropout.p > 0
 
+    @property
+    def fuses(self) -> bool:
+        """Whether :meth:`linear` serves the next pass."""
+        return not self.drops
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        """``y = W x + b + s dy``, ``[..., d_out]``, without dropout, for a frozen linear projection."""
+        """``y = W x + b + s dy``, ``[..., d_out]``, for a frozen linear projection: the fast training path."""
         if self.conditioned:
             return rowwise_linear(x, weight, bias, scale, self.experts.A, self.row_ups(len(x)))
         down, *up = self.experts.token_factors()

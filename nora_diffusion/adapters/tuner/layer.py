@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..config import AdapterConfig
-from ..deltas.chain import ChainDelta
-from ..deltas.fused import chained_linear
+from ..deltas.chain import ChainDelta, Delta
 from ..deltas.joining import ScaledChain
 from ..deltas.routed import RoutedDelta
 from .build import build_delta, contraction
@@ -90,30 +89,21 @@ class NoraLayer(nn.Module, PeftInterface):
             single = self._single()
             if single is not None:
                 scaling, delta = single
-                bias = cast("Tensor | None", self.base_layer.bias)
-                if isinstance(delta, RoutedDelta):
-                    return delta.linear(x, self._weight, bias, scaling)
-                below, above = delta.halves(delta.working_rank)
-                return chained_linear(x, self._weight, bias, below, above, scaling)
+                return delta.linear(x, self._weight, cast("Tensor | None", self.base_layer.bias), scaling)
         base: Tensor = self.base_layer(x, *args, **kwargs)
         if not is_offloaded(self.base_layer):
             return self._adapted(x, base)
         with onloaded(self.nora_delta, *([self.base_layer] if self._rescales() else [])):
             return self._adapted(x, base)
 
-    def _single(self) -> ScaledChain | tuple[float, RoutedDelta] | None:
+    def _single(self) -> tuple[float, Delta] | None:
         """The live adapter with its scaling, if it is the only one and trains in one function with the projection."""
         if self.rows is not None or self._weight.requires_grad or not is_plain_linear(self.base_layer):
             return None
         names = list(self.live_names())
-        delta = self.delta(names[0]) if len(names) == 1 else None
-        if isinstance(delta, RoutedDelta):
-            return None if delta.drops else (self.states[names[0]].scaling, delta)
-        if not isinstance(delta, ChainDelta) or delta.m is not None or delta.blocks > 1:
+        if len(names) != 1 or not self.delta(names[0]).fuses:
             return None
-        if delta.training and delta.dropout.p > 0:
-            return None
-        return self.states[names[0]].scaling, delta
+        return self.states[names[0]].scaling, self.delta(names[0])
 
     def _adapted(self, x: Tensor, base: Tensor) -> Tensor:
         """The output for an input whose frozen output is ``base``."""
