@@ -171,19 +171,18 @@ def fusers(pipe: Any) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]
 def load_exported(pipe: Any, file: Path) -> None:
     """Load with diffusers' ``load_lora_weights``, and with PEFT what it does not support (T5, all of PixArt)."""
     groups: dict[str, dict[str, Tensor]] = {}
+    t5 = next((name for name in components(pipe) if type(getattr(pipe, name)).__name__ == "T5EncoderModel"), None)
     for key, value in load_file(file).items():
+        key = key.replace("text_encoders.t5xxl.transformer", str(t5))
         groups.setdefault(key.split(".")[0], {})[key] = value
     stock = hasattr(pipe, "load_lora_weights")
-    by_peft = [
-        component for component in groups if not stock or type(getattr(pipe, component)).__name__ == "T5EncoderModel"
-    ]
-    for component in by_peft:
+    for component in [name for name in groups if not stock or name == t5]:
         group = groups.pop(component)
         inject_plain(
             getattr(pipe, component), {key.removeprefix(f"{component}."): value for key, value in group.items()}
         )
     if groups:
-        pipe.load_lora_weights({k: v for group in groups.values() for k, v in group.items()}, adapter_name="plain")
+        pipe.load_lora_weights(file, adapter_name="plain")  # ignores the T5
 
 
 def inject_plain(module: nn.Module, tensors: dict[str, Tensor]) -> None:

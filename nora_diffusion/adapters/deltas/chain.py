@@ -105,11 +105,6 @@ class ChainDelta(nn.Module):
         """Whether :meth:`linear` serves the next pass."""
         return not self.rescales and self.blocks == 1 and not (self.training and self.dropout.p > 0)
 
-    def state_key(self) -> tuple[object, ...]:
-        """Changes whenever a factor or the rank changes: the addresses and versions of all tensors."""
-        factors = [*self.parameters(), *self.buffers()]
-        return self.rank, *((factor.data_ptr(), version(factor)) for factor in factors)
-
     def halves(self, rank: int | None) -> tuple[list[Tensor], list[Tensor]]:
         """``([A_out, A_in], [B_in, B_out])``, truncated to ``rank`` at the narrowest point."""
         down, up = self.outer
@@ -160,14 +155,6 @@ class ChainDelta(nn.Module):
             down, up = (functional.collapse(factors) for factors in self.halves(rank))
             norms = row_norms(weight, down, up, scale)
         return self.m.to(norms.dtype) / norms
-
-
-def version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place.
-
-    Inference tensors count no versions; they cannot be changed outside of inference mode either.
-    """
-    return 0 if tensor.is_inference() else tensor._version
 
 
 Delta = ChainDelta | RoutedDelta

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -44,6 +44,15 @@ def collapse(factors: Sequence[Tensor]) -> Tensor:
     for factor in factors[1:]:
         product = factor.to(dtype) @ product
     return product
+
+
+def versions(tensors: Iterable[Tensor]) -> tuple[list[int], list[int]]:
+    """Changes if one of these tensors is replaced or written to.
+
+    Inference tensors count no versions; they cannot be changed outside of inference mode either.
+    """
+    known = list(tensors)
+    return [t.data_ptr() for t in known], [t._version for t in known if not t.is_inference()]
 
 
 def product_svd(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:

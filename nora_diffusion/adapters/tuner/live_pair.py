@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..deltas import functional
-from ..deltas.chain import version
 from ..deltas.joining import ScaledChain, joined_pair
 
 
@@ -21,35 +20,29 @@ class LivePair:
     """
 
     def __init__(self) -> None:
+        self._chains: list[ScaledChain] = []
+        self._tables: list[dict[str, Any]] = []
         self._key: object = None
         self._pair: tuple[Tensor, Tensor] | None = None
 
     def get(self, chains: Sequence[ScaledChain], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The pair of one or more chains."""
-        key = dtype, list(chains), _state(chains)
+        if chains != self._chains:
+            self.clear()
+            modules = [module for _, chain in chains for module in chain.modules()]
+            self._chains, self._tables = [*chains], [t for m in modules for t in (m._parameters, m._buffers) if t]
+        # Asked in every pass of every layer, so it reads the tables of nn.Module without its slow lookup.
+        factors = [factor for table in self._tables for factor in table.values()]
+        key = dtype, [chain.rank for _, chain in chains], functional.versions(factors)
         if self._pair is None or key != self._key:
-            with functional.without_autocast(next(chains[0][1].parameters()).device):
+            with functional.without_autocast(factors[0].device):
                 down, up = joined_pair(chains)
             self._key, self._pair = key, (down.to(dtype), up.to(dtype))
         return self._pair
 
     def clear(self) -> None:
-        """Forget the pair, and free its memory."""
-        self._key = self._pair = None
-
-
-def _state(chains: Sequence[ScaledChain]) -> tuple[list[object], ...]:
-    """Ranks, cores, and addresses and versions of all factors.
-
-    Asked in every pass of every layer, so it reads the dictionaries of ``nn.Module`` without its slow lookup.
-    """
-    modules = [chain for _, chain in chains]
-    cores = [chain._modules.get("core") for chain in modules]
-    holders = [*modules, *filter(None, cores)]
-    tables: list[Any] = [*(holder._parameters for holder in holders), *(chain._buffers for chain in modules)]
-    factors: list[Any] = [factor for table in tables for factor in table.values()]
-    ranks: list[object] = [chain.rank for chain in modules]
-    return ranks, [*cores], [*map(Tensor.data_ptr, factors)], [*map(version, factors)]
+        """Forget the pair and its chains, and free their memory."""
+        self._chains, self._tables, self._key, self._pair = [], [], None, None
 
 
 def add_product(y: Tensor, p: Tensor, up: Tensor, *, in_place: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -86,7 +86,7 @@ class Bank(ABC):
             self._chains, self._tables = chains, [t for m in modules for t in (m._parameters, m._buffers) if t]
         factors = [factor for table in self._tables for factor in table.values()]
         scales = [self.layer.states[name].scaling for name in names]
-        return self.plan.changes, scales, [one.rank for one in chains], _versions(factors)
+        return self.plan.changes, scales, [one.rank for one in chains], functional.versions(factors)
 
     def live(self) -> list[str]:
         """The chains of this bank that the batch uses."""
@@ -211,13 +211,4 @@ def same_basis(one: ChainDelta, two: ChainDelta) -> bool:
 
 def _basis_state(one: ChainDelta) -> Any:
     """Changes with the frozen tensors of a chain, and with its rank."""
-    return one.rank, _versions(one._buffers.values())
-
-
-def _versions(tensors: Iterable[Tensor | None]) -> tuple[list[int], list[int]]:
-    """Changes if one of these tensors is replaced or written to.
-
-    Inference tensors count no versions; they cannot be changed outside of inference mode either.
-    """
-    present = [tensor for tensor in tensors if tensor is not None]
-    return [t.data_ptr() for t in present], [t._version for t in present if not t.is_inference()]
+    return one.rank, functional.versions(b for b in one._buffers.values() if b is not None)
