@@ -1,6 +1,6 @@
 """How costs grow: time against adapters, subjects, batch, tokens, rank and experts, with fitted exponents and plots.
 
-    python benchmarks/growth.py [--rounds 5] [--largest_pack 10000] [--out outputs/growth.html]
+    python benchmarks/growth.py [--rounds 5] [--largest_pack 1000] [--out outputs/growth.html]
 
 Each row varies one size and keeps the others. The exponent ``e`` is the slope of a line through ``(log size, log
 seconds)`` over the upper half of the sizes: 0 is a constant cost, 1 a proportional one. Times are CPU times of one
@@ -136,7 +136,7 @@ def main() -> None:
     """Print the table and write the plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--largest_pack", type=int, default=10_000)
+    parser.add_argument("--largest_pack", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path("outputs/growth.html"))
     args = parser.parse_args()
     torch.set_num_threads(1)
