@@ -69,7 +69,9 @@ def test_weights_are_quantized_and_factors_are_not(
     losses = [torch.tensor([row[1] for row in journal(path.parent)]) for path in (plain, small)]
     assert 0 < (losses[0] - losses[1]).abs().max() < 0.02 * losses[0].max()
     moved = [key for key in one if key not in frozen and one[key].any()]
-    assert all(torch.nn.functional.cosine_similarity(one[k].flatten(), other[k].flatten(), 0) > 0.9 for k in moved)
+    # Together: AdamW's first steps follow the signs of gradients, and those of a single small factor may be rounding.
+    both = [torch.cat([factors[key].flatten() for key in moved]) for factors in (one, other)]
+    assert torch.nn.functional.cosine_similarity(*both, 0) > 0.99
 
 
 @pytest.mark.parametrize("method", ["nora", "mora", "mor"])
