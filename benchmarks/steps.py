@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from nora_diffusion.adapters import AdapterConfig, NoraLayer, lora, moe_lora, mor, nora
 from nora_diffusion.adapters.config import Start
 from nora_diffusion.attention import AdapterAttnProcessor
+from nora_diffusion.training.step.memory import saved_storages
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 Model = Callable[[], nn.Module]
@@ -97,20 +98,9 @@ class Bench:
 
     def kept(self, model: nn.Module, sample: Tensor) -> float:
         """MiB that a forward pass keeps for backward, beside parameters and buffers."""
-        known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        sizes: dict[int, int] = {}
-        alive = []
-
-        def pack(tensor: Tensor) -> Tensor:
-            alive.append(tensor)  # so that no address is used twice
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with saved_storages((*model.parameters(), *model.buffers())) as saved:
             self.forward(model, sample)
-        return sum(sizes.values()) / 2**20
+        return sum(storage.nbytes() for storage in saved.values()) / 2**20
 
     def seconds(self, work: Callable[[], Any]) -> float:
         """The time of one call, on this bench's clock."""

@@ -16,6 +16,7 @@ from nora_diffusion.adapters.config import AdapterConfig
 from nora_diffusion.adapters.deltas import chain as chain_module
 from nora_diffusion.adapters.deltas.fused import chained_linear
 from nora_diffusion.adapters.tuner import layer as layer_module
+from nora_diffusion.training.step.memory import saved_storages
 
 D_OUT, D_IN, TOKENS = 10, 12, 7
 CHAINS = {
@@ -104,19 +105,10 @@ def test_a_sampled_rank_trains_the_rows_of_that_rank_only() -> None:
 
 def kept_bytes(layer: NoraLayer, x: Tensor) -> int:
     """Bytes kept for backward that are neither the input nor a factor."""
-    known = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters(), *layer.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_storages((x, *layer.parameters(), *layer.buffers())) as saved:
         y = layer(x)
     assert y.requires_grad
-    return sum(kept.values())
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 @pytest.mark.parametrize("method", ["nora", "lora_xs", "mora"])

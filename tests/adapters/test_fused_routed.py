@@ -13,6 +13,7 @@ from nora_diffusion.adapters import AdapterConfig, NoraLayer, malora, moe_lora, 
 from nora_diffusion.adapters.config import Start
 from nora_diffusion.adapters.deltas.routed import RoutedDelta, RouterInputs
 from nora_diffusion.adapters.tuner import layer as layer_module
+from nora_diffusion.training.step.memory import saved_storages
 
 D_OUT, D_IN, TOKENS, N = 10, 12, 7, 3
 KINDS: dict[str, Callable[..., AdapterConfig]] = {
@@ -109,16 +110,9 @@ def test_what_is_kept_is_the_input_and_its_low_rank_image(kind: str) -> None:
     layer = layer_with(KINDS[kind](), nn.Linear(D_IN, D_OUT), torch.float32)
     layer.base_layer.bfloat16()
     x = torch.randn(500, D_IN, dtype=torch.bfloat16, requires_grad=True)
-    known = {value.untyped_storage().data_ptr() for value in (x, *layer.parameters())}
-    saved: dict[int, int] = {}
-
-    def pack(value: Tensor) -> Tensor:
-        if value.untyped_storage().data_ptr() not in known:
-            saved[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), torch.autocast("cpu", torch.bfloat16):
+    with saved_storages((x, *layer.parameters())) as saved, torch.autocast("cpu", torch.bfloat16):
         layer(x)
+    kept = sum(storage.nbytes() for storage in saved.values())
     width = {"shared": 4 + N, "independent": 2 * N + N, "projected": 2 * N + N}[kind]
     collapsed = 4 * 2 * N * D_IN if kind == "projected" else 0
-    assert 2 * 500 * width <= sum(saved.values()) <= 2 * 500 * width + 2 * collapsed
+    assert 2 * 500 * width <= kept <= 2 * 500 * width + 2 * collapsed

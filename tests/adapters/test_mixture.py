@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nora_diffusion.adapters.deltas.mixture import gated_up
 from nora_diffusion.adapters.deltas.routed import IndependentExperts, ProjectedExperts, RoutedDelta, SharedExperts
+from nora_diffusion.training.step.memory import saved_storages
 
 N, R, D_OUT = 3, 4, 10
 SHARED = pytest.mark.parametrize("shared", [True, False], ids=["shared", "independent"])
@@ -116,22 +117,14 @@ def test_a_token_router_saves_the_low_rank_image_of_a_token(kind: str, d_out: in
     """No gated row, no gate and no stacked factor: beside the input, what is saved is as narrow as the down factors."""
     delta = RoutedDelta(ROUTED[kind](d_out), EXPERTS, "token", D_IN)
     x = torch.randn(TOKENS, D_IN)
-    known = {value.untyped_storage().data_ptr() for value in (x, *delta.parameters())}
-    saved: dict[int, int] = {}
-
-    def pack(value: Tensor) -> Tensor:
-        if value.untyped_storage().data_ptr() not in known:
-            saved[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+    with saved_storages((x, *delta.parameters())) as saved:
         delta(x, nn.functional.linear)
     widths = {
         "shared": [RANK + EXPERTS],
         "independent": [8 * RANK + EXPERTS],
         "projected": [RANK + EXPERTS, 16 + EXPERTS],
     }
-    assert sum(saved.values()) <= 4 * TOKENS * sum(widths[kind])
+    assert sum(storage.nbytes() for storage in saved.values()) <= 4 * TOKENS * sum(widths[kind])
 
 
 @pytest.mark.parametrize("kind", ROUTED)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,24 +102,30 @@ def _on_meta(module: nn.Module) -> nn.Module:
 
 def saved_bytes(pipe: Any, module: nn.Module, rows: int, side: int, dtype: torch.dtype) -> int:
     """Bytes that autograd saves in one forward pass of ``module``, used as the pipeline's denoiser."""
-    known = {value.untyped_storage()._cdata for value in (*module.parameters(), *module.buffers())}
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def pack(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        if storage._cdata not in known:
-            saved[storage._cdata] = storage  # keeps it alive, so that its address is not reused
-        return value
-
     settings: Any = module.config
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value)
-    with torch.device("meta"), hooks, _FusedAttention():
+    with torch.device("meta"), saved_storages((*module.parameters(), *module.buffers())) as saved, _FusedAttention():
         height = side // pipe.vae_scale_factor
         noisy = torch.empty(rows, pipe.vae.config.latent_channels, height, height, dtype=dtype)
         times = torch.zeros(rows, dtype=torch.long)
         labels = times if getattr(settings, "class_embed_type", None) == "timestep" else None
         predict(_PipelineWith(pipe, module), noisy, times, empty_embeddings(settings, rows, dtype), labels)
     return sum(storage.nbytes() for storage in saved.values())
+
+
+@contextmanager
+def saved_storages(known: Iterable[Tensor]) -> Iterator[dict[int, torch.UntypedStorage]]:
+    """The storages that autograd saves for backward inside the context, but for those of the tensors ``known``."""
+    others = {value.untyped_storage()._cdata for value in known}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage._cdata not in others:
+            saved[storage._cdata] = storage  # keeps it alive, so that its address is not reused
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        yield saved
 
 
 class _PipelineWith:
