@@ -19,7 +19,7 @@ from .adapters import NoraLayer
 from .adapters.deltas import functional
 from .adapters.deltas.chain import ChainDelta, Delta
 from .adapters.deltas.routed import RoutedDelta
-from .adapters.tuner.live_pair import add_product, is_plain_linear
+from .adapters.tuner.live_pair import is_plain_linear
 from .adapters.tuner.offloading import is_offloaded
 from .errors import UserError
 from .pipelines.components import denoiser
@@ -78,7 +78,9 @@ def live_parts(layer: nn.Module, kinds: Kinds, dtype: torch.dtype) -> list[Part]
     parts = [_single_part(layer.live_scale(name), deltas[name]) for name in names if name not in chains]
     if chains:
         down, up = layer.live_pair.get(list(chains.values()), dtype)
-        parts.append((down, partial(add_product, up=up, in_place=not parts and is_plain_linear(layer.base_layer))))
+        parts.append(
+            (down, partial(functional.add_product, up=up, in_place=not parts and is_plain_linear(layer.base_layer)))
+        )
     return parts
 
 

@@ -70,7 +70,6 @@ class ChainDelta(nn.Module):
         self.core = core
         self.blocks = blocks
         self.m = None if magnitude is None else nn.Parameter(magnitude)
-        self.rescales = magnitude is not None
         self.masked = masked
         self.rank: int | None = None
         self.sampled_rank: int | None = None
@@ -96,14 +95,19 @@ class ChainDelta(nn.Module):
         return self.sampled_rank if self.masked and self.training else self.rank
 
     @property
+    def drops(self) -> bool:
+        """Whether the next pass drops some of ``p``."""
+        return self.training and self.dropout.p > 0
+
+    @property
     def is_plain(self) -> bool:
         """Whether the next pass is ``dy = B A x`` for :meth:`pair`: no magnitude, sampled rank or active dropout."""
-        return not self.rescales and not (self.training and (self.masked or self.dropout.p > 0))
+        return self.m is None and not self.drops and not (self.training and self.masked)
 
     @property
     def fuses(self) -> bool:
         """Whether :meth:`linear` serves the next pass."""
-        return not self.rescales and self.blocks == 1 and not (self.training and self.dropout.p > 0)
+        return self.m is None and self.blocks == 1 and not self.drops
 
     def halves(self, rank: int | None) -> tuple[list[Tensor], list[Tensor]]:
         """``([A_out, A_in], [B_in, B_out])``, truncated to ``rank`` at the narrowest point."""

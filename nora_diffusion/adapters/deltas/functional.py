@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Item = TypeVar("Item")
 Contract = Callable[[Tensor, Tensor], Tensor]
 """``(x, A [k, d_in]) -> p [..., k]``: applies a down-projection, with channels last."""
 
@@ -46,13 +48,16 @@ def collapse(factors: Sequence[Tensor]) -> Tensor:
     return product
 
 
-def versions(tensors: Iterable[Tensor]) -> tuple[list[int], list[int]]:
-    """Changes if one of these tensors is replaced or written to.
-
-    Inference tensors count no versions; they cannot be changed outside of inference mode either.
-    """
-    known = list(tensors)
-    return [t.data_ptr() for t in known], [t._version for t in known if not t.is_inference()]
+def groups(items: Sequence[Item], alike: Callable[[Item, Item], bool]) -> list[list[Item]]:
+    """The items in groups: each joins the first group whose first item is like it."""
+    found: list[list[Item]] = []
+    for item in items:
+        group = next((group for group in found if alike(group[0], item)), None)
+        if group is None:
+            found.append([item])
+        else:
+            group.append(item)
+    return found
 
 
 def product_svd(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,9 +96,32 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, enabled=False)
 
 
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """``x [tokens, d_in]`` and ``W`` in the dtype of the pass, and ``W x + b``."""
+    dtype = compute_dtype(x)
+    flat, weight = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)
+    return flat, weight, F.linear(flat, weight, None if bias is None else bias.to(dtype))
+
+
+def core_product(lower: Tensor, upper: Tensor | None) -> Tensor:
+    """The core ``C = M L [k, r]`` of a chain, at least in fp32, from what a core's ``pair()`` returns."""
+    lower = at_least_single(lower)
+    if upper is None:
+        return lower
+    with without_autocast(lower.device):
+        return at_least_single(upper) @ lower
+
+
 def rowwise(p: Tensor, matrices: Tensor) -> Tensor:
     """Multiply each row of a batch by its own matrix: ``p [n, ..., k]``, ``M [n, k, m]`` -> ``[n, ..., m]``."""
     return torch.bmm(_by_row(p), matrices).view(*p.shape[:-1], -1)
+
+
+def add_product(y: Tensor, p: Tensor, up: Tensor, *, in_place: bool) -> Tensor:
+    """``y + p B^T`` in one pass, for ``y [..., d_out]``, ``p [..., K]`` and ``B [d_out, K]``."""
+    rows, update = y.reshape(-1, y.shape[-1]), p.reshape(-1, p.shape[-1])
+    out = rows.addmm_(update, up.T) if in_place else torch.addmm(rows, update, up.T)
+    return out.view(y.shape)
 
 
 def add_rowwise(y: Tensor, p: Tensor, matrices: Tensor, *, in_place: bool) -> Tensor:

@@ -52,10 +52,8 @@ class _ChainedLinear(torch.autograd.Function):
         up: Tensor,
         scale: float,
     ) -> Tensor:
-        dtype = functional.compute_dtype(x)
-        flat, weight = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)
-        core = _core(lower, upper)
-        y = F.linear(flat, weight, None if bias is None else bias.to(dtype))
+        flat, weight, y = functional.frozen_linear(x, weight, bias)
+        dtype, core = flat.dtype, _core(lower, upper)
         p = F.linear(flat, _cast(down, dtype))
         u = p if core is None else F.linear(p, core.to(dtype))
         y.addmm_(u, _cast(up, dtype).T, alpha=scale)
@@ -80,7 +78,7 @@ class _ChainedLinear(torch.autograd.Function):
         v = h if low_core is None else h @ low_core
         if core is not None and (need_lower or need_upper):
             d_core = _scaled(h.T @ p, core, scale)
-            d_lower = d_core if upper is None else (upper.to(d_core.dtype).T @ d_core).to(lower.dtype)
+            d_lower = (d_core if upper is None else upper.to(d_core.dtype).T @ d_core).to(lower.dtype)
             d_upper = None if upper is None else (d_core @ lower.to(d_core.dtype).T).to(upper.dtype)
         if need_down:
             d_down = _scaled(v.T @ x, down, scale)
@@ -90,11 +88,7 @@ class _ChainedLinear(torch.autograd.Function):
 
 
 def _core(lower: Tensor | None, upper: Tensor | None) -> Tensor | None:
-    """``C = M L [k, r]``, at least in fp32; ``None`` for the identity."""
-    if lower is None or upper is None:
-        return lower if upper is None else upper
-    with functional.without_autocast(lower.device):
-        return functional.at_least_single(upper) @ functional.at_least_single(lower)
+    return None if lower is None else functional.core_product(lower, upper)
 
 
 def _cast(factor: Tensor, dtype: torch.dtype) -> Tensor:

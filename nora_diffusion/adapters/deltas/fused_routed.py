@@ -49,7 +49,7 @@ class _RoutedLinear(torch.autograd.Function):
         inner: Tensor | None = None,
         outer: Tensor | None = None,
     ) -> Tensor:
-        flat, weight, y = _frozen(x, weight, bias)
+        flat, weight, y = functional.frozen_linear(x, weight, bias)
         rows = torch.cat([down, router]).to(flat.dtype) @ flat.T
         _, z = gated_rows(rows, len(router), shared=inner is not None)
         y.addmm_(z.T, stacked_up(up, inner, outer).to(z.dtype), alpha=scale)
@@ -94,7 +94,7 @@ class _RowwiseLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, down: Tensor, ups: Tensor
     ) -> Tensor:
-        flat, weight, y = _frozen(x, weight, bias)
+        flat, weight, y = functional.frozen_linear(x, weight, bias)
         p = F.linear(flat, down.to(flat.dtype)).unflatten(0, (len(ups), -1))
         y.view(len(ups), -1, y.shape[-1]).baddbmm_(p, ups.to(p.dtype).transpose(1, 2), alpha=scale)
         ctx.scale, ctx.x_shape, ctx.x_dtype = scale, x.shape, x.dtype
@@ -116,10 +116,3 @@ class _RowwiseLinear(torch.autograd.Function):
             dx = dy.flatten(0, 1) @ weight
             dx = dx.addmm_(h, down.to(h.dtype), alpha=ctx.scale).view(ctx.x_shape).to(ctx.x_dtype)
         return dx, None, None, None, d_down, ctx.scale * d_ups
-
-
-def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """``x [tokens, d_in]`` and ``W`` in the dtype of the pass, and ``W x + b``."""
-    dtype = functional.compute_dtype(x)
-    flat, weight = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)
-    return flat, weight, F.linear(flat, weight, None if bias is None else bias.to(dtype))

@@ -21,7 +21,7 @@ def joined_pair(chains: Sequence[ScaledChain]) -> tuple[Tensor, Tensor]:
     subjects in one basis.
     """
     downs, ups = [], []
-    for group in _by_basis(chains):
+    for group in functional.groups(chains, lambda one, two: shares_basis(one[1], two[1])):
         if len(group) > 1 and sum(chain.full_rank for _, chain in group) > len(group[0][1].outer[0]):
             pairs = [_sum_in_core(group)]
         else:
@@ -34,9 +34,7 @@ def joined_pair(chains: Sequence[ScaledChain]) -> tuple[Tensor, Tensor]:
 def core_matrix(chain: ChainDelta) -> Tensor:
     """The core of a chain as a matrix ``[r, r]``, at least in fp32."""
     assert chain.core is not None
-    lower, upper = chain.core.pair()
-    lower = functional.at_least_single(lower)
-    return lower if upper is None else functional.at_least_single(upper) @ lower
+    return functional.core_product(*chain.core.pair())
 
 
 def shares_basis(one: ChainDelta, two: ChainDelta, *, by_value: bool = False) -> bool:
@@ -52,17 +50,6 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 def _is_equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
-
-
-def _by_basis(chains: Sequence[ScaledChain]) -> list[list[ScaledChain]]:
-    groups: list[list[ScaledChain]] = []
-    for chain in chains:
-        group = next((group for group in groups if shares_basis(group[0][1], chain[1])), None)
-        if group is None:
-            groups.append([chain])
-        else:
-            group.append(chain)
-    return groups
 
 
 def _sum_in_core(group: Sequence[ScaledChain]) -> tuple[Tensor, Tensor]:

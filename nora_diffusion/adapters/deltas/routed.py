@@ -84,7 +84,6 @@ class IndependentExperts(nn.Module):
     def __init__(self, down: Tensor, up: Tensor, num_experts: int) -> None:
         super().__init__()
         self.r = down.shape[0] // num_experts
-        self.num_experts = num_experts
         self.A = nn.Parameter(down)
         self.B = nn.Parameter(torch.zeros_like(up))
 
@@ -94,7 +93,7 @@ class IndependentExperts(nn.Module):
 
     def mix(self, s: Tensor) -> Tensor:
         """``sum_i g_i B_i p_i`` for ``s = [p; l] [..., N r + N]``, ``g = softmax(l)`` per token."""
-        return gated_up(s, self.num_experts, self.B)
+        return gated_up(s, len(self.A) // self.r, self.B)
 
     def up_for(self, gates: Tensor) -> Tensor:
         """``[g_1 B_1, ..., g_N B_N]``, ``[u, d_out, N r]``."""

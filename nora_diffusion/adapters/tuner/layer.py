@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..config import AdapterConfig
+from ..deltas import functional
 from ..deltas.chain import ChainDelta, Delta
 from ..deltas.joining import ScaledChain
 from ..deltas.routed import RoutedDelta
 from .build import build_delta, contraction
-from .live_pair import LivePair, add_product, is_plain_linear
+from .live_pair import LivePair, is_plain_linear
 from .merging import WeightMerge
 from .offloading import is_offloaded, onloaded
 from .peft_interface import AdapterState, PeftInterface, RowServer, move_filled
@@ -123,7 +124,7 @@ class NoraLayer(nn.Module, PeftInterface):
         p = self.contract(x, down)
         if isinstance(self.base_layer, nn.Conv2d):
             return y + self.channels_first(F.linear(p, up))
-        return add_product(y, p, up, in_place=is_plain_linear(self.base_layer))
+        return functional.add_product(y, p, up, in_place=is_plain_linear(self.base_layer))
 
     def joined_chains(self, names: Sequence[str]) -> dict[str, ScaledChain]:
         """Those of the live adapters that a pass without gradients adds as one pair, by name."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..deltas import functional
 from ..deltas.chain import ChainDelta
+from ..deltas.factor_state import FactorState, versions
 from ..deltas.joining import core_matrix, joined_pair, shares_basis
 from .layer import NoraLayer
 from .row_plan import RowPlan, RowSpec
@@ -34,8 +35,7 @@ class Bank(ABC):
         self._checked = -1
         self._seen: object = None
         self._rows: tuple[Tensor, ...] = ()
-        self._chains: list[ChainDelta] = []
-        self._tables: list[dict[str, Any]] = []
+        self._factors = FactorState()
 
     @abstractmethod
     def add(self, x: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
@@ -75,18 +75,10 @@ class Bank(ABC):
             return tuple(factor.to(y.dtype)[index] for factor in self.build(self.plan.used))
 
     def _state(self) -> tuple[object, ...]:
-        """Changes with the batch, and with the scales, ranks and factors of the chains that it uses.
-
-        It reads the tables of ``nn.Module`` without its slow lookup.
-        """
+        """Changes with the batch, and with the scales, ranks and factors of the chains that it uses."""
         names, deltas = self.live(), cast("dict[str, ChainDelta]", self.layer.nora_delta._modules)
-        chains = [deltas[name] for name in names]
-        if chains != self._chains:
-            modules = [module for one in chains for module in one.modules()]
-            self._chains, self._tables = chains, [t for m in modules for t in (m._parameters, m._buffers) if t]
-        factors = [factor for table in self._tables for factor in table.values()]
         scales = [self.layer.states[name].scaling for name in names]
-        return self.plan.changes, scales, [one.rank for one in chains], functional.versions(factors)
+        return self.plan.changes, scales, self._factors.of([deltas[name] for name in names])
 
     def live(self) -> list[str]:
         """The chains of this bank that the batch uses."""
@@ -174,14 +166,7 @@ def is_plain(layer: NoraLayer, name: str) -> bool:
 
 def _groups(names: Sequence[str], alike: Callable[[str, str], bool]) -> list[list[str]]:
     """Groups of two or more adapters that are alike."""
-    groups: list[list[str]] = []
-    for name in names:
-        group = next((group for group in groups if alike(group[0], name)), None)
-        if group is None:
-            groups.append([name])
-        else:
-            group.append(name)
-    return [group for group in groups if len(group) > 1]
+    return [group for group in functional.groups(names, alike) if len(group) > 1]
 
 
 def _have_similar_rank(layer: NoraLayer, one: str, two: str) -> bool:
@@ -211,4 +196,4 @@ def same_basis(one: ChainDelta, two: ChainDelta) -> bool:
 
 def _basis_state(one: ChainDelta) -> Any:
     """Changes with the frozen tensors of a chain, and with its rank."""
-    return one.rank, functional.versions(b for b in one._buffers.values() if b is not None)
+    return one.rank, versions(b for b in one._buffers.values() if b is not None)
