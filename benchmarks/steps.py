@@ -1,4 +1,4 @@
-"""Training step, its memory, and inference with live adapters, beside PEFT's LoRA in the same process.
+"""Training step, its memory, and inference with live adapters, beside PEFT's LoRA and LyCORIS in the same process.
 
     python benchmarks/steps.py [--part train] [--channels 128,256,512,512] [--side 32] [--batch 2] [--rounds 7]
                                [--device cpu] [--only "NoRA,PEFT LoRA r 32"]
@@ -10,6 +10,7 @@ divided by that of the same round's first row. Times are CPU times of one thread
 
 - *training step*: forward, backward and no optimizer. The first row, the frozen floor, computes the gradient of the
   activations only. *MiB above the floor*: what autograd keeps for backward beside parameters and buffers.
+  LyCORIS needs ``pip install "nora-diffusion[bench]"``; without it, its rows are missing.
 - *inference*: one pass without gradients, with 1 to 32 adapters live, each at weight 1. *one basis*: the adapters share
   their frozen outer pair; *own bases*: each has another.
 """
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
+import logging
 import statistics
 import time
 import warnings
@@ -84,6 +87,19 @@ class Bench:
                 delta.A_out, delta.B_out = first.A_out, first.B_out
         return model
 
+    def with_lycoris(self, algo: str, rank: int) -> nn.Module:
+        """A copy with LyCORIS modules on the same layers; trained factors in fp32."""
+        from lycoris import LycorisNetwork, create_lycoris
+
+        logging.getLogger("LyCORIS").setLevel(logging.ERROR)
+        names = [rf".*attn[12]\.{name}$" for name in TARGETS]
+        LycorisNetwork.apply_preset({"target_module": [], "use_fnmatch": False, "target_name": names})
+        model: Any = self.plain()
+        network = create_lycoris(model, 1.0, linear_dim=rank, linear_alpha=rank, algo=algo)
+        network.apply_to()
+        model.lycoris = network.to(self.device, torch.float32)
+        return model
+
     def forward(self, model: Any, sample: Tensor) -> Tensor:
         """The prediction under autocast."""
         with torch.autocast(self.device.type, torch.bfloat16):
@@ -124,7 +140,10 @@ def training_variants(bench: Bench) -> dict[str, Model]:
         "MoR r 32, 8 experts": mor(r=32, num_experts=8, target_modules=TARGETS),
         "MoE-LoRA r 4, 8 experts": moe_lora(r=4, num_experts=8, target_modules=TARGETS),
     }
-    return {"frozen floor": bench.plain, **{n: partial(bench.adapted, c) for n, c in configs.items()}}
+    models: dict[str, Model] = {n: partial(bench.adapted, c) for n, c in configs.items()}
+    if importlib.util.find_spec("lycoris"):
+        models |= {f"LyCORIS {algo} r 32": partial(bench.with_lycoris, algo, 32) for algo in ("LoRA", "LoKr")}
+    return {"frozen floor": bench.plain, **models}
 
 
 def inference_variants(bench: Bench) -> dict[str, Model]:
