@@ -75,7 +75,7 @@ def generate_images(
     """Generate one image per seed with the pipeline and its active adapters; train or eval mode is restored after."""
     device, enabled = denoiser(pipe).device.type, autocast != torch.float32
     context = torch.autocast(device, autocast if enabled else None, enabled=enabled)
-    with _evaluating(pipe), torch.no_grad(), _decoding_precisely(pipe.vae), context:
+    with evaluating(pipe), torch.no_grad(), _decoding_precisely(pipe.vae), context:
         return sample_images(pipe, [prompt] * len(seeds), seeds, _sampling(config))
 
 
@@ -97,7 +97,7 @@ def _decoding_precisely(vae: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _evaluating(pipe: Any) -> Iterator[None]:
+def evaluating(pipe: Any) -> Iterator[None]:
     modules = [*networks(pipe), pipe.vae]
     modes = [module.training for module in modules]
     try:
