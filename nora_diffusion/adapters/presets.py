@@ -330,8 +330,3 @@ def trains_magnitude(method: str) -> bool:
 def samples_rank(method: str) -> bool:
     """Whether a method draws a rank at every training step (DyLoRA)."""
     return default_axes(method).rank_mask
-
-
-def freezes_outer(method: str) -> bool:
-    """Whether a method leaves an outer factor frozen. Such methods learn best at higher rates."""
-    return not {"down", "up"} <= set(default_axes(method).trained)

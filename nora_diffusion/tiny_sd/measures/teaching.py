@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any] | None] = {  # training settings on top of the
     "lora": {"method": "lora", "rank": 8},
     "nora": {"method": "nora"},
     "lora_r2": {"method": "lora", "rank": 2},  # about as many trained parameters as NoRA
-    "lora_xs": {"method": "lora_xs", "rank": 32, "inner_rank": None},  # as many as NoRA: dense core, plain SVD
+    "lora_xs": {"method": "lora_xs", "rank": 32},  # as many as NoRA: dense core, plain SVD
     "lora_mini": {"method": "lora_mini"},  # as many as NoRA: its chain in random subspaces
     "dora": {"method": "dora", "rank": 8},
 }

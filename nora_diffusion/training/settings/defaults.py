@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-from ...adapters.presets import freezes_outer, is_routed
+from ...adapters.presets import is_routed
 from ...pipelines.base import EMBEDDED_GUIDANCE, EMBEDDED_STEPS, OTHER_GUIDANCE, OTHER_STEPS, is_embedded
 from .config import TrainConfig
-from .methods import method_defaults, parameters_of
+from .methods import method_defaults
 
 EMBEDDED: dict[str, Any] = {
     "target_modules": ["attn", "ff", "proj", "conv"],
@@ -22,8 +24,25 @@ EMBEDDED: dict[str, Any] = {
     "sample_guidance": EMBEDDED_GUIDANCE,
 }
 """Defaults for the embedded base: training takes about a minute on a CPU."""
-EMBEDDED_FROZEN: dict[str, Any] = {"learning_rate": 1.2e-3, "inner_rank": 16}
-"""Changes for methods with a frozen outer factor, which train best at twice LoRA's rate (docs/comparing.md)."""
+
+
+class Tuned(NamedTuple):
+    """What is tuned for a method: changes of :data:`EMBEDDED`, and the usual range of AdamW's rate on any base."""
+
+    embedded: Mapping[str, Any] = MappingProxyType({})
+    usual_rates: tuple[float, float] = (2e-5, 5e-3)
+
+
+FROZEN_RATES = (5e-5, 1e-2)
+"""Frozen outer factors train best at twice LoRA's rate or more (docs/comparing.md)."""
+TUNED: dict[str, Tuned] = {
+    "nora": Tuned({"learning_rate": 1.2e-3, "inner_rank": 16}, FROZEN_RATES),
+    "nora_input": Tuned({"learning_rate": 1.2e-3}, FROZEN_RATES),
+    "lora_xs": Tuned({"learning_rate": 1.2e-3}, FROZEN_RATES),
+    "lora_mini": Tuned({"learning_rate": 1.2e-3, "inner_rank": 16}, FROZEN_RATES),
+    "mora": Tuned({"learning_rate": 1.2e-3}, FROZEN_RATES),
+}
+"""By method; all others have the defaults of :class:`Tuned`."""
 
 OTHER: dict[str, Any] = {
     "target_modules": ["attn"],
@@ -47,12 +66,12 @@ TOKEN_RATE = 1e-3
 
 def usual_rates(method: str) -> tuple[float, float]:
     """Usual range of AdamW's learning rate; a rate outside it is likely a mistake (5e-6 is for full fine-tuning)."""
-    return (5e-5, 1e-2) if freezes_outer(method) else (2e-5, 5e-3)
+    return TUNED.get(method, Tuned()).usual_rates
 
 
 def embedded_defaults(method: str) -> dict[str, Any]:
     """Defaults for ``method`` on the embedded base."""
-    return {**EMBEDDED, **(EMBEDDED_FROZEN if freezes_outer(method) else {})}
+    return {**EMBEDDED, **TUNED.get(method, Tuned()).embedded}
 
 
 def with_defaults(config: TrainConfig) -> TrainConfig:
@@ -72,8 +91,6 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
         values["lr_scheduler"] = "constant"
     if config.loss_weighting not in (None, "min_snr"):
         values["snr_gamma"] = 0.0
-    if "inner_rank" not in parameters_of(method):
-        values.pop("inner_rank", None)
     filled = replace(config, **{name: value for name, value in values.items() if getattr(config, name) is None})
     if config.inner_rank is None and filled.inner_rank is not None and filled.rank is not None:
         filled.inner_rank = min(filled.inner_rank, filled.rank)

@@ -18,7 +18,7 @@ from nora_diffusion.training.planning.adapter import adapter_config
 from nora_diffusion.training.settings.arguments import build_parser, parse
 from nora_diffusion.training.settings.checks import BOUNDS, check_config
 from nora_diffusion.training.settings.config import Tag, settings
-from nora_diffusion.training.settings.defaults import usual_rates, with_defaults
+from nora_diffusion.training.settings.defaults import TUNED, usual_rates, with_defaults
 from nora_diffusion.training.settings.methods import parameters_of
 from nora_diffusion.training.settings.values import OTHER_NAMES
 
@@ -252,6 +252,7 @@ def test_a_method_has_the_parameters_of_its_preset(method: str) -> None:
 
 def test_every_preset_is_a_method() -> None:
     """Flags, choices and defaults of a method follow from its preset."""
+    assert TUNED.keys() <= PRESETS.keys()
     assert "one of " + ", ".join(PRESETS) in " ".join(build_parser("x").format_help().split())
     for method in PRESETS:
         assert with_defaults(TrainConfig(method=method)).rank
