@@ -215,6 +215,11 @@ class Axes:
         return self.inner_r if self.has_inner_rank else self.r
 
     @property
+    def trained_basis(self) -> list[Factor]:
+        """The trained factors without an ``up`` that starts at zero beside an input core, and not from the basis."""
+        return [factor for factor in self.trained if factor != "up" or self.core != "input"]
+
+    @property
     def starts_at_core(self) -> bool:
         """Whether the core is the factor that starts at zero; without one, and with an input core, it is ``up``."""
         return self.core not in ("none", "input")

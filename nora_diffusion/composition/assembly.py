@@ -19,6 +19,8 @@ from .updates import Update
 Targets = str | list[str] | None
 Factors = dict[str, Tensors]
 """Factors by path and name."""
+METHODS: dict[CoreKind, str] = {"nested": "nora", "dense": "lora_xs", "input": "nora_input"}
+"""The method of a mix whose core is another one than its parents'."""
 
 
 def assemble(
@@ -31,10 +33,10 @@ def assemble(
         own = {path: update for (other, path), update in updates.items() if other == component}
         adapting = [source for source in sources if any(other == component for other, _ in source.updates)]
         parents = [source.configs.get(component) for source in adapting]
-        if all(update.core is not None for update in own.values()):
-            config, factors = _with_core(own, [parent for parent in parents if parent is not None])
-        else:
+        if any(update.core is None for update in own.values()):
             config, factors = _lora(own)
+        else:
+            config, factors = _in_basis(own, next(parent for parent in parents if parent is not None))
         config.target_modules, config.exclude_modules = _targets(own, parents)
         configs[component] = config
         tensors |= {
@@ -60,34 +62,49 @@ def _lora(updates: Mapping[str, Update]) -> tuple[AdapterConfig, Factors]:
     return lora(r=r, rank_pattern=pattern), factors
 
 
-def _with_core(updates: Mapping[str, Update], parents: Sequence[AdapterConfig]) -> tuple[AdapterConfig, Factors]:
-    """Nested cores of the largest inner rank, or dense cores if those have fewer parameters."""
-    first = parents[0]
+def _in_basis(updates: Mapping[str, Update], parent: AdapterConfig) -> tuple[AdapterConfig, Factors]:
+    """An adapter of the largest inner rank in the basis of ``parent``; the core is that of :func:`_core_kind`."""
     outer = {path: update.down.shape[0] for path, update in updates.items()}
-    inner_r = max(update.rank for update in updates.values())
-    nested = sum(2 * r * min(inner_r, r) for r in outer.values()) < sum(r * r for r in outer.values())
+    inner_r = min(max(update.rank for update in updates.values()), max(outer.values()))
+    core = _core_kind(updates, inner_r)
+    dtype = getattr(torch, parent.basis_dtype)  # lossless: the basis was rounded to it when it was made
     factors: Factors = {}
     for path, update in updates.items():
-        assert update.core is not None
-        down, up = (factor.double() for factor in update.core)
-        if nested:
-            down, up = _pad_rank(down, up, min(inner_r, outer[path]))
-            factors[path] = {"A_in": down.float(), "B_in": up.float()}
-        else:
-            factors[path] = {"R": (up @ down).float()}
-        if first.stored_outer:
-            dtype = getattr(torch, first.basis_dtype)  # lossless: the basis was rounded to it when it was made
-            factors[path] |= {"A_out": update.down.to(dtype), "B_out": update.up.to(dtype)}
+        factors[path] = _core_factors(update, core, min(inner_r, outer[path]))
+        if parent.stored_outer:
+            factors[path]["A_out"] = update.down.to(dtype)
+        if parent.stored_outer and core != "input":
+            factors[path]["B_out"] = update.up.to(dtype)
     # A basis that is determined by the shapes derives its outer rank from r, the same for all parents. A stored basis
     # of blocks is written as full matrices. No rank mask: cutting the rank would remove the later adapters of the mix.
-    r, pattern, blocks = (*_ranks(outer), 1) if first.stored_outer else (first.r, first.rank_pattern, first.blocks)
-    core: CoreKind = "nested" if nested else "dense"
+    r, pattern, blocks = (*_ranks(outer), 1) if parent.stored_outer else (parent.r, parent.rank_pattern, parent.blocks)
     config = replace(
-        first, r=r, rank_pattern=pattern, core=core, inner_r=inner_r if nested else 1, alpha=None, alpha_pattern={},
-        method=first.method if first.core == core else "nora" if nested else "lora_xs", trained=[], dropout=0.0,
+        parent, r=r, rank_pattern=pattern, core=core, inner_r=1 if core == "dense" else inner_r, alpha=None,
+        alpha_pattern={}, method=parent.method if parent.core == core else METHODS[core], trained=[], dropout=0.0,
         blocks=blocks, rank_mask=False,
     )  # fmt: skip
     return config, factors
+
+
+def _core_kind(updates: Mapping[str, Update], inner_r: int) -> CoreKind:
+    """``input`` if any update has its own output side, else ``nested``, or ``dense`` if that has fewer parameters."""
+    if any(update.core is not None and update.core[1] is None for update in updates.values()):
+        return "input"
+    ranks = [update.down.shape[0] for update in updates.values()]
+    return "nested" if sum(2 * r * min(inner_r, r) for r in ranks) < sum(r * r for r in ranks) else "dense"
+
+
+def _core_factors(update: Update, core: CoreKind, rank: int) -> Tensors:
+    """The trained factors of one projection, at inner rank ``rank``."""
+    assert update.core is not None
+    if core == "input":
+        down, up = _pad_rank(*update.behind_input(), rank)
+        return {"A_in": down.float(), "B": up.float()}
+    down, up = (factor.double() for factor in update.core if factor is not None)
+    if core == "dense":
+        return {"R": (up @ down).float()}
+    down, up = _pad_rank(down, up, rank)
+    return {"A_in": down.float(), "B_in": up.float()}
 
 
 def _ranks(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from ..adapters.deltas.bases import truncated_svd
+from ..adapters.deltas import functional
+from ..adapters.deltas.bases import Pair, truncated_svd
 from ..errors import UserError
 from ..generation.settings import MAX_SEED, check_range
 from .updates import Update
@@ -52,23 +53,26 @@ class Mixed:
 def linear(updates: Sequence[Update], weights: Sequence[float], options: Options) -> Mixed:
     """``dW = B_out (sum_i w_i B_i A_i) A_out``: the sum of the cores inside one shared basis, exact.
 
-    The inner pairs are stacked: the inner ranks add up, to at most the outer rank ``r``. Raises :class:`UserError` for
-    updates without a common frozen outer pair.
+    If only ``A_out`` is shared (one-sided NoRA), ``dW = [w_1 B_1, w_2 B_2 ...] [A_1; A_2; ...] A_out``. The inner pairs
+    are stacked: the inner ranks add up, to at most the outer rank ``r``. Raises :class:`UserError` for updates without
+    a common frozen ``A_out``.
     """
     first = updates[0]
-    if first.core is None or not all(first.shares_basis(update) for update in updates):
+    sides = min(first.shared_sides(update) for update in updates)
+    if sides == 0:
         raise UserError(
             "mode 'linear' sums cores inside one basis, but these adapters have no frozen basis in common: "
             "use 'cat' (exact, the ranks add up) or 'svd' (truncated to a rank)"
         )
-    cores = [update.core for update in updates if update.core is not None]
-    core_up = torch.cat([weight * up for weight, (_, up) in zip(weights, cores, strict=True)], 1)
-    return Mixed(Update(first.down, first.up, (torch.cat([down for down, _ in cores]), core_up)))
+    if sides == 1:
+        down, up = _stacked([update.behind_input() for update in updates], weights)
+        return Mixed(Update(first.down, up, (down, None)))
+    return Mixed(Update(first.down, first.up, _stacked([cast(Pair, update.core) for update in updates], weights)))
 
 
 def cat(updates: Sequence[Update], weights: Sequence[float], options: Options) -> Mixed:
     """``dW = sum_i w_i B_i A_i = [w_1 B_1, w_2 B_2 ...] [A_1; A_2; ...]``: exact, the ranks add up."""
-    return Mixed(_stacked(updates, weights))
+    return Mixed(Update(*_stacked([update.pair() for update in updates], weights)))
 
 
 def svd(updates: Sequence[Update], weights: Sequence[float], options: Options) -> Mixed:
@@ -77,7 +81,7 @@ def svd(updates: Sequence[Update], weights: Sequence[float], options: Options) -
     Uses a QR of the stacked factors, so the dense sum is never formed. The lost energy is that of the discarded
     singular values.
     """
-    u, s, v = _stacked(updates, weights).svd()
+    u, s, v = functional.product_svd(*_stacked([update.pair() for update in updates], weights))
     rank = min(_rank(updates, options), len(s))
     root = s[:rank].sqrt()
     truncated = Update((v[:, :rank] * root).T, u[:, :rank] * root)
@@ -120,10 +124,10 @@ MODES: dict[Mode, MixFunction] = {
 }
 
 
-def _stacked(updates: Sequence[Update], weights: Sequence[float]) -> Update:
-    pairs = [update.pair() for update in updates]
+def _stacked(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
+    """The pair ``([A_1; A_2; ...], [w_1 B_1, w_2 B_2, ...])`` of a weighted sum of pairs ``(A_i, B_i)``."""
     up = torch.cat([weight * up for weight, (_, up) in zip(weights, pairs, strict=True)], 1)
-    return Update(torch.cat([down for down, _ in pairs]), up)
+    return torch.cat([down for down, _ in pairs]), up
 
 
 def _rank(updates: Sequence[Update], options: Options) -> int:

@@ -19,13 +19,14 @@ from ..errors import UserError
 class Update:
     """``dW = up down``, or with a core between frozen outer factors ``dW = up core_up core_down down``.
 
-    Shapes: ``down [r, d_in]``, ``up [d_out, r]``, ``core_down [k, r]``, ``core_up [r, k]``. The adapter's scale
-    ``alpha / r`` is folded into ``core_up``, or into ``up`` if there is no core.
+    If only ``down`` is frozen (one-sided NoRA), the core has no ``core_up``: ``dW = up core_down down``. Shapes:
+    ``down [r, d_in]``, ``core_down [k, r]``, ``core_up [r, k]``, ``up [d_out, r]`` (``[d_out, k]`` without
+    ``core_up``). The adapter's scale ``alpha / r`` is folded into ``core_up``, or into ``up`` if there is none.
     """
 
     down: Tensor
     up: Tensor
-    core: tuple[Tensor, Tensor] | None = None
+    core: tuple[Tensor, Tensor | None] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -39,10 +40,17 @@ class Update:
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """``(A [k, d_in], B [d_out, k])`` with ``dW = B A``, in fp64."""
-        down, up = self.down.double(), self.up.double()
         if self.core is None:
-            return down, up
-        return self.core[0].double() @ down, up @ self.core[1].double()
+            return self.down.double(), self.up.double()
+        core_down, up = self.behind_input()
+        return core_down @ self.down.double(), up
+
+    def behind_input(self) -> tuple[Tensor, Tensor]:
+        """``(core_down [k, r], up [d_out, k])`` with ``dW = up core_down down``, in fp64; needs a core."""
+        assert self.core is not None
+        core_down, core_up = self.core
+        up = self.up.double()
+        return core_down.double(), up if core_up is None else up @ core_up.double()
 
     def dense(self) -> Tensor:
         """``dW [d_out, d_in]`` in fp64."""
@@ -53,11 +61,12 @@ class Update:
         """``U [d_out, n]``, ``S [n]``, ``V [d_in, n]`` with ``dW = U diag(S) V^T`` and ``n <= k``, in fp64."""
         return functional.product_svd(*self.pair())
 
-    def shares_basis(self, other: Update) -> bool:
-        """Whether both have cores inside the same frozen outer pair."""
-        if self.core is None or other.core is None:
-            return False
-        return torch.equal(self.down, other.down) and torch.equal(self.up, other.up)
+    def shared_sides(self, other: Update) -> int:
+        """How many frozen outer factors both share, from the input on: 0, 1 (``down``) or 2."""
+        if self.core is None or other.core is None or not torch.equal(self.down, other.down):
+            return 0
+        is_one_sided = self.core[1] is None or other.core[1] is None
+        return 1 if is_one_sided or not torch.equal(self.up, other.up) else 2
 
 
 def chain_update(delta: Delta, scale: float, owner: str) -> Update:
@@ -68,11 +77,14 @@ def chain_update(delta: Delta, scale: float, owner: str) -> Update:
             f"{owner} has a magnitude (DoRA): it rescales whole rows of the weight, which is not a low-rank dW to mix; "
             "activate it beside the others with set_adapters instead"
         )
-    trains_outer = any(True for _ in delta.parameters(recurse=False))  # then no other adapter shares them
-    if delta.core is None or trains_outer or delta.rank is not None:  # a rank mask truncates between the factors
+    # A trained down factor is shared with no other adapter, and a rank mask truncates between the factors.
+    if delta.core is None or delta.frozen_sides == 0 or delta.rank is not None:
         down, up = delta.pair()
         return Update(_plain(down), _plain(up) * scale)
     (down, up), (core_down, core_up) = delta.outer, delta.core.pair()
+    if delta.frozen_sides == 1:
+        up = up if core_up is None else up @ core_up
+        return Update(_plain(down), _plain(up) * scale, (_plain(core_down), None))
     if core_up is None:
         core_up = torch.eye(core_down.shape[0])
     return Update(_plain(down), _plain(up), (_plain(core_down), _plain(core_up) * scale))

@@ -6,14 +6,15 @@ import copy
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..adapters import AdapterConfig, nora
-from ..adapters.deltas.cores import DenseCore, NestedCore
-from ..adapters.deltas.joining import core_matrix
+from ..adapters.deltas import functional
+from ..adapters.deltas.chain import ChainDelta
+from ..adapters.deltas.cores import DenseCore, InputCore, NestedCore
 from ..errors import UserError
 from ..formats.adapter_file import inspect_adapter, require_vacant
 from ..formats.foreign import bundled_tokens
@@ -25,7 +26,7 @@ from ..loaders.active import keeping_trained
 from ..pipelines.components import canonical, components, nora_layers
 
 NAME = "imported"
-CORES = {"nested": NestedCore, "dense": DenseCore}
+CORES = ("nested", "input", "dense")
 
 
 @dataclass
@@ -48,6 +49,7 @@ def import_lora(
     config: AdapterConfig | None = None,
     info: dict[str, Any] | None = None,
     seed: int = 0,
+    basis_from: str | Path | None = None,
 ) -> ImportReport:
     """Project a LoRA (LoHa, LoKr) file onto a basis of the pipeline's weights and write it as an adapter to ``dst``.
 
@@ -56,17 +58,19 @@ def import_lora(
     ``N`` is truncated to its ``r'`` largest singular triplets ``U S V^T``. By Eckart-Young this is the optimum of rank
     ``r'`` over the whole basis, because the part of ``dW`` outside the basis is orthogonal to it. Then
     ``B_in = R_b^-1 U sqrt(S)``, ``A_in = sqrt(S) V^T R_a^-T``, divided by the scale. A dense core is
-    ``R_b^-1 N R_a^-T``.
+    ``R_b^-1 N R_a^-T``. An input core restricts the input side only: ``N = dW Q_a``, ``B = U sqrt(S)``.
 
     ``config``: a preset with a frozen basis (default ``nora()``); its targets are replaced by the file's. ``info``:
-    metadata of the adapter (``trigger`` ...). ``seed``: of a random basis, and recorded in the file. The pipeline is
-    left unchanged. Raises :class:`UserError` if the file is not a LoRA or was made for another base, the config has no
-    frozen basis, or ``dst`` holds an adapter.
+    metadata of the adapter (``trigger`` ...). ``seed``: of a random basis, and recorded in the file. ``basis_from``: an
+    adapter whose basis is copied, as by :func:`add_adapter`. The pipeline is left unchanged. Raises :class:`UserError`
+    if the file is not a LoRA or was made for another base, the config has no frozen basis, or ``dst`` holds an adapter.
     """
     require_vacant(Path(dst).expanduser())
     config = nora() if config is None else copy.copy(config)
     if config.core not in CORES or not config.frozen_outer or config.blocks > 1 or config.magnitude:
-        raise UserError(f"method {config.method!r} has no frozen basis to project onto: import as nora or lora_xs")
+        raise UserError(
+            f"method {config.method!r} has no frozen basis to project onto: import as nora, nora_input or lora_xs"
+        )
     if not 0 <= seed < 2**64:
         raise UserError("the seed must be 0 to 2^64 - 1: choose another")
     foreign = inspect_adapter(src)
@@ -85,12 +89,13 @@ def import_lora(
         config.dropout = 0.0
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # bases are drawn on the CPU
-            add_adapter(pipe, config, NAME, names)
+            add_adapter(pipe, config, NAME, names, basis_from=basis_from)
         try:
             lost, errors, norms = {}, [], []
             layers = {name: nora_layers(modules[name], NAME) for name in names}
             for component, path, dense in dense_updates(modules, reader):
-                error = _set_core(layers[component][canonical(path)].delta(NAME), dense, config.scale_for(path))
+                delta = cast(ChainDelta, layers[component][canonical(path)].delta(NAME))
+                error = _set_core(delta, dense, config.scale_for(path))
                 norm = float(dense.norm())
                 errors.append(error)
                 norms.append(norm)
@@ -110,27 +115,33 @@ def import_lora(
     return ImportReport(file, share, lost, note)
 
 
-def _set_core(delta: Any, dense: Tensor, scale: float) -> float:
+def _set_core(delta: ChainDelta, dense: Tensor, scale: float) -> float:
     """Set the core of one delta; return ``||dW - dW'||`` in the precision in which it is stored."""
+    core = delta.core
+    assert isinstance(core, NestedCore | InputCore | DenseCore)
     down, up = (factor.detach().double().to(dense.device) for factor in delta.outer)
-    core = project(dense / scale, down, up, None if isinstance(delta.core, DenseCore) else delta.core.A_in.shape[0])
-    if isinstance(delta.core, DenseCore):
-        delta.core.R.data.copy_(core[1] @ core[0])
+    rank = None if isinstance(core, DenseCore) else delta.full_rank
+    lower, upper = project(dense / scale, down, None if isinstance(core, InputCore) else up, rank)
+    if isinstance(core, DenseCore):
+        core.R.data.copy_(upper @ lower)
     else:
-        delta.core.A_in.data.copy_(core[0])
-        delta.core.B_in.data.copy_(core[1])
-    return float((dense - scale * up @ core_matrix(delta).detach().to(dense) @ down).norm())
+        core.A_in.data.copy_(lower)
+        (delta.get_parameter("B") if isinstance(core, InputCore) else core.B_in).data.copy_(upper)
+    below, above = (functional.collapse([f.detach().to(dense) for f in half]) for half in delta.halves(None))
+    return float((dense - scale * above @ below).norm())
 
 
-def project(dense: Tensor, down: Tensor, up: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+def project(dense: Tensor, down: Tensor, up: Tensor | None, rank: int | None) -> tuple[Tensor, Tensor]:
     """The core pair ``(A_in, B_in)`` for which ``B_out B_in A_in A_out`` is nearest to ``dW`` in the Frobenius norm.
 
-    Shapes: ``dW [d_out, d_in]``, ``A_out [r, d_in]``, ``B_out [d_out, r]``; ``rank=None`` keeps all ``r``. Directions
-    in which the basis is numerically zero are ignored (pseudo-inverse).
+    Shapes: ``dW [d_out, d_in]``, ``A_out [r, d_in]``, ``B_out [d_out, r]``; ``rank=None`` keeps all ``r``. Without
+    ``B_out`` the pair is ``(A_in, B)`` for ``B A_in A_out``. Directions in which the basis is numerically zero are
+    ignored (pseudo-inverse).
     """
-    q_b, r_b = torch.linalg.qr(up)
     q_a, r_a = torch.linalg.qr(down.T)
-    u, s, vt = torch.linalg.svd(q_b.T @ dense @ q_a, full_matrices=False)
+    inside, inverse_a = dense @ q_a, torch.linalg.pinv(r_a)
+    q_b, r_b = (None, None) if up is None else torch.linalg.qr(up)
+    u, s, vt = torch.linalg.svd(inside if q_b is None else q_b.T @ inside, full_matrices=False)
     root = s[:rank].sqrt()
-    inverse_b, inverse_a = torch.linalg.pinv(r_b), torch.linalg.pinv(r_a)
-    return (root[:, None] * vt[:rank]) @ inverse_a.T, inverse_b @ (u[:, :rank] * root)
+    upper = u[:, :rank] * root
+    return (root[:, None] * vt[:rank]) @ inverse_a.T, upper if r_b is None else torch.linalg.pinv(r_b) @ upper

@@ -14,7 +14,7 @@ from ..adapters.deltas.bases import Pair
 from ..adapters.shapes import FROZEN
 from ..adapters.tuner.build import flat_weight
 from ..errors import UserError
-from ..formats.keys import file_key, is_frozen
+from ..formats.keys import file_key
 from ..pipelines.components import canonical
 from .load import check_adapter
 
@@ -30,6 +30,8 @@ def pairs_from(
     A basis that is computed again, in another precision or on another machine, is equal only up to rounding and signs.
     A copied one is equal bit for bit, so that both adapters fit one shared file and one pack.
 
+    A method with a trained up factor copies ``A_out`` only, which may be that of an adapter with both frozen.
+
     Raises :class:`UserError` for an adapter of another base or with other basis settings or projections, and for a
     method that trains its outer pair.
     """
@@ -43,7 +45,7 @@ def pairs_from(
     }
     sides = 2 - ("up" in config.trained)  # a trained up factor starts at zero and needs no basis
     wanted = {key for pairs in keys.values() for pair in pairs.values() for key in pair[:sides]}
-    stored = {key for key in tensors if is_frozen(key)}
+    stored = {key for key in tensors if key.endswith(tuple(f".nora_{factor}" for factor in FROZEN[:sides]))}
     if not stored or not all(other.frozen_outer for other in theirs.values()):
         raise UserError(f"{path} has no frozen basis to share")
     for component in layers:
@@ -53,9 +55,9 @@ def pairs_from(
                     f"{path} has a basis with {name} = {getattr(theirs[component], name)}, but this adapter would have "
                     f"{name} = {getattr(config, name)}: use the same value for both"
                 )
-    if any(set(other.trained) & {"down", "up"} != set(config.trained) & {"up"} for other in theirs.values()):
+    if not all(set(other.trained) & {"down", "up"} <= set(config.trained) for other in theirs.values()):
         raise UserError(
-            f"{path} freezes other factors than method {config.method!r}: use an adapter of the same method"
+            f"{path} freezes fewer factors than method {config.method!r}: use an adapter of the same method"
         )
     if different := sorted(wanted ^ stored):
         only = "the new adapter" if different[0] in wanted else str(path)

@@ -63,7 +63,7 @@ def entry_key(config: AdapterConfig, layers: Mapping[str, nn.Module], strengths:
         "power": config.power if weighted else None,
         "blocks": config.blocks,
         "dtype": config.basis_dtype,
-        "trained": sorted(config.trained),
+        "trained": sorted(config.trained_basis),
     }
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         weights = list(pool.map(lambda layer: tensor_hash(flat_weight(layer)), layers.values()))

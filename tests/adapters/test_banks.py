@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nora_diffusion.adapters import NoraLayer, nora
+from nora_diffusion.adapters import AdapterConfig, NoraLayer, nora, nora_input
 from nora_diffusion.adapters.tuner.mixed_rows import LayerRows, serve_rows
 from nora_diffusion.adapters.tuner.row_plan import RowPlan
 from nora_diffusion.training.many.batched import SubjectRows
 
 WIDTH = 12
-BANKS = {"CoreBank": "svd", "PairBank": "orthogonal"}
-"""The bank of a pass with gradients and a basis for it; a pass without gradients uses pairs for both."""
+Make = Callable[[int], AdapterConfig]
+BANKS: dict[str, Make] = {
+    "CoreBank": lambda rank: nora(r=4, inner_r=rank, basis="svd"),
+    "InputBank": lambda rank: nora_input(r=4, inner_r=rank, basis="svd"),
+    "PairBank": lambda rank: nora(r=4, inner_r=rank, basis="orthogonal"),
+}
+"""The bank of a pass with gradients and a config for it; a pass without gradients in a linear layer uses pairs."""
+LAYERS = {"linear": lambda: nn.Linear(WIDTH, WIDTH), "conv": lambda: nn.Conv2d(WIDTH, WIDTH, 3, padding=1)}
 
 
 class Operations(TorchDispatchMode):
@@ -31,12 +38,12 @@ class Operations(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def layer_of_subjects(ranks: list[int], basis: Literal["svd", "orthogonal"]) -> tuple[NoraLayer, SubjectRows]:
+def layer_of_subjects(ranks: list[int], make: Make, kind: str = "linear") -> tuple[NoraLayer, SubjectRows]:
     """A layer with one adapter for each inner rank, as when many subjects train together."""
     torch.manual_seed(0)
-    layer = NoraLayer(nn.Linear(WIDTH, WIDTH).requires_grad_(False))
+    layer = NoraLayer(LAYERS[kind]().requires_grad_(False))
     for number, rank in enumerate(ranks):
-        layer.update_layer(f"s{number}", nora(r=4, inner_r=rank, basis=basis), "x")
+        layer.update_layer(f"s{number}", make(rank), "x")
     for parameter in layer.nora_delta.parameters():
         parameter.data.normal_()
         parameter.requires_grad_(True)
@@ -50,8 +57,12 @@ def run(layer: NoraLayer, plan: SubjectRows, shares: dict[int, int]) -> Tensor:
     rows = sum(shares.values())
     plan.set_counts(shares)
     plan.start(rows)
-    x = torch.randn(rows, 3, WIDTH, generator=torch.Generator().manual_seed(1))
-    return layer(x)  # type: ignore[no-any-return]
+    return layer(inputs(layer, rows))  # type: ignore[no-any-return]
+
+
+def inputs(layer: NoraLayer, rows: int) -> Tensor:
+    shape = (3, WIDTH) if isinstance(layer.base_layer, nn.Linear) else (WIDTH, 3, 3)
+    return torch.randn(rows, *shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(params=BANKS)
@@ -63,7 +74,7 @@ def bank(request: pytest.FixtureRequest) -> Any:
 def test_cost_depends_on_the_rows_of_the_pass(bank: str, grad: bool) -> None:
     counts = []
     for members in (2, 9):
-        layer, plan = layer_of_subjects([2] * members, BANKS[bank])  # type: ignore[arg-type]
+        layer, plan = layer_of_subjects([2] * members, BANKS[bank])
         with torch.set_grad_enabled(grad):
             kinds = [type(b).__name__ for b in cast(LayerRows, layer.rows).grouped()[0]]
         assert kinds == [bank if grad else "PairBank"]
@@ -76,22 +87,22 @@ def test_cost_depends_on_the_rows_of_the_pass(bank: str, grad: bool) -> None:
 
 
 def test_only_subjects_with_rows_get_gradients(bank: str) -> None:
-    layer, plan = layer_of_subjects([2] * 5, BANKS[bank])  # type: ignore[arg-type]
+    layer, plan = layer_of_subjects([2] * 5, BANKS[bank])
     run(layer, plan, {3: 1, 1: 2}).square().sum().backward()
     trained = {name for name in layer.nora_delta for p in layer.delta(name).parameters() if p.grad is not None}
     assert trained == {"s1", "s3"}
 
 
+@pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
-def test_rows_equal_each_subject_alone(bank: str, grad: bool) -> None:
+def test_rows_equal_each_subject_alone(bank: str, grad: bool, kind: str) -> None:
     """In consecutive passes with different subjects and ranks: nothing of an earlier pass remains."""
-    layer, plan = layer_of_subjects([2, 2, 2, 3, 3], BANKS[bank])  # type: ignore[arg-type]
+    layer, plan = layer_of_subjects([2, 2, 2, 3, 3], BANKS[bank], kind)
     with torch.set_grad_enabled(grad):
         for shares in ({0: 1, 2: 2}, {2: 2, 0: 1}, {3: 1}, {4: 2, 3: 1}, {1: 1, 4: 1}, {0: 1, 2: 2}):
             found = run(layer, plan, shares)
             plan_rows, layer.rows = layer.rows, None
-            x = torch.randn(len(found), 3, WIDTH, generator=torch.Generator().manual_seed(1))
-            start = 0
+            x, start = inputs(layer, len(found)), 0
             for number, rows in shares.items():
                 layer.activate([f"s{number}"])
                 expected = layer(x[start : start + rows])
@@ -102,7 +113,7 @@ def test_rows_equal_each_subject_alone(bank: str, grad: bool) -> None:
 
 def test_a_compiled_model_is_not_recompiled_from_pass_to_pass() -> None:
     """Graphs are made while the factors of the rows are first built, kept and rebuilt; then no more."""
-    layer, _ = layer_of_subjects([2, 2], "svd")
+    layer, _ = layer_of_subjects([2, 2], BANKS["CoreBank"])
     layer.rows, graphs = None, list[int]()
     model = nn.Sequential(layer)
     compiled = torch.compile(model, backend=lambda graph, _: graphs.append(1) or graph.forward)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nora_diffusion.adapters import NoraLayer, dora, dylora, lora, mor, nora
+from nora_diffusion.adapters import NoraLayer, dora, dylora, lora, mor, nora, nora_input
 from nora_diffusion.adapters.deltas.joining import joined_pair
 from nora_diffusion.adapters.tuner import live_pair as live_pair_module
 
@@ -39,18 +39,24 @@ def dense(layer: NoraLayer, x: Tensor) -> Tensor:
     return y  # type: ignore[no-any-return]
 
 
-def in_one_basis(count: int, r: int = 6) -> NoraLayer:
-    layer = layer_of({f"s{i}": nora(r=r, inner_r=2, basis="svd", alpha=3.0) for i in range(count)})
-    first: Any = layer.delta("s0")
+PRESETS: dict[str, list[Any]] = {"nora": [nora], "nora_input": [nora_input], "both": [nora, nora_input, nora]}
+
+
+def in_one_basis(count: int, r: int = 6, presets: str = "nora") -> NoraLayer:
+    kinds = PRESETS[presets]
+    layer = layer_of({f"s{i}": kinds[i % len(kinds)](r=r, inner_r=2, basis="svd", alpha=3.0) for i in range(count)})
+    basis = dict(layer.delta("s0").named_buffers())
     for i in range(1, count):
-        delta: Any = layer.delta(f"s{i}")
-        delta.A_out, delta.B_out = first.A_out, first.B_out
+        delta = layer.delta(f"s{i}")
+        for name, _ in list(delta.named_buffers()):
+            setattr(delta, name, basis[name])
     return layer
 
 
+@pytest.mark.parametrize("presets", PRESETS)
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 32])
-def test_chains_of_one_basis_are_summed_in_its_core(count: int) -> None:
-    layer, x = in_one_basis(count), torch.randn(2, 5, WIDTH, dtype=torch.float64)
+def test_chains_of_one_basis_are_summed_inside_it(count: int, presets: str) -> None:
+    layer, x = in_one_basis(count, presets=presets), torch.randn(2, 5, WIDTH, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), dense(layer, x), rtol=1e-12, atol=1e-10)
     chains = list(layer.joined_chains([]).values()) or [(layer.scaling[n], layer.delta(n)) for n in layer.live_names()]

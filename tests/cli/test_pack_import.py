@@ -56,19 +56,26 @@ def test_pack_skips_the_folder_of_shared_bases(shelf: Path, tmp_path: Path, caps
     assert ": 2 subjects," in capsys.readouterr().out
 
 
-def test_import_prints_the_errors(shelf: Path, tiny_base: Path, tmp_path: Path, capsys: Capture) -> None:
+@pytest.mark.parametrize("method", ["nora", "nora_input"])
+def test_import_prints_the_errors(
+    shelf: Path, tiny_base: Path, tmp_path: Path, capsys: Capture, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Onto the basis of another adapter, which is copied."""
     lora, out = str(tmp_path / "dog.safetensors"), tmp_path / "back"
     assert main(["export", str(shelf / "dog"), lora, "--format", "kohya"]) == 0
     capsys.readouterr()
     assert main(["inspect", lora]) == 0
     assert "a kohya LoRA file of another tool" in capsys.readouterr().out
-    words = ["import", lora, str(out), "--base", str(tiny_base), "--rank", "4", "--inner_rank", "2"]
-    assert main([*words, "--trigger", "rex"]) == 0
+    words = ["import", lora, str(out), "--base", str(tiny_base), "--rank", "4", "--inner_rank", "2", "--method", method]
+    monkeypatch.setattr("nora_diffusion.loaders.add.outer_pairs", lambda *_: pytest.fail("a basis was computed"))
+    assert main([*words, "--trigger", "rex", "--basis_from", str(shelf / "cat")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "||dW - dW'|| / ||dW|| =" in lines[-1] and "projections" in lines[-1]
     lost = [float(line.split()[0]) for line in lines[:-1]]
     assert lost == sorted(lost, reverse=True) and max(lost) < 1e-5
-    assert inspect_adapter(out).trigger == "rex"
+    info = inspect_adapter(out)
+    assert (info.trigger, info.method) == ("rex", method)
+    assert (info.basis_sha256 == inspect_adapter(shelf / "cat").basis_sha256) == (method == "nora")
 
 
 MISTAKES = {

@@ -27,7 +27,7 @@ from nora_diffusion import (
     save_adapter,
     set_adapters,
 )
-from nora_diffusion.adapters import PRESETS, lora, lora_xs, mor, nora
+from nora_diffusion.adapters import PRESETS, lora, lora_xs, mor, nora, nora_input
 from nora_diffusion.composition.mixing import _layer_seed
 from nora_diffusion.composition.modes import MODES
 from nora_diffusion.formats.adapter_file import read_tensors
@@ -64,6 +64,8 @@ def dense(pipe: Any, name: str) -> Dense:
             f = {k.removeprefix("core."): v.double() for k, v in layer.delta(name).state_dict().items()}
             if "A" in f:
                 dw = f["B"] @ f["A"]
+            elif "B" in f:
+                dw = f["B"] @ f["A_in"] @ f["A_out"]
             else:
                 core = f["R"] if "R" in f else f["B_in"] @ f["A_in"]
                 down, up = (torch.block_diag(*f[side].chunk(config.blocks)) for side in ("A_out", "B_out"))
@@ -89,6 +91,8 @@ def assert_close(found: Dense, expected: Dense, tolerance: float = 2e-6) -> None
 METHODS: dict[str, Callable[[], AdapterConfig]] = {
     "nora": lambda: nora(r=6, inner_r=2, alpha=3.0, basis="svd", alpha_pattern={"to_k": 8.0}),
     "nora-everywhere": lambda: nora(r=4, inner_r=3, basis="svd", target_modules=EVERYTHING),
+    "nora_input": lambda: nora_input(r=6, inner_r=2, alpha=3.0, basis="svd"),
+    "nora_input-everywhere": lambda: nora_input(r=4, inner_r=3, basis="svd", target_modules=EVERYTHING),
     "lora": lambda: lora(r=3, alpha=6.0, rank_pattern={"to_q": 5}),
     "lora-everywhere": lambda: lora(r=3, target_modules=EVERYTHING),
     "lora_xs": lambda: lora_xs(r=4, alpha=2.0),
@@ -103,30 +107,38 @@ def test_cat_is_the_weighted_sum(pipe: Any, method: str) -> None:
     assert (report.kept, report.error) == (1.0, 0.0)
 
 
-@pytest.mark.parametrize("method", ["nora", "nora-everywhere", "lora_xs"])
-def test_linear_is_the_weighted_sum_inside_the_basis(pipe: Any, method: str) -> None:
-    two(pipe, METHODS[method]())
+@pytest.mark.parametrize(
+    ("method", "other"),
+    [(name, name) for name in METHODS if not name.startswith("lora-") and name != "lora"] + [("nora", "nora_input")],
+)
+def test_linear_is_the_weighted_sum_inside_the_basis(pipe: Any, method: str, other: str) -> None:
+    """The basis of the mix is the parents' own: ``A_out`` and ``B_out``, or ``A_out`` where a parent is one-sided."""
+    two(pipe, METHODS[method](), METHODS[other]())
     mix(pipe, WEIGHTS, "linear", "both")
     assert_close(dense(pipe, "both"), weighted(pipe, WEIGHTS))
     for component in COMPONENTS:
         for path, layer in nora_layers(getattr(pipe, component), "both").items():
-            parent = nora_layers(getattr(pipe, component), "dog")[path].delta("dog")
-            assert torch.equal(layer.delta("both").A_out, parent.A_out), path
-            assert torch.equal(layer.delta("both").B_out, parent.B_out), path
+            parent = dict(nora_layers(getattr(pipe, component), "hat")[path].delta("hat").named_buffers())
+            basis = dict(layer.delta("both").named_buffers())
+            assert basis.keys() == parent.keys() and all(torch.equal(basis[k], parent[k]) for k in parent), path
 
 
 @pytest.mark.parametrize(
-    ("r", "count", "core", "inner_r"), [(8, 3, "nested", 3), (8, 6, "dense", 1), (4, 9, "dense", 1)]
+    ("preset", "r", "count", "core", "inner_r"),
+    [(nora, 8, 3, "nested", 3), (nora, 8, 6, "dense", 1), (nora, 4, 9, "dense", 1), (nora_input, 4, 9, "input", 4)],
 )
-def test_linear_is_exact_for_any_number_of_adapters(pipe: Any, r: int, count: int, core: str, inner_r: int) -> None:
+def test_linear_is_exact_for_any_number_of_adapters(
+    pipe: Any, preset: Any, r: int, count: int, core: str, inner_r: int
+) -> None:
     """The core is nested with the summed inner rank, or dense if that has fewer parameters."""
     weights = {f"a{i}": 0.3 * i - 1 for i in range(count)}
     for seed, name in enumerate(weights):
-        add_adapter(pipe, nora(r=r, inner_r=1, basis="svd"), name)
+        add_adapter(pipe, preset(r=r, inner_r=1, basis="svd"), name)
         randomize(pipe, name, seed)
     mix(pipe, weights, "linear", "all")
     config = pipe.unet.peft_config["all"]
     assert (config.core, config.inner_r) == (core, inner_r)
+    assert all(layer.delta("all").full_rank <= r for layer in nora_layers(pipe.unet, "all").values())
     assert_close(dense(pipe, "all"), weighted(pipe, weights), 5e-6)
 
 
@@ -410,8 +422,9 @@ def test_mistakes_are_refused_and_leave_the_pipeline_unchanged(pipe: Any, render
 
 
 SMALL: dict[str, dict[str, Any]] = {
-    "nora": {"inner_r": 1, "basis": "svd"}, "mor": {"num_experts": 2}, "moe_lora": {"num_experts": 2},
-    "melora": {"blocks": 2}, "lora_mini": {"inner_r": 1}, "malora": {"inner_r": 2, "num_experts": 2},
+    "nora": {"inner_r": 1, "basis": "svd"}, "nora_input": {"inner_r": 3, "basis": "svd"}, "mor": {"num_experts": 2},
+    "moe_lora": {"num_experts": 2}, "melora": {"blocks": 2}, "lora_mini": {"inner_r": 1},
+    "malora": {"inner_r": 2, "num_experts": 2},
 }  # fmt: skip
 
 
@@ -427,7 +440,7 @@ def test_every_preset_mixes_or_is_refused_with_a_reason(pipe: Any, method: str, 
     config = pipe.unet.peft_config["dog"]
     shared = all(
         layer.delta("dog").core is not None
-        and all(map(torch.equal, layer.delta("dog").outer, layer.delta("hat").outer))
+        and all(map(torch.equal, layer.delta("dog").buffers(), layer.delta("hat").buffers()))
         for layer in (nora_layers(pipe.unet, "dog").values() if config.router == "none" else ())
     )
     reason = (

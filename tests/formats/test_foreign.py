@@ -28,7 +28,7 @@ from nora_diffusion import (
     save_adapter,
     set_adapters,
 )
-from nora_diffusion.adapters import lora, lora_xs, nora
+from nora_diffusion.adapters import lora, lora_xs, nora, nora_input
 from nora_diffusion.adapters.deltas.bases import BASES
 from nora_diffusion.conversion.import_lora import import_lora, project
 from nora_diffusion.formats.adapter_file import FILE_NAME
@@ -429,16 +429,17 @@ def test_damaged_lora_settings_are_refused(pipe: Any, made: dict[str, tuple[Path
 # Import onto a basis
 
 
-def test_export_and_import_is_lossless(pipe: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", [nora, nora_input])
+def test_export_and_import_is_lossless(pipe: Any, tmp_path: Path, preset: Any) -> None:
     """A NoRA exported to a plain LoRA and projected back onto the same basis gives the same update."""
-    add_adapter(pipe, nora(r=4, inner_r=2, alpha=2.0, basis="svd"), "one", ("unet", "text_encoder"))
+    add_adapter(pipe, preset(r=4, inner_r=2, alpha=2.0, basis="svd"), "one", ("unet", "text_encoder"))
     randomize(pipe)
     expected = output(pipe)
     save_adapter(pipe, tmp_path / "dog", "one", info={"trigger": "sks"})
     delete_adapter(pipe, "one")
     before = state(pipe)
     export_lora(tmp_path / "dog", tmp_path / "dog.safetensors", format="kohya")
-    report = import_lora(pipe, tmp_path / "dog.safetensors", tmp_path / "back", nora(r=4, inner_r=2, basis="svd"))
+    report = import_lora(pipe, tmp_path / "dog.safetensors", tmp_path / "back", preset(r=4, inner_r=2, basis="svd"))
     assert report.lost < 1e-5 and max(report.layers.values()) < 1e-5
     assert same(state(pipe), before) and list_adapters(pipe) == {}
     loaded = load_adapter(pipe, report.path, "back")
@@ -449,18 +450,22 @@ def test_export_and_import_is_lossless(pipe: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("basis", ["svd", "awsvd", "orthogonal"])
-@pytest.mark.parametrize("core", ["nested", "dense"])
+@pytest.mark.parametrize("core", ["nested", "dense", "input"])
 def test_projection_is_optimal(basis: Any, core: str) -> None:
-    """Against a dense oracle: least squares over all cores, and no rank-r' core is nearer than the one chosen."""
+    """Against a dense oracle: least squares over all cores, and no rank-r' core is nearer than the one chosen.
+
+    An input core is a nested one whose ``B_out`` is the identity.
+    """
     torch.manual_seed(0)
     weight, strength, dense = torch.randn(12, 10), torch.rand(10) + 0.1, torch.randn(12, 10).double()
     down, up = BASES[basis](weight, 5, strength, placement="sqrt", power=0.5)
     down, up = down.double().contiguous(), up.double().contiguous()
-    a, b = project(dense, down, up, None if core == "dense" else 2)
+    a, b = project(dense, down, None if core == "input" else up, None if core == "dense" else 2)
+    up = torch.eye(12).double() if core == "input" else up
     error = (dense - up @ b @ a @ down).norm()
     # Oracle: vec(B M A) = (B kron A^T) vec(M).
     system = torch.kron(up, down.T.contiguous())
-    solution = torch.linalg.lstsq(system, dense.reshape(-1, 1)).solution.reshape(5, 5)
+    solution = torch.linalg.lstsq(system, dense.reshape(-1, 1)).solution.reshape(-1, 5)
     best = (dense - up @ solution @ down).norm()
     if core == "dense":
         torch.testing.assert_close(error, best)

@@ -21,7 +21,7 @@ from nora_diffusion import (
     set_adapters,
     set_rank,
 )
-from nora_diffusion.adapters import AdapterConfig, dora, dylora, lora, lora_mini, melora, mora, nora
+from nora_diffusion.adapters import AdapterConfig, dora, dylora, lora, lora_mini, melora, mora, nora, nora_input
 from nora_diffusion.cli import main
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.pipelines.components import nora_layers
@@ -31,6 +31,7 @@ EVERYTHING = ["attn", "ff", "proj", "conv"]
 EXPORTED = {
     "dora": lambda: dora(r=3, alpha=6.0, target_modules=EVERYTHING),
     "nora-magnitude": lambda: nora(r=4, inner_r=2, basis="svd", magnitude=True),
+    "nora_input": lambda: nora_input(r=4, inner_r=2, alpha=2.0, target_modules=EVERYTHING),
     "lora_mini": lambda: lora_mini(r=4, inner_r=2, target_modules=EVERYTHING),
     "nora-diagonal": lambda: nora(r=4, basis="svd", core="diagonal", trained=["core", "up"]),
     "mora": lambda: mora(r=2, target_modules=EVERYTHING),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nora_diffusion import UserError, add_adapter, delete_adapter, export_lora, load_adapter, save_adapter, set_adapters
-from nora_diffusion.adapters import AdapterConfig, dylora, mor, nora
+from nora_diffusion.adapters import AdapterConfig, dylora, mor, nora, nora_input
 from nora_diffusion.loaders import trainable_parameters
 
 COMPONENTS = ("unet", "text_encoder")
@@ -48,7 +48,10 @@ def tensors(pipe: Any) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("kind", [nora(r=4, inner_r=2, basis="svd"), mor(r=4, num_experts=3)], ids=["nora", "mor"])
+IN_BASIS = [preset(r=4, inner_r=2, basis="svd") for preset in (nora, nora_input)]
+
+
+@pytest.mark.parametrize("kind", [*IN_BASIS, mor(r=4, num_experts=3)], ids=lambda config: config.method)
 def test_hotswap_equals_loading(pipe: Any, tmp_path: Path, kind: AdapterConfig) -> None:
     dog = make(pipe, tmp_path / "dog", kind, 1, info={"trigger": "sks"})
     kind.alpha = 2.0
@@ -99,8 +102,9 @@ def test_mismatches_are_refused_without_changes(pipe: Any, tmp_path: Path, fault
         load_adapter(pipe, dog, "dog", hotswap=True)
 
 
-def test_shared_basis_is_in_memory_once(pipe: Any, tmp_path: Path) -> None:
-    names, config = ["dog", "cat", "owl"], nora(r=4, inner_r=2, basis="svd")
+@pytest.mark.parametrize("config", IN_BASIS, ids=lambda config: config.method)
+def test_shared_basis_is_in_memory_once(pipe: Any, tmp_path: Path, config: AdapterConfig) -> None:
+    names = ["dog", "cat", "owl"]
     files = [make(pipe, tmp_path / name, config, i, basis="shared") for i, name in enumerate(names)]
 
     def frozen() -> tuple[int, int]:

@@ -15,7 +15,7 @@ from peft import LoKrConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from nora_diffusion import UserError, add_adapter, load_base, mixed_batch, open_pipeline, set_adapters
-from nora_diffusion.adapters import AdapterConfig, NoraLayer, dora, dylora, lora, lora_xs, mor, mora, nora
+from nora_diffusion.adapters import AdapterConfig, NoraLayer, dora, dylora, lora, lora_xs, mor, mora, nora, nora_input
 from nora_diffusion.adapters.presets import moe_lora
 from nora_diffusion.adapters.tuner.mixed_rows import LayerRows
 from nora_diffusion.adapters.tuner.row_banks import CoreBank, PairBank
@@ -38,6 +38,8 @@ SHARED: dict[str, Callable[[], AdapterConfig]] = {
     "dog": lambda: nora(r=4, inner_r=2, basis="svd", target_modules=ALL_TARGETS),
     "cat": lambda: nora(r=4, inner_r=3, basis="svd", alpha=2.0, target_modules=ALL_TARGETS),
     "hat": lambda: lora_xs(r=4, placement="sqrt", target_modules=ALL_TARGETS),
+    "mug": lambda: nora_input(r=4, inner_r=2, basis="svd", target_modules=ALL_TARGETS),
+    "cup": lambda: nora_input(r=4, inner_r=3, basis="svd", alpha=2.0, target_modules=ALL_TARGETS),
 }
 OWN: dict[str, Callable[[], AdapterConfig]] = {
     "dog": lambda: nora(r=4, inner_r=2, basis="svd", target_modules=ALL_TARGETS),
@@ -54,7 +56,7 @@ OWN: dict[str, Callable[[], AdapterConfig]] = {
 
 @pytest.fixture(scope="module")
 def shared(tiny_base: Path) -> Any:
-    """A pipeline with adapters on one shared basis (``hat`` is a LoRA-XS)."""
+    """A pipeline with adapters on one shared basis: NoRA, a LoRA-XS (``hat``) and one-sided NoRA."""
     return fill(open_pipeline(tiny_base), {name: make() for name, make in SHARED.items()})
 
 
@@ -104,9 +106,13 @@ SHARED_ROWS: list[Any] = ["dog", ("cat", 0.5), None, [("hat", 0.7), "dog"]]
 SHARED_SPECS: list[Spec] = [{"dog": 1.0}, {"cat": 0.5}, {}, {"hat": 0.7, "dog": 1.0}]
 
 
+ONE_SIDED: list[Spec] = [{"mug": 1.0}, {"cup": 0.5}, {}, {"mug": 0.3, "cup": 0.7, "dog": 0.5}]
+
+
+@pytest.mark.parametrize("specs", [SHARED_SPECS, ONE_SIDED], ids=["both sides", "one side"])
 @pytest.mark.parametrize("copies", [1, 2], ids=["plain", "guidance"])
-def test_unet_rows_with_a_shared_basis(shared: Any, copies: int) -> None:
-    check_unet(shared, SHARED_ROWS, SHARED_SPECS, copies)
+def test_unet_rows_with_a_shared_basis(shared: Any, specs: list[Spec], copies: int) -> None:
+    check_unet(shared, [[*spec.items()] for spec in specs], specs, copies)
 
 
 @pytest.mark.parametrize("copies", [1, 2], ids=["plain", "guidance"])
@@ -281,14 +287,15 @@ def banks_of(layer: NoraLayer) -> list[tuple[str, list[str]]]:
     return [(type(bank).__name__, bank.names) for bank in cast(LayerRows, layer.rows).grouped()[0]]
 
 
+@pytest.mark.parametrize(("bank", "names"), [("CoreBank", ["dog", "cat", "hat"]), ("InputBank", ["dog", "mug", "cup"])])
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
-def test_shared_basis_uses_one_bank(shared: Any, grad: bool) -> None:
-    """Convolutions and training use one core per row; linear layers without gradients one collapsed pair."""
+def test_shared_basis_uses_one_bank(shared: Any, grad: bool, bank: str, names: list[str]) -> None:
+    """Convolutions and training use what lies inside the basis; linear layers without gradients one collapsed pair."""
     layers = [m for m in shared.unet.modules() if isinstance(m, NoraLayer)]
-    with torch.set_grad_enabled(grad), mixed_batch(shared, SHARED_ROWS):
+    with torch.set_grad_enabled(grad), mixed_batch(shared, names):
         for layer in layers:
-            kind = "CoreBank" if grad or isinstance(layer.base_layer, nn.Conv2d) else "PairBank"
-            assert banks_of(layer) == [(kind, ["dog", "cat", "hat"])]
+            kind = bank if grad or isinstance(layer.base_layer, nn.Conv2d) else "PairBank"
+            assert banks_of(layer) == [(kind, names)]
 
 
 def test_a_linear_layer_adds_to_its_frozen_output(shared: Any) -> None:

@@ -20,7 +20,7 @@ from nora_diffusion import (
     open_pipeline,
     save_adapter,
 )
-from nora_diffusion.adapters import AdapterConfig, lora, lora_mini, lora_xs, nora
+from nora_diffusion.adapters import AdapterConfig, lora, lora_mini, lora_xs, nora, nora_input
 from nora_diffusion.adapters.deltas import bases as bases_module
 from nora_diffusion.loaders import list_adapters, trainable_parameters
 from nora_diffusion.pipelines.components import nora_layers
@@ -29,6 +29,7 @@ COMPONENTS = ["unet", "text_encoder"]
 METHODS = {
     "nora": lambda: nora(r=4, inner_r=2, basis="svd", target_modules=["attn", "conv"]),
     "awsvd": lambda: nora(r=4, inner_r=2),
+    "nora_input": lambda: nora_input(r=4, inner_r=2, basis="svd", target_modules=["attn", "conv"]),
     "lora_xs": lambda: lora_xs(r=4),
     "random": lambda: lora_mini(r=4, inner_r=2),
 }
@@ -59,7 +60,24 @@ def test_copied_basis_is_equal_bit_for_bit(
     second = save_adapter(pipe, tmp_path / "two", "two")
     digest = inspect_adapter(first).basis_sha256
     assert len(digest) == 64 and inspect_adapter(second).basis_sha256 == digest
-    create_pack(tmp_path / "both.nora_pack.safetensors", {"one": first, "two": second})
+    pack = create_pack(tmp_path / "both.nora_pack.safetensors", {"one": first, "two": second})
+    (basis,) = (tmp_path / "bases").iterdir()
+    frozen = {key: value for key, value in load_file(first).items() if key.endswith(("nora_A_out", "nora_B_out"))}
+    assert basis.stem == digest and load_file(basis).keys() == frozen.keys()
+    load_adapter(pipe, f"{pack}#two", "three")
+    ours, theirs = (dict(trainable_parameters(pipe, name)) for name in ("two", "three"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_one_side_of_a_basis_can_be_copied(pipe: Any, tmp_path: Path) -> None:
+    """One-sided NoRA takes ``A_out`` from a NoRA; a NoRA needs both."""
+    first = save_one(pipe, METHODS["nora"](), tmp_path)
+    add_adapter(pipe, METHODS["nora_input"](), "two", COMPONENTS, basis_from=first)
+    second = load_file(save_adapter(pipe, tmp_path / "two", "two"))
+    copied = [key for key in second if key.endswith("nora_A_out")]
+    assert copied and all(torch.equal(second[key], load_file(first)[key]) for key in copied)
+    with pytest.raises(UserError, match="freezes fewer factors than method 'nora'"):
+        add_adapter(pipe, METHODS["nora"](), "three", COMPONENTS, basis_from=tmp_path / "two")
 
 
 def test_basis_computed_in_another_precision_differs(pipe: Any, tmp_path: Path) -> None:

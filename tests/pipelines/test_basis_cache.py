@@ -16,7 +16,7 @@ import torch
 from architectures import tiny_pipeline
 from torch import Tensor, nn
 
-from nora_diffusion import AdapterConfig, UserError, add_adapter, lora, nora
+from nora_diffusion import AdapterConfig, UserError, add_adapter, lora, nora, nora_input
 from nora_diffusion.io import tensor_cache
 from nora_diffusion.io.tensors import named_hash, tensor_hash
 from nora_diffusion.loaders import delete_adapter, trainable_parameters
@@ -107,7 +107,8 @@ def test_cached_and_computed_adapters_are_equal(cache: Path, pipe: Any, monkeypa
 def test_key_depends_on_everything_that_changes_a_basis() -> None:
     layers, strengths = make_layers(), make_strengths()
     key = entry_key(nora(r=4), layers, strengths)
-    assert entry_key(nora(r=4, inner_r=2, alpha=8.0, dropout=0.1), make_layers(), make_strengths()) == key
+    for same in (nora(r=4, inner_r=2, alpha=8.0, dropout=0.1), nora(r=4, core="dense"), nora_input(r=4)):
+        assert entry_key(same, make_layers(), make_strengths()) == key
     changed: list[AdapterConfig] = [
         nora(r=5),
         nora(r=4, basis="svd"),

@@ -85,6 +85,11 @@ class ChainDelta(nn.Module):
         return torch.block_diag(*down.chunk(self.blocks)), torch.block_diag(*up.chunk(self.blocks))
 
     @property
+    def frozen_sides(self) -> int:
+        """How many outer factors are frozen, from the input on: 2 of NoRA, 1 of one-sided NoRA, 0 of LoRA."""
+        return (self._names == ("A_out", "B_out")) + (self._names[0] == "A_out")
+
+    @property
     def full_rank(self) -> int:
         """The rank at the narrowest point of the chain: ``r'`` of a nested core, else ``r``."""
         return int((getattr(self, self._names[0]) if self.core is None else self.core.pair()[0]).shape[0])

@@ -93,7 +93,7 @@ def outer_pair(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Pair
 
 def _rounded(config: AdapterConfig, name: str, factor: Tensor) -> Tensor:
     # Contiguous, because safetensors cannot save other tensors.
-    return factor.to(torch.float32 if name in config.trained else getattr(torch, config.basis_dtype)).contiguous()
+    return factor.to(torch.float32 if name in config.trained_basis else getattr(torch, config.basis_dtype)).contiguous()
 
 
 def build_magnitude(config: AdapterConfig, base: nn.Module) -> Tensor:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from ..deltas import functional
 from ..deltas.chain import ChainDelta
 from ..deltas.factor_state import FactorState, versions
-from ..deltas.joining import core_matrix, joined_pair, shares_basis
+from ..deltas.joining import Pair, ScaledChain, core_matrix, joined_behind_input, joined_pair, shared_sides
 from .layer import NoraLayer
 from .row_plan import RowPlan, RowSpec
 
-Comparison = tuple[object, bool]
+Comparison = tuple[object, int]
 _COMPARED: WeakKeyDictionary[ChainDelta, WeakKeyDictionary[ChainDelta, Comparison]] = WeakKeyDictionary()
-"""Whether two chains have equal bases, with the state of these bases."""
+"""How many equal frozen factors two chains have, with the state of these factors."""
 
 
 class Bank(ABC):
@@ -115,6 +115,8 @@ class PairBank(Bank):
     ``K`` that the chains of one row add up to.
     """
 
+    join: Callable[[Sequence[ScaledChain]], Pair] = staticmethod(joined_pair)
+
     def add(self, x: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
         downs, ups = self.rows(y)
         return functional.add_rowwise(y, functional.rowwise(x.to(y.dtype), downs), ups, in_place=in_place)
@@ -122,12 +124,27 @@ class PairBank(Bank):
     def build(self, specs: Sequence[RowSpec]) -> tuple[Tensor, ...]:
         chains = {name: (self.scaling(name), self.delta(name)) for name in self.live()}
         members = [[(w * chains[n][0], chains[n][1]) for n, w in spec.items() if n in chains] for spec in specs]
-        pairs = [joined_pair(own) if own else None for own in members]
+        pairs = [self.join(own) if own else None for own in members]
         rank = max(len(pair[0]) for pair in pairs if pair is not None)
         down, up = next(pair for pair in pairs if pair is not None)
         none = down.new_zeros(0, down.shape[1]), up.new_zeros(up.shape[0], 0)
         padded = [_padded(*(pair or none), rank) for pair in pairs]
         return torch.stack([down.T for down, _ in padded]), torch.stack([up.T for _, up in padded])
+
+
+class InputBank(PairBank):
+    """For chains that share a frozen ``A_out``: ``y += U[row] L[row] A_out x``, one down product for all rows.
+
+    The pairs ``[n, r, K]`` and ``[n, K, d_out]`` are those behind ``A_out``, padded like those of :class:`PairBank`.
+    """
+
+    join = staticmethod(joined_behind_input)
+
+    def add(self, x: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
+        p = self.layer.contract(x, self.delta(self.names[0]).outer[0])
+        lowers, uppers = self.rows(p)
+        dy = functional.rowwise(functional.rowwise(p, lowers), uppers)
+        return y + self.layer.channels_first(dy).to(y.dtype)
 
 
 def _padded(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -138,18 +155,22 @@ def _padded(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def banks(layer: NoraLayer, names: Sequence[str], plan: RowPlan) -> list[Bank]:
     """The banks of those adapters of a layer that a bank can hold together with others.
 
-    A convolution has a bank for each basis that adapters share, and so has a linear layer under autograd, which then
-    keeps ``p = A x`` and not ``x``. The pairs of :class:`PairBank` are cheaper in a pass without gradients, and nothing
-    has to be compared for them.
+    A convolution has a bank for each basis or ``A_out`` that adapters share, and so has a linear layer under autograd,
+    which then keeps ``p = A x`` and not ``x``. The pairs of :class:`PairBank` are cheaper in a pass without gradients,
+    and nothing has to be compared for them.
     """
-    chains = [name for name in names if is_plain(layer, name)]
-    is_linear, found = isinstance(layer.base_layer, nn.Linear), list[Bank]()
+    is_linear = isinstance(layer.base_layer, nn.Linear)
+    kinds: list[tuple[type[Bank], Callable[[str, str], bool]]] = []
     if torch.is_grad_enabled() or not is_linear:
-        found += [CoreBank(layer, group, plan) for group in _groups(chains, partial(_have_same_basis, layer))]
-    banked = {name for bank in found for name in bank.names}
+        kinds += [(CoreBank, partial(_share, layer, 2)), (InputBank, partial(_share, layer, 1))]
     if is_linear:
-        others = [name for name in chains if name not in banked]
-        found += [PairBank(layer, group, plan) for group in _groups(others, partial(_have_similar_rank, layer))]
+        kinds += [(PairBank, partial(_have_similar_rank, layer))]
+    left, found = [name for name in names if is_plain(layer, name)], list[Bank]()
+    for kind, alike in kinds:
+        groups = _groups(left, alike)
+        found += [kind(layer, group, plan) for group in groups]
+        banked = {name for group in groups for name in group}
+        left = [name for name in left if name not in banked]
     return found
 
 
@@ -175,22 +196,22 @@ def _have_similar_rank(layer: NoraLayer, one: str, two: str) -> bool:
     return len({max(rank - 1, 7).bit_length() for rank in ranks}) == 1
 
 
-def _have_same_basis(layer: NoraLayer, one: str, two: str) -> bool:
-    return same_basis(chain(layer, one), chain(layer, two))
+def _share(layer: NoraLayer, sides: int, one: str, two: str) -> bool:
+    return equal_sides(chain(layer, one), chain(layer, two)) >= sides
 
 
-def same_basis(one: ChainDelta, two: ChainDelta) -> bool:
-    """Whether two chains have cores inside equal frozen outer pairs.
+def equal_sides(one: ChainDelta, two: ChainDelta) -> int:
+    """How many equal frozen outer factors two chains have, from the input on.
 
-    Values are compared once, and again after one of the four tensors has changed: it reads all of them, and waits for
-    a GPU.
+    Values are compared once, and again after one of the tensors has changed: it reads all of them, and waits for a GPU.
     """
-    if shares_basis(one, two):
-        return True
+    same = shared_sides(one, two)
+    if same == min(one.frozen_sides, two.frozen_sides):
+        return same
     known = _COMPARED.setdefault(one, WeakKeyDictionary())
     state = _basis_state(one), _basis_state(two)
     if two not in known or known[two][0] != state:
-        known[two] = state, shares_basis(one, two, by_value=True)
+        known[two] = state, shared_sides(one, two, by_value=True)
     return known[two][1]
 
 
