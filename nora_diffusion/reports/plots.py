@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 WIDTH, HEIGHT = 480, 220
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40
@@ -14,8 +15,28 @@ ROW, LABEL, LONGEST = 20, 190, 28
 Points = Sequence[tuple[float, float]]
 
 
-def line_chart(name: str, series: Mapping[str, Points], x_label: str, y_label: str) -> str:
-    """Lines over a common x axis; a series with a single point is a dot. Empty series are omitted."""
+@dataclass(frozen=True)
+class Axis:
+    """Maps values to pixels, linearly or by their logarithm; the first and the last tick are its ends."""
+
+    ticks: Sequence[float]
+    start: float
+    end: float
+    log: bool = False
+
+    def pixel(self, value: float) -> float:
+        """The coordinate of a value."""
+        low, here, high = (math.log(v) if self.log else v for v in (self.ticks[0], value, self.ticks[-1]))
+        return self.start + (here - low) / (high - low) * (self.end - self.start)
+
+
+def line_chart(
+    name: str, series: Mapping[str, Points], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False
+) -> str:
+    """Lines over a common x axis; a series with a single point is a dot. Empty series are omitted.
+
+    On a logarithmic axis, values must be positive.
+    """
     drawn = {label: points for label, points in series.items() if points}
     if not drawn:
         return ""
@@ -24,15 +45,13 @@ def line_chart(name: str, series: Mapping[str, Points], x_label: str, y_label: s
     if not ys:
         return ""
     whole = all(float(x).is_integer() for x in xs)
-    x_ticks, y_ticks = ticks(min(xs), max(xs), whole=whole), ticks(min(ys), max(ys))
-    parts = [_grid(x_ticks, y_ticks, x_label, y_label)]
+    x_ticks = log_ticks(min(xs), max(xs)) if log_x else ticks(min(xs), max(xs), whole=whole)
+    y_ticks = log_ticks(min(ys), max(ys)) if log_y else ticks(min(ys), max(ys))
+    x_axis, y_axis = Axis(x_ticks, LEFT, WIDTH - RIGHT, log_x), Axis(y_ticks, HEIGHT - BOTTOM, TOP, log_y)
+    parts = [_grid(x_axis, y_axis, x_label, y_label)]
     for number, points in enumerate(drawn.values()):
         color = COLORS[number % len(COLORS)]
-        pixels = [
-            (_scale(x, x_ticks, LEFT, WIDTH - RIGHT), _scale(y, y_ticks, HEIGHT - BOTTOM, TOP))
-            for x, y in points
-            if math.isfinite(y)
-        ]
+        pixels = [(x_axis.pixel(x), y_axis.pixel(y)) for x, y in points if math.isfinite(y)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
         if len(pixels) <= 20:
@@ -74,18 +93,28 @@ def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[
     return [number * step for number in range(first, last + 1)]
 
 
-def _scale(value: float, marks: Sequence[float], start: float, end: float) -> float:
-    return start + (value - marks[0]) / (marks[-1] - marks[0]) * (end - start)
+def log_ticks(low: float, high: float, most: int = 8) -> list[float]:
+    """At most ``most`` round positive numbers that enclose ``[low, high]``: 1, 2, 5, 10, ..., or powers of 10."""
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    for factors in ((1, 2, 5), (1,)):
+        marks = [factor * 10.0**decade for decade in decades for factor in factors]
+        first = max(i for i, mark in enumerate(marks) if mark <= low * (1 + 1e-9))
+        last = min(i for i, mark in enumerate(marks) if mark >= high * (1 - 1e-9))
+        marks = marks[first : max(last, first + 1) + 1]
+        if len(marks) <= most:
+            return marks
+    stride = math.ceil((len(marks) - 1) / (most - 1))
+    return [marks[0] * 10.0**decade for decade in range(0, len(marks) - 1 + stride, stride)]
 
 
-def _grid(x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str, y_label: str) -> str:
+def _grid(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> str:
     parts = []
-    for value in y_ticks:
-        y = _scale(value, y_ticks, HEIGHT - BOTTOM, TOP)
+    for value in y_axis.ticks:
+        y = y_axis.pixel(value)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="rule"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
-    for value in x_ticks:
-        x = _scale(value, x_ticks, LEFT, WIDTH - RIGHT)
+    for value in x_axis.ticks:
+        x = x_axis.pixel(value)
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from nora_diffusion.reports.plots import bar_chart, line_chart, ticks
+from nora_diffusion.reports.plots import bar_chart, line_chart, log_ticks, ticks
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0.013, 0.0131), (-5, 3), (7, 7), (0, 0), (1, 2000), (1e-9, 3e-9)])
@@ -21,6 +21,27 @@ def test_ticks_enclose_and_are_few(low: float, high: float) -> None:
 
 def test_ticks_of_whole_numbers_are_whole() -> None:
     assert ticks(2, 4, whole=True) == [2, 3, 4] and ticks(1, 12, whole=True) == [0, 5, 10, 15]
+
+
+@pytest.mark.parametrize(
+    "low, high, marks",
+    [
+        (1, 64, [1, 2, 5, 10, 20, 50, 100]),
+        (3e-4, 4.8e-3, [2e-4, 5e-4, 1e-3, 2e-3, 5e-3]),
+        (1, 10_000, [1, 10, 100, 1000, 10_000]),
+        (5, 5, [5, 10]),
+        (1, 1e15, [1, 1e3, 1e6, 1e9, 1e12, 1e15]),
+    ],
+)
+def test_logarithmic_ticks(low: float, high: float, marks: list[float]) -> None:
+    assert log_ticks(low, high) == pytest.approx(marks)
+
+
+def test_equal_ratios_are_equally_far_apart_on_logarithmic_axes() -> None:
+    svg = line_chart("Cost", {"cost": [(1, 1), (10, 10), (100, 100)]}, "size", "ms", log_x=True, log_y=True)
+    points = ElementTree.fromstring(svg).findall(".//polyline")[0].attrib["points"].split()
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points)
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
 
 
 def test_a_line_goes_through_its_points() -> None:
