@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,7 @@ from nora_diffusion.adapters import NoraLayer, dora, dylora, lora, lora_mini, lo
 from nora_diffusion.adapters.config import AdapterConfig
 from nora_diffusion.adapters.deltas import chain as chain_module
 from nora_diffusion.adapters.deltas.fused import chained_linear
+from nora_diffusion.adapters.deltas.working import WorkingCopies
 from nora_diffusion.adapters.tuner import layer as layer_module
 from nora_diffusion.training.step.memory import saved_storages
 
@@ -87,7 +89,7 @@ def test_gradients_equal_finite_differences() -> None:
     factors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes.values()]
 
     def run(x: Tensor, down: Tensor, lower: Tensor, upper: Tensor, up: Tensor) -> Tensor:
-        return chained_linear(x, weight, bias, [down, lower], [upper, up], 0.7)
+        return chained_linear(x, weight, bias, [down, lower], [upper, up], 0.7, WorkingCopies())
 
     assert torch.autograd.gradcheck(run, factors)
 
@@ -116,6 +118,51 @@ def test_a_frozen_outer_pair_keeps_only_the_input_in_the_basis(method: str) -> N
     layer = layer_with(CHAINS[method], frozen_linear()).bfloat16()
     x = torch.randn(64, D_IN, dtype=torch.bfloat16)
     assert kept_bytes(layer, x) == 2 * 64 * layer.delta("x").outer[0].shape[0]
+
+
+def test_copies_of_frozen_factors_follow_them_and_end_with_the_training() -> None:
+    torch.manual_seed(0)
+    layer = layer_with(CHAINS["nora"], frozen_linear()).float()
+    delta: Any = layer.delta("x")
+    x = torch.randn(64, D_IN)
+
+    def image() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return outcome(layer, x)[0]
+
+    first = image()
+    copies = [copy for _, copy in delta.copies._kept.values()]
+    assert torch.equal(image(), first) and len(copies) == 2
+    assert all(a is b for a, (_, b) in zip(copies, delta.copies._kept.values(), strict=True))
+    assert not deepcopy(delta).copies._kept
+    with torch.no_grad():
+        delta.B_out.mul_(-1)
+    bias = layer.base_layer.bias.detach()
+    plain = F.linear(x.bfloat16(), layer.base_layer.weight.bfloat16(), bias.bfloat16())
+    assert (image() - plain + (first - plain)).abs().max() < 0.05 * first.abs().max()
+    layer.eval()
+    assert not delta.copies._kept
+
+
+def test_copies_have_the_set_rank() -> None:
+    layer = layer_with(CHAINS["lora-up-only"], frozen_linear()).float()
+    delta: Any = layer.delta("x")
+    x = torch.randn(3, D_IN)
+    with torch.autocast("cpu", torch.bfloat16):
+        for rank in (4, 2, 3):
+            delta.rank = rank
+            torch.testing.assert_close(layer(x), plainly(lambda: layer(x)), rtol=0.03, atol=0.03)
+
+
+def test_a_trained_factor_is_read_in_every_pass() -> None:
+    """Also after a write that autograd does not count, as some optimizers make it."""
+    layer = layer_with(lora(r=4), frozen_linear()).float()
+    delta: Any = layer.delta("x")
+    x = torch.randn(3, D_IN)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+        delta.A.data.zero_()
+        assert torch.equal(layer(x), layer.base_layer(x))
 
 
 def test_a_trained_down_factor_keeps_the_input_in_autocast_once() -> None:

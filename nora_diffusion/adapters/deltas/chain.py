@@ -13,6 +13,7 @@ The layer applies the scale ``alpha / r`` and the user's weight.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,10 @@ from .fused import chained_linear
 from .lease import Lease
 from .magnitude import row_norms
 from .routed import RoutedDelta
+from .working import WorkingCopies
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def register_factor(module: nn.Module, name: str, value: Tensor, *, trained: bool, stored: bool = True) -> None:
@@ -75,11 +80,18 @@ class ChainDelta(nn.Module):
         self.sampled_rank: int | None = None
         self.lease: Lease | None = None
         self.dropout = nn.Dropout(dropout)
+        self.copies = WorkingCopies()
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module``; the working copies are freed after training."""
+        if not mode:
+            self.copies.clear()
+        return super().train(mode)
 
     @property
     def outer(self) -> tuple[Tensor, Tensor]:
         """The outer pair ``(down [r, d_in], up [d_out, r])``, dense if it is block-diagonal."""
-        down, up = (getattr(self, name) for name in self._names)
+        down, up = getattr(self, self._names[0]), getattr(self, self._names[1])
         if self.blocks == 1:
             return down, up
         return torch.block_diag(*down.chunk(self.blocks)), torch.block_diag(*up.chunk(self.blocks))
@@ -117,9 +129,10 @@ class ChainDelta(nn.Module):
     def halves(self, rank: int | None) -> tuple[list[Tensor], list[Tensor]]:
         """``([A_out, A_in], [B_in, B_out])``, truncated to ``rank`` at the narrowest point."""
         down, up = self.outer
-        core_down, core_up = (None, None) if self.core is None else self.core.pair()
-        below = [factor for factor in (down, core_down) if factor is not None]
-        above = [factor for factor in (core_up, up) if factor is not None]
+        core = self.core
+        core_down, core_up = (None, None) if core is None else core.pair()
+        below = [down] if core_down is None else [down, core_down]
+        above = [up] if core_up is None else [core_up, up]
         if rank is not None:
             below[-1], above[0] = below[-1][:rank], above[0][:, :rank]
         return below, above
@@ -139,7 +152,7 @@ class ChainDelta(nn.Module):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
         """``y = W x + b + s dy``, ``[..., d_out]``, for a frozen linear projection: the fast training path."""
-        return chained_linear(x, weight, bias, *self.halves(self.working_rank), scale)
+        return chained_linear(x, weight, bias, *self.halves(self.working_rank), scale, self.copies)
 
     def skinny_weight(self) -> Tensor:
         """``A_in A_out [k, d_in]``."""

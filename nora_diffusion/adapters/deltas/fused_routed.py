@@ -29,7 +29,8 @@ def routed_linear(
     :func:`.mixture.gated_up`. Kept for backward: ``x`` and ``[p; W_g x]``.
     """
     apply: Any = _RoutedLinear.apply
-    y: Tensor = apply(x, weight, bias, scale, down, router, *up)
+    with functional.AutocastOff(x) as dtype:
+        y: Tensor = apply(x, weight, bias, scale, dtype, down, router, *up)
     return y
 
 
@@ -43,13 +44,14 @@ class _RoutedLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         scale: float,
+        dtype: torch.dtype,
         down: Tensor,
         router: Tensor,
         up: Tensor,
         inner: Tensor | None = None,
         outer: Tensor | None = None,
     ) -> Tensor:
-        flat, weight, y = functional.frozen_linear(x, weight, bias)
+        flat, weight, y = functional.frozen_linear(x, weight, bias, dtype)
         rows = torch.cat([down, router]).to(flat.dtype) @ flat.T
         _, z = gated_rows(rows, len(router), shared=inner is not None)
         y.addmm_(z.T, stacked_up(up, inner, outer).to(z.dtype), alpha=scale)
@@ -70,7 +72,7 @@ class _RoutedLinear(torch.autograd.Function):
             dx = (dy @ weight).addmm_(d_rows.T, skinny, alpha=ctx.scale).view(ctx.x_shape).to(ctx.x_dtype)
         d_skinny = (d_rows @ flat).to(down.dtype)
         grads = [d_skinny[: len(down)], d_skinny[len(down) :], *d_up]
-        return dx, None, None, None, *(g if g is None or ctx.scale == 1 else ctx.scale * g for g in grads)
+        return dx, None, None, None, None, *(g if g is None or ctx.scale == 1 else ctx.scale * g for g in grads)
 
 
 def rowwise_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, down: Tensor, ups: Tensor) -> Tensor:
@@ -80,7 +82,8 @@ def rowwise_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float,
     rows. Kept for backward: ``x`` and ``D x``.
     """
     apply: Any = _RowwiseLinear.apply
-    y: Tensor = apply(x, weight, bias, scale, down, ups)
+    with functional.AutocastOff(x) as dtype:
+        y: Tensor = apply(x, weight, bias, scale, dtype, down, ups)
     return y
 
 
@@ -92,13 +95,20 @@ class _RowwiseLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, down: Tensor, ups: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        dtype: torch.dtype,
+        down: Tensor,
+        ups: Tensor,
     ) -> Tensor:
-        flat, weight, y = functional.frozen_linear(x, weight, bias)
+        flat, weight, y = functional.frozen_linear(x, weight, bias, dtype)
         p = F.linear(flat, down.to(flat.dtype)).unflatten(0, (len(ups), -1))
         y.view(len(ups), -1, y.shape[-1]).baddbmm_(p, ups.to(p.dtype).transpose(1, 2), alpha=scale)
         ctx.scale, ctx.x_shape, ctx.x_dtype = scale, x.shape, x.dtype
-        need_x, need_down = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+        need_x, need_down = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         ctx.save_for_backward(weight if need_x else None, flat if need_down else None, p, down, ups)
         return y.view(*x.shape[:-1], -1)
 
@@ -115,4 +125,4 @@ class _RowwiseLinear(torch.autograd.Function):
         if weight is not None:
             dx = dy.flatten(0, 1) @ weight
             dx = dx.addmm_(h, down.to(h.dtype), alpha=ctx.scale).view(ctx.x_shape).to(ctx.x_dtype)
-        return dx, None, None, None, d_down, ctx.scale * d_ups
+        return dx, None, None, None, None, d_down, ctx.scale * d_ups

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ..config import AdapterConfig
 from ..deltas import functional
-from ..deltas.chain import ChainDelta, Delta
+from ..deltas.chain import ChainDelta
 from ..deltas.joining import ScaledChain
 from ..deltas.routed import RoutedDelta
 from .build import build_delta, contraction
@@ -87,24 +87,28 @@ class NoraLayer(nn.Module, PeftInterface):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            single = self._single()
-            if single is not None:
-                scaling, delta = single
-                return delta.linear(x, self._weight, cast("Tensor | None", self.base_layer.bias), scaling)
+            fused = self._fused(x)
+            if fused is not None:
+                return fused
         base: Tensor = self.base_layer(x, *args, **kwargs)
         if not is_offloaded(self.base_layer):
             return self._adapted(x, base)
         with onloaded(self.nora_delta, *([self.base_layer] if self._rescales() else [])):
             return self._adapted(x, base)
 
-    def _single(self) -> tuple[float, Delta] | None:
-        """The live adapter with its scaling, if it is the only one and trains in one function with the projection."""
-        if self.rows is not None or self._weight.requires_grad or not is_plain_linear(self.base_layer):
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """The output, if the only live adapter trains in one function with the projection."""
+        base: Any = self._modules["base_layer"]  # the lookup of nn.Module is slow
+        if self.rows is not None or not is_plain_linear(base) or base.weight.requires_grad:
             return None
         names = list(self.live_names())
-        if len(names) != 1 or not self.delta(names[0]).fuses:
+        if len(names) != 1:
             return None
-        return self.states[names[0]].scaling, self.delta(names[0])
+        delta: Any = self._modules["nora_delta"]._modules[names[0]]  # type: ignore[union-attr]
+        if not delta.fuses:
+            return None
+        y: Tensor = delta.linear(x, base.weight, base.bias, self.states[names[0]].scaling)
+        return y
 
     def _adapted(self, x: Tensor, base: Tensor) -> Tensor:
         """The output for an input whose frozen output is ``base``."""
