@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from nora_diffusion.adapters import AdapterConfig, NoraLayer, lora, moe_lora, mor, nora
 from nora_diffusion.adapters.config import Start
 from nora_diffusion.attention import AdapterAttnProcessor
+from nora_diffusion.pipelines.router_inputs import connect, router_input_width
 from nora_diffusion.training.step.memory import saved_storages
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -67,7 +68,7 @@ class Bench:
         for name in names:
             one = copy.deepcopy(config)
             if isinstance(one, AdapterConfig):
-                one.start = Start()
+                one.start = Start(condition=router_input_width(model, one.router))
             inject_adapter_in_model(one, model, name)
         for module in model.modules():
             if hasattr(module, "nora_delta") or hasattr(module, "lora_A"):
@@ -75,6 +76,7 @@ class Bench:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        connect(model)
         return model.to(self.device)
 
     def in_one_basis(self, config: AdapterConfig, count: int) -> nn.Module:
@@ -137,7 +139,9 @@ def training_variants(bench: Bench) -> dict[str, Model]:
         "NoRA r 32, r' 4": nora(r=32, inner_r=4, **own),  # type: ignore[arg-type]
         "NoRA r 64, r' 15": nora(r=64, inner_r=15, **own),  # type: ignore[arg-type]
         "LoRA r 32": lora(r=32, target_modules=TARGETS),
-        "MoR r 32, 8 experts": mor(r=32, num_experts=8, target_modules=TARGETS),
+        "MoR r 32, 8 experts, token router": mor(r=32, num_experts=8, target_modules=TARGETS),
+        "MoR r 32, 8 experts, prompt router": mor(r=32, num_experts=8, router="prompt", target_modules=TARGETS),
+        "MoR r 32, 8 experts, timestep router": mor(r=32, num_experts=8, router="timestep", target_modules=TARGETS),
         "MoE-LoRA r 4, 8 experts": moe_lora(r=4, num_experts=8, target_modules=TARGETS),
     }
     models: dict[str, Model] = {n: partial(bench.adapted, c) for n, c in configs.items()}
@@ -153,6 +157,7 @@ def inference_variants(bench: Bench) -> dict[str, Model]:
     models: dict[str, Model] = {"base": bench.plain}
     for count in (1, 3, 8, 32):
         models[f"PEFT LoRA r 4, {count} live"] = partial(bench.adapted, peer, count)
+        models[f"LoRA r 4, {count} live"] = partial(bench.adapted, lora(r=4, target_modules=TARGETS), count)
         models[f"NoRA, own bases, {count} live"] = partial(bench.adapted, config, count)
         models[f"NoRA, one basis, {count} live"] = partial(bench.in_one_basis, config, count)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -75,22 +74,25 @@ class _RoutedLinear(torch.autograd.Function):
         return dx, None, None, None, None, *(g if g is None or ctx.scale == 1 else ctx.scale * g for g in grads)
 
 
-def rowwise_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, down: Tensor, ups: Tensor) -> Tensor:
-    """``y_n = W x_n + b + s U_n D x_n`` for each row ``n`` of the batch, ``x [rows, ..., d_in]``.
+def rowwise_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, down: Tensor, mask: Tensor, up: Tensor
+) -> Tensor:
+    """``y_n = W x_n + b + s (M_n o U) D x_n`` for each row ``n`` of the batch, ``x [rows, ..., d_in]``.
 
-    Frozen ``W [d_out, d_in]`` and ``b``; ``D [k, d_in]``; ``ups``: ``U [rows, d_out, k]``, or ``[1, d_out, k]`` for all
-    rows. Kept for backward: ``x`` and ``D x``.
+    Frozen ``W [d_out, d_in]`` and ``b``; ``D [k, d_in]``; ``U [d_out, k]``; ``mask``: ``M [rows or 1, d_out or 1, k]``.
+    Kept for backward: ``x``, ``D x`` and ``M``.
     """
     apply: Any = _RowwiseLinear.apply
     with functional.AutocastOff(x) as dtype:
-        y: Tensor = apply(x, weight, bias, scale, dtype, down, ups)
+        y: Tensor = apply(x, weight, bias, scale, dtype, down, mask, up)
     return y
 
 
 class _RowwiseLinear(torch.autograd.Function):
-    """With ``p = D x`` and ``h_n = U_n^T dy_n``:
+    """With ``p = D x``, ``U_n = M_n o U`` and ``h_n = U_n^T dy_n``:
 
-    ``dx = W^T dy + s D^T h``, ``dD = s h x^T`` and ``dU_n = s dy_n p_n^T``.
+    ``dx = W^T dy + s D^T h``, ``dD = s h x^T``, ``dU_n = s dy_n p_n^T``, ``dM_n = dU_n o U`` and
+    ``dU = sum_n dU_n o M_n``.
     """
 
     @staticmethod
@@ -102,27 +104,32 @@ class _RowwiseLinear(torch.autograd.Function):
         scale: float,
         dtype: torch.dtype,
         down: Tensor,
-        ups: Tensor,
+        mask: Tensor,
+        up: Tensor,
     ) -> Tensor:
         flat, weight, y = functional.frozen_linear(x, weight, bias, dtype)
-        p = F.linear(flat, down.to(flat.dtype)).unflatten(0, (len(ups), -1))
-        y.view(len(ups), -1, y.shape[-1]).baddbmm_(p, ups.to(p.dtype).transpose(1, 2), alpha=scale)
+        p = torch.mm(flat, down.to(dtype).t()).unflatten(0, (len(mask), -1))
+        ups = (mask * up).to(dtype)
+        y.view(len(mask), -1, y.shape[-1]).baddbmm_(p, ups.transpose(1, 2), alpha=scale)
         ctx.scale, ctx.x_shape, ctx.x_dtype = scale, x.shape, x.dtype
         need_x, need_down = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
-        ctx.save_for_backward(weight if need_x else None, flat if need_down else None, p, down, ups)
+        ctx.save_for_backward(weight if need_x else None, flat if need_down else None, p, down, mask, up)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Grads:
-        weight, flat, p, down, ups = ctx.saved_tensors
-        dy = dy.reshape(len(ups), -1, dy.shape[-1])
-        h = torch.bmm(dy, ups.to(dy.dtype)).flatten(0, 1)
-        d_ups = torch.bmm(dy.transpose(1, 2), p).to(ups.dtype)
+        weight, flat, p, down, mask, up = ctx.saved_tensors
+        dy = dy.reshape(len(mask), -1, dy.shape[-1])
+        h = torch.bmm(dy, (mask * up).to(dy.dtype)).flatten(0, 1)
+        d_ups = functional.at_least_single(torch.bmm(dy.transpose(1, 2), p))
+        d_ups = d_ups if ctx.scale == 1 else ctx.scale * d_ups
+        d_up = (d_ups * mask).sum(0).to(up.dtype)
+        d_mask = (d_ups * up).sum_to_size(mask.shape).to(mask.dtype)
         dx = d_down = None
         if flat is not None:
-            d_down = ctx.scale * (h.T @ flat).to(down.dtype)
+            d_down = ctx.scale * torch.mm(h.t(), flat).to(down.dtype)
         if weight is not None:
-            dx = dy.flatten(0, 1) @ weight
+            dx = torch.mm(dy.flatten(0, 1), weight)
             dx = dx.addmm_(h, down.to(h.dtype), alpha=ctx.scale).view(ctx.x_shape).to(ctx.x_dtype)
-        return dx, None, None, None, None, d_down, ctx.scale * d_ups
+        return dx, None, None, None, None, d_down, d_mask, d_up

@@ -72,10 +72,14 @@ class SharedExperts(nn.Module):
         """``sum_i g_i diag(b_i) B diag(a_i) p`` for ``s = [p; l] [..., r + N]``, ``g = softmax(l)`` per token."""
         return gated_up(s, len(self.a), self.B, self.a, self.b)
 
+    def mask(self, gates: Tensor) -> Tensor:
+        """``M = sum_i g_i b_i a_i^T``, ``[u, d_out, r]``, for each gate ``[u, N]``; the up factor is ``M o B``."""
+        outer = gates.to(self.b.dtype).unsqueeze(-1) * self.b
+        return outer.transpose(1, 2) @ self.a
+
     def up_for(self, gates: Tensor) -> Tensor:
         """The up-projection for each gate ``[u, N]``: ``(sum_i g_i b_i a_i^T) o B``, ``[u, d_out, r]``."""
-        outer = gates.to(self.b.dtype).unsqueeze(-1) * self.b
-        return outer.transpose(1, 2) @ self.a * self.B
+        return self.mask(gates) * self.B
 
 
 class IndependentExperts(nn.Module):
@@ -95,9 +99,13 @@ class IndependentExperts(nn.Module):
         """``sum_i g_i B_i p_i`` for ``s = [p; l] [..., N r + N]``, ``g = softmax(l)`` per token."""
         return gated_up(s, len(self.A) // self.r, self.B)
 
+    def mask(self, gates: Tensor) -> Tensor:
+        """``[g_1, ..., g_N]``, each ``r`` times, ``[u, 1, N r]``, for each gate ``[u, N]``."""
+        return gates.to(self.B.dtype).repeat_interleave(self.r, dim=-1).unsqueeze(1)
+
     def up_for(self, gates: Tensor) -> Tensor:
         """``[g_1 B_1, ..., g_N B_N]``, ``[u, d_out, N r]``."""
-        return gates.to(self.B.dtype).repeat_interleave(self.r, dim=-1).unsqueeze(1) * self.B
+        return self.mask(gates) * self.B
 
 
 class ProjectedExperts(nn.Module):
@@ -124,10 +132,13 @@ class ProjectedExperts(nn.Module):
         inner = F.linear(p, self.P.flatten(0, 1).to(p.dtype))
         return gated_up(torch.cat([inner, logits], dim=-1), len(self.P), self.B)
 
+    def mask(self, gates: Tensor) -> Tensor:
+        """``[g_1, ..., g_N]``, each ``r'`` times, ``[u, 1, N r']``, for each gate ``[u, N]``."""
+        return gates.to(self.B.dtype).repeat_interleave(self.P.shape[1], dim=-1).unsqueeze(1)
+
     def up_for(self, gates: Tensor) -> Tensor:
         """``sum_i g_i B_i P_i``, ``[u, d_out, r]``."""
-        gates = gates.to(self.B.dtype).repeat_interleave(self.P.shape[1], dim=-1)
-        return (gates.unsqueeze(1) * self.B) @ self.P.flatten(0, 1)
+        return (self.mask(gates) * self.B) @ self.P.flatten(0, 1)
 
 
 Experts = SharedExperts | IndependentExperts | ProjectedExperts
@@ -187,18 +198,22 @@ class RoutedDelta(nn.Module):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
         """``y = W x + b + s dy``, ``[..., d_out]``, for a frozen linear projection: the fast training path."""
-        if self.conditioned:
-            return rowwise_linear(x, weight, bias, scale, self.experts.A, self.row_ups(len(x)))
         down, *up = self.experts.token_factors()
+        if self.conditioned:
+            with functional.AutocastOff(x):  # it would cast each factor, to save nothing at this size
+                mask = self.experts.mask(self.gates_of(len(x)))
+            return rowwise_linear(x, weight, bias, scale, down, mask, up[0])
         return routed_linear(x, weight, bias, scale, down, self.W_g, *up)
 
     def row_ups(self, count: int, rows: Tensor | None = None) -> Tensor:
         """The up factor ``[count or 1, d_out, k]`` of each of ``count`` rows; ``rows``: their indices in the batch."""
+        return self.experts.up_for(self.gates_of(count, rows))
+
+    def gates_of(self, count: int, rows: Tensor | None = None) -> Tensor:
+        """The gate ``[count or 1, N]`` of each of ``count`` rows; ``rows``: their indices in the batch."""
         gates = self.row_gates()
         gates = gates if rows is None or len(gates) == 1 else gates[rows]
-        if len(gates) not in (1, count):
-            gates = self._common_gate(gates, count)
-        return self.experts.up_for(gates)
+        return gates if len(gates) in (1, count) else self._common_gate(gates, count)
 
     def _common_gate(self, gates: Tensor, rows: int) -> Tensor:
         """The gate ``[1, N]`` that all rows share, for a batch whose rows the model has rearranged (frames, say).
