@@ -77,7 +77,7 @@ test-lowest: $(LOWEST_STAMP)
 
 bench: $(STAMP)  # one thread, so that another program on another core disturbs it little
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	@for name in steps attention mixed_batch loading growth; do \
+	@for name in steps projections attention mixed_batch loading growth; do \
 		echo; echo "== $$name"; OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py || exit 1; \
 	done
 
