@@ -85,7 +85,8 @@ def run_command(words: list[str], base: Path) -> None:
     elif words[0] == "nora-diffusion":
         assert generate(words[1:], base) == 0, words
     elif words[:2] == ["python", "-m"]:
-        assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file(), words
+        module = ROOT / words[2].replace(".", "/")
+        assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), words
     else:
         raise AssertionError(f"no test runs {' '.join(words)!r}: teach tests/test_docs.py how, or leave it out")
 

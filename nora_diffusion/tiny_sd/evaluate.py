@@ -20,7 +20,7 @@ from ..quiet import hide_known_warnings
 from ..reports.sheets import contact_sheet
 from ..scoring.judges import Judge, image_features, load_judge, text_features
 from .measures.following import measure
-from .measures.teaching import heldout_images, new_scenes, teach_all
+from .measures.teaching import heldout_images, new_scenes
 from .recipe.stage_vae import to_tensor
 from .world.render import sample
 from .world.scenes import TEST_SEED
@@ -154,6 +154,8 @@ def evaluate(weights: Path, images: Path | None, prompts: int = 0) -> dict[str, 
 
 def evaluate_teaching(weights: Path, images: Path | None) -> dict[str, float]:
     """LoRA, NoRA and the plain base on held-out subjects (takes minutes); ``base_taught.png`` goes to ``images``."""
+    from .measures.classroom import teach_all  # late, as in generate()
+
     report, lessons = teach_all(weights)
     if images is not None:
         rows = [

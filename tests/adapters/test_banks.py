@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nora_diffusion.adapters import AdapterConfig, NoraLayer, nora, nora_input
+from nora_diffusion.adapters import AdapterConfig, NoraLayer, lora, nora, nora_input
 from nora_diffusion.adapters.tuner.mixed_rows import LayerRows, serve_rows
 from nora_diffusion.adapters.tuner.row_plan import RowPlan
 from nora_diffusion.training.many.batched import SubjectRows
@@ -125,6 +125,43 @@ def test_a_compiled_model_is_not_recompiled_from_pass_to_pass() -> None:
                 torch.testing.assert_close(y, model(x))
             next(layer.delta("s1").core.parameters()).mul_(2)  # type: ignore[union-attr]
     assert len(graphs) == before > 0
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
+def test_chains_of_a_convolution_are_one_stack(grad: bool) -> None:
+    """Output and gradients equal those of each adapter alone, on the rows that use it at their weights."""
+    torch.manual_seed(0)
+    layer = NoraLayer(nn.Conv2d(3, WIDTH, 3, padding=1).requires_grad_(False))
+    presets = {"one": lora(r=2), "two": lora(r=3, alpha=6), "three": nora(r=4, inner_r=2, basis="orthogonal")}
+    for name, config in presets.items():
+        layer.update_layer(name, config, "x")
+    for parameter in layer.nora_delta.parameters():
+        parameter.data.normal_()
+        parameter.requires_grad_(True)
+    specs = [{"one": 1.0}, {"two": 0.5, "three": 2.0}, {}, {"three": 1.0}]
+    plan = RowPlan(specs)
+    x, target = torch.randn(4, 3, 5, 5), torch.randn(4, WIDTH, 5, 5)
+
+    def gradients(y: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad((y * target).sum(), list(layer.nora_delta.parameters()))) if grad else []
+
+    with torch.set_grad_enabled(grad):
+        layer.rows = LayerRows(layer, plan)
+        plan.start(4)
+        assert [type(b).__name__ for b in cast(LayerRows, layer.rows).grouped()[0]] == ["StackBank"]
+        found = layer(x)
+        found_gradients = gradients(found)
+        layer.rows, rows = None, []
+        for row, spec in zip(x, specs, strict=True):
+            layer.activate([*spec])
+            for name, weight in spec.items():
+                layer.set_scale(name, weight)
+            layer.nora_delta.requires_grad_(True)
+            rows.append(layer(row[None]) if spec else layer.base_layer(row[None]))
+        expected = torch.cat(rows)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        for one, other in zip(found_gradients, gradients(expected), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_an_adapter_may_have_any_name() -> None:

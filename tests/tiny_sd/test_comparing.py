@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +16,48 @@ from PIL import Image
 
 from nora_diffusion import UserError
 from nora_diffusion.pipelines.base import EMBEDDED_WEIGHTS
-from nora_diffusion.tiny_sd import comparing
-from nora_diffusion.tiny_sd.comparing import Task, all_tasks, at_best_rate, compare, table_at_best_rate, table_by_rate
-from nora_diffusion.tiny_sd.measures import probe, teaching
+from nora_diffusion.tiny_sd.comparing import command, lessons
+from nora_diffusion.tiny_sd.comparing.curves import page
+from nora_diffusion.tiny_sd.comparing.lessons import Task, all_tasks, base_hash, compare
+from nora_diffusion.tiny_sd.comparing.rates import START, at_best_rate, next_rates
+from nora_diffusion.tiny_sd.comparing.tables import table_at_best_rate, table_by_rate
+from nora_diffusion.tiny_sd.measures import classroom, probe, teaching
+from nora_diffusion.tiny_sd.measures.classroom import Classroom
+from nora_diffusion.tiny_sd.measures.methods import METHODS, method_settings
 from nora_diffusion.tiny_sd.measures.teaching import (
-    METHODS,
     TAUGHT_SUBJECTS,
     Lesson,
     Probes,
+    Student,
     fit_probes,
     new_scenes,
-    teach,
 )
+from nora_diffusion.training.settings.checks import check_config
+from nora_diffusion.training.settings.config import TrainConfig
 
 UNET = "pipeline/unet/diffusion_pytorch_model.safetensors"
 
 
 class Teacher:
-    """Replaces minutes of training: records its calls and interrupts at call ``fails_at``."""
+    """Replaces minutes of training: records its batches and interrupts at call ``fails_at``."""
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.fails_at = fails_at
-        self.calls: list[tuple[str, str, dict[str, Any]]] = []
+        self.calls: list[list[Student]] = []
 
-    def __call__(self, weights: Path, probes: object, subject: str, method: str, **settings: Any) -> Lesson:
+    @property
+    def students(self) -> list[Student]:
+        return [student for batch in self.calls for student in batch]
+
+    def teach(self, students: Sequence[Student]) -> list[Lesson]:
         if len(self.calls) == self.fails_at:
             raise KeyboardInterrupt
-        self.calls.append((subject, method, settings))
-        share = len(self.calls) / 100
-        return Lesson(subject, method, 1.0, [Image.new("RGB", (64, 64))] * 10, share, share, share, 0.5, 0.25, 7, 2**20)
+        self.calls.append([*students])
+        return [self.lesson(student) for student in students]
+
+    def lesson(self, student: Student) -> Lesson:
+        images = [Image.new("RGB", (64, 64))] * 10
+        return Lesson(student.subject, student.method, 1.0, images, 0.5, 0.5, 0.5, 0.5, 0.25, 0.06, 7, 2**20, 1.0)
 
 
 @pytest.fixture
@@ -53,8 +68,8 @@ def weights(tmp_path: Path) -> Path:
     return folder
 
 
-def run(weights: Path, out: Path, teacher: Teacher, tasks: list[Task]) -> list[dict[str, Any]]:
-    return compare(weights, tasks, out, teacher, lambda: None)  # type: ignore[arg-type, return-value]
+def run(weights: Path, out: Path, teacher: Teacher, tasks: list[Task], at_once: int = 1) -> list[dict[str, Any]]:
+    return compare(base_hash(weights), tasks, out, teacher, at_once)
 
 
 def test_tasks_are_all_combinations_without_duplicates() -> None:
@@ -66,25 +81,27 @@ def test_tasks_are_all_combinations_without_duplicates() -> None:
 
 def test_an_interrupted_comparison_continues(weights: Path, tmp_path: Path) -> None:
     tasks, out = all_tasks(["base", "nora"], [1e-4, 1e-3], [0, 1], ["tiger"]), tmp_path / "out"
-    first, second = Teacher(fails_at=4), Teacher()
+    first, second = Teacher(fails_at=2), Teacher()
     with pytest.raises(KeyboardInterrupt):
-        run(weights, out, first, tasks)
+        run(weights, out, first, tasks, at_once=2)
     assert len((out / "lessons.jsonl").read_text().splitlines()) == 4
-    rows = run(weights, out, second, tasks)
-    assert (len(first.calls), len(second.calls)) == (4, 2)
+    rows = run(weights, out, second, tasks, at_once=2)
+    assert ([*map(len, first.calls)], [*map(len, second.calls)]) == ([2, 2], [2])
     assert [(r["method"], r["rate"], r["seed"]) for r in rows] == [(t.method, t.rate, t.seed) for t in tasks]
-    assert second.calls[-1] == ("tiger", "nora", {"seed": 1, "learning_rate": 1e-3})
+    last = second.students[-1]
+    assert (last.subject, last.method, last.settings) == ("tiger", "nora", {"seed": 1, "learning_rate": 1e-3})
     assert len(list((out / "pictures").glob("*.png"))) == len(tasks)
 
 
-def test_lessons_depend_on_weights_and_steps(weights: Path, tmp_path: Path) -> None:
+def test_lessons_depend_on_weights_steps_and_settings(weights: Path, tmp_path: Path) -> None:
     out, teacher = tmp_path / "out", Teacher()
     for steps in (None, 2, None):
         run(weights, out, teacher, [Task("nora", 1e-3, 0, "tiger", steps)])
     assert len(teacher.calls) == 2
+    run(weights, out, teacher, [Task("nora:inner_rank=8", 1e-3, 0, "tiger")])
     (weights / UNET).write_bytes(b"better weights")
     run(weights, out, teacher, [Task("nora", 1e-3, 0, "tiger")])
-    assert len(teacher.calls) == 3
+    assert len(teacher.calls) == 4
 
 
 def test_a_damaged_list_of_lessons_and_a_missing_base_are_errors(weights: Path, tmp_path: Path) -> None:
@@ -95,72 +112,146 @@ def test_a_damaged_list_of_lessons_and_a_missing_base_are_errors(weights: Path, 
         run(tmp_path, tmp_path / "out", Teacher(), [])
 
 
-def row(method: str, rate: float | None, seed: int, subject: str, both: float) -> dict[str, Any]:
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "base"])
+def test_named_methods_are_valid_runs(method: str) -> None:
+    settings = method_settings(method)
+    check_config(TrainConfig(**settings, instance_data_dir="photos", instance_prompt="a sks dog"))
+    assert settings["target_modules"][:2] == ["attn", "ff"] and settings["snr_gamma"] == 5.0
+
+
+def test_a_method_takes_settings_in_text() -> None:
+    plain, changed = method_settings("nora"), method_settings("nora:inner_rank=8,basis=orthogonal")
+    assert changed == {**plain, "inner_rank": 8, "basis": "orthogonal"}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("loha", "the method 'loha' is unknown"), ("base:rank=2", "not trained"), ("nora:rank", "name=value"),
+        ("nora:ranks=2", "unknown setting 'ranks'"), ("nora:learning_rate=1", "use --rates"),
+    ],
+)  # fmt: skip
+def test_wrong_methods_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        method_settings(text)
+
+
+def row(method: str, rate: float | None, seed: int, subject: str, loss: float, score: float = 0.5) -> dict[str, Any]:
     return {
-        "method": method, "rate": rate, "seed": seed, "subject": subject, "subject_right": both,
-        "background_right": 1.0, "both_right": both, "subject_score": 0.5, "prompt_score": 0.25,
-        "trained_numbers": 1234, "bytes": 2**20, "seconds": 60.0,
+        "method": method, "rate": rate, "seed": seed, "subject": subject, "subject_right": 0.5,
+        "background_right": 1.0, "both_right": 0.25, "subject_score": score, "prompt_score": 0.25,
+        "heldout_loss": loss, "trained_numbers": 1234, "bytes": 2**20, "seconds": 60.0, "cpu_seconds": 8.0,
     }  # fmt: skip
 
 
 def test_the_table_shows_mean_over_subjects_and_deviation_between_seeds() -> None:
-    values = {(0, "a"): 0.2, (0, "b"): 0.6, (1, "a"): 0.4, (1, "b"): 0.8}
-    rows = [row("base", None, 0, "a", 0.1), *(row("nora", 1e-3, *key, both) for key, both in values.items())]
+    values = {(0, "a"): 0.02, (0, "b"): 0.06, (1, "a"): 0.04, (1, "b"): 0.08}
+    rows = [row("base", None, 0, "a", 0.1), *(row("nora", 1e-3, *key, loss) for key, loss in values.items())]
     base, nora = table_by_rate(rows).splitlines()[2:]
-    deviation = statistics.stdev([0.4, 0.6])
-    assert base == "| base |  | 0.100 | 1.000 | 0.100 | 0.500 | 0.250 |  |  |  |"
-    assert f"| nora | 0.001 | 0.500 ± {deviation:.3f} | 1.000 ± 0.000 |" in nora
-    assert nora.endswith("| 1,234 | 1.05 MB | 60 |")
+    deviation = statistics.stdev([0.04, 0.06])
+    assert base == "| base |  | 0.500 | 1.000 | 0.250 | 0.1000 | 0.500 | 0.250 |  |  |  |"
+    assert f"| 0.0500 ± {deviation:.4f} |" in nora
+    assert nora.endswith("| 1,234 | 1.05 MB | 8.0 |")
 
 
 def test_a_subjects_rate_is_chosen_on_the_other_subjects() -> None:
-    table = {("a", 1e-4): 0.9, ("a", 1e-3): 0.1, ("b", 1e-4): 0.2, ("b", 1e-3): 0.3, ("c", 1e-4): 0.5, ("c", 1e-3): 0.7}
-    rows = [row("lora", rate, 0, subject, both) for (subject, rate), both in table.items()]
+    table = {("a", 1e-4): 0.1, ("a", 1e-3): 0.9, ("b", 1e-4): 0.8, ("b", 1e-3): 0.7, ("c", 1e-4): 0.5, ("c", 1e-3): 0.3}
+    rows = [row("lora", rate, 0, subject, loss) for (subject, rate), loss in table.items()]
     chosen = {r["subject"]: r["rate"] for r in at_best_rate(rows, "lora")}
-    assert chosen == {"a": 1e-3, "b": 1e-4, "c": 1e-4}  # a's own 0.9 does not count for a
+    assert chosen == {"a": 1e-3, "b": 1e-4, "c": 1e-4}  # a's own 0.1 does not count for a
 
 
 def test_methods_are_compared_lesson_by_lesson() -> None:
     subjects = ("a", "b", "c")
-    rows = [row("nora", 1e-3, s, name, 0.5 + 0.1 * i) for s in (0, 1) for i, name in enumerate(subjects)]
-    rows += [row("lora", 1e-3, s, name, 0.4 + 0.1 * i) for s in (0, 1) for i, name in enumerate(subjects)]
+    rows = [row("nora", 1e-3, s, name, 0.05 + 0.01 * i, 0.4) for s in (0, 1) for i, name in enumerate(subjects)]
+    rows += [row("lora", 1e-3, s, name, 0.04 + 0.01 * i, 0.6) for s in (0, 1) for i, name in enumerate(subjects)]
     nora, lora = table_at_best_rate(rows).splitlines()[2:]
-    assert nora == "| nora | 0.600 | 1.000 | 0.600 |  |"
-    assert lora == "| lora | 0.500 | 1.000 | 0.500 | -0.100 [-0.100, -0.100] |"
+    assert "| 0.0600 |" in nora and nora.endswith("|  |  |")
+    assert "| 0.0500 |" in lora
+    assert lora.endswith("| -0.0100 [-0.0100, -0.0100] | +0.200 [+0.200, +0.200] |")
+
+
+def test_rates_go_on_until_the_best_is_inside() -> None:
+    def rows(losses: dict[float, float]) -> list[dict[str, Any]]:
+        return [row("lora", rate, 0, subject, loss) for rate, loss in losses.items() for subject in ("a", "b")]
+
+    assert next_rates([], "lora") == list(START)
+    assert next_rates(rows({1e-3: 0.3, 2e-3: 0.2, 4e-3: 0.1}), "lora") == [8e-3]
+    assert next_rates(rows({1e-3: 0.1, 2e-3: 0.2}), "lora") == [5e-4]
+    assert next_rates(rows({1e-3: 0.3, 2e-3: 0.1, 4e-3: float("inf")}), "lora") == []
+    both = [*rows({1e-3: 0.1, 2e-3: 0.2}), row("lora", 1e-3, 1, "a", 0.9)]  # b's rate, chosen on a, is the higher one
+    assert next_rates(both, "lora") == [4e-3, 5e-4]
+
+
+def test_the_curves_show_every_method() -> None:
+    rows = [row(m, rate, 0, "a", 0.1 / rate, 0.4) for m in ("nora", "lora") for rate in (1e-3, 2e-3, 4e-3)]
+    text = page([*rows, row("nora", 8e-3, 0, "a", float("inf"))])
+    assert text.count("<svg") == 3 and text.count("<polyline") == 6
 
 
 def pixels(network: object, images: np.ndarray, batch: int = 64) -> torch.Tensor:
     return torch.from_numpy(images[:, 4::8, 4::8].reshape(len(images), -1)).float() / 255
 
 
+def test_probes_are_fitted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(probe, "load_network", lambda: None)
+    tensors = (torch.rand(2, 3), torch.rand(2), torch.rand(3), torch.rand(3))
+    subject, background = probe.Probe(("a", "b"), *tensors), probe.Probe(("on grass", "sky"), *tensors)
+    made = [Probes(None, subject, background, {"subject": 0.5, "background": 0.75})]
+    monkeypatch.setattr(teaching, "fit_probes", made.pop)
+    first, second = teaching.cached_probes(), teaching.cached_probes()
+    assert second.subject.labels == ("a", "b") and second.background.labels == ("on grass", "sky")
+    assert torch.equal(second.background.std, first.background.std) and second.accuracy == first.accuracy
+
+
 @pytest.mark.slow
-def test_lessons_of_equal_size_on_the_embedded_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lessons_are_the_same_alone_and_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "load_network", lambda: None)  # the network is an optional extra: use pixels as features
     monkeypatch.setattr(probe, "features", pixels)
-    for module in (teaching, comparing):
+    for module in (classroom, lessons):
         monkeypatch.setattr(module, "new_scenes", lambda slug: new_scenes(slug)[:2])
     probes: Probes = fit_probes(fitted=100, tested=10, each=4)
-    tasks = [Task(method, 1e-3, 0, TAUGHT_SUBJECTS[1], 1) for method in ("nora", "lora_r2")]
-    nora, lora = compare(EMBEDDED_WEIGHTS, tasks, tmp_path, teach, lambda: probes)
+    room, base = Classroom(EMBEDDED_WEIGHTS, probes, "no"), base_hash(EMBEDDED_WEIGHTS)
+    tasks = [Task(method, 1e-3, 0, TAUGHT_SUBJECTS[1], 2) for method in ("base", "nora", "lora_r2")]
+    together, alone = (compare(base, tasks, tmp_path / str(n), room, at_once=n) for n in (3, 1))
+    costs = {"seconds", "cpu_seconds"}
+    for one, other in zip(together, alone, strict=True):
+        assert {k: v for k, v in one.items() if k not in costs} == pytest.approx(
+            {k: v for k, v in other.items() if k not in costs}, abs=2e-5
+        )
+    control, nora, lora = together
     assert nora["trained_numbers"] == 116_736
     assert 0.8 < lora["trained_numbers"] / nora["trained_numbers"] < 1.25
-    for lesson in (nora, lora):
+    assert nora["heldout_loss"] < control["heldout_loss"] and lora["heldout_loss"] < control["heldout_loss"]
+    for lesson in together:
         assert lesson["both_right"] <= min(lesson["subject_right"], lesson["background_right"])
-    assert json.loads((tmp_path / "lessons.jsonl").read_text().splitlines()[0]) == nora
+    assert json.loads((tmp_path / "3/lessons.jsonl").read_text().splitlines()[0]) == control
 
 
 def test_the_command_prints_and_writes_the_report(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def quick(weights: Path, tasks: list[Task], out: Path) -> list[dict[str, Any]]:
-        return run(weights, out, Teacher(), tasks)
-
-    monkeypatch.setattr(comparing, "compare", quick)
     flags = ["--weights", str(weights), "--out", str(tmp_path / "out"), "--rates", "6e-4", "--seeds", "0", "1"]
-    assert comparing.main(flags) == 0
+    assert command.main(flags, Teacher()) == 0
     text = (tmp_path / "out/report.md").read_text()
     assert text in capsys.readouterr().out and "4 subjects, 2 seeds" in text
-    assert all(f"| {method} |" in text for method in comparing.DEFAULT_METHODS) and set(
-        comparing.DEFAULT_METHODS
-    ) <= set(METHODS)
-    assert comparing.main(["--weights", str(tmp_path), "--out", str(tmp_path / "other")]) == 2
+    assert all(f"| {method} |" in text for method in command.DEFAULT_METHODS)
+    assert (tmp_path / "out/curves.html").is_file()
+    for wrong in (["--weights", str(tmp_path)], ["--methods", "loha"], ["--rates", "auto", "1e-3"], ["--at_once", "0"]):
+        assert command.main(["--weights", str(weights), "--out", str(tmp_path / "other"), *wrong], Teacher()) == 2
+
+
+def test_automatic_rates_of_the_command_end(weights: Path, tmp_path: Path) -> None:
+    class Parabola(Teacher):
+        """The best rate is 9.6e-3."""
+
+        def lesson(self, student: Student) -> Lesson:
+            rate = student.settings.get("learning_rate", 1.0)
+            return replace(super().lesson(student), heldout_loss=abs(float(np.log2(rate / 9.6e-3))))
+
+    teacher = Parabola()
+    flags = ["--weights", str(weights), "--out", str(tmp_path), "--rates", "auto", "--methods", "base", "lora"]
+    assert command.main([*flags, "--seeds", "0", "--subjects", "tiger", "tractor"], teacher) == 0
+    rates = {student.settings["learning_rate"] for student in teacher.students if student.method == "lora"}
+    assert sorted(rates) == [1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3, 1.92e-2]

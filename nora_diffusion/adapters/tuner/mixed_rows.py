@@ -20,6 +20,7 @@ from .layer import NoraLayer
 from .live_pair import is_plain_linear
 from .row_banks import Bank, banks
 from .row_plan import RowPlan
+from .row_stacks import stacks
 
 _SERVING: WeakSet[nn.Module] = WeakSet()
 """Models inside :func:`serve_rows`."""
@@ -37,9 +38,12 @@ class LayerRows:
         """The banks of the next pass, and the adapters that are in none."""
         mode = torch.is_grad_enabled(), self.layer.training
         if mode not in self._grouped:
-            found = banks(self.layer, self.names, self.plan)
-            banked = {name for bank in found for name in bank.names}
-            self._grouped[mode] = found, [name for name in self.names if name not in banked]
+            found, single = [], self.names
+            for kind in (banks, stacks):
+                found += kind(self.layer, single, self.plan)
+                banked = {name for bank in found for name in bank.names}
+                single = [name for name in self.names if name not in banked]
+            self._grouped[mode] = found, single
         return self._grouped[mode]
 
     def refresh(self) -> None:

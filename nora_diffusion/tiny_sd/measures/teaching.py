@@ -1,69 +1,73 @@
-"""Can the base learn subjects? Adapters are trained on held-out subjects, and an independent probe reads new scenes."""
+"""Can the base learn subjects? What a lesson is, its new scenes, and the independent probes that read them."""
 
 from __future__ import annotations
 
-import tempfile
-import time
-from dataclasses import dataclass
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
-from ...pipelines.base import open_pipeline
-from ...scoring.judges import load_judge, prompt_score, subject_score
-from ..examples import (
-    SCORING_KINDS,
-    TRIGGER,
-    contrasting_colors,
-    instance_prompt,
-    scoring_scenes,
-    subject_object,
-    subject_scene,
-    write_subject,
-)
+from ...io import tensor_cache
+from ...io.files import sha256
+from ..examples import SCORING_KINDS, contrasting_colors, subject_object, subject_scene
 from ..world import vocabulary as world
 from ..world.render import render
 from ..world.scenes import PROBE_SEED, Background, Scene, random_background
 from . import probe
 from .following import FITTED, QUESTIONS, TESTED, labeled, rendered
 
-METHODS: dict[str, dict[str, Any] | None] = {  # training settings on top of the embedded base's defaults
-    "base": None,  # the control, not trained: what the class word alone achieves
-    "lora": {"method": "lora", "rank": 8},
-    "nora": {"method": "nora"},
-    "lora_r2": {"method": "lora", "rank": 2},  # about as many trained parameters as NoRA
-    "lora_xs": {"method": "lora_xs", "rank": 32},  # as many as NoRA: dense core, plain SVD
-    "lora_mini": {"method": "lora_mini"},  # as many as NoRA: its chain in random subspaces
-    "dora": {"method": "dora", "rank": 8},
-}
 TAUGHT_METHODS = ("base", "lora", "nora")  # of ``evaluate --teach``
 TAUGHT_SUBJECTS = ("cyclops-purple", "tiger", "backpack-green", "tractor")  # chosen before anything was trained
 _NEW_KINDS = (*SCORING_KINDS, "sky", "night", "sunset")  # backgrounds that are not in the training images
+TENSORS = ("weight", "bias", "mean", "std")
 _EACH = 80  # rendered images of each held-out subject that the subject probe is fitted to
 
 
 @dataclass(frozen=True)
+class Student:
+    """An adapter to train: its name in a batch, subject, method (:func:`.methods.method_settings`) and settings.
+
+    ``settings`` override the training settings of the method. The images have the seeds ``10 s`` to ``10 s + 9`` for
+    the training seed ``s``.
+    """
+
+    name: str
+    subject: str
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Lesson:
-    """One subject trained with one method: images of the new scenes, and their scores.
+    """One subject trained with one method: images of the new scenes, and what was measured.
 
     The independent probes measure the shares ``*_right``. The scores are mean cosines of the base's own judge: to other
-    images of the subject, and to the prompts without the trigger.
+    images of the subject, and to the prompts without the trigger. ``heldout_loss``: the denoising loss on the scoring
+    images. A lesson whose training failed (``error``) has no images, shares and scores of 0 and an infinite loss.
+    ``seconds``: of training; ``cpu_seconds``: of all work; each is an equal share of its batch.
     """
 
     subject: str
     method: str
     seconds: float
     images: list[Image.Image]
-    subject_right: float
-    background_right: float
-    both_right: float
-    subject_score: float
-    prompt_score: float
-    trained_parameters: int
-    bytes: int
+    subject_right: float = 0.0
+    background_right: float = 0.0
+    both_right: float = 0.0
+    subject_score: float = 0.0
+    prompt_score: float = 0.0
+    heldout_loss: float = math.inf
+    trained_parameters: int = 0
+    bytes: int = 0
+    cpu_seconds: float = 0.0
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,33 @@ def fit_probes(fitted: int = FITTED, tested: int = TESTED, each: int = _EACH) ->
     return Probes(network, subject, background, {"subject": subject_accuracy, "background": background_accuracy})
 
 
+def cached_probes() -> Probes:
+    """:func:`fit_probes`, from the disk cache unless the code or images that they depend on have changed."""
+    package = Path(__file__).parents[1]
+    sources = [
+        *(package / "world").glob("*.py"),
+        *(package / "sprites").iterdir(),
+        *(package / "measures").glob("*.py"),
+    ]
+    digest = hashlib.sha256("".join(map(sha256, sorted(sources))).encode()).hexdigest()[:32]
+    stored = tensor_cache.load(f"probes-{digest}")
+    if stored is None:
+        probes = fit_probes()
+        values = {f"accuracy {name}": torch.tensor(share) for name, share in probes.accuracy.items()}
+        for name in ("subject", "background"):
+            fitted: probe.Probe = getattr(probes, name)
+            values |= {f"{name} {key}": getattr(fitted, key) for key in TENSORS}
+            values[f"{name} labels"] = torch.tensor(list("\n".join(fitted.labels).encode()))
+        tensor_cache.store(f"probes-{digest}", values)
+        return probes
+    found = {}
+    for name in ("subject", "background"):
+        labels = bytes(stored[f"{name} labels"].tolist()).decode().split("\n")
+        found[name] = probe.Probe(tuple(labels), *(stored[f"{name} {key}"] for key in TENSORS))
+    accuracy = {name: float(stored[f"accuracy {name}"]) for name in found}
+    return Probes(probe.load_network(), found["subject"], found["background"], accuracy)
+
+
 def _heldout(network: Any, seed: int, each: int, soft: bool = False) -> probe.Labeled:
     """Features and names of the images of :func:`heldout_images`; ``soft``: of blurred images."""
     names, images = heldout_images(PROBE_SEED + seed, each)
@@ -105,80 +136,3 @@ def heldout_images(seed: int, each: int) -> tuple[list[str], np.ndarray]:
     names = [slug for slug in world.SUBJECTS for _ in range(each)]
     scenes = [Scene((subject_object(n),), random_background(rng), "", rng.getrandbits(32)) for n in names]
     return names, np.stack([render(scene) for scene in scenes])
-
-
-def method_settings(method: str) -> dict[str, Any] | None:
-    """The training settings of an entry of ``METHODS``, with the embedded base's defaults; None: not trained."""
-    from ...training.settings.defaults import embedded_defaults
-
-    own = METHODS[method]
-    return None if own is None else {**embedded_defaults(own["method"]), **own}
-
-
-def learn(base: Path, slug: str, settings: dict[str, Any], out: Path) -> None:
-    """Train an adapter on the subject's six images."""
-    from ...training import TrainConfig, train
-
-    with tempfile.TemporaryDirectory() as images:
-        write_subject(slug, Path(images))
-        config = TrainConfig(
-            pretrained_model_name_or_path=str(base), instance_data_dir=images, output_dir=str(out),
-            instance_prompt=instance_prompt(slug), class_word=subject_object(slug).class_word, use_captions=True,
-            **{"seed": 0, **settings},
-        )  # fmt: skip
-        train(config)
-
-
-def teach(weights: Path, probes: Probes, slug: str, method: str, **settings: Any) -> Lesson:
-    """Train a method on a subject and generate one image of each of the ten new scenes.
-
-    ``settings`` override the training settings of the method. The images have the seeds ``10 s`` to ``10 s + 9``
-    for the training seed ``s``.
-    """
-    from ...generation.sampling import sample_images
-    from ...generation.settings import Sampling
-    from ...loaders import load_adapter
-
-    scenes, base, own = new_scenes(slug), weights / "pipeline", method_settings(method)
-    pipe, started, trained, size = open_pipeline(base), time.monotonic(), 0, 0
-    if own is not None:
-        with tempfile.TemporaryDirectory() as out:
-            learn(base, slug, {**own, **settings}, Path(out) / "adapter")
-            info = load_adapter(pipe, Path(out) / "adapter", "subject").info
-            trained, size = info.trained_parameters, info.bytes
-    seconds = time.monotonic() - started
-    first = len(scenes) * int(settings.get("seed", 0))
-    seeds = range(first, first + len(scenes))
-    images = sample_images(pipe, [scene.caption for scene in scenes], seeds, Sampling.for_base(None))
-    return Lesson(slug, method, seconds, images, **_scores(weights, probes, slug, images),
-                  trained_parameters=trained, bytes=size)  # fmt: skip
-
-
-def _scores(weights: Path, probes: Probes, slug: str, images: list[Image.Image]) -> dict[str, float]:
-    """Shares and scores of the images of a subject's new scenes."""
-    scenes, judge = new_scenes(slug), load_judge(weights / "judge")
-    features = probe.features(probes.network, np.stack([np.asarray(image) for image in images]))
-    subject = np.array([name == slug for name in probes.subject.predict(features)])
-    asked = [QUESTIONS["background"](scene) for scene in scenes]
-    background = np.array([a == b for a, b in zip(probes.background.predict(features), asked, strict=True)])
-    references = [Image.fromarray(render(scene)) for scene in scoring_scenes(slug)]
-    return {
-        "subject_right": float(subject.mean()),
-        "background_right": float(background.mean()),
-        "both_right": float((subject & background).mean()),
-        "subject_score": subject_score(judge, images, references),
-        "prompt_score": prompt_score(judge, images, [scene.caption.replace(f"{TRIGGER} ", "") for scene in scenes]),
-    }
-
-
-def teach_all(weights: Path) -> tuple[dict[str, float], list[Lesson]]:
-    """Every subject by every method: mean shares, longest training time in seconds, accuracy of the probes."""
-    probes = fit_probes()
-    lessons = [teach(weights, probes, slug, method) for method in TAUGHT_METHODS for slug in TAUGHT_SUBJECTS]
-    report = {f"probe_taught_{name}_accuracy": share for name, share in probes.accuracy.items()}
-    for method in TAUGHT_METHODS:
-        own = [lesson for lesson in lessons if lesson.method == method]
-        report[f"{method}_subject_right"] = float(np.mean([lesson.subject_right for lesson in own]))
-        report[f"{method}_background_right"] = float(np.mean([lesson.background_right for lesson in own]))
-        report[f"{method}_seconds_at_most"] = max(lesson.seconds for lesson in own)
-    return report, lessons

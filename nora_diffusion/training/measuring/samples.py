@@ -72,11 +72,18 @@ def _fast_precision(pipe: Any) -> str:
 def generate_images(
     pipe: Any, prompt: str, seeds: Sequence[int], config: ResolvedConfig, autocast: torch.dtype
 ) -> list[Image.Image]:
-    """Generate one image per seed with the pipeline and its active adapters; train or eval mode is restored after."""
+    """Generate one image of ``prompt`` per seed, with the settings of ``config``: see :func:`sample`."""
+    return sample(pipe, [prompt] * len(seeds), seeds, _sampling(config), autocast)
+
+
+def sample(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, autocast: torch.dtype
+) -> list[Image.Image]:
+    """Generate an image per prompt with the pipeline and its active adapters; train or eval mode is restored after."""
     device, enabled = denoiser(pipe).device.type, autocast != torch.float32
     context = torch.autocast(device, autocast if enabled else None, enabled=enabled)
     with evaluating(pipe), torch.no_grad(), _decoding_precisely(pipe.vae), context:
-        return sample_images(pipe, [prompt] * len(seeds), seeds, _sampling(config))
+        return sample_images(pipe, prompts, seeds, sampling)
 
 
 @contextlib.contextmanager

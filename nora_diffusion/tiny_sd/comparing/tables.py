@@ -1,0 +1,99 @@
+"""``report.md``: the tables of a comparison."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from ...scoring.metrics import interval, resampled
+from ..measures.methods import is_trained
+from .lessons import DIGITS, SCORES, SHARES, Row, title
+from .rates import at_best_rate
+
+MEASURES = (*SHARES, *SCORES)
+PAIRED = ("heldout_loss", "subject_score")
+"""The measures whose differences to the first method are reported."""
+
+
+def table_by_rate(rows: Sequence[Row]) -> str:
+    """A row for each method and rate: mean over subjects ± standard deviation between seeds."""
+    groups: dict[tuple[str, float | None], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["rate"] or 0.0):
+        groups.setdefault((row["method"], row["rate"]), []).append(row)
+    lines = _header("method", "rate", *map(title, MEASURES), "trained parameters", "file", "CPU seconds")
+    for method in methods_of(rows):
+        for rate in [rate for name, rate in groups if name == method]:
+            group = groups[method, rate]
+            costs = _costs(group) if rate is not None else ["", "", ""]
+            lines.append(_line(method, f"{rate:g}" if rate else "", *(_mean(group, name) for name in MEASURES), *costs))
+    return "\n".join(lines)
+
+
+def methods_of(rows: Sequence[Row], trained: bool = False) -> list[str]:
+    """The methods in the order of their first lesson; ``trained``: without the base."""
+    return [m for m in dict.fromkeys(row["method"] for row in rows) if is_trained(m) or not trained]
+
+
+def _costs(group: Sequence[Row]) -> list[str]:
+    seconds = statistics.median(row["cpu_seconds"] for row in group)
+    trained = next((row for row in group if "error" not in row), group[0])
+    return [f"{trained['trained_numbers']:,}", f"{trained['bytes'] / 1e6:.2f} MB", f"{seconds:.1f}"]
+
+
+def _mean(group: Sequence[Row], name: str) -> str:
+    by_seed: dict[int, list[float]] = {}
+    for row in group:
+        by_seed.setdefault(row["seed"], []).append(row[name])
+    means, digits = [statistics.fmean(values) for values in by_seed.values()], DIGITS.get(name, 3)
+    deviation = f" ± {statistics.stdev(means):.{digits}f}" if len(means) > 1 else ""
+    return f"{statistics.fmean(means):.{digits}f}{deviation}"
+
+
+def table_at_best_rate(rows: Sequence[Row]) -> str:
+    """Each trained method at its best rate, and its paired differences to the first one."""
+    methods = methods_of(rows, trained=True)
+    differences = [f"{title(name)}, minus {methods[0]}'s" for name in PAIRED]
+    lines = _header("method", "rate", "trained parameters", *map(title, MEASURES), *differences)
+    for method in methods:
+        own = at_best_rate(rows, method)
+        rates = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in own}))
+        means = [f"{statistics.fmean(row[n] for row in own):.{DIGITS.get(n, 3)}f}" for n in MEASURES]
+        gaps = [difference(rows, method, methods[0], n) if method != methods[0] else "" for n in PAIRED]
+        lines.append(_line(method, rates, f"{own[0]['trained_numbers']:,}", *means, *gaps))
+    return "\n".join(lines)
+
+
+def difference(rows: Sequence[Row], method: str, other: str, name: str) -> str:
+    """The mean difference of two methods at their best rates, paired by subject and seed, with its 95% interval."""
+    reference = {(row["subject"], row["seed"]): row[name] for row in at_best_rate(rows, other)}
+    own = [row for row in at_best_rate(rows, method) if (row["subject"], row["seed"]) in reference]
+    gaps = [row[name] - reference[row["subject"], row["seed"]] for row in own]
+    by_subject: dict[str, list[int]] = {}
+    for i, row in enumerate(own):
+        by_subject.setdefault(row["subject"], []).append(i)
+    low, high = interval(gaps, resampled(by_subject))
+    digits = DIGITS.get(name, 3)
+    return f"{statistics.fmean(gaps):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def report(rows: Sequence[Row]) -> str:
+    """Both tables in Markdown."""
+    subjects, seeds = (len({row[name] for row in rows}) for name in ("subject", "seed"))
+    text = f"{subjects} subjects, {seeds} seeds, ten new scenes each: mean over subjects ± deviation between seeds.\n"
+    text += f"\n{table_by_rate(rows)}\n"
+    if failed := [row for row in rows if "error" in row]:
+        text += f"\n{len(failed)} lessons failed to train, and count with shares of 0 and an infinite loss.\n"
+    if methods_of(rows, trained=True):
+        text += (
+            "\nEach subject at the rate with the lowest held-out loss on the other subjects. Differences are paired by "
+            f"subject and seed, with 95% bootstrap intervals.\n\n{table_at_best_rate(rows)}\n"
+        )
+    return text
+
+
+def _header(*cells: str) -> list[str]:
+    return [_line(*cells), "|" + " --- |" * len(cells)]
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
