@@ -144,9 +144,8 @@ class Machine:
             self.weight[name] = dict.fromkeys(self.weight[name], value)
             self.active.append(name)
         else:
-            # load_lora_weights makes the loaded LoRA the only active one among LoRAs.
             self.pipe.load_lora_weights(dict(self.world.loras[name]), adapter_name=name)
-            self.active = [n for n in self.active if n in OURS] + [name]
+            self.active = [name]
 
     def set_weights(self) -> None:
         names = self.random.sample(sorted(self.weight), self.random.randint(1, len(self.weight)))

@@ -4,6 +4,8 @@
   drop the adapters silently: refused.
 - ``save_pretrained()`` would write factors and the names of wrapped layers, or the adapter alone (transformers), and
   no loader opens such a folder again: it writes the model without adapters.
+- ``load_lora_adapter()`` of diffusers and ``load_adapter()`` of transformers leave a new LoRA alone active, but reach
+  LoRAs only: adapters of all methods become inactive.
 
 The guards shadow the methods on one model, from its first adapter of this package to its last.
 """
@@ -12,8 +14,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,6 +28,7 @@ from ..deltas.tokens import LearnedEmbedding
 
 FUSE = "fuse_qkv_projections"
 SAVE = "save_pretrained"
+LOAD = ("load_lora_adapter", "load_adapter")
 LOADED = "_hf_peft_config_loaded"
 """The flag by which transformers saves an adapter instead of the model."""
 
@@ -70,6 +74,28 @@ class SaveGuard:
             return getattr(type(self.model), SAVE)(self.model, *args, **kwargs)
 
 
+class LoadGuard:
+    """Stands in for a model's loader of LoRAs: what it adds becomes alone active, as it does among LoRAs.
+
+    PEFT activates a new adapter in the layers of its own method, and leaves those of other methods as they are.
+    """
+
+    def __init__(self, model: nn.Module, method: str) -> None:
+        self.model, self.method = model, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = set(self._names())
+        result = getattr(type(self.model), self.method)(self.model, *args, **kwargs)
+        if added := [name for name in self._names() if name not in before]:
+            for layer in self.model.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    layer._active_adapter = list(added)  # PEFT's `set_adapter` would also set requires_grad
+        return result
+
+    def _names(self) -> list[str]:
+        return list(getattr(self.model, "peft_config", ()))
+
+
 @contextmanager
 def without_wrappers(model: nn.Module) -> Iterator[None]:
     """Put the model's own layers in the place of all wrappers of adapters, and the wrappers back afterwards."""
@@ -108,7 +134,11 @@ def unmerged(layer: nn.Module) -> set[str]:
     return names - set(layer.merged_adapters)
 
 
-GUARDS = {FUSE: QkvGuard, SAVE: SaveGuard}
+GUARDS: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
+    FUSE: QkvGuard,
+    SAVE: SaveGuard,
+    **{method: partial(LoadGuard, method=method) for method in LOAD},
+}
 
 
 def guard(model: nn.Module) -> None:
