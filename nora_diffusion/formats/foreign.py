@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from ..errors import UserError
 from ..io.tensor_file import TensorFile
@@ -86,13 +86,25 @@ BARE = re.compile(r"(down_blocks|mid_block|up_blocks)\.")
 FAMILY_NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "embedding": "textual inversion"}
 
 
+class Rows(NamedTuple):
+    """The output rows ``[start, stop)`` of a module with ``total`` rows."""
+
+    start: int
+    stop: int
+    total: int
+
+
 @dataclass
 class Module:
-    """One projection in the file: component (empty if the file does not state it), name, and the key of each factor."""
+    """One projection in the file: component (empty if the file does not state it), name, and the key of each factor.
+
+    ``rows``: the rows of the projection, if the module is several projections in one.
+    """
 
     component: str
     name: str
     keys: dict[str, str]
+    rows: Rows | None = None
 
     def shapes(self, reader: TensorFile) -> dict[str, tuple[int, ...]]:
         """The shape of each factor."""

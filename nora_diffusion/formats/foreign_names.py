@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..pipelines.components import Modules, canonical, projections
 from ..pipelines.names import DENOISERS
-from .foreign import DENOISER, T5, Module
+from .foreign import DENOISER, T5, Module, Rows
+from .foreign_dit import original_layers
 from .keys import Projection
 
 ORIGINAL = {
@@ -28,7 +32,7 @@ IN_RESNET = {
 ROLES = {DENOISER: DENOISERS, T5: ("text_encoder_3", "text_encoder_2", "text_encoder")}
 """The components that a role may stand for; the first of them that has a projection of the module's name."""
 ORIGINAL_DIT = re.compile(r"(joint|double|single)_blocks[._]")
-"""Blocks of SD3's and Flux's transformers in their original code, where q, k and v are one projection."""
+"""Blocks of SD3's and Flux's transformers in their original code (:mod:`.foreign_dit`)."""
 BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)(.*)")
 
 
@@ -37,6 +41,7 @@ def match_projections(components: Modules, path: str, modules: list[Module]) -> 
 
     Raises :class:`UserError` if the pipeline has no such projection or the file has two modules for it.
     """
+    layers = {component: projections(model) for component, model in components.items()}
     paths = {component: paths_by_name(model) for component, model in components.items()}
     default = _default_component(path, paths, [module.name for module in modules if not module.component])
     found: dict[Projection, Module] = {}
@@ -45,12 +50,23 @@ def match_projections(components: Modules, path: str, modules: list[Module]) -> 
         component = next((name for name in possible if module.name in paths.get(name, {})), None)
         if component is None:
             raise UserError(f"{path} {_missing(module, possible, components, modules)}")
-        projection = component, paths[component][module.name]
-        if projection in found:
-            names = f"{found[projection].name} and {module.name}"
-            raise UserError(f"{path} adapts {'.'.join(projection)} twice, as {names}")
-        found[projection] = module
+        for part_path, part in _parts(module, paths[component][module.name], layers[component]):
+            projection = component, part_path
+            if projection in found:
+                names = f"{found[projection].name} and {module.name}"
+                raise UserError(f"{path} adapts {'.'.join(projection)} twice, as {names}")
+            found[projection] = part
     return found
+
+
+def _parts(module: Module, paths: Sequence[str], layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Module]]:
+    """The projections of a module with their paths: one, or several with rows of their own."""
+    if len(paths) == 1:
+        yield paths[0], module
+        return
+    sizes = [cast(Tensor, layers[path].weight).shape[0] for path in paths]
+    for path, size, stop in zip(paths, sizes, accumulate(sizes), strict=True):
+        yield path, replace(module, rows=Rows(stop - size, stop, sum(sizes)))
 
 
 def _missing(module: Module, possible: Sequence[str], components: Modules, modules: list[Module]) -> str:
@@ -66,7 +82,7 @@ def _missing(module: Module, possible: Sequence[str], components: Modules, modul
     return f"was made for another base: this pipeline has no {module.name}"
 
 
-def _default_component(path: str, paths: dict[str, dict[str, str]], names: list[str]) -> str:
+def _default_component(path: str, paths: Mapping[str, Collection[str]], names: list[str]) -> str:
     """The component of a PEFT file, which does not state one: by its folder's name, else by its module ``names``.
 
     Raises :class:`UserError` if two components have projections of these names.
@@ -80,14 +96,20 @@ def _default_component(path: str, paths: dict[str, dict[str, str]], names: list[
     return folder if folder in possible else next(iter(possible), "")
 
 
-def paths_by_name(model: nn.Module) -> dict[str, str]:
-    """The path of each projection by every name that files use for it, with dots or with underscores."""
-    found: dict[str, str] = {}
+def paths_by_name(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The path of each projection by every name that files use for it, with dots or with underscores.
+
+    A layer of a transformer's original code may be several projections, in the order of its output rows.
+    """
+    names: dict[str, tuple[str, ...]] = {}
     paths = list(projections(model))
     for path in paths:
         for name in (path, canonical(path), f"text_model.{canonical(path)}", *_original_names(model, path, paths)):
-            found.setdefault(name, path)
-            found.setdefault(name.replace(".", "_"), path)
+            names.setdefault(name, (path,))
+    found: dict[str, tuple[str, ...]] = {}
+    for name, parts in (names | original_layers(model)).items():
+        found.setdefault(name, parts)
+        found.setdefault(name.replace(".", "_"), parts)
     return found
 
 

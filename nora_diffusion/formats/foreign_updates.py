@@ -16,7 +16,7 @@ from ..io.tensor_file import TensorFile, require_finite
 from ..io.tensors import Tensors
 from ..io.untrusted import conform, parse_json
 from ..pipelines.components import Modules, projections
-from .foreign import BLOCK, PEFT_CONFIG, PEFT_FILE, SIDES, Module, blocks_of, rank_of, read_modules
+from .foreign import BLOCK, PEFT_CONFIG, PEFT_FILE, SIDES, Module, Rows, blocks_of, rank_of, read_modules
 from .foreign_names import match_projections
 from .keys import Projection
 
@@ -81,7 +81,22 @@ def read_factors(reader: TensorFile, module: Module) -> Tensors:
     for dimension, side in enumerate(SIDES):
         if blocks := blocks_of(tensors, side):
             factors[side] = torch.cat([blocks[number] for number in sorted(blocks)], dimension)
-    return factors
+    return factors if module.rows is None else _rows_of(reader, module, module.rows, factors)
+
+
+def _rows_of(reader: TensorFile, module: Module, rows: Rows, factors: Tensors) -> Tensors:
+    """The factors of some rows of ``dW = B A``: all of ``A``, and these rows of ``B``."""
+    if not factors.keys() <= {"down", "up", "alpha"}:
+        raise UserError(
+            f"{reader.path}: {module.name} is several projections of this pipeline, and only a plain LoRA can be split "
+            "into them: save it in diffusers' names with the tool that made it"
+        )
+    if len(factors["up"]) != rows.total:
+        raise UserError(
+            f"{reader.path} was made for another base: {module.name} has {len(factors['up'])} output rows, this "
+            f"pipeline's projections have {rows.total}"
+        )
+    return factors | {"up": factors["up"][rows.start : rows.stop]}
 
 
 def dense_update(factors: Tensors) -> Tensor:

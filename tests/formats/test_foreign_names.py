@@ -417,18 +417,63 @@ def test_magnitudes_of_some_projections_are_refused(tmp_path: Path, prefix: str)
     assert list_adapters(pipe) == {}
 
 
-@pytest.mark.parametrize("model", ["sd3", "flux"])
-@pytest.mark.parametrize(
-    "name", ["lora_unet_double_blocks_0_img_attn_qkv", "diffusion_model.joint_blocks.0.x_block.attn.qkv"]
-)
-def test_names_of_the_original_transformers_are_refused_as_such(tmp_path: Path, model: str, name: str) -> None:
-    other = "lora_unet_context_embedder" if name.startswith("lora_unet_") else "diffusion_model.context_embedder"
-    tensors = {}
-    for module in (other, name):
-        tensors |= {f"{module}.lora_down.weight": torch.ones(1, 7), f"{module}.lora_up.weight": torch.ones(7, 1)}
+FUSED = {
+    "flux": {
+        "double_blocks.0.img_attn.qkv": [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"],
+        "double_blocks.0.txt_attn.qkv": [f"transformer_blocks.0.attn.add_{x}_proj" for x in "qkv"],
+        "double_blocks.0.txt_mlp.2": ["transformer_blocks.0.ff_context.net.2"],
+        "single_blocks.1.linear1": [
+            *(f"single_transformer_blocks.1.attn.to_{x}" for x in "qkv"), "single_transformer_blocks.1.proj_mlp"
+        ],
+        "single_blocks.1.linear2": ["single_transformer_blocks.1.proj_out"],
+    },
+    "sd3": {
+        "joint_blocks.1.x_block.attn.qkv": [f"transformer_blocks.1.attn.to_{x}" for x in "qkv"],
+        "joint_blocks.0.context_block.attn.qkv": [f"transformer_blocks.0.attn.add_{x}_proj" for x in "qkv"],
+        "joint_blocks.0.x_block.mlp.fc1": ["transformer_blocks.0.ff.net.0.proj"],
+    },
+}  # fmt: skip
+"""Layers of the original transformers, and the projections that are their output rows in this order."""
+
+
+@pytest.mark.parametrize("model", FUSED)
+@pytest.mark.parametrize("kohya", [True, False])
+def test_layers_of_the_original_transformers_are_split(tmp_path: Path, model: str, kohya: bool) -> None:
+    """The updates of the projections, one below the other, are the update of the layer in the file."""
+    pipe = tiny_pipeline(model, tmp_path)
+    layers, tensors, dense = projections(pipe.transformer), {}, {}
+    for name, paths in FUSED[model].items():
+        weights: list[Any] = [layers[path].weight for path in paths]
+        down = torch.randn(2, weights[0].shape[1])
+        up = torch.randn(sum(len(weight) for weight in weights), 2)
+        key = f"lora_unet_{name.replace('.', '_')}" if kohya else f"diffusion_model.{name}"
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(1.0)}
+        dense[name] = 0.5 * up @ down
     save_file(tensors, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="as the model's original code does"):
-        load_adapter(tiny_pipeline(model, tmp_path), tmp_path / "x.safetensors", "one")
+    load_adapter(pipe, tmp_path / "x.safetensors", "one")
+    for name, paths in FUSED[model].items():
+        found: list[Any] = [pipe.transformer.get_submodule(path) for path in paths]
+        assert torch.allclose(torch.cat([layer.get_delta_weight("one") for layer in found]), dense[name], atol=1e-5)
+    assert sum("one" in layer.r for layer in tuner_layers(pipe.transformer)) == sum(map(len, FUSED[model].values()))
+
+
+@pytest.mark.parametrize(
+    ("model", "factors", "message"),
+    [
+        ("sd3", {"lora_down": (1, 16), "lora_up": (48, 1)}, "as the model's original code does"),
+        ("flux", {"lora_down": (1, 16), "lora_up": (7, 1)}, "has 7 output rows, this pipeline's projections have 48"),
+        ("flux", {"lokr_w1": (2, 2), "lokr_w2": (24, 8)}, "only a plain LoRA can be split"),
+    ],
+)
+def test_layers_of_the_original_transformers_that_cannot_be_split_are_refused(
+    tmp_path: Path, model: str, factors: dict[str, tuple[int, int]], message: str
+) -> None:
+    name, ending = "lora_unet_double_blocks_0_img_attn_qkv", ".weight" if "lora_up" in factors else ""
+    save_file({f"{name}.{f}{ending}": torch.ones(shape) for f, shape in factors.items()}, tmp_path / "x.safetensors")
+    pipe = tiny_pipeline(model, tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_adapter(pipe, tmp_path / "x.safetensors", "one")
+    assert list_adapters(pipe) == {}
 
 
 def test_a_lora_for_a_unet_is_not_for_a_transformer(tmp_path: Path) -> None:
