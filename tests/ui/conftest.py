@@ -240,7 +240,7 @@ def open_tab(page: Any, name: str) -> None:
 
 
 def drawn(page: Any) -> None:
-    """Wait until a tab or an accordion that was just opened for the first time can be filled.
+    """Wait until a tab, an accordion or a field that has just become visible can be filled.
 
     Gradio sets its fields once more in the next animation frame, and so overwrites what was typed in between.
     """
@@ -254,18 +254,14 @@ def expand(page: Any, title: str) -> None:
 
 
 def number(page: Any, label: str, value: float) -> None:
-    """Type a slider's value until the slider has it: a slider that has just become visible may ignore input."""
+    """Type the value of a slider that may have just become visible."""
     box = page.get_by_label(f"number input for {label}").locator("visible=true").first
+    box.wait_for()
+    drawn(page)
+    box.fill(str(value))
+    box.blur()
     slider = page.get_by_label(f"range slider for {label}").locator("visible=true").first
-
-    def is_set() -> bool:
-        box.fill(str(value))
-        box.blur()
-        with suppress(AssertionError):
-            expect(slider).to_have_value(str(value), timeout=5000)
-        return bool(slider.input_value() == str(value))
-
-    until(is_set)
+    expect(slider).to_have_value(str(value))
 
 
 def select(page: Any, field: str, value: str) -> None:
