@@ -13,7 +13,7 @@ from ..errors import UserError, program
 from ..quiet import hide_known_warnings
 from ..training.settings.arguments import with_underscores
 from ..training.settings.values import unknown_argument
-from . import app, data, demo, evaluate, export, generate, grid, import_, inspect, methods, mix, pack
+from . import app, data, demo, evaluate, export, generate, grid, import_, inspect, methods, mix, pack, sweep
 
 COMMANDS = {
     "app": app,
@@ -21,6 +21,7 @@ COMMANDS = {
     "grid": grid,
     "data": data,
     "evaluate": evaluate,
+    "sweep": sweep,
     "inspect": inspect,
     "methods": methods,
     "mix": mix,

@@ -66,6 +66,7 @@ WITH_BASE = {
     "evaluate": "evaluate --adapters dog --subjects photos --prompts prompts.txt --seeds 1 --judge tiny --out out "
     + SAMPLING,
     "train": TRAINING,
+    "sweep": "sweep sweep.yaml --out out/sweep --at_once 2",
     "demo": "demo --out out/demo --max_train_steps 2",
 }
 ALL = CHEAP | WITH_BASE
@@ -101,6 +102,9 @@ def inputs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_lora(folder / "hat", folder / "plain.safetensors")
     write_photos(folder / "photos", 2)
     (folder / "prompts.txt").write_text("{} on the beach\n")
+    own = {"instance_data_dir": "photos", "instance_prompt": "a sks dog", "basis": "orthogonal", "inner_rank": "2"}
+    common = {**own, "max_train_steps": "2", "checkpointing_steps": "1", "rank": "4"}
+    (folder / "sweep.yaml").write_text(json.dumps({"settings": common, "axes": {"seed": ["0", "1"]}}))
     return folder
 
 

@@ -1,0 +1,1 @@
+"""Sweeps: one training for each combination of settings, each in a folder of its own."""

@@ -1,0 +1,125 @@
+"""Sweeps: which cells a file describes, what is trained and trained again, and the results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from factories import write_photos
+from runs import Configure, assert_equal_tensors
+
+from nora_diffusion.cli import main
+from nora_diffusion.errors import UserError
+from nora_diffusion.training.sweeps.cells import read_cells
+from nora_diffusion.training.sweeps.results import means, write_results
+from nora_diffusion.training.sweeps.run import run_sweep
+
+AXES = """
+axes:
+  subject:
+    dog: {instance_data_dir: dogs, instance_prompt: a sks dog}
+    cat: {instance_data_dir: cats, instance_prompt: a sks cat}
+  learning_rate: [5e-4, 1e-3]
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "sweep.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_cells_are_the_product_of_the_axes(tmp_path: Path) -> None:
+    cells = read_cells(written(tmp_path, "settings: {rank: 4}" + AXES))
+    assert [cell.name for cell in cells] == ["dog_5e-4", "dog_1e-3", "cat_5e-4", "cat_1e-3"]
+    assert cells[2].labels == {"subject": "cat", "learning_rate": "5e-4"}
+    assert cells[2].settings == {
+        "rank": "4", "instance_data_dir": "cats", "instance_prompt": "a sks cat", "learning_rate": "5e-4",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("settings: {rank: 4}", "has no axes"),
+        ("axes: {}", "has no axes"),
+        ("[a]", "has no axes"),
+        ("axes: {rank: [1]}\nsetting: {}", "unknown key 'setting'.*settings"),
+        ("axes: {ranks: [1]}", "unknown setting 'ranks'.*rank"),
+        ("axes: {rank: [1]}\nsettings: {lerning_rate: 1}", "did you mean 'learning_rate'"),
+        ("axes: {rank: 4}", "give a list of values"),
+        ("axes: {rank: []}", "give a list of values"),
+        ("axes: {rank: [1, 1]}", "occurs twice"),
+        ("axes: {size: {a: {rank: 1}}, rank: [1]}", "both set rank"),
+        ("axes: {rank: [1]}\nsettings: {output_dir: a}", "output_dir cannot be set"),
+        ("axes: {instance_prompt: [a dog, a/dog]}", "would share the folder 'a-dog'"),
+        (f"axes: {{instance_prompt: [{'a' * 300}]}}", "is not a folder name"),
+        (f"axes: {{rank: {list(range(1, 200))}, seed: {list(range(200))}}}".replace("'", ""), "39800 cells"),
+    ],
+)
+def test_invalid_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_cells(written(tmp_path, text))
+
+
+@pytest.fixture
+def sweep(configure: Configure, tmp_path: Path) -> Path:
+    """Two subjects, and an axis that concerns the whole run."""
+    kept = (
+        "pretrained_model_name_or_path",
+        "max_train_steps",
+        "train_batch_size",
+        "rank",
+        "inner_rank",
+        "basis",
+        "seed",
+    )
+    folders = {name: str(write_photos(tmp_path / name, 2, seed=n)) for n, name in enumerate(("dog", "cat"))}
+    common = {key: value for key, value in configure().to_dict().items() if key in kept}
+    axes: dict[str, Any] = {
+        "subject": {n: {"instance_data_dir": path, "instance_prompt": f"a sks {n}"} for n, path in folders.items()},
+        "learning_rate": ["1e-2"],
+        "mixed_precision": ["no", "bf16"],
+    }
+    return written(tmp_path, json.dumps({"settings": {**common, "seed": 7}, "axes": axes}))
+
+
+def test_missing_cells_are_trained_and_finished_ones_are_kept(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["sweep", str(sweep), "--out", str(out), "--list"]) == 0
+    names = capsys.readouterr().out.split()
+    assert len(names) == 4 and not out.exists()
+    assert main(["sweep", str(sweep), "--out", str(out)]) == 0
+    adapters = {name: out / name / "nora_adapter.safetensors" for name in names}
+    times = {name: file.stat().st_mtime_ns for name, file in adapters.items()}
+    own = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["labels"]["subject"] for row in own] == ["dog"] * 2 + ["cat"] * 2
+    assert all(row["scores"]["training_loss"] > 0 and row["steps"] == 3 and row["base"] for row in own)
+
+    adapters[names[2]].unlink()  # as if its run had been stopped before it saved
+    assert main(["sweep", str(sweep), "--out", str(out)]) == 0
+    again = {name: file.stat().st_mtime_ns for name, file in adapters.items()}
+    assert [name for name in names if again[name] != times[name]] == [names[2]]
+
+
+def test_a_failing_cell_does_not_stop_the_others(sweep: Path, tmp_path: Path) -> None:
+    (tmp_path / "cat" / "0.png").write_bytes(b"not an image")
+    cells = read_cells(sweep)
+    errors = run_sweep(sweep, tmp_path / "out", at_once=2)
+    rows = write_results("sweep", cells, tmp_path / "out")
+    assert errors and all("cat" in error for error in errors)
+    assert {row.labels["subject"] for row in rows} == {"dog"} and len(rows) == 2
+    assert set(means(rows)) == {("1e-2", "no"), ("1e-2", "bf16")}
+
+
+@pytest.mark.slow
+def test_processes_train_the_same_adapters(sweep: Path, tmp_path: Path) -> None:
+    for out, workers in (("one", 1), ("two", 2)):
+        assert run_sweep(sweep, tmp_path / out, workers=workers) == []
+    for cell in read_cells(sweep):
+        file = f"{cell.name}/nora_adapter.safetensors"
+        assert_equal_tensors(tmp_path / "one" / file, tmp_path / "two" / file)
