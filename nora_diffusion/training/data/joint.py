@@ -35,6 +35,7 @@ def read_joint(config: TrainConfig) -> Subject:
         data_hash=hashlib.sha256("\n".join(member.data_hash for member in members).encode()).hexdigest(),
         rejects=[reject for member in members for reject in member.rejects],
         held_out=[image for member in members for image in member.held_out],
+        held_out_captions=[caption for member in members for caption in member.held_out_captions],
         new_tokens={word: concept for member in members for word, concept in member.new_tokens.items()},
         class_prompt=config.class_prompt or "",
         class_prompts=[prompt for member in members for prompt in member.class_prompts],

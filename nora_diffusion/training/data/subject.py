@@ -33,6 +33,7 @@ class Subject:
     data_hash: str
     rejects: Sequence[Reject] = ()
     held_out: Sequence[SourceImage] = ()
+    held_out_captions: Sequence[str] = ()
     new_tokens: Mapping[str, str | None] = field(default_factory=dict)
     """Words that become new tokens, with the words that initialize their embeddings (``None``: noise)."""
     instance_prompt: str | None = None
@@ -112,10 +113,21 @@ def read_subject(config: TrainConfig) -> Subject:
         )
     return Subject(
         images, captions, trigger, class_word, _data_hash(images, captions), rejects, held_out,
+        held_out_captions=captions_of(config, held_out, prompt or captions[0], trigger, class_word),
         new_tokens=new_tokens_of(config, trigger, class_word), instance_prompt=prompt, class_prompt=class_prompt,
         class_prompts=[class_prompt] * len(images) if config.with_prior_preservation else [],
         findings=[*read.findings, *others.findings], left_out=others.files,
     )  # fmt: skip
+
+
+def captions_of(
+    config: TrainConfig, photos: Sequence[SourceImage], prompt: str, trigger: str | None, class_word: str | None
+) -> list[str]:
+    """The captions that photos of one folder would have in training; ``prompt`` for those without one."""
+    if not photos:
+        return []
+    texts = read_captions([photo.path for photo in photos], prompt, config.use_captions, config.caption_column).texts
+    return [with_trigger(text, trigger, class_word) for text in texts] if config.trigger else texts
 
 
 def _read_images(config: TrainConfig) -> tuple[list[SourceImage], list[Reject]]:

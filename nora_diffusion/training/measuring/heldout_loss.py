@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...data import SourceImage
 from ...data.transforms import Transform
+from ...pipelines.precision import keeping_dtype
 from ..data.dataset import views_of
 from ..data.encoding_cache import EncodingCache
 from ..data.latents import encode_images
@@ -25,6 +28,37 @@ MAX_ROWS, MAX_POSITIONS = 32, 2**16
 """Limits of a forward pass: its rows, and the latent positions of all of them (four images of 1024 x 1024)."""
 
 
+class HeldOutLoss:
+    """The held-out loss of a run: photos with their captions, encoded at the first measurement.
+
+    ``embed`` encodes prompts with the text encoders and tokens of that moment. The other arguments are those of
+    :func:`encode_photos` and :func:`heldout_losses`.
+    """
+
+    def __init__(
+        self, pipe: Any, objective: Objective, photos: Sequence[SourceImage], captions: Sequence[str],
+        transform: Transform, embed: Callable[[Sequence[str]], TextEmbeddings], dtype: torch.dtype,
+        labels: bool = False,
+    ) -> None:  # fmt: skip
+        self.pipe, self.objective, self.dtype, self.labels = pipe, objective, dtype, labels
+        self.captions, self.embed = captions, embed
+        self._encode = partial(encode_photos, pipe, photos, transform)
+        self._photos: HeldOutPhotos | None = None
+
+    def __call__(self) -> float:
+        """The mean loss of the active adapter."""
+        return statistics.fmean(self.by_photo())
+
+    @torch.no_grad()
+    def by_photo(self) -> list[float]:
+        """The mean loss on each photo, over its noise levels."""
+        self._photos = self._photos or self._encode()
+        with evaluating(self.pipe), lowered(self.dtype, self.objective.signal.device):
+            embeddings = self.embed(self.captions)
+        losses = heldout_losses(self.pipe, self.objective, self._photos, embeddings, self.dtype, labels=self.labels)
+        return losses.mean(dim=1).tolist()
+
+
 @dataclass(frozen=True)
 class HeldOutPhotos:
     """Photos to measure on: scaled latents ``[C, h, w]`` and SHA-256 of each."""
@@ -36,9 +70,14 @@ class HeldOutPhotos:
 def encode_photos(
     pipe: Any, photos: Sequence[SourceImage], transform: Transform, cache: EncodingCache | None = None
 ) -> HeldOutPhotos:
-    """The scaled mean of the VAE's posterior of each photo, from a center crop in the shapes of ``transform``."""
+    """The scaled mean of the VAE's posterior of each photo, from a center crop in the shapes of ``transform``.
+
+    Encoded in fp32, since SDXL's VAE overflows in fp16.
+    """
     plain = replace(transform, crop="center", crops=1, flip=False)
-    encoded = encode_images(pipe.vae, photos, views_of(plain, photos, seed=0), cache=cache)
+    with keeping_dtype(pipe.vae):
+        nn.Module.to(pipe.vae, torch.float32)
+        encoded = encode_images(pipe.vae, photos, views_of(plain, photos, seed=0), cache=cache)
     latents = [(mean - encoded.shift) * encoded.factor for mean in encoded.mean]
     return HeldOutPhotos(latents, [photo.sha256 for photo in photos])
 
@@ -73,9 +112,8 @@ def heldout_losses(
     times = noise_levels(plain.timesteps, levels)
     pairs = [(photo, level) for photo in range(len(photos.latents)) for level in range(levels)]
     losses = torch.zeros(len(photos.latents), levels)
-    lower = dtype in (torch.float16, torch.bfloat16)
     device = plain.signal.device
-    with evaluating(pipe), torch.autocast(device.type, dtype if lower else None, enabled=lower):
+    with evaluating(pipe), lowered(dtype, device):
         for rows in _batches(pairs, photos.latents):
             x = torch.stack([photos.latents[p] for p, _ in rows]).to(device)
             e = torch.stack([_noise(photos, p, times[k]) for p, k in rows]).to(device)
@@ -87,6 +125,12 @@ def heldout_losses(
             for (p, k), loss in zip(rows, found, strict=True):
                 losses[p, k] = loss
     return losses
+
+
+def lowered(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Autocast to ``dtype`` if that is fp16 or bf16; else a context that does nothing."""
+    lower = dtype in (torch.float16, torch.bfloat16)
+    return torch.autocast(device.type, dtype if lower else None, enabled=lower)
 
 
 def _noise(photos: HeldOutPhotos, photo: int, t: int) -> Tensor:

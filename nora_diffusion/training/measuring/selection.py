@@ -6,9 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-NAMES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "drift": "drift", "diversity": "diversity"}
+LOSS = "heldout_loss"
+NAMES = {
+    LOSS: "held-out loss",
+    "dino": "DINO",
+    "clip_i": "CLIP-I",
+    "clip_t": "CLIP-T",
+    "drift": "drift",
+    "diversity": "diversity",
+}
 # +1: higher is better, -1: lower is better.
-DIRECTIONS = {"dino": 1, "clip_i": 1, "clip_t": 1, "drift": -1, "diversity": 1}
+DIRECTIONS = {LOSS: -1, "dino": 1, "clip_i": 1, "clip_t": 1, "drift": -1, "diversity": 1}
 COSTS = ("clip_t", "drift", "diversity")
 MIN_GAIN = 0.8
 """A step can be chosen only if it has this share of the best gain in likeness over the base."""
@@ -35,6 +43,11 @@ class Verdict:
     """Root mean square of the losses, each relative to its largest value in the run."""
 
 
+def is_judged(points: Sequence[Point]) -> bool:
+    """Whether images were scored; without judges the held-out loss is the only score."""
+    return bool(points) and "clip_i" in points[0].scores
+
+
 def likeness_of(scores: Mapping[str, float]) -> str:
     """The score used as likeness: DINO if it was measured, else CLIP-I."""
     return "dino" if "dino" in scores else "clip_i"
@@ -44,9 +57,9 @@ def verdicts(points: Sequence[Point]) -> dict[int, Verdict]:
     """``gain_s = (l_s - l_0) / max(max_t l_t - l_0, 0.02)``, ``cost_s = sqrt(mean_k (loss_ks / max_t loss_kt)^2)``.
 
     ``l``: likeness. Point 0: the base without the adapter, or the first point if measuring the base failed. A score
-    better than the base's is a loss of 0. A largest loss below 0.02 counts as 0.02.
+    better than the base's is a loss of 0. A largest loss below 0.02 counts as 0.02. Empty if no images were scored.
     """
-    if not points:
+    if not is_judged(points):
         return {}
     base = points[0].scores
     name = likeness_of(base)
@@ -67,8 +80,12 @@ def verdicts(points: Sequence[Point]) -> dict[int, Verdict]:
 def choose(points: Sequence[Point]) -> int | None:
     """The step to save: the lowest cost among trained steps with at least ``MIN_GAIN`` of the best gain.
 
-    Ties go to the higher likeness, then to the earlier step. ``None`` if no trained step was measured.
+    Ties go to the higher likeness, then to the earlier step. If no images were scored: the lowest held-out loss.
+    ``None`` if no trained step was measured.
     """
+    if points and not is_judged(points):
+        losses = [(point.scores[LOSS], point.step) for point in points if point.step > 0]
+        return min(losses)[1] if losses else None
     trained = {step: verdict for step, verdict in verdicts(points).items() if step > 0}
     if not trained:
         return None
@@ -78,7 +95,9 @@ def choose(points: Sequence[Point]) -> int | None:
 
 
 def front(points: Sequence[Point]) -> list[int]:
-    """The Pareto front of trained steps, over likeness and every loss."""
+    """The Pareto front of trained steps, over likeness and every loss, or the best step if no images were scored."""
+    if points and not is_judged(points):
+        return [step] if (step := choose(points)) is not None else []
     trained = {step: verdict for step, verdict in verdicts(points).items() if step > 0}
     others = list(trained.values())
     return [step for step, verdict in trained.items() if not any(dominates(other, verdict) for other in others)]
@@ -103,6 +122,8 @@ def reason(points: Sequence[Point], kept: int, last: int) -> str:
     chosen = choose(points)
     if chosen is None:
         return "Nothing was measured, so the last step is kept."
+    if not is_judged(points):
+        return _reason_of_loss(points, chosen, kept, last)
     found, base = verdicts(points), points[0].scores
     name, costs = NAMES[likeness_of(base)], [NAMES[key] for key in COSTS if key in base]
     verdict = found[chosen]
@@ -111,10 +132,26 @@ def reason(points: Sequence[Point], kept: int, last: int) -> str:
         f"({name}, here {verdict.gain:.0%}) it has the lowest cost in "
         f"{', '.join(costs[:-1])} and {costs[-1]} ({verdict.cost:.2f})."
     )
-    if kept != chosen:
-        text = f"{text.replace('is kept', 'would be kept')} Its adapter could not be read, so step {kept} is kept."
+    text = _unless_lost(text, chosen, kept)
     if chosen == last:
         return text
     if last not in found:
         return f"{text} The last step, {last}, was not measured."
     return f"{text} The last step, {last}, has {found[last].gain:.0%} of the gain, at a cost of {found[last].cost:.2f}."
+
+
+def _reason_of_loss(points: Sequence[Point], chosen: int, kept: int, last: int) -> str:
+    losses = {point.step: point.scores[LOSS] for point in points}
+    base = f", {losses[0]:.4f} without the adapter" if 0 in losses else ""
+    text = _unless_lost(
+        f"Step {chosen} is kept: it has the lowest held-out loss ({losses[chosen]:.4f}{base}).", chosen, kept
+    )
+    if chosen == last or last not in losses:
+        return text
+    return f"{text} That of the last step, {last}, is {losses[last]:.4f}."
+
+
+def _unless_lost(text: str, chosen: int, kept: int) -> str:
+    if kept == chosen:
+        return text
+    return f"{text.replace('is kept', 'would be kept')} Its adapter could not be read, so step {kept} is kept."

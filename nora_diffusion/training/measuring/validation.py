@@ -1,4 +1,4 @@
-"""Validation during a run: likeness, prompt following, drift of the class and diversity, and which steps to save.
+"""Validation during a run: the held-out loss, scores of generated images, and which steps to save.
 
 Scores depend only on the adapter and the settings: seeds are fixed, the random state of the training is restored
 afterwards, and scores are saved on disk, so that a resumed run makes the same choice.
@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ from ...io.files import write_atomic
 from ...io.run_layout import CANDIDATES, MEASURED, VALIDATION, checkpoint_steps, image_name
 from ...io.untrusted import conform, parse_json
 from ...loaders import load_adapter, save_adapter
+from ...pipelines.base import is_embedded
 from ...pipelines.components import components, without_adapters
 from ...scoring.judges import Judge, check_judge, image_features, load_judges, text_features
 from ...scoring.metrics import agreement, diversity, likeness
-from ..data.subject import Subject, read_folder
+from ..data.subject import Subject, captions_of, read_folder
 from ..settings.config import TrainConfig, tagged
 from ..settings.resolved import ResolvedConfig
 from ..step.randomness import forked
@@ -52,7 +53,10 @@ def is_measured(config: TrainConfig) -> bool:
 
 @dataclass
 class Measure:
-    """Inputs of a validation: judge models (:func:`load_judges`), real images of the subject, prompts and seeds."""
+    """Inputs of a validation: judge models (:func:`load_judges`), real images of the subject, prompts and seeds.
+
+    Without judges no images are generated: the held-out loss is the only score.
+    """
 
     judges: dict[str, Judge]
     real: Sequence[Image.Image]
@@ -65,25 +69,34 @@ class Measure:
     prompt_subjects: Sequence[int] = ()
     real_subjects: Sequence[int] = ()
     """Index of the subject in each prompt and each real image, if one adapter learns several subjects."""
+    photos: Sequence[SourceImage] = ()
+    """The held-out photos."""
+    captions: Sequence[str] = ()
+    """Their captions."""
 
 
 def plan_measure(config: ResolvedConfig, subject: Subject, device: torch.device) -> Measure | None:
     """Load the judges and build the prompts; ``None`` if validation is off. Raises :class:`UserError`."""
     if not is_measured(config):
         return None
-    check_judge(config.judge, config.pretrained_model_name_or_path)
-    prompt_pairs = [prompts_of(config, member) for member in subject.members_or_self]
+    held_out, captions = _held_out(config, subject)
+    is_judged = judges_images(config) or not any(held_out)
+    if not any(held_out) and config.judge is None and not judges_images(config):
+        raise UserError(
+            "validation needs held-out photos, --validation_split 2 or --validation_data_dir, or a judge of generated "
+            "images, for example --judge openai/clip-vit-base-patch32"
+        )
+    if is_judged:
+        check_judge(config.judge, config.pretrained_model_name_or_path)
+    prompt_pairs = [prompts_of(config, member) for member in subject.members_or_self] if is_judged else []
     prompts, class_prompts = ([text for pair in prompt_pairs for text in pair[side]] for side in (0, 1))
-    judges = load_judges(config.judge, config.dino, device)
-    if config.validation_data_dir:
-        held_out = [read_folder(config, Path(config.validation_data_dir).expanduser())[0]]
-    else:
-        held_out = [list(member.held_out) for member in subject.members_or_self]
+    judges = load_judges(config.judge, config.dino, device) if is_judged else {}
     references = [photos or member.images for photos, member in zip(held_out, subject.members_or_self, strict=True)]
     real = [photo for photos in references for photo in photos]
     are_held_out = any(held_out)
     settings = {
-        "judge": config.judge or "tiny", "dino": config.dino, "prompts": prompts, "class prompts": class_prompts,
+        "judge": (config.judge or "tiny") if is_judged else None, "dino": config.dino,
+        "prompts": prompts, "class prompts": class_prompts, "captions": captions,
         "real": "held-out photos" if are_held_out else "training photos",
         "photos": sorted(photo.sha256 for photo in real),
         "images": config.num_validation_images, "steps": config.sample_steps, "guidance": config.sample_guidance,
@@ -98,7 +111,24 @@ def plan_measure(config: ResolvedConfig, subject: Subject, device: torch.device)
         leaks=_leaks(subject.images, [photo for photos in held_out for photo in photos]),
         prompt_subjects=[number for number, (texts, _) in enumerate(prompt_pairs) for _ in texts],
         real_subjects=[number for number, photos in enumerate(references) for _ in photos],
+        photos=[photo for photos in held_out for photo in photos],
+        captions=captions,
     )
+
+
+def judges_images(config: TrainConfig) -> bool:
+    """Whether validation generates images: if a setting asks for it, and on the embedded base, which has a judge."""
+    asked = config.judge, config.dino, config.validation_prompts
+    return any(value is not None for value in asked) or is_embedded(config.pretrained_model_name_or_path)
+
+
+def _held_out(config: TrainConfig, subject: Subject) -> tuple[list[list[SourceImage]], list[str]]:
+    """The held-out photos of each subject, and the captions of all of them."""
+    if not config.validation_data_dir:
+        return [list(member.held_out) for member in subject.members_or_self], list(subject.held_out_captions)
+    photos = read_folder(config, Path(config.validation_data_dir).expanduser())[0]
+    captions = captions_of(config, photos, subject.subject_prompt, subject.trigger, subject.class_word)
+    return [photos], captions
 
 
 def _leaks(training: Sequence[SourceImage], held_out: Sequence[SourceImage]) -> list[str]:
@@ -132,7 +162,7 @@ def prompts_of(config: TrainConfig, subject: Subject) -> tuple[list[str], list[s
 def _point(values: Any) -> Point:
     """A point of ``validation.json``. Raises ``ValueError``, ``KeyError`` or ``TypeError`` if it is damaged."""
     scores = conform(values["scores"], dict[str, float], "scores", MAX_SCORE)
-    if "clip_i" not in scores or scores.keys() - NAMES.keys():
+    if not scores.keys() & {"clip_i", "heldout_loss"} or scores.keys() - NAMES.keys():
         raise ValueError("unknown scores")
     return Point(conform(values["step"], int, "step", 2**63), scores)
 
@@ -145,6 +175,8 @@ class Validation:
     config: ResolvedConfig
     pipe: Any
     dtype: torch.dtype
+    heldout_loss: Callable[[], float] | None = None
+    """Measures the held-out loss of the active adapter; ``None`` without held-out photos."""
     points: list[Point] = field(default_factory=list)
     _real: dict[str, torch.Tensor] = field(default_factory=dict)
     _base: torch.Tensor | None = None
@@ -189,6 +221,12 @@ class Validation:
         return point
 
     def _scores(self, step: int) -> dict[str, float]:
+        scores = {} if self.heldout_loss is None else {"heldout_loss": self.heldout_loss()}
+        if self.measure.judges:
+            scores |= self._scores_of_images(step)
+        return {name: round(value, 6) for name, value in scores.items()}
+
+    def _scores_of_images(self, step: int) -> dict[str, float]:
         measure = self.measure
         if self._base is None:
             with without_adapters(components(self.pipe)):
@@ -207,7 +245,7 @@ class Validation:
         if len(measure.seeds) > 1:
             by_prompt = [*features.values()][-1].split(len(measure.seeds))
             scores["diversity"] = statistics.fmean(map(diversity, by_prompt))
-        return {name: round(value, 6) for name, value in scores.items()}
+        return scores
 
     def _likeness(self, name: str, features: torch.Tensor) -> float:
         """The mean likeness of the generated images to the real images of the same subject."""

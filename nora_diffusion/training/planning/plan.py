@@ -90,7 +90,8 @@ class Plan:
         """Every prompt of the run: captions and, under prior preservation, class prompts."""
         prior = self.subject.class_prompts
         shared = [self.subject.class_prompt] if prior and self.subject.class_prompt else []
-        return [*self.captions.all(), *prior, *shared]
+        held_out = [] if self.measure is None else self.measure.captions
+        return [*self.captions.all(), *prior, *shared, *held_out]
 
     @property
     def timesteps(self) -> range:

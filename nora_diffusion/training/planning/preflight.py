@@ -327,7 +327,7 @@ def _file(plan: Plan) -> Iterator[Finding]:
 def _measured(plan: Plan) -> Iterator[Finding]:
     if plan.measure is not None and (leaks := plan.measure.leaks):
         yield Finding(
-            f"{len(leaks)} of the {len(plan.measure.real)} held-out photos are also training photos, such as "
+            f"{len(leaks)} of the {len(plan.measure.photos)} held-out photos are also training photos, such as "
             f"'{leaks[0]}', so memorizing them would raise the scores: hold out other photos."
         )
 

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ...pipelines.components import components, without_adapters
+from ..measuring.heldout_loss import lowered
 from ..step.denoiser import TextEmbeddings, predict
 from ..step.noise import draw_noise, draw_timesteps
 from ..step.randomness import balanced_indices, batch_indices, generator, owned_indices, shuffled_indices
@@ -123,6 +124,4 @@ class Batches:
 
     def autocast(self) -> torch.autocast:
         """Autocast to the run's dtype if that is fp16 or bf16; else a context that does nothing."""
-        dtype = self.run.plan.dtype
-        lower = dtype in (torch.float16, torch.bfloat16)
-        return torch.autocast(self.device.type, dtype if lower else None, enabled=lower)
+        return lowered(self.run.plan.dtype, self.device)

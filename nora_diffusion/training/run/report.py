@@ -15,13 +15,15 @@ from ...pipelines.base import base_id
 from ...reports import webpage
 from ...reports.plots import line_chart
 from ..measuring.samples import sample_seed
-from ..measuring.selection import DIRECTIONS, NAMES, Point, front, reason, verdicts
+from ..measuring.selection import DIRECTIONS, LOSS, NAMES, Point, front, is_judged, reason, verdicts
 from .outcome import Outcome
 from .run import Run
 
 log = logging.getLogger(__name__)
 
 MEANINGS = {
+    "heldout_loss": "mean squared error of the denoiser on photos that are not trained on, with their captions, at six "
+    "fixed noise levels and fixed noise",
     "dino": "mean cosine similarity to the {real}, by features of {dino}",
     "clip_i": "mean cosine similarity to the {real}, by features of {judge}",
     "clip_t": "mean cosine similarity to the prompt without the trigger, by features of {judge}",
@@ -84,7 +86,8 @@ def _summary(outcome: Outcome) -> str:
 
 def _meanings(points: Sequence[Point], words: Mapping[str, str | None]) -> str:
     """An explanation of the table's columns."""
-    rows = [(NAMES.get(key, key), MEANINGS[key].format(**words)) for key in (*points[0].scores, "gain", "cost")]
+    keys = (*points[0].scores, *(("gain", "cost") if is_judged(points) else ()))
+    rows = [(NAMES.get(key, key), MEANINGS[key].format(**words)) for key in keys]
     return f"<details><summary>What the columns mean</summary>{webpage.table(['', ''], rows)}</details>"
 
 
@@ -98,16 +101,12 @@ def _table(points: Sequence[Point], kept: int, last: int) -> str:
         notes += ["kept"] if point.step == kept else []
         notes += ["last"] if point.step == last else []
         notes += ["Pareto front"] if point.step in best else []
-        scores = [f"{point.scores[name]:.3f}" for name in names]
-        verdict = found[point.step]
-        rows.append([str(point.step), *scores, f"{verdict.gain:.0%}", f"{verdict.cost:.2f}", ", ".join(notes)])
-    header = [
-        "step",
-        *(f"{NAMES[name]} {'↑' if DIRECTIONS[name] > 0 else '↓'}" for name in names),
-        "gain ↑",
-        "cost ↓",
-        "",
-    ]
+        scores = [f"{point.scores[name]:.{4 if name == LOSS else 3}f}" for name in names]
+        verdict = found.get(point.step)
+        gains = [f"{verdict.gain:.0%}", f"{verdict.cost:.2f}"] if verdict else []
+        rows.append([str(point.step), *scores, *gains, ", ".join(notes)])
+    titles = [f"{NAMES[name]} {'↑' if DIRECTIONS[name] > 0 else '↓'}" for name in names]
+    header = ["step", *titles, *(["gain ↑", "cost ↓"] if found else []), ""]
     marked = next((number for number, point in enumerate(points) if point.step == kept), None)
     return webpage.table(header, rows, "Scores during training", marked)
 

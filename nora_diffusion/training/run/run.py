@@ -13,9 +13,11 @@ from torch import nn
 from ...io.run_layout import CHECKPOINTS
 from ...loaders import save_adapter
 from ...pipelines.calibration import Calibration
+from ..data.dataset import transform_of
 from ..data.latents import Latents
 from ..data.prompts import PromptEmbeddings
 from ..data.subject import Subject
+from ..measuring.heldout_loss import HeldOutLoss
 from ..measuring.validation import Validation
 from ..planning.adapter import add_new_adapter, broadcast_factors, load_checkpoint_adapter
 from ..planning.checkpoints import restore_optimizer, write_checkpoint
@@ -23,6 +25,7 @@ from ..planning.opening import lower_precision
 from ..planning.plan import Plan
 from ..settings.resolved import ResolvedConfig
 from ..step.averaging import Average
+from ..step.denoiser import bucket_multiple
 from ..step.optimization import build_optimizer, build_schedule, restore_schedule, schedule_state
 from ..step.optimizer_state import state_numbers, state_tensors
 from ..step.quantized import quantize_base
@@ -158,16 +161,17 @@ def assemble_run(data: RunData, embeddings: PromptEmbeddings | None, name: str =
     for module in plan.components.values():
         module.train()
     first_step = checkpoint.step if checkpoint else 0
+    embeddings = embeddings or data.embeddings()
     return Run(
         data,
         name,
-        embeddings or data.embeddings(),
+        embeddings,
         parameters,
         optimizer,
         schedule,
         scaler,
         average,
-        validation_of(plan, first_step),
+        validation_of(plan, embeddings, first_step),
         first_step,
         last_step=max(config.max_train_steps, first_step),  # a checkpoint may be beyond a lowered max_train_steps
     )
@@ -204,10 +208,18 @@ def save_checkpoint(run: Run, done: int, previous: int, together: Sequence[str])
     )
 
 
-def validation_of(plan: Plan, first_step: int) -> Validation | None:
+def validation_of(plan: Plan, embeddings: PromptEmbeddings, first_step: int) -> Validation | None:
     """The validation of a run, with points from before ``first_step``; ``None`` if it is off."""
-    if plan.measure is None:
+    measure, config = plan.measure, plan.config
+    if measure is None:
         return None
-    validation = Validation(plan.measure, plan.config, plan.pipe, plan.dtype)
+    heldout_loss = None
+    if measure.photos:
+        heldout_loss = HeldOutLoss(
+            plan.pipe, plan.objective, measure.photos, measure.captions,
+            transform_of(config, config.resolution, bucket_multiple(plan.pipe)), embeddings, plan.dtype,
+            labels=config.class_labels_conditioning == "timesteps",
+        )  # fmt: skip
+    validation = Validation(measure, config, plan.pipe, plan.dtype, heldout_loss)
     validation.restore(first_step)
     return validation

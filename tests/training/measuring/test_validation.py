@@ -23,17 +23,22 @@ from runs import Configure, assert_equal_tensors
 from safetensors.torch import load_file
 
 from nora_diffusion import inspect_adapter, load_adapter, open_pipeline
+from nora_diffusion.data import read_images
+from nora_diffusion.data.transforms import Transform
 from nora_diffusion.errors import UserError
 from nora_diffusion.generation.sampling import sample_images
 from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.scoring.judges import image_features, load_judge, load_vision, prompt_score, subject_score
 from nora_diffusion.training import check, train
 from nora_diffusion.training.measuring import validation
+from nora_diffusion.training.measuring.heldout_loss import encode_photos, heldout_losses
 from nora_diffusion.training.measuring.selection import Point, choose, dominates, front, reason, stalled, verdicts
 from nora_diffusion.training.measuring.validation import Measure, Validation
 from nora_diffusion.training.run.tracking import Trackers
 from nora_diffusion.training.run.updates import Updates
 from nora_diffusion.training.signals import Interrupted
+from nora_diffusion.training.step.denoiser import encode_prompts
+from nora_diffusion.training.step.objective import Objective
 from nora_diffusion.training.step.seeds import derive
 
 
@@ -148,6 +153,7 @@ def test_a_run_measures_its_own_pictures(measured: Configure, judges: Path, tiny
     real = [Image.open(judges / f"held-out/{i}.png").convert("RGB") for i in range(2)]
     clip = load_judge(judges / "clip")
     assert found[step]["clip_i"] == pytest.approx(subject_score(clip, images, real), abs=3e-6)
+    assert "heldout_loss" in found[step]
     assert found[step]["clip_t"] == pytest.approx(
         prompt_score(clip, images, ["a dog"] * 2 + ["a red dog"] * 2), abs=3e-6
     )
@@ -342,9 +348,44 @@ def test_held_out_photos_that_are_learned_from_are_named(measured: Configure, ph
     )
 
 
+def test_held_out_photos_alone_need_no_judge_and_no_images(
+    measured: Configure, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step with the lowest loss on them is kept, and the record has its loss as another pipeline measures it."""
+    monkeypatch.setattr(validation, "generate_images", None)
+    monkeypatch.setattr(validation, "load_judges", None)
+    place = write_photos(tmp_path / "three", 3, (16, 16))
+    (place / "0.txt").write_text("a red sks dog")
+    off = {"judge": None, "dino": None, "validation_prompts": None, "validation_data_dir": None}
+    result = train(
+        measured(**off, instance_data_dir=str(place), use_captions=True, validation_split=2, early_stopping=9)
+    )
+    folder = result.adapter_path.parent
+    losses = {point["step"]: point["scores"].pop("heldout_loss") for point in points_of(folder)}
+    assert list(losses) == [0, 2, 4] and not any(
+        point["scores"].keys() - {"heldout_loss"} for point in points_of(folder)
+    )
+    kept = min((2, 4), key=lambda step: losses[step])
+    assert inspect_adapter(result.adapter_path).step == kept
+    pipe: Any = open_pipeline(tiny_base)
+    load_adapter(pipe, result.adapter_path, "one")
+    photos = sorted(read_images(place), key=lambda photo: photo.sha256)[:2]
+    captions = ["a red sks dog" if photo.path.name == "0.png" else "a photo of sks dog" for photo in photos]
+    encoded = encode_photos(pipe, photos, Transform([(16, 16)]))
+    found = heldout_losses(pipe, Objective.of(pipe.scheduler), encoded, encode_prompts(pipe, captions), torch.float32)
+    assert losses[kept] == pytest.approx(float(found.mean()), abs=2e-5)
+    page = (folder / "report.html").read_text()
+    assert f"Step {kept} is kept: it has the lowest held-out loss" in page and "held-out loss ↓" in page
+    assert "gain ↑" not in page
+
+
 def test_mistakes(measured: Configure, tmp_path: Path) -> None:
     for changes, words in (
         ({"judge": None}, "measuring needs --judge"),
+        (
+            {"judge": None, "dino": None, "validation_prompts": None, "validation_data_dir": None, "early_stopping": 3},
+            "validation needs held-out photos, --validation_split 2",
+        ),
         ({"judge": str(tmp_path)}, "cannot load the judge"),
         ({"dino": str(tmp_path)}, "cannot load the vision model"),
         ({"instance_prompt": "sks"}, "set --class_word"),
@@ -364,7 +405,7 @@ def test_the_report(measured: Configure) -> None:
     for said in ("Which step", "the base alone", "Pareto front", "a red sks dog", "a sks dog in snow", "held-out"):
         assert said in page
     assert page.count("data:image/png;base64,") == 3 * 2 + 3 * 2  # two prompts measured, two samples, three times
-    assert page.count("<svg") == 6 and "<script" not in page and "http" not in page.split("Settings</h2>")[0]
+    assert page.count("<svg") == 7 and "<script" not in page and "http" not in page.split("Settings</h2>")[0]
 
 
 def test_a_run_without_measuring_has_a_report_too(configure: Configure) -> None:
@@ -410,6 +451,19 @@ def test_noise_does_not_choose() -> None:
 
 def test_a_run_in_which_nothing_is_gained_keeps_the_best_there_is() -> None:
     assert choose(points((0, 0.5, 0.3, 0.0), (10, 0.4, 0.3, 0.1), (20, 0.45, 0.3, 0.2))) == 20
+
+
+def test_without_judges_the_lowest_heldout_loss_is_kept() -> None:
+    losses = {0: 0.12, 10: 0.07, 20: 0.06, 30: 0.06, 40: 0.08}
+    rows = [Point(step, {"heldout_loss": loss}) for step, loss in losses.items()]
+    assert choose(rows) == 20 and front(rows) == [20] and verdicts(rows) == {}
+    assert choose(rows[:1]) is None and front(rows[:1]) == []
+    assert stalled(rows, 2) and not stalled(rows, 3)
+    assert reason(rows, 20, 40) == (
+        "Step 20 is kept: it has the lowest held-out loss (0.0600, 0.1200 without the adapter). That of the last step, "
+        "40, is 0.0800."
+    )
+    assert "Step 20 would be kept" in reason(rows, 40, 40) and "step 40 is kept" in reason(rows, 40, 40)
 
 
 def test_the_front_has_what_nothing_beats() -> None:
