@@ -1,5 +1,7 @@
 """The DreamBooth protocol: adapters x subjects x prompts x seeds, scored by DINO, CLIP-I, CLIP-T and diversity.
 
+Subjects with held-out images also give each adapter's held-out loss.
+
 Every image is a cell of a grid (:mod:`.grid`), in a file named by the hash of its settings. So a stopped evaluation
 resumes, and one with more seeds or adapters generates only the new images. See Ruiz et al., arXiv 2208.12242, section
 4.2.
@@ -26,6 +28,7 @@ from ..scoring.judges import Judge, check_judge, image_features, load_judges, te
 from ..scoring.metrics import agreement, diversity, likeness
 from .axes import NONE, Cell, axis
 from .grid import Grid, GridConfig
+from .heldout import HeldOut
 from .scoreboard import BASE, Scoreboard, Scored
 from .subjects import EvaluatedSubject, read_subject
 
@@ -97,6 +100,7 @@ def evaluate(config: EvaluationConfig) -> Scoreboard:
         for subject in subjects:
             scorer = Scorer(subject, judges)
             board.real[subject.name] = scorer.real()
+            held_out = HeldOut(pipe, subject, dtype) if subject.held_out else None
             for contender in contenders:
                 bar.set_postfix_str(f"{subject.name}, {contender.label}")
                 grid = Grid(_grid(config, contender, subject), pipe)
@@ -104,6 +108,9 @@ def evaluate(config: EvaluationConfig) -> Scoreboard:
                 for done, _ in grid.make():
                     bar.update(start + done - bar.n)
                 board.scored += scorer.score(contender.label, grid)
+                if held_out is not None:
+                    losses = held_out.losses(contender.adapter(subject.name), contender.weight)
+                    board.heldout.setdefault(contender.label, {})[subject.name] = losses
     return board
 
 

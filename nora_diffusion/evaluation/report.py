@@ -9,10 +9,16 @@ from pathlib import Path
 from ..io.files import write_atomic
 from ..io.images import load_image
 from ..reports import webpage
-from .scoreboard import Scoreboard, Table, as_json, compare, rows_of, summarize
+from .scoreboard import LOSS, Scoreboard, Table, as_json, compare, rows_of, summarize
 
 MAX_SUBJECTS, MAX_PROMPTS = 6, 6
-NAMES = {"dino": "DINO ↑", "clip_i": "CLIP-I ↑", "clip_t": "CLIP-T ↑", "diversity": "diversity ↑"}
+NAMES = {
+    "dino": "DINO ↑",
+    "clip_i": "CLIP-I ↑",
+    "clip_t": "CLIP-T ↑",
+    "diversity": "diversity ↑",
+    LOSS: "held-out loss ↓",
+}
 
 
 def write_reports(board: Scoreboard) -> Path:
@@ -31,11 +37,12 @@ def page(board: Scoreboard) -> str:
         webpage.paragraph(
             f"DINO ({settings['dino'] or 'not measured: no --dino'}) and CLIP-I ({settings['judge']}): mean cosine to "
             "the real images. CLIP-T: cosine to the prompt without the trigger. Diversity: mean of 1 - cosine over "
-            "pairs of images of one prompt. Scores of different judges cannot be compared."
+            "pairs of images of one prompt. Held-out loss: mean squared error of the denoiser on images that were not "
+            "trained on. Scores of different judges cannot be compared."
         ),
     ]
     if differences:
-        caption = "Differences to the first adapter, prompt by prompt."
+        caption = "Differences to the first adapter, prompt by prompt and image by image."
         parts += [webpage.heading("Differences"), _table(board, differences, caption)]
     subjects = list(dict.fromkeys(row.subject for row in board.scored))
     if len(subjects) > 1:
@@ -70,7 +77,10 @@ def _by_subject(board: Scoreboard, subjects: list[str]) -> str:
     for name in subjects:
         for label in board.labels:
             found = [row.scores for row in board.of(label) if row.subject == name]
-            rows.append([f"{name}, {label}", *(f"{statistics.fmean(s[m] for s in found):.3f}" for m in board.metrics)])
+            means = [f"{statistics.fmean(s[m] for s in found):.3f}" for m in board.metrics if m != LOSS]
+            losses = board.heldout.get(label, {}).get(name, [])
+            means += [f"{statistics.fmean(losses):.4f}" if losses else ""] if LOSS in board.metrics else []
+            rows.append([f"{name}, {label}", *means])
     return webpage.table(["", *(NAMES[m] for m in board.metrics)], rows)
 
 

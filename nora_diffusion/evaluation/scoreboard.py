@@ -17,6 +17,7 @@ from ..versions import versions
 
 BASE = "base"
 METRICS = ("dino", "clip_i", "clip_t", "diversity")
+LOSS = "heldout_loss"
 Table = dict[str, dict[str, dict[str, float]]]
 """``{label: {metric: {"mean", "low", "high"}}}``."""
 
@@ -44,6 +45,8 @@ class Scoreboard:
     folder: Path
     scored: list[Scored] = field(default_factory=list)
     real: dict[str, dict[str, float]] = field(default_factory=dict)
+    heldout: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """By contender and subject: the held-out loss on each held-out image. Empty if no subject has any."""
 
     def of(self, label: str) -> list[Scored]:
         """The rows of one contender."""
@@ -52,38 +55,50 @@ class Scoreboard:
     @property
     def metrics(self) -> list[str]:
         """The names of the measured scores."""
-        return [name for name in METRICS if name in self.scored[0].scores]
+        return [name for name in METRICS if name in self.scored[0].scores] + ([LOSS] if self.heldout else [])
+
+    def values(self, label: str, metric: str) -> list[float]:
+        """The values of one contender, by prompt or (held-out loss) by image, in the same order for all contenders."""
+        if metric == LOSS:
+            return [loss for losses in self.heldout[label].values() for loss in losses]
+        return [row.scores[metric] for row in self.of(label)]
+
+    def groups(self, metric: str) -> dict[str, list[int]]:
+        """The indices of the values of each subject."""
+        subjects = [row.subject for row in self.of(BASE)]
+        if metric == LOSS:
+            subjects = [name for name, losses in self.heldout[BASE].items() for _ in losses]
+        found: dict[str, list[int]] = {}
+        for number, subject in enumerate(subjects):
+            found.setdefault(subject, []).append(number)
+        return found
 
 
 def summarize(board: Scoreboard) -> Table:
     """``{label: {metric: {"mean", "low", "high"}}}``, with 95 % bootstrap intervals over subjects and prompts."""
     draws = _draws(board)
-    return {
-        label: {m: _estimate([row.scores[m] for row in board.of(label)], draws) for m in board.metrics}
-        for label in board.labels
-    }
+    return {label: {m: _estimate(board.values(label, m), draws[m]) for m in board.metrics} for label in board.labels}
 
 
 def compare(board: Scoreboard) -> Table:
     """The differences to the first adapter, as :func:`summarize` has the scores.
 
-    They are paired by prompt, so that the difficulty of a prompt cancels out.
+    They are paired by prompt or held-out image, so that its difficulty cancels out.
     """
     draws = _draws(board)
     first, *others = [label for label in board.labels if label != BASE] or [BASE]
-    pairs = {label: list(zip(board.of(label), board.of(first), strict=True)) for label in others}
-    return {
-        f"{label} - {first}": {m: _estimate([a.scores[m] - b.scores[m] for a, b in rows], draws) for m in board.metrics}
-        for label, rows in pairs.items()
-    }
+
+    def gaps(label: str, metric: str) -> list[float]:
+        pairs = zip(board.values(label, metric), board.values(first, metric), strict=True)
+        return [one - other for one, other in pairs]
+
+    return {f"{label} - {first}": {m: _estimate(gaps(label, m), draws[m]) for m in board.metrics} for label in others}
 
 
-def _draws(board: Scoreboard) -> list[np.ndarray]:
-    """The rows of each bootstrap resample, the same for every contender and metric."""
-    groups: dict[str, list[int]] = {}
-    for number, row in enumerate(board.of(BASE)):
-        groups.setdefault(row.subject, []).append(number)
-    return resampled(groups)
+def _draws(board: Scoreboard) -> dict[str, list[np.ndarray]]:
+    """The values of each bootstrap resample by metric, the same for every contender."""
+    by_prompt = resampled(board.groups(METRICS[0]))
+    return {m: resampled(board.groups(m)) if m == LOSS else by_prompt for m in board.metrics}
 
 
 def _estimate(values: list[float], draws: Sequence[np.ndarray]) -> dict[str, float]:
@@ -100,6 +115,7 @@ def as_json(board: Scoreboard) -> str:
         "versions": versions(),
         "table": summarize(board),
         "differences": compare(board),
+        "heldout_loss": board.heldout,
         "real": {name: {k: _finite(v) for k, v in scores.items()} for name, scores in board.real.items()},
         "cells": [
             {
@@ -121,5 +137,9 @@ def _finite(value: float) -> float | None:
 
 def rows_of(table: Table, metrics: Sequence[str]) -> Iterator[list[str]]:
     """The rows of a table as text: the label, then ``mean [low, high]`` of each metric."""
+
+    def text(value: dict[str, float], digits: int) -> str:
+        return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+
     for label, values in table.items():
-        yield [label, *(f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in (values[m] for m in metrics))]
+        yield [label, *(text(values[m], 4 if m == LOSS else 3) for m in metrics)]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..data import read_images, read_source
 from ..data.captions import with_article
-from ..data.images import Pixels
+from ..data.images import Pixels, SourceImage
 from ..errors import UserError
 from ..formats.adapter_info import AdapterInfo
 
@@ -46,7 +46,8 @@ PROMPTS = {
 class EvaluatedSubject:
     """A subject: its name, real images to compare with, prompt templates, and its phrases if known.
 
-    ``phrase`` names it with the trigger word ("a sks mug"), ``class_phrase`` without ("a mug").
+    ``phrase`` names it with the trigger word ("a sks mug"), ``class_phrase`` without ("a mug"). ``held_out``: images
+    that are known not to be trained on.
     """
 
     name: str
@@ -54,6 +55,7 @@ class EvaluatedSubject:
     templates: tuple[str, ...]
     phrase: str = ""
     class_phrase: str = ""
+    held_out: Sequence[SourceImage] = ()
 
     def phrases(self, adapters: Sequence[AdapterInfo]) -> tuple[str, str]:
         """``(phrase, class_phrase)``: the subject's own, else from the first adapter that records its class word.
@@ -80,10 +82,10 @@ def read_subject(folder: Path, prompts: str | None = None) -> EvaluatedSubject:
     own = tuple(map(str, values.get("demo_prompts", ())))
     templates = read_templates(prompts) if prompts else own or PROMPTS["object"]
     names = [str(name) for name in values.get("heldout", ())]
-    images = [read_source(folder / name) for name in names] or read_images(folder)
+    held_out = [read_source(folder / name) for name in names]
     return EvaluatedSubject(
-        folder.resolve().name, Pixels(images), templates, str(values.get("instance_prompt", "")),
-        str(values.get("class_prompt", "")),
+        folder.resolve().name, Pixels(held_out or read_images(folder)), templates,
+        str(values.get("instance_prompt", "")), str(values.get("class_prompt", "")), held_out,
     )  # fmt: skip
 
 

@@ -13,7 +13,9 @@ from PIL import Image
 
 from nora_diffusion import UserError, add_adapter, lora, nora, open_pipeline, save_adapter
 from nora_diffusion.cli import main
+from nora_diffusion.data import read_source
 from nora_diffusion.data.captions import fill, with_article
+from nora_diffusion.data.transforms import Transform
 from nora_diffusion.evaluation.protocol import EvaluationConfig, evaluate, parse_contender
 from nora_diffusion.evaluation.report import write_reports
 from nora_diffusion.evaluation.scoreboard import Scoreboard, compare, summarize
@@ -23,6 +25,9 @@ from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.loaders import load_adapter, trainable_parameters
 from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.scoring.judges import image_features, load_judge, load_vision, prompt_score, subject_score
+from nora_diffusion.training.measuring.heldout_loss import encode_photos, heldout_losses
+from nora_diffusion.training.step.denoiser import encode_prompts
+from nora_diffusion.training.step.objective import Objective
 
 SMALL = Sampling(2, 2.0, width=16, height=16)
 
@@ -98,6 +103,21 @@ def test_the_table_has_means_inside_their_intervals(board: Scoreboard) -> None:
     assert gap == pytest.approx(table["small"]["dino"]["mean"] - table["nora"]["dino"]["mean"])
 
 
+def test_the_heldout_loss_is_that_of_the_images_not_trained_on(
+    board: Scoreboard, tiny_base: Path, folder: Path
+) -> None:
+    """Of rex, at half the adapter's weight; tom has no held-out images."""
+    pipe: Any = open_pipeline(tiny_base)
+    load_adapter(pipe, folder / "rex-lora", "one", weight=0.5)
+    images = [read_source(folder / "rex" / name) for name in ("1.png", "2.png")]
+    encoded, words = encode_photos(pipe, images, Transform([(16, 16)])), encode_prompts(pipe, ["a sks dog"] * 2)
+    losses = heldout_losses(pipe, Objective.of(pipe.scheduler), encoded, words, torch.float32).mean(1)
+    assert list(board.heldout["small"]) == ["rex"]
+    assert board.heldout["small"]["rex"] == pytest.approx(losses.tolist(), rel=1e-4)
+    assert board.metrics[-1] == "heldout_loss"
+    assert summarize(board)["small"]["heldout_loss"]["mean"] == pytest.approx(float(losses.mean()), rel=1e-4)
+
+
 def test_an_adapter_against_itself_differs_by_nothing(tiny_base: Path, folder: Path, tmp_path: Path) -> None:
     """Differences are paired by prompt, so the interval is a point however much the prompts differ."""
     one = f"{folder}/rex-nora"
@@ -133,7 +153,7 @@ def test_the_reports(board: Scoreboard, folder: Path) -> None:
 def test_without_dino_and_with_one_seed(tiny_base: Path, folder: Path, tmp_path: Path) -> None:
     small = config(tiny_base, folder, tmp_path, dino=None, seeds=1, subjects=[str(folder / "rex")])
     found = evaluate(small)
-    assert found.metrics == ["clip_i", "clip_t"]
+    assert found.metrics == ["clip_i", "clip_t", "heldout_loss"]
     assert "not measured" in write_reports(found).read_text()
 
 
