@@ -102,6 +102,14 @@ class Bench:
         model.lycoris = network.to(self.device, torch.float32)
         return model
 
+    def prepared(self, config: AdapterConfig, count: int) -> nn.Module:
+        """As :meth:`in_one_basis`, with layers as ``prepare_for_compile`` leaves them."""
+        model = self.in_one_basis(config, count)
+        for path, layer in model.named_modules():
+            if isinstance(layer, NoraLayer):
+                layer.prepare(path, config.r)
+        return model
+
     def forward(self, model: Any, sample: Tensor) -> Tensor:
         """The prediction under autocast."""
         with torch.autocast(self.device.type, torch.bfloat16):
@@ -160,6 +168,7 @@ def inference_variants(bench: Bench) -> dict[str, Model]:
         models[f"LoRA r 4, {count} live"] = partial(bench.adapted, lora(r=4, target_modules=TARGETS), count)
         models[f"NoRA, own bases, {count} live"] = partial(bench.adapted, config, count)
         models[f"NoRA, one basis, {count} live"] = partial(bench.in_one_basis, config, count)
+        models[f"NoRA, one basis, prepared, {count} live"] = partial(bench.prepared, config, count)
 
     def processor() -> nn.Module:
         model: Any = bench.adapted(config)

@@ -23,8 +23,8 @@ _HOMES = {
     "pipelines.calibration": ("Calibration",),
     "pipelines.base": ("load_base", "open_pipeline"),
     "loaders": (
-        "add_adapter", "delete_adapter", "exclusive", "list_adapters", "load_adapter", "save_adapter", "set_adapters",
-        "set_rank",
+        "add_adapter", "delete_adapter", "exclusive", "list_adapters", "load_adapter", "prepare_for_compile",
+        "save_adapter", "set_adapters", "set_rank",
     ),
     "formats.adapter_file": ("AdapterInfo", "inspect_adapter"),
     "conversion.export": ("export_lora",),
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
         exclusive,
         list_adapters,
         load_adapter,
+        prepare_for_compile,
         save_adapter,
         set_adapters,
         set_rank,
@@ -86,8 +87,8 @@ __all__ = [
     "create_pack", "delete_adapter", "dora", "dylora", "exclusive", "export_lora", "extract_from_pack",
     "import_lora", "in_blocks", "inspect_adapter", "list_adapters", "list_pack", "load_adapter", "load_base",
     "lora", "lora_mini", "lora_xs", "malora", "melora", "mix", "mix_files", "mixed_batch", "moe_lora", "mor", "mora",
-    "nora", "nora_input", "open_pipeline", "overlap", "overlap_files", "remove_from_pack", "router_summary",
-    "save_adapter", "set_adapters", "set_rank", "train",
+    "nora", "nora_input", "open_pipeline", "overlap", "overlap_files", "prepare_for_compile",
+    "remove_from_pack", "router_summary", "save_adapter", "set_adapters", "set_rank", "train",
 ]  # fmt: skip
 
 

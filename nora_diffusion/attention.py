@@ -19,7 +19,6 @@ from .adapters import NoraLayer
 from .adapters.deltas import functional
 from .adapters.deltas.chain import ChainDelta, Delta
 from .adapters.deltas.routed import RoutedDelta
-from .adapters.tuner.live_pair import is_plain_linear
 from .adapters.tuner.offloading import is_offloaded
 from .errors import UserError
 from .pipelines.components import denoiser
@@ -66,21 +65,20 @@ def live_parts(layer: nn.Module, kinds: Kinds, dtype: torch.dtype) -> list[Part]
     It cannot if another tuner layer (an ordinary LoRA) wraps the layer, if it has a hook or is offloaded, or if a
     delta is in training mode, of another kind or has a magnitude (DoRA, which rescales the frozen output too).
     """
-    if not isinstance(layer, NoraLayer) or (layer.disable_adapters and layer.merged) or layer.rows is not None:
+    if not isinstance(layer, NoraLayer) or layer.rows is not None or (layer.merged and layer.disable_adapters):
         return None
     if layer._forward_hooks or layer._forward_pre_hooks or torch.is_grad_enabled() or is_offloaded(layer.base_layer):
         return None
-    names = list(layer.live_names())
-    deltas = {name: layer.delta(name) for name in names}
+    single, pair = layer.live(dtype)
+    if pair is not None and ChainDelta not in kinds:
+        return None
+    deltas = {name: layer.delta(name) for name in single}
     if not all(isinstance(d, kinds) and not d.training and getattr(d, "m", None) is None for d in deltas.values()):
         return None
-    chains = layer.joined_chains(names)
-    parts = [_single_part(layer.live_scale(name), deltas[name]) for name in names if name not in chains]
-    if chains:
-        down, up = layer.live_pair.get(list(chains.values()), dtype)
-        parts.append(
-            (down, partial(functional.add_product, up=up, in_place=not parts and is_plain_linear(layer.base_layer)))
-        )
+    parts = [_single_part(layer.live_scale(name), delta) for name, delta in deltas.items()]
+    if pair is not None:
+        down, up = pair
+        parts.append((down, partial(functional.add_product, up=up, in_place=not parts and layer.owns_output)))
     return parts
 
 

@@ -2,6 +2,7 @@
 
 from .active import active_adapters, delete_adapter, list_adapters, set_adapters
 from .add import add_adapter, trainable_parameters
+from .compiling import prepare_for_compile
 from .load import LoadedAdapter, check_adapter, load_adapter
 from .locking import exclusive
 from .rank import set_rank
@@ -18,6 +19,7 @@ __all__ = [
     "list_adapters",
     "load_adapter",
     "pairs_from",
+    "prepare_for_compile",
     "save_adapter",
     "set_adapters",
     "set_rank",

@@ -39,6 +39,8 @@ def set_active(module: nn.Module, names: Sequence[str]) -> None:
     """Make exactly these adapters active; ``requires_grad`` of adapter parameters stays as it is."""
     for layer in tuner_layers(module):
         layer._active_adapter = list(names)  # PEFT's `set_adapter` would also set requires_grad
+        if isinstance(layer, NoraLayer):
+            layer.refresh()
 
 
 @contextmanager
@@ -141,6 +143,8 @@ def restore_weights(layer: Any, active: list[str], scaling: Mapping[str, float])
             layer.states[name].rescale(value)
         elif name in layer.scaling:
             layer.scaling[name] = value
+    if isinstance(layer, NoraLayer):
+        layer.refresh()
 
 
 def _check_weights(modules: Modules, name: str, weight: Any) -> Any:
@@ -184,10 +188,14 @@ def _check_keys(what: str, weights: Mapping[str, Any], known: Sequence[str]) -> 
 
 
 def _set_weights(module: nn.Module, names: list[str], weights: list[Any]) -> None:
+    chosen = dict(zip(names, weights, strict=True))
     for layer in tuner_layers(module):
-        layer._active_adapter = list(names)
-        for name, weight in zip(names, weights, strict=True):
-            layer.set_scale(name, weight)
+        if isinstance(layer, NoraLayer):
+            layer.set_weights(chosen)
+        else:
+            layer._active_adapter = list(names)
+            for name, weight in chosen.items():
+                layer.set_scale(name, weight)
 
 
 def _set_block_weights(component: str, module: Any, names: list[str], weights: list[Any]) -> None:
@@ -196,6 +204,8 @@ def _set_block_weights(component: str, module: Any, names: list[str], weights: l
     try:
         with keeping_trained(module):
             module.set_adapters(names, weights)
+    except UserError:
+        raise
     except (LookupError, ValueError, TypeError) as error:
         raise UserError(f"diffusers refuses the {component} weights by block: {error}") from error
 
@@ -278,16 +288,23 @@ def _refuse_foreign_fused(modules: Modules, adapter_name: str) -> None:
 
 
 def unwrap_empty(module: nn.Module) -> None:
-    """Replace tuner layers of any method that hold no adapter by their base layers.
+    """Replace tuner layers of any method that hold no adapter by their base layers, unless they are prepared for some.
 
     diffusers' own functions leave such layers, whose keys would spoil a saved folder. Without any tuner layer left, the
     module is as it was before its first adapter.
     """
     for parent in list(module.modules()):
         for child_name, child in list(parent.named_children()):
-            while isinstance(child, BaseTunerLayer) and not held(child):
+            while isinstance(child, BaseTunerLayer) and not held(child) and not is_prepared(child):
                 child = child.base_layer
                 setattr(parent, child_name, child)
-    if not any(True for _ in tuner_layers(module)):
+    layers = list(tuner_layers(module))
+    if not layers:
         unguard(module)
+    if not any(map(held, layers)):
         module._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+def is_prepared(layer: nn.Module) -> bool:
+    """Whether a layer is prepared for ``torch.compile`` (:func:`.compiling.prepare_for_compile`)."""
+    return isinstance(layer, NoraLayer) and layer.nora_fixed is not None

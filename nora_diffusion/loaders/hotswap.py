@@ -13,16 +13,19 @@ from ..formats.adapter_info import AdapterInfo
 from ..formats.keys import file_key
 from ..io.tensors import Tensors
 from ..pipelines.components import Modules, adapter_configs, nora_layers
-from .active import active_adapters, set_active
+from .active import active_adapters, set_active, undone_on_error
 from .inject import set_origin
+from .rank import cut_rank
 from .tokens import token_parameters, tokens_of
 
 STRUCTURE = ("core", "trained", "blocks", "rank_mask", "magnitude", "router", "num_experts", "experts")
 """Config fields that must be equal; the others affect only shapes, which are compared, or scales, which are set."""
 
 
-def swap(modules: Modules, name: str, info: AdapterInfo, tensors: Tensors, activate: bool, weight: float) -> None:
-    """Copy checked tensors over those of the adapter ``name``.
+def swap(
+    modules: Modules, name: str, info: AdapterInfo, tensors: Tensors, activate: bool, weight: float, rank: int | None
+) -> None:
+    """Copy checked tensors over those of the adapter ``name``; ``rank`` as in :func:`.rank.set_rank`.
 
     Raises :class:`UserError`, without a change, if the two adapters differ in targets, shapes or structure, or if other
     adapters share a basis that would change.
@@ -39,6 +42,15 @@ def swap(modules: Modules, name: str, info: AdapterInfo, tensors: Tensors, activ
         _check_structure(name, info, config, adapter_configs(module)[name])
         copies += _planned_copies(module, component, name, info, tensors)
     copies += _planned_tokens(modules, name, info, tensors)
+    with undone_on_error(modules):  # a prepared model may refuse the adapter: before its factors are gone
+        for component in configs:
+            module = modules[component]
+            for layer in nora_layers(module, name).values():
+                layer.set_scale(name, weight)
+            if activate and name not in active_adapters(module):
+                set_active(module, [*active_adapters(module), name])
+        if all(config.rank_mask for config in configs.values()):
+            cut_rank(modules, name, rank)  # the rank of the replaced adapter does not apply to the new one
     with torch.no_grad():
         for target, value in copies:
             target.copy_(value)
@@ -49,8 +61,6 @@ def swap(modules: Modules, name: str, info: AdapterInfo, tensors: Tensors, activ
         for path, layer in nora_layers(module, name).items():
             layer.states[name].native_scale = config.scale_for(path)
             layer.set_scale(name, weight)
-        if activate and name not in active_adapters(module):
-            set_active(module, [*active_adapters(module), name])
 
 
 def _refusal(name: str, info: AdapterInfo, reason: str) -> UserError:

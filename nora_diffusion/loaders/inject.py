@@ -23,6 +23,7 @@ from ..formats.adapter_info import AdapterInfo
 from ..pipelines.components import Modules, adapter_configs, pick, tuner_layers
 from ..pipelines.router_inputs import connect, router_input_width
 from .active import adapter_names, declare_components, delete_adapter, eject, held, refresh_group_offloading
+from .compiling import refuse_unprepared
 from .tokens import forget_deleted
 
 
@@ -83,6 +84,7 @@ def derived_name(text: str) -> str:
 
 def inject(module: nn.Module, config: AdapterConfig, name: str, start: Start) -> None:
     """Inject an adapter into one component through PEFT, and connect its routers to their inputs."""
+    refuse_unprepared(module, config, name)
     own = copy.deepcopy(config)
     disabled = any(layer.disable_adapters and held(layer) for layer in tuner_layers(module))
     own.start = replace(start, condition=router_input_width(module, own.router))

@@ -121,12 +121,10 @@ def load_adapter(
         tensors = _read(source, modules, basis_dir)
     _check_fit(info, configs, modules, tensors, base_id(pipe))
     if hotswap:
-        swap(modules, name, info, tensors, activate, weight)
+        swap(modules, name, info, tensors, activate, weight, rank)
     else:
         check_tokens(pipe, modules, shapes_of(token_vectors(info.tokens, tensors)))
-        insert(pipe, modules, name, info, tensors, activate, weight)
-    if rank is not None or (hotswap and all(config.rank_mask for config in configs.values())):
-        cut_rank(modules, name, rank)  # the rank of the replaced adapter does not apply to the new one
+        insert(pipe, modules, name, info, tensors, activate, weight, rank)
     return LoadedAdapter(name, applied=len(tensors), total=len(tensors), info=info)
 
 
@@ -151,7 +149,14 @@ def _read(source: OpenAdapter, modules: Modules, basis_dir: str | Path | None) -
 
 
 def insert(
-    pipe: Any, modules: Modules, name: str, info: AdapterInfo, tensors: Tensors, activate: bool, weight: float
+    pipe: Any,
+    modules: Modules,
+    name: str,
+    info: AdapterInfo,
+    tensors: Tensors,
+    activate: bool,
+    weight: float,
+    rank: int | None = None,
 ) -> None:
     """Add checked tensors to the pipeline as a new adapter with the description ``info``, all or nothing."""
     with all_or_nothing(pipe, modules, name):
@@ -162,6 +167,10 @@ def insert(
                 inject(module, config, name, Start(empty=True))
             set_origin(module, name, info)
             _fill(module, component, name, tensors)
+            if (
+                rank is not None
+            ):  # before it is active: the whole adapter may be more than a prepared model has room for
+                cut_rank({component: module}, name, rank)
             set_active(module, [*before, name] if activate else before)
             for layer in nora_layers(module, name).values():
                 layer.set_scale(name, weight)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..adapters import NoraLayer
+from ..adapters.deltas.chain import ChainDelta
 from ..adapters.tuner.rank_mask import check_rank, masked_deltas
+from ..errors import UserError
 from ..pipelines.components import Modules, adapter_configs, components, nora_layers, refuse_merged
 from .active import require_adapter, unknown_adapter
 from .locking import one_at_a_time
@@ -33,6 +37,16 @@ def cut_rank(modules: Modules, adapter_name: str, rank: int | None) -> None:
         if config is not None:
             rank = None if rank is None else check_rank(config, rank)
             check_rank(config, 1)
+    before = {delta: delta.rank for layer in layers for delta in masked_deltas(layer.delta(adapter_name))}
+    try:
+        _set(layers, dict.fromkeys(before, rank))
+    except UserError:  # a prepared model has no room for it
+        _set(layers, before)
+        raise
+
+
+def _set(layers: Iterable[NoraLayer], ranks: Mapping[ChainDelta, int | None]) -> None:
+    for delta, rank in ranks.items():
+        delta.rank = rank
     for layer in layers:
-        for delta in masked_deltas(layer.delta(adapter_name)):
-            delta.rank = rank
+        layer.refresh()

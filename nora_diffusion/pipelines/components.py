@@ -203,11 +203,17 @@ def without_adapters(modules: Modules) -> Iterator[None]:
     before = [layer.disable_adapters for layer in layers]
     try:
         for layer in layers:
-            layer._disable_adapters = True  # PEFT's `enable_adapters` would also set requires_grad
+            _disable(layer, True)
         yield
     finally:
         for layer, disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = disabled
+            _disable(layer, disabled)
+
+
+def _disable(layer: BaseTunerLayer, disabled: bool) -> None:
+    layer._disable_adapters = disabled  # PEFT's `enable_adapters` would also set requires_grad
+    if isinstance(layer, NoraLayer):
+        layer.refresh()
 
 
 def nora_layers(module: nn.Module, adapter_name: str) -> dict[str, NoraLayer]:

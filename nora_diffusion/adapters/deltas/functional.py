@@ -139,8 +139,10 @@ def rowwise(p: Tensor, matrices: Tensor) -> Tensor:
 def add_product(y: Tensor, p: Tensor, up: Tensor, *, in_place: bool) -> Tensor:
     """``y + p B^T`` in one pass, for ``y [..., d_out]``, ``p [..., K]`` and ``B [d_out, K]``."""
     rows, update = y.reshape(-1, y.shape[-1]), p.reshape(-1, p.shape[-1])
-    out = rows.addmm_(update, up.T) if in_place else torch.addmm(rows, update, up.T)
-    return out.view(y.shape)
+    if not in_place:
+        return torch.addmm(rows, update, up.T).view(y.shape)
+    rows.addmm_(update, up.T)
+    return y
 
 
 def add_rowwise(y: Tensor, p: Tensor, matrices: Tensor, *, in_place: bool) -> Tensor:

@@ -18,10 +18,11 @@ from ..deltas.chain import ChainDelta
 from ..deltas.joining import ScaledChain
 from ..deltas.routed import RoutedDelta
 from .build import build_delta, contraction
+from .fixed_pair import FixedPair, Pair
 from .live_pair import LivePair, is_plain_linear
 from .merging import WeightMerge
 from .offloading import is_offloaded, onloaded
-from .peft_interface import AdapterState, PeftInterface, RowServer, move_filled
+from .peft_interface import AdapterState, PeftInterface, RowServer, is_filled, move_filled
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -48,6 +49,8 @@ class NoraLayer(nn.Module, PeftInterface):
         """Applies a down-projection ``[k, d_in]`` to an input of this layer: ``p [..., k]``."""
         self.rows: RowServer | None = None
         self.live_pair = LivePair()
+        self.nora_fixed: FixedPair | None = None
+        self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
 
     def update_layer(self, adapter_name: str, config: AdapterConfig, key: str) -> None:
         """Add one adapter, active and at weight 1."""
@@ -84,17 +87,21 @@ class NoraLayer(nn.Module, PeftInterface):
     # Forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters and self.merged:
+        # In this order: the graph of a prepared layer must not depend on whether its adapters are disabled.
+        if self.merging.scalings and self.disable_adapters:
             self.unmerge()
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             fused = self._fused(x)
             if fused is not None:
                 return fused
-        base: Tensor = self.base_layer(x, *args, **kwargs)
-        if not is_offloaded(self.base_layer):
-            return self._adapted(x, base)
-        with onloaded(self.nora_delta, *([self.base_layer] if self._rescales() else [])):
-            return self._adapted(x, base)
+        layer = self.base_layer
+        base: Tensor = layer(x, *args, **kwargs)
+        own = self.owns_output
+        if own or not is_offloaded(layer):
+            return self._adapted(x, base, own)
+        fixed = [] if self.nora_fixed is None else [self.nora_fixed]
+        with onloaded(self.nora_delta, *fixed, *([layer] if self._rescales() else [])):
+            return self._adapted(x, base, own)
 
     def _fused(self, x: Tensor) -> Tensor | None:
         """The output, if the only live adapter trains in one function with the projection."""
@@ -110,25 +117,37 @@ class NoraLayer(nn.Module, PeftInterface):
         y: Tensor = delta.linear(x, base.weight, base.bias, self.states[names[0]].scaling)
         return y
 
-    def _adapted(self, x: Tensor, base: Tensor) -> Tensor:
-        """The output for an input whose frozen output is ``base``."""
+    def _adapted(self, x: Tensor, base: Tensor, own: bool) -> Tensor:
+        """The output for an input whose frozen output is ``base``; ``own``: it may be overwritten."""
         if self.rows is not None and not self.disable_adapters:
             return self.rows.add(x, base)
-        y, names = base, list(self.live_names())
-        chains = self.joined_chains(names)
-        for name in names:
-            if name not in chains:
-                scaling, dy = self.contribution(name, x, base)
-                y = y + scaling * dy.to(y.dtype)
-        return self._with_chains(list(chains.values()), x, y) if chains else y
+        y, (single, pair) = base, self.live(base.dtype)
+        for name in single:
+            scaling, dy = self.contribution(name, x, base)
+            y = y + scaling * dy.to(y.dtype)
+        return y if pair is None else self._with_pair(*pair, x, y, own)
 
-    def _with_chains(self, chains: Sequence[ScaledChain], x: Tensor, y: Tensor) -> Tensor:
-        """``y + sum_k scaling_k delta_k(x)``; may write into ``y``."""
-        down, up = self.live_pair.get(chains, y.dtype)
+    def live(self, dtype: torch.dtype) -> tuple[list[str], Pair | None]:
+        """Names of the live adapters that are added one by one, and the pair of all others in ``dtype``, if any."""
+        fixed = self.nora_fixed
+        if fixed is not None and fixed.serves and not self.training and not torch.is_grad_enabled():
+            return fixed.others, fixed.pair(dtype)
+        names = list(self.live_names())
+        chains = self.joined_chains(names)
+        pair = self.live_pair.get(list(chains.values()), dtype) if chains else None
+        return [name for name in names if name not in chains], pair
+
+    def _with_pair(self, down: Tensor, up: Tensor, x: Tensor, y: Tensor, own: bool) -> Tensor:
+        """``y + B A x``; ``own``: ``y`` may be overwritten."""
         p = self.contract(x, down)
         if isinstance(self.base_layer, nn.Conv2d):
             return y + self.channels_first(F.linear(p, up))
-        return functional.add_product(y, p, up, in_place=is_plain_linear(self.base_layer))
+        return functional.add_product(y, p, up, in_place=own)
+
+    @property
+    def owns_output(self) -> bool:
+        """Whether the frozen output belongs to nobody else, so that an update may be added to it in place."""
+        return is_plain_linear(self.base_layer) and not torch.compiler.is_compiling()
 
     def joined_chains(self, names: Sequence[str]) -> dict[str, ScaledChain]:
         """Those of the live adapters that a pass without gradients adds as one pair, by name."""
@@ -166,6 +185,36 @@ class NoraLayer(nn.Module, PeftInterface):
     def channels_first(self, dy: Tensor) -> Tensor:
         """``dy [..., d_out]`` in the layout of the layer's output."""
         return dy.movedim(-1, 1) if isinstance(self.base_layer, nn.Conv2d) else dy
+
+    # Preparation for torch.compile
+
+    def prepare(self, path: str, max_rank: int | None) -> None:
+        """Serve passes without gradients from a :class:`.FixedPair`, or (``None``) from the adapters again.
+
+        Raises :class:`UserError` if the live adapters need more than ``max_rank``.
+        """
+        self.nora_fixed = None if max_rank is None else FixedPair(self.base_layer, path, max_rank)
+        self.refresh()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Write the live adapters into the fixed pair, if there is one; called after each change of the adapters.
+
+        Raises as :meth:`.FixedPair.write`.
+        """
+        if self.nora_fixed is None or self.rows is not None:
+            return
+        names = list(self.live_names())
+        chains = {name: chain for name, chain in self.joined_chains(names).items() if is_filled(chain[1])}
+        self.nora_fixed.write(list(chains.values()), [name for name in names if name not in chains])
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of training; factors that were trained enter the fixed pair when training ends."""
+        super().train(mode)
+        if not mode:
+            self.refresh()
+        return self
 
     # DoRA
 
@@ -225,10 +274,12 @@ class NoraLayer(nn.Module, PeftInterface):
         # A magnitude reads the frozen weight: it is saved even if only a LoRA around this layer is being fused.
         if scalings or rescales:
             self.merging.merge(self._weight, scalings, self._change, rescales=rescales, safe=safe_merge)
+            self.refresh()
 
     def unmerge(self) -> None:
         """Take all merged adapters out; bit for bit unless another tool changed the merged weight meanwhile."""
         self.merging.unmerge(self._weight, self._change)
+        self.refresh()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one adapter, from the merged weight too: it is unmerged, and the others are merged again."""
@@ -242,6 +293,7 @@ class NoraLayer(nn.Module, PeftInterface):
             del self.nora_delta[adapter_name]
         # Not `activate`, which would set requires_grad of the other adapters.
         self._active_adapter = [name for name in self.active if name != adapter_name]
+        self.refresh()
         if others:
             self._merge(others)
 
@@ -259,4 +311,10 @@ class NoraLayer(nn.Module, PeftInterface):
         self.merging.repin(self._weight)
         for state in self.states.values():
             state.move(self._weight.device)
+        self.refresh()
         return self
+
+
+def _refresh(layer: NoraLayer, _: object) -> None:
+    """Other tools fill factors by ``load_state_dict``."""
+    layer.refresh()

@@ -102,9 +102,9 @@ def serve_rows(model: nn.Module, plan: RowPlan, modules: Iterable[nn.Module] | N
         stack.callback(model.register_forward_pre_hook(_starting(plan, servers), with_kwargs=True).remove)
         for layer, rows in zip(layers, servers, strict=True):
             stack.callback(_restore, layer, {name: layer.states[name].scaling for name in rows.names})
+            layer.rows = rows
             for name in rows.names:
                 layer.set_scale(name, 1.0)
-            layer.rows = rows
         yield
 
 
@@ -113,6 +113,7 @@ def _restore(layer: NoraLayer, scaling: Mapping[str, float]) -> None:
     for name, value in scaling.items():
         if name in layer.states:
             layer.states[name].rescale(value)
+    layer.refresh()
 
 
 def _starting(plan: RowPlan, servers: Sequence[LayerRows]) -> Any:

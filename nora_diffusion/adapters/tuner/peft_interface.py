@@ -146,6 +146,23 @@ class PeftInterface(BaseTunerLayer):
                 if parameter.requires_grad != trained and parameter.is_leaf:
                     parameter.requires_grad_(trained)
         self._active_adapter = names
+        self.refresh()
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Make exactly these adapters active, at these weights; ``requires_grad`` stays as it is."""
+        self._active_adapter = list(weights)
+        for name, weight in weights.items():
+            self._set_weight(name, weight)
+        self.refresh()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Add the active adapters, or none."""
+        super().enable_adapters(enabled)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Called after each change of what the layer adds."""
+        raise NotImplementedError
 
     def activate(self, names: list[str], inference: bool = False) -> None:
         """:meth:`set_adapter` with types."""
@@ -160,13 +177,18 @@ class PeftInterface(BaseTunerLayer):
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the weight of one adapter, if this layer has it."""
+        self._set_weight(adapter, scale)
+        self.refresh()
+
+    def _set_weight(self, adapter: str, weight: float) -> None:
         if adapter in self.states:
-            self.states[adapter].rescale(check_weight(adapter, scale) * self.states[adapter].native_scale)
+            self.states[adapter].rescale(check_weight(adapter, weight) * self.states[adapter].native_scale)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters."""
         for state in self._active_states():
             state.rescale(state.scaling * scale)
+        self.refresh()
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters, or (``None``) set their weights to 1."""
@@ -175,6 +197,7 @@ class PeftInterface(BaseTunerLayer):
                 state.rescale(state.native_scale)
             elif scale != 0:
                 state.rescale(state.scaling / scale)
+        self.refresh()
 
     def _active_states(self) -> list[AdapterState]:
         names = self.active if self.rows is None else self.rows.names
@@ -206,6 +229,11 @@ def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def move_filled(delta: nn.Module, device: torch.device) -> None:
-    """Move a delta, unless it is on the meta device: there it awaits its file (PEFT's ``low_cpu_mem_usage``)."""
-    if not any(parameter.is_meta for parameter in delta.parameters()):
+    """Move a delta, if it :func:`is_filled`."""
+    if is_filled(delta):
         delta.to(device)
+
+
+def is_filled(delta: nn.Module) -> bool:
+    """Whether a delta has factors; on the meta device it awaits its file (PEFT's ``low_cpu_mem_usage``)."""
+    return not any(parameter.is_meta for parameter in delta.parameters())
