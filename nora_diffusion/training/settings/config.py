@@ -380,7 +380,11 @@ class TrainConfig:
         "measures",
     )
     validation_data_dir: str | None = key(
-        None, "validation", "folder of held-out photos to compare samples with", "free", "measures"
+        None,
+        "validation",
+        "folder of held-out photos, to measure the loss on and to compare samples with",
+        "free",
+        "measures",
     )
     validation_split: int | None = key(
         None, "validation", "number of photos of instance_data_dir to hold out instead", "positive", "free", "measures"
