@@ -82,6 +82,9 @@ def run_command(words: list[str], base: Path) -> None:
         serve_once(words[2:])
     elif words[:2] == ["nora-diffusion", "demo"]:
         assert generate([*words[1:], "--max_train_steps", "2"], base) == 0, words
+    elif words[:3] == ["nora-diffusion", "basis", "learn"]:
+        few = ["--subjects", "2", "--images", "1", "--steps", "1", "--lora_rank", "16"]
+        assert generate([*words[1:], *few], base) == 0, words
     elif words[0] == "nora-diffusion":
         assert generate(words[1:], base) == 0, words
     elif words[:2] == ["python", "-m"]:

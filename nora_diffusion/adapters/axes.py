@@ -15,7 +15,7 @@ from ..io.untrusted import conform
 from .patterns import check_patterns, suffix_matcher
 from .targets import expand_targets
 
-Basis = Literal["svd", "awsvd", "kaiming", "orthogonal", "sharing"]
+Basis = Literal["svd", "awsvd", "learned", "kaiming", "orthogonal", "sharing"]
 """How the outer pair is made (:mod:`.deltas.bases`)."""
 Placement = Literal["up", "down", "sqrt", "none"]
 """Which outer factor gets the singular values."""

@@ -13,7 +13,7 @@ from ..errors import UserError, program
 from ..quiet import hide_known_warnings
 from ..training.settings.arguments import with_underscores
 from ..training.settings.values import unknown_argument
-from . import app, data, demo, evaluate, export, generate, grid, import_, inspect, methods, mix, pack, sweep
+from . import app, basis, data, demo, evaluate, export, generate, grid, import_, inspect, methods, mix, pack, sweep
 
 COMMANDS = {
     "app": app,
@@ -28,6 +28,7 @@ COMMANDS = {
     "export": export,
     "import": import_,
     "pack": pack,
+    "basis": basis,
     "demo": demo,
 }
 

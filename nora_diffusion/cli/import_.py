@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="adapter to make")  # fmt: skip
     parser.add_argument("--rank", type=int, default=32, help="outer rank r of the basis")
     parser.add_argument("--inner_rank", type=int, default=4, help="inner rank r' (nora, nora_input)")
-    parser.add_argument("--basis", choices=("svd", "awsvd", "orthogonal"), default="svd",
+    parser.add_argument("--basis", choices=("svd", "awsvd", "learned", "orthogonal"), default="svd",
                         help="frozen outer pair to project onto")  # fmt: skip
     parser.add_argument("--basis_from", metavar="ADAPTER", help="adapter whose basis is reused, with the same --basis")
     parser.add_argument("--seed", type=int, default=0, help="seed of the orthogonal basis, which is random")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..adapters import AdapterConfig
@@ -28,7 +29,7 @@ from ..pipelines.router_inputs import router_for
 from .active import active_adapters, set_active
 from .inject import all_or_nothing, check_new_name, check_path, inject, refuse_whole_modules, tie
 from .locking import one_at_a_time
-from .sharing import pairs_from
+from .sharing import Pairs, pairs_from
 from .tokens import token_parameters
 
 
@@ -39,7 +40,7 @@ def add_adapter(
     adapter_name: str = "default",
     components: str | Sequence[str] | None = None,
     calibration: Calibration | Sequence[str] | None = None,
-    basis_from: str | Path | None = None,
+    basis_from: str | Path | Pairs | None = None,
 ) -> None:
     """Add a new adapter to a pipeline. It starts as an exact no-op and is active, beside those that were active before.
 
@@ -48,14 +49,14 @@ def add_adapter(
     ``components``: component names such as unet, transformer or text_encoder (default: the denoiser). ``calibration``:
     inputs for the activation statistics of ``awsvd``, as prompts or as a :class:`Calibration` with images of a subject
     (default: generic prompts, so that subjects can share the basis). ``basis_from``: an adapter file whose frozen
-    outer pairs are copied instead of computing them (:func:`.sharing.pairs_from`).
+    outer pairs are copied instead of computing them (:func:`.sharing.pairs_from`), or the pairs themselves.
     Raises :class:`UserError` for a name that is taken or invalid, while an adapter is fused or weights are offloaded,
     and for targets or a basis that do not fit.
     """
     if not isinstance(config, AdapterConfig):
         raise UserError(f"{quoted(config)} is not a config of this toolkit: make one with nora(), lora() ...")
     refuse_whole_modules(config)
-    if basis_from is not None:
+    if basis_from is not None and not isinstance(basis_from, Mapping):
         check_path("basis_from", basis_from)
     if components is not None and not isinstance(components, str | Sequence):
         raise UserError(f"components={quoted(components)} is not a list of component names")
@@ -67,7 +68,7 @@ def add_adapter(
     refuse_offloaded(modules)
     refuse_serving(modules)
     layers = targets_by_component(chosen, config)
-    copied = pairs_from(pipe, basis_from, config, layers) if basis_from is not None else None
+    copied = _copied(pipe, config, layers, basis_from)
     strengths: Strengths = {}
     if config.basis == "awsvd" and copied is None:
         if calibration is not None and not isinstance(calibration, Calibration):
@@ -81,13 +82,31 @@ def add_adapter(
         for name, module in chosen.items():
             measured = strengths.get(name, {})
             pairs = outer_pairs(config, layers[name], measured) if copied is None else copied[name]
-            start = Start(measured, pairs)
+            start = Start(measured, dict(pairs))
             before = active_adapters(module)
             inject(module, router_for(config, name), adapter_name, start)
             for layer in nora_layers(module, adapter_name).values():
                 tie(layer, adapter_name)
             set_active(module, [*before, adapter_name])
             _train(module, adapter_name)
+
+
+def _copied(
+    pipe: Any,
+    config: AdapterConfig,
+    layers: Mapping[str, Mapping[str, nn.Module]],
+    basis_from: str | Path | Pairs | None,
+) -> Pairs | None:
+    """Outer pairs that are given: those of a file, or pairs rounded to the config's ``basis_dtype``."""
+    if basis_from is None:
+        return None
+    if not isinstance(basis_from, Mapping):
+        return pairs_from(pipe, basis_from, config, layers)
+    dtype = getattr(torch, config.basis_dtype)
+    return {
+        name: {path: (down.to(dtype), up.to(dtype)) for path, (down, up) in own.items()}
+        for name, own in basis_from.items()
+    }
 
 
 def _train(module: nn.Module, name: str) -> None:

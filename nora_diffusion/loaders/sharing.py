@@ -18,19 +18,22 @@ from ..formats.keys import file_key
 from ..pipelines.components import canonical
 from .load import check_adapter
 
+Pairs = Mapping[str, Mapping[str, Pair]]
+"""``(A_out [r, d_in], B_out [d_out, r])`` by component and module path."""
 BASIS_FIELDS = ("r", "rank_pattern", "basis", "placement", "power", "blocks", "basis_dtype")
 """Config fields that determine a basis, beside the base and the projections."""
 
 
 def pairs_from(
     pipe: Any, path: str | Path, config: AdapterConfig, layers: Mapping[str, Mapping[str, nn.Module]]
-) -> dict[str, dict[str, Pair]]:
-    """``(A_out [r, d_in], B_out [d_out, r])`` of the adapter ``path`` for ``layers``, by component and module path.
+) -> Pairs:
+    """The outer pairs of the adapter ``path`` for ``layers``.
 
     A basis that is computed again, in another precision or on another machine, is equal only up to rounding and signs.
     A copied one is equal bit for bit, so that both adapters fit one shared file and one pack.
 
-    A method with a trained up factor copies ``A_out`` only, which may be that of an adapter with both frozen.
+    A method with a trained up factor copies ``A_out`` only, which may be that of an adapter with both frozen. Of a
+    learned basis, which is there to be used by any adapter, a part of the projections can be copied.
 
     Raises :class:`UserError` for an adapter of another base or with other basis settings or projections, and for a
     method that trains its outer pair.
@@ -59,7 +62,7 @@ def pairs_from(
         raise UserError(
             f"{path} freezes fewer factors than method {config.method!r}: use an adapter of the same method"
         )
-    if different := sorted(wanted ^ stored):
+    if different := sorted(wanted - stored if config.basis == "learned" else wanted ^ stored):
         only = "the new adapter" if different[0] in wanted else str(path)
         raise UserError(
             f"only {only} adapts {different[0].rpartition('.')[0]}: use the same targets and components for both"

@@ -91,6 +91,13 @@ def awsvd(weight: Tensor, r: int, strength: Tensor | None, *, placement: Placeme
     return down / s.to(down.device), up
 
 
+def learned(weight: Tensor, r: int, strength: Tensor | None, *, placement: Placement, power: float) -> Pair:
+    """A basis that was learned from the base's pseudo-subjects cannot be computed. Raises :class:`UserError`."""
+    raise UserError(
+        "the 'learned' basis is read from a file: make one with `nora-diffusion basis learn` and give it as basis_from"
+    )
+
+
 def kaiming(weight: Tensor, r: int, strength: Tensor | None, *, placement: Placement, power: float) -> Pair:
     """Random factors with Kaiming-uniform rows, like the initial ``A`` of LoRA (arXiv 2106.09685)."""
     return _random_pair(weight, r, lambda factor: torch.nn.init.kaiming_uniform_(factor, a=math.sqrt(5)))
@@ -121,6 +128,7 @@ def sharing(weight: Tensor, r: int, strength: Tensor | None, *, placement: Place
 BASES: dict[Basis, Callable[..., Pair]] = {
     "svd": svd,
     "awsvd": awsvd,
+    "learned": learned,
     "kaiming": kaiming,
     "orthogonal": orthogonal,
     "sharing": sharing,

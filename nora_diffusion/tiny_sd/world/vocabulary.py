@@ -208,6 +208,17 @@ SUBJECTS: dict[str, tuple[str, str | None]] = {
 }
 
 
+def known_objects() -> list[str]:
+    """The objects of the training images, as ``NAME: CLASS``; those of the families have a color."""
+    colors = [name for name in COLORS if name not in ("black", "white")]
+    drawn = [
+        f"{colors[number % len(colors)]} {variant.name}: {family}"
+        for family, variants in VARIANTS.items()
+        for number, variant in enumerate({v.name: v for v in variants}.values())
+    ]
+    return [f"{emoji.name}: {emoji.class_word}" for emoji in training_emoji()] + drawn
+
+
 def class_word_of(name: str) -> str:
     """Class word of an object name. Raises KeyError for an unknown name."""
     return HELDOUT_VARIANTS[name].family if name in HELDOUT_VARIANTS else EMOJI_BY_NAME[name].class_word

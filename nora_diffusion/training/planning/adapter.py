@@ -67,10 +67,22 @@ def add_new_adapter(
     new_tokens: Mapping[str, str | None],
 ) -> dict[str, nn.Parameter]:
     """Add a new adapter and its tokens to the pipeline; return its trained parameters by file key."""
-    torch.manual_seed(derive(config.seed, "init"))
-    add_adapter(pipe, adapter_config(config), name, list(components), calibration, config.basis_from)
+    add_seeded_adapter(config, pipe, components, name, calibration)
     add_new_tokens(config, pipe, name, new_tokens)
     return trained_parameters(pipe, name)
+
+
+def add_seeded_adapter(
+    config: TrainConfig,
+    pipe: Any,
+    components: Mapping[str, nn.Module],
+    name: str,
+    calibration: Calibration | None = None,
+) -> None:
+    """Add a new adapter whose random factors follow from the run's seed."""
+    assert config.seed is not None
+    torch.manual_seed(derive(config.seed, "init"))
+    add_adapter(pipe, adapter_config(config), name, list(components), calibration, config.basis_from)
 
 
 def load_checkpoint_adapter(pipe: Any, name: str, path: Any) -> dict[str, nn.Parameter]:

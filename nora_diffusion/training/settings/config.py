@@ -14,7 +14,7 @@ from ...errors import UserError
 from .values import coerce, suggestion
 
 Core = Literal["nested", "dense", "diagonal"]
-Basis = Literal["awsvd", "svd", "orthogonal", "kaiming"]
+Basis = Literal["awsvd", "svd", "learned", "orthogonal", "kaiming"]
 Precision = Literal["no", "fp16", "bf16"]
 PriorPrecision = Literal["no", "fp32", "fp16", "bf16"]
 SaveDtype = Literal["fp32", "fp16", "bf16"]
