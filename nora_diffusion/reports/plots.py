@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 480, 220
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 68, 24, 12, 40
 COLORS = ("var(--color-accent)", "#0d9488", "#c2410c", "#a21caf", "#4d7c0f", "#0369a1", "#b91c1c", "#525252")
 ROW, LABEL, LONGEST = 20, 190, 28
 
