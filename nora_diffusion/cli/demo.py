@@ -10,11 +10,12 @@ HELP = "train on an example subject with the embedded base, then generate images
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     from ..demo import SUBJECT, example_names
-    from ..training.settings.defaults import EMBEDDED
+    from ..training.settings.defaults import embedded_defaults
 
     parser.add_argument("--subject", default=SUBJECT, help="an example subject: " + ", ".join(example_names()))
     parser.add_argument("--out", default="outputs/demo", help="folder for the results")
-    parser.add_argument("--max_train_steps", type=int, default=EMBEDDED["max_train_steps"], help="training steps")
+    steps = embedded_defaults("nora")["max_train_steps"]
+    parser.add_argument("--max_train_steps", type=int, default=steps, help="training steps")
 
 
 def run(values: argparse.Namespace) -> None:

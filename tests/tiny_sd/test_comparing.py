@@ -196,8 +196,10 @@ def pixels(network: object, images: np.ndarray, batch: int = 64) -> torch.Tensor
 def test_probes_are_fitted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NORA_CACHE", str(tmp_path))
     monkeypatch.setattr(probe, "load_network", lambda: None)
-    tensors = (torch.rand(2, 3), torch.rand(2), torch.rand(3), torch.rand(3))
-    subject, background = probe.Probe(("a", "b"), *tensors), probe.Probe(("on grass", "sky"), *tensors)
+    subject, background = (
+        probe.Probe(labels, torch.rand(2, 3), torch.rand(2), torch.rand(3), torch.rand(3))
+        for labels in (("a", "b"), ("on grass", "sky"))
+    )
     made = [Probes(None, subject, background, {"subject": 0.5, "background": 0.75})]
     monkeypatch.setattr(teaching, "fit_probes", made.pop)
     first, second = teaching.cached_probes(), teaching.cached_probes()

@@ -15,7 +15,6 @@ from ...io.files import write_atomic
 from ...pipelines.base import EMBEDDED_WEIGHTS
 from ...pipelines.precision import best_precision
 from ...quiet import hide_known_warnings
-from ...training.settings.defaults import EMBEDDED
 from ...training.signals import Interrupted
 from ..measures.methods import METHODS, is_trained, method_settings
 from ..measures.teaching import TAUGHT_SUBJECTS, Lesson, Student, cached_probes
@@ -26,7 +25,7 @@ from .rates import next_rates
 from .tables import report
 
 DEFAULT_METHODS = ("base", "nora", "lora", "lora_r2")
-DEFAULT_RATES = (6e-4, 1.2e-3, 2.4e-3)
+DEFAULT_RATES = (2.4e-3, 4.8e-3, 9.6e-3)
 DEFAULT_SEEDS = (0, 1, 2)
 AUTO = "auto"
 
@@ -90,8 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help=f"of training and images {default(DEFAULT_SEEDS)}")  # fmt: skip
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=TAUGHT_SUBJECTS, metavar="SUBJECT",
                         help=f"folder names of examples/subjects {default(TAUGHT_SUBJECTS)}")  # fmt: skip
-    parser.add_argument("--max_train_steps", type=int,
-                        help=f"steps of each training (default: {EMBEDDED['max_train_steps']})")  # fmt: skip
+    parser.add_argument("--max_train_steps", type=int, default=100, help="steps of each training (default: 100)")
     parser.add_argument("--at_once", type=int, default=8, help="adapters trained in one batch (default: %(default)s)")
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), default=best_precision(torch.device("cpu")),
                         help="precision of training and images (default here: %(default)s)")  # fmt: skip

@@ -23,7 +23,8 @@ EMBEDDED: dict[str, Any] = {
     "sample_steps": EMBEDDED_STEPS,
     "sample_guidance": EMBEDDED_GUIDANCE,
 }
-"""Defaults for the embedded base: training takes about a minute on a CPU."""
+"""Defaults for the embedded base: training takes about a minute on a CPU. Methods that were measured at higher rates
+need a third of the steps (:data:`TUNED`)."""
 
 
 class Tuned(NamedTuple):
@@ -36,8 +37,9 @@ class Tuned(NamedTuple):
 FROZEN_RATES = (5e-5, 1e-2)
 """Frozen outer factors train best at twice LoRA's rate or more (docs/comparing.md)."""
 TUNED: dict[str, Tuned] = {
-    "nora": Tuned({"learning_rate": 1.2e-3, "inner_rank": 16}, FROZEN_RATES),
-    "nora_input": Tuned({"learning_rate": 1.2e-3}, FROZEN_RATES),
+    "nora": Tuned({"learning_rate": 9.6e-3, "max_train_steps": 100, "inner_rank": 16}, FROZEN_RATES),
+    "nora_input": Tuned({"learning_rate": 9.6e-3, "max_train_steps": 100}, FROZEN_RATES),
+    "lora": Tuned({"learning_rate": 2.4e-3, "max_train_steps": 100}),
     "lora_xs": Tuned({"learning_rate": 1.2e-3}, FROZEN_RATES),
     "lora_mini": Tuned({"learning_rate": 1.2e-3, "inner_rank": 16}, FROZEN_RATES),
     "mora": Tuned({"learning_rate": 1.2e-3}, FROZEN_RATES),
@@ -69,15 +71,17 @@ def usual_rates(method: str) -> tuple[float, float]:
     return TUNED.get(method, Tuned()).usual_rates
 
 
-def embedded_defaults(method: str) -> dict[str, Any]:
-    """Defaults for ``method`` on the embedded base."""
-    return {**EMBEDDED, **TUNED.get(method, Tuned()).embedded}
+def embedded_defaults(method: str, joint: bool = False) -> dict[str, Any]:
+    """Defaults for ``method`` on the embedded base; ``joint``: several subjects share the steps of one adapter."""
+    values = {**EMBEDDED, **TUNED.get(method, Tuned()).embedded}
+    return values | ({"max_train_steps": EMBEDDED["max_train_steps"]} if joint else {})
 
 
 def with_defaults(config: TrainConfig) -> TrainConfig:
     """Fill in the settings that are ``None`` and have a default here."""
     method = config.method
-    base = embedded_defaults(method) if is_embedded(config.pretrained_model_name_or_path) else dict(OTHER)
+    embedded = is_embedded(config.pretrained_model_name_or_path)
+    base = embedded_defaults(method, config.joint) if embedded else dict(OTHER)
     if is_routed(method) and config.router in (None, "token"):  # a token router cannot gate a convolution
         base["target_modules"] = [group for group in base["target_modules"] if group != "conv"]
     values = {**method_defaults(method), **base}
