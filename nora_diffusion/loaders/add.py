@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters import AdapterConfig
 from ..adapters.config import Start
@@ -103,10 +103,16 @@ def _copied(
     if not isinstance(basis_from, Mapping):
         return pairs_from(pipe, basis_from, config, layers)
     dtype = getattr(torch, config.basis_dtype)
-    return {
-        name: {path: (down.to(dtype), up.to(dtype)) for path, (down, up) in own.items()}
-        for name, own in basis_from.items()
-    }
+    given: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    for name, own in layers.items():
+        pairs: Any = basis_from.get(name)
+        given[name] = {}
+        for path in own:
+            pair = pairs.get(path) if isinstance(pairs, Mapping) else None
+            if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(factor, Tensor) for factor in pair)):
+                raise UserError(f"basis_from has no pair of tensors (A_out, B_out) for {name}.{path}")
+            given[name][path] = (pair[0].to(dtype), pair[1].to(dtype))
+    return given
 
 
 def _train(module: nn.Module, name: str) -> None:

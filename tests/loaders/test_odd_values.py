@@ -134,7 +134,7 @@ def test_an_error_of_diffusers_is_undone(pipe: Any, monkeypatch: pytest.MonkeyPa
     before = state(pipe)
     for target in (pipe.text_encoder, pipe.unet):
         layer = list(tuner_layers(target))[-1]
-        monkeypatch.setattr(layer, "set_scale", lambda *_: 1 / 0)
+        monkeypatch.setattr(layer, "_set_weight", lambda *_: 1 / 0)
         for weights in (1.0, {"unet": {"down": 1.0}}):
             with pytest.raises(ZeroDivisionError):
                 set_adapters(pipe, ["two", "one"], weights)
