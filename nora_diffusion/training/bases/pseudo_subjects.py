@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...errors import UserError
 from ...formats.adapter_file import FILE_NAME
 from ...generation.image_settings import save_image
 from ...generation.sampling import describe_image, sample_images
@@ -65,6 +66,8 @@ class Workshop:
     """The working folder: images and finished adapters of pseudo-subjects. ``config``: the settings of all runs."""
 
     def __init__(self, folder: Path, config: TrainConfig, images: int) -> None:
+        if not is_unicode(str(folder)):
+            raise UserError(f"{folder} is not a UTF-8 name, which the list of its images needs: choose another folder")
         self.folder, self.config, self.images = folder, config, images
 
     def adapter(self, subject: PseudoSubject) -> Path:
@@ -135,6 +138,11 @@ class Workshop:
         )  # fmt: skip
         with _quiet():
             train_subjects(shared)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no bytes that are not UTF-8, as names of files may have."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @contextmanager
