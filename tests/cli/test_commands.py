@@ -36,7 +36,7 @@ from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.training import TrainConfig
 from nora_diffusion.training.command import next_command
 from nora_diffusion.training.settings.config import SaveDtype
-from nora_diffusion.training.settings.defaults import EMBEDDED
+from nora_diffusion.training.settings.defaults import embedded_defaults
 
 Capture = pytest.CaptureFixture[str]
 
@@ -176,7 +176,10 @@ def test_help_shows_every_default(capsys: Capture, monkeypatch: pytest.MonkeyPat
         assert stopped.value.code == 0
         text[command] = " ".join(capsys.readouterr().out.split())
     assert "1 to 1000 (default: that of the base)" in text["generate"] and "count up (default: 0)" in text["generate"]
-    assert f"(default: {SUBJECT})" in text["demo"] and f"(default: {EMBEDDED['max_train_steps']})" in text["demo"]
+    assert (
+        f"(default: {SUBJECT})" in text["demo"]
+        and f"(default: {embedded_defaults('nora')['max_train_steps']})" in text["demo"]
+    )
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
