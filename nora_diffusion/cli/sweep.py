@@ -39,7 +39,7 @@ def run(values: argparse.Namespace) -> None:
 
     try:
         errors = run_sweep(
-            file, out, workers=values.workers, at_once=values.at_once, engine=values.engine, address=values.address
+            cells, out, workers=values.workers, at_once=values.at_once, engine=values.engine, address=values.address
         )
     except Interrupted as stop:
         print("the same command continues the sweep", file=sys.stderr)

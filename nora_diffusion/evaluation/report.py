@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..io.files import write_atomic
 from ..io.images import load_image
 from ..reports import webpage
-from .scoreboard import LOSS, Scoreboard, Table, as_json, compare, rows_of, summarize
+from ..training.measuring.selection import LOSS, digits
+from .scoreboard import Scoreboard, Table, as_json, compare, rows_of, summarize
 
 MAX_SUBJECTS, MAX_PROMPTS = 6, 6
 NAMES = {
@@ -73,14 +75,17 @@ def _table(board: Scoreboard, table: Table, caption: str) -> str:
 
 
 def _by_subject(board: Scoreboard, subjects: list[str]) -> str:
-    rows = []
-    for name in subjects:
-        for label in board.labels:
-            found = [row.scores for row in board.of(label) if row.subject == name]
-            means = [f"{statistics.fmean(s[m] for s in found):.3f}" for m in board.metrics if m != LOSS]
-            losses = board.heldout.get(label, {}).get(name, [])
-            means += [f"{statistics.fmean(losses):.4f}" if losses else ""] if LOSS in board.metrics else []
-            rows.append([f"{name}, {label}", *means])
+    groups = {metric: board.groups(metric) for metric in board.metrics}
+
+    def mean(label: str, metric: str, rows: Sequence[int]) -> str:
+        values = board.values(label, metric)
+        return f"{statistics.fmean(values[i] for i in rows):.{digits(metric)}f}" if rows else ""
+
+    rows = [
+        [f"{name}, {label}", *(mean(label, metric, groups[metric].get(name, ())) for metric in board.metrics)]
+        for name in subjects
+        for label in board.labels
+    ]
     return webpage.table(["", *(NAMES[m] for m in board.metrics)], rows)
 
 

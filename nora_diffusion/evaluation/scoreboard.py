@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from ..scoring.metrics import LEVEL, RESAMPLES, interval, resampled
+from ..training.measuring.selection import LOSS, digits
 from ..versions import versions
 
 BASE = "base"
 METRICS = ("dino", "clip_i", "clip_t", "diversity")
-LOSS = "heldout_loss"
 Table = dict[str, dict[str, dict[str, float]]]
 """``{label: {metric: {"mean", "low", "high"}}}``."""
 
@@ -138,8 +138,9 @@ def _finite(value: float) -> float | None:
 def rows_of(table: Table, metrics: Sequence[str]) -> Iterator[list[str]]:
     """The rows of a table as text: the label, then ``mean [low, high]`` of each metric."""
 
-    def text(value: dict[str, float], digits: int) -> str:
-        return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+    def text(metric: str, value: dict[str, float]) -> str:
+        mean, low, high = (f"{value[key]:.{digits(metric)}f}" for key in ("mean", "low", "high"))
+        return f"{mean} [{low}, {high}]"
 
     for label, values in table.items():
-        yield [label, *(text(values[m], 4 if m == LOSS else 3) for m in metrics)]
+        yield [label, *(text(metric, values[metric]) for metric in metrics)]

@@ -167,9 +167,8 @@ def insert(
                 inject(module, config, name, Start(empty=True))
             set_origin(module, name, info)
             _fill(module, component, name, tensors)
-            if (
-                rank is not None
-            ):  # before it is active: the whole adapter may be more than a prepared model has room for
+            if rank is not None:
+                # Before it is active: the whole adapter may be more than a prepared model has room for.
                 cut_rank({component: module}, name, rank)
             set_active(module, [*before, name] if activate else before)
             for layer in nora_layers(module, name).values():

@@ -46,6 +46,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
 
 
+def lowered(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Autocast to ``dtype`` if that is fp16 or bf16; else a context that does nothing."""
+    lower = dtype in (torch.float16, torch.bfloat16)
+    return torch.autocast(device.type, dtype if lower else None, enabled=lower)
+
+
 @contextmanager
 def in_fp32(module: nn.Module) -> Iterator[None]:
     """Run a module in fp32, then restore its dtype (SDXL's VAE overflows in fp16)."""

@@ -47,21 +47,18 @@ class LazyTeacher:
 
 def lessons(args: argparse.Namespace, teacher: Teacher) -> list[Row]:
     """All rows of the comparison; with ``--rates auto`` the rates of a method follow from its rows so far."""
-    base, automatic = base_hash(args.weights), args.rates == [AUTO]
+    base = base_hash(args.weights)
 
-    def tasks(method: str, rates: Sequence[float]) -> list[Task]:
-        return all_tasks([method], rates, args.seeds, args.subjects, args.max_train_steps, args.mixed_precision)
+    def tasks(methods: Sequence[str], rates: Sequence[float]) -> list[Task]:
+        return all_tasks(methods, rates, args.seeds, args.subjects, args.max_train_steps, args.mixed_precision)
 
-    if not automatic:
-        todo = all_tasks(
-            args.methods, rates_of(args.rates), args.seeds, args.subjects, args.max_train_steps, args.mixed_precision
-        )
-        return compare(base, todo, args.out, teacher, args.at_once)
+    if args.rates != [AUTO]:
+        return compare(base, tasks(args.methods, rates_of(args.rates)), args.out, teacher, args.at_once)
     rows: list[Row] = []
-    todo = [task for method in args.methods for task in tasks(method, next_rates([], method))]
+    todo = [task for method in args.methods for task in tasks([method], next_rates([], method))]
     while todo:
         rows += compare(base, todo, args.out, teacher, args.at_once)
-        todo = [task for m in args.methods if is_trained(m) for task in tasks(m, next_rates(rows, m))]
+        todo = [task for m in args.methods if is_trained(m) for task in tasks([m], next_rates(rows, m))]
     return rows
 
 

@@ -18,8 +18,6 @@ from ..measures.teaching import Lesson, Student, new_scenes
 
 SHARES = ("subject_right", "background_right", "both_right")
 SCORES = ("heldout_loss", "subject_score", "prompt_score")
-DIGITS = {"heldout_loss": 4}
-"""Decimals of a measurement in tables, if not 3."""
 Row = dict[str, Any]
 """A line of ``lessons.jsonl``: key, task and measurements."""
 

@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Sequence
 
 from ...scoring.metrics import interval, resampled
+from ...training.measuring.selection import digits
 from ..measures.methods import is_trained
-from .lessons import DIGITS, SCORES, SHARES, Row, title
+from .lessons import SCORES, SHARES, Row, title
 from .rates import at_best_rate
 
 MEASURES = (*SHARES, *SCORES)
@@ -44,9 +45,9 @@ def _mean(group: Sequence[Row], name: str) -> str:
     by_seed: dict[int, list[float]] = {}
     for row in group:
         by_seed.setdefault(row["seed"], []).append(row[name])
-    means, digits = [statistics.fmean(values) for values in by_seed.values()], DIGITS.get(name, 3)
-    deviation = f" ± {statistics.stdev(means):.{digits}f}" if len(means) > 1 else ""
-    return f"{statistics.fmean(means):.{digits}f}{deviation}"
+    means, places = [statistics.fmean(values) for values in by_seed.values()], digits(name)
+    deviation = f" ± {statistics.stdev(means):.{places}f}" if len(means) > 1 else ""
+    return f"{statistics.fmean(means):.{places}f}{deviation}"
 
 
 def table_at_best_rate(rows: Sequence[Row]) -> str:
@@ -57,7 +58,7 @@ def table_at_best_rate(rows: Sequence[Row]) -> str:
     for method in methods:
         own = at_best_rate(rows, method)
         rates = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in own}))
-        means = [f"{statistics.fmean(row[n] for row in own):.{DIGITS.get(n, 3)}f}" for n in MEASURES]
+        means = [f"{statistics.fmean(row[n] for row in own):.{digits(n)}f}" for n in MEASURES]
         gaps = [difference(rows, method, methods[0], n) if method != methods[0] else "" for n in PAIRED]
         lines.append(_line(method, rates, f"{own[0]['trained_numbers']:,}", *means, *gaps))
     return "\n".join(lines)
@@ -72,8 +73,8 @@ def difference(rows: Sequence[Row], method: str, other: str, name: str) -> str:
     for i, row in enumerate(own):
         by_subject.setdefault(row["subject"], []).append(i)
     low, high = interval(gaps, resampled(by_subject))
-    digits = DIGITS.get(name, 3)
-    return f"{statistics.fmean(gaps):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    places = digits(name)
+    return f"{statistics.fmean(gaps):+.{places}f} [{low:+.{places}f}, {high:+.{places}f}]"
 
 
 def report(rows: Sequence[Row]) -> str:

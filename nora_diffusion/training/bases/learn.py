@@ -19,7 +19,7 @@ from ...formats.keys import factors_by_projection
 from ...generation.settings import check_range
 from ...io.files import write_atomic
 from ...loaders import add_adapter, delete_adapter, save_adapter, trainable_parameters
-from ...pipelines.base import BaseSource, is_embedded
+from ...pipelines.base import is_embedded
 from ...pipelines.components import canonical, targets_by_component
 from ..planning.adapter import adapted_components, adapter_config, add_seeded_adapter
 from ..settings.config import TrainConfig
@@ -129,8 +129,7 @@ def _cost(config: LearnConfig, shop: Workshop, missing: Sequence[PseudoSubject])
 
 def _write(config: LearnConfig, shop: Workshop, subjects: Sequence[PseudoSubject], out: Path) -> Path:
     run = shop.config
-    source = BaseSource(run.pretrained_model_name_or_path, None, "auto", run.variant, run.revision)
-    pipe = source.open()
+    pipe = shop.source.open()
     components = adapted_components(run, pipe)
     adapter = nora(r=config.rank, inner_r=1, basis="learned", target_modules=adapter_config(run).target_modules)
     with torch.random.fork_rng(devices=[]):

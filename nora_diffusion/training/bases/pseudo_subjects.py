@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...data.captions import with_article
 from ...errors import UserError
 from ...formats.adapter_file import FILE_NAME
 from ...generation.image_settings import save_image
@@ -19,6 +20,7 @@ from ...generation.sampling import describe_image, sample_images
 from ...generation.settings import Sampling
 from ...io.files import write_atomic
 from ...io.run_layout import LOG
+from ...io.untrusted import NOT_TEXT
 from ...pipelines.base import BaseSource
 from ..many.subjects import train_subjects
 from ..settings.config import TrainConfig
@@ -39,15 +41,13 @@ class PseudoSubject:
 
     def prompt(self, number: int) -> str:
         """The prompt of an image."""
-        return f"{_with_article(self.known.phrase)}{_place(number)}"
+        phrase = self.known.phrase
+        named = phrase if phrase.startswith(("a ", "an ", "the ")) else with_article(phrase)
+        return f"{named}{_place(number)}"
 
     def caption(self, number: int) -> str:
         """The caption of an image in training."""
         return f"a {TRIGGER} {self.known.class_word}{_place(number)}"
-
-
-def _with_article(phrase: str) -> str:
-    return phrase if phrase.startswith(("a ", "an ", "the ")) else f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def _place(number: int) -> str:
@@ -66,9 +66,15 @@ class Workshop:
     """The working folder: images and finished adapters of pseudo-subjects. ``config``: the settings of all runs."""
 
     def __init__(self, folder: Path, config: TrainConfig, images: int) -> None:
-        if not is_unicode(str(folder)):
+        if NOT_TEXT.search(str(folder)):
             raise UserError(f"{folder} is not a UTF-8 name, which the list of its images needs: choose another folder")
         self.folder, self.config, self.images = folder, config, images
+
+    @property
+    def source(self) -> BaseSource:
+        """The base."""
+        config = self.config
+        return BaseSource(config.pretrained_model_name_or_path, None, "auto", config.variant, config.revision)
 
     def adapter(self, subject: PseudoSubject) -> Path:
         """The file of a finished pseudo-subject."""
@@ -83,10 +89,8 @@ class Workshop:
         todo = [(s, n) for s in subjects for n in range(self.images) if not self._image(s, n).exists()]
         if not todo:
             return 0.0
-        config = self.config
-        source = BaseSource(config.pretrained_model_name_or_path, None, "auto", config.variant, config.revision)
-        pipe = source.open()
-        sampling = Sampling.for_base(source.base, config.sample_steps, config.sample_guidance)
+        pipe = self.source.open()
+        sampling = Sampling.for_base(self.source.base, self.config.sample_steps, self.config.sample_guidance)
         started = time.monotonic()
         for subject, number in todo:
             prompt, seed = subject.prompt(number), derive(subject.seed, "image", str(number))
@@ -102,14 +106,14 @@ class Workshop:
 
     def probe(self, subject: PseudoSubject) -> float:
         """The seconds of a training step, measured in a run of a few steps that is deleted."""
-        self._train([subject], self.config.train_batch_size, PROBE_STEPS)
+        self._train([subject], PROBE_STEPS)
         lines = (self._runs / subject.name / LOG).read_text(encoding="utf-8").splitlines()
         shutil.rmtree(self._runs)
         return float(json.loads(lines[-1])["seconds"])
 
     def train(self, subjects: Sequence[PseudoSubject]) -> None:
         """Train these pseudo-subjects together and keep their adapters. Raises as :func:`train_subjects`."""
-        self._train(subjects, self.config.train_batch_size, self.config.max_train_steps)
+        self._train(subjects, self.config.max_train_steps)
         for subject in subjects:
             (self._runs / subject.name / FILE_NAME).replace(self.adapter(subject))
         shutil.rmtree(self._runs)
@@ -126,7 +130,7 @@ class Workshop:
             class_word=subject.known.class_word,
         )  # fmt: skip
 
-    def _train(self, subjects: Sequence[PseudoSubject], batch_size: int | None, steps: int | None) -> None:
+    def _train(self, subjects: Sequence[PseudoSubject], steps: int | None) -> None:
         own = ("instance_data_dir", "seed", "use_captions", "instance_prompt", "trigger", "class_word")
         configs = {subject.name: self.run_config(subject) for subject in subjects}
         entries = [{"name": name, **{key: getattr(config, key) for key in own}} for name, config in configs.items()]
@@ -134,15 +138,10 @@ class Workshop:
         write_atomic(listing, json.dumps(entries))  # JSON is YAML
         shared = replace(
             self.config, subjects=str(listing), output_dir=str(self._runs), overwrite_output_dir=True,
-            train_batch_size=batch_size, max_train_steps=steps,
+            max_train_steps=steps,
         )  # fmt: skip
         with _quiet():
             train_subjects(shared)
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text has no bytes that are not UTF-8, as names of files may have."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ same photos, ``output_dir``, working directory and installed packages.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
@@ -17,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError, explanation, first_line, last_line
-from ...io.run_layout import STATE
-from ...io.untrusted import parse_json
+from ..planning.rundir import read_state
 from ..settings.config import TrainConfig
 from ..settings.listing import read_subjects
 from ..signals import Interrupted, StopRequests
@@ -166,10 +164,7 @@ class Table:
 
     def state(self, name: str) -> dict[str, Any]:
         """The content of a subject's ``state.json``; empty if it cannot be read."""
-        with contextlib.suppress(OSError, ValueError):
-            if isinstance(state := parse_json((self.folder / name / STATE).read_bytes()), dict):
-                return state
-        return {}
+        return read_state(self.folder / name)
 
     def step(self, name: str) -> int:
         """The number of steps that a subject has trained."""

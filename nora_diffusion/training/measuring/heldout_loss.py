@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...data import SourceImage
 from ...data.transforms import Transform
-from ...pipelines.precision import keeping_dtype
+from ...pipelines.precision import in_fp32, lowered
 from ..data.dataset import views_of
 from ..data.encoding_cache import EncodingCache
 from ..data.latents import encode_images
@@ -75,8 +75,7 @@ def encode_photos(
     Encoded in fp32, since SDXL's VAE overflows in fp16.
     """
     plain = replace(transform, crop="center", crops=1, flip=False)
-    with keeping_dtype(pipe.vae):
-        nn.Module.to(pipe.vae, torch.float32)
+    with in_fp32(pipe.vae):
         encoded = encode_images(pipe.vae, photos, views_of(plain, photos, seed=0), cache=cache)
     latents = [(mean - encoded.shift) * encoded.factor for mean in encoded.mean]
     return HeldOutPhotos(latents, [photo.sha256 for photo in photos])
@@ -125,12 +124,6 @@ def heldout_losses(
             for (p, k), loss in zip(rows, found, strict=True):
                 losses[p, k] = loss
     return losses
-
-
-def lowered(dtype: torch.dtype, device: torch.device) -> torch.autocast:
-    """Autocast to ``dtype`` if that is fp16 or bf16; else a context that does nothing."""
-    lower = dtype in (torch.float16, torch.bfloat16)
-    return torch.autocast(device.type, dtype if lower else None, enabled=lower)
 
 
 def _noise(photos: HeldOutPhotos, photo: int, t: int) -> Tensor:

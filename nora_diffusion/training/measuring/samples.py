@@ -20,7 +20,7 @@ from ...generation.settings import MAX_SEED, Sampling
 from ...io.files import locked_folder
 from ...io.run_layout import image_name
 from ...pipelines.components import denoiser
-from ...pipelines.precision import MIXED_DTYPES
+from ...pipelines.precision import MIXED_DTYPES, lowered
 from ..data.class_images import read_class_images
 from ..data.subject import class_folder
 from ..settings.resolved import ResolvedConfig
@@ -80,8 +80,7 @@ def sample(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, autocast: torch.dtype
 ) -> list[Image.Image]:
     """Generate an image per prompt with the pipeline and its active adapters; train or eval mode is restored after."""
-    device, enabled = denoiser(pipe).device.type, autocast != torch.float32
-    context = torch.autocast(device, autocast if enabled else None, enabled=enabled)
+    context = lowered(autocast, denoiser(pipe).device)
     with evaluating(pipe), torch.no_grad(), _decoding_precisely(pipe.vae), context:
         return sample_images(pipe, prompts, seeds, sampling)
 

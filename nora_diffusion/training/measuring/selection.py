@@ -24,6 +24,11 @@ MIN_RANGE = 0.02
 """Scores are cosines: if a score changes by less than this over a whole run, its changes are noise."""
 
 
+def digits(name: str) -> int:
+    """Decimals of a score in tables."""
+    return 4 if name == LOSS else 3
+
+
 @dataclass(frozen=True)
 class Point:
     """Scores after ``step`` optimizer steps; step 0 is the base without the adapter."""

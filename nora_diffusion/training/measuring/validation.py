@@ -37,7 +37,7 @@ from ..settings.resolved import ResolvedConfig
 from ..step.randomness import forked
 from ..step.seeds import derive
 from .samples import generate_images, sample_settings
-from .selection import NAMES, Point, choose, front, stalled
+from .selection import LOSS, NAMES, Point, choose, front, stalled
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +80,8 @@ def plan_measure(config: ResolvedConfig, subject: Subject, device: torch.device)
     if not is_measured(config):
         return None
     held_out, captions = _held_out(config, subject)
-    is_judged = judges_images(config) or not any(held_out)
-    if not any(held_out) and config.judge is None and not judges_images(config):
+    is_judged = judges_images(config)
+    if not is_judged and not any(held_out):
         raise UserError(
             "validation needs held-out photos, --validation_split 2 or --validation_data_dir, or a judge of generated "
             "images, for example --judge openai/clip-vit-base-patch32"
@@ -162,7 +162,7 @@ def prompts_of(config: TrainConfig, subject: Subject) -> tuple[list[str], list[s
 def _point(values: Any) -> Point:
     """A point of ``validation.json``. Raises ``ValueError``, ``KeyError`` or ``TypeError`` if it is damaged."""
     scores = conform(values["scores"], dict[str, float], "scores", MAX_SCORE)
-    if not scores.keys() & {"clip_i", "heldout_loss"} or scores.keys() - NAMES.keys():
+    if not scores.keys() & {"clip_i", LOSS} or scores.keys() - NAMES.keys():
         raise ValueError("unknown scores")
     return Point(conform(values["step"], int, "step", 2**63), scores)
 
@@ -221,7 +221,7 @@ class Validation:
         return point
 
     def _scores(self, step: int) -> dict[str, float]:
-        scores = {} if self.heldout_loss is None else {"heldout_loss": self.heldout_loss()}
+        scores = {} if self.heldout_loss is None else {LOSS: self.heldout_loss()}
         if self.measure.judges:
             scores |= self._scores_of_images(step)
         return {name: round(value, 6) for name, value in scores.items()}

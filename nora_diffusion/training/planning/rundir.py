@@ -140,9 +140,7 @@ class RunFolder:
 
     def _read_earlier(self) -> None:
         """Read the state of an earlier run; warn if it was killed: its lock is free, but it says that it is running."""
-        with contextlib.suppress(OSError, ValueError):
-            before = parse_json((self.path / STATE).read_bytes())
-            self._earlier = before if isinstance(before, dict) else {}
+        self._earlier = read_state(self.path)
         if self._earlier.get("status") in ("starting", "training", "saving"):
             log.warning(
                 "the earlier run in %s was killed at step %s, probably because it ran out of memory (use a smaller "
@@ -241,6 +239,15 @@ class RunFolder:
             if not self._warned:
                 log.warning("state.json cannot be written, so the app shows no progress: %s", error.strerror)
             self._warned = True
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The content of a run's ``state.json``; empty if it cannot be read."""
+    try:
+        state = parse_json((folder / STATE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 class RunLog:

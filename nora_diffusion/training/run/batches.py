@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ...pipelines.components import components, without_adapters
-from ..measuring.heldout_loss import lowered
+from ...pipelines.precision import lowered
 from ..step.denoiser import TextEmbeddings, predict
 from ..step.noise import draw_noise, draw_timesteps
 from ..step.randomness import balanced_indices, batch_indices, generator, owned_indices, shuffled_indices

@@ -15,7 +15,7 @@ from ...pipelines.base import base_id
 from ...reports import webpage
 from ...reports.plots import line_chart
 from ..measuring.samples import sample_seed
-from ..measuring.selection import DIRECTIONS, LOSS, NAMES, Point, front, is_judged, reason, verdicts
+from ..measuring.selection import DIRECTIONS, NAMES, Point, digits, front, is_judged, reason, verdicts
 from .outcome import Outcome
 from .run import Run
 
@@ -101,7 +101,7 @@ def _table(points: Sequence[Point], kept: int, last: int) -> str:
         notes += ["kept"] if point.step == kept else []
         notes += ["last"] if point.step == last else []
         notes += ["Pareto front"] if point.step in best else []
-        scores = [f"{point.scores[name]:.{4 if name == LOSS else 3}f}" for name in names]
+        scores = [f"{point.scores[name]:.{digits(name)}f}" for name in names]
         verdict = found.get(point.step)
         gains = [f"{verdict.gain:.0%}", f"{verdict.cost:.2f}"] if verdict else []
         rows.append([str(point.step), *scores, *gains, ", ".join(notes)])

@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...formats.adapter_file import FILE_NAME, inspect_adapter
+from ...formats.adapter_file import inspect_adapter
 from ...io.files import write_atomic
-from ...io.run_layout import MEASURED, STATE
+from ...io.run_layout import MEASURED
 from ...io.untrusted import parse_json
 from ...reports.plots import line_chart
 from ...reports.webpage import heading, page, table
 from ...versions import versions
-from ..planning.rundir import RunFolder
+from ..planning.rundir import RunFolder, read_state
 from .cells import Cell
 
 FORMAT, VERSION = "nora_diffusion.results", 1
@@ -43,20 +43,16 @@ class Row:
 def read_row(cell: Cell, out: Path) -> Row | None:
     """The row of a cell; ``None`` if it is not finished."""
     folder = RunFolder(out / cell.name)
-    try:
-        state = parse_json((folder.path / STATE).read_bytes())
-    except (OSError, ValueError):
+    state = read_state(folder.path)
+    if state.get("status") != "done" or not folder.adapter.exists():
         return None
-    if not isinstance(state, dict) or state.get("status") != "done" or not folder.adapter.exists():
-        return None
-    info = inspect_adapter(folder.path / FILE_NAME)
-    steps = folder.steps()
-    recent = [loss for _, loss, _ in steps[-20:]]
-    scores = {"training_loss": statistics.fmean(recent)} if recent else {}
+    info = inspect_adapter(folder.adapter)
+    loss = state.get("loss")
+    scores = {"training_loss": loss} if isinstance(loss, float) else {}
     scores |= _validation(folder.path, info.step)
     return Row(
         dict(cell.labels), dict(cell.settings), info.sha256, info.base, info.step, info.trained_parameters,
-        folder.adapter.stat().st_size, round(sum(row[2] for row in steps), 3), scores,
+        info.bytes, round(sum(seconds for _, _, seconds in folder.steps()), 3), scores,
     )  # fmt: skip
 
 
@@ -92,8 +88,9 @@ def report(name: str, rows: Sequence[Row]) -> str:
 def means(rows: Sequence[Row]) -> dict[tuple[str, ...], dict[str, float]]:
     """The mean of each score by the labels of all axes but ``subject`` and ``seed``."""
     groups: dict[tuple[str, ...], list[Row]] = {}
+    axes = _axes(rows)
     for row in rows:
-        groups.setdefault(tuple(row.labels[axis] for axis in _axes(rows)), []).append(row)
+        groups.setdefault(tuple(row.labels[axis] for axis in axes), []).append(row)
     return {labels: _mean_scores(group) for labels, group in groups.items()}
 
 
@@ -132,14 +129,14 @@ def _number(value: float | None) -> str:
 
 def _charts(rows: Sequence[Row]) -> list[str]:
     """A plot of each score over each axis of positive numbers, with a line for each value of the other axes."""
-    axes = _axes(rows)
+    axes, found = _axes(rows), means(rows)
     charts = []
     for position, axis in enumerate(axes):
         if len({row.labels[axis] for row in rows}) < 2 or not all(_positive(row.labels[axis]) for row in rows):
             continue
         for name in _scores(rows):
             lines: dict[str, list[tuple[float, float]]] = {}
-            for labels, scores in means(rows).items():
+            for labels, scores in found.items():
                 if name in scores:
                     others = ", ".join(label for i, label in enumerate(labels) if i != position)
                     lines.setdefault(others, []).append((float(labels[position]), scores[name]))

@@ -16,32 +16,33 @@ from ...io.files import write_atomic
 from ..many.cluster import train_group, train_on_cluster
 from ..many.subjects import train_subjects
 from ..settings.config import TrainConfig, tagged
-from .cells import Cell, read_cells
+from .cells import Cell
 
 LISTS = "cells"
 
 
 def run_sweep(
-    path: Path, out: Path, *, workers: int = 1, at_once: int = 1, engine: str = "local", address: str | None = None
-) -> list[str]:
-    """Train every cell of the sweep ``path`` in ``out/NAME``, as ``train --subjects`` does; return what failed.
+    cells: Sequence[Cell], out: Path, *, workers: int = 1, at_once: int = 1, engine: str = "local",
+    address: str | None = None,
+) -> list[str]:  # fmt: skip
+    """Train every cell of a sweep in ``out/NAME``, as ``train --subjects`` does; return what failed.
 
     Finished cells are not trained again, and interrupted ones go on from their last checkpoint. A cell that fails does
     not stop the others. ``workers``: processes on this machine. ``at_once``: cells in one process or task; those with
     the same base share its forward passes. ``engine="ray"``: tasks of the cluster at ``address``.
 
-    Raises :class:`UserError` for an invalid file, before anything is trained.
+    Raises :class:`UserError` for a cell with an invalid setting, before anything is trained.
     """
-    configs = [_config(cells, out, number) for number, cells in enumerate(_groups(read_cells(path)))]
-    for config, cells in configs:
-        _write_list(Path(config.subjects or ""), cells)
+    configs = [_config(cells, out, number) for number, cells in enumerate(_groups(cells))]
+    for config, group in configs:
+        _write_list(Path(config.subjects or ""), group)
     if engine == "ray":
-        on_cluster = [_resuming(config, [cell.name for cell in cells]) for config, cells in configs]
+        on_cluster = [_resuming(config, [cell.name for cell in group]) for config, group in configs]
         return [error for config in on_cluster for error in _on_cluster(config, at_once, address)]
     tasks = [
         (_resuming(config, chunk), chunk)
-        for config, cells in configs
-        for chunk in _chunks([cell.name for cell in cells], at_once)
+        for config, group in configs
+        for chunk in _chunks([cell.name for cell in group], at_once)
     ]
     return [error for error in _locally(tasks, workers) if error]
 
@@ -65,11 +66,7 @@ def _config(cells: Sequence[Cell], out: Path, number: int) -> tuple[TrainConfig,
             TrainConfig.from_mapping(cell.settings)
         except UserError as error:
             raise UserError(f"{cell.name}: {error}") from error
-    place = {
-        "subjects": str(out / LISTS / f"{number}.yaml"),
-        "output_dir": str(out),
-        "resume_from_checkpoint": "latest",
-    }
+    place = {"subjects": str(out / LISTS / f"{number}.yaml"), "output_dir": str(out)}
     return TrainConfig.from_mapping({**_shared(cells[0]), **place}), cells
 
 

@@ -109,7 +109,7 @@ def test_missing_cells_are_trained_and_finished_ones_are_kept(
 def test_a_failing_cell_does_not_stop_the_others(sweep: Path, tmp_path: Path) -> None:
     (tmp_path / "cat" / "0.png").write_bytes(b"not an image")
     cells = read_cells(sweep)
-    errors = run_sweep(sweep, tmp_path / "out", at_once=2)
+    errors = run_sweep(cells, tmp_path / "out", at_once=2)
     rows = write_results("sweep", cells, tmp_path / "out")
     assert errors and all("cat" in error for error in errors)
     assert {row.labels["subject"] for row in rows} == {"dog"} and len(rows) == 2
@@ -119,7 +119,7 @@ def test_a_failing_cell_does_not_stop_the_others(sweep: Path, tmp_path: Path) ->
 @pytest.mark.slow
 def test_processes_train_the_same_adapters(sweep: Path, tmp_path: Path) -> None:
     for out, workers in (("one", 1), ("two", 2)):
-        assert run_sweep(sweep, tmp_path / out, workers=workers) == []
+        assert run_sweep(read_cells(sweep), tmp_path / out, workers=workers) == []
     for cell in read_cells(sweep):
         file = f"{cell.name}/nora_adapter.safetensors"
         assert_equal_tensors(tmp_path / "one" / file, tmp_path / "two" / file)
