@@ -12,7 +12,7 @@ from torch import nn
 
 from ..adapters import NoraLayer
 from ..adapters.tuner.guards import unguard
-from ..adapters.tuner.peft_interface import check_weight
+from ..adapters.tuner.peft_interface import check_weight, set_active_names
 from ..errors import UserError, quoted
 from ..pipelines.components import Modules, adapter_configs, components, refuse_serving, tuner_layers
 from ..pipelines.router_inputs import connect
@@ -38,9 +38,7 @@ def held(layer: BaseTunerLayer) -> set[str]:
 def set_active(module: nn.Module, names: Sequence[str]) -> None:
     """Make exactly these adapters active; ``requires_grad`` of adapter parameters stays as it is."""
     for layer in tuner_layers(module):
-        layer._active_adapter = list(names)  # PEFT's `set_adapter` would also set requires_grad
-        if isinstance(layer, NoraLayer):
-            layer.refresh()
+        set_active_names(layer, names)
 
 
 @contextmanager

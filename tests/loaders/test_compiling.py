@@ -245,3 +245,12 @@ def test_the_preparation_can_be_removed(pipe: Any, files: Path) -> None:
     torch.testing.assert_close(output(pipe), adapted)
     delete_adapter(pipe, "cat")
     assert kinds(pipe.unet) == bare and torch.equal(output(pipe), before)
+
+
+def test_a_lora_that_diffusers_loads_is_alone_active(tiny_base: Path, files: Path) -> None:
+    pipe, plain = open_pipeline(tiny_base), open_pipeline(tiny_base)
+    prepare_for_compile(pipe, 16, BOTH)
+    for one in (pipe, plain):
+        load_adapter(one, files / "dog", "dog")
+        one.load_lora_weights(str(files / "plain.safetensors"), adapter_name="plain")
+    same(pipe, plain)

@@ -25,6 +25,7 @@ from torch import nn
 
 from ...errors import UserError
 from ..deltas.tokens import LearnedEmbedding
+from .peft_interface import set_active_names
 
 FUSE = "fuse_qkv_projections"
 SAVE = "save_pretrained"
@@ -89,7 +90,7 @@ class LoadGuard:
         if added := [name for name in self._names() if name not in before]:
             for layer in self.model.modules():
                 if isinstance(layer, BaseTunerLayer):
-                    layer._active_adapter = list(added)  # PEFT's `set_adapter` would also set requires_grad
+                    set_active_names(layer, added)
         return result
 
     def _names(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from numbers import Real
 from typing import Any, Protocol, cast
@@ -226,6 +226,16 @@ def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     for child in module._modules.values():
         if child is not None:
             yield from _parameters(child)
+
+
+def set_active_names(layer: BaseTunerLayer, names: Sequence[str]) -> None:
+    """Make exactly these adapters of a tuner layer of any method active.
+
+    ``requires_grad`` of their parameters stays as it is, which PEFT's ``set_adapter`` would set too.
+    """
+    layer._active_adapter = list(names)
+    if isinstance(layer, PeftInterface):
+        layer.refresh()
 
 
 def move_filled(delta: nn.Module, device: torch.device) -> None:
