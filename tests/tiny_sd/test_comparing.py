@@ -16,6 +16,7 @@ from PIL import Image
 
 from nora_diffusion import UserError
 from nora_diffusion.pipelines.base import EMBEDDED_WEIGHTS
+from nora_diffusion.results.files import read_results
 from nora_diffusion.tiny_sd.comparing import command, lessons
 from nora_diffusion.tiny_sd.comparing.curves import page
 from nora_diffusion.tiny_sd.comparing.lessons import Task, all_tasks, base_hash, compare
@@ -240,6 +241,10 @@ def test_the_command_prints_and_writes_the_report(
     assert text in capsys.readouterr().out and "4 subjects, 2 seeds" in text
     assert all(f"| {method} |" in text for method in command.DEFAULT_METHODS)
     assert (tmp_path / "out/curves.html").is_file()
+    results = read_results(tmp_path / "out/results.json")
+    assert len(results.rows) == 4 * 2 * len(command.DEFAULT_METHODS) and results.methods["nora"]["method"] == "nora"
+    assert {*results.scores} == {*lessons.SHARES, *lessons.SCORES} and results.rows[0].scores["heldout_loss"] == 0.06
+    assert {*results.data["six images"]} == {*TAUGHT_SUBJECTS} and str(tmp_path) not in results.command
     for wrong in (["--weights", str(tmp_path)], ["--methods", "loha"], ["--rates", "auto", "1e-3"], ["--at_once", "0"]):
         assert command.main(["--weights", str(weights), "--out", str(tmp_path / "other"), *wrong], Teacher()) == 2
 

@@ -15,6 +15,8 @@ from ...io.files import write_atomic
 from ...pipelines.base import EMBEDDED_WEIGHTS
 from ...pipelines.precision import best_precision
 from ...quiet import hide_known_warnings
+from ...results.files import write_results
+from ...results.machine import command_text
 from ...training.signals import Interrupted
 from ..measures.methods import METHODS, is_trained, method_settings
 from ..measures.teaching import TAUGHT_SUBJECTS, Lesson, Student, cached_probes
@@ -22,6 +24,7 @@ from ..world.vocabulary import SUBJECTS
 from .curves import page
 from .lessons import Row, Task, Teacher, all_tasks, base_hash, compare
 from .rates import next_rates
+from .results import as_results
 from .tables import report
 
 DEFAULT_METHODS = ("base", "nora", "lora", "lora_r2")
@@ -92,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="precision of training and images (default here: %(default)s)")  # fmt: skip
     parser.add_argument("--weights", type=Path, default=EMBEDDED_WEIGHTS, help="folder of the base (default: shipped)")
     parser.add_argument("--out", type=Path, default=Path("outputs/comparing"),
-                        help="folder for lessons.jsonl, report.md and pictures/ (default: %(default)s)")  # fmt: skip
+                        help="folder for lessons, results.json, report.md and pictures (default: %(default)s)")  # fmt: skip
     return parser
 
 
@@ -110,8 +113,10 @@ def main(argv: Sequence[str] | None = None, teacher: Teacher | None = None) -> i
         text = report(rows)
         write_atomic(args.out / "report.md", text)
         write_atomic(args.out / "curves.html", page(rows))
+        command = command_text("python -m nora_diffusion.tiny_sd.comparing", sys.argv[1:] if argv is None else argv)
+        write_results(as_results(rows, args.weights, command, args.out.resolve().name), args.out / "results.json")
     except (Interrupted, KeyboardInterrupt) as stop:
         print("Stopped. Finished lessons are saved; run the same command again to continue.", file=sys.stderr)
         return stop.exit_code if isinstance(stop, Interrupted) else 128 + stop_signal(stop)
-    print(f"\n{text}\nWrote {args.out / 'report.md'} and curves.html. All measurements are in lessons.jsonl.")
+    print(f"\n{text}\nWrote {args.out / 'report.md'}, curves.html and results.json (see docs/benchmark.md).")
     return 0

