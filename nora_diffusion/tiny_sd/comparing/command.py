@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="precision of training and images (default here: %(default)s)")  # fmt: skip
     parser.add_argument("--weights", type=Path, default=EMBEDDED_WEIGHTS, help="folder of the base (default: shipped)")
     parser.add_argument("--out", type=Path, default=Path("outputs/comparing"),
-                        help="folder for lessons, results.json, report.md and pictures (default: %(default)s)")  # fmt: skip
+                        help="folder for lessons, results, report and pictures (default: %(default)s)")  # fmt: skip
     return parser
 
 

