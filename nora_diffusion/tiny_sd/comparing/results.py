@@ -72,7 +72,7 @@ def _drawn(scenes: Sequence[Scene]) -> schema.Images:
 
 
 def judges(weights: Path) -> dict[str, str]:
-    """The hashes of the base's own judge and of what the independent probes are fitted to, where these are installed."""
+    """The hashes of the base's own judge, and of what the independent probes are fitted to if they are installed."""
     files = {file.name: sha256(file) for file in sorted((weights / "judge").glob("*.safetensors"))}
     return {"clip": schema.digest(files), **_probes()}
 
