@@ -13,7 +13,23 @@ from ..errors import UserError, program
 from ..quiet import hide_known_warnings
 from ..training.settings.arguments import with_underscores
 from ..training.settings.values import unknown_argument
-from . import app, basis, data, demo, evaluate, export, generate, grid, import_, inspect, methods, mix, pack, sweep
+from . import (
+    app,
+    basis,
+    data,
+    demo,
+    evaluate,
+    export,
+    generate,
+    grid,
+    import_,
+    inspect,
+    leaderboard,
+    methods,
+    mix,
+    pack,
+    sweep,
+)
 
 COMMANDS = {
     "app": app,
@@ -22,6 +38,7 @@ COMMANDS = {
     "data": data,
     "evaluate": evaluate,
     "sweep": sweep,
+    "leaderboard": leaderboard,
     "inspect": inspect,
     "methods": methods,
     "mix": mix,

@@ -48,8 +48,9 @@ class Row:
     """One adapter of one subject, measured.
 
     ``method``: a key of :attr:`Results.methods`. ``task``: a key of :attr:`Results.data`. ``rate``: the learning rate,
-    ``None`` for the base alone. ``bytes``: of the adapter's file. ``seconds``: see :class:`Machine`. ``scores``: of
-    :attr:`Results.scores`; infinite if the training diverged, only where lower is better. ``error``: why it failed.
+    ``None`` for the base alone, or if it is unknown. ``bytes``: of the adapter's file. ``seconds``: see
+    :class:`Machine`. ``scores``: of :attr:`Results.scores`; infinite if the training diverged, only where lower is
+    better. ``error``: why it failed.
     """
 
     method: str
@@ -63,6 +64,11 @@ class Row:
     seconds: float
     scores: dict[str, float]
     error: str = ""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is an adapter; otherwise it is the base alone."""
+        return self.rate is not None or self.trained_parameters > 0
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -130,7 +136,7 @@ def _row_problems(row: Row, results: Results) -> Iterator[str]:
     if row.subject not in results.data.get(row.task, {}):
         yield f"of the subject {row.subject!r} in the task {row.task!r}, which data does not have"
     if row.rate is not None and row.rate <= 0:
-        yield f"with the learning rate {row.rate:g}: it must be above 0, or null for the base alone"
+        yield f"with the learning rate {row.rate:g}: it must be above 0, or null if there is none"
     for name in ("seed", "steps", "trained_parameters", "bytes", "seconds"):
         if getattr(row, name) < 0:
             yield f"with {name} below 0"

@@ -6,9 +6,12 @@ Features are unit vectors ``[n, d]`` (:mod:`.judges`), so a product is a cosine.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -54,3 +57,8 @@ def interval(values: Sequence[float], draws: Sequence[np.ndarray], level: float 
     means = np.array([array[rows].mean() for rows in draws])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def digits(name: str) -> int:
+    """Decimals of a score in tables; losses resolve smaller differences."""
+    return 4 if name.endswith("loss") else 3

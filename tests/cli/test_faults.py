@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import result_files
 import torch
 from factories import tiny_clip, write_photos
 from PIL import Image
@@ -34,6 +35,7 @@ from nora_diffusion.cli import COMMANDS, build_parser, main
 from nora_diffusion.formats.pack_writing import create_pack
 from nora_diffusion.io.tensor_file import TensorFile
 from nora_diffusion.loaders import trainable_parameters
+from nora_diffusion.results.files import write_results
 from nora_diffusion.training.settings.config import settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="names and signals of POSIX")]
@@ -57,6 +59,7 @@ CHEAP = {
     "pack extract": "pack extract pets.nora_pack.safetensors dog out/dog",
     "pack remove": "pack remove pets.nora_pack.safetensors third",
     "data": "data photos --out out/data --resolution 16",
+    "leaderboard": "leaderboard results.json --out out",
     "app": "app --library out/library --port 0",
 }
 WITH_BASE = {
@@ -101,6 +104,7 @@ def inputs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_adapter(pipe, folder / name, name, info={"trigger": "sks", "class_word": "dog"})
     create_pack(folder / "pets.nora_pack.safetensors", [str(folder / "dog"), str(folder / "third")])
     export_lora(folder / "hat", folder / "plain.safetensors")
+    write_results(result_files.example(), folder / "results.json")
     write_photos(folder / "photos", 2)
     (folder / "prompts.txt").write_text("{} on the beach\n")
     own = {"instance_data_dir": "photos", "instance_prompt": "a sks dog", "basis": "orthogonal", "inner_rank": "2"}

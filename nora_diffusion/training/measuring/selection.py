@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ...scoring.metrics import digits as digits
+
 LOSS = "heldout_loss"
 NAMES = {
     LOSS: "held-out loss",
@@ -22,11 +24,6 @@ MIN_GAIN = 0.8
 """A step can be chosen only if it has this share of the best gain in likeness over the base."""
 MIN_RANGE = 0.02
 """Scores are cosines: if a score changes by less than this over a whole run, its changes are noise."""
-
-
-def digits(name: str) -> int:
-    """Decimals of a score in tables."""
-    return 4 if name == LOSS else 3
 
 
 @dataclass(frozen=True)

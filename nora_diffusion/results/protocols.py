@@ -1,0 +1,105 @@
+"""Groups the rows of results files by protocol: only rows of one protocol can be compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..errors import UserError
+from .schema import Better, Results, Row
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Rows that can be compared: of the same base, judges, task, images and steps, measured the same way.
+
+    ``methods``: the settings of each method. ``sources``: the files.
+    """
+
+    task: str
+    steps: int
+    rows: Sequence[Row]
+    methods: dict[str, dict[str, Any]]
+    scores: dict[str, Better]
+    sources: Sequence[Results]
+
+    @property
+    def title(self) -> str:
+        """The protocol in words."""
+        first = self.sources[0]
+        return f"{first.protocol['name']} on {first.base.name}: {self.task}, {self.steps} steps"
+
+    @property
+    def criterion(self) -> str:
+        """The score by which rates are chosen and methods ranked: held-out loss, else the first that all rows have."""
+        common = [name for name in self.scores if all(name in row.scores for row in self.rows if row.is_trained)]
+        if not common:
+            raise UserError(f"{self.title}: the rows have no score in common, so that they cannot be ranked")
+        return "heldout_loss" if "heldout_loss" in common else common[0]
+
+    @property
+    def trained(self) -> list[str]:
+        """The methods that train something."""
+        return list(dict.fromkeys(row.method for row in self.rows if row.is_trained))
+
+    @property
+    def untrained(self) -> list[str]:
+        """The controls."""
+        return list(dict.fromkeys(row.method for row in self.rows if not row.is_trained))
+
+    def of(self, method: str) -> list[Row]:
+        """The rows of a method."""
+        return [row for row in self.rows if row.method == method]
+
+
+def protocols(files: Iterable[Results]) -> list[Protocol]:
+    """The protocols of all files, in the order of their first rows. A row that several files have counts once.
+
+    If two files give one name to methods of different settings, the later one is called ``name (file)``.
+    """
+    groups: dict[str, list[tuple[Results, str]]] = {}
+    for file in files:
+        for task in dict.fromkeys(row.task for row in file.rows):
+            groups.setdefault(_key(file, task), []).append((file, task))
+    return [found for group in groups.values() for found in _by_steps(group)]
+
+
+def _key(file: Results, task: str) -> str:
+    images = {
+        subject: {purpose: asdict(own) for purpose, own in purposes.items()}
+        for subject, purposes in file.data[task].items()
+    }
+    return json.dumps([file.protocol, file.base.fingerprint, file.judges, task, images], sort_keys=True)
+
+
+def _by_steps(group: Sequence[tuple[Results, str]]) -> list[Protocol]:
+    """A protocol for each number of steps. The base alone belongs to all of them."""
+    methods: dict[str, dict[str, Any]] = {}
+    rows: dict[tuple[Any, ...], Row] = {}
+    scores: dict[str, Better] = {}
+    for file, task in group:
+        names = _names(file, methods)
+        scores |= {name: better for name, better in file.scores.items() if name not in scores}
+        for row in file.rows:
+            if row.task == task:
+                named = replace(row, method=names[row.method])
+                rows.setdefault(named.identity, named)
+    task, sources = group[0][1], [file for file, _ in group]
+    steps = sorted({row.steps for row in rows.values() if row.is_trained}) or [0]
+    return [
+        Protocol(
+            task, count, [r for r in rows.values() if not r.is_trained or r.steps == count], methods, scores, sources
+        )
+        for count in steps
+    ]
+
+
+def _names(file: Results, methods: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The name of each method of a file among those of all files; adds the new ones to ``methods``."""
+    names = {}
+    for name, settings in file.methods.items():
+        names[name] = name if methods.get(name, settings) == settings else f"{name} ({file.name})"
+        methods.setdefault(names[name], settings)
+    return names

@@ -1,0 +1,144 @@
+"""What a leaderboard says of each method: its score at a rate chosen on other subjects, and paired differences."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ..scoring.metrics import interval, resampled
+from .protocols import Protocol
+from .schema import Row
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95% bootstrap interval: subjects are drawn, then rows of each. NaN ends if it is infinite."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A method in a protocol. ``rates``: the chosen ones. ``at_end``: one of them is the first or last tried."""
+
+    method: str
+    rows: Sequence[Row]
+    rates: Sequence[float]
+    at_end: bool
+    trained_parameters: int
+    bytes: int
+    seconds: float
+    scores: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The methods of a protocol that train something, the best first."""
+
+    protocol: Protocol
+    standings: Sequence[Standing]
+
+
+def rank(protocol: Protocol) -> Ranking:
+    """Rank the methods of a protocol by the means of its criterion."""
+    found = [_standing(protocol, method) for method in protocol.trained]
+    found.sort(key=lambda s: _sign(protocol, protocol.criterion) * s.scores[protocol.criterion].mean)
+    return Ranking(protocol, found)
+
+
+def control(protocol: Protocol, method: str) -> dict[str, Estimate]:
+    """The scores of the base alone."""
+    return _estimates(protocol, protocol.of(method))
+
+
+def _standing(protocol: Protocol, method: str) -> Standing:
+    rows = at_best_rate(protocol, method)
+    tried = sorted({row.rate for row in protocol.of(method) if row.rate is not None})
+    rates = sorted({row.rate for row in rows if row.rate is not None})
+    at_end = len(tried) > 1 and bool({tried[0], tried[-1]} & {*rates})
+    size = max(rows, key=lambda row: row.trained_parameters)  # 0 in a row whose training failed
+    seconds = statistics.median(row.seconds for row in rows)
+    return Standing(
+        method, rows, rates, at_end, size.trained_parameters, size.bytes, seconds, _estimates(protocol, rows)
+    )
+
+
+def at_best_rate(protocol: Protocol, method: str) -> list[Row]:
+    """The rows of a method, those of each subject at the rate that is best for the *other* subjects.
+
+    Choosing it on the reported rows would favor the method with the larger noise. A single subject has no others, so it
+    is its own judge. Only rates count that were tried on the most pairs of subject and seed.
+    """
+    rows = [row for row in protocol.of(method) if protocol.criterion in row.scores]
+    counts = {rate: sum(row.rate == rate for row in rows) for rate in dict.fromkeys(row.rate for row in rows)}
+    rows = [row for row in rows if counts[row.rate] == max(counts.values())]
+    found = []
+    for subject in dict.fromkeys(row.subject for row in rows):
+        others = [row for row in rows if row.subject != subject] or rows
+        best = _best_rate(protocol, others)
+        found += [row for row in rows if row.subject == subject and row.rate == best]
+    return found
+
+
+def _best_rate(protocol: Protocol, rows: Sequence[Row]) -> float | None:
+    def cost(rate: float | None) -> float:
+        mean = statistics.fmean(row.scores[protocol.criterion] for row in rows if row.rate == rate)
+        return _sign(protocol, protocol.criterion) * mean
+
+    return min(dict.fromkeys(row.rate for row in rows), key=cost)
+
+
+def _sign(protocol: Protocol, score: str) -> int:
+    """+1 if lower is better."""
+    return 1 if protocol.scores[score] == "lower" else -1
+
+
+def _estimates(protocol: Protocol, rows: Sequence[Row]) -> dict[str, Estimate]:
+    names = [name for name in protocol.scores if all(name in row.scores for row in rows)]
+    return {name: estimate(rows, lambda row, name=name: row.scores[name]) for name in names}  # type: ignore[misc]
+
+
+def estimate(rows: Sequence[Row], value: Callable[[Row], float]) -> Estimate:
+    """The mean of a value of the rows."""
+    values = [value(row) for row in rows]
+    mean = statistics.fmean(values)
+    if not math.isfinite(mean):
+        return Estimate(mean, math.nan, math.nan)
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(row.subject, []).append(number)
+    return Estimate(mean, *interval(values, _draws(tuple(map(tuple, groups.values())))))
+
+
+@lru_cache(8)
+def _draws(groups: tuple[tuple[int, ...], ...]) -> list[np.ndarray]:
+    """The resamples, the same for all methods and scores with as many rows of each subject."""
+    return resampled({str(number): rows for number, rows in enumerate(groups)})
+
+
+def difference(one: Standing, other: Standing, score: str) -> Estimate | None:
+    """The mean difference of a score, paired by subject and seed; ``None`` if no pair has both."""
+    reference = {(row.subject, row.seed): row.scores[score] for row in other.rows if score in row.scores}
+    rows = [row for row in one.rows if score in row.scores and (row.subject, row.seed) in reference]
+    if not rows:
+        return None
+    return estimate(rows, lambda row: row.scores[score] - reference[row.subject, row.seed])
+
+
+def front(ranking: Ranking) -> set[str]:
+    """The Pareto front: methods that no other one equals with as few trained parameters, by means of the criterion."""
+    name = ranking.protocol.criterion
+    sign = _sign(ranking.protocol, name)
+    points = {s.method: (s.trained_parameters, sign * s.scores[name].mean) for s in ranking.standings}
+
+    def beaten(own: tuple[float, float]) -> bool:
+        return any(a <= own[0] and b <= own[1] and (a, b) != own for a, b in points.values())
+
+    return {method for method, point in points.items() if math.isfinite(point[1]) and not beaten(point)}

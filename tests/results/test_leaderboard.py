@@ -1,0 +1,138 @@
+"""The leaderboard of small files whose numbers are worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from result_files import example, row
+
+from nora_diffusion.cli import main
+from nora_diffusion.results.files import write_results
+from nora_diffusion.results.leaderboard import markdown, page, table
+from nora_diffusion.results.protocols import protocols
+from nora_diffusion.results.ranking import at_best_rate, difference, front, rank
+from nora_diffusion.results.schema import Images, Results, Row
+
+LORA = [
+    row("base", "cat", None, 0.5, 0.1), row("base", "dog", None, 0.7, 0.3),
+    row("lora", "cat", 1e-3, 0.30, 0.7), row("lora", "dog", 1e-3, 0.40, 0.6),
+    row("lora", "cat", 2e-3, 0.26, 0.8), row("lora", "dog", 2e-3, 0.42, 0.6),
+    row("lora", "cat", 4e-3, 0.50, 0.8), row("lora", "dog", 4e-3, 0.50, 0.6),
+]  # fmt: skip
+"""For the cat 1e-3 is chosen, which is best for the dog; for the dog 2e-3. So LoRA's mean is (.30 + .42) / 2 = .36."""
+NORA = [
+    row("nora", "cat", 8e-3, 0.20, 0.5), row("nora", "dog", 8e-3, 0.44, 0.5),
+    row("weak", "cat", 8e-3, 0.60, 0.5), row("weak", "dog", 8e-3, 0.80, 0.5),
+]  # fmt: skip
+
+
+@pytest.fixture
+def files() -> list[Results]:
+    return [example(LORA), replace(example(NORA), name="second")]
+
+
+def test_each_subject_is_reported_at_the_rate_that_the_others_choose(files: list[Results]) -> None:
+    (protocol,) = protocols(files)
+    chosen = at_best_rate(protocol, "lora")
+    assert {(row.subject, row.rate) for row in chosen} == {("cat", 1e-3), ("dog", 2e-3)}
+    ranking = rank(protocol)
+    nora, lora, weak = ranking.standings
+    assert (nora.method, lora.method, weak.method) == ("nora", "lora", "weak")
+    assert nora.scores["heldout_loss"].mean == pytest.approx(0.32) and lora.scores[
+        "heldout_loss"
+    ].mean == pytest.approx(0.36)
+    assert lora.rates == [1e-3, 2e-3] and lora.at_end and not nora.at_end  # 1e-3 is the first of its list
+    gap = difference(nora, lora, "heldout_loss")  # -.10 for the cat, +.02 for the dog
+    assert (
+        gap and gap.mean == pytest.approx(-0.04) and (gap.low, gap.high) == (pytest.approx(-0.1), pytest.approx(0.02))
+    )
+    assert front(ranking) == {"nora"}  # LoRA has more parameters, and "weak" as many
+
+
+def test_a_larger_and_better_method_is_on_the_front_too(files: list[Results]) -> None:
+    worse = [row("nora", "cat", 8e-3, 0.40, 0.5), row("nora", "dog", 8e-3, 0.50, 0.5)]
+    (protocol,) = protocols([files[0], example(worse)])
+    assert front(rank(protocol)) == {"lora", "nora"}
+
+
+def test_the_table(files: list[Results]) -> None:
+    (protocol,) = protocols(files)
+    header, rows = table(rank(protocol))
+    cells = [dict(zip(header, line, strict=True)) for line in rows]
+    assert [line["method"] for line in cells] == ["base", "nora", "lora", "weak"]
+    assert cells[0]["held-out loss"] == "0.6000 [0.5000, 0.7000]" and cells[0]["trained parameters"] == ""
+    assert cells[1]["held-out loss"] == "0.3200 [0.2000, 0.4400]"
+    assert cells[1]["held-out loss minus lora's"] == "-0.0400 [-0.1000, +0.0200]"
+    assert cells[1]["subject score minus lora's"] == "-0.150 [-0.200, -0.100]"
+    assert (cells[2]["rate"], cells[2]["held-out loss minus lora's"]) == ("0.001, 0.002 ↕", "")
+    assert (cells[2]["trained parameters"], cells[2]["rows"], cells[2]["seconds"]) == ("400", "2", "2.0")
+    assert [line["front"] for line in cells] == ["", "●", "", ""]
+
+
+def test_only_equal_protocols_share_a_table(files: list[Results]) -> None:
+    def changed(what: str) -> Results:
+        file = replace(example(NORA), name=what)
+        images = {"training": Images(3, "d" * 64)}
+        return {
+            "precision": replace(file, protocol=file.protocol | {"precision": "no"}),
+            "base": replace(file, base=replace(file.base, fingerprint="e" * 64)),
+            "judges": replace(file, judges={"clip": "d" * 64}),
+            "data": replace(file, data={"six": {"cat": images, "dog": images}}),
+            "steps": replace(file, rows=[replace(row, steps=50) for row in file.rows]),
+        }[what]
+
+    for what in ("precision", "base", "judges", "data"):
+        assert [len(p.rows) for p in protocols([files[0], changed(what)])] == [8, 4]
+    shorter, longer = protocols([files[0], changed("steps")])
+    assert shorter.sources is longer.sources and (shorter.steps, longer.steps) == (50, 100)
+    assert shorter.untrained == longer.untrained == ["base"]  # which no step changes
+    assert shorter.trained == ["nora", "weak"] and longer.trained == ["lora"]
+
+
+def test_rows_of_several_files_count_once_and_other_settings_have_another_name(files: list[Results]) -> None:
+    again = replace(example(LORA), name="again")
+    (protocol,) = protocols([files[0], again])
+    assert len(protocol.rows) == len(LORA)
+    (protocol,) = protocols([files[0], replace(again, methods=again.methods | {"lora": {"rank": 4}})])
+    assert protocol.trained == ["lora", "lora (again)"]
+
+
+def test_a_rate_that_was_not_tried_everywhere_is_not_chosen() -> None:
+    lucky = row("lora", "cat", 8e-3, 0.01, 0.9)
+    (protocol,) = protocols([example([*LORA, lucky])])
+    assert {row.rate for row in at_best_rate(protocol, "lora")} == {1e-3, 2e-3}
+
+
+def test_a_training_that_diverged_is_the_last() -> None:
+    failed = [
+        replace(row("wild", subject, 1.0, math.inf, 0.0), trained_parameters=0, error="diverged")
+        for subject in ("cat", "dog")
+    ]
+    (protocol,) = protocols([example([*LORA, *failed])])
+    header, rows = table(rank(protocol))
+    cells = dict(zip(header, rows[-1], strict=True))
+    assert cells["method"] == "wild" and cells["held-out loss"] == "diverged" and cells["front"] == ""
+    assert "diverged" in page([rank(protocol)])
+
+
+def test_text_of_a_file_is_escaped(files: list[Results]) -> None:
+    odd = "<script>|`nora`"
+    rows: list[Row] = [replace(row, method=odd) for row in NORA[:2]]
+    file = replace(example(rows), name="<b>x</b>")
+    rankings = [rank(protocol) for protocol in protocols([files[0], file])]
+    for text in (markdown(rankings), page(rankings)):
+        assert "<script>" not in text and "<b>x" not in text and "&lt;script&gt;" in text
+
+
+def test_the_command(files: list[Results], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [str(write_results(file, tmp_path / f"{file.name}.json")) for file in files]
+    assert main(["leaderboard", *names, "--out", str(tmp_path / "out"), "--reference", "weak"]) == 0
+    text = (tmp_path / "out/leaderboard.md").read_text()
+    assert text in capsys.readouterr().out and "held-out loss minus weak's" in text
+    assert "2 subjects, 1 seed, 12 rows, from example (2026-11-30), second (2026-11-30)." in text
+    html = (tmp_path / "out/leaderboard.html").read_text()
+    assert html.count("<svg") == 4 and "Held-out loss over size" in html
+    assert main(["leaderboard", str(tmp_path)]) == 2
