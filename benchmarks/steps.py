@@ -5,8 +5,9 @@
 
 The model is a UNet of SD 1.5's layout with random bf16 weights, under bf16 autocast; the default widths make it small
 (142 M parameters), ``--channels 320,640,1280,1280 --side 64 --batch 1`` makes it SD 1.5 at 512 px. Adapters are on all
-attention projections. Every round runs all variants in turn; the ratio is the median over the rounds of the time
-divided by that of the same round's first row. Times are CPU times of one thread on a CPU, wall-clock times on a GPU.
+attention projections. Every round runs all variants in turn, and the first row before and after each of them; the ratio
+is the median over the rounds of a variant's time divided by the mean of these two, so that a machine that slows down
+for a while slows both. Times are CPU times of one thread on a CPU, wall-clock times on a GPU.
 
 - *training step*: forward, backward and no optimizer. The first row, the frozen floor, computes the gradient of the
   activations only. *MiB above the floor*: what autograd keeps for backward beside parameters and buffers.
@@ -179,16 +180,20 @@ def inference_variants(bench: Bench) -> dict[str, Model]:
 
 
 def ratios(bench: Bench, runs: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[float, dict[str, float]]:
-    """Median seconds of the first run, and the median ratio of each to it in the same round; one round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    """Median seconds of the first run, and the median ratio of each to the firsts around it; one round warms up."""
+    (base, first), *others = runs.items()
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    firsts: list[float] = []
     for number in range(rounds + 1):
-        for name, run in runs.items():
-            elapsed = bench.seconds(run)
+        before = bench.seconds(first)
+        for name, run in others:
+            elapsed, after = bench.seconds(run), bench.seconds(first)
             if number:
-                times[name].append(elapsed)
-    first = next(iter(times.values()))
-    by_round = {name: [a / b for a, b in zip(values, first, strict=True)] for name, values in times.items()}
-    return statistics.median(first), {name: statistics.median(values) for name, values in by_round.items()}
+                found[name].append(2 * elapsed / (before + after))
+                firsts.append(after)
+            before = after
+    medians = {name: statistics.median(values) for name, values in found.items() if values}
+    return statistics.median(firsts), {base: 1.0, **medians}
 
 
 def train_table(bench: Bench, models: Mapping[str, nn.Module], rounds: int) -> None:
