@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nora_diffusion.adapters import NoraLayer, dora, dylora, lora, lora_mini, lora_xs, melora, mora, nora, nora_input
 from nora_diffusion.adapters.config import AdapterConfig
@@ -118,6 +120,44 @@ def test_a_frozen_outer_pair_keeps_only_the_input_in_the_basis(method: str) -> N
     layer = layer_with(CHAINS[method], frozen_linear()).bfloat16()
     x = torch.randn(64, D_IN, dtype=torch.bfloat16)
     assert kept_bytes(layer, x) == 2 * 64 * layer.delta("x").outer[0].shape[0]
+
+
+class WideTensors(TorchDispatchMode):
+    """Counts the new storages of at least ``size`` elements."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.held = size, dict[int, Tensor]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        new = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.numel() >= self.size]
+        # Held, so that no later storage gets the address of a freed one.
+        self.held |= {t.untyped_storage()._cdata: t for t in new if t.untyped_storage()._cdata not in given}
+        return out
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["nora", "nora_input", "lora", "lora_xs"])
+def test_a_training_step_allocates_no_wide_tensor_that_the_frozen_layer_does_not(method: str, autocast: bool) -> None:
+    """No pass over ``[tokens, d_out]`` or ``[tokens, d_in]`` for a scale, a cast or a sum."""
+    layer = layer_with(CHAINS[method], frozen_linear()).float()
+    x = torch.randn(64, D_IN, requires_grad=True)
+
+    def wide(module: nn.Module) -> int:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            module(x)  # casts of frozen factors are made once
+            with WideTensors(64 * min(D_IN, D_OUT)) as new:
+                y = module(x)
+        dy = torch.ones_like(y)
+        with new:
+            y.backward(dy)
+        return len(new.held)
+
+    frozen = wide(layer.base_layer)
+    assert wide(layer) <= frozen
+    assert plainly(lambda: wide(layer)) > frozen
 
 
 def test_copies_of_frozen_factors_follow_them_and_end_with_the_training() -> None:

@@ -27,12 +27,16 @@ NAME_BYTES = 384
 
 @dataclass(frozen=True)
 class Estimate:
-    """Trained parameters, bytes of frozen factors, number of factors, and bytes of saved activations of a batch."""
+    """Trained parameters, bytes of frozen factors, number of factors, and bytes of saved activations of a batch.
+
+    ``copy_bytes``: of the frozen factors in the dtype of the pass, where that is another one.
+    """
 
     trained: int
     frozen_bytes: int
     factors: int
     activations: int
+    copy_bytes: int
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -41,8 +45,8 @@ class Estimate:
 
     @property
     def counted(self) -> int:
-        """Bytes in addition to the loaded model: activations, adapter, gradients and AdamW's two moments."""
-        return self.activations + self.frozen_bytes + 16 * self.trained
+        """Bytes besides the loaded model: activations, adapter, its copies, gradients and AdamW's two moments."""
+        return self.activations + self.frozen_bytes + self.copy_bytes + 16 * self.trained
 
     @property
     def memory(self) -> int:
@@ -69,8 +73,8 @@ def estimate(
     The denoiser runs once on the meta device, with hooks on the tensors that autograd saves; fused attention saves q,
     k, v and its output. With gradient checkpointing, recomputing one block is assumed to save an equal share.
     """
-    trained = frozen = factors = 0
-    activations = 0
+    trained = frozen = factors = activations = 0
+    basis_dtype: torch.dtype = getattr(torch, config.basis_dtype)
     for name, adapted in components.items():
         module = _on_meta(adapted)
         with torch.device("meta"):
@@ -80,8 +84,7 @@ def estimate(
         own = {key: value for key, value in module.state_dict(keep_vars=True).items() if ".nora_" in key}
         factors += len(own)
         trained += sum(value.numel() for value in own.values() if isinstance(value, nn.Parameter))
-        size = torch.finfo(getattr(torch, config.basis_dtype)).bits // 8
-        frozen += size * sum(value.numel() for value in own.values() if not isinstance(value, nn.Parameter))
+        frozen += sum(value.numel() for value in own.values() if not isinstance(value, nn.Parameter))
         if name in DENOISERS:
             nn.Module.to(module, dtype).train()
             activations = saved_bytes(pipe, module, rows, side, dtype)
@@ -89,7 +92,8 @@ def estimate(
                 blocks = len({key.rpartition(".")[0] for key in own})
                 module.enable_gradient_checkpointing()  # type: ignore[operator]
                 activations = activations // blocks + saved_bytes(pipe, module, rows, side, dtype)
-    return Estimate(trained, frozen, factors, activations)
+    copies = 0 if dtype == basis_dtype else dtype.itemsize * frozen
+    return Estimate(trained, basis_dtype.itemsize * frozen, factors, activations, copies)
 
 
 def _on_meta(module: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from factories import tiny_random_pipeline, write_photos
 from runs import Configure, flags
 
 from nora_diffusion import inspect_adapter, load_base, open_pipeline
-from nora_diffusion.adapters import PRESETS
+from nora_diffusion.adapters import PRESETS, NoraLayer
 from nora_diffusion.errors import UserError
 from nora_diffusion.loaders import add_adapter, trainable_parameters
 from nora_diffusion.pipelines.components import components, denoiser_name, pick
@@ -296,6 +296,22 @@ def test_the_outline_counts_what_autograd_keeps(method: str, parts: list[str], p
     assert out[0].requires_grad
     real = sum(storage.nbytes() for storage in kept.values())
     assert counted.activations == pytest.approx(real, rel=0.05)
+
+
+def test_copies_of_the_basis_in_the_dtype_of_the_pass_are_counted(pipe: Any) -> None:
+    """Compared with what the chains hold after a pass."""
+    config = PRESETS["nora"](r=4, basis="svd")
+    add_adapter(pipe, config, "x", ["unet"])
+    pipe.unet.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        pipe.unet(torch.randn(1, 4, 8, 8), torch.zeros(1, dtype=torch.long), torch.randn(1, 77, 16))
+    layers = [layer for layer in pipe.unet.modules() if isinstance(layer, NoraLayer)]
+    held = sum(copy.nbytes for layer in layers for _, copy in layer.delta("x").copies._kept.values())
+    counted = {
+        dtype: estimate(pipe, config, {"unet": pipe.unet}, 1, 16, dtype, False).copy_bytes
+        for dtype in (torch.float16, torch.bfloat16)
+    }
+    assert counted == {torch.float16: 0, torch.bfloat16: held} and held > 0
 
 
 def test_gradient_checkpointing_is_counted(pipe: Any) -> None:
