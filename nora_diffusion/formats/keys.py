@@ -10,6 +10,9 @@ from .adapter_info import AdapterInfo
 
 T = TypeVar("T")
 
+FROZEN_ENDINGS = tuple(f".nora_{factor}" for factor in FROZEN)
+"""How the keys of frozen factors end."""
+
 Projection = tuple[str, str]
 """Component and path of a projection: ``("unet", "mid_block.attentions.0...to_q")``."""
 
@@ -38,7 +41,7 @@ def factors_by_projection(tensors: Mapping[str, T]) -> dict[Projection, dict[str
 
 def is_frozen(key: str) -> bool:
     """Whether a key is that of a frozen factor."""
-    return key.endswith(tuple(f".nora_{factor}" for factor in FROZEN))
+    return key.endswith(FROZEN_ENDINGS)
 
 
 def frozen_factors(tensors: Mapping[str, T]) -> dict[str, T]:

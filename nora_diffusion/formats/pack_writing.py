@@ -8,23 +8,26 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
+import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 
 from ..errors import UserError
-from ..io.files import locked_folder, write_atomic
-from ..io.tensor_file import READABLE, RawTensor, RawTensors, TensorFile, header_bytes, raw_hash
+from ..io.files import locked_folder, user_errors, write_atomic
+from ..io.tensor_file import READABLE, RawTensors, header_bytes, raw_hash
 from ..pipelines.fingerprints import same_weights
 from .adapter_file import (
     BASIS_FOLDER,
+    complete,
     given_name,
     inspect_adapter,
-    read_checked,
+    open_adapter,
     read_tensors,
     require_vacant,
     split_address,
@@ -44,7 +47,6 @@ from .packs import (
     PackedSubject,
     metadata_of,
     pack_path,
-    read_subject,
     require_pack,
     short_hash,
 )
@@ -67,22 +69,24 @@ def create_pack(path: str | Path, adapters: Adapters, basis_dir: str | Path | No
     """
     file = pack_path(path)
     _require_new(file)  # also before reading, which takes a while for thousands of adapters
-    subjects, bases = _read_adapters(adapters, basis_dir)
-    _check_together(file, subjects)
-    with locked_folder(file.parent):
-        _require_new(file)
-        return _write(file, subjects, bases)
+    with Spool(file.parent) as spool:
+        subjects, bases = _read_adapters(adapters, basis_dir, spool)
+        _check_together(file, subjects)
+        with locked_folder(file.parent):
+            _require_new(file)
+            return _write(file, subjects, bases)
 
 
 def add_to_pack(path: str | Path, adapters: Adapters, basis_dir: str | Path | None = None) -> Path:
     """Add adapters to a pack. Raises :class:`UserError` like :func:`create_pack`, or if there is no pack."""
     file = pack_path(path)
     require_pack(file)
-    added, bases = _read_adapters(adapters, basis_dir)
-    with locked_folder(file.parent), Pack(file) as pack:
-        subjects = [*pack, *added]
-        _check_together(file, subjects)
-        return _write(file, subjects, bases, pack)
+    with Spool(file.parent) as spool:
+        added, bases = _read_adapters(adapters, basis_dir, spool)
+        with locked_folder(file.parent), Pack(file) as pack:
+            subjects = [*pack, *added]
+            _check_together(file, subjects)
+            return _write(file, subjects, bases, pack)
 
 
 def remove_from_pack(path: str | Path, names: Sequence[str]) -> Path:
@@ -118,10 +122,41 @@ def _require_new(file: Path) -> None:
         raise UserError(f"{file} exists: add to it, or choose another name")
 
 
+class Spool:
+    """Bytes kept in an unnamed file, so that a pack of thousands does not have to fit in memory; a context manager.
+
+    The file is on the disk of ``folder``, which need not exist yet, and is gone when the context ends.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder = folder.absolute()
+        self._folder = next(path for path in (folder, *folder.parents) if path.is_dir())
+        with user_errors(self._folder):
+            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed by __exit__)
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def keep(self, content: bytes) -> Callable[[], bytes]:
+        """Store bytes; returns a function that reads them again."""
+        with user_errors(self._folder):
+            start = self._file.seek(0, os.SEEK_END)
+            self._file.write(content)
+
+        def read() -> bytes:
+            self._file.seek(start)
+            return self._file.read(len(content))
+
+        return read
+
+
 def _read_adapters(
-    adapters: Adapters, basis_dir: str | Path | None
+    adapters: Adapters, basis_dir: str | Path | None, spool: Spool
 ) -> tuple[list[PackedSubject], dict[str, RawTensors]]:
-    """Check every adapter; return them and their bases by hash. Writes nothing."""
+    """Check every adapter; return them and their bases by hash. Writes nothing but the spool."""
     if isinstance(adapters, str | Path) or not isinstance(adapters, Mapping | Sequence):
         raise UserError(f"adapters={adapters!r} has the wrong type: give a list of paths or a dict of names to paths")
     listed = adapters.items() if isinstance(adapters, Mapping) else adapters
@@ -129,20 +164,24 @@ def _read_adapters(
     if not pairs:
         raise UserError("there is nothing to pack: give at least one adapter")
     bases: dict[str, RawTensors] = {}
-    return [_subject(name, path, basis_dir, bases) for name, path in pairs], bases
+    return [_subject(name, path, basis_dir, bases, spool) for name, path in pairs], bases
 
 
-def _subject(name: str, path: str | Path, basis_dir: str | Path | None, bases: dict[str, RawTensors]) -> PackedSubject:
+def _subject(
+    name: str, path: str | Path, basis_dir: str | Path | None, bases: dict[str, RawTensors], spool: Spool
+) -> PackedSubject:
     """Read and check one adapter; its basis is added to ``bases``."""
-    info = inspect_adapter(path)
-    name = name or given_name(info.path)
-    if not re.fullmatch(NAME, name):
-        raise UserError(f"{name!r} is not a valid name for a subject: use letters, digits, '_' and '-'")
-    if not all(axes.frozen_outer for axes in info.axes.values()):
-        raise UserError(
-            f"{info.path} is a {info.method} adapter without a frozen basis: a pack needs one that all subjects share"
-        )
-    tensors = read_checked(info, basis_dir, bases.get(info.basis_sha256))
+    with open_adapter(path) as adapter:
+        info = adapter.info
+        name = name or given_name(info.path)
+        if not re.fullmatch(NAME, name):
+            raise UserError(f"{name!r} is not a valid name for a subject: use letters, digits, '_' and '-'")
+        if not all(axes.frozen_outer for axes in info.axes.values()):
+            raise UserError(
+                f"{info.path} is a {info.method} adapter without a frozen basis: a pack needs one that all subjects "
+                "share"
+            )
+        tensors = complete(info, adapter.read(), basis_dir, bases.get(info.basis_sha256))
     _share_basis(info, frozen_factors(tensors), bases)
     tensors = {key: tensors[key] for key in sorted(tensors) if not is_frozen(key)}
     dtypes = {value.dtype for value in tensors.values()}
@@ -151,9 +190,8 @@ def _subject(name: str, path: str | Path, basis_dir: str | Path | None, bases: d
     layout = Layout(dtypes.pop(), tuple((key, value.shape) for key, value in tensors.items()))
     content = save({key: value.tensor() for key, value in tensors.items()}, {"nora": dump_info(info)})
     info.sha256 = hashlib.sha256(content).hexdigest()
-    # Parameters and preview are read again on writing, so that a pack of thousands does not have to fit in memory.
-    size = len(preview_of(info.path))
-    return PackedSubject(name, info, layout, size, lambda: preview_of(info.path), lambda: _parameters(info.path))
+    preview, parameters = preview_of(info.path), b"".join(value.data for value in tensors.values())
+    return PackedSubject(name, info, layout, len(preview), spool.keep(preview), spool.keep(parameters))
 
 
 def _share_basis(info: AdapterInfo, basis: RawTensors, bases: dict[str, RawTensors]) -> None:
@@ -161,19 +199,6 @@ def _share_basis(info: AdapterInfo, basis: RawTensors, bases: dict[str, RawTenso
     info.basis, info.basis_sha256 = "shared", info.basis_sha256 or raw_hash(basis)
     if not bases:
         bases[info.basis_sha256] = basis
-
-
-def _trained(path: str) -> dict[str, RawTensor]:
-    """The trained factors of an adapter file or of a subject of another pack."""
-    address = split_address(path)
-    if address:
-        return read_subject(*address)
-    with TensorFile(Path(path)) as reader:
-        return {key: reader.raw(key) for key in sorted(reader.entries) if not is_frozen(key)}
-
-
-def _parameters(path: str) -> bytes:
-    return b"".join(value.data for value in _trained(path).values())
 
 
 def preview_of(path: str) -> bytes:

@@ -130,6 +130,17 @@ def test_subjects_load_by_their_address(pipe: Any, shelf: Path, pack: Path, rend
         delete_adapter(pipe, name)
 
 
+def test_each_adapter_is_read_once(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing thousands takes as long as their headers take to be parsed."""
+    opened: list[Path] = []
+    monkeypatch.setattr(
+        TensorFile, "__init__", lambda self, path, real=TensorFile.__init__: (opened.append(path), real(self, path))[1]
+    )
+    create_pack(tmp_path / "pets.nora_pack.safetensors", [shelf / name for name in SUBJECTS])
+    adapters = [path for path in opened if path.name == FILE_NAME]
+    assert sorted(adapters) == sorted(shelf / name / FILE_NAME for name in SUBJECTS)
+
+
 def test_add_and_remove(shelf: Path, pack: Path, tmp_path: Path) -> None:
     whole = pack.read_bytes()
     remove_from_pack(pack, ["dog"])
