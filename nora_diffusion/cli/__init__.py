@@ -74,6 +74,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [flag.lstrip("-") for action in self._flags(values) for flag in action.option_strings]
             raise unknown_argument(unknown, flags, " ".join(filter(None, (self.prog, values.command))))
+        values.words = [*argv]  # for files that record their command
         return values
 
     def _flags(self, values: argparse.Namespace) -> list[argparse.Action]:

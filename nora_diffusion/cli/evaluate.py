@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subjects", nargs="+", metavar="FOLDER", required=True, help="folders of real images")
     parser.add_argument(
         "--prompts",
-        help="object, live, or a text file of prompts with {} for the subject (default: the subject's, else object)",
+        help="object or live (DreamBooth), extended (our own, of three kinds), or a text file with {} for the subject "
+        "(default: the subject's, else object)",
     )
     parser.add_argument("--seeds", type=int, default=4, help="images per prompt, 1 to 100, with the seeds 0, 1 ...")
     parser.add_argument("--judge", help="CLIP folder or hub id (default for the embedded base: its tiny CLIP)")
@@ -32,7 +33,10 @@ def run(values: argparse.Namespace) -> None:
     """Evaluate, print the table and the paths of the reports."""
     from ..evaluation.protocol import EvaluationConfig, evaluate
     from ..evaluation.report import write_reports
+    from ..evaluation.results import as_results
     from ..evaluation.scoreboard import rows_of, summarize
+    from ..results.files import write_results
+    from ..results.machine import command_text
 
     config = EvaluationConfig(
         values.adapters, values.subjects, sampling_of(values), source_of(values), values.prompts, values.seeds,
@@ -40,7 +44,10 @@ def run(values: argparse.Namespace) -> None:
     )  # fmt: skip
     board = evaluate(config)
     page = write_reports(board)
+    write_results(as_results(board, command_text("nora-diffusion", values.words)), page.parent / "results.json")
     print(f"{'':<20}" + "".join(f"{name:>24}" for name in board.metrics))
     for label, *scores in rows_of(summarize(board), board.metrics):
         print(f"{label:<20}" + "".join(f"{score:>24}" for score in scores))
-    print(f"{page}: the same with images; all scores in {page.parent}/evaluation.json")
+    print(
+        f"{page}: the same with images; all scores in {page.parent}/evaluation.json, for a leaderboard in results.json"
+    )

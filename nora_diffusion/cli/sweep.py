@@ -33,6 +33,7 @@ def run(values: argparse.Namespace) -> None:
     if values.list:
         print("\n".join(cell.name for cell in cells))
         return
+    from ..results.machine import command_text
     from ..training.signals import Interrupted
     from ..training.sweeps.results import REPORT, write_results
     from ..training.sweeps.run import run_sweep
@@ -44,7 +45,7 @@ def run(values: argparse.Namespace) -> None:
     except Interrupted as stop:
         print("the same command continues the sweep", file=sys.stderr)
         raise stop.as_interrupt() from None
-    rows = write_results(file.stem, cells, out)
+    rows = write_results(file.stem, cells, out, command_text("nora-diffusion", values.words))
     print(f"{len(rows)} of {len(cells)} cells are finished: {out / REPORT}")
     if errors:
         raise UserError("\n".join(errors))

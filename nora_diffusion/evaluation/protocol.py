@@ -9,6 +9,7 @@ resumes, and one with more seeds or adapters generates only the new images. See 
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,17 +20,19 @@ from ..data.captions import fill
 from ..errors import UserError
 from ..formats.adapter_file import inspect_adapter
 from ..formats.adapter_info import AdapterInfo
-from ..generation.addresses import parse_adapter, split_label
 from ..generation.settings import Sampling, check_range
 from ..io.images import load_image
+from ..io.tensors import named_hash
 from ..pipelines.base import BaseSource, base_id
 from ..pipelines.precision import dtype_name
 from ..scoring.judges import Judge, check_judge, image_features, load_judges, text_features
 from ..scoring.metrics import agreement, diversity, likeness
-from .axes import NONE, Cell, axis
-from .grid import Grid, GridConfig
+from .axes import Cell, axis
+from .contenders import BASE, Contender, parse_contender
+from .grid import Grid, GridConfig, base_description
 from .heldout import HeldOut
-from .scoreboard import BASE, Scoreboard, Scored
+from .prompts import KINDS
+from .scoreboard import Scoreboard, Scored
 from .subjects import EvaluatedSubject, read_subject
 
 
@@ -57,31 +60,6 @@ class EvaluationConfig:
         return values.pop("source") | values.pop("sampling") | values
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One row of the table: a label, an adapter's path (``None``: the base alone) and its weight."""
-
-    label: str
-    path: str | None
-    weight: float = 1.0
-
-    def adapter(self, subject: str) -> str | None:
-        """The path of a subject's adapter."""
-        return None if self.path is None else self.path.replace("{subject}", subject)
-
-
-def parse_contender(text: str) -> Contender:
-    """Parse ``[label=]path[:weight]``; the default label is the path's name. Raises :class:`UserError`."""
-    label, rest = split_label(text)
-    path, weight = parse_adapter(rest)
-    if path in NONE:
-        raise UserError("the base alone is always evaluated: name adapters only")
-    label = label or Path(path).name.replace("{subject}", "").strip("-_. ") or Path(path).parent.name
-    if not label.strip() or label == BASE:
-        raise UserError(f"{text!r} needs another label: write for example nora={path}")
-    return Contender(label.strip(), path, weight)
-
-
 def evaluate(config: EvaluationConfig) -> Scoreboard:
     """Generate the missing images and score all of them.
 
@@ -94,7 +72,8 @@ def evaluate(config: EvaluationConfig) -> Scoreboard:
     judges = load_judges(config.judge, config.dino, device)
     pipe = config.source.open()
     actual = {"base": base_id(pipe), "judge": config.judge or "tiny", "dtype": dtype_name(dtype)}
-    board = Scoreboard(config.settings() | actual, [c.label for c in contenders], Path(config.out).expanduser())
+    board = Scoreboard(config.settings() | actual, contenders, subjects, Path(config.out).expanduser())
+    board.hashes = hashes(pipe, judges)
     total = sum(len(s.templates) for s in subjects) * len(contenders) * config.seeds
     with tqdm(total=total, desc="images", mininterval=0.5) as bar:
         for subject in subjects:
@@ -112,6 +91,13 @@ def evaluate(config: EvaluationConfig) -> Scoreboard:
                     losses = held_out.losses(contender.adapter(subject.name), contender.weight)
                     board.heldout.setdefault(contender.label, {})[subject.name] = losses
     return board
+
+
+def hashes(pipe: Any, judges: dict[str, Judge]) -> dict[str, str]:
+    """The identity of the base (``base``) and of each judge, for results files."""
+    marks = [f"{value:.4g}" for value in base_description(pipe)["fingerprint"]]  # the last digits depend on the machine
+    found = {name: named_hash(judge.model.state_dict()) for name, judge in judges.items()}
+    return found | {"base": hashlib.sha256(" ".join(marks).encode()).hexdigest()}
 
 
 def check(config: EvaluationConfig) -> tuple[list[Contender], list[EvaluatedSubject]]:
@@ -166,5 +152,6 @@ class Scorer:
             scores["clip_t"] = statistics.fmean(agreement(features["clip_i"], self.class_prompts[number : number + 1]))
             if len(files) > 1:
                 scores["diversity"] = diversity([*features.values()][-1])
-            rows.append(Scored(label, self.subject.name, fill(template, self.subject.phrase), files, scores))
+            prompt, kind = fill(template, self.subject.phrase), KINDS.get(template, "")
+            rows.append(Scored(label, self.subject.name, prompt, files, scores, kind))
         return rows

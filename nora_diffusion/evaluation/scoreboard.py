@@ -15,8 +15,9 @@ import numpy as np
 from ..scoring.metrics import LEVEL, RESAMPLES, interval, resampled
 from ..training.measuring.selection import LOSS, digits
 from ..versions import versions
+from .contenders import BASE, Contender
+from .subjects import EvaluatedSubject
 
-BASE = "base"
 METRICS = ("dino", "clip_i", "clip_t", "diversity")
 Table = dict[str, dict[str, dict[str, float]]]
 """``{label: {metric: {"mean", "low", "high"}}}``."""
@@ -24,29 +25,40 @@ Table = dict[str, dict[str, dict[str, float]]]
 
 @dataclass
 class Scored:
-    """One contender on one prompt of one subject: the images, one per seed, and their mean scores."""
+    """One contender on one prompt of one subject: the images, one per seed, and their mean scores.
+
+    ``kind``: the kind and level of a prompt of the list ``extended``.
+    """
 
     label: str
     subject: str
     prompt: str
     files: list[Path]
     scores: dict[str, float]
+    kind: str = ""
 
 
 @dataclass
 class Scoreboard:
     """All scores, in the same order of (subject, prompt) for every contender.
 
-    ``real``: by subject, how similar its real images are to each other.
+    ``real``: by subject, how similar its real images are to each other. ``hashes``: of the base and the judges.
     """
 
     settings: dict[str, Any]
-    labels: list[str]
+    contenders: Sequence[Contender]
+    subjects: Sequence[EvaluatedSubject]
     folder: Path
+    hashes: dict[str, str] = field(default_factory=dict)
     scored: list[Scored] = field(default_factory=list)
     real: dict[str, dict[str, float]] = field(default_factory=dict)
     heldout: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """By contender and subject: the held-out loss on each held-out image. Empty if no subject has any."""
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of all contenders, the base alone first."""
+        return [contender.label for contender in self.contenders]
 
     def of(self, label: str) -> list[Scored]:
         """The rows of one contender."""
@@ -122,6 +134,7 @@ def as_json(board: Scoreboard) -> str:
                 "label": row.label,
                 "subject": row.subject,
                 "prompt": row.prompt,
+                "kind": row.kind,
                 "scores": row.scores,
                 "files": [str(file.relative_to(board.folder)) for file in row.files],
             }

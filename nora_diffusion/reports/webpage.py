@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from PIL import Image
@@ -25,6 +25,7 @@ table { border-collapse: collapse; } caption { text-align: left; color: var(--fa
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tr.chosen { font-weight: 600; }
+a { color: var(--color-accent); } small { color: var(--faint); } .row { display: flex; gap: 2px; }
 img { display: block; max-width: none; image-rendering: auto; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
 .plot { margin: 0; } .plot svg { width: 100%; height: auto; } .plot text { fill: var(--faint); font-size: 12px; }
@@ -56,8 +57,17 @@ def paragraph(text: str) -> str:
     return f"<p>{html.escape(text)}</p>"
 
 
+def links(targets: Mapping[str, str]) -> str:
+    """A list of links by their texts; targets are relative addresses."""
+    items = [f'<a href="{html.escape(target)}">{html.escape(text)}</a>' for text, target in targets.items()]
+    return f"<p>{', '.join(items)}</p>"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", chosen: int | None = None) -> str:
-    """A table with cells of plain text or :func:`image_tag`; the first column is the header, row ``chosen`` is bold."""
+    """A table with cells of plain text or images (:class:`ImageTag`).
+
+    The first column is the header; the row ``chosen`` is bold.
+    """
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
     marks = [' class="chosen"' if number == chosen else "" for number in range(len(rows))]
     body = "".join(
@@ -86,6 +96,12 @@ def image_tag(image: Image.Image, alt: str, side: int = 128) -> ImageTag:
     small = max(image.size) <= side
     source = data_uri(image.convert("RGB"), "PNG") if small else data_uri(enlarge(image, side), "JPEG")
     return ImageTag(f'<img width="{side}" height="{side}" alt="{html.escape(alt)}" src="{source}">')
+
+
+def images_tag(images: Sequence[Image.Image], alt: str, caption: str, side: int = 96) -> ImageTag:
+    """Images side by side in one cell of a table, with a line of text below."""
+    tags = "".join(image_tag(image, alt, side) for image in images)
+    return ImageTag(f'<div class="row">{tags}</div><small>{html.escape(caption)}</small>')
 
 
 def data_uri(image: Image.Image, format: Literal["PNG", "JPEG", "WEBP"], **options: int) -> str:

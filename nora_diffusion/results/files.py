@@ -16,7 +16,7 @@ from .schema import FORMAT, VERSION, Results, problems
 
 MAX_BYTES = 1 << 24
 MAX_VALUES = 1_000_000
-LARGEST = 1e15
+LARGEST = 2.0**64
 HEADER = ("format", "version")
 
 

@@ -39,10 +39,11 @@ def _processor() -> str:
 
 def command_text(program: str, words: Sequence[str]) -> str:
     """A command as text; of absolute paths only the last part, because folders often tell who ran it."""
-    return shlex.join([*program.split(), *(_without_folders(word) for word in words)])
+    return shlex.join([*program.split(), *map(without_folders, words)])
 
 
-def _without_folders(word: str) -> str:
+def without_folders(word: str) -> str:
+    """A word whose absolute path, also behind an equals sign, is cut to its last part."""
     head, equals, tail = word.rpartition("=")
     path: PurePath = PurePosixPath(tail)
     if not path.is_absolute():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +31,11 @@ class Images:
 
     images: int
     sha256: str
+
+    @classmethod
+    def of(cls, hashes: Sequence[str]) -> Images:
+        """From the hash of each image."""
+        return cls(len(hashes), hashlib.sha256("".join(hashes).encode()).hexdigest())
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,18 @@ from nora_diffusion.cli import main
 from nora_diffusion.data import read_source
 from nora_diffusion.data.captions import fill, with_article
 from nora_diffusion.data.transforms import Transform
-from nora_diffusion.evaluation.protocol import EvaluationConfig, evaluate, parse_contender
-from nora_diffusion.evaluation.report import write_reports
+from nora_diffusion.evaluation.contenders import parse_contender
+from nora_diffusion.evaluation.prompts import EXTENDED, KINDS, PROMPTS, read_templates
+from nora_diffusion.evaluation.protocol import EvaluationConfig, evaluate
+from nora_diffusion.evaluation.report import page, write_reports
+from nora_diffusion.evaluation.results import as_results
 from nora_diffusion.evaluation.scoreboard import Scoreboard, compare, summarize
-from nora_diffusion.evaluation.subjects import PROMPTS, read_subject, read_templates
+from nora_diffusion.evaluation.subjects import read_subject
 from nora_diffusion.generation.sampling import sample_images
 from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.loaders import load_adapter, trainable_parameters
 from nora_diffusion.pipelines.base import BaseSource
+from nora_diffusion.results.files import read_results, write_results
 from nora_diffusion.scoring.judges import image_features, load_judge, load_vision, prompt_score, subject_score
 from nora_diffusion.training.measuring.heldout_loss import encode_photos, heldout_losses
 from nora_diffusion.training.step.denoiser import encode_prompts
@@ -140,14 +145,59 @@ def test_a_second_run_makes_only_the_new_images(
 
 
 def test_the_reports(board: Scoreboard, folder: Path) -> None:
-    page = write_reports(board).read_text()
+    html = write_reports(board).read_text()
     document = json.loads((board.folder / "evaluation.json").read_text())
     assert document["table"] == json.loads(json.dumps(summarize(board)))
     assert all((board.folder / file).is_file() for cell in document["cells"] for file in cell["files"])
     assert (document["judge"], document["seeds"]) == (str(folder / "clip"), 2)
     for text in ("DINO ↑", "small - nora", "By subject", "a red sks cat", "an upper limit"):
-        assert text in page
-    assert page.count("data:image/png;base64,") == 12 and "<script" not in page
+        assert text in html
+    assert 'href="subjects/001-rex.html"' in html and "By kind of prompt" not in html
+    assert html.count("data:image/png;base64,") == 12 and "<script" not in html
+
+
+def test_the_page_of_a_subject(board: Scoreboard) -> None:
+    write_reports(board)
+    rex, tom = ((board.folder / f"subjects/{name}.html").read_text() for name in ("001-rex", "002-tom"))
+    assert rex.count("<img") == 2 + 3 * 2 * 2 and tom.count("<img") == 2 + 3 * 2 * 2  # held-out and real ones
+    assert "a red sks dog" in rex and "a red sks dog" not in tom and "<script" not in rex + tom
+    row = next(row for row in board.of("small") if row.subject == "tom")
+    assert f"CLIP-I {row.scores['clip_i']:.3f} DINO {row.scores['dino']:.3f}" in tom
+
+
+def test_the_results_file(board: Scoreboard, tiny_base: Path, folder: Path, tmp_path: Path) -> None:
+    results = as_results(board, "nora-diffusion evaluate")
+    assert read_results(write_results(results, tmp_path / "results.json")) == results
+    rows = {(row.method, row.subject): row for row in results.rows}
+    assert {*rows} == {(label, name) for label in board.labels for name in ("rex", "tom")}
+    expected = [row.scores["dino"] for row in board.of("small") if row.subject == "tom"]
+    small = rows["small", "tom"]
+    assert small.scores["dino"] == pytest.approx(sum(expected) / 2) and "heldout_loss" not in small.scores
+    assert rows["small", "rex"].scores["heldout_loss"] == pytest.approx(sum(board.heldout["small"]["rex"]) / 2)
+    assert results.methods["small"] == {"method": "lora", "rank": 2, "inner_rank": 1, "weight": 0.5}
+    assert results.scores["heldout_loss"] == "lower" and results.scores["clip_t"] == "higher"
+    assert not rows["base", "rex"].is_trained and small.trained_parameters > 0 and small.rate is None
+    assert results.data["photos"]["tom"]["scoring"].images == 2
+    assert results.protocol["seeds"] == 2 and {*results.judges} == {"clip_i", "dino"}
+    assert results.base.name == tiny_base.name  # without its folders
+    again = evaluate(config(tiny_base, folder, board.folder, judge=str(folder / "clip"), seeds=1))
+    assert again.hashes == board.hashes and as_results(again, "").protocol != results.protocol
+
+
+def test_extended_prompts(board: Scoreboard) -> None:
+    kinds = [
+        f"{kind}, {level}"
+        for kind in ("photorealistic", "style", "imaginative")
+        for level in ("easy", "medium", "hard")
+    ]
+    assert [*EXTENDED] == kinds and KINDS["a pencil sketch of {}"] == "style, easy"
+    assert read_templates("extended") == PROMPTS["extended"] and len({*PROMPTS["extended"]}) == 18
+    assert all("{}" in template or "{noun}" in template for template in PROMPTS["extended"])
+    rows = [replace(row, kind=kinds["red" in row.prompt]) for row in board.scored]
+    red = [row.scores["clip_t"] for row in board.of("small") if "red" in row.prompt]
+    text = page(replace(board, scored=rows))
+    line = text[text.index("medium: small") :]  # of the red ones
+    assert f"{sum(red) / 2:.3f}" in line[: line.index("</tr>")]
 
 
 def test_without_dino_and_with_one_seed(tiny_base: Path, folder: Path, tmp_path: Path) -> None:
@@ -183,7 +233,7 @@ def test_mistakes_are_found_before_any_image_is_made(tiny_base: Path, folder: Pa
         ({"subjects": []}, "no subject"),
         ({"subjects": [str(folder / "nobody")]}, "no subject at"),
         ({"prompts": str(tmp_path / "bare.txt")}, "no placeholder for the subject"),
-        ({"prompts": "objects"}, "'object' or 'live'"),
+        ({"prompts": "objects"}, "'object', 'live' or 'extended'"),
         ({"judge": str(folder / "dino")}, "cannot load the judge"),
     ):
         with pytest.raises(UserError, match=words):
@@ -202,3 +252,8 @@ def test_the_command(tiny_base: Path, folder: Path, tmp_path: Path, capsys: pyte
     assert main(words.split()) == 0
     output = capsys.readouterr().out
     assert "rex-nora" in output and "clip_t" in output and (tmp_path / "out" / "report.html").is_file()
+    results = read_results(tmp_path / "out/results.json")
+    assert (
+        results.command.startswith("nora-diffusion evaluate --adapters rex-nora")
+        and str(tmp_path) not in results.command
+    )

@@ -1,28 +1,35 @@
-"""The results of a sweep: one row per finished cell, as JSON that others can read, and as tables."""
+"""The results of a sweep: a results file (:mod:`nora_diffusion.results`), and a report with tables and plots."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ...formats.adapter_file import inspect_adapter
 from ...io.files import write_atomic
 from ...io.run_layout import MEASURED
 from ...io.untrusted import parse_json
 from ...reports.plots import line_chart
 from ...reports.webpage import heading, page, table
+from ...results import files, schema
+from ...results.machine import this_machine, today, without_folders
 from ...versions import versions
+from ..measuring.selection import DIRECTIONS
 from ..planning.rundir import RunFolder, read_state
+from ..record import RunRecord, read_record
+from ..settings.config import settings_by_name
 from .cells import Cell
 
-FORMAT, VERSION = "nora_diffusion.results", 1
 RESULTS, REPORT = "results.json", "report.html"
 REPEATS = ("seed", "subject")
 """Axes over which a table averages."""
+TASK = "photos"
+TRAINING_LOSS = "training_loss"
+JUDGED = ("judge", "dino", "validation_prompts", "sample_steps", "sample_guidance", "validation_split")
+"""Settings that decide what a run's validation measures."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +37,22 @@ class Row:
     """A finished cell. ``scores``: the training loss, and what the run's validation measured at the saved step."""
 
     labels: dict[str, str]
-    settings: dict[str, Any]
-    adapter_sha256: str
-    base: str
-    steps: int
-    trained_parameters: int
-    bytes: int
-    seconds: float
+    record: RunRecord
     scores: dict[str, float]
+
+    @property
+    def method(self) -> str:
+        """The labels on all axes that a results file has no field for; the method first, unless an axis names it."""
+        own = {axis: label for axis, label in self.labels.items() if axis not in (*REPEATS, "learning_rate")}
+        named = [label for axis, label in own.items() if axis == "method" or axis not in settings_by_name()]
+        others = [f"{axis}={label}" for axis, label in own.items() if label not in named]
+        return " ".join([*(named or [self.record.info.method]), *others])
+
+    @property
+    def subject(self) -> str:
+        """The label of the subject, else the name of its folder."""
+        folder = (self.record.config and self.record.config.instance_data_dir) or "subject"
+        return self.labels.get("subject") or Path(folder).name
 
 
 def read_row(cell: Cell, out: Path) -> Row | None:
@@ -46,14 +61,10 @@ def read_row(cell: Cell, out: Path) -> Row | None:
     state = read_state(folder.path)
     if state.get("status") != "done" or not folder.adapter.exists():
         return None
-    info = inspect_adapter(folder.adapter)
+    record = read_record(folder.adapter)
     loss = state.get("loss")
-    scores = {"training_loss": loss} if isinstance(loss, float) else {}
-    scores |= _validation(folder.path, info.step)
-    return Row(
-        dict(cell.labels), dict(cell.settings), info.sha256, info.base, info.step, info.trained_parameters,
-        info.bytes, round(sum(seconds for _, _, seconds in folder.steps()), 3), scores,
-    )  # fmt: skip
+    scores = {TRAINING_LOSS: loss} if isinstance(loss, float) else {}
+    return Row(dict(cell.labels), record, scores | _validation(folder.path, record.info.step))
 
 
 def _validation(folder: Path, step: int) -> dict[str, float]:
@@ -61,21 +72,64 @@ def _validation(folder: Path, step: int) -> dict[str, float]:
     try:
         points = parse_json((folder / MEASURED).read_bytes())["points"]
         scores = next(point["scores"] for point in points if point["step"] == step)
-        return {str(name): float(value) for name, value in scores.items()}
+        return {str(name): float(value) for name, value in scores.items() if name in DIRECTIONS}
     except (OSError, ValueError, KeyError, TypeError, StopIteration, AttributeError):
         return {}
 
 
-def write_results(name: str, cells: Sequence[Cell], out: Path) -> list[Row]:
-    """Write ``results.json`` and ``report.html`` of the cells that are finished; return their rows."""
+def write_results(name: str, cells: Sequence[Cell], out: Path, command: str) -> list[Row]:
+    """Write ``results.json`` and ``report.html`` of the cells that are finished; return their rows.
+
+    Cells on other bases, or of another precision or validation, cannot be compared with the first ones: they get
+    ``results-2.json`` and so on.
+    """
     rows = [row for cell in cells if (row := read_row(cell, out)) is not None]
-    document = {
-        "format": FORMAT, "version": VERSION, "study": name, "versions": versions(), "cells": len(cells),
-        "rows": [asdict(row) for row in rows],
-    }  # fmt: skip
-    write_atomic(out / RESULTS, json.dumps(document, indent=1))
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps([row.record.info.base, _protocol(row)]), []).append(row)
+    for number, group in enumerate(groups.values(), start=1):
+        file = out / (RESULTS if number == 1 else f"results-{number}.json")
+        files.write_results(_results(name, group, command), file)
     write_atomic(out / REPORT, report(name, rows))
     return rows
+
+
+def _results(name: str, rows: Sequence[Row], command: str) -> schema.Results:
+    names = list(dict.fromkeys(score for row in rows for score in row.scores))
+    directions = DIRECTIONS | {TRAINING_LOSS: -1}
+    data: dict[str, dict[str, schema.Images]] = {}
+    for row in rows:
+        photos = row.record.photos
+        data.setdefault(row.subject, {} if photos is None else {"training": photos})
+    return schema.Results(
+        name=name, command=command, date=today(), protocol=_protocol(rows[0]),
+        base=schema.Base(without_folders(rows[0].record.info.base), _fingerprint(rows)), judges={}, data={TASK: data},
+        methods={row.method: row.record.settings for row in rows},
+        scores={score: "higher" if directions[score] > 0 else "lower" for score in names},
+        machine=this_machine("clock"), versions=versions(), rows=[_row(row) for row in rows],
+    )  # fmt: skip
+
+
+def _row(row: Row) -> schema.Row:
+    info = row.record.info
+    return schema.Row(
+        row.method, TASK, row.subject, info.seed or 0, row.record.rate, row.record.steps, info.trained_parameters,
+        info.bytes, row.record.seconds, row.scores,
+    )  # fmt: skip
+
+
+def _protocol(row: Row) -> dict[str, str | bool | int | float]:
+    """How a cell was trained and validated. The judges are named, not hashed: their weights are not at hand."""
+    config = row.record.config
+    judged = json.dumps({key: getattr(config, key, None) for key in JUDGED}, sort_keys=True)
+    precision = (config and config.mixed_precision) or "unknown"
+    return {"name": "sweep", "precision": precision, "validation": hashlib.sha256(judged.encode()).hexdigest()[:16]}
+
+
+def _fingerprint(rows: Sequence[Row]) -> str:
+    """A hash of the base's weights in all layers that the cells adapt."""
+    marks = {str(key): f"{value:.4g}" for row in rows for key, value in row.record.info.fingerprints.items()}
+    return schema.digest(marks)
 
 
 def report(name: str, rows: Sequence[Row]) -> str:
@@ -117,8 +171,8 @@ def _all(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     names = _scores(rows)
     header = [*(rows[0].labels if rows else ()), "steps", "trained parameters", "bytes", "seconds", *names]
     return header, [
-        [*row.labels.values(), str(row.steps), f"{row.trained_parameters:,}", f"{row.bytes:,}", f"{row.seconds:.0f}",
-         *(_number(row.scores.get(name)) for name in names)]
+        [*row.labels.values(), str(row.record.info.step), f"{row.record.info.trained_parameters:,}",
+         f"{row.record.info.bytes:,}", f"{row.record.seconds:.0f}", *(_number(row.scores.get(name)) for name in names)]
         for row in rows
     ]  # fmt: skip
 

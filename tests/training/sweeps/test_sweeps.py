@@ -12,6 +12,7 @@ from runs import Configure, assert_equal_tensors
 
 from nora_diffusion.cli import main
 from nora_diffusion.errors import UserError
+from nora_diffusion.results.files import read_results
 from nora_diffusion.training.sweeps.cells import read_cells
 from nora_diffusion.training.sweeps.results import means, write_results
 from nora_diffusion.training.sweeps.run import run_sweep
@@ -96,9 +97,14 @@ def test_missing_cells_are_trained_and_finished_ones_are_kept(
     assert main(["sweep", str(sweep), "--out", str(out)]) == 0
     adapters = {name: out / name / "nora_adapter.safetensors" for name in names}
     times = {name: file.stat().st_mtime_ns for name, file in adapters.items()}
-    own = json.loads((out / "results.json").read_text())["rows"]
-    assert [row["labels"]["subject"] for row in own] == ["dog"] * 2 + ["cat"] * 2
-    assert all(row["scores"]["training_loss"] > 0 and row["steps"] == 3 and row["base"] for row in own)
+    exact, rounded = read_results(out / "results.json"), read_results(out / "results-2.json")  # of another precision
+    assert exact.protocol | {"precision": "bf16"} == rounded.protocol
+    assert [row.subject for row in exact.rows] == ["dog", "cat"] and exact.data["photos"]["dog"]["training"].images == 2
+    assert [*exact.methods] == ["nora mixed_precision=no"] and str(tmp_path) not in exact.command
+    row = exact.rows[0]
+    assert (row.seed, row.rate, row.steps) == (7, 1e-2, 3) and row.scores["training_loss"] > 0
+    assert row.bytes == adapters[names[0]].stat().st_size and row.trained_parameters > 0 and row.seconds > 0
+    assert not {"seed", "learning_rate", "instance_data_dir"} & {*exact.methods["nora mixed_precision=no"]}
 
     adapters[names[2]].unlink()  # as if its run had been stopped before it saved
     assert main(["sweep", str(sweep), "--out", str(out)]) == 0
@@ -110,7 +116,7 @@ def test_a_failing_cell_does_not_stop_the_others(sweep: Path, tmp_path: Path) ->
     (tmp_path / "cat" / "0.png").write_bytes(b"not an image")
     cells = read_cells(sweep)
     errors = run_sweep(cells, tmp_path / "out", at_once=2)
-    rows = write_results("sweep", cells, tmp_path / "out")
+    rows = write_results("sweep", cells, tmp_path / "out", "sweep sweep.yaml")
     assert errors and all("cat" in error for error in errors)
     assert {row.labels["subject"] for row in rows} == {"dog"} and len(rows) == 2
     assert set(means(rows)) == {("1e-2", "no"), ("1e-2", "bf16")}
