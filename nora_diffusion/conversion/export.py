@@ -27,13 +27,12 @@ from .dora import base_weights, truncated
 from .lora_layouts import (
     WRITERS,
     Format,
-    PlainPair,
     export_file,
     export_files,
     require_replaceable,
-    with_common_alpha,
     write_tensors,
 )
+from .plain_pair import PlainPair, with_common_alpha
 
 Gate = Literal["mean"]
 Dora = Literal["plain", "magnitude"]

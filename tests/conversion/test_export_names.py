@@ -17,12 +17,13 @@ from diffusers import UNet2DConditionModel
 from factories import randomize
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from nora_diffusion import add_adapter, create_pack, export_lora, load_adapter, save_adapter
 from nora_diffusion.adapters import nora
-from nora_diffusion.conversion.lora_layouts import PlainPair, architecture
+from nora_diffusion.conversion.lora_layouts import WRITERS, architecture
 from nora_diffusion.conversion.lora_metadata import _thumbnail
+from nora_diffusion.conversion.plain_pair import PlainPair
 from nora_diffusion.formats.adapter_file import inspect_adapter
 from nora_diffusion.formats.adapter_info import AdapterInfo
 from nora_diffusion.formats.foreign_names import original_name
@@ -30,6 +31,8 @@ from nora_diffusion.io import tensors
 from nora_diffusion.pipelines.components import components, projections
 
 ALL = ["attn", "ff", "proj", "conv", "linear_1", "linear_2", "conv_in", "conv_out", "conv_shortcut", "time_emb_proj"]
+
+ENCODERS = ["text_encoder", "text_encoder_2"]
 
 
 def contents(file: Path) -> tuple[set[str], dict[str, str], bytes]:
@@ -141,6 +144,40 @@ def test_a_kohya_export_for_sd_1_and_2_keeps_diffusers_blocks(tmp_path: Path, mo
     assert not metadata["ss_base_model_version"].startswith("sdxl_")
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.(0\.self_attn\.out_proj|1\.mlp\.fc2)"])
+def test_attentions_of_clip_g_are_whole(tmp_path: Path, targets: Any) -> None:
+    """A1111 applies one only if the file has q, k, v and out: those that are not adapted are zero."""
+    pipe = tiny_pipeline("sdxl", tmp_path / "base")
+    add_adapter(pipe, nora(r=2, inner_r=1, basis="svd", target_modules=targets), "one", ENCODERS)
+    randomize(pipe, "one")
+    save_adapter(pipe, tmp_path / "dog", "one")
+    tensors = load_file(export_lora(tmp_path / "dog", tmp_path / "dog.safetensors", "kohya").path)
+    update = {key: value @ tensors[key.replace("_up", "_down")] for key, value in tensors.items() if "lora_up" in key}
+    found = {
+        tuple(re.split("_text_model_encoder_layers_|_self_attn_|_proj", key)[:3]) for key in update if "attn" in key
+    }
+    adapted = ("q", "v") if isinstance(targets, list) else ("out",)
+    layers = ("0", "1") if isinstance(targets, list) else ("0",)
+    assert found == {("lora_te1", layer, name) for layer in layers for name in adapted} | {
+        ("lora_te2", layer, name) for layer in layers for name in ("q", "k", "v", "out")
+    }
+    assert {key for key, value in update.items() if value.any()} == {
+        key for key in update if "_mlp_" in key or any(f"_{name}_proj" in key for name in adapted)
+    }
+    loaded = load_adapter(tiny_pipeline("sdxl", tmp_path / "fresh"), tmp_path / "dog.safetensors", "one")
+    assert loaded.applied == loaded.total == len(tensors)
+
+
+def test_attentions_of_clip_h_are_whole_too(tmp_path: Path) -> None:
+    one = PlainPair("text_encoder", "encoder.layers.3.self_attn.v_proj", torch.ones(2, 1024), torch.ones(1024, 2), None)
+    WRITERS["kohya"](tmp_path / "x.safetensors", AdapterInfo(components={"text_encoder": {}}), [one], torch.float32)
+    tensors = load_file(tmp_path / "x.safetensors")
+    assert {key for key in tensors if key.endswith("lora_up.weight")} == {
+        f"lora_te_text_model_encoder_layers_3_self_attn_{name}_proj.lora_up.weight" for name in ("q", "k", "v", "out")
+    }
+    assert sum(bool(value.any()) for key, value in tensors.items() if "lora_" in key.split(".")[1]) == 2
+
+
 def pair(path: str, width: int, component: str = "unet") -> PlainPair:
     return PlainPair(component, path, torch.zeros(1, width), torch.zeros(8, 1), None)
 
@@ -160,8 +197,6 @@ def test_the_architecture_follows_from_what_is_adapted() -> None:
 
 def test_blocks_of_a_real_sdxl_are_counted_even_if_few_are_adapted(tmp_path: Path) -> None:
     """A LoRA of ``up_blocks.0.attentions.1`` alone (B-LoRA) shows only one layer of its block."""
-    from nora_diffusion.conversion.lora_layouts import WRITERS
-
     one = PlainPair("unet", "up_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q", torch.ones(1, 640),
                     torch.ones(640, 1), None)  # fmt: skip
     WRITERS["kohya"](tmp_path / "x.safetensors", AdapterInfo(components={"unet": {}}), [one], torch.float32)

@@ -37,7 +37,7 @@ from nora_diffusion import (
 )
 from nora_diffusion.adapters import AdapterConfig, lora, lora_mini, lora_xs, mor, nora
 from nora_diffusion.composition.sources import loaded_source
-from nora_diffusion.conversion.lora_layouts import PlainPair
+from nora_diffusion.conversion.plain_pair import PlainPair
 from nora_diffusion.formats.adapter_file import FILE_NAME
 from nora_diffusion.formats.adapter_info import AdapterInfo
 from nora_diffusion.formats.model_card import write_card
