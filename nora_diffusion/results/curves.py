@@ -66,7 +66,7 @@ def _over_steps(lengths: Sequence[Ranking]) -> Series:
 
 def _line_charts(name: str, series: Series, x_label: str, y_label: str) -> list[str]:
     """As many charts as it takes for each line to have a color of its own."""
-    drawn = [*{label: points for label, points in series.items() if points}.items()]
+    drawn = sorted((label, points) for label, points in series.items() if points)  # one color in all protocols
     parts = [dict(drawn[start : start + len(COLORS)]) for start in range(0, len(drawn), len(COLORS))]
     return [
         line_chart(name.capitalize() if len(parts) == 1 else f"{name.capitalize()} ({number})", part, x_label, y_label,

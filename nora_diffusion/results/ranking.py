@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -102,18 +102,18 @@ def _sign(protocol: Protocol, score: str) -> int:
 
 def _estimates(protocol: Protocol, rows: Sequence[Row]) -> dict[str, Estimate]:
     names = [name for name in protocol.scores if all(name in row.scores for row in rows)]
-    return {name: estimate(rows, lambda row, name=name: row.scores[name]) for name in names}  # type: ignore[misc]
+    subjects = [row.subject for row in rows]
+    return {name: estimate([row.scores[name] for row in rows], subjects) for name in names}
 
 
-def estimate(rows: Sequence[Row], value: Callable[[Row], float]) -> Estimate:
-    """The mean of a value of the rows."""
-    values = [value(row) for row in rows]
+def estimate(values: Sequence[float], subjects: Sequence[str]) -> Estimate:
+    """The mean of values, of which each belongs to a subject."""
     mean = statistics.fmean(values)
     if not math.isfinite(mean):
         return Estimate(mean, math.nan, math.nan)
     groups: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        groups.setdefault(row.subject, []).append(number)
+    for number, subject in enumerate(subjects):
+        groups.setdefault(subject, []).append(number)
     return Estimate(mean, *interval(values, _draws(tuple(map(tuple, groups.values())))))
 
 
@@ -124,12 +124,25 @@ def _draws(groups: tuple[tuple[int, ...], ...]) -> list[np.ndarray]:
 
 
 def difference(one: Standing, other: Standing, score: str) -> Estimate | None:
-    """The mean difference of a score, paired by subject and seed; ``None`` if no pair has both."""
-    reference = {(row.subject, row.seed): row.scores[score] for row in other.rows if score in row.scores}
-    rows = [row for row in one.rows if score in row.scores and (row.subject, row.seed) in reference]
-    if not rows:
-        return None
-    return estimate(rows, lambda row: row.scores[score] - reference[row.subject, row.seed])
+    """The mean difference of a score, paired by subject and seed; ``None`` if there is no pair.
+
+    Methods that have no seed in common are paired by subject, at their means over seeds.
+    """
+    for with_seed in (True, False):
+        ours, theirs = (_by_pair(standing.rows, score, with_seed) for standing in (one, other))
+        common = [key for key in ours if key in theirs]
+        if common:
+            gaps = [statistics.fmean(ours[key]) - statistics.fmean(theirs[key]) for key in common]
+            return estimate(gaps, [subject for subject, _ in common])
+    return None
+
+
+def _by_pair(rows: Sequence[Row], score: str, with_seed: bool) -> dict[tuple[str, int], list[float]]:
+    values: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        if score in row.scores:
+            values.setdefault((row.subject, row.seed if with_seed else 0), []).append(row.scores[score])
+    return values
 
 
 def front(ranking: Ranking) -> set[str]:

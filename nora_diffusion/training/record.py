@@ -18,7 +18,7 @@ from .planning.rundir import RunFolder
 from .settings.config import TrainConfig, settings
 
 GROUPS = ("adapter", "training", "optimizer")
-OWN = ("seed", "learning_rate", "basis_from")
+OWN = ("seed", "learning_rate", "max_train_steps", "basis_from")
 """Settings that a row has itself, or that name a file of this machine."""
 
 

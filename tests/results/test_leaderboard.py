@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from result_files import example, row
 
 from nora_diffusion.cli import main
 from nora_diffusion.results.files import write_results
-from nora_diffusion.results.leaderboard import markdown, page, table
+from nora_diffusion.results.leaderboard import markdown, page, read_all, table
 from nora_diffusion.results.protocols import protocols
 from nora_diffusion.results.ranking import at_best_rate, difference, front, rank
 from nora_diffusion.results.schema import Images, Results, Row
@@ -56,6 +57,19 @@ def test_a_larger_and_better_method_is_on_the_front_too(files: list[Results]) ->
     worse = [row("nora", "cat", 8e-3, 0.40, 0.5), row("nora", "dog", 8e-3, 0.50, 0.5)]
     (protocol,) = protocols([files[0], example(worse)])
     assert front(rank(protocol)) == {"lora", "nora"}
+
+
+def test_methods_without_a_common_seed_are_paired_by_subject(files: list[Results]) -> None:
+    moved = [replace(row, seed=row.seed + 5) for row in NORA]
+    (protocol,) = protocols([files[0], example(moved)])
+    nora, lora, _ = rank(protocol).standings
+    gap = difference(nora, lora, "heldout_loss")
+    assert gap and gap.mean == pytest.approx(-0.04) and gap.low == pytest.approx(-0.1)
+    again = [*moved, *(replace(row, seed=6, scores=row.scores | {"heldout_loss": 1.0}) for row in NORA)]
+    (protocol,) = protocols([files[0], example(again)])
+    twice = {standing.method: standing for standing in rank(protocol).standings}
+    gap = difference(twice["nora"], twice["lora"], "heldout_loss")  # (.20 + 1) / 2 - .30 and (.44 + 1) / 2 - .42
+    assert gap and gap.mean == pytest.approx(0.3)
 
 
 def test_the_table(files: list[Results]) -> None:
@@ -136,3 +150,20 @@ def test_the_command(files: list[Results], tmp_path: Path, capsys: pytest.Captur
     html = (tmp_path / "out/leaderboard.html").read_text()
     assert html.count("<svg") == 4 and "Held-out loss over size" in html
     assert main(["leaderboard", str(tmp_path)]) == 2
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def without_intervals(text: str) -> list[str]:
+    """The resamples of another release of NumPy may differ."""
+    return re.sub(r" \[[^]]*\]", "", text).splitlines()
+
+
+@pytest.mark.skipif(not [*ROOT.glob("results/*.json")], reason="there are no submitted results")
+def test_the_leaderboard_is_that_of_the_submitted_files() -> None:
+    files = read_all(sorted(ROOT.glob("results/*.json")))
+    text = (ROOT / "docs" / "leaderboard.md").read_text(encoding="utf-8")
+    assert without_intervals(markdown([*map(rank, protocols(files))])) == without_intervals(text), (
+        "run make leaderboard"
+    )
