@@ -20,7 +20,8 @@ from ..quiet import hide_known_warnings
 from ..reports.sheets import contact_sheet
 from ..scoring.judges import Judge, image_features, load_judge, text_features
 from .measures.following import measure
-from .measures.teaching import heldout_images, new_scenes
+from .measures.probes import heldout_images
+from .measures.prompt_sets import new_scenes
 from .recipe.stage_vae import to_tensor
 from .world.render import sample
 from .world.scenes import TEST_SEED
@@ -159,12 +160,12 @@ def evaluate_teaching(weights: Path, images: Path | None) -> dict[str, float]:
     report, lessons = teach_all(weights)
     if images is not None:
         rows = [
-            [(image, scene.caption) for image, scene in zip(lesson.images, new_scenes(lesson.subject), strict=True)]
+            [(image, s.caption) for image, s in zip(lesson.images["scenes"], new_scenes(lesson.subject), strict=True)]
             for lesson in lessons
         ]
         titles = [
-            f"{lesson.method}, {lesson.subject}: subject right {lesson.subject_right:.0%}, "
-            f"background right {lesson.background_right:.0%}, trained in {lesson.seconds:.0f} s"
+            f"{lesson.method}, {lesson.subject}: subject right {lesson.scores['subject_right']:.0%}, "
+            f"background right {lesson.scores['background_right']:.0%}, trained in {lesson.seconds:.0f} s"
             for lesson in lessons
         ]
         contact_sheet(rows, titles).save(images / "base_taught.png", optimize=True)

@@ -17,22 +17,17 @@ from PIL import Image
 from nora_diffusion import UserError
 from nora_diffusion.pipelines.base import EMBEDDED_WEIGHTS
 from nora_diffusion.results.files import read_results
-from nora_diffusion.tiny_sd.comparing import command, lessons
+from nora_diffusion.tiny_sd.comparing import command
 from nora_diffusion.tiny_sd.comparing.curves import page
 from nora_diffusion.tiny_sd.comparing.lessons import Task, all_tasks, base_hash, compare
 from nora_diffusion.tiny_sd.comparing.rates import START, at_best_rate, next_rates
 from nora_diffusion.tiny_sd.comparing.tables import table_at_best_rate, table_by_rate
-from nora_diffusion.tiny_sd.measures import classroom, probe, teaching
+from nora_diffusion.tiny_sd.measures import probe, prompt_sets
 from nora_diffusion.tiny_sd.measures.classroom import Classroom
 from nora_diffusion.tiny_sd.measures.methods import METHODS, method_settings
-from nora_diffusion.tiny_sd.measures.teaching import (
-    TAUGHT_SUBJECTS,
-    Lesson,
-    Probes,
-    Student,
-    fit_probes,
-    new_scenes,
-)
+from nora_diffusion.tiny_sd.measures.probes import Probes, Sizes
+from nora_diffusion.tiny_sd.measures.scores import NAMES
+from nora_diffusion.tiny_sd.measures.teaching import TAUGHT_SUBJECTS, Lesson, Student
 from nora_diffusion.training.settings.checks import check_config
 from nora_diffusion.training.settings.config import TrainConfig
 
@@ -57,8 +52,9 @@ class Teacher:
         return [self.lesson(student) for student in students]
 
     def lesson(self, student: Student) -> Lesson:
-        images = [Image.new("RGB", (64, 64))] * 10
-        return Lesson(student.subject, student.method, 1.0, images, 0.5, 0.5, 0.5, 0.5, 0.25, 0.06, 7, 2**20, 1.0)
+        images = {name: [Image.new("RGB", (64, 64))] * 10 for name in student.prompts}
+        scores = {name: 0.5 for prompts in student.prompts for name in NAMES[prompts]}
+        return Lesson(student.subject, student.method, 1.0, images, {"heldout_loss": 0.06, **scores}, 7, 2**20, 1.0)
 
 
 @pytest.fixture
@@ -103,6 +99,19 @@ def test_lessons_depend_on_weights_steps_and_settings(weights: Path, tmp_path: P
     (weights / UNET).write_bytes(b"better weights")
     run(weights, out, teacher, [Task("nora", 1e-3, 0, "tiger")])
     assert len(teacher.calls) == 4
+
+
+def test_lessons_depend_on_what_is_shown_and_asked(weights: Path, tmp_path: Path) -> None:
+    out, teacher = tmp_path / "out", Teacher()
+    first = Task("nora", 1e-3, 0, "tiger", 5)
+    rows = run(weights, out, teacher, [first, replace(first, shown=3), replace(first, prompts=("companions", "class"))])
+    assert [student.shown for student in teacher.students] == [6, 3, 6]
+    assert [row["task"] for row in rows] == ["six images", "three images", "six images"]
+    assert "obeyed" in rows[2] and "subject_score" not in rows[2]
+    assert {path.name for path in (out / "pictures").iterdir()} == {
+        "nora-0.001-5-0-tiger.png", "nora-0.001-5-of3-0-tiger.png",
+        "nora-0.001-5-0-tiger-companions.png", "nora-0.001-5-0-tiger-class.png",
+    }  # fmt: skip
 
 
 def test_a_damaged_list_of_lessons_and_a_missing_base_are_errors(weights: Path, tmp_path: Path) -> None:
@@ -150,7 +159,7 @@ def test_the_table_shows_mean_over_subjects_and_deviation_between_seeds() -> Non
     rows = [row("base", None, 0, "a", 0.1), *(row("nora", 1e-3, *key, loss) for key, loss in values.items())]
     base, nora = table_by_rate(rows).splitlines()[2:]
     deviation = statistics.stdev([0.04, 0.06])
-    assert base == "| base |  | 0.500 | 1.000 | 0.250 | 0.1000 | 0.500 | 0.250 |  |  |  |"
+    assert base == "| base |  | 0.1000 | 0.500 | 0.250 | 0.500 | 1.000 | 0.250 |  |  |  |"
     assert f"| 0.0500 ± {deviation:.4f} |" in nora
     assert nora.endswith("| 1,234 | 1.05 MB | 8.0 |")
 
@@ -194,29 +203,16 @@ def pixels(network: object, images: np.ndarray, batch: int = 64) -> torch.Tensor
     return torch.from_numpy(images[:, 4::8, 4::8].reshape(len(images), -1)).float() / 255
 
 
-def test_probes_are_fitted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NORA_CACHE", str(tmp_path))
-    monkeypatch.setattr(probe, "load_network", lambda: None)
-    subject, background = (
-        probe.Probe(labels, torch.rand(2, 3), torch.rand(2), torch.rand(3), torch.rand(3))
-        for labels in (("a", "b"), ("on grass", "sky"))
-    )
-    made = [Probes(None, subject, background, {"subject": 0.5, "background": 0.75})]
-    monkeypatch.setattr(teaching, "fit_probes", made.pop)
-    first, second = teaching.cached_probes(), teaching.cached_probes()
-    assert second.subject.labels == ("a", "b") and second.background.labels == ("on grass", "sky")
-    assert torch.equal(second.background.std, first.background.std) and second.accuracy == first.accuracy
-
-
 @pytest.mark.slow
 def test_lessons_are_the_same_alone_and_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "load_network", lambda: None)  # the network is an optional extra: use pixels as features
     monkeypatch.setattr(probe, "features", pixels)
-    for module in (classroom, lessons):
-        monkeypatch.setattr(module, "new_scenes", lambda slug: new_scenes(slug)[:2])
-    probes: Probes = fit_probes(fitted=100, tested=10, each=4)
+    two = {name: lambda slug, make=make: make(slug)[:2] for name, make in prompt_sets.PROMPT_SETS.items()}
+    monkeypatch.setattr(prompt_sets, "PROMPT_SETS", two)
+    probes = Probes(Sizes(scenes=100, tested=10, alone=4, accompanied=1), cached=False)
     room, base = Classroom(EMBEDDED_WEIGHTS, probes, "no"), base_hash(EMBEDDED_WEIGHTS)
-    tasks = [Task(method, 1e-3, 0, TAUGHT_SUBJECTS[1], 2) for method in ("base", "nora", "lora_r2")]
+    sets = ("scenes", "companions", "class")
+    tasks = [Task(method, 1e-3, 0, TAUGHT_SUBJECTS[1], 2, prompts=sets) for method in ("base", "nora", "lora_r2")]
     together, alone = (compare(base, tasks, tmp_path / str(n), room, at_once=n) for n in (3, 1))
     costs = {"seconds", "cpu_seconds"}
     for one, other in zip(together, alone, strict=True):
@@ -227,6 +223,7 @@ def test_lessons_are_the_same_alone_and_together(tmp_path: Path, monkeypatch: py
     assert nora["trained_numbers"] == 116_736
     assert 0.8 < lora["trained_numbers"] / nora["trained_numbers"] < 1.25
     assert nora["heldout_loss"] < control["heldout_loss"] and lora["heldout_loss"] < control["heldout_loss"]
+    assert control["class_distance"] < 1e-6 < nora["class_distance"]
     for lesson in together:
         assert lesson["both_right"] <= min(lesson["subject_right"], lesson["background_right"])
     assert json.loads((tmp_path / "3/lessons.jsonl").read_text().splitlines()[0]) == control
@@ -238,14 +235,17 @@ def test_the_command_prints_and_writes_the_report(
     flags = ["--weights", str(weights), "--out", str(tmp_path / "out"), "--rates", "6e-4", "--seeds", "0", "1"]
     assert command.main(flags, Teacher()) == 0
     text = (tmp_path / "out/report.md").read_text()
-    assert text in capsys.readouterr().out and "4 subjects, 2 seeds" in text
+    assert text in capsys.readouterr().out and "4 subjects, 2 seeds, ten images each of scenes" in text
     assert all(f"| {method} |" in text for method in command.DEFAULT_METHODS)
     assert (tmp_path / "out/curves.html").is_file()
     results = read_results(tmp_path / "out/results.json")
     assert len(results.rows) == 4 * 2 * len(command.DEFAULT_METHODS) and results.methods["nora"]["method"] == "nora"
-    assert {*results.scores} == {*lessons.SHARES, *lessons.SCORES} and results.rows[0].scores["heldout_loss"] == 0.06
+    assert {*results.scores} == {"heldout_loss", *NAMES["scenes"]} and results.rows[0].scores["heldout_loss"] == 0.06
     assert {*results.data["six images"]} == {*TAUGHT_SUBJECTS} and str(tmp_path) not in results.command
-    for wrong in (["--weights", str(tmp_path)], ["--methods", "loha"], ["--rates", "auto", "1e-3"], ["--at_once", "0"]):
+    for wrong in (
+        ["--weights", str(tmp_path)], ["--methods", "loha"], ["--rates", "auto", "1e-3"], ["--at_once", "0"],
+        ["--subjects", "tiger+lion"],
+    ):  # fmt: skip
         assert command.main(["--weights", str(weights), "--out", str(tmp_path / "other"), *wrong], Teacher()) == 2
 
 
@@ -255,7 +255,8 @@ def test_automatic_rates_of_the_command_end(weights: Path, tmp_path: Path) -> No
 
         def lesson(self, student: Student) -> Lesson:
             rate = student.settings.get("learning_rate", 1.0)
-            return replace(super().lesson(student), heldout_loss=abs(float(np.log2(rate / 9.6e-3))))
+            lesson = super().lesson(student)
+            return replace(lesson, scores={**lesson.scores, "heldout_loss": abs(float(np.log2(rate / 9.6e-3)))})
 
     teacher = Parabola()
     flags = ["--weights", str(weights), "--out", str(tmp_path), "--rates", "auto", "--methods", "base", "lora"]

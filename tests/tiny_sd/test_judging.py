@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from nora_diffusion.tiny_sd.examples import subject_object, write_subject
 from nora_diffusion.tiny_sd.measures import probe
 from nora_diffusion.tiny_sd.measures.following import QUESTIONS, unseen_scenes
-from nora_diffusion.tiny_sd.measures.teaching import TAUGHT_SUBJECTS, new_scenes
+from nora_diffusion.tiny_sd.measures.prompt_sets import new_scenes
+from nora_diffusion.tiny_sd.measures.teaching import TAUGHT_SUBJECTS
 from nora_diffusion.tiny_sd.recipe.stage_clip import subject_loss
 from nora_diffusion.tiny_sd.recipe.stage_diffusion import TRAINING_FILE, record_scenes
 from nora_diffusion.tiny_sd.world.scenes import Background, Scene, SceneObject, random_scene, scene_pair

@@ -19,8 +19,9 @@ from ...results.files import write_results
 from ...results.machine import command_text
 from ...training.signals import Interrupted
 from ..measures.methods import METHODS, is_trained, method_settings
-from ..measures.teaching import TAUGHT_SUBJECTS, Lesson, Student, cached_probes
-from ..world.vocabulary import SUBJECTS
+from ..measures.prompt_sets import PROMPT_SETS
+from ..measures.shown import SHOWN_COUNTS, members
+from ..measures.teaching import SCENES, TAUGHT_SUBJECTS, Lesson, Student
 from .curves import page
 from .lessons import Row, Task, Teacher, all_tasks, base_hash, compare
 from .rates import next_rates
@@ -42,9 +43,10 @@ class LazyTeacher:
 
     def teach(self, students: Sequence[Student]) -> list[Lesson]:
         """See :class:`Teacher`."""
-        from ..measures.classroom import Classroom  # late: its imports log what main() silences first
+        from ..measures.classroom import Classroom  # late: their imports log what main() silences first
+        from ..measures.probes import Probes
 
-        self.room = self.room or Classroom(self.weights, cached_probes(), self.precision)
+        self.room = self.room or Classroom(self.weights, Probes(), self.precision)
         return self.room.teach(students)
 
 
@@ -53,7 +55,10 @@ def lessons(args: argparse.Namespace, teacher: Teacher) -> list[Row]:
     base = base_hash(args.weights)
 
     def tasks(methods: Sequence[str], rates: Sequence[float]) -> list[Task]:
-        return all_tasks(methods, rates, args.seeds, args.subjects, args.max_train_steps, args.mixed_precision)
+        return all_tasks(
+            methods, rates, args.seeds, args.subjects, steps=args.max_train_steps, precision=args.mixed_precision,
+            shown=args.training_images, prompts=tuple(args.prompts),
+        )  # fmt: skip
 
     if args.rates != [AUTO]:
         return compare(base, tasks(args.methods, rates_of(args.rates)), args.out, teacher, args.at_once)
@@ -87,8 +92,14 @@ def build_parser() -> argparse.ArgumentParser:
                              f"until its best is inside {default(DEFAULT_RATES)}")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=DEFAULT_SEEDS, metavar="SEED",
                         help=f"of training and images {default(DEFAULT_SEEDS)}")  # fmt: skip
-    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=TAUGHT_SUBJECTS, metavar="SUBJECT",
-                        help=f"folder names of examples/subjects {default(TAUGHT_SUBJECTS)}")  # fmt: skip
+    parser.add_argument("--subjects", nargs="+", default=TAUGHT_SUBJECTS, metavar="SUBJECT[+SUBJECT...]",
+                        help="folder names of examples/subjects; those joined by + share one adapter, each with a "
+                             f"trigger of its own {default(TAUGHT_SUBJECTS)}")  # fmt: skip
+    parser.add_argument("--training_images", type=int, choices=SHOWN_COUNTS, default=6,
+                        help="images of each subject to train on (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--prompts", nargs="*", choices=tuple(PROMPT_SETS), default=SCENES, metavar="SET",
+                        help=f"sets of ten prompts, of {', '.join(PROMPT_SETS)}; with none, only the held-out "
+                             f"loss is measured {default(SCENES)}")  # fmt: skip
     parser.add_argument("--max_train_steps", type=int, default=100, help="steps of each training (default: 100)")
     parser.add_argument("--at_once", type=int, default=8, help="adapters trained in one batch (default: %(default)s)")
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), default=best_precision(torch.device("cpu")),
@@ -106,6 +117,8 @@ def main(argv: Sequence[str] | None = None, teacher: Teacher | None = None) -> i
     hide_known_warnings()
     for method in args.methods:
         method_settings(method)  # refuses unknown ones
+    for subject in args.subjects:
+        members(subject)
     if args.at_once < 1:
         raise UserError(f"--at_once {args.at_once} is too few: give 1 or more")
     try:

@@ -10,13 +10,13 @@ from ...reports import webpage
 from ...reports.plots import line_chart
 from .lessons import Row, title
 from .rates import at_best_rate
-from .tables import methods_of
+from .tables import measured, methods_of
 
 
 def page(rows: Sequence[Row]) -> str:
     """Held-out loss and subject score of each method over its rates, and its best loss over its parameters."""
     methods = methods_of(rows, trained=True)
-    charts = [_over_rates(rows, methods, name) for name in ("heldout_loss", "subject_score")]
+    charts = [_over_rates(rows, methods, name) for name in ("heldout_loss", "subject_score") if name in measured(rows)]
     best = {
         method: [(float(own[0]["trained_numbers"]), statistics.fmean(row["heldout_loss"] for row in own))]
         for method in methods

@@ -14,10 +14,12 @@ from ...errors import UserError
 from ...io.files import locked_folder, sha256, write_atomic
 from ...reports.sheets import contact_sheet
 from ..measures.methods import is_trained, method_settings
-from ..measures.teaching import Lesson, Student, new_scenes
+from ..measures.prompt_sets import asked
+from ..measures.scores import BETTER
+from ..measures.teaching import SCENES, Lesson, Student
 
-SHARES = ("subject_right", "background_right", "both_right")
-SCORES = ("heldout_loss", "subject_score", "prompt_score")
+COUNTS = {3: "three images", 6: "six images"}
+"""What is shown, by the number of training images of each subject."""
 Row = dict[str, Any]
 """A line of ``lessons.jsonl``: key, task and measurements."""
 
@@ -39,12 +41,17 @@ class Task:
     subject: str
     steps: int | None = None
     precision: str = "no"
+    shown: int = 6
+    prompts: tuple[str, ...] = SCENES
 
     @property
     def name(self) -> str:
         """The lesson's name in files and messages."""
         method = "".join(c if c.isalnum() or c in "_-." else "-" for c in self.method)
-        return f"{method}{'' if self.rate is None else f'-{self.rate:g}'}-{self.seed}-{self.subject}"
+        rate = "" if self.rate is None else f"-{self.rate:g}"
+        steps = "" if self.rate is None or self.steps is None else f"-{self.steps}"
+        shown = "" if self.rate is None or self.shown == Task.shown else f"-of{self.shown}"
+        return f"{method}{rate}{steps}{shown}-{self.seed}-{self.subject}"
 
     def key(self, base: str) -> str:
         """A hash of everything the lesson depends on; ``base`` is the hash of the base's weights."""
@@ -55,16 +62,20 @@ class Task:
         """The adapter to train, with what overrides the settings of its method."""
         steps = {} if self.steps is None else {"max_train_steps": self.steps}
         rate = {} if self.rate is None else {"learning_rate": self.rate}
-        return Student(self.name, self.subject, self.method, {"seed": self.seed, **rate, **steps})
+        settings = {"seed": self.seed, **rate, **steps}
+        return Student(self.name, self.subject, self.method, settings, self.shown, self.prompts)
 
 
 def all_tasks(
     methods: Iterable[str], rates: Sequence[float], seeds: Iterable[int], subjects: Sequence[str],
-    steps: int | None = None, precision: str = "no",
+    **same: Any,
 ) -> list[Task]:  # fmt: skip
-    """All lessons, seed by seed, so that an interrupted run has compared the methods on complete seeds."""
+    """All lessons, seed by seed, so that an interrupted run has compared the methods on complete seeds.
+
+    ``same``: other values of :class:`Task`, the same for all.
+    """
     tasks = [
-        Task(method, rate, seed, subject, steps, precision)
+        Task(method, rate, seed, subject, **same)
         for seed, method in product(seeds, methods)
         for rate, subject in product(rates if is_trained(method) else (None,), subjects)
     ]
@@ -90,14 +101,13 @@ def compare(base: str, tasks: Sequence[Task], out: Path, teacher: Teacher, at_on
         batch = missing[start : start + at_once]
         lessons = teacher.teach([task.student() for task in batch])
         found = [
-            {"key": t.key(base), **asdict(t), **measurements(lesson)} for t, lesson in zip(batch, lessons, strict=True)
+            {"key": t.key(base), **asdict(t), "task": COUNTS[t.shown], **measurements(lesson)}
+            for t, lesson in zip(batch, lessons, strict=True)
         ]
         for number, (task, lesson, row) in enumerate(zip(batch, lessons, found, strict=True), start + 1):
-            _save_sheet(lesson, out / "pictures" / f"{task.name}.png")
-            shares = ", ".join(f"{title(share)} {row[share]:.0%}" for share in SHARES)
-            print(
-                f"[{number}/{len(missing)}] {task.name}: held-out loss {row['heldout_loss']:.4f}, {shares}", flush=True
-            )
+            _save_sheets(lesson, out / "pictures", task.name)
+            scores = ", ".join(f"{title(name)} {row[name]:.4g}" for name in BETTER if name in row)
+            print(f"[{number}/{len(missing)}] {task.name}: {scores}", flush=True)
         _append(out, found)
         rows |= {row["key"]: row for row in found}
     return [rows[task.key(base)] for task in tasks]
@@ -105,9 +115,9 @@ def compare(base: str, tasks: Sequence[Task], out: Path, teacher: Teacher, at_on
 
 def measurements(lesson: Lesson) -> Row:
     """The scores and costs of a lesson."""
-    values = {name: getattr(lesson, name) for name in (*SHARES, *SCORES, "bytes", "seconds", "cpu_seconds")}
+    values = {**lesson.scores, "seconds": lesson.seconds, "cpu_seconds": lesson.cpu_seconds}
     row: Row = {name: round(value, 6) for name, value in values.items()}
-    row["trained_numbers"] = lesson.trained_parameters
+    row |= {"bytes": lesson.bytes, "trained_numbers": lesson.trained_parameters}
     return row | ({"error": lesson.error} if lesson.error else {})
 
 
@@ -127,11 +137,13 @@ def _append(out: Path, found: Sequence[Row]) -> None:
         write_atomic(out / "lessons.jsonl", "".join(json.dumps(r) + "\n" for r in rows.values()))
 
 
-def _save_sheet(lesson: Lesson, file: Path) -> None:
-    if lesson.images:
+def _save_sheets(lesson: Lesson, folder: Path, name: str) -> None:
+    for prompt_set, images in lesson.images.items():
+        captions = [scene.caption for _, scene in asked(prompt_set, lesson.subject)]
+        file = folder / f"{name}{'' if prompt_set == SCENES[0] else f'-{prompt_set}'}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        captions = [scene.caption for scene in new_scenes(lesson.subject)]
-        contact_sheet([list(zip(lesson.images, captions, strict=True))]).save(file, optimize=True)
+        cells = list(zip(images, captions, strict=True))
+        contact_sheet([cells[start : start + 10] for start in range(0, len(cells), 10)]).save(file, optimize=True)
 
 
 def title(name: str) -> str:

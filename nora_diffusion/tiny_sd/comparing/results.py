@@ -11,34 +11,28 @@ from ...pipelines.base import EMBEDDED_BASE_ID, is_embedded
 from ...results import schema
 from ...results.machine import this_machine, today
 from ...versions import versions
-from ..examples import scoring_scenes, training_scenes
+from ..examples import scoring_scenes
 from ..measures.methods import method_settings
+from ..measures.scores import BETTER
+from ..measures.shown import scenes_of, shown_scenes
 from ..world.render import render
 from ..world.scenes import PROBE_SEED, Scene
-from .lessons import Row, base_hash
-
-BETTER: dict[str, schema.Better] = {
-    "heldout_loss": "lower",
-    "subject_score": "higher",
-    "prompt_score": "higher",
-    "subject_right": "higher",
-    "background_right": "higher",
-    "both_right": "higher",
-}
-"""The measurements of a lesson that are scores."""
-TASK = "six images"
+from .lessons import COUNTS, Row, base_hash
+from .tables import measured
 
 
 def as_results(rows: Sequence[Row], weights: Path, command: str, name: str = "comparing") -> schema.Results:
     """The results of lessons on the base in ``weights``. All have one precision, as those of a comparison have."""
-    scores = {score: better for score, better in BETTER.items() if score in rows[0]}
+    scores: dict[str, schema.Better] = {name: BETTER[name] for name in measured(rows)}
     base = EMBEDDED_BASE_ID if is_embedded(weights / "pipeline") else weights.resolve().name
     data: dict[str, dict[str, dict[str, schema.Images]]] = {}
     for row in rows:
-        data.setdefault(task_of(row), {})[row["subject"]] = images_of(row["subject"])
+        data.setdefault(task_of(row), {})[row["subject"]] = images_of(row["subject"], row.get("shown", 6))
     return schema.Results(
         name=name, command=command, date=today(),
-        protocol={"name": "comparing", "precision": rows[0]["precision"], "new_scenes": 10},
+        protocol={
+            "name": "comparing", "precision": rows[0]["precision"], "prompts": ", ".join(rows[0].get("prompts", [])),
+        },
         base=schema.Base(base, hashlib.sha256(base_hash(weights).encode()).hexdigest()),
         judges=judges(weights), data=data,
         methods={method: method_settings(method) for method in dict.fromkeys(row["method"] for row in rows)},
@@ -49,7 +43,7 @@ def as_results(rows: Sequence[Row], weights: Path, command: str, name: str = "co
 
 def task_of(row: Row) -> str:
     """The name of a lesson's task."""
-    return str(row.get("task") or TASK)
+    return str(row.get("task") or COUNTS[6])
 
 
 def _row(row: Row, scores: Sequence[str]) -> schema.Row:
@@ -60,9 +54,11 @@ def _row(row: Row, scores: Sequence[str]) -> schema.Row:
     )  # fmt: skip
 
 
-def images_of(subject: str) -> dict[str, schema.Images]:
+def images_of(subject: str, shown: int = 6) -> dict[str, schema.Images]:
     """The images of a subject. Their pixels are hashed: the bytes of a PNG depend on the release of its encoder."""
-    return {"training": _drawn(training_scenes(subject)), "scoring": _drawn(scoring_scenes(subject))}
+    training = scenes_of(subject, lambda slug: shown_scenes(slug, shown))
+    scoring = scenes_of(subject, scoring_scenes)
+    return {name: _drawn([s for _, s in scenes]) for name, scenes in (("training", training), ("scoring", scoring))}
 
 
 def _drawn(scenes: Sequence[Scene]) -> schema.Images:

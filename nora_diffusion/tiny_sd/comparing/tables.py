@@ -8,12 +8,17 @@ from collections.abc import Sequence
 from ...scoring.metrics import interval, resampled
 from ...training.measuring.selection import digits
 from ..measures.methods import is_trained
-from .lessons import SCORES, SHARES, Row, title
+from ..measures.scores import BETTER
+from .lessons import Row, title
 from .rates import at_best_rate
 
-MEASURES = (*SHARES, *SCORES)
-PAIRED = ("heldout_loss", "subject_score")
-"""The measures whose differences to the first method are reported."""
+PAIRED = ("heldout_loss", "subject_score", "obeyed", "class_distance", "told_apart")
+"""The scores whose differences to the first method are reported, where they were measured."""
+
+
+def measured(rows: Sequence[Row]) -> list[str]:
+    """The scores that all these lessons have, in the order of :data:`.scores.BETTER`."""
+    return [name for name in BETTER if all(name in row for row in rows)]
 
 
 def table_by_rate(rows: Sequence[Row]) -> str:
@@ -21,12 +26,13 @@ def table_by_rate(rows: Sequence[Row]) -> str:
     groups: dict[tuple[str, float | None], list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["rate"] or 0.0):
         groups.setdefault((row["method"], row["rate"]), []).append(row)
-    lines = _header("method", "rate", *map(title, MEASURES), "trained parameters", "file", "CPU seconds")
+    names = measured(rows)
+    lines = _header("method", "rate", *map(title, names), "trained parameters", "file", "CPU seconds")
     for method in methods_of(rows):
         for rate in [rate for name, rate in groups if name == method]:
             group = groups[method, rate]
             costs = _costs(group) if rate is not None else ["", "", ""]
-            lines.append(_line(method, f"{rate:g}" if rate else "", *(_mean(group, name) for name in MEASURES), *costs))
+            lines.append(_line(method, f"{rate:g}" if rate else "", *(_mean(group, name) for name in names), *costs))
     return "\n".join(lines)
 
 
@@ -52,14 +58,15 @@ def _mean(group: Sequence[Row], name: str) -> str:
 
 def table_at_best_rate(rows: Sequence[Row]) -> str:
     """Each trained method at its best rate, and its paired differences to the first one."""
-    methods = methods_of(rows, trained=True)
-    differences = [f"{title(name)}, minus {methods[0]}'s" for name in PAIRED]
-    lines = _header("method", "rate", "trained parameters", *map(title, MEASURES), *differences)
+    methods, names = methods_of(rows, trained=True), measured(rows)
+    paired = [name for name in PAIRED if name in names]
+    differences = [f"{title(name)}, minus {methods[0]}'s" for name in paired]
+    lines = _header("method", "rate", "trained parameters", *map(title, names), *differences)
     for method in methods:
         own = at_best_rate(rows, method)
         rates = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in own}))
-        means = [f"{statistics.fmean(row[n] for row in own):.{digits(n)}f}" for n in MEASURES]
-        gaps = [difference(rows, method, methods[0], n) if method != methods[0] else "" for n in PAIRED]
+        means = [f"{statistics.fmean(row[n] for row in own):.{digits(n)}f}" for n in names]
+        gaps = [difference(rows, method, methods[0], n) if method != methods[0] else "" for n in paired]
         lines.append(_line(method, rates, f"{own[0]['trained_numbers']:,}", *means, *gaps))
     return "\n".join(lines)
 
@@ -80,7 +87,9 @@ def difference(rows: Sequence[Row], method: str, other: str, name: str) -> str:
 def report(rows: Sequence[Row]) -> str:
     """Both tables in Markdown."""
     subjects, seeds = (len({row[name] for row in rows}) for name in ("subject", "seed"))
-    text = f"{subjects} subjects, {seeds} seeds, ten new scenes each: mean over subjects ± deviation between seeds.\n"
+    prompts = rows[0].get("prompts", [])
+    text = f"{subjects} subjects, {seeds} seeds, ten images each of {', '.join(prompts)}" if prompts else "No images"
+    text += ": mean over subjects ± deviation between seeds.\n"
     text += f"\n{table_by_rate(rows)}\n"
     if failed := [row for row in rows if "error" in row]:
         text += f"\n{len(failed)} lessons failed to train, and count with shares of 0 and an infinite loss.\n"

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,23 +26,26 @@ from ...io.files import write_atomic
 from ...loaders import delete_adapter, load_adapter
 from ...pipelines.base import open_pipeline
 from ...pipelines.precision import MIXED_DTYPES, best_precision
-from ...scoring.judges import Judge, load_judge, prompt_score, subject_score
+from ...scoring.judges import load_judge
 from ...training.measuring.heldout_loss import HeldOutPhotos, encode_photos, heldout_losses
 from ...training.measuring.samples import sample
 from ...training.planning.opening import lower_precision
 from ...training.settings.config import Precision
 from ...training.step.denoiser import TextEmbeddings, encode_prompts
 from ...training.step.objective import Objective
-from ..examples import TRIGGER, instance_prompt, scoring_scenes, subject_object, write_subject
-from ..world.render import render
-from . import probe
-from .following import QUESTIONS
+from ..examples import subject_object
 from .methods import is_trained, method_settings
-from .teaching import TAUGHT_METHODS, TAUGHT_SUBJECTS, Lesson, Probes, Student, fit_probes, new_scenes
+from .probes import Probes
+from .prompt_sets import asked
+from .scores import Drawn, Judges, failed, score
+from .shown import shown_prompt, write_shown
+from .teaching import TAUGHT_METHODS, TAUGHT_SUBJECTS, Lesson, Student
 
 log = logging.getLogger(__name__)
 
 ADAPTER = "subject"
+MOST_IMAGES = 10
+"""Images that are generated at once."""
 
 
 class Classroom:
@@ -52,13 +56,14 @@ class Classroom:
     """
 
     def __init__(self, weights: Path, probes: Probes, precision: Precision | None = None) -> None:
-        self.weights, self.probes = weights, probes
+        self.weights = weights
         self.precision = precision or best_precision(torch.device("cpu"))
         self.pipe = open_pipeline(weights / "pipeline")
         lower_precision(self.pipe, self.dtype)
         self.objective = Objective.of(self.pipe.scheduler)
-        self.judge = load_judge(weights / "judge")
+        self.judges = Judges(load_judge(weights / "judge"), probes)
         self._held_out: dict[str, tuple[HeldOutPhotos, TextEmbeddings]] = {}
+        self._untrained: dict[tuple[str, str, int], list[Image.Image]] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,8 +85,8 @@ class Classroom:
 
         if not students:
             return {}
-        for slug in {student.subject for student in students}:
-            write_subject(slug, folder / "subjects" / slug)
+        for subject, shown in {(student.subject, student.shown) for student in students}:
+            write_shown(subject, folder / "subjects" / f"{subject}-{shown}", shown)
         config = TrainConfig(
             subjects=str(write_atomic(folder / "subjects.yaml", _listing(students, folder))),
             pretrained_model_name_or_path=str(self.weights / "pipeline"), output_dir=str(folder / "runs"),
@@ -92,45 +97,67 @@ class Classroom:
             with sdpa_kernel(SDPBackend.MATH):
                 train_subjects(config)
         except UserError as error:
-            failed = [s for s in students if not (folder / "runs" / s.name / FILE_NAME).is_file()]
-            if len(failed) == len(students):
+            unfinished = [s for s in students if not (folder / "runs" / s.name / FILE_NAME).is_file()]
+            if len(unfinished) == len(students):
                 raise
-            return {student.name: str(error) for student in failed}
+            return {student.name: str(error) for student in unfinished}
         return {}
 
     def _measured(self, student: Student, folder: Path, seconds: float, error: str) -> Lesson:
         if error:
             log.warning("%s could not be trained, and counts as failed: %s", student.name, error)
-            return Lesson(student.subject, student.method, seconds, [], error=error)
+            return Lesson(
+                student.subject,
+                student.method,
+                seconds,
+                scores=failed(student.prompts, "+" in student.subject),
+                error=error,
+            )
         trained = size = 0
         if is_trained(student.method):
             info = load_adapter(self.pipe, folder / "runs" / student.name, ADAPTER).info
             trained, size = info.trained_parameters, info.bytes
         try:
-            scenes = new_scenes(student.subject)
-            first = len(scenes) * int(student.settings.get("seed", 0))
-            seeds, prompts = range(first, first + len(scenes)), [scene.caption for scene in scenes]
-            images = sample(self.pipe, prompts, seeds, Sampling.for_base(None), self.dtype)
+            images = {name: self._images(student, name) for name in student.prompts}
             loss = self.heldout_loss(student.subject)
         finally:
             if is_trained(student.method):
                 delete_adapter(self.pipe, ADAPTER)
-        scores = _scores(self.judge, self.probes, student.subject, images)
-        lesson = Lesson(student.subject, student.method, seconds, images)
-        return replace(lesson, **scores, heldout_loss=loss, trained_parameters=trained, bytes=size)  # type: ignore[arg-type]
+        scores = {"heldout_loss": loss}
+        for name, drawn in images.items():
+            untrained = partial(self._untrained_images, student, name)
+            scores |= score(name, self.judges, Drawn(asked(name, student.subject), drawn, student.shown, untrained))
+        return Lesson(student.subject, student.method, seconds, images, scores, trained, size)
 
-    def heldout_loss(self, slug: str) -> float:
+    def _images(self, student: Student, name: str) -> list[Image.Image]:
+        """The images of a prompt set by the active adapter."""
+        prompts = [scene.caption for _, scene in asked(name, student.subject)]
+        first = len(prompts) * int(student.settings.get("seed", 0))
+        found: list[Image.Image] = []
+        for start in range(0, len(prompts), MOST_IMAGES):
+            own = prompts[start : start + MOST_IMAGES]
+            seeds = range(first + start, first + start + len(own))
+            found += sample(self.pipe, own, seeds, Sampling.for_base(None), self.dtype)
+        return found
+
+    def _untrained_images(self, student: Student, name: str) -> list[Image.Image]:
+        key = student.subject, name, int(student.settings.get("seed", 0))
+        if key not in self._untrained:
+            self._untrained[key] = self._images(student, name)
+        return self._untrained[key]
+
+    def heldout_loss(self, subject: str) -> float:
         """The mean denoising loss on the subject's scoring images, with their captions, for the active adapter."""
-        if slug not in self._held_out:
+        if subject not in self._held_out:
             with tempfile.TemporaryDirectory() as folder:
-                write_subject(slug, Path(folder))
+                write_shown(subject, Path(folder))
                 photos = read_images(Path(folder) / SCORING_FOLDER)
                 shape = (photos[0].size[0], photos[0].size[1])
                 encoded = encode_photos(self.pipe, photos, Transform([shape]))
-            captions = [scene.caption for scene in scoring_scenes(slug)]
+                captions = [photo.path.with_suffix(".txt").read_text().strip() for photo in photos]
             with torch.no_grad():
-                self._held_out[slug] = encoded, encode_prompts(self.pipe, captions)
-        photos_, embeddings = self._held_out[slug]
+                self._held_out[subject] = encoded, encode_prompts(self.pipe, captions)
+        photos_, embeddings = self._held_out[subject]
         return float(heldout_losses(self.pipe, self.objective, photos_, embeddings, self.dtype).mean())
 
 
@@ -138,9 +165,9 @@ def _listing(students: Sequence[Student], folder: Path) -> str:
     """The list of subjects for the trainer: an entry for each adapter."""
     entries = [
         {
-            "name": student.name, "instance_data_dir": str(folder / "subjects" / student.subject),
-            "instance_prompt": instance_prompt(student.subject),
-            "class_word": subject_object(student.subject).class_word,
+            "name": student.name, "instance_data_dir": str(folder / "subjects" / f"{student.subject}-{student.shown}"),
+            "instance_prompt": shown_prompt(student.subject),
+            "class_word": subject_object(student.subject.split("+")[0]).class_word,
             **method_settings(student.method), "seed": 0, **student.settings,
         }
         for student in students
@@ -148,26 +175,9 @@ def _listing(students: Sequence[Student], folder: Path) -> str:
     return json.dumps(entries, indent=1)  # which is YAML
 
 
-def _scores(judge: Judge, probes: Probes, slug: str, images: list[Image.Image]) -> dict[str, float]:
-    """Shares and scores of the images of a subject's new scenes."""
-    scenes = new_scenes(slug)
-    features = probe.features(probes.network, np.stack([np.asarray(image) for image in images]))
-    subject = np.array([name == slug for name in probes.subject.predict(features)])
-    asked = [QUESTIONS["background"](scene) for scene in scenes]
-    background = np.array([a == b for a, b in zip(probes.background.predict(features), asked, strict=True)])
-    references = [Image.fromarray(render(scene)) for scene in scoring_scenes(slug)]
-    return {
-        "subject_right": float(subject.mean()),
-        "background_right": float(background.mean()),
-        "both_right": float((subject & background).mean()),
-        "subject_score": subject_score(judge, images, references),
-        "prompt_score": prompt_score(judge, images, [scene.caption.replace(f"{TRIGGER} ", "") for scene in scenes]),
-    }
-
-
 def teach_all(weights: Path) -> tuple[dict[str, float], list[Lesson]]:
     """Every subject by every method: mean shares, longest training time in seconds, accuracy of the probes."""
-    probes = fit_probes()
+    probes = Probes(cached=False)
     room = Classroom(weights, probes)
     lessons = [
         lesson
@@ -175,10 +185,10 @@ def teach_all(weights: Path) -> tuple[dict[str, float], list[Lesson]]:
         for slug in TAUGHT_SUBJECTS
         for lesson in room.teach([Student("one", slug, method)])  # alone, so that its seconds are its own
     ]
-    report = {f"probe_taught_{name}_accuracy": share for name, share in probes.accuracy.items()}
+    report = {f"probe_taught_{name}_accuracy": probes[name].accuracy for name in ("subject", "background")}
     for method in TAUGHT_METHODS:
         own = [lesson for lesson in lessons if lesson.method == method]
-        report[f"{method}_subject_right"] = float(np.mean([lesson.subject_right for lesson in own]))
-        report[f"{method}_background_right"] = float(np.mean([lesson.background_right for lesson in own]))
+        for share in ("subject_right", "background_right"):
+            report[f"{method}_{share}"] = float(np.mean([lesson.scores[share] for lesson in own]))
         report[f"{method}_seconds_at_most"] = max(lesson.seconds for lesson in own)
     return report, lessons
