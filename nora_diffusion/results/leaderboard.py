@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 
 from ..errors import UserError
@@ -72,10 +72,14 @@ def about(protocol: Protocol) -> str:
     seconds = ", ".join(sorted({kinds[source.machine.seconds] for source in protocol.sources}))
     files = ", ".join(f"{source.name} ({source.date})" for source in protocol.sources)
     count = f"{_count(subjects, 'subject')}, {_count(seeds, 'seed')}, {_count(protocol.rows, 'row')}"
-    return f"{count}, from {files}. Seconds are {seconds} on {'; '.join(sorted(machines))}."
+    how = ", ".join(
+        f"{key} {value}" for key, value in protocol.sources[0].protocol.items() if key != "name" and value != ""
+    )
+    how += f", {_count(protocol.sources[0].judges, 'judge')}"
+    return f"{count}, from {files}. Protocol: {how}. Seconds are {seconds} on {'; '.join(sorted(machines))}."
 
 
-def _count(things: Sequence[object] | set[str] | set[int], word: str) -> str:
+def _count(things: Sized, word: str) -> str:
     return f"{len(things)} {word}{'' if len(things) == 1 else 's'}"
 
 
@@ -91,7 +95,7 @@ def table(ranking: Ranking, reference: str = REFERENCE) -> tuple[list[str], list
     best = front(ranking)
     header = ["method", "rate", "trained parameters", "file", "seconds", "rows", *map(title, scores)]
     paired = [protocol.criterion, *(name for name in ("subject_score", "dino") if name in scores[1:])][:2]
-    header += [f"{title(name)} minus {other.method}'s" for name in paired if other] + ["front"]
+    header += [f"{title(name)} minus {other.method}'s" for name in paired if other] + ["Pareto"]
     rows = []
     for method in protocol.untrained:
         values, count = control(protocol, method), len(protocol.of(method))

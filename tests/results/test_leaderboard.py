@@ -83,7 +83,7 @@ def test_the_table(files: list[Results]) -> None:
     assert cells[1]["subject score minus lora's"] == "-0.150 [-0.200, -0.100]"
     assert (cells[2]["rate"], cells[2]["held-out loss minus lora's"]) == ("0.001, 0.002 ↕", "")
     assert (cells[2]["trained parameters"], cells[2]["rows"], cells[2]["seconds"]) == ("400", "2", "2.0")
-    assert [line["front"] for line in cells] == ["", "●", "", ""]
+    assert [line["Pareto"] for line in cells] == ["", "●", "", ""]
 
 
 def test_only_equal_protocols_share_a_table(files: list[Results]) -> None:
@@ -128,7 +128,7 @@ def test_a_training_that_diverged_is_the_last() -> None:
     (protocol,) = protocols([example([*LORA, *failed])])
     header, rows = table(rank(protocol))
     cells = dict(zip(header, rows[-1], strict=True))
-    assert cells["method"] == "wild" and cells["held-out loss"] == "diverged" and cells["front"] == ""
+    assert cells["method"] == "wild" and cells["held-out loss"] == "diverged" and cells["Pareto"] == ""
     assert "diverged" in page([rank(protocol)])
 
 
@@ -146,7 +146,9 @@ def test_the_command(files: list[Results], tmp_path: Path, capsys: pytest.Captur
     assert main(["leaderboard", *names, "--out", str(tmp_path / "out"), "--reference", "weak"]) == 0
     text = (tmp_path / "out/leaderboard.md").read_text()
     assert text in capsys.readouterr().out and "held-out loss minus weak's" in text
-    assert "2 subjects, 1 seed, 12 rows, from example (2026-11-30), second (2026-11-30)." in text
+    assert (
+        "2 subjects, 1 seed, 12 rows, from example (2026-11-30), second (2026-11-30). Protocol: precision bf16" in text
+    )
     html = (tmp_path / "out/leaderboard.html").read_text()
     assert html.count("<svg") == 4 and "Held-out loss over size" in html
     assert main(["leaderboard", str(tmp_path)]) == 2
