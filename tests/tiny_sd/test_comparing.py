@@ -240,6 +240,7 @@ def test_the_command_prints_and_writes_the_report(
     assert (tmp_path / "out/curves.html").is_file()
     results = read_results(tmp_path / "out/results.json")
     assert len(results.rows) == 4 * 2 * len(command.DEFAULT_METHODS) and results.methods["nora"]["method"] == "nora"
+    assert not {"learning_rate", "max_train_steps"} & {*results.methods["nora"]}
     assert {*results.scores} == {"heldout_loss", *NAMES["scenes"]} and results.rows[0].scores["heldout_loss"] == 0.06
     assert {*results.data["six images"]} == {*TAUGHT_SUBJECTS} and str(tmp_path) not in results.command
     for wrong in (

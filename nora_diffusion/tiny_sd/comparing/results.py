@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ...io.files import sha256
 from ...pipelines.base import EMBEDDED_BASE_ID, is_embedded
@@ -12,7 +13,7 @@ from ...results import schema
 from ...results.machine import this_machine, today
 from ...versions import versions
 from ..examples import scoring_scenes
-from ..measures.methods import method_settings
+from ..measures.methods import TASKS_OWN, method_settings
 from ..measures.scores import BETTER
 from ..measures.shown import scenes_of, shown_scenes
 from ..world.render import render
@@ -35,10 +36,15 @@ def as_results(rows: Sequence[Row], weights: Path, command: str, name: str = "co
         },
         base=schema.Base(base, hashlib.sha256(base_hash(weights).encode()).hexdigest()),
         judges=judges(weights), data=data,
-        methods={method: method_settings(method) for method in dict.fromkeys(row["method"] for row in rows)},
+        methods={method: _settings(method) for method in dict.fromkeys(row["method"] for row in rows)},
         scores=scores, machine=this_machine("cpu"), versions=versions(),
         rows=[_row(row, [*scores]) for row in rows],
     )  # fmt: skip
+
+
+def _settings(method: str) -> dict[str, Any]:
+    """What was set of a method; its default rate and steps are not what the rows have."""
+    return {key: value for key, value in method_settings(method).items() if key not in TASKS_OWN}
 
 
 def task_of(row: Row) -> str:
