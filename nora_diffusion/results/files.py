@@ -16,15 +16,19 @@ from .schema import FORMAT, VERSION, Results, problems
 
 MAX_BYTES = 1 << 24
 MAX_VALUES = 1_000_000
+MAX_NAME = 2000
 LARGEST = 2.0**64
 HEADER = ("format", "version")
 
 
 def write_results(results: Results, file: Path) -> Path:
-    """Write a results file: the head, then one line for each row. Raises :class:`UserError` if it would be invalid."""
+    """Write a results file: the head, then one line for each row. Raises :class:`UserError` if it would be invalid.
+
+    Names, which may be those of folders, lose the characters that no reader accepts.
+    """
     if problem := next(problems(results), None):
         raise UserError(f"{file} would be invalid: it {problem}")
-    head = {"format": FORMAT, "version": VERSION, **asdict(results)}
+    head = {"format": FORMAT, "version": VERSION, **_plain(asdict(results))}
     rows = [json.dumps(_with_null(row), allow_nan=False) for row in head.pop("rows")]
     text = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
     return write_atomic(file, text.removesuffix("\n}") + ',\n "rows": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n")
@@ -93,9 +97,20 @@ def _item(hint: Any) -> Callable[[Any, str], Any]:
 
 
 def _name(key: str, where: str) -> str:
-    if not key.strip() or len(key) > 300 or clean(key) != key:
-        raise ValueError(f"{where} has the key {quoted(clean(key))}, which is not a plain name of 1 to 300 characters")
+    if key.strip() != key or not key or len(key) > MAX_NAME or clean(key) != key:
+        raise ValueError(
+            f"{where} has the key {quoted(clean(key))}, which is not a plain name of 1 to {MAX_NAME:,} characters"
+        )
     return key
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with all text and all keys as a reader accepts them."""
+    if isinstance(value, dict):
+        return {clean(key)[:MAX_NAME].strip() or "unnamed": _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return clean(value)[:MAX_NAME].strip() if isinstance(value, str) else value
 
 
 def _with_null(row: dict[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,14 @@ def test_a_score_that_is_not_a_number_counts_as_infinite(tmp_path: Path) -> None
     assert not [*tmp_path.iterdir()]
 
 
+def test_names_of_odd_folders_can_be_read_again(tmp_path: Path) -> None:
+    odd = "caf\udce9 \x1b[2J\n" + "x" * 3000
+    rows = [replace(row, subject=odd) for row in example().rows[:1]]
+    results = replace(example(rows), data={"six": {odd: {}}}, name=odd, command=odd)
+    found = read_results(write_results(results, tmp_path / "a.json"))
+    assert found.rows[0].subject in found.data["six"] and found.name.startswith("caf [2J")
+
+
 WRONG: dict[str, tuple[Change, str]] = {
     "another format": (lambda d: d.update(format="x"), 'no "format": "nora_diffusion.results"'),
     "a later version": (lambda d: d.update(version=99), "version 99, and this release reads up to 1: upgrade"),
