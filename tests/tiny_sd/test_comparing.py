@@ -76,6 +76,14 @@ def test_tasks_are_all_combinations_without_duplicates() -> None:
     assert {task.seed for task in tasks[: len(tasks) // 2]} == {0}
 
 
+def test_a_method_can_have_a_rate_of_its_own() -> None:
+    tasks = all_tasks(["lora:rank=4@1e-2", "nora"], [1e-3, 2e-3], [0], ["tiger"])
+    assert [(task.method, task.rate) for task in tasks] == [("lora:rank=4", 1e-2), ("nora", 1e-3), ("nora", 2e-3)]
+    for wrong in ("lora@", "lora@fast", "lora@-1"):
+        with pytest.raises(UserError, match="write a learning rate behind @"):
+            all_tasks([wrong], [1e-3], [0], ["tiger"])
+
+
 def test_an_interrupted_comparison_continues(weights: Path, tmp_path: Path) -> None:
     tasks, out = all_tasks(["base", "nora"], [1e-4, 1e-3], [0, 1], ["tiger"]), tmp_path / "out"
     first, second = Teacher(fails_at=2), Teacher()

@@ -18,7 +18,7 @@ from ...quiet import hide_known_warnings
 from ...results.files import write_results
 from ...results.machine import command_text
 from ...training.signals import Interrupted
-from ..measures.methods import METHODS, is_trained, method_settings
+from ..measures.methods import METHODS, is_trained, method_settings, split_rate
 from ..measures.prompt_sets import PROMPT_SETS
 from ..measures.shown import SHOWN_COUNTS, members
 from ..measures.teaching import SCENES, TAUGHT_SUBJECTS, Lesson, Student
@@ -63,10 +63,11 @@ def lessons(args: argparse.Namespace, teacher: Teacher) -> list[Row]:
     if args.rates != [AUTO]:
         return compare(base, tasks(args.methods, rates_of(args.rates)), args.out, teacher, args.at_once)
     rows: list[Row] = []
+    open_ended = [m for m in args.methods if split_rate(m)[1] is None and is_trained(m)]
     todo = [task for method in args.methods for task in tasks([method], next_rates([], method))]
     while todo:
         rows += compare(base, todo, args.out, teacher, args.at_once)
-        todo = [task for m in args.methods if is_trained(m) for task in tasks([m], next_rates(rows, m))]
+        todo = [task for m in open_ended for task in tasks([m], next_rates(rows, m))]
     return rows
 
 
@@ -85,8 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
         return f"(default: {' '.join(map(str, values))})"
 
     parser = argparse.ArgumentParser(prog="python -m nora_diffusion.tiny_sd.comparing", description=main.__doc__)
-    parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, metavar="METHOD[:KEY=VALUE,...]",
-                        help=f"of {', '.join(METHODS)}, with training settings {default(DEFAULT_METHODS)}")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, metavar="METHOD[:KEY=VALUE,...][@RATE]",
+                        help=f"of {', '.join(METHODS)}, with training settings, and a rate of its own in place of "
+                             f"--rates {default(DEFAULT_METHODS)}")  # fmt: skip
     parser.add_argument("--rates", nargs="+", default=list(map(str, DEFAULT_RATES)), metavar="RATE",
                         help="learning rates, the same for every method; auto: doubled and halved for each method "
                              f"until its best is inside {default(DEFAULT_RATES)}")  # fmt: skip
@@ -116,7 +118,7 @@ def main(argv: Sequence[str] | None = None, teacher: Teacher | None = None) -> i
     args = build_parser().parse_args(argv)
     hide_known_warnings()
     for method in args.methods:
-        method_settings(method)  # refuses unknown ones
+        method_settings(split_rate(method)[0])  # refuses unknown ones
     for subject in args.subjects:
         members(subject)
     if args.at_once < 1:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from ...errors import UserError
 from ...io.files import locked_folder, sha256, write_atomic
 from ...reports.sheets import contact_sheet
-from ..measures.methods import is_trained, method_settings
+from ..measures.methods import is_trained, method_settings, split_rate
 from ..measures.prompt_sets import asked
 from ..measures.scores import BETTER
 from ..measures.teaching import SCENES, Lesson, Student
@@ -72,13 +72,14 @@ def all_tasks(
 ) -> list[Task]:  # fmt: skip
     """All lessons, seed by seed, so that an interrupted run has compared the methods on complete seeds.
 
-    ``same``: other values of :class:`Task`, the same for all.
+    ``methods``: one as ``METHOD@RATE`` is trained at this rate only. ``same``: other values of :class:`Task`, the same
+    for all.
     """
-    tasks = [
-        Task(method, rate, seed, subject, **same)
-        for seed, method in product(seeds, methods)
-        for rate, subject in product(rates if is_trained(method) else (None,), subjects)
-    ]
+    tasks = []
+    for seed, text in product(seeds, methods):
+        method, own = split_rate(text)
+        used = (None,) if not is_trained(method) else rates if own is None else (own,)
+        tasks += [Task(method, rate, seed, subject, **same) for rate, subject in product(used, subjects)]
     return list(dict.fromkeys(tasks))
 
 

@@ -88,8 +88,8 @@ def report(rows: Sequence[Row]) -> str:
     """Both tables in Markdown."""
     subjects, seeds = (len({row[name] for row in rows}) for name in ("subject", "seed"))
     prompts = rows[0].get("prompts", [])
-    text = f"{subjects} subjects, {seeds} seeds, ten images each of {', '.join(prompts)}" if prompts else "No images"
-    text += ": mean over subjects ± deviation between seeds.\n"
+    images = f", ten images each of {', '.join(prompts)}" if prompts else ", no images"
+    text = f"{subjects} subjects, {seeds} seeds{images}: mean over subjects ± deviation between seeds.\n"
     text += f"\n{table_by_rate(rows)}\n"
     if failed := [row for row in rows if "error" in row]:
         text += f"\n{len(failed)} lessons failed to train, and count with shares of 0 and an infinite loss.\n"

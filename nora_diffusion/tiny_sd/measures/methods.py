@@ -33,6 +33,22 @@ def is_trained(method: str) -> bool:
     return METHODS[method.split(":")[0]] is not None
 
 
+def split_rate(text: str) -> tuple[str, float | None]:
+    """``("lora:rank=4", 4.8e-3)`` of "lora:rank=4@4.8e-3"; the rate is ``None`` if it is not given.
+
+    Raises :class:`UserError` for what is no rate.
+    """
+    method, at, rate = text.partition("@")
+    if not at:
+        return method, None
+    try:
+        if (value := float(rate)) > 0:
+            return method, value
+    except ValueError:
+        pass
+    raise UserError(f"{text!r}: write a learning rate behind @, for example lora@4.8e-3")
+
+
 def method_settings(method: str) -> dict[str, Any]:
     """The training settings of ``name`` or ``name:setting=value,setting=value``, with the embedded base's defaults.
 
