@@ -31,17 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(values: argparse.Namespace) -> None:
     """Evaluate, print the table and the paths of the reports."""
-    from ..evaluation.protocol import EvaluationConfig, evaluate
+    from ..evaluation.settings import EvaluationConfig, check_evaluation
+
+    config = EvaluationConfig(
+        values.adapters, values.subjects, sampling_of(values), source_of(values), values.prompts, values.seeds,
+        values.judge, values.dino, values.out,
+    )  # fmt: skip
+    check_evaluation(config)  # fails before torch is imported
+    from ..evaluation.protocol import evaluate
     from ..evaluation.report import write_reports
     from ..evaluation.results import as_results
     from ..evaluation.scoreboard import rows_of, summarize
     from ..results.files import write_results
     from ..results.machine import command_text
 
-    config = EvaluationConfig(
-        values.adapters, values.subjects, sampling_of(values), source_of(values), values.prompts, values.seeds,
-        values.judge, values.dino, values.out,
-    )  # fmt: skip
     board = evaluate(config)
     page = write_reports(board)
     write_results(as_results(board, command_text("nora-diffusion", values.words)), page.parent / "results.json")

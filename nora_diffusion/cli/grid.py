@@ -36,9 +36,8 @@ def run(values: argparse.Namespace) -> None:
     from ..data import Pixels, read_images
     from ..errors import UserError
     from ..evaluation.axes import Cell, parse_axis
-    from ..evaluation.grid import NO_AXIS, GridConfig, run_grid
+    from ..evaluation.settings import NO_AXIS, GridConfig
     from ..generation.addresses import parse_adapter
-    from ..scoring.judges import load_judge
 
     if values.references and not values.judge:
         raise UserError("--references needs --judge: give the CLIP that scores")
@@ -48,7 +47,11 @@ def run(values: argparse.Namespace) -> None:
         raise UserError("there is no prompt: give --prompt, or an axis prompt=...")
     cell = Cell(sampling_of(values, values.negative_prompt), values.prompt, adapter, weight, seed=values.seed)
     references = Pixels(read_images(Path(values.references).expanduser()) if values.references else [])
-    judge = load_judge(values.judge) if values.judge else None
     config = GridConfig(cell, axes["x"], axes["y"], axes["z"], source_of(values), values.out)
+    config.adapters()  # fails before torch is imported
+    from ..evaluation.grid import run_grid
+    from ..scoring.judges import load_judge
+
+    judge = load_judge(values.judge) if values.judge else None
     folder = run_grid(config, judge, references)
     print(f"{folder}/grid.png: {len(config.cells())} cells; settings and scores in {folder}/grid.json")

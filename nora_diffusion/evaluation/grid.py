@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,13 @@ from torch import Tensor
 
 from ..data.captions import without_trigger
 from ..errors import UserError
-from ..formats.adapter_file import given_name, inspect_adapter
-from ..formats.adapter_info import AdapterInfo
+from ..formats.adapter_file import given_name
 from ..generation.image_settings import read_settings, save_image
 from ..generation.sampling import OnStep, check_lengths, describe_image, sample_images
 from ..io.files import write_atomic
 from ..io.images import load_image, png
 from ..loaders import delete_adapter, load_adapter, set_adapters
-from ..pipelines.base import BaseSource, base_id
+from ..pipelines.base import base_id
 from ..pipelines.components import denoiser, projections
 from ..pipelines.fingerprints import fingerprint
 from ..pipelines.precision import dtype_name
@@ -30,50 +28,11 @@ from ..reports.sheets import contact_sheet
 from ..scoring.judges import Judge, image_features, text_features
 from ..scoring.metrics import agreement, likeness
 from ..versions import versions
-from .axes import Axis, Cell
+from .axes import Cell
+from .settings import GridConfig
 
-MAX_CELLS = 1000
 NAME = "grid_cell"
-NO_AXIS = Axis("", ("",), ({},))
 LABEL_LENGTH = 28
-
-
-@dataclass
-class GridConfig:
-    """A grid: the common settings and up to three axes.
-
-    Cells in the folder ``out`` are reused. ``private`` records the adapters without their folders.
-    """
-
-    cell: Cell
-    x: Axis
-    y: Axis = NO_AXIS
-    z: Axis = NO_AXIS
-    source: BaseSource = field(default_factory=BaseSource)
-    out: str = "outputs/grid"
-    private: bool = False
-
-    def cells(self) -> list[tuple[tuple[int, int, int], Cell]]:
-        """All ``((x, y, z), cell)``, row by row. Raises :class:`UserError` for an invalid grid."""
-        names = [a.name for a in (self.x, self.y, self.z) if a.name]
-        if len(names) > len(set(names)):
-            raise UserError(f"two axes are named {max(names, key=names.count)!r}: each may appear once")
-        used: dict[str, str] = {}
-        for a in (self.x, self.y, self.z):
-            for key in {key for change in a.changes for key in change}:
-                if key in used:
-                    raise UserError(f"the axes {used[key]!r} and {a.name!r} both set the {key}: keep one of them")
-                used[key] = a.name
-        sizes = [len(a.labels) for a in (self.z, self.y, self.x)]
-        if sizes[0] * sizes[1] * sizes[2] > MAX_CELLS:
-            raise UserError(f"the grid has more than {MAX_CELLS} cells: remove some values")
-        cells = [
-            ((x, y, z), self.z.apply(self.y.apply(self.x.apply(self.cell, x), y), z))
-            for z, y, x in product(*map(range, sizes))
-        ]
-        for _, cell in cells:
-            cell.check()
-        return cells
 
 
 @dataclass
@@ -96,8 +55,7 @@ class Grid:
         self.config = config
         self.folder = Path(config.out).expanduser()
         self.cells = config.cells()
-        paths = {path for _, cell in self.cells if (path := cell.path) is not None}
-        self.adapters: dict[Path, AdapterInfo] = {path: inspect_adapter(path) for path in paths}
+        self.adapters = config.adapters()
         self.pipe = config.source.open() if pipe is None else pipe
         self._base = base_description(self.pipe)
         self.files = {position: self._file(cell) for position, cell in self.cells}

@@ -11,53 +11,24 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..data.captions import fill
-from ..errors import UserError
-from ..formats.adapter_file import inspect_adapter
-from ..formats.adapter_info import AdapterInfo
-from ..generation.settings import Sampling, check_range
 from ..io.images import load_image
 from ..io.tensors import named_hash
-from ..pipelines.base import BaseSource, base_id
+from ..pipelines.base import base_id
 from ..pipelines.precision import dtype_name
-from ..scoring.judges import Judge, check_judge, image_features, load_judges, text_features
+from ..scoring.judges import Judge, image_features, load_judges, text_features
 from ..scoring.metrics import agreement, diversity, likeness
 from .axes import Cell, axis
-from .contenders import BASE, Contender, parse_contender
-from .grid import Grid, GridConfig, base_description
+from .contenders import Contender
+from .grid import Grid, base_description
 from .heldout import HeldOut
 from .prompts import KINDS
 from .scoreboard import Scoreboard, Scored
-from .subjects import EvaluatedSubject, read_subject
-
-
-@dataclass
-class EvaluationConfig:
-    """The settings of ``nora-diffusion evaluate``.
-
-    ``adapters``: ``[LABEL=]PATH[:WEIGHT]``; ``{subject}`` is replaced by the subject's name. The base alone is always
-    evaluated too. ``subjects``: folders of real images. The judges compute in fp32, whatever the dtype of ``source``.
-    """
-
-    adapters: list[str]
-    subjects: list[str]
-    sampling: Sampling
-    source: BaseSource = field(default_factory=BaseSource)
-    prompts: str | None = None
-    seeds: int = 4
-    judge: str | None = None
-    dino: str | None = None
-    out: str = "outputs/evaluation"
-
-    def settings(self) -> dict[str, Any]:
-        """All settings in one flat dict, as in ``evaluation.json``."""
-        values = asdict(self)
-        return values.pop("source") | values.pop("sampling") | values
+from .settings import EvaluationConfig, GridConfig, check_evaluation
+from .subjects import EvaluatedSubject
 
 
 def evaluate(config: EvaluationConfig) -> Scoreboard:
@@ -67,7 +38,7 @@ def evaluate(config: EvaluationConfig) -> Scoreboard:
     """
     from tqdm.auto import tqdm
 
-    contenders, subjects = check(config)
+    contenders, subjects = check_evaluation(config)
     device, dtype = config.source.resolve()
     judges = load_judges(config.judge, config.dino, device)
     pipe = config.source.open()
@@ -98,29 +69,6 @@ def hashes(pipe: Any, judges: dict[str, Judge]) -> dict[str, str]:
     marks = [f"{value:.4g}" for value in base_description(pipe)["fingerprint"]]  # the last digits depend on the machine
     found = {name: named_hash(judge.model.state_dict()) for name, judge in judges.items()}
     return found | {"base": hashlib.sha256(" ".join(marks).encode()).hexdigest()}
-
-
-def check(config: EvaluationConfig) -> tuple[list[Contender], list[EvaluatedSubject]]:
-    """The rows, and the subjects with their phrases. Raises :class:`UserError` for the first invalid setting."""
-    if not config.subjects:
-        raise UserError("there is no subject: give --subjects examples/subjects/tiger, or a folder of photos")
-    check_range("seeds", config.seeds, 1, 100)
-    check_judge(config.judge, config.source.base)
-    contenders = [Contender(BASE, None), *map(parse_contender, config.adapters)]
-    subjects = [read_subject(Path(name).expanduser(), config.prompts) for name in config.subjects]
-    for what, names in (("adapters", [c.label for c in contenders]), ("subjects", [s.name for s in subjects])):
-        if len(set(names)) < len(names):
-            remedy = "write label=path" if what == "adapters" else "rename a folder"
-            raise UserError(f"two {what} are named {max(names, key=names.count)!r}: {remedy}")
-    named = []
-    for subject in subjects:
-        phrase, class_phrase = subject.phrases(_inspect(contenders, subject))
-        named.append(replace(subject, phrase=phrase, class_phrase=class_phrase))
-    return contenders, named
-
-
-def _inspect(contenders: Sequence[Contender], subject: EvaluatedSubject) -> list[AdapterInfo]:
-    return [inspect_adapter(path) for c in contenders if (path := c.adapter(subject.name)) is not None]
 
 
 def _grid(config: EvaluationConfig, contender: Contender, subject: EvaluatedSubject) -> GridConfig:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError, first_line
-from ..pipelines.base import EMBEDDED_WEIGHTS, is_embedded
+from ..pipelines.base import EMBEDDED_WEIGHTS
 from ..quiet import no_loading_bars
 
 BATCH = 32
@@ -77,13 +77,6 @@ def load_vision(path_or_id: str | Path) -> Judge:
     mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
     side = _side(settings) or int(model.config.image_size)
     return Judge(model.eval().requires_grad_(False), None, side, mean, std)
-
-
-def check_judge(judge: str | None, base: str | None) -> None:
-    """Raises :class:`UserError` if the tiny judge would have to score images of another base than the embedded one."""
-    if judge is None and not is_embedded(base):
-        raise UserError("measuring needs --judge, for example openai/clip-vit-base-patch32: the default, a tiny CLIP, "
-                        "can only score images of the embedded base")  # fmt: skip
 
 
 def load_judges(clip: str | None, vision: str | None, device: Any) -> dict[str, Judge]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..evaluation.axes import AXES, NONE, Axis, Cell, parse_axis
-from ..evaluation.grid import NO_AXIS, Grid, GridConfig, MadeCell
+from ..evaluation.grid import Grid, MadeCell
+from ..evaluation.settings import NO_AXIS, GridConfig
 from ..formats.adapter_file import FILE_NAME
 from ..io.run_layout import CHECKPOINTS, checkpoint_steps
 from .entries import Entry

@@ -25,8 +25,7 @@ from nora_diffusion.composition.modes import Mode
 from nora_diffusion.conversion.lora_layouts import Format
 from nora_diffusion.demo import SUBJECT, run_demo
 from nora_diffusion.evaluation.axes import Cell
-from nora_diffusion.evaluation.grid import GridConfig
-from nora_diffusion.evaluation.protocol import EvaluationConfig
+from nora_diffusion.evaluation.settings import EvaluationConfig, GridConfig
 from nora_diffusion.generation.addresses import parse_adapter, split_label
 from nora_diffusion.generation.generate import GenerateConfig, save_new_image
 from nora_diffusion.generation.image_settings import ImageSettings, read_settings

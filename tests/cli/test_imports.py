@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from nora_diffusion.cli import COMMANDS
 
-STORED = Path(__file__).parents[1] / "stored"
+ROOT = Path(__file__).parents[2]
+STORED = ROOT / "tests/stored"
 NORA = STORED / "adapter-1" / "nora"
 PACK = STORED / "pack-1" / "two.nora_pack.safetensors"
 LIBRARIES = ("PIL", "accelerate", "diffusers", "gradio", "huggingface_hub", "numpy", "peft", "torch", "transformers")
@@ -30,7 +31,7 @@ print(code or 0, *(name for name in {LIBRARIES} if name in sys.modules), file=sy
 def imported(*words: object) -> str:
     """The exit code of a command and the :data:`LIBRARIES` that it has imported."""
     command = [sys.executable, "-c", PROBE, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
     return done.stderr.splitlines()[-1]
 
 
@@ -61,7 +62,7 @@ def test_lists(words: list[object]) -> None:
 
 
 def test_data(tmp_path: Path) -> None:
-    photos = Path(__file__).parents[2] / "examples/subjects/backpack"
+    photos = ROOT / "examples/subjects/backpack"
     assert imported("data", photos, "--out", tmp_path) == "0 PIL numpy"
 
 
@@ -70,7 +71,9 @@ MISTAKES = [
     "demo --subject missing", "data missing", "export missing out", "mix missing --output out", "import missing out",
     "pack create x.nora_pack.safetensors missing", "generate --prompt x --adapter missing", "generate",
     "generate --prompt x --steps 5000", "train --instance_data_dir missing", "train --instance_data_dir x --rank 0",
-    "app --port 99999",
+    "app --port 99999", "grid --x seed=1..2", "grid --x seed=1..2 --prompt x --steps 0",
+    "grid --x seed=1..2 --prompt x --adapter missing", "grid --x seed=1 --prompt x --judge tiny --references missing",
+    "evaluate --adapters missing --subjects examples/subjects/backpack", "evaluate --adapters x --subjects missing",
 ]  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 from nora_diffusion import UserError, add_adapter, inspect_adapter, lora, nora, open_pipeline, save_adapter
 from nora_diffusion.cli import main
 from nora_diffusion.evaluation.axes import Cell, axis, checkpoint, parse_axis
-from nora_diffusion.evaluation.grid import Grid, GridConfig, run_grid
+from nora_diffusion.evaluation.grid import Grid, run_grid
+from nora_diffusion.evaluation.settings import GridConfig
 from nora_diffusion.generation.generate import GenerateConfig, generate
 from nora_diffusion.generation.image_settings import read_settings
 from nora_diffusion.generation.settings import Sampling

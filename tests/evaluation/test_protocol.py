@@ -19,10 +19,11 @@ from nora_diffusion.data.captions import fill, with_article
 from nora_diffusion.data.transforms import Transform
 from nora_diffusion.evaluation.contenders import parse_contender
 from nora_diffusion.evaluation.prompts import EXTENDED, KINDS, PROMPTS, read_templates
-from nora_diffusion.evaluation.protocol import EvaluationConfig, evaluate
+from nora_diffusion.evaluation.protocol import evaluate
 from nora_diffusion.evaluation.report import page, write_reports
 from nora_diffusion.evaluation.results import as_results
 from nora_diffusion.evaluation.scoreboard import Scoreboard, compare, summarize
+from nora_diffusion.evaluation.settings import EvaluationConfig
 from nora_diffusion.evaluation.subjects import read_subject
 from nora_diffusion.generation.sampling import sample_images
 from nora_diffusion.generation.settings import Sampling

@@ -19,7 +19,8 @@ from torch import Tensor
 from nora_diffusion import UserError, add_adapter, nora, open_pipeline, save_adapter
 from nora_diffusion.cli import flags, main
 from nora_diffusion.evaluation.grid import base_description
-from nora_diffusion.evaluation.protocol import EvaluationConfig, evaluate
+from nora_diffusion.evaluation.protocol import evaluate
+from nora_diffusion.evaluation.settings import EvaluationConfig
 from nora_diffusion.generation.image_settings import read_settings
 from nora_diffusion.generation.sampling import sample_images
 from nora_diffusion.generation.settings import Sampling

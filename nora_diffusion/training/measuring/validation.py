@@ -29,7 +29,8 @@ from ...io.untrusted import conform, parse_json
 from ...loaders import load_adapter, save_adapter
 from ...pipelines.base import is_embedded
 from ...pipelines.components import components, without_adapters
-from ...scoring.judges import Judge, check_judge, image_features, load_judges, text_features
+from ...scoring.default_judge import check_judge
+from ...scoring.judges import Judge, image_features, load_judges, text_features
 from ...scoring.metrics import agreement, diversity, likeness
 from ..data.subject import Subject, captions_of, read_folder
 from ..settings.config import TrainConfig, tagged

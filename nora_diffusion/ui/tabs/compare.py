@@ -11,7 +11,7 @@ import gradio as gr
 
 from ...errors import UserError
 from ...evaluation.axes import AXES, NONE, Cell
-from ...evaluation.grid import GridConfig
+from ...evaluation.settings import GridConfig
 from ...generation.settings import MAX_PROMPT, Sampling
 from ..comparison import MAX_TEXT, NO_CHOICE, Comparison, build_axis, build_grid, compare, suggestion
 from ..layout.cards import line
