@@ -3,9 +3,9 @@
     python benchmarks/growth.py [--rounds 5] [--largest_pack 1000] [--out outputs/growth.html]
 
 Each row varies one size and keeps the others. The exponent ``e`` is the slope of a line through ``(log size, log
-seconds)`` over the upper half of the sizes: 0 is a constant cost, 1 a proportional one. Times are CPU times of one
-thread, medians over the rounds; all of them are for a UNet of SD 1.5's layout at a sixteenth of its width, except
-*subjects in a pack*, which is the wall-clock time to load one subject of a pack of that many.
+seconds)`` over the upper half of the sizes: 0 is a constant cost, 1 a proportional one. Every round runs all sizes in
+turn; times are CPU times of one thread, medians over the rounds. All of them are for a UNet of SD 1.5's layout at a
+sixteenth of its width, except *subjects in a pack*, which is the time to load one subject of a pack of that many.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +71,16 @@ def run(model: Any, *, train: bool, batch: int = 1, side: int = 16) -> Callable[
     return step
 
 
-def median_seconds(work: Callable[[], Any], rounds: int, clock: Callable[[], float] = time.process_time) -> float:
-    """The median time of a call, after one that warms up."""
-    times = []
-    for _ in range(rounds + 1):
-        start = clock()
-        work()
-        times.append(clock() - start)
-    return statistics.median(times[1:])
+def timed(calls: Mapping[int, Callable[[], Any]], rounds: int) -> Points:
+    """Median CPU seconds of each call by its size; all calls run in turn, once to warm up."""
+    times: dict[int, list[float]] = {size: [] for size in calls}
+    for number in range(rounds + 1):
+        for size, call in calls.items():
+            start = time.process_time()
+            call()
+            if number:
+                times[size].append(time.process_time() - start)
+    return [(size, statistics.median(values)) for size, values in times.items()]
 
 
 def exponent(points: Points) -> float:
@@ -88,44 +90,51 @@ def exponent(points: Points) -> float:
     return sum((x - x_mean) * (y - y_mean) for x, y in logs) / sum((x - x_mean) ** 2 for x, _ in logs)
 
 
-def pack_points(sizes: Iterable[int], rounds: int) -> Points:
+def pack_points(sizes: Sequence[int], rounds: int) -> Points:
     """Seconds to load one subject of a pack, by the number of subjects in it."""
-    points: Points = []
     pipe = load_base()
     add_adapter(pipe, nora(r=8, inner_r=2, basis="svd"), "subject")
     with tempfile.TemporaryDirectory() as temporary:
-        first = save_adapter(pipe, Path(temporary) / "subject", "subject")
+        folder = Path(temporary)
+        first = save_adapter(pipe, folder / "subject", "subject", basis="shared")
         delete_adapter(pipe, "subject")
-        for size in sizes:
-            pack = create_pack(Path(temporary) / f"{size}.nora_pack.safetensors", {f"s{i}": first for i in range(size)})
 
-            def load(pack: Path = pack, name: str = f"s{size // 2}") -> None:
-                load_adapter(pipe, f"{pack}#{name}", "one")
+        def loading(size: int) -> Callable[[], None]:
+            names = {f"s{i}": first for i in range(size)}
+            pack = create_pack(folder / f"{size}.nora_pack.safetensors", names, folder / "bases")
+
+            def load() -> None:
+                load_adapter(pipe, f"{pack}#s{size // 2}", "one")
                 delete_adapter(pipe, "one")
 
-            points.append((size, median_seconds(load, rounds, time.perf_counter)))
-            pack.unlink()
-    return points
+            return load
+
+        return timed({size: loading(size) for size in sizes}, rounds)
 
 
 def curves(rounds: int, largest_pack: int) -> dict[str, Points]:
     """All curves, by name."""
     nested = nora(r=16, inner_r=4, basis="svd", target_modules=TARGETS)
 
-    def curve(sizes: list[int], make: Callable[[int], Callable[[], Any]]) -> Points:
-        return [(size, median_seconds(make(size), rounds)) for size in sizes]
+    def curve(sizes: Sequence[int], make: Callable[[int], Callable[[], Any]]) -> Points:
+        return timed({size: make(size) for size in sizes}, rounds)
 
-    counts, ranks = [1, 2, 4, 8, 16, 32, 64], [4, 8, 16, 32]
-    by_rank = {r: unet(nora(r=r, inner_r=4, basis="svd", target_modules=TARGETS)) for r in ranks}
-    by_experts = {n: unet(mor(r=8, num_experts=n, target_modules=TARGETS)) for n in (2, 4, 8, 16)}
+    counts = [1, 2, 4, 8, 16, 32, 64]
     one = unet(nested)
+
+    def of_rank(rank: int) -> nn.Module:
+        return unet(nora(r=rank, inner_r=4, basis="svd", target_modules=TARGETS))
+
+    def of_experts(number: int) -> nn.Module:
+        return unet(mor(r=8, num_experts=number, target_modules=TARGETS))
+
     return {
         "adapters live (inference)": curve(counts, lambda n: run(unet(nested, n), train=False)),
         "adapters loaded, one live (inference)": curve(counts, lambda n: run(unet(nested, n, live=1), train=False)),
         "batch (training step)": curve([1, 2, 4, 8, 16], lambda n: run(one, train=True, batch=n)),
         "tokens (training step)": curve([64, 256, 1024, 4096], lambda n: run(one, train=True, side=math.isqrt(n))),
-        "outer rank (training step)": curve(ranks, lambda r: run(by_rank[r], train=True)),
-        "experts of MoR (training step)": curve(list(by_experts), lambda n: run(by_experts[n], train=True)),
+        "outer rank (training step)": curve([4, 8, 16, 32], lambda r: run(of_rank(r), train=True)),
+        "experts of MoR (training step)": curve([2, 4, 8, 16], lambda n: run(of_experts(n), train=True)),
         "subjects in a pack (loading one)": pack_points(
             [size for size in (1, 10, 100, 1000, 10_000) if size <= largest_pack], rounds
         ),
@@ -146,10 +155,11 @@ def main() -> None:
     for name, points in found.items():
         row = ", ".join(f"{x:g}: {y:.3g}" for x, y in points)
         print(f"| {name} | {row} | {exponent(points):.2f} |")
-        title, milliseconds = f"{name}: exponent {exponent(points):.2f}", [(x, 1000 * y) for x, y in points]
-        charts.append(line_chart(title, {name: milliseconds}, "size", "ms", log_x=True, log_y=True))
+        title, milliseconds = f"{name}: e = {exponent(points):.2f}", [(x, 1000 * y) for x, y in points]
+        axis = name.partition(" (")[0].partition(",")[0]
+        charts.append(line_chart(title, {name: milliseconds}, axis, "ms", log_x=True, log_y=True))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page("How costs grow", charts), encoding="utf-8")
+    args.out.write_text(page("How costs grow", ['<div class="plots">', *charts, "</div>"]), encoding="utf-8")
     print(f"plots: {args.out}")
 
 
