@@ -30,6 +30,7 @@ _HOMES = {
     "conversion.export": ("export_lora",),
     "loaders.gates": ("router_summary",),
     "loaders.mixed_batch": ("mixed_batch",),
+    "generation.apart": ("subjects_apart",),
     "composition.angles": ("overlap", "overlap_files"),
     "composition.mixing": ("mix", "mix_files"),
     "conversion.import_lora": ("import_lora",),
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from .formats.adapter_info import AdapterInfo
     from .formats.pack_writing import add_to_pack, create_pack, extract_from_pack, remove_from_pack
     from .formats.packs import list_pack
+    from .generation.apart import subjects_apart
     from .loaders import (
         add_adapter,
         delete_adapter,
@@ -88,7 +90,8 @@ __all__ = [
     "import_lora", "in_blocks", "inspect_adapter", "list_adapters", "list_pack", "load_adapter", "load_base",
     "lora", "lora_mini", "lora_xs", "malora", "melora", "mix", "mix_files", "mixed_batch", "moe_lora", "mor", "mora",
     "nora", "nora_input", "open_pipeline", "overlap", "overlap_files", "prepare_for_compile",
-    "remove_from_pack", "router_summary", "save_adapter", "set_adapters", "set_rank", "train",
+    "remove_from_pack", "router_summary", "save_adapter", "set_adapters", "set_rank", "subjects_apart",
+    "train",
 ]  # fmt: skip
 
 

@@ -26,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the next ones count up")
     parser.add_argument("--batch", type=int, default=4, help="images at a time; fewer take less memory")
     parser.add_argument("--negative_prompt", default="", help="what to avoid")
+    parser.add_argument(
+        "--subjects_apart",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let each adapter act on its own subject only where a prompt names several subjects (default: yes)",
+    )
     add_sampling_flags(parser)
     add_source_flags(parser)
     parser.add_argument("--out", default="outputs", help="folder for the images; nothing in it is overwritten")
@@ -38,7 +44,7 @@ def run(values: argparse.Namespace) -> None:
     sampling = sampling_of(values, values.negative_prompt)
     config = GenerateConfig(
         values.prompt, sampling, source_of(values), values.adapter, values.library, values.num, values.seed,
-        values.batch, values.out,
+        values.batch, values.out, values.subjects_apart,
     )  # fmt: skip
     for file in generate(config):
         print(file)

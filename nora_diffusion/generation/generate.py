@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ class GenerateConfig:
 
     ``adapters`` (``path[:weight]``) act on every prompt; a tag ``<lora:name:0.8>`` in a prompt overrides their weight.
     The adapters in the folder ``library`` act only on prompts that name them. ``batch`` images are sampled at a time.
+    ``subjects_apart``: where a prompt names the subjects of several adapters, each acts on its own subject only.
     """
 
     prompts: list[str]
@@ -42,6 +43,7 @@ class GenerateConfig:
     seed: int = 0
     batch: int = 4
     out: str = "outputs"
+    subjects_apart: bool = True
 
     def check(self) -> None:
         """Raises :class:`UserError` for the first invalid setting."""
@@ -69,25 +71,49 @@ def generate(config: GenerateConfig) -> list[Path]:
     adapters = list(dict.fromkeys(adapter for _, active in prompts for adapter in active))
     for adapter in adapters:
         inspect_adapter(locate(adapter.path))  # fails before a model is loaded
+    from .apart import kept_apart
     from .sampling import check_lengths, describe_image, sample_images
 
     pipe = config.source.open()
     loaded = _load_all(pipe, adapters)
     check_lengths(pipe, [*(prompt for prompt, _ in prompts), config.sampling.negative_prompt])
-    jobs = [(prompt, config.seed + i, active) for prompt, active in prompts for i in range(config.num)]
+    jobs = [
+        Job(prompt, config.seed + i, active, _subjects(prompt, active, loaded) if config.subjects_apart else {})
+        for prompt, active in prompts
+        for i in range(config.num)
+    ]
     files = []
-    for batch, active in _batches(jobs, config.batch):
+    for batch in _batches(jobs, config.batch):
+        active, subjects = batch[0].active, batch[0].subjects
         _activate(pipe, {loaded[adapter].name: tag for adapter, tag in active.items()})
-        images = sample_images(pipe, [p for p, _ in batch], [s for _, s in batch], config.sampling)
-        described = [_describe(loaded[adapter], tag) for adapter, tag in active.items()]
-        for image, (prompt, seed) in zip(images, batch, strict=True):
-            settings = describe_image(pipe, image, prompt, seed, config.sampling, described)
-            files.append(save_new_image(image, out, seed, settings))
+        with kept_apart(pipe, subjects) as apart:
+            images = sample_images(pipe, [job.prompt for job in batch], [job.seed for job in batch], config.sampling)
+        described = [_describe(loaded[adapter], tag, apart) for adapter, tag in active.items()]
+        for image, job in zip(images, batch, strict=True):
+            settings = describe_image(pipe, image, job.prompt, job.seed, config.sampling, described)
+            files.append(save_new_image(image, out, job.seed, settings))
     return files
 
 
 Active = dict[NamedAdapter, Tag]
 """The adapters that act on a prompt, with their weights."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """An image to generate. ``subjects``: the words of the subjects that are kept apart, by adapter."""
+
+    prompt: str
+    seed: int
+    active: Active
+    subjects: dict[str, str]
+
+
+def _subjects(prompt: str, active: Active, loaded: dict[NamedAdapter, LoadedAdapter]) -> dict[str, str]:
+    from .apart import subjects_in
+
+    infos = {loaded[adapter].name: loaded[adapter].info for adapter in active}
+    return subjects_in(prompt, {name: (info.trigger, info.class_word) for name, info in infos.items()})
 
 
 def _read_prompt(prompt: str, given: list[NamedAdapter], available: list[NamedAdapter]) -> tuple[str, Active]:
@@ -141,18 +167,19 @@ def _check_writable(folder: Path) -> None:
         raise UserError(f"cannot write {folder}: {existing} is not a folder you can write to; choose another one")
 
 
-def _describe(loaded: LoadedAdapter, tag: Tag) -> dict[str, Any]:
+def _describe(loaded: LoadedAdapter, tag: Tag, apart: Mapping[str, str]) -> dict[str, Any]:
     info = loaded.info
     values = {"name": tag.name, "weight": tag.unet, "sha256": info.sha256, "path": info.path, "trigger": info.trigger}
+    values |= {"words": apart[loaded.name]} if loaded.name in apart else {}
     return values if tag.te == tag.unet else {**values, "te": tag.te}
 
 
-def _batches(jobs: list[tuple[str, int, Active]], size: int) -> Iterator[tuple[list[tuple[str, int]], Active]]:
-    """Batches of ``(prompt, seed)`` with the same adapters at the same weights, of at most ``size`` images."""
-    for _, group in itertools.groupby(jobs, key=lambda job: list(job[2].items())):
+def _batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:
+    """Batches with the same adapters at the same weights and the same subjects, of at most ``size`` images."""
+    for _, group in itertools.groupby(jobs, key=lambda job: (list(job.active.items()), job.subjects)):
         same = list(group)
         for start in range(0, len(same), size):
-            yield [(prompt, seed) for prompt, seed, _ in same[start : start + size]], same[0][2]
+            yield same[start : start + size]
 
 
 def save_new_image(image: Any, folder: Path, seed: int, settings: ImageSettings) -> Path:

@@ -15,7 +15,14 @@ from ..adapters.tuner.mixed_rows import serve_rows
 from ..adapters.tuner.peft_interface import check_weight
 from ..adapters.tuner.row_plan import RowPlan
 from ..errors import UserError, quoted
-from ..pipelines.components import Modules, components, refuse_merged, refuse_offloaded, tuner_layers
+from ..pipelines.components import (
+    Modules,
+    components,
+    named_tuner_layers,
+    refuse_merged,
+    refuse_offloaded,
+    tuner_layers,
+)
 from ..pipelines.names import DENOISERS
 from .active import held, per_entry, require_adapter, restore_weights
 from .locking import exclusive
@@ -49,10 +56,17 @@ def mixed_batch(pipe: Any, rows: Sequence[RowSpec], weights: Sequence[float] | f
         _check(modules, specs)
         for component, module in modules.items():
             plan = RowPlan(specs)
-            stack.enter_context(serve_rows(module, plan, tuner_layers(module)))
+            stack.enter_context(serving(pipe, component, module, plan))
             stack.enter_context(_serve_loras(module, component, plan))
-            if component in DENOISERS:
-                stack.enter_context(_reading_calls(pipe, plan))
+        yield
+
+
+@contextmanager
+def serving(pipe: Any, component: str, module: nn.Module, plan: RowPlan) -> Iterator[None]:
+    """Apply a plan in one component of a pipeline; that of the denoiser learns what each pipeline call asks for."""
+    with serve_rows(module, plan, named_tuner_layers(module)), ExitStack() as stack:
+        if component in DENOISERS:
+            stack.enter_context(_reading_calls(pipe, plan))
         yield
 
 
@@ -153,6 +167,7 @@ def _reading_calls(pipe: Any, plan: RowPlan) -> Iterator[None]:
         arguments = signature.bind(*args, **kwargs).arguments
         plan.check_prompts(_count_prompts(arguments.get("prompt"), arguments.get("prompt_embeds")))
         plan.repeats = int(arguments.get("num_images_per_prompt") or 1)
+        plan.read_prompts(arguments.get("prompt"))
         return encode(*args, **kwargs)
 
     def maybe_free_model_hooks() -> None:

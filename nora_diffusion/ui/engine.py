@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 
 from ..errors import UserError
 from ..formats.adapter_info import AdapterInfo
+from ..generation.apart import kept_apart, subjects_in
 from ..generation.generate import save_new_image
 from ..generation.sampling import check_lengths, describe_image, sample_images
 from ..generation.settings import Sampling
@@ -177,14 +178,22 @@ class Engine:
         run.report(images=len(request.images), steps=request.sampling.steps)
         for number, (prompt, seed) in enumerate(request.images, 1):
             run.report(image=number, step=0, preview="")
+            subjects = self._subjects(prompt, request) if request.subjects_apart else {}
             try:
                 run.check()
-                image = self.generate(request, prompt, seed, run)
+                with kept_apart(self.pipe, subjects) as apart:
+                    image = self.generate(request, prompt, seed, run)
             except Skipped:
                 continue
-            files.append(self._save(out, image, prompt, seed, request, settings))
+            adapters = [values | _words(values["name"], apart) for values in settings]
+            files.append(self._save(out, image, prompt, seed, request, adapters))
             run.report(files=tuple(files), preview="")
         return files
+
+    def _subjects(self, prompt: str, request: Request) -> dict[str, str]:
+        """The words of the subjects that a prompt names, by the names of their adapters in the pipeline."""
+        infos = {_peft_name(adapter.name): self._loaded[adapter.name][1].info for adapter in request.adapters}
+        return subjects_in(prompt, {name: (info.trigger, info.class_word) for name, info in infos.items()})
 
     def make_batch(self, request: Request, rows: Sequence[Sequence[ActiveAdapter]], out: Path, run: Run) -> list[Path]:
         """Generate all images in one batch, each row with its own adapters; ``request.adapters`` are all of them."""
@@ -257,6 +266,10 @@ def _adapter_settings(adapter: ActiveAdapter, loaded: LoadedAdapter) -> dict[str
 def _peft_name(name: str) -> str:
     """A name that PEFT accepts, for adapters whose folders may have any name."""
     return f"app_{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
+
+def _words(name: str, apart: Mapping[str, str]) -> dict[str, str]:
+    return {"words": apart[_peft_name(name)]} if _peft_name(name) in apart else {}
 
 
 def _stamp(path: Path) -> Stamp:

@@ -35,11 +35,15 @@ class ActiveAdapter:
 
 @dataclass(frozen=True)
 class Request:
-    """Images to generate with the same settings: one for each ``(prompt, seed)`` of ``images``."""
+    """Images to generate with the same settings: one for each ``(prompt, seed)`` of ``images``.
+
+    ``subjects_apart``: where a prompt names the subjects of several adapters, each acts on its own subject only.
+    """
 
     images: tuple[tuple[str, int], ...]
     sampling: Sampling
     adapters: tuple[ActiveAdapter, ...] = ()
+    subjects_apart: bool = True
 
     def check(self, max_side: int = MAX_SIDE) -> None:
         """Raise :class:`UserError` for the first value out of range."""

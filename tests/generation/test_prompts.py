@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from nora_diffusion import UserError, add_adapter, create_pack, lora, nora, open_pipeline, save_adapter
 from nora_diffusion.formats.adapter_file import given_name
 from nora_diffusion.formats.packs import SUFFIX
+from nora_diffusion.generation.apart import kept_apart
 from nora_diffusion.generation.generate import GenerateConfig, generate
 from nora_diffusion.generation.image_settings import read_settings
 from nora_diffusion.generation.library import NamedAdapter, find_adapter, list_library, name_adapters
@@ -176,3 +177,28 @@ def test_the_encoder_that_reads_most_counts(tiny_base: Path) -> None:
     check_lengths(pipe, ["a " * 198])
     with pytest.raises(UserError, match="longer than the 198 tokens"):
         check_lengths(pipe, ["a " * 199])
+
+
+def test_subjects_that_a_prompt_names_are_kept_apart(
+    tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two subjects by their triggers; not with the switch off, nor where the prompt names only one of them."""
+    pipe: Any = open_pipeline(tiny_base)
+    for name, trigger in (("dog", "sks"), ("hat", "toy")):
+        add_adapter(pipe, lora(r=2), name)
+        for parameter in trainable_parameters(pipe, name).values():
+            parameter.data.normal_(std=0.5)
+        save_adapter(pipe, tmp_path / "library" / name, name, info={"trigger": trigger, "class_word": name})
+        delete_adapter(pipe, name)
+    prompts = ["a sks dog, a toy hat <lora:dog> <lora:hat>", "a sks dog, a hat <lora:dog> <lora:hat>"]
+    apart, plain = (
+        images(tiny_base, tmp_path / "out", *prompts, library=str(tmp_path / "library"), subjects_apart=switch)
+        for switch in (True, False)
+    )
+    assert pixels(apart[0]) != pixels(plain[0])
+    assert pixels(apart[1]) == pixels(plain[1])
+    words = [[adapter.get("words") for adapter in read_settings(file).adapters] for file in (*apart, plain[0])]
+    assert words == [["sks dog", "toy hat"], [None, None], [None, None]]
+    with kept_apart(pipe, {"dog": "sks dog", "hat": "toy hat"}) as kept:
+        assert not kept
+    assert "the subjects may blend into each other: 'dog' is no adapter" in caplog.text

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,20 @@ def test_images_contain_their_settings(engine: Engine, device: Device, library: 
     (adapter,) = settings[0].adapters
     assert (adapter["name"], adapter["weight"], adapter["te"]) == ("dog", 0.8, 0.5)
     assert (adapter["sha256"], adapter["blocks"]) == (digest, {"mid": 0.5})
+
+
+def test_subjects_are_kept_apart_unless_switched_off(
+    engine: Engine, device: Device, library: Path, tmp_path: Path
+) -> None:
+    """Only where the prompt names both; the image's settings have the words of each."""
+    pair = tuple(ActiveAdapter(name, library / name / "nora_adapter.safetensors") for name in ("dog", "hat"))
+    apart = request("a sks dog, a zwx hat", "a sks dog, a hat", adapters=pair)
+    files = [
+        run(device, engine, replace(apart, subjects_apart=switch), tmp_path).progress.files for switch in (True, False)
+    ]
+    assert [[pixels(one) == pixels(two)] for one, two in zip(*files, strict=True)] == [[False], [True]]
+    words = [[adapter.get("words") for adapter in read_settings(file).adapters] for file in (*files[0], files[1][0])]
+    assert words == [["sks dog", "zwx"], [None, None], [None, None]]
 
 
 def test_a_removed_adapter_leaves_no_trace(

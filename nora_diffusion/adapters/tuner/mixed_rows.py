@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ...errors import UserError
 from .layer import NoraLayer
 from .live_pair import is_plain_linear
-from .row_banks import Bank, banks
-from .row_plan import RowPlan
-from .row_stacks import stacks
+from .row_banks import Bank, banks, is_plain
+from .row_plan import MaskedPlan, RowPlan
+from .row_stacks import MaskedBank, stacks
 
 _SERVING: WeakSet[nn.Module] = WeakSet()
 """Models inside :func:`serve_rows`."""
@@ -29,8 +29,8 @@ _SERVING: WeakSet[nn.Module] = WeakSet()
 class LayerRows:
     """Adds the adapters of each row to the output of one layer."""
 
-    def __init__(self, layer: NoraLayer, plan: RowPlan) -> None:
-        self.layer, self.plan = layer, plan
+    def __init__(self, layer: NoraLayer, plan: RowPlan, path: str = "") -> None:
+        self.layer, self.plan, self.path = layer, plan, path
         self.names = [name for name in plan.names if name in layer.nora_delta]
         self._grouped: dict[tuple[bool, bool], tuple[list[Bank], list[str]]] = {}
 
@@ -38,13 +38,18 @@ class LayerRows:
         """The banks of the next pass, and the adapters that are in none."""
         mode = torch.is_grad_enabled(), self.layer.training
         if mode not in self._grouped:
-            found, single = [], self.names
-            for kind in (banks, stacks):
-                found += kind(self.layer, single, self.plan)
-                banked = {name for bank in found for name in bank.names}
-                single = [name for name in self.names if name not in banked]
-            self._grouped[mode] = found, single
+            found = self._banks()
+            banked = {name for bank in found for name in bank.names}
+            self._grouped[mode] = found, [name for name in self.names if name not in banked]
         return self._grouped[mode]
+
+    def _banks(self) -> list[Bank]:
+        if isinstance(self.plan, MaskedPlan):
+            chains = [name for name in self.names if is_plain(self.layer, name)]
+            return [MaskedBank(self.layer, chains, self.plan, self.path)] if chains else []
+        found = banks(self.layer, self.names, self.plan)
+        banked = {name for bank in found for name in bank.names}
+        return [*found, *stacks(self.layer, [name for name in self.names if name not in banked], self.plan)]
 
     def refresh(self) -> None:
         """Check the factors of the next pass; for all layers in a row it takes half the time."""
@@ -75,6 +80,10 @@ class LayerRows:
         inputs = (x, base) if all_rows else (x[rows], base[rows])
         scaling, dy = self.layer.contribution(name, *inputs, rows=rows)
         dy = (weights * scaling).to(y.dtype).view(-1, *[1] * (dy.ndim - 1)) * dy.to(y.dtype)
+        if isinstance(self.plan, MaskedPlan):
+            is_conv = isinstance(self.layer.base_layer, nn.Conv2d)
+            mask = self.plan.mask(self.path, name, y.shape[2:] if is_conv else y.shape[1:-1])
+            dy = dy if mask is None else dy * self.layer.channels_first(mask).to(dy)
         return y + dy if all_rows else y.index_add(0, rows, dy)
 
 
@@ -84,26 +93,28 @@ def serves_rows(model: nn.Module) -> bool:
 
 
 @contextmanager
-def serve_rows(model: nn.Module, plan: RowPlan, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
+def serve_rows(
+    model: nn.Module, plan: RowPlan, modules: Iterable[tuple[str, nn.Module]] | None = None
+) -> Iterator[None]:
     """Apply a plan in a model's layers, in place of their active adapters and weights, until the context ends.
 
-    ``modules``: those in which to look for the layers (default: all of the model).
+    ``modules``: those in which to look for the layers, with their paths (default: all of the model).
 
     Raises :class:`UserError` if the model already follows a plan.
     """
     if serves_rows(model):
         raise UserError("this model already serves a mixed batch: leave that context first")
-    modules = model.modules() if modules is None else modules
-    layers = [module for module in modules if isinstance(module, NoraLayer)]
+    modules = model.named_modules() if modules is None else modules
+    layers = {path: module for path, module in modules if isinstance(module, NoraLayer)}
     with ExitStack() as stack:
         _SERVING.add(model)
         stack.callback(_SERVING.discard, model)
-        servers = [LayerRows(layer, plan) for layer in layers]
+        servers = [LayerRows(layer, plan, path) for path, layer in layers.items()]
         stack.callback(model.register_forward_pre_hook(_starting(plan, servers), with_kwargs=True).remove)
-        for layer, rows in zip(layers, servers, strict=True):
+        for layer, rows in zip(layers.values(), servers, strict=True):
             stack.callback(_restore, layer, {name: layer.states[name].scaling for name in rows.names})
             layer.rows = rows
-            for name in rows.names:
+            for name in () if isinstance(plan, MaskedPlan) else rows.names:
                 layer.set_scale(name, 1.0)
         yield
 
@@ -121,7 +132,7 @@ def _starting(plan: RowPlan, servers: Sequence[LayerRows]) -> Any:
         """Start the plan with the batch size: the length of the model's first tensor."""
         named = [kwargs[key] for key in ("sample", "hidden_states", "input_ids") if key in kwargs]
         first = next(t for t in (*named, *args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim)
-        plan.start(len(first))
+        plan.begin(first)
         for rows in servers:
             rows.refresh()
 

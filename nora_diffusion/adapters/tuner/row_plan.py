@@ -38,6 +38,13 @@ class RowPlan:
         """How many calls have started."""
         self._tensors: dict[Any, Tensor] = {}
 
+    def read_prompts(self, prompts: str | list[str] | None) -> None:
+        """Called with the prompts of a pipeline call; ``None`` if the caller has encoded them."""
+
+    def begin(self, first: Tensor) -> None:
+        """:meth:`start` a call of the model whose first tensor (latents, states or token ids) is ``first [n, ...]``."""
+        self.start(len(first))
+
     def start(self, rows: int) -> None:
         """Assign specs for a call with this many rows. Raises :class:`UserError` for a number that does not fit."""
         block = len(self.specs) * self.repeats
@@ -92,3 +99,24 @@ class RowPlan:
             # Without waiting for the work that a GPU still has to do.
             self._tensors[key, device] = torch.tensor(values).to(device, non_blocking=True)
         return self._tensors[key, device]
+
+
+class MaskedPlan(RowPlan):
+    """A plan whose adapters act at some positions of a layer only, at the weights that they have in their layers.
+
+    All rows have the same adapters, so that it fits any number of prompts.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__([dict.fromkeys(names, 1.0)])
+
+    def check_prompts(self, prompts: int) -> None:
+        """Any number fits."""
+
+    def mask(self, path: str, name: str, positions: Sequence[int]) -> Tensor | None:
+        """The factor of an adapter at each position of the layer at ``path``: ``[n, *positions, 1]``, or broadcastable.
+
+        ``positions``: the shape between rows and channels: ``[T]`` for tokens, ``[h, w]`` in a convolution. ``None``:
+        1 everywhere.
+        """
+        raise NotImplementedError

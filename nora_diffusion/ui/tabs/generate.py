@@ -49,7 +49,7 @@ def build(page: Page) -> None:
     buttons = [go, interrupt, skip]
     values = [page.prompt, settings.negative, settings.count, settings.seed, settings.steps, settings.guidance]
     run = go.click(
-        handler(generate_handler(app)), [*values, settings.width, settings.height, block_weights],
+        handler(generate_handler(app)), [*values, settings.width, settings.height, block_weights, settings.apart],
         [*buttons, status_line, preview, gallery, settings.last_seed], api_name="generate", api_visibility="private",
         concurrency_limit=None, show_progress="hidden",
     )  # fmt: skip
@@ -63,10 +63,12 @@ def generate_handler(app: App) -> Any:
 
     def generate(
         prompt: str, negative: str, count: float, seed: float | None, steps: float, guidance: float, width: float,
-        height: float, block_weights: dict[str, dict[str, float]], request: gr.Request,
+        height: float, block_weights: dict[str, dict[str, float]], apart: bool, request: gr.Request,
     ) -> Iterator[Any]:  # fmt: skip
         seed = first_seed(seed)
-        order = build_request(app, prompt, negative, to_int(count), seed, steps, guidance, width, height, block_weights)
+        order = build_request(
+            app, prompt, negative, to_int(count), seed, steps, guidance, width, height, block_weights, apart
+        )
         out = app.library.images
         run = Run(app.device, WORK, lambda run: app.engine.make(order, out, run))
         app.runs.put(run_key(request, WORK), run)
@@ -90,7 +92,7 @@ def follow(app: App, run: Run, captions: Sequence[str] = ()) -> Iterator[tuple[A
 
 def build_request(
     app: App, prompt: str, negative: str, count: int, seed: int, steps: float, guidance: float, width: float | None,
-    height: float | None, block_weights: dict[str, dict[str, float]],
+    height: float | None, block_weights: dict[str, dict[str, float]], apart: bool = True,
 ) -> Request:  # fmt: skip
     """Build and check a request from the values of the page. Raises :class:`UserError` for invalid ones."""
     if len(prompt or "") > MAX_PROMPT:
@@ -103,7 +105,7 @@ def build_request(
         to_int(steps, "steps"), float(guidance), negative or "", to_int(width, "width") or None,
         to_int(height, "height") or None,
     )  # fmt: skip
-    request = Request(tuple((clean, seed + i) for i in range(count)), sampling, adapters)
+    request = Request(tuple((clean, seed + i) for i in range(count)), sampling, adapters, bool(apart))
     request.check()
     return request
 

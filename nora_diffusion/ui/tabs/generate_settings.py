@@ -52,11 +52,12 @@ class Settings:
     guidance: gr.Slider
     width: gr.Number
     height: gr.Number
+    apart: gr.Checkbox
     last_seed: gr.State
 
     def components(self) -> dict[str, Any]:
         """The components that are stored over a reload and restored from an image, by name."""
-        names = ("negative", "count", "seed", "steps", "guidance", "width", "height")
+        names = ("negative", "count", "seed", "steps", "guidance", "width", "height", "apart")
         return {name: getattr(self, name) for name in names}
 
 
@@ -65,6 +66,7 @@ def defaults(engine: Engine) -> dict[str, Any]:
     return {
         "prompt": FIRST_PROMPT if engine.is_embedded else "", "negative": "", "count": 1, "seed": -1,
         "steps": default_steps(engine.source.base), "guidance": engine.guidance, "width": 0, "height": 0,
+        "apart": True,
     }  # fmt: skip
 
 
@@ -89,9 +91,13 @@ def build(page: Page) -> Settings:
                           maximum=LIMITS["width"][1], min_width=120)
                 for label in ("Width", "Height")
             )  # fmt: skip
+        apart = gr.Checkbox(
+            initial["apart"], label="Keep subjects apart", elem_id="apart",
+            info="Where the prompt names the subjects of several adapters, each acts on its own subject only",
+        )  # fmt: skip
         reset = gr.Button("Reset to defaults", size="sm")
     last = gr.State(None)
-    settings = Settings(negative, count, seed, steps, guidance, width, height, last)
+    settings = Settings(negative, count, seed, steps, guidance, width, height, apart, last)
     dice.click(lambda: -1, None, seed, api_visibility="private", queue=False)
     reuse.click(lambda used: -1 if used is None else used, last, seed, api_visibility="private", queue=False)
     _persist(page, settings, initial, reset)

@@ -27,6 +27,7 @@ MAX_SHOWN = 80
 LABELS = {
     "prompt": "Prompt", "negative": "Negative prompt", "count": "Number of images", "seed": "Seed", "steps": "Steps",
     "guidance": "CFG scale", "width": "Width", "height": "Height",
+    "apart": "Keep subjects apart",
 }  # fmt: skip
 
 
@@ -91,6 +92,8 @@ def restored(app: App, image: ImageSettings) -> tuple[dict[str, Any], dict[str, 
     if image.base and image.base != base:
         notes.append(f"The image was made with the base model {image.base[:MAX_SHOWN]}; this app runs {base}.")
     values: dict[str, Any] = {"count": 1}
+    if len(image.adapters) > 1:
+        values["apart"] = any("words" in adapter for adapter in image.adapters)
     stored: dict[str, Any] = {
         "prompt": image.prompt, "negative": image.negative_prompt, "seed": image.seed, "steps": image.steps,
         "guidance": image.guidance, "width": image.width, "height": image.height,

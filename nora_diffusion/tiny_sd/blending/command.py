@@ -1,0 +1,115 @@
+"""The command line of the measurement, and its report."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import program
+from ...io.files import write_atomic
+from ...pipelines.base import EMBEDDED_WEIGHTS
+from ...pipelines.precision import best_precision
+from ...quiet import hide_known_warnings
+from ...reports.sheets import contact_sheet
+from ..comparing.lessons import base_hash
+from .modes import MODES
+from .pairs import KINDS, Pair, parse_pair
+
+DEFAULT_PAIRS = (
+    "cyclops-purple+tractor", "stripemug-red+android-pink", "parrot+castle", "gremlin-green+cyclops-purple",
+)  # fmt: skip
+ALL_MODES = ("truth", "base", *MODES)
+Row = dict[str, Any]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(prog="python -m nora_diffusion.tiny_sd.blending", description=main.__doc__)
+    parser.add_argument("--pairs", nargs="+", type=parse_pair, default=[parse_pair(text) for text in DEFAULT_PAIRS],
+                        metavar="LEFT+RIGHT", help=f"subjects (default: {' '.join(DEFAULT_PAIRS)})")  # fmt: skip
+    parser.add_argument("--modes", nargs="+", choices=ALL_MODES, default=ALL_MODES, metavar="MODE",
+                        help=f"of {', '.join(ALL_MODES)} (default: all)")  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=4, help="images of each prompt (default: 4)")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default=best_precision(torch.device("cpu")),
+                        help="precision of training and images (default here: %(default)s)")  # fmt: skip
+    parser.add_argument("--weights", type=Path, default=EMBEDDED_WEIGHTS, help="folder of the base (default: shipped)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/blending"),
+                        help="folder for adapters, report.md and pictures (default: %(default)s)")  # fmt: skip
+    return parser
+
+
+def report(rows: Sequence[Row], accuracy: float) -> str:
+    """A table of means over the pairs, and one of the images that are right of each pair."""
+    modes, pairs = (list(dict.fromkeys(row[key] for row in rows)) for key in ("mode", "pair"))
+    measures = list(rows[0]["scores"])
+    lines = [f"The probe names {accuracy:.3f} of the objects in rendered scenes.", ""]
+    lines += _header("mode", *measures, "CPU seconds")
+    for mode in modes:
+        own = [row for row in rows if row["mode"] == mode]
+        means = [statistics.fmean(row["scores"][name] for row in own) for name in measures]
+        seconds = statistics.fmean(row["seconds"] for row in own)
+        lines.append(_line(mode, *(f"{mean:.3f}" for mean in means), f"{seconds:.2f}"))
+    lines += ["", "Both right, by pair:", "", *_header("mode", *pairs)]
+    for mode in modes:
+        right = {row["pair"]: row["scores"]["both right"] for row in rows if row["mode"] == mode}
+        lines.append(_line(mode, *(f"{right[pair]:.3f}" if pair in right else "" for pair in pairs)))
+    return "\n".join(lines) + "\n"
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _header(*cells: str) -> list[str]:
+    return [_line(*cells), _line(*["---"] * len(cells))]
+
+
+def _rows(args: argparse.Namespace) -> tuple[list[Row], float]:
+    """Measure what is missing in ``rows.jsonl``; the rows of all modes and pairs, and the accuracy of the probe."""
+    from .pairs import cached_reader
+    from .studio import Studio, train_subjects_of
+
+    base, seeds, file = base_hash(args.weights), range(args.seeds), args.out / "rows.jsonl"
+    known = {row["key"]: row for row in map(json.loads, file.read_text().splitlines())} if file.is_file() else {}
+    train_subjects_of([name for pair in args.pairs for name in pair], args.weights, args.out, args.mixed_precision)
+    reader = cached_reader()
+    studio = Studio(args.weights, args.out, reader, args.mixed_precision)
+    rows = []
+    for mode in args.modes:
+        for pair in args.pairs:
+            key = hashlib.sha256(f"{base} {mode} {pair} {seeds} {args.mixed_precision}".encode()).hexdigest()[:16]
+            if key not in known:
+                images, seconds = studio.draw(mode, pair, seeds)
+                scores = studio.score(pair, images, seeds)
+                known[key] = {"key": key, "mode": mode, "pair": "+".join(pair), "scores": scores, "seconds": seconds}
+                write_atomic(file, "".join(json.dumps(row) + "\n" for row in known.values()))
+                _save_sheet(images, pair, args.out / "pictures" / f"{mode}-{'+'.join(pair)}.png")
+                print(mode, "+".join(pair), {name: round(value, 3) for name, value in scores.items()}, flush=True)
+            rows.append(known[key])
+    return rows, reader.accuracy
+
+
+def _save_sheet(images: Sequence[Any], pair: Pair, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    each = len(images) // len(KINDS)
+    labeled = [(image, KINDS[i // each]) for i, image in enumerate(images)]
+    contact_sheet([labeled[i : i + each] for i in range(0, len(images), each)]).save(file, optimize=True)
+
+
+@program
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train subjects one by one, draw two of them in one image in several modes, and measure how much they blend."""
+    args = build_parser().parse_args(argv)
+    hide_known_warnings()
+    rows, accuracy = _rows(args)
+    text = report(rows, accuracy)
+    write_atomic(args.out / "report.md", text)
+    print(f"\n{text}\nWrote {args.out / 'report.md'}. The images are in pictures/.")
+    return 0
