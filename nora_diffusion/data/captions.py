@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from itertools import permutations
 
 FILLERS = frozenset({
     "a", "an", "the", "of", "in", "on", "at", "with", "and", "my", "our", "one", "good", "bad", "nice", "close", "up",
     "closeup", "photo", "photograph", "picture", "image", "portrait", "drawing", "painting", "rendering", "rendition",
     "selfie", "wearing", "holding", "sitting", "standing", "lying", "running", "walking", "playing",
 })  # fmt: skip
-TRIGGERS = ("sks", "ohwx", "zqx", "qxzvj")
+TRIGGERS = (
+    "sks", "ohwx", "zwx", "qvb", "xjy", "vrk", "pbz", "wqo", "jkd", "ukj", "tqz", "olv", "zqx", "qxzvj",
+)  # fmt: skip
 """Words commonly used as triggers because they mean nothing to a model."""
+CONSONANTS = "zqxvjkwpbg"
+
+
+def triggers() -> Iterator[str]:
+    """:data:`TRIGGERS`, then more words of that kind, each once."""
+    yield from TRIGGERS
+    made = ("".join(letters) for letters in permutations(CONSONANTS, 3))
+    yield from (word for word in made if word not in TRIGGERS)
 
 
 def guess_trigger(prompt: str, class_word: str | None = None, class_prompt: str | None = None) -> str | None:

@@ -71,6 +71,7 @@ def test_the_story(app: Server, tab: Any, tmp_path: Path) -> None:
     tab.locator("#train-examples button").filter(has_text="tractor").click()
     tab.locator("#train-report").filter(has_text="6 photos").wait_for()
     train(tab, "tractor")
+    assert len({inspect_adapter(app.library / name).trigger for name in ("tiger", "tractor")}) == 2
     hashes = {name: inspect_adapter(app.library / name).sha256 for name in ("tiger", "tractor")}
 
     # Both in one image.

@@ -160,6 +160,8 @@ def test_an_example_subject_takes_one_click(page: Any) -> None:
     page.locator("#train-prepared img").nth(5).wait_for()
     expect(page.get_by_label("Name")).to_have_value("tiger")
     expect(page.get_by_label("Class word")).to_have_value("cat")
+    expect(page.get_by_label("Trigger word")).to_have_value("ohwx")  # an adapter in the library has sks
+    page.locator("#train-prepared").get_by_text("a ohwx cat in the grass").first.wait_for()
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,7 @@ def test_a_training_from_drop_to_library(page: Any, server: Server, browser: Any
     open_tab(page, "train")
     page.click("#train-use")
     expect(page.locator("#generate")).to_be_visible()
-    expect(page.locator("#prompt textarea")).to_have_value("a sks dog <lora:my-dog:1>")
+    expect(page.locator("#prompt textarea")).to_have_value("a ohwx dog <lora:my-dog:1>")
 
 
 @pytest.mark.slow

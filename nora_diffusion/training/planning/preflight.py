@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...adapters.tuner.build import flat_weight
-from ...data.captions import TRIGGERS, has_word
+from ...data.captions import TRIGGERS, has_word, triggers
 from ...errors import UserError, printable
 from ...formats.adapter_info import info_from
 from ...io.run_layout import CHECKPOINTS, checkpoint_steps
@@ -216,9 +216,10 @@ def is_known(tokenizer: Any, word: str) -> bool:
     return len(pieces) == 1 and tokenizer.convert_tokens_to_ids(pieces[0]) < COMMON_FRACTION * len(tokenizer)
 
 
-def rare_word(tokenizer: Any) -> str:
-    """A common trigger word that the base does not know."""
-    return next((word for word in TRIGGERS if not is_known(tokenizer, word)), TRIGGERS[-1])
+def rare_word(tokenizer: Any, taken: Collection[str] = ()) -> str:
+    """A word for a trigger that the base does not know and that is not ``taken``."""
+    free = (word for word in triggers() if word not in taken and not is_known(tokenizer, word))
+    return next(free, TRIGGERS[-1])
 
 
 def _new_tokens(plan: Plan) -> Iterator[Finding]:

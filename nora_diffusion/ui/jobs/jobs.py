@@ -24,7 +24,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...io.files import FileLock, is_held, user_errors, write_atomic
-from .job import Job, number_in, read_job, read_json
+from .job import Job, number_in, read_job, read_json, text_in
 
 START_PATIENCE = 10.0
 """Seconds that a stop waits for a process that is still starting."""
@@ -102,6 +102,17 @@ class Jobs:
         for name in names:
             with contextlib.suppress(UserError):  # removed in the meantime
                 found.append(self.get(name))
+        return found
+
+    def triggers(self) -> set[str]:
+        """The trigger words of all jobs."""
+        import yaml
+
+        found = set()
+        for file in self.root.glob("*/request.yaml"):
+            with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # removed in the meantime, or damaged
+                values = yaml.safe_load(file.read_text(encoding="utf-8"))
+                found |= set(text_in(values, "trigger").split()) if isinstance(values, dict) else set()
         return found
 
     def get(self, identity: str) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ import gradio as gr
 
 from ...adapters.presets import PRESETS as ADAPTER_PRESETS
 from ...data.caption_files import SUFFIXES
-from ...demo import EXAMPLES, open_example
+from ...data.captions import word_pattern
+from ...demo import EXAMPLES, Example, open_example
 from ...errors import UserError
+from ...io.files import write_atomic
 from ...training.settings.config import TrainConfig
 from ..jobs.images import MAX_IMAGES, CheckedImage, check_images, with_captions
 from ..jobs.training_form import LIMITS, MAX_YAML, PRESETS, build_settings, preflight
@@ -46,8 +49,8 @@ def _form(page: Page) -> SimpleNamespace:
     with gr.Row():
         word = gr.Textbox("", label="Class word", info="What it is, in one word", placeholder="dog", max_length=40,
                           min_width=140, elem_id="train-class")  # fmt: skip
-        trigger = gr.Textbox("sks", label="Trigger word", info="A rare token", max_length=40,
-                             min_width=140, elem_id="train-trigger")  # fmt: skip
+        trigger = gr.Textbox("", label="Trigger word", info="Empty: a rare word of its own", placeholder="automatic",
+                             max_length=40, min_width=140, elem_id="train-trigger")  # fmt: skip
         name = gr.Textbox("my-subject", label="Name", info="In the library", max_length=64, min_width=140,
                           elem_id="train-name")  # fmt: skip
     settings = _settings()
@@ -104,7 +107,7 @@ def _settings() -> dict[str, Any]:
             prior = gr.Checkbox(False, label="Prior preservation", info="Keeps the class unchanged", min_width=200)
         extra = gr.Textbox(
             "", label="More settings, one 'key: value' per line", lines=3, max_length=4000, elem_id="train-extra",
-            placeholder="rank: 32\nvalidation_prompt: a sks dog in the snow",
+            placeholder="rank: 32\nseed: 1",
         )  # fmt: skip
     return {
         "preset": preset, "method": method, "steps": steps, "rate": rate, "encoder": encoder, "prior": prior,
@@ -115,7 +118,7 @@ def _settings() -> dict[str, Any]:
 def _persist(page: Page, form: SimpleNamespace) -> None:
     """Store the form, except for the photos, in the browser over a reload."""
     rules: dict[str, list[Any]] = {
-        "word": ["", 0, 40], "trigger": ["sks", 0, 40], "name": ["my-subject", 0, 64],
+        "word": ["", 0, 40], "trigger": ["", 0, 40], "name": ["my-subject", 0, 64],
         "preset": ["Balanced", 0, 40, list(PRESETS)], "method": [METHOD, 0, 40, list(METHODS)],
         "steps": [0, 0, MAX_TRAIN_STEPS], "rate": [0, 0, MAX_RATE], "encoder": [False, 0, 1], "prior": [False, 0, 1],
         "extra": ["", 0, MAX_YAML],
@@ -178,16 +181,40 @@ def show_photos(checked: Sequence[CheckedImage], errors: Sequence[str] = ()) -> 
 
 
 def example_handler(app: App) -> Any:
-    """Fill photos, name, trigger word and class word from an example subject."""
+    """Fill photos, name, trigger word and class word from an example subject.
+
+    The trigger in its captions is replaced by one that no other adapter has.
+    """
 
     def take(event: gr.SelectData) -> tuple[Any, ...]:
         app.require_changes()
         slug = str(event.value["caption"])
         example = open_example(slug)
-        photos = show_photos(check_images(sorted(example.folder.glob("*.png")), app.engine, {}))
-        return *photos, slug, str(example.values["trigger"]), example.class_word, None
+        trigger = free_trigger(app)
+        photos = copies_with_trigger(app, example, trigger)
+        return *show_photos(check_images(photos, app.engine, {})), slug, trigger, example.class_word, None
 
     return take
+
+
+def free_trigger(app: App) -> str:
+    """A rare word that is the trigger of no adapter in the library and of no training."""
+    from ...training.planning.preflight import rare_word
+
+    taken = {word for entry in app.library.entries() if entry.info for word in re.split(r"[\s,]+", entry.info.trigger)}
+    return rare_word(app.engine.pipe.tokenizer, taken | app.jobs.triggers())
+
+
+def copies_with_trigger(app: App, example: Example, trigger: str) -> list[Path]:
+    """The photos of an example, beside captions with this trigger."""
+    photos = sorted(example.folder.glob("*.png"))
+    captions = [file for photo in photos if (file := photo.with_suffix(".txt")).is_file()]
+    copies, _ = with_captions(photos, captions, app.private_folder())
+    own = re.compile(word_pattern(str(example.values["trigger"])))
+    for file in (copy.with_suffix(".txt") for copy in copies):
+        if file.is_file():
+            write_atomic(file, own.sub(trigger, file.read_text(encoding="utf-8")))
+    return copies
 
 
 def check_handler(app: App) -> Any:
@@ -244,4 +271,6 @@ def form_settings(
         "train_text_encoder": encoder or None, "with_prior_preservation": prior or None,
         "use_captions": has_captions or None,
     }  # fmt: skip
-    return build_settings(app.engine, preset, trigger or "", word or "", changes, extra or "")
+    return build_settings(
+        app.engine, preset, (trigger or "").strip() or free_trigger(app), word or "", changes, extra or ""
+    )
