@@ -15,13 +15,14 @@ LOWEST_STAMP := .venv-lowest/.installed
 # LOWEST_TORCH=--torch also takes torch's lowest release. On Linux, PyPI has it with CUDA only.
 LOWEST_TORCH ?=
 
-.PHONY: help setup app demo browser screenshots test test-slow test-lowest check bench benchmark-quick leaderboard build release-check clean
+.PHONY: help setup app demo browser screenshots test test-slow test-all test-lowest check bench benchmark-quick leaderboard build release-check clean
 
 help:
 	@echo "make app            generate, mix, train and compare in the browser"
 	@echo "make demo           learn a subject with NoRA and write outputs/demo (about 3 minutes on 2 cores)"
 	@echo "make test           the fast tests"
 	@echo "make test-slow      the tests that train or take long"
+	@echo "make test-all       both in one run, which takes less time than one after the other"
 	@echo "make test-lowest    the fast tests with the lowest releases that pyproject.toml allows, in .venv-lowest"
 	@echo "make check          ruff and a strict type check"
 	@echo "make bench          the benchmarks of docs/performance.md on the CPU (about 15 minutes on a quiet machine)"
@@ -65,7 +66,8 @@ screenshots: $(STAMP)  # needs Chromium
 	@$(BIN)/python -m pytest tests/ui/screenshots.py
 
 # One worker a core, each with one thread: the models of the tests are too small to share.
-WORKERS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+# Files stay in the order of tests/conftest.py.
+WORKERS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
 	@$(WORKERS) -m "not slow"
@@ -73,9 +75,16 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	@$(WORKERS) -m slow || { status=$$?; test $$status -eq 5; }  # 5: no test is marked slow
 
-# Without the app: its gradio is pinned at the lowest release already.
+test-all: $(STAMP)
+	@$(WORKERS)
+
+# Without the app, whose gradio is pinned at the lowest release already, and without what depends on no release: reports,
+# kills, the repository itself, and the recipe of the embedded base, which runs with the pins.
+EVERYWHERE := ui reports results tiny_sd training/run/test_kills.py cli/test_imports.py \
+	test_docs.py test_layering.py test_package.py test_project.py
 test-lowest: $(LOWEST_STAMP)
-	@OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest --numprocesses auto --dist loadfile -m "not slow" --ignore tests/ui
+	@OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder \
+		-m "not slow" $(addprefix --ignore=tests/,$(EVERYWHERE))
 
 bench: $(STAMP)  # one thread, so that another program on another core disturbs it little
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

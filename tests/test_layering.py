@@ -10,6 +10,7 @@ import pytest
 from layering import PACKAGE, circles, folder_graphs, module_graph, modules
 
 ROOT = Path(__file__).parents[1]
+GRAPHS = folder_graphs(ROOT)
 LAYERS = (
     "errors", "quiet", "versions", "io", "reports", "data", "adapters", "pipelines", "formats", "loaders", "attention",
     "conversion", "generation", "composition", "scoring", "results", "training", "evaluation", "demo", "tiny_sd", "ui",
@@ -24,13 +25,13 @@ def test_no_module_imports_in_a_circle() -> None:
     assert circles(module_graph(ROOT)) == []
 
 
-@pytest.mark.parametrize("folder", folder_graphs(ROOT), ids=lambda folder: "/".join((PACKAGE, *folder)))
+@pytest.mark.parametrize("folder", GRAPHS, ids=lambda folder: "/".join((PACKAGE, *folder)))
 def test_folders_have_one_direction(folder: tuple[str, ...]) -> None:
-    assert circles(folder_graphs(ROOT)[folder]) == []
+    assert circles(GRAPHS[folder]) == []
 
 
 def test_the_package_imports_downwards() -> None:
-    graph = folder_graphs(ROOT)[()]
+    graph = GRAPHS[()]
     assert set(graph) - {"__init__"} == set(LAYERS), "add the new room to LAYERS and to docs/architecture.md"
     for room, targets in graph.items():
         upwards = [target for target in targets if LAYERS.index(target) >= LAYERS.index(room)]

@@ -74,6 +74,8 @@ WITH_BASE = {
     "demo": "demo --out out/demo --max_train_steps 2",
 }
 ALL = CHEAP | WITH_BASE
+LONG = ("sweep", "basis learn", "demo")
+"""Those that do what others do, several times over."""
 
 
 def test_every_command_is_here() -> None:
@@ -89,6 +91,7 @@ def embedded(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nora_diffusion.pipelines.base.EMBEDDED_WEIGHTS", weights)
         patch.setattr("nora_diffusion.scoring.judges.EMBEDDED_WEIGHTS", weights)
+        patch.setattr("nora_diffusion.pipelines.base.EMBEDDED_STEPS", 2)
         yield
 
 
@@ -246,7 +249,7 @@ def positions(command: str) -> Iterator[int]:
     at = 1
     while at < 400:
         yield at
-        at += 1 if command in CHEAP or at < 3 else at
+        at += 1 if command in CHEAP or at < 3 else at * (2 if command in LONG else 1)
 
 
 @pytest.mark.parametrize("command", ALL)

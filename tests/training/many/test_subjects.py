@@ -26,7 +26,7 @@ from nora_diffusion.training.run.steps import Stepper
 from nora_diffusion.training.run.updates import Updates
 from nora_diffusion.training.signals import Interrupted
 
-STEPS = 20
+STEPS = 6
 KINDS: dict[str, dict[str, Any]] = {
     "shared basis": {},
     "dense core": {"method": "lora_xs", "inner_rank": None, "placement": "sqrt"},

@@ -144,6 +144,19 @@ def forked(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Forked:
     return run
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the runs that are never killed, with which several tests compare."""
+    return tmp_path_factory.mktemp("kept")
+
+
+def whole_run(folder: Path, build: Callable[..., TrainConfig], forked: Forked, **changes: Any) -> Path:
+    """``folder`` with the run of ``build("whole", **changes)``; trained by the first call."""
+    if not folder.exists():
+        assert forked(build("whole", output_dir=str(folder), **changes)) > 0
+    return folder
+
+
 @pytest.fixture
 def nano(configure: Configure, tmp_path: Path) -> Callable[..., TrainConfig]:
     def build(name: str, **changes: Any) -> TrainConfig:
@@ -264,28 +277,32 @@ def assert_same_result(one: Path, other: Path, last: int = STEPS) -> None:
 
 @pytest.mark.parametrize("moment", LATE.values(), ids=LATE.keys())
 def test_killed_when_all_steps_are_done(
-    moment: Call, measured: Callable[..., TrainConfig], forked: Forked, tmp_path: Path
+    moment: Call, measured: Callable[..., TrainConfig], forked: Forked, kept: Path, tmp_path: Path
 ) -> None:
-    whole = measured("whole")
-    assert forked(whole) > 0
+    whole = whole_run(kept / "measured", measured, forked)
     assert forked(measured("killed"), moment) == -signal.SIGKILL
     assert forked(measured("killed", resume_from_checkpoint="latest")) > 0
-    assert_same_result(whole.folder, tmp_path / "killed")
+    assert_same_result(whole, tmp_path / "killed")
 
 
 @pytest.mark.parametrize("moment", [LATE["in the last measurement"], Call(Stepper, "save", 3)], ids=["score", "save"])
 def test_killed_when_it_stops_early(
-    moment: Call, measured: Callable[..., TrainConfig], forked: Forked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: Call,
+    measured: Callable[..., TrainConfig],
+    forked: Forked,
+    kept: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The step at which it stops is measured, and no later one is trained."""
     for module in (selection, validation):
         monkeypatch.setattr(module, "choose", lambda points: 2 if len(points) > 2 else None)
     early = {"early_stopping": 1, "validation_steps": 1, "max_train_steps": 9, "lr_scheduler": "constant"}
-    whole = measured("whole", **early)
-    assert forked(whole) > 0 and len(journal(whole.folder)) == 3
+    whole = whole_run(kept / "early", measured, forked, **early)
+    assert len(journal(whole)) == 3
     assert forked(measured("killed", **early), moment) == -signal.SIGKILL
     assert forked(measured("killed", resume_from_checkpoint="latest", **early)) > 0
-    assert_same_result(whole.folder, tmp_path / "killed", 3)
+    assert_same_result(whole, tmp_path / "killed", 3)
 
 
 @pytest.fixture
@@ -344,9 +361,10 @@ def assert_same_subjects(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", BETWEEN.values(), ids=BETWEEN.keys())
-def test_killed_between_subjects(moment: Call, zoo: Callable[..., TrainConfig], forked: Forked, tmp_path: Path) -> None:
-    whole = zoo("whole")
-    assert forked(whole) > 0
+def test_killed_between_subjects(
+    moment: Call, zoo: Callable[..., TrainConfig], forked: Forked, kept: Path, tmp_path: Path
+) -> None:
+    whole = whole_run(kept / "zoo", zoo, forked)
     assert forked(zoo("killed"), moment) == -signal.SIGKILL
     assert forked(zoo("killed", resume_from_checkpoint="latest")) > 0
-    assert_same_subjects(whole.folder, tmp_path / "killed")
+    assert_same_subjects(whole, tmp_path / "killed")
