@@ -59,11 +59,13 @@ class AttentionMaps:
     def __init__(self) -> None:
         self.latents: Size = (0, 0)
         self.words: Mapping[str, Tensor] = {}
+        self.count = 0
+        """Layers read since :meth:`clear`."""
         self._maps: dict[Size, dict[str, Tensor]] = {}
 
     def clear(self) -> None:
         """Forget all maps: a new image begins."""
-        self._maps = {}
+        self._maps, self.count = {}, 0
 
     def start(self, latents: Size, words: Mapping[str, Tensor]) -> None:
         """A pass begins: the size of its latents, and the masks ``[n, T]`` of each subject's words.
@@ -86,7 +88,6 @@ class AttentionMaps:
         hooks = attention.to_q.register_forward_hook(on_query), attention.to_k.register_forward_hook(on_key)
         return [hook.remove for hook in hooks]
 
-    @torch.no_grad()
     def _add(self, query: Tensor, key: Tensor, heads: int, scale: float) -> None:
         size = grid(self.latents, query.shape[1]) if SMALLEST <= query.shape[1] <= LARGEST else None
         if size is None:
@@ -95,15 +96,21 @@ class AttentionMaps:
         q, k = (t[-count:].float().unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key))
         attended = (q @ k.transpose(-1, -2) * scale).softmax(-1).mean(1)  # [n, tokens, T]
         found = self._maps.setdefault(size, {})
+        self.count += 1
         for name, words in self.words.items():
             new = (attended @ words.to(attended).unsqueeze(-1)).view(count, *size)
             found[name] = found[name] + new if name in found else new
 
-    def regions(self) -> dict[str, Tensor]:
-        """The share of each subject in each position ``[n, h, w]``; empty before the first pass."""
+    def maps(self) -> dict[str, Tensor]:
+        """The map of each subject, ``[n, h, w]``; empty before the first pass. Differentiable if the pass was."""
         if not self._maps:
             return {}
         finest = max(self._maps, key=lambda size: size[0] * size[1])
-        names = list(self.words)
-        maps = [torch.stack([resized(own[name], finest) for own in self._maps.values()]).sum(0) for name in names]
-        return dict(zip(names, shares(maps), strict=True))
+        return {
+            name: torch.stack([resized(own[name], finest) for own in self._maps.values()]).sum(0) for name in self.words
+        }
+
+    def regions(self) -> dict[str, Tensor]:
+        """The share of each subject in each position, ``[n, h, w]``; empty before the first pass."""
+        maps = self.maps()
+        return dict(zip(maps, shares(list(maps.values())), strict=True)) if maps else {}

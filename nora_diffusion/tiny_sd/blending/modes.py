@@ -12,21 +12,27 @@ from torch import Tensor
 from ...generation.apart import subjects_apart
 from ...loaders import set_adapters
 from ...pipelines.components import components, nora_layers
+from ..examples import TRAINING_KINDS
+from .gates import gated
+from .guidance import guided
+from .pairs import Pair, true_scenes
 
 Subjects = Mapping[str, str]
 """The words of the left and of the right subject, by adapter."""
-Mode = Callable[[Any, Subjects], AbstractContextManager[None]]
+Mode = Callable[[Any, Subjects, Pair], AbstractContextManager[None]]
+GATE_JITTERS = (1000, 1001)
+"""Two scenes of each background of the training images."""
 LOW = 0.6
 """Weight of both adapters in ``lower``."""
 
 
-def plain(pipe: Any, subjects: Subjects) -> AbstractContextManager[None]:
+def plain(pipe: Any, subjects: Subjects, pair: Pair) -> AbstractContextManager[None]:
     """Both adapters act everywhere."""
     return nullcontext()
 
 
 @contextmanager
-def lower(pipe: Any, subjects: Subjects) -> Iterator[None]:
+def lower(pipe: Any, subjects: Subjects, pair: Pair) -> Iterator[None]:
     """Both act everywhere, at a lower weight."""
     set_adapters(pipe, list(subjects), LOW)
     try:
@@ -36,7 +42,7 @@ def lower(pipe: Any, subjects: Subjects) -> Iterator[None]:
 
 
 @contextmanager
-def disjoint(pipe: Any, subjects: Subjects) -> Iterator[None]:
+def disjoint(pipe: Any, subjects: Subjects, pair: Pair) -> Iterator[None]:
     """Both act everywhere, in orthogonal subspaces of the core: NoRA adapters with one basis.
 
     Of each core ``C = B_in A_in`` the leading ``r / 4`` singular directions are kept; on either side those of the two
@@ -74,22 +80,33 @@ def _orthonormal(bases: list[Tensor]) -> tuple[Tensor, ...]:
     return (u @ vh).split([basis.shape[1] for basis in bases], 1)
 
 
-def words(pipe: Any, subjects: Subjects) -> AbstractContextManager[None]:
+def attend(pipe: Any, subjects: Subjects, pair: Pair) -> AbstractContextManager[None]:
+    """Both act everywhere, and Attend-and-Excite guides the latents."""
+    return guided(pipe, subjects)
+
+
+def gates(pipe: Any, subjects: Subjects, pair: Pair) -> AbstractContextManager[None]:
+    """Both act everywhere, with a learned gate in each layer."""
+    return gated(pipe, subjects, *true_scenes(pair, TRAINING_KINDS, GATE_JITTERS))
+
+
+def words(pipe: Any, subjects: Subjects, pair: Pair) -> AbstractContextManager[None]:
     """Each acts on its own words in the cross-attention, and everywhere in all other layers."""
     return subjects_apart(pipe, subjects, dict.fromkeys(subjects, torch.ones(1, 1)))
 
 
-def given(pipe: Any, subjects: Subjects) -> AbstractContextManager[None]:
+def given(pipe: Any, subjects: Subjects, pair: Pair) -> AbstractContextManager[None]:
     """Each acts on its own words, and in its half of the image: regions that a user gives."""
     left = ((torch.arange(64) < 35) * 1.0).expand(64, -1)
     return subjects_apart(pipe, subjects, dict(zip(subjects, (left, 1 - left), strict=True)))
 
 
-def apart(pipe: Any, subjects: Subjects) -> AbstractContextManager[None]:
+def apart(pipe: Any, subjects: Subjects, pair: Pair) -> AbstractContextManager[None]:
     """Each acts on its own words, and in the region that the cross-attention shows: the default of ``generate``."""
     return subjects_apart(pipe, subjects)
 
 
 MODES: dict[str, Mode] = {
-    "plain": plain, "lower": lower, "disjoint": disjoint, "words": words, "given": given, "apart": apart,
+    "plain": plain, "lower": lower, "disjoint": disjoint, "words": words, "attend": attend,
+    "gates": gates, "given": given, "apart": apart,
 }  # fmt: skip

@@ -57,17 +57,21 @@ def words(subject: str) -> str:
     return f"{TRIGGERS[subject]} {subject_object(subject).class_word}"
 
 
-def prompts(pair: Pair, *, by_class: bool = False) -> list[str]:
+def prompts(pair: Pair, kinds: Sequence[str] = KINDS, *, by_class: bool = False) -> list[str]:
     """A prompt for each background; ``by_class``: without triggers, for the base."""
     one, two = (subject_object(name).class_word if by_class else words(name) for name in pair)
-    return [f"a {one} next to a {two} {Background(kind).phrase}" for kind in KINDS]
+    return [f"a {one} next to a {two} {Background(kind).phrase}" for kind in kinds]
 
 
-def true_images(pair: Pair, seeds: Sequence[int]) -> list[Image.Image]:
-    """The rendered scenes of the prompts: for each background one for each seed."""
+def true_scenes(pair: Pair, kinds: Sequence[str], jitters: Sequence[int]) -> tuple[list[Image.Image], list[str]]:
+    """Rendered images of both subjects and their prompts: for each background one for each jitter."""
     objects = subject_object(pair[0]), subject_object(pair[1])
-    scenes = [Scene(objects, Background(kind), "", seed) for kind in KINDS for seed in seeds]
-    return [Image.fromarray(render(scene)) for scene in scenes]
+    scenes = [
+        Scene(objects, Background(kind), text, jitter)
+        for kind, text in zip(kinds, prompts(pair, kinds), strict=True)
+        for jitter in jitters
+    ]
+    return [Image.fromarray(render(scene)) for scene in scenes], [scene.caption for scene in scenes]
 
 
 def halves(images: np.ndarray) -> list[np.ndarray]:

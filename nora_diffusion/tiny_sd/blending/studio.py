@@ -24,7 +24,7 @@ from ...training.planning.opening import lower_precision
 from ...training.settings.config import Precision
 from ..examples import TRIGGER, subject_object, write_subject
 from .modes import MODES
-from .pairs import KINDS, TRIGGERS, Pair, Reader, halves, prompts, true_images, words
+from .pairs import KINDS, TRIGGERS, Pair, Reader, halves, prompts, true_scenes, words
 
 AT_ONCE = 6
 BASE, TRUTH = "base", "truth"
@@ -71,7 +71,7 @@ class Studio:
     def draw(self, mode: str, pair: Pair, seeds: Sequence[int]) -> tuple[list[Image.Image], float]:
         """Images of each background and seed, and the CPU seconds of one."""
         if mode == TRUTH:
-            return true_images(pair, seeds), 0.0
+            return true_scenes(pair, KINDS, seeds)[0], 0.0
         texts = [text for text in prompts(pair, by_class=mode == BASE) for _ in seeds]
         numbers, sampling = list(seeds) * len(KINDS), Sampling.for_base(None)
         started = time.process_time()
@@ -81,7 +81,7 @@ class Studio:
         else:
             subjects = {self._loaded(name): words(name) for name in pair}
             set_adapters(self.pipe, list(subjects))
-            with MODES[mode](self.pipe, subjects):
+            with MODES[mode](self.pipe, subjects, pair):
                 images = sample(self.pipe, texts, numbers, sampling, self.dtype)
         return images, (time.process_time() - started) / len(images)
 
@@ -101,7 +101,7 @@ class Studio:
         left, right = pair
         read = self.reader.read(images)
         classes = {name: subject_object(name).class_word for name in pair}
-        own, other = self._cosines(images, true_images(pair, seeds))
+        own, other = self._cosines(images, true_scenes(pair, KINDS, seeds)[0])
         return {
             "left right": _share(a == left for a, _ in read),
             "right right": _share(b == right for _, b in read),

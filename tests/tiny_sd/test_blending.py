@@ -1,0 +1,125 @@
+"""Two subjects in one image: what is read, the rivals of the default, and the report."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from factories import randomize
+
+from nora_diffusion import UserError, add_adapter, nora, open_pipeline
+from nora_diffusion.pipelines.components import nora_layers
+from nora_diffusion.tiny_sd.blending.command import report
+from nora_diffusion.tiny_sd.blending.gates import GatePlan, gated
+from nora_diffusion.tiny_sd.blending.guidance import guided
+from nora_diffusion.tiny_sd.blending.modes import disjoint
+from nora_diffusion.tiny_sd.blending.pairs import KINDS, TRIGGERS, halves, parse_pair, prompts, true_scenes
+from nora_diffusion.tiny_sd.world.vocabulary import SUBJECTS
+
+WORDS = {"dog": "sks dog", "cat": "toy cat"}
+PAIR = ("tiger", "tractor")
+
+
+@pytest.fixture
+def pair(tiny_base: Path) -> Any:
+    """A pipeline with two adapters on one basis."""
+    pipe: Any = open_pipeline(tiny_base)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    for seed, name in enumerate(WORDS):
+        add_adapter(pipe, nora(r=8, inner_r=4, basis="svd"), name)
+        randomize(pipe, name, seed)
+    return pipe
+
+
+def cores(pipe: Any) -> list[torch.Tensor]:
+    found: list[Any] = [
+        layer.nora_delta[name].core for name in WORDS for layer in nora_layers(pipe.unet, name).values()
+    ]
+    return [(core.B_in @ core.A_in).detach().clone() for core in found]
+
+
+def test_disjoint_cores_are_orthogonal_and_restored(pair: Any) -> None:
+    before = cores(pair)
+    with disjoint(pair, WORDS, PAIR):
+        inside = cores(pair)
+        for one, two in zip(inside[: len(inside) // 2], inside[len(inside) // 2 :], strict=True):
+            assert max(float((one @ two.T).abs().max()), float((one.T @ two).abs().max())) < 1e-5
+            assert float(one.norm()) > 0.1
+    assert all(torch.equal(a, b) for a, b in zip(before, cores(pair), strict=True))
+
+
+def draw(pipe: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        found: torch.Tensor = pipe(
+            "a sks dog on the toy cat", num_inference_steps=6, generator=generator, output_type="latent"
+        ).images
+    return found
+
+
+def test_gates_start_at_the_plain_sum_and_learn(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nora_diffusion.tiny_sd.blending.gates.STEPS", 0)
+    plain = draw(pair)
+    images, captions = true_scenes(PAIR, KINDS[:1], (0, 1))[0], ["a sks dog on the toy cat"] * 2
+    with gated(pair, WORDS, images, captions):
+        torch.testing.assert_close(draw(pair), plain, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr("nora_diffusion.tiny_sd.blending.gates.STEPS", 2)
+    with gated(pair, WORDS, images, captions):
+        assert not torch.allclose(draw(pair), plain, atol=1e-3)
+    assert torch.equal(draw(pair), plain)
+
+
+def test_a_gate_is_a_softmax_times_the_number_of_adapters() -> None:
+    plan = GatePlan(["dog", "cat"], ["a", "b"])
+    plan.logits.data[1] = torch.tensor([1.0, 0.0])
+    found = plan.mask("b", "dog", [5])
+    assert found is not None
+    assert found.shape == (1, 1, 1)
+    assert found.item() == pytest.approx(2 * np.exp(1) / (np.exp(1) + 1))
+
+
+def test_guided_latents_move_and_the_scheduler_is_restored(pair: Any) -> None:
+    plain = draw(pair)
+    with guided(pair, WORDS):
+        assert not torch.allclose(draw(pair), plain, atol=1e-4)
+    assert torch.equal(draw(pair), plain)
+    assert "step" not in vars(pair.scheduler)
+
+
+def test_true_scenes_show_both_subjects_where_the_halves_are_read() -> None:
+    images, captions = true_scenes(PAIR, KINDS, (0, 1))
+    assert captions[::2] == prompts(PAIR)
+    assert captions[0] == f"a {TRIGGERS['tiger']} cat next to a {TRIGGERS['tractor']} truck in the snow"
+    swapped, _ = true_scenes(PAIR[::-1], KINDS, (0, 1))
+    for (left, right), (other_left, other_right) in zip(
+        *(zip(*halves(np.stack([np.asarray(i) for i in some])), strict=True) for some in (images, swapped)),
+        strict=True,
+    ):
+        assert np.abs(left.astype(int) - other_left).mean() > 5
+        assert np.abs(right.astype(int) - other_right).mean() > 5
+
+
+def test_pairs_are_checked() -> None:
+    assert parse_pair("tiger+castle") == ("tiger", "castle")
+    assert set(TRIGGERS) <= set(SUBJECTS)
+    assert len(set(TRIGGERS.values())) == len(TRIGGERS)
+    for text in ("tiger", "tiger+tiger", "tiger+unicorn", "+"):
+        with pytest.raises(UserError, match="is not a pair"):
+            parse_pair(text)
+
+
+def test_report_has_a_row_for_each_mode() -> None:
+    rows = [
+        {"mode": mode, "pair": pair, "seconds": 1.0, "scores": {"both right": right, "own": 0.5}}
+        for (mode, pair), right in zip(product(("plain", "apart"), ("a+b", "c+d")), (0.0, 0.5, 0.5, 1.0), strict=True)
+    ]
+    text = report(rows, 0.99)
+    assert "| plain | 0.250 | 0.500 | 1.00 |" in text
+    assert "| apart | 0.750 | 0.500 | 1.00 |" in text
+    by_pair = ["| mode | a+b | c+d |", "| --- | --- | --- |", "| plain | 0.000 | 0.500 |", "| apart | 0.500 | 1.000 |"]
+    assert text.splitlines()[-4:] == by_pair
