@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from PIL import Image
 from nora_diffusion import UserError
 from nora_diffusion.pipelines.base import EMBEDDED_WEIGHTS
 from nora_diffusion.results.files import read_results
-from nora_diffusion.tiny_sd.comparing import command
+from nora_diffusion.tiny_sd.comparing import command, lessons
 from nora_diffusion.tiny_sd.comparing.curves import page
 from nora_diffusion.tiny_sd.comparing.lessons import Task, all_tasks, base_hash, compare
 from nora_diffusion.tiny_sd.comparing.rates import START, at_best_rate, next_rates
@@ -84,6 +85,11 @@ def test_a_method_can_have_a_rate_of_its_own() -> None:
             all_tasks([wrong], [1e-3], [0], ["tiger"])
 
 
+def test_the_name_of_a_lesson_is_a_valid_name_for_a_run() -> None:
+    name = Task("mor:router=prompt,rank=8", 4.8e-3, 0, "tiger+tractor", 200, shown=3).name
+    assert re.fullmatch(r"\w[\w.-]*", name) and name == "mor-router-prompt-rank-8-0.0048-200-of3-0-tiger_tractor"
+
+
 def test_an_interrupted_comparison_continues(weights: Path, tmp_path: Path) -> None:
     tasks, out = all_tasks(["base", "nora"], [1e-4, 1e-3], [0, 1], ["tiger"]), tmp_path / "out"
     first, second = Teacher(fails_at=2), Teacher()
@@ -107,6 +113,19 @@ def test_lessons_depend_on_weights_steps_and_settings(weights: Path, tmp_path: P
     (weights / UNET).write_bytes(b"better weights")
     run(weights, out, teacher, [Task("nora", 1e-3, 0, "tiger")])
     assert len(teacher.calls) == 4
+
+
+def test_a_lesson_with_its_own_rate_and_steps_does_not_depend_on_their_defaults(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = set()
+    for rate in (1e-3, 2e-3):
+        monkeypatch.setattr(lessons, "method_settings", lambda _, rate=rate: {"rank": 8, "learning_rate": rate})
+        keys |= {
+            (task.rate, task.key("base"))
+            for task in (Task("lora", 5e-3, 0, "tiger", 5), Task("lora", None, 0, "tiger"))
+        }
+    assert [rate for rate, _ in sorted(keys, key=str)].count(5e-3) == 1 and len(keys) == 3
 
 
 def test_lessons_depend_on_what_is_shown_and_asked(weights: Path, tmp_path: Path) -> None:

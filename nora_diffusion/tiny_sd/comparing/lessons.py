@@ -51,11 +51,11 @@ class Task:
         rate = "" if self.rate is None else f"-{self.rate:g}"
         steps = "" if self.rate is None or self.steps is None else f"-{self.steps}"
         shown = "" if self.rate is None or self.shown == Task.shown else f"-of{self.shown}"
-        return f"{method}{rate}{steps}{shown}-{self.seed}-{self.subject}"
+        return f"{method}{rate}{steps}{shown}-{self.seed}-{self.subject.replace('+', '_')}"
 
     def key(self, base: str) -> str:
         """A hash of everything the lesson depends on; ``base`` is the hash of the base's weights."""
-        document = [base, method_settings(self.method), asdict(self)]
+        document = [base, {**method_settings(self.method), **self.student().settings}, asdict(self)]
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
 
     def student(self) -> Student:
