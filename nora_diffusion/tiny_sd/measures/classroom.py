@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from ...training.settings.config import Precision
 from ...training.step.denoiser import TextEmbeddings, encode_prompts
 from ...training.step.objective import Objective
 from ..examples import subject_object
+from ..world.vocabulary import with_article
 from .methods import is_trained, method_settings
 from .probes import Probes
 from .prompt_sets import asked
@@ -163,16 +165,18 @@ class Classroom:
 
 def _listing(students: Sequence[Student], folder: Path) -> str:
     """The list of subjects for the trainer: an entry for each adapter."""
-    entries = [
-        {
-            "name": student.name, "instance_data_dir": str(folder / "subjects" / f"{student.subject}-{student.shown}"),
-            "instance_prompt": shown_prompt(student.subject),
-            "class_word": subject_object(student.subject.split("+")[0]).class_word,
-            **method_settings(student.method), "seed": 0, **student.settings,
-        }
-        for student in students
-    ]  # fmt: skip
-    return json.dumps(entries, indent=1)  # which is YAML
+    return json.dumps([_entry(student, folder) for student in students], indent=1)  # which is YAML
+
+
+def _entry(student: Student, folder: Path) -> dict[str, Any]:
+    settings = {**method_settings(student.method), "seed": 0, **student.settings}
+    word = subject_object(student.subject.split("+")[0]).class_word
+    if settings.get("with_prior_preservation"):
+        settings.setdefault("class_prompt", with_article(word))
+    return {
+        "name": student.name, "instance_data_dir": str(folder / "subjects" / f"{student.subject}-{student.shown}"),
+        "instance_prompt": shown_prompt(student.subject), "class_word": word, **settings,
+    }  # fmt: skip
 
 
 def teach_all(weights: Path) -> tuple[dict[str, float], list[Lesson]]:
