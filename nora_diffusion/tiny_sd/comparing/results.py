@@ -32,7 +32,8 @@ def as_results(rows: Sequence[Row], weights: Path, command: str, name: str = "co
     return schema.Results(
         name=name, command=command, date=today(),
         protocol={
-            "name": "comparing", "precision": rows[0]["precision"], "prompts": ", ".join(rows[0].get("prompts", [])),
+            "name": "comparing", "precision": rows[0]["precision"],
+            "prompts": ", ".join(rows[0].get("prompts", [])) or "none",
         },
         base=schema.Base(base, hashlib.sha256(base_hash(weights).encode()).hexdigest()),
         judges=judges(weights), data=data,

@@ -39,7 +39,7 @@ FROZEN_RATES = (5e-5, 1e-2)
 TUNED: dict[str, Tuned] = {
     "nora": Tuned({"learning_rate": 9.6e-3, "max_train_steps": 100, "inner_rank": 16}, FROZEN_RATES),
     "nora_input": Tuned({"learning_rate": 9.6e-3, "max_train_steps": 100}, FROZEN_RATES),
-    "lora": Tuned({"learning_rate": 2.4e-3, "max_train_steps": 100}),
+    "lora": Tuned({"learning_rate": 4.8e-3, "max_train_steps": 100}),
     "lora_xs": Tuned({"learning_rate": 1.2e-3}, FROZEN_RATES),
     "lora_mini": Tuned({"learning_rate": 1.2e-3, "inner_rank": 16}, FROZEN_RATES),
     "mora": Tuned({"learning_rate": 1.2e-3}, FROZEN_RATES),
