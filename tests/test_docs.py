@@ -94,14 +94,20 @@ def run_command(words: list[str], base: Path) -> None:
         raise AssertionError(f"no test runs {' '.join(words)!r}: teach tests/test_docs.py how, or leave it out")
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small model for each of :data:`HUB_IDS`."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    tiny_random_pipeline(folder / "sd", tokens=77)  # for the prompts of the documents
+    tiny_pipeline("sdxl", folder.parent / "files").save_pretrained(folder / "sdxl")
+    tiny_dino(folder / "dino")
+    (folder / "judge").symlink_to(ROOT / "nora_diffusion/tiny_sd/weights/judge")
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("document", [*filter(blocks, DOCUMENTS)], ids=lambda p: p.name)
-def test_documents_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tmp_path / "base"
-    tiny_random_pipeline(base / "sd", tokens=77)  # for the prompts of the documents
-    tiny_pipeline("sdxl", tmp_path / "files").save_pretrained(base / "sdxl")
-    tiny_dino(base / "dino")
-    (base / "judge").symlink_to(ROOT / "nora_diffusion/tiny_sd/weights/judge")
+def test_documents_run(document: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     for name in ("dog", "vase", "prints"):

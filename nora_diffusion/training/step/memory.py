@@ -25,6 +25,10 @@ NAME_BYTES = 384
 """Header bytes in a checkpoint's files for each factor and its moments."""
 
 
+_KNOWN: dict[str, Estimate] = {}
+"""Estimates by everything that they depend on."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Trained parameters, bytes of frozen factors, number of factors, and bytes of saved activations of a batch.
@@ -71,8 +75,20 @@ def estimate(
     """Estimate for a batch of ``rows`` images of ``side`` pixels in ``dtype``.
 
     The denoiser runs once on the meta device, with hooks on the tensors that autograd saves; fused attention saves q,
-    k, v and its output. With gradient checkpointing, recomputing one block is assumed to save an equal share.
+    k, v and its output. With gradient checkpointing, recomputing one block is assumed to save an equal share. An
+    estimate is kept: the subjects of a list and the points of a sweep share it.
     """
+    sizes = pipe.vae_scale_factor, pipe.vae.config.latent_channels, rows, side, dtype, checkpointing
+    modules = {name: (type(module).__name__, module.config) for name, module in components.items()}
+    key = repr((type(pipe).__name__, sizes, modules, config.to_dict()))
+    if key not in _KNOWN:
+        _KNOWN[key] = _estimate(pipe, config, components, rows, side, dtype, checkpointing)
+    return _KNOWN[key]
+
+
+def _estimate(
+    pipe: Any, config: AdapterConfig, components: Modules, rows: int, side: int, dtype: torch.dtype, checkpointing: bool
+) -> Estimate:
     trained = frozen = factors = activations = 0
     basis_dtype: torch.dtype = getattr(torch, config.basis_dtype)
     for name, adapted in components.items():

@@ -28,6 +28,7 @@ from nora_diffusion.training.planning.plan import Plan, plan_on
 from nora_diffusion.training.planning.preflight import freed_by_casting, is_known, preflight
 from nora_diffusion.training.planning.rundir import SPARE_BYTES
 from nora_diffusion.training.settings.defaults import usual_rates, with_defaults
+from nora_diffusion.training.step import memory
 from nora_diffusion.training.step.denoiser import native_resolution
 from nora_diffusion.training.step.memory import estimate
 
@@ -296,6 +297,24 @@ def test_the_outline_counts_what_autograd_keeps(method: str, parts: list[str], p
     assert out[0].requires_grad
     real = sum(storage.nbytes() for storage in kept.values())
     assert counted.activations == pytest.approx(real, rel=0.05)
+
+
+def test_equal_runs_share_one_estimate_and_no_others(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An estimate runs the model once; it depends on the adapter, its parts, the batch, the size and the precision."""
+    passes: list[int] = []
+    original = memory._estimate
+    monkeypatch.setattr(memory, "_KNOWN", {})
+    monkeypatch.setattr(memory, "_estimate", lambda *given: passes.append(1) or original(*given))
+    config, unet, both = PRESETS["lora"](r=2), {"unet": pipe.unet}, pick(components(pipe), ["unet", "text_encoder"])
+    runs = [
+        (config, unet, 1, 16, torch.float32, False), (PRESETS["lora"](r=4), unet, 1, 16, torch.float32, False),
+        (config, both, 1, 16, torch.float32, False), (config, unet, 2, 16, torch.float32, False),
+        (config, unet, 1, 32, torch.float32, False), (config, unet, 1, 16, torch.bfloat16, False),
+        (config, unet, 1, 16, torch.float32, True),
+    ]  # fmt: skip
+    first = [estimate(pipe, *run) for run in runs]
+    assert len(passes) == len(runs) == len(set(first))
+    assert [estimate(pipe, *run) for run in runs] == first and len(passes) == len(runs)
 
 
 def test_copies_of_the_basis_in_the_dtype_of_the_pass_are_counted(pipe: Any) -> None:

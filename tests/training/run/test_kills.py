@@ -27,9 +27,9 @@ from nora_diffusion import open_pipeline
 from nora_diffusion.io import files
 from nora_diffusion.io.images import load_image
 from nora_diffusion.io.run_layout import checkpoint_steps
-from nora_diffusion.training import TrainConfig, train
+from nora_diffusion.training import TrainConfig, check, train
 from nora_diffusion.training.many import subjects
-from nora_diffusion.training.many.subjects import train_subjects
+from nora_diffusion.training.many.subjects import check_subjects, train_subjects
 from nora_diffusion.training.measuring import selection, validation
 from nora_diffusion.training.measuring.validation import Validation
 from nora_diffusion.training.planning import opening, rundir
@@ -152,8 +152,10 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def whole_run(folder: Path, build: Callable[..., TrainConfig], forked: Forked, **changes: Any) -> Path:
     """``folder`` with the run of ``build("whole", **changes)``; trained by the first call."""
+    config = build("whole", output_dir=str(folder), **changes)
     if not folder.exists():
-        assert forked(build("whole", output_dir=str(folder), **changes)) > 0
+        check_subjects(config) if config.subjects else check(config)  # estimates memory, which takes as long as the run
+        assert forked(config) > 0
     return folder
 
 
@@ -171,6 +173,7 @@ def nano(configure: Configure, tmp_path: Path) -> Callable[..., TrainConfig]:
 
 
 def check_every(step: int, offset: int, nano: Callable[..., TrainConfig], forked: Forked) -> int:
+    check(nano("first"))  # estimates memory, which takes as long as the run
     forked(nano("first"))  # fills the caches: their writes are no events of the runs below
     whole = nano("whole")
     count = forked(whole)
