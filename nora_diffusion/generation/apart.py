@@ -42,6 +42,28 @@ def find_words(ids: Tensor, words: Sequence[int]) -> Tensor:
     return mask.clamp(max=1)
 
 
+def token_ids(pipe: Any, tokenizer: Any, text: str) -> list[int]:
+    """The tokens of words as they stand in a prompt; those of a new token with several vectors are all of them."""
+    (full,) = expanded(pipe, [text], tokenizer)
+    return list(tokenizer(full, add_special_tokens=False).input_ids)
+
+
+def words_in(pipe: Any, prompts: Sequence[str], subjects: Mapping[str, str]) -> dict[str, Tensor]:
+    """Where the words of each subject stand in the prompts as the denoiser gets them, ``[n, T]`` by adapter."""
+    tokenizer = getattr(pipe, "tokenizer", None) or pipe.tokenizer_2
+    read = tokenizer(expanded(pipe, prompts, tokenizer), padding="max_length", truncation=True, return_tensors="pt")
+    return {name: find_words(read.input_ids, token_ids(pipe, tokenizer, text)) for name, text in subjects.items()}
+
+
+def unnamed(prompts: Sequence[str], subjects: Mapping[str, str], found: Mapping[str, Tensor]) -> str | None:
+    """The first subject that a prompt does not name, in words."""
+    for name, mask in found.items():
+        for prompt, named in zip(prompts, mask.amax(1).tolist(), strict=True):
+            if not named:
+                return f"the prompt {quoted(prompt)} does not name the subject of {name!r}: write {subjects[name]!r}"
+    return None
+
+
 class EncoderPlan(MaskedPlan):
     """In a text encoder: each subject's adapter acts on the tokens of its own words."""
 
@@ -67,10 +89,15 @@ class DenoiserPlan(MaskedPlan):
     """
 
     def __init__(
-        self, pipe: Any, unet: nn.Module, names: Sequence[str], words: Words, given: Mapping[str, Tensor] | None
+        self,
+        pipe: Any,
+        unet: nn.Module,
+        names: Sequence[str],
+        subjects: Mapping[str, str],
+        given: Mapping[str, Tensor] | None,
     ) -> None:
         super().__init__(names)
-        self.pipe, self._ids, self.given = pipe, words, given
+        self.pipe, self._subjects, self.given = pipe, subjects, given
         self.maps = AttentionMaps()
         self._text = {f"{path}.{name}" for path in cross_attentions(unet) for name in ("to_k", "to_v")}
         self._words: dict[str, Tensor] = {}
@@ -84,16 +111,10 @@ class DenoiserPlan(MaskedPlan):
         if prompts is None:
             raise UserError("subjects_apart needs the prompt as text, to find the words of the subjects in it")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        tokenizer = self.pipe.tokenizer
-        read = tokenizer(
-            expanded(self.pipe, texts, tokenizer), padding="max_length", truncation=True, return_tensors="pt"
-        )
-        self._words = {name: find_words(read.input_ids, own) for name, own in self._ids.items()}
-        for name, mask in self._words.items():
-            for text, found in zip(texts, mask.amax(1).tolist(), strict=True):
-                if not found:
-                    words = tokenizer.decode(self._ids[name])
-                    raise UserError(f"the prompt {quoted(text)} does not name the subject of {name!r}: write {words!r}")
+        self._words = words_in(self.pipe, texts, self._subjects)
+        problem = unnamed(texts, self._subjects, self._words)
+        if problem:
+            raise UserError(problem)
         self.specs = self.specs[:1] * len(texts)
         self.maps.clear()
         self._step = 0
@@ -156,12 +177,12 @@ def subjects_apart(
         _check(modules, subjects, regions)
         for component, module in modules.items():
             names = [name for name in active_adapters(module) if nora_layers(module, name)]
-            tokenizer = getattr(pipe, "tokenizer" if component in DENOISERS else tokenizer_name(component))
-            words = {name: tokenizer(text, add_special_tokens=False).input_ids for name, text in subjects.items()}
             if component not in DENOISERS:
+                tokenizer = getattr(pipe, tokenizer_name(component))
+                words = {name: token_ids(pipe, tokenizer, text) for name, text in subjects.items()}
                 stack.enter_context(serving(pipe, component, module, EncoderPlan(names, words)))
                 continue
-            plan = DenoiserPlan(pipe, module, names, words, regions)
+            plan = DenoiserPlan(pipe, module, names, subjects, regions)
             stack.enter_context(serving(pipe, component, module, plan))
             for attention in cross_attentions(module).values():
                 for undo in plan.maps.watch(attention) if regions is None else ():
@@ -170,12 +191,14 @@ def subjects_apart(
 
 
 @contextmanager
-def kept_apart(pipe: Any, subjects: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
-    """:func:`subjects_apart` where it is possible; yields the subjects that are kept apart.
+def kept_apart(pipe: Any, subjects: Mapping[str, str], prompts: Sequence[str]) -> Iterator[Mapping[str, str]]:
+    """:func:`subjects_apart` for these prompts where it is possible; yields the subjects that are kept apart.
 
     Where it is not possible, all adapters act everywhere, with a warning; also without subjects, which is no problem.
     """
-    problem = why_not(components(pipe), subjects) if subjects else None
+    problem = None
+    if subjects:
+        problem = why_not(components(pipe), subjects) or unnamed(prompts, subjects, words_in(pipe, prompts, subjects))
     if problem:
         log.warning("the subjects may blend into each other: %s", problem)
     if problem or not subjects:

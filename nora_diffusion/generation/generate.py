@@ -86,8 +86,9 @@ def generate(config: GenerateConfig) -> list[Path]:
     for batch in _batches(jobs, config.batch):
         active, subjects = batch[0].active, batch[0].subjects
         _activate(pipe, {loaded[adapter].name: tag for adapter, tag in active.items()})
-        with kept_apart(pipe, subjects) as apart:
-            images = sample_images(pipe, [job.prompt for job in batch], [job.seed for job in batch], config.sampling)
+        texts = [job.prompt for job in batch]
+        with kept_apart(pipe, subjects, texts) as apart:
+            images = sample_images(pipe, texts, [job.seed for job in batch], config.sampling)
         described = [_describe(loaded[adapter], tag, apart) for adapter, tag in active.items()]
         for image, job in zip(images, batch, strict=True):
             settings = describe_image(pipe, image, job.prompt, job.seed, config.sampling, described)

@@ -181,7 +181,7 @@ class Engine:
             subjects = self._subjects(prompt, request) if request.subjects_apart else {}
             try:
                 run.check()
-                with kept_apart(self.pipe, subjects) as apart:
+                with kept_apart(self.pipe, subjects, [prompt]) as apart:
                     image = self.generate(request, prompt, seed, run)
             except Skipped:
                 continue

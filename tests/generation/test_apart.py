@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nora_diffusion import UserError, add_adapter, lora, nora, open_pipeline, set_adapters, subjects_apart
 from nora_diffusion.adapters import NoraLayer
-from nora_diffusion.generation.apart import find_words, subjects_in, why_not
+from nora_diffusion.generation.apart import find_words, subjects_in, why_not, words_in
 from nora_diffusion.generation.regions import SHARPNESS, AttentionMaps, grid
 
 PROMPT = "a sks dog on the toy cat"
@@ -216,3 +216,12 @@ def test_joint_attention_is_refused() -> None:
     problem = why_not({"transformer": model}, ["dog"])
     assert problem is not None
     assert "Stable Diffusion 1, 2 and XL" in problem
+
+
+def test_words_of_a_new_token_are_all_its_vectors(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipeline expands a token with several vectors in prompts; so do the words that are searched for."""
+    monkeypatch.setattr(
+        pair, "maybe_convert_prompt", lambda texts, _: [text.replace("sks", "sks toy") for text in texts], raising=False
+    )
+    found = words_in(pair, ["a sks dog"], {"dog": "sks dog"})
+    assert found["dog"].tolist() == [[0.0, 0, 1, 1, 1] + [0.0] * 11]

@@ -199,6 +199,6 @@ def test_subjects_that_a_prompt_names_are_kept_apart(
     assert pixels(apart[1]) == pixels(plain[1])
     words = [[adapter.get("words") for adapter in read_settings(file).adapters] for file in (*apart, plain[0])]
     assert words == [["sks dog", "toy hat"], [None, None], [None, None]]
-    with kept_apart(pipe, {"dog": "sks dog", "hat": "toy hat"}) as kept:
+    with kept_apart(pipe, {"dog": "sks dog", "hat": "toy hat"}, prompts[:1]) as kept:
         assert not kept
     assert "the subjects may blend into each other: 'dog' is no adapter" in caplog.text

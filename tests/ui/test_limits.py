@@ -242,3 +242,10 @@ def test_a_prompt_that_no_encoder_reads_to_its_end_is_refused(app: App, tmp_path
         run = made(*prompts)
         assert run.progress.state == "failed" and f"longer than the {room} tokens" in run.progress.message
         assert "dog" in run.progress.message and len(run.progress.files) == 0
+
+
+def test_an_image_restores_whether_its_subjects_were_kept_apart(app: App) -> None:
+    two = [{"name": name, "weight": 1.0, "sha256": "", "path": ""} for name in ("dog", "hat")]
+    apart = [{**adapter, "words": adapter["name"]} for adapter in two]
+    found = [restored(app, replace(SETTINGS, adapters=adapters))[0].get("apart") for adapters in (apart, two, two[:1])]
+    assert found == [True, False, None]

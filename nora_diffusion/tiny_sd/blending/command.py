@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ...errors import program
 from ...io.files import write_atomic
@@ -20,12 +21,12 @@ from ...quiet import hide_known_warnings
 from ...reports.sheets import contact_sheet
 from ..comparing.lessons import base_hash
 from .modes import MODES
-from .pairs import KINDS, Pair, parse_pair
+from .pairs import KINDS, parse_pair
 
 DEFAULT_PAIRS = (
     "cyclops-purple+tractor", "stripemug-red+android-pink", "parrot+castle", "gremlin-green+cyclops-purple",
 )  # fmt: skip
-ALL_MODES = ("truth", "base", *MODES)
+ALL_MODES = ("truth", "alone", "base", *MODES)
 Row = dict[str, Any]
 
 
@@ -90,17 +91,38 @@ def _rows(args: argparse.Namespace) -> tuple[list[Row], float]:
                 scores = studio.score(pair, images, seeds)
                 known[key] = {"key": key, "mode": mode, "pair": "+".join(pair), "scores": scores, "seconds": seconds}
                 write_atomic(file, "".join(json.dumps(row) + "\n" for row in known.values()))
-                _save_sheet(images, pair, args.out / "pictures" / f"{mode}-{'+'.join(pair)}.png")
+                _save(images, _picture(args.out, mode, "+".join(pair)))
                 print(mode, "+".join(pair), {name: round(value, 3) for name, value in scores.items()}, flush=True)
             rows.append(known[key])
     return rows, reader.accuracy
 
 
-def _save_sheet(images: Sequence[Any], pair: Pair, file: Path) -> None:
+def _picture(out: Path, mode: str, pair: str) -> Path:
+    """The images of a mode and a pair: a row for each background, a column for each seed."""
+    return out / "pictures" / f"{mode}-{pair}.png"
+
+
+def _save(images: Sequence[Image.Image], file: Path) -> None:
+    side, each = images[0].width, len(images) // len(KINDS)
+    sheet = Image.new("RGB", (each * side, len(KINDS) * side))
+    for number, image in enumerate(images):
+        sheet.paste(image, (number % each * side, number // each * side))
     file.parent.mkdir(parents=True, exist_ok=True)
-    each = len(images) // len(KINDS)
-    labeled = [(image, KINDS[i // each]) for i, image in enumerate(images)]
-    contact_sheet([labeled[i : i + each] for i in range(0, len(images), each)]).save(file, optimize=True)
+    sheet.save(file, optimize=True)
+
+
+def grid(out: Path, rows: Sequence[Row]) -> Image.Image:
+    """The first image of two backgrounds of each pair, a row for each mode."""
+    modes, pairs = (list(dict.fromkeys(row[key] for row in rows)) for key in ("mode", "pair"))
+    cells = []
+    for mode in modes:
+        line = []
+        for pair in pairs:
+            with Image.open(_picture(out, mode, pair)) as sheet:
+                side = sheet.height // len(KINDS)
+                line += [(sheet.crop((0, top, side, top + side)), pair) for top in (side, 2 * side)]
+        cells.append(line)
+    return contact_sheet(cells, modes, side=96)
 
 
 @program
@@ -111,5 +133,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows, accuracy = _rows(args)
     text = report(rows, accuracy)
     write_atomic(args.out / "report.md", text)
-    print(f"\n{text}\nWrote {args.out / 'report.md'}. The images are in pictures/.")
+    grid(args.out, rows).save(args.out / "grid.webp", quality=90)
+    print(f"\n{text}\nWrote {args.out / 'report.md'} and grid.webp. All images are in pictures/.")
     return 0

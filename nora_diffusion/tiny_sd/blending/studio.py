@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,12 @@ from .modes import MODES
 from .pairs import KINDS, TRIGGERS, Pair, Reader, halves, prompts, true_scenes, words
 
 AT_ONCE = 6
-BASE, TRUTH = "base", "truth"
-"""The base without adapters, by class words; the rendered scenes."""
+TRUTH, ALONE, BASE = "truth", "alone", "base"
+REFERENCES = (TRUTH, ALONE, BASE)
+"""The rendered scenes; each half from an image in which only the adapter of its subject is active; the base without
+adapters, by class words."""
+SPLIT = 35
+"""The column between the halves."""
 Scores = dict[str, float]
 
 
@@ -75,14 +80,13 @@ class Studio:
         texts = [text for text in prompts(pair, by_class=mode == BASE) for _ in seeds]
         numbers, sampling = list(seeds) * len(KINDS), Sampling.for_base(None)
         started = time.process_time()
-        if mode == BASE:
-            set_adapters(self.pipe, [])
-            images = sample(self.pipe, texts, numbers, sampling, self.dtype)
-        else:
-            subjects = {self._loaded(name): words(name) for name in pair}
-            set_adapters(self.pipe, list(subjects))
-            with MODES[mode](self.pipe, subjects, pair):
-                images = sample(self.pipe, texts, numbers, sampling, self.dtype)
+        subjects = {} if mode == BASE else {self._loaded(name): words(name) for name in pair}
+        drawn = []
+        for active in [[name] for name in subjects] if mode == ALONE else [list(subjects)]:
+            set_adapters(self.pipe, active)
+            with nullcontext() if mode in REFERENCES else MODES[mode](self.pipe, subjects, pair):
+                drawn.append(sample(self.pipe, texts, numbers, sampling, self.dtype))
+        images = drawn[0] if mode != ALONE else [_joined(*both) for both in zip(*drawn, strict=True)]
         return images, (time.process_time() - started) / len(images)
 
     def _loaded(self, subject: str) -> str:
@@ -119,6 +123,12 @@ class Studio:
         )
         means = [[float((a @ b.T).mean()) for b in true] for a in found]
         return (means[0][0] + means[1][1]) / 2, (means[0][1] + means[1][0]) / 2
+
+
+def _joined(left: Image.Image, right: Image.Image) -> Image.Image:
+    joined = right.copy()
+    joined.paste(left.crop((0, 0, SPLIT, left.height)))
+    return joined
 
 
 def _share(values: Any) -> float:
