@@ -27,9 +27,9 @@ class Protocol:
 
     @property
     def title(self) -> str:
-        """The protocol in words."""
-        first = self.sources[0]
-        return f"{first.protocol['name']} on {first.base.name}: {self.task}, {self.steps} steps"
+        """The protocol in words, with the names of its files."""
+        first, names = self.sources[0], ", ".join(source.name for source in self.sources)
+        return f"{first.protocol['name']} on {first.base.name}: {self.task}, {self.steps} steps ({names})"
 
     @property
     def criterion(self) -> str:
