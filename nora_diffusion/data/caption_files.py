@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from .folder import enumerated, folded
 METADATA = "metadata.jsonl"
 COLUMN = "text"
 SUFFIXES = (".txt", ".caption")
+TABLE = re.compile(r"(meta|caption).*\.(csv|tsv|jsonl?|parquet)", re.IGNORECASE)
+"""Names under which other tools keep captions."""
 
 
 def _nfc(name: str) -> str:
@@ -64,7 +67,7 @@ def read_captions(
             raise UserError(
                 "there is no prompt: give --instance_prompt 'a photo of sks dog', or captions (--use_captions)"
             )
-        return Captions([prompt] * len(images), tuple(_not_read(beside, has_rows)))
+        return Captions([prompt] * len(images), (*_not_read(beside, has_rows), *_other_tables(images, others)))
     own: dict[Path, str] = {}
     findings: list[str] = []
     if column or has_rows:
@@ -80,6 +83,7 @@ def read_captions(
         if required and not prompt:
             raise UserError(remedy)
         findings.insert(0, f"{count} and get the prompt '{prompt[:80]}' instead: add {source}." if prompt else remedy)
+    findings += _other_tables(images, others)
     return Captions([own.get(image, prompt or "") for image in images], tuple(findings))
 
 
@@ -120,6 +124,17 @@ def _not_read(beside: Mapping[Path, Sequence[Path]], has_rows: bool) -> Iterator
     files = [own[0].name for own in beside.values()] + [METADATA] * has_rows
     if files:
         yield f"Captions beside the photos are not read ({named(files)}): add --use_captions, or remove them."
+
+
+def _other_tables(images: Iterable[Path], others: Iterable[Path]) -> Iterator[str]:
+    stems = {folded(name) for image in images for name in (image.name, image.stem)}
+    beside = (path for path in others if path.suffix.lower() == ".json" and folded(path.stem) in stems)
+    tables = [path.name for path in others if TABLE.fullmatch(path.name)]
+    if files := list(dict.fromkeys([*tables, *(path.name for path in beside)])):
+        yield (
+            f"Captions in files of this kind are not read ({named(files)}): write them to {METADATA}, or to text files "
+            "beside the photos."
+        )
 
 
 def _ambiguous(beside: Mapping[Path, Sequence[Path]]) -> Iterator[str]:

@@ -234,3 +234,22 @@ def test_odd_names_in_rows_are_only_unused(name: str, tmp_path: Path) -> None:
     found: Any = read(tmp_path)
     assert found.texts == ["a"] and found.findings[0].startswith("1 of 2 rows") and len(found.findings[0]) < 300
     assert "\0" not in found.findings[0] and "\x1b" not in found.findings[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["metadata.csv", "metadata.parquet", "Metadata.JSONL", "metadata.json", "meta_cap.json", "captions.json",
+             "captions.tsv", "0.json", "0.jpg.json", "0.JSON"],
+)  # fmt: skip
+def test_captions_of_a_kind_that_is_not_read_are_a_finding(name: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "0.jpg", "1.jpg")
+    (folder / name).write_text("0.jpg,a sks dog\n")
+    for sidecars in (False, True):
+        found = read_captions(find_images(folder), "plain", sidecars).findings
+        assert f"Captions in files of this kind are not read ({name}): write them to metadata.jsonl" in "\n".join(found)
+
+
+@pytest.mark.parametrize("name", ["subject.json", "settings.csv", "notes.md", "2.json"])
+def test_other_files_are_no_captions(name: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "0.jpg", "1.jpg")
+    (folder / name).write_text("{}")
+    assert read_captions(find_images(folder), "plain").findings == ()

@@ -13,7 +13,7 @@ import torch
 
 from ...adapters.tuner.build import flat_weight
 from ...data.captions import TRIGGERS, has_word, triggers
-from ...errors import UserError, printable
+from ...errors import UserError, printable, quoted
 from ...formats.adapter_info import info_from
 from ...io.run_layout import CHECKPOINTS, checkpoint_steps
 from ...loaders import check_adapter
@@ -259,7 +259,7 @@ def _lengths(plan: Plan) -> Iterator[Finding]:
     if long := truncated_prompts(plan.pipe, prompts, limit, new_tokens):
         yield Finding(
             f"{len(long)} of {len(prompts)} prompts have more than {limit} tokens, so their end is cut off, such as "
-            f"'{long[0]}': shorten them."
+            f"{quoted(long[0])}: shorten them."
         )
 
 
@@ -267,7 +267,7 @@ def _captions(class_prompt: str, trigger: str, captions: Sequence[str]) -> Itera
     without = [caption for caption in captions if not has_word(caption, trigger)]
     if without:
         yield Finding(
-            f"{len(without)} of {len(captions)} captions lack the trigger '{trigger}', such as '{without[0]}': "
+            f"{len(without)} of {len(captions)} captions lack the trigger '{trigger}', such as {quoted(without[0])}: "
             f"add it, or set --trigger {trigger} to have it added."
         )
     if has_word(class_prompt, trigger):

@@ -100,6 +100,10 @@ def test_few_photos_and_captions_without_the_trigger(configure: Configure, tmp_p
     found = texts(check(configure(**{**RIGHT, "trigger": None}, instance_data_dir=str(place), use_captions=True)))
     assert "There are only 2 photos: use 3 to 10" in found
     assert "1 of 2 captions lack the trigger 'zqx', such as 'a toy dog': add it, or set --trigger zqx" in found
+    (place / "0.txt").write_text("a toy dog " * 2500)
+    found = texts(check(configure(**{**RIGHT, "trigger": None}, instance_data_dir=str(place), use_captions=True)))
+    assert "captions lack the trigger" in found and "so their end is cut off" in found
+    assert max(map(len, found.splitlines())) < 400
 
 
 def test_lost_captions_are_findings(configure: Configure, tmp_path: Path) -> None:
