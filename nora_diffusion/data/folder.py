@@ -21,7 +21,10 @@ SCORING_FOLDER = "scoring"
 """Sub-folder with photos kept for evaluation, as in ``examples/subjects``."""
 MAX_FILES = 10_000
 """Files that are looked at in sub-folders."""
-_MASK = re.compile(r"(?P<photo>.+)[-_. ](?P<kind>masklabel|condlabel|mask)", re.IGNORECASE)
+_MASKS = (
+    re.compile(r"(?P<photo>.+)[-_. ](?P<kind>masklabel|condlabel|masks?|matte|seg|segmentation|alpha)", re.IGNORECASE),
+    re.compile(r"(?P<kind>mask|matte)[-_. ](?P<photo>.+)", re.IGNORECASE),
+)
 _OF_ONETRAINER = ("masklabel", "condlabel")
 _KOHYA = re.compile(r"\d+_(?P<prompt>.+)")
 _TEXTS = {
@@ -78,7 +81,7 @@ def find_masks(folder: Path, photos: Sequence[Path]) -> tuple[dict[Path, Path], 
     found: dict[Path, Path] = {}
     unused = []
     for mask in _mask_files(folder):
-        match = _MASK.fullmatch(mask.stem)
+        match = _mask_name(mask)
         names = [mask.stem, *([match["photo"]] if match else [])]
         photo = next((by_key[key] for key in map(folded, names) if key in by_key), None)
         if photo is None:
@@ -127,14 +130,19 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _extra_images(images: Iterable[Path]) -> dict[Path, str]:
-    """The images that belong to photos by their names, with their kind: ``masklabel``, ``condlabel`` or ``mask``."""
-    matches = {path: match for path in images if (match := _MASK.fullmatch(path.stem))}
+    """The images that belong to photos by their names, with their kind: ``masklabel``, ``condlabel`` or ``mask`` ..."""
+    matches = {path: match for path in images if (match := _mask_name(path))}
     known = {key for path in images for key in _keys(path)}
     return {
         path: match["kind"].lower()
         for path, match in matches.items()
         if match["kind"].lower() in _OF_ONETRAINER or folded(match["photo"]) in known
     }
+
+
+def _mask_name(path: Path) -> re.Match[str] | None:
+    """The parts of a name such as ``0_mask.png`` or ``mask_0.png``."""
+    return next((match for pattern in _MASKS if (match := pattern.fullmatch(path.stem))), None)
 
 
 def _mask_files(folder: Path) -> Iterator[Path]:

@@ -43,7 +43,8 @@ def names(paths: list[Path]) -> list[str]:
         "photos/0-masklabel.png", "photos/0-MASKLABEL.PNG", "photos/0_mask.png", "photos/0.mask.png",
         "photos/0-mask.webp", "photos/0.png-mask.png", "photos/masks/0.png", "photos/masks/0.jpg",
         "photos/masks/0_mask.png", "photos/mask/0.png", "photos/conditioning/0.png", "photos_mask/0.png",
-        "photos_masks/0.png",
+        "photos_masks/0.png", "photos/mask_0.png", "photos/Mask-0.png", "photos/0_matte.png", "photos/0-seg.png",
+        "photos/0_segmentation.png", "photos/0_alpha.png", "photos/masks/mask_0.png",
     ],
 )  # fmt: skip
 def test_masks_of_other_tools_are_masks_and_no_photos(name: str, photos: Path) -> None:
@@ -68,9 +69,10 @@ def test_masks_that_a_run_does_not_use_are_a_finding(photos: Path, configure: Co
 
 
 def test_a_photo_of_a_mask_is_a_photo_and_what_onetrainer_adds_is_not(photos: Path) -> None:
-    for name in ("gas_mask.png", "mask.png", "unmasked.png", "9-masklabel.png", "0-condlabel.png"):
+    kept = ["gas_mask.png", "mask.png", "mask_9.png", "project-alpha.png", "unmasked.png"]
+    for name in (*kept, "9-masklabel.png", "0-condlabel.png"):
         put(photos / name)
-    assert names(find_images(photos)) == ["0.png", "1.png", "gas_mask.png", "mask.png", "unmasked.png"]
+    assert names(find_images(photos)) == ["0.png", "1.png", *kept]
     assert names(find_masks(photos, find_images(photos))[1]) == ["9-masklabel.png"]
     (finding,) = left_out(photos, True).findings
     assert finding == "1 conditioning image is left out (0-condlabel.png): remove them."
