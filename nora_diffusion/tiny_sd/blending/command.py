@@ -118,11 +118,12 @@ def grid(out: Path, rows: Sequence[Row]) -> Image.Image:
     for mode in modes:
         line = []
         for pair in pairs:
+            label = pair.replace("+", " + ")
             with Image.open(_picture(out, mode, pair)) as sheet:
                 side = sheet.height // len(KINDS)
-                line += [(sheet.crop((0, top, side, top + side)), pair) for top in (side, 2 * side)]
+                line += [(sheet.crop((0, top, side, top + side)), label) for top in (side, 2 * side)]
         cells.append(line)
-    return contact_sheet(cells, modes, side=96)
+    return contact_sheet(cells, modes, side=112)
 
 
 @program
