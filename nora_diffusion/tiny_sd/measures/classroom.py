@@ -32,7 +32,7 @@ from ...training.measuring.heldout_loss import HeldOutPhotos, encode_photos, hel
 from ...training.measuring.samples import sample
 from ...training.planning.opening import lower_precision
 from ...training.settings.config import Precision
-from ...training.step.denoiser import TextEmbeddings, encode_prompts
+from ...training.step.denoiser import encode_prompts
 from ...training.step.objective import Objective
 from ..examples import subject_object
 from ..world.vocabulary import with_article
@@ -64,7 +64,7 @@ class Classroom:
         lower_precision(self.pipe, self.dtype)
         self.objective = Objective.of(self.pipe.scheduler)
         self.judges = Judges(load_judge(weights / "judge"), probes)
-        self._held_out: dict[str, tuple[HeldOutPhotos, TextEmbeddings]] = {}
+        self._held_out: dict[str, tuple[HeldOutPhotos, list[str]]] = {}
         self._untrained: dict[tuple[str, str, int], list[Image.Image]] = {}
 
     @property
@@ -157,9 +157,10 @@ class Classroom:
                 shape = (photos[0].size[0], photos[0].size[1])
                 encoded = encode_photos(self.pipe, photos, Transform([shape]))
                 captions = [photo.path.with_suffix(".txt").read_text().strip() for photo in photos]
-            with torch.no_grad():
-                self._held_out[subject] = encoded, encode_prompts(self.pipe, captions)
-        photos_, embeddings = self._held_out[subject]
+            self._held_out[subject] = encoded, captions
+        photos_, captions = self._held_out[subject]
+        with torch.no_grad():
+            embeddings = encode_prompts(self.pipe, captions)  # of the text encoder with its adapter, if it has one
         return float(heldout_losses(self.pipe, self.objective, photos_, embeddings, self.dtype).mean())
 
 
