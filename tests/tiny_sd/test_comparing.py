@@ -238,7 +238,7 @@ def test_lessons_are_the_same_alone_and_together(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(prompt_sets, "PROMPT_SETS", two)
     probes = Probes(Sizes(scenes=100, tested=10, alone=4, accompanied=1), cached=False)
     room, base = Classroom(EMBEDDED_WEIGHTS, probes, "no"), base_hash(EMBEDDED_WEIGHTS)
-    sets = ("scenes", "companions", "class")
+    sets = ("scenes", "class")
     tasks = [Task(method, 1e-3, 0, TAUGHT_SUBJECTS[1], 2, prompts=sets) for method in ("base", "nora", "lora_r2")]
     together, alone = (compare(base, tasks, tmp_path / str(n), room, at_once=n) for n in (3, 1))
     costs = {"seconds", "cpu_seconds"}
