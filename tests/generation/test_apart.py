@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import tiny_pipeline
 from diffusers import SD3Transformer2DModel
 from factories import randomize
 from torch import Tensor, nn
@@ -206,6 +207,25 @@ def test_refusals(pair: Any, subjects: dict[str, str], regions: Any, message: st
 def test_a_prompt_without_a_subject_is_refused(pair: Any) -> None:
     with subjects_apart(pair, SUBJECTS), pytest.raises(UserError, match="does not name the subject of 'cat'"):
         draw(pair, "a sks dog in snow")
+
+
+@torch.no_grad()
+def test_two_text_encoders_and_an_image_that_is_not_square(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sdxl", tmp_path)
+    for seed, name in enumerate(SUBJECTS):
+        add_adapter(pipe, nora(r=2, inner_r=1, basis="svd"), name, ("unet", "text_encoder", "text_encoder_2"))
+        randomize(pipe, name, seed)
+    set_adapters(pipe, list(SUBJECTS))
+
+    def sdxl() -> Tensor:
+        generator, shape = torch.Generator().manual_seed(0), {"height": 24, "width": 16}
+        found: Tensor = pipe(PROMPT, num_inference_steps=2, output_type="latent", generator=generator, **shape).images
+        return found
+
+    plain = sdxl()
+    with subjects_apart(pipe, SUBJECTS):
+        assert not torch.allclose(sdxl(), plain, atol=1e-3)
+    assert torch.equal(sdxl(), plain)
 
 
 def test_joint_attention_is_refused() -> None:
