@@ -123,15 +123,18 @@ def _mean(value: Estimate | None, name: str, protocol: Protocol) -> str:
     places = digits(name)
     if not math.isfinite(value.mean):
         return "diverged"
-    ends = f" [{value.low:.{places}f}, {value.high:.{places}f}]" if name == protocol.criterion else ""
-    return f"{value.mean:.{places}f}{ends}"
+    return f"{value.mean:.{places}f}{_ends(value, f'.{places}f') if name == protocol.criterion else ''}"
 
 
 def _gap(standing: Standing, other: Standing, name: str) -> str:
     value, places = None if standing is other else difference(standing, other, name), digits(name)
     if value is None or not math.isfinite(value.mean):
         return ""
-    return f"{value.mean:+.{places}f} [{value.low:+.{places}f}, {value.high:+.{places}f}]"
+    return f"{value.mean:+.{places}f}{_ends(value, f'+.{places}f')}"
+
+
+def _ends(value: Estimate, form: str) -> str:
+    return "" if math.isnan(value.low) else f" [{value.low:{form}}, {value.high:{form}}]"
 
 
 def title(score: str) -> str:

@@ -17,7 +17,7 @@ from .schema import Row
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95% bootstrap interval: subjects are drawn, then rows of each. NaN ends if it is infinite."""
+    """A mean with its 95% bootstrap interval: subjects are drawn, then rows of each. NaN ends if there is none."""
 
     mean: float
     low: float
@@ -107,9 +107,9 @@ def _estimates(protocol: Protocol, rows: Sequence[Row]) -> dict[str, Estimate]:
 
 
 def estimate(values: Sequence[float], subjects: Sequence[str]) -> Estimate:
-    """The mean of values, of which each belongs to a subject."""
+    """The mean of values, of which each belongs to a subject. An infinite mean and a single value have no interval."""
     mean = statistics.fmean(values)
-    if not math.isfinite(mean):
+    if not math.isfinite(mean) or len(values) == 1:
         return Estimate(mean, math.nan, math.nan)
     groups: dict[str, list[int]] = {}
     for number, subject in enumerate(subjects):

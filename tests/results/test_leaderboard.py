@@ -132,6 +132,16 @@ def test_a_training_that_diverged_is_the_last() -> None:
     assert "diverged" in page([rank(protocol)])
 
 
+def test_a_single_row_has_no_interval() -> None:
+    rows = [row("lora", "cat", 1e-3, 0.3, 0.7), row("nora", "cat", 8e-3, 0.2, 0.5)]
+    (protocol,) = protocols([example(rows)])
+    header, (first, _) = table(rank(protocol))
+    cells = dict(zip(header, first, strict=True))
+    assert (cells["method"], cells["held-out loss"], cells["held-out loss minus lora's"]) == (
+        "nora", "0.2000", "-0.1000",
+    )  # fmt: skip
+
+
 def test_text_of_a_file_is_escaped(files: list[Results]) -> None:
     odd = "<script>|`nora`"
     rows: list[Row] = [replace(row, method=odd) for row in NORA[:2]]
