@@ -9,7 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -130,6 +130,15 @@ def test_messages_are_bounded_and_printable() -> None:
     assert str(pickle.loads(pickle.dumps(UserError(text)))) == text
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt; a shell starts background jobs with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_signals_and_help_keep_their_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         before = signal.getsignal(number)

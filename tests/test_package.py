@@ -23,7 +23,7 @@ from nora_diffusion.demo import SUBJECT
 ROOT = Path(__file__).parents[1]
 NAME = f"nora_diffusion-{nora_diffusion.__version__}"
 WHEEL = f"{NAME}-py3-none-any.whl"
-IN_SDIST = ("nora_diffusion", "tests", "examples", "docs", "benchmarks")
+IN_SDIST = ("nora_diffusion", "tests", "examples", "docs", "benchmarks", "results")
 FILES_IN_SDIST = {".pre-commit-config.yaml", "CITATION.cff", "LICENSE", "Makefile", "constraints.txt", "pyproject.toml"}
 OF_THE_BUILD = {"PKG-INFO", ".gitignore"}
 

@@ -43,7 +43,7 @@ class Attempts:
         tries = self._wrong.setdefault(_network(address), deque())
         under_attack = sum(map(len, self._wrong.values())) >= MANY_TRIES
         if len(tries) >= (1 if under_attack else TRIES):
-            return tries[0] + WINDOW - now
+            return WINDOW - (now - tries[0])  # in this order never above WINDOW
         tries.append(now)  # before the answer is known: tries sent at the same moment count as well
         return 0.0
 
