@@ -13,6 +13,7 @@ from ..adapters.presets import PRESETS, default_axes
 from ..adapters.shapes import FROZEN, Shape, factor_shapes, narrowest_rank
 from ..errors import UserError
 from ..io.tensor_file import READABLE
+from ..reports.markdown import table
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,8 @@ def method_table(methods: Iterable[str] | None = None, layouts: Iterable[str] | 
         raise UserError(f"method {unknown[0]!r} is unknown: choose one of {', '.join(PRESETS)}")
     models = {name: layout(name) for name in layouts or LAYOUTS}
     heads = [f"{what}, {LAYOUTS[name].title}" for name in models for what in ("trained", "file")]
-    rows = [["method", "what it computes", "defaults", *heads, "merges", "as a plain LoRA"]]
-    rows.append(["---"] * len(rows[0]))
-    rows += [_row(name, models) for name in chosen]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    header = ["method", "what it computes", "defaults", *heads, "merges", "as a plain LoRA"]
+    return table(header, [_row(name, models) for name in chosen])
 
 
 def _row(name: str, models: Mapping[str, Mapping[str, Shape]]) -> list[str]:

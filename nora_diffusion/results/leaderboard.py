@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..io.files import write_atomic
+from ..reports import markdown as tables
 from ..reports import webpage
 from ..scoring.metrics import digits
 from .curves import charts
@@ -48,9 +49,8 @@ def markdown(rankings: Sequence[Ranking], reference: str = REFERENCE) -> str:
     parts = ["# Leaderboard", LEGEND]
     for ranking in rankings:
         header, rows = table(ranking, reference)
-        cells = [header, ["---"] * len(header), *rows]
-        lines = [f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in cells]
-        parts += [f"## {ranking.protocol.title}", about(ranking.protocol), "\n".join(lines)]
+        header, *rows = ([cell.replace("|", "/") for cell in cells] for cells in (header, *rows))
+        parts += [f"## {ranking.protocol.title}", about(ranking.protocol), tables.table(header, rows)]
     return "\n\n".join(html.escape(part, quote=False) for part in parts) + "\n"
 
 

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -79,20 +80,28 @@ def at_best_rate(protocol: Protocol, method: str) -> list[Row]:
     rows = [row for row in protocol.of(method) if protocol.criterion in row.scores]
     counts = {rate: sum(row.rate == rate for row in rows) for rate in dict.fromkeys(row.rate for row in rows)}
     rows = [row for row in rows if counts[row.rate] == max(counts.values())]
+    sign = _sign(protocol, protocol.criterion)
+    tried = [Tried(row.subject, row.rate, sign * row.scores[protocol.criterion]) for row in rows]
     found = []
     for subject in dict.fromkeys(row.subject for row in rows):
-        others = [row for row in rows if row.subject != subject] or rows
-        best = _best_rate(protocol, others)
+        best = best_rate(tried, subject)
         found += [row for row in rows if row.subject == subject and row.rate == best]
     return found
 
 
-def _best_rate(protocol: Protocol, rows: Sequence[Row]) -> float | None:
-    def cost(rate: float | None) -> float:
-        mean = statistics.fmean(row.scores[protocol.criterion] for row in rows if row.rate == rate)
-        return _sign(protocol, protocol.criterion) * mean
+class Tried(NamedTuple):
+    """What a rate came to for a subject; a lower cost is better."""
 
-    return min(dict.fromkeys(row.rate for row in rows), key=cost)
+    subject: str
+    rate: float | None
+    cost: float
+
+
+def best_rate(tried: Sequence[Tried], subject: str) -> float | None:
+    """The rate of the lowest mean cost for the subjects other than ``subject``; for itself if it is alone."""
+    others = [own for own in tried if own.subject != subject] or tried
+    rates = dict.fromkeys(own.rate for own in others)
+    return min(rates, key=lambda rate: statistics.fmean(own.cost for own in others if own.rate == rate))
 
 
 def _sign(protocol: Protocol, score: str) -> int:

@@ -18,6 +18,7 @@ from ...io.files import write_atomic
 from ...pipelines.base import EMBEDDED_WEIGHTS
 from ...pipelines.precision import best_precision
 from ...quiet import hide_known_warnings
+from ...reports.markdown import table
 from ...reports.sheets import contact_sheet
 from ..comparing.lessons import base_hash
 from .modes import MODES
@@ -50,26 +51,21 @@ def report(rows: Sequence[Row], accuracy: float) -> str:
     """A table of means over the pairs, and one of the images that are right of each pair."""
     modes, pairs = (list(dict.fromkeys(row[key] for row in rows)) for key in ("mode", "pair"))
     measures = list(rows[0]["scores"])
-    lines = [f"The probe names {accuracy:.3f} of the objects in rendered scenes.", ""]
-    lines += _header("mode", *measures, "CPU seconds")
+    scores, right = [], []
     for mode in modes:
         own = [row for row in rows if row["mode"] == mode]
         means = [statistics.fmean(row["scores"][name] for row in own) for name in measures]
         seconds = statistics.fmean(row["seconds"] for row in own)
-        lines.append(_line(mode, *(f"{mean:.3f}" for mean in means), f"{seconds:.2f}"))
-    lines += ["", "Both right, by pair:", "", *_header("mode", *pairs)]
-    for mode in modes:
-        right = {row["pair"]: row["scores"]["both right"] for row in rows if row["mode"] == mode}
-        lines.append(_line(mode, *(f"{right[pair]:.3f}" if pair in right else "" for pair in pairs)))
-    return "\n".join(lines) + "\n"
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _header(*cells: str) -> list[str]:
-    return [_line(*cells), _line(*["---"] * len(cells))]
+        scores.append([mode, *(f"{mean:.3f}" for mean in means), f"{seconds:.2f}"])
+        by_pair = {row["pair"]: row["scores"]["both right"] for row in own}
+        right.append([mode, *(f"{by_pair[pair]:.3f}" if pair in by_pair else "" for pair in pairs)])
+    parts = [
+        f"The probe names {accuracy:.3f} of the objects in rendered scenes.",
+        table(["mode", *measures, "CPU seconds"], scores),
+        "Both right, by pair:",
+        table(["mode", *pairs], right),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _rows(args: argparse.Namespace) -> tuple[list[Row], float]:

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...io import tensor_cache
-from ...io.files import sha256
 from ..examples import subject_object
 from ..measures import probe
-from ..measures.probes import TENSORS
+from ..measures.probes import Fitted, packed, sources, unpacked
 from ..world import vocabulary as world
 from ..world.render import render
 from ..world.scenes import PROBE_SEED, Background, Scene, SceneObject, random_background, random_object
@@ -105,19 +104,16 @@ class Reader:
 
 def cached_reader() -> Reader:
     """The reader, from the disk cache unless the code or the images that it depends on have changed."""
-    package = Path(__file__).parents[1]
-    files = [*(package / "world").glob("*.py"), *(package / "sprites").iterdir(), Path(probe.__file__)]
-    settings = f"{HALVES} {FITTED} {TESTED} {SHARE}"
-    key = "blending-" + hashlib.sha256("".join([settings, *map(sha256, sorted(files))]).encode()).hexdigest()[:32]
+    settings = hashlib.sha256(f"{HALVES} {FITTED} {TESTED} {SHARE}".encode()).hexdigest()[:8]
+    key = f"probes-halves-{settings}-{sources(Path(probe.__file__))}"
     network, stored = probe.load_network(), tensor_cache.load(key)
     if stored is None:
         fitted = probe.fit(*_labeled(network, PROBE_SEED + 2, FITTED, soft=True))
         accuracy = fitted.accuracy(*_labeled(network, PROBE_SEED + 3, TESTED, soft=False))
-        stored = {name: getattr(fitted, name) for name in TENSORS}
-        stored |= {"labels": torch.tensor(list("\n".join(fitted.labels).encode())), "accuracy": torch.tensor(accuracy)}
+        stored = packed("half", Fitted(fitted, accuracy))
         tensor_cache.store(key, stored)
-    labels = bytes(stored["labels"].tolist()).decode().split("\n")
-    return Reader(network, probe.Probe(tuple(labels), *(stored[name] for name in TENSORS)), float(stored["accuracy"]))
+    found = unpacked(stored, "half")
+    return Reader(network, found.probe, found.accuracy)
 
 
 def _labeled(network: Any, seed: int, count: int, soft: bool) -> tuple[Tensor, list[str]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
+from ...results.ranking import Tried, best_rate
 from .lessons import Row
 
 START = (1.2e-3, 2.4e-3, 4.8e-3)
@@ -13,21 +13,14 @@ MOST = 12
 """Rates that a method may try."""
 
 
-def best_rate(rows: Sequence[Row], method: str, subject: str) -> float | None:
-    """The rate with the lowest mean held-out loss on the subjects other than ``subject``; on itself if it is alone.
+def at_best_rate(rows: Sequence[Row], method: str) -> list[Row]:
+    """A method's lessons, each subject's at the rate with the lowest held-out loss on the other subjects.
 
     Choosing the rate on the lessons that are reported would favor the method with the larger noise.
     """
     own = [row for row in rows if row["method"] == method]
-    others = [row for row in own if row["subject"] != subject] or own
-    rates = dict.fromkeys(row["rate"] for row in others)
-    return min(rates, key=lambda r: statistics.fmean(row["heldout_loss"] for row in others if row["rate"] == r))
-
-
-def at_best_rate(rows: Sequence[Row], method: str) -> list[Row]:
-    """A method's lessons, each subject's at its :func:`best_rate`."""
-    own = [row for row in rows if row["method"] == method]
-    best = {subject: best_rate(rows, method, subject) for subject in dict.fromkeys(row["subject"] for row in own)}
+    tried = [Tried(row["subject"], row["rate"], row["heldout_loss"]) for row in own]
+    best = {subject: best_rate(tried, subject) for subject in dict.fromkeys(row["subject"] for row in own)}
     return [row for row in own if row["rate"] == best[row["subject"]]]
 
 

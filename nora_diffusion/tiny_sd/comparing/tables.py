@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from ...reports.markdown import table
 from ...scoring.metrics import interval, resampled
 from ...training.measuring.selection import digits
 from ..measures.methods import is_trained
@@ -27,13 +28,14 @@ def table_by_rate(rows: Sequence[Row]) -> str:
     for row in sorted(rows, key=lambda row: row["rate"] or 0.0):
         groups.setdefault((row["method"], row["rate"]), []).append(row)
     names = measured(rows)
-    lines = _header("method", "rate", *map(title, names), "trained parameters", "file", "CPU seconds")
+    header = ["method", "rate", *map(title, names), "trained parameters", "file", "CPU seconds"]
+    lines = []
     for method in methods_of(rows):
         for rate in [rate for name, rate in groups if name == method]:
             group = groups[method, rate]
             costs = _costs(group) if rate is not None else ["", "", ""]
-            lines.append(_line(method, f"{rate:g}" if rate else "", *(_mean(group, name) for name in names), *costs))
-    return "\n".join(lines)
+            lines.append([method, f"{rate:g}" if rate else "", *(_mean(group, name) for name in names), *costs])
+    return table(header, lines)
 
 
 def methods_of(rows: Sequence[Row], trained: bool = False) -> list[str]:
@@ -61,14 +63,15 @@ def table_at_best_rate(rows: Sequence[Row]) -> str:
     methods, names = methods_of(rows, trained=True), measured(rows)
     paired = [name for name in PAIRED if name in names]
     differences = [f"{title(name)}, minus {methods[0]}'s" for name in paired]
-    lines = _header("method", "rate", "trained parameters", *map(title, names), *differences)
+    header = ["method", "rate", "trained parameters", *map(title, names), *differences]
+    lines = []
     for method in methods:
         own = at_best_rate(rows, method)
         rates = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in own}))
         means = [f"{statistics.fmean(row[n] for row in own):.{digits(n)}f}" for n in names]
         gaps = [difference(rows, method, methods[0], n) if method != methods[0] else "" for n in paired]
-        lines.append(_line(method, rates, f"{own[0]['trained_numbers']:,}", *means, *gaps))
-    return "\n".join(lines)
+        lines.append([method, rates, f"{own[0]['trained_numbers']:,}", *means, *gaps])
+    return table(header, lines)
 
 
 def difference(rows: Sequence[Row], method: str, other: str, name: str) -> str:
@@ -99,11 +102,3 @@ def report(rows: Sequence[Row]) -> str:
             f"subject and seed, with 95% bootstrap intervals.\n\n{table_at_best_rate(rows)}\n"
         )
     return text
-
-
-def _header(*cells: str) -> list[str]:
-    return [_line(*cells), "|" + " --- |" * len(cells)]
-
-
-def _line(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"

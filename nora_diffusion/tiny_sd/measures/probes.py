@@ -21,7 +21,7 @@ from ..examples import subject_object
 from ..world import vocabulary as world
 from ..world.render import render
 from ..world.scenes import PROBE_SEED, Scene, random_background, random_object
-from . import probe
+from . import following, probe
 from .following import FITTED, QUESTIONS, TESTED, labeled, rendered
 from .prompt_sets import HATS
 
@@ -115,11 +115,12 @@ class Probes:
         if name not in self._fitted:
             group = GROUPS[name]
             own = [other for other, fit in GROUPS.items() if fit is group]
-            key = f"probes-{group.__name__}-{_sources()}"
+            code = [Path(file) for file in (probe.__file__, __file__, following.__file__)]
+            key = f"probes-{group.__name__}-{sources(*code)}"
             stored = tensor_cache.load(key) if self.cached else None
-            found = group(self.network, self.sizes) if stored is None else {n: _read(stored, n) for n in own}
+            found = group(self.network, self.sizes) if stored is None else {n: unpacked(stored, n) for n in own}
             if self.cached and stored is None:
-                tensor_cache.store(key, {k: v for n in own for k, v in _written(n, found[n]).items()})
+                tensor_cache.store(key, {k: v for n in own for k, v in packed(n, found[n]).items()})
             self._fitted |= found
         return self._fitted[name]
 
@@ -128,21 +129,22 @@ class Probes:
         return probe.features(self.network, np.stack([np.asarray(image) for image in images]))
 
 
-def _sources() -> str:
-    """A hash of the code and images that the probes depend on."""
+def sources(*code: Path) -> str:
+    """A hash of the drawn world and of ``code``, on which a probe on disk depends."""
     package = Path(__file__).parents[1]
-    own = [package / "measures" / f"{name}.py" for name in ("probe", "probes", "following")]
-    sources = [*own, *(package / "world").glob("*.py"), *(package / "sprites").iterdir()]
-    return hashlib.sha256("".join(map(sha256, sorted(sources))).encode()).hexdigest()[:32]
+    files = [*code, *(package / "world").glob("*.py"), *(package / "sprites").iterdir()]
+    return hashlib.sha256("".join(map(sha256, sorted(files))).encode()).hexdigest()[:32]
 
 
-def _written(name: str, fitted: Fitted) -> dict[str, Tensor]:
+def packed(name: str, fitted: Fitted) -> dict[str, Tensor]:
+    """A probe as tensors whose names begin with ``name``. Inverse: :func:`unpacked`."""
     values = {f"{name} {key}": getattr(fitted.probe, key) for key in TENSORS}
     labels = torch.tensor(list("\n".join(fitted.probe.labels).encode()))
     return values | {f"{name} labels": labels, f"{name} accuracy": torch.tensor(fitted.accuracy)}
 
 
-def _read(stored: dict[str, Tensor], name: str) -> Fitted:
+def unpacked(stored: dict[str, Tensor], name: str) -> Fitted:
+    """The probe that :func:`packed` stored under ``name``."""
     labels = bytes(stored[f"{name} labels"].tolist()).decode().split("\n")
     found = probe.Probe(tuple(labels), *(stored[f"{name} {key}"] for key in TENSORS))
     return Fitted(found, float(stored[f"{name} accuracy"]))
