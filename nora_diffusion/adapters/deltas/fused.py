@@ -2,7 +2,7 @@
 
 The same map as the frozen projection plus :meth:`.chain.ChainDelta.forward`, with the same gradients. A step is faster
 because it makes fewer passes over ``[tokens, d_out]`` and ``[tokens, d_in]``, and smaller because a chain with a frozen
-``A_out`` keeps only ``p = A_out x [tokens, r]`` for backward.
+``A_out`` keeps only ``p = A_out x [tokens, r]`` and, for a nested core, ``A_in p [tokens, r']`` for backward.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ def chained_linear(
 
 
 class _ChainedLinear(torch.autograd.Function):
-    """With ``p = D x``, ``q = L p``, ``u = M q``, ``h = U^T dy``, ``k = M^T h`` and ``v = L^T k``:
+    """With ``p = D x``, ``q = L p``, ``V = U M`` and in backward ``h = U^T dy``, ``k = M^T h``, ``K = L D``:
 
-    ``dx = W^T dy + s D^T v``, ``dD = s v x^T``, ``dL = s k p^T``, ``dM = s h q^T`` and ``dU = s dy u^T``.
+    ``y = W x + b + s V q``, ``dx = W^T dy + s K^T k``, ``dD = s (L^T k) x^T``, ``dL = s k p^T``, ``dM = s h q^T`` and
+    ``dU = s dy (M q)^T``. So ``[tokens, d_out]`` and ``[tokens, d_in]`` are updated from the narrowest rank.
     """
 
     @staticmethod
@@ -64,55 +65,55 @@ class _ChainedLinear(torch.autograd.Function):
     ) -> Tensor:
         flat, weight, y = functional.frozen_linear(x, weight, bias, dtype)
         p = torch.mm(flat, copies.get("down", down, dtype).t())
-        u = p if lower is None else _through_core(p, lower, upper)
-        y.addmm_(u, copies.get("up", up, dtype).t(), alpha=scale)
-        need_x, _, _, need_down, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(weight if need_x else None, flat if need_down else None, p, down, lower, upper, up)
-        ctx.rest = scale, copies, x.shape, x.dtype
+        q = p if lower is None else _product(p, lower.t(), dtype)
+        wide = copies.get("up", up, dtype) if upper is None else _product(up, upper, dtype)
+        y.addmm_(q, wide.t(), alpha=scale)
+        need_x, _, _, need_down, _, _, need_up, *_ = ctx.needs_input_grad
+        outside = weight if need_x else None, flat if need_down else None
+        inside = None if lower is None else p, None if upper is None and not need_up else q
+        ctx.save_for_backward(*outside, *inside, down, lower, upper, up)
+        ctx.rest = scale, copies, dtype, x.shape, x.dtype
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, x, p, down, lower, upper, up = ctx.saved_tensors
-        scale, copies, x_shape, x_dtype = ctx.rest
+        weight, x, p, q, down, lower, upper, up = ctx.saved_tensors
+        scale, copies, dtype, x_shape, x_dtype = ctx.rest
         need_x, _, _, need_down, _, _, need_up, *_ = ctx.needs_input_grad
-        dtype = p.dtype
         dy = dy.reshape(-1, dy.shape[-1])
         dx = d_down = d_lower = d_upper = d_up = None
         if need_up:
-            u = p if lower is None else _through_core(p, lower, upper)
+            u = q if upper is None else _product(q, upper.t(), dtype)
             d_up = _scaled(torch.mm(dy.t(), u), up, scale)
-        v = torch.mm(dy, copies.get("up", up, dtype))
+        k = torch.mm(dy, copies.get("up", up, dtype))
         if lower is not None:
-            v, d_lower, d_upper = _core_backward(v, p, lower, upper, scale)
+            k, d_lower, d_upper = _core_backward(k, p, q, lower, upper, scale)
         if need_down:
+            v = k if lower is None else _product(k, lower, dtype)
             d_down = _scaled(torch.mm(v.t(), x), down, scale)
         if need_x:
-            dx = torch.mm(dy, weight).addmm_(v, copies.get("down", down, dtype), alpha=scale)
+            narrow = copies.get("down", down, dtype) if lower is None else _product(lower, down, dtype)
+            dx = torch.mm(dy, weight).addmm_(k.to(dtype), narrow, alpha=scale)
             dx = dx.view(x_shape).to(x_dtype)
         return dx, None, None, d_down, d_lower, d_upper, d_up, None, None, None
 
 
-def _through_core(p: Tensor, lower: Tensor, upper: Tensor | None) -> Tensor:
-    """``u = M L p``. Casting ``[tokens, r]`` costs less than what a small product in half precision takes to start."""
-    u = functional.at_least_single(p)
-    for factor in (lower, upper):
-        if factor is not None:
-            u = torch.mm(u, factor.to(u.dtype).t())
-    return u.to(p.dtype)
-
-
 def _core_backward(
-    h: Tensor, p: Tensor, lower: Tensor, upper: Tensor | None, scale: float
+    h: Tensor, p: Tensor, q: Tensor | None, lower: Tensor, upper: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``v``, ``dL`` and ``dM``."""
-    k, wide, d_upper = functional.at_least_single(h), functional.at_least_single(p), None
-    low = lower.to(k.dtype)
+    """``k``, ``dL`` and ``dM``, at least in fp32."""
+    k, d_upper = functional.at_least_single(h), None
     if upper is not None:
-        d_upper = _scaled(torch.mm(k.t(), torch.mm(wide, low.t())), upper, scale)
+        assert q is not None
+        d_upper = _scaled(torch.mm(k.t(), functional.at_least_single(q)), upper, scale)
         k = torch.mm(k, upper.to(k.dtype))
-    return torch.mm(k, low).to(h.dtype), _scaled(torch.mm(k.t(), wide), lower, scale), d_upper
+    return k, _scaled(torch.mm(k.t(), functional.at_least_single(p)), lower, scale), d_upper
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``left right``. Casting a low-rank factor costs less than a small product in half precision takes to start."""
+    return torch.mm(functional.at_least_single(left), functional.at_least_single(right)).to(dtype)
 
 
 def _scaled(grad: Tensor, like: Tensor, scale: float) -> Tensor:
