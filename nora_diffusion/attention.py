@@ -59,18 +59,19 @@ def remove_adapter_processors(pipe: Any) -> None:
     )
 
 
-def live_parts(layer: nn.Module, kinds: Kinds, dtype: torch.dtype) -> list[Part] | None:
-    """What the live adapters of a projection add, if it can be fused; else ``None``: the layer must be called as usual.
+def live_parts(layer: nn.Module, kinds: Kinds, dtype: torch.dtype, x: Tensor) -> list[Part] | None:
+    """What the live adapters of a projection add to ``x``, if it can be fused; else ``None``: the layer must be called.
 
     It cannot if another tuner layer (an ordinary LoRA) wraps the layer, if it has a hook or is offloaded, or if a
-    delta is in training mode, of another kind or has a magnitude (DoRA, which rescales the frozen output too).
+    delta is in training mode, of another kind or has a magnitude (DoRA, which rescales the frozen output too). It need
+    not where the layer adds the update to its weight.
     """
     if not isinstance(layer, NoraLayer) or layer.rows is not None or (layer.merged and layer.disable_adapters):
         return None
     if layer._forward_hooks or layer._forward_pre_hooks or torch.is_grad_enabled() or is_offloaded(layer.base_layer):
         return None
     single, pair = layer.live(dtype)
-    if pair is not None and ChainDelta not in kinds:
+    if pair is not None and (ChainDelta not in kinds or (not single and layer.folds(x, dtype))):
         return None
     deltas = {name: layer.delta(name) for name in single}
     if not all(isinstance(d, kinds) and not d.training and getattr(d, "m", None) is None for d in deltas.values()):
@@ -89,7 +90,7 @@ def _single_part(scaling: float | Tensor, delta: Delta) -> Part:
 def project(layers: Sequence[nn.Module], x: Tensor, kinds: Kinds) -> list[Tensor]:
     """``[layer(x) for layer in layers]``, with the adapters' down-projections of ``x`` in one product."""
     dtype = functional.compute_dtype(x)
-    groups = [live_parts(layer, kinds, dtype) for layer in layers]
+    groups = [live_parts(layer, kinds, dtype, x) for layer in layers]
     weights = [down.to(dtype) for group in groups for down, _ in group or []]
     if not weights:
         return [layer(x) for layer in layers]

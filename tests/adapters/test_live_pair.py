@@ -63,17 +63,51 @@ def test_chains_of_one_basis_are_summed_inside_it(count: int, presets: str) -> N
     assert len(joined_pair(chains)[0]) == min(2 * count, 6)
 
 
+FEW, MANY = 5, 7
+"""Tokens: below and from ``W``'s number of values over that of a token of ``x`` and ``y``, 12 * 12 / 24 = 6."""
+
+
 @pytest.mark.parametrize("count", [1, 3, 8])
-def test_any_number_of_adapters_takes_two_products(count: int) -> None:
+@pytest.mark.parametrize(("tokens", "products"), [(FEW, 3), (MANY, 2)])
+def test_any_number_of_adapters_takes_few_products(tokens: int, products: int, count: int) -> None:
+    """``W x``, ``A x`` and ``y += B p``; or, where there are many tokens, ``W + B A`` and its product with ``x``."""
     configs = {f"s{i}": lora(r=2 + i) if i % 2 else nora(r=4, inner_r=2, basis="orthogonal") for i in range(count)}
-    layer, x = layer_of(configs), torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    layer, x = layer_of(configs), torch.randn(1, tokens, WIDTH, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), dense(layer, x), rtol=1e-12, atol=1e-10)
         with torch.profiler.profile() as profile:
             layer(x)
     counts = {event.key: event.count for event in profile.key_averages()}
-    products = {key: n for key, n in counts.items() if key in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")}
-    assert sum(products.values()) == 3, products  # W x, A x, and y += B p
+    found = {key: n for key, n in counts.items() if key in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")}
+    assert sum(found.values()) == products, found
+
+
+@pytest.mark.parametrize("size", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adding_to_the_weight_is_as_accurate_as_adding_to_the_output(dtype: torch.dtype, size: float) -> None:
+    """``size``: of the update beside ``W``."""
+    layer = NoraLayer(nn.Linear(64, 64, bias=False).requires_grad_(False))
+    layer.update_layer("one", nora(r=8, inner_r=4, basis="orthogonal"), "m")
+    layer = layer.to(dtype).eval()
+    for parameter in layer.nora_delta.parameters():
+        parameter.data.normal_()
+    change = layer.get_delta_weight("one")
+    layer.set_scale("one", size * float((layer.base_layer.weight.float().norm() / change.norm()).detach()))
+    x = torch.randn(256, 64).to(dtype)
+    exact = x.double() @ (layer.base_layer.weight.double() + layer.get_delta_weight("one").double()).T
+    with torch.no_grad():
+        assert layer.folds(x, dtype) and not layer.folds(x[:16], dtype)
+        to_weight, to_output = layer(x), torch.cat([layer(rows) for rows in x.split(16)])
+    error, other = ((y.double() - exact).norm() for y in (to_weight, to_output))
+    assert 0 < error < 1.15 * other
+
+
+def test_what_is_not_in_the_dtype_of_the_pass_is_not_added_to_the_weight() -> None:
+    layer, x = layer_of({"one": lora(r=2)}).float(), torch.randn(MANY, WIDTH)
+    assert layer.folds(x, torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert not layer.folds(x, torch.bfloat16)
+        torch.testing.assert_close(layer(x).double(), dense(layer, x).double(), rtol=0.05, atol=0.2)
 
 
 def test_what_has_no_single_pair_is_added_beside_it() -> None:

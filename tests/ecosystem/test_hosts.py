@@ -110,7 +110,8 @@ def test_layerwise_casting_rounds_the_base_only(pipe: Any, add: Callable[[str], 
     with torch.no_grad():
         for name in cast:
             twin.get_parameter(name).copy_(rounded[name])
-        assert torch.equal(pipe.unet(x, t, states).sample, twin(x, t, states).sample)
+        # A layer with a hook adds the update to its output, the twin's to its weight.
+        torch.testing.assert_close(pipe.unet(x, t, states).sample, twin(x, t, states).sample, atol=1e-6, rtol=1e-5)
 
 
 def test_loading_after_layerwise_casting_is_refused(pipe: Any, tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_offloaded_layers_compute_the_same(
     add(kind)
     here = render(pipe)
     offload(pipe, tmp_path)
-    assert_same(kind, render(pipe), here)
+    torch.testing.assert_close(render(pipe), here, atol=1e-5, rtol=1e-4)
     set_adapter_processors(pipe)
     torch.testing.assert_close(render(pipe), here, atol=1e-5, rtol=1e-4)
 

@@ -94,9 +94,10 @@ class NoraLayer(nn.Module, PeftInterface):
             fused = self._fused(x)
             if fused is not None:
                 return fused
-        layer = self.base_layer
+        layer, own = self.base_layer, self.owns_output
+        if own and self.rows is None:
+            return self._plain(x)
         base: Tensor = layer(x, *args, **kwargs)
-        own = self.owns_output
         if own or not is_offloaded(layer):
             return self._adapted(x, base, own)
         fixed = [] if self.nora_fixed is None else [self.nora_fixed]
@@ -121,7 +122,20 @@ class NoraLayer(nn.Module, PeftInterface):
         """The output for an input whose frozen output is ``base``; ``own``: it may be overwritten."""
         if self.rows is not None and not self.disable_adapters:
             return self.rows.add(x, base)
-        y, (single, pair) = base, self.live(base.dtype)
+        return self._with(*self.live(base.dtype), x, base, own)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """The output of a plain linear projection outside of mixed batches."""
+        dtype = functional.compute_dtype(x)
+        single, pair = self.live(dtype)
+        if pair is not None and not single and self.folds(x, dtype):
+            down, up = pair
+            return F.linear(x, torch.addmm(self._weight, up, down), cast("Tensor | None", self.base_layer.bias))
+        return self._with(single, pair, x, self.base_layer(x), own=True)
+
+    def _with(self, single: Sequence[str], pair: Pair | None, x: Tensor, base: Tensor, own: bool) -> Tensor:
+        """The frozen output with what these live adapters add."""
+        y = base
         for name in single:
             scaling, dy = self.contribution(name, x, base)
             y = y + scaling * dy.to(y.dtype)
@@ -148,6 +162,16 @@ class NoraLayer(nn.Module, PeftInterface):
     def owns_output(self) -> bool:
         """Whether the frozen output belongs to nobody else, so that an update may be added to it in place."""
         return is_plain_linear(self.base_layer) and not torch.compiler.is_compiling()
+
+    def folds(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether a pass in ``dtype`` adds ``B A`` to ``W [d_out, d_in]``, and not ``B A x`` to ``W x``.
+
+        It does where ``W`` has fewer values than ``x`` and ``y``, so that the update is one pass over ``W``, and not
+        one over ``x`` and two over ``y``. In half precision, rounding it adds no more error than rounding ``y`` does.
+        """
+        d_out, d_in = self._weight.shape
+        small = d_out * d_in <= x.numel() // d_in * (d_in + d_out)
+        return small and self.owns_output and self._weight.dtype == dtype
 
     def joined_chains(self, names: Sequence[str]) -> dict[str, ScaledChain]:
         """Those of the live adapters that a pass without gradients adds as one pair, by name."""
