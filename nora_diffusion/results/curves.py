@@ -15,12 +15,16 @@ Title = Callable[[str], str]
 
 
 def charts(ranking: Ranking, lengths: Sequence[Ranking], title: Title) -> str:
-    """All curves of a protocol. ``lengths``: the same with other numbers of steps, itself included."""
+    """All curves of a protocol, but of scores that never differ.
+
+    ``lengths``: the same protocol with other numbers of steps, itself included.
+    """
     protocol, criterion = ranking.protocol, ranking.protocol.criterion
     plots = []
     for score in [criterion, *(name for name in protocol.scores if name != criterion)]:
         series = _by_family(ranking, score, lambda standing: standing.trained_parameters)
-        plots += _line_charts(f"{title(score)} over size", series, "trained parameters", title(score))
+        if score == criterion or len({y for points in series.values() for _, y in points}) > 1:
+            plots += _line_charts(f"{title(score)} over size", series, "trained parameters", title(score))
     series = _by_family(ranking, criterion, lambda standing: standing.bytes)
     plots += _line_charts(f"{title(criterion)} over file size", series, "bytes", title(criterion))
     plots += _line_charts(f"{title(criterion)} over rates", _over_rates(protocol), "learning rate", title(criterion))

@@ -164,6 +164,16 @@ def test_the_command(files: list[Results], tmp_path: Path, capsys: pytest.Captur
     assert main(["leaderboard", str(tmp_path)]) == 2
 
 
+def test_a_score_that_never_differs_has_no_curve(files: list[Results]) -> None:
+    html = page([rank(protocol) for protocol in protocols(files)])
+    assert "Subject score over size" in html
+    same = [
+        replace(file, rows=[replace(r, scores=r.scores | {"subject_score": 0.0}) for r in file.rows]) for file in files
+    ]
+    html = page([rank(protocol) for protocol in protocols(same)])
+    assert "Subject score over size" not in html and "Held-out loss over size" in html
+
+
 ROOT = Path(__file__).parents[2]
 
 
