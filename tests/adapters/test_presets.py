@@ -232,7 +232,8 @@ def test_a_fresh_adapter_beside_an_active_one_is_a_no_op(pipe: Any, render: Rend
     image = render(pipe)
     add_adapter(pipe, nora(r=4, inner_r=2, basis="svd"), "two", COMPONENTS)
     assert active_adapters(pipe.unet) == ["one", "two"]
-    assert torch.equal(render(pipe), image)
+    # Both are one matrix product, which may round otherwise than that of one adapter.
+    torch.testing.assert_close(render(pipe), image, atol=1e-6, rtol=0)
     delete_adapter(pipe, "two")
     assert torch.equal(render(pipe), image)
 
