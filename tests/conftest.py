@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (-slow[item.path], -tests[item.path], item.path))
 
 
+def pytest_collection_finish() -> None:
+    """What has been imported stays, so the garbage collector need not look through it again and again."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests neither read nor fill the cache of whoever runs them."""
@@ -33,12 +40,18 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_random_pipeline(tmp_path_factory.mktemp("tiny") / "base")
 
 
-@pytest.fixture
-def pipe(tiny_base: Path) -> Any:
-    """A fresh copy of that pipeline."""
+@pytest.fixture(scope="session")
+def opened(tiny_base: Path) -> Any:
+    """That pipeline, which no test may change."""
     from nora_diffusion import open_pipeline
 
     return open_pipeline(tiny_base)
+
+
+@pytest.fixture
+def pipe(opened: Any) -> Any:
+    """A fresh copy of that pipeline; copying takes a third of the time of opening."""
+    return deepcopy(opened)
 
 
 @pytest.fixture
