@@ -65,9 +65,12 @@ browser: $(STAMP)
 screenshots: $(STAMP)  # needs Chromium
 	@$(BIN)/python -m pytest tests/ui/screenshots.py
 
-# One worker a core, each with one thread: the models of the tests are too small to share.
-# Files stay in the order of tests/conftest.py.
-WORKERS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+# One worker a core, each with one thread: the models of the tests are too small to share. Bytecode is kept, or each worker
+# and each program that a test starts would compile the tests and the project again. Files stay in the order of
+# tests/conftest.py.
+ALONE := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1
+SPREAD := --numprocesses auto --dist loadfile --no-loadscope-reorder
+WORKERS := $(ALONE) $(BIN)/python -m pytest $(SPREAD)
 
 test: $(STAMP)
 	@$(WORKERS) -m "not slow"
@@ -83,8 +86,7 @@ test-all: $(STAMP)
 EVERYWHERE := ui reports results tiny_sd training/run/test_kills.py cli/test_imports.py \
 	test_docs.py test_layering.py test_package.py test_project.py
 test-lowest: $(LOWEST_STAMP)
-	@OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder \
-		-m "not slow" $(addprefix --ignore=tests/,$(EVERYWHERE))
+	@$(ALONE) $(LOWEST)/python -m pytest $(SPREAD) -m "not slow" $(addprefix --ignore=tests/,$(EVERYWHERE))
 
 bench: $(STAMP)  # one thread, so that another program on another core disturbs it little
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
