@@ -222,12 +222,20 @@ DAMAGED: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for a finished run that several tests copy."""
+    return tmp_path_factory.mktemp("kept")
+
+
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED.keys())
 def test_damaged_scores_do_not_stop_a_resumed_run(
-    damage: Any, measured: Configure, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    damage: Any, measured: Configure, kept: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted(monkeypatch, {0: 0.1, 2: 0.9, 4: 0.5, 6: 0.95})
-    folder = train(measured()).adapter_path.parent
+    if not (kept / "run").exists():
+        train(measured(output_dir=str(kept / "run")))
+    folder = shutil.copytree(kept / "run", measured().folder)
     path = folder / "validation.json"
     document = json.loads(path.read_text())
     path.write_bytes(damage if isinstance(damage, bytes) else json.dumps({**document, "points": damage}).encode())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from runs import Configure, assert_same_run, flags, journal
 
 from nora_diffusion import inspect_adapter
 from nora_diffusion.errors import UserError
-from nora_diffusion.training import TrainConfig, train
+from nora_diffusion.training import TrainConfig, main, train
 from nora_diffusion.training.planning.checkpoints import read_checkpoint
 from nora_diffusion.training.run.steps import Stepper
 from nora_diffusion.training.run.updates import Updates
@@ -86,7 +88,7 @@ def test_killed_process_resumes(configure: Configure, tmp_path: Path) -> None:
     slow = {"checkpointing_steps": 1, "max_train_steps": 30, "checkpoints_total_limit": 2}
     config = configure(output_dir=str(tmp_path / "killed"), **slow)
     child = run_script(config)
-    wait_for(lambda: any(config.folder.glob("checkpoints/step-*")), child)
+    wait_for(lambda: any(config.folder.glob("checkpoints/step-*")), lambda: child.poll() is None)
     child.kill()
     child.communicate()
     (config.folder / "checkpoints/.tmp-step-9").mkdir()
@@ -96,14 +98,17 @@ def test_killed_process_resumes(configure: Configure, tmp_path: Path) -> None:
     assert sorted(p.name for p in (config.folder / "checkpoints").iterdir()) == ["step-29", "step-30"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_saves_and_says_how_to_go_on(number: int, code: int, configure: Configure) -> None:
+def test_signal_saves_and_says_how_to_go_on(number: int, code: int, configure: Configure, tmp_path: Path) -> None:
     config = configure(max_train_steps=100_000)
-    child = run_script(config)
-    wait_for(lambda: (config.folder / "log.jsonl").exists() and bool(journal(config.folder)), child)
-    child.send_signal(number)
-    _, errors = child.communicate(timeout=600)
-    assert child.returncode == code
+    child = multiprocessing.get_context("fork").Process(target=command, args=(flags(config), tmp_path / "errors"))
+    child.start()
+    wait_for(lambda: (config.folder / "log.jsonl").exists() and bool(journal(config.folder)), child.is_alive)
+    os.kill(child.pid or 0, number)
+    child.join(600)
+    assert child.exitcode == code
+    errors = (tmp_path / "errors").read_text()
     assert "--resume_from_checkpoint latest" in errors and "Traceback" not in errors
     state = json.loads((config.folder / "state.json").read_text())
     assert state["status"] == "interrupted"
@@ -161,10 +166,17 @@ def run_script(config: TrainConfig) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(condition: Any, child: subprocess.Popen[str], seconds: float = 600) -> None:
+def command(words: list[str], errors: Path) -> None:
+    """The command in a forked process, which has imported everything; ``errors`` gets what it prints."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
+    with errors.open("w") as sys.stderr:
+        sys.exit(main(words))
+
+
+def wait_for(condition: Callable[[], bool], alive: Callable[[], bool], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert child.poll() is None, child.communicate()[1]
+        assert alive(), "the child has ended"
         assert time.monotonic() < end, "the child did not get there"
         time.sleep(0.02)
 

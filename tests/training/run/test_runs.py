@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,16 @@ from nora_diffusion.training.settings.methods import parameters_of
 SCRIPT = Path(__file__).parents[3] / "train_dreambooth_nora.py"
 
 
-@pytest.mark.parametrize("kind", ["tiny_base", "tiny_v_base"])
-def test_the_script_with_the_flags_of_diffusers(
-    kind: str, photos: Path, tmp_path: Path, request: pytest.FixtureRequest
+def script(words: list[str]) -> int:
+    """Run the script in a process of its own; returns its exit code."""
+    return subprocess.run([sys.executable, SCRIPT, *words], env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+
+
+@pytest.mark.parametrize(
+    ("kind", "run"), [("tiny_base", script), ("tiny_v_base", main)], ids=["script", "v_prediction"]
+)
+def test_the_flags_of_diffusers(
+    kind: str, run: Callable[[list[str]], int], photos: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """A command line of diffusers' README with only the script's name changed, for two steps."""
     out = tmp_path / "out put"
@@ -44,11 +52,7 @@ def test_the_script_with_the_flags_of_diffusers(
         --learning_rate=1e-4 --report_to=none --lr_scheduler=constant --lr_warmup_steps=0 --max_train_steps=2
         --validation_epochs=50 --num_validation_images=1 --sample_steps=2 --seed=0 --rank=4""".split()
     prompts = ["--instance_prompt=a photo of sks dog", "--validation_prompt=A photo of sks dog in snow"]
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *command, *prompts, f"--output_dir={out}"],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert run([*command, *prompts, f"--output_dir={out}"]) == 0
     info = inspect_adapter(out)
     assert (info.trigger, info.class_word, info.step, info.seed) == ("sks", "dog", 2, 0)
     assert info.instance_prompt == "a photo of sks dog"
