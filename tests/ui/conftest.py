@@ -22,6 +22,7 @@ from factories import tiny_random_pipeline
 from playwright.sync_api import Error, expect
 
 from nora_diffusion import UserError
+from nora_diffusion.cli import main
 from nora_diffusion.ui.jobs.jobs import Jobs
 
 # An element of each tab that is visible once the tab is open and filled.
@@ -113,6 +114,21 @@ def start(folder: Path, *flags: str, temporary: Path | None = None) -> Server:
     assert match, line + log.read_text()
     (scratch,) = set(temporary.glob("nora_app_*")) - before
     return Server(match[0], folder / "library", scratch, process, log)
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """``refused(*flags)``: the error message of an app that does not start. It has not even made its private folder."""
+
+    def started() -> None:
+        raise AssertionError("the app starts")
+
+    def call(*flags: str) -> str:
+        assert main(["app", *flags]) == 2
+        return capsys.readouterr().err
+
+    monkeypatch.setattr("nora_diffusion.ui.server.private_folder", started)
+    return call
 
 
 def save_random(pipe: Any, folder: Path, config: Any, **info: Any) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,8 +16,8 @@ from nora_diffusion.ui.config import DEFAULT_LIBRARY
 from .conftest import LONG, ROOT, Server, start
 
 
-def refused(*flags: str) -> str:
-    """The error message of an app that does not start."""
+def stopped(*flags: str) -> str:
+    """The error message of a process that ends while it starts the app."""
     command = [sys.executable, "app.py", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LONG)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
@@ -24,7 +26,7 @@ def refused(*flags: str) -> str:
 
 def test_a_busy_port(server: Server, base: Path, tmp_path: Path) -> None:
     port = urlsplit(server.url).port
-    message = refused("--port", str(port), "--base", str(base), "--library", str(tmp_path / "library"))
+    message = stopped("--port", str(port), "--base", str(base), "--library", str(tmp_path / "library"))
     assert f"port {port} on 127.0.0.1 is busy" in message and "--port" in message
 
 
@@ -32,9 +34,7 @@ def test_a_busy_port(server: Server, base: Path, tmp_path: Path) -> None:
     ("damage", "words"),
     [("absent", "does not exist"), ("half", "unet/config.json is missing"), ("pickle", "may run code")],
 )
-def test_an_unusable_base(damage: str, words: str, base: Path, tmp_path: Path) -> None:
-    import shutil
-
+def test_an_unusable_base(damage: str, words: str, base: Path, refused: Callable[..., str], tmp_path: Path) -> None:
     folder = tmp_path / "base"
     if damage != "absent":
         shutil.copytree(base, folder)
@@ -48,7 +48,7 @@ def test_an_unusable_base(damage: str, words: str, base: Path, tmp_path: Path) -
 
 def test_a_library_that_cannot_be_created(base: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    message = refused("--base", str(base), "--library", str(tmp_path / "file" / "library"), "--port", "0")
+    message = stopped("--base", str(base), "--library", str(tmp_path / "file" / "library"), "--port", "0")
     assert "cannot write" in message
 
 
