@@ -6,7 +6,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from ..errors import UserError
@@ -18,6 +18,7 @@ from ..pipelines.precision import dtype_name, keeping_dtype
 from ..versions import versions
 from .image_settings import ImageSettings
 from .settings import Sampling
+from .wrapping import noise_in_fp32, predictions
 
 USUAL_STEPS = 20
 
@@ -97,8 +98,8 @@ def sample_images(
 
     check_steps(pipe.scheduler, sampling.steps)
     # diffusers upcasts a VAE that overflows in fp16, and leaves it in fp32 if memory runs out while decoding.
-    recorded = _predictions(pipe.scheduler, wanted=on_step is not None)
-    with keeping_dtype(pipe.vae), recorded as predicted, _checking(pipe, check):
+    recorded: AbstractContextManager[list[Any]] = predictions(pipe.scheduler) if on_step else nullcontext([])
+    with keeping_dtype(pipe.vae), noise_in_fp32(pipe), recorded as predicted, _checking(pipe, check):
 
         def callback(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
             if on_step is not None:
@@ -112,28 +113,6 @@ def sample_images(
             width=sampling.width, height=sampling.height, callback_on_step_end=callback if on_step else None,
         ).images  # fmt: skip
     return images
-
-
-@contextmanager
-def _predictions(scheduler: Any, wanted: bool) -> Iterator[list[Any]]:
-    """A list that holds the last step's ``pred_original_sample``, which pipelines drop (``return_dict=False``)."""
-    predicted: list[Any] = []
-    if not wanted:
-        yield predicted
-        return
-    step = scheduler.step
-
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **{**kwargs, "return_dict": True})
-        clean = getattr(result, "pred_original_sample", None)
-        predicted[:] = [] if clean is None else [clean]
-        return (result.prev_sample,)
-
-    scheduler.step = functools.wraps(step)(recording)  # pipelines inspect its signature
-    try:
-        yield predicted
-    finally:
-        del scheduler.step
 
 
 @contextmanager
