@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# By logger name. transformers and diffusers import torchao whenever it is installed.
-KNOWN_WARNINGS = {
-    "transformers.tokenization_utils_base": "Token indices sequence length is longer than",  # we warn ourselves
-    "torchao": "Failed to load",  # its GPU kernels, on a machine without a GPU
-    "torchao.kernel.intmm": "Detected no triton",
-    "torch.utils._pytree": "is an Enum subclass",  # from torchao registering its enums
-    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
-    "diffusers.models.modeling_utils": "should be kept in float32: []",  # when it upcasts the VAE to decode in fp32
-    "transformers.utils.import_utils": "requires torchvision (not installed)",  # the fallback does the same here
-}
+# (logger, part of the text). transformers and diffusers import torchao whenever it is installed.
+KNOWN_WARNINGS = (
+    ("transformers.tokenization_utils_base", "Token indices sequence length is longer than"),  # we warn ourselves
+    ("torchao", "Failed to load"),  # its GPU kernels, on a machine without a GPU
+    ("torchao", "Skipping import of cpp extensions"),  # the same kernels, with torch before 2.11
+    ("torchao.kernel.intmm", "Detected no triton"),
+    ("torch.utils._pytree", "is an Enum subclass"),  # from torchao registering its enums
+    ("diffusers.quantizers.torchao.torchao_quantizer", "Unable to import `torchao` Tensor objects"),
+    ("diffusers.models.modeling_utils", "should be kept in float32: []"),  # when it upcasts the VAE to decode in fp32
+    ("transformers.utils.import_utils", "requires torchvision (not installed)"),  # the fallback does the same here
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def hide_known_warnings() -> None:
 
     Commands call it before importing torch. The library never does: logging is up to the program that uses it.
     """
-    for name, text in KNOWN_WARNINGS.items():
+    for name, text in KNOWN_WARNINGS:
         logging.getLogger(name).addFilter(HideText(text))
 
 

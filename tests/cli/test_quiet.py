@@ -26,7 +26,7 @@ def test_a_command_prints_its_result_and_nothing_else(tiny_base: Path, tmp_path:
 def test_only_known_warnings_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
     hide_known_warnings()
     hide_known_warnings()
-    for name, text in KNOWN_WARNINGS.items():
+    for name, text in KNOWN_WARNINGS:
         logging.getLogger(name).warning("before %s after", text)
         logging.getLogger(name).warning("your disk is on fire")
         assert len([f for f in logging.getLogger(name).filters if getattr(f, "text", "") == text]) == 1
