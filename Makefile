@@ -82,9 +82,10 @@ test-all: $(STAMP)
 	@$(WORKERS)
 
 # Without the app, whose gradio is pinned at the lowest release already, and without what depends on no release: reports,
-# kills, the repository itself, and the recipe of the embedded base, which runs with the pins.
-EVERYWHERE := ui reports results tiny_sd training/run/test_kills.py cli/test_imports.py \
-	test_docs.py test_layering.py test_package.py test_project.py
+# kills, sweeps and clusters (which train like the other tests, and Ray is not installed there), the repository itself, and
+# the recipe of the embedded base, which runs with the pins.
+EVERYWHERE := ui reports results tiny_sd training/run/test_kills.py training/sweeps training/many/test_cluster.py \
+	cli/test_imports.py test_docs.py test_layering.py test_package.py test_project.py
 test-lowest: $(LOWEST_STAMP)
 	@$(ALONE) $(LOWEST)/python -m pytest $(SPREAD) -m "not slow" $(addprefix --ignore=tests/,$(EVERYWHERE))
 
