@@ -322,12 +322,13 @@ def test_equal_runs_share_one_estimate_and_no_others(pipe: Any, monkeypatch: pyt
 
 
 def test_copies_of_the_basis_in_the_dtype_of_the_pass_are_counted(pipe: Any) -> None:
-    """Compared with what the chains hold after a pass."""
+    """Compared with what the chains hold after a step."""
     config = PRESETS["nora"](r=4, basis="svd")
     add_adapter(pipe, config, "x", ["unet"])
     pipe.unet.train()
     with torch.autocast("cpu", torch.bfloat16):
-        pipe.unet(torch.randn(1, 4, 8, 8), torch.zeros(1, dtype=torch.long), torch.randn(1, 77, 16))
+        out = pipe.unet(torch.randn(1, 4, 8, 8), torch.zeros(1, dtype=torch.long), torch.randn(1, 77, 16)).sample
+    out.sum().backward()
     layers = [layer for layer in pipe.unet.modules() if isinstance(layer, NoraLayer)]
     held = sum(copy.nbytes for layer in layers for _, copy in layer.delta("x").copies._kept.values())
     counted = {
