@@ -37,6 +37,7 @@ REMEDIES = {
     errno.EEXIST: "choose another path",
     errno.ENOTDIR: "choose another path",
     errno.EISDIR: "choose another path",
+    errno.ELOOP: "remove the link, which leads to itself",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "close files, or raise the limit on open files (ulimit -n)",
 }
@@ -106,10 +107,10 @@ def explanation(error: BaseException) -> str | None:
 
     How the two are told apart: an error is the user's if its class says that the machine or the input caused it,
     wherever it was raised (``UserError``; ``OSError``: disk, permissions, names, network; out of memory on any device;
-    ``UnicodeError``), or if a parser raised it about what it read (``ValueError``, ``RecursionError`` and the parser's
-    own classes, from a call into :data:`PARSERS`), or if the system refused a name with a NUL. Everything else is a
-    bug: a ``ValueError`` or ``RecursionError`` of this package or of torch, and every ``TypeError``, ``KeyError``,
-    ``AttributeError``, ``RuntimeError`` ...
+    out of threads; ``UnicodeError``), or if a parser raised it about what it read (``ValueError``, ``RecursionError``
+    and the parser's own classes, from a call into :data:`PARSERS`), or if the system refused a name with a NUL.
+    Everything else is a bug: a ``ValueError`` or ``RecursionError`` of this package or of torch, and every
+    ``TypeError``, ``KeyError``, ``AttributeError``, ``RuntimeError`` ...
     """
     if isinstance(error, UserError):
         return str(error)
@@ -117,6 +118,8 @@ def explanation(error: BaseException) -> str | None:
         return printable(os_error(error))
     if out_of_memory(error):
         return "the memory is full: use smaller images or batches, or close other programs that use the device"
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return "no more threads can be started: raise the limit on processes (ulimit -u), or close other programs"
     if isinstance(error, UnicodeEncodeError):
         wrong = error.object[error.start : error.end][:20]
         return f"the text {error.object[:60]!a} has characters that {error.encoding} does not have: {wrong!a}"

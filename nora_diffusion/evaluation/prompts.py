@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import UserError
+from ..io.files import read_text
 
 SCENES = (
     "{} in the jungle", "{} in the snow", "{} on the beach", "{} on a cobblestone street", "{} on top of pink fabric",
@@ -61,7 +62,7 @@ def read_templates(prompts: str) -> tuple[str, ...]:
     if prompts in PROMPTS:
         return PROMPTS[prompts]
     try:
-        lines = Path(prompts).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(Path(prompts).expanduser()).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         names = "'object', 'live' or 'extended'"
         raise UserError(f"{prompts!r} is not a text file of prompts: give one, or {names}") from error

@@ -6,6 +6,7 @@ import hashlib
 import statistics
 from typing import Any
 
+from ..io.files import real_path
 from ..results import schema
 from ..results.machine import this_machine, today, without_folders
 from ..training.measuring.selection import DIRECTIONS, LOSS
@@ -33,7 +34,7 @@ def as_results(board: Scoreboard, command: str) -> schema.Results:
         weight = {} if contender.weight == 1 else {"weight": contender.weight}
         methods.setdefault(names[contender.label], (record.settings if record else {}) | weight)
     return schema.Results(
-        name=board.folder.resolve().name, command=command, date=today(), protocol=_protocol(board),
+        name=real_path(board.folder).name, command=command, date=today(), protocol=_protocol(board),
         base=schema.Base(without_folders(board.settings["base"]), board.hashes["base"]),
         judges={name: value for name, value in board.hashes.items() if name != "base"},
         data={TASK: {name: _images(board, name, records) for name in subjects}}, methods=methods,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import UserError
-from ..io.files import sha256
+from ..io.files import real_path, sha256
 from ..io.tensor_file import RawTensor, RawTensors, TensorFile, raw_hash, require_finite
 from .adapter_info import AdapterInfo, parse_info
 from .foreign import DIFFUSERS_FILE, EMBEDDING_FILE, PEFT_FILE, recognize
@@ -58,7 +58,8 @@ def locate(path: str | Path) -> Path:
 def _similar(path: Path) -> str:
     """A suggestion for the error message: paths beside ``path`` with a similar name."""
     try:
-        names = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], 3)
+        others = [entry.name for entry in path.parent.iterdir() if entry.name != path.name]
+        names = difflib.get_close_matches(path.name, others, 3)
     except (OSError, ValueError):
         return ""
     return f"; did you mean {', '.join(str(path.with_name(name)) for name in names)}?" if names else ""
@@ -228,7 +229,7 @@ def basis_files(info: AdapterInfo, basis_dir: str | Path | None = None) -> list[
     """
     address = split_address(info.path)
     file = address[0] if address else Path(info.path)
-    adapter_folders = dict.fromkeys((file.parent, file.resolve().parent))
+    adapter_folders = dict.fromkeys((file.parent, real_path(file).parent))
     folders = dict.fromkeys(found for folder in adapter_folders for found in basis_folders(folder, basis_dir))
     files = [found for folder in folders if (found := folder / f"{info.basis_sha256}.safetensors").is_file()]
     if not files:

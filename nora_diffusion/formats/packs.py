@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
+from ..io.files import real_path
 from ..io.tensor_file import FLOATS, READABLE, RawTensor, TensorFile, require_finite
 from ..io.untrusted import conform, parse_json
 from .adapter_info import AdapterInfo, dump_info, info_from
@@ -91,7 +92,7 @@ def pack_path(path: str | Path) -> Path:
     file = Path(path).expanduser()
     if not file.name.endswith(SUFFIX):
         raise UserError(f"{file} is not a valid name for a pack: end it in {SUFFIX}")
-    return file.resolve() if file.is_symlink() else file  # rewrite the pack, not the link to it
+    return real_path(file) if file.is_symlink() else file  # rewrite the pack, not the link to it
 
 
 def require_pack(file: Path) -> None:

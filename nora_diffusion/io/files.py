@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import os
 import secrets
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ from ..errors import REMEDIES, UserError, reason
 POLL_SECONDS = 0.1
 ABANDONED_SECONDS = 3600.0
 """Age after which a temporary file counts as left behind by a killed process."""
+MAX_TEXT_BYTES = 2**24
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -36,6 +38,32 @@ def is_path(text: str) -> bool:
     if text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1 or text.endswith(".safetensors"):
         return True
     return "/" in text and Path(text).parent.is_dir()
+
+
+def is_special(path: Path) -> bool:
+    """Whether this is a pipe, a device or a socket: opening one may wait without end, and none may be replaced."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """The UTF-8 text of a file that the user named, which may be a pipe, of at most ``limit`` bytes.
+
+    Raises ``OSError``, ``UnicodeDecodeError``, and :class:`UserError` for a longer one, as devices are.
+    """
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise UserError(f"{path} has more than {limit >> 20} MiB: give a shorter text")
+    return content.decode("utf-8-sig")
+
+
+def real_path(path: str | Path) -> Path:
+    """The absolute path without links. Unlike ``Path.resolve`` it raises nothing for links that form a loop."""
+    return Path(os.path.realpath(path))
 
 
 @contextlib.contextmanager
@@ -70,6 +98,8 @@ def write_atomic(path: Path, content: bytes | str | Iterable[bytes | memoryview]
     encoded = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     chunks = (encoded,) if isinstance(encoded, bytes) else encoded
     make_folder(path.parent)
+    if is_special(path):
+        raise UserError(f"cannot write {path}: it is a pipe or a device; choose another path")
     with user_errors(path):
         remove_abandoned(path.parent, glob.escape(path.name))
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")

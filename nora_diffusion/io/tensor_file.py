@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UserError, reason
-from .untrusted import is_plain, parse_json
+from .files import is_special
+from .untrusted import clean, parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,10 +43,16 @@ READABLE = {
     "F32": Dtype("float32", 4, 0x7F80 << 16),
     "F16": Dtype("float16", 2, 0x7C00),
     "BF16": Dtype("bfloat16", 2, 0x7F80),
+    "F8_E4M3": Dtype("float8_e4m3fn", 1, 0x7F),  # has no infinity: NaN are all bits but the sign
+    "F8_E5M2": Dtype("float8_e5m2", 1, 0x7C),
     "I64": Dtype("int64", 8),
+    "I32": Dtype("int32", 4),
     "U8": Dtype("uint8", 1),
 }
-FLOATS = tuple(name for name, dtype in READABLE.items() if dtype.exponent)
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""What the files of this toolkit hold."""
+FLOATS_8 = ("F8_E4M3", "F8_E5M2")
+"""What other tools' files may hold as well: torch computes nothing in them, fp16 has all their values."""
 BLOCK = 2**16
 """Elements that :meth:`RawTensor.is_finite` looks at together: they stay in the processor's cache."""
 
@@ -115,6 +122,8 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.bytes_read = 0
+        if is_special(path):
+            raise UserError(f"cannot read {path}: it is a pipe or a device, not a file")
         try:
             self._raw = path.open("rb", buffering=0)
         except OSError as error:
@@ -183,10 +192,12 @@ class TensorFile:
         return RawTensor(entry.dtype, (last - first, *entry.shape[1:]), content)
 
     def require_floats(self) -> None:
-        """Raise :class:`UserError` if a tensor's dtype is not a float dtype."""
+        """Raise :class:`UserError` if a tensor's dtype is not one of :data:`FLOATS`."""
         for key, entry in self.entries.items():
             if entry.dtype not in FLOATS:
-                raise UserError(f"{self.path}: {key} has the dtype {entry.dtype}, which is not a float dtype")
+                raise UserError(
+                    f"{self.path}: {key} has the dtype {entry.dtype}, which is not a float dtype of adapters"
+                )
 
     def _damaged(self, reason: str) -> UserError:
         return UserError(f"{self.path} is damaged or truncated ({reason}): copy it again")
@@ -216,7 +227,7 @@ class TensorFile:
         return metadata, entries
 
     def _entry(self, key: str, value: Any, data_start: int) -> Entry:
-        if len(key) > MAX_KEY or not is_plain(key):
+        if len(key) > MAX_KEY or clean(key) != key:
             raise self._damaged("a tensor's name is too long or has unprintable characters")
         if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
             raise self._damaged(f"{key} is not described by dtype, shape and data_offsets")

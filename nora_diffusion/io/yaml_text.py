@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import yaml
 
 from ..errors import UserError, reason
+from .files import read_text
 
 MAX_DEPTH = 8
 TAG = "tag:yaml.org,2002:"
@@ -41,7 +42,7 @@ LOST_BACKSLASH = re.compile(rf"[A-Za-z]:.*{_CONTROL}|[A-Za-z]: |[^ ]*{_CONTROL}[
 def read_yaml(path: Path, what: str) -> Any:
     """Read a file as :func:`parse_yaml` does. ``what``: its name in errors. Raises :class:`UserError`."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
     except OSError as error:
         raise UserError(f"cannot read the {what} {path}: {reason(error)}") from error
     except UnicodeDecodeError as error:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, first_line
-from ..io.files import is_path
+from ..errors import UserError, first_line, out_of_memory
+from ..io.files import is_path, real_path
+from .names import DENOISERS
 
 EMBEDDED_BASE_ID = "nora_diffusion/tiny_sd"
 EMBEDDED_WEIGHTS = Path(__file__).parents[1] / "tiny_sd" / "weights"
@@ -26,7 +29,7 @@ def is_embedded(path_or_id: str | Path | None) -> bool:
     """Whether a base's name or path means the embedded base."""
     if path_or_id is None or str(path_or_id) in _EMBEDDED_NAMES:
         return True
-    return Path(path_or_id).resolve() == (EMBEDDED_WEIGHTS / "pipeline").resolve()
+    return real_path(path_or_id) == real_path(EMBEDDED_WEIGHTS / "pipeline")
 
 
 def default_guidance(base: str | Path | None) -> float:
@@ -55,9 +58,13 @@ def open_pipeline(
         from .precision import resolve_dtype
 
         dtype = resolve_dtype(dtype, device or "cpu")
-    pipe = _from_pretrained(check_base(path_or_id), dtype, revision, variant)
+    source = check_base(path_or_id)
+    pipe = _from_pretrained(source, dtype, revision, variant)
     pipe.set_progress_bar_config(disable=True)
-    return pipe if device is None else pipe.to(device)
+    if device is None:
+        return pipe
+    with _explained(source):
+        return pipe.to(device)
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class BaseSource:
     def absolute(self) -> BaseSource:
         """The same with an absolute path if the base is a folder."""
         folder = Path(self.base).expanduser() if self.base else None
-        return replace(self, base=str(folder.resolve())) if folder and folder.exists() else self
+        return replace(self, base=str(real_path(folder))) if folder and folder.exists() else self
 
     def open(self) -> Any:
         """Load the pipeline and move it to its device. Raises :class:`UserError`."""
@@ -132,21 +139,36 @@ def check_base(path_or_id: str | Path | None) -> str | Path:
 def _from_pretrained(source: str | Path, dtype: Any, revision: str | None, variant: str | None) -> Any:
     import torch
     from diffusers import DiffusionPipeline
-    from safetensors import SafetensorError
 
-    from ..io.tensor_file import check_complete
     from ..quiet import no_loading_bars
 
+    with _explained(source), no_loading_bars():
+        pipe = DiffusionPipeline.from_pretrained(
+            source, dtype=dtype or torch.float32, revision=revision, variant=variant,
+            use_safetensors=True, safety_checker=None, requires_safety_checker=False,
+        )  # fmt: skip
+        if not any(hasattr(pipe, name) for name in DENOISERS) or not hasattr(pipe, "vae"):
+            raise ValueError(f"a {type(pipe).__name__} makes no images from text")
+        return pipe
+
+
+@contextlib.contextmanager
+def _explained(source: str | Path) -> Iterator[None]:
+    """Raise :class:`UserError` if anything in a pipeline is not as it should be.
+
+    diffusers, transformers and torch raise errors of all kinds about wrong values in its files.
+    """
+    from ..io.tensor_file import check_complete
+
     try:
-        with no_loading_bars():
-            return DiffusionPipeline.from_pretrained(
-                source, dtype=dtype or torch.float32, revision=revision, variant=variant,
-                use_safetensors=True, safety_checker=None, requires_safety_checker=False,
-            )  # fmt: skip
-    except (OSError, ValueError, SafetensorError) as error:
+        yield
+    except Exception as error:
+        if out_of_memory(error) or isinstance(error, RecursionError):
+            raise
         for file in sorted(source.glob("*/*.safetensors")) if isinstance(source, Path) else ():
             check_complete(file)
-        reason = first_line(error).split(" (")[0].rstrip(".")  # the hub adds a long explanation in brackets
+        reason = first_line(error).split(" (")[0].rstrip(".:")  # the hub adds a long explanation in brackets
+        reason = reason if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {reason}"
         raise UserError(
             f"cannot load the pipeline {str(source)!r}: {reason}; give a diffusers folder with safetensors weights or "
             "a hub id that this machine can reach"

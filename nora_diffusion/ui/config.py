@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UserError
+from ..io.files import real_path
 from ..pipelines.base import BaseSource
 
 DEFAULT_PORT = 7860
@@ -66,4 +67,4 @@ class AppConfig:
     @property
     def library_folder(self) -> Path:
         """The library as an absolute path, since the server changes its working folder."""
-        return Path(self.library).expanduser().resolve()
+        return real_path(Path(self.library).expanduser())

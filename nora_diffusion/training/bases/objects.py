@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 
 from ...errors import UserError
+from ...io.files import read_text
 from ...io.untrusted import require_text
 
 COMMON = (
@@ -51,7 +52,7 @@ class KnownObject:
 def read_objects(file: str | Path) -> list[KnownObject]:
     """One object a line; empty lines are left out. Raises :class:`UserError`."""
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = read_text(Path(file).expanduser()).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read as a list of objects: write one in each line, in UTF-8") from error
     return parse_objects([line for line in lines if line.strip()], str(file))
