@@ -1,8 +1,9 @@
 """Adapter files of other tools: recognized by their keys, and read module by module.
 
 A *module* of such a file holds the factors of one projection. The factors of a LoRA are called as in kohya's files:
-``down``, ``up``, ``mid``, ``alpha``; those of LoHa and LoKr as in LyCORIS (``hada_w1_a``, ``lokr_w1`` ...). All names
-that tools give to factors and components stand in :data:`RENAMED`, :data:`FACTORS` and :data:`PREFIXES`.
+``down``, ``up``, ``mid``, ``alpha``; those of LoHa and LoKr as in LyCORIS (``hada_w1_a``, ``lokr_w1`` ...). ``diff`` is
+a whole update. All names that tools give to factors and components stand in :data:`RENAMED`, :data:`FACTORS` and
+:data:`PREFIXES`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
 from ..errors import UserError
-from ..io.tensor_file import TensorFile
-from ..io.untrusted import clean, is_plain
+from ..io.tensor_file import FLOATS, FLOATS_8, TensorFile
+from ..io.untrusted import clean
 from ..pipelines.names import COMPONENTS
 from .adapter_info import AdapterInfo
 
@@ -37,6 +38,7 @@ RENAMED = {
     r"\.lora_magnitude_vector(\.[\w-]+)*$": ".dora_scale_peft",
     # diffusers' earlier names: attention processors, and the layers of text encoders
     r"\.processor\.": ".",
+    r"\.(qkv|proj)_lora([12])\.(?=(down|up)\.weight$)": r".\1\2.lora.",  # XLabs' Flux
     r"\.self_attn\.to_out(_lora\.|\.dora_scale)": r".self_attn.out_proj\1",
     r"\.self_attn\.to_([qkv])(_lora\.|\.dora_scale)": r".self_attn.\1_proj\2",
     r"\.to_out(_lora\.|\.dora_scale)": r".to_out.0\1",
@@ -47,7 +49,7 @@ RENAMED = {
 FACTORS = {
     "lora_A.weight": "down", "lora_B.weight": "up", "lora_down.weight": "down", "lora_up.weight": "up",
     "lora.down.weight": "down", "lora.up.weight": "up", "lora_mid.weight": "mid", "alpha": "alpha",
-    "dora_scale": "dora", "dora_scale_peft": "dora",
+    "dora_scale": "dora", "dora_scale_peft": "dora", "diff": "diff",
     **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
     **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
 }  # fmt: skip
@@ -60,12 +62,20 @@ BUNDLED = re.compile(r"bundle_emb\.(.+)\.(\w+)")
 """OneTrainer's embeddings inside a LoRA file: ``bundle_emb.<token>.<encoder>``."""
 REFUSED = {
     "model.diffusion_model.": "a whole checkpoint, not an adapter",
-    "oft_": "an OFT adapter", "boft_": "a BOFT adapter", ".diff": "a full-weight difference",
+    "boft_": "a BOFT adapter", "oft_": "an OFT adapter",
     "on_input": "an IA3 adapter", "ia3_": "an IA3 adapter",
     "first_stage_model.": "a VAE or whole checkpoint, not an adapter", "controlnet_": "a ControlNet, not an adapter",
     "image_proj": "an IP-Adapter", "conv_in.": "the weights of a whole model, not an adapter",
     "embeddings.": "the weights of a whole model, not an adapter",
 }  # fmt: skip
+REFUSED_FACTORS = {
+    "boft_": "a BOFT adapter", "oft_": "an OFT adapter", "on_input": "an IA3 adapter", "ia3_": "an IA3 adapter",
+    "a1": "a GLoRA adapter", "a2": "a GLoRA adapter", "b1": "a GLoRA adapter", "b2": "a GLoRA adapter",
+    "w_norm": "the trained weights of a normalization", "b_norm": "the trained weights of a normalization",
+    "diff_b": "the difference of a bias", "set_weight": "a whole weight", "bias": "a trained bias",
+    "lora_embedding_": "a LoRA of an embedding", "modules_to_save": "the weights of a whole layer",
+}  # fmt: skip
+"""What keys of no adapter that is read are, by the beginning of their last parts."""
 DENOISER = "denoiser"
 """Stands for the UNet or the transformer, if a file's names are the same for both."""
 T5 = "t5"
@@ -81,17 +91,26 @@ PREFIXES = {
     T5_PREFIX: T5, **{f"{name}.": name for name in COMPONENTS},
 }  # fmt: skip
 """The component that a module's name begins with, in files of kohya, OneTrainer, SimpleTuner, ComfyUI and diffusers."""
-BARE = re.compile(r"(down_blocks|mid_block|up_blocks)\.")
-"""Modules of the first files of diffusers, which name no component."""
+BARE = {
+    r"(down_blocks|mid_block|up_blocks)\.": "unet",
+    r"(transformer_blocks|single_transformer_blocks|joint_blocks|double_blocks|single_blocks)\.": DENOISER,
+    r"text_model\.": "text_encoder",
+}
+"""Modules that name no component, as in the first files of diffusers and the first Flux LoRAs, and what they are of."""
+WHOLE = ".diff"
+"""The end of the key of a whole update, as LyCORIS' "full" and ComfyUI's extractions have."""
+INTEGERS = ("I32", "I64")
+"""What a file may hold for alpha."""
 FAMILY_NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "embedding": "textual inversion"}
 
 
 class Rows(NamedTuple):
-    """The output rows ``[start, stop)`` of a module with ``total`` rows."""
+    """The output rows ``[start, stop)`` of a module with ``total`` rows; ``swapped``: their second half comes first."""
 
     start: int
     stop: int
     total: int
+    swapped: bool = False
 
 
 @dataclass
@@ -136,6 +155,8 @@ def family_of(reader: TensorFile) -> Family:
     for family, marker in families.items():
         if any(marker in key for key in keys):
             return family
+    if any(key.endswith(WHOLE) for key in keys):
+        return "lora"
     dimensions = [len(entry.shape) for entry in reader.entries.values()]
     single = len(keys) == 1 and "." not in keys[0]
     if (
@@ -162,8 +183,8 @@ def recognize(reader: TensorFile) -> AdapterInfo:
     """
     if "nora_pack" in reader.metadata:
         raise UserError(f"{reader.path} is a pack of many subjects: choose one of them with {reader.path}#NAME")
-    reader.require_floats()
     family = family_of(reader)
+    _check_dtypes(reader, family)
     metadata = {key: clean(value) for key, value in reader.metadata.items() if len(value) < 1000}
     info = AdapterInfo(components={}, path=str(reader.path))
     info.trigger = metadata.get("modelspec.trigger_phrase", "") or metadata.get("trigger", "")
@@ -186,6 +207,15 @@ def recognize(reader: TensorFile) -> AdapterInfo:
     return info
 
 
+def _check_dtypes(reader: TensorFile, family: Family) -> None:
+    """Raise :class:`UserError` for tensors that are no floats. Alphas may be integers: some tools save them so."""
+    floats = FLOATS if family == "embedding" else (*FLOATS, *FLOATS_8)
+    for key, entry in reader.entries.items():
+        allowed = (*floats, *INTEGERS) if key.endswith(".alpha") else floats
+        if entry.dtype not in allowed:
+            raise UserError(f"{reader.path}: {key} has the dtype {entry.dtype}, which is not a float dtype of adapters")
+
+
 def _tool(reader: TensorFile) -> str:
     first = next(key for key in reader.entries if not BUNDLED.fullmatch(key))
     tools = {
@@ -199,11 +229,13 @@ def _variant(reader: TensorFile, family: Family, modules: list[Module]) -> str:
     if family != "lora":
         return FAMILY_NAMES[family]
     factors = {factor for module in modules for factor in module.keys}
+    if factors <= {"diff", "alpha"}:
+        return "full update"
     if "dora" in factors:
         return "DoRA"
     if any(BLOCK.fullmatch(factor) for factor in factors):
         return "DyLoRA"
-    conv = any(reader.entries[m.keys["down"]].shape[2:] not in ((), (1, 1)) for m in modules)
+    conv = any(reader.entries[m.keys["down"]].shape[2:] not in ((), (1, 1)) for m in modules if "down" in m.keys)
     return "LoCon" if conv or "mid" in factors else "LoRA"
 
 
@@ -215,7 +247,7 @@ def read_modules(reader: TensorFile) -> list[Module]:
             continue
         name, factor = _split(key)
         if factor is None:
-            raise UserError(f"{reader.path}: the key {key} belongs to no known kind of adapter")
+            raise UserError(f"{reader.path}: the key {key} {_kind_of(key)}: load the file with the tool that made it")
         component, path = _component(reader, key, name)
         module = found.setdefault(f"{component}.{path}", Module(component, path, {}))
         if factor in module.keys:
@@ -245,9 +277,17 @@ def _component(reader: TensorFile, key: str, name: str) -> tuple[str, str]:
         return PREFIXES[prefix], name.removeprefix(prefix)
     if key.startswith(PEFT_PREFIX):
         return "", name
-    if not BARE.match(name):
+    component = next((component for pattern, component in BARE.items() if re.match(pattern, name)), None)
+    if component is None:
         raise UserError(f"{reader.path}: {key} does not state which component of a pipeline it is for")
-    return "unet", name
+    return component, name
+
+
+def _kind_of(key: str) -> str:
+    """What a key that is not read is, as the predicate of a sentence."""
+    kinds = (text for part in key.split(".")[-3:] for start, text in REFUSED_FACTORS.items() if part.startswith(start))
+    kind = next(kinds, None)
+    return f"belongs to {kind}, which cannot be read" if kind else "belongs to no known kind of adapter"
 
 
 def _check_complete(reader: TensorFile, module: Module) -> None:
@@ -255,7 +295,9 @@ def _check_complete(reader: TensorFile, module: Module) -> None:
     factors = set(shapes)
     complete = {"down", "up"} <= factors or {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= factors
     sides = ("lokr_w1", "lokr_w2")
-    complete = complete or all(side in factors or {f"{side}_a", f"{side}_b"} <= factors for side in sides)
+    complete = (
+        complete or "diff" in factors or all(side in factors or {f"{side}_a", f"{side}_b"} <= factors for side in sides)
+    )
     if not complete:
         raise UserError(f"{reader.path}: factors of {module.name} are missing: copy it again")
     if any(0 in shape for shape in shapes.values()):
@@ -286,8 +328,8 @@ def bundled_tokens(reader: TensorFile) -> dict[str, dict[str, str]]:
 def token_of(reader: TensorFile) -> str:
     """The token of a textual inversion: its key, or the file's name if the key is a generic one."""
     keys = list(reader.entries)
-    named = len(keys) == 1 and keys[0] != EMBEDDING_KEY and is_plain(keys[0])
-    return keys[0] if named else reader.path.stem
+    is_generic = len(keys) != 1 or keys[0] in (EMBEDDING_KEY, *EMBEDDING_KEYS.values())
+    return reader.path.stem if is_generic else keys[0]
 
 
 def _num_vectors(reader: TensorFile) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..pipelines.components import Modules, canonical, projections
 from ..pipelines.names import DENOISERS
 from .foreign import DENOISER, T5, Module, Rows
-from .foreign_dit import original_layers
+from .foreign_dit import original_layers, swapped_layers
 from .keys import Projection
 
 ORIGINAL = {
@@ -43,6 +43,7 @@ def match_projections(components: Modules, path: str, modules: list[Module]) -> 
     """
     layers = {component: projections(model) for component, model in components.items()}
     paths = {component: paths_by_name(model) for component, model in components.items()}
+    swapped_names = {component: _spellings(swapped_layers(model)) for component, model in components.items()}
     default = _default_component(path, paths, [module.name for module in modules if not module.component])
     found: dict[Projection, Module] = {}
     for module in modules:
@@ -50,7 +51,8 @@ def match_projections(components: Modules, path: str, modules: list[Module]) -> 
         component = next((name for name in possible if module.name in paths.get(name, {})), None)
         if component is None:
             raise UserError(f"{path} {_missing(module, possible, components, modules)}")
-        for part_path, part in _parts(module, paths[component][module.name], layers[component]):
+        swapped = module.name in swapped_names[component]
+        for part_path, part in _parts(module, paths[component][module.name], layers[component], swapped):
             projection = component, part_path
             if projection in found:
                 names = f"{found[projection].name} and {module.name}"
@@ -59,14 +61,21 @@ def match_projections(components: Modules, path: str, modules: list[Module]) -> 
     return found
 
 
-def _parts(module: Module, paths: Sequence[str], layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Module]]:
+def _parts(
+    module: Module, paths: Sequence[str], layers: Mapping[str, nn.Module], swapped: bool
+) -> Iterator[tuple[str, Module]]:
     """The projections of a module with their paths: one, or several with rows of their own."""
-    if len(paths) == 1:
+    if len(paths) == 1 and not swapped:
         yield paths[0], module
         return
     sizes = [cast(Tensor, layers[path].weight).shape[0] for path in paths]
     for path, size, stop in zip(paths, sizes, accumulate(sizes), strict=True):
-        yield path, replace(module, rows=Rows(stop - size, stop, sum(sizes)))
+        yield path, replace(module, rows=Rows(stop - size, stop, sum(sizes), swapped))
+
+
+def _spellings(names: Iterable[str]) -> set[str]:
+    """Names with dots and with underscores."""
+    return {spelling for name in names for spelling in (name, name.replace(".", "_"))}
 
 
 def _missing(module: Module, possible: Sequence[str], components: Modules, modules: list[Module]) -> str:

@@ -76,7 +76,7 @@ def read_factors(reader: TensorFile, module: Module) -> Tensors:
     """Read a module's factors, DyLoRA's blocks put together. Raises :class:`UserError` for NaN and infinity."""
     found = {key: reader.raw(key) for key in module.keys.values()}
     require_finite(found, reader.path)
-    tensors = {factor: found[key].tensor() for factor, key in module.keys.items()}
+    tensors = {factor: computable(found[key].tensor()) for factor, key in module.keys.items()}
     factors = {factor: value for factor, value in tensors.items() if not BLOCK.fullmatch(factor)}
     for dimension, side in enumerate(SIDES):
         if blocks := blocks_of(tensors, side):
@@ -84,28 +84,38 @@ def read_factors(reader: TensorFile, module: Module) -> Tensors:
     return factors if module.rows is None else _rows_of(reader, module, module.rows, factors)
 
 
+def computable(value: Tensor) -> Tensor:
+    """A tensor in a dtype in which torch computes: fp16 has all values of 8-bit floats, fp32 those of alphas."""
+    if not value.is_floating_point():
+        return value.float()
+    return value.half() if value.element_size() == 1 else value
+
+
 def _rows_of(reader: TensorFile, module: Module, rows: Rows, factors: Tensors) -> Tensors:
     """The factors of some rows of ``dW = B A``: all of ``A``, and these rows of ``B``."""
     if not factors.keys() <= {"down", "up", "alpha"}:
         raise UserError(
-            f"{reader.path}: {module.name} is several projections of this pipeline, and only a plain LoRA can be split "
-            "into them: save it in diffusers' names with the tool that made it"
+            f"{reader.path}: {module.name} has its rows in another order, or several projections of this pipeline, and "
+            "only a plain LoRA can be split: save it in diffusers' names with the tool that made it"
         )
     if len(factors["up"]) != rows.total:
         raise UserError(
             f"{reader.path} was made for another base: {module.name} has {len(factors['up'])} output rows, this "
             f"pipeline's projections have {rows.total}"
         )
-    return factors | {"up": factors["up"][rows.start : rows.stop]}
+    up = factors["up"][rows.start : rows.stop]
+    return factors | {"up": up.roll(len(up) // 2, 0) if rows.swapped else up}
 
 
 def dense_update(factors: Tensors) -> Tensor:
-    """``dW`` without its scale, in fp64: ``B A`` (LoRA), ``(B1 A1) * (B2 A2)`` (LoHa), ``W1 kron W2`` (LoKr).
+    """``dW`` without its scale, in fp64: ``B A`` (LoRA), ``(B1 A1) * (B2 A2)`` (LoHa), ``W1 kron W2`` (LoKr), or whole.
 
     Convolutions in Tucker form (with a core ``mid`` or ``t``) give ``[d_out, c, kh, kw]``.
     """
     f = {name: value.double() for name, value in factors.items()}
     try:
+        if "diff" in f:
+            return f["diff"]
         if "down" in f:
             if "mid" in f:
                 return torch.einsum("or,rskl,sc->ockl", f["up"].flatten(1), f["mid"], f["down"].flatten(1))
@@ -154,11 +164,14 @@ class LoraSettings:
         return settings
 
 
+NO_SETTINGS = LoraSettings()
+
+
 class Scales:
     """``alpha / r`` of a file's modules: from ``.alpha`` keys, the metadata or PEFT's config beside it, else 1."""
 
     def __init__(self, reader: TensorFile) -> None:
-        self.settings = lora_settings(reader)
+        self.path, self.settings = reader.path, lora_settings(reader)
 
     def of(self, module: Module, factors: Mapping[str, Tensor]) -> float:
         """The scale of one module."""
@@ -166,10 +179,20 @@ class Scales:
         if "alpha" in factors:
             # LyCORIS ignores alpha if both Kronecker factors are stored whole.
             return float(factors["alpha"]) / rank if rank else 1.0
-        own = self.settings.get(module.component) or self.settings.get("") or LoraSettings()
+        own = self.settings.get(module.component) or self.settings.get("") or NO_SETTINGS
         alpha = _by_pattern(own.alpha_pattern, module.name, own.alpha if own.lora_alpha is None else own.lora_alpha)
         r = _by_pattern(own.rank_pattern, module.name, own.r or rank)
+        if r is not None and rank is not None and r != rank:
+            raise UserError(
+                f"{self.path}: its LoRA settings are for rank {r}, but the factors of {module.name} have rank {rank}: "
+                "copy both again"
+            )
         if alpha is None or r is None:
+            if self.path.name == PEFT_FILE or own is not NO_SETTINGS:
+                raise UserError(
+                    f"{self.path}: its scale is unknown, since {PEFT_CONFIG} is missing or has no alpha and rank: copy "
+                    "it again, into the folder of the file"
+                )
             return 1.0
         return alpha / r ** (0.5 if own.use_rslora else 1.0)
 
@@ -190,7 +213,9 @@ def lora_settings(reader: TensorFile) -> dict[str, LoraSettings]:
             component, _, name = key.partition(".")
             found.setdefault(component, {})[name] = value
         config = reader.path.parent / PEFT_CONFIG
-        if reader.path.name == PEFT_FILE and config.is_file() and config.stat().st_size < MAX_CONFIG:
+        if reader.path.name == PEFT_FILE and config.is_file():
+            if config.stat().st_size > MAX_CONFIG:
+                raise ValueError(f"{PEFT_CONFIG} is larger than {MAX_CONFIG >> 20} MiB")
             found[""] = dict(parse_json(config.read_bytes()))
         return {component: LoraSettings.read(values) for component, values in found.items()}
     except (ValueError, AttributeError, TypeError, OSError) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..errors import UserError, first_line, quoted
 from ..io.files import is_path
 from .adapter_file import BASIS_FOLDER, IN_FOLDERS, inspect_adapter, split_address
+from .foreign import PEFT_CONFIG, PEFT_FILE
 
 
 def locate(path_or_id: str | Path) -> Path:
@@ -50,6 +51,8 @@ def _download(hub_id: str) -> Path:
     file = fetch(*IN_FOLDERS)
     if file is None:
         raise UserError(f"the hub repository {hub_id!r} holds no adapter: it has none of {', '.join(IN_FOLDERS)}")
+    if file.name == PEFT_FILE:
+        fetch(PEFT_CONFIG)  # has the scale
     info = inspect_adapter(file, hashed=False)
     if info.basis == "shared":
         fetch(f"{BASIS_FOLDER}/{info.basis_sha256}.safetensors")  # if it is missing, `read_tensors` raises the error

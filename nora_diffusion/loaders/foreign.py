@@ -26,6 +26,7 @@ from .foreign_embeddings import bundled_embeddings, load_embeddings, own_embeddi
 from .inject import all_or_nothing, check_new_name
 
 Fitting = dict[Projection, tuple[Module, Tensors]]
+TEXT_PROJECTION = "text_projection"
 DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight"
 
 
@@ -56,6 +57,11 @@ def _load_layers(
     found = fitted_modules(modules, reader)
     check_new_name(pipe, modules, name, dict.fromkeys(component for component, _ in found))
     refuse_merged(modules)
+    if any("diff" in own for _, own in found.values()):
+        raise UserError(
+            f"{info.path} holds whole updates (diff), which neither diffusers nor PEFT loads: convert it with "
+            "`nora-diffusion import`"
+        )
     if any("mid" in own for _, own in found.values()):
         raise UserError(
             f"{info.path} is {info.note} in Tucker form (lora_mid), which diffusers does not load: convert it with "
@@ -117,9 +123,13 @@ def _check_applied(modules: Modules, path: str, name: str, found: Fitting) -> No
 
 
 def _load_lora(pipe: Any, modules: Modules, name: str, tensors: dict[str, Tensors]) -> None:
-    """Load a LoRA by diffusers, and by PEFT where diffusers' loader does not reach: T5, and pipelines without one."""
-    known = getattr(type(pipe), "_lora_loadable_modules", ())
-    by_diffusers = {f"{c}.{key}": value for c, own in tensors.items() if c in known for key, value in own.items()}
+    """Load a LoRA by diffusers, and by PEFT where diffusers' loader does not reach.
+
+    That is a T5, any pipeline without a loader, and CLIP's text projection.
+    """
+    loadable = getattr(type(pipe), "_lora_loadable_modules", ())
+    known = [c for c in tensors if c in loadable and TEXT_PROJECTION + DOWN not in tensors[c]]
+    by_diffusers = {f"{c}.{key}": value for c in known for key, value in tensors[c].items()}
     if by_diffusers:  # not the file itself: diffusers drops dora_scale, and alphas and ranks that differ within a file
         pipe.load_lora_weights(by_diffusers, adapter_name=name)
     for component, own in tensors.items():
@@ -175,6 +185,11 @@ def _magnitude(reader: TensorFile, module: Module, factors: Tensors) -> Tensor:
     """DoRA's magnitude in diffusers' shape: ``[d_out]``, or ``[1, d_out, 1, 1]`` for a convolution."""
     m, up = factors["dora"], factors["up"]
     by_row = m.numel() == up.shape[0] and ("lora_magnitude" in module.keys["dora"] or m.shape[0] == up.shape[0])
+    if not by_row and m.numel() != factors["down"].shape[1]:
+        raise UserError(
+            f"{reader.path}: the magnitude of {module.name} has the shape {tuple(m.shape)}, which fits neither its "
+            "rows nor its columns: copy it again"
+        )
     if not by_row:
         raise UserError(
             f"{reader.path} is a DoRA that diffusers and PEFT do not support: {module.name} has one magnitude per "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import UserError, first_line
 from ..formats.foreign import bundled_tokens, token_of
+from ..formats.foreign_updates import computable
 from ..io.tensor_file import TensorFile
 from ..io.tensors import all_finite
 from ..pipelines.components import Modules
@@ -57,7 +58,7 @@ def _embedding(pipe: Any, modules: Modules, reader: TensorFile, token: str, key:
         raise UserError(f"{reader.path} holds a textual inversion, which {type(pipe).__name__} does not support")
     encoder: Any = modules.get(f"text_encoder{suffix}")
     tokenizer: Any = getattr(pipe, f"tokenizer{suffix}", None)
-    vectors = reader.tensor(key)
+    vectors = computable(reader.tensor(key))
     if encoder is None:
         raise UserError(f"{reader.path} was made for another base: this pipeline has no text_encoder{suffix}")
     weight = encoder.get_input_embeddings().weight
