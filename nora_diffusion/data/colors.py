@@ -10,6 +10,7 @@ from PIL import Image, ImageCms, ImageColor
 from ..errors import UserError
 
 WHITE = (255, 255, 255)
+ROWS = 64
 Color = tuple[int, int, int]
 
 
@@ -35,7 +36,9 @@ def to_rgb(image: Image.Image, background: Color = WHITE) -> tuple[Image.Image, 
     remarks += [f"its gamma of {image.info['gamma']:.3g} is converted to that of sRGB"] if exponent != 1 else []
     if alpha is None:
         return rgb, None, remarks
-    return Image.composite(rgb, Image.new("RGB", rgb.size, background), alpha), alpha, remarks
+    filled = Image.new("RGB", rgb.size, background)
+    filled.paste(rgb, mask=alpha)
+    return filled, alpha, remarks
 
 
 def _alpha(image: Image.Image) -> Image.Image | None:
@@ -45,7 +48,7 @@ def _alpha(image: Image.Image) -> Image.Image | None:
         visible = np.asarray(image) != image.info["transparency"]
         alpha = Image.fromarray(visible.astype(np.uint8) * 255)
     else:
-        alpha = image.convert("RGBA").getchannel("A")
+        alpha = (image if image.mode in ("RGBA", "LA") else image.convert("RGBA")).getchannel("A")
     return None if alpha.getextrema() == (255, 255) else alpha
 
 
@@ -72,9 +75,16 @@ def _with_gamma(image: Image.Image, exponent: float) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image, exponent: float) -> Image.Image:
-    """Scale 16-bit gray PNGs, the only readable format with these modes, from 0..65535 to 0..255."""
-    share = np.clip(np.asarray(image).astype(np.float64) / 65535, 0, 1) ** exponent
-    return Image.fromarray(np.round(share * 255).astype(np.uint8))
+    """Scale 16-bit gray PNGs, the only readable format with these modes, from 0..65535 to 0..255.
+
+    By a table and some rows at a time: in floats, a large image would take eight times its memory.
+    """
+    table = np.round((np.arange(65536) / 65535) ** exponent * 255).astype(np.uint8)
+    pixels = np.asarray(image)
+    found = np.empty(pixels.shape, np.uint8)
+    for start in range(0, len(pixels), ROWS):
+        found[start : start + ROWS] = table[np.clip(pixels[start : start + ROWS], 0, 65535)]
+    return Image.fromarray(found)
 
 
 def _srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, bool]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..io.files import real_path
 from .formats import is_image
 
 MASK_FOLDERS = ("masks", "mask", "conditioning")
@@ -63,7 +64,7 @@ def find_images(folder: Path) -> list[Path]:
     extra = _extra_images(images)
     photos = [path for path in images if path not in extra]
     if not photos:
-        nested = _nested_photos(folder)
+        nested = nested_images(folder)
         if nested:
             where = f"but {len(nested)} in sub-folders ({_names(nested, folder)})"
             raise UserError(f"no photos in {folder}, {where}: {_nested_remedy(folder, nested)}")
@@ -103,7 +104,7 @@ def left_out(folder: Path, uses_masks: bool, ignored: Sequence[Path] = ()) -> Le
     conditioning = [path for path, kind in _extra_images(images).items() if kind == "condlabel"]
     masks = [] if uses_masks else [path for path in _mask_files(folder) if folder in path.parents]
     unread = [path for path in files if path not in images and path.suffix.lower() not in _TEXTS]
-    nested = _nested_photos(folder, ignored)
+    nested = nested_images(folder, ignored)
     kinds = (
         (masks, "mask", "not used", "use them with --background_loss_weight 0.2 or --crop subject"),
         (conditioning, "conditioning image", "left out", "remove them"),
@@ -146,7 +147,7 @@ def _mask_name(path: Path) -> re.Match[str] | None:
 
 
 def _mask_files(folder: Path) -> Iterator[Path]:
-    name = folder.resolve().name
+    name = real_path(folder).name
     folders = [folder / own for own in MASK_FOLDERS] + [folder.parent / f"{name}{end}" for end in ("_mask", "_masks")]
     for masks in folders:
         if masks.is_dir():
@@ -156,15 +157,16 @@ def _mask_files(folder: Path) -> Iterator[Path]:
         yield from (path for path, kind in extra.items() if kind != "condlabel")
 
 
-def _nested_photos(folder: Path, ignored: Sequence[Path] = ()) -> list[Path]:
+def nested_images(folder: Path, ignored: Sequence[Path] = ()) -> list[Path]:
+    """The images in sub-folders, but for masks, images for scoring and those in ``ignored`` folders."""
     own = [folder / name for name in (*MASK_FOLDERS, SCORING_FOLDER)]
-    skipped = {path.resolve() for path in (*own, *ignored)}
+    skipped = {real_path(path) for path in (*own, *ignored)}
     found = []
     for path in itertools.islice(folder.rglob("*"), MAX_FILES):
         inner = path.relative_to(folder)
         if len(inner.parts) == 1 or any(part.startswith(".") for part in inner.parts) or not path.is_file():
             continue
-        if skipped.isdisjoint(path.resolve().parents) and is_image(path):
+        if skipped.isdisjoint(real_path(path).parents) and is_image(path):
             found.append(path)
     return sorted(found)
 

@@ -131,7 +131,8 @@ def reduced(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # cannot be averaged, and its transparent color is a single value
         smaller = image.resize((image.width // factor, image.height // factor), Image.Resampling.NEAREST)
     else:
-        smaller = image.convert("RGBA" if image.has_transparency_data else "RGB").reduce(factor)
+        mode = "RGBA" if image.has_transparency_data else "RGB"
+        smaller = (image if image.mode == mode else image.convert(mode)).reduce(factor)
     smaller.info = {**smaller.info, **image.info}
     return smaller
 

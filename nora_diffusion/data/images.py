@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from PIL import Image, ImageOps
 
 from ..errors import UserError, reason
+from ..io.files import is_special
 from .colors import WHITE, Color, to_rgb
 from .fingerprint import Fingerprint
 from .folder import Reject, enumerated, find_images
@@ -42,6 +43,10 @@ MAX_MISSING = 0.04
 """A truncated JPEG is used if at most this share of its rows is missing."""
 MAX_FILE_BYTES = 512 * 2**20
 ORIENTATION = 0x0112
+BYTES_PER_PIXEL = 18
+"""Of a decoded image while it is converted: RGB in four bytes, in up to four copies, and its alpha channel."""
+MAX_BLANK = 8
+"""Levels of 255 by which the pixels of a blank image differ at most."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,9 @@ class SourceImage:
     """A checked image file. It holds no pixels: a decoded photo of 12 megapixels has 46 MiB.
 
     ``size``: width and height of the decoded image. ``sha256``: hash of the file. ``is_transparent``: whether it has an
-    alpha channel. ``remarks``: what was changed. ``mask``: the subject, after :func:`.masks.with_masks`.
+    alpha channel. ``remarks``: what was changed. ``mask``: the subject, after :func:`.masks.with_masks`. ``is_blank``:
+    whether it is of a single color, as failed exports and black images of a VAE in fp16 are. ``memory``: upper bound of
+    the bytes that decoding it takes, for the file, its decoder, which may see a larger image, and the conversion.
     """
 
     path: Path
@@ -69,6 +76,8 @@ class SourceImage:
     remarks: tuple[str, ...] = ()
     background: Color = WHITE
     mask: Mask | None = None
+    is_blank: bool = False
+    memory: int = 0
 
     def decode(self) -> Decoded:
         """Decode the file again. Raises :class:`UnreadableImageError` if it is not the file that was checked."""
@@ -125,15 +134,28 @@ class UnreadableImageError(UserError):
 
 def survey(folder: Path, workers: int = 0, background: Color = WHITE) -> tuple[list[SourceImage], list[Reject]]:
     """All images of a folder and the files that cannot be used."""
-    paths = find_images(folder)
+    return survey_files(find_images(folder), workers, background)
+
+
+def survey_files(
+    paths: Sequence[Path], workers: int = 0, background: Color = WHITE
+) -> tuple[list[SourceImage], list[Reject]]:
+    """The images among files, and the files that cannot be used."""
     read = functools.partial(_try_read, background=background)
     if workers > 0:
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(_that_fit(workers)) as pool:
             results = list(pool.map(read, paths))
     else:
         results = [read(path) for path in paths]
     images = [result for result in results if isinstance(result, SourceImage)]
     return images, [result for result in results if isinstance(result, Reject)]
+
+
+def _that_fit(workers: int) -> int:
+    """As many workers as there is memory for, if each decodes one of the largest images at once."""
+    import psutil  # type: ignore[import-untyped, unused-ignore]
+
+    return max(1, min(workers, int(psutil.virtual_memory().available) // (2 * MAX_DECODER_BYTES)))
 
 
 def read_images(folder: Path, workers: int = 0, background: Color = WHITE) -> list[SourceImage]:
@@ -155,7 +177,8 @@ def read_source(path: Path, background: Color = WHITE) -> SourceImage:
         raise UnreadableImageError(f"{path.name} {refused}")
     with _reading(path):
         size = size_of(content)
-        _check_size(path, size, decoder_bytes(content, size))
+        needed = decoder_bytes(content, size)
+        _check_size(path, size, needed)
         missing = missing_share(content)
         if missing > MAX_MISSING:
             raise UnreadableImageError(f"{path.name} is cut off: the lower {missing:.0%} of the image is missing")
@@ -170,6 +193,8 @@ def read_source(path: Path, background: Color = WHITE) -> SourceImage:
         decoded.alpha is not None,
         (*decoded.remarks, *(["its last rows are damaged"] if missing else [])),
         background,
+        is_blank=_is_blank(decoded.image),
+        memory=2 * len(content) + max(needed * 6 // 5, BYTES_PER_PIXEL * math.prod(decoded.image.size)),
     )
 
 
@@ -188,6 +213,8 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _content(path: Path) -> bytes:
     try:
+        if is_special(path):
+            raise UnreadableImageError(f"{path.name} is a pipe or a device, not a file")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise UnreadableImageError(f"{path.name} is larger than {MAX_FILE_BYTES // 2**20} MiB: save a smaller copy")
         content = path.read_bytes()
@@ -223,14 +250,19 @@ def _name(color: Color) -> str:
     return "white" if color == WHITE else "#{:02x}{:02x}{:02x}".format(*color)
 
 
+def _is_blank(image: Image.Image) -> bool:
+    bands: Any = image.getextrema()
+    return all(high - low <= MAX_BLANK for low, high in bands)
+
+
 def _upright(image: Image.Image) -> tuple[Image.Image, bool]:
     """The image with its EXIF orientation applied, and whether that changed it."""
     image.load()
     try:
         rotated = image.getexif().get(ORIENTATION, 1) in range(2, 9)
-        return ImageOps.exif_transpose(image), rotated
+        return ImageOps.exif_transpose(image) if rotated else image, rotated  # no copy of a large image
     except (OSError, SyntaxError, ValueError, KeyError, TypeError):
-        return image.copy(), False  # damaged EXIF data; the pixels are fine
+        return image, False  # damaged EXIF data; the pixels are fine
 
 
 def _check_size(path: Path, size: tuple[int, int], needed: int) -> None:

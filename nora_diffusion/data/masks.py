@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import UserError
 from .folder import MASK_FOLDERS, enumerated, find_masks
-from .images import Mask, SourceImage, read_source
+from .images import Mask, SourceImage, UnreadableImageError, read_source
 from .transforms import Box
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def with_masks(images: Sequence[SourceImage], folder: Path) -> list[SourceImage]
 def _mask(source: SourceImage, path: Path | None) -> Mask | None:
     if path is None and not source.is_transparent:
         return None
-    file = None if path is None else read_source(path)
+    file = None if path is None else _mask_file(path)
     name = "the transparency of the photo" if path is None else f"the mask {path}"
     mask = _stored(source, file)
     if file is not None and abs(mask.width * source.size[1] / (mask.height * source.size[0]) - 1) > MAX_ASPECT_ERROR:
@@ -54,6 +54,13 @@ def _mask(source: SourceImage, path: Path | None) -> Mask | None:
         remedy = "paint it white, or remove the mask" if file else "make it opaque, or put a mask into masks/"
         raise UserError(f"{name} {'' if file else source.path.name + ' '}shows no subject: {remedy}")
     return Mask(file, box, mask_hash(mask), float(np.asarray(mask).mean() / 255))
+
+
+def _mask_file(path: Path) -> SourceImage:
+    try:
+        return read_source(path)
+    except UnreadableImageError as error:
+        raise UserError(f"the mask {path} cannot be used ({error}): replace or remove it") from error
 
 
 def mask_pixels(source: SourceImage) -> Image.Image | None:

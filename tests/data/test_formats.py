@@ -282,6 +282,22 @@ def test_the_memory_of_a_decoder_is_bounded_from_the_header() -> None:
 
 
 @pytest.mark.parametrize(
+    ("format", "options"), [("PNG", {}), ("WEBP", {}), ("JPEG", {"progressive": True}), ("JPEG", {})]
+)
+def test_the_memory_of_a_large_image_counts_what_its_decoder_sees(
+    format: str, options: dict[str, Any], read: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reduced image is small, but its decoder, its conversion and its file are not."""
+    content = encoded(PHOTO, format, **options)
+    whole = read(content).memory
+    assert whole >= 2 * len(content) + 18 * 640 * 480
+    for module in ("formats", "jpeg"):
+        monkeypatch.setattr(f"nora_diffusion.data.{module}.MAX_PIXELS", 20_000)
+    photo = read(content + b"trailer")
+    assert photo.image.size[0] < 200 and photo.memory >= 2 * len(content) + decoder_bytes(content, (640, 480))
+
+
+@pytest.mark.parametrize(
     ("width", "height", "refused"), [(8000, 6000, False), (16320, 12240, False), (20000, 20000, True)]
 )
 def test_large_jpegs_are_accepted_and_bombs_are_not(

@@ -14,7 +14,7 @@ from ...data.caption_files import read_captions
 from ...data.captions import guess_trigger, has_word, with_article, with_trigger
 from ...data.class_words import guess_class_word
 from ...data.colors import color
-from ...data.folder import left_out
+from ...data.folder import enumerated, left_out
 from ...data.masks import with_masks
 from ...errors import UserError
 from ..settings.config import TrainConfig
@@ -43,9 +43,9 @@ class Subject:
     class_prompts: Sequence[str] = ()
     """The class prompt of each image, with prior preservation. Members may have different ones."""
     findings: Sequence[str] = ()
+    """Problems of the data with their remedies, one sentence each, for preflight and the data report."""
     left_out: Sequence[Reject] = ()
     """Files of the photo folder that are not read."""
-    """Problems of the data with their remedies, one sentence each, for preflight and the data report."""
     name: str = ""
     members: Sequence[Subject] = ()
     """The subjects of joint training, in the order of their images in ``images``."""
@@ -116,7 +116,7 @@ def read_subject(config: TrainConfig) -> Subject:
         held_out_captions=captions_of(config, held_out, prompt or captions[0], trigger, class_word),
         new_tokens=new_tokens_of(config, trigger, class_word), instance_prompt=prompt, class_prompt=class_prompt,
         class_prompts=[class_prompt] * len(images) if config.with_prior_preservation else [],
-        findings=[*read.findings, *others.findings], left_out=others.files,
+        findings=[*read.findings, *others.findings, *_blank(images)], left_out=others.files,
     )  # fmt: skip
 
 
@@ -133,6 +133,17 @@ def captions_of(
 def _read_images(config: TrainConfig) -> tuple[list[SourceImage], list[Reject]]:
     images, rejects = read_folder(config, _folder(config))
     return with_masks(images, _folder(config)) if uses_masks(config) else images, rejects
+
+
+def _blank(images: Sequence[SourceImage]) -> list[str]:
+    """A finding about images of a single color. Raises :class:`UserError` if there are no others."""
+    blank = [image.path.name for image in images if image.is_blank]
+    if not blank:
+        return []
+    count = f"{len(blank)} of {len(images)} photos are of a single color ({enumerated(blank)})"
+    if len(blank) == len(images):
+        raise UserError(f"{count}, so there is nothing to learn: export them again")
+    return [f"{count}, so nothing is learned from them: export them again, or remove them."]
 
 
 def _folder(config: TrainConfig) -> Path:

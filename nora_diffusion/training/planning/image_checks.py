@@ -8,15 +8,14 @@ from dataclasses import replace
 import torch
 
 from ...data.folder import enumerated
-from ...data.transforms import Box, Transform, View
+from ...data.images import SourceImage
+from ...data.masks import mask_pixels
+from ...data.transforms import Transform, View
 from ..data.class_images import uses_class_images
 from ..data.dataset import transform_of, views_of
 from ..step.denoiser import bucket_multiple
 from ..step.memory import available, capacity
 from .plan import Plan
-
-DECODED_BYTES = 16
-"""Bytes of a pixel while an image is decoded: RGB in four bytes, in up to four copies."""
 
 
 def missed_subjects(plan: Plan) -> Iterator[tuple[str, bool]]:
@@ -30,7 +29,7 @@ def missed_subjects(plan: Plan) -> Iterator[tuple[str, bool]]:
     missed = [
         image.path.name
         for image, own in zip(images, views_of(_transform(plan), images, plan.config.seed), strict=True)
-        if image.mask is not None and not any(_overlap(view.box, image.mask.box) for view in own)
+        if image.mask is not None and not _shows_subject(plan, image, own)
     ]
     if missed:
         yield (
@@ -67,10 +66,11 @@ def encoded_bytes(plan: Plan) -> int:
 
 
 def decoding_bytes(plan: Plan) -> int:
-    """The most bytes that decoding one photo and cutting it into views needs."""
-    transform, pixels = _transform(plan), [width * height for width, height in (i.size for i in plan.subject.images)]
+    """The most bytes that decoding one photo or class image and cutting it into views needs."""
+    transform, images = _transform(plan), list(plan.subject.images)
+    images += plan.class_images.images if uses_class_images(plan.config) else []
     views = transform.crops * (2 if transform.flip else 1)
-    return DECODED_BYTES * max(pixels, default=0) + 12 * views * plan.config.resolution**2
+    return max((image.memory for image in images), default=0) + 12 * views * plan.config.resolution**2
 
 
 def _latent_bytes(plan: Plan, views: Sequence[View], weighted: bool) -> int:
@@ -82,5 +82,8 @@ def _transform(plan: Plan) -> Transform:
     return transform_of(plan.config, plan.config.resolution, bucket_multiple(plan.pipe))
 
 
-def _overlap(first: Box, second: Box) -> bool:
-    return all(first[i] < second[i + 2] and second[i] < first[i + 2] for i in (0, 1))
+def _shows_subject(plan: Plan, image: SourceImage, views: Sequence[View]) -> bool:
+    """Whether any view has a latent of the subject. A box is not enough: the subject may be two things far apart."""
+    mask, factor = mask_pixels(image), plan.pipe.vae_scale_factor
+    assert mask is not None
+    return any(view.region(mask, (view.shape[0] // factor, view.shape[1] // factor)).any() for view in views)

@@ -336,8 +336,8 @@ def _measured(plan: Plan) -> Iterator[Finding]:
 def _images(plan: Plan) -> Iterator[Finding]:
     yield from (Finding(*found) for found in (*missed_subjects(plan), *image_memory(plan)))
     if uses_class_images(plan.config):
-        skip = plan.config.skip_unreadable
-        found = class_image_findings(plan.class_images, plan.subject, base_id(plan.pipe), skip)
+        held_out = [] if plan.measure is None else plan.measure.photos
+        found = class_image_findings(plan.class_images, plan.config, plan.subject, base_id(plan.pipe), held_out)
         yield from (Finding(*each) for each in found)
 
 

@@ -30,7 +30,9 @@ class Updates:
         self.run, self.accelerator, self.folder = run, accelerator, folder
         self.skipped = 0
         """Consecutive skipped steps since this start. Not saved: checkpoints have the state of the scaler."""
-        self.has_learned = any(loss > 0 for step, loss, _ in folder.steps() if step <= run.first_step)
+        earlier = [loss for step, loss, _ in folder.steps() if step <= run.first_step]
+        self.has_learned = any(loss > 0 for loss in earlier) or (run.first_step > 0 and not earlier)
+        """Whether any step had a gradient. A checkpoint without a log was judged when it was written."""
 
     def apply(self, step: int, total: Tensor) -> tuple[float, float]:
         """Apply the accumulated gradients of a step with mean loss ``total``; return loss and gradient norm.
@@ -45,11 +47,11 @@ class Updates:
         dropped = drop_finished_gradients(run.parameters, run.config, step)
         first = run.schedule.last_epoch == 0  # counts the steps that were not skipped
         norm = self._update(step)
-        self.has_learned = self.has_learned or norm > 0 or bool(dropped)
+        self.has_learned = self.has_learned or (norm > 0 and self._has_gradients())
         if not self.has_learned and step + 1 >= min(run.last_step, max(MAX_ZERO_STEPS, run.plan.epoch_steps)):
             raise UserError(
                 f"the gradient of all {step + 1} steps is exactly 0, so nothing was learned and no adapter is written: "
-                "check the photos and their masks, --background_loss_weight and the range of timesteps"
+                "check the photos and their masks, --background_loss_weight, --max_grad_norm and the range of timesteps"
             )
         # A loss of 0 has no gradient. It occurs if a crop misses the subject and the background has weight 0.
         if norm == 0 and loss > 0 and first and not dropped:
@@ -57,6 +59,10 @@ class Updates:
                 "no trained parameter gets a gradient, so nothing would be learned: choose other --target_modules"
             )
         return loss, norm
+
+    def _has_gradients(self) -> bool:
+        """Whether any gradient is left after clipping, which a tiny ``max_grad_norm`` rounds to 0."""
+        return any(p.grad is not None and bool(p.grad.any()) for p in self.run.parameters.values())
 
     def _update(self, step: int) -> float:
         """Step optimizer, norm guard, EMA and schedule; return the gradient norm. A skipped step changes none."""
@@ -125,7 +131,8 @@ class Updates:
     def _refuse(self, step: int, reason: str) -> None:
         checkpoints = list(checkpoint_steps(self.folder.checkpoints).values())
         state = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+        cause = "lower --learning_rate" if self.run.schedule.last_epoch else "check the photos and the base's weights"
         raise UserError(
-            f"{reason} at step {step + 1}, so training stopped; {state}: lower --learning_rate, or use "
-            "--mixed_precision no, and start again"
+            f"{reason} at step {step + 1}, so training stopped; {state}: {cause}, or use --mixed_precision no, and "
+            "start again"
         )

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from factories import write_photos
 from PIL import Image
 from runs import Configure
 
-from nora_diffusion.data import read_images
+from nora_diffusion.data import images, read_images
 from nora_diffusion.errors import UserError
 from nora_diffusion.generation.image_settings import read_settings, save_image
 from nora_diffusion.training import TrainConfig, check, train
+from nora_diffusion.training.data.class_images import read_class_images
 
 
 @pytest.fixture
@@ -105,3 +108,108 @@ def test_a_deleted_class_image_comes_back_with_an_explanation(
     (folder / "class-00001.png").unlink()
     train(with_class())
     assert words in caplog.text and [image.sha256 for image in read_images(folder)] == before
+
+
+def smooth_photos(folder: Path, seed: int, count: int = 3) -> Path:
+    """Pictures that survive re-encoding, unlike noise."""
+    folder.mkdir()
+    random = np.random.default_rng(seed)
+    for number in range(count):
+        small = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        small.resize((200, 160), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    return folder
+
+
+def test_a_re_encoded_copy_of_the_photo_folder_is_refused(with_class: Any, tmp_path: Path) -> None:
+    """One image may look like a photo by chance; most photos do not."""
+    photos, folder = smooth_photos(tmp_path / "smooth", 0), smooth_photos(tmp_path / "class", 1)
+    config = with_class(instance_data_dir=str(photos))
+    assert not findings(config)
+    for number, ending in enumerate(("jpg", "webp")):
+        with Image.open(photos / f"{number}.png") as photo:
+            photo.resize((100, 80)).save(folder / f"0{number}.{ending}", quality=60)
+        found = [f for f in check(config) if "look like photos" in f.text]
+        assert [f.fatal for f in found] == [number == 1]
+    with pytest.raises(UserError, match=r"2 of the class images in .* look like photos \(00.jpg, 01.webp\)"):
+        train(config)
+
+
+def test_links_to_the_photos_are_copies(with_class: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "class"
+    folder.mkdir()
+    for photo in (tmp_path / "photos").glob("*.png"):
+        (folder / f"link-{photo.name}").symlink_to(photo)
+    assert "3 of the class images" in findings(with_class()) and "are copies of photos" in findings(with_class())
+
+
+@pytest.mark.parametrize("where", ["link", "loop", "file"])
+def test_a_class_folder_that_is_none_is_refused_before_anything_is_written(
+    where: str, with_class: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("mine")
+    config = with_class(class_data_dir=str(tmp_path / where))
+    for begin in (check, train):
+        with pytest.raises(UserError, match=rf"{where} is a file or a link to nothing: give a folder"):
+            begin(config)
+    assert not config.folder.exists()
+
+
+def test_held_out_photos_are_no_class_images(with_class: Any, tmp_path: Path) -> None:
+    held = write_photos(tmp_path / "held", 2, (40, 40), seed=9)
+    config = with_class(validation_data_dir=str(held), class_word="dog", class_data_dir=str(held))
+    assert "The class images are the photos themselves" in findings(config)
+    (tmp_path / "class").mkdir()
+    shutil.copy(held / "1.png", tmp_path / "class" / "x.png")
+    assert "copies of photos (x.png)" in findings(replace(config, class_data_dir=str(tmp_path / "class")))
+
+
+def test_class_images_that_are_small_blank_or_of_an_adapter_are_findings(with_class: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "class"
+    for number, image in enumerate((Image.new("RGB", (40, 40)), Image.new("RGB", (40, 40), (7, 3, 1)))):
+        folder.mkdir(exist_ok=True)
+        image.save(folder / f"{number}.png")
+    (blank,) = [f for f in check(with_class()) if "of a single color (0.png, 1.png)" in f.text]
+    assert blank.fatal
+    write_photos(folder, 3, (20, 20), seed=9)
+    text = findings(with_class(resolution=32))
+    assert "3 of the class images" in text and "smaller than the 32 pixels of this run (0.png, 1.png, 2.png)" in text
+    assert not findings(with_class(resolution=16))
+    shutil.rmtree(folder)
+    train(with_class())
+    path = folder / "class-00001.png"
+    settings = read_settings(path)
+    settings.adapters = [{"name": "dog", "weight": 1.0, "sha256": ""}]
+    with Image.open(path) as image:
+        image.load()
+    save_image(image, path, settings)
+    assert "1 of the class images" in findings(with_class())
+    assert "were generated with 'dog', not by the base alone" in findings(with_class())
+
+
+def test_class_images_in_sub_folders_are_a_finding(with_class: Any, tmp_path: Path) -> None:
+    """As in kohya's layout. The photos themselves may lie there."""
+    write_photos(tmp_path / "class" / "1_dog", 2, (40, 40), seed=9)
+    text = findings(with_class())
+    assert "2 images in sub-folders" in text and "are no class images (1_dog/0.png, 1_dog/1.png)" in text
+    assert f"set --class_data_dir '{tmp_path / 'class' / '1_dog'}'" in text
+    assert not findings(with_class(class_data_dir=str(tmp_path / "other")))
+    (tmp_path / "above").mkdir()
+    config = with_class(class_data_dir=str(tmp_path / "above"))
+    (tmp_path / "photos").rename(tmp_path / "above" / "photos")
+    assert not findings(replace(config, instance_data_dir=str(tmp_path / "above" / "photos")))
+
+
+def test_only_the_class_images_that_are_used_are_read(
+    with_class: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder may hold many thousands."""
+    folder = write_photos(tmp_path / "class", 5, (40, 40), seed=9)
+    (folder / "1.png").write_bytes(b"")
+    (folder / "9.png").write_bytes(b"")
+    original, read = images._content, []
+    monkeypatch.setattr(images, "_content", lambda path: read.append(path.name) or original(path))
+    found = read_class_images(with_class(skip_unreadable=True))
+    assert [image.path.name for image in found.images] == ["0.png", "2.png", "3.png"]
+    assert [reject.path.name for reject in found.rejects] == ["1.png"] and read == [f"{n}.png" for n in range(4)]

@@ -183,6 +183,50 @@ def test_a_crop_without_the_subject_has_loss_0(configure: Configure, tmp_path: P
     assert found.count(0) == 3 and all(loss > 0 for loss in found if loss)
 
 
+def test_a_crop_between_two_parts_of_the_subject_shows_none(configure: Configure, tmp_path: Path) -> None:
+    """The box around both parts is the whole photo; also beside class images, whose loss is not 0."""
+    folder = write_photos(tmp_path / "beside", 2, (48, 20))
+    (folder / "masks").mkdir()
+    parts = paint((0, 0, 2, 20), (48, 20))
+    parts.paste(255, (46, 0, 48, 20))
+    for number, mask in enumerate((parts, paint((20, 4, 30, 16), (48, 20)))):
+        mask.save(folder / "masks" / f"{number}.png")
+    config = configure(instance_data_dir=str(folder), max_train_steps=2, **CROPPED)
+    assert "No crop of 1 of 2 photos shows the subject (0.png)" in "\n".join(found.text for found in check(config))
+    parts.save(folder / "masks" / "1.png")
+    for changes in ({}, {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 1}):
+        with pytest.raises(UserError, match="No crop of 2 of 2 photos shows the subject"):
+            train(replace(config, **changes))
+    assert not config.folder.exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"skip_unreadable": True}])
+def test_photos_of_a_single_color_are_nothing_to_learn(
+    changes: dict[str, Any], configure: Configure, tmp_path: Path
+) -> None:
+    """As failed exports are, and what is so transparent that only the background is seen."""
+    folder = write_photos(tmp_path / "blank", 1)
+    Image.new("RGB", (24, 20), (255, 255, 255)).save(folder / "1.jpg")
+    config = configure(instance_data_dir=str(folder), **changes)
+    text = "\n".join(finding.text for finding in check(config))
+    assert "1 of 2 photos are of a single color (1.jpg), so nothing is learned from them: export them again" in text
+    Image.new("RGBA", (24, 20), (200, 30, 40, 1)).save(folder / "0.png")
+    for begin in (check, train):
+        with pytest.raises(
+            UserError, match=r"2 of 2 photos are of a single color \(0.png, 1.jpg\), so there is nothing"
+        ):
+            begin(config)
+    assert not config.folder.exists()
+
+
+def test_a_mask_that_cannot_be_read_is_named_with_its_folder(masked: Path) -> None:
+    (masked / "masks" / "0.png").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"the mask .*/masks/0.png cannot be used \(0.png is empty\): replace or remove"
+    ):
+        with_masks(read_images(masked), masked)
+
+
 def test_masks_without_a_subject_are_refused(configure: Configure, tmp_path: Path) -> None:
     """If no crop shows the subject, or nothing is opaque, all losses would be 0."""
     folder = write_photos(tmp_path / "beside", 1)
@@ -217,3 +261,25 @@ def test_a_run_that_learns_nothing_writes_no_adapter(
     monkeypatch.undo()
     train(replace(config, resume_from_checkpoint="latest", max_train_steps=6))
     assert (config.folder / "nora_adapter.safetensors").exists()
+
+
+def test_the_end_of_a_fraction_is_no_learning(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose gradients were 0 until its parameters are no longer trained has learned nothing."""
+    monkeypatch.setattr(Objective, "weights", lambda self, times: torch.zeros(len(times)))
+    config = configure(max_train_steps=4, denoiser_frac=0.5)
+    with pytest.raises(UserError, match="gradient of all 4 steps is exactly 0, so nothing was learned"):
+        train(config)
+
+
+def test_gradients_that_are_clipped_to_0_are_no_learning(configure: Configure) -> None:
+    with pytest.raises(UserError, match=r"nothing was learned .*--max_grad_norm"):
+        train(configure(max_grad_norm=1e-60))
+
+
+def test_a_loss_that_is_never_finite_points_to_the_inputs(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first update no learning rate is to blame."""
+    monkeypatch.setattr(Objective, "weights", lambda self, times: torch.full((len(times),), float("nan")))
+    with pytest.raises(UserError, match=r"not finite at step 1, .*no checkpoint yet: check the photos and the base's"):
+        train(configure())

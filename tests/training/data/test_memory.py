@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,6 +81,12 @@ def test_too_little_memory_is_a_sentence(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(images, "to_rgb", exhausted)
     with pytest.raises(UserError, match=r"0.png needs more memory than there is: save a smaller copy"):
         read_images(tmp_path)
+
+
+def test_no_more_photos_are_decoded_at_once_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, workers in ((0, 1), (3 * 2**30, 2), (2**40, 8)):
+        monkeypatch.setattr("psutil.virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        assert images._that_fit(8) == workers
 
 
 def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
