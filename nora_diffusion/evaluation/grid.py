@@ -75,10 +75,10 @@ class Grid:
         return self.folder / "cells" / f"{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}.png"
 
     def missing(self) -> list[Cell]:
-        """The cells without a readable image, one per file, grouped by adapter."""
+        """The cells without their image, one per file, grouped by adapter."""
         missing: dict[Path, Cell] = {}
         for position, cell in self.cells:
-            if not _is_readable(self.files[position]):
+            if not _holds(self.files[position], cell):
                 missing.setdefault(self.files[position], cell)
         return sorted(missing.values(), key=lambda cell: str(cell.path or ""))
 
@@ -211,14 +211,15 @@ def score(
     return {name: round(value, 4) for name, value in scores.items()}
 
 
-def _is_readable(file: Path) -> bool:
+def _holds(file: Path, cell: Cell) -> bool:
+    """Whether a file is a readable image of a cell, and not one that was renamed."""
     try:
-        read_settings(file)
+        found = read_settings(file)
         with Image.open(file) as image:
             image.load()
     except (UserError, OSError, SyntaxError, ValueError):
         return False
-    return True
+    return (found.prompt, found.seed, found.steps) == (cell.prompt, cell.seed, cell.sampling.steps)
 
 
 def _scores_text(scores: dict[str, float]) -> str:

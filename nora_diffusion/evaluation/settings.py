@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..formats.adapter_file import inspect_adapter
 from ..formats.adapter_info import AdapterInfo
 from ..generation.settings import Sampling, check_range
+from ..io.run_layout import MANIFEST
 from ..pipelines.base import BaseSource
 from ..scoring.default_judge import check_judge
 from .axes import Axis, Cell
@@ -61,8 +62,14 @@ class GridConfig:
 
     def adapters(self) -> dict[Path, AdapterInfo]:
         """What the files of all adapters say, by path. Raises :class:`UserError` for an invalid grid or adapter."""
-        paths = {path for _, cell in self.cells() if (path := cell.path) is not None}
-        return {path: inspect_adapter(path) for path in paths}
+        found: dict[Path, AdapterInfo] = {}
+        for _, cell in self.cells():
+            if (path := cell.path) is None or path in found:
+                continue
+            found[path] = inspect_adapter(path)
+            if cell.step not in (None, found[path].step) and (path / MANIFEST).is_file():
+                raise UserError(f"{path} was renamed: it holds the adapter of step {found[path].step}; rename it back")
+        return found
 
 
 @dataclass

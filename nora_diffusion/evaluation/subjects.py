@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import get_type_hints
 
 from ..data import read_images, read_source
 from ..data.captions import with_article
 from ..data.images import Pixels, SourceImage
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..formats.adapter_info import AdapterInfo
+from ..io.untrusted import conform, parse_json
 from .prompts import PROMPTS, read_templates
 
 DESCRIPTION = "subject.json"
@@ -56,26 +57,40 @@ def read_subject(folder: Path, prompts: str | None = None) -> EvaluatedSubject:
     :class:`UserError`.
     """
     values = _description(folder)
-    own = tuple(map(str, values.get("demo_prompts", ())))
-    templates = read_templates(prompts) if prompts else own or PROMPTS["object"]
-    names = [str(name) for name in values.get("heldout", ())]
-    held_out = [read_source(folder / name) for name in names]
+    templates = read_templates(prompts) if prompts else values.demo_prompts or PROMPTS["object"]
+    held_out = [read_source(folder / name) for name in values.heldout]
     return EvaluatedSubject(
-        folder.resolve().name, Pixels(held_out or read_images(folder)), templates,
-        str(values.get("instance_prompt", "")), str(values.get("class_prompt", "")), held_out,
+        Path(os.path.abspath(folder)).name, Pixels(held_out or read_images(folder)), tuple(templates),  # noqa: PTH100
+        values.instance_prompt, values.class_prompt, held_out,
     )  # fmt: skip
 
 
-def _description(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Description:
+    """What an evaluation reads of a ``subject.json``, which may hold more."""
+
+    instance_prompt: str = ""
+    class_prompt: str = ""
+    demo_prompts: list[str] = field(default_factory=list)
+    heldout: list[str] = field(default_factory=list)
+
+
+def _description(folder: Path) -> _Description:
     if not folder.is_dir():
         raise UserError(f"there is no subject at {folder}: give a folder of photos, such as examples/subjects/tiger")
     file = folder / DESCRIPTION
     if not file.is_file():
-        return {}
+        return _Description()
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = parse_json(file.read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError("it is not an object")
+        hints = get_type_hints(_Description)
+        found = _Description(**{key: conform(values[key], hints[key], key, 0) for key in hints if key in values})
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not valid JSON: repair or remove it") from error
-    if not isinstance(values, dict) or bool(values.get("instance_prompt")) != bool(values.get("class_prompt")):
+        raise UserError(f"{file} is not valid ({first_line(error)}): repair or remove it") from error
+    if bool(found.instance_prompt) != bool(found.class_prompt):
         raise UserError(f'{file} must be an object with both "instance_prompt" and "class_prompt", or neither')
-    return values
+    if outside := [name for name in found.heldout if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise UserError(f"{file} names the held-out image {outside[0]!r}, which is not in its folder: correct it")
+    return found

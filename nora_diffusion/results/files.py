@@ -28,10 +28,22 @@ def write_results(results: Results, file: Path) -> Path:
     """
     if problem := next(problems(results), None):
         raise UserError(f"{file} would be invalid: it {problem}")
-    head = {"format": FORMAT, "version": VERSION, **_plain(asdict(results))}
-    rows = [json.dumps(_with_null(row), allow_nan=False) for row in head.pop("rows")]
-    text = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
-    return write_atomic(file, text.removesuffix("\n}") + ',\n "rows": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n")
+    try:
+        head = {"format": FORMAT, "version": VERSION, **_plain(asdict(results))}
+        rows = [json.dumps(_with_null(row), allow_nan=False) for row in head.pop("rows")]
+        text = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
+        text = text.removesuffix("\n}") + ',\n "rows": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n"
+        _parsed(text)
+    except ValueError as error:
+        raise UserError(f"{file} would be invalid: {first_line(error)}") from error
+    return write_atomic(file, text)
+
+
+def _parsed(content: str | bytes) -> Results:
+    """The results in a file's content. Raises ``ValueError`` for the first value that is none."""
+    values = _checked_header(parse_json(content, MAX_VALUES))
+    results: Results = _record(Results, values, "")
+    return results
 
 
 def read_results(file: Path) -> Results:
@@ -41,8 +53,7 @@ def read_results(file: Path) -> Results:
     if file.stat().st_size > MAX_BYTES:
         raise UserError(f"{file} is larger than {MAX_BYTES >> 20} MiB, so it is no results file")
     try:
-        values = parse_json(file.read_bytes(), MAX_VALUES)
-        results = _record(Results, _checked_header(values), "")
+        results = _parsed(file.read_bytes())
     except UserError:
         raise
     except ValueError as error:

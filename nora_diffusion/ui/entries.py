@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from ..formats.packs import SUFFIX, Pack, PackedSubject
 from ..generation.tags import tag_name
 from ..io.files import write_atomic
 from ..io.run_layout import SAMPLES
+from ..io.untrusted import conform
 
 THUMBNAIL, SCORES = "thumbnail.png", "scores.json"
 MAX_SCORES = 2**16
@@ -77,13 +78,14 @@ class Entry:
         file = self.file.parent / SCORES
         if stored is None and self.in_own_folder and file.is_file() and file.stat().st_size <= MAX_SCORES:
             try:
-                stored = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+                stored = json.loads(file.read_bytes())
+            except (OSError, ValueError, RecursionError):
                 return {}
-        if not isinstance(stored, dict):
-            return {}
-        numbers = {str(k)[:40]: v for k, v in stored.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
+        found = {}
+        for name, value in stored.items() if isinstance(stored, dict) else ():
+            with contextlib.suppress(ValueError):
+                found[printable(name)[:40]] = float(conform(value, float, name, 1))
+        return found
 
     def thumbnail(self) -> Path | bytes | None:
         """The chosen thumbnail, else the pack's preview or the last sample of the training, else None."""

@@ -102,6 +102,23 @@ def test_finished_cells_are_reused_and_broken_ones_made_again(tiny_base: Path, a
     assert finished[0].read_bytes() == before
 
 
+def test_a_renamed_cell_is_made_again(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
+    first, second = config(tiny_base, tmp_path, "seed=1,2"), config(tiny_base, tmp_path, "prompt=a dog|a cat")
+    for grid in (Grid(first, pipe), Grid(second, pipe)):
+        assert list(grid.make())[-1] == (2, 2)
+        one, other = grid.files.values()
+        shutil.copy(one, other)
+        assert len(grid.missing()) == 1
+
+
+def test_a_renamed_checkpoint_is_refused(tiny_base: Path, adapters: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(adapters / "run", tmp_path / "run")
+    (run / "checkpoints" / "step-10" / "manifest.json").write_text("{}")  # a checkpoint, whose adapter has step 30
+    grid = config(tiny_base, tmp_path, "step=10,30", adapter=str(run))
+    with pytest.raises(UserError, match=r"step-10 was renamed: it holds the adapter of step 30; rename it back"):
+        grid.adapters()
+
+
 def test_a_changed_adapter_makes_another_cell(tiny_base: Path, adapters: Path, tmp_path: Path, pipe: Any) -> None:
     """The hash of the adapter's content, not its name, is part of the cell's file name."""
     folder = tmp_path / "dog"

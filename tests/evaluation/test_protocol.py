@@ -60,6 +60,25 @@ def folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+DESCRIPTIONS = {
+    "a list": "[]", "a heldout name": '{"heldout": "0.png"}', "no heldout": '{"heldout": null}',
+    "numbers as prompts": '{"demo_prompts": [5]}', "a text as prompts": '{"demo_prompts": "a b"}',
+    "a number as words": '{"instance_prompt": 5, "class_prompt": 5}', "a key twice": '{"heldout": [], "heldout": []}',
+    "too deep": "[" * 5000, "another folder": '{"heldout": ["../tom/0.png"]}', "a root": '{"heldout": ["/etc/x.png"]}',
+    "half of the words": '{"instance_prompt": "a"}', "no text": '{"name": "\\ud83d", "heldout": 1}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DESCRIPTIONS)
+def test_a_description_is_checked(name: str, tmp_path: Path) -> None:
+    """Every value by its type: a text is no list of its letters."""
+    write_photos(tmp_path / "rex", 1, (32, 32))
+    (tmp_path / "rex" / "subject.json").write_text(DESCRIPTIONS[name])
+    with pytest.raises(UserError) as error:
+        read_subject(tmp_path / "rex")
+    assert str(tmp_path / "rex" / "subject.json") in str(error.value) and "\n" not in str(error.value)
+
+
 def config(base: Path, folder: Path, out: Path, **changes: Any) -> EvaluationConfig:
     values: dict[str, Any] = {
         "adapters": [f"{folder}/{{subject}}-nora", f"small={folder}/{{subject}}-lora:0.5"],

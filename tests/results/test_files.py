@@ -43,6 +43,15 @@ def test_a_score_that_is_not_a_number_counts_as_infinite(tmp_path: Path) -> None
     assert not [*tmp_path.iterdir()]
 
 
+def test_numbers_that_no_reader_accepts_are_not_written(tmp_path: Path) -> None:
+    for values in ({"seconds": math.inf}, {"seconds": 1e300}, {"rate": math.nan}, {"bytes": 10**30}):
+        results = example()
+        results.rows[0] = replace(results.rows[0], **values)
+        with pytest.raises(UserError, match=r"a.json would be invalid"):
+            write_results(results, tmp_path / "a.json")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_names_of_odd_folders_can_be_read_again(tmp_path: Path) -> None:
     odd = "caf\udce9 \x1b[2J\n" + "x" * 3000
     rows = [replace(row, subject=odd) for row in example().rows[:1]]

@@ -22,7 +22,7 @@ from nora_diffusion.io.files import FileLock
 from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.ui.config import AppConfig
 from nora_diffusion.ui.jobs.job import Job, boot_id, read_job
-from nora_diffusion.ui.jobs.jobs import Jobs
+from nora_diffusion.ui.jobs.jobs import Jobs, copy_images
 from nora_diffusion.ui.jobs.sample_scores import SampleScores
 from nora_diffusion.ui.state import App
 from nora_diffusion.ui.tabs.train_view import curves, label, run_status
@@ -155,6 +155,29 @@ def test_a_file_that_is_no_json_hides_no_training(content: bytes, jobs: Jobs) ->
         (folder / name).mkdir()
         assert {job.id for job in jobs.list()} == {"good", "odd"}, name
         jobs.remove("odd")
+
+
+def test_odd_requests_hide_no_trigger(jobs: Jobs) -> None:
+    for number, text in enumerate(
+        ("trigger: 007", "[" * 5000, "\ud83d", "a: &a [1]\nb: *a\ntrigger: sks", "- 1", "a: {")
+    ):
+        (jobs.root / str(number)).mkdir(parents=True)
+        (jobs.root / str(number) / "request.yaml").write_bytes(text.encode(errors="surrogatepass"))
+    (jobs.root / "folder" / "request.yaml").mkdir(parents=True)
+    assert jobs.triggers() == {"007", "sks"}
+
+
+def test_names_of_any_length_are_copied_with_their_captions(tmp_path: Path) -> None:
+    """The number before a name of 255 bytes would make it too long."""
+    names = ["x" * 251, "ü" * 124 + "abc", os.fsdecode(b"\xff" * 251), "short"]
+    (tmp_path / "from").mkdir()
+    for name in names:
+        (tmp_path / "from" / f"{name}.jpg").write_bytes(b"image")
+        (tmp_path / "from" / f"{name}.txt").write_text("a dog")
+    copy_images([tmp_path / "from" / f"{name}.jpg" for name in names], tmp_path / "to")
+    copies = sorted(path.name for path in (tmp_path / "to").iterdir())
+    assert len(copies) == 8 and len({name.rpartition(".")[0] for name in copies}) == 4
+    assert copies[-2:] == ["003-short.jpg", "003-short.txt"]
 
 
 @pytest.mark.parametrize("pid", [None, "x", 0, 1, -1, 1e400, True, []])

@@ -431,7 +431,16 @@ def test_scores_and_a_chosen_thumbnail_are_on_the_card(shelf: Library, tmp_path:
     )
     assert dog.scores() == {"subject fidelity": 0.814}
     assert "subject 0.81" in cards([dog], [None]) and "0.814" in details(dog, None)
-    for damage in ("[1]", "{", '{"a": {"b": 1}}', '"x"'):
+    for damage in (
+        "[1]",
+        "{",
+        '{"a": {"b": 1}}',
+        '"x"',
+        f'{{"a": 1{"0" * 400}}}',
+        "[" * 9000,
+        '{"a": 1e999}',
+        "\\ud83d",
+    ):
         (dog.file.parent / "scores.json").write_text(damage)
         assert dog.scores() == {}
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "p.png")

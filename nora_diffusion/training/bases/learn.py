@@ -18,6 +18,7 @@ from ...formats.adapter_file import inspect_adapter, read_tensors, require_vacan
 from ...formats.keys import factors_by_projection
 from ...generation.settings import check_range
 from ...io.files import write_atomic
+from ...io.untrusted import parse_json
 from ...loaders import add_adapter, delete_adapter, save_adapter, trainable_parameters
 from ...pipelines.base import is_embedded
 from ...pipelines.components import canonical, targets_by_component
@@ -108,7 +109,10 @@ def _same_work(config: LearnConfig, shop: Workshop) -> None:
         "objects": [known.phrase for known in config.objects],
     }  # fmt: skip
     if file.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            found = dict(parse_json(file.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file} is damaged: choose another --out, or delete {shop.folder}") from error
         different = [name for name, value in values.items() if found.get(name) != value]
         if different:
             raise UserError(

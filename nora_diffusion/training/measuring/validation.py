@@ -20,8 +20,9 @@ from PIL import Image
 
 from ...data import Pixels, SourceImage
 from ...data.captions import fill, has_word, with_article, without_trigger
-from ...data.similarity import find_duplicates
+from ...data.similarity import find_copies
 from ...errors import UserError
+from ...formats.adapter_file import inspect_adapter
 from ...generation.image_settings import save_image
 from ...io.files import write_atomic
 from ...io.run_layout import CANDIDATES, MEASURED, VALIDATION, checkpoint_steps, image_name
@@ -133,13 +134,7 @@ def _held_out(config: TrainConfig, subject: Subject) -> tuple[list[list[SourceIm
 
 
 def _leaks(training: Sequence[SourceImage], held_out: Sequence[SourceImage]) -> list[str]:
-    training_ids = set(map(id, training))
-    pairs = [
-        pair
-        for pair in find_duplicates([*training, *held_out])
-        if id(pair.first) in training_ids and id(pair.second) not in training_ids
-    ]
-    return list(dict.fromkeys(pair.second.path.name for pair in pairs))
+    return list(dict.fromkeys(pair.second.path.name for pair in find_copies(training, held_out)))
 
 
 def prompts_of(config: TrainConfig, subject: Subject) -> tuple[list[str], list[str]]:
@@ -314,7 +309,10 @@ class Validation:
         if chosen is None or chosen == last:
             return last
         try:
-            load_adapter(self.pipe, self.candidate(chosen), adapter_name, hotswap=True)
+            candidate = self.candidate(chosen)
+            if (step := inspect_adapter(candidate, hashed=False).step) != chosen:
+                raise UserError(f"{candidate} holds the adapter of step {step}")
+            load_adapter(self.pipe, candidate, adapter_name, hotswap=True)
         except UserError as error:
             log.warning("the adapter of the chosen step %d cannot be read, so the last step is kept: %s", chosen, error)
             return last

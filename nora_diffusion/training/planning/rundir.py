@@ -30,13 +30,15 @@ from ...io.run_layout import (
     checkpoint_steps,
     images_by_step,
 )
-from ...io.untrusted import parse_json
+from ...io.untrusted import conform, parse_json
 
 log = logging.getLogger(__name__)
 
 Status = Literal["starting", "training", "saving", "done", "interrupted", "failed"]
 SPARE_BYTES = 16 * 2**20
 STATE_SECONDS = 0.5
+MAX_NUMBER = 1e300
+"""Largest loss and time of a step that are read from ``log.jsonl``."""
 EXPORTS = "exports"
 RUN_MARKERS = (STATE, LOG, FILE_NAME)
 """A folder with any of these files holds a run."""
@@ -211,9 +213,10 @@ class RunFolder:
         """Step, loss and seconds of every line of ``log.jsonl``, including steps from before a resume."""
         rows = []
         for line in _lines(self.path / LOG):
-            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
+            with contextlib.suppress(ValueError, KeyError):
                 row = _row(line)
-                rows.append((row["step"], float(row["loss"]), float(row["seconds"])))
+                loss, seconds = (conform(row[name], float, name, MAX_NUMBER) for name in ("loss", "seconds"))
+                rows.append((row["step"], loss, seconds))
         return rows
 
     def holds_a_run(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from ...versions import versions
 from ..measuring.selection import DIRECTIONS
 from ..planning.rundir import RunFolder, read_state
 from ..record import RunRecord, read_record
-from ..settings.config import settings_by_name
+from ..settings.config import TrainConfig, settings_by_name, tagged
 from .cells import Cell
+
+log = logging.getLogger(__name__)
 
 RESULTS, REPORT = "results.json", "report.html"
 REPEATS = ("seed", "subject")
@@ -56,15 +59,24 @@ class Row:
 
 
 def read_row(cell: Cell, out: Path) -> Row | None:
-    """The row of a cell; ``None`` if it is not finished."""
+    """The row of a cell; ``None`` if it is not finished, or its folder holds another run."""
     folder = RunFolder(out / cell.name)
     state = read_state(folder.path)
     if state.get("status") != "done" or not folder.adapter.exists():
         return None
     record = read_record(folder.adapter)
+    if record.config is not None and not _is_of(cell, record.config):
+        log.warning("%s is left out: its run has other settings than its name says, so it was renamed", folder.path)
+        return None
     loss = state.get("loss")
-    scores = {TRAINING_LOSS: loss} if isinstance(loss, float) else {}
+    scores = {TRAINING_LOSS: loss} if isinstance(loss, float) and abs(loss) <= files.LARGEST else {}
     return Row(dict(cell.labels), record, scores | _validation(folder.path, record.info.step))
+
+
+def _is_of(cell: Cell, config: TrainConfig) -> bool:
+    """Whether a run has the settings of a cell, but for those that may change when it resumes."""
+    own, free = TrainConfig.from_mapping(cell.settings), {*tagged("free"), "trigger"}
+    return all(getattr(own, name) == getattr(config, name) for name in cell.settings if name not in free)
 
 
 def _validation(folder: Path, step: int) -> dict[str, float]:

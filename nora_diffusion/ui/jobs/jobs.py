@@ -24,10 +24,12 @@ from typing import Any
 
 from ...errors import UserError
 from ...io.files import FileLock, is_held, user_errors, write_atomic
+from ...io.yaml_text import read_yaml
 from .job import Job, number_in, read_job, read_json, text_in
 
 START_PATIENCE = 10.0
 """Seconds that a stop waits for a process that is still starting."""
+MAX_STEM_BYTES = 200
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -106,12 +108,10 @@ class Jobs:
 
     def triggers(self) -> set[str]:
         """The trigger words of all jobs."""
-        import yaml
-
         found = set()
         for file in self.root.glob("*/request.yaml"):
-            with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # removed in the meantime, or damaged
-                values = yaml.safe_load(file.read_text(encoding="utf-8"))
+            with contextlib.suppress(UserError):  # removed in the meantime, or damaged
+                values = read_yaml(file, "request")
                 found |= set(text_in(values, "trigger").split()) if isinstance(values, dict) else set()
         return found
 
@@ -161,7 +161,12 @@ def copy_images(images: Sequence[Path], folder: Path) -> None:
     for number, image in enumerate(images):
         for file in (image, image.with_suffix(".txt")):
             if file.is_file():  # numbered: two images may have the same name
-                shutil.copyfile(file, folder / f"{number:03d}-{file.name}")
+                shutil.copyfile(file, folder / f"{number:03d}-{_shortened(file.stem)}{file.suffix}")
+
+
+def _shortened(stem: str) -> str:
+    """A file's stem, short enough for a number before it: names have at most 255 bytes."""
+    return os.fsencode(stem)[:MAX_STEM_BYTES].decode(errors="ignore")
 
 
 def _environment(device: str | None) -> dict[str, str]:

@@ -292,6 +292,17 @@ def test_a_lost_candidate_leaves_the_last_step(
     assert "The adapter in this folder is that of step 4" in page and "kept, last" in page
 
 
+def test_a_renamed_candidate_is_not_taken_for_the_chosen_one(
+    measured: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scripted(monkeypatch, {0: 0.1, 2: 0.9, 4: 0.5})
+    folder = train(measured()).adapter_path.parent
+    shutil.rmtree(folder / "candidates/step-2")
+    (folder / "candidates/step-4").rename(folder / "candidates/step-2")
+    train(measured(resume_from_checkpoint="latest"))
+    assert "step-2 holds the adapter of step 4" in caplog.text and inspect_adapter(folder).step == 4
+
+
 def test_a_last_step_that_was_not_measured_is_not_taken_for_the_chosen_one(
     measured: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:

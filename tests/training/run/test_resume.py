@@ -22,6 +22,7 @@ from nora_diffusion import inspect_adapter
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import TrainConfig, main, train
 from nora_diffusion.training.planning.checkpoints import read_checkpoint
+from nora_diffusion.training.planning.rundir import RunFolder
 from nora_diffusion.training.run.steps import Stepper
 from nora_diffusion.training.run.updates import Updates
 from nora_diffusion.training.signals import Interrupted
@@ -247,6 +248,15 @@ def test_a_log_with_any_bytes_is_resumed(configure: Configure, tmp_path: Path) -
     resumed = train(configure(max_train_steps=4, resume_from_checkpoint="latest"))
     assert journal(folder) == journal(whole.adapter_path.parent)
     assert resumed.final_loss == whole.final_loss
+
+
+def test_odd_numbers_of_a_log_are_no_steps(tmp_path: Path) -> None:
+    rows = [{"loss": loss, "seconds": 1} for loss in (1e999, 10**400, "1", None, True, [])]
+    rows += [{"loss": 1, "seconds": seconds} for seconds in (1e999, "inf", -(10**400), {})]
+    rows.append({"loss": 0.5, "seconds": 2})
+    lines = (json.dumps({"step": number, **row}) for number, row in enumerate(rows))
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    assert RunFolder(tmp_path).steps() == [(len(rows) - 1, 0.5, 2.0)]
 
 
 def test_a_lowered_number_of_steps_names_the_step_of_the_adapter(configure: Configure) -> None:

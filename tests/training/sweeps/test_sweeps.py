@@ -122,6 +122,22 @@ def test_a_failing_cell_does_not_stop_the_others(sweep: Path, tmp_path: Path) ->
     assert set(means(rows)) == {("1e-2", "no"), ("1e-2", "bf16")}
 
 
+def test_a_renamed_cell_is_no_result_of_another(sweep: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cells, out = read_cells(sweep), tmp_path / "out"
+    assert run_sweep(cells, out, at_once=4) == []
+    assert len(write_results("sweep", cells, out, "sweep sweep.yaml")) == 4
+    first, second = (out / cell.name for cell in cells[:2])
+    first.rename(out / "aside")
+    second.rename(first)
+    (out / "aside").rename(second)
+    assert len(write_results("sweep", cells, out, "sweep sweep.yaml")) == 2
+    assert f"{first} is left out: its run has other settings than its name says" in caplog.text
+    state = out / cells[2].name / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"loss": 1e300}))
+    write_results("sweep", cells, out, "sweep sweep.yaml")
+    assert [read_results(file) for file in out.glob("results*.json")]
+
+
 @pytest.mark.slow
 def test_processes_train_the_same_adapters(sweep: Path, tmp_path: Path) -> None:
     for out, workers in (("one", 1), ("two", 2)):
