@@ -159,6 +159,7 @@ def test_named_methods_are_valid_runs(method: str) -> None:
 def test_a_method_takes_settings_in_text() -> None:
     plain, changed = method_settings("nora"), method_settings("nora:inner_rank=8,basis=orthogonal")
     assert changed == {**plain, "inner_rank": 8, "basis": "orthogonal"}
+    assert method_settings("lora:target_modules=attn+ff")["target_modules"] == ["attn", "ff"]
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,9 @@ def split_rate(text: str) -> tuple[str, float | None]:
 def method_settings(method: str) -> dict[str, Any]:
     """The training settings of ``name`` or ``name:setting=value,setting=value``, with the embedded base's defaults.
 
-    ``name``: a key of :data:`METHODS`; ``setting``: one of ``nora-diffusion train``. Empty for ``base``. Raises
-    :class:`UserError` for unknown names and settings, and for those that a comparison varies itself.
+    ``name``: a key of :data:`METHODS`; ``setting``: one of ``nora-diffusion train``; several targets are joined by
+    ``+``. Empty for ``base``. Raises :class:`UserError` for unknown names and settings, and for those that a comparison
+    varies itself.
     """
     from ...training.settings.config import TrainConfig
     from ...training.settings.defaults import with_defaults
@@ -73,13 +74,13 @@ def method_settings(method: str) -> dict[str, Any]:
     return {"method": filled.method} | {key: v for key, v in values.items() if v != getattr(defaults, key)}
 
 
-def _pairs(method: str, text: str) -> dict[str, str]:
-    pairs: dict[str, str] = {}
+def _pairs(method: str, text: str) -> dict[str, Any]:
+    pairs: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         key, equals, value = item.partition("=")
         if not equals or not value:
             raise UserError(f"{method!r}: write a setting as name=value, for example nora:rank=32,inner_rank=8")
         if key in TASKS_OWN:
             raise UserError(f"{method!r}: {key} is the same for all methods: use --rates, --seeds or --{key}")
-        pairs[key] = value
+        pairs[key] = value.split("+") if key == "target_modules" else value
     return pairs
