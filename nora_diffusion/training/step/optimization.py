@@ -76,7 +76,9 @@ def _optimizer(config: ResolvedConfig, groups: list[dict[str, Any]]) -> Any:
         optimizer = import_module("schedulefree").AdamWScheduleFree(groups, warmup_steps=config.lr_warmup_steps, **adam)
         optimizer.train()
         return optimizer
-    return torch.optim.AdamW(groups, **adam)
+    # On CPUs torch's own choice is a loop in Python, of as many operations with the same result.
+    on_cpu = all(parameter.device.type == "cpu" for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, foreach=True if on_cpu else None, **adam)
 
 
 def build_schedule(config: ResolvedConfig, optimizer: torch.optim.Optimizer) -> Any:

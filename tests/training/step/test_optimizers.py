@@ -62,6 +62,25 @@ def test_prodigy_has_one_rate_also_with_new_tokens(configure: Configure) -> None
     assert main(["--config", str(config.folder / "config.yaml"), "--overwrite_output_dir"]) == 0
 
 
+def test_adamw_steps_equal_torchs_loop_bit_for_bit(configure: Configure) -> None:
+    """On a CPU, where our optimizer does not leave the choice to torch."""
+    source, found = torch.Generator().manual_seed(0), []
+    shapes = [(8, 33), (160, 8), (5,)]
+    starts = [torch.randn(shape, generator=source) for shape in shapes]
+    gradients = [[torch.randn(shape, generator=source) for shape in shapes] for _ in range(5)]
+    for loop in (False, True):
+        parameters = {f"unet.{n}.nora_A": nn.Parameter(start.clone()) for n, start in enumerate(starts)}
+        optimizer = build_optimizer(resolve(configure(learning_rate=5e-3)), parameters)
+        assert optimizer.defaults["foreach"]
+        optimizer.param_groups[0]["foreach"] = not loop
+        for step in gradients:
+            for parameter, gradient in zip(parameters.values(), step, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+        found.append([*parameters.values()])
+    assert all(map(torch.equal, *found))
+
+
 def test_lora_plus_is_a_rate_for_the_up_factors() -> None:
     names = [
         "unet.a.nora_A_in",
