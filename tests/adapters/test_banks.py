@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nora_diffusion.adapters import AdapterConfig, NoraLayer, lora, nora, nora_input
+from nora_diffusion.adapters import AdapterConfig, NoraLayer, lora, mor, nora, nora_input
+from nora_diffusion.adapters.deltas.routed import RoutedDelta
 from nora_diffusion.adapters.tuner.mixed_rows import LayerRows, serve_rows
 from nora_diffusion.adapters.tuner.row_plan import RowPlan
 from nora_diffusion.training.many.batched import SubjectRows
@@ -31,10 +32,14 @@ class Operations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.names: list[str] = []
+
+    @property
+    def count(self) -> int:
+        return len(self.names)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
+        self.names.append(op.overloadpacket.__name__)
         return op(*args, **(kwargs or {}))
 
 
@@ -86,6 +91,17 @@ def test_cost_depends_on_the_rows_of_the_pass(bank: str, grad: bool) -> None:
     assert counts[0] == counts[1]
 
 
+def test_rows_of_a_block_share_their_factors(bank: str) -> None:
+    """Subjects with equally many rows: no factor is copied for each row, since adding up the gradients is slow."""
+    layer, plan = layer_of_subjects([2] * 3, BANKS[bank])
+    copies = []
+    for shares in ({0: 3, 2: 3}, {0: 1, 2: 3}):
+        with Operations() as operations:
+            run(layer, plan, shares)
+        copies.append("index" in operations.names)
+    assert copies == [False, True]
+
+
 def test_only_subjects_with_rows_get_gradients(bank: str) -> None:
     layer, plan = layer_of_subjects([2] * 5, BANKS[bank])
     run(layer, plan, {3: 1, 1: 2}).square().sum().backward()
@@ -99,7 +115,7 @@ def test_rows_equal_each_subject_alone(bank: str, grad: bool, kind: str) -> None
     """In consecutive passes with different subjects and ranks: nothing of an earlier pass remains."""
     layer, plan = layer_of_subjects([2, 2, 2, 3, 3], BANKS[bank], kind)
     with torch.set_grad_enabled(grad):
-        for shares in ({0: 1, 2: 2}, {2: 2, 0: 1}, {3: 1}, {4: 2, 3: 1}, {1: 1, 4: 1}, {0: 1, 2: 2}):
+        for shares in ({0: 1, 2: 2}, {2: 2, 0: 1}, {3: 1}, {4: 2, 3: 1}, {1: 1, 4: 1}, {0: 2, 2: 2}, {0: 1, 2: 2}):
             found = run(layer, plan, shares)
             plan_rows, layer.rows = layer.rows, None
             x, start = inputs(layer, len(found)), 0
@@ -128,7 +144,7 @@ def test_a_compiled_model_is_not_recompiled_from_pass_to_pass() -> None:
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
-def test_chains_of_a_convolution_are_one_stack(grad: bool) -> None:
+def test_chains_of_a_convolution_share_a_bank(grad: bool) -> None:
     """Output and gradients equal those of each adapter alone, on the rows that use it at their weights."""
     torch.manual_seed(0)
     layer = NoraLayer(nn.Conv2d(3, WIDTH, 3, padding=1).requires_grad_(False))
@@ -148,7 +164,9 @@ def test_chains_of_a_convolution_are_one_stack(grad: bool) -> None:
     with torch.set_grad_enabled(grad):
         layer.rows = LayerRows(layer, plan)
         plan.start(4)
-        assert [type(b).__name__ for b in cast(LayerRows, layer.rows).grouped()[0]] == ["StackBank"]
+        assert [type(b).__name__ for b in cast(LayerRows, layer.rows).grouped()[0]] == [
+            "FoldBank" if grad else "StackBank"
+        ]
         found = layer(x)
         found_gradients = gradients(found)
         layer.rows, rows = None, []
@@ -162,6 +180,55 @@ def test_chains_of_a_convolution_are_one_stack(grad: bool) -> None:
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         for one, other in zip(found_gradients, gradients(expected), strict=True):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shares", [{0: 2, 1: 2, 2: 2}, {1: 4}, {0: 1, 1: 2}], ids=["blocks", "one", "uneven"])
+def test_each_block_of_rows_trains_in_one_function_with_the_layer(
+    shares: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixtures of experts are in no bank. Output and gradients equal those of each adapter alone."""
+    layer, plan = layer_of_subjects([2, 2, 2], lambda rank: mor(r=rank, num_experts=3))
+    parts: list[int] = []
+    linear = RoutedDelta.linear
+    monkeypatch.setattr(RoutedDelta, "linear", lambda self, x, *args: parts.append(len(x)) or linear(self, x, *args))
+    found = run(layer, plan, shares)
+    assert parts == ([] if len({*shares.values()}) > 1 else [*shares.values()])
+    parameters = [p for number in shares for p in layer.delta(f"s{number}").parameters()]
+    gradients = torch.autograd.grad(found.square().sum(), parameters)
+    layer.rows, start, alone = None, 0, []
+    for number, rows in shares.items():
+        layer.activate([f"s{number}"])
+        layer.nora_delta.requires_grad_(True)
+        alone.append(layer(inputs(layer, sum(shares.values()))[start : start + rows]))
+        start += rows
+    expected = torch.cat(alone)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for one, other in zip(gradients, torch.autograd.grad(expected.square().sum(), parameters), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kernel, options, kind",
+    [(3, {"padding": 1}, "FoldBank"), (1, {}, "FoldBank"), ((3, 5), {"padding": 2, "dilation": (2, 1)}, "FoldBank"),
+     (3, {}, "FoldBank"), (3, {"stride": 2, "padding": 1}, "StackBank"), (3, {"padding": "same"}, "StackBank"),
+     (3, {"padding": 3}, "StackBank")],
+)  # fmt: skip
+def test_a_convolution_of_any_shape_has_a_bank(kernel: Any, options: dict[str, Any], kind: str) -> None:
+    torch.manual_seed(0)
+    layer = NoraLayer(nn.Conv2d(3, WIDTH, kernel, **options).requires_grad_(False))
+    for name, rank in (("one", 2), ("two", 3)):
+        layer.update_layer(name, lora(r=rank), "x")
+    for parameter in layer.nora_delta.parameters():
+        parameter.data.normal_()
+    plan, x = RowPlan([{"one": 1.0}, {"two": 1.0}]), torch.randn(2, 3, 6, 7)
+    layer.rows = LayerRows(layer, plan)
+    plan.start(2)
+    assert [type(b).__name__ for b in cast(LayerRows, layer.rows).grouped()[0]] == [kind]
+    found = layer(x)
+    layer.rows = None
+    for name, row, y in zip(("one", "two"), x, found, strict=True):
+        layer.activate([name])
+        torch.testing.assert_close(y, layer(row[None])[0], atol=1e-4, rtol=1e-5)
 
 
 def test_an_adapter_may_have_any_name() -> None:

@@ -132,8 +132,11 @@ def core_product(lower: Tensor, upper: Tensor | None) -> Tensor:
 
 
 def rowwise(p: Tensor, matrices: Tensor) -> Tensor:
-    """Multiply each row of a batch by its own matrix: ``p [n, ..., k]``, ``M [n, k, m]`` -> ``[n, ..., m]``."""
-    return torch.bmm(_by_row(p), matrices).view(*p.shape[:-1], -1)
+    """Multiply each row of a batch by its matrix: ``p [n, ..., k]``, ``M [b, k, m]`` -> ``[n, ..., m]``.
+
+    The batch has ``b`` blocks of ``n / b`` rows; those of a block share a matrix.
+    """
+    return torch.bmm(_in_blocks(p, len(matrices)), matrices).view(*p.shape[:-1], -1)
 
 
 def add_product(y: Tensor, p: Tensor, up: Tensor, *, in_place: bool) -> Tensor:
@@ -147,11 +150,11 @@ def add_product(y: Tensor, p: Tensor, up: Tensor, *, in_place: bool) -> Tensor:
 
 def add_rowwise(y: Tensor, p: Tensor, matrices: Tensor, *, in_place: bool) -> Tensor:
     """``y + rowwise(p, M)`` in one pass, for ``y [n, ..., m]``; ``in_place``: may write into ``y``."""
-    rows, update = _by_row(y), _by_row(p)
+    rows, update = _in_blocks(y, len(matrices)), _in_blocks(p, len(matrices))
     out = rows.baddbmm_(update, matrices) if in_place else torch.baddbmm(rows, update, matrices)
     return out.view(y.shape).to(y.dtype)
 
 
-def _by_row(x: Tensor) -> Tensor:
-    """``[n, ..., k]`` as ``[n, tokens, k]``."""
-    return x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
+def _in_blocks(x: Tensor, count: int) -> Tensor:
+    """``[n, ..., k]`` as ``[count, tokens, k]``."""
+    return x.reshape(count, -1, x.shape[-1])

@@ -107,8 +107,10 @@ class NoraLayer(nn.Module, PeftInterface):
     def _fused(self, x: Tensor) -> Tensor | None:
         """The output, if the only live adapter trains in one function with the projection."""
         base: Any = self._modules["base_layer"]  # the lookup of nn.Module is slow
-        if self.rows is not None or not is_plain_linear(base) or base.weight.requires_grad:
+        if not is_plain_linear(base) or base.weight.requires_grad:
             return None
+        if self.rows is not None:
+            return None if self.disable_adapters else self.rows.fused(x)
         names = list(self.live_names())
         if len(names) != 1:
             return None

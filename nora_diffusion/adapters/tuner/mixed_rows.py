@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ..deltas.chain import Delta
+from ..deltas.routed import RoutedDelta
 from .layer import NoraLayer
 from .live_pair import is_plain_linear
 from .row_banks import Bank, banks, is_plain
 from .row_plan import MaskedPlan, RowPlan
-from .row_stacks import MaskedBank, stacks
+from .row_stacks import MaskedBank, conv_banks
 
 _SERVING: WeakSet[nn.Module] = WeakSet()
 """Models inside :func:`serve_rows`."""
@@ -49,13 +51,29 @@ class LayerRows:
             return [MaskedBank(self.layer, chains, self.plan, self.path)] if chains else []
         found = banks(self.layer, self.names, self.plan)
         banked = {name for bank in found for name in bank.names}
-        return [*found, *stacks(self.layer, [name for name in self.names if name not in banked], self.plan)]
+        return [*found, *conv_banks(self.layer, [name for name in self.names if name not in banked], self.plan)]
 
     def refresh(self) -> None:
         """Check the factors of the next pass; for all layers in a row it takes half the time."""
         if not torch.is_grad_enabled():
             for bank in self.grouped()[0]:
                 bank.refresh()
+
+    def fused(self, x: Tensor) -> Tensor | None:
+        """The output in training, if each block of rows has one adapter, in no bank, that is fused with the layer."""
+        plan, base = self.plan, cast(nn.Linear, self.layer.base_layer)
+        if not plan.in_blocks or len(x) != len(plan.batch) or isinstance(plan, MaskedPlan):
+            return None
+        if len(plan.used) > 1 and any(bank.is_used() for bank in self.grouped()[0]):
+            return None
+        parts = []
+        for spec, part in zip(plan.used, x.chunk(len(plan.used)), strict=True):
+            names = [name for name in spec if name in self.layer.nora_delta]
+            if len(names) != 1 or not _is_fused(self.layer.delta(names[0])):
+                return None
+            scale = spec[names[0]] * self.layer.states[names[0]].scaling
+            parts.append(self.layer.delta(names[0]).linear(part, base.weight, base.bias, scale))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def add(self, x: Tensor, base: Tensor) -> Tensor:
         """``y`` for the input ``x`` whose frozen output is ``base``; may write into ``base``."""
@@ -85,6 +103,11 @@ class LayerRows:
             mask = self.plan.mask(self.path, name, y.shape[2:] if is_conv else y.shape[1:-1])
             dy = dy if mask is None else dy * self.layer.channels_first(mask).to(dy)
         return y + dy if all_rows else y.index_add(0, rows, dy)
+
+
+def _is_fused(delta: Delta) -> bool:
+    """Whether a delta trains in one function with its layer; the gates of other routers belong to whole batches."""
+    return delta.fuses and not (isinstance(delta, RoutedDelta) and delta.conditioned)
 
 
 def serves_rows(model: nn.Module) -> bool:

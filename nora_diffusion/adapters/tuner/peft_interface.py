@@ -22,6 +22,10 @@ class RowServer(Protocol):
 
     names: list[str]
 
+    def fused(self, x: Tensor, /) -> Tensor | None:
+        """The output for the input ``x``, if every adapter of the batch trains in one function with the layer."""
+        ...
+
     def add(self, x: Tensor, base: Tensor, /) -> Tensor:
         """``y`` for the input ``x`` whose frozen output is ``base``."""
         ...

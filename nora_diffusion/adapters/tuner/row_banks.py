@@ -50,7 +50,7 @@ class Bank(ABC):
         return not self.plan.live.isdisjoint(self.names)
 
     def rows(self, y: Tensor) -> tuple[Tensor, ...]:
-        """The factors of each row in the dtype of ``y``.
+        """The factors of each row, or of each block of rows with the same ones, in the dtype of ``y``.
 
         They are kept until the batch or a factor changes; under autograd every pass builds them.
         """
@@ -70,9 +70,12 @@ class Bank(ABC):
                 self._seen, self._rows = state, ()
 
     def _built(self, y: Tensor) -> tuple[Tensor, ...]:
-        index = self.plan.index(y.device)
         with functional.without_autocast(y.device):
-            return tuple(factor.to(y.dtype)[index] for factor in self.build(self.plan.used))
+            factors = [factor.to(y.dtype) for factor in self.build(self.plan.used)]
+        if self.plan.in_blocks:
+            return tuple(factors)
+        index = self.plan.index(y.device)  # copies the factors for each row, whose gradients are added up
+        return tuple(factor[index] for factor in factors)
 
     def _state(self) -> tuple[object, ...]:
         """Changes with the batch, and with the scales, ranks and factors of the chains that it uses."""
@@ -129,7 +132,8 @@ class PairBank(Bank):
         down, up = next(pair for pair in pairs if pair is not None)
         none = down.new_zeros(0, down.shape[1]), up.new_zeros(up.shape[0], 0)
         padded = [_padded(*(pair or none), rank) for pair in pairs]
-        return torch.stack([down.T for down, _ in padded]), torch.stack([up.T for _, up in padded])
+        downs, ups = (torch.stack(factors) for factors in zip(*padded, strict=True))
+        return downs.mT, ups.mT
 
 
 class InputBank(PairBank):
@@ -149,7 +153,7 @@ class InputBank(PairBank):
 
 def _padded(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     missing = rank - len(down)
-    return F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))
+    return (F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))) if missing else (down, up)
 
 
 def banks(layer: NoraLayer, names: Sequence[str], plan: RowPlan) -> list[Bank]:
@@ -183,6 +187,11 @@ def is_plain(layer: NoraLayer, name: str) -> bool:
     """Whether an adapter is a plain product of matrices: no gate, magnitude, sampled rank or active dropout."""
     delta = layer.delta(name)
     return isinstance(delta, ChainDelta) and delta.is_plain
+
+
+def similar_chains(layer: NoraLayer, names: Sequence[str]) -> list[list[str]]:
+    """Groups of two or more chains of similar rank."""
+    return _groups([name for name in names if is_plain(layer, name)], partial(_have_similar_rank, layer))
 
 
 def _groups(names: Sequence[str], alike: Callable[[str, str], bool]) -> list[list[str]]:

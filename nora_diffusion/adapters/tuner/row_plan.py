@@ -30,6 +30,8 @@ class RowPlan:
         self.batch: list[int] = []
         self.used: list[RowSpec] = []
         """The specs of the batch, each once, in order."""
+        self.in_blocks = False
+        """Whether the batch has the rows of each of these specs together, in their order, and equally many of each."""
         self.live: set[str] = set()
         """The adapters of the batch."""
         self.changes = 0
@@ -67,7 +69,9 @@ class RowPlan:
         if batch == self.batch:
             return
         self.batch, self._tensors = batch, {}
-        self.used = [self.specs[index] for index in sorted(set(batch))]
+        used = sorted(set(batch))
+        self.used = [self.specs[index] for index in used]
+        self.in_blocks = batch == [index for index in used for _ in range(len(batch) // len(used))]
         self.live = {name for spec in self.used for name in spec}
         self.changes += 1
 
