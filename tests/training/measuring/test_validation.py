@@ -152,12 +152,13 @@ def test_a_run_measures_its_own_pictures(measured: Configure, judges: Path, tiny
     images = [image for p in prompts for image in sample_images(pipe, [p] * 2, seeds, sampling)]
     real = [Image.open(judges / f"held-out/{i}.png").convert("RGB") for i in range(2)]
     clip = load_judge(judges / "clip")
-    assert found[step]["clip_i"] == pytest.approx(subject_score(clip, images, real), abs=3e-6)
+    # The strong adapter makes rounding visible: a few pixels may differ by one level.
+    assert found[step]["clip_i"] == pytest.approx(subject_score(clip, images, real), abs=1e-4)
     assert "heldout_loss" in found[step]
     assert found[step]["clip_t"] == pytest.approx(
-        prompt_score(clip, images, ["a dog"] * 2 + ["a red dog"] * 2), abs=3e-6
+        prompt_score(clip, images, ["a dog"] * 2 + ["a red dog"] * 2), abs=1e-4
     )
-    assert abs(found[step]["clip_i"] - found[0]["clip_i"]) > 1e-4
+    assert abs(found[step]["clip_i"] - found[0]["clip_i"]) > 1e-3
 
 
 def test_training_does_not_notice(measured: Configure, configure: Configure, tmp_path: Path) -> None:
