@@ -246,7 +246,9 @@ def test_lessons_are_the_same_alone_and_together(tmp_path: Path, monkeypatch: py
     for one, other in zip(together, alone, strict=True):
         assert one.keys() == other.keys()
         for name in one.keys() - costs:
-            same = pytest.approx(other[name], abs=2e-5) if isinstance(other[name], float) else other[name]
+            # Images have 8 bits, so that rounding shows more in their scores.
+            most = 2e-5 if name == "heldout_loss" else 5e-4
+            same = pytest.approx(other[name], abs=most) if isinstance(other[name], float) else other[name]
             assert one[name] == same, name
     control, nora, lora = together
     assert nora["trained_numbers"] == 116_736
