@@ -149,7 +149,24 @@ def _from_pretrained(source: str | Path, dtype: Any, revision: str | None, varia
         )  # fmt: skip
         if not any(hasattr(pipe, name) for name in DENOISERS) or not hasattr(pipe, "vae"):
             raise ValueError(f"a {type(pipe).__name__} makes no images from text")
+        _check_unread_values(pipe)
         return pipe
+
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "original_sample", "flow_prediction")
+
+
+def _check_unread_values(pipe: Any) -> None:
+    """Raise :class:`ValueError` for wrong values of a base that its libraries read with the first image only."""
+    prediction = pipe.scheduler.config.get("prediction_type", PREDICTIONS[0])
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"the prediction_type of its scheduler is {prediction!r}, and not of {', '.join(PREDICTIONS)}")
+    lengths = {n: getattr(part, "model_max_length", 1) for n, part in pipe.components.items() if "tokenizer" in n}
+    numbers = {"vae's scaling_factor": pipe.vae.config.get("scaling_factor", 1.0)}
+    numbers |= {f"{name}'s model_max_length": length for name, length in lengths.items()}
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"the {name} is {value!r}, and not a number above 0")
 
 
 @contextlib.contextmanager

@@ -28,6 +28,10 @@ WRONG: dict[str, tuple[str, Callable[[Values], Any]]] = {
     "no blocks": ("vae/config.json", lambda v: {**v, "block_out_channels": []}),
     "an unknown schedule": ("scheduler/scheduler_config.json", lambda v: {**v, "beta_schedule": "x"}),
     "text as a count": ("scheduler/scheduler_config.json", lambda v: {**v, "num_train_timesteps": "a"}),
+    "a number as the prediction": ("scheduler/scheduler_config.json", lambda v: {**v, "prediction_type": 5}),
+    "text as a factor": ("vae/config.json", lambda v: {**v, "scaling_factor": "x"}),
+    "no factor": ("vae/config.json", lambda v: {**v, "scaling_factor": 0}),
+    "text as a length": ("tokenizer/tokenizer_config.json", lambda v: {**v, "model_max_length": "long"}),
     "a negative count": ("scheduler/scheduler_config.json", lambda v: {**v, "num_train_timesteps": -1}),
 }
 
