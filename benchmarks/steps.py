@@ -1,6 +1,6 @@
 """Training step, its memory, and inference with live adapters, beside PEFT's LoRA and LyCORIS in the same process.
 
-    python benchmarks/steps.py [--part train] [--channels 128,256,512,512] [--side 32] [--batch 2] [--rounds 7]
+    python benchmarks/steps.py [--part train] [--channels 128,256,512,512] [--side 32] [--batch 2] [--rounds 5]
                                [--device cpu] [--only "NoRA,PEFT LoRA r 32"]
 
 The model is a UNet of SD 1.5's layout with random bf16 weights, under bf16 autocast; the default widths make it small
@@ -230,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=["train", "inference", "both"], default="both")
     parser.add_argument("--channels", default="128,256,512,512")
-    for flag, value in {"side": 32, "batch": 2, "rounds": 7, "threads": 1}.items():
+    for flag, value in {"side": 32, "batch": 2, "rounds": 5, "threads": 1}.items():
         parser.add_argument(f"--{flag}", type=int, default=value)
     parser.add_argument("--only", default="", help="parts of the names of rows, by comma; the first row always runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
