@@ -153,12 +153,12 @@ def test_a_run_measures_its_own_pictures(measured: Configure, judges: Path, tiny
     real = [Image.open(judges / f"held-out/{i}.png").convert("RGB") for i in range(2)]
     clip = load_judge(judges / "clip")
     # The strong adapter makes rounding visible: a few pixels may differ by one level.
-    assert found[step]["clip_i"] == pytest.approx(subject_score(clip, images, real), abs=1e-4)
+    assert found[step]["clip_i"] == pytest.approx(subject_score(clip, images, real), abs=5e-5)
     assert "heldout_loss" in found[step]
     assert found[step]["clip_t"] == pytest.approx(
-        prompt_score(clip, images, ["a dog"] * 2 + ["a red dog"] * 2), abs=1e-4
+        prompt_score(clip, images, ["a dog"] * 2 + ["a red dog"] * 2), abs=5e-5
     )
-    assert abs(found[step]["clip_i"] - found[0]["clip_i"]) > 1e-3
+    assert abs(found[step]["clip_i"] - found[0]["clip_i"]) > 1e-4
 
 
 def test_training_does_not_notice(measured: Configure, configure: Configure, tmp_path: Path) -> None:
