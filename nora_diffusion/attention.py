@@ -71,7 +71,9 @@ def live_parts(layer: nn.Module, kinds: Kinds, dtype: torch.dtype, x: Tensor) ->
     if layer._forward_hooks or layer._forward_pre_hooks or torch.is_grad_enabled() or is_offloaded(layer.base_layer):
         return None
     single, pair = layer.live(dtype)
-    if pair is not None and (ChainDelta not in kinds or (not single and layer.folds(x, dtype))):
+    if pair is not None and ChainDelta not in kinds:
+        return None
+    if pair is not None and not single and layer.owns_output and layer.folds(x, dtype):
         return None
     deltas = {name: layer.delta(name) for name in single}
     if not all(isinstance(d, kinds) and not d.training and getattr(d, "m", None) is None for d in deltas.values()):

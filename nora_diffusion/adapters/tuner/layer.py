@@ -166,14 +166,13 @@ class NoraLayer(nn.Module, PeftInterface):
         return is_plain_linear(self.base_layer) and not torch.compiler.is_compiling()
 
     def folds(self, x: Tensor, dtype: torch.dtype) -> bool:
-        """Whether a pass in ``dtype`` adds ``B A`` to ``W [d_out, d_in]``, and not ``B A x`` to ``W x``.
+        """Whether a pass of a plain linear layer in ``dtype`` adds ``B A`` to ``W``, and not ``B A x`` to ``y``.
 
         It does where ``W`` has fewer values than ``x`` and ``y``, so that the update is one pass over ``W``, and not
         one over ``x`` and two over ``y``. In half precision, rounding it adds no more error than rounding ``y`` does.
         """
         d_out, d_in = self._weight.shape
-        small = d_out * d_in <= x.numel() // d_in * (d_in + d_out)
-        return small and self.owns_output and self._weight.dtype == dtype
+        return self._weight.dtype == dtype and d_out * d_in <= x.numel() // d_in * (d_in + d_out)
 
     def joined_chains(self, names: Sequence[str]) -> dict[str, ScaledChain]:
         """Those of the live adapters that a pass without gradients adds as one pair, by name."""
