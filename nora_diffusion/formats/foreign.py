@@ -60,16 +60,17 @@ BLOCK = re.compile(r"(down|up)_list\.(\d{1,4})")
 """Factors of LyCORIS' DyLoRA, the rank in numbered blocks: ``down_list.<n> [b, d_in]``, ``up_list.<n> [d_out, b]``."""
 BUNDLED = re.compile(r"bundle_emb\.(.+)\.(\w+)")
 """OneTrainer's embeddings inside a LoRA file: ``bundle_emb.<token>.<encoder>``."""
+OTHER_METHODS = {
+    "boft_": "a BOFT adapter", "oft_": "an OFT adapter", "on_input": "an IA3 adapter", "ia3_": "an IA3 adapter",
+}  # fmt: skip
 REFUSED = {
-    "model.diffusion_model.": "a whole checkpoint, not an adapter",
-    "boft_": "a BOFT adapter", "oft_": "an OFT adapter",
-    "on_input": "an IA3 adapter", "ia3_": "an IA3 adapter",
+    "model.diffusion_model.": "a whole checkpoint, not an adapter", **OTHER_METHODS,
     "first_stage_model.": "a VAE or whole checkpoint, not an adapter", "controlnet_": "a ControlNet, not an adapter",
     "image_proj": "an IP-Adapter", "conv_in.": "the weights of a whole model, not an adapter",
     "embeddings.": "the weights of a whole model, not an adapter",
 }  # fmt: skip
 REFUSED_FACTORS = {
-    "boft_": "a BOFT adapter", "oft_": "an OFT adapter", "on_input": "an IA3 adapter", "ia3_": "an IA3 adapter",
+    **OTHER_METHODS,
     "a1": "a GLoRA adapter", "a2": "a GLoRA adapter", "b1": "a GLoRA adapter", "b2": "a GLoRA adapter",
     "w_norm": "the trained weights of a normalization", "b_norm": "the trained weights of a normalization",
     "diff_b": "the difference of a bias", "set_weight": "a whole weight", "bias": "a trained bias",
@@ -100,7 +101,7 @@ BARE = {
 WHOLE = ".diff"
 """The end of the key of a whole update, as LyCORIS' "full" and ComfyUI's extractions have."""
 INTEGERS = ("I32", "I64")
-"""What a file may hold for alpha."""
+"""What a file may hold for alpha, beside floats: some tools save it so."""
 FAMILY_NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "embedding": "textual inversion"}
 
 
@@ -184,7 +185,8 @@ def recognize(reader: TensorFile) -> AdapterInfo:
     if "nora_pack" in reader.metadata:
         raise UserError(f"{reader.path} is a pack of many subjects: choose one of them with {reader.path}#NAME")
     family = family_of(reader)
-    _check_dtypes(reader, family)
+    floats = FLOATS if family == "embedding" else (*FLOATS, *FLOATS_8)
+    reader.require_floats(floats, {".alpha": INTEGERS})
     metadata = {key: clean(value) for key, value in reader.metadata.items() if len(value) < 1000}
     info = AdapterInfo(components={}, path=str(reader.path))
     info.trigger = metadata.get("modelspec.trigger_phrase", "") or metadata.get("trigger", "")
@@ -205,15 +207,6 @@ def recognize(reader: TensorFile) -> AdapterInfo:
     if bundled := bundled_tokens(reader):
         info.note += f" with the embeddings of {', '.join(bundled)}"
     return info
-
-
-def _check_dtypes(reader: TensorFile, family: Family) -> None:
-    """Raise :class:`UserError` for tensors that are no floats. Alphas may be integers: some tools save them so."""
-    floats = FLOATS if family == "embedding" else (*FLOATS, *FLOATS_8)
-    for key, entry in reader.entries.items():
-        allowed = (*floats, *INTEGERS) if key.endswith(".alpha") else floats
-        if entry.dtype not in allowed:
-            raise UserError(f"{reader.path}: {key} has the dtype {entry.dtype}, which is not a float dtype of adapters")
 
 
 def _tool(reader: TensorFile) -> str:

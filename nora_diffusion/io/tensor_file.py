@@ -12,7 +12,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -191,10 +191,15 @@ class TensorFile:
         content = self.read(entry.start + first * width, entry.start + last * width)
         return RawTensor(entry.dtype, (last - first, *entry.shape[1:]), content)
 
-    def require_floats(self) -> None:
-        """Raise :class:`UserError` if a tensor's dtype is not one of :data:`FLOATS`."""
+    def require_floats(self, floats: Sequence[str] = FLOATS, others: Mapping[str, Sequence[str]] | None = None) -> None:
+        """Raise :class:`UserError` if a tensor's dtype is not one of ``floats``.
+
+        ``others``: dtypes that are allowed too, by the end of a tensor's key.
+        """
         for key, entry in self.entries.items():
-            if entry.dtype not in FLOATS:
+            if entry.dtype not in floats and not any(
+                key.endswith(end) and entry.dtype in allowed for end, allowed in (others or {}).items()
+            ):
                 raise UserError(
                     f"{self.path}: {key} has the dtype {entry.dtype}, which is not a float dtype of adapters"
                 )
