@@ -280,12 +280,18 @@ def test_stopping_early(measured: Configure, monkeypatch: pytest.MonkeyPatch) ->
     assert len((folder / "log.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_lost_candidate_leaves_the_last_step(
-    measured: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def lose_the_best(measured: Configure, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a finished run whose best step, 2, has lost its candidate."""
     scripted(monkeypatch, {0: 0.1, 2: 0.9, 4: 0.5})
     folder = train(measured()).adapter_path.parent
     shutil.rmtree(folder / "candidates/step-2")
+    return folder
+
+
+def test_a_lost_candidate_leaves_the_last_step(
+    measured: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = lose_the_best(measured, monkeypatch)
     train(measured(resume_from_checkpoint="latest"))
     assert inspect_adapter(folder).step == 4 and "the last step is kept" in caplog.text
     page = (folder / "report.html").read_text()
@@ -296,9 +302,7 @@ def test_a_lost_candidate_leaves_the_last_step(
 def test_a_renamed_candidate_is_not_taken_for_the_chosen_one(
     measured: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    scripted(monkeypatch, {0: 0.1, 2: 0.9, 4: 0.5})
-    folder = train(measured()).adapter_path.parent
-    shutil.rmtree(folder / "candidates/step-2")
+    folder = lose_the_best(measured, monkeypatch)
     (folder / "candidates/step-4").rename(folder / "candidates/step-2")
     train(measured(resume_from_checkpoint="latest"))
     assert "step-2 holds the adapter of step 4" in caplog.text and inspect_adapter(folder).step == 4
