@@ -29,9 +29,11 @@ a { color: var(--color-accent); } small { color: var(--faint); } .row { display:
 img { display: block; max-width: none; image-rendering: auto; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
 .plot { margin: 0; } .plot svg { width: 100%; height: auto; } .plot text { fill: var(--faint); font-size: 12px; }
+.wide { grid-column: 1 / -1; } .plot .name { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
 .plot .rule { stroke: var(--line); } figcaption { font-weight: 600; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; color: var(--faint); font-size: .9rem; }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
+.scroll + .legend, .plots + .legend { margin: 1.5rem 0 .5rem; }
 """
 
 

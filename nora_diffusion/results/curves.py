@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from ..reports.plots import COLORS, line_chart
+from ..reports.plots import COLORS, legend, line_chart, styled
 from .protocols import Protocol
 from .ranking import Ranking, Standing
 
 Series = dict[str, list[tuple[float, float]]]
 Title = Callable[[str], str]
+SIZES = ("rank", "inner_rank")
+"""The settings in which the methods of one line differ."""
+
+
+class Chart(NamedTuple):
+    """The lines of a chart by their labels."""
+
+    name: str
+    series: Series
+    x_label: str
+    y_label: str
 
 
 def charts(ranking: Ranking, lengths: Sequence[Ranking], title: Title) -> str:
@@ -20,34 +33,65 @@ def charts(ranking: Ranking, lengths: Sequence[Ranking], title: Title) -> str:
     ``lengths``: the same protocol with other numbers of steps, itself included.
     """
     protocol, criterion = ranking.protocol, ranking.protocol.criterion
-    plots = []
+    own, by_size = title(criterion), []
     for score in [criterion, *(name for name in protocol.scores if name != criterion)]:
         series = _by_family(ranking, score, lambda standing: standing.trained_parameters)
         if score == criterion or len({y for points in series.values() for _, y in points}) > 1:
-            plots += _line_charts(f"{title(score)} over size", series, "trained parameters", title(score))
+            by_size.append(Chart(f"{title(score)} over size", series, "trained parameters", title(score)))
     series = _by_family(ranking, criterion, lambda standing: standing.bytes)
-    plots += _line_charts(f"{title(criterion)} over file size", series, "bytes", title(criterion))
-    plots += _line_charts(f"{title(criterion)} over rates", _over_rates(protocol), "learning rate", title(criterion))
-    plots += _line_charts(f"{title(criterion)} over steps", _over_steps(lengths), "steps", title(criterion))
-    return f'<div class="plots">{"".join(plots)}</div>'
+    by_size.append(Chart(f"{own} over file size", series, "bytes", own))
+    styles = styled(sorted({label for chart in by_size for label in chart.series}))
+    plots = [
+        *(_drawn(chart, styles=styles, wide=chart is by_size[0]) for chart in by_size),
+        *_several(Chart(f"{own} over rates", _over_rates(protocol), "learning rate", own)),
+        *_several(Chart(f"{own} over steps", _over_steps(lengths), "steps", own)),
+    ]
+    return f'{legend(styles)}<div class="plots">{"".join(plots)}</div>'
 
 
-def family(settings: Mapping[str, object], method: str) -> str:
-    """Methods of one family, such as LoRAs of several ranks, share a line."""
-    return str(settings.get("method", method))
+def families(protocol: Protocol) -> dict[str, str]:
+    """The line of each trained method: methods share one that differ in :data:`SIZES` alone, as LoRAs of several ranks.
+
+    It is called as their setting ``method``, and by what is unusual among the lines of that name: a setting that
+    others do not have, or that is otherwise in most of their rows.
+    """
+    kinds = {name: str(protocol.methods[name].get("method", name)) for name in protocol.trained}
+    fixed = {name: _fixed(protocol.methods[name]) for name in kinds}
+    found = {}
+    for name, kind in kinds.items():
+        kin = [fixed[row.method] for row in protocol.rows if kinds.get(row.method) == kind]
+        odd = [f"{key}={value}" for key, value in fixed[name].items() if value != _usual(key, kin)]
+        found[name] = ":".join(filter(None, (kind, ",".join(odd))))
+    return found
+
+
+def _fixed(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that a line's methods have in common, as text."""
+    return {key: _text(value) for key, value in settings.items() if key not in (*SIZES, "method")}
+
+
+def _text(value: Any) -> str:
+    """As in the name of a method: ``attn+ff``, ``true``."""
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value).lower()
+
+
+def _usual(key: str, kin: Sequence[Mapping[str, str]]) -> str | None:
+    """The value of a setting in most rows; ``None`` if some do not have it."""
+    ((value, _),) = Counter(own.get(key) for own in kin).most_common(1)
+    return value if all(key in own for own in kin) else None
 
 
 def _by_family(ranking: Ranking, score: str, x: Callable[[Standing], int]) -> Series:
-    series: Series = {}
+    names, series = families(ranking.protocol), Series()
     for standing in ranking.standings:
         if score in standing.scores and x(standing) > 0 and math.isfinite(standing.scores[score].mean):
-            name = family(ranking.protocol.methods[standing.method], standing.method)
-            series.setdefault(name, []).append((float(x(standing)), standing.scores[score].mean))
+            points = series.setdefault(names[standing.method], [])
+            points.append((float(x(standing)), standing.scores[score].mean))
     return {name: sorted(points) for name, points in series.items()}
 
 
 def _over_rates(protocol: Protocol) -> Series:
-    """The criterion of each method at each of its rates."""
+    """The criterion of each method at each of its rates, if there are several."""
     series: Series = {}
     for method in protocol.trained:
         values: dict[float, list[float]] = {}
@@ -55,25 +99,34 @@ def _over_rates(protocol: Protocol) -> Series:
             if row.rate is not None and math.isfinite(row.scores.get(protocol.criterion, math.inf)):
                 values.setdefault(row.rate, []).append(row.scores[protocol.criterion])
         series[method] = [(rate, statistics.fmean(own)) for rate, own in sorted(values.items())]
-    return series
+    return _curves(series)
 
 
 def _over_steps(lengths: Sequence[Ranking]) -> Series:
-    """The criterion of each method at its chosen rates."""
+    """The criterion of each method at its chosen rates, if it was trained for several numbers of steps."""
     series: Series = {}
     for ranking in sorted(lengths, key=lambda ranking: ranking.protocol.steps):
         for standing in ranking.standings:
             if math.isfinite(mean := standing.scores[ranking.protocol.criterion].mean):
                 series.setdefault(standing.method, []).append((float(ranking.protocol.steps), mean))
-    return {method: points for method, points in series.items() if len(points) > 1}
+    return _curves(series)
 
 
-def _line_charts(name: str, series: Series, x_label: str, y_label: str) -> list[str]:
-    """As many charts as it takes for each line to have a color of its own."""
-    drawn = sorted((label, points) for label, points in series.items() if points)  # one color in all protocols
-    parts = [dict(drawn[start : start + len(COLORS)]) for start in range(0, len(drawn), len(COLORS))]
+def _curves(series: Series) -> Series:
+    return {name: points for name, points in series.items() if len(points) > 1}
+
+
+def _several(chart: Chart) -> list[str]:
+    """As many charts as it takes for each line to have a color of its own; a single line is named in the title."""
+    labels = sorted(chart.series)
+    count = math.ceil(len(labels) / len(COLORS))
+    parts = [labels[len(labels) * n // count : len(labels) * (n + 1) // count] for n in range(count)]
+    notes = [f" ({n})" for n in range(1, count + 1)] if count > 1 else [f": {labels[0]}" if len(labels) == 1 else ""]
     return [
-        line_chart(name.capitalize() if len(parts) == 1 else f"{name.capitalize()} ({number})", part, x_label, y_label,
-                   log_x=True)
-        for number, part in enumerate(parts, start=1)
-    ]  # fmt: skip
+        _drawn(chart._replace(name=chart.name + note, series={label: chart.series[label] for label in part}))
+        for note, part in zip(notes, parts, strict=False)
+    ]
+
+
+def _drawn(chart: Chart, **options: Any) -> str:
+    return line_chart(chart.name.capitalize(), chart.series, chart.x_label, chart.y_label, log_x=True, **options)

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from nora_diffusion.reports.plots import bar_chart, line_chart, log_ticks, ticks
+from nora_diffusion.reports.plots import STYLES, bar_chart, legend, line_chart, log_ticks, short, styled, ticks
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0.013, 0.0131), (-5, 3), (7, 7), (0, 0), (1, 2000), (1e-9, 3e-9)])
@@ -28,6 +28,7 @@ def test_ticks_of_whole_numbers_are_whole() -> None:
     [
         (1, 64, [1, 2, 5, 10, 20, 50, 100]),
         (3e-4, 4.8e-3, [2e-4, 5e-4, 1e-3, 2e-3, 5e-3]),
+        (2e4, 1.4e7, [1e4, 3e4, 1e5, 3e5, 1e6, 3e6, 1e7, 3e7]),
         (1, 10_000, [1, 10, 100, 1000, 10_000]),
         (5, 5, [5, 10]),
         (1, 1e15, [1, 1e3, 1e6, 1e9, 1e12, 1e15]),
@@ -64,6 +65,26 @@ def test_text_is_escaped() -> None:
     for svg in (line_chart(evil, {evil: [(0, 1)], "b": [(1, 2)]}, evil, evil), bar_chart(evil, [(evil, 1.0)], evil)):
         ElementTree.fromstring(svg)
         assert not re.search(r"<script", svg)
+
+
+def test_thirty_lines_look_different_and_share_a_legend() -> None:
+    styles = styled(map(str, range(30)))
+    assert len({*styles.values()}) == 30 and styled(map(str, range(len(STYLES) + 1)))[str(len(STYLES))] == STYLES[0]
+    charts = [line_chart("a", {label: [(1, 2), (2, 3)]}, "x", "y", styles=styles) for label in styles]
+    assert len({*charts}) == 30 and not any("legend" in chart for chart in charts)
+    assert legend(styles).count("<span>") == 30 and len({*re.findall("<i .*?</i>", legend(styles))}) == 30
+
+
+def test_a_wide_chart_names_its_lines_where_there_is_room() -> None:
+    far = {"one": [(1.0, 0.0)], "two": [(10.0, 1.0)]}
+    assert re.findall('class="name".*?>(.*?)<', line_chart("a", far, "x", "y", wide=True)) == ["one", "two"]
+    assert 'class="name"' not in line_chart("a", far, "x", "y")
+    same = {str(n): [(1.0, 0.0)] for n in range(9)}  # on one point: right, left, above and below
+    assert re.findall('class="name".*?>(.*?)<', line_chart("a", same, "x", "y", wide=True)) == ["0", "1", "2", "3"]
+
+
+def test_large_numbers_are_short() -> None:
+    assert [*map(short, (0.0048, 75, 1000, 10_000, 564_736, 2e6))] == ["0.0048", "75", "1000", "10k", "564.7k", "2M"]
 
 
 def test_no_plot_without_points() -> None:

@@ -11,6 +11,7 @@ import pytest
 from result_files import example, row
 
 from nora_diffusion.cli import main
+from nora_diffusion.results.curves import families
 from nora_diffusion.results.files import write_results
 from nora_diffusion.results.leaderboard import markdown, page, read_all, table
 from nora_diffusion.results.protocols import protocols
@@ -162,6 +163,45 @@ def test_the_command(files: list[Results], tmp_path: Path, capsys: pytest.Captur
     html = (tmp_path / "out/leaderboard.html").read_text()
     assert html.count("<svg") == 4 and "Held-out loss over size" in html
     assert main(["leaderboard", str(tmp_path)]) == 2
+
+
+def sized(method: str, settings: dict[str, object], parameters: int) -> Results:
+    """A method trained on both subjects, in a file of its own."""
+    rows = [replace(row(method, subject, 2e-3, 0.3, 0.5), trained_parameters=parameters) for subject in ("cat", "dog")]
+    return replace(example(rows), name=method, methods={method: settings})
+
+
+def test_a_line_joins_methods_that_differ_in_size_alone() -> None:
+    layers, every = ["attn", "ff"], ["attn", "ff", "conv"]
+    (protocol,) = protocols([
+        sized("lora_few", {"method": "lora", "rank": 32, "target_modules": layers}, 900),
+        sized("lora", {"method": "lora", "rank": 8, "target_modules": every}, 400),
+        sized("lora_r2", {"method": "lora", "rank": 2, "target_modules": every}, 100),
+        sized("lora_text", {"method": "lora", "rank": 8, "target_modules": every, "train_text_encoder": True}, 500),
+        sized("nora", {"method": "nora", "rank": 32, "inner_rank": 16, "basis": "awsvd"}, 110),
+        sized("nora_8", {"method": "nora", "rank": 24, "inner_rank": 8, "basis": "awsvd"}, 30),
+        sized("nora_svd", {"method": "nora", "rank": 32, "inner_rank": 16, "basis": "svd"}, 110),
+        sized("mine", {"rank": 3, "target_modules": layers}, 200),
+    ])  # fmt: skip
+    assert families(protocol) == {
+        "lora_few": "lora:target_modules=attn+ff", "lora": "lora", "lora_r2": "lora",
+        "lora_text": "lora:train_text_encoder=true", "nora": "nora", "nora_8": "nora", "nora_svd": "nora:basis=svd",
+        "mine": "mine",
+    }  # fmt: skip
+    html = page([rank(protocol)])
+    assert html.count("<i style") == len({*families(protocol).values()})  # one legend for all charts
+    lines = [line.split() for line in re.findall(r'<polyline points="([^"]*)"', html)]
+    assert sorted(map(len, lines[:6])) == [1, 1, 1, 1, 2, 2]
+
+
+def test_curves_of_many_methods_have_colors_of_their_own_and_a_single_rate_has_no_curve() -> None:
+    rates = [row(f"m{n}", s, rate, 0.3 + rate, 0.5) for n in range(9) for s in ("cat", "dog") for rate in (1e-3, 2e-3)]
+    (protocol,) = protocols([example([*rates, *NORA])])
+    html = page([rank(protocol)])
+    first, second = re.findall(r"over rates \(\d\)</figcaption>.*?</figure>", html)
+    assert [first.count("<polyline"), second.count("<polyline")] == [4, 5] and "nora" not in first + second
+    (protocol,) = protocols([example(LORA)])
+    assert "Held-out loss over rates: lora<" in page([rank(protocol)])
 
 
 def test_a_score_that_never_differs_has_no_curve(files: list[Results]) -> None:
