@@ -120,21 +120,15 @@ def _mean(value: Estimate | None, name: str, protocol: Protocol) -> str:
     """The mean; with its interval where it ranks the methods."""
     if value is None:
         return ""
-    places = digits(name)
     if not math.isfinite(value.mean):
         return "diverged"
-    return f"{value.mean:.{places}f}{_ends(value, f'.{places}f') if name == protocol.criterion else ''}"
+    form = f".{digits(name)}f"
+    return value.text(form) if name == protocol.criterion else f"{value.mean:{form}}"
 
 
 def _gap(standing: Standing, other: Standing, name: str) -> str:
-    value, places = None if standing is other else difference(standing, other, name), digits(name)
-    if value is None or not math.isfinite(value.mean):
-        return ""
-    return f"{value.mean:+.{places}f}{_ends(value, f'+.{places}f')}"
-
-
-def _ends(value: Estimate, form: str) -> str:
-    return "" if math.isnan(value.low) else f" [{value.low:{form}}, {value.high:{form}}]"
+    value = None if standing is other else difference(standing, other, name)
+    return "" if value is None or not math.isfinite(value.mean) else value.text(f"+.{digits(name)}f")
 
 
 def title(score: str) -> str:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from ..scoring.metrics import interval, resampled
 from .protocols import Protocol
 from .schema import Row
+
+Values = Mapping[tuple[str, int], float]
+"""A score by subject and seed."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,11 @@ class Estimate:
     mean: float
     low: float
     high: float
+
+    def text(self, form: str) -> str:
+        """The mean, and the interval if there is one; ``form`` as in ``+.4f``."""
+        ends = "" if math.isnan(self.low) else f" [{self.low:{form}}, {self.high:{form}}]"
+        return f"{self.mean:{form}}{ends}"
 
 
 @dataclass(frozen=True)
@@ -72,21 +81,12 @@ def _standing(protocol: Protocol, method: str) -> Standing:
 
 
 def at_best_rate(protocol: Protocol, method: str) -> list[Row]:
-    """The rows of a method, those of each subject at the rate that is best for the *other* subjects.
-
-    Choosing it on the reported rows would favor the method with the larger noise. A single subject has no others, so it
-    is its own judge. Only rates count that were tried on the most pairs of subject and seed.
-    """
+    """The rows of a method at the rates of :func:`chosen`, of those tried on the most pairs of subject and seed."""
     rows = [row for row in protocol.of(method) if protocol.criterion in row.scores]
     counts = {rate: sum(row.rate == rate for row in rows) for rate in dict.fromkeys(row.rate for row in rows)}
     rows = [row for row in rows if counts[row.rate] == max(counts.values())]
     sign = _sign(protocol, protocol.criterion)
-    tried = [Tried(row.subject, row.rate, sign * row.scores[protocol.criterion]) for row in rows]
-    found = []
-    for subject in dict.fromkeys(row.subject for row in rows):
-        best = best_rate(tried, subject)
-        found += [row for row in rows if row.subject == subject and row.rate == best]
-    return found
+    return chosen(rows, [Tried(row.subject, row.rate, sign * row.scores[protocol.criterion]) for row in rows])
 
 
 class Tried(NamedTuple):
@@ -97,8 +97,17 @@ class Tried(NamedTuple):
     cost: float
 
 
-def best_rate(tried: Sequence[Tried], subject: str) -> float | None:
-    """The rate of the lowest mean cost for the subjects other than ``subject``; for itself if it is alone."""
+def chosen(rows: Sequence[T], tried: Sequence[Tried]) -> list[T]:
+    """Of the rows of a method, of which each came to one of ``tried``: for each subject those at its best rate.
+
+    That is the rate that is best for the *other* subjects: choosing it on the reported rows would favor the method with
+    the larger noise. A single subject has no others, so it is its own judge.
+    """
+    best = {subject: _best_rate(tried, subject) for subject in dict.fromkeys(own.subject for own in tried)}
+    return [row for row, own in zip(rows, tried, strict=True) if own.rate == best[own.subject]]
+
+
+def _best_rate(tried: Sequence[Tried], subject: str) -> float | None:
     others = [own for own in tried if own.subject != subject] or tried
     rates = dict.fromkeys(own.rate for own in others)
     return min(rates, key=lambda rate: statistics.fmean(own.cost for own in others if own.rate == rate))
@@ -138,20 +147,24 @@ def difference(one: Standing, other: Standing, score: str) -> Estimate | None:
     Methods that have no seed in common are paired by subject, at their means over seeds.
     """
     for with_seed in (True, False):
-        ours, theirs = (_by_pair(standing.rows, score, with_seed) for standing in (one, other))
-        common = [key for key in ours if key in theirs]
-        if common:
-            gaps = [statistics.fmean(ours[key]) - statistics.fmean(theirs[key]) for key in common]
-            return estimate(gaps, [subject for subject, _ in common])
+        if found := paired(*(_by_pair(standing.rows, score, with_seed) for standing in (one, other))):
+            return found
     return None
 
 
-def _by_pair(rows: Sequence[Row], score: str, with_seed: bool) -> dict[tuple[str, int], list[float]]:
+def paired(ours: Values, theirs: Values) -> Estimate | None:
+    """The mean difference over the pairs of subject and seed that both have; ``None`` if there is none."""
+    common = [pair for pair in ours if pair in theirs]
+    gaps = [ours[pair] - theirs[pair] for pair in common]
+    return estimate(gaps, [subject for subject, _ in common]) if common else None
+
+
+def _by_pair(rows: Sequence[Row], score: str, with_seed: bool) -> Values:
     values: dict[tuple[str, int], list[float]] = {}
     for row in rows:
         if score in row.scores:
             values.setdefault((row.subject, row.seed if with_seed else 0), []).append(row.scores[score])
-    return values
+    return {pair: statistics.fmean(own) for pair, own in values.items()}
 
 
 def front(ranking: Ranking) -> set[str]:

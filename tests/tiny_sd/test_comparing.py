@@ -17,12 +17,14 @@ from PIL import Image
 
 from nora_diffusion import UserError
 from nora_diffusion.pipelines.base import EMBEDDED_WEIGHTS
+from nora_diffusion.results import leaderboard
 from nora_diffusion.results.files import read_results
+from nora_diffusion.results.protocols import protocols
 from nora_diffusion.tiny_sd.comparing import command, lessons
 from nora_diffusion.tiny_sd.comparing.curves import page
 from nora_diffusion.tiny_sd.comparing.lessons import Task, all_tasks, base_hash, compare
 from nora_diffusion.tiny_sd.comparing.rates import START, at_best_rate, next_rates
-from nora_diffusion.tiny_sd.comparing.tables import table_at_best_rate, table_by_rate
+from nora_diffusion.tiny_sd.comparing.tables import difference, table_at_best_rate, table_by_rate
 from nora_diffusion.tiny_sd.measures import probe, prompt_sets
 from nora_diffusion.tiny_sd.measures.classroom import Classroom
 from nora_diffusion.tiny_sd.measures.methods import METHODS, method_settings
@@ -207,6 +209,28 @@ def test_methods_are_compared_lesson_by_lesson() -> None:
     assert "| 0.0600 |" in nora and nora.endswith("|  |  |")
     assert "| 0.0500 |" in lora
     assert lora.endswith("| -0.0100 [-0.0100, -0.0100] | +0.200 [+0.200, +0.200] |")
+
+
+def test_a_single_lesson_has_no_interval() -> None:
+    rows = [row("nora", 1e-3, 0, "a", 0.05, 0.4), row("lora", 1e-3, 0, "a", 0.04, 0.6)]
+    assert table_at_best_rate(rows).endswith("| -0.0100 | +0.200 |")
+
+
+RESULTS = Path(__file__).parents[2] / "results"
+
+
+@pytest.mark.parametrize("name, gap", [("quick", "+0.0138 ["), ("embedded-seeds", "+0.0174 [")])
+@pytest.mark.skipif(not [*RESULTS.glob("*.json")], reason="there are no submitted results")
+def test_the_report_and_the_leaderboard_have_the_same_differences(name: str, gap: str) -> None:
+    (protocol,) = protocols([read_results(RESULTS / f"{name}.json")])
+    rows = [
+        {**r.scores, "method": r.method, "subject": r.subject, "seed": r.seed, "rate": r.rate} for r in protocol.rows
+    ]
+    header, lines = leaderboard.table(leaderboard.rank(protocol))
+    cells = {line[0]: line[header.index("held-out loss minus lora's")] for line in lines}
+    assert cells["nora_input"].startswith(gap)
+    for method in ("nora", "nora_input"):
+        assert difference(rows, method, "lora", "heldout_loss") == cells[method]
 
 
 def test_rates_go_on_until_the_best_is_inside() -> None:

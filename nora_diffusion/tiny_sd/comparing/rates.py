@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...results.ranking import Tried, best_rate
+from ...results.ranking import Tried, chosen
 from .lessons import Row
 
 START = (1.2e-3, 2.4e-3, 4.8e-3)
@@ -14,14 +14,9 @@ MOST = 12
 
 
 def at_best_rate(rows: Sequence[Row], method: str) -> list[Row]:
-    """A method's lessons, each subject's at the rate with the lowest held-out loss on the other subjects.
-
-    Choosing the rate on the lessons that are reported would favor the method with the larger noise.
-    """
+    """A method's lessons, each subject's at the rate with the lowest held-out loss on the other subjects."""
     own = [row for row in rows if row["method"] == method]
-    tried = [Tried(row["subject"], row["rate"], row["heldout_loss"]) for row in own]
-    best = {subject: best_rate(tried, subject) for subject in dict.fromkeys(row["subject"] for row in own)}
-    return [row for row in own if row["rate"] == best[row["subject"]]]
+    return chosen(own, [Tried(row["subject"], row["rate"], row["heldout_loss"]) for row in own])
 
 
 def next_rates(rows: Sequence[Row], method: str) -> list[float]:

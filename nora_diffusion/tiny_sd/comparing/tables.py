@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 
 from ...reports.markdown import table
-from ...scoring.metrics import interval, resampled
-from ...training.measuring.selection import digits
+from ...results.ranking import paired
+from ...scoring.metrics import digits
 from ..measures.methods import is_trained
 from ..measures.scores import BETTER
 from .lessons import Row, title
@@ -76,15 +76,9 @@ def table_at_best_rate(rows: Sequence[Row]) -> str:
 
 def difference(rows: Sequence[Row], method: str, other: str, name: str) -> str:
     """The mean difference of two methods at their best rates, paired by subject and seed, with its 95% interval."""
-    reference = {(row["subject"], row["seed"]): row[name] for row in at_best_rate(rows, other)}
-    own = [row for row in at_best_rate(rows, method) if (row["subject"], row["seed"]) in reference]
-    gaps = [row[name] - reference[row["subject"], row["seed"]] for row in own]
-    by_subject: dict[str, list[int]] = {}
-    for i, row in enumerate(own):
-        by_subject.setdefault(row["subject"], []).append(i)
-    low, high = interval(gaps, resampled(by_subject))
-    places = digits(name)
-    return f"{statistics.fmean(gaps):+.{places}f} [{low:+.{places}f}, {high:+.{places}f}]"
+    ours, theirs = ({(r["subject"], r["seed"]): r[name] for r in at_best_rate(rows, m)} for m in (method, other))
+    gap = paired(ours, theirs)
+    return gap.text(f"+.{digits(name)}f") if gap else ""
 
 
 def report(rows: Sequence[Row]) -> str:
