@@ -147,6 +147,16 @@ def assemble_run(data: RunData, embeddings: PromptEmbeddings | None, name: str =
         parameters = load_checkpoint_adapter(pipe, name, checkpoint.path)
     if plan.processes > 1:
         broadcast_factors(pipe, parameters)
+    return run_of(data, embeddings or data.embeddings(), parameters, name)
+
+
+def run_of(data: RunData, embeddings: PromptEmbeddings, parameters: dict[str, nn.Parameter], name: str) -> Run:
+    """The run that trains ``parameters``, which are in the pipeline: optimizer, schedule, average, validation.
+
+    Their state is restored from the checkpoint if there is one.
+    """
+    plan = data.plan
+    config, checkpoint = plan.config, plan.checkpoint
     optimizer = build_optimizer(config, parameters, plan.processes)
     average = Average(parameters, config.ema_decay) if config.ema_decay else None
     schedule = build_schedule(config, optimizer)
@@ -161,7 +171,6 @@ def assemble_run(data: RunData, embeddings: PromptEmbeddings | None, name: str =
     for module in plan.components.values():
         module.train()
     first_step = checkpoint.step if checkpoint else 0
-    embeddings = embeddings or data.embeddings()
     return Run(
         data,
         name,
