@@ -27,7 +27,7 @@ from nora_diffusion.tiny_sd.comparing.rates import START, at_best_rate, next_rat
 from nora_diffusion.tiny_sd.comparing.tables import difference, table_at_best_rate, table_by_rate
 from nora_diffusion.tiny_sd.measures import probe, prompt_sets
 from nora_diffusion.tiny_sd.measures.classroom import Classroom
-from nora_diffusion.tiny_sd.measures.methods import METHODS, method_settings
+from nora_diffusion.tiny_sd.measures.methods import METHODS, method_settings, peers_own, training_settings
 from nora_diffusion.tiny_sd.measures.probes import Probes, Sizes
 from nora_diffusion.tiny_sd.measures.scores import NAMES
 from nora_diffusion.tiny_sd.measures.teaching import TAUGHT_SUBJECTS, Lesson, Student
@@ -164,11 +164,21 @@ def test_a_method_takes_settings_in_text() -> None:
     assert method_settings("lora:target_modules=attn+ff")["target_modules"] == ["attn", "ff"]
 
 
+def test_a_peer_has_the_settings_of_lora_and_its_own() -> None:
+    shared = {key: value for key, value in method_settings("lora").items() if key not in ("method", "rank")}
+    assert method_settings("full") == {**shared, "method": "full"}
+    assert method_settings("lokr:rank=4") == {**shared, "method": "lokr", "rank": 4}
+    assert method_settings("oft") == {**shared, "method": "oft", "block_size": 32}
+    assert peers_own("lokr:rank=4") == {"rank": 4} and training_settings("oft") == method_settings("lora")
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
         ("loha", "the method 'loha' is unknown"), ("base:rank=2", "not trained"), ("nora:rank", "name=value"),
         ("nora:ranks=2", "unknown setting 'ranks'"), ("nora:learning_rate=1", "use --rates"),
+        ("full:rank=2", "full takes no settings, not rank"), ("lokr:alpha=2", "lokr takes rank, not alpha"),
+        ("oft:block_size=0", "block_size=0 is not a whole number"), ("oft:learning_rate=1", "use --rates"),
     ],
 )  # fmt: skip
 def test_wrong_methods_are_refused(text: str, message: str) -> None:
@@ -304,6 +314,19 @@ def test_the_command_prints_and_writes_the_report(
         ["--subjects", "tiger+lion"],
     ):  # fmt: skip
         assert command.main(["--weights", str(weights), "--out", str(tmp_path / "other"), *wrong], Teacher()) == 2
+
+
+def test_the_command_compares_methods_that_are_not_ours(weights: Path, tmp_path: Path) -> None:
+    flags = ["--weights", str(weights), "--out", str(tmp_path / "out"), "--rates", "1e-3", "--seeds", "0", "--methods"]
+    teacher = Teacher()
+    assert command.main([*flags, "lora", "full@1e-4", "lokr:rank=4", "oft"], teacher) == 0
+    results = read_results(tmp_path / "out/results.json")
+    assert results.methods["lokr:rank=4"] == {**results.methods["lora"], "method": "lokr", "rank": 4}
+    assert {row.rate for row in results.rows if row.method == "full"} == {1e-4}
+    assert "lokr:rank=4" in (tmp_path / "out/curves.html").read_text()
+    assert command.main([*flags, "lora", "full@1e-4", "lokr:rank=4", "oft"], again := Teacher()) == 0
+    assert len(teacher.students) == 16 and not again.students
+    assert command.main([*flags, "lokr:alpha=4"], Teacher()) == 2
 
 
 def test_automatic_rates_of_the_command_end(weights: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ...quiet import hide_known_warnings
 from ...results.files import write_results
 from ...results.machine import command_text
 from ...training.signals import Interrupted
-from ..measures.methods import METHODS, is_trained, method_settings, split_rate
+from ..measures.methods import METHODS, PEERS, is_trained, method_settings, split_rate
 from ..measures.prompt_sets import PROMPT_SETS
 from ..measures.shown import SHOWN_COUNTS, members
 from ..measures.teaching import SCENES, TAUGHT_SUBJECTS, Lesson, Student
@@ -87,8 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(prog="python -m nora_diffusion.tiny_sd.comparing", description=main.__doc__)
     parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, metavar="METHOD[:KEY=VALUE,...][@RATE]",
-                        help=f"of {', '.join(METHODS)}, with training settings, and a rate of its own in place of "
-                             f"--rates {default(DEFAULT_METHODS)}")  # fmt: skip
+                        help=f"of {', '.join((*METHODS, *PEERS))}, with settings, and a rate of its own in place "
+                             f"of --rates {default(DEFAULT_METHODS)}")  # fmt: skip
     parser.add_argument("--rates", nargs="+", default=list(map(str, DEFAULT_RATES)), metavar="RATE",
                         help="learning rates, the same for every method; auto: doubled and halved for each method "
                              f"until its best is inside {default(DEFAULT_RATES)}")  # fmt: skip

@@ -6,7 +6,8 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,12 +32,14 @@ from ...scoring.judges import load_judge
 from ...training.measuring.heldout_loss import HeldOutPhotos, encode_photos, heldout_losses
 from ...training.measuring.samples import sample
 from ...training.planning.opening import lower_precision
-from ...training.settings.config import Precision
+from ...training.settings.config import Precision, TrainConfig
+from ...training.settings.listing import read_subjects
 from ...training.step.denoiser import encode_prompts
 from ...training.step.objective import Objective
 from ..examples import subject_object
 from ..world.vocabulary import with_article
-from .methods import is_trained, method_settings
+from .methods import is_peer, is_trained, training_settings
+from .peers import Peer, train_peer
 from .probes import Probes
 from .prompt_sets import asked
 from .scores import Drawn, Judges, failed, score
@@ -72,32 +75,53 @@ class Classroom:
         return MIXED_DTYPES[self.precision]
 
     def teach(self, students: Sequence[Student]) -> list[Lesson]:
-        """Train the adapters together, then measure one after another, so that a lesson depends on no other one."""
+        """Train the adapters together and each peer alone, then measure each, so that a lesson depends on no other."""
+        groups = [[s for s in students if not is_peer(s.method)], *([s] for s in students if is_peer(s.method))]
+        lessons = {
+            student.name: lesson
+            for group in groups
+            if group
+            for student, lesson in zip(group, self._taught(group), strict=True)
+        }
+        return [lessons[student.name] for student in students]
+
+    def _taught(self, students: Sequence[Student]) -> list[Lesson]:
+        """The lessons of adapters that train together, or of one peer."""
         started, used = time.monotonic(), time.process_time()
-        with tempfile.TemporaryDirectory() as folder:
-            errors = self._train([s for s in students if is_trained(s.method)], Path(folder))
+        with tempfile.TemporaryDirectory() as name:
+            folder, first = Path(name), students[0]
+            peer = self._train_peer(first, folder) if is_peer(first.method) else None
+            errors = {first.name: peer.error} if peer else self._train(students, folder)
             seconds = (time.monotonic() - started) / len(students)
-            lessons = [self._measured(s, Path(folder), seconds, errors.get(s.name, "")) for s in students]
+            lessons = [self._measured(s, folder, peer, seconds, errors.get(s.name, "")) for s in students]
         cpu = (time.process_time() - used) / len(students)
         return [replace(lesson, cpu_seconds=cpu) for lesson in lessons]
 
-    def _train(self, students: Sequence[Student], folder: Path) -> dict[str, str]:
-        """Train into ``folder``; return the errors of adapters that could not be trained, such as divergence."""
-        from ...training import TrainConfig, train_subjects
-
-        if not students:
-            return {}
+    def _config(self, students: Sequence[Student], folder: Path) -> TrainConfig:
+        """The runs of these students in ``folder``, and what is shown to them."""
         for subject, shown in {(student.subject, student.shown) for student in students}:
             write_shown(subject, folder / "subjects" / f"{subject}-{shown}", shown)
-        config = TrainConfig(
+        return TrainConfig(
             subjects=str(write_atomic(folder / "subjects.yaml", _listing(students, folder))),
             pretrained_model_name_or_path=str(self.weights / "pipeline"), output_dir=str(folder / "runs"),
             use_captions=True, mixed_precision=self.precision,
         )  # fmt: skip
+
+    def _train_peer(self, student: Student, folder: Path) -> Peer:
+        config = read_subjects(self._config([student], folder))[student.name]
+        with efficient_attention():
+            return train_peer(config, student.method)
+
+    def _train(self, students: Sequence[Student], folder: Path) -> dict[str, str]:
+        """Train into ``folder``; return the errors of adapters that could not be trained, such as divergence."""
+        from ...training import train_subjects
+
+        students = [student for student in students if is_trained(student.method)]
+        if not students:
+            return {}
         try:
-            # On CPUs the backward pass of fused attention is several times slower in bf16, at this size.
-            with sdpa_kernel(SDPBackend.MATH):
-                train_subjects(config)
+            with efficient_attention():
+                train_subjects(self._config(students, folder))
         except UserError as error:
             unfinished = [s for s in students if not (folder / "runs" / s.name / FILE_NAME).is_file()]
             if len(unfinished) == len(students):
@@ -105,7 +129,7 @@ class Classroom:
             return {student.name: str(error) for student in unfinished}
         return {}
 
-    def _measured(self, student: Student, folder: Path, seconds: float, error: str) -> Lesson:
+    def _measured(self, student: Student, folder: Path, peer: Peer | None, seconds: float, error: str) -> Lesson:
         if error:
             log.warning("%s could not be trained, and counts as failed: %s", student.name, error)
             return Lesson(
@@ -115,23 +139,30 @@ class Classroom:
                 scores=failed(student.prompts, "+" in student.subject),
                 error=error,
             )
-        trained = size = 0
-        if is_trained(student.method):
-            info = load_adapter(self.pipe, folder / "runs" / student.name, ADAPTER).info
-            trained, size = info.trained_parameters, info.bytes
-        try:
-            images = {name: self._images(student, name) for name in student.prompts}
-            loss = self.heldout_loss(student.subject)
-        finally:
-            if is_trained(student.method):
-                delete_adapter(self.pipe, ADAPTER)
+        with self._loaded(student, folder, peer) as (pipe, trained, size):
+            images = {name: self._images(pipe, student, name) for name in student.prompts}
+            loss = self.heldout_loss(student.subject, pipe)
         scores = {"heldout_loss": loss}
         for name, drawn in images.items():
             untrained = partial(self._untrained_images, student, name)
             scores |= score(name, self.judges, Drawn(asked(name, student.subject), drawn, student.shown, untrained))
         return Lesson(student.subject, student.method, seconds, images, scores, trained, size)
 
-    def _images(self, student: Student, name: str) -> list[Image.Image]:
+    @contextmanager
+    def _loaded(self, student: Student, folder: Path, peer: Peer | None) -> Iterator[tuple[Any, int, int]]:
+        """The pipeline with what was trained, its number of parameters and its bytes."""
+        if peer is not None:
+            yield peer.pipe, peer.trained, peer.bytes
+        elif not is_trained(student.method):
+            yield self.pipe, 0, 0
+        else:
+            info = load_adapter(self.pipe, folder / "runs" / student.name, ADAPTER).info
+            try:
+                yield self.pipe, info.trained_parameters, info.bytes
+            finally:
+                delete_adapter(self.pipe, ADAPTER)
+
+    def _images(self, pipe: Any, student: Student, name: str) -> list[Image.Image]:
         """The images of a prompt set by the active adapter."""
         prompts = [scene.caption for _, scene in asked(name, student.subject)]
         first = len(prompts) * int(student.settings.get("seed", 0))
@@ -139,17 +170,21 @@ class Classroom:
         for start in range(0, len(prompts), MOST_IMAGES):
             own = prompts[start : start + MOST_IMAGES]
             seeds = range(first + start, first + start + len(own))
-            found += sample(self.pipe, own, seeds, Sampling.for_base(None), self.dtype)
+            found += sample(pipe, own, seeds, Sampling.for_base(None), self.dtype)
         return found
 
     def _untrained_images(self, student: Student, name: str) -> list[Image.Image]:
         key = student.subject, name, int(student.settings.get("seed", 0))
         if key not in self._untrained:
-            self._untrained[key] = self._images(student, name)
+            self._untrained[key] = self._images(self.pipe, student, name)
         return self._untrained[key]
 
-    def heldout_loss(self, subject: str) -> float:
-        """The mean denoising loss on the subject's scoring images, with their captions, for the active adapter."""
+    def heldout_loss(self, subject: str, pipe: Any = None) -> float:
+        """The mean denoising loss on the subject's scoring images, with their captions, for the active adapter.
+
+        ``pipe``: a peer's own (default: the classroom's).
+        """
+        pipe = pipe or self.pipe
         if subject not in self._held_out:
             with tempfile.TemporaryDirectory() as folder:
                 write_shown(subject, Path(folder))
@@ -160,8 +195,13 @@ class Classroom:
             self._held_out[subject] = encoded, captions
         photos_, captions = self._held_out[subject]
         with torch.no_grad():
-            embeddings = encode_prompts(self.pipe, captions)  # of the text encoder with its adapter, if it has one
-        return float(heldout_losses(self.pipe, self.objective, photos_, embeddings, self.dtype).mean())
+            embeddings = encode_prompts(pipe, captions)  # of the text encoder with its adapter, if it has one
+        return float(heldout_losses(pipe, self.objective, photos_, embeddings, self.dtype).mean())
+
+
+def efficient_attention() -> AbstractContextManager[None]:
+    """On CPUs the backward pass of fused attention is several times slower in bf16, at this size."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _listing(students: Sequence[Student], folder: Path) -> str:
@@ -170,7 +210,7 @@ def _listing(students: Sequence[Student], folder: Path) -> str:
 
 
 def _entry(student: Student, folder: Path) -> dict[str, Any]:
-    settings = {**method_settings(student.method), "seed": 0, **student.settings}
+    settings = {**training_settings(student.method), "seed": 0, **student.settings}
     word = subject_object(student.subject.split("+")[0]).class_word
     if settings.get("with_prior_preservation"):
         settings.setdefault("class_prompt", with_article(word))

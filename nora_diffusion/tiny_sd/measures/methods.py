@@ -25,12 +25,26 @@ METHODS: dict[str, dict[str, Any] | None] = {  # training settings on top of the
     "moe_lora": {"method": "moe_lora"},
     "malora": {"method": "malora"},
 }
+PEERS: dict[str, dict[str, int]] = {  # methods that are not ours, with their settings: :mod:`.peers` trains them
+    "full": {},  # full fine-tuning of the layers that the others adapt
+    "lokr": {"rank": 8},
+    "oft": {"block_size": 32},  # PEFT's default; divides the inputs of all layers of this base
+}
 TASKS_OWN = ("learning_rate", "seed", "max_train_steps", "mixed_precision")
 
 
 def is_trained(method: str) -> bool:
-    """Whether a method trains an adapter: all but ``base``."""
-    return METHODS[method.split(":")[0]] is not None
+    """Whether a method is trained: all but ``base``."""
+    return is_peer(method) or METHODS[_name(method)] is not None
+
+
+def is_peer(method: str) -> bool:
+    """Whether a method is not ours, but one of :data:`PEERS`."""
+    return _name(method) in PEERS
+
+
+def _name(method: str) -> str:
+    return method.partition(":")[0]
 
 
 def split_rate(text: str) -> tuple[str, float | None]:
@@ -52,17 +66,20 @@ def split_rate(text: str) -> tuple[str, float | None]:
 def method_settings(method: str) -> dict[str, Any]:
     """The training settings of ``name`` or ``name:setting=value,setting=value``, with the embedded base's defaults.
 
-    ``name``: a key of :data:`METHODS`; ``setting``: one of ``nora-diffusion train``; several targets are joined by
-    ``+``. Empty for ``base``. Raises :class:`UserError` for unknown names and settings, and for those that a comparison
-    varies itself.
+    ``name``: a key of :data:`METHODS`, with settings of ``nora-diffusion train`` (several targets are joined by ``+``),
+    or of :data:`PEERS`, with its own. Empty for ``base``. Raises :class:`UserError` for unknown names and settings, and
+    for those that a comparison varies itself.
     """
     from ...training.settings.config import TrainConfig
     from ...training.settings.defaults import with_defaults
 
     name, _, text = method.partition(":")
-    if name not in METHODS:
-        raise UserError(f"the method {name!r} is unknown: choose among {', '.join(METHODS)}")
-    own, given = METHODS[name], _pairs(method, text)
+    if name not in METHODS and name not in PEERS:
+        raise UserError(f"the method {name!r} is unknown: choose among {', '.join((*METHODS, *PEERS))}")
+    given = _pairs(method, text)
+    if name in PEERS:
+        return _peer_settings(method, given)
+    own = METHODS[name]
     if own is None:
         if given:
             raise UserError(f"{method!r}: the base is not trained, so it has no settings")
@@ -72,6 +89,27 @@ def method_settings(method: str) -> dict[str, Any]:
     defaults = TrainConfig()
     values = {field.name: getattr(filled, field.name) for field in fields(filled)}
     return {"method": filled.method} | {key: v for key, v in values.items() if v != getattr(defaults, key)}
+
+
+def training_settings(method: str) -> dict[str, Any]:
+    """:func:`method_settings` as the trainer takes them: a peer has LoRA's layers, data, noise and optimizer."""
+    return method_settings("lora" if is_peer(method) else method)
+
+
+def peers_own(method: str) -> dict[str, int]:
+    """The settings of a peer that the trainer does not have, such as its rank."""
+    return {key: value for key, value in method_settings(method).items() if key in PEERS[_name(method)]}
+
+
+def _peer_settings(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    name = _name(method)
+    known = PEERS[name]
+    if unknown := [key for key in given if key not in known]:
+        raise UserError(f"{method!r}: {name} takes {', '.join(known) or 'no settings'}, not {unknown[0]}")
+    if wrong := [f"{key}={value}" for key, value in given.items() if not value.isdecimal() or int(value) < 1]:
+        raise UserError(f"{method!r}: {wrong[0]} is not a whole number of at least 1")
+    shared = {key: value for key, value in training_settings(method).items() if key != "rank"}
+    return {**shared, "method": name, **known, **{key: int(value) for key, value in given.items()}}
 
 
 def _pairs(method: str, text: str) -> dict[str, Any]:
