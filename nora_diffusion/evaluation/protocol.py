@@ -16,10 +16,9 @@ from typing import Any
 
 from ..data.captions import fill
 from ..io.images import load_image
-from ..io.tensors import named_hash
 from ..pipelines.base import base_id
 from ..pipelines.precision import dtype_name
-from ..scoring.judges import Judge, image_features, load_judges, text_features
+from ..scoring.judges import Judge, image_features, judge_hashes, load_judges, text_features
 from ..scoring.metrics import agreement, diversity, likeness
 from .axes import Cell, axis
 from .contenders import Contender
@@ -67,8 +66,7 @@ def evaluate(config: EvaluationConfig) -> Scoreboard:
 def hashes(pipe: Any, judges: dict[str, Judge]) -> dict[str, str]:
     """The identity of the base (``base``) and of each judge, for results files."""
     marks = [f"{value:.4g}" for value in base_description(pipe)["fingerprint"]]  # the last digits depend on the machine
-    found = {name: named_hash(judge.model.state_dict()) for name, judge in judges.items()}
-    return found | {"base": hashlib.sha256(" ".join(marks).encode()).hexdigest()}
+    return judge_hashes(judges) | {"base": hashlib.sha256(" ".join(marks).encode()).hexdigest()}
 
 
 def _grid(config: EvaluationConfig, contender: Contender, subject: EvaluatedSubject) -> GridConfig:

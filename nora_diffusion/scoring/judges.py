@@ -7,7 +7,7 @@ individuals of one class better. Scores of different judges cannot be compared (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError, first_line
+from ..io.tensors import named_hash
 from ..pipelines.base import EMBEDDED_WEIGHTS
 from ..quiet import no_loading_bars
 
@@ -88,6 +89,11 @@ def load_judges(clip: str | None, vision: str | None, device: Any) -> dict[str, 
     for judge in judges.values():
         judge.model.to(device)
     return judges
+
+
+def judge_hashes(judges: Mapping[str, Judge]) -> dict[str, str]:
+    """A hash of the weights of each judge: what results files name a judge by."""
+    return {name: named_hash(judge.model.state_dict()) for name, judge in judges.items()}
 
 
 def _side(settings: dict[str, Any]) -> int:

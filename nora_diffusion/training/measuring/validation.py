@@ -12,6 +12,7 @@ import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from ...loaders import load_adapter, save_adapter
 from ...pipelines.base import is_embedded
 from ...pipelines.components import components, without_adapters
 from ...scoring.default_judge import check_judge
-from ...scoring.judges import Judge, image_features, load_judges, text_features
+from ...scoring.judges import Judge, image_features, judge_hashes, load_judges, text_features
 from ...scoring.metrics import agreement, diversity, likeness
 from ..data.subject import Subject, captions_of, read_folder
 from ..settings.config import TrainConfig, tagged
@@ -75,6 +76,11 @@ class Measure:
     """The held-out photos."""
     captions: Sequence[str] = ()
     """Their captions."""
+
+    @cached_property
+    def judge_hashes(self) -> dict[str, str]:
+        """See :func:`.scoring.judges.judge_hashes`."""
+        return judge_hashes(self.judges)
 
 
 def plan_measure(config: ResolvedConfig, subject: Subject, device: torch.device) -> Measure | None:
@@ -290,6 +296,7 @@ class Validation:
     def _write(self) -> None:
         document = {
             "settings": self.measure.settings,
+            "judges": self.measure.judge_hashes,
             "points": [{"step": point.step, "scores": dict(point.scores)} for point in self.points],
             "front": front(self.points),
             "chosen": self.chosen,

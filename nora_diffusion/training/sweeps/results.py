@@ -37,11 +37,15 @@ JUDGED = ("judge", "dino", "validation_prompts", "sample_steps", "sample_guidanc
 
 @dataclass(frozen=True)
 class Row:
-    """A finished cell. ``scores``: the training loss, and what the run's validation measured at the saved step."""
+    """A finished cell. ``scores``: the training loss, and what the run's validation measured at the saved step.
+
+    ``judges``: the hashes of those of the validation.
+    """
 
     labels: dict[str, str]
     record: RunRecord
     scores: dict[str, float]
+    judges: dict[str, str]
 
     @property
     def method(self) -> str:
@@ -70,7 +74,8 @@ def read_row(cell: Cell, out: Path) -> Row | None:
         return None
     loss = state.get("loss")
     scores = {TRAINING_LOSS: loss} if isinstance(loss, float) and abs(loss) <= files.LARGEST else {}
-    return Row(dict(cell.labels), record, scores | _validation(folder.path, record.info.step))
+    measured, judges = _validation(folder.path, record.info.step)
+    return Row(dict(cell.labels), record, scores | measured, judges)
 
 
 def _is_of(cell: Cell, config: TrainConfig) -> bool:
@@ -79,26 +84,27 @@ def _is_of(cell: Cell, config: TrainConfig) -> bool:
     return all(getattr(own, name) == getattr(config, name) for name in cell.settings if name not in free)
 
 
-def _validation(folder: Path, step: int) -> dict[str, float]:
-    """The scores that the run's validation measured at ``step``."""
+def _validation(folder: Path, step: int) -> tuple[dict[str, float], dict[str, str]]:
+    """The scores that the run's validation measured at ``step``, and the hashes of its judges."""
     try:
-        points = parse_json((folder / MEASURED).read_bytes())["points"]
-        scores = next(point["scores"] for point in points if point["step"] == step)
-        return {str(name): float(value) for name, value in scores.items() if name in DIRECTIONS}
+        stored = parse_json((folder / MEASURED).read_bytes())
+        scores = next(point["scores"] for point in stored["points"] if point["step"] == step)
+        judges = {name: value for name, value in stored.get("judges", {}).items() if schema.HASH.fullmatch(value)}
+        return {str(name): float(value) for name, value in scores.items() if name in DIRECTIONS}, judges
     except (OSError, ValueError, KeyError, TypeError, StopIteration, AttributeError):
-        return {}
+        return {}, {}
 
 
 def write_results(name: str, cells: Sequence[Cell], out: Path, command: str) -> list[Row]:
     """Write ``results.json`` and ``report.html`` of the cells that are finished; return their rows.
 
-    Cells on other bases, or of another precision or validation, cannot be compared with the first ones: they get
+    Cells on other bases, or of another precision, validation or judge, cannot be compared with the first ones: they get
     ``results-2.json`` and so on.
     """
     rows = [row for cell in cells if (row := read_row(cell, out)) is not None]
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(json.dumps([row.record.info.base, _protocol(row)]), []).append(row)
+        groups.setdefault(json.dumps([row.record.info.base, _protocol(row), row.judges]), []).append(row)
     for number, group in enumerate(groups.values(), start=1):
         file = out / (RESULTS if number == 1 else f"results-{number}.json")
         files.write_results(_results(name, group, command), file)
@@ -115,7 +121,8 @@ def _results(name: str, rows: Sequence[Row], command: str) -> schema.Results:
         data.setdefault(row.subject, {} if photos is None else {"training": photos})
     return schema.Results(
         name=name, command=command, date=today(), protocol=_protocol(rows[0]),
-        base=schema.Base(without_folders(rows[0].record.info.base), _fingerprint(rows)), judges={}, data={TASK: data},
+        base=schema.Base(without_folders(rows[0].record.info.base), _fingerprint(rows)),
+        judges=rows[0].judges, data={TASK: data},
         methods={row.method: row.record.settings for row in rows},
         scores={score: "higher" if directions[score] > 0 else "lower" for score in names},
         machine=this_machine("clock"), versions=versions(), rows=[_row(row) for row in rows],
@@ -131,7 +138,7 @@ def _row(row: Row) -> schema.Row:
 
 
 def _protocol(row: Row) -> dict[str, str | bool | int | float]:
-    """How a cell was trained and validated. The judges are named, not hashed: their weights are not at hand."""
+    """How a cell was trained and validated."""
     config = row.record.config
     judged = json.dumps({key: getattr(config, key, None) for key in JUDGED}, sort_keys=True)
     precision = (config and config.mixed_precision) or "unknown"

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import write_photos
+import torch
+from factories import tiny_clip, write_photos
 from runs import Configure, assert_equal_tensors
+from transformers import CLIPModel
 
 from nora_diffusion.cli import main
 from nora_diffusion.errors import UserError
 from nora_diffusion.results.files import read_results
+from nora_diffusion.scoring.judges import judge_hashes, load_judges
 from nora_diffusion.training.sweeps.cells import read_cells
 from nora_diffusion.training.sweeps.results import means, write_results
 from nora_diffusion.training.sweeps.run import run_sweep
@@ -65,20 +68,15 @@ def test_invalid_files_are_refused(tmp_path: Path, text: str, message: str) -> N
         read_cells(written(tmp_path, text))
 
 
+KEPT = ("pretrained_model_name_or_path", "max_train_steps", "train_batch_size", "inner_rank", "basis", "seed")
+"""Settings of the tests' configuration that the sweeps have."""
+
+
 @pytest.fixture
 def sweep(configure: Configure, tmp_path: Path) -> Path:
     """Two subjects, and an axis that concerns the whole run."""
-    kept = (
-        "pretrained_model_name_or_path",
-        "max_train_steps",
-        "train_batch_size",
-        "rank",
-        "inner_rank",
-        "basis",
-        "seed",
-    )
     folders = {name: str(write_photos(tmp_path / name, 2, seed=n)) for n, name in enumerate(("dog", "cat"))}
-    common = {key: value for key, value in configure().to_dict().items() if key in kept}
+    common = {key: value for key, value in configure().to_dict().items() if key in (*KEPT, "rank")}
     axes: dict[str, Any] = {
         "subject": {n: {"instance_data_dir": path, "instance_prompt": f"a sks {n}"} for n, path in folders.items()},
         "learning_rate": ["1e-2"],
@@ -136,6 +134,27 @@ def test_a_renamed_cell_is_no_result_of_another(sweep: Path, tmp_path: Path, cap
     state.write_text(json.dumps(json.loads(state.read_text()) | {"loss": 1e300}))
     write_results("sweep", cells, out, "sweep sweep.yaml")
     assert [read_results(file) for file in out.glob("results*.json")]
+
+
+def test_results_have_the_hashes_of_their_judges(configure: Configure, tmp_path: Path) -> None:
+    clips = [str(tiny_clip(tmp_path / name)) for name in ("clip", "retrained")]
+    other: Any = CLIPModel.from_pretrained(clips[1])
+    torch.nn.init.ones_(other.visual_projection.weight)
+    other.save_pretrained(clips[1])
+    common = {"num_validation_images": 1, "validation_steps": 3, "sample_steps": 1}
+    settings = configure(**common).to_dict() | {"judge": clips[0]}
+    own = {key: settings[key] for key in (*common, *KEPT, "judge", "instance_data_dir", "instance_prompt")}
+    cells = read_cells(written(tmp_path, json.dumps({"settings": own, "axes": {"rank": ["2", "4"]}})))
+    out = tmp_path / "out"
+    assert run_sweep(cells[:1], out) == []
+    for file in Path(clips[1]).iterdir():  # the same name, other weights
+        (Path(clips[0]) / file.name).write_bytes(file.read_bytes())
+    assert run_sweep(cells, out) == []
+    write_results("sweep", cells, out, "sweep sweep.yaml")
+    files = [read_results(out / name) for name in ("results.json", "results-2.json")]
+    assert [row.scores["clip_i"] for row in files[0].rows]
+    assert files[1].judges == judge_hashes(load_judges(clips[1], None, "cpu")) != files[0].judges
+    assert [*files[0].judges] == ["clip_i"]
 
 
 @pytest.mark.slow
