@@ -37,7 +37,7 @@ class Lesson:
 
     ``scores``: those of :mod:`.scores`, and ``heldout_loss``, the denoising loss on the scoring images. A lesson whose
     training failed (``error``) has no images, and scores of 0 where higher is better, else infinite ones. ``seconds``:
-    of training; ``cpu_seconds``: of all work; each is an equal share of its batch.
+    of training; ``cpu_seconds``: of all work; each is an equal share of its batch, in which a peer is alone.
     """
 
     subject: str
