@@ -33,7 +33,7 @@ img { display: block; max-width: none; image-rendering: auto; }
 .plot .rule { stroke: var(--line); } figcaption { font-weight: 600; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; color: var(--faint); font-size: .9rem; }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
-.scroll + .legend, .plots + .legend { margin: 1.5rem 0 .5rem; }
+section { margin-top: 1.5rem; } section > .legend { margin-bottom: .5rem; }
 """
 
 

@@ -46,7 +46,7 @@ def charts(ranking: Ranking, lengths: Sequence[Ranking], title: Title) -> str:
         *_several(Chart(f"{own} over rates", _over_rates(protocol), "learning rate", own)),
         *_several(Chart(f"{own} over steps", _over_steps(lengths), "steps", own)),
     ]
-    return f'{legend(styles)}<div class="plots">{"".join(plots)}</div>'
+    return f'<section>{legend(styles)}<div class="plots">{"".join(plots)}</div></section>'
 
 
 def families(protocol: Protocol) -> dict[str, str]:

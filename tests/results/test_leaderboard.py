@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from result_files import example, row
 
 from nora_diffusion.cli import main
@@ -215,6 +219,20 @@ def test_a_score_that_never_differs_has_no_curve(files: list[Results]) -> None:
 
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_the_curves_can_be_drawn_as_an_image(files: list[Results], tmp_path: Path) -> None:
+    """By Chromium, for docs/benchmark.md."""
+    pytest.importorskip("playwright")
+    if not any(map(shutil.which, ("chromium", "google-chrome"))):
+        pytest.skip("needs Chromium")
+    names = [str(write_results(file, tmp_path / f"{file.name}.json")) for file in files]
+    program = [sys.executable, str(ROOT / "benchmarks/curves.py"), *names, "--picture", str(tmp_path / "curves.png")]
+    subprocess.run(program, check=True, cwd=ROOT)
+    with Image.open(tmp_path / "curves.png") as image:
+        colors = {color for _, color in image.convert("RGB").getcolors(1 << 20) or []}
+        assert image.width > 1000 and (13, 148, 136) in colors  # the second line's
 
 
 def without_intervals(text: str) -> list[str]:
