@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,12 @@ from factories import randomize
 
 from nora_diffusion import UserError, add_adapter, nora, open_pipeline
 from nora_diffusion.pipelines.components import nora_layers
-from nora_diffusion.tiny_sd.blending.command import report
 from nora_diffusion.tiny_sd.blending.gates import GatePlan, gated
 from nora_diffusion.tiny_sd.blending.guidance import guided
 from nora_diffusion.tiny_sd.blending.modes import disjoint
 from nora_diffusion.tiny_sd.blending.pairs import KINDS, TRIGGERS, halves, parse_pair, prompts, true_scenes
+from nora_diffusion.tiny_sd.blending.studio import Studio
+from nora_diffusion.tiny_sd.blending.tables import difference, report
 from nora_diffusion.tiny_sd.world.vocabulary import SUBJECTS
 
 WORDS = {"dog": "sks dog", "cat": "toy cat"}
@@ -113,13 +114,55 @@ def test_pairs_are_checked() -> None:
             parse_pair(text)
 
 
-def test_report_has_a_row_for_each_mode() -> None:
-    rows = [
-        {"mode": mode, "pair": pair, "seconds": 1.0, "scores": {"both right": right, "own": 0.5}}
-        for (mode, pair), right in zip(product(("plain", "apart"), ("a+b", "c+d")), (0.0, 0.5, 0.5, 1.0), strict=True)
+def rows_of(images: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
+    return [
+        {"mode": mode, "pair": pair, "seconds": 1.0, "scores": {"both right": values, "own": [0.5] * 8}}
+        for (mode, pair), values in images.items()
     ]
-    text = report(rows, 0.99)
+
+
+RIGHT = {
+    ("plain", "a+b"): [0.0] * 8, ("plain", "c+d"): [1.0, 0.0] * 4,
+    ("apart", "a+b"): [1.0, 0.0] * 4, ("apart", "c+d"): [1.0] * 8,
+}  # fmt: skip
+"""Two images of each background."""
+
+
+def test_report_has_a_row_for_each_mode() -> None:
+    text = report(rows_of(RIGHT), 0.99)
     assert "| plain | 0.250 | 0.500 | 1.00 |" in text
     assert "| apart | 0.750 | 0.500 | 1.00 |" in text
+    assert "| apart | +0.500 [+0.500, +0.500] | +0.000 [+0.000, +0.000] |" in text  # the same in both pairs
     by_pair = ["| mode | a+b | c+d |", "| --- | --- | --- |", "| plain | 0.000 | 0.500 |", "| apart | 0.500 | 1.000 |"]
     assert text.splitlines()[-4:] == by_pair
+    assert "Minus" not in report(rows_of({key: v for key, v in RIGHT.items() if key[0] == "apart"}), 0.99)
+
+
+def test_intervals_draw_pairs_and_then_backgrounds() -> None:
+    alike = [1.0, 0.0] * 4, [1.0, 1.0, 0.0, 0.0] * 2  # by background: 0.5 in each, or 1 and 0
+    widths = []
+    for values in alike:
+        gap = difference(rows_of(RIGHT | {("apart", pair): values for pair in ("a+b", "c+d")}), "apart", "both right")
+        assert gap is not None and gap.mean == pytest.approx(0.25)
+        widths.append(gap.high - gap.low)
+    assert widths[0] == pytest.approx(0.5)  # 0.5 in one pair, 0 in the other: only the pairs differ
+    assert widths[1] > 0.6
+
+
+def test_each_image_has_its_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the true scenes: what is read in them, and the cosine of each to the true halves."""
+    studio: Any = Studio.__new__(Studio)
+    images, _ = true_scenes(PAIR, KINDS, (0, 1))
+    studio.reader = SimpleNamespace(read=lambda images: [PAIR] * 7 + [PAIR[::-1]])
+    studio.judge = None
+    means: Any = [[np.asarray(image).mean((0, 1)) for image in half] for half in halves(np.stack(images))]
+    monkeypatch.setattr(
+        "nora_diffusion.tiny_sd.blending.studio.image_features",
+        lambda _, images: torch.tensor(np.stack([np.asarray(image).mean((0, 1)) for image in images])),
+    )
+    scores = studio.score(PAIR, images, (0, 1))
+    assert scores["both right"] == [1.0] * 7 + [0.0] and scores["blended"] == scores["lost"] == [0.0] * 7 + [1.0]
+    left, right = (np.stack(half) for half in means)
+    own = ((left @ left.T).mean(1) + (right @ right.T).mean(1)) / 2
+    other = ((left @ right.T).mean(1) + (right @ left.T).mean(1)) / 2
+    assert scores["own"] == pytest.approx(own, rel=1e-4) and scores["other"] == pytest.approx(other, rel=1e-4)

@@ -8,7 +8,6 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -18,17 +17,16 @@ from ...io.files import write_atomic
 from ...pipelines.base import EMBEDDED_WEIGHTS
 from ...pipelines.precision import best_precision
 from ...quiet import hide_known_warnings
-from ...reports.markdown import table
 from ...reports.sheets import contact_sheet
 from ..comparing.lessons import base_hash
 from .modes import MODES
 from .pairs import KINDS, parse_pair
+from .tables import Row, report
 
 DEFAULT_PAIRS = (
     "cyclops-purple+tractor", "stripemug-red+android-pink", "parrot+castle", "gremlin-green+cyclops-purple",
 )  # fmt: skip
 ALL_MODES = ("truth", "alone", "base", *MODES)
-Row = dict[str, Any]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,27 +45,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def report(rows: Sequence[Row], accuracy: float) -> str:
-    """A table of means over the pairs, and one of the images that are right of each pair."""
-    modes, pairs = (list(dict.fromkeys(row[key] for row in rows)) for key in ("mode", "pair"))
-    measures = list(rows[0]["scores"])
-    scores, right = [], []
-    for mode in modes:
-        own = [row for row in rows if row["mode"] == mode]
-        means = [statistics.fmean(row["scores"][name] for row in own) for name in measures]
-        seconds = statistics.fmean(row["seconds"] for row in own)
-        scores.append([mode, *(f"{mean:.3f}" for mean in means), f"{seconds:.2f}"])
-        by_pair = {row["pair"]: row["scores"]["both right"] for row in own}
-        right.append([mode, *(f"{by_pair[pair]:.3f}" if pair in by_pair else "" for pair in pairs)])
-    parts = [
-        f"The probe names {accuracy:.3f} of the objects in rendered scenes.",
-        table(["mode", *measures, "CPU seconds"], scores),
-        "Both right, by pair:",
-        table(["mode", *pairs], right),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
 def _rows(args: argparse.Namespace) -> tuple[list[Row], float]:
     """Measure what is missing in ``rows.jsonl``; the rows of all modes and pairs, and the accuracy of the probe."""
     from .pairs import cached_reader
@@ -81,14 +58,16 @@ def _rows(args: argparse.Namespace) -> tuple[list[Row], float]:
     rows = []
     for mode in args.modes:
         for pair in args.pairs:
-            key = hashlib.sha256(f"{base} {mode} {pair} {seeds} {args.mixed_precision}".encode()).hexdigest()[:16]
+            settings = f"{base} {mode} {pair} {seeds} {args.mixed_precision} each image"  # once the means were saved
+            key = hashlib.sha256(settings.encode()).hexdigest()[:16]
             if key not in known:
                 images, seconds = studio.draw(mode, pair, seeds)
                 scores = studio.score(pair, images, seeds)
                 known[key] = {"key": key, "mode": mode, "pair": "+".join(pair), "scores": scores, "seconds": seconds}
                 write_atomic(file, "".join(json.dumps(row) + "\n" for row in known.values()))
                 _save(images, _picture(args.out, mode, "+".join(pair)))
-                print(mode, "+".join(pair), {name: round(value, 3) for name, value in scores.items()}, flush=True)
+                means = {name: round(statistics.fmean(values), 3) for name, values in scores.items()}
+                print(mode, "+".join(pair), means, flush=True)
             rows.append(known[key])
     return rows, reader.accuracy
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...formats.adapter_file import FILE_NAME
@@ -34,7 +35,8 @@ REFERENCES = (TRUTH, ALONE, BASE)
 adapters, by class words."""
 SPLIT = 35
 """The column between the halves."""
-Scores = dict[str, float]
+Scores = dict[str, list[float]]
+"""The values of each image."""
 
 
 def train_subjects_of(names: Sequence[str], weights: Path, out: Path, precision: Precision) -> None:
@@ -96,7 +98,7 @@ class Studio:
         return name
 
     def score(self, pair: Pair, images: Sequence[Image.Image], seeds: Sequence[int]) -> Scores:
-        """Shares of the images by the independent probe, and cosines of halves by the base's judge.
+        """Each image's scores: 1 or 0 by the independent probe, and cosines of halves by the base's judge.
 
         ``both right``: each half shows its subject. ``blended``: a half shows the other one. ``lost``: a half shows
         neither its subject nor another object of its class. ``own``: cosine of a half to the same half of the true
@@ -107,29 +109,30 @@ class Studio:
         classes = {name: subject_object(name).class_word for name in pair}
         own, other = self._cosines(images, true_scenes(pair, KINDS, seeds)[0])
         return {
-            "left right": _share(a == left for a, _ in read),
-            "right right": _share(b == right for _, b in read),
-            "both right": _share((a, b) == pair for a, b in read),
-            "blended": _share(a == right or b == left for a, b in read),
-            "lost": _share(not ({a} <= {left, classes[left]} and {b} <= {right, classes[right]}) for a, b in read),
+            "left right": [float(a == left) for a, _ in read],
+            "right right": [float(b == right) for _, b in read],
+            "both right": [float((a, b) == pair) for a, b in read],
+            "blended": [float(a == right or b == left) for a, b in read],
+            "lost": [float(a not in (left, classes[left]) or b not in (right, classes[right])) for a, b in read],
             "own": own,
             "other": other,
         }
 
-    def _cosines(self, images: Sequence[Image.Image], truth: Sequence[Image.Image]) -> tuple[float, float]:
+    def _cosines(self, images: Sequence[Image.Image], truth: Sequence[Image.Image]) -> tuple[list[float], list[float]]:
         found, true = (
             [image_features(self.judge, [Image.fromarray(x) for x in half]) for half in halves(np.stack(list(arrays)))]
             for arrays in (map(np.asarray, images), map(np.asarray, truth))
         )
-        means = [[float((a @ b.T).mean()) for b in true] for a in found]
-        return (means[0][0] + means[1][1]) / 2, (means[0][1] + means[1][0]) / 2
+        (left, right), (true_left, true_right) = found, true
+
+        def cosines(one: Tensor, other: Tensor) -> list[float]:
+            values = ((left @ one.T).mean(1) + (right @ other.T).mean(1)) / 2
+            return [round(value, 6) for value in values.tolist()]
+
+        return cosines(true_left, true_right), cosines(true_right, true_left)
 
 
 def _joined(left: Image.Image, right: Image.Image) -> Image.Image:
     joined = right.copy()
     joined.paste(left.crop((0, 0, SPLIT, left.height)))
     return joined
-
-
-def _share(values: Any) -> float:
-    return float(np.mean(list(values)))
