@@ -63,6 +63,7 @@ _KINDS = {
     "trained": "a list of factors", "rank_mask": _SWITCH, "magnitude": _SWITCH,
     "target_modules": _NAMES, "exclude_modules": _NAMES, "modules_to_save": "a list of module names",
     "rank_pattern": "a dict of names and ranks", "alpha_pattern": "a dict of names and alphas",
+    "inner_rank_pattern": "a dict of names and ranks",
 }  # fmt: skip
 """What the fields must be, apart from those with a choice of names."""
 _CHOICES: dict[str, Any] = {
@@ -76,10 +77,11 @@ class Axes:
     """One adapter: its target modules, its outer basis, and which factors are trained.
 
     ``alpha=None`` means ``alpha = r``. An empty ``trained`` means :data:`TRAINED` of the core.
-    ``inner_r`` is the rank ``r'`` of a nested or input core, or of each projected expert; 1 elsewhere. ``blocks`` > 1
-    makes the outer pair block-diagonal, ``rank_mask`` samples the rank while training, ``magnitude`` adds DoRA's
-    trained row norms. ``modules_to_save``: modules that are trained as a whole, with PEFT's own
-    functions only. Raises :class:`UserError` for a value outside its range.
+    ``inner_r`` is the rank ``r'`` of a nested or input core, or of each projected expert; 1 elsewhere.
+    ``inner_rank_pattern`` gives some layers another one, as ``rank_pattern`` does with ``r``; no layer's exceeds its
+    outer rank. ``blocks`` > 1 makes the outer pair block-diagonal, ``rank_mask`` samples the rank while training,
+    ``magnitude`` adds DoRA's trained row norms. ``modules_to_save``: modules that are trained as a whole, with PEFT's
+    own functions only. Raises :class:`UserError` for a value outside its range.
     """
 
     method: str = "nora"
@@ -104,6 +106,7 @@ class Axes:
     modules_to_save: list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    inner_rank_pattern: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -137,6 +140,8 @@ class Axes:
                 raise UserError(f"{name}={getattr(self, name)} is not a rank or a count: give {_COUNT}")
         if self.has_inner_rank and self.inner_r > self.r and self.stored_outer:
             raise UserError(f"inner_r={self.inner_r} exceeds r={self.r}: the inner pair sits inside the outer one")
+        if self.inner_rank_pattern and not self.has_inner_rank:
+            raise UserError(f"inner_rank_pattern needs an inner rank, which core={self.core!r} does not have")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be at least 0 and below 1")
         if self.router != "none" and self.core != "none":
@@ -157,6 +162,7 @@ class Axes:
         check_patterns("exclude_modules", self.exclude_modules)
         check_patterns("rank_pattern", self.rank_pattern)
         check_patterns("alpha_pattern", self.alpha_pattern)
+        check_patterns("inner_rank_pattern", self.inner_rank_pattern)
 
     def _check_scale(self) -> None:
         for name, value in {"alpha": self.alpha, **self.alpha_pattern}.items():
@@ -167,7 +173,7 @@ class Axes:
                 f"power={self.power} is out of range: it is the exponent of activation strengths, 0.5 by default, at "
                 f"most {MAX_POWER} in magnitude"
             )
-        for name, rank in self.rank_pattern.items():
+        for name, rank in (*self.rank_pattern.items(), *self.inner_rank_pattern.items()):
             if rank < 1:
                 raise UserError(f"rank {rank!r} of {name!r} is not a rank: give {_COUNT}")
 
@@ -197,6 +203,11 @@ class Axes:
         pattern = _pattern(self.rank_pattern, key)
         return self.r if pattern is None else self.rank_pattern[pattern]
 
+    def inner_rank_for(self, key: str) -> int:
+        """The inner rank of the module at path ``key``, after ``inner_rank_pattern``; 1 without one."""
+        pattern = _pattern(self.inner_rank_pattern, key)
+        return self.inner_r if pattern is None else self.inner_rank_pattern[pattern]
+
     def scale_for(self, key: str) -> float:
         """``alpha / r`` of the module at path ``key``, after both patterns."""
         rank = self.rank_for(key)
@@ -211,8 +222,8 @@ class Axes:
 
     @property
     def middle_rank(self) -> int:
-        """The rank at the narrowest point of the chain."""
-        return self.inner_r if self.has_inner_rank else self.r
+        """The rank at the narrowest point of the chain, the largest of all layers."""
+        return max([self.inner_r, *self.inner_rank_pattern.values()]) if self.has_inner_rank else self.r
 
     @property
     def trained_basis(self) -> list[Factor]:
@@ -253,7 +264,7 @@ def _pattern(patterns: dict[str, Any], key: str) -> str | None:
 
 
 def fits(pattern: str, key: str) -> bool:
-    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` matches the module at path ``key``."""
+    """Whether a key of a table such as ``rank_pattern`` matches the module at path ``key``."""
     # Releases of transformers differ in whether CLIP's layers lie in a text_model: patterns match both.
     return bool(suffix_matcher(pattern.removeprefix("text_model.")).match(key.removeprefix("text_model.")))
 

@@ -12,6 +12,9 @@ from .axes import Axes
 from .deltas.bases import Pair
 from .peft_names import NORA
 
+RARE = ("modules_to_save", "inner_rank_pattern")
+"""Fields that are left out of files unless they are used, so that earlier releases can read these."""
+
 
 @dataclass
 class Start:
@@ -42,8 +45,7 @@ class AdapterConfig(Axes, PeftConfig):
         Axes.__post_init__(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields that describe the adapter, ready for JSON: without ``start`` and unused ``modules_to_save``."""
+        """All fields that describe the adapter, ready for JSON: without ``start`` and :data:`RARE` ones not in use."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "start"}
-        if not self.modules_to_save:
-            del values["modules_to_save"]
+        values = {name: value for name, value in values.items() if value or name not in RARE}
         return values | {"peft_type": str(self.peft_type)}

@@ -34,21 +34,26 @@ def outer_rank(axes: Axes, size: Shape, key: str) -> int:
     return r
 
 
-def inner_rank(axes: Axes, r: int) -> int:
-    """The inner rank ``r'`` for an outer rank ``r``."""
-    return min(axes.inner_r, r)
+def inner_rank(axes: Axes, r: int, key: str) -> int:
+    """The inner rank ``r'`` of a projection of outer rank ``r``."""
+    return min(axes.inner_rank_for(key), r)
+
+
+def inner_rank_cost(axes: Axes, size: Shape, r: int) -> int:
+    """The trained parameters of one inner rank: ``2 r`` of a nested core, ``r + d_out`` of an input core."""
+    return r + (size[0] if axes.core == "input" else r)
 
 
 def narrowest_rank(axes: Axes, size: Shape, key: str) -> int:
     """The rank at the narrowest point of the chain: ``r'`` where it means something, else ``r``."""
     r = outer_rank(axes, size, key)
-    return inner_rank(axes, r) if axes.has_inner_rank else r
+    return inner_rank(axes, r, key) if axes.has_inner_rank else r
 
 
-def outer_shapes(axes: Axes, size: Shape, r: int) -> tuple[Shape, Shape]:
+def outer_shapes(axes: Axes, size: Shape, r: int, key: str) -> tuple[Shape, Shape]:
     """The outer pair of a rank ``r``: ``[r, d_in / n]`` and ``[d_out, r / n]`` for ``n`` blocks."""
     n = axes.blocks
-    return (r, size[1] // n), (size[0], inner_rank(axes, r) if axes.core == "input" else r // n)
+    return (r, size[1] // n), (size[0], inner_rank(axes, r, key) if axes.core == "input" else r // n)
 
 
 def router_width(axes: Axes, size: Shape, kernel: Shape | None, key: str, condition: int) -> int:
@@ -71,15 +76,15 @@ def factor_shapes(axes: Axes, size: Shape, kernel: Shape | None, key: str, condi
     r = outer_rank(axes, size, key)
     if axes.router != "none":
         width = router_width(axes, size, kernel, key, condition)
-        return {**_expert_shapes(axes, size, r), "W_g": (axes.num_experts, width)}
-    down, up = outer_shapes(axes, size, r)
+        return {**_expert_shapes(axes, size, r, key), "W_g": (axes.num_experts, width)}
+    down, up = outer_shapes(axes, size, r, key)
     names = ("A" if "down" in axes.trained else FROZEN[0], "B" if "up" in axes.trained else FROZEN[1])
     outer = dict(zip(names, (down, up), strict=True)) if axes.stored_outer else {}
-    return {**outer, **_core_shapes(axes, r), **({"m": (size[0],)} if axes.magnitude else {})}
+    return {**outer, **_core_shapes(axes, r, key), **({"m": (size[0],)} if axes.magnitude else {})}
 
 
-def _core_shapes(axes: Axes, r: int) -> dict[str, Shape]:
-    inner = inner_rank(axes, r)
+def _core_shapes(axes: Axes, r: int, key: str) -> dict[str, Shape]:
+    inner = inner_rank(axes, r, key)
     shapes: dict[str, dict[str, Shape]] = {
         "none": {},
         "nested": {"A_in": (inner, r), "B_in": (r, inner)},
@@ -90,8 +95,8 @@ def _core_shapes(axes: Axes, r: int) -> dict[str, Shape]:
     return shapes[axes.core]
 
 
-def _expert_shapes(axes: Axes, size: Shape, r: int) -> dict[str, Shape]:
-    (d_out, d_in), n, inner = size, axes.num_experts, inner_rank(axes, r)
+def _expert_shapes(axes: Axes, size: Shape, r: int, key: str) -> dict[str, Shape]:
+    (d_out, d_in), n, inner = size, axes.num_experts, inner_rank(axes, r, key)
     shapes: dict[str, dict[str, Shape]] = {
         "shared": {"A": (r, d_in), "B": (d_out, r), "a": (n, r), "b": (n, d_out)},
         "independent": {"A": (n * r, d_in), "B": (d_out, n * r)},

@@ -63,14 +63,14 @@ def _lora(updates: Mapping[str, Update]) -> tuple[AdapterConfig, Factors]:
 
 
 def _in_basis(updates: Mapping[str, Update], parent: AdapterConfig) -> tuple[AdapterConfig, Factors]:
-    """An adapter of the largest inner rank in the basis of ``parent``; the core is that of :func:`_core_kind`."""
+    """An adapter in the basis of ``parent``, with the inner ranks of the updates; its core is :func:`_core_kind`."""
     outer = {path: update.down.shape[0] for path, update in updates.items()}
-    inner_r = min(max(update.rank for update in updates.values()), max(outer.values()))
-    core = _core_kind(updates, inner_r)
+    inner = {path: min(max(update.rank, 1), outer[path]) for path, update in updates.items()}
+    core = _core_kind(outer, inner, updates)
     dtype = getattr(torch, parent.basis_dtype)  # lossless: the basis was rounded to it when it was made
     factors: Factors = {}
     for path, update in updates.items():
-        factors[path] = _core_factors(update, core, min(inner_r, outer[path]))
+        factors[path] = _core_factors(update, core, inner[path])
         if parent.stored_outer:
             factors[path]["A_out"] = update.down.to(dtype)
         if parent.stored_outer and core != "input":
@@ -78,20 +78,21 @@ def _in_basis(updates: Mapping[str, Update], parent: AdapterConfig) -> tuple[Ada
     # A basis that is determined by the shapes derives its outer rank from r, the same for all parents. A stored basis
     # of blocks is written as full matrices. No rank mask: cutting the rank would remove the later adapters of the mix.
     r, pattern, blocks = (*_ranks(outer), 1) if parent.stored_outer else (parent.r, parent.rank_pattern, parent.blocks)
+    inner_r, inner_pattern = (1, {}) if core == "dense" else _ranks(inner)
     config = replace(
-        parent, r=r, rank_pattern=pattern, core=core, inner_r=1 if core == "dense" else inner_r, alpha=None,
+        parent, r=r, rank_pattern=pattern, core=core, inner_r=inner_r, inner_rank_pattern=inner_pattern, alpha=None,
         alpha_pattern={}, method=parent.method if parent.core == core else METHODS[core], trained=[], dropout=0.0,
         blocks=blocks, rank_mask=False,
     )  # fmt: skip
     return config, factors
 
 
-def _core_kind(updates: Mapping[str, Update], inner_r: int) -> CoreKind:
+def _core_kind(outer: Mapping[str, int], inner: Mapping[str, int], updates: Mapping[str, Update]) -> CoreKind:
     """``input`` if any update has its own output side, else ``nested``, or ``dense`` if that has fewer parameters."""
     if any(update.core is not None and update.core[1] is None for update in updates.values()):
         return "input"
-    ranks = [update.down.shape[0] for update in updates.values()]
-    return "nested" if sum(2 * r * min(inner_r, r) for r in ranks) < sum(r * r for r in ranks) else "dense"
+    nested, dense = sum(2 * r * inner[path] for path, r in outer.items()), sum(r * r for r in outer.values())
+    return "nested" if nested < dense else "dense"
 
 
 def _core_factors(update: Update, core: CoreKind, rank: int) -> Tensors:

@@ -106,14 +106,20 @@ class AdapterInfo:
 
     @property
     def inner_r(self) -> int:
-        """The inner rank (1 if the method has none)."""
+        """The inner rank (1 if the method has none); some layers may have another one."""
         return int(self._first["inner_r"])
 
     @property
     def ranks(self) -> str:
-        """The ranks as text, ``r = 32, r' = 4``; the inner one only if the method has one."""
-        inner = has_inner_rank(self._first.get("core"), self._first.get("experts"))
-        return f"r = {self.r}" + (f", r' = {self.inner_r}" if inner else "")
+        """The ranks as text, ``r = 32, r' = 4``; the inner one only if the method has one.
+
+        ``r' = 1 to 12 by layer`` if it differs.
+        """
+        if not has_inner_rank(self._first.get("core"), self._first.get("experts")):
+            return f"r = {self.r}"
+        inner = {self.inner_r, *self._first.get("inner_rank_pattern", {}).values()}
+        by_layer = f"{min(inner)} to {max(inner)} by layer" if len(inner) > 1 else self.inner_r
+        return f"r = {self.r}, r' = {by_layer}"
 
     @property
     def trained_numbers(self) -> int:

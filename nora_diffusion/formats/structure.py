@@ -41,7 +41,7 @@ def check_structure(info: AdapterInfo, shapes: Shapes) -> None:
             size, kernel = _size(info, axes, f"{component}.{path}", factors)
             gate = factors.get("W_g", ())
             condition = gate[1] if len(gate) == 2 else 0
-            same = component, size, kernel, condition, axes.rank_for(path)
+            same = component, size, kernel, condition, axes.rank_for(path), axes.inner_rank_for(path)
             if same not in known:
                 try:
                     known[same] = factor_shapes(axes, size, kernel, path, condition)

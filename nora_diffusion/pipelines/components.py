@@ -126,7 +126,7 @@ def targets_by_component(modules: Modules, config: AdapterConfig) -> dict[str, d
                 f"target_modules: no projection of the {', '.join(selected)} is named {target!r}, or it is excluded: "
                 f"{_suggest([target], available)}"
             )
-    for table in ("rank_pattern", "alpha_pattern"):
+    for table in ("rank_pattern", "inner_rank_pattern", "alpha_pattern"):
         unused = next((p for p in getattr(config, table) if not any(fits(p, path) for path in paths)), None)
         if unused is not None:
             raise UserError(f"{table}: {unused!r} matches no adapted projection: {_suggest([unused], paths)}")

@@ -50,6 +50,7 @@ METHODS: dict[str, Callable[..., AdapterConfig]] = {
     "nora-patterns": lambda **more: nora(
         r=2, inner_r=1, basis="svd", alpha=3, rank_pattern={"two": 1}, alpha_pattern={"one": 5.0}, **more
     ),
+    "nora-inner-ranks": lambda **more: nora(r=2, inner_r=1, basis="svd", inner_rank_pattern={"one": 2}, **more),
     "nora-random": lambda **more: nora(r=2, inner_r=1, basis="orthogonal", basis_dtype="float32", **more),
     "nora-magnitude": lambda **more: nora(r=2, inner_r=1, basis="svd", magnitude=True, **more),
     "nora_input": lambda **more: nora_input(r=2, inner_r=1, basis="svd", **more),

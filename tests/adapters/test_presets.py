@@ -44,6 +44,9 @@ PRESETS: dict[str, Callable[[], AdapterConfig]] = {
     "nora-svd-everywhere": lambda: nora(r=4, inner_r=2, basis="svd", target_modules=EVERYTHING),
     "nora-awsvd-everywhere": lambda: nora(r=4, inner_r=2, target_modules=EVERYTHING, dropout=0.5),
     "nora-patterns": lambda: nora(r=4, inner_r=2, alpha=2.0, rank_pattern={"to_q": 6}, alpha_pattern={"to_k": 8.0}),
+    "nora-inner-ranks": lambda: nora(
+        r=4, inner_r=2, basis="svd", target_modules=EVERYTHING, inner_rank_pattern={"to_q": 3, "conv1": 4}
+    ),
     "nora-orthogonal": lambda: nora(r=4, inner_r=2, basis="orthogonal"),
     "mor": lambda: mor(r=4, num_experts=3),
     "mor-linear": lambda: mor(r=4, num_experts=3, target_modules=["attn", "ff"], dropout=0.5),
@@ -52,6 +55,7 @@ PRESETS: dict[str, Callable[[], AdapterConfig]] = {
     "mor-prompt+timestep": lambda: mor(r=4, num_experts=3, router="prompt+timestep", dropout=0.5),
     "nora_input": lambda: nora_input(r=4, inner_r=2),
     "nora_input-everywhere": lambda: nora_input(r=4, inner_r=2, basis="svd", magnitude=True, target_modules=EVERYTHING),
+    "nora_input-inner-ranks": lambda: nora_input(r=4, inner_r=2, inner_rank_pattern={"to_q": 4, "to_v": 1}),
     "moe_lora": lambda: moe_lora(r=2, num_experts=3),
     "malora": lambda: malora(r=4, inner_r=2, num_experts=3),
     "malora-prompt+timestep": lambda: malora(r=4, inner_r=2, num_experts=3, router="prompt+timestep"),

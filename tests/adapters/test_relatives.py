@@ -318,6 +318,10 @@ def test_the_hook_is_removed_with_the_last_masked_adapter() -> None:
         ({"alpha": 0.0}, "alpha"),
         ({"alpha_pattern": {"to_q": float("nan")}}, "to_q"),
         ({"rank_pattern": {"to_q": 0}}, "to_q"),
+        ({"inner_rank_pattern": {"to_q": 0}}, "to_q"),
+        ({"inner_rank_pattern": {"to_q": 1.5}}, "inner_rank_pattern"),
+        ({"inner_rank_pattern": {"(a+)+": 2}}, "is not an allowed pattern"),
+        ({"core": "dense", "inner_rank_pattern": {"to_q": 2}}, "needs an inner rank, which core='dense'"),
     ],
 )
 def test_axes_that_conflict_are_refused(axes: dict[str, Any], word: str) -> None:

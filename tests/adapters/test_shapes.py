@@ -27,6 +27,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "pattern": {"rank_pattern": {"to_q": 6}},
+    "inner pattern": {"inner_rank_pattern": {"to_q": 2}},
+    "inner pattern beyond the outer rank": {"r": 6, "inner_r": 2, "inner_rank_pattern": {"to_q": 20}},
     "magnitude": {"magnitude": True},
     "blocks": {"blocks": 4},
     "dense": {"core": "dense"},

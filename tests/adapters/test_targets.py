@@ -365,6 +365,9 @@ def test_a_pattern_that_matches_nothing_is_refused(pipe: Any) -> None:
     delete_adapter(pipe, "one")
     with pytest.raises(UserError, match="rank_pattern"):
         add_adapter(pipe, config, "one", "unet")
+    config = nora(r=4, inner_r=2, basis="svd", inner_rank_pattern={"to_qq": 2})
+    with pytest.raises(UserError, match="inner_rank_pattern: 'to_qq' matches no adapted projection"):
+        add_adapter(pipe, config, "one")
 
 
 @pytest.mark.parametrize(

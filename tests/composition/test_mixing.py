@@ -93,6 +93,8 @@ METHODS: dict[str, Callable[[], AdapterConfig]] = {
     "nora-everywhere": lambda: nora(r=4, inner_r=3, basis="svd", target_modules=EVERYTHING),
     "nora_input": lambda: nora_input(r=6, inner_r=2, alpha=3.0, basis="svd"),
     "nora_input-everywhere": lambda: nora_input(r=4, inner_r=3, basis="svd", target_modules=EVERYTHING),
+    "nora-inner-ranks": lambda: nora(r=6, inner_r=1, basis="svd", inner_rank_pattern={"to_q": 2, "to_k": 4}),
+    "nora_input-inner-ranks": lambda: nora_input(r=6, inner_r=1, basis="svd", inner_rank_pattern={"to_q": 4}),
     "lora": lambda: lora(r=3, alpha=6.0, rank_pattern={"to_q": 5}),
     "lora-everywhere": lambda: lora(r=3, target_modules=EVERYTHING),
     "lora_xs": lambda: lora_xs(r=4, alpha=2.0),
@@ -144,6 +146,7 @@ def test_linear_is_exact_for_any_number_of_adapters(
 
 INSIDE = {
     "blocks": nora(r=8, inner_r=2, basis="svd", blocks=4),
+    "inner-ranks": nora(r=8, inner_r=1, basis="svd", inner_rank_pattern={"to_q": 2}),
     "rank-mask": nora(r=8, inner_r=2, basis="svd", rank_mask=True),
     "ranks": nora(r=2, inner_r=1, basis="svd", rank_pattern=dict.fromkeys(["to_q", "to_k", "q_proj", "k_proj"], 15)),
 }

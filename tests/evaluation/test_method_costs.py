@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from nora_diffusion import UserError, add_adapter, export_lora, save_adapter
-from nora_diffusion.adapters import PRESETS, AdapterConfig, dora, melora, mora, nora
+from nora_diffusion.adapters import PRESETS, AdapterConfig, dora, melora, mora, nora, nora_input
 from nora_diffusion.adapters.tuner.build import flat_weight
 from nora_diffusion.cli import main
 from nora_diffusion.evaluation.method_costs import LAYOUTS, cost, layout, method_table
@@ -23,6 +23,7 @@ EVERYTHING = ["attn", "ff", "proj", "conv"]
 CONFIGS = {
     "nora": lambda: nora(r=4, inner_r=2, basis="svd", target_modules=EVERYTHING),
     "patterns": lambda: nora(r=4, inner_r=2, basis="svd", rank_pattern={"to_q": 6}, core="dense"),
+    "inner ranks": lambda: nora_input(r=4, inner_r=2, basis="svd", inner_rank_pattern={"to_q": 3, "to_k": 1}),
     "dora": lambda: dora(r=3, target_modules=EVERYTHING),
     "mora": lambda: mora(r=2),
     "melora": lambda: melora(r=4, blocks=2),

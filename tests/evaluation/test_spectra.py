@@ -29,6 +29,7 @@ from nora_diffusion.pipelines.components import nora_layers
 
 CONFIGS: dict[str, AdapterConfig] = {
     "nora": nora(r=4, inner_r=2, basis="svd", alpha=8.0, target_modules=["attn", "conv"]),
+    "nora-inner-ranks": nora(r=4, inner_r=2, basis="svd", inner_rank_pattern={"to_q": 3}),
     "lora": lora(r=2),
     "lora of full rank": lora(r=64),
     **({"dora": PRESETS["dora"](r=2)} if "dora" in PRESETS else {}),

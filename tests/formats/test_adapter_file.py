@@ -102,6 +102,7 @@ def test_a_foreign_readme_is_left_unchanged(saved: Path, tmp_path: Path, caplog:
     ("config", "expected"),
     [
         (nora(r=8, inner_r=2), "r = 8, r' = 2"),
+        (nora(r=8, inner_r=2, inner_rank_pattern={"to_q": 3, "to_k": 1}), "r = 8, r' = 1 to 3 by layer"),
         (lora_mini(r=8, inner_r=1), "r = 8, r' = 1"),
         (nora(r=8, core="dense"), "r = 8"),
         (lora(r=3), "r = 3"),

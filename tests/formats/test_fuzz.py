@@ -50,7 +50,7 @@ OVERHEAD = 400_000
 """Bytes that reading may allocate on top: the objects of a small header are larger than its text. The tested files are
 up to 1 MB, so the bound is meaningful for the tensors."""
 METHODS = {
-    "nora": lambda: nora(r=4, inner_r=2, basis="svd", rank_pattern={"to_q": 3}),
+    "nora": lambda: nora(r=4, inner_r=2, basis="svd", rank_pattern={"to_q": 3}, inner_rank_pattern={"to_k": 3}),
     "mor": lambda: mor(r=4, num_experts=2),
     "lora": lambda: lora(r=3),
 }

@@ -32,6 +32,9 @@ EXPORTED = {
     "dora": lambda: dora(r=3, alpha=6.0, target_modules=EVERYTHING),
     "nora-magnitude": lambda: nora(r=4, inner_r=2, basis="svd", magnitude=True),
     "nora_input": lambda: nora_input(r=4, inner_r=2, alpha=2.0, target_modules=EVERYTHING),
+    "nora-inner-ranks": lambda: nora(
+        r=4, inner_r=2, alpha=2.0, target_modules=EVERYTHING, inner_rank_pattern={"to_q": 3, "conv1": 1, "q_proj": 4}
+    ),
     "lora_mini": lambda: lora_mini(r=4, inner_r=2, target_modules=EVERYTHING),
     "nora-diagonal": lambda: nora(r=4, basis="svd", core="diagonal", trained=["core", "up"]),
     "mora": lambda: mora(r=2, target_modules=EVERYTHING),

@@ -37,13 +37,16 @@ def fill(pipe: Any, configs: dict[str, AdapterConfig], components: Sequence[str]
 SHARED: dict[str, Callable[[], AdapterConfig]] = {
     "dog": lambda: nora(r=4, inner_r=2, basis="svd", target_modules=ALL_TARGETS),
     "cat": lambda: nora(r=4, inner_r=3, basis="svd", alpha=2.0, target_modules=ALL_TARGETS),
+    "fox": lambda: nora(
+        r=4, inner_r=1, basis="svd", target_modules=ALL_TARGETS, inner_rank_pattern={"to_q": 3, "conv1": 4}
+    ),
     "hat": lambda: lora_xs(r=4, placement="sqrt", target_modules=ALL_TARGETS),
     "mug": lambda: nora_input(r=4, inner_r=2, basis="svd", target_modules=ALL_TARGETS),
     "cup": lambda: nora_input(r=4, inner_r=3, basis="svd", alpha=2.0, target_modules=ALL_TARGETS),
 }
 OWN: dict[str, Callable[[], AdapterConfig]] = {
     "dog": lambda: nora(r=4, inner_r=2, basis="svd", target_modules=ALL_TARGETS),
-    "cat": lambda: nora(r=6, inner_r=3, basis="orthogonal"),
+    "cat": lambda: nora(r=6, inner_r=3, basis="orthogonal", inner_rank_pattern={"to_k": 5}),
     "lora": lambda: lora(r=3, alpha=6.0, target_modules=ALL_TARGETS),
     "mor": lambda: mor(r=4, num_experts=3),
     "prompt": lambda: mor(r=4, num_experts=3, router="prompt+timestep"),

@@ -30,6 +30,7 @@ METHODS = {
     "nora": lambda: nora(r=4, inner_r=2, basis="svd", target_modules=["attn", "conv"]),
     "awsvd": lambda: nora(r=4, inner_r=2),
     "nora_input": lambda: nora_input(r=4, inner_r=2, basis="svd", target_modules=["attn", "conv"]),
+    "inner-ranks": lambda: nora(r=4, inner_r=2, basis="svd", inner_rank_pattern={"to_q": 3, "q_proj": 1}),
     "lora_xs": lambda: lora_xs(r=4),
     "random": lambda: lora_mini(r=4, inner_r=2),
 }

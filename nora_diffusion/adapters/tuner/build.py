@@ -31,12 +31,12 @@ def kernel_of(base: nn.Module) -> Shape | None:
     return tuple(base.weight.shape[1:]) if isinstance(base, nn.Conv2d) else None
 
 
-def build_core(config: AdapterConfig, r: int) -> Core | None:
-    """The core for an outer rank ``r``, or ``None``."""
+def build_core(config: AdapterConfig, r: int, key: str) -> Core | None:
+    """The core of the projection at path ``key``, of outer rank ``r``, or ``None``."""
     if config.core == "nested":
-        return NestedCore(r, inner_rank(config, r))
+        return NestedCore(r, inner_rank(config, r, key))
     if config.core == "input":
-        return InputCore(r, inner_rank(config, r))
+        return InputCore(r, inner_rank(config, r, key))
     if config.core == "diagonal":
         return DiagonalCore(r)
     return DenseCore(r) if config.core == "dense" else None
@@ -49,11 +49,11 @@ def build_basis(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Pai
     """
     weight = flat_weight(base)
     if config.start.empty and config.stored_outer:
-        shapes = outer_shapes(config, weight.shape, r)
+        shapes = outer_shapes(config, weight.shape, r, key)
         return weight.new_empty(shapes[0], dtype=torch.float32), weight.new_empty(shapes[1], dtype=torch.float32)
     down, up = config.start.pairs.get(key) or outer_pair(config, base, key, r)
     if config.core == "input":  # B starts at zero, so only the down factor of the basis is used
-        up = up.new_zeros(weight.shape[0], inner_rank(config, r), dtype=torch.float32)
+        up = up.new_zeros(weight.shape[0], inner_rank(config, r, key), dtype=torch.float32)
     return (
         down if "down" in config.trained else cast_frozen(down, weight),
         up if "up" in config.trained else cast_frozen(up, weight),
@@ -111,7 +111,7 @@ def build_delta(config: AdapterConfig, base: nn.Module, key: str) -> Delta:
     return ChainDelta(
         down,
         up,
-        build_core(config, r),
+        build_core(config, r, key),
         config.dropout,
         trained=config.trained,
         stored=config.stored_outer,
@@ -138,7 +138,7 @@ def build_experts(config: AdapterConfig, base: nn.Module, key: str, r: int) -> E
         return IndependentExperts(*build_basis(config, base, key, n * r), n)
     down, up = build_basis(config, base, key, r)
     if config.experts == "projected":
-        return ProjectedExperts(down, up, n, inner_rank(config, r))
+        return ProjectedExperts(down, up, n, inner_rank(config, r, key))
     return SharedExperts(down, up, n)
 
 
