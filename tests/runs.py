@@ -68,10 +68,10 @@ def in_double(replace: Callable[[Any, str, Any], None]) -> None:
         for module in (pipe.unet, pipe.text_encoder):
             torch.nn.Module.to(module, torch.float64)
 
-    def wrapped(original: Callable[..., Any], pipe_index: int) -> Callable[..., Any]:
+    def wrapped(original: Callable[..., Any], pipe_of: Callable[[Any], Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             parameters = original(*args)
-            to_double(args[pipe_index])
+            to_double(pipe_of(args))
             return parameters
 
         return call
@@ -81,8 +81,9 @@ def in_double(replace: Callable[[Any, str, Any], None]) -> None:
         if plan.config.gradient_checkpointing:
             plan.pipe.unet.enable_gradient_checkpointing()
 
-    replace(run, "add_new_adapter", wrapped(run.add_new_adapter, 1))
-    replace(run, "load_checkpoint_adapter", wrapped(run.load_checkpoint_adapter, 0))
+    replace(run, "add_new_adapter", wrapped(run.add_new_adapter, lambda args: args[1]))
+    replace(run, "load_checkpoint_adapter", wrapped(run.load_checkpoint_adapter, lambda args: args[0]))
+    replace(run, "with_measured_ranks", wrapped(run.with_measured_ranks, lambda args: args[0].plan.pipe))
     replace(run, "prepare_base", prepare_base)
     replace(subjects, "prepare_base", prepare_base)
     replace(Plan, "dtype", torch.float64)

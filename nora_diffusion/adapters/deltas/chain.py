@@ -89,9 +89,14 @@ class ChainDelta(nn.Module):
         return super().train(mode)
 
     @property
+    def stored_outer(self) -> tuple[Tensor, Tensor]:
+        """The outer pair as it is stored: with ``blocks``, these are stacked."""
+        return getattr(self, self._names[0]), getattr(self, self._names[1])
+
+    @property
     def outer(self) -> tuple[Tensor, Tensor]:
         """The outer pair ``(down [r, d_in], up [d_out, r])``, dense if it is block-diagonal."""
-        down, up = getattr(self, self._names[0]), getattr(self, self._names[1])
+        down, up = self.stored_outer
         if self.blocks == 1:
             return down, up
         return torch.block_diag(*down.chunk(self.blocks)), torch.block_diag(*up.chunk(self.blocks))

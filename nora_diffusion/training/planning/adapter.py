@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...adapters import AdapterConfig, in_blocks
+from ...adapters.deltas.bases import Pair
+from ...adapters.patterns import pattern_of
 from ...adapters.presets import PRESETS
 from ...adapters.shapes import outer_rank
 from ...adapters.tuner.build import flat_weight
 from ...errors import UserError
-from ...loaders import add_adapter, load_adapter, pairs_from, trainable_parameters
+from ...loaders import add_adapter, delete_adapter, load_adapter, pairs_from, trainable_parameters
 from ...pipelines.calibration import Calibration
-from ...pipelines.components import components, denoiser_name, pick, targets_by_component
+from ...pipelines.components import canonical, components, denoiser_name, nora_layers, pick, targets_by_component
 from ..data.tokens import add_new_tokens
 from ..settings.config import TrainConfig
 from ..settings.methods import parameters_of
@@ -70,6 +73,37 @@ def add_new_adapter(
     add_seeded_adapter(config, pipe, components, name, calibration)
     add_new_tokens(config, pipe, name, new_tokens)
     return trained_parameters(pipe, name)
+
+
+def replace_adapter(
+    config: ResolvedConfig,
+    pipe: Any,
+    components: Mapping[str, nn.Module],
+    name: str,
+    ranks: Mapping[str, int],
+    new_tokens: Mapping[str, str | None],
+) -> dict[str, nn.Parameter]:
+    """Replace a new adapter by one on the same outer pairs with these inner ranks by path; as :func:`add_new_adapter`.
+
+    Its random factors follow from the run's seed as well.
+    """
+    uniform = adapter_config(config)
+    pattern = {pattern_of(path): rank for path, rank in ranks.items() if rank != uniform.inner_r}
+    deltas = {component: nora_layers(module, name) for component, module in components.items()}
+    pairs = {
+        component: {path: _outer_pair(deltas[component][canonical(path)].delta(name)) for path in layers}
+        for component, layers in targets_by_component(components, uniform).items()
+    }
+    delete_adapter(pipe, name)
+    torch.manual_seed(derive(config.seed, "init"))
+    add_adapter(pipe, replace(uniform, inner_rank_pattern=pattern), name, list(components), basis_from=pairs)
+    add_new_tokens(config, pipe, name, new_tokens)
+    return trained_parameters(pipe, name)
+
+
+def _outer_pair(delta: Any) -> Pair:
+    down, up = delta.stored_outer
+    return down.detach(), up.detach()
 
 
 def add_seeded_adapter(

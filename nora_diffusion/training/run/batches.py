@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ...pipelines.components import components, without_adapters
 from ...pipelines.precision import lowered
+from ..data.prompts import PromptEmbeddings
 from ..step.denoiser import TextEmbeddings, predict
 from ..step.noise import draw_noise, draw_timesteps
 from ..step.randomness import balanced_indices, batch_indices, generator, owned_indices, shuffled_indices
 from ..step.seeds import derive
-from .run import Run
+from .encoding import RunData
 
 
 @dataclass(frozen=True)
@@ -34,46 +34,56 @@ class Batch:
 
 
 class Batches:
-    """The batches of a :class:`Run`: each depends only on seed, step and micro-step.
+    """The batches of a run: each depends only on seed, step and micro-step.
 
-    All processes draw the same global batch, and each takes its own rows of it.
+    All processes draw the same global batch, and each takes its own rows of it. ``process``: the index of this one.
+    ``seed``: another one than the run's, for batches that are not those of its steps.
     """
 
-    def __init__(self, run: Run, accelerator: Accelerator) -> None:
-        self.run, self.accelerator, self.device = run, accelerator, run.plan.device
+    def __init__(self, data: RunData, embeddings: PromptEmbeddings, process: int = 0, seed: int | None = None) -> None:
+        self.data, self.embeddings, self.process = data, embeddings, process
+        self.plan, self.config, self.device = data.plan, data.plan.config, data.plan.device
+        self.seed = self.config.seed if seed is None else seed
+
+    def loss(self, step: int, micro: int = 0) -> Tensor:
+        """The loss of one micro-step."""
+        batch = self.draw(step, micro)
+        with self.autocast():
+            prediction = predict(self.plan.pipe, batch.noisy, batch.times, batch.embeddings, batch.labels)
+        return self.mean_loss(batch, prediction)
 
     def draw(self, step: int, micro: int) -> Batch:
         """Draw the batch of a micro-step."""
-        run, config = self.run, self.run.config
+        data, config = self.data, self.config
         # The last 0 is the rank: every process draws the same as rank 0.
-        source = generator(config.seed, "step", step, micro, 0)
+        source = generator(self.seed, "step", step, micro, 0)
         # Dropout draws from the global generator, so that is seeded per step as well. Dropout masks differ between
         # processes; a sampled rank (DyLoRA) does not.
-        rank = self.accelerator.process_index if config.dropout > 0 else 0
-        torch.manual_seed(derive(config.seed, "dropout", step, micro, rank))
-        size = config.train_batch_size * self.accelerator.num_processes
+        rank = self.process if config.dropout > 0 else 0
+        torch.manual_seed(derive(self.seed, "dropout", step, micro, rank))
+        size = config.train_batch_size * self.plan.processes
         number = step * config.gradient_accumulation_steps + micro
         images = self._images(number, size)
-        views = run.latents.pick(images, source)
-        latents, regions = run.latents.draw(views, source), run.latents.weights(views)
-        prompts = run.plan.captions.draw(images, generator(config.seed, "captions", step, micro, 0))
-        if run.class_latents is not None:
-            count = len(run.class_latents.views_of_image)
-            classes = shuffled_indices(config.seed, "class pictures", count, number * size, size)
-            views = run.class_latents.pick(classes, source, run.latents.size_of(images[0]))
-            latents = torch.cat([latents, run.class_latents.draw(views, source)])
+        views = data.latents.pick(images, source)
+        latents, regions = data.latents.draw(views, source), data.latents.weights(views)
+        prompts = self.plan.captions.draw(images, generator(self.seed, "captions", step, micro, 0))
+        if data.class_latents is not None:
+            count = len(data.class_latents.views_of_image)
+            classes = shuffled_indices(self.seed, "class pictures", count, number * size, size)
+            views = data.class_latents.pick(classes, source, data.latents.size_of(images[0]))
+            latents = torch.cat([latents, data.class_latents.draw(views, source)])
             regions = None if regions is None else torch.cat([regions, torch.ones_like(regions)])
-            prompts += [run.subject.class_prompt] * size
+            prompts += [self.plan.subject.class_prompt] * size
         elif config.with_prior_preservation:  # prior_preservation=frozen: the same images with their class prompts
             latents = torch.cat([latents, latents])
             regions = None if regions is None else torch.cat([regions, torch.ones_like(regions)])
-            prompts += [run.subject.class_prompts[image] for image in images]
+            prompts += [self.plan.subject.class_prompts[image] for image in images]
         return self._noised(latents, prompts, source, regions)
 
     def _images(self, number: int, size: int) -> list[int]:
         """Indices of the images in batch ``number``."""
-        subject, seed = self.run.subject, self.run.config.seed
-        sizes = [self.run.latents.size_of(image) for image in range(len(subject.images))]
+        subject, seed = self.plan.subject, self.seed
+        sizes = [self.data.latents.size_of(image) for image in range(len(subject.images))]
         if subject.members and len(set(sizes)) > 1:
             return owned_indices(seed, "photos", subject.owners, sizes, number, size)
         if subject.members:
@@ -81,47 +91,47 @@ class Batches:
         return batch_indices(seed, "photos", sizes, number, size)
 
     def _noised(self, latents: Tensor, prompts: list[str], source: torch.Generator, regions: Tensor | None) -> Batch:
-        run, plan, objective = self.run, self.run.plan, self.run.plan.objective
-        noise, added = draw_noise(latents.shape, run.config, source)
-        t = draw_timesteps(len(latents), plan.timesteps, run.config.timestep_sampling, source)
+        config, plan, objective = self.config, self.plan, self.plan.objective
+        noise, added = draw_noise(latents.shape, config, source)
+        t = draw_timesteps(len(latents), plan.timesteps, config.timestep_sampling, source)
         rows = self._own_rows(len(latents))
         latents, noise, added, t = (value[rows].to(self.device) for value in (latents, noise, added, t))
         prompts, regions = [prompts[row] for row in rows], None if regions is None else regions[rows]
         noisy, target = objective.add_noise(latents, added, t), objective.target(latents, noise, t)
-        labels = t if run.config.class_labels_conditioning == "timesteps" else None
+        labels = t if config.class_labels_conditioning == "timesteps" else None
         with self.autocast():
-            embeddings = run.embeddings(prompts)
+            embeddings = self.embeddings(prompts)
         regions = None if regions is None else regions.to(self.device)
         batch = Batch(target, t, noisy.to(plan.dtype), objective.times[t], embeddings, labels, regions)
-        uses_base = run.config.with_prior_preservation and run.class_latents is None
+        uses_base = config.with_prior_preservation and self.data.class_latents is None
         return self._with_base_targets(batch, prompts) if uses_base else batch
 
     def _own_rows(self, rows: int) -> list[int]:
         """This process's rows of a global batch: its images, and their class rows in the second half."""
-        size, accelerator = self.run.config.train_batch_size, self.accelerator
-        first = size * accelerator.process_index
-        return [row for row in range(rows) if first <= row % (size * accelerator.num_processes) < first + size]
+        size = self.config.train_batch_size
+        first = size * self.process
+        return [row for row in range(rows) if first <= row % (size * self.plan.processes) < first + size]
 
     @torch.no_grad()
     def _with_base_targets(self, batch: Batch, prompts: list[str]) -> Batch:
         """Replace the targets of the second half with the predictions of the base without adapters."""
         half = len(prompts) // 2
         labels = None if batch.labels is None else batch.labels[half:]
-        with without_adapters(components(self.run.pipe)), self.autocast():
-            embeddings = self.run.embeddings(prompts[half:])
-            prediction = predict(self.run.pipe, batch.noisy[half:], batch.times[half:], embeddings, labels)
+        with without_adapters(components(self.plan.pipe)), self.autocast():
+            embeddings = self.embeddings(prompts[half:])
+            prediction = predict(self.plan.pipe, batch.noisy[half:], batch.times[half:], embeddings, labels)
         if prediction.shape[1] == 2 * batch.target.shape[1]:
             prediction = prediction.chunk(2, dim=1)[0]
         return replace(batch, target=torch.cat([batch.target[:half], prediction.to(batch.target.dtype)]))
 
     def mean_loss(self, batch: Batch, prediction: Tensor) -> Tensor:
         """Mean loss of the images plus ``prior_loss_weight`` times the mean loss of the class rows."""
-        config = self.run.config
-        losses = self.run.plan.objective.losses(prediction, batch.target, batch.t, batch.regions)
+        config = self.config
+        losses = self.plan.objective.losses(prediction, batch.target, batch.t, batch.regions)
         size = config.train_batch_size
         mean = losses[:size].mean()
         return mean + config.prior_loss_weight * losses[size:].mean() if len(losses) > size else mean
 
     def autocast(self) -> torch.autocast:
         """Autocast to the run's dtype if that is fp16 or bf16; else a context that does nothing."""
-        return lowered(self.run.plan.dtype, self.device)
+        return lowered(self.plan.dtype, self.device)

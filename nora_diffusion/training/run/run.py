@@ -29,6 +29,7 @@ from ..step.denoiser import bucket_multiple
 from ..step.optimization import build_optimizer, build_schedule, restore_schedule, schedule_state
 from ..step.optimizer_state import state_numbers, state_tensors
 from ..step.quantized import quantize_base
+from .allocating import with_measured_ranks
 from .encoding import RunData
 
 ADAPTER = "subject"
@@ -143,6 +144,8 @@ def assemble_run(data: RunData, embeddings: PromptEmbeddings | None, name: str =
     config, pipe, checkpoint = plan.config, plan.pipe, plan.checkpoint
     if checkpoint is None:
         parameters = add_new_adapter(config, pipe, plan.components, name, calibration_of(data), plan.subject.new_tokens)
+        if config.rank_allocation != "uniform":
+            parameters = with_measured_ranks(data, embeddings or data.embeddings(), name, parameters)
     else:
         parameters = load_checkpoint_adapter(pipe, name, checkpoint.path)
     if plan.processes > 1:

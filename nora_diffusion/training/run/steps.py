@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from ..measuring.samples import save_samples
 from ..planning.adapter import frozen_factors
@@ -18,7 +17,6 @@ from ..planning.identity import can_extend
 from ..planning.rundir import RunFolder
 from ..signals import Interrupted, StopRequests
 from ..step.averaging import averaged
-from ..step.denoiser import predict
 from ..step.memory import checkpoint_bytes
 from .batches import Batches
 from .journal import Journal
@@ -37,7 +35,7 @@ class Stepper:
         self, run: Run, accelerator: Accelerator, folder: RunFolder, stop: StopRequests, progress: bool = True
     ) -> None:
         self.run, self.accelerator, self.folder, self.stop = run, accelerator, folder, stop
-        self.batches = Batches(run, accelerator)
+        self.batches = Batches(run.data, run.embeddings, accelerator.process_index)
         self.updates = Updates(run, accelerator, folder)
         self.journal = Journal(run, folder, progress)
         self.saved_step: int | None = None
@@ -69,17 +67,10 @@ class Stepper:
         run.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=run.plan.device)
         for micro in range(count):
-            loss = self.loss(step, micro) / count
+            loss = self.batches.loss(step, micro) / count
             torch.autograd.backward(run.scaler.scale(loss))
             total += loss.detach()
         return self.updates.apply(step, total)
-
-    def loss(self, step: int, micro: int) -> Tensor:
-        """The loss of one micro-step."""
-        batch = self.batches.draw(step, micro)
-        with self.batches.autocast():
-            prediction = predict(self.run.pipe, batch.noisy, batch.times, batch.embeddings, batch.labels)
-        return self.batches.mean_loss(batch, prediction)
 
     def after_step(self, done: int) -> None:
         """Work that is due after step ``done``: checkpoint, stop after a signal, samples, validation."""

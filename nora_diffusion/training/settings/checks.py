@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from ...adapters.presets import PRESETS, is_routed, trains_magnitude
+from ...adapters.presets import PRESETS, default_axes, is_routed, trains_magnitude
 from ...errors import UserError
 from ...io.untrusted import require_text
 from .config import TRACKERS, Bound, TrainConfig, settings, tagged
@@ -102,6 +102,7 @@ def _check_adapter(config: TrainConfig) -> None:
                 f"--{setting.name} has no effect with --method {config.method}: it is a setting of {', '.join(owners)}"
             )
     _check_inner_rank(with_defaults(config))
+    _check_rank_allocation(config)
     _check_calibration(config)
     if config.text_encoder_lr is not None and not config.train_text_encoder:
         raise UserError("--text_encoder_lr needs --train_text_encoder")
@@ -124,6 +125,21 @@ def _check_inner_rank(config: TrainConfig) -> None:
     if has_inner and config.inner_rank is not None and config.rank is not None and config.inner_rank > config.rank:
         raise UserError(
             f"--inner_rank {config.inner_rank} exceeds --rank {config.rank}: lower --inner_rank, or raise --rank"
+        )
+
+
+def _check_rank_allocation(config: TrainConfig) -> None:
+    if config.rank_allocation == "uniform":
+        return
+    able = [method for method in PRESETS if default_axes(method).core in ("nested", "input")]
+    if config.method not in able:
+        raise UserError(
+            f"--rank_allocation {config.rank_allocation} needs frozen outer factors with an inner rank: use --method "
+            f"{', '.join(able)}"
+        )
+    if config.core not in (None, "nested"):
+        raise UserError(
+            f"--rank_allocation {config.rank_allocation} needs an inner rank, which --core {config.core} does not have"
         )
 
 

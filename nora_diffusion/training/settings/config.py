@@ -26,6 +26,7 @@ LossType = Literal["l2", "huber"]
 PriorPreservation = Literal["images", "frozen"]
 Optimizer = Literal["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor", "sgd"]
 CalibrationData = Literal["generic", "subject"]
+RankAllocation = Literal["uniform", "gradient"]
 Crop = Literal["random", "center", "subject"]
 QuantizedDtype = Literal["int8"]
 LatentCache = Literal["memory", "disk"]
@@ -184,6 +185,12 @@ class TrainConfig:
     method: str = key("nora", "adapter", "adapter method", "card", choices=tuple(PRESETS))
     rank: int | None = key(None, "adapter", "rank r; the outer rank of a nested adapter", "positive", "card")
     inner_rank: int | None = key(None, "adapter", "inner rank r' of a nested adapter", "positive", "card")
+    rank_allocation: RankAllocation = key(
+        "uniform",
+        "adapter",
+        "inner rank of each layer: the same, or by its first gradient at the same number of trained parameters",
+        "card",
+    )
     alpha: float | None = key(
         None, "adapter", "alpha; the update is scaled by alpha / r (default: r)", "positive", "card"
     )

@@ -39,6 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "text encoder": {"train_text_encoder": True, "text_encoder_lr": 5e-3, "dropout": 0.1},
     "new tokens": {"train_text_encoder_ti": True, "token_lr": 5e-3},
     "checkpointing": {"gradient_checkpointing": True},
+    "measured ranks": {"rank_allocation": "gradient"},
     "prior": {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2},
 }
 

@@ -39,6 +39,7 @@ HARD = {
     "router": {"method": "mor", "inner_rank": None, "basis": None, "num_experts": 2},
     "rank mask": {"method": "dylora", "inner_rank": None, "basis": None},
     "magnitude": {"magnitude": True, "core": "dense", "inner_rank": None},
+    "measured ranks": {"rank_allocation": "gradient", "target_modules": ["attn", "conv"]},
     "wordings": {"shuffle_tags": 3, "caption_dropout": 0.3, "instance_prompt": "sks dog, red, toy, hat"},
     "prior": {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2},
 }  # fmt: skip
