@@ -57,10 +57,13 @@ def families(protocol: Protocol) -> dict[str, str]:
     """
     kinds = {name: str(protocol.methods[name].get("method", name)) for name in protocol.trained}
     fixed = {name: _fixed(protocol.methods[name]) for name in kinds}
+    kin: dict[str, list[dict[str, str]]] = {}
+    for name, kind in kinds.items():
+        kin.setdefault(kind, []).extend([fixed[name]] * len(protocol.of(name)))
+    usual = {kind: _usual(own) for kind, own in kin.items()}
     found = {}
     for name, kind in kinds.items():
-        kin = [fixed[row.method] for row in protocol.rows if kinds.get(row.method) == kind]
-        odd = [f"{key}={value}" for key, value in fixed[name].items() if value != _usual(key, kin)]
+        odd = [f"{key}={value}" for key, value in fixed[name].items() if value != usual[kind].get(key)]
         found[name] = ":".join(filter(None, (kind, ",".join(odd))))
     return found
 
@@ -75,10 +78,10 @@ def _text(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, list) else str(value).lower()
 
 
-def _usual(key: str, kin: Sequence[Mapping[str, str]]) -> str | None:
-    """The value of a setting in most rows; ``None`` if some do not have it."""
-    ((value, _),) = Counter(own.get(key) for own in kin).most_common(1)
-    return value if all(key in own for own in kin) else None
+def _usual(kin: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The values that settings have in most rows; without settings that some do not have."""
+    common = [key for key in kin[0] if all(key in own for own in kin)]
+    return {key: Counter(own[key] for own in kin).most_common(1)[0][0] for key in common}
 
 
 def _by_family(ranking: Ranking, score: str, x: Callable[[Standing], int]) -> Series:

@@ -45,13 +45,13 @@ def write_leaderboard(files: Sequence[Results], folder: Path, reference: str = R
 
 
 def markdown(rankings: Sequence[Ranking], reference: str = REFERENCE) -> str:
-    """All tables as one document. Text of the files is escaped."""
+    """All tables as one document. Text of the files is escaped, and makes no links or images."""
     parts = ["# Leaderboard", LEGEND]
     for ranking in rankings:
         header, rows = table(ranking, reference)
         header, *rows = ([cell.replace("|", "/") for cell in cells] for cells in (header, *rows))
         parts += [f"## {ranking.protocol.title}", about(ranking.protocol), tables.table(header, rows)]
-    return "\n\n".join(html.escape(part, quote=False) for part in parts) + "\n"
+    return "\n\n".join(html.escape(part, quote=False).replace("](", "] (") for part in parts) + "\n"
 
 
 def page(rankings: Sequence[Ranking], reference: str = REFERENCE) -> str:

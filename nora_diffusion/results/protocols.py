@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import chain, count
 from typing import Any
 
 from ..errors import UserError
@@ -31,7 +33,7 @@ class Protocol:
         first, names = self.sources[0], ", ".join(source.name for source in self.sources)
         return f"{first.protocol['name']} on {first.base.name}: {self.task}, {self.steps} steps ({names})"
 
-    @property
+    @cached_property
     def criterion(self) -> str:
         """The score by which rates are chosen and methods ranked: held-out loss, else the first that all rows have."""
         common = [name for name in self.scores if all(name in row.scores for row in self.rows if row.is_trained)]
@@ -39,7 +41,7 @@ class Protocol:
             raise UserError(f"{self.title}: the rows have no score in common, so that they cannot be ranked")
         return "heldout_loss" if "heldout_loss" in common else common[0]
 
-    @property
+    @cached_property
     def trained(self) -> list[str]:
         """The methods that train something."""
         return list(dict.fromkeys(row.method for row in self.rows if row.is_trained))
@@ -51,7 +53,14 @@ class Protocol:
 
     def of(self, method: str) -> list[Row]:
         """The rows of a method."""
-        return [row for row in self.rows if row.method == method]
+        return self._by_method.get(method, [])
+
+    @cached_property
+    def _by_method(self) -> dict[str, list[Row]]:
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.method, []).append(row)
+        return found
 
 
 def protocols(files: Iterable[Results]) -> list[Protocol]:
@@ -81,7 +90,11 @@ def _by_steps(group: Sequence[tuple[Results, str]]) -> list[Protocol]:
     scores: dict[str, Better] = {}
     for file, task in group:
         names = _names(file, methods)
-        scores |= {name: better for name, better in file.scores.items() if name not in scores}
+        for name, better in file.scores.items():
+            if scores.setdefault(name, better) != better:
+                raise UserError(
+                    f"{file.name} says that a {better} {name} is better, and an earlier file that it is not"
+                )
         for row in file.rows:
             if row.task == task:
                 named = replace(row, method=names[row.method])
@@ -100,6 +113,7 @@ def _names(file: Results, methods: dict[str, dict[str, Any]]) -> dict[str, str]:
     """The name of each method of a file among those of all files; adds the new ones to ``methods``."""
     names = {}
     for name, settings in file.methods.items():
-        names[name] = name if methods.get(name, settings) == settings else f"{name} ({file.name})"
+        others = (f"{name} ({file.name}{f', {number}' if number > 1 else ''})" for number in count(1))
+        names[name] = next(own for own in chain([name], others) if methods.get(own, settings) == settings)
         methods.setdefault(names[name], settings)
     return names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -83,8 +84,9 @@ def _standing(protocol: Protocol, method: str) -> Standing:
 def at_best_rate(protocol: Protocol, method: str) -> list[Row]:
     """The rows of a method at the rates of :func:`chosen`, of those tried on the most pairs of subject and seed."""
     rows = [row for row in protocol.of(method) if protocol.criterion in row.scores]
-    counts = {rate: sum(row.rate == rate for row in rows) for rate in dict.fromkeys(row.rate for row in rows)}
-    rows = [row for row in rows if counts[row.rate] == max(counts.values())]
+    counts = Counter(row.rate for row in rows)
+    most = max(counts.values())
+    rows = [row for row in rows if counts[row.rate] == most]
     sign = _sign(protocol, protocol.criterion)
     return chosen(rows, [Tried(row.subject, row.rate, sign * row.scores[protocol.criterion]) for row in rows])
 
@@ -119,9 +121,12 @@ def _sign(protocol: Protocol, score: str) -> int:
 
 
 def _estimates(protocol: Protocol, rows: Sequence[Row]) -> dict[str, Estimate]:
+    """The means; with an interval that of the criterion."""
     names = [name for name in protocol.scores if all(name in row.scores for row in rows)]
     subjects = [row.subject for row in rows]
-    return {name: estimate([row.scores[name] for row in rows], subjects) for name in names}
+    values = {name: [row.scores[name] for row in rows] for name in names}
+    found = {name: Estimate(statistics.fmean(own), math.nan, math.nan) for name, own in values.items()}
+    return found | {name: estimate(values[name], subjects) for name in names if name == protocol.criterion}
 
 
 def estimate(values: Sequence[float], subjects: Sequence[str]) -> Estimate:
@@ -135,7 +140,7 @@ def estimate(values: Sequence[float], subjects: Sequence[str]) -> Estimate:
     return Estimate(mean, *interval(values, _draws(tuple(map(tuple, groups.values())))))
 
 
-@lru_cache(8)
+@lru_cache(4)
 def _draws(groups: tuple[tuple[int, ...], ...]) -> list[np.ndarray]:
     """The resamples, the same for all methods and scores with as many rows of each subject."""
     return resampled({str(number): rows for number, rows in enumerate(groups)})

@@ -14,7 +14,10 @@ VERSION = 1
 """Version that this release writes, and the newest that it reads."""
 Better = Literal["higher", "lower"]
 HASH = re.compile(r"[0-9a-f]{16,64}")
-DATE = re.compile(r"\d{4}-\d\d-\d\d")
+DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+RATES = (1e-30, 1e30)
+MOST = {"methods": 1000, "scores": 100, "tasks": 100, "subjects": 1000, "numbers of steps": 100}
+"""How many of these a file may have: with more a leaderboard would take hours."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,9 @@ def problems(results: Results) -> Iterator[str]:
         yield "has no name"
     if not results.rows:
         yield "has no rows"
+    for what, count in _counts(results).items():
+        if count > MOST[what]:
+            yield f"has {count:,} {what}, and at most {MOST[what]:,} are read"
     yield from _wrong_hashes(results)
     seen = set()
     for number, row in enumerate(results.rows, start=1):
@@ -123,6 +129,14 @@ def problems(results: Results) -> Iterator[str]:
         if row.identity in seen:
             yield f"has a row {number} that repeats an earlier one"
         seen.add(row.identity)
+
+
+def _counts(results: Results) -> dict[str, int]:
+    subjects = {subject for own in results.data.values() for subject in own}
+    return {
+        "methods": len(results.methods), "scores": len(results.scores), "tasks": len(results.data),
+        "subjects": len(subjects), "numbers of steps": len({row.steps for row in results.rows}),
+    }  # fmt: skip
 
 
 def _wrong_hashes(results: Results) -> Iterator[str]:
@@ -140,8 +154,8 @@ def _row_problems(row: Row, results: Results) -> Iterator[str]:
         yield f"of the method {row.method!r}, whose settings are missing in methods"
     if row.subject not in results.data.get(row.task, {}):
         yield f"of the subject {row.subject!r} in the task {row.task!r}, which data does not have"
-    if row.rate is not None and row.rate <= 0:
-        yield f"with the learning rate {row.rate:g}: it must be above 0, or null if there is none"
+    if row.rate is not None and not RATES[0] <= row.rate <= RATES[1]:
+        yield f"with the learning rate {row.rate:g}: it must be from 1e-30 to 1e30, or null if there is none"
     for name in ("seed", "steps", "trained_parameters", "bytes", "seconds"):
         if getattr(row, name) < 0:
             yield f"with {name} below 0"

@@ -73,6 +73,15 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a huge number": (lambda d: d["rows"][0].update(bytes=10**30), "rows, item 1, bytes has an invalid value"),
     "a negative number": (lambda d: d["rows"][0].update(seconds=-1), "row 1 with seconds below 0"),
     "a rate of 0": (lambda d: d["rows"][1].update(rate=0), "row 2 with the learning rate 0"),
+    "a rate that no plot shows": (lambda d: d["rows"][1].update(rate=5e-324), "the learning rate 4.94066e-324"),
+    "a date in other digits": (lambda d: d.update(date="\u0662026-11-30"), "has the date"),
+    "too many methods": (lambda d: d["methods"].update({f"m{n}": {} for n in range(1000)}), "has 1,002 methods"),
+    "too many subjects": (lambda d: d["data"]["six"].update({f"s{n}": {} for n in range(1000)}), "has 1,002 subjects"),
+    "too many scores": (lambda d: d["scores"].update({f"s{n}": "lower" for n in range(100)}), "has 102 scores"),
+    "too many tasks": (lambda d: d["data"].update({f"t{n}": {} for n in range(100)}), "has 101 tasks"),
+    "too many lengths": (
+        lambda d: d["rows"].extend([d["rows"][1] | {"steps": n} for n in range(200, 300)]), "has 101 numbers of steps"
+    ),
     "no hash": (lambda d: d["base"].update(fingerprint="abc"), "for the base no hash"),
     "no hash of images": (
         lambda d: d["data"]["six"]["cat"]["training"].update(sha256="<script>"), "for 'cat', training no hash"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ from PIL import Image
 from result_files import example, row
 
 from nora_diffusion.cli import main
+from nora_diffusion.errors import UserError
 from nora_diffusion.results.curves import families
 from nora_diffusion.results.files import write_results
 from nora_diffusion.results.leaderboard import markdown, page, read_all, table
-from nora_diffusion.results.protocols import protocols
+from nora_diffusion.results.protocols import Protocol, protocols
 from nora_diffusion.results.ranking import at_best_rate, difference, front, rank
 from nora_diffusion.results.schema import Images, Results, Row
 
@@ -154,6 +156,37 @@ def test_text_of_a_file_is_escaped(files: list[Results]) -> None:
     rankings = [rank(protocol) for protocol in protocols([files[0], file])]
     for text in (markdown(rankings), page(rankings)):
         assert "<script>" not in text and "<b>x" not in text and "&lt;script&gt;" in text
+
+
+def test_text_of_a_file_makes_no_links_and_no_images() -> None:
+    odd = "![x](https://example.org/x.png)"
+    text = markdown([rank(protocol) for protocol in protocols([example([replace(r, method=odd) for r in NORA[:2]])])])
+    assert "![x] (https" in text and "](" not in text
+
+
+def test_three_files_of_one_name_do_not_mix_methods_of_one_name(files: list[Results]) -> None:
+    others = [replace(example(LORA), name="mine", methods={"lora": {"rank": r}, "base": {"rank": 8}}) for r in (4, 2)]
+    (protocol,) = protocols([files[0], *others])
+    assert protocol.trained == ["lora", "lora (mine)", "lora (mine, 2)"]
+    assert [protocol.methods[name]["rank"] for name in protocol.trained] == [8, 4, 2]
+
+
+def test_files_that_disagree_on_the_better_direction_are_refused(files: list[Results]) -> None:
+    wrong = replace(example(NORA), name="wrong", scores={"heldout_loss": "higher", "subject_score": "higher"})
+    with pytest.raises(UserError, match="wrong says that a higher heldout_loss is better"):
+        protocols([files[0], wrong])
+
+
+def test_the_criterion_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for each row: with thousands of rows that took hours."""
+    counted = []
+    criterion = vars(Protocol)["criterion"].func
+    own = cached_property(lambda protocol: counted.append(1) or criterion(protocol))
+    own.__set_name__(Protocol, "criterion")
+    monkeypatch.setattr(Protocol, "criterion", own)
+    (protocol,) = protocols([example(LORA + NORA)])
+    page([rank(protocol)])
+    assert len(counted) == 1
 
 
 def test_the_command(files: list[Results], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
