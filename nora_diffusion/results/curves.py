@@ -132,4 +132,5 @@ def _several(chart: Chart) -> list[str]:
 
 
 def _drawn(chart: Chart, **options: Any) -> str:
-    return line_chart(chart.name.capitalize(), chart.series, chart.x_label, chart.y_label, log_x=True, **options)
+    name = chart.name[:1].upper() + chart.name[1:]  # CLIP-I stays as it is
+    return line_chart(name, chart.series, chart.x_label, chart.y_label, log_x=True, **options)

@@ -241,6 +241,13 @@ def test_curves_of_many_methods_have_colors_of_their_own_and_a_single_rate_has_n
     assert "Held-out loss over rates: lora<" in page([rank(protocol)])
 
 
+def test_names_of_judges_and_methods_keep_their_capitals() -> None:
+    rows = [replace(r, method="LoRA", scores={"clip_i": r.scores["subject_score"]}) for r in LORA[2:]]
+    file = replace(example(rows), scores={"clip_i": "higher"}, methods={"LoRA": {}})
+    html = page([rank(protocol) for protocol in protocols([file])])
+    assert "<figcaption>CLIP-I over size<" in html and "<figcaption>CLIP-I over rates: LoRA<" in html
+
+
 def test_a_score_that_never_differs_has_no_curve(files: list[Results]) -> None:
     html = page([rank(protocol) for protocol in protocols(files)])
     assert "Subject score over size" in html
