@@ -17,7 +17,7 @@ HASH = re.compile(r"[0-9a-f]{16,64}")
 DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 RATES = (1e-30, 1e30)
 MOST = {"methods": 1000, "scores": 100, "tasks": 100, "subjects": 1000, "numbers of steps": 100}
-"""How many of these a file may have: with more a leaderboard would take hours."""
+"""How many of these a file may have, so that a leaderboard takes seconds."""
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def test_files_that_disagree_on_the_better_direction_are_refused(files: list[Res
 
 
 def test_the_criterion_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not for each row: with thousands of rows that took hours."""
+    """Not for each row: with thousands of rows that took minutes."""
     counted = []
     criterion = vars(Protocol)["criterion"].func
     own = cached_property(lambda protocol: counted.append(1) or criterion(protocol))
