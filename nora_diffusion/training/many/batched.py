@@ -203,7 +203,7 @@ class BatchedTrainer:
                 continue
             self.rows.set_counts({number: 1})
             if member.needs_own_pass:
-                self._backward({member: member.stepper.batches.loss(member.done, micro)})
+                self._backward({member: member.stepper.loss(member.done, micro)})
             else:
                 batch = member.stepper.batches.draw(member.done, micro)
                 groups.setdefault(shape_key(batch), []).append((number, batch))

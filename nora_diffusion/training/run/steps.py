@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from ..measuring.samples import save_samples
 from ..planning.adapter import frozen_factors
@@ -67,10 +68,14 @@ class Stepper:
         run.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=run.plan.device)
         for micro in range(count):
-            loss = self.batches.loss(step, micro) / count
+            loss = self.loss(step, micro) / count
             torch.autograd.backward(run.scaler.scale(loss))
             total += loss.detach()
         return self.updates.apply(step, total)
+
+    def loss(self, step: int, micro: int) -> Tensor:
+        """The loss of one micro-step."""
+        return self.batches.loss(step, micro)
 
     def after_step(self, done: int) -> None:
         """Work that is due after step ``done``: checkpoint, stop after a signal, samples, validation."""

@@ -85,7 +85,7 @@ def test_one_adapter_for_all_subjects(method: str, joint: Configure, monkeypatch
     original = Batches._noised
 
     def noised(self: Batches, latents: torch.Tensor, prompts: list[str], *rest: Any) -> Any:
-        count = len(self.run.latents.views_of_image)
+        count = len(self.data.latents.views_of_image)
         seen.extend((count, prompt) for prompt in prompts)
         return original(self, latents, prompts, *rest)
 
@@ -105,7 +105,7 @@ def test_images_get_their_own_prompts(joint: Configure, monkeypatch: pytest.Monk
 
     def images(self: Batches, *rest: int) -> list[int]:
         found = original(self, *rest)
-        drawn.append((found, self.run.plan.captions.draw(found, torch.Generator())))
+        drawn.append((found, self.plan.captions.draw(found, torch.Generator())))
         return found
 
     monkeypatch.setattr(Batches, "_images", images)

@@ -206,7 +206,7 @@ def test_a_subject_that_fails_is_left_out(together: Configure, tmp_path: Path, m
     original = Batches.mean_loss
 
     def mean_loss(self: Batches, *rest: Any) -> torch.Tensor:
-        return original(self, *rest) * (float("nan") if self.run.plan.folder.name == "dog" else 1.0)
+        return original(self, *rest) * (float("nan") if self.plan.folder.name == "dog" else 1.0)
 
     monkeypatch.setattr(Batches, "mean_loss", mean_loss)
     with pytest.raises(UserError, match=r"dog: the loss is not finite at step 1.*2 other subjects were trained"):

@@ -95,7 +95,7 @@ def test_the_frozen_prior_is_the_base_prediction_in_the_same_batch(
     original = Batches.mean_loss
 
     def mean_loss(self: Batches, batch: Any, prediction: torch.Tensor) -> torch.Tensor:
-        errors = self.run.plan.objective.errors(prediction, batch.target, batch.t).mean((1, 2, 3)).detach()
+        errors = self.plan.objective.errors(prediction, batch.target, batch.t).mean((1, 2, 3)).detach()
         loss = original(self, batch, prediction)
         size = len(errors) // 2
         assert torch.allclose(loss, errors[:size].mean() + 0.5 * errors[size:].mean())
