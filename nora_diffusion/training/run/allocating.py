@@ -28,26 +28,30 @@ def with_measured_ranks(
 ) -> dict[str, nn.Parameter]:
     """Replace the new adapter ``name`` by one with the same outer pairs and measured ranks; return its parameters.
 
-    The batches depend on the run's seed, but they are not those of its steps. All processes measure those of rank 0.
+    The batches depend on the run's seed, but they are not those of its steps. As in these, each process takes its rows.
     """
     plan, pipe = data.plan, data.plan.pipe
-    if plan.processes > 1:
+    together = plan.processes > 1
+    if together:
         broadcast_factors(pipe, parameters)
     for module in plan.components.values():
         module.train()  # as in the steps: gradient checkpointing of text encoders asks for it
-    batches = Batches(data, embeddings, seed=derive(plan.config.seed, "rank allocation"))
+    process = torch.distributed.get_rank() if together else 0
+    batches = Batches(data, embeddings, process, derive(plan.config.seed, "rank allocation"))
     losses = (batches.loss(number) for number in range(BATCHES))
     modules = components(pipe)
     gradients = core_gradients(modules, name, losses, FP16_SCALE if plan.dtype == torch.float16 else 1.0)
-    ranks = _of_first_process(inner_ranks(modules, name, plan.adapter, gradients), plan.processes)
+    for gradient in gradients.values() if together else ():
+        torch.distributed.all_reduce(gradient)
+    ranks = inner_ranks(modules, name, plan.adapter, gradients)
+    if together:
+        ranks = _of_first_process(ranks)
     log.info("inner ranks by layer: %d to %d", min(ranks.values()), max(ranks.values()))
     return replace_adapter(plan.config, pipe, plan.components, name, ranks, plan.subject.new_tokens)
 
 
-def _of_first_process(ranks: dict[str, int], processes: int) -> dict[str, int]:
-    """The ranks of the first process: a sum in another order may round to others."""
-    if processes == 1:
-        return ranks
+def _of_first_process(ranks: dict[str, int]) -> dict[str, int]:
+    """The ranks of the first process: singular values of another device may round to others."""
     from accelerate.utils import broadcast_object_list
 
     found: dict[str, int] = broadcast_object_list([ranks])[0]

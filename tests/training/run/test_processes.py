@@ -63,6 +63,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "caption_dropout": 0.3, "instance_prompt": "sks dog, red, toy, hat", "noise_offset": 0.1,
     },
     "new tokens": {"train_text_encoder_ti": True, "instance_prompt": "a photo of <sks> dog", "token_lr": 1e-2},
+    "measured ranks": {"rank_allocation": "gradient"},
     "rank mask": {"method": "dylora", "inner_rank": None, "basis": None},
 }  # fmt: skip
 
