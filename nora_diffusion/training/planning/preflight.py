@@ -17,7 +17,7 @@ from ...errors import UserError, printable, quoted
 from ...formats.adapter_info import info_from
 from ...io.run_layout import CHECKPOINTS, checkpoint_steps
 from ...loaders import check_adapter
-from ...pipelines.base import base_id
+from ...pipelines.base import base_id, is_embedded
 from ...pipelines.components import targets_by_component
 from ..data.class_images import class_image_findings, uses_class_images
 from ..data.prompts import token_limit, truncated_prompts
@@ -296,7 +296,8 @@ def _rates(plan: Plan) -> Iterator[Finding]:
         return
     adapts_rate = config.optimizer == "prodigy"
     owner = f"--optimizer {config.optimizer}" if adapts_rate else f"--method {config.method}"
-    rates = {"learning_rate": USUAL_FACTORS if adapts_rate else usual_rates(config.method)}
+    usual = usual_rates(config.method, is_embedded(config.pretrained_model_name_or_path))
+    rates = {"learning_rate": USUAL_FACTORS if adapts_rate else usual}
     rates |= {"text_encoder_lr": USUAL_TEXT_RATES, "token_lr": USUAL_TOKEN_RATES}
     for name, (low, high) in rates.items():
         rate = getattr(config, name)

@@ -14,8 +14,8 @@ from .methods import method_defaults
 
 EMBEDDED: dict[str, Any] = {
     "target_modules": ["attn", "ff", "proj", "conv"],
-    "learning_rate": 6e-4,
-    "max_train_steps": 300,
+    "learning_rate": 4.8e-3,
+    "max_train_steps": 100,
     "train_batch_size": 4,
     "lr_scheduler": "cosine",
     "snr_gamma": 5.0,
@@ -23,26 +23,32 @@ EMBEDDED: dict[str, Any] = {
     "sample_steps": EMBEDDED_STEPS,
     "sample_guidance": EMBEDDED_GUIDANCE,
 }
-"""Defaults for the embedded base: training takes about a minute on a CPU. Methods that were measured at higher rates
-need a third of the steps (:data:`TUNED`)."""
+"""Defaults for the embedded base: training takes half a minute on a CPU. The rates of all methods were measured with
+these steps (docs/benchmark.md)."""
+JOINT_STEPS = 300
+"""Steps of several subjects that share one adapter."""
 
 
 class Tuned(NamedTuple):
-    """What is tuned for a method: changes of :data:`EMBEDDED`, and the usual range of AdamW's rate on any base."""
+    """What is tuned for a method: changes of :data:`EMBEDDED`, and the usual range of AdamW's rate on other bases."""
 
     embedded: Mapping[str, Any] = MappingProxyType({})
     usual_rates: tuple[float, float] = (2e-5, 5e-3)
 
 
 FROZEN_RATES = (5e-5, 1e-2)
-"""Frozen outer factors train best at twice LoRA's rate or more (docs/comparing.md)."""
+"""Frozen outer factors train best at twice LoRA's rate or more."""
+EMBEDDED_RATES = 4
+"""The embedded base trains at rates so many times as high as those of other bases."""
 TUNED: dict[str, Tuned] = {
-    "nora": Tuned({"learning_rate": 9.6e-3, "max_train_steps": 100, "inner_rank": 16}, FROZEN_RATES),
-    "nora_input": Tuned({"learning_rate": 9.6e-3, "max_train_steps": 100}, FROZEN_RATES),
-    "lora": Tuned({"learning_rate": 4.8e-3, "max_train_steps": 100}),
-    "lora_xs": Tuned({"learning_rate": 1.2e-3}, FROZEN_RATES),
-    "lora_mini": Tuned({"learning_rate": 1.2e-3, "inner_rank": 16}, FROZEN_RATES),
-    "mora": Tuned({"learning_rate": 1.2e-3}, FROZEN_RATES),
+    "nora": Tuned({"learning_rate": 9.6e-3, "inner_rank": 16}, FROZEN_RATES),
+    "nora_input": Tuned({"learning_rate": 9.6e-3}, FROZEN_RATES),
+    "lora_xs": Tuned({}, FROZEN_RATES),
+    "lora_mini": Tuned({"learning_rate": 1.92e-2, "inner_rank": 16}, FROZEN_RATES),
+    "mora": Tuned({"learning_rate": 2.4e-3}, FROZEN_RATES),
+    "melora": Tuned({"learning_rate": 9.6e-3}),
+    "mor": Tuned({"learning_rate": 9.6e-3}),
+    "malora": Tuned({"learning_rate": 9.6e-3}),
 }
 """By method; all others have the defaults of :class:`Tuned`."""
 
@@ -66,15 +72,16 @@ USUAL_FACTORS = (0.1, 10.0)
 TOKEN_RATE = 1e-3
 
 
-def usual_rates(method: str) -> tuple[float, float]:
+def usual_rates(method: str, embedded: bool = False) -> tuple[float, float]:
     """Usual range of AdamW's learning rate; a rate outside it is likely a mistake (5e-6 is for full fine-tuning)."""
-    return TUNED.get(method, Tuned()).usual_rates
+    low, high = TUNED.get(method, Tuned()).usual_rates
+    return low, high * (EMBEDDED_RATES if embedded else 1)
 
 
 def embedded_defaults(method: str, joint: bool = False) -> dict[str, Any]:
     """Defaults for ``method`` on the embedded base; ``joint``: several subjects share the steps of one adapter."""
     values = {**EMBEDDED, **TUNED.get(method, Tuned()).embedded}
-    return values | ({"max_train_steps": EMBEDDED["max_train_steps"]} if joint else {})
+    return values | ({"max_train_steps": JOINT_STEPS} if joint else {})
 
 
 def with_defaults(config: TrainConfig) -> TrainConfig:

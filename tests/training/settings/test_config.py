@@ -207,7 +207,7 @@ def test_defaults_fill_gaps_only() -> None:
     assert embedded.rank == 5 and embedded.inner_rank is not None and embedded.max_train_steps is not None
     assert (other.rank, other.inner_rank, other.learning_rate, other.train_batch_size) == (4, None, 5e-4, 4)
     rates = {method: with_defaults(TrainConfig(method=method)).learning_rate for method in ("nora", "lora_xs", "lora")}
-    assert rates == {"nora": 9.6e-3, "lora_xs": 1.2e-3, "lora": 4.8e-3}, "docs/comparing.md says why"
+    assert rates == {"nora": 9.6e-3, "lora_xs": 4.8e-3, "lora": 4.8e-3}, "docs/benchmark.md says why"
     alone, joint = (with_defaults(TrainConfig(joint=joint)).max_train_steps for joint in (False, True))
     assert (alone, joint) == (100, 300)
     assert with_defaults(TrainConfig(num_train_epochs=3)).max_train_steps is None
@@ -259,6 +259,8 @@ def test_every_preset_is_a_method() -> None:
     for method in PRESETS:
         assert with_defaults(TrainConfig(method=method)).rank
         assert usual_rates(method)[0] < 1e-3 < usual_rates(method)[1]
+        rate, (low, high) = with_defaults(TrainConfig(method=method)).learning_rate, usual_rates(method, embedded=True)
+        assert rate is not None and low <= rate <= high
     with pytest.raises(UserError, match="method='nore' is unknown: choose one of nora"):
         check_config(TrainConfig(method="nore", instance_data_dir="x"))
 
