@@ -17,7 +17,7 @@ from .schema import Better, Results, Row
 class Protocol:
     """Rows that can be compared: of the same base, judges, task, images and steps, measured the same way.
 
-    ``methods``: the settings of each method. ``sources``: the files.
+    ``methods``: the settings of each method. ``sources``: the files with such rows.
     """
 
     task: str
@@ -99,14 +99,19 @@ def _by_steps(group: Sequence[tuple[Results, str]]) -> list[Protocol]:
             if row.task == task:
                 named = replace(row, method=names[row.method])
                 rows.setdefault(named.identity, named)
-    task, sources = group[0][1], [file for file, _ in group]
-    steps = sorted({row.steps for row in rows.values() if row.is_trained}) or [0]
+    task = group[0][1]
+    counts = sorted({row.steps for row in rows.values() if row.is_trained}) or [0]
+
+    def belongs(row: Row, steps: int) -> bool:
+        return row.task == task and (not row.is_trained or row.steps == steps)
+
     return [
         Protocol(
-            task, count, [r for r in rows.values() if not r.is_trained or r.steps == count], methods, scores, sources
+            task, steps, [row for row in rows.values() if belongs(row, steps)], methods, scores,
+            sources=[file for file, _ in group if any(belongs(row, steps) for row in file.rows)],
         )
-        for count in steps
-    ]
+        for steps in counts
+    ]  # fmt: skip
 
 
 def _names(file: Results, methods: dict[str, dict[str, Any]]) -> dict[str, str]:
