@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 endif
 STAMP := .venv/.installed
-EXTRAS := app,train,track,quantize,ray,dev
+EXTRAS := app,serve,train,track,quantize,ray,dev
 
 LOWEST := .venv-lowest/$(notdir $(BIN))
 LOWEST_STAMP := .venv-lowest/.installed
@@ -50,7 +50,7 @@ $(LOWEST_STAMP): pyproject.toml constraints.txt tests/lowest.py
 	@test -x $(LOWEST)/python || $(PYTHON) -m venv .venv-lowest
 	@$(LOWEST)/python -m pip install --quiet --disable-pip-version-check packaging tomli
 	@$(LOWEST)/python -m tests.lowest $(LOWEST_TORCH) > .venv-lowest/constraints.txt
-	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(LOWEST)/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[app,train,track,quantize,dev]'
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(LOWEST)/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[app,serve,train,track,quantize,dev]'
 	@touch $@
 
 app: $(STAMP)

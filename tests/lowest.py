@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = ("app", "train", "track", "quantize")
+EXTRAS = ("app", "serve", "train", "track", "quantize")
 
 
 def project() -> dict[str, list[Requirement]]:

@@ -54,11 +54,23 @@ def serve_once(flags: list[str]) -> None:
     import httpx
 
     from nora_diffusion.cli import build_parser
-    from nora_diffusion.cli.app import app_config
+    from nora_diffusion.cli.servers.app import app_config
     from nora_diffusion.ui.server import started
 
     with started(app_config(build_parser().parse(["app", *flags, "--port", "0"]))) as (_, url):
         assert httpx.get(url).status_code == 200
+
+
+def answer_once(flags: list[str]) -> None:
+    import httpx
+
+    from nora_diffusion.cli import build_parser
+    from nora_diffusion.cli.servers.serve import serve_config
+    from nora_diffusion.serving.http.server import started
+
+    config = serve_config(build_parser().parse(["serve", *flags, "--host", "127.0.0.1", "--port", "0"]))
+    with started(config) as url:
+        assert httpx.get(f"{url}ready").status_code == 200
 
 
 def run_command(words: list[str], base: Path) -> None:
@@ -80,6 +92,8 @@ def run_command(words: list[str], base: Path) -> None:
         assert train(words[2:], base) == 0, words
     elif words[:2] in (["python", "app.py"], ["nora-diffusion", "app"]):
         serve_once(words[2:])
+    elif words[:2] == ["nora-diffusion", "serve"] and "--new_key" not in words:
+        answer_once(words[2:])
     elif words[:2] == ["nora-diffusion", "demo"]:
         assert generate([*words[1:], "--max_train_steps", "2"], base) == 0, words
     elif words[:3] == ["nora-diffusion", "basis", "learn"]:

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 GRAPHS = folder_graphs(ROOT)
 LAYERS = (
     "errors", "quiet", "versions", "io", "reports", "data", "adapters", "pipelines", "formats", "loaders", "attention",
-    "conversion", "generation", "composition", "scoring", "results", "training", "evaluation", "demo", "tiny_sd", "ui",
-    "cli", "__main__",
+    "conversion", "generation", "composition", "scoring", "results", "serving", "training", "evaluation", "demo",
+    "tiny_sd", "ui", "cli", "__main__",
 )  # fmt: skip
 """The rooms of the package from bottom to top: each imports only what stands before it. See docs/architecture.md."""
 APART = {("stored",), ("ecosystem",)}

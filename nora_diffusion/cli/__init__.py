@@ -14,7 +14,6 @@ from ..quiet import hide_known_warnings
 from ..training.settings.arguments import with_underscores
 from ..training.settings.values import unknown_argument
 from . import (
-    app,
     basis,
     data,
     demo,
@@ -30,9 +29,11 @@ from . import (
     pack,
     sweep,
 )
+from .servers import app, serve
 
 COMMANDS = {
     "app": app,
+    "serve": serve,
     "generate": generate,
     "grid": grid,
     "data": data,

@@ -29,13 +29,16 @@ import torch
 from factories import tiny_clip, write_photos
 from PIL import Image
 
+import nora_diffusion.serving.http.server
 import nora_diffusion.ui.server
 from nora_diffusion import UserError, add_adapter, export_lora, nora, open_pipeline, save_adapter
 from nora_diffusion.cli import COMMANDS, build_parser, main
 from nora_diffusion.formats.pack_writing import create_pack
+from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.io.tensor_file import TensorFile
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.results.files import write_results
+from nora_diffusion.serving.request import Request
 from nora_diffusion.training.settings.config import settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="names and signals of POSIX")]
@@ -69,6 +72,7 @@ WITH_BASE = {
     "evaluate": "evaluate --adapters dog --subjects photos --prompts prompts.txt --seeds 1 --judge tiny --out out "
     + SAMPLING,
     "train": TRAINING,
+    "serve": "serve --base {base} --subjects dog pets.nora_pack.safetensors --uploads out/uploads --port 0",
     "sweep": "sweep sweep.yaml --out out/sweep --at_once 2",
     "basis learn": "basis learn --base {base} --subjects 1 --steps 2 --images 1 --rank 2 --out out/basis",
     "demo": "demo --out out/demo --max_train_steps 2",
@@ -135,6 +139,8 @@ def place(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     monkeypatch.setattr(nora_diffusion.ui.server, "wait", lambda ended: None)
     monkeypatch.setattr(nora_diffusion.ui.server, "clean_environment", lambda files: None)
     monkeypatch.setattr(nora_diffusion.ui.server, "_served", served)
+    monkeypatch.setattr(nora_diffusion.serving.http.server, "wait", lambda: None)
+    monkeypatch.setattr(nora_diffusion.serving.http.server, "_served", answered)
     monkeypatch.setattr(nora_diffusion.ui.state.App, "warm_up", lambda app: None)
     return fresh
 
@@ -144,6 +150,14 @@ def served(app: Any) -> Iterator[str]:
     """Instead of a web server: whatever the app reads from its library."""
     app.library.hash_all(app.library.entries())
     app.jobs.list()
+    yield "http://localhost"
+
+
+@contextmanager
+def answered(state: Any) -> Iterator[str]:
+    """Instead of a web server: one picture of the engine."""
+    sampling = Sampling(2, 4.0, width=16, height=16)
+    state.submit(Request("a sks dog <lora:dog>", sampling)).pictures()
     yield "http://localhost"
 
 
@@ -380,7 +394,7 @@ def test_any_name_on_any_console(
         return
     assert (code, "Traceback" in err) == (0, False), ascii(err)
     console.flush()
-    assert (b"\\udce9" in console.content.getvalue()) == (command not in ("methods", "pack list", "app"))
+    assert (b"\\udce9" in console.content.getvalue()) == (command not in ("methods", "pack list", "app", "serve"))
     check_files(folder, command)
     assert command in ("inspect", "methods", "pack add", "pack list", "pack remove") or any((folder / "out").iterdir())
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from .flags import add_source_flags, source_of
+from ..flags import add_source_flags, source_of
 
 if TYPE_CHECKING:
-    from ..ui import AppConfig
+    from ...ui import AppConfig
 
 HELP = "generate, mix, train and compare in the browser"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    from ..ui import AppConfig
+    from ...ui import AppConfig
 
     defaults = AppConfig()
     parser.add_argument("--port", type=int, default=defaults.port, help=f"default {defaults.port}; 0: any free port")
@@ -34,13 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(values: argparse.Namespace) -> None:
     """Serve the app until Ctrl-C."""
-    from ..ui import serve
+    from ...ui import serve
 
     serve(app_config(values))
 
 
 def app_config(values: argparse.Namespace) -> AppConfig:
     """The flags as :class:`AppConfig`."""
-    from ..ui import AppConfig
+    from ...ui import AppConfig
 
     return AppConfig(source_of(values), values.port, values.listen, values.library, values.auth, values.allow_changes)

@@ -1,0 +1,71 @@
+"""``nora-diffusion serve``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import UserError
+from ..flags import add_source_flags, source_of
+
+if TYPE_CHECKING:
+    from ...serving.http.config import ServeConfig
+
+HELP = "serve pictures of many subjects over HTTP"
+PLAIN = (
+    "host", "port", "uploads", "keys", "at_once", "resident", "waiting", "rate", "max_side", "max_steps", "timeout",
+    "drain",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    from ...serving.http.config import ServeConfig
+
+    own = ServeConfig()
+    parser.add_argument(
+        "--subjects", nargs="+", default=[], metavar="PATH", help="folders of adapters, packs and files of adapters"
+    )
+    parser.add_argument(
+        "--host", default=own.host, help=f"address to listen on (default {own.host}); others need --keys"
+    )
+    parser.add_argument("--port", type=int, default=own.port, help=f"default {own.port}; 0: any free port")
+    parser.add_argument("--keys", metavar="FILE", help="file of API keys, of which each request must send one")
+    parser.add_argument("--new_key", metavar="NAME", help="add a key to the file --keys, print it, and end")
+    parser.add_argument("--uploads", metavar="DIR", help="let clients upload adapters, into this folder")
+    parser.add_argument("--at_once", type=int, default=own.at_once, help="pictures that share the passes at most")
+    parser.add_argument("--resident", type=int, default=own.resident, help="subjects that stay loaded at most")
+    parser.add_argument("--waiting", type=int, default=own.waiting, help="pictures that wait at most; others get 429")
+    parser.add_argument("--rate", type=float, default=own.rate, help="requests a minute of each key")
+    parser.add_argument("--max_side", type=int, default=own.max_side, help="largest width and height of a picture")
+    parser.add_argument("--max_steps", type=int, default=own.max_steps, help="most steps of a picture")
+    parser.add_argument("--timeout", type=float, default=own.timeout, help="seconds of a request that names none")
+    parser.add_argument("--drain", type=float, default=own.drain, help="seconds to finish requests after a stop")
+    add_source_flags(parser)
+
+
+def run(values: argparse.Namespace) -> None:
+    """Serve until Ctrl-C or SIGTERM, or make a key."""
+    if values.new_key is not None:
+        from ...serving.http.keys import new_key
+
+        if not values.keys:
+            raise UserError("--new_key needs --keys FILE, where its hash is kept")
+        print(new_key(Path(values.keys).expanduser(), values.new_key))
+        return
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UserError("the server needs more packages: pip install 'nora-diffusion[serve]'") from error
+    from ...serving.http.server import serve
+
+    serve(serve_config(values))
+
+
+def serve_config(values: argparse.Namespace) -> ServeConfig:
+    """The flags as :class:`ServeConfig`."""
+    from ...serving.http.config import ServeConfig
+
+    return ServeConfig(source_of(values), values.subjects, **{name: getattr(values, name) for name in PLAIN})

@@ -1,0 +1,1 @@
+"""A serving engine: requests with different subjects share the passes of one base, step by step."""

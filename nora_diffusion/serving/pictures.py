@@ -1,0 +1,92 @@
+"""One picture at work: diffusers' own pipeline in a thread of its own, whose models are the engine's."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..generation.sampling import describe_image, sample_images
+from ..generation.settings import Sampling
+from ..pipelines.components import components
+from .merging import Arguments
+from .rendezvous import Locked, Rendezvous, Shared, SharedAutoencoder
+from .rows import Spec
+from .samplers import scheduler
+from .tickets import Event, Picture, Ticket
+
+
+@dataclass(eq=False)
+class Work:
+    """A picture to make: number ``index`` of a request. ``paths``: the files of its subjects."""
+
+    ticket: Ticket
+    index: int
+    paths: tuple[str, ...] = ()
+    spec: Spec = field(default_factory=Spec)
+    described: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def sampling(self) -> Sampling:
+        """The sampling settings of the request."""
+        return self.ticket.request.sampling
+
+    @property
+    def cost(self) -> float:
+        """Its share of the engine, in denoised rows."""
+        return float(self.sampling.steps * (1 if self.sampling.guidance <= 1 else 2))
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the sender."""
+        self.ticket.tell(Event("error", self.index, error=error))
+
+    def make(self, pipe: Any) -> None:
+        """Make the picture with a pipeline of its own (:func:`own_pipeline`), and tell the sender."""
+        request, seed = self.ticket.request, self.ticket.request.seed + self.index
+
+        def on_step(step: int, latents: Any) -> None:
+            self.ticket.tell(Event("step", self.index, step, self.sampling.steps, latents))
+
+        try:
+            (image,) = sample_images(pipe, [request.text], [seed], self.sampling, on_step)
+            settings = describe_image(pipe, image, request.text, seed, self.sampling, self.described)
+            self.ticket.tell(Event("picture", self.index, picture=Picture(self.index, image, settings)))
+        except Exception as error:  # told to the sender, whatever it is: other pictures go on
+            self.fail(error)
+
+
+def own_pipeline(pipe: Any, work: Work, meeting: Rendezvous, lock: threading.RLock) -> Any:
+    """A copy of the pipeline with a scheduler of its own, whose models are computed by the engine.
+
+    ``lock``: of the tokenizers. Raises :class:`UserError` for a sampler that the base cannot use.
+    """
+
+    def call(model: str, arguments: Arguments) -> Any:
+        return meeting.call(work, model, arguments)
+
+    own = copy.copy(pipe)
+    models: dict[str, Any] = {name: Shared(module, name, call) for name, module in components(pipe).items()}
+    models["vae"] = SharedAutoencoder(pipe.vae, "vae", call)
+    models["scheduler"] = scheduler(pipe.scheduler, work.ticket.request.sampler)
+    for name, tokenizer in vars(pipe).items():
+        if name.startswith("tokenizer") and tokenizer is not None:
+            models[name] = Locked(tokenizer, lock)
+    vars(own).update(models)  # not setattr, which would write them to the pipeline's config
+    own.set_progress_bar_config(disable=True)
+    return own
+
+
+def start(work: Work, pipe: Any, meeting: Rendezvous, ended: Callable[[Work], None]) -> None:
+    """Make a picture in a thread. ``ended``: called in it at the end, before the engine stops waiting for it."""
+    meeting.enter(work)
+
+    def run() -> None:
+        try:
+            work.make(pipe)
+        finally:
+            ended(work)
+            meeting.leave(work)
+
+    threading.Thread(target=run, name="picture", daemon=True).start()

@@ -1,0 +1,67 @@
+"""The subjects of each row of a pass, which change between the passes of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..adapters.tuner.mixed_rows import serve_rows
+from ..adapters.tuner.row_plan import RowPlan
+from ..pipelines.components import components, named_tuner_layers
+from ..pipelines.names import DENOISERS
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The adapters of a picture by their names in the pipeline, with weights: ``(name, denoiser's, encoders')``."""
+
+    adapters: tuple[tuple[str, float, float], ...] = ()
+
+    def weights(self, component: str) -> dict[str, float]:
+        """The weights in one component."""
+        position = 1 if component in DENOISERS else 2
+        return {adapter[0]: float(adapter[position]) for adapter in self.adapters}
+
+
+class AssignedPlan(RowPlan):
+    """A plan that the engine assigns before each pass."""
+
+    def begin(self, first: Tensor) -> None:
+        """Nothing is left to do."""
+
+
+class Rows:
+    """Applies to each row of a pass the adapters of its picture.
+
+    The layers are prepared for a set of specs, and once more when a spec comes that is not in it.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._specs: list[Spec] = []
+        self._plans: dict[str, AssignedPlan] = {}
+        self._stack = ExitStack()
+
+    def prepare(self, specs: Sequence[Spec]) -> None:
+        """Make sure that all these specs can be assigned."""
+        if self._plans and set(specs) <= set(self._specs):
+            return
+        self.close()
+        self._specs = list(dict.fromkeys(specs))
+        for component, module in components(self._pipe).items():
+            plan = AssignedPlan([spec.weights(component) for spec in self._specs])
+            self._stack.enter_context(serve_rows(module, plan, named_tuner_layers(module)))
+            self._plans[component] = plan
+
+    def assign(self, component: str, specs: Sequence[Spec]) -> None:
+        """The spec of each row of the next pass of a component."""
+        self._plans[component].assign([self._specs.index(spec) for spec in specs])
+
+    def close(self) -> None:
+        """Leave the layers as they were, so that adapters can be loaded and deleted."""
+        self._stack.close()
+        self._plans = {}

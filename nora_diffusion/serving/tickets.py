@@ -1,0 +1,133 @@
+"""What the sender of a request holds: its events, its pictures, and the way to cancel it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..errors import UserError
+from ..generation.image_settings import ImageSettings
+from .request import Request
+
+EventKind = Literal["queued", "step", "picture", "error"]
+
+
+class Cancelled(UserError):
+    """The request was cancelled by its sender."""
+
+
+class Late(UserError):
+    """The request was not finished in its time."""
+
+
+class Closed(UserError):
+    """The engine was stopped."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished picture with its settings."""
+
+    index: int
+    image: Any
+    settings: ImageSettings
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to picture ``index`` of a request.
+
+    ``queued``: it waits. ``step``: step ``step`` of ``steps`` is done; ``latents`` are its prediction. ``picture``: it
+    is finished. ``error``: it failed.
+    """
+
+    kind: EventKind
+    index: int
+    step: int = 0
+    steps: int = 0
+    latents: Any = None
+    picture: Picture | None = None
+    error: BaseException | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no other event of this picture follows."""
+        return self.kind in ("picture", "error")
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request at work."""
+
+    request: Request
+    sent: float = field(default_factory=time.monotonic)
+    _events: list[Event] = field(default_factory=list)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _cancelled: bool = False
+    _listener: Callable[[], object] | None = None
+
+    def cancel(self) -> None:
+        """End the request; its pictures fail with :class:`Cancelled` before their next step."""
+        self._cancelled = True
+
+    @property
+    def ended(self) -> UserError | None:
+        """Why the request is no longer wanted, if so."""
+        timeout = self.request.timeout
+        if self._cancelled:
+            return Cancelled("the request was cancelled")
+        if timeout is not None and time.monotonic() > self.sent + timeout:
+            return Late(f"the request was not finished in its {timeout:g} seconds: allow more, or send fewer at once")
+        return None
+
+    def tell(self, event: Event) -> None:
+        """Called by the engine."""
+        with self._changed:
+            if event.kind == "step":  # a slow reader gets the latest step only, and no latents pile up
+                self._events = [own for own in self._events if own.kind != "step" or own.index != event.index]
+            self._events.append(event)
+            self._changed.notify_all()
+            listener = self._listener
+        if listener is not None:
+            listener()
+
+    def listen(self, listener: Callable[[], object]) -> None:
+        """Call ``listener`` from now on when there are new events, in the thread that tells them, and once now."""
+        with self._changed:
+            self._listener = listener
+        listener()
+
+    def take(self) -> list[Event]:
+        """The events that have not been read; does not wait."""
+        with self._changed:
+            events, self._events = self._events, []
+            return events
+
+    def events(self) -> Iterator[Event]:
+        """All events until every picture is finished or has failed."""
+        left = self.request.count
+        while left:
+            event = self._next(None)
+            assert event is not None
+            left -= event.is_last
+            yield event
+
+    def _next(self, timeout: float | None) -> Event | None:
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._events), timeout)
+            return self._events.pop(0) if self._events else None
+
+    def pictures(self) -> list[Picture]:
+        """Wait for all pictures. Raises the first error."""
+        found, errors = [], []
+        for event in self.events():
+            if event.picture is not None:
+                found.append(event.picture)
+            if event.error is not None:
+                errors.append(event.error)
+        if errors:
+            raise errors[0]
+        return sorted(found, key=lambda picture: picture.index)

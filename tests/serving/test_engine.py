@@ -1,0 +1,192 @@
+"""Pictures that share passes equal runs of their own, whatever else is at work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from factories import randomize
+
+from nora_diffusion import UserError, add_adapter, load_adapter, open_pipeline, save_adapter
+from nora_diffusion.adapters import AdapterConfig, dora, lora, mor, nora, nora_input
+from nora_diffusion.generation.library import list_library
+from nora_diffusion.generation.sampling import sample_images
+from nora_diffusion.generation.settings import Sampling
+from nora_diffusion.loaders import delete_adapter
+from nora_diffusion.serving.engine import Engine
+from nora_diffusion.serving.request import Request
+from nora_diffusion.serving.samplers import SAMPLERS, scheduler
+from nora_diffusion.serving.tickets import Cancelled, Closed, Late, Ticket
+from nora_diffusion.serving.waiting import Full
+
+SUBJECTS: dict[str, AdapterConfig] = {
+    "dog": nora(r=4, inner_r=2, basis="svd"),
+    "cat": lora(r=3),
+    "mug": nora_input(r=4, inner_r=3, basis="svd"),
+    "hat": dora(r=2),
+    "mix": mor(r=4, num_experts=3),
+}
+COMPONENTS = ("unet", "text_encoder")
+
+
+@pytest.fixture(scope="module")
+def library(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with adapters of several methods."""
+    folder, pipe = tmp_path_factory.mktemp("library"), open_pipeline(tiny_base)
+    for seed, (name, config) in enumerate(SUBJECTS.items()):
+        add_adapter(pipe, config, name, COMPONENTS)
+        randomize(pipe, name, seed, size=0.02)  # strong ones turn rounding into another picture
+        save_adapter(pipe, folder / name, name)
+        delete_adapter(pipe, name)
+    return folder
+
+
+@pytest.fixture
+def pipe(tiny_base: Path) -> Any:
+    """A pipeline that an engine may have."""
+    return open_pipeline(tiny_base)
+
+
+def ask(prompt: str, steps: int = 3, guidance: float = 4.0, **others: Any) -> Request:
+    return Request(prompt, Sampling(steps, guidance, width=16, height=16), **others)
+
+
+def alone(base: Path, library: Path, request: Request) -> list[Any]:
+    """The pictures of a request by a pipeline of its own."""
+    pipe = open_pipeline(base)
+    for tag in request.tags:
+        load_adapter(pipe, library / tag.name, tag.name, weight=tag.unet)
+    pipe.scheduler = scheduler(pipe.scheduler, request.sampler)
+    seeds = range(request.seed, request.seed + request.count)
+    return [image for seed in seeds for image in sample_images(pipe, [request.text], [seed], request.sampling)]
+
+
+def assert_equal_to_runs_alone(base: Path, library: Path, tickets: Sequence[Ticket]) -> None:
+    """Compare within a gray level. The runs alone come last: opening a pipeline changes torch's default dtype."""
+    found = [[picture.image for picture in ticket.pictures()] for ticket in tickets]
+    for ticket, images in zip(tickets, found, strict=True):
+        for ours, theirs in zip(images, alone(base, library, ticket.request), strict=True):
+            assert np.abs(np.asarray(ours, float) - np.asarray(theirs, float)).max() <= 1, ticket.request
+
+
+def test_pictures_equal_runs_of_their_own(tiny_base: Path, library: Path, pipe: Any) -> None:
+    requests = [
+        ask("a sks dog <lora:dog:0.8>", steps=4, sampler="ddim"),
+        ask("a sks cat", steps=2, seed=1, subjects={"cat": 0.5}, sampler="euler"),
+        ask("a red car", steps=5, seed=2, sampler="euler_a", count=2),
+        ask("a sks mug <lora:mug>", guidance=1.0, seed=3, sampler="dpmpp_2m"),
+        ask("a hat <lora:hat> <lora:dog:0.3>", seed=4, sampler="unipc"),
+        ask("a mix <lora:mix>", seed=5),
+    ]
+    with Engine(pipe, list_library(library), at_once=3) as engine:
+        tickets = [engine.submit(request) for request in requests]
+        assert_equal_to_runs_alone(tiny_base, library, tickets)
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, None])
+def test_pictures_join_at_any_step(tiny_base: Path, library: Path, pipe: Any, sampler: str | None) -> None:
+    with Engine(pipe, list_library(library), at_once=4) as engine:
+        first = engine.submit(ask("a sks dog <lora:dog>", steps=6, sampler=sampler))
+        next(event for event in first.events() if event.kind == "step" and event.step >= 2)
+        second = engine.submit(ask("a sks mug <lora:mug>", steps=3, seed=7, sampler=sampler))
+        assert_equal_to_runs_alone(tiny_base, library, [second])
+
+
+def test_few_subjects_stay_loaded(tiny_base: Path, library: Path, pipe: Any) -> None:
+    names = ["dog", "cat", "mug", "dog", "cat", "hat"]
+    with Engine(pipe, list_library(library), at_once=2, resident=2) as engine:
+        tickets = [engine.submit(ask(f"a picture <lora:{name}>", seed=i)) for i, name in enumerate(names)]
+        assert_equal_to_runs_alone(tiny_base, library, tickets)
+        assert len(engine.residents) <= 2
+
+
+def test_a_cancelled_request_ends_between_steps(pipe: Any) -> None:
+    with Engine(pipe) as engine:
+        ticket = engine.submit(ask("a red car", steps=500))
+        next(event for event in ticket.events() if event.kind == "step")
+        ticket.cancel()
+        with pytest.raises(Cancelled):
+            ticket.pictures()
+        assert engine.submit(ask("a red car")).pictures()  # the engine goes on
+
+
+def test_a_late_request_ends(pipe: Any) -> None:
+    with Engine(pipe) as engine, pytest.raises(Late, match="not finished"):
+        engine.submit(ask("a red car", steps=500, timeout=0.01)).pictures()
+
+
+def test_a_failing_picture_fails_alone(tiny_base: Path, library: Path, pipe: Any) -> None:
+    load_adapter(pipe, library / "cat", "broken", activate=False)
+    with torch.no_grad():
+        for name, parameter in pipe.unet.named_parameters():
+            if ".broken." in name:
+                parameter.fill_(1e30)  # finite, but its products are not
+    save_adapter(pipe, library.parent / "bad" / "broken", "broken")
+    delete_adapter(pipe, "broken")
+    with Engine(pipe, [*list_library(library), *list_library(library.parent / "bad")], at_once=3) as engine:
+        bad = engine.submit(ask("a sks cat <lora:broken>"))
+        good = engine.submit(ask("a sks dog <lora:dog>"))
+        with pytest.raises(UserError, match="NaN or infinity"):
+            bad.pictures()
+        assert_equal_to_runs_alone(tiny_base, library, [good])
+
+
+def test_a_full_queue_refuses(pipe: Any) -> None:
+    with Engine(pipe, at_once=1, waiting=2) as engine:
+        tickets = [engine.submit(ask("a red car", steps=300))]
+        next(event for event in tickets[0].events() if event.kind == "step")
+        tickets.append(engine.submit(ask("a red car", count=2)))
+        with pytest.raises(Full):
+            engine.submit(ask("a red car"))
+        for ticket in tickets:
+            ticket.cancel()
+
+
+def test_closing_finishes_or_fails_what_was_accepted(pipe: Any) -> None:
+    engine = Engine(pipe, at_once=1)
+    with engine:
+        tickets = [engine.submit(ask("a red car", seed=seed)) for seed in range(3)]
+        engine.close(drain=True)
+        assert all(ticket.pictures() for ticket in tickets)
+        with pytest.raises(Closed):
+            engine.submit(ask("a red car"))
+
+
+def test_closing_without_draining(pipe: Any) -> None:
+    with Engine(pipe, at_once=1) as engine:
+        tickets = [engine.submit(ask("a red car", steps=500, seed=seed)) for seed in range(3)]
+        engine.close(drain=False)
+    for ticket in tickets:
+        with pytest.raises(Closed):
+            ticket.pictures()
+
+
+def test_unknown_subjects_and_samplers_are_refused(library: Path, pipe: Any) -> None:
+    engine = Engine(pipe, list_library(library))
+    with pytest.raises(UserError, match="names no known adapter"):
+        engine.submit(ask("a sks dog <lora:dig>"))
+    with pytest.raises(UserError, match="sampler 'heun'"):
+        engine.submit(ask("a sks dog", sampler="heun"))
+
+
+def test_after_a_bug_nobody_waits(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = iter([RuntimeError("a bug")])
+
+    def fails(engine: Engine) -> None:
+        for error in errors:
+            raise error
+
+    with Engine(pipe, at_once=1) as engine:
+        tickets = [engine.submit(ask("a red car", steps=500, seed=seed)) for seed in range(2)]
+        next(event for event in tickets[0].events() if event.kind == "step")
+        monkeypatch.setattr(Engine, "_drop_ended", fails)
+        for ticket in tickets:
+            with pytest.raises(Closed):
+                ticket.pictures()
+        assert not engine.is_open
+        with pytest.raises(Closed):
+            engine.submit(ask("a red car"))
