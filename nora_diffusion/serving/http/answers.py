@@ -1,0 +1,74 @@
+"""Answers to what fails: a status and one sentence, in the form that OpenAI's and A1111's clients read."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from ...errors import UserError, explanation, out_of_memory, printable
+from ..tickets import Cancelled, Closed, Late
+from ..waiting import Full
+
+log = logging.getLogger(__name__)
+
+KINDS = {
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    405: "invalid_request_error", 409: "conflict_error", 411: "invalid_request_error", 413: "invalid_request_error",
+    415: "invalid_request_error", 429: "rate_limit_error", 499: "cancelled", 503: "unavailable", 504: "timeout",
+}  # fmt: skip
+INTERNAL = "the server failed on this request: its log shows why"
+FOLDERS = re.compile(r"""(?<![\w:/.<>])/(?:[^\s/:;,'"<>]+/)+""")
+"""The folders of a path in a message: clients need not know them."""
+
+
+class Refused(Exception):
+    """A request that is refused with a status, a sentence and perhaps the seconds to wait."""
+
+    def __init__(self, status: int, sentence: str, wait: float | None = None) -> None:
+        super().__init__(sentence)
+        self.status, self.sentence, self.wait = status, printable(sentence), wait
+
+
+def refused(error: BaseException) -> Refused:
+    """What an error means to the client. A bug is logged with its stack trace."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, Full):
+        return Refused(429, f"the queue is full ({error.waiting} pictures wait): try again later", 5)
+    if isinstance(error, Late | Cancelled | Closed):
+        status = {Late: 504, Cancelled: 499, Closed: 503}[type(error)]
+        return Refused(status, str(error), 10 if status == 503 else None)
+    if isinstance(error, UserError):
+        return Refused(400, FOLDERS.sub("", str(error)))
+    if isinstance(error, Exception) and out_of_memory(error):
+        return Refused(503, "the memory of the server is full: ask for a smaller picture, or try again later", 10)
+    log.error("a request failed: %s", explanation(error) or type(error).__name__, exc_info=error)
+    return Refused(500, INTERNAL)
+
+
+def body_of(refusal: Refused) -> dict[str, Any]:
+    """``error`` as OpenAI's clients read it, ``detail`` as A1111's do."""
+    kind = KINDS.get(refusal.status, "server_error")
+    error = {"message": refusal.sentence, "type": kind, "param": None, "code": None}
+    return {"error": error, "detail": refusal.sentence}
+
+
+def answer(refusal: Refused) -> JSONResponse:
+    """The response of a refusal."""
+    headers = {"Retry-After": str(max(1, math.ceil(refusal.wait)))} if refusal.wait is not None else {}
+    if refusal.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(body_of(refusal), refusal.status, headers)
+
+
+def sentence_of(problems: Sequence[Mapping[str, Any]]) -> str:
+    """The first problem that pydantic found with a body, as a sentence."""
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query")) or "the body"
+    more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{where[:100]}: {str(first['msg'])[:1].lower()}{str(first['msg'])[1:200]}{more}"

@@ -1,0 +1,67 @@
+"""The subjects of a server: those of the command line, and the uploaded ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import UserError
+from ...formats.adapter_file import FILE_NAME, inspect_adapter, locate
+from ...formats.adapter_info import AdapterInfo
+from ...formats.packs import SUFFIX, list_pack
+from ...generation.library import NamedAdapter, list_library, name_adapters
+from ...generation.tags import tag_name
+from .uploads import Uploads
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A subject with its description. ``uploaded``: whether it may be deleted."""
+
+    adapter: NamedAdapter
+    info: AdapterInfo
+    uploaded: bool = False
+
+
+class Catalog:
+    """The subjects by name. ``uploads``: where uploaded ones are kept (``None``: they are refused)."""
+
+    def __init__(self, paths: Sequence[str], uploads: Uploads | None = None) -> None:
+        self.uploads = uploads
+        self.subjects: dict[str, Subject] = {}
+        for adapter in (own for path in paths for own in adapters_at(path)):
+            self._add(adapter, False)
+        for adapter in uploads.adapters() if uploads else ():
+            self._add(adapter, True)
+
+    def _add(self, adapter: NamedAdapter, uploaded: bool) -> None:
+        if adapter.name in self.subjects:
+            raise UserError(f"two subjects are named {adapter.name!r}: rename one of them")
+        try:
+            self.subjects[adapter.name] = Subject(adapter, inspect_adapter(adapter.path), uploaded)
+        except UserError as error:
+            log.warning("%s; the subject %s is skipped", error, adapter.name)
+
+    @property
+    def adapters(self) -> list[NamedAdapter]:
+        """All of them for an engine."""
+        return [subject.adapter for subject in self.subjects.values()]
+
+
+def adapters_at(path: str) -> list[NamedAdapter]:
+    """The adapters of a folder of adapters, of a pack, or the one of a file or its folder."""
+    place = Path(path).expanduser()
+    if place.is_dir() and not (place / FILE_NAME).is_file():
+        found = list_library(place)
+        if not found:
+            raise UserError(f"the folder {path} has no adapters: give the one that holds yours")
+        return found
+    if place.name.endswith(SUFFIX):
+        pack = place.name.removesuffix(SUFFIX)
+        named = [(tag_name(f"{pack}#{info.path.rpartition('#')[2]}"), info.path) for info in list_pack(place)]
+        return [NamedAdapter(name, address) for name, address in named]
+    return [NamedAdapter(own.name, own.path) for own in name_adapters([(str(locate(path)), 1.0)])]

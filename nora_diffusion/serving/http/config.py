@@ -1,0 +1,69 @@
+"""The settings of the server, checked before it starts."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...errors import UserError
+from ...generation.settings import MAX_SIDE, MAX_STEPS, check_range
+from ...pipelines.base import BaseSource
+
+
+@dataclass
+class ServeConfig:
+    """Settings of ``nora-diffusion serve``.
+
+    ``subjects``: folders, packs and files of adapters. ``uploads``: folder of uploaded ones (``None``: no uploads).
+    ``keys``: file of API keys. ``at_once``, ``resident``, ``waiting``: limits of the engine. ``rate``: requests a
+    minute of a key. ``max_side``, ``max_steps``: limits of a picture. ``timeout``: seconds of a request that
+    names none. ``drain``: seconds that requests at work may take after a stop.
+    """
+
+    source: BaseSource = field(default_factory=BaseSource)
+    subjects: list[str] = field(default_factory=list)
+    host: str = "127.0.0.1"
+    port: int = 8000
+    uploads: str | None = None
+    keys: str | None = None
+    at_once: int = 16
+    resident: int = 64
+    waiting: int = 256
+    rate: float = 120.0
+    max_side: int = 1024
+    max_steps: int = 150
+    timeout: float = 600.0
+    drain: float = 60.0
+
+    def check(self) -> None:
+        """Raises :class:`UserError` for the first setting that is invalid or not safe. Imports torch last."""
+        check_range("port", self.port, 0, 65535)
+        check_range("at_once", self.at_once, 1, 1024)
+        check_range("resident", self.resident, 1, 100_000)
+        check_range("waiting", self.waiting, 1, 100_000)
+        check_range("rate", self.rate, 0.1, 1e6)
+        check_range("max_side", self.max_side, 8, MAX_SIDE)
+        check_range("max_steps", self.max_steps, 1, MAX_STEPS)
+        check_range("timeout", self.timeout, 0.001, 24 * 3600)
+        check_range("drain", self.drain, 0, 24 * 3600)
+        if self.keys is None and not self.on_loopback:
+            raise UserError(
+                f"--host {self.host} opens the server to other machines: add --keys FILE (a key is made by "
+                "--new_key NAME), or omit --host to serve this machine only"
+            )
+        self.source.check()
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def base_name(self) -> str:
+        """The name of the base for clients: a hub id, or the name of a folder without its path."""
+        base = self.source.base or "tiny_sd"
+        return Path(base).expanduser().resolve().name if Path(base).expanduser().exists() else base

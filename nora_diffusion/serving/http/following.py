@@ -1,0 +1,69 @@
+"""Waiting for the events of a ticket without a thread, and for a client that goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from fastapi import Request as HttpRequest
+
+from ..tickets import Cancelled, Event, Picture, Ticket
+from .state import State
+
+
+async def events(state: State, ticket: Ticket) -> AsyncIterator[Event]:
+    """The events of a ticket. Whoever stops to read cancels the request."""
+    loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+    def notify() -> None:
+        with contextlib.suppress(RuntimeError):  # the server has stopped
+            loop.call_soon_threadsafe(changed.set)
+
+    ticket.listen(notify)
+    left = ticket.request.count
+    try:
+        while left:
+            await changed.wait()
+            changed.clear()
+            for event in ticket.take():
+                left -= event.is_last
+                if event.is_last:
+                    state.count(event.kind)
+                yield event
+    finally:
+        if left:
+            ticket.cancel()
+
+
+async def pictures(state: State, ticket: Ticket, http: HttpRequest) -> list[Picture]:
+    """Wait for all pictures. Raises the first error, and :class:`Cancelled` if the client goes away."""
+    work, gone = asyncio.ensure_future(_all(state, ticket)), asyncio.ensure_future(_disconnected(http))
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        ticket.cancel()
+        raise Cancelled("the client closed the connection")
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+
+
+async def _all(state: State, ticket: Ticket) -> list[Picture]:
+    found: list[Picture] = []
+    errors: list[BaseException] = []
+    async for event in events(state, ticket):
+        if event.picture is not None:
+            found.append(event.picture)
+        if event.error is not None:
+            errors.append(event.error)
+    if errors:
+        raise errors[0]
+    return sorted(found, key=lambda picture: picture.index)
+
+
+async def _disconnected(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass

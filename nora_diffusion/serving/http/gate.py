@@ -1,0 +1,170 @@
+"""What stands between the network and the handlers: hosts, keys, rates, sizes and forms of bodies, and the log."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import time
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ...io.untrusted import parse_json
+from .answers import Refused, answer, refused
+from .state import State
+from .uploads import MAX_UPLOAD
+
+log = logging.getLogger("nora_diffusion.requests")
+
+OPEN = {"/health", "/ready"}
+"""Routes without a key."""
+MAX_BODY = 2**20
+"""Largest JSON body in bytes."""
+MAX_VALUES = 1000
+SUBJECTS = "/v1/subjects/"
+
+
+class Gate:
+    """ASGI middleware around the app."""
+
+    def __init__(self, app: ASGIApp, state: State) -> None:
+        self.app, self.state = app, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # a websocket; there are none
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        note = _Note(send, scope)
+        try:
+            headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
+            self._check(scope, headers)
+            receive = await _checked(scope, headers, receive)
+            await self.app(scope, receive, note.send)
+        except Exception as error:
+            if note.status == 500:  # answered and logged
+                return
+            if note.status:  # too late for another answer
+                raise
+            await answer(refused(error))(scope, receive, note.send)
+        finally:
+            self.state.count(str(note.status or 499))
+            note.write()
+
+    def _check(self, scope: Scope, headers: dict[str, str]) -> None:
+        """Raises :class:`Refused` for a request that may not be answered, and notes whose it is."""
+        scope["state"] = {**scope.get("state", {}), "client": ""}
+        if scope["path"] in OPEN:
+            return
+        if self.state.keys is None:
+            _check_local(headers, self.state.config.host)
+            return
+        owner = self.state.keys.owner(headers.get("authorization", ""))
+        if owner is None:
+            raise Refused(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
+        scope["state"]["client"] = owner
+        if scope["method"] not in ("GET", "HEAD") and (wait := self.state.rates.wait(owner)):
+            raise Refused(429, f"too many requests of the key {owner!r}: wait {wait:.1f} seconds", wait)
+
+
+def _check_local(headers: dict[str, str], host: str) -> None:
+    """Without keys only this machine is served: no page of a browser, not even under a name that leads here."""
+    name = _host(f"//{headers.get('host', '')}")
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        if name not in ("localhost", host):
+            raise Refused(
+                403, "unknown host name: use the address that the server printed, or start it with --keys"
+            ) from None
+    origin = headers.get("origin")
+    foreign = origin is not None and _netloc(origin) != headers.get("host")
+    if foreign or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        raise Refused(403, "requests from websites are refused: start the server with --keys to allow programs")
+
+
+def _host(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _netloc(url: str) -> str:
+    """Host and port of a URL; empty if it is malformed."""
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return ""
+
+
+async def _checked(scope: Scope, headers: dict[str, str], receive: Receive) -> Receive:
+    """Check the length and form of a body. Returns the messages for the app."""
+    upload = scope["method"] == "PUT" and scope["path"].startswith(SUBJECTS)
+    limit = MAX_UPLOAD if upload else MAX_BODY
+    length = headers.get("content-length", "0")
+    if not (length.isascii() and length.isdigit() and len(length) < 16):
+        raise Refused(400, "the content-length is not a number")
+    if int(length) > limit:
+        raise Refused(413, f"the body is too large: send at most {limit >> 20} MiB")
+    if upload or scope["method"] != "POST":
+        return receive
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refused(415, "the body must be JSON: send Content-Type: application/json")
+    body = await _read(receive, limit)
+    try:
+        value = parse_json(body, MAX_VALUES)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, f"the body is not valid JSON: {str(error)[:200] or 'it is damaged'}") from None
+    if not isinstance(value, dict):
+        raise Refused(400, "the body is not a JSON object")
+    return _replayed(body, receive)
+
+
+async def _read(receive: Receive, limit: int) -> bytes:
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Refused(499, "the body did not arrive completely")
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+        if len(body) > limit:
+            raise Refused(413, f"the body is too large: send at most {limit >> 20} MiB")
+    return body
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    sent = False
+
+    async def replay() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+class _Note:
+    """Notes the answer to a request, and writes one line of JSON about it, without prompts."""
+
+    def __init__(self, send: Send, scope: Scope) -> None:
+        self._send, self._scope, self._began, self.status = send, scope, time.monotonic(), 0
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
+        await self._send(message)
+
+    def write(self) -> None:
+        values = {
+            "method": self._scope["method"], "path": self._scope["path"][:200], "status": self.status or 499,
+            "seconds": round(time.monotonic() - self._began, 3),
+            "client": self._scope.get("state", {}).get("client", ""),
+        }  # fmt: skip
+        log.info(json.dumps(values))

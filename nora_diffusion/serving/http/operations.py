@@ -1,0 +1,58 @@
+"""``/health``, ``/ready`` and ``/metrics``, for those who run the server."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from fastapi.responses import PlainTextResponse
+
+from .answers import Refused
+from .state import State
+
+
+def routes(state: State) -> APIRouter:
+    """The routes of operation."""
+    router = APIRouter(tags=["operation"])
+
+    @router.get("/health")
+    def health() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "ok"}
+
+    @router.get("/ready")
+    def ready() -> dict[str, str]:
+        """Whether requests are accepted; 503 while the server stops."""
+        if not state.engine.is_open:
+            raise Refused(503, "the server is being stopped", 10)
+        return {"status": "ready"}
+
+    @router.get("/metrics", response_class=PlainTextResponse)
+    def metrics() -> PlainTextResponse:
+        """Counters in the text format of Prometheus."""
+        return PlainTextResponse(text_of(state), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return router
+
+
+def text_of(state: State) -> str:
+    """The metrics as text."""
+    now = state.engine.statistics
+    rows: list[tuple[str, str, str, float]] = [
+        ("queue_length", "gauge", "Pictures that wait.", now.waiting),
+        ("pictures_at_work", "gauge", "Pictures at work.", now.at_work),
+        ("passes_total", "counter", "Passes of the denoiser.", now.passes),
+        ("pass_rows_total", "counter", "Rows of all passes of the denoiser.", now.rows),
+        ("pass_rows_mean", "gauge", "Mean rows of a pass.", now.rows / now.passes if now.passes else 0),
+        ("pictures_total", "counter", "Pictures that were finished.", state.counts["picture"]),
+        ("picture_errors_total", "counter", "Pictures that failed.", state.counts["error"]),
+        ("subjects", "gauge", "Subjects that requests may name.", len(state.catalog.subjects)),
+        ("resident_subjects", "gauge", "Subjects that are loaded.", now.resident),
+        ("subject_loads_total", "counter", "Loads of subjects.", now.loads),
+    ]
+    lines = [
+        f"# HELP nora_{name} {text}\n# TYPE nora_{name} {kind}\nnora_{name} {value}" for name, kind, text, value in rows
+    ]
+    lines.append("# HELP nora_requests_total Answered requests.\n# TYPE nora_requests_total counter")
+    for name, count in sorted(dict(state.counts).items()):
+        if name.isdigit():
+            lines.append(f'nora_requests_total{{status="{name}"}} {count}')
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,109 @@
+"""Start the server, and stop it: what was accepted is finished first."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from ..engine import Engine
+from .catalog import Catalog
+from .config import ServeConfig
+from .keys import Keys, read_keys
+from .state import State
+from .uploads import Uploads
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until Ctrl-C or SIGTERM. Raises :class:`UserError` before anything starts if a setting is wrong."""
+    with started(config) as url:
+        with contextlib.suppress(KeyboardInterrupt):  # also SIGTERM: see nora_diffusion.errors.program
+            print(f"The server is running at {url}; press Ctrl-C to stop it.", flush=True)
+            wait()
+        print("\nstopping: requests at work are finished first", flush=True)
+
+
+def wait() -> None:
+    """Wait for Ctrl-C or SIGTERM, which raise."""
+    never = threading.Event()
+    while not never.wait(1.0):  # on Windows, Ctrl-C does not interrupt a wait without a timeout
+        pass
+
+
+@contextmanager
+def started(config: ServeConfig) -> Iterator[str]:
+    """A running server; its address. At the end it takes no more requests, and finishes those at work."""
+    config.check()
+    keys = Keys(read_keys(Path(config.keys).expanduser())) if config.keys else None
+    uploads = Uploads(Path(config.uploads).expanduser()) if config.uploads else None
+    catalog = Catalog(config.subjects, uploads)
+    engine = Engine(
+        config.source.open(), catalog.adapters, at_once=config.at_once, resident=config.resident, waiting=config.waiting
+    )
+    with engine, _requests_logged(), _served(State(config, engine, catalog, keys)) as url:
+        yield url
+
+
+@contextmanager
+def _served(state: State) -> Iterator[str]:
+    """Serve from a thread; returns the address."""
+    import uvicorn
+
+    from .application import application
+
+    config = state.config
+    listener = _bind(config.host, config.port)
+    server = uvicorn.Server(uvicorn.Config(
+        application(state), log_level="warning", ws="none", proxy_headers=False, server_header=False,
+        limit_concurrency=1024, timeout_keep_alive=30, timeout_graceful_shutdown=int(config.drain),
+    ))  # fmt: skip
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            thread.join(0.01)
+            if not thread.is_alive():
+                raise UserError("the server stopped while it was starting; the terminal shows why")
+        yield _url(config.host, listener.getsockname()[1])
+    finally:
+        _stop(server, thread, state)
+
+
+def _stop(server: Any, thread: threading.Thread, state: State) -> None:
+    """Finish the requests at work, for ``drain`` seconds at most; a second Ctrl-C ends them at once."""
+    server.should_exit = True
+    try:
+        thread.join(state.config.drain + 1)
+    except KeyboardInterrupt:
+        server.force_exit = True
+    state.engine.close(drain=not thread.is_alive())
+
+
+@contextmanager
+def _requests_logged() -> Iterator[None]:
+    """Lines of JSON about requests to the standard error."""
+    log, handler = logging.getLogger("nora_diffusion.requests"), logging.StreamHandler(sys.stderr)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"port {port} on {host} is busy or not allowed: choose another --port") from error
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"

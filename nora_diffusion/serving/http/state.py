@@ -1,0 +1,64 @@
+"""What the handlers of the server share."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...generation.settings import Sampling
+from ...generation.tags import Tag
+from ..engine import Engine
+from ..request import Request
+from ..tickets import Ticket
+from .catalog import Catalog
+from .config import ServeConfig
+from .keys import Keys, Rates
+
+MAX_RANDOM_SEED = 2**32 - 1
+"""Random seeds fit what other tools read."""
+
+
+@dataclass
+class State:
+    """The engine, its subjects, the keys and the counters of one server. ``changing``: held while subjects change."""
+
+    config: ServeConfig
+    engine: Engine
+    catalog: Catalog
+    keys: Keys | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+    changing: threading.Lock = field(default_factory=threading.Lock)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.rates = Rates(self.config.rate)
+
+    def count(self, name: str) -> None:
+        """Count an event for the metrics."""
+        with self._lock:
+            self.counts[name] += 1
+
+    def sampling(self, steps: int | None, guidance: float | None, **others: Any) -> Sampling:
+        """Sampling settings with the base's defaults. Raises :class:`UserError` above the server's limits."""
+        sampling = Sampling.for_base(self.config.source.base, steps, guidance, **others)
+        sampling.check(self.config.max_steps, self.config.max_side)
+        return sampling
+
+    def submit(self, request: Request) -> Ticket:
+        """Queue a request."""
+        return self.engine.submit(request)
+
+
+def seed_of(seed: int | None, count: int) -> int:
+    """The seed; a random one for ``None`` and for A1111's -1."""
+    if seed is None or seed == -1:
+        return secrets.randbelow(MAX_RANDOM_SEED - count)
+    return seed
+
+
+def tagged(prompt: str, name: str) -> str:
+    """A prompt with one more subject at weight 1."""
+    return f"{prompt} {Tag(name)}"

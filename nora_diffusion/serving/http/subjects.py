@@ -1,0 +1,85 @@
+"""``/v1/subjects``: what requests may name; uploads and their removal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.concurrency import run_in_threadpool
+
+from .answers import Refused
+from .catalog import Subject
+from .state import State
+from .uploads import NAME, Uploads
+
+
+def routes(state: State) -> APIRouter:
+    """The routes of subjects."""
+    router = APIRouter(prefix="/v1/subjects", tags=["subjects"])
+    body = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+
+    @router.get("")
+    def subjects() -> dict[str, Any]:
+        """All subjects; ``resident`` ones are loaded."""
+        loaded = set(state.engine.residents)
+        found = list(state.catalog.subjects.items())
+        return {"subjects": [described(name, subject, loaded) for name, subject in found]}
+
+    @router.put("/{name}", status_code=201, openapi_extra={"requestBody": {"required": True, "content": body}})
+    async def upload(name: str, http: HttpRequest) -> dict[str, Any]:
+        """Add an adapter: its safetensors file is the body."""
+        uploads = _uploads(state)
+        if not NAME.fullmatch(name):
+            raise Refused(400, "the name of a subject has letters, digits, '_' and '-', at most 64: choose another")
+        if name in state.catalog.subjects:
+            raise Refused(409, f"there is a subject {name!r} already: delete it first, or choose another name")
+        path = await uploads.receive(http.stream())
+        subject = await run_in_threadpool(_keep, state, uploads, path, name)
+        return described(name, subject, set())
+
+    @router.delete("/{name}")
+    def delete(name: str) -> dict[str, Any]:
+        """Remove an uploaded adapter from the disk, and from memory when no picture at work uses it."""
+        uploads = _uploads(state)
+        subject = state.catalog.subjects.get(name)
+        if subject is None:
+            raise Refused(404, f"there is no subject {name[:80]!r}")
+        if not subject.uploaded:
+            raise Refused(403, f"the subject {name!r} was not uploaded: only uploaded ones can be deleted")
+        with state.changing:
+            if state.catalog.subjects.pop(name, None) is not None:
+                state.engine.remove_subject(name)
+                uploads.delete(subject.adapter)
+        return {"name": name, "deleted": True}
+
+    return router
+
+
+def _uploads(state: State) -> Uploads:
+    if state.catalog.uploads is None:
+        raise Refused(403, "this server takes no uploads: it was started without --uploads")
+    return state.catalog.uploads
+
+
+def _keep(state: State, uploads: Uploads, path: Any, name: str) -> Subject:
+    """Keep an upload; one at a time, so that two of the same name do not both find it free."""
+    with state.changing:
+        if name in state.catalog.subjects:
+            path.unlink(missing_ok=True)
+            raise Refused(409, f"there is a subject {name!r} already: delete it first, or choose another name")
+        adapter, info = uploads.keep(path, name, state.engine.pipe)
+        subject = Subject(adapter, info, True)
+        state.engine.add_subject(adapter)
+        state.catalog.subjects[name] = subject
+        return subject
+
+
+def described(name: str, subject: Subject, loaded: set[str]) -> dict[str, Any]:
+    """A subject as clients see it."""
+    info = subject.info
+    return {
+        "name": name, "trigger": info.trigger, "class_word": info.class_word, "method": info.method,
+        "sha256": info.sha256, "bytes": info.bytes, "resident": subject.adapter.path in loaded,
+        "uploaded": subject.uploaded,
+    }  # fmt: skip
