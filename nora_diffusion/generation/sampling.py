@@ -106,9 +106,10 @@ def sample_images(
                 on_step(step + 1, predicted.pop() if predicted else values["latents"])
             return values
 
-        negative = [sampling.negative_prompt] * len(prompts) if sampling.negative_prompt else None
+        # Left out if there is none: the default of some pipelines is "" and not None.
+        negative = {"negative_prompt": [sampling.negative_prompt] * len(prompts)} if sampling.negative_prompt else {}
         images: list[Any] = pipe(
-            list(prompts), negative_prompt=negative, num_inference_steps=sampling.steps,
+            list(prompts), **negative, num_inference_steps=sampling.steps,
             guidance_scale=sampling.guidance, generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             width=sampling.width, height=sampling.height, callback_on_step_end=callback if on_step else None,
         ).images  # fmt: skip

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..generation.sampling import describe_image, sample_images
 from ..generation.settings import Sampling
-from ..pipelines.components import components
+from ..pipelines.components import components, tokenizer_name
+from ..pipelines.names import DENOISERS
 from .merging import Arguments
 from .rendezvous import Locked, Rendezvous, Shared, SharedAutoencoder
 from .rows import Spec
@@ -68,11 +69,10 @@ def own_pipeline(pipe: Any, work: Work, meeting: Rendezvous, lock: threading.RLo
 
     own = copy.copy(pipe)
     models: dict[str, Any] = {name: Shared(module, name, call) for name, module in components(pipe).items()}
+    for name in [tokenizer_name(encoder) for encoder in models if encoder not in DENOISERS]:
+        models[name] = Locked(getattr(pipe, name), lock)
     models["vae"] = SharedAutoencoder(pipe.vae, "vae", call)
     models["scheduler"] = scheduler(pipe.scheduler, work.ticket.request.sampler)
-    for name, tokenizer in vars(pipe).items():
-        if name.startswith("tokenizer") and tokenizer is not None:
-            models[name] = Locked(tokenizer, lock)
     vars(own).update(models)  # not setattr, which would write them to the pipeline's config
     own.set_progress_bar_config(disable=True)
     return own
