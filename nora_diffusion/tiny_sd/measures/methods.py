@@ -13,7 +13,7 @@ METHODS: dict[str, dict[str, Any] | None] = {  # training settings on top of the
     "nora": {"method": "nora"},
     "nora_input": {"method": "nora_input"},  # a little smaller than NoRA
     "lora_r1": {"method": "lora", "rank": 1},
-    "lora_r2": {"method": "lora", "rank": 2},  # about as many trained parameters as NoRA
+    "lora_r2": {"method": "lora", "rank": 2},  # a fifth more trained parameters than NoRA
     "lora_r4": {"method": "lora", "rank": 4},
     "lora_xs": {"method": "lora_xs", "rank": 32},  # as many as NoRA: dense core, plain SVD
     "lora_mini": {"method": "lora_mini"},  # as many as NoRA: its chain in random subspaces
