@@ -87,8 +87,8 @@ def nora_input(
 ) -> Point:
     """One-sided NoRA: ``dW = (alpha/r) B A_in A_out``, ``A_out [r, d_in]`` frozen, ``A_in [r', r]``, ``B`` trained.
 
-    Subjects of one base share input directions, not output directions (docs/comparing.md), so only the input side is
-    frozen: ``r' (r + d_out)`` trained parameters a projection. Follows https://arxiv.org/abs/2408.10280
+    A frozen output side costs quality (docs/benchmark.md), so only the input side is frozen: ``r' (r + d_out)`` trained
+    parameters a projection. Follows https://arxiv.org/abs/2408.10280
     """
     return _point(
         "nora_input", r=r, inner_r=inner_r, alpha=alpha, basis=basis, placement=placement, power=power,

@@ -37,7 +37,7 @@ class Tuned(NamedTuple):
 
 
 FROZEN_RATES = (5e-5, 1e-2)
-"""Frozen outer factors train best at twice LoRA's rate or more."""
+"""Frozen outer factors train best at LoRA's rate or up to four times of it."""
 EMBEDDED_RATES = 4
 """The embedded base trains at rates so many times as high as those of other bases."""
 TUNED: dict[str, Tuned] = {
