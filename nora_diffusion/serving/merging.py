@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Arguments:
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
         return cls(tuple(args), dict(kwargs), len(next(tensors)))
 
-    @property
+    @cached_property
     def key(self) -> Any:
         """Calls with equal keys can be merged."""
         return _key("args", dict(enumerate(self.args))), _key("kwargs", self.kwargs)
@@ -39,7 +40,7 @@ class Arguments:
 
 def _key(name: Any, value: Any) -> Any:
     if isinstance(value, Mapping):
-        return tuple((key, _key(key, item)) for key, item in sorted(value.items(), key=str))
+        return tuple((key, _key(key, value[key])) for key in sorted(value, key=str))
     if not isinstance(value, Tensor):
         return repr(value)
     own = tuple(value.flatten().tolist()) if name in SAME else ()
