@@ -17,7 +17,7 @@ from playwright.sync_api import sync_playwright
 from nora_diffusion.results.leaderboard import read_all, write_leaderboard
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("seeds", "small", "sizes", "methods", "ranks", "mixtures", "mixtures-seed2", "bases")
+STAGES = ("seeds", "small", "sizes", "methods", "ranks", "mixtures", "mixtures-seed2", "routers", "routers-seed2")
 FILES = tuple(ROOT / f"results/embedded-{stage}.json" for stage in STAGES)
 WIDTH, HEIGHT = 1200, 900
 
