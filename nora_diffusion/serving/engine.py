@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from .tickets import Closed, Event, Ticket
 from .waiting import FairQueue
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Engine:
         self._meeting, self._tokenizing = Rendezvous(), threading.RLock()
         self._at_work: list[Work] = []
         self._removed: set[str] = set()
+        self._asked: list[tuple[Callable[[Any], Any], Future[Any]]] = []
         self._passes = self._pass_rows = 0
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -140,6 +143,19 @@ class Engine:
             self._removed.update(own.path for own in found)
             self._wake.notify_all()
 
+    def ask(self, function: Callable[[Any], T]) -> T:
+        """The result of ``function(pipe)``, called between two passes, when nothing changes the pipeline.
+
+        Raises what it raises, and :class:`.tickets.Closed` if the engine is not running.
+        """
+        answer: Future[T] = Future()
+        with self._wake:
+            if not self.is_open:
+                raise Closed("the engine is being stopped: ask again later")
+            self._asked.append((function, answer))
+            self._wake.notify_all()
+        return answer.result()
+
     def close(self, drain: bool = True) -> None:
         """Stop the engine. ``drain``: first finish what was accepted; else it fails with :class:`.tickets.Closed`."""
         with self._wake:
@@ -155,6 +171,7 @@ class Engine:
                     pass
             finally:
                 self._rows.close()
+                self._answer_asked()
 
     def _turn(self) -> bool:
         """Admit pictures and compute a pass; whether to go on. After a bug the engine stops, so that nobody waits."""
@@ -176,16 +193,30 @@ class Engine:
     def _admit(self) -> bool:
         """Start pictures while there is room; wait for one if none is at work. Whether to go on."""
         with self._wake:
-            self._wake.wait_for(lambda: self._at_work or len(self._queue) or self._removed or self._closing is not None)
+            self._wake.wait_for(lambda: self._has_work or self._closing is not None)
             if self._closing is not None and not self._at_work and (not self._closing or not len(self._queue)):
                 for left in self._queue:
                     left.fail(Closed("the engine was stopped"))
                 return False
+        self._answer_asked()
         self._unload_removed()
         self._drop_ended()
         while len(self._at_work) < self.at_once and self._closing is not False and (waiting := self._queue.take()):
             self._start(waiting)
         return True
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._at_work or len(self._queue) or self._removed or self._asked)
+
+    def _answer_asked(self) -> None:
+        with self._lock:
+            asked, self._asked = self._asked, []
+        for function, answer in asked:
+            try:
+                answer.set_result(function(self.pipe))
+            except BaseException as error:
+                answer.set_exception(error)
 
     def _unload_removed(self) -> None:
         with self._lock:

@@ -68,6 +68,7 @@ def own_pipeline(pipe: Any, work: Work, meeting: Rendezvous, lock: threading.RLo
         return meeting.call(work, model, arguments)
 
     own = copy.copy(pipe)
+    own.__class__ = _placed(type(pipe), pipe.device, pipe.dtype)
     models: dict[str, Any] = {name: Shared(module, name, call) for name, module in components(pipe).items()}
     for name in [tokenizer_name(encoder) for encoder in models if encoder not in DENOISERS]:
         models[name] = Locked(getattr(pipe, name), lock)
@@ -76,6 +77,11 @@ def own_pipeline(pipe: Any, work: Work, meeting: Rendezvous, lock: threading.RLo
     vars(own).update(models)  # not setattr, which would write them to the pipeline's config
     own.set_progress_bar_config(disable=True)
     return own
+
+
+def _placed(kind: Any, device: Any, dtype: Any) -> type:
+    """The class of a copy: it cannot ask its models where they are, because :class:`Shared` is not a module."""
+    return type(kind.__name__, (kind,), {"device": device, "_execution_device": device, "dtype": dtype})
 
 
 def start(work: Work, pipe: Any, meeting: Rendezvous, ended: Callable[[Work], None]) -> None:

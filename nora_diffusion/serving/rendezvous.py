@@ -80,10 +80,15 @@ class Rendezvous:
 
 
 class Shared:
-    """A model as one picture sees it: calls go to the rendezvous, everything else to the model itself."""
+    """A model as one picture sees it: calls go to the rendezvous, everything else to the model itself.
+
+    Its dtype and device are read once, by the engine: a model looks for them among its modules, which the engine may
+    be changing when a picture asks.
+    """
 
     def __init__(self, model: Any, name: str, call: Callable[[str, Arguments], Any]) -> None:
         self._model, self._name, self._call = model, name, call
+        self.dtype, self.device = model.dtype, model.device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(self._name, Arguments.of(args, kwargs))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from factories import randomize
+from torch import nn
 
 from nora_diffusion import UserError, add_adapter, load_adapter, open_pipeline, save_adapter
 from nora_diffusion.adapters import AdapterConfig, dora, lora, mor, nora, nora_input
@@ -18,6 +21,8 @@ from nora_diffusion.generation.sampling import sample_images
 from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.loaders import delete_adapter
 from nora_diffusion.serving.engine import Engine
+from nora_diffusion.serving.pictures import Work, own_pipeline
+from nora_diffusion.serving.rendezvous import Rendezvous
 from nora_diffusion.serving.request import Request
 from nora_diffusion.serving.samplers import SAMPLERS, scheduler
 from nora_diffusion.serving.tickets import Cancelled, Closed, Late, Ticket
@@ -163,6 +168,28 @@ def test_closing_without_draining(pipe: Any) -> None:
     for ticket in tickets:
         with pytest.raises(Closed):
             ticket.pictures()
+
+
+def test_pictures_do_not_look_through_modules_that_the_engine_changes(pipe: Any) -> None:
+    work = Work(Ticket(ask("a red car")), 0)
+    pipe.to("meta")
+    own = own_pipeline(pipe, work, Rendezvous(), threading.RLock())
+    with mock.patch.object(nn.Module, "named_modules", side_effect=RuntimeError("dictionary changed size")):
+        for module in (own.unet, own.text_encoder, own.vae, own):
+            assert (module.dtype, module.device.type) == (torch.float32, "meta")
+    assert own._execution_device.type == "meta" and type(own).__name__ == type(pipe).__name__
+
+
+def test_questions_about_the_pipeline_are_answered_between_passes(pipe: Any) -> None:
+    with Engine(pipe) as engine:
+        ticket = engine.submit(ask("a red car", steps=100))
+        next(event for event in ticket.events() if event.kind == "step")
+        assert engine.ask(lambda own: (own is pipe, threading.current_thread().name)) == (True, "engine")
+        with pytest.raises(ZeroDivisionError):
+            engine.ask(lambda _: 1 / 0)
+        ticket.cancel()
+    with pytest.raises(Closed):
+        engine.ask(lambda own: own)
 
 
 def test_unknown_subjects_and_samplers_are_refused(library: Path, pipe: Any) -> None:

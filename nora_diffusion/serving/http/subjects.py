@@ -68,7 +68,7 @@ def _keep(state: State, uploads: Uploads, path: Any, name: str) -> Subject:
         if name in state.catalog.subjects:
             path.unlink(missing_ok=True)
             raise Refused(409, f"there is a subject {name!r} already: delete it first, or choose another name")
-        adapter, info = uploads.keep(path, name, state.engine.pipe)
+        adapter, info = uploads.keep(path, name, state.engine)
         subject = Subject(adapter, info, True)
         state.engine.add_subject(adapter)
         state.catalog.subjects[name] = subject

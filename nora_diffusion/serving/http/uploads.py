@@ -15,6 +15,7 @@ from ...errors import UserError
 from ...formats.adapter_info import AdapterInfo
 from ...generation.library import NamedAdapter
 from ...io.files import make_folder, sha256, user_errors
+from ..engine import Engine
 from .answers import Refused
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -66,7 +67,7 @@ class Uploads:
         if size + stored > MAX_STORED or count >= MAX_SUBJECTS or shutil.disk_usage(self.folder).free < SPARE:
             raise Refused(507, "the server has no room for more subjects: delete some first")
 
-    def keep(self, path: Path, name: str, pipe: Any) -> tuple[NamedAdapter, AdapterInfo]:
+    def keep(self, path: Path, name: str, engine: Engine) -> tuple[NamedAdapter, AdapterInfo]:
         """Check a received file against the base, and keep it. The temporary file is gone in any case.
 
         Raises :class:`UserError` for a damaged file, one of another tool or base, and one with a shared basis.
@@ -74,7 +75,7 @@ class Uploads:
         with contextlib.ExitStack() as stack:
             stack.callback(path.unlink, missing_ok=True)
             try:
-                info = checked(path, pipe)
+                info = engine.ask(lambda pipe: checked(path, pipe))
             except UserError as error:  # its temporary name says nothing
                 raise UserError(str(error).replace(str(path), "the file").replace(path.name, "the file")) from error
             kept = self.folder / sha256(path)[:16] / f"{name}.safetensors"

@@ -55,7 +55,8 @@ def test_uploads_stay_after_a_restart(library: Path, tmp_path: Path, opened: Any
     uploads = Uploads(tmp_path)
     copy = tmp_path / ".upload-1.safetensors"
     copy.write_bytes((library / "other/hat" / FILE).read_bytes())
-    uploads.keep(copy, "hat", opened)
+    with Engine(opened) as engine:
+        uploads.keep(copy, "hat", engine)
     (tmp_path / ".upload-2.safetensors").write_bytes(b"half")
     subjects = Catalog([], Uploads(tmp_path)).subjects
     assert list(subjects) == ["hat"] and subjects["hat"].uploaded and not list(tmp_path.glob(".upload*"))
