@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -122,12 +122,12 @@ class Ticket:
 
     def pictures(self) -> list[Picture]:
         """Wait for all pictures. Raises the first error."""
-        found, errors = [], []
-        for event in self.events():
-            if event.picture is not None:
-                found.append(event.picture)
-            if event.error is not None:
-                errors.append(event.error)
-        if errors:
-            raise errors[0]
-        return sorted(found, key=lambda picture: picture.index)
+        return pictures_of([event for event in self.events() if event.is_last])
+
+
+def pictures_of(events: Sequence[Event]) -> list[Picture]:
+    """The pictures of the events of a request, in their order. Raises the first error."""
+    error = next((event.error for event in events if event.error is not None), None)
+    if error is not None:
+        raise error
+    return sorted((event.picture for event in events if event.picture is not None), key=lambda own: own.index)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 from fastapi import Request as HttpRequest
 
-from ..tickets import Cancelled, Event, Picture, Ticket
+from ..tickets import Cancelled, Event, Picture, Ticket, pictures_of
 from .state import State
 
 
@@ -52,16 +52,7 @@ async def pictures(state: State, ticket: Ticket, http: HttpRequest) -> list[Pict
 
 
 async def _all(state: State, ticket: Ticket) -> list[Picture]:
-    found: list[Picture] = []
-    errors: list[BaseException] = []
-    async for event in events(state, ticket):
-        if event.picture is not None:
-            found.append(event.picture)
-        if event.error is not None:
-            errors.append(event.error)
-    if errors:
-        raise errors[0]
-    return sorted(found, key=lambda picture: picture.index)
+    return pictures_of([event async for event in events(state, ticket) if event.is_last])
 
 
 async def _disconnected(http: HttpRequest) -> None:
