@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 GRAPHS = folder_graphs(ROOT)
 LAYERS = (
     "errors", "quiet", "versions", "io", "reports", "data", "adapters", "pipelines", "formats", "loaders", "attention",
-    "conversion", "generation", "composition", "scoring", "results", "serving", "training", "evaluation", "demo",
+    "conversion", "generation", "composition", "scoring", "results", "web", "serving", "training", "evaluation", "demo",
     "tiny_sd", "ui", "cli", "__main__",
 )  # fmt: skip
 """The rooms of the package from bottom to top: each imports only what stands before it. See docs/architecture.md."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UserError
 from ..io.files import real_path
 from ..pipelines.base import BaseSource
+from ..web.listening import is_loopback
 
 DEFAULT_PORT = 7860
 DEFAULT_LIBRARY = "outputs/library"
@@ -48,10 +48,7 @@ class AppConfig:
     @property
     def on_loopback(self) -> bool:
         """Whether only this machine can connect to the app."""
-        try:
-            return ipaddress.ip_address(self.listen).is_loopback
-        except ValueError:
-            return self.listen == "localhost"
+        return is_loopback(self.listen)
 
     @property
     def credentials(self) -> tuple[str, str]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
 from ..pipelines.base import EMBEDDED_WEIGHTS
+from ..web.listening import bind, run_in_thread, wait_until_started
 from .config import AppConfig
 from .security.gate import Gatekeeper, known_hosts
 from .security.login import HINT, Password
@@ -73,18 +72,14 @@ def _served(app: App) -> Iterator[str]:
     from .security.connections import HTTP
     from .shell import build
 
-    listener = _bind(app.config.listen, app.config.port)
+    listener = bind(app.config.listen, app.config.port)
     blocks, appearance = build(app)
     site = _mounted(app, blocks, appearance)
     checked = Gatekeeper(EventStreams(site), known_hosts(app.config), blocks.fns)
     server = uvicorn.Server(uvicorn.Config(checked, log_level="warning", **HTTP))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
+    thread = run_in_thread(server, listener)
     try:
-        while not server.started:
-            thread.join(0.01)
-            if not thread.is_alive():
-                raise UserError("the server stopped while it was starting; the terminal shows why")
+        wait_until_started(server, thread)
         yield _url(app.config.listen, listener.getsockname()[1])
     finally:
         blocks.close(verbose=False)
@@ -125,13 +120,6 @@ def blocked(app: App) -> list[Path]:
     name = app.engine.source.base
     base = [Path(name)] if name and Path(name).exists() else []
     return [app.library.folder, cache, Path("~/.cache").expanduser(), EMBEDDED_WEIGHTS.parents[1], *base]
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise UserError(f"port {port} on {host} is busy or not allowed: choose another --port") from error
 
 
 def _url(host: str, port: int) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import UserError
 from ...generation.settings import MAX_SIDE, MAX_STEPS, check_range
 from ...pipelines.base import BaseSource
+from ...web.listening import is_loopback
 
 
 @dataclass
@@ -57,10 +57,7 @@ class ServeConfig:
     @property
     def on_loopback(self) -> bool:
         """Whether only this machine can connect."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
 
     @property
     def base_name(self) -> str:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...io.untrusted import parse_json
+from ...web.bodies import replayed
 from .answers import Refused, answer, refused
 from .state import State
 from .uploads import MAX_UPLOAD
@@ -121,7 +122,7 @@ async def _checked(scope: Scope, headers: dict[str, str], receive: Receive) -> R
         raise Refused(400, f"the body is not valid JSON: {str(error)[:200] or 'it is damaged'}") from None
     if not isinstance(value, dict):
         raise Refused(400, "the body is not a JSON object")
-    return _replayed(body, receive)
+    return replayed(body, receive)
 
 
 async def _read(receive: Receive, limit: int) -> bytes:
@@ -134,19 +135,6 @@ async def _read(receive: Receive, limit: int) -> bytes:
         if len(body) > limit:
             raise Refused(413, f"the body is too large: send at most {limit >> 20} MiB")
     return body
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    sent = False
-
-    async def replay() -> Message:
-        nonlocal sent
-        if sent:
-            return await receive()
-        sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
 
 
 class _Note:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
+from ...web.listening import bind, run_in_thread, wait_until_started
 from ..engine import Engine
 from .catalog import Catalog
 from .config import ServeConfig
@@ -59,18 +58,14 @@ def _served(state: State) -> Iterator[str]:
     from .application import application
 
     config = state.config
-    listener = _bind(config.host, config.port)
+    listener = bind(config.host, config.port)
     server = uvicorn.Server(uvicorn.Config(
         application(state), log_level="warning", ws="none", proxy_headers=False, server_header=False,
         limit_concurrency=1024, timeout_keep_alive=30, timeout_graceful_shutdown=int(config.drain),
     ))  # fmt: skip
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
-    thread.start()
+    thread = run_in_thread(server, listener)
     try:
-        while not server.started:
-            thread.join(0.01)
-            if not thread.is_alive():
-                raise UserError("the server stopped while it was starting; the terminal shows why")
+        wait_until_started(server, thread)
         yield _url(config.host, listener.getsockname()[1])
     finally:
         _stop(server, thread, state)
@@ -96,13 +91,6 @@ def _requests_logged() -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"port {port} on {host} is busy or not allowed: choose another --port") from error
 
 
 def _url(host: str, port: int) -> str:

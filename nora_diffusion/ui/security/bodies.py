@@ -9,6 +9,8 @@ from typing import Any
 
 from starlette.types import Message, Receive
 
+from ...web.bodies import replayed
+
 MAX_BODY = 2**20
 """Largest body in bytes of a request that is not an upload."""
 PAUSE_SECONDS = 30.0
@@ -54,16 +56,7 @@ async def checked_call(receive: Receive, functions: Container[int]) -> Receive:
             raise BadBodyError("the request did not arrive completely")
         body, more = body + message.get("body", b""), message.get("more_body", False)
     check_call(body, functions)
-    replayed = False
-
-    async def replay() -> Message:
-        nonlocal replayed
-        if replayed:
-            return await receive()
-        replayed = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
+    return replayed(body, receive)
 
 
 def check_call(body: bytes, functions: Container[int]) -> None:
