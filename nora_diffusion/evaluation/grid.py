@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.captions import without_trigger
 from ..errors import UserError
 from ..formats.adapter_file import given_name
-from ..generation.image_settings import read_settings, save_image
+from ..generation.image_settings import adapter_settings, read_settings, save_image
 from ..generation.sampling import OnStep, check_lengths, describe_image, sample_images
 from ..io.files import write_atomic
 from ..io.images import load_image, png
@@ -120,10 +120,7 @@ class Grid:
         if (path := cell.path) is not None:
             info = self.adapters[path]
             shown = Path(info.path).name if self.config.private else info.path
-            adapters = [
-                {"name": given_name(info.path), "weight": float(cell.weight),
-                 "sha256": info.sha256, "path": shown, "trigger": info.trigger}
-            ]  # fmt: skip
+            adapters = [adapter_settings(info, shown, given_name(info.path), float(cell.weight))]
         settings = describe_image(self.pipe, image, cell.prompt, cell.seed, cell.sampling, adapters)
         save_image(image, self._file(cell), settings)
 

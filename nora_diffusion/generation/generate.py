@@ -16,7 +16,7 @@ from ..formats.hub import locate
 from ..io.files import user_errors, write_first_free
 from ..pipelines.base import BaseSource
 from .addresses import parse_adapter
-from .image_settings import ImageSettings, png_with_settings
+from .image_settings import ImageSettings, adapter_settings, png_with_settings
 from .library import NamedAdapter, find_adapter, list_library, name_adapters
 from .settings import MAX_SEED, Sampling, check_prompt, check_range
 from .tags import Tag, parse_tags
@@ -169,10 +169,8 @@ def _check_writable(folder: Path) -> None:
 
 
 def _describe(loaded: LoadedAdapter, tag: Tag, apart: Mapping[str, str]) -> dict[str, Any]:
-    info = loaded.info
-    values = {"name": tag.name, "weight": tag.unet, "sha256": info.sha256, "path": info.path, "trigger": info.trigger}
-    values |= {"words": apart[loaded.name]} if loaded.name in apart else {}
-    return values if tag.te == tag.unet else {**values, "te": tag.te}
+    words = {"words": apart[loaded.name]} if loaded.name in apart else {}
+    return adapter_settings(loaded.info, loaded.info.path, tag.name, tag.unet, tag.te) | words
 
 
 def _batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:

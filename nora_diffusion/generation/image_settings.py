@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from ..errors import UserError
+from ..formats.adapter_info import AdapterInfo
 from ..io.files import write_atomic
 from ..io.images import MAX_PIXELS, png
 from .tags import Tag, parse_tags, short_number, tag_name
@@ -73,6 +74,12 @@ class ImageSettings:
 def _quoted(value: str) -> str:
     """A value of the last line, in quotes where it could be taken for several, as A1111 does."""
     return json.dumps(value, ensure_ascii=False) if any(char in value for char in ',:"\n') else value
+
+
+def adapter_settings(info: AdapterInfo, path: str, name: str, unet: float, te: float | None = None) -> dict[str, Any]:
+    """One of :attr:`ImageSettings.adapters`; ``path``: as it may be shown, ``te``: default: the same as ``unet``."""
+    values = {"name": name, "weight": unet, "sha256": info.sha256, "path": path, "trigger": info.trigger}
+    return values if te in (None, unet) else {**values, "te": te}
 
 
 def tag_of(adapter: dict[str, Any]) -> Tag:

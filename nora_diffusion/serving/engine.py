@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, out_of_memory
+from ..generation.image_settings import adapter_settings
 from ..generation.library import NamedAdapter, find_adapter
 from ..loaders.locking import exclusive
 from ..pipelines.names import DENOISERS
@@ -271,10 +272,7 @@ class Engine:
         for path, tag in zip(work.paths, work.ticket.request.tags, strict=True):
             resident = self._residents.get(path)
             adapters.append((resident.adapter, tag.unet, tag.te))
-            work.described.append({"name": tag.name, "weight": tag.unet, "sha256": resident.info.sha256, "path": "",
-                                   "trigger": resident.info.trigger})  # fmt: skip
-            if tag.te != tag.unet:
-                work.described[-1]["te"] = tag.te
+            work.described.append(adapter_settings(resident.info, "", tag.name, tag.unet, tag.te))
         work.spec = Spec(tuple(adapters))
 
     def _wanted(self, calls: Sequence[Call]) -> list[Call]:
