@@ -45,12 +45,17 @@ def list_library(folder: str | Path) -> list[NamedAdapter]:
 def _read_file(file: Path) -> list[NamedAdapter]:
     if not file.name.endswith(SUFFIX):
         return [NamedAdapter(_name(file), str(file))]
-    pack = file.name.removesuffix(SUFFIX)
     try:
-        return [NamedAdapter(tag_name(f"{pack}#{_name(info.path)}"), info.path) for info in list_pack(file)]
+        return subjects_of_pack(file)
     except UserError as error:
         log.warning("%s; its subjects are skipped", error)
         return []
+
+
+def subjects_of_pack(file: Path) -> list[NamedAdapter]:
+    """The subjects of a pack, each named ``PACK#NAME``. Raises :class:`UserError` if it is damaged."""
+    pack = file.name.removesuffix(SUFFIX)
+    return [NamedAdapter(tag_name(f"{pack}#{_name(info.path)}"), info.path) for info in list_pack(file)]
 
 
 def name_adapters(adapters: Sequence[tuple[str, float]]) -> list[NamedAdapter]:

@@ -27,7 +27,6 @@ class Residents:
 
     pipe: Any
     most: int
-    hits: int = 0
     loads: int = 0
     _loaded: OrderedDict[str, Resident] = field(default_factory=OrderedDict)
     _numbers: Iterable[int] = field(default_factory=count)
@@ -39,7 +38,6 @@ class Residents:
     def get(self, path: str) -> Resident:
         """A loaded subject, which is the most recently used one now."""
         self._loaded.move_to_end(path)
-        self.hits += 1
         return self._loaded[path]
 
     def load(self, path: str, in_use: Collection[str]) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 from ...errors import UserError
 from ...formats.adapter_file import FILE_NAME, inspect_adapter, locate
 from ...formats.adapter_info import AdapterInfo
-from ...formats.packs import SUFFIX, list_pack
-from ...generation.library import NamedAdapter, list_library, name_adapters
-from ...generation.tags import tag_name
+from ...formats.packs import SUFFIX
+from ...generation.library import NamedAdapter, list_library, name_adapters, subjects_of_pack
 from .uploads import Uploads
 
 log = logging.getLogger(__name__)
@@ -61,7 +60,5 @@ def adapters_at(path: str) -> list[NamedAdapter]:
             raise UserError(f"the folder {path} has no adapters: give the one that holds yours")
         return found
     if place.name.endswith(SUFFIX):
-        pack = place.name.removesuffix(SUFFIX)
-        named = [(tag_name(f"{pack}#{info.path.rpartition('#')[2]}"), info.path) for info in list_pack(place)]
-        return [NamedAdapter(name, address) for name, address in named]
+        return subjects_of_pack(place)
     return [NamedAdapter(own.name, own.path) for own in name_adapters([(str(locate(path)), 1.0)])]
