@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import asynchronous
 import pytest
 from factories import write_photos
 from playwright.sync_api import expect
@@ -63,7 +62,7 @@ class Client:
         async def send(message: Any) -> None:
             self.answers.append(message)
 
-        asyncio.run(app(scope, receive, send))
+        asynchronous.run(app(scope, receive, send))
 
     @property
     def ended(self) -> bool:
@@ -87,19 +86,15 @@ def test_an_answer_says_whether_the_last_stream_has_ended(monkeypatch: pytest.Mo
     def ended(body: bytes) -> bool:
         return Client(app, JOIN, body).ended
 
-    def scenario() -> None:
-        assert not ended(b'{"session_hash": "mine"}')
-        Client(app, STREAM, session="mine")
-        assert [ended(b'{"session_hash": "%s"}' % name) for name in (b"mine", b"other")] == [True, False]
-        assert not ended(b"[1")
-        Client(app, STREAM, session="open")
-        assert not ended(b'{"session_hash": "open"}')
-        for name in ("second", "third"):  # only the last pages are remembered
-            Client(app, STREAM, session=name)
-        assert [ended(b'{"session_hash": "%s"}' % name) for name in (b"mine", b"third")] == [False, True]
-
-    with ThreadPoolExecutor() as pool:  # Playwright keeps an event loop running in the main thread
-        pool.submit(scenario).result()
+    assert not ended(b'{"session_hash": "mine"}')
+    Client(app, STREAM, session="mine")
+    assert [ended(b'{"session_hash": "%s"}' % name) for name in (b"mine", b"other")] == [True, False]
+    assert not ended(b"[1")
+    Client(app, STREAM, session="open")
+    assert not ended(b'{"session_hash": "open"}')
+    for name in ("second", "third"):  # only the last pages are remembered
+        Client(app, STREAM, session=name)
+    assert [ended(b'{"session_hash": "%s"}' % name) for name in (b"mine", b"third")] == [False, True]
 
 
 def test_the_routes_are_those_of_gradio(server: Server) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-
+import asynchronous
 import pytest
 from starlette.types import Message
 
@@ -37,4 +36,4 @@ def test_a_body_that_was_read_is_sent_once_more() -> None:
         again = replayed(b"x", receive)
         return [(await again())["type"], (await again())["type"]]
 
-    assert asyncio.run(both()) == ["http.request", "http.disconnect"]
+    assert asynchronous.run(both()) == ["http.request", "http.disconnect"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import asynchronous
 import pytest
 from PIL import Image
 
@@ -96,7 +96,7 @@ def test_a_client_that_goes_away_cancels(serve: Serve, stream: bool, monkeypatch
     async def send(message: dict[str, Any]) -> None:
         pass
 
-    asyncio.run(client.app(scope, receive, send))
+    asynchronous.run(client.app(scope, receive, send))
     (ticket,) = tickets
     assert isinstance(ticket.ended, Cancelled)
 
