@@ -100,8 +100,8 @@ class Engine:
             if self._closing is not None:
                 raise Closed("the engine is being stopped: send the request again later")
             self._queue.put(works, request.client, works[0].cost, request.priority)
-            for work in works:
-                ticket.tell(Event("queued", work.index))
+            for work, place in zip(works, self._queue.places(works), strict=True):
+                ticket.tell(Event("queued", work.index, place=place))
             self._wake.notify_all()
         return ticket
 

@@ -40,8 +40,8 @@ class Picture:
 class Event:
     """What happened to picture ``index`` of a request.
 
-    ``queued``: it waits. ``step``: step ``step`` of ``steps`` is done; ``latents`` are its prediction. ``picture``: it
-    is finished. ``error``: it failed.
+    ``queued``: it waits; ``place`` 1 is the next one. ``step``: step ``step`` of ``steps`` is done; ``latents`` are its
+    prediction. ``picture``: it is finished. ``error``: it failed.
     """
 
     kind: EventKind
@@ -51,6 +51,7 @@ class Event:
     latents: Any = None
     picture: Picture | None = None
     error: BaseException | None = None
+    place: int = 0
 
     @property
     def is_last(self) -> bool:

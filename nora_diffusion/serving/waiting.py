@@ -80,6 +80,20 @@ class FairQueue(Generic[T]):
             self._forget()
             return entry.item
 
+    def places(self, items: Sequence[T]) -> list[int]:
+        """The place of each item in the present order, 1 for the next one; 0 for an item that does not wait."""
+        with self._lock:
+            order = sorted(found for client in self._clients.values() for found in self._starts(client))
+        numbers = {id(entry.item): place for place, (*_, entry) in enumerate(order, 1)}
+        return [numbers.get(id(item), 0) for item in items]
+
+    def _starts(self, client: _Client[T]) -> Iterator[tuple[float, int, _Entry[T]]]:
+        """When the items of a client start, if nothing else comes; and their numbers, which decide between equals."""
+        start = max(self._now, client.end)
+        for entry in sorted(client.entries):
+            yield start, entry.number, entry
+            start += entry.cost / client.weight
+
     def _forget(self) -> None:
         """Forget clients whose next item would start now anyhow."""
         self._clients = {

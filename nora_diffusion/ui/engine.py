@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..formats.adapter_info import AdapterInfo
 from ..generation.apart import kept_apart, subjects_in
 from ..generation.generate import save_new_image
+from ..generation.latent_preview import LatentPreview
 from ..generation.sampling import check_lengths, describe_image, sample_images
 from ..generation.settings import Sampling
 from ..loaders import LoadedAdapter, delete_adapter, load_adapter
@@ -26,7 +27,6 @@ from ..pipelines.components import canonical, components, denoiser, devices, pro
 from ..pipelines.fingerprints import fingerprint, same_weights
 from .entries import Stamp, stamp_of
 from .messages import short_name
-from .preview import LatentPreview
 from .request import MAX_SCALE, MAX_SIDE, MAX_STEPS, ActiveAdapter, Request
 from .runs import Run, Skipped, free_memory
 from .weights import set_weights
@@ -134,12 +134,12 @@ class Engine:
         """The linear map from latents to RGB."""
         return LatentPreview.fit(self.pipe.vae)
 
-    def preview_uri(self, latents: Any) -> str:
+    def preview_uri(self, latents: Any, ratio: float = 1.0) -> str:
         """A preview of latents as a data URI; empty if that fails, which must not cost the image."""
         try:
-            return self.preview.data_uri(latents)
+            return self.preview.data_uri(latents, ratio)
         except Exception:
-            log.debug("no preview", exc_info=True)  # Flux packs its latents, and some VAEs have no scaling factor
+            log.debug("no preview", exc_info=True)  # some VAEs have no scaling factor
             return ""
 
     def mismatch(self, info: AdapterInfo) -> str | None:
@@ -229,10 +229,12 @@ class Engine:
         steps = request.sampling.steps
         every = max(1, steps // PREVIEWS)
 
+        ratio = (request.sampling.width or self.side) / (request.sampling.height or self.side)
+
         def on_step(step: int, latents: Any) -> None:
             run.check()
             show = step % every == 0 and step < steps
-            run.report(step=step, **({"preview": self.preview_uri(latents[0])} if show else {}))
+            run.report(step=step, **({"preview": self.preview_uri(latents[0], ratio)} if show else {}))
 
         return sample_images(self.pipe, [prompt], [seed], request.sampling, on_step, run.check_stop)[0]
 

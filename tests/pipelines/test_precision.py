@@ -22,6 +22,7 @@ from nora_diffusion.evaluation.grid import base_description
 from nora_diffusion.evaluation.protocol import evaluate
 from nora_diffusion.evaluation.settings import EvaluationConfig
 from nora_diffusion.generation.image_settings import read_settings
+from nora_diffusion.generation.latent_preview import LatentPreview
 from nora_diffusion.generation.sampling import sample_images
 from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.loaders import trainable_parameters
@@ -38,7 +39,6 @@ from nora_diffusion.pipelines.precision import (
 from nora_diffusion.scoring.judges import Judge
 from nora_diffusion.ui.config import AppConfig
 from nora_diffusion.ui.jobs.training_form import build_settings
-from nora_diffusion.ui.preview import LatentPreview
 from nora_diffusion.ui.state import App
 
 ROOT = Path(__file__).parents[2]

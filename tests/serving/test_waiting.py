@@ -53,3 +53,18 @@ def test_a_request_enters_a_full_queue_as_a_whole_or_not_at_all() -> None:
     with pytest.raises(Full):
         queue.put(["b", "c"], "one", 1.0)
     assert [*queue] == ["a"] and queue.remove("a") and not queue.remove("a") and queue.take() is None
+
+
+def test_places_are_those_of_the_order() -> None:
+    queue: FairQueue[str] = FairQueue(100, {"double": 2.0})
+    names = [f"{client} {i}" for client in ("single", "double", "dear") for i in range(4)]
+    for name in names:
+        client = name.split()[0]
+        queue.put([name], client, 3.0 if client == "dear" else 1.0, priority=int(name[-1]) % 2)
+    for _ in range(2):  # at the start, and when some have been taken
+        places = dict(zip(names, queue.places(names), strict=True))
+        first = [queue.take() for _ in range(3)]
+        assert [places[name] for name in first if name] == [1, 2, 3]
+    places = dict(zip(names, queue.places(names), strict=True))
+    assert [*taken(queue)] == sorted((name for name in names if places[name]), key=places.__getitem__)
+    assert queue.places(["nobody"]) == [0]

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(values: argparse.Namespace) -> None:
     """Serve until Ctrl-C or SIGTERM, or make a key."""
     if values.new_key is not None:
-        from ...serving.http.keys import new_key
+        from ...serving.http.access.keys import new_key
 
         if not values.keys:
             raise UserError("--new_key needs --keys FILE, where its hash is kept")

@@ -12,9 +12,9 @@ from starlette.responses import Response
 from ... import __version__
 from ...errors import UserError
 from ..waiting import Full
-from . import a1111, openai, operations, own, subjects
 from .answers import Refused, answer, refused, sentence_of
 from .gate import Gate
+from .routes import a1111, openai, operations, own, subjects
 from .state import State
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from ...web.listening import bind, run_in_thread, wait_until_started
 from ..engine import Engine
+from .access.keys import Keys, read_keys
 from .catalog import Catalog
 from .config import ServeConfig
-from .keys import Keys, read_keys
 from .state import State
 from .uploads import Uploads
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from ...generation.latent_preview import LatentPreview
 from ...generation.settings import Sampling
 from ...generation.tags import Tag
 from ..engine import Engine
 from ..request import Request
 from ..tickets import Ticket
+from .access.keys import Keys
+from .access.rates import Rates
 from .catalog import Catalog
 from .config import ServeConfig
-from .keys import Keys, Rates
+
+log = logging.getLogger(__name__)
 
 MAX_RANDOM_SEED = 2**32 - 1
 """Random seeds fit what other tools read."""
@@ -35,6 +41,15 @@ class State:
 
     def __post_init__(self) -> None:
         self.rates = Rates(self.config.rate)
+
+    @cached_property
+    def preview(self) -> LatentPreview | None:
+        """The map from latents to small pictures, fitted on first use, between two passes; ``None`` if that fails."""
+        try:
+            return self.engine.ask(lambda pipe: LatentPreview.fit(pipe.vae))
+        except Exception as error:  # some VAEs have no scaling factor
+            log.warning("this base has no previews: %s", error)
+            return None
 
     def count(self, name: str) -> None:
         """Count an event for the metrics."""

@@ -15,9 +15,9 @@ from nora_diffusion.adapters import lora, nora
 from nora_diffusion.loaders import delete_adapter
 from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.serving.engine import Engine
+from nora_diffusion.serving.http.access.keys import Keys
 from nora_diffusion.serving.http.catalog import Catalog
 from nora_diffusion.serving.http.config import ServeConfig
-from nora_diffusion.serving.http.keys import Keys
 from nora_diffusion.serving.http.state import State
 from nora_diffusion.serving.http.uploads import Uploads
 

@@ -13,8 +13,9 @@ import pytest
 from nora_diffusion import UserError
 from nora_diffusion.cli import main
 from nora_diffusion.serving.http import gate
+from nora_diffusion.serving.http.access.keys import Keys, new_key, read_keys
+from nora_diffusion.serving.http.access.rates import Rates
 from nora_diffusion.serving.http.config import ServeConfig
-from nora_diffusion.serving.http.keys import Keys, Rates, new_key, read_keys
 
 Serve = Callable[..., Any]
 SMALL = {"prompt": "a secret car", "steps": 2, "width": 16, "height": 16}

@@ -7,16 +7,22 @@ import io
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import asynchronous
 import pytest
+import torch
 from PIL import Image
 
 from nora_diffusion.generation.image_settings import read_settings
+from nora_diffusion.generation.latent_preview import LatentPreview
+from nora_diffusion.generation.settings import Sampling
+from nora_diffusion.serving.http.previews import Previews
 from nora_diffusion.serving.request import Request
-from nora_diffusion.serving.tickets import Cancelled, Ticket
+from nora_diffusion.serving.tickets import Cancelled, Event, Ticket
 
 Serve = Callable[..., Any]
 SMALL = {"prompt": "a red car", "steps": 2, "width": 16, "height": 16}
@@ -60,6 +66,72 @@ def test_a_stream(serve: Serve, how: str) -> None:
     kinds = [event[0].removeprefix("event: ") for event in events]
     assert kinds[-2:] == ["picture", "done"] and set(kinds) <= {"queued", "step", "picture", "done"}
     assert json.loads(events[-2][1].removeprefix("data: "))["settings"]["prompt"] == "a red car"
+
+
+def events_of(answer: Any) -> list[tuple[str, dict[str, Any]]]:
+    blocks = [block.split("\n") for block in answer.text.strip().split("\n\n")]
+    return [(kind.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for kind, data in blocks]
+
+
+def test_previews_in_a_stream(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = serve(at_once=1)
+    keep_all_events(monkeypatch)
+    body = {**SMALL, "steps": 6, "width": 32, "stream": True, "sampler": "ddim"}
+    (*_, (_, made), _) = events_of(client.post("/v1/pictures", json={**body, "seed": 1}))
+    events = events_of(client.post("/v1/pictures", json={**body, "seed": 1, "previews": 2}))
+    shown = {values["step"]: values.get("preview") for kind, values in events if kind == "step"}
+    assert [step for step, preview in shown.items() if preview] == [2, 4]  # the last step has the picture
+    with Image.open(io.BytesIO(base64.b64decode(shown[2] or ""))) as image:
+        assert image.format == "JPEG" and image.width == 2 * image.height
+    assert next(values for kind, values in events if kind == "picture")["b64"] == made["b64"]
+
+
+def keep_all_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tickets keep each step, as if their readers were quick."""
+
+    def tell(self: Ticket, event: Any) -> None:
+        with self._changed:
+            self._events.append(event)
+            self._changed.notify_all()
+        if self._listener:
+            self._listener()
+
+    monkeypatch.setattr(Ticket, "tell", tell)
+
+
+def test_a_base_without_previews_still_streams(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, asked = serve(), list[str]()
+    monkeypatch.setattr(LatentPreview, "fit", lambda vae: asked.append("fit") or {}["scaling_factor"])
+    for _ in range(2):
+        answer = client.post("/v1/pictures", json={**SMALL, "steps": 3, "stream": True, "previews": 1})
+        assert "event: picture" in answer.text and '"preview"' not in answer.text
+    assert asked == ["fit"]
+
+
+def test_a_slow_reader_gets_previews_too() -> None:
+    shown = []
+    previews = Previews(SimpleNamespace(preview=LatentPreview(torch.zeros(5, 3))), 3, Sampling(20, 4.0))  # type: ignore[arg-type]
+    for step in (1, 2, 4, 5, 8, 10, 20):
+        if previews.of(Event("step", 0, step, 20, torch.zeros(1, 4, 2, 2))):
+            shown.append(step)
+    assert shown == [4, 8]
+
+
+def test_the_place_in_the_queue(serve: Serve) -> None:
+    client = serve(at_once=1)
+    engine = client.state.engine
+    first = engine.submit(Request("a red car", Sampling(500, 4.0, width=16, height=16)))
+    next(event for event in first.events() if event.kind == "step")
+    engine.submit(Request("a red car", Sampling(2, 4.0, width=16, height=16)))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.post, "/v1/pictures", json={**SMALL, "count": 2, "stream": True})
+        until(lambda: engine.statistics.waiting == 3)
+        first.cancel()
+        events = events_of(waiting.result())
+    assert [values for kind, values in events if kind == "queued"] == [
+        {"index": 0, "place": 2},
+        {"index": 1, "place": 3},
+    ]
 
 
 def test_an_error_in_a_stream(serve: Serve) -> None:
@@ -109,7 +181,6 @@ def test_a_full_queue(serve: Serve) -> None:
 
 def test_cancelled_pictures_leave_the_queue(serve: Serve) -> None:
     engine = serve(at_once=1, waiting=2).state.engine
-    from nora_diffusion.generation.settings import Sampling
 
     def ask(steps: int, count: int = 1) -> Ticket:
         return engine.submit(Request("a red car", Sampling(steps, 4.0, width=16, height=16), count=count))

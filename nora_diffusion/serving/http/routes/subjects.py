@@ -8,10 +8,10 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.concurrency import run_in_threadpool
 
-from .answers import Refused
-from .catalog import Subject
-from .state import State
-from .uploads import NAME, Uploads
+from ..answers import Refused
+from ..catalog import Subject
+from ..state import State
+from ..uploads import NAME, Uploads
 
 
 def routes(state: State) -> APIRouter:

@@ -13,12 +13,14 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..request import MAX_COUNT, Request
-from ..tickets import Event, Picture, Ticket
-from .answers import body_of, refused
-from .encoding import Format, as_base64
-from .following import events, pictures
-from .state import State, seed_of
+from ....generation.settings import MAX_STEPS
+from ...request import MAX_COUNT, Request
+from ...tickets import Event, Picture, Ticket
+from ..answers import body_of, refused
+from ..encoding import Format, as_base64
+from ..following import events, pictures
+from ..previews import Previews
+from ..state import State, seed_of
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -41,6 +43,7 @@ class PicturesBody(BaseModel):
     priority: int = 0
     timeout: Number | None = None
     stream: bool = False
+    previews: int = Field(0, ge=0, le=MAX_STEPS, description="in a stream: a preview after so many steps; 0: none")
 
 
 class PictureAnswer(BaseModel):
@@ -68,7 +71,7 @@ def routes(state: State) -> APIRouter:
         ticket = await run_in_threadpool(state.submit, request_of(state, body, client_of(http)))
         if body.stream or "text/event-stream" in http.headers.get("accept", ""):
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-            return StreamingResponse(stream(state, ticket, body.format), 200, headers, "text/event-stream")
+            return StreamingResponse(stream(state, ticket, body), 200, headers, "text/event-stream")
         found = await pictures(state, ticket, http)
         return {"pictures": [await run_in_threadpool(described, state, picture, body.format) for picture in found]}
 
@@ -97,22 +100,23 @@ def described(state: State, picture: Picture, form: Format) -> dict[str, Any]:
     return {"index": picture.index, "format": form, "b64": data, "settings": asdict(settings)}
 
 
-async def stream(state: State, ticket: Ticket, form: Format) -> AsyncIterator[str]:
+async def stream(state: State, ticket: Ticket, body: PicturesBody) -> AsyncIterator[str]:
     """The events of a request as server-sent events; the last one is ``done``."""
+    previews = Previews(state, body.previews, ticket.request.sampling)
     async for event in events(state, ticket):
-        yield _sent(event.kind, await run_in_threadpool(_values, state, event, form))
+        yield _sent(event.kind, await run_in_threadpool(_values, state, event, body.format, previews))
     yield _sent("done", {})
 
 
-def _values(state: State, event: Event, form: Format) -> dict[str, Any]:
+def _values(state: State, event: Event, form: Format, previews: Previews) -> dict[str, Any]:
     if event.picture is not None:
         return described(state, event.picture, form)
     if event.error is not None:
         refusal = refused(event.error)
         return {"index": event.index, "status": refusal.status, **body_of(refusal)}
     if event.kind == "step":
-        return {"index": event.index, "step": event.step, "steps": event.steps}
-    return {"index": event.index}
+        return {"index": event.index, "step": event.step, "steps": event.steps, **previews.of(event)}
+    return {"index": event.index, "place": event.place}
 
 
 def _sent(kind: str, values: dict[str, Any]) -> str:

@@ -11,13 +11,13 @@ from fastapi import Request as HttpRequest
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...errors import UserError
-from ..request import MAX_COUNT, Request
-from .answers import Refused
-from .encoding import Format, as_base64
-from .following import pictures
+from ....errors import UserError
+from ...request import MAX_COUNT, Request
+from ..answers import Refused
+from ..encoding import Format, as_base64
+from ..following import pictures
+from ..state import State, seed_of, tagged
 from .own import client_of
-from .state import State, seed_of, tagged
 
 SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 OWNER = "nora-diffusion"

@@ -1,4 +1,4 @@
-"""API keys: random tokens, of which a file holds the names and SHA-256 hashes; and the rate of each key."""
+"""API keys: random tokens, of which a file holds the names and SHA-256 hashes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import hashlib
 import hmac
 import re
 import secrets
-import time
 from pathlib import Path
 
-from ...errors import UserError
-from ...io.files import locked_folder, read_text, write_atomic
+from ....errors import UserError
+from ....io.files import locked_folder, read_text, write_atomic
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 LINE = re.compile(rf"({NAME.pattern})\s+([0-9a-f]{{64}})")
@@ -76,20 +75,3 @@ def _token(authorization: str) -> str:
 
 def _digest(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-class Rates:
-    """A token bucket for each client: ``rate`` requests a minute on average, a sixth of a minute's at once."""
-
-    def __init__(self, rate: float) -> None:
-        self._per_second, self._most = rate / 60, max(1.0, rate / 6)
-        self._buckets: dict[str, tuple[float, float]] = {}
-
-    def wait(self, client: str, now: float | None = None) -> float:
-        """Count a request. The seconds that the client has to wait first; 0 if the request may be answered."""
-        now = time.monotonic() if now is None else now
-        left, since = self._buckets.get(client, (self._most, now))
-        left = min(self._most, left + (now - since) * self._per_second)
-        allowed = left >= 1
-        self._buckets[client] = (left - 1 if allowed else left, now)
-        return 0.0 if allowed else (1 - left) / self._per_second

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
 
-from .answers import Refused
-from .state import State
+from ..answers import Refused
+from ..state import State
 
 
 def routes(state: State) -> APIRouter:

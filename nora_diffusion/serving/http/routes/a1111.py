@@ -11,13 +11,13 @@ from fastapi import Request as HttpRequest
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...errors import UserError, quoted
-from ..request import MAX_COUNT, Request
-from ..samplers import SAMPLERS
-from .encoding import as_base64
-from .following import pictures
+from ....errors import UserError, quoted
+from ...request import MAX_COUNT, Request
+from ...samplers import SAMPLERS
+from ..encoding import as_base64
+from ..following import pictures
+from ..state import State, seed_of
 from .own import client_of
-from .state import State, seed_of
 
 NAMES = {"DDIM": "ddim", "Euler": "euler", "Euler a": "euler_a", "DPM++ 2M": "dpmpp_2m", "UniPC": "unipc"}
 """A1111's names of the samplers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,14 +41,26 @@ class LatentPreview:
         flat = _with_ones(latents.float().cpu().flatten(1).T)
         return (flat @ self.weight).clamp(0, 1).T.reshape(3, *latents.shape[1:])
 
-    def data_uri(self, latents: Tensor) -> str:
+    def image(self, latents: Tensor, ratio: float = 1.0) -> Image.Image:
+        """The preview, one pixel for each latent pixel. ``ratio``: width by height, for Flux's packed latents."""
+        if latents.ndim == 2:
+            latents = _unpacked(latents, len(self.weight) - 1, ratio)
+        return Image.fromarray((self.rgb(latents) * 255).round().byte().movedim(0, -1).numpy())
+
+    def data_uri(self, latents: Tensor, ratio: float = 1.0) -> str:
         """The preview as a small PNG in a data URI."""
-        pixels = (self.rgb(latents) * 255).round().byte().movedim(0, -1).numpy()
-        return data_uri(Image.fromarray(pixels), "PNG", compress_level=1)
+        return data_uri(self.image(latents, ratio), "PNG", compress_level=1)
 
 
 def _with_ones(pixels: Tensor) -> Tensor:
     return torch.cat([pixels, torch.ones(len(pixels), 1)], dim=1)
+
+
+def _unpacked(latents: Tensor, channels: int, ratio: float) -> Tensor:
+    """``[h w / 4, 4 channels]``, the 2x2 patches of Flux, as ``[channels, h, w]``."""
+    rows = round(math.sqrt(len(latents) / ratio))
+    patches = latents.reshape(rows, -1, channels, 2, 2)
+    return patches.permute(2, 0, 3, 1, 4).reshape(channels, 2 * rows, -1)
 
 
 def _shift(vae: Any) -> float:
