@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -90,8 +90,8 @@ class Engine:
     def submit(self, request: Request) -> Ticket:
         """Queue a request. Raises :class:`UserError` if it is not possible, :class:`.waiting.Full` without room."""
         check_sampler(request.sampler)
-        found = [find_adapter(tag, self.subjects) for tag in request.tags]
-        paths = tuple(adapter.path for adapter in found)
+        own = request.adapters
+        paths = tuple(own.get(tag.name) or find_adapter(tag, self.subjects).path for tag in request.tags)
         if len(set(paths)) < len(paths):
             raise UserError("two subjects of the request are the same adapter: give it once")
         ticket = Ticket(request)
@@ -142,6 +142,12 @@ class Engine:
                 raise UserError(f"there is no subject {name[:80]!r}")
             self.subjects = [own for own in self.subjects if own.name != name]
             self._removed.update(own.path for own in found)
+            self._wake.notify_all()
+
+    def forget(self, paths: Iterable[str]) -> None:
+        """Unload adapters of a request that has ended (:attr:`.request.Request.adapters`), as of a removed subject."""
+        with self._wake:
+            self._removed.update(paths)
             self._wake.notify_all()
 
     def ask(self, function: Callable[[Any], T]) -> T:
@@ -238,7 +244,8 @@ class Engine:
         if ended := work.ticket.ended:
             work.fail(ended)
             return
-        if set(work.paths) - {subject.path for subject in self.subjects}:
+        own = work.ticket.request.adapters.values()
+        if set(work.paths) - {subject.path for subject in self.subjects} - set(own):
             work.fail(UserError("a subject of the request was removed while it waited: send it without that subject"))
             return
         try:

@@ -23,7 +23,8 @@ class Request:
     ``subjects``: more of them, with their weights. ``seed``: of the first picture; each further one has the next.
     ``sampler``: one of :data:`.samplers.SAMPLERS` (``None``: the base's own). ``client``: whose request it is, for a
     fair order. ``priority``: among the requests of a client, higher ones go first. ``timeout``: seconds until the
-    pictures are worthless. Raises :class:`UserError` for a value out of range.
+    pictures are worthless. ``adapters``: files of subjects of this request alone, by name; weight 1 if nothing names
+    them. Raises :class:`UserError` for a value out of range.
     """
 
     prompt: str
@@ -35,6 +36,7 @@ class Request:
     client: str = ""
     priority: int = 0
     timeout: float | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)
@@ -62,4 +64,5 @@ class Request:
             if any(tag.name == name for tag in tags):
                 raise UserError(f"{quoted(name)} is a subject and has a tag in the prompt: give it once")
             tags.append(Tag(name, weight, check_weight(weight, f"the weight of {quoted(name)}")))
-        return tags
+        named = {tag.name for tag in tags}
+        return tags + [Tag(name) for name in self.adapters if name not in named]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ from ...formats.adapter_file import FILE_NAME, inspect_adapter, locate
 from ...formats.adapter_info import AdapterInfo
 from ...formats.packs import SUFFIX
 from ...generation.library import NamedAdapter, list_library, name_adapters, subjects_of_pack
+from .answers import Refused
 from .uploads import Uploads
 
+HASH = re.compile(r"[0-9a-fA-F]{8,64}")
 log = logging.getLogger(__name__)
 
 
@@ -44,6 +47,27 @@ class Catalog:
             self.subjects[adapter.name] = Subject(adapter, inspect_adapter(adapter.path), uploaded)
         except UserError as error:
             log.warning("%s; the subject %s is skipped", error, adapter.name)
+
+    def named(self, name: str) -> str:
+        """The name of a subject that is named by its hash; any other name as it is.
+
+        A hash is the SHA-256 of the file, or at least its first 8 digits. Raises :class:`UserError` if several files
+        begin with it.
+        """
+        subjects = dict(self.subjects)
+        if not HASH.fullmatch(name) or name in subjects or any(own.endswith(f"#{name}") for own in subjects):
+            return name
+        found = {own.info.sha256: key for key, own in subjects.items() if own.info.sha256.startswith(name.lower())}
+        if len(found) > 1:
+            raise UserError(f"the hash {name} may mean {' or '.join(sorted(found.values()))}: give more of its digits")
+        return next(iter(found.values()), name)
+
+    @property
+    def open_uploads(self) -> Uploads:
+        """Where uploads are kept. Raises :class:`Refused` if there are none."""
+        if self.uploads is None:
+            raise Refused(403, "this server takes no uploads: it was started without --uploads")
+        return self.uploads
 
     @property
     def adapters(self) -> list[NamedAdapter]:

@@ -5,11 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 
 from fastapi import Request as HttpRequest
+from fastapi.concurrency import run_in_threadpool
 
+from ..request import Request
 from ..tickets import Cancelled, Event, Picture, Ticket, pictures_of
 from .state import State
+
+
+async def submitted(state: State, request: Request, http: HttpRequest) -> Ticket:
+    """Queue a request. It is cancelled when the answer ends, however that comes about."""
+    ticket = await run_in_threadpool(state.submit, request)
+    ending_of(http).callback(ticket.cancel)
+    return ticket
+
+
+def ending_of(http: HttpRequest) -> ExitStack:
+    """What is undone when the answer to a request has ended, or will never be sent."""
+    ending: ExitStack = http.scope["state"]["ending"]
+    return ending
 
 
 async def events(state: State, ticket: Ticket) -> AsyncIterator[Event]:

@@ -1,4 +1,4 @@
-"""What stands between the network and the handlers: hosts, keys, rates, sizes and forms of bodies, and the log."""
+"""What stands between the network and the handlers: hosts, keys, rates, and the log."""
 
 from __future__ import annotations
 
@@ -6,24 +6,19 @@ import ipaddress
 import json
 import logging
 import time
+from contextlib import ExitStack
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ...io.untrusted import parse_json
-from ...web.bodies import replayed
 from .answers import Refused, answer, refused
+from .bodies import Bodies
 from .state import State
-from .uploads import MAX_UPLOAD
 
 log = logging.getLogger("nora_diffusion.requests")
 
 OPEN = {"/health", "/ready"}
 """Routes without a key."""
-MAX_BODY = 2**20
-"""Largest JSON body in bytes."""
-MAX_VALUES = 1000
-SUBJECTS = "/v1/subjects/"
 
 
 class Gate:
@@ -31,6 +26,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, state: State) -> None:
         self.app, self.state = app, state
+        self.bodies = Bodies(state.catalog.uploads is not None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -39,11 +35,12 @@ class Gate:
         if scope["type"] != "http":  # a websocket; there are none
             await send({"type": "websocket.close", "code": 1008})
             return
-        note = _Note(send, scope)
+        note, ending = _Note(send, scope), ExitStack()
+        scope["state"] = {**scope.get("state", {}), "client": "", "ending": ending}
         try:
             headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
             self._check(scope, headers)
-            receive = await _checked(scope, headers, receive)
+            receive = await self.bodies.checked(scope, headers, receive, ending)
             await self.app(scope, receive, note.send)
         except Exception as error:
             if note.status == 500:  # answered and logged
@@ -52,12 +49,12 @@ class Gate:
                 raise
             await answer(refused(error))(scope, receive, note.send)
         finally:
+            ending.close()
             self.state.count(str(note.status or 499))
             note.write()
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
         """Raises :class:`Refused` for a request that may not be answered, and notes whose it is."""
-        scope["state"] = {**scope.get("state", {}), "client": ""}
         if scope["path"] in OPEN:
             return
         if self.state.keys is None:
@@ -100,41 +97,6 @@ def _netloc(url: str) -> str:
         return urlsplit(url).netloc
     except ValueError:
         return ""
-
-
-async def _checked(scope: Scope, headers: dict[str, str], receive: Receive) -> Receive:
-    """Check the length and form of a body. Returns the messages for the app."""
-    upload = scope["method"] == "PUT" and scope["path"].startswith(SUBJECTS)
-    limit = MAX_UPLOAD if upload else MAX_BODY
-    length = headers.get("content-length", "0")
-    if not (length.isascii() and length.isdigit() and len(length) < 16):
-        raise Refused(400, "the content-length is not a number")
-    if int(length) > limit:
-        raise Refused(413, f"the body is too large: send at most {limit >> 20} MiB")
-    if upload or scope["method"] != "POST":
-        return receive
-    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refused(415, "the body must be JSON: send Content-Type: application/json")
-    body = await _read(receive, limit)
-    try:
-        value = parse_json(body, MAX_VALUES)
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the body is not valid JSON: {str(error)[:200] or 'it is damaged'}") from None
-    if not isinstance(value, dict):
-        raise Refused(400, "the body is not a JSON object")
-    return replayed(body, receive)
-
-
-async def _read(receive: Receive, limit: int) -> bytes:
-    body, more = b"", True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Refused(499, "the body did not arrive completely")
-        body, more = body + message.get("body", b""), message.get("more_body", False)
-        if len(body) > limit:
-            raise Refused(413, f"the body is too large: send at most {limit >> 20} MiB")
-    return body
 
 
 class _Note:

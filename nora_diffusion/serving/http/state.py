@@ -6,13 +6,14 @@ import logging
 import secrets
 import threading
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from ...errors import UserError
 from ...generation.latent_preview import LatentPreview
 from ...generation.settings import Sampling
-from ...generation.tags import Tag
+from ...generation.tags import Tag, parse_tags, write_tags
 from ..engine import Engine
 from ..request import Request
 from ..tickets import Ticket
@@ -63,8 +64,19 @@ class State:
         return sampling
 
     def submit(self, request: Request) -> Ticket:
-        """Queue a request."""
-        return self.engine.submit(request)
+        """Queue a request. Its subjects may be named by their hashes."""
+        return self.engine.submit(self._named(request))
+
+    def _named(self, request: Request) -> Request:
+        def name(given: str) -> str:
+            return given if given in request.adapters else self.catalog.named(given)
+
+        text, tags = parse_tags(request.prompt)
+        prompt = write_tags(text, [replace(tag, name=name(tag.name)) for tag in tags])
+        subjects = {name(given): weight for given, weight in request.subjects.items()}
+        if len(subjects) < len(request.subjects):
+            raise UserError("two subjects of the request are the same adapter: give it once")
+        return replace(request, prompt=prompt, subjects=subjects)
 
 
 def seed_of(seed: int | None, count: int) -> int:

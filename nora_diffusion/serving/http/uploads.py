@@ -26,10 +26,11 @@ MAX_STORED = 4 * 2**30
 MAX_SUBJECTS = 1000
 SPARE = 256 * 2**20
 """Bytes of the disk that uploads leave free."""
+NO_ROOM = "the server has no room for more subjects: delete some first"
 
 
 class Uploads:
-    """The folder of uploaded adapters. What an interrupted upload left is removed."""
+    """The folder of uploaded adapters. What an interrupted upload or request left is removed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = make_folder(folder)
@@ -61,11 +62,36 @@ class Uploads:
             raise
         return path
 
+    def hold(self, content: bytes) -> Path:
+        """Write an adapter of one request to a temporary file, which its caller removes."""
+        self._check_disk()
+        handle, name = tempfile.mkstemp(prefix=".upload-", suffix=".safetensors", dir=self.folder)
+        path = Path(name)
+        try:
+            with user_errors(path), os.fdopen(handle, "wb") as file:
+                file.write(content)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        return path
+
+    def _check_disk(self) -> None:
+        if shutil.disk_usage(self.folder).free < SPARE:
+            raise Refused(507, NO_ROOM)
+
+    def check(self, path: Path, engine: Engine, what: str) -> AdapterInfo:
+        """The description of a temporary file, which fits the base. Raises :class:`UserError` about ``what``."""
+        try:
+            return engine.ask(lambda pipe: checked(path, pipe))
+        except UserError as error:  # its temporary name says nothing
+            raise UserError(str(error).replace(str(path), what).replace(path.name, what)) from error
+
     def _check_room(self, size: int, stored: int, count: int) -> None:
         if size > MAX_UPLOAD:
             raise Refused(413, f"the adapter is too large: send at most {MAX_UPLOAD >> 20} MiB")
-        if size + stored > MAX_STORED or count >= MAX_SUBJECTS or shutil.disk_usage(self.folder).free < SPARE:
-            raise Refused(507, "the server has no room for more subjects: delete some first")
+        if size + stored > MAX_STORED or count >= MAX_SUBJECTS:
+            raise Refused(507, NO_ROOM)
+        self._check_disk()
 
     def keep(self, path: Path, name: str, engine: Engine) -> tuple[NamedAdapter, AdapterInfo]:
         """Check a received file against the base, and keep it. The temporary file is gone in any case.
@@ -74,10 +100,7 @@ class Uploads:
         """
         with contextlib.ExitStack() as stack:
             stack.callback(path.unlink, missing_ok=True)
-            try:
-                info = engine.ask(lambda pipe: checked(path, pipe))
-            except UserError as error:  # its temporary name says nothing
-                raise UserError(str(error).replace(str(path), "the file").replace(path.name, "the file")) from error
+            info = self.check(path, engine, "the file")
             kept = self.folder / sha256(path)[:16] / f"{name}.safetensors"
             with user_errors(kept):
                 kept.parent.mkdir(exist_ok=True)

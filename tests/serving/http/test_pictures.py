@@ -231,7 +231,7 @@ ROUTES = ("/v1/pictures", "/v1/images/generations", "/sdapi/v1/txt2img")
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_damaged_bodies_are_refused(serve: Serve, path: str) -> None:
-    client = serve()
+    client = serve(uploads=False)
     wrong: list[tuple[bytes, str, int]] = [
         (b"", "application/json", 400),
         (b"{", "application/json", 400),

@@ -15,7 +15,7 @@ from ....errors import UserError, quoted
 from ...request import MAX_COUNT, Request
 from ...samplers import SAMPLERS
 from ..encoding import as_base64
-from ..following import pictures
+from ..following import pictures, submitted
 from ..state import State, seed_of
 from .own import client_of
 
@@ -50,7 +50,7 @@ def routes(state: State) -> APIRouter:
     async def txt2img(body: TextToImageBody, http: HttpRequest) -> dict[str, Any]:
         """Make pictures of a prompt with ``<lora:name:0.8>`` tags."""
         request = request_of(state, body, client_of(http))
-        found = await pictures(state, await run_in_threadpool(state.submit, request), http)
+        found = await pictures(state, await submitted(state, request, http), http)
         files = [await run_in_threadpool(as_base64, own, state.config.base_name) for own in found]
         settings = [replace(own.settings, base=state.config.base_name) for own in found]
         return {

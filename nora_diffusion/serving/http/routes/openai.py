@@ -15,7 +15,7 @@ from ....errors import UserError
 from ...request import MAX_COUNT, Request
 from ..answers import Refused
 from ..encoding import Format, as_base64
-from ..following import pictures
+from ..following import pictures, submitted
 from ..state import State, seed_of, tagged
 from .own import client_of
 
@@ -57,7 +57,7 @@ def routes(state: State) -> APIRouter:
         """Make pictures; ``response_format`` ``url`` gives data URLs."""
         if body.stream:
             raise UserError("this route does not stream: use /v1/pictures with stream, or leave it out")
-        ticket = await run_in_threadpool(state.submit, request_of(state, body, client_of(http)))
+        ticket = await submitted(state, request_of(state, body, client_of(http)), http)
         found = await pictures(state, ticket, http)
         form: Format = body.output_format or "png"
         files = [(await run_in_threadpool(as_base64, own, state.config.base_name, form))[0] for own in found]
@@ -74,9 +74,10 @@ def request_of(state: State, body: GenerationsBody, client: str) -> Request:
     """The body as the engine takes it. Raises :class:`UserError`."""
     prompt, (width, height), count = body.prompt, size_of(body.size), body.n or 1
     if body.model and body.model != state.config.base_name:
-        if body.model not in state.catalog.subjects:
+        model = state.catalog.named(body.model)
+        if model not in state.catalog.subjects:
             raise Refused(404, f"there is no model {body.model[:80]!r}: GET /v1/models lists them")
-        prompt = tagged(prompt, body.model)
+        prompt = tagged(prompt, model)
     sampling = state.sampling(
         body.steps, body.guidance, negative_prompt=body.negative_prompt, width=width, height=height
     )

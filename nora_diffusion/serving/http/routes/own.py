@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -17,8 +17,9 @@ from ....generation.settings import MAX_STEPS
 from ...request import MAX_COUNT, Request
 from ...tickets import Event, Picture, Ticket
 from ..answers import body_of, refused
+from ..attachments import MAX_BASE64, attached
 from ..encoding import Format, as_base64
-from ..following import events, pictures
+from ..following import ending_of, events, pictures, submitted
 from ..previews import Previews
 from ..state import State, seed_of
 
@@ -32,6 +33,9 @@ class PicturesBody(BaseModel):
     prompt: str
     negative_prompt: str = ""
     subjects: dict[str, Number] = Field({}, description="weights by name, beside the tags of the prompt")
+    adapters: dict[str, Annotated[str, Field(max_length=MAX_BASE64)]] = Field(
+        {}, description="files of adapters for this request only, in base64 by name; weight 1 if nothing names them"
+    )
     seed: int | None = None
     steps: int | None = None
     guidance: Number | None = None
@@ -68,7 +72,11 @@ def routes(state: State) -> APIRouter:
     @router.post("/v1/pictures", response_model=PicturesAnswer)
     async def make_pictures(body: PicturesBody, http: HttpRequest) -> Any:
         """Make pictures. With ``"stream": true`` or ``Accept: text/event-stream``: queued, step, picture and error."""
-        ticket = await run_in_threadpool(state.submit, request_of(state, body, client_of(http)))
+        request = request_of(state, body, client_of(http))
+        if body.adapters:
+            files = await run_in_threadpool(attached, state, body.adapters, ending_of(http))
+            request = replace(request, adapters=files)
+        ticket = await submitted(state, request, http)
         if body.stream or "text/event-stream" in http.headers.get("accept", ""):
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
             return StreamingResponse(stream(state, ticket, body), 200, headers, "text/event-stream")
@@ -91,6 +99,7 @@ def request_of(state: State, body: PicturesBody, client: str) -> Request:
     return Request(
         body.prompt, sampling, body.subjects, seed_of(body.seed, body.count), body.count, body.sampler, client,
         body.priority, state.config.timeout if body.timeout is None else body.timeout,
+        dict.fromkeys(body.adapters, "not received yet"),
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def routes(state: State) -> APIRouter:
     @router.put("/{name}", status_code=201, openapi_extra={"requestBody": {"required": True, "content": body}})
     async def upload(name: str, http: HttpRequest) -> dict[str, Any]:
         """Add an adapter: its safetensors file is the body."""
-        uploads = _uploads(state)
+        uploads = state.catalog.open_uploads
         if not NAME.fullmatch(name):
             raise Refused(400, "the name of a subject has letters, digits, '_' and '-', at most 64: choose another")
         if name in state.catalog.subjects:
@@ -41,7 +41,7 @@ def routes(state: State) -> APIRouter:
     @router.delete("/{name}")
     def delete(name: str) -> dict[str, Any]:
         """Remove an uploaded adapter from the disk, and from memory when no picture at work uses it."""
-        uploads = _uploads(state)
+        uploads = state.catalog.open_uploads
         subject = state.catalog.subjects.get(name)
         if subject is None:
             raise Refused(404, f"there is no subject {name[:80]!r}")
@@ -54,12 +54,6 @@ def routes(state: State) -> APIRouter:
         return {"name": name, "deleted": True}
 
     return router
-
-
-def _uploads(state: State) -> Uploads:
-    if state.catalog.uploads is None:
-        raise Refused(403, "this server takes no uploads: it was started without --uploads")
-    return state.catalog.uploads
 
 
 def _keep(state: State, uploads: Uploads, path: Any, name: str) -> Subject:
