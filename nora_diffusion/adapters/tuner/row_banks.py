@@ -124,16 +124,46 @@ class PairBank(Bank):
         downs, ups = self.rows(y)
         return functional.add_rowwise(y, functional.rowwise(x.to(y.dtype), downs), ups, in_place=in_place)
 
+    def __init__(self, layer: NoraLayer, names: list[str], plan: RowPlan) -> None:
+        super().__init__(layer, names, plan)
+        self._kept: dict[tuple[tuple[str, float], ...], _KeptPair] = {}
+
     def build(self, specs: Sequence[RowSpec]) -> tuple[Tensor, ...]:
         chains = {name: (self.scaling(name), self.delta(name)) for name in self.live()}
-        members = [[(w * chains[n][0], chains[n][1]) for n, w in spec.items() if n in chains] for spec in specs]
-        pairs = [self.join(own) if own else None for own in members]
+        used = [tuple((name, weight) for name, weight in spec.items() if name in chains) for spec in specs]
+        pairs = [
+            self._pair(spec, [(w * chains[n][0], chains[n][1]) for n, w in spec]) if spec else None for spec in used
+        ]
+        if len(self._kept) > 2 * len(self.plan.specs):
+            self._kept = {spec: pair for spec, pair in self._kept.items() if spec in used}
         rank = max(len(pair[0]) for pair in pairs if pair is not None)
         down, up = next(pair for pair in pairs if pair is not None)
         none = down.new_zeros(0, down.shape[1]), up.new_zeros(up.shape[0], 0)
         padded = [_padded(*(pair or none), rank) for pair in pairs]
         downs, ups = (torch.stack(factors) for factors in zip(*padded, strict=True))
         return downs.mT, ups.mT
+
+    def _pair(self, spec: tuple[tuple[str, float], ...], chains: Sequence[ScaledChain]) -> Pair:
+        """The pair of a spec, which is kept if the spec comes again, until a weight or a factor changes."""
+        if not self.plan.keeps_pairs or torch.is_grad_enabled():
+            return self.join(chains)
+        kept = self._kept.setdefault(spec, _KeptPair())
+        return kept.get(chains, self.join)
+
+
+class _KeptPair:
+    """The pair of some chains with their state when it was computed."""
+
+    def __init__(self) -> None:
+        self._factors = FactorState()
+        self._state: object = None
+        self._pair: Pair | None = None
+
+    def get(self, chains: Sequence[ScaledChain], join: Callable[[Sequence[ScaledChain]], Pair]) -> Pair:
+        state = [scale for scale, _ in chains], self._factors.of([chain for _, chain in chains])
+        if self._pair is None or state != self._state:
+            self._state, self._pair = state, join(chains)
+        return self._pair
 
 
 class InputBank(PairBank):

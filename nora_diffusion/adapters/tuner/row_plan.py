@@ -14,17 +14,25 @@ RowSpec = Mapping[str, float]
 """The adapters of one row with their weights; empty for the base alone."""
 
 
+def live(spec: RowSpec) -> RowSpec:
+    """A spec without the adapters of weight 0."""
+    return {name: weight for name, weight in spec.items() if weight}
+
+
 class RowPlan:
     """Which adapters each row of a model's batch uses.
 
     A batch of ``n = g len(specs) repeats`` rows is ``g`` copies (guidance: negative, positive) of the specs in order,
     each repeated ``repeats`` times in succession (``num_images_per_prompt``). ``batch`` has the spec index of each row.
-    ``exact``: refuse copies.
+    ``exact``: refuse copies. ``keeps_pairs``: whether the specs of a batch come again in other batches, so that what
+    is computed for one of them is kept.
     """
+
+    keeps_pairs = False
 
     def __init__(self, specs: Sequence[RowSpec], *, exact: bool = False) -> None:
         self.exact = exact
-        self.specs = [{name: weight for name, weight in spec.items() if weight} for spec in specs]
+        self.specs = [live(spec) for spec in specs]
         self.names = list(dict.fromkeys(name for spec in self.specs for name in spec))
         self.repeats = 1
         self.batch: list[int] = []
