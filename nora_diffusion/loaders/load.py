@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,19 +131,43 @@ def load_adapter(
 
 def check_adapter(pipe: Any, path: str | Path, basis_dir: str | Path | None = None) -> tuple[AdapterInfo, Tensors]:
     """Read a file and check that it fits the pipeline, without loading it. Raises as :func:`load_adapter`."""
-    modules = components(pipe)
     with open_adapter(path) as source:
-        info, tensors = source.info, _read(source, modules, basis_dir)
+        return check_open(pipe, source, basis_dir)
+
+
+Known = Callable[[AdapterInfo], Tensors | None]
+"""Finds the shared basis of a file in memory."""
+
+
+def check_open(
+    pipe: Any, source: OpenAdapter, basis_dir: str | Path | None = None, known: Known | None = None
+) -> tuple[AdapterInfo, Tensors]:
+    """:func:`check_adapter` for an open file. ``known``: where its basis may be (default: in a loaded adapter)."""
+    modules = components(pipe)
+    info, tensors = source.info, _read(source, modules, basis_dir, known)
     _check_fit(info, info.configs, modules, tensors, base_id(pipe))
     return info, tensors
 
 
-def _read(source: OpenAdapter, modules: Modules, basis_dir: str | Path | None) -> Tensors:
-    """All tensors of an adapter of ours; those of a shared basis from memory, if a loaded adapter has the same."""
+@one_at_a_time
+def load_checked(pipe: Any, name: str, info: AdapterInfo, tensors: Tensors) -> None:
+    """Load what :func:`check_open` has returned, without activating it. Raises :class:`UserError` for a taken name."""
+    modules = components(pipe)
+    refuse_serving(modules)
+    check_new_name(pipe, modules, name, info.configs)
+    refuse_merged(modules)
+    refuse_offloaded(modules)
+    check_tokens(pipe, modules, shapes_of(token_vectors(info.tokens, tensors)))
+    insert(pipe, modules, name, info, tensors, activate=False, weight=1.0)
+
+
+def _read(source: OpenAdapter, modules: Modules, basis_dir: str | Path | None, known: Known | None = None) -> Tensors:
+    """All tensors of an adapter of ours; those of a shared basis from memory, if they are known there."""
     info = source.info
     _ = info.axes  # raises for a file of another tool
-    own = source.read()
-    basis = resident_basis(modules, info) if info.basis == "shared" else None
+    own, basis = source.read(), None
+    if info.basis == "shared":
+        basis = resident_basis(modules, info) if known is None else known(info)
     if basis is None:
         return {key: value.tensor() for key, value in complete(info, own, basis_dir).items()}
     return joined(info, {key: value.tensor() for key, value in own.items()}, basis)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,33 +18,44 @@ from torch import Tensor
 
 from ..errors import UserError, out_of_memory
 from ..generation.image_settings import adapter_settings
-from ..generation.library import NamedAdapter, find_adapter
+from ..generation.library import NamedAdapter
 from ..loaders.locking import exclusive
 from ..pipelines.names import DENOISERS
 from .merging import merged, parted
-from .pictures import Work, own_pipeline, start
+from .pictures import Copies, Work, start
 from .rendezvous import Call, Rendezvous
 from .request import Request
-from .residents import Resident, Residents
+from .residents import Residents
 from .rows import Rows, Spec
 from .samplers import check_sampler
+from .subjects import Source, Subjects, source_of
 from .tickets import Closed, Event, Ticket
 from .waiting import FairQueue
 
+HOST_MEMORY = 2**30
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Pictures that wait and that are at work; passes of the denoiser so far and their rows; subjects and loads."""
+    """What an engine does and has done.
+
+    ``waiting``, ``at_work``: pictures. ``passes``, ``rows``: of the denoiser so far. ``resident``: subjects in the
+    pipeline; ``hits``: how often one was wanted that was there, ``loads``: that was not. ``held``, ``held_bytes``:
+    subjects in host memory and their size, ``reads``: how often one was read from its file.
+    """
 
     waiting: int
     at_work: int
     passes: int
     rows: int
     resident: int
+    hits: int
     loads: int
+    held: int
+    held_bytes: int
+    reads: int
 
 
 class Engine:
@@ -52,7 +63,8 @@ class Engine:
 
     ``pipe``: the engine's own from now on. ``subjects``: adapters that requests may name
     (:func:`~nora_diffusion.generation.library.list_library`). ``at_once``: pictures at work at most. ``resident``:
-    subjects that are loaded at most. ``waiting``: pictures that wait at most. ``weights``: of clients, 1 for others.
+    subjects in the pipeline at most. ``host_memory``: bytes that more of them may take in memory. ``waiting``:
+    pictures that wait at most. ``weights``: of clients, 1 for others.
     """
 
     def __init__(
@@ -62,18 +74,22 @@ class Engine:
         *,
         at_once: int = 16,
         resident: int = 64,
+        host_memory: int = HOST_MEMORY,
         waiting: int = 256,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        if at_once < 1 or resident < 1 or waiting < 1:
-            raise UserError("at_once, resident and waiting must be 1 or more")
-        self.pipe, self.subjects, self.at_once = pipe, list(subjects), at_once
+        if at_once < 1 or resident < 1 or waiting < 1 or host_memory < 0:
+            raise UserError("at_once, resident and waiting must be 1 or more, host_memory 0 or more")
+        self.pipe, self.subjects, self.at_once = pipe, Subjects(subjects), at_once
         self._queue: FairQueue[Work] = FairQueue(waiting, weights)
-        self._residents, self._rows = Residents(pipe, resident), Rows(pipe)
-        self._meeting, self._tokenizing = Rendezvous(), threading.RLock()
+        self._rows = Rows(pipe)
+        self._residents = Residents(pipe, resident, host_memory, self._rows.close)
+        self._meeting = Rendezvous()
+        self._copies = Copies(pipe, self._meeting)
         self._at_work: list[Work] = []
-        self._removed: set[str] = set()
+        self._stale = False
         self._asked: list[tuple[Callable[[Any], Any], Future[Any]]] = []
+        self._room: dict[Hashable, int] = {}
         self._passes = self._pass_rows = 0
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -90,12 +106,9 @@ class Engine:
     def submit(self, request: Request) -> Ticket:
         """Queue a request. Raises :class:`UserError` if it is not possible, :class:`.waiting.Full` without room."""
         check_sampler(request.sampler)
-        own = request.adapters
-        paths = tuple(own.get(tag.name) or find_adapter(tag, self.subjects).path for tag in request.tags)
-        if len(set(paths)) < len(paths):
-            raise UserError("two subjects of the request are the same adapter: give it once")
+        sources = tuple(source_of(path) for path in self._paths(request))
         ticket = Ticket(request)
-        works = [Work(ticket, index, paths) for index in range(request.count)]
+        works = [Work(ticket, index, sources) for index in range(request.count)]
         with self._wake:
             if self._closing is not None:
                 raise Closed("the engine is being stopped: send the request again later")
@@ -105,18 +118,28 @@ class Engine:
             self._wake.notify_all()
         return ticket
 
+    def _paths(self, request: Request) -> list[str]:
+        """The files of a request's subjects. Raises :class:`UserError` for unknown ones and for one given twice."""
+        paths = [request.adapters.get(tag.name) or self.subjects.find(tag).path for tag in request.tags]
+        if len(set(paths)) < len(paths):
+            raise UserError("two subjects of the request are the same adapter: give it once")
+        return paths
+
     @property
-    def residents(self) -> Mapping[str, Resident]:
-        """The loaded subjects by path."""
-        return self._residents.loaded
+    def resident_paths(self) -> set[str]:
+        """The paths of the subjects in the pipeline."""
+        return {source.path for source in list(self._residents.loaded)}
 
     @property
     def statistics(self) -> Statistics:
         """What the engine does and has done."""
         with self._lock:
             at_work = len(self._at_work)
-        loads, loaded = self._residents.loads, len(self._residents.loaded)
-        return Statistics(len(self._queue), at_work, self._passes, self._pass_rows, loaded, loads)
+        here, host = self._residents, self._residents.host
+        return Statistics(
+            len(self._queue), at_work, self._passes, self._pass_rows, len(here.loaded), here.hits, here.loads,
+            len(host), host.bytes, host.reads,
+        )  # fmt: skip
 
     @property
     def is_open(self) -> bool:
@@ -125,29 +148,20 @@ class Engine:
 
     def add_subject(self, subject: NamedAdapter) -> None:
         """Let requests name another adapter. Raises :class:`UserError` if the name is taken."""
-        with self._wake:
-            if any(own.name == subject.name for own in self.subjects):
-                raise UserError(f"there is a subject {subject.name!r} already: choose another name")
-            self.subjects = [*self.subjects, subject]  # a new list: readers take no lock
-            self._removed.discard(subject.path)
+        self.subjects.add(subject)
 
     def remove_subject(self, name: str) -> None:
-        """Forget an adapter. It is unloaded before the next pass, or after the pictures at work that use it.
+        """Forget an adapter. It leaves memory before the next pass, or after the pictures at work that use it.
 
         Waiting pictures that name it fail. Raises :class:`UserError` if there is none.
         """
-        with self._wake:
-            found = [own for own in self.subjects if own.name == name]
-            if not found:
-                raise UserError(f"there is no subject {name[:80]!r}")
-            self.subjects = [own for own in self.subjects if own.name != name]
-            self._removed.update(own.path for own in found)
-            self._wake.notify_all()
+        self.subjects.remove(name)
+        self.forget_unnamed()
 
-    def forget(self, paths: Iterable[str]) -> None:
-        """Unload adapters of a request that has ended (:attr:`.request.Request.adapters`), as of a removed subject."""
+    def forget_unnamed(self) -> None:
+        """Let adapters that came with a request leave memory, after the pictures at work that use them."""
         with self._wake:
-            self._removed.update(paths)
+            self._stale = True
             self._wake.notify_all()
 
     def ask(self, function: Callable[[Any], T]) -> T:
@@ -187,6 +201,7 @@ class Engine:
                 return False
             if calls := self._wanted(self._meeting.wait()):
                 group = _group(calls)
+                group = group[: self._room.get(group[0].kind)]
                 self._meeting.take(group)
                 self._compute(group)
         except Exception:
@@ -206,15 +221,17 @@ class Engine:
                     left.fail(Closed("the engine was stopped"))
                 return False
         self._answer_asked()
-        self._unload_removed()
+        self._forget_removed()
         self._drop_ended()
+        if not self._at_work:
+            self._room.clear()
         while len(self._at_work) < self.at_once and self._closing is not False and (waiting := self._queue.take()):
             self._start(waiting)
         return True
 
     @property
     def _has_work(self) -> bool:
-        return bool(self._at_work or len(self._queue) or self._removed or self._asked)
+        return bool(self._at_work or len(self._queue) or self._stale or self._asked)
 
     def _answer_asked(self) -> None:
         with self._lock:
@@ -225,14 +242,16 @@ class Engine:
             except BaseException as error:
                 answer.set_exception(error)
 
-    def _unload_removed(self) -> None:
+    def _forget_removed(self) -> None:
+        """Remove from memory the subjects that may no longer be named, unless a picture at work uses them."""
         with self._lock:
-            free = self._removed - {path for work in self._at_work for path in work.paths}
-            self._removed -= free
-        if loaded := [path for path in free if path in self._residents.loaded]:
-            self._rows.close()
-            for path in loaded:
-                self._residents.remove(path)
+            if not self._stale:
+                return
+            self._stale = False
+        paths, in_use = self.subjects.paths, self._in_use()
+        removed = {source for source in self._residents.known() if source.path not in paths}
+        self._residents.forget(removed - in_use)
+        self._stale = self._stale or bool(removed & in_use)
 
     def _drop_ended(self) -> None:
         """Take waiting pictures that are no longer wanted out of the queue, where they would keep others out."""
@@ -244,13 +263,13 @@ class Engine:
         if ended := work.ticket.ended:
             work.fail(ended)
             return
-        own = work.ticket.request.adapters.values()
-        if set(work.paths) - {subject.path for subject in self.subjects} - set(own):
+        own = set(work.ticket.request.adapters.values())
+        if work.sources and {source.path for source in work.sources} - own - self.subjects.paths:
             work.fail(UserError("a subject of the request was removed while it waited: send it without that subject"))
             return
         try:
             self._load(work)
-            own = own_pipeline(self.pipe, work, self._meeting, self._tokenizing)
+            own = self._copies.of(work)
         except Exception as error:
             work.fail(error)
             return
@@ -267,19 +286,17 @@ class Engine:
         with self._lock:
             self._at_work.remove(work)
 
+    def _in_use(self) -> set[Source]:
+        with self._lock:
+            return {source for work in self._at_work for source in work.sources}
+
     def _load(self, work: Work) -> None:
         """Load the subjects of a picture, and note its rows' adapters."""
-        if missing := self._residents.missing(work.paths):
-            with self._lock:
-                in_use = {path for other in self._at_work for path in other.paths} | set(work.paths)
-            self._rows.close()
-            for path in missing:
-                self._residents.load(path, in_use)
-        adapters = []
-        for path, tag in zip(work.paths, work.ticket.request.tags, strict=True):
-            resident = self._residents.get(path)
-            adapters.append((resident.adapter, tag.unet, tag.te))
-            work.described.append(adapter_settings(resident.info, "", tag.name, tag.unet, tag.te))
+        in_use, adapters = self._in_use() | set(work.sources), []
+        for source, tag in zip(work.sources, work.ticket.request.tags, strict=True):
+            slot = self._residents.get(source, in_use)
+            adapters.append((slot.adapter, tag.unet, tag.te))
+            work.described.append(adapter_settings(slot.info, "", tag.name, tag.unet, tag.te))
         work.spec = Spec(tuple(adapters))
 
     def _wanted(self, calls: Sequence[Call]) -> list[Call]:
@@ -296,17 +313,22 @@ class Engine:
         return wanted
 
     def _compute(self, calls: Sequence[Call]) -> None:
-        """Answer calls of one model by one pass. If it fails, it is halved, so that a picture fails alone."""
+        """Answer calls of one model by one pass. If it fails, it is halved, so that a picture fails alone.
+
+        Passes that did not fit into memory are not tried again in that size.
+        """
         try:
             self._answer(calls)
         except Exception as error:
-            if out_of_memory(error) and torch.cuda.is_available():
-                torch.cuda.empty_cache()
             if len(calls) == 1:
                 calls[0].fail(error)
                 return
-            log.warning("a pass of %d pictures failed and is halved: %s", len(calls), error)
             middle = len(calls) // 2
+            if out_of_memory(error):
+                self._room[calls[0].kind] = middle
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            log.warning("a pass of %d pictures failed and is halved: %s", len(calls), error)
             for half in (calls[:middle], calls[middle:]):
                 self._compute(half)
 
@@ -342,7 +364,7 @@ def _group(calls: Sequence[Call]) -> list[Call]:
     first = (others or list(calls))[0]
     if first.model.startswith("vae"):
         return [first]
-    return [call for call in calls if call.model == first.model and call.arguments.key == first.arguments.key]
+    return [call for call in calls if call.kind == first.kind]
 
 
 def _check_finite(name: str, result: Any) -> None:

@@ -16,16 +16,17 @@ from .merging import Arguments
 from .rendezvous import Locked, Rendezvous, Shared, SharedAutoencoder
 from .rows import Spec
 from .samplers import scheduler
+from .subjects import Source
 from .tickets import Event, Picture, Ticket
 
 
 @dataclass(eq=False)
 class Work:
-    """A picture to make: number ``index`` of a request. ``paths``: the files of its subjects."""
+    """A picture to make: number ``index`` of a request. ``sources``: the files of its subjects."""
 
     ticket: Ticket
     index: int
-    paths: tuple[str, ...] = ()
+    sources: tuple[Source, ...] = ()
     spec: Spec = field(default_factory=Spec)
     described: list[dict[str, Any]] = field(default_factory=list)
 
@@ -44,7 +45,7 @@ class Work:
         self.ticket.tell(Event("error", self.index, error=error))
 
     def make(self, pipe: Any) -> None:
-        """Make the picture with a pipeline of its own (:func:`own_pipeline`), and tell the sender."""
+        """Make the picture with a pipeline of its own (:class:`Copies`), and tell the sender."""
         request, seed = self.ticket.request, self.ticket.request.seed + self.index
 
         def on_step(step: int, latents: Any) -> None:
@@ -58,25 +59,35 @@ class Work:
             self.fail(error)
 
 
-def own_pipeline(pipe: Any, work: Work, meeting: Rendezvous, lock: threading.RLock) -> Any:
-    """A copy of the pipeline with a scheduler of its own, whose models are computed by the engine.
+class Copies:
+    """Makes a copy of the pipeline for each picture, with a scheduler of its own, whose models the engine computes.
 
-    ``lock``: of the tokenizers. Raises :class:`UserError` for a sampler that the base cannot use.
+    The models' dtypes and devices are looked up once, which takes the longer the more adapters are loaded.
     """
 
-    def call(model: str, arguments: Arguments) -> Any:
-        return meeting.call(work, model, arguments)
+    def __init__(self, pipe: Any, meeting: Rendezvous) -> None:
+        self._pipe, self._meeting, self._tokenizing = pipe, meeting, threading.RLock()
+        self._models = {**components(pipe), "vae": pipe.vae}
+        self._places = {name: (model.dtype, model.device) for name, model in self._models.items()}
+        self._kind = _placed(type(pipe), pipe.device, pipe.dtype)
 
-    own = copy.copy(pipe)
-    own.__class__ = _placed(type(pipe), pipe.device, pipe.dtype)
-    models: dict[str, Any] = {name: Shared(module, name, call) for name, module in components(pipe).items()}
-    for name in [tokenizer_name(encoder) for encoder in models if encoder not in DENOISERS]:
-        models[name] = Locked(getattr(pipe, name), lock)
-    models["vae"] = SharedAutoencoder(pipe.vae, "vae", call)
-    models["scheduler"] = scheduler(pipe.scheduler, work.ticket.request.sampler)
-    vars(own).update(models)  # not setattr, which would write them to the pipeline's config
-    own.set_progress_bar_config(disable=True)
-    return own
+    def of(self, work: Work) -> Any:
+        """The pipeline of a picture. Raises :class:`UserError` for a sampler that the base cannot use."""
+
+        def call(model: str, arguments: Arguments) -> Any:
+            return self._meeting.call(work, model, arguments)
+
+        own = copy.copy(self._pipe)
+        own.__class__ = self._kind
+        models: dict[str, Any] = {"scheduler": scheduler(self._pipe.scheduler, work.ticket.request.sampler)}
+        for name, model in self._models.items():
+            kind = SharedAutoencoder if name == "vae" else Shared
+            models[name] = kind(model, name, *self._places[name], call)
+        for name in [tokenizer_name(encoder) for encoder in components(self._pipe) if encoder not in DENOISERS]:
+            models[name] = Locked(getattr(self._pipe, name), self._tokenizing)
+        vars(own).update(models)  # not setattr, which would write them to the pipeline's config
+        own.set_progress_bar_config(disable=True)
+        return own
 
 
 def _placed(kind: Any, device: Any, dtype: Any) -> type:

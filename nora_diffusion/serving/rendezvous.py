@@ -25,6 +25,11 @@ class Call:
     error: BaseException | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def kind(self) -> Hashable:
+        """Calls of one kind can share a pass."""
+        return self.model, self.arguments.key
+
     def answer(self, result: Any) -> None:
         """Let the picture go on with a result."""
         self.result = result
@@ -82,13 +87,13 @@ class Rendezvous:
 class Shared:
     """A model as one picture sees it: calls go to the rendezvous, everything else to the model itself.
 
-    Its dtype and device are read once, by the engine: a model looks for them among its modules, which the engine may
-    be changing when a picture asks.
+    Its dtype and device are given: a model looks for them among its modules, which the engine may be changing when a
+    picture asks.
     """
 
-    def __init__(self, model: Any, name: str, call: Callable[[str, Arguments], Any]) -> None:
+    def __init__(self, model: Any, name: str, dtype: Any, device: Any, call: Callable[[str, Arguments], Any]) -> None:
         self._model, self._name, self._call = model, name, call
-        self.dtype, self.device = model.dtype, model.device
+        self.dtype, self.device = dtype, device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(self._name, Arguments.of(args, kwargs))

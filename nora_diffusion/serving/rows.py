@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.tuner.mixed_rows import serve_rows
-from ..adapters.tuner.row_plan import RowPlan
+from ..adapters.tuner.row_plan import RowPlan, RowSpec, live
 from ..pipelines.components import components, named_tuner_layers
 from ..pipelines.names import DENOISERS
 
@@ -28,32 +28,50 @@ class Spec:
 
 
 class AssignedPlan(RowPlan):
-    """A plan that the engine assigns before each pass."""
+    """A plan whose specs and batch the engine assigns before each pass; ``names``: adapters that specs may have."""
+
+    keeps_pairs = True
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__([dict.fromkeys(names, 1.0)])
 
     def begin(self, first: Tensor) -> None:
         """Nothing is left to do."""
+
+    def serve(self, specs: Sequence[RowSpec]) -> None:
+        """Take other specs, which the next batch is made of."""
+        self.specs, self.batch = [live(spec) for spec in specs], []
 
 
 class Rows:
     """Applies to each row of a pass the adapters of its picture.
 
-    The layers are prepared for a set of specs, and once more when a spec comes that is not in it.
+    The layers are prepared for a set of adapters, and once more when another one comes. Which of them a spec has, at
+    which weights, may change in each pass.
     """
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = pipe
+        self._names: dict[str, None] = {}
         self._specs: list[Spec] = []
         self._plans: dict[str, AssignedPlan] = {}
         self._stack = ExitStack()
 
     def prepare(self, specs: Sequence[Spec]) -> None:
-        """Make sure that all these specs can be assigned."""
-        if self._plans and set(specs) <= set(self._specs):
-            return
+        """Make sure that all these specs, of the pictures at work, can be assigned."""
+        names = dict.fromkeys(adapter[0] for spec in specs for adapter in spec.adapters)
+        if not self._plans or not names.keys() <= self._names.keys():
+            self._open({**self._names, **names})
+        if set(specs) != set(self._specs):
+            self._specs = list(dict.fromkeys(specs))
+            for component, plan in self._plans.items():
+                plan.serve([spec.weights(component) for spec in self._specs])
+
+    def _open(self, names: dict[str, None]) -> None:
         self.close()
-        self._specs = list(dict.fromkeys(specs))
+        self._names = names
         for component, module in components(self._pipe).items():
-            plan = AssignedPlan([spec.weights(component) for spec in self._specs])
+            plan = AssignedPlan(list(names))
             self._stack.enter_context(serve_rows(module, plan, named_tuner_layers(module)))
             self._plans[component] = plan
 
@@ -64,4 +82,4 @@ class Rows:
     def close(self) -> None:
         """Leave the layers as they were, so that adapters can be loaded and deleted."""
         self._stack.close()
-        self._plans = {}
+        self._plans, self._names, self._specs = {}, {}, []

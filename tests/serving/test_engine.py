@@ -21,7 +21,7 @@ from nora_diffusion.generation.sampling import sample_images
 from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.loaders import delete_adapter
 from nora_diffusion.serving.engine import Engine
-from nora_diffusion.serving.pictures import Work, own_pipeline
+from nora_diffusion.serving.pictures import Copies, Work
 from nora_diffusion.serving.rendezvous import Rendezvous
 from nora_diffusion.serving.request import Request
 from nora_diffusion.serving.samplers import SAMPLERS, scheduler
@@ -106,7 +106,38 @@ def test_few_subjects_stay_loaded(tiny_base: Path, library: Path, pipe: Any) -> 
     with Engine(pipe, list_library(library), at_once=2, resident=2) as engine:
         tickets = [engine.submit(ask(f"a picture <lora:{name}>", seed=i)) for i, name in enumerate(names)]
         assert_equal_to_runs_alone(tiny_base, library, tickets)
-        assert len(engine.residents) <= 2
+        assert len(engine.resident_paths) <= 2
+
+
+def test_subjects_of_one_structure_share_slots(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
+    for seed in range(4):
+        add_adapter(pipe, SUBJECTS["dog"], "subject", COMPONENTS)
+        randomize(pipe, "subject", seed, size=0.05)
+        save_adapter(pipe, tmp_path / f"s{seed}", "subject")
+        delete_adapter(pipe, "subject")
+    asked = [ask(f"a sks dog <lora:s{i % 4}:{0.5 + 0.1 * i}>", 2 + i % 3, seed=i) for i in range(8)]
+    with Engine(pipe, list_library(tmp_path), at_once=2, resident=2, host_memory=0) as engine:
+        assert_equal_to_runs_alone(tiny_base, tmp_path, [engine.submit(request) for request in asked])
+        now = engine.statistics
+    assert now.resident == 2 and now.loads + now.hits == 8 and now.reads == now.loads and now.held == 1
+
+
+def test_a_pass_that_is_too_large_is_halved_once(
+    tiny_base: Path, library: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, rows = pipe.unet.forward, list[int]()
+
+    def small(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows.append(len(sample))
+        if len(sample) > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(sample, *args, **kwargs)
+
+    monkeypatch.setattr(pipe.unet, "forward", small)
+    with Engine(pipe, list_library(library), at_once=4) as engine:
+        tickets = [engine.submit(ask("a sks dog <lora:dog>", count=4))]
+        assert_equal_to_runs_alone(tiny_base, library, tickets)
+    assert max(rows) > 4 and len([count for count in rows if count > 4]) == 1
 
 
 def test_a_cancelled_request_ends_between_steps(pipe: Any) -> None:
@@ -173,7 +204,7 @@ def test_closing_without_draining(pipe: Any) -> None:
 def test_pictures_do_not_look_through_modules_that_the_engine_changes(pipe: Any) -> None:
     work = Work(Ticket(ask("a red car")), 0)
     pipe.to("meta")
-    own = own_pipeline(pipe, work, Rendezvous(), threading.RLock())
+    own = Copies(pipe, Rendezvous()).of(work)
     with mock.patch.object(nn.Module, "named_modules", side_effect=RuntimeError("dictionary changed size")):
         for module in (own.unet, own.text_encoder, own.vae, own):
             assert (module.dtype, module.device.type) == (torch.float32, "meta")

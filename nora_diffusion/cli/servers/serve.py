@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 HELP = "serve pictures of many subjects over HTTP"
 PLAIN = (
-    "host", "port", "uploads", "keys", "at_once", "resident", "waiting", "rate", "max_side", "max_steps", "timeout",
-    "drain",
+    "host", "port", "uploads", "keys", "at_once", "resident", "host_memory", "waiting", "rate", "max_side", "max_steps",
+    "timeout", "drain",
 )  # fmt: skip
 
 
@@ -35,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new_key", metavar="NAME", help="add a key to the file --keys, print it, and end")
     parser.add_argument("--uploads", metavar="DIR", help="let clients upload adapters, into this folder")
     parser.add_argument("--at_once", type=int, default=own.at_once, help="pictures that share the passes at most")
-    parser.add_argument("--resident", type=int, default=own.resident, help="subjects that stay loaded at most")
+    parser.add_argument("--resident", type=int, default=own.resident, help="subjects in the pipeline at most")
+    parser.add_argument(
+        "--host_memory", type=int, default=own.host_memory, help="MiB of memory for subjects that make room for others"
+    )
     parser.add_argument("--waiting", type=int, default=own.waiting, help="pictures that wait at most; others get 429")
     parser.add_argument("--rate", type=float, default=own.rate, help="requests a minute of each key")
     parser.add_argument("--max_side", type=int, default=own.max_side, help="largest width and height of a picture")

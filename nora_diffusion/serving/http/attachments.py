@@ -31,7 +31,7 @@ def attached(state: State, adapters: Mapping[str, str], ending: ExitStack) -> di
         ending.callback(path.unlink, missing_ok=True)
         files[name] = str(path)
         uploads.check(path, state.engine, f"the adapter {name}")
-    ending.callback(state.engine.forget, list(files.values()))
+    ending.callback(state.engine.forget_unnamed)
     return files
 
 

@@ -16,9 +16,9 @@ class ServeConfig:
     """Settings of ``nora-diffusion serve``.
 
     ``subjects``: folders, packs and files of adapters. ``uploads``: folder of uploaded ones (``None``: no uploads).
-    ``keys``: file of API keys. ``at_once``, ``resident``, ``waiting``: limits of the engine. ``rate``: requests a
-    minute of a key. ``max_side``, ``max_steps``: limits of a picture. ``timeout``: seconds of a request that
-    names none. ``drain``: seconds that requests at work may take after a stop.
+    ``keys``: file of API keys. ``at_once``, ``resident``, ``host_memory`` (MiB), ``waiting``: limits of the engine.
+    ``rate``: requests a minute of a key. ``max_side``, ``max_steps``: limits of a picture. ``timeout``: seconds of a
+    request that names none. ``drain``: seconds that requests at work may take after a stop.
     """
 
     source: BaseSource = field(default_factory=BaseSource)
@@ -29,6 +29,7 @@ class ServeConfig:
     keys: str | None = None
     at_once: int = 16
     resident: int = 64
+    host_memory: int = 1024
     waiting: int = 256
     rate: float = 120.0
     max_side: int = 1024
@@ -41,6 +42,7 @@ class ServeConfig:
         check_range("port", self.port, 0, 65535)
         check_range("at_once", self.at_once, 1, 1024)
         check_range("resident", self.resident, 1, 100_000)
+        check_range("host_memory", self.host_memory, 0, 2**24)
         check_range("waiting", self.waiting, 1, 100_000)
         check_range("rate", self.rate, 0.1, 1e6)
         check_range("max_side", self.max_side, 8, MAX_SIDE)

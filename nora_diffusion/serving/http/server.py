@@ -44,8 +44,9 @@ def started(config: ServeConfig) -> Iterator[str]:
     uploads = Uploads(Path(config.uploads).expanduser()) if config.uploads else None
     catalog = Catalog(config.subjects, uploads)
     engine = Engine(
-        config.source.open(), catalog.adapters, at_once=config.at_once, resident=config.resident, waiting=config.waiting
-    )
+        config.source.open(), catalog.adapters, at_once=config.at_once, resident=config.resident,
+        host_memory=config.host_memory << 20, waiting=config.waiting,
+    )  # fmt: skip
     with engine, _requests_logged(), _served(State(config, engine, catalog, keys)) as url:
         yield url
 

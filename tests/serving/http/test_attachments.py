@@ -38,7 +38,7 @@ def picture_of(client: Any, **body: Any) -> Any:
 
 
 def assert_nothing_is_left(client: Any, folder: Path) -> None:
-    until(lambda: not client.state.engine.residents)
+    until(lambda: not client.state.engine.resident_paths)
     assert list((folder / "uploads").iterdir()) == []
 
 

@@ -44,7 +44,7 @@ def test_upload_use_and_delete(serve: Serve, library: Path, tmp_path: Path) -> N
         assert client.post("/v1/pictures", json=SMALL).status_code == 200
         assert len(Uploads(tmp_path / "uploads").adapters()) == 1
         assert client.delete("/v1/subjects/hat").json() == {"name": "hat", "deleted": True}
-        until(lambda: not any("hat" in path for path in client.state.engine.residents))
+        until(lambda: not any("hat" in path for path in client.state.engine.resident_paths))
         assert list((tmp_path / "uploads").iterdir()) == []
         assert client.post("/v1/pictures", json=SMALL).status_code == 400
     assert client.delete("/v1/subjects/hat").status_code == 404
@@ -107,10 +107,10 @@ def test_a_subject_in_use_is_removed_when_its_picture_ends(pipe: Any, library: P
         at = next(steps)
         engine.remove_subject("hat")
         next(step for step in steps if step > at + 2)
-        assert hat.path in engine.residents
+        assert hat.path in engine.resident_paths
         used.cancel()
         with pytest.raises(ValueError, match="was removed"):
             waiting.pictures()
-        until(lambda: not engine.residents)
+        until(lambda: not engine.resident_paths)
         with pytest.raises(ValueError, match="no subject"):
             engine.remove_subject("hat")

@@ -45,8 +45,12 @@ def text_of(state: State) -> str:
         ("pictures_total", "counter", "Pictures that were finished.", state.counts["picture"]),
         ("picture_errors_total", "counter", "Pictures that failed.", state.counts["error"]),
         ("subjects", "gauge", "Subjects that requests may name.", len(state.catalog.subjects)),
-        ("resident_subjects", "gauge", "Subjects that are loaded.", now.resident),
-        ("subject_loads_total", "counter", "Loads of subjects.", now.loads),
+        ("resident_subjects", "gauge", "Subjects in the pipeline.", now.resident),
+        ("subject_hits_total", "counter", "Pictures' subjects that were in the pipeline.", now.hits),
+        ("subject_loads_total", "counter", "Loads of subjects into the pipeline.", now.loads),
+        ("held_subjects", "gauge", "Subjects in host memory.", now.held),
+        ("held_bytes", "gauge", "Bytes of subjects and bases in host memory.", now.held_bytes),
+        ("subject_reads_total", "counter", "Reads of subjects from their files.", now.reads),
     ]
     lines = [
         f"# HELP nora_{name} {text}\n# TYPE nora_{name} {kind}\nnora_{name} {value}" for name, kind, text, value in rows

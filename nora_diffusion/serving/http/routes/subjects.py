@@ -22,7 +22,7 @@ def routes(state: State) -> APIRouter:
     @router.get("")
     def subjects() -> dict[str, Any]:
         """All subjects; ``resident`` ones are loaded."""
-        loaded = set(state.engine.residents)
+        loaded = state.engine.resident_paths
         found = list(state.catalog.subjects.items())
         return {"subjects": [described(name, subject, loaded) for name, subject in found]}
 
