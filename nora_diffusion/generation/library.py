@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
 from ..errors import UserError
 from ..formats.adapter_file import FILE_NAME, given_name
+from ..formats.adapter_info import AdapterInfo
 from ..formats.packs import SUFFIX, list_pack
 from .tags import Tag, tag_name
 
@@ -21,12 +22,14 @@ log = logging.getLogger(__name__)
 class NamedAdapter:
     """An adapter, by the name that tags use.
 
-    ``default``: its weights in prompts that do not name it (``None``: inactive there).
+    ``default``: its weights in prompts that do not name it (``None``: inactive there). ``info``: its description, if
+    that has been read already.
     """
 
     name: str
     path: str
     default: Tag | None = None
+    info: AdapterInfo | None = field(default=None, compare=False, repr=False)
 
 
 def list_library(folder: str | Path) -> list[NamedAdapter]:
@@ -55,7 +58,7 @@ def _read_file(file: Path) -> list[NamedAdapter]:
 def subjects_of_pack(file: Path) -> list[NamedAdapter]:
     """The subjects of a pack, each named ``PACK#NAME``. Raises :class:`UserError` if it is damaged."""
     pack = file.name.removesuffix(SUFFIX)
-    return [NamedAdapter(tag_name(f"{pack}#{_name(info.path)}"), info.path) for info in list_pack(file)]
+    return [NamedAdapter(tag_name(f"{pack}#{_name(info.path)}"), info.path, info=info) for info in list_pack(file)]
 
 
 def name_adapters(adapters: Sequence[tuple[str, float]]) -> list[NamedAdapter]:

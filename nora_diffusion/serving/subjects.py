@@ -41,16 +41,20 @@ class Subjects:
 
     def _set(self, subjects: list[NamedAdapter]) -> None:
         """Replace the tables; a reader, who takes no lock, has the old or the new ones."""
-        self._all, self.paths = subjects, frozenset(subject.path for subject in subjects)
+        by_name: dict[str, list[NamedAdapter]] = {}
+        for subject in subjects:
+            by_name.setdefault(subject.name, []).append(subject)
+        self._all, self._by_name = subjects, by_name
+        self.paths = frozenset(subject.path for subject in subjects)
 
     def find(self, tag: Tag) -> NamedAdapter:
         """The subject that a tag names. Raises :class:`UserError` if there is none."""
-        return find_adapter(tag, self._all)
+        return find_adapter(tag, self._by_name.get(tag.name) or self._all)
 
     def add(self, subject: NamedAdapter) -> None:
         """Add a subject. Raises :class:`UserError` if its name is taken."""
         with self._lock:
-            if any(own.name == subject.name for own in self._all):
+            if subject.name in self._by_name:
                 raise UserError(f"there is a subject {subject.name!r} already: choose another name")
             self._set([*self._all, subject])
 

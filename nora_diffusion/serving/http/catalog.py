@@ -44,7 +44,8 @@ class Catalog:
         if adapter.name in self.subjects:
             raise UserError(f"two subjects are named {adapter.name!r}: rename one of them")
         try:
-            self.subjects[adapter.name] = Subject(adapter, inspect_adapter(adapter.path), uploaded)
+            info = adapter.info or inspect_adapter(adapter.path)
+            self.subjects[adapter.name] = Subject(adapter, info, uploaded)
         except UserError as error:
             log.warning("%s; the subject %s is skipped", error, adapter.name)
 

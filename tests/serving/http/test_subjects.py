@@ -6,9 +6,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from nora_diffusion import create_pack, inspect_adapter
+from nora_diffusion.formats.packs import Pack
 from nora_diffusion.generation.library import NamedAdapter
 from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.serving.engine import Engine
@@ -114,3 +117,11 @@ def test_a_subject_in_use_is_removed_when_its_picture_ends(pipe: Any, library: P
         until(lambda: not engine.resident_paths)
         with pytest.raises(ValueError, match="no subject"):
             engine.remove_subject("hat")
+
+
+def test_a_pack_of_many_subjects_is_read_once(tmp_path: Path, library: Path) -> None:
+    file = create_pack(tmp_path / "all.nora_pack.safetensors", {f"s{i}": library / "shown" / "dog" for i in range(50)})
+    with mock.patch.object(Pack, "_open", autospec=True, side_effect=Pack._open) as opened:
+        found = Catalog([str(file)])
+    assert len(found.subjects) == 50 and opened.call_count == 1
+    assert found.subjects["all#s7"].info.sha256 == inspect_adapter(f"{file}#s7").sha256
