@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 from ...errors import UserError, explanation, out_of_memory, printable
 from ..tickets import Cancelled, Closed, Late
@@ -21,9 +22,45 @@ KINDS = {
     405: "invalid_request_error", 409: "conflict_error", 411: "invalid_request_error", 413: "invalid_request_error",
     415: "invalid_request_error", 429: "rate_limit_error", 499: "cancelled", 503: "unavailable", 504: "timeout",
 }  # fmt: skip
+MEANINGS = {
+    400: "A value is wrong; the sentence says which.", 401: "The key is missing or wrong.",
+    403: "This is not allowed here.", 404: "There is none of that name.", 409: "The name is taken.",
+    413: "The body is too large.", 415: "The body is not JSON.", 429: "Too much at once: wait.",
+    500: "The server failed; its log shows why.", 503: "The server is busy or being stopped: wait.",
+    504: "The request was not finished in its time.", 507: "The server has no room.",
+}  # fmt: skip
+WAITS = {429, 503}
+MAKING = (400, 413, 415, 429, 503, 504)
+"""How a request for pictures may fail, besides what any request may."""
 INTERNAL = "the server failed on this request: its log shows why"
 FOLDERS = re.compile(r"""(?<![\w:/.<>])/(?:[^\s/:;,'"<>]+/)+""")
 """The folders of a path in a message: clients need not know them."""
+
+
+class Problem(BaseModel):
+    """What went wrong, as OpenAI's clients read it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """The answer to a request that fails: ``error`` for OpenAI's clients, ``detail`` for A1111's."""
+
+    error: Problem
+    detail: str
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """These answers, for the description of a route."""
+    wait = {"description": "seconds", "schema": {"type": "integer", "minimum": 1}}
+    headers = {status: {"Retry-After": wait} for status in WAITS}
+    return {
+        status: {"model": ErrorAnswer, "description": MEANINGS[status], "headers": headers.get(status, {})}
+        for status in statuses
+    }
 
 
 class Refused(Exception):
@@ -58,9 +95,10 @@ def body_of(refusal: Refused) -> dict[str, Any]:
     return {"error": error, "detail": refusal.sentence}
 
 
-def answer(refusal: Refused) -> JSONResponse:
-    """The response of a refusal."""
-    headers = {"Retry-After": str(max(1, math.ceil(refusal.wait)))} if refusal.wait is not None else {}
+def answer(refusal: Refused, own: Mapping[str, str] | None = None) -> JSONResponse:
+    """The response of a refusal. ``own``: more headers."""
+    headers = dict(own or {})
+    headers |= {"Retry-After": str(max(1, math.ceil(refusal.wait)))} if refusal.wait is not None else {}
     if refusal.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(body_of(refusal), refusal.status, headers)

@@ -12,7 +12,8 @@ from starlette.responses import Response
 from ... import __version__
 from ...errors import UserError
 from ..waiting import Full
-from .answers import Refused, answer, refused, sentence_of
+from .answers import Refused, answer, errors, refused, sentence_of
+from .document import describe, methods
 from .gate import Gate
 from .routes import a1111, openai, operations, own, subjects
 from .state import State
@@ -22,7 +23,8 @@ def application(state: State) -> Gate:
     """The app behind its gate. Its documentation is ``/openapi.json``; a page that loads scripts is not served."""
     app = FastAPI(title="nora-diffusion", version=__version__, docs_url=None, redoc_url=None)
     for module in (own, openai, a1111, subjects, operations):
-        app.include_router(module.routes(state))
+        app.include_router(module.routes(state), responses=errors(401, 403, 500))
+    document = describe(app, state.config, state.keys is not None)
 
     async def on_error(_: Any, error: Exception) -> Response:
         return answer(refused(error))
@@ -31,13 +33,14 @@ def application(state: State) -> Gate:
         assert isinstance(error, RequestValidationError)
         return answer(Refused(400, sentence_of(error.errors())))
 
-    async def on_http(_: Any, error: Exception) -> Response:
+    async def on_http(http: Any, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         known = {404: "there is no such route: /openapi.json lists them", 405: "the route has no such method"}
-        return answer(Refused(error.status_code, known.get(error.status_code, str(error.detail))))
+        headers = {"Allow": methods(document, http.url.path)} if error.status_code == 405 else {}
+        return answer(Refused(error.status_code, known.get(error.status_code, str(error.detail))), headers)
 
     for kind in (UserError, Full, Refused, Exception):
         app.add_exception_handler(kind, on_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
-    return Gate(app, state)
+    return Gate(app, state, {path for path, operations in document["paths"].items() if "post" in operations})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -24,10 +24,13 @@ SUBJECTS, PICTURES = "/v1/subjects/", "/v1/pictures"
 
 
 class Bodies:
-    """Reads and checks the bodies of requests. ``attachments``: whether adapters may come with a request."""
+    """Reads and checks the bodies of requests.
 
-    def __init__(self, attachments: bool) -> None:
-        self._attachments, self._held = attachments, 0
+    ``posts``: the routes that take JSON. ``attachments``: whether adapters may come with a request.
+    """
+
+    def __init__(self, posts: Collection[str], attachments: bool) -> None:
+        self._posts, self._attachments, self._held = posts, attachments, 0
 
     async def checked(self, scope: Scope, headers: Mapping[str, str], receive: Receive, ending: ExitStack) -> Receive:
         """The messages for the app. Raises :class:`Refused`. ``ending``: when the request has been answered."""
@@ -40,7 +43,7 @@ class Bodies:
             raise Refused(400, "the content-length is not a number")
         if int(length) > limit:
             raise _too_large(limit)
-        if upload or scope["method"] != "POST":
+        if scope["method"] != "POST" or scope["path"] not in self._posts:  # an upload, or a body that nobody reads
             return receive
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "the body must be JSON: send Content-Type: application/json")

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import logging
 import time
+from collections.abc import Collection
 from contextlib import ExitStack
 from urllib.parse import urlsplit
 
@@ -13,20 +14,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .answers import Refused, answer, refused
 from .bodies import Bodies
+from .document import OPEN
 from .state import State
 
 log = logging.getLogger("nora_diffusion.requests")
 
-OPEN = {"/health", "/ready"}
-"""Routes without a key."""
-
 
 class Gate:
-    """ASGI middleware around the app."""
+    """ASGI middleware around the app. ``posts``: its routes that take JSON."""
 
-    def __init__(self, app: ASGIApp, state: State) -> None:
+    def __init__(self, app: ASGIApp, state: State, posts: Collection[str]) -> None:
         self.app, self.state = app, state
-        self.bodies = Bodies(state.catalog.uploads is not None)
+        self.bodies = Bodies(posts, state.catalog.uploads is not None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

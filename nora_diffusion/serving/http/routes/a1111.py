@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ....errors import UserError, quoted
 from ...request import MAX_COUNT, Request
 from ...samplers import SAMPLERS
+from ..answers import MAKING, errors
 from ..encoding import as_base64
 from ..following import pictures, submitted
 from ..state import State, seed_of
@@ -33,7 +34,7 @@ class TextToImageBody(BaseModel):
     negative_prompt: str | None = ""
     seed: int | None = -1
     steps: int | None = None
-    cfg_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    cfg_scale: Annotated[float, Field(allow_inf_nan=False, strict=True)] | None = None
     width: int | None = None
     height: int | None = None
     batch_size: int | None = Field(1, ge=1, le=MAX_COUNT)
@@ -42,12 +43,55 @@ class TextToImageBody(BaseModel):
     sampler_index: str | None = None
 
 
+class TextToImageAnswer(BaseModel):
+    """The pictures as PNG in base64, the fields that were sent, and A1111's ``info``, which is JSON in a string."""
+
+    images: list[str]
+    parameters: dict[str, Any]
+    info: str
+
+
+class LoraAnswer(BaseModel):
+    """A subject. ``path`` is empty: clients need not know it."""
+
+    name: str
+    alias: str
+    path: str = ""
+    metadata: dict[str, Any]
+
+
+class SamplerAnswer(BaseModel):
+    """A sampler by A1111's name."""
+
+    name: str
+    aliases: list[str]
+    options: dict[str, str] = {}
+
+
+class OptionsAnswer(BaseModel):
+    """The options that clients read."""
+
+    sd_model_checkpoint: str
+    samples_format: str = "png"
+
+
+class CheckpointAnswer(BaseModel):
+    """The base."""
+
+    title: str
+    model_name: str
+    hash: str | None = None
+    sha256: str | None = None
+    filename: str
+    config: str | None = None
+
+
 def routes(state: State) -> APIRouter:
     """The routes of this API."""
     router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
 
-    @router.post("/txt2img")
-    async def txt2img(body: TextToImageBody, http: HttpRequest) -> dict[str, Any]:
+    @router.post("/txt2img", response_model=TextToImageAnswer, responses=errors(*MAKING))
+    async def txt2img(body: TextToImageBody, http: HttpRequest) -> Any:
         """Make pictures of a prompt with ``<lora:name:0.8>`` tags."""
         request = request_of(state, body, client_of(http))
         found = await pictures(state, await submitted(state, request, http), http)
@@ -60,28 +104,28 @@ def routes(state: State) -> APIRouter:
         }
 
     @router.get("/loras")
-    def loras() -> list[dict[str, Any]]:
+    def loras() -> list[LoraAnswer]:
         """The subjects."""
         return [
-            {"name": name, "alias": name, "path": "", "metadata": {"trigger": subject.info.trigger}}
+            LoraAnswer(name=name, alias=name, metadata={"trigger": subject.info.trigger})
             for name, subject in list(state.catalog.subjects.items())
         ]
 
     @router.get("/samplers")
-    def samplers() -> list[dict[str, Any]]:
+    def samplers() -> list[SamplerAnswer]:
         """The samplers."""
-        return [{"name": name, "aliases": [own], "options": {}} for name, own in NAMES.items()]
+        return [SamplerAnswer(name=name, aliases=[own]) for name, own in NAMES.items()]
 
     @router.get("/options")
-    def options() -> dict[str, Any]:
+    def options() -> OptionsAnswer:
         """The model; nothing else can be set."""
-        return {"sd_model_checkpoint": state.config.base_name, "samples_format": "png"}
+        return OptionsAnswer(sd_model_checkpoint=state.config.base_name)
 
     @router.get("/sd-models")
-    def models() -> list[dict[str, Any]]:
+    def models() -> list[CheckpointAnswer]:
         """The base."""
         name = state.config.base_name
-        return [{"title": name, "model_name": name, "hash": None, "sha256": None, "filename": name, "config": None}]
+        return [CheckpointAnswer(title=name, model_name=name, filename=name)]
 
     return router
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ....errors import UserError
 from ...request import MAX_COUNT, Request
-from ..answers import Refused
+from ..answers import MAKING, Refused, errors
 from ..encoding import Format, as_base64
 from ..following import pictures, submitted
 from ..state import State, seed_of, tagged
@@ -26,7 +26,7 @@ OWNER = "nora-diffusion"
 class GenerationsBody(BaseModel):
     """OpenAI's fields, and those of diffusion models for ``extra_body``; unknown ones are ignored."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True)
     prompt: str
     model: str | None = None
     n: int | None = Field(1, ge=1, le=MAX_COUNT)
@@ -41,19 +41,49 @@ class GenerationsBody(BaseModel):
     guidance: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 
+class ModelAnswer(BaseModel):
+    """The base, or a subject."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = OWNER
+
+
+class ModelsAnswer(BaseModel):
+    """All models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelAnswer]
+
+
+class ImageAnswer(BaseModel):
+    """One picture: its file in base64, or as a data URL."""
+
+    b64_json: str | None = None
+    url: str | None = None
+
+
+class GenerationsAnswer(BaseModel):
+    """The pictures in the order of their seeds."""
+
+    created: int
+    data: list[ImageAnswer]
+    output_format: Format
+
+
 def routes(state: State) -> APIRouter:
     """The routes of this API."""
     router = APIRouter(tags=["OpenAI"])
 
     @router.get("/v1/models")
-    def models() -> dict[str, Any]:
+    def models() -> ModelsAnswer:
         """The base, and each subject, which may be given as the model."""
         names = [state.config.base_name, *list(state.catalog.subjects)]
-        rows = [{"id": name, "object": "model", "created": 0, "owned_by": OWNER} for name in names]
-        return {"object": "list", "data": rows}
+        return ModelsAnswer(data=[ModelAnswer(id=name) for name in names])
 
-    @router.post("/v1/images/generations")
-    async def generations(body: GenerationsBody, http: HttpRequest) -> dict[str, Any]:
+    @router.post("/v1/images/generations", response_model_exclude_none=True, responses=errors(*MAKING, 404))
+    async def generations(body: GenerationsBody, http: HttpRequest) -> GenerationsAnswer:
         """Make pictures; ``response_format`` ``url`` gives data URLs."""
         if body.stream:
             raise UserError("this route does not stream: use /v1/pictures with stream, or leave it out")
@@ -62,10 +92,10 @@ def routes(state: State) -> APIRouter:
         form: Format = body.output_format or "png"
         files = [(await run_in_threadpool(as_base64, own, state.config.base_name, form))[0] for own in found]
         if body.response_format == "url":
-            rows = [{"url": f"data:image/{form};base64,{file}"} for file in files]
+            rows = [ImageAnswer(url=f"data:image/{form};base64,{file}") for file in files]
         else:
-            rows = [{"b64_json": file} for file in files]
-        return {"created": int(time.time()), "data": rows, "output_format": form}
+            rows = [ImageAnswer(b64_json=file) for file in files]
+        return GenerationsAnswer(created=int(time.time()), data=rows, output_format=form)
 
     return router
 

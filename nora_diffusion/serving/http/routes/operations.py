@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
 
-from ..answers import Refused
+from ..answers import Refused, errors
 from ..state import State
 
 
@@ -18,7 +18,7 @@ def routes(state: State) -> APIRouter:
         """Whether the process answers."""
         return {"status": "ok"}
 
-    @router.get("/ready")
+    @router.get("/ready", responses=errors(503))
     def ready() -> dict[str, str]:
         """Whether requests are accepted; 503 while the server stops."""
         if not state.engine.is_open:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ....generation.settings import MAX_STEPS
 from ...request import MAX_COUNT, Request
-from ...tickets import Event, Picture, Ticket
-from ..answers import body_of, refused
+from ...tickets import Event, EventKind, Picture, Ticket
+from ..answers import MAKING, body_of, errors, refused
 from ..attachments import MAX_BASE64, attached
 from ..encoding import Format, as_base64
 from ..following import ending_of, events, pictures, submitted
@@ -50,6 +50,16 @@ class PicturesBody(BaseModel):
     previews: int = Field(0, ge=0, le=MAX_STEPS, description="in a stream: a preview after so many steps; 0: none")
 
 
+KINDS = (*get_args(EventKind), "done")
+EVENTS = {"text/event-stream": {"itemSchema": {
+    "type": "object", "required": ["event", "data"],
+    "properties": {
+        "event": {"enum": KINDS}, "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}}}  # fmt: skip
+"""The stream as OpenAPI 3.2 describes it."""
+
+
 class PictureAnswer(BaseModel):
     """One picture: its file in base64, and its settings, which are in the file too."""
 
@@ -69,7 +79,9 @@ def routes(state: State) -> APIRouter:
     """The route of this API."""
     router = APIRouter(tags=["pictures"])
 
-    @router.post("/v1/pictures", response_model=PicturesAnswer)
+    also: dict[int | str, Any] = {200: {"description": "The pictures, or a stream of events.", "content": EVENTS}}
+
+    @router.post("/v1/pictures", response_model=PicturesAnswer, responses={**also, **errors(*MAKING, 507)})
     async def make_pictures(body: PicturesBody, http: HttpRequest) -> Any:
         """Make pictures. With ``"stream": true`` or ``Accept: text/event-stream``: queued, step, picture and error."""
         request = request_of(state, body, client_of(http))

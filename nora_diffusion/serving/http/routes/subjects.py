@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
+from fastapi import Path as Parameter
 from fastapi import Request as HttpRequest
 from fastapi.concurrency import run_in_threadpool
+from pydantic import BaseModel
 
-from ..answers import Refused
+from ..answers import Refused, errors
 from ..catalog import Subject
 from ..state import State
 from ..uploads import NAME, Uploads
+
+Named = Annotated[str, Parameter(json_schema_extra={"pattern": f"^{NAME.pattern}$"})]
+
+
+class SubjectAnswer(BaseModel):
+    """A subject. ``resident``: it is loaded. ``uploaded``: it may be deleted."""
+
+    name: str
+    trigger: str
+    class_word: str
+    method: str
+    sha256: str
+    bytes: int
+    resident: bool
+    uploaded: bool
+
+
+class SubjectsAnswer(BaseModel):
+    """All subjects."""
+
+    subjects: list[SubjectAnswer]
+
+
+class DeletedAnswer(BaseModel):
+    """What was deleted."""
+
+    name: str
+    deleted: Literal[True] = True
 
 
 def routes(state: State) -> APIRouter:
@@ -20,14 +50,17 @@ def routes(state: State) -> APIRouter:
     body = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
     @router.get("")
-    def subjects() -> dict[str, Any]:
+    def subjects() -> SubjectsAnswer:
         """All subjects; ``resident`` ones are loaded."""
         loaded = state.engine.resident_paths
         found = list(state.catalog.subjects.items())
-        return {"subjects": [described(name, subject, loaded) for name, subject in found]}
+        return SubjectsAnswer(subjects=[described(name, subject, loaded) for name, subject in found])
 
-    @router.put("/{name}", status_code=201, openapi_extra={"requestBody": {"required": True, "content": body}})
-    async def upload(name: str, http: HttpRequest) -> dict[str, Any]:
+    @router.put(
+        "/{name}", status_code=201, openapi_extra={"requestBody": {"required": True, "content": body}},
+        responses=errors(400, 409, 413, 429, 503, 507),
+    )  # fmt: skip
+    async def upload(name: Named, http: HttpRequest) -> SubjectAnswer:
         """Add an adapter: its safetensors file is the body."""
         uploads = state.catalog.open_uploads
         if not NAME.fullmatch(name):
@@ -38,8 +71,8 @@ def routes(state: State) -> APIRouter:
         subject = await run_in_threadpool(_keep, state, uploads, path, name)
         return described(name, subject, set())
 
-    @router.delete("/{name}")
-    def delete(name: str) -> dict[str, Any]:
+    @router.delete("/{name}", responses=errors(404, 429))
+    def delete(name: str) -> DeletedAnswer:
         """Remove an uploaded adapter from the disk, and from memory when no picture at work uses it."""
         uploads = state.catalog.open_uploads
         subject = state.catalog.subjects.get(name)
@@ -51,7 +84,7 @@ def routes(state: State) -> APIRouter:
             if state.catalog.subjects.pop(name, None) is not None:
                 state.engine.remove_subject(name)
                 uploads.delete(subject.adapter)
-        return {"name": name, "deleted": True}
+        return DeletedAnswer(name=name)
 
     return router
 
@@ -69,11 +102,10 @@ def _keep(state: State, uploads: Uploads, path: Any, name: str) -> Subject:
         return subject
 
 
-def described(name: str, subject: Subject, loaded: set[str]) -> dict[str, Any]:
+def described(name: str, subject: Subject, loaded: set[str]) -> SubjectAnswer:
     """A subject as clients see it."""
     info = subject.info
-    return {
-        "name": name, "trigger": info.trigger, "class_word": info.class_word, "method": info.method,
-        "sha256": info.sha256, "bytes": info.bytes, "resident": subject.adapter.path in loaded,
-        "uploaded": subject.uploaded,
-    }  # fmt: skip
+    return SubjectAnswer(
+        name=name, trigger=info.trigger, class_word=info.class_word, method=info.method, sha256=info.sha256,
+        bytes=info.bytes, resident=subject.adapter.path in loaded, uploaded=subject.uploaded,
+    )  # fmt: skip
