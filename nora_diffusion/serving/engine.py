@@ -164,6 +164,10 @@ class Engine:
             self._stale = True
             self._wake.notify_all()
 
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """The weights of clients from now on, also of their waiting pictures; 1 for others."""
+        self._queue.set_weights(weights)
+
     def ask(self, function: Callable[[Any], T]) -> T:
         """The result of ``function(pipe)``, called between two passes, when nothing changes the pipeline.
 

@@ -61,10 +61,11 @@ class Event:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request at work."""
+    """A request at work. ``made``: how many of its pictures are finished."""
 
     request: Request
     sent: float = field(default_factory=time.monotonic)
+    made: int = 0
     _events: list[Event] = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _cancelled: bool = False
@@ -90,6 +91,7 @@ class Ticket:
             if event.kind == "step":  # a slow reader gets the latest step only, and no latents pile up
                 self._events = [own for own in self._events if own.kind != "step" or own.index != event.index]
             self._events.append(event)
+            self.made += event.kind == "picture"
             self._changed.notify_all()
             listener = self._listener
         if listener is not None:

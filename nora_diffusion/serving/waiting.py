@@ -67,6 +67,13 @@ class FairQueue(Generic[T]):
             for item in items:
                 heapq.heappush(own.entries, _Entry(-priority, next(self._numbers), item, cost))
 
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Other weights from now on, also for what waits."""
+        with self._lock:
+            self._weights = dict(weights)
+            for name, client in self._clients.items():
+                client.weight = self._weights.get(name, 1.0)
+
     def take(self) -> T | None:
         """The next item; ``None`` if there is none."""
         with self._lock:

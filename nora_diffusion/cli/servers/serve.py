@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=own.port, help=f"default {own.port}; 0: any free port")
     parser.add_argument("--keys", metavar="FILE", help="file of API keys, of which each request must send one")
     parser.add_argument("--new_key", metavar="NAME", help="add a key to the file --keys, print it, and end")
+    parser.add_argument("--weight", type=float, metavar="W", help="of the new key: its share of the engine (default 1)")
+    parser.add_argument("--quota", type=int, metavar="N", help="of the new key: pictures a day (default: any number)")
     parser.add_argument("--uploads", metavar="DIR", help="let clients upload adapters, into this folder")
     parser.add_argument("--at_once", type=int, default=own.at_once, help="pictures that share the passes at most")
     parser.add_argument("--resident", type=int, default=own.resident, help="subjects in the pipeline at most")
@@ -40,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host_memory", type=int, default=own.host_memory, help="MiB of memory for subjects that make room for others"
     )
     parser.add_argument("--waiting", type=int, default=own.waiting, help="pictures that wait at most; others get 429")
-    parser.add_argument("--rate", type=float, default=own.rate, help="requests a minute of each key")
+    parser.add_argument(
+        "--rate", type=float, help=f"requests a minute of each key, or of the new one (default {own.rate:g})"
+    )
     parser.add_argument("--max_side", type=int, default=own.max_side, help="largest width and height of a picture")
     parser.add_argument("--max_steps", type=int, default=own.max_steps, help="most steps of a picture")
     parser.add_argument("--timeout", type=float, default=own.timeout, help="seconds of a request that names none")
@@ -55,8 +59,11 @@ def run(values: argparse.Namespace) -> None:
 
         if not values.keys:
             raise UserError("--new_key needs --keys FILE, where its hash is kept")
-        print(new_key(Path(values.keys).expanduser(), values.new_key))
+        weight = 1.0 if values.weight is None else values.weight
+        print(new_key(Path(values.keys).expanduser(), values.new_key, weight, values.rate, values.quota))
         return
+    if values.weight is not None or values.quota is not None:
+        raise UserError("--weight and --quota are of a new key: add --new_key NAME, or edit the file of keys")
     try:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
@@ -71,4 +78,5 @@ def serve_config(values: argparse.Namespace) -> ServeConfig:
     """The flags as :class:`ServeConfig`."""
     from ...serving.http.config import ServeConfig
 
-    return ServeConfig(source_of(values), values.subjects, **{name: getattr(values, name) for name in PLAIN})
+    given = {name: value for name in PLAIN if (value := getattr(values, name)) is not None}
+    return ServeConfig(source_of(values), values.subjects, **given)

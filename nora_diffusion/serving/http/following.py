@@ -18,6 +18,7 @@ from .state import State
 async def submitted(state: State, request: Request, http: HttpRequest) -> Ticket:
     """Queue a request. It is cancelled when the answer ends, however that comes about."""
     ticket = await run_in_threadpool(state.submit, request)
+    ending_of(http).callback(state.settle, ticket)
     ending_of(http).callback(ticket.cancel)
     return ticket
 

@@ -59,12 +59,12 @@ class Gate:
         if self.state.keys is None:
             _check_local(headers, self.state.config.host)
             return
-        owner = self.state.keys.owner(headers.get("authorization", ""))
+        owner = self.state.owner(headers.get("authorization", ""))
         if owner is None:
             raise Refused(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
-        scope["state"]["client"] = owner
-        if scope["method"] not in ("GET", "HEAD") and (wait := self.state.rates.wait(owner)):
-            raise Refused(429, f"too many requests of the key {owner!r}: wait {wait:.1f} seconds", wait)
+        scope["state"]["client"] = owner.name
+        if scope["method"] not in ("GET", "HEAD") and (wait := self.state.rates.wait(owner.name, owner.rate)):
+            raise Refused(429, f"too many requests of the key {owner.name!r}: wait {wait:.1f} seconds", wait)
 
 
 def _check_local(headers: dict[str, str], host: str) -> None:

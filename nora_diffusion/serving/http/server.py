@@ -13,7 +13,8 @@ from typing import Any
 
 from ...web.listening import bind, run_in_thread, wait_until_started
 from ..engine import Engine
-from .access.keys import Keys, read_keys
+from .access.keys import Keys
+from .access.quotas import Quotas
 from .catalog import Catalog
 from .config import ServeConfig
 from .state import State
@@ -40,15 +41,19 @@ def wait() -> None:
 def started(config: ServeConfig) -> Iterator[str]:
     """A running server; its address. At the end it takes no more requests, and finishes those at work."""
     config.check()
-    keys = Keys(read_keys(Path(config.keys).expanduser())) if config.keys else None
+    file = Path(config.keys).expanduser() if config.keys else None
+    keys, quotas = Keys.of(file) if file else None, Quotas(file.with_name(f"{file.name}.used") if file else None)
     uploads = Uploads(Path(config.uploads).expanduser()) if config.uploads else None
     catalog = Catalog(config.subjects, uploads)
     engine = Engine(
         config.source.open(), catalog.adapters, at_once=config.at_once, resident=config.resident,
-        host_memory=config.host_memory << 20, waiting=config.waiting,
+        host_memory=config.host_memory << 20, waiting=config.waiting, weights=keys.weights if keys else None,
     )  # fmt: skip
-    with engine, _requests_logged(), _served(State(config, engine, catalog, keys)) as url:
-        yield url
+    with engine, _requests_logged(), _served(State(config, engine, catalog, keys, quotas)) as url:
+        try:
+            yield url
+        finally:
+            quotas.write()
 
 
 @contextmanager

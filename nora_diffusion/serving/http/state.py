@@ -17,8 +17,10 @@ from ...generation.tags import Tag, parse_tags, write_tags
 from ..engine import Engine
 from ..request import Request
 from ..tickets import Ticket
-from .access.keys import Keys
+from .access.keys import Key, Keys
+from .access.quotas import Quotas
 from .access.rates import Rates
+from .answers import Refused
 from .catalog import Catalog
 from .config import ServeConfig
 
@@ -36,6 +38,7 @@ class State:
     engine: Engine
     catalog: Catalog
     keys: Keys | None = None
+    quotas: Quotas = field(default_factory=Quotas)
     counts: Counter[str] = field(default_factory=Counter)
     changing: threading.Lock = field(default_factory=threading.Lock)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -63,9 +66,31 @@ class State:
         sampling.check(self.config.max_steps, self.config.max_side)
         return sampling
 
+    def owner(self, authorization: str) -> Key | None:
+        """The key of a request; ``None`` for a wrong one. The file of keys is read again first if it has changed."""
+        assert self.keys is not None
+        if self.keys.refresh():
+            self.engine.set_weights(self.keys.weights)
+        return self.keys.owner(authorization)
+
     def submit(self, request: Request) -> Ticket:
-        """Queue a request. Its subjects may be named by their hashes."""
-        return self.engine.submit(self._named(request))
+        """Queue a request. Its subjects may be named by their hashes. Raises :class:`Refused` above a quota."""
+        quota = self.keys.quota(request.client) if self.keys is not None else None
+        if quota is None:
+            return self.engine.submit(self._named(request))
+        if wait := self.quotas.take(request.client, quota, request.count):
+            raise Refused(
+                429, f"the key {request.client!r} may have {quota} pictures a day: wait for tomorrow (UTC)", wait
+            )
+        try:
+            return self.engine.submit(self._named(request))
+        except BaseException:
+            self.quotas.give_back(request.client, request.count)
+            raise
+
+    def settle(self, ticket: Ticket) -> None:
+        """When a request has been answered: what was not made does not count."""
+        self.quotas.give_back(ticket.request.client, ticket.request.count - ticket.made)
 
     def _named(self, request: Request) -> Request:
         def name(given: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nora_diffusion.serving.http.access.keys import Keys
+from nora_diffusion.serving.http.access.keys import Key, Keys
 
 Serve = Callable[..., Any]
 TOKEN = "nora-secret"
@@ -16,7 +16,7 @@ TOKEN = "nora-secret"
 
 @pytest.fixture
 def keyed(serve: Serve) -> Any:
-    keys = Keys({hashlib.sha256(TOKEN.encode()).hexdigest(): "alice"})
+    keys = Keys([Key("alice", hashlib.sha256(TOKEN.encode()).hexdigest())])
     client = serve(keys=keys, rate=1e6, max_side=16, max_steps=2, timeout=60.0)
     client.headers["Authorization"] = f"Bearer {TOKEN}"
     return client
