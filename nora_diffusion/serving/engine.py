@@ -352,11 +352,10 @@ class Engine:
             call.answer(own)
 
     def _assign(self, component: str, calls: Sequence[Call]) -> None:
-        specs = [work.spec for call in calls if isinstance(work := call.picture, Work)]
+        blocks = [(work.spec, call.arguments.rows) for call in calls if isinstance(work := call.picture, Work)]
         with self._lock:
-            self._rows.prepare([*specs, *(work.spec for work in self._at_work)])
-        rows = [spec for spec, call in zip(specs, calls, strict=True) for _ in range(call.arguments.rows)]
-        self._rows.assign(component, rows)
+            self._rows.prepare([*(spec for spec, _ in blocks), *(work.spec for work in self._at_work)])
+        self._rows.assign(component, blocks)
 
 
 def _group(calls: Sequence[Call]) -> list[Call]:

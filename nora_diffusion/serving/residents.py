@@ -1,13 +1,14 @@
 """Which subjects are where: in the pipeline, in host memory, or only in their files.
 
-A subject that a picture needs is put into a slot of the pipeline. The least recently used slot makes room: its subject
-stays in host memory, from where it comes back in about a millisecond, until its bytes are needed for others.
+A subject that a picture needs is put into a slot of the pipeline: if possible that of the least recently used subject
+of its structure, if no picture at work needs that one. It stays in host memory, from where it comes back in about a
+millisecond, until its bytes are needed for others.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,56 +55,39 @@ class Residents:
         try:
             slot = self._placed(source, held, in_use)
         except Exception as error:
-            if not out_of_memory(error) or self._oldest(in_use) is None:
+            if not out_of_memory(error) or not (self._free or self._used.keys() - set(in_use)):
                 raise
-            while self._oldest(in_use) is not None:  # whatever no picture needs makes room
-                self._evict(self._oldest(in_use))
-            self._delete_free()
+            self._delete_idle(in_use)
             slot = self._placed(source, held, in_use)
         self._used[source] = slot
         self.loads += 1
         return slot
 
     def _placed(self, source: Source, held: Held | None, in_use: Collection[Source]) -> Slot:
-        if (slot := self._take_free(held)) is not None:
-            return self._filled(slot, held)
+        """A slot with the subject. Values are exchanged where possible: a new slot takes fifty times as long."""
+        idle = [own for own in self._used if own not in in_use]
+        if held is not None and (slot := self._slot_like(held, idle)) is not None:
+            self._slots.fill(slot, held)
+            self._free.remove(slot)
+            return slot
         while len(self._used) + len(self._free) >= self.most:
-            if self._free:
-                self._slots.delete(self._free.pop())
-                continue
-            self._evict(self._oldest(in_use, held))
-            if (slot := self._take_free(held)) is not None:
-                return self._filled(slot, held)
+            if not self._free and not idle:
+                raise UserError(f"all {self.most} loaded subjects are in use: allow more, or send fewer at once")
+            self._slots.delete(self._free.pop() if self._free else self._used.pop(idle.pop(0)))
         return self._slots.load(source, held)
 
-    def _filled(self, slot: Slot, held: Held | None) -> Slot:
-        assert held is not None
-        self._slots.fill(slot, held)
-        return slot
+    def _slot_like(self, held: Held, idle: Sequence[Source]) -> Slot | None:
+        """A free slot that can take the values, perhaps after the oldest idle subject has left it."""
+        found = next((slot for slot in self._free if slot.structure == held.structure), None)
+        alike = (own for own in idle if self._used[own].structure == held.structure)
+        if found is None and (oldest := next(alike, None)) is not None:
+            found = self._used.pop(oldest)
+            self._free.append(found)
+        return found
 
-    def _take_free(self, held: Held | None) -> Slot | None:
-        slot = next((own for own in self._free if held is not None and own.structure == held.structure), None)
-        if slot is not None:
-            self._free.remove(slot)
-        return slot
-
-    def _oldest(self, in_use: Collection[Source], held: Held | None = None) -> Source | None:
-        """The subject whose slot is taken next: the oldest one of the same structure, or the oldest."""
-        idle = [source for source in self._used if source not in in_use]
-        alike = (own for own in idle if held is not None and self._used[own].structure == held.structure)
-        return next(alike, next(iter(idle), None))
-
-    def _evict(self, source: Source | None) -> None:
-        if source is None:
-            raise UserError(f"all {self.most} loaded subjects are in use: allow more, or send fewer at once")
-        slot = self._used.pop(source)
-        if slot.structure is None:
-            self._slots.delete(slot)
-        else:
-            self._free.append(slot)
-
-    def _delete_free(self) -> None:
-        for slot in self._free:
+    def _delete_idle(self, in_use: Collection[Source]) -> None:
+        """Delete all slots that no picture needs."""
+        for slot in [*self._free, *(self._used.pop(own) for own in list(self._used) if own not in in_use)]:
             self._slots.delete(slot)
         self._free.clear()
         if torch.cuda.is_available():
@@ -114,9 +98,13 @@ class Residents:
         for source in sources:
             self.host.forget(source)
             self._newest.pop(source.path, None)
-            if source in self._used:
-                self._slots.clear(self._used[source])
-                self._evict(source)
+            if (slot := self._used.pop(source, None)) is None:
+                continue
+            if slot.structure is None:
+                self._slots.delete(slot)
+            else:
+                self._slots.clear(slot)
+                self._free.append(slot)
 
     def known(self) -> set[Source]:
         """The subjects in the pipeline or in host memory."""

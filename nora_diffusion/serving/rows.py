@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..adapters.tuner.mixed_rows import serve_rows
@@ -34,6 +35,7 @@ class AssignedPlan(RowPlan):
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__([dict.fromkeys(names, 1.0)])
+        self._block = 1
 
     def begin(self, first: Tensor) -> None:
         """Nothing is left to do."""
@@ -41,6 +43,23 @@ class AssignedPlan(RowPlan):
     def serve(self, specs: Sequence[RowSpec]) -> None:
         """Take other specs, which the next batch is made of."""
         self.specs, self.batch = [live(spec) for spec in specs], []
+
+    def assign_blocks(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """Set the spec index and the number of rows of each block of the next batch.
+
+        Blocks of equal size stay apart, even if two have the same spec: their factors need not be copied for each row.
+        """
+        size = blocks[0][1] if len({rows for _, rows in blocks}) == 1 else 1
+        if size != self._block:
+            self.batch = []
+        before, self._block = self.changes, size
+        self.assign([spec for spec, rows in blocks for _ in range(rows)])
+        if self.changes != before:
+            self.used, self.in_blocks = [self.specs[spec] for spec in self.batch[::size]], True
+
+    def index(self, device: torch.device) -> Tensor:
+        """The block of each row, ``[n]``."""
+        return self._tensor(("index",), [row // self._block for row in range(len(self.batch))], device)
 
 
 class Rows:
@@ -75,9 +94,9 @@ class Rows:
             self._stack.enter_context(serve_rows(module, plan, named_tuner_layers(module)))
             self._plans[component] = plan
 
-    def assign(self, component: str, specs: Sequence[Spec]) -> None:
-        """The spec of each row of the next pass of a component."""
-        self._plans[component].assign([self._specs.index(spec) for spec in specs])
+    def assign(self, component: str, blocks: Sequence[tuple[Spec, int]]) -> None:
+        """The spec of each picture in the next pass of a component, with the number of its rows."""
+        self._plans[component].assign_blocks([(self._specs.index(spec), rows) for spec, rows in blocks])
 
     def close(self) -> None:
         """Leave the layers as they were, so that adapters can be loaded and deleted."""

@@ -70,9 +70,11 @@ def nothing() -> None:
 def test_subjects_take_each_others_slots(tiny_base: Path, tmp_path: Path, pipe: Any, basis: str) -> None:
     sources, before = save(tiny_base, tmp_path, range(5), basis=basis), mock.Mock()
     residents = Residents(pipe, 2, ROOM, before)
-    for source in [*sources, *sources]:
-        residents.get(source, {source})
+    for source, last in zip([*sources, *sources], [None, *sources, *sources], strict=False):
+        residents.get(source, {source, last} if last else {source})
         assert_is_in(pipe, residents, source)
+        if last:
+            assert_is_in(pipe, residents, last)
     assert before.call_count == 2  # modules changed for two slots only
     assert residents.host.reads == 5 and residents.loads == 10 and len(list_adapters(pipe)["unet"]) == 2
     residents.get(sources[-1], set())
@@ -114,7 +116,7 @@ def test_subjects_in_use_keep_their_slots(tiny_base: Path, tmp_path: Path, pipe:
     first, second, third = save(tiny_base, tmp_path, range(3))
     residents = Residents(pipe, 2, ROOM, nothing)
     slot = residents.get(first, set())
-    residents.get(second, {first})
+    residents.get(second, {first, second})
     residents.get(third, {first, third})
     assert residents.loaded[first] is slot and second not in residents.loaded
     with pytest.raises(UserError, match="all 2 loaded subjects are in use"):
@@ -137,8 +139,8 @@ def test_a_file_that_was_replaced_is_read_again(tiny_base: Path, tmp_path: Path,
 def test_nothing_of_a_forgotten_subject_stays(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
     first, second = save(tiny_base, tmp_path, range(2))
     residents = Residents(pipe, 2, ROOM, nothing)
-    name = residents.get(first, set()).adapter
-    residents.get(second, set())
+    name = residents.get(first, {first}).adapter
+    residents.get(second, {first, second})
     residents.forget([first])
     assert residents.known() == {second} and residents.host.bytes < 2 * 10**6
     assert all(not change.any() for change in weights(pipe, name).values())
@@ -153,10 +155,11 @@ def test_nothing_of_a_forgotten_subject_stays(tiny_base: Path, tmp_path: Path, p
 def test_out_of_memory_takes_the_slots_of_idle_subjects(
     tiny_base: Path, tmp_path: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sources, load = save(tiny_base, tmp_path, range(4)), Slots.load
+    sources = [*save(tiny_base, tmp_path, range(3)), *save(tiny_base, tmp_path, range(3, 5), lora(r=2))]
+    load = Slots.load
     residents = Residents(pipe, 8, ROOM, nothing)
     for source in sources[:3]:
-        residents.get(source, set())
+        residents.get(source, set(sources))
 
     def full(slots: Slots, *args: Any) -> Any:
         if len(list_adapters(pipe)["unet"]) > 1:
@@ -168,7 +171,8 @@ def test_out_of_memory_takes_the_slots_of_idle_subjects(
     assert set(residents.loaded) == {sources[1], sources[3]}
     assert_is_in(pipe, residents, sources[1])
     with pytest.raises(torch.OutOfMemoryError):
-        residents.get(sources[0], {sources[0], sources[1], sources[3]})
+        residents.get(sources[4], {sources[1], sources[3], sources[4]})
+    assert set(residents.loaded) == {sources[1], sources[3]}
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def started(config: ServeConfig) -> Iterator[str]:
         config.source.open(), catalog.adapters, at_once=config.at_once, resident=config.resident,
         host_memory=config.host_memory << 20, waiting=config.waiting, weights=keys.weights if keys else None,
     )  # fmt: skip
-    with engine, _requests_logged(), _served(State(config, engine, catalog, keys, quotas)) as url:
+    with engine, _requests_logged(), served(State(config, engine, catalog, keys, quotas)) as url:
         try:
             yield url
         finally:
@@ -57,7 +57,7 @@ def started(config: ServeConfig) -> Iterator[str]:
 
 
 @contextmanager
-def _served(state: State) -> Iterator[str]:
+def served(state: State) -> Iterator[str]:
     """Serve from a thread; returns the address."""
     import uvicorn
 
