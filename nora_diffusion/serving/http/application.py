@@ -21,7 +21,7 @@ from .state import State
 
 def application(state: State) -> Gate:
     """The app behind its gate. Its documentation is ``/openapi.json``; a page that loads scripts is not served."""
-    app = FastAPI(title="nora-diffusion", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="nora-diffusion", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     for module in (own, openai, a1111, subjects, operations):
         app.include_router(module.routes(state), responses=errors(401, 403, 500))
     document = describe(app, state.config, state.keys is not None)

@@ -65,8 +65,7 @@ def routes(state: State) -> APIRouter:
         uploads = state.catalog.open_uploads
         if not NAME.fullmatch(name):
             raise Refused(400, "the name of a subject has letters, digits, '_' and '-', at most 64: choose another")
-        if name in state.catalog.subjects:
-            raise Refused(409, f"there is a subject {name!r} already: delete it first, or choose another name")
+        _check_free(state, name)
         path = await uploads.receive(http.stream())
         subject = await run_in_threadpool(_keep, state, uploads, path, name)
         return described(name, subject, set())
@@ -92,14 +91,23 @@ def routes(state: State) -> APIRouter:
 def _keep(state: State, uploads: Uploads, path: Any, name: str) -> Subject:
     """Keep an upload; one at a time, so that two of the same name do not both find it free."""
     with state.changing:
-        if name in state.catalog.subjects:
+        try:
+            _check_free(state, name)
+        except Refused:
             path.unlink(missing_ok=True)
-            raise Refused(409, f"there is a subject {name!r} already: delete it first, or choose another name")
+            raise
         adapter, info = uploads.keep(path, name, state.engine)
         subject = Subject(adapter, info, True)
         state.engine.add_subject(adapter)
         state.catalog.subjects[name] = subject
         return subject
+
+
+def _check_free(state: State, name: str) -> None:
+    """Raises :class:`Refused` for a name that is taken, also in other case: on some disks their files would be one."""
+    for own in list(state.catalog.subjects):
+        if own.lower() == name.lower():
+            raise Refused(409, f"there is a subject {own!r} already: delete it first, or choose another name")
 
 
 def described(name: str, subject: Subject, loaded: set[str]) -> SubjectAnswer:
