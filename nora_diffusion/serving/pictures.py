@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,7 @@ class Work:
     def make(self, pipe: Any) -> None:
         """Make the picture with a pipeline of its own (:class:`Copies`), and tell the sender."""
         request, seed = self.ticket.request, self.ticket.request.seed + self.index
+        self.ticket.began[self.index] = time.monotonic()
 
         def on_step(step: int, latents: Any) -> None:
             self.ticket.tell(Event("step", self.index, step, self.sampling.steps, latents))

@@ -61,11 +61,17 @@ class Event:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request at work. ``made``: how many of its pictures are finished."""
+    """A request at work.
+
+    ``made``: how many of its pictures are finished. ``began``: when each of them was started, as far as that is known.
+    ``watcher``: called with each event, also those that no reader gets.
+    """
 
     request: Request
     sent: float = field(default_factory=time.monotonic)
     made: int = 0
+    began: dict[int, float] = field(default_factory=dict)
+    watcher: Callable[[Event], object] | None = None
     _events: list[Event] = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _cancelled: bool = False
@@ -87,6 +93,8 @@ class Ticket:
 
     def tell(self, event: Event) -> None:
         """Called by the engine."""
+        if self.watcher is not None:
+            self.watcher(event)
         with self._changed:
             if event.kind == "step":  # a slow reader gets the latest step only, and no latents pile up
                 self._events = [own for own in self._events if own.kind != "step" or own.index != event.index]

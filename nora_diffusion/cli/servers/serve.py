@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 HELP = "serve pictures of many subjects over HTTP"
 PLAIN = (
     "host", "port", "uploads", "keys", "at_once", "resident", "host_memory", "waiting", "rate", "max_side", "max_steps",
-    "timeout", "drain",
+    "timeout", "drain", "log_prompts", "trace",
 )  # fmt: skip
 
 
@@ -49,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_steps", type=int, default=own.max_steps, help="most steps of a picture")
     parser.add_argument("--timeout", type=float, default=own.timeout, help="seconds of a request that names none")
     parser.add_argument("--drain", type=float, default=own.drain, help="seconds to finish requests after a stop")
+    parser.add_argument("--log_prompts", action="store_true", help="write prompts into the log")
+    parser.add_argument(
+        "--trace", action="store_true", help="traces by OpenTelemetry, to where its environment variables say"
+    )
     add_source_flags(parser)
 
 

@@ -19,6 +19,7 @@ class ServeConfig:
     ``keys``: file of API keys. ``at_once``, ``resident``, ``host_memory`` (MiB), ``waiting``: limits of the engine.
     ``rate``: requests a minute of a key. ``max_side``, ``max_steps``: limits of a picture. ``timeout``: seconds of a
     request that names none. ``drain``: seconds that requests at work may take after a stop.
+    ``log_prompts``: prompts are in the log. ``trace``: OpenTelemetry's traces.
     """
 
     source: BaseSource = field(default_factory=BaseSource)
@@ -36,6 +37,8 @@ class ServeConfig:
     max_steps: int = 150
     timeout: float = 600.0
     drain: float = 60.0
+    log_prompts: bool = False
+    trace: bool = False
 
     def check(self) -> None:
         """Raises :class:`UserError` for the first setting that is invalid or not safe. Imports torch last."""

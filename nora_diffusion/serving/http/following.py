@@ -13,11 +13,14 @@ from fastapi.concurrency import run_in_threadpool
 from ..request import Request
 from ..tickets import Cancelled, Event, Picture, Ticket, pictures_of
 from .state import State
+from .telemetry.watching import Watcher
 
 
 async def submitted(state: State, request: Request, http: HttpRequest) -> Ticket:
     """Queue a request. It is cancelled when the answer ends, however that comes about."""
+    http.scope["state"]["request"] = request
     ticket = await run_in_threadpool(state.submit, request)
+    ticket.watcher = Watcher(ticket, state.metrics, state.tracing, http.scope["state"]["span"])
     ending_of(http).callback(state.settle, ticket)
     ending_of(http).callback(ticket.cancel)
     return ticket
@@ -45,8 +48,6 @@ async def events(state: State, ticket: Ticket) -> AsyncIterator[Event]:
             changed.clear()
             for event in ticket.take():
                 left -= event.is_last
-                if event.is_last:
-                    state.count(event.kind)
                 yield event
     finally:
         if left:

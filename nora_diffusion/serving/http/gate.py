@@ -34,10 +34,11 @@ class Gate:
         if scope["type"] != "http":  # a websocket; there are none
             await send({"type": "websocket.close", "code": 1008})
             return
-        note, ending = _Note(send, scope), ExitStack()
-        scope["state"] = {**scope.get("state", {}), "client": "", "ending": ending}
+        headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
+        span = self.state.tracing.begin(scope["method"], scope["path"], headers)
+        note, ending = _Note(send, scope, self.state.config.log_prompts), ExitStack()
+        scope["state"] = {**scope.get("state", {}), "client": "", "ending": ending, "span": span}
         try:
-            headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
             self._check(scope, headers)
             receive = await self.bodies.checked(scope, headers, receive, ending)
             await self.app(scope, receive, note.send)
@@ -49,7 +50,8 @@ class Gate:
             await answer(refused(error))(scope, receive, note.send)
         finally:
             ending.close()
-            self.state.count(str(note.status or 499))
+            self.state.metrics.answered(note.status or 499)
+            self.state.tracing.finish(span, note.status or 499, scope["state"]["client"])
             note.write()
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
@@ -99,10 +101,11 @@ def _netloc(url: str) -> str:
 
 
 class _Note:
-    """Notes the answer to a request, and writes one line of JSON about it, without prompts."""
+    """Notes the answer to a request, and writes one line of JSON about it; ``prompts``: with its prompts."""
 
-    def __init__(self, send: Send, scope: Scope) -> None:
-        self._send, self._scope, self._began, self.status = send, scope, time.monotonic(), 0
+    def __init__(self, send: Send, scope: Scope, prompts: bool) -> None:
+        self._send, self._scope, self._prompts = send, scope, prompts
+        self._began, self.status = time.monotonic(), 0
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -116,4 +119,6 @@ class _Note:
             "seconds": round(time.monotonic() - self._began, 3),
             "client": self._scope.get("state", {}).get("client", ""),
         }  # fmt: skip
+        if self._prompts and (request := self._scope.get("state", {}).get("request")):
+            values |= {"prompt": request.prompt, "negative_prompt": request.sampling.negative_prompt}
         log.info(json.dumps(values))

@@ -18,6 +18,7 @@ from .access.quotas import Quotas
 from .catalog import Catalog
 from .config import ServeConfig
 from .state import State
+from .telemetry.tracing import tracing
 from .uploads import Uploads
 
 
@@ -41,6 +42,7 @@ def wait() -> None:
 def started(config: ServeConfig) -> Iterator[str]:
     """A running server; its address. At the end it takes no more requests, and finishes those at work."""
     config.check()
+    traces = tracing(config.trace)
     file = Path(config.keys).expanduser() if config.keys else None
     keys, quotas = Keys.of(file) if file else None, Quotas(file.with_name(f"{file.name}.used") if file else None)
     uploads = Uploads(Path(config.uploads).expanduser()) if config.uploads else None
@@ -49,11 +51,13 @@ def started(config: ServeConfig) -> Iterator[str]:
         config.source.open(), catalog.adapters, at_once=config.at_once, resident=config.resident,
         host_memory=config.host_memory << 20, waiting=config.waiting, weights=keys.weights if keys else None,
     )  # fmt: skip
-    with engine, _requests_logged(), served(State(config, engine, catalog, keys, quotas)) as url:
-        try:
+    state = State(config, engine, catalog, keys, quotas, tracing=traces)
+    try:
+        with engine, _requests_logged(), served(state) as url:
             yield url
-        finally:
-            quotas.write()
+    finally:  # after the requests that were at work
+        quotas.write()
+        traces.end()
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -23,6 +22,8 @@ from .access.rates import Rates
 from .answers import Refused
 from .catalog import Catalog
 from .config import ServeConfig
+from .telemetry.metrics import Metrics
+from .telemetry.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -32,16 +33,16 @@ MAX_RANDOM_SEED = 2**32 - 1
 
 @dataclass
 class State:
-    """The engine, its subjects, the keys and the counters of one server. ``changing``: held while subjects change."""
+    """The engine, its subjects, the keys and the metrics of one server. ``changing``: held while subjects change."""
 
     config: ServeConfig
     engine: Engine
     catalog: Catalog
     keys: Keys | None = None
     quotas: Quotas = field(default_factory=Quotas)
-    counts: Counter[str] = field(default_factory=Counter)
+    metrics: Metrics = field(default_factory=Metrics)
+    tracing: Tracing = field(default_factory=Tracing)
     changing: threading.Lock = field(default_factory=threading.Lock)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.rates = Rates(self.config.rate)
@@ -54,11 +55,6 @@ class State:
         except Exception as error:  # some VAEs have no scaling factor
             log.warning("this base has no previews: %s", error)
             return None
-
-    def count(self, name: str) -> None:
-        """Count an event for the metrics."""
-        with self._lock:
-            self.counts[name] += 1
 
     def sampling(self, steps: int | None, guidance: float | None, **others: Any) -> Sampling:
         """Sampling settings with the base's defaults. Raises :class:`UserError` above the server's limits."""

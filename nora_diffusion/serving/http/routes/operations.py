@@ -7,6 +7,7 @@ from fastapi.responses import PlainTextResponse
 
 from ..answers import Refused, errors
 from ..state import State
+from ..telemetry.metrics import number
 
 
 def routes(state: State) -> APIRouter:
@@ -42,8 +43,6 @@ def text_of(state: State) -> str:
         ("passes_total", "counter", "Passes of the denoiser.", now.passes),
         ("pass_rows_total", "counter", "Rows of all passes of the denoiser.", now.rows),
         ("pass_rows_mean", "gauge", "Mean rows of a pass.", now.rows / now.passes if now.passes else 0),
-        ("pictures_total", "counter", "Pictures that were finished.", state.counts["picture"]),
-        ("picture_errors_total", "counter", "Pictures that failed.", state.counts["error"]),
         ("subjects", "gauge", "Subjects that requests may name.", len(state.catalog.subjects)),
         ("resident_subjects", "gauge", "Subjects in the pipeline.", now.resident),
         ("subject_hits_total", "counter", "Pictures' subjects that were in the pipeline.", now.hits),
@@ -52,11 +51,4 @@ def text_of(state: State) -> str:
         ("held_bytes", "gauge", "Bytes of subjects and bases in host memory.", now.held_bytes),
         ("subject_reads_total", "counter", "Reads of subjects from their files.", now.reads),
     ]
-    lines = [
-        f"# HELP nora_{name} {text}\n# TYPE nora_{name} {kind}\nnora_{name} {value}" for name, kind, text, value in rows
-    ]
-    lines.append("# HELP nora_requests_total Answered requests.\n# TYPE nora_requests_total counter")
-    for name, count in sorted(dict(state.counts).items()):
-        if name.isdigit():
-            lines.append(f'nora_requests_total{{status="{name}"}} {count}')
-    return "\n".join(lines) + "\n"
+    return "\n".join([*(line for row in rows for line in number(*row)), *state.metrics.lines()]) + "\n"

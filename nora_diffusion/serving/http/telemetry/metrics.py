@@ -1,0 +1,119 @@
+"""Counters and histograms of a server, in the text format of Prometheus."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+MAX_LABELS = 100
+"""Subjects that are counted by name; the others are counted together, so that the metrics stay small."""
+OTHERS = "(others)"
+
+
+@dataclass
+class Histogram:
+    """How often a duration was at most each of ``bounds`` and above the one before."""
+
+    bounds: Sequence[float] = SECONDS
+    sum: float = 0.0
+    counts: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def lines(self, name: str) -> Iterator[str]:
+        """Its lines: each bucket counts the values of those before it as well."""
+        below = 0
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
+            below += count
+            yield f'{name}_bucket{{le="{bound}"}} {below}'
+        yield f"{name}_sum {self.sum}"
+        yield f"{name}_count {below}"
+
+
+class Metrics:
+    """What has happened since the server started. Its methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests, self._subjects = Counter[str](), Counter[str]()
+        self._pictures = self._errors = 0
+        self._waits, self._steps, self._durations = Histogram(), Histogram(), Histogram()
+
+    def answered(self, status: int) -> None:
+        """A request was answered."""
+        with self._lock:
+            self._requests[str(status)] += 1
+
+    def waited(self, seconds: float) -> None:
+        """A picture started after so long in the queue."""
+        with self._lock:
+            self._waits.observe(seconds)
+
+    def stepped(self, seconds: float) -> None:
+        """A picture made a step."""
+        with self._lock:
+            self._steps.observe(seconds)
+
+    def finished(self, seconds: float, subjects: Sequence[str]) -> None:
+        """A picture of these subjects was finished, so long after its request came."""
+        with self._lock:
+            self._pictures += 1
+            self._durations.observe(seconds)
+            for name in subjects:
+                known = name in self._subjects or len(self._subjects) < MAX_LABELS
+                self._subjects[name if known else OTHERS] += 1
+
+    def failed(self) -> None:
+        """A picture failed."""
+        with self._lock:
+            self._errors += 1
+
+    def lines(self) -> Iterator[str]:
+        """All of them."""
+        with self._lock:
+            yield from number("pictures_total", "counter", "Pictures that were finished.", self._pictures)
+            yield from number("picture_errors_total", "counter", "Pictures that failed.", self._errors)
+            yield from _labeled("requests_total", "Answered requests.", "status", self._requests)
+            yield from _labeled("subject_pictures_total", "Pictures of a subject.", "subject", self._subjects)
+            for name, text, histogram in (
+                ("wait_seconds", "From a request to the start of a picture.", self._waits),
+                ("step_seconds", "A step of a picture, which shares its passes.", self._steps),
+                ("picture_seconds", "From a request to a finished picture.", self._durations),
+            ):
+                yield from _heading(name, "histogram", text)
+                yield from histogram.lines(f"nora_{name}")
+
+
+def number(name: str, kind: str, text: str, value: float) -> Iterator[str]:
+    """The lines of a single number."""
+    yield from _family(name, kind, text, ("", str(value)))
+
+
+def _heading(name: str, kind: str, text: str) -> Iterator[str]:
+    yield f"# HELP nora_{name} {text}"
+    yield f"# TYPE nora_{name} {kind}"
+
+
+def _family(name: str, kind: str, text: str, *rows: Sequence[str]) -> Iterator[str]:
+    yield from _heading(name, kind, text)
+    for labels, value in rows:
+        yield f"nora_{name}{labels} {value}"
+
+
+def _labeled(name: str, text: str, label: str, counts: Counter[str]) -> Iterator[str]:
+    rows = [(f'{{{label}="{_escaped(value)}"}}', str(count)) for value, count in sorted(counts.items())]
+    yield from _family(name, "counter", text, *rows)
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
