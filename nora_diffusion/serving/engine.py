@@ -28,7 +28,7 @@ from .request import Request
 from .residents import Residents
 from .rows import Rows, Spec
 from .samplers import check_sampler
-from .subjects import Source, Subjects, source_of
+from .subjects import Source, Subjects
 from .tickets import Closed, Event, Ticket
 from .waiting import FairQueue
 
@@ -106,8 +106,7 @@ class Engine:
     def submit(self, request: Request) -> Ticket:
         """Queue a request. Raises :class:`UserError` if it is not possible, :class:`.waiting.Full` without room."""
         check_sampler(request.sampler)
-        sources = tuple(source_of(path) for path in self._paths(request))
-        ticket = Ticket(request)
+        sources, ticket = self.subjects.sources(request), Ticket(request)
         works = [Work(ticket, index, sources) for index in range(request.count)]
         with self._wake:
             if self._closing is not None:
@@ -117,13 +116,6 @@ class Engine:
                 ticket.tell(Event("queued", work.index, place=place))
             self._wake.notify_all()
         return ticket
-
-    def _paths(self, request: Request) -> list[str]:
-        """The files of a request's subjects. Raises :class:`UserError` for unknown ones and for one given twice."""
-        paths = [request.adapters.get(tag.name) or self.subjects.find(tag).path for tag in request.tags]
-        if len(set(paths)) < len(paths):
-            raise UserError("two subjects of the request are the same adapter: give it once")
-        return paths
 
     @property
     def resident_paths(self) -> set[str]:
@@ -267,11 +259,8 @@ class Engine:
         if ended := work.ticket.ended:
             work.fail(ended)
             return
-        own = set(work.ticket.request.adapters.values())
-        if work.sources and {source.path for source in work.sources} - own - self.subjects.paths:
-            work.fail(UserError("a subject of the request was removed while it waited: send it without that subject"))
-            return
         try:
+            self.subjects.check_there(work.ticket.request, work.sources)
             self._load(work)
             own = self._copies.of(work)
         except Exception as error:

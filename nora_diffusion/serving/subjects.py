@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..formats.adapter_file import locate, split_address
 from ..generation.library import NamedAdapter, find_adapter
 from ..generation.tags import Tag
+from .request import Request
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,18 @@ class Subjects:
         """The subject that a tag names. Raises :class:`UserError` if there is none."""
         return find_adapter(tag, self._by_name.get(tag.name) or self._all)
 
+    def sources(self, request: Request) -> tuple[Source, ...]:
+        """The contents that a request names. Raises :class:`UserError` for an unknown one and for one given twice."""
+        paths = [request.adapters.get(tag.name) or self.find(tag).path for tag in request.tags]
+        if len(set(paths)) < len(paths):
+            raise UserError("two subjects of the request are the same adapter: give it once")
+        return tuple(source_of(path) for path in paths)
+
+    def check_there(self, request: Request, sources: Sequence[Source]) -> None:
+        """Raises :class:`UserError` if one of a request's subjects has been removed since it was sent."""
+        if sources and {source.path for source in sources} - set(request.adapters.values()) - self.paths:
+            raise UserError("a subject of the request was removed while it waited: send it without that subject")
+
     def add(self, subject: NamedAdapter) -> None:
         """Add a subject. Raises :class:`UserError` if its name is taken."""
         with self._lock:
@@ -58,10 +71,11 @@ class Subjects:
                 raise UserError(f"there is a subject {subject.name!r} already: choose another name")
             self._set([*self._all, subject])
 
-    def remove(self, name: str) -> None:
-        """Remove a subject. Raises :class:`UserError` if there is none of this name."""
+    def remove(self, name: str) -> list[NamedAdapter]:
+        """Remove a subject, which is returned. Raises :class:`UserError` if there is none of this name."""
         with self._lock:
-            left = [own for own in self._all if own.name != name]
-            if len(left) == len(self._all):
+            removed = self._by_name.get(name, [])
+            if not removed:
                 raise UserError(f"there is no subject {name[:80]!r}")
-            self._set(left)
+            self._set([own for own in self._all if own.name != name])
+            return removed

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -64,7 +66,8 @@ class Ticket:
     """A request at work.
 
     ``made``: how many of its pictures are finished. ``began``: when each of them was started, as far as that is known.
-    ``watcher``: called with each event, also those that no reader gets.
+    ``watcher``: called with each event, also those that no reader gets. ``on_cancel``: called when
+    it is cancelled, in any thread.
     """
 
     request: Request
@@ -76,10 +79,13 @@ class Ticket:
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _cancelled: bool = False
     _listener: Callable[[], object] | None = None
+    on_cancel: Callable[[], object] | None = None
 
     def cancel(self) -> None:
         """End the request; its pictures fail with :class:`Cancelled` before their next step."""
         self._cancelled = True
+        if self.on_cancel is not None:
+            self.on_cancel()
 
     @property
     def ended(self) -> UserError | None:
@@ -125,6 +131,27 @@ class Ticket:
             assert event is not None
             left -= event.is_last
             yield event
+
+    async def follow(self) -> AsyncGenerator[Event, None]:
+        """The same for a coroutine, without a thread. Whoever stops to read cancels the request."""
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def notify() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(changed.set)
+
+        self.listen(notify)
+        left = self.request.count
+        try:
+            while left:
+                await changed.wait()
+                changed.clear()
+                for event in self.take():
+                    left -= event.is_last
+                    yield event
+        finally:
+            if left:
+                self.cancel()
 
     def _next(self, timeout: float | None) -> Event | None:
         with self._changed:

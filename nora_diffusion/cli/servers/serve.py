@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from ...errors import UserError
 from ..flags import add_source_flags, source_of
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 HELP = "serve pictures of many subjects over HTTP"
 PLAIN = (
     "host", "port", "uploads", "keys", "at_once", "resident", "host_memory", "waiting", "rate", "max_side", "max_steps",
-    "timeout", "drain", "log_prompts", "trace",
+    "timeout", "drain", "log_prompts", "trace", "engine", "replicas", "address",
 )  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    from ...serving.http.config import ServeConfig
+    from ...serving.http.config import EngineKind, ServeConfig
 
     own = ServeConfig()
     parser.add_argument(
@@ -53,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trace", action="store_true", help="traces by OpenTelemetry, to where its environment variables say"
     )
+    parser.add_argument(
+        "--engine", choices=get_args(EngineKind), default=own.engine,
+        help="make pictures in this process, or by replicas in a Ray cluster (extra 'ray')",
+    )  # fmt: skip
+    parser.add_argument("--replicas", default=own.replicas, metavar="N", help="of --engine ray; 1:4 for 1 to 4 by load")
+    parser.add_argument("--address", help="Ray cluster, 'auto' or HOST:PORT (default: one on this machine)")
     add_source_flags(parser)
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ...errors import UserError
 from ...generation.settings import MAX_SIDE, MAX_STEPS, check_range
-from ...pipelines.base import BaseSource
+from ...pipelines.base import BaseSource, check_base
 from ...web.listening import is_loopback
+from ..cluster.scale import parse_scale
+
+EngineKind = Literal["local", "ray"]
 
 
 @dataclass
@@ -19,7 +23,8 @@ class ServeConfig:
     ``keys``: file of API keys. ``at_once``, ``resident``, ``host_memory`` (MiB), ``waiting``: limits of the engine.
     ``rate``: requests a minute of a key. ``max_side``, ``max_steps``: limits of a picture. ``timeout``: seconds of a
     request that names none. ``drain``: seconds that requests at work may take after a stop.
-    ``log_prompts``: prompts are in the log. ``trace``: OpenTelemetry's traces.
+    ``log_prompts``: prompts are in the log. ``trace``: OpenTelemetry's traces. ``engine``: in this process, or
+    ``replicas`` of it (:mod:`..cluster.scale`) in the Ray cluster at ``address`` (``None``: one on this machine).
     """
 
     source: BaseSource = field(default_factory=BaseSource)
@@ -39,6 +44,9 @@ class ServeConfig:
     drain: float = 60.0
     log_prompts: bool = False
     trace: bool = False
+    engine: EngineKind = "local"
+    replicas: str = "1"
+    address: str | None = None
 
     def check(self) -> None:
         """Raises :class:`UserError` for the first setting that is invalid or not safe. Imports torch last."""
@@ -57,6 +65,15 @@ class ServeConfig:
                 f"--host {self.host} opens the server to other machines: add --keys FILE (a key is made by "
                 "--new_key NAME), or omit --host to serve this machine only"
             )
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        if self.engine == "ray":
+            parse_scale(self.replicas)
+            check_base(self.source.base)  # this machine need not have the device
+            return
+        if self.replicas != "1" or self.address is not None:
+            raise UserError("--replicas and --address are for --engine ray: add it, or leave them out")
         self.source.check()
 
     @property

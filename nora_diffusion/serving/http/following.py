@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
 from contextlib import ExitStack
 
 from fastapi import Request as HttpRequest
 from fastapi.concurrency import run_in_threadpool
 
 from ..request import Request
-from ..tickets import Cancelled, Event, Picture, Ticket, pictures_of
+from ..tickets import Cancelled, Picture, Ticket, pictures_of
 from .state import State
 from .telemetry.watching import Watcher
 
@@ -32,31 +30,9 @@ def ending_of(http: HttpRequest) -> ExitStack:
     return ending
 
 
-async def events(state: State, ticket: Ticket) -> AsyncIterator[Event]:
-    """The events of a ticket. Whoever stops to read cancels the request."""
-    loop, changed = asyncio.get_running_loop(), asyncio.Event()
-
-    def notify() -> None:
-        with contextlib.suppress(RuntimeError):  # the server has stopped
-            loop.call_soon_threadsafe(changed.set)
-
-    ticket.listen(notify)
-    left = ticket.request.count
-    try:
-        while left:
-            await changed.wait()
-            changed.clear()
-            for event in ticket.take():
-                left -= event.is_last
-                yield event
-    finally:
-        if left:
-            ticket.cancel()
-
-
-async def pictures(state: State, ticket: Ticket, http: HttpRequest) -> list[Picture]:
+async def pictures(ticket: Ticket, http: HttpRequest) -> list[Picture]:
     """Wait for all pictures. Raises the first error, and :class:`Cancelled` if the client goes away."""
-    work, gone = asyncio.ensure_future(_all(state, ticket)), asyncio.ensure_future(_disconnected(http))
+    work, gone = asyncio.ensure_future(_all(ticket)), asyncio.ensure_future(_disconnected(http))
     try:
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
         if work.done():
@@ -69,8 +45,8 @@ async def pictures(state: State, ticket: Ticket, http: HttpRequest) -> list[Pict
         await asyncio.gather(work, gone, return_exceptions=True)
 
 
-async def _all(state: State, ticket: Ticket) -> list[Picture]:
-    return pictures_of([event async for event in events(state, ticket) if event.is_last])
+async def _all(ticket: Ticket) -> list[Picture]:
+    return pictures_of([event async for event in ticket.follow() if event.is_last])
 
 
 async def _disconnected(http: HttpRequest) -> None:

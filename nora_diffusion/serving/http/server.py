@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ...web.listening import bind, run_in_thread, wait_until_started
-from ..engine import Engine
 from .access.keys import Keys
 from .access.quotas import Quotas
 from .catalog import Catalog
 from .config import ServeConfig
+from .engines import portable, renewed_on_hangup, running
 from .state import State
 from .telemetry.tracing import tracing
 from .uploads import Uploads
@@ -42,19 +42,19 @@ def wait() -> None:
 def started(config: ServeConfig) -> Iterator[str]:
     """A running server; its address. At the end it takes no more requests, and finishes those at work."""
     config.check()
+    if config.engine == "ray":
+        config = portable(config)
     traces = tracing(config.trace)
     file = Path(config.keys).expanduser() if config.keys else None
     keys, quotas = Keys.of(file) if file else None, Quotas(file.with_name(f"{file.name}.used") if file else None)
     uploads = Uploads(Path(config.uploads).expanduser()) if config.uploads else None
     catalog = Catalog(config.subjects, uploads)
-    engine = Engine(
-        config.source.open(), catalog.adapters, at_once=config.at_once, resident=config.resident,
-        host_memory=config.host_memory << 20, waiting=config.waiting, weights=keys.weights if keys else None,
-    )  # fmt: skip
-    state = State(config, engine, catalog, keys, quotas, tracing=traces)
     try:
-        with engine, _requests_logged(), served(state) as url:
-            yield url
+        with running(config, catalog) as engine, _requests_logged():
+            engine.set_weights(keys.weights if keys else {})
+            state = State(config, engine, catalog, keys, quotas, tracing=traces)
+            with served(state) as url, renewed_on_hangup(state):
+                yield url
     finally:  # after the requests that were at work
         quotas.write()
         traces.end()

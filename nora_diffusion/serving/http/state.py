@@ -13,7 +13,7 @@ from ...errors import UserError
 from ...generation.latent_preview import LatentPreview
 from ...generation.settings import Sampling
 from ...generation.tags import Tag, parse_tags, write_tags
-from ..engine import Engine
+from ..cluster.front import AnyEngine
 from ..request import Request
 from ..tickets import Ticket
 from .access.keys import Key, Keys
@@ -36,7 +36,7 @@ class State:
     """The engine, its subjects, the keys and the metrics of one server. ``changing``: held while subjects change."""
 
     config: ServeConfig
-    engine: Engine
+    engine: AnyEngine
     catalog: Catalog
     keys: Keys | None = None
     quotas: Quotas = field(default_factory=Quotas)

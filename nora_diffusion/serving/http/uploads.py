@@ -15,7 +15,7 @@ from ...errors import UserError
 from ...formats.adapter_info import AdapterInfo
 from ...generation.library import NamedAdapter
 from ...io.files import make_folder, sha256, user_errors
-from ..engine import Engine
+from ..cluster.front import AnyEngine
 from .answers import Refused
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -79,7 +79,7 @@ class Uploads:
         if shutil.disk_usage(self.folder).free < SPARE:
             raise Refused(507, NO_ROOM)
 
-    def check(self, path: Path, engine: Engine, what: str) -> AdapterInfo:
+    def check(self, path: Path, engine: AnyEngine, what: str) -> AdapterInfo:
         """The description of a temporary file, which fits the base. Raises :class:`UserError` about ``what``."""
         try:
             return engine.ask(lambda pipe: checked(path, pipe))
@@ -93,7 +93,7 @@ class Uploads:
             raise Refused(507, NO_ROOM)
         self._check_disk()
 
-    def keep(self, path: Path, name: str, engine: Engine) -> tuple[NamedAdapter, AdapterInfo]:
+    def keep(self, path: Path, name: str, engine: AnyEngine) -> tuple[NamedAdapter, AdapterInfo]:
         """Check a received file against the base, and keep it. The temporary file is gone in any case.
 
         Raises :class:`UserError` for a damaged file, one of another tool or base, and one with a shared basis.

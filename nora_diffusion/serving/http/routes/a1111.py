@@ -94,7 +94,7 @@ def routes(state: State) -> APIRouter:
     async def txt2img(body: TextToImageBody, http: HttpRequest) -> Any:
         """Make pictures of a prompt with ``<lora:name:0.8>`` tags."""
         request = request_of(state, body, client_of(http))
-        found = await pictures(state, await submitted(state, request, http), http)
+        found = await pictures(await submitted(state, request, http), http)
         files = [await run_in_threadpool(as_base64, own, state.config.base_name) for own in found]
         settings = [replace(own.settings, base=state.config.base_name) for own in found]
         return {

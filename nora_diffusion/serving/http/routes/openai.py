@@ -88,7 +88,7 @@ def routes(state: State) -> APIRouter:
         if body.stream:
             raise UserError("this route does not stream: use /v1/pictures with stream, or leave it out")
         ticket = await submitted(state, request_of(state, body, client_of(http)), http)
-        found = await pictures(state, ticket, http)
+        found = await pictures(ticket, http)
         form: Format = body.output_format or "png"
         files = [(await run_in_threadpool(as_base64, own, state.config.base_name, form))[0] for own in found]
         if body.response_format == "url":

@@ -19,7 +19,7 @@ from ...tickets import Event, EventKind, Picture, Ticket
 from ..answers import MAKING, body_of, errors, refused
 from ..attachments import MAX_BASE64, attached
 from ..encoding import Format, as_base64
-from ..following import ending_of, events, pictures, submitted
+from ..following import ending_of, pictures, submitted
 from ..previews import Previews
 from ..state import State, seed_of
 
@@ -92,7 +92,7 @@ def routes(state: State) -> APIRouter:
         if body.stream or "text/event-stream" in http.headers.get("accept", ""):
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
             return StreamingResponse(stream(state, ticket, body), 200, headers, "text/event-stream")
-        found = await pictures(state, ticket, http)
+        found = await pictures(ticket, http)
         return {"pictures": [await run_in_threadpool(described, state, picture, body.format) for picture in found]}
 
     return router
@@ -124,7 +124,7 @@ def described(state: State, picture: Picture, form: Format) -> dict[str, Any]:
 async def stream(state: State, ticket: Ticket, body: PicturesBody) -> AsyncIterator[str]:
     """The events of a request as server-sent events; the last one is ``done``."""
     previews = Previews(state, body.previews, ticket.request.sampling)
-    async for event in events(state, ticket):
+    async for event in ticket.follow():
         yield _sent(event.kind, await run_in_threadpool(_values, state, event, body.format, previews))
     yield _sent("done", {})
 
