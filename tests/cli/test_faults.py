@@ -140,7 +140,7 @@ def place(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     monkeypatch.setattr(nora_diffusion.ui.server, "clean_environment", lambda files: None)
     monkeypatch.setattr(nora_diffusion.ui.server, "_served", served)
     monkeypatch.setattr(nora_diffusion.serving.http.server, "wait", lambda: None)
-    monkeypatch.setattr(nora_diffusion.serving.http.server, "_served", answered)
+    monkeypatch.setattr(nora_diffusion.serving.http.server, "served", answered)
     monkeypatch.setattr(nora_diffusion.ui.state.App, "warm_up", lambda app: None)
     return fresh
 
