@@ -68,8 +68,8 @@ def _served(app: App) -> Iterator[str]:
     """
     import uvicorn
 
+    from ..web.connections import HTTP
     from .layout.event_streams import EventStreams
-    from .security.connections import HTTP
     from .shell import build
 
     listener = bind(app.config.listen, app.config.port)

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import uvicorn
 
-from nora_diffusion.ui.security import bodies, connections
+from nora_diffusion.ui.security import bodies
 from nora_diffusion.ui.security.bodies import BadBodyError, check_call
 from nora_diffusion.ui.security.gate import Gatekeeper
+from nora_diffusion.web import connections
 
 PAUSE = 0.3
 HEAD = b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: localhost\r\n"

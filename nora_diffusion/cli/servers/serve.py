@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 HELP = "serve pictures of many subjects over HTTP"
 PLAIN = (
     "host", "port", "uploads", "keys", "at_once", "resident", "host_memory", "waiting", "rate", "max_side", "max_steps",
-    "timeout", "drain", "log_prompts", "trace", "engine", "replicas", "address",
+    "timeout", "drain", "client_timeout", "connections", "log_prompts", "trace", "engine", "replicas", "address",
 )  # fmt: skip
 
 
@@ -49,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_steps", type=int, default=own.max_steps, help="most steps of a picture")
     parser.add_argument("--timeout", type=float, default=own.timeout, help="seconds of a request that names none")
     parser.add_argument("--drain", type=float, default=own.drain, help="seconds to finish requests after a stop")
+    parser.add_argument(
+        "--client_timeout",
+        type=float,
+        default=own.client_timeout,
+        help="seconds that a client may take to send a request",
+    )
+    parser.add_argument("--connections", type=int, default=own.connections, help="open connections at most")
     parser.add_argument("--log_prompts", action="store_true", help="write prompts into the log")
     parser.add_argument(
         "--trace", action="store_true", help="traces by OpenTelemetry, to where its environment variables say"

@@ -19,18 +19,19 @@ log = logging.getLogger(__name__)
 
 KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-    405: "invalid_request_error", 409: "conflict_error", 411: "invalid_request_error", 413: "invalid_request_error",
+    405: "invalid_request_error", 408: "timeout", 409: "conflict_error", 413: "invalid_request_error",
     415: "invalid_request_error", 429: "rate_limit_error", 499: "cancelled", 503: "unavailable", 504: "timeout",
 }  # fmt: skip
 MEANINGS = {
     400: "A value is wrong; the sentence says which.", 401: "The key is missing or wrong.",
     403: "This is not allowed here.", 404: "There is none of that name.", 409: "The name is taken.",
-    413: "The body is too large.", 415: "The body is not JSON.", 429: "Too much at once: wait.",
+    408: "The body came too slowly.", 413: "The body is too large.", 415: "The body is not JSON.",
+    429: "Too much at once: wait.",
     500: "The server failed; its log shows why.", 503: "The server is busy or being stopped: wait.",
     504: "The request was not finished in its time.", 507: "The server has no room.",
 }  # fmt: skip
 WAITS = {429, 503}
-MAKING = (400, 413, 415, 429, 503, 504)
+MAKING = (400, 408, 413, 415, 429, 503, 504)
 """How a request for pictures may fail, besides what any request may."""
 INTERNAL = "the server failed on this request: its log shows why"
 FOLDERS = re.compile(r"""(?<![\w:/.<>])/(?:[^\s/:;,'"<>]+/)+""")

@@ -1,13 +1,15 @@
-"""Bodies of requests: their size, their form, and how much of them is in memory."""
+"""Bodies of requests: their size, their form, their pace, and how much of them is in memory."""
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 from fastapi.concurrency import run_in_threadpool
-from starlette.types import Receive, Scope
+from starlette.types import Message, Receive, Scope
 
 from ...io.untrusted import parse_json
 from ...web.bodies import replayed
@@ -20,17 +22,20 @@ MAX_BODY = 2**20
 MAX_HELD = 2**28
 """Bytes of all JSON bodies that are in memory; each stays there until its request is answered."""
 MAX_VALUES = 1000
+MIN_RATE = 2**14
+"""Bytes a second."""
 SUBJECTS, PICTURES = "/v1/subjects/", "/v1/pictures"
 
 
 class Bodies:
     """Reads and checks the bodies of requests.
 
-    ``posts``: the routes that take JSON. ``attachments``: whether adapters may come with a request.
+    ``posts``: the routes that take JSON. ``attachments``: whether adapters may come with a request. ``patience``:
+    seconds that a client may be late, see :func:`timely`.
     """
 
-    def __init__(self, posts: Collection[str], attachments: bool) -> None:
-        self._posts, self._attachments, self._held = posts, attachments, 0
+    def __init__(self, posts: Collection[str], attachments: bool, patience: float) -> None:
+        self._posts, self._attachments, self._patience, self._held = posts, attachments, patience, 0
 
     async def checked(self, scope: Scope, headers: Mapping[str, str], receive: Receive, ending: ExitStack) -> Receive:
         """The messages for the app. Raises :class:`Refused`. ``ending``: when the request has been answered."""
@@ -43,6 +48,7 @@ class Bodies:
             raise Refused(400, "the content-length is not a number")
         if int(length) > limit:
             raise _too_large(limit)
+        receive = timely(receive, self._patience)
         if scope["method"] != "POST" or scope["path"] not in self._posts:  # an upload, or a body that nobody reads
             return receive
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -76,6 +82,26 @@ class Bodies:
 
     def _release(self, size: int) -> None:
         self._held -= size
+
+
+def timely(receive: Receive, patience: float) -> Receive:
+    """Raises :class:`Refused` for a body whose bytes come more slowly than :data:`MIN_RATE`, but for ``patience``."""
+    began, received, complete = time.monotonic(), 0, False
+
+    async def read() -> Message:
+        nonlocal received, complete
+        if complete:
+            return await receive()  # waits for the client to disconnect
+        left = began + patience + received / MIN_RATE - time.monotonic()
+        try:
+            message = await asyncio.wait_for(receive(), max(left, 0))
+        except asyncio.TimeoutError:
+            raise Refused(408, "the body came too slowly: send it at once") from None
+        received += len(message.get("body", b""))
+        complete = not message.get("more_body", False)
+        return message
+
+    return read
 
 
 def _too_large(limit: int) -> Refused:

@@ -23,6 +23,7 @@ class ServeConfig:
     ``keys``: file of API keys. ``at_once``, ``resident``, ``host_memory`` (MiB), ``waiting``: limits of the engine.
     ``rate``: requests a minute of a key. ``max_side``, ``max_steps``: limits of a picture. ``timeout``: seconds of a
     request that names none. ``drain``: seconds that requests at work may take after a stop.
+    ``client_timeout``: seconds that a client may take to send a request. ``connections``: open at once.
     ``log_prompts``: prompts are in the log. ``trace``: OpenTelemetry's traces. ``engine``: in this process, or
     ``replicas`` of it (:mod:`..cluster.scale`) in the Ray cluster at ``address`` (``None``: one on this machine).
     """
@@ -42,6 +43,8 @@ class ServeConfig:
     max_steps: int = 150
     timeout: float = 600.0
     drain: float = 60.0
+    client_timeout: float = 20.0
+    connections: int = 1024
     log_prompts: bool = False
     trace: bool = False
     engine: EngineKind = "local"
@@ -59,6 +62,8 @@ class ServeConfig:
         check_range("max_side", self.max_side, 8, MAX_SIDE)
         check_range("max_steps", self.max_steps, 1, MAX_STEPS)
         check_range("timeout", self.timeout, 0.001, 24 * 3600)
+        check_range("client_timeout", self.client_timeout, 0.05, 3600)
+        check_range("connections", self.connections, 1, 100_000)
         check_range("drain", self.drain, 0, 24 * 3600)
         if self.keys is None and not self.on_loopback:
             raise UserError(

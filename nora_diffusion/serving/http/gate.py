@@ -25,7 +25,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, state: State, posts: Collection[str]) -> None:
         self.app, self.state = app, state
-        self.bodies = Bodies(posts, state.catalog.uploads is not None)
+        self.bodies = Bodies(posts, state.catalog.uploads is not None, state.config.client_timeout)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

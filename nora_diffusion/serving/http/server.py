@@ -65,13 +65,14 @@ def served(state: State) -> Iterator[str]:
     """Serve from a thread; returns the address."""
     import uvicorn
 
+    from ...web.connections import HTTP, patient
     from .application import application
 
     config = state.config
     listener = bind(config.host, config.port)
     server = uvicorn.Server(uvicorn.Config(
-        application(state), log_level="warning", ws="none", proxy_headers=False, server_header=False,
-        limit_concurrency=1024, timeout_keep_alive=30, timeout_graceful_shutdown=int(config.drain),
+        application(state), log_level="warning", timeout_keep_alive=30, timeout_graceful_shutdown=int(config.drain),
+        **{**HTTP, "http": patient(config.client_timeout), "limit_concurrency": config.connections},
     ))  # fmt: skip
     thread = run_in_thread(server, listener)
     try:

@@ -68,7 +68,7 @@ def test_the_limits_and_keys_of_this_server(keyed: Any) -> None:
     route = document["paths"]["/v1/pictures"]["post"]
     assert route["security"] == [{"bearer": []}, {"basic": []}]
     assert set(route["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
-    statuses = {"200", "400", "401", "403", "413", "415", "429", "500", "503", "504", "507"}
+    statuses = {"200", "400", "401", "403", "408", "413", "415", "429", "500", "503", "504", "507"}
     assert set(route["responses"]) == statuses and "Retry-After" in route["responses"]["429"]["headers"]
     assert "security" not in document["paths"]["/health"]["get"]
 

@@ -58,7 +58,7 @@ def routes(state: State) -> APIRouter:
 
     @router.put(
         "/{name}", status_code=201, openapi_extra={"requestBody": {"required": True, "content": body}},
-        responses=errors(400, 409, 413, 429, 503, 507),
+        responses=errors(400, 408, 409, 413, 429, 503, 507),
     )  # fmt: skip
     async def upload(name: Named, http: HttpRequest) -> SubjectAnswer:
         """Add an adapter: its safetensors file is the body."""
