@@ -56,7 +56,7 @@ def write_subjects(base: str | None, count: int, folder: Path) -> None:
         add_adapter(pipe, nora(basis="svd"), "subject")
         for parameter in trainable_parameters(pipe, "subject").values():
             parameter.data.normal_(std=0.05)
-        save_adapter(pipe, folder / "nora" / f"s{number}", "subject", basis="shared")
+        save_adapter(pipe, folder / "nora" / f"s{number}", "subject")
         delete_adapter(pipe, "subject")
         export_lora(folder / "nora" / f"s{number}", folder / "different" / f"{number}.safetensors")
     create_pack(folder / "all.nora_pack.safetensors", {f"s{i}": adapter(folder, i) for i in range(count)})

@@ -51,7 +51,8 @@ class Work:
         self.ticket.began[self.index] = time.monotonic()
 
         def on_step(step: int, latents: Any) -> None:
-            self.ticket.tell(Event("step", self.index, step, self.sampling.steps, latents))
+            steps = len(pipe.scheduler.timesteps)  # PNDM makes one more than it was asked for
+            self.ticket.tell(Event("step", self.index, step, steps, latents))
 
         try:
             (image,) = sample_images(pipe, [request.text], [seed], self.sampling, on_step)

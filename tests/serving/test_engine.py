@@ -3,79 +3,37 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from factories import randomize
+from solo_runs import COMPONENTS, SUBJECTS, ask, assert_equal_to_runs_alone, write_library
 from torch import nn
 
 from nora_diffusion import UserError, add_adapter, load_adapter, open_pipeline, save_adapter
-from nora_diffusion.adapters import AdapterConfig, dora, lora, mor, nora, nora_input
 from nora_diffusion.generation.library import list_library
-from nora_diffusion.generation.sampling import sample_images
-from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.loaders import delete_adapter
 from nora_diffusion.serving.engine import Engine
 from nora_diffusion.serving.pictures import Copies, Work
 from nora_diffusion.serving.rendezvous import Rendezvous
-from nora_diffusion.serving.request import Request
-from nora_diffusion.serving.samplers import SAMPLERS, scheduler
+from nora_diffusion.serving.samplers import SAMPLERS
 from nora_diffusion.serving.tickets import Cancelled, Closed, Late, Ticket
 from nora_diffusion.serving.waiting import Full
-
-SUBJECTS: dict[str, AdapterConfig] = {
-    "dog": nora(r=4, inner_r=2, basis="svd"),
-    "cat": lora(r=3),
-    "mug": nora_input(r=4, inner_r=3, basis="svd"),
-    "hat": dora(r=2),
-    "mix": mor(r=4, num_experts=3),
-}
-COMPONENTS = ("unet", "text_encoder")
 
 
 @pytest.fixture(scope="module")
 def library(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with adapters of several methods."""
-    folder, pipe = tmp_path_factory.mktemp("library"), open_pipeline(tiny_base)
-    for seed, (name, config) in enumerate(SUBJECTS.items()):
-        add_adapter(pipe, config, name, COMPONENTS)
-        randomize(pipe, name, seed, size=0.02)  # strong ones turn rounding into another picture
-        save_adapter(pipe, folder / name, name)
-        delete_adapter(pipe, name)
-    return folder
+    return write_library(tiny_base, tmp_path_factory.mktemp("library"))
 
 
 @pytest.fixture
 def pipe(tiny_base: Path) -> Any:
     """A pipeline that an engine may have."""
     return open_pipeline(tiny_base)
-
-
-def ask(prompt: str, steps: int = 3, guidance: float = 4.0, **others: Any) -> Request:
-    return Request(prompt, Sampling(steps, guidance, width=16, height=16), **others)
-
-
-def alone(base: Path, library: Path, request: Request) -> list[Any]:
-    """The pictures of a request by a pipeline of its own."""
-    pipe = open_pipeline(base)
-    for tag in request.tags:
-        load_adapter(pipe, library / tag.name, tag.name, weight=tag.unet)
-    pipe.scheduler = scheduler(pipe.scheduler, request.sampler)
-    seeds = range(request.seed, request.seed + request.count)
-    return [image for seed in seeds for image in sample_images(pipe, [request.text], [seed], request.sampling)]
-
-
-def assert_equal_to_runs_alone(base: Path, library: Path, tickets: Sequence[Ticket]) -> None:
-    """Compare within a gray level. The runs alone come last: opening a pipeline changes torch's default dtype."""
-    found = [[picture.image for picture in ticket.pictures()] for ticket in tickets]
-    for ticket, images in zip(tickets, found, strict=True):
-        for ours, theirs in zip(images, alone(base, library, ticket.request), strict=True):
-            assert np.abs(np.asarray(ours, float) - np.asarray(theirs, float)).max() <= 1, ticket.request
 
 
 def test_pictures_equal_runs_of_their_own(tiny_base: Path, library: Path, pipe: Any) -> None:
