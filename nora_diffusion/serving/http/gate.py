@@ -43,7 +43,7 @@ class Gate:
             receive = await self.bodies.checked(scope, headers, receive, ending)
             await self.app(scope, receive, note.send)
         except Exception as error:
-            if note.status == 500:  # answered and logged
+            if note.complete:  # answered and logged; starlette raises it once more
                 return
             if note.status:  # too late for another answer
                 raise
@@ -105,13 +105,14 @@ class _Note:
 
     def __init__(self, send: Send, scope: Scope, prompts: bool) -> None:
         self._send, self._scope, self._prompts = send, scope, prompts
-        self._began, self.status = time.monotonic(), 0
+        self._began, self.status, self.complete = time.monotonic(), 0, False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
         await self._send(message)
+        self.complete = message["type"] == "http.response.body" and not message.get("more_body")
 
     def write(self) -> None:
         values = {
