@@ -1,7 +1,7 @@
 """Load on a server of many subjects: pictures a minute, latencies and memory, beside diffusers and PEFT.
 
     python benchmarks/serving.py [--subjects 1000] [--pictures 128] [--in_flight 16] [--rate 60 ...]
-        [--ways engine diffusers hotswap peft] [--threads 2] [--base FOLDER_OR_ID]
+        [--ways diffusers hotswap peft engine engine-mor engine-lora] [--threads 2] [--base FOLDER_OR_ID]
 
 Each way is a server in a process of its own with the same HTTP side (`benchmarks/serving_peers.py`), on the loopback
 interface. Subjects follow Zipf's law, steps are 8, 12 or 16. Two loads, after a warm-up with other seeds:
@@ -10,8 +10,9 @@ interface. Subjects follow Zipf's law, steps are 8, 12 or 16. Two loads, after a
 - *rate*: requests at random times (Poisson), so many a minute on average, however fast the server is.
 
 Memory is the server's (RSS) at the start, after the warm-up and at the end. The subjects are NoRA adapters in one pack
-for the engine, and the same adapters exported as LoRAs for the peers (50 different ones under so many names). At last,
-pictures of the engine are compared with those of a pipeline that loads each adapter with `load_adapter`.
+for the engine, and the same adapters exported as LoRAs for the peers (50 different ones under so many names).
+*engine-lora* serves those LoRA files by the engine, *engine-mor* mixtures of ranks. At last, pictures of the engine are
+compared with those of a pipeline that loads each adapter with `load_adapter`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nora_diffusion import add_adapter, create_pack, export_lora, load_adapter, nora, open_pipeline, save_adapter
+from nora_diffusion import add_adapter, create_pack, export_lora, load_adapter, mor, nora, open_pipeline, save_adapter
 from nora_diffusion.generation.sampling import sample_images
 from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.loaders import delete_adapter, trainable_parameters
@@ -52,16 +53,19 @@ def write_subjects(base: str | None, count: int, folder: Path) -> None:
     """Random NoRA adapters in one basis, weak enough that rounding does not become another picture."""
     pipe = open_pipeline(base)
     for number in range(min(count, DIFFERENT)):
-        torch.manual_seed(number)
-        add_adapter(pipe, nora(basis="svd"), "subject")
-        for parameter in trainable_parameters(pipe, "subject").values():
-            parameter.data.normal_(std=0.05)
-        save_adapter(pipe, folder / "nora" / f"s{number}", "subject")
-        delete_adapter(pipe, "subject")
+        for method, config in (("nora", nora(basis="svd")), ("mor", mor(r=4, num_experts=4))):
+            torch.manual_seed(number)
+            add_adapter(pipe, config, "subject")
+            for parameter in trainable_parameters(pipe, "subject").values():
+                parameter.data.normal_(std=0.05)
+            save_adapter(pipe, folder / method / f"s{number}", "subject")
+            delete_adapter(pipe, "subject")
         export_lora(folder / "nora" / f"s{number}", folder / "different" / f"{number}.safetensors")
     create_pack(folder / "all.nora_pack.safetensors", {f"s{i}": adapter(folder, i) for i in range(count)})
     (folder / "lora").mkdir()
+    (folder / "mixtures").mkdir()
     for i in range(count):
+        (folder / "mixtures" / f"s{i}").symlink_to(folder / "mor" / f"s{i % DIFFERENT}")
         (folder / "lora" / f"s{i}.safetensors").symlink_to(folder / "different" / f"{i % DIFFERENT}.safetensors")
 
 
@@ -108,8 +112,9 @@ class Server:
 @contextmanager
 def serving(way: str, args: argparse.Namespace, folder: Path) -> Iterator[Server]:
     """A server in a process of its own."""
-    subjects = folder / ("all.nora_pack.safetensors" if way == "engine" else "lora")
-    command = [sys.executable, str(Path(__file__).with_name("serving_peers.py")), way, str(subjects)]
+    subjects = folder / {"engine": "all.nora_pack.safetensors", "engine-mor": "mixtures"}.get(way, "lora")
+    server, _, _ = way.partition("-")
+    command = [sys.executable, str(Path(__file__).with_name("serving_peers.py")), server, str(subjects)]
     command += ["--at_once", str(args.in_flight), *(["--base", args.base] if args.base else [])]
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     with subprocess.Popen(

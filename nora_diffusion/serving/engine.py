@@ -1,4 +1,4 @@
-"""The engine: admits pictures, and computes the calls of all pictures at work in common passes.
+"""The engine: admits pictures, loads their subjects, and has the calls of all pictures at work computed together.
 
 Between two passes pictures start, end, are cancelled, and subjects are loaded. So pictures at different steps, with
 different samplers, subjects and weights, share the passes of the base; each equals a run of its own.
@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from ..errors import UserError, out_of_memory
+from ..errors import UserError
 from ..generation.image_settings import adapter_settings
 from ..generation.library import NamedAdapter
 from ..loaders.locking import exclusive
-from ..pipelines.names import DENOISERS
-from .merging import merged, parted
+from .passes import Passes
 from .pictures import Copies, Work, start
 from .rendezvous import Call, Rendezvous
 from .request import Request
 from .residents import Residents
-from .rows import Rows, Spec
+from .rows import Spec
 from .samplers import check_sampler
 from .subjects import Source, Subjects
 from .tickets import Closed, Event, Ticket
@@ -82,15 +80,13 @@ class Engine:
             raise UserError("at_once, resident and waiting must be 1 or more, host_memory 0 or more")
         self.pipe, self.subjects, self.at_once = pipe, Subjects(subjects), at_once
         self._queue: FairQueue[Work] = FairQueue(waiting, weights)
-        self._rows = Rows(pipe)
-        self._residents = Residents(pipe, resident, host_memory, self._rows.close)
+        self._passes = Passes(pipe, self._specs)
+        self._residents = Residents(pipe, resident, host_memory, self._passes.close)
         self._meeting = Rendezvous()
         self._copies = Copies(pipe, self._meeting)
         self._at_work: list[Work] = []
         self._stale = False
         self._asked: list[tuple[Callable[[Any], Any], Future[Any]]] = []
-        self._room: dict[Hashable, int] = {}
-        self._passes = self._pass_rows = 0
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
         self._closing: bool | None = None
@@ -129,7 +125,7 @@ class Engine:
             at_work = len(self._at_work)
         here, host = self._residents, self._residents.host
         return Statistics(
-            len(self._queue), at_work, self._passes, self._pass_rows, len(here.loaded), here.hits, here.loads,
+            len(self._queue), at_work, self._passes.count, self._passes.rows, len(here.loaded), here.hits, here.loads,
             len(host), host.bytes, host.reads,
         )  # fmt: skip
 
@@ -187,7 +183,7 @@ class Engine:
                 while self._turn():
                     pass
             finally:
-                self._rows.close()
+                self._passes.close()
                 self._answer_asked()
 
     def _turn(self) -> bool:
@@ -196,10 +192,9 @@ class Engine:
             if not self._admit():
                 return False
             if calls := self._wanted(self._meeting.wait()):
-                group = _group(calls)
-                group = group[: self._room.get(group[0].kind)]
+                group = self._passes.next(calls)
                 self._meeting.take(group)
-                self._compute(group)
+                self._passes.compute(group)
         except Exception:
             if self._closing is False:
                 raise
@@ -220,7 +215,7 @@ class Engine:
         self._forget_removed()
         self._drop_ended()
         if not self._at_work:
-            self._room.clear()
+            self._passes.rest()
         while len(self._at_work) < self.at_once and self._closing is not False and (waiting := self._queue.take()):
             self._start(waiting)
         return True
@@ -279,6 +274,10 @@ class Engine:
         with self._lock:
             self._at_work.remove(work)
 
+    def _specs(self) -> list[Spec]:
+        with self._lock:
+            return [work.spec for work in self._at_work]
+
     def _in_use(self) -> set[Source]:
         with self._lock:
             return {source for work in self._at_work for source in work.sources}
@@ -304,63 +303,3 @@ class Engine:
                 self._meeting.take([call])
                 call.fail(ended)
         return wanted
-
-    def _compute(self, calls: Sequence[Call]) -> None:
-        """Answer calls of one model by one pass. If it fails, it is halved, so that a picture fails alone.
-
-        Passes that did not fit into memory are not tried again in that size.
-        """
-        try:
-            self._answer(calls)
-        except Exception as error:
-            if len(calls) == 1:
-                calls[0].fail(error)
-                return
-            middle = len(calls) // 2
-            if out_of_memory(error):
-                self._room[calls[0].kind] = middle
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-            log.warning("a pass of %d pictures failed and is halved: %s", len(calls), error)
-            for half in (calls[:middle], calls[middle:]):
-                self._compute(half)
-
-    def _answer(self, calls: Sequence[Call]) -> None:
-        name, _, method = calls[0].model.partition(".")
-        model = getattr(self.pipe, name)
-        pass_ = merged([call.arguments for call in calls])
-        if method:
-            result = getattr(model, method)(*pass_.args, **pass_.kwargs)
-        else:
-            self._assign(name, calls)
-            if name in DENOISERS:
-                self._passes, self._pass_rows = self._passes + 1, self._pass_rows + pass_.rows
-            result = model(*pass_.args, **pass_.kwargs)
-        for call, own in zip(calls, parted(result, [call.arguments.rows for call in calls]), strict=True):
-            _check_finite(name, own)
-            call.answer(own)
-
-    def _assign(self, component: str, calls: Sequence[Call]) -> None:
-        blocks = [(work.spec, call.arguments.rows) for call in calls if isinstance(work := call.picture, Work)]
-        with self._lock:
-            self._rows.prepare([*(spec for spec, _ in blocks), *(work.spec for work in self._at_work)])
-        self._rows.assign(component, blocks)
-
-
-def _group(calls: Sequence[Call]) -> list[Call]:
-    """The calls of the next pass: those that merge with the oldest one, encoders and autoencoders first.
-
-    A picture that has been encoded joins the next pass of the denoiser. An autoencoder makes one picture at a time.
-    """
-    others = [call for call in calls if call.model not in DENOISERS]
-    first = (others or list(calls))[0]
-    if first.model.startswith("vae"):
-        return [first]
-    return [call for call in calls if call.kind == first.kind]
-
-
-def _check_finite(name: str, result: Any) -> None:
-    """Raises :class:`UserError` for a prediction that is NaN: the picture would be black."""
-    first = result[0] if isinstance(result, tuple | list) else result
-    if name in DENOISERS and isinstance(first, Tensor) and not torch.isfinite(first).all():
-        raise UserError("the denoiser returned NaN or infinity: use lower weights, or --precision fp32")
