@@ -121,12 +121,20 @@ def read_settings(path: str | Path) -> ImageSettings:
         raise UserError(f"{name} has settings of more than {MAX_TEXT // 2**10} KiB, which are not read")
     if JSON_KEY in texts:
         try:
-            return _checked(ImageSettings(**json.loads(texts[JSON_KEY])))
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            return settings_from(json.loads(texts[JSON_KEY]))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{name}: its settings are damaged ({str(error)[:80]})") from error
     if "parameters" in texts:
         return parse_parameters(texts["parameters"])
     raise UserError(f"{name} has no settings")
+
+
+def settings_from(values: Any) -> ImageSettings:
+    """Settings from the JSON object of a file or of a server. Raises ``ValueError`` for one that is damaged."""
+    try:
+        return _checked(ImageSettings(**values))
+    except (TypeError, KeyError, OverflowError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _checked(settings: ImageSettings) -> ImageSettings:

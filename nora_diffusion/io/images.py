@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
+from ..errors import UserError
+
 MAX_PIXELS = 40_000_000
 """Larger images are refused wherever they are read."""
 
@@ -22,3 +24,16 @@ def load_image(path: Path) -> Image.Image:
     """Read an image that this toolkit wrote, as RGB."""
     with Image.open(path) as image:
         return image.convert("RGB")
+
+
+def decode(content: bytes, formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP")) -> Image.Image:
+    """Decode an untrusted image as RGB. Its size is checked from the header first. Raises :class:`UserError`."""
+    try:
+        with Image.open(io.BytesIO(content), formats=formats) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise UserError("the image has too many pixels")
+            return opened.convert("RGB")
+    except UserError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError("the image cannot be read") from error

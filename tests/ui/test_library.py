@@ -18,13 +18,14 @@ from PIL import Image
 from nora_diffusion import UserError
 from nora_diffusion.formats.adapter_file import FILE_NAME
 from nora_diffusion.generation.settings import Sampling
+from nora_diffusion.io.images import decode
 from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.ui import entries as reading
 from nora_diffusion.ui import library as module
 from nora_diffusion.ui.device import Device
 from nora_diffusion.ui.engine import Engine
 from nora_diffusion.ui.jobs.worker import publish
-from nora_diffusion.ui.layout.cards import cards, details, read_preview
+from nora_diffusion.ui.layout.cards import cards, details
 from nora_diffusion.ui.library import Library, safe_name
 from nora_diffusion.ui.request import ActiveAdapter, Request
 from nora_diffusion.ui.runs import Run
@@ -412,7 +413,7 @@ def test_a_hostile_preview_is_refused(size: tuple[int, int]) -> None:
     head = b"IHDR" + struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
     chunks = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (head, b"IEND"))
     with pytest.raises(UserError):
-        read_preview(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+        decode(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
 
 
 def test_a_published_training_has_its_scores(shelf: Library, tmp_path: Path) -> None:

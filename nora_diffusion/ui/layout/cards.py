@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import functools
-import io
 import time
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from PIL import Image
-
 from ...errors import UserError
-from ...io.images import MAX_PIXELS
+from ...io.images import decode
 from ...reports.webpage import data_uri
 from ..entries import Entry
 from ..messages import short_name
@@ -61,20 +58,9 @@ def _image(entry: Entry) -> str:
 @functools.lru_cache(2048)
 def thumbnail(source: Path | bytes, modified: int) -> str:
     """A small copy of an image as a data URI, cached until the file changes."""
-    image = read_preview(source if isinstance(source, bytes) else source.read_bytes())
+    image = decode(source if isinstance(source, bytes) else source.read_bytes())
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     return data_uri(image, "WEBP", quality=80)
-
-
-def read_preview(content: bytes) -> Image.Image:
-    """Decode an untrusted image. Its size is checked from the header first. Raises :class:`UserError`."""
-    try:
-        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise UserError("the image has too many pixels")
-            return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError("the image cannot be read") from error
 
 
 def score_line(entry: Entry) -> str:

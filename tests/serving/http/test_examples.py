@@ -43,7 +43,7 @@ def address(tiny_base: Path, folder: Path) -> Iterator[str]:
 
 
 def test_there_is_one_of_each_kind() -> None:
-    assert [kind for kind, _ in BLOCKS] == ["console", "py", "js", "py"]
+    assert [kind for kind, _ in BLOCKS] == ["console", "py", "py", "js", "py"]
 
 
 @pytest.mark.parametrize(("kind", "text"), BLOCKS, ids=lambda value: value[:30].split("\n")[0])
@@ -56,7 +56,7 @@ def test_it_runs(kind: str, text: str, address: str, folder: Path) -> None:
     if kind == "js":
         text = f"(async () => {{{text}}})().catch((error) => {{ console.error(error); process.exit(1); }})"
     (folder / "mug.png").unlink(missing_ok=True)
-    environment = {**os.environ, "NO_PROXY": "*", "no_proxy": "*"}
+    environment = {**os.environ, "NO_PROXY": "*", "no_proxy": "*", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run([*PROGRAMS[kind], text], cwd=folder, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     if "mug.png" in text:

@@ -275,7 +275,7 @@ def test_the_document_of_the_api(serve: Serve) -> None:
     assert set(document["paths"]) == {
         "/v1/pictures", "/v1/models", "/v1/images/generations", "/sdapi/v1/txt2img", "/sdapi/v1/loras",
         "/sdapi/v1/samplers", "/sdapi/v1/options", "/sdapi/v1/sd-models", "/v1/subjects", "/v1/subjects/{name}",
-        "/health", "/ready", "/metrics",
+        "/v1/server", "/health", "/ready", "/metrics",
     }  # fmt: skip
     names = [node.rpartition("/")[2] for node in _references(document)]
     assert names and set(names) <= set(document["components"]["schemas"])

@@ -24,7 +24,7 @@ Serve = Callable[..., Any]
 FILE = "nora_adapter.safetensors"
 GETS = (
     "/health", "/ready", "/metrics", "/openapi.json", "/v1/models", "/v1/subjects", "/sdapi/v1/loras",
-    "/sdapi/v1/samplers", "/sdapi/v1/options", "/sdapi/v1/sd-models",
+    "/sdapi/v1/samplers", "/sdapi/v1/options", "/sdapi/v1/sd-models", "/v1/server",
 )  # fmt: skip
 POSTS = ("/v1/pictures", "/v1/images/generations", "/sdapi/v1/txt2img")
 OTHERS = (("PUT", "/v1/subjects/x"), ("DELETE", "/v1/subjects/dog"))

@@ -24,7 +24,10 @@ class SubjectAnswer(BaseModel):
     name: str
     trigger: str
     class_word: str
+    instance_prompt: str
     method: str
+    ranks: str
+    parameters: int
     sha256: str
     bytes: int
     resident: bool
@@ -114,6 +117,7 @@ def described(name: str, subject: Subject, loaded: set[str]) -> SubjectAnswer:
     """A subject as clients see it."""
     info = subject.info
     return SubjectAnswer(
-        name=name, trigger=info.trigger, class_word=info.class_word, method=info.method, sha256=info.sha256,
+        name=name, trigger=info.trigger, class_word=info.class_word, instance_prompt=info.instance_prompt,
+        method=info.method, ranks=info.ranks, parameters=info.trained_parameters, sha256=info.sha256,
         bytes=info.bytes, resident=subject.adapter.path in loaded, uploaded=subject.uploaded,
     )  # fmt: skip
