@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from textwrap import dedent
 
@@ -51,13 +52,21 @@ def generate(words: list[str], base: Path) -> int:
 
 
 def serve_once(flags: list[str]) -> None:
+    """Start the app; a server that it generates on is one of this process."""
     import httpx
 
     from nora_diffusion.cli import build_parser
     from nora_diffusion.cli.servers.app import app_config
+    from nora_diffusion.serving.http import server
+    from nora_diffusion.serving.http.config import ServeConfig
     from nora_diffusion.ui.server import started
 
-    with started(app_config(build_parser().parse(["app", *flags, "--port", "0"]))) as (_, url):
+    with ExitStack() as stack:
+        if "--server" in flags:
+            place = flags.index("--server") + 1
+            flags = [*flags[:place], stack.enter_context(server.started(ServeConfig(port=0))), *flags[place + 1 :]]
+        config = app_config(build_parser().parse(["app", *flags, "--port", "0"]))
+        _, url = stack.enter_context(started(config))
         assert httpx.get(url).status_code == 200
 
 

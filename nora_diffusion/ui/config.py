@@ -22,7 +22,8 @@ class AppConfig:
 
     ``source``: the base; trainings use its ``base``, ``variant`` and ``revision`` too. ``listen``: address to bind.
     ``library``: folder of adapters; generated images go to its sub-folder ``pictures/``. ``auth``: ``user:password``.
-    ``allow_changes``: let users on other machines train, upload and delete.
+    ``allow_changes``: let users on other machines train, upload and delete. ``server``: address of a server that
+    generates, instead of ``source``; ``server_key``: file of its key.
     """
 
     source: BaseSource = field(default_factory=BaseSource)
@@ -31,6 +32,8 @@ class AppConfig:
     library: str = DEFAULT_LIBRARY
     auth: str | None = None
     allow_changes: bool = False
+    server: str | None = None
+    server_key: str | None = None
 
     def check(self) -> None:
         """Raise :class:`UserError` for the first setting that is invalid or not safe."""
@@ -43,7 +46,20 @@ class AppConfig:
                 f"--listen {self.listen} opens the app to other machines: add --auth user:password, "
                 "or omit --listen to use it on this machine only"
             )
-        self.source.check()  # last, as it imports torch
+        if self.server_key is not None and self.server is None:
+            raise UserError("--server_key is the key of a server: give its address by --server too")
+        if self.server is None:
+            self.source.check()  # last, as it imports torch
+            return
+        if self.source != BaseSource():
+            raise UserError(
+                "--server generates with the base of the server: leave out --base, --device, --dtype, --variant and "
+                "--revision"
+            )
+        from ..serving.client import check_address, read_key  # late: --help needs no PIL
+
+        check_address(self.server)
+        read_key(self.server_key)
 
     @property
     def on_loopback(self) -> bool:

@@ -16,12 +16,13 @@ POLL_SECONDS = 0.1
 class Device:
     """The queue for the device. The first :class:`Turn` in it holds the device until it leaves.
 
-    ``lock`` is the lock file of trainings, which are separate processes: a training locks it while it runs.
+    ``lock`` is the lock file of trainings, which are separate processes: a training locks it while it runs (``None``:
+    there are none). ``at_once``: turns that hold the device together, if it is a server with a queue of its own.
     """
 
-    def __init__(self, lock: Path, max_waiting: int = MAX_WAITING) -> None:
-        self.max_waiting = max_waiting
-        self._lock = FileLock(lock)
+    def __init__(self, lock: Path | None, max_waiting: int = MAX_WAITING, at_once: int = 1) -> None:
+        self.max_waiting, self.at_once = max_waiting, at_once
+        self._lock = FileLock(lock) if lock else None
         self._queue: list[Turn] = []
         self._changed = threading.Condition()
 
@@ -57,7 +58,7 @@ class Device:
             while not turn.held:
                 if turn not in self._queue:
                     return False
-                if self._queue[0] is turn and self._no_training():
+                if turn in self._queue[: self.at_once] and self._no_training():
                     turn.held = True
                     break
                 rest = POLL_SECONDS if end is None else min(POLL_SECONDS, end - time.monotonic())
@@ -69,7 +70,7 @@ class Device:
     def _no_training(self) -> bool:
         """Take the lock of trainings. None runs where it cannot exist: a read-only library, a disk without locks."""
         try:
-            return self._lock.try_acquire()
+            return self._lock is None or self._lock.try_acquire()
         except UserError:
             return True
 
@@ -77,8 +78,9 @@ class Device:
         """Remove a turn from the queue, and free the device if the turn holds it."""
         with self._changed:
             if turn.held:
-                self._lock.release()
                 turn.held = False
+                if self._lock is not None:
+                    self._lock.release()
             if turn in self._queue:
                 self._queue.remove(turn)
             self._changed.notify_all()

@@ -22,9 +22,10 @@ from ..generation.sampling import check_lengths, describe_image, sample_images
 from ..generation.settings import Sampling
 from ..loaders import LoadedAdapter, delete_adapter, load_adapter
 from ..loaders.mixed_batch import mixed_batch
-from ..pipelines.base import BaseSource, base_id, best_device, default_guidance, is_embedded
+from ..pipelines.base import BaseSource, base_id, best_device, default_guidance, default_steps, is_embedded
 from ..pipelines.components import canonical, components, denoiser, devices, projections
 from ..pipelines.fingerprints import fingerprint, same_weights
+from .backend import Backend
 from .entries import Stamp, stamp_of
 from .messages import short_name
 from .request import MAX_SCALE, MAX_SIDE, MAX_STEPS, ActiveAdapter, Request
@@ -36,7 +37,7 @@ PREVIEWS = 6
 """Maximum number of previews per image."""
 
 
-class Engine:
+class Engine(Backend):
     """Loads the base on first use, and keeps only the adapters of the last request in it."""
 
     def __init__(self, source: BaseSource) -> None:
@@ -55,6 +56,10 @@ class Engine:
                 self._fingerprints = _fingerprints(pipe)
                 self._pipe = pipe
             return self._pipe
+
+    def warm_up(self) -> None:
+        """Load the base."""
+        _ = self.pipe
 
     @property
     def device(self) -> str:
@@ -88,6 +93,16 @@ class Engine:
     def base_id(self) -> str:
         """The base's name as written into images, without the folders of this machine."""
         return short_name(base_id(self.pipe))
+
+    @property
+    def title(self) -> str:
+        """The base, as the page names it."""
+        return "embedded base model" if self.is_embedded else short_name(str(self.source.base))
+
+    @property
+    def steps(self) -> int:
+        """The base's default number of steps."""
+        return default_steps(self.source.base)
 
     @property
     def guidance(self) -> float:

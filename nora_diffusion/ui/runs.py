@@ -35,7 +35,10 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Progress:
-    """A snapshot of a run. ``image`` and ``step`` count from 1; ``preview`` is a data URI."""
+    """A snapshot of a run. ``image`` and ``step`` count from 1; ``preview`` is a data URI.
+
+    ``share``: how much of the work is done, from 0 to 1; 0: as much as ``image`` and ``step`` say.
+    """
 
     state: State = "waiting"
     ahead: int = 0
@@ -44,6 +47,7 @@ class Progress:
     images: int = 0
     step: int = 0
     steps: int = 0
+    share: float = 0.0
     preview: str = ""
     files: tuple[Path, ...] = ()
     message: str = ""

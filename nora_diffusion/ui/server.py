@@ -117,7 +117,7 @@ def _gradio(site: Any) -> Any:
 def blocked(app: App) -> list[Path]:
     """Folders that are never served, whatever a handler returns: models, caches, adapters, the program itself."""
     cache = Path(os.environ.get("HF_HOME", "~/.cache")).expanduser()
-    name = app.engine.source.base
+    name = app.config.source.absolute().base
     base = [Path(name)] if name and Path(name).exists() else []
     return [app.library.folder, cache, Path("~/.cache").expanduser(), EMBEDDED_WEIGHTS.parents[1], *base]
 

@@ -13,19 +13,19 @@ from ..generation.settings import MAX_PROMPT
 from .config import CACHE_SECONDS
 from .layout.page import Page
 from .layout.theme import appearance
-from .messages import short_name
 from .state import App
 from .tabs.generate_settings import defaults
 
 TABS = ("generate", "mix", "library", "train", "compare", "inspect")
 """Modules of ``ui/tabs``, in page order."""
+REMOTE_TABS = ("generate", "library")
+"""Those that need no base on this machine."""
 
 
 def build(app: App) -> tuple[Any, dict[str, Any]]:
     """The page, and the arguments of ``gr.mount_gradio_app`` for its appearance."""
     with gr.Blocks(title="nora_diffusion", delete_cache=CACHE_SECONDS, analytics_enabled=False) as blocks:
-        base = "embedded base model" if app.engine.is_embedded else short_name(str(app.engine.source.base))
-        gr.HTML(f"<h1>nora_diffusion</h1><p>{html.escape(base)}</p>", elem_id="title")
+        gr.HTML(f"<h1>nora_diffusion</h1><p>{html.escape(app.engine.title)}</p>", elem_id="title")
         prompt = gr.Textbox(
             defaults(app.engine)["prompt"], label="Prompt", lines=3, max_lines=8, max_length=MAX_PROMPT, render=False,
             elem_id="prompt", placeholder="Describe the image",
@@ -33,7 +33,7 @@ def build(app: App) -> tuple[Any, dict[str, Any]]:
         changed = gr.State(0)
         with gr.Tabs(selected=TABS[0]) as tabs:
             page = Page(app, blocks, tabs, tab=None, prompt=prompt, library_changed=changed)
-            for name in TABS:
+            for name in REMOTE_TABS if app.engine.is_remote else TABS:
                 module = importlib.import_module(f".tabs.{name}", __package__)
                 with gr.Tab(module.TITLE, id=name) as tab:
                     module.build(replace(page, tab=tab))

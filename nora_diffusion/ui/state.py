@@ -13,9 +13,10 @@ from pathlib import Path
 
 from ..errors import UserError, reason
 from ..io.files import make_folder
+from ..serving.client import Client, read_key
+from .backend import ELSEWHERE, Backend
 from .config import AppConfig
 from .device import Device
-from .engine import Engine
 from .entries import Entry, Stamp
 from .jobs.jobs import Jobs
 from .library import Library
@@ -23,6 +24,8 @@ from .runs import Runs
 
 MAX_COPIES = 1000
 """Number of files that stay copied for the browser."""
+MAX_RUNS = 64
+"""Requests of pages that a server works on together; more of them wait here."""
 MAX_DOWNLOADS = 20
 """Number of exports that stay for download."""
 
@@ -38,11 +41,11 @@ class App:
 
     def __init__(self, config: AppConfig, scratch: Path) -> None:
         self.config, self.scratch = config, make_folder(scratch)
-        self.library = Library(config.library_folder)
+        self.engine, self.library = _opened(config)
         jobs = self.library.folder / ".jobs"
         self.jobs = Jobs(jobs, self.library.folder, jobs / "device.lock", config.source.device)
-        self.device = Device(self.jobs.device_lock)
-        self.engine = Engine(config.source.absolute())
+        remote = self.engine.is_remote
+        self.device = Device(None, MAX_RUNS, MAX_RUNS) if remote else Device(self.jobs.device_lock)
         self.runs = Runs()
         self._copies: dict[tuple[Path, int], Path] = {}
         self._copying = threading.Lock()
@@ -53,7 +56,7 @@ class App:
         """Load the base before the first image. An error is printed here, and raised again for the first image."""
         try:
             with self.device.join("loading the base model"):
-                _ = self.engine.pipe
+                self.engine.warm_up()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
 
@@ -107,6 +110,8 @@ class App:
 
     def overlap(self, one: str, two: str) -> float:
         """Overlap of two adapters' updates, 0 to 1; 0 if it cannot be computed from the files (MoR)."""
+        if self.engine.is_remote:
+            return 0.0
         from ..composition.angles import overlap_files
 
         try:
@@ -124,13 +129,34 @@ class App:
             return entry.error
         return self.engine.mismatch(entry.info)
 
+    @property
+    def may_change(self) -> bool:
+        """Whether users may train, upload and delete: on this machine, as a server has its own adapters."""
+        return self.config.may_change and not self.engine.is_remote
+
     def require_changes(self) -> None:
         """Raise :class:`UserError` if users may not train, upload or delete.
 
         Every handler that does so calls it: hiding a button does not close its HTTP endpoint.
         """
+        if self.engine.is_remote:
+            raise UserError(ELSEWHERE)
         if not self.config.may_change:
             raise UserError("this server is shared: start it with --allow_changes to train, upload and delete")
+
+
+def _opened(config: AppConfig) -> tuple[Backend, Library]:
+    """What makes the images, and the adapters that it knows. Only a local base needs torch."""
+    if config.server is None:
+        from .engine import Engine
+
+        return Engine(config.source.absolute()), Library(config.library_folder)
+    from .remote.engine import RemoteEngine
+    from .remote.library import RemoteLibrary
+    from .remote.server import Server
+
+    server = Server(Client(config.server, read_key(config.server_key)))
+    return RemoteEngine(server), RemoteLibrary(config.library_folder, server)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,6 @@ from typing import Any
 
 from ..errors import UserError
 from ..generation.tags import check_range
-from ..loaders import set_adapters
-from ..pipelines.components import components
 
 BLOCKS = ("down", "mid", "up")
 """Blocks of a UNet with a weight of their own; their module paths start with ``<block>_block``."""
@@ -51,6 +49,9 @@ class AdapterWeights:
 
 def set_weights(pipe: Any, weights: Mapping[str, AdapterWeights]) -> None:
     """Activate exactly these adapters, each with its weights."""
+    from ..loaders import set_adapters  # late: it imports torch
+    from ..pipelines.components import components
+
     set_adapters(pipe, list(weights), [w.unet for w in weights.values()])
     for component, module in components(pipe).items():
         for path, layer in module.named_modules():

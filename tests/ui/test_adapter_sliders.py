@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from nora_diffusion.formats.adapter_info import AdapterInfo
-from nora_diffusion.pipelines.base import BaseSource
 from nora_diffusion.ui.tabs.adapter_sliders import insert_handler
 from nora_diffusion.ui.tabs.compare import trigger_handler
 from nora_diffusion.ui.tabs.generate_settings import FIRST_PROMPT
@@ -26,7 +25,7 @@ INFOS = {
 def app() -> Any:
     entries = {name: SimpleNamespace(info=info, tag=name, error="") for name, info in INFOS.items()}
     return SimpleNamespace(
-        engine=SimpleNamespace(source=BaseSource(), is_embedded=True, guidance=5.0), problem=lambda entry: None,
+        engine=SimpleNamespace(is_embedded=True, steps=20, guidance=5.0), problem=lambda entry: None,
         library=SimpleNamespace(entry=entries.get, entries=lambda: list(entries.values())),
     )  # fmt: skip
 

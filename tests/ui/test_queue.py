@@ -93,7 +93,7 @@ def test_only_its_own_button_stops_a_batch(work: str, end: str, tmp_path: Path) 
         run.check()
 
     app: Any = SimpleNamespace(
-        device=Device(tmp_path / "lock"), runs=Runs(), engine=SimpleNamespace(make_batch=make_batch),
+        device=Device(tmp_path / "lock"), runs=Runs(), engine=SimpleNamespace(make_batch=make_batch, is_remote=False),
         library=SimpleNamespace(images=tmp_path),
     )  # fmt: skip
     page: Any = SimpleNamespace(username="", session_hash="page")

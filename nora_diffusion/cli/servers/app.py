@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow_changes", action="store_true", help="with --listen: let users train, upload and delete"
     )
+    parser.add_argument(
+        "--server", metavar="URL", help="generate on a server (nora-diffusion serve) instead of this machine"
+    )
+    parser.add_argument(
+        "--server_key", metavar="FILE", help="file with the key of that server (default: the variable NORA_SERVER_KEY)"
+    )
     add_source_flags(parser)
 
 
@@ -43,4 +49,7 @@ def app_config(values: argparse.Namespace) -> AppConfig:
     """The flags as :class:`AppConfig`."""
     from ...ui import AppConfig
 
-    return AppConfig(source_of(values), values.port, values.listen, values.library, values.auth, values.allow_changes)
+    return AppConfig(
+        source_of(values), values.port, values.listen, values.library, values.auth, values.allow_changes, values.server,
+        values.server_key,
+    )  # fmt: skip

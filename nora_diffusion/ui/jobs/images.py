@@ -18,7 +18,7 @@ from ...data.similarity import Duplicate, find_duplicates
 from ...data.transforms import Transform, View
 from ...errors import UserError
 from ...io.files import sha256, write_atomic
-from ..engine import Engine
+from ..backend import Backend
 
 MAX_IMAGES, MAX_IMAGE_BYTES = 100, 60 * 2**20
 MAX_CAPTION_BYTES = 4000
@@ -36,7 +36,7 @@ class CheckedImage:
     caption: str = ""
 
 
-def check_images(paths: Sequence[Path], engine: Engine, settings: Mapping[str, Any]) -> list[CheckedImage]:
+def check_images(paths: Sequence[Path], engine: Backend, settings: Mapping[str, Any]) -> list[CheckedImage]:
     """Check each file and crop it as a training with these settings does. Headers are checked before decoding.
 
     Only small copies are kept, so that memory holds one photo at a time. Raises :class:`UserError` for too many files.

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...io.yaml_text import parse_yaml
-from ..engine import Engine
+from ..backend import Backend
 from ..messages import without_dashes
 from ..request import MAX_SEED, MAX_STEPS
 from .images import distinct
@@ -37,7 +37,7 @@ OPEN_GROUPS = ("adapter", "prior", "training", "optimizer")
 
 
 def build_settings(
-    engine: Engine, preset: str, trigger: str, class_word: str, changes: Mapping[str, Any], extra: str = ""
+    engine: Backend, preset: str, trigger: str, class_word: str, changes: Mapping[str, Any], extra: str = ""
 ) -> dict[str, Any]:
     """Trainer settings of a run. ``changes`` override the preset, and the YAML lines of ``extra`` override both.
 
@@ -71,7 +71,7 @@ def build_settings(
     }
 
 
-def check_limits(engine: Engine, settings: Mapping[str, Any]) -> None:
+def check_limits(engine: Backend, settings: Mapping[str, Any]) -> None:
     """Raise :class:`UserError` for the first number that is too large for this base or any machine."""
     for name, value in settings.items():
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -90,7 +90,7 @@ def check_word(field: str, word: str, example: str) -> None:
         raise UserError(f"'{field}' is {word[:40]!r}: enter one word, for example {joined}")
 
 
-def _defaults(engine: Engine, settings: Mapping[str, Any]) -> Any:
+def _defaults(engine: Backend, settings: Mapping[str, Any]) -> Any:
     """The trainer's defaults for the base and the method."""
     from ...training import TrainConfig
     from ...training.settings.defaults import with_defaults
@@ -115,7 +115,7 @@ def read_extra(text: str) -> dict[str, Any]:
     return {name: getattr(config, name) for name in values}
 
 
-def preflight(engine: Engine, settings: Mapping[str, Any], images: Sequence[Path], library: Path) -> list[str]:
+def preflight(engine: Backend, settings: Mapping[str, Any], images: Sequence[Path], library: Path) -> list[str]:
     """The trainer's preflight warnings, before any photo is resized. Files that cannot be read are left out.
 
     Raises :class:`UserError` if the trainer would refuse the run.

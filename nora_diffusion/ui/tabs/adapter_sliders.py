@@ -12,7 +12,6 @@ from typing import Any
 import gradio as gr
 
 from ...adapters.axes import MAX_WEIGHT
-from ...composition.angles import WARN_ABOVE
 from ...data.captions import has_word, with_trigger
 from ...errors import UserError
 from ...formats.adapter_info import AdapterInfo
@@ -74,7 +73,7 @@ def build_sliders(page: Page, prompt: gr.Textbox, elem_id: str, one_weight: bool
         [], label="Add adapter", elem_id=elem_id, interactive=True, filterable=True, allow_custom_value=False
     )
     block_weights = gr.State({})
-    slots = [_slot(one_weight) for _ in range(SLOTS)]
+    slots = [_slot(one_weight, not page.app.engine.is_remote) for _ in range(SLOTS)]
     overlaps, seen = gr.HTML("", elem_id=f"{elem_id}-overlap"), gr.State("")
     outputs = [component for slot in slots for component in (slot.group, slot.name, *slot.sliders())]
     values = [slider for slot in slots for slider in slot.sliders()]
@@ -82,7 +81,8 @@ def build_sliders(page: Page, prompt: gr.Textbox, elem_id: str, one_weight: bool
         [prompt.change, block_weights.change], handler(show), [prompt, block_weights, *values], outputs,
         **ALWAYS_LAST, **UNQUEUED,
     )  # fmt: skip
-    prompt.change(handler(overlap_handler(page.app)), [prompt, seen], [overlaps, seen], **ALWAYS_LAST, **UNQUEUED)
+    if not page.app.engine.is_remote:  # overlaps are computed from the files
+        prompt.change(handler(overlap_handler(page.app)), [prompt, seen], [overlaps, seen], **ALWAYS_LAST, **UNQUEUED)
     refresh = handler(lambda: update_choices(usable_names(page)))
     changes = [page.blocks.load, page.tab.select, page.library_changed.change]
     gr.on(changes, refresh, None, choose, **ALWAYS_LAST, **UNQUEUED)
@@ -98,7 +98,7 @@ def build_sliders(page: Page, prompt: gr.Textbox, elem_id: str, one_weight: bool
     return block_weights
 
 
-def _slot(one_weight: bool) -> Slot:
+def _slot(one_weight: bool, with_blocks: bool) -> Slot:
     limits = {"minimum": -USUAL_WEIGHT, "maximum": USUAL_WEIGHT, "value": 1, "step": 0.05}
     with gr.Group(visible=False) as group:
         # Scripts cannot read a gr.State. Hidden by CSS: showing a group again shows everything in it.
@@ -106,9 +106,10 @@ def _slot(one_weight: bool) -> Slot:
         with gr.Row():
             unet = gr.Slider(**limits, label="Weight", min_width=200, scale=4)
             out = gr.Button("Remove", size="sm", min_width=90, scale=0, elem_classes="remove")
-        with gr.Accordion("Text encoder and block weights", open=False, visible=not one_weight):
+        title = "Text encoder and block weights" if with_blocks else "Text encoder weight"
+        with gr.Accordion(title, open=False, visible=not one_weight):
             te = gr.Slider(**limits, label="Text encoder")
-            with gr.Row():
+            with gr.Row(visible=with_blocks):
                 blocks = [gr.Slider(**limits, label=f"Block: {block}", min_width=120) for block in BLOCKS]
     return Slot(group, name, unet, te, blocks, out)
 
@@ -165,6 +166,8 @@ def overlap_handler(app: App) -> Any:
     """Warn about each two adapters of the prompt that change nearly the same directions."""
 
     def warn(prompt: str, seen: str) -> tuple[Any, Any]:
+        from ...composition.angles import WARN_ABOVE
+
         try:
             names = sorted({tag.name for tag in parse_tags(prompt or "")[1]})
         except UserError:

@@ -85,7 +85,8 @@ def follow(app: App, run: Run, captions: Sequence[str] = ()) -> Iterator[tuple[A
         same = progress.files == shown
         items = gr.skip() if same else gr.update(value=gallery_items(app, progress.files, captions), visible=True)
         shown = progress.files
-        buttons = [gr.update(visible=visible) for visible in (False, True, progress.state == "working")]
+        can_skip = progress.state == "working" and not app.engine.is_remote  # a server makes all images together
+        buttons = [gr.update(visible=visible) for visible in (False, True, can_skip)]
         preview = gr.update(value=preview_image(progress), visible=not progress.over)
         yield *buttons, status(progress), preview, items
 

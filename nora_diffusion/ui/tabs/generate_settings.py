@@ -10,8 +10,7 @@ from typing import Any
 import gradio as gr
 
 from ...generation.settings import MAX_PROMPT
-from ...pipelines.base import default_steps
-from ..engine import Engine
+from ..backend import Backend
 from ..layout.page import ALWAYS_LAST, UNQUEUED, Page
 from ..request import LIMITS, MAX_SEED
 
@@ -61,11 +60,11 @@ class Settings:
         return {name: getattr(self, name) for name in names}
 
 
-def defaults(engine: Engine) -> dict[str, Any]:
+def defaults(engine: Backend) -> dict[str, Any]:
     """Initial values. Width and height 0 mean the base's default size."""
     return {
         "prompt": FIRST_PROMPT if engine.is_embedded else "", "negative": "", "count": 1, "seed": -1,
-        "steps": default_steps(engine.source.base), "guidance": engine.guidance, "width": 0, "height": 0,
+        "steps": engine.steps, "guidance": engine.guidance, "width": 0, "height": 0,
         "apart": True,
     }  # fmt: skip
 
@@ -92,7 +91,7 @@ def build(page: Page) -> Settings:
                 for label in ("Width", "Height")
             )  # fmt: skip
         apart = gr.Checkbox(
-            initial["apart"], label="Keep subjects apart", elem_id="apart",
+            initial["apart"], label="Keep subjects apart", elem_id="apart", visible=not page.app.engine.is_remote,
             info="Where the prompt names the subjects of several adapters, each acts on its own subject only",
         )  # fmt: skip
         reset = gr.Button("Reset to defaults", size="sm")

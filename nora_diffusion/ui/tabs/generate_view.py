@@ -23,7 +23,7 @@ def status(progress: Progress, idle: bool = False) -> str:
         if not progress.steps:
             return line("Loading …")
         step = min(progress.step, progress.steps)  # PNDM makes one step more
-        done = ((progress.image - 1) + step / progress.steps) / max(1, progress.images)
+        done = progress.share or ((progress.image - 1) + step / progress.steps) / max(1, progress.images)
         text = f"Image {progress.image} of {progress.images}, step {step} of {progress.steps}"
         return line(text) + f'<div class="bar"><span style="width:{100 * done:.0f}%"></span></div>'
     made = len(progress.files)

@@ -9,8 +9,8 @@ from typing import Any
 import gradio as gr
 
 from ...adapters import PRESETS
-from ...conversion.export import export_lora
 from ...errors import UserError
+from ..backend import ELSEWHERE
 from ..layout.cards import EMPTY, NO_MATCH, cards, details
 from ..layout.page import ALWAYS_LAST, PRIVATE, UNQUEUED, Page, handler, toast
 from ..library import SORTS, safe_name
@@ -50,7 +50,7 @@ def build(page: Page) -> None:
             undo = gr.Button("Undo delete", visible=False, elem_id="undo")
             drop = gr.File(
                 label="Import adapters or packs (.safetensors)", file_count="multiple",
-                file_types=[".safetensors"], height=120, elem_id="import", visible=app.config.may_change,
+                file_types=[".safetensors"], height=120, elem_id="import", visible=app.may_change,
             )  # fmt: skip
     shown = gr.State(PAGE_SIZE)
     query = [words, sort, method, shown, chosen.name]
@@ -72,15 +72,16 @@ def _panel(app: App, panel: gr.Column) -> SimpleNamespace:
     """Details of the chosen adapter, and its buttons."""
     about = gr.HTML("", elem_id="about")
     insert = gr.Button("Add to prompt", variant="primary", elem_id="insert")
-    form = gr.Dropdown(list(FORMATS), value="diffusers", label="Export as LoRA for")
-    export = gr.Button("Export")
+    here = not app.engine.is_remote
+    form = gr.Dropdown(list(FORMATS), value="diffusers", label="Export as LoRA for", visible=here)
+    export = gr.Button("Export", visible=here)
     exported = gr.File(label="Exported", visible=False, interactive=False, height=100)
     with gr.Accordion("Choose a thumbnail", open=True, visible=False, elem_id="choose-thumbnail") as choose:
         candidates = gr.Gallery(
             label="Images made with this adapter", show_label=False, columns=4, height=150, allow_preview=False,
             format="png", interactive=False, buttons=[], elem_classes=["pixels"] if app.engine.is_embedded else [],
         )  # fmt: skip
-    delete = gr.Button("Delete", variant="stop", visible=app.config.may_change, elem_id="delete")
+    delete = gr.Button("Delete", variant="stop", visible=app.may_change, elem_id="delete")
     return SimpleNamespace(
         panel=panel, about=about, insert=insert, form=form, export=export, exported=exported, choose=choose,
         candidates=candidates, delete=delete, name=gr.State(""), offered=gr.State([]),
@@ -133,7 +134,7 @@ def pick_handler(app: App) -> Any:
         problem = app.problem(entry)
         insert = gr.update(interactive=problem is None)
         delete = gr.update(interactive=entry.pack is None, value="Delete" if entry.pack is None else "Part of a pack")
-        offered = app.library.images_with(entry) if app.config.may_change and entry.pack is None else []
+        offered = app.library.images_with(entry) if app.may_change and entry.pack is None else []
         images = [app.hand_out(file) for file in offered]
         return [
             entry.name, gr.update(visible=True), details(entry, problem), gr.update(visible=False), insert, delete,
@@ -161,6 +162,10 @@ def export_handler(app: App) -> Any:
     """Export a plain LoRA for download."""
 
     def export(name: str, form: str) -> Any:
+        if app.engine.is_remote:
+            raise UserError(ELSEWHERE)
+        from ...conversion.export import export_lora  # late: it imports torch
+
         entry = app.library.entry(name)
         with app.download() as folder:
             target = folder / f"{safe_name(entry.name)}_{form}.safetensors"
@@ -189,7 +194,7 @@ def undo_update_handler(app: App) -> Any:
     def offer() -> list[Any]:
         newest = next(iter(app.library.deletions()), "")
         name = newest.partition("-")[2]
-        return [newest, gr.update(visible=bool(newest) and app.config.may_change, value=f"Undo delete: restore {name}")]
+        return [newest, gr.update(visible=bool(newest) and app.may_change, value=f"Undo delete: restore {name}")]
 
     return offer
 

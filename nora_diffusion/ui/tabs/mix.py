@@ -65,7 +65,7 @@ def _recipe(page: Page) -> None:
             seed = gr.Number(0, label="Seed", info="For DARE's random drops", precision=0, minimum=0,
                              maximum=MAX_SEED, min_width=120)  # fmt: skip
         density = gr.Slider(*DENSITIES, 0.5, step=0.05, label="Density", info="Fraction of values kept by pruning")
-    go = gr.Button("Mix and save to library", variant="primary", elem_id="mix", interactive=app.config.may_change)
+    go = gr.Button("Mix and save to library", variant="primary", elem_id="mix", interactive=app.may_change)
     report = gr.HTML("", elem_id="mix-report")
     copy.click(handler(tags_only), page.prompt, recipe, **PRIVATE)
     go.click(

@@ -57,7 +57,7 @@ def _form(page: Page) -> SimpleNamespace:
     with gr.Row():
         check = gr.Button("Check", elem_id="train-check", scale=1, min_width=100)
         start = gr.Button("Train", variant="primary", elem_id="train-start", scale=2, min_width=100,
-                          interactive=page.app.config.may_change)  # fmt: skip
+                          interactive=page.app.may_change)  # fmt: skip
     found = gr.HTML("", elem_id="train-findings")
     return SimpleNamespace(
         **photos, **settings, name=name, trigger=trigger, word=word, check=check, start=start, found=found
