@@ -108,8 +108,7 @@ class Engine:
             if self._closing is not None:
                 raise Closed("the engine is being stopped: send the request again later")
             self._queue.put(works, request.client, works[0].cost, request.priority)
-            for work, place in zip(works, self._queue.places(works), strict=True):
-                ticket.tell(Event("queued", work.index, place=place))
+            self._tell_places(works)
             self._wake.notify_all()
         return ticket
 
@@ -213,12 +212,23 @@ class Engine:
                 return False
         self._answer_asked()
         self._forget_removed()
-        self._drop_ended()
+        moved = self._drop_ended()
         if not self._at_work:
             self._passes.rest()
         while len(self._at_work) < self.at_once and self._closing is not False and (waiting := self._queue.take()):
             self._start(waiting)
+            moved = True
+        if moved:
+            with self._lock:
+                self._tell_places(list(self._queue))
         return True
+
+    def _tell_places(self, works: Sequence[Work]) -> None:
+        """Tell the senders of waiting pictures their places, where these have changed. Called with the lock held."""
+        for work, place in zip(works, self._queue.places(works), strict=True):
+            if place != work.place:
+                work.place = place
+                work.ticket.tell(Event("queued", work.index, place=place))
 
     @property
     def _has_work(self) -> bool:
@@ -244,11 +254,17 @@ class Engine:
         self._residents.forget(removed - in_use)
         self._stale = self._stale or bool(removed & in_use)
 
-    def _drop_ended(self) -> None:
-        """Take waiting pictures that are no longer wanted out of the queue, where they would keep others out."""
+    def _drop_ended(self) -> bool:
+        """Take waiting pictures that are no longer wanted out of the queue, where they would keep others out.
+
+        Whether there were any.
+        """
+        dropped = False
         for work in self._queue:
             if (ended := work.ticket.ended) and self._queue.remove(work):
                 work.fail(ended)
+                dropped = True
+        return dropped
 
     def _start(self, work: Work) -> None:
         if ended := work.ticket.ended:

@@ -23,13 +23,17 @@ from .tickets import Event, Picture, Ticket
 
 @dataclass(eq=False)
 class Work:
-    """A picture to make: number ``index`` of a request. ``sources``: the files of its subjects."""
+    """A picture to make: number ``index`` of a request.
+
+    ``sources``: the files of its subjects. ``place``: its place in the queue as its sender knows it (-1: not told).
+    """
 
     ticket: Ticket
     index: int
     sources: tuple[Source, ...] = ()
     spec: Spec = field(default_factory=Spec)
     described: list[dict[str, Any]] = field(default_factory=list)
+    place: int = -1
 
     @property
     def sampling(self) -> Sampling:

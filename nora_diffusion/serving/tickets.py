@@ -42,8 +42,8 @@ class Picture:
 class Event:
     """What happened to picture ``index`` of a request.
 
-    ``queued``: it waits; ``place`` 1 is the next one. ``step``: step ``step`` of ``steps`` is done; ``latents`` are its
-    prediction. ``picture``: it is finished. ``error``: it failed.
+    ``queued``: it waits; ``place`` 1 is the next one; told again when it changes. ``step``: ``step`` of ``steps`` is
+    done; ``latents`` are its prediction. ``picture``: it is finished. ``error``: it failed.
     """
 
     kind: EventKind

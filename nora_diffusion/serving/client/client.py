@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 MAX_ANSWER = 16 * 2**20
 """Bytes of the largest answer that is not a picture: a list of 20,000 subjects."""
 MAX_VALUES = 400_000
-CONNECT_SECONDS, ANSWER_SECONDS, SILENCE_SECONDS = 10.0, 15.0, 660.0
-"""Largest waits: for a connection, for an answer, and for the next event of a stream."""
+CONNECT_SECONDS, ANSWER_SECONDS, SILENCE_SECONDS = 10.0, 15.0, 75.0
+"""Largest waits: for a connection, for an answer, and for bytes of a stream, of which there are some every 15 s."""
 
 
 class Client:

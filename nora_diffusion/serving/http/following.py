@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import ExitStack
 
 from fastapi import Request as HttpRequest
 from fastapi.concurrency import run_in_threadpool
 
 from ..request import Request
-from ..tickets import Cancelled, Picture, Ticket, pictures_of
+from ..tickets import Cancelled, Event, Picture, Ticket, pictures_of
 from .state import State
 from .telemetry.watching import Watcher
+
+SILENCE_SECONDS = 15.0
+"""Proxies and clients take a stream that is silent for longer, often for a minute, for a broken one."""
 
 
 async def submitted(state: State, request: Request, http: HttpRequest) -> Ticket:
@@ -28,6 +32,28 @@ def ending_of(http: HttpRequest) -> ExitStack:
     """What is undone when the answer to a request has ended, or will never be sent."""
     ending: ExitStack = http.scope["state"]["ending"]
     return ending
+
+
+async def unsilent(events: AsyncGenerator[Event, None]) -> AsyncIterator[Event | None]:
+    """The events of a ticket, and ``None`` after each silence."""
+    coming: asyncio.Future[Event] | None = None
+    try:
+        while True:
+            coming = coming or asyncio.ensure_future(anext(events))
+            done, _ = await asyncio.wait((coming,), timeout=SILENCE_SECONDS)
+            if not done:
+                yield None
+                continue
+            try:
+                event, coming = coming.result(), None
+            except StopAsyncIteration:
+                return
+            yield event
+    finally:
+        if coming is not None:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
+        await events.aclose()
 
 
 async def pictures(ticket: Ticket, http: HttpRequest) -> list[Picture]:

@@ -76,6 +76,14 @@ def test_silence_is_told(odd: Any) -> None:
         assert next(events) is None
 
 
+def test_a_server_that_falls_silent(odd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd.answer = (200, {**EVENTS, "Content-Length": "1000"}, event("queued", {"index": 0}))
+    odd.ended.clear()
+    monkeypatch.setattr(module, "SILENCE_SECONDS", 0.1)
+    with Client(odd.url) as client, pytest.raises(ServerError, match="stopped answering"):
+        client.pictures(prompt="a car")
+
+
 def test_a_picture_fails_alone(serve: Serve) -> None:
     with Client(serve()) as client:
         (*_, last) = client.stream(prompt="a car", timeout=0.001, **SMALL)

@@ -20,7 +20,9 @@ from PIL import Image
 from nora_diffusion.generation.image_settings import read_settings
 from nora_diffusion.generation.latent_preview import LatentPreview
 from nora_diffusion.generation.settings import Sampling
+from nora_diffusion.serving.http import following
 from nora_diffusion.serving.http.previews import Previews
+from nora_diffusion.serving.http.routes import own
 from nora_diffusion.serving.request import Request
 from nora_diffusion.serving.tickets import Cancelled, Event, Ticket
 
@@ -118,6 +120,7 @@ def test_a_slow_reader_gets_previews_too() -> None:
 
 
 def test_the_place_in_the_queue(serve: Serve) -> None:
+    """It is told again when it changes."""
     client = serve(at_once=1)
     engine = client.state.engine
     first = engine.submit(Request("a red car", Sampling(500, 4.0, width=16, height=16)))
@@ -128,10 +131,25 @@ def test_the_place_in_the_queue(serve: Serve) -> None:
         until(lambda: engine.statistics.waiting == 3)
         first.cancel()
         events = events_of(waiting.result())
-    assert [values for kind, values in events if kind == "queued"] == [
-        {"index": 0, "place": 2},
-        {"index": 1, "place": 3},
-    ]
+    told = [(values["index"], values["place"]) for kind, values in events if kind == "queued"]
+    assert [place for index, place in told if index == 0] == [2, 1]
+    assert [place for index, place in told if index == 1] == [3, 2, 1]
+
+
+def test_a_stream_is_never_silent_for_long(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(following, "SILENCE_SECONDS", 0.01)
+    state, ticket = serve().state, Ticket(Request("a red car", Sampling(2, 4.0)))
+
+    async def beginning() -> list[str]:
+        lines = own.stream(state, ticket, own.PicturesBody(prompt="a red car"))
+        first = [await anext(lines), await anext(lines)]
+        ticket.tell(Event("step", 0, 1, 2))
+        first.append(await anext(lines))
+        await lines.aclose()  # type: ignore[attr-defined]
+        return first
+
+    *silent, step = asynchronous.run(beginning())
+    assert silent == ["event: alive\ndata: {}\n\n"] * 2 and step.startswith("event: step")
 
 
 def test_an_error_in_a_stream(serve: Serve) -> None:

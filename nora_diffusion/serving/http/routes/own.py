@@ -19,7 +19,7 @@ from ...tickets import Event, EventKind, Picture, Ticket
 from ..answers import MAKING, body_of, errors, refused
 from ..attachments import MAX_BASE64, attached
 from ..encoding import Format, as_base64
-from ..following import ending_of, pictures, submitted
+from ..following import ending_of, pictures, submitted, unsilent
 from ..previews import Previews
 from ..state import State, seed_of
 
@@ -124,7 +124,10 @@ def described(state: State, picture: Picture, form: Format) -> dict[str, Any]:
 async def stream(state: State, ticket: Ticket, body: PicturesBody) -> AsyncIterator[str]:
     """The events of a request as server-sent events; the last one is ``done``."""
     previews = Previews(state, body.previews, ticket.request.sampling)
-    async for event in ticket.follow():
+    async for event in unsilent(ticket.follow()):
+        if event is None:
+            yield _sent("alive", {})
+            continue
         yield _sent(event.kind, await run_in_threadpool(_values, state, event, body.format, previews))
     yield _sent("done", {})
 
