@@ -1,9 +1,11 @@
-"""Runs coroutines in tests."""
+"""Runs coroutines in tests, and waits for other threads."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import json
+import time
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -18,3 +20,27 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """
     with ThreadPoolExecutor(1) as executor:
         return executor.submit(asyncio.run, coroutine).result()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread does; without a limit, as the test's own is that of its runner."""
+    while not condition():
+        time.sleep(0.01)
+
+
+def leave(app: Any, path: str, values: dict[str, Any]) -> None:
+    """Send JSON to an ASGI app as a client that then closes the connection."""
+    messages = [{"type": "http.request", "body": json.dumps(values).encode()}, {"type": "http.disconnect"}]
+    scope = {
+        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")], "http_version": "1.1",
+        "scheme": "http", "server": ("localhost", 80), "client": ("127.0.0.1", 1), "asgi": {"spec_version": "2.3"},
+    }  # fmt: skip
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0) if len(messages) > 1 else messages[0]
+
+    async def send(message: dict[str, Any]) -> None:
+        pass
+
+    run(app(scope, receive, send))

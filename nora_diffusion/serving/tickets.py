@@ -66,19 +66,18 @@ class Ticket:
     """A request at work.
 
     ``made``: how many of its pictures are finished. ``began``: when each of them was started, as far as that is known.
-    ``watcher``: called with each event, also those that no reader gets. ``on_cancel``: called when
-    it is cancelled, in any thread.
+    ``on_cancel``: called when it is cancelled, in any thread.
     """
 
     request: Request
     sent: float = field(default_factory=time.monotonic)
     made: int = 0
     began: dict[int, float] = field(default_factory=dict)
-    watcher: Callable[[Event], object] | None = None
     _events: list[Event] = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _cancelled: bool = False
     _listener: Callable[[], object] | None = None
+    _watcher: Callable[[Event], object] | None = None
     on_cancel: Callable[[], object] | None = None
 
     def cancel(self) -> None:
@@ -99,9 +98,9 @@ class Ticket:
 
     def tell(self, event: Event) -> None:
         """Called by the engine."""
-        if self.watcher is not None:
-            self.watcher(event)
         with self._changed:
+            if self._watcher is not None:
+                self._watcher(event)
             if event.kind == "step":  # a slow reader gets the latest step only, and no latents pile up
                 self._events = [own for own in self._events if own.kind != "step" or own.index != event.index]
             self._events.append(event)
@@ -110,6 +109,13 @@ class Ticket:
             listener = self._listener
         if listener is not None:
             listener()
+
+    def watch(self, watcher: Callable[[Event], object]) -> None:
+        """Call ``watcher`` with each event before it can be read, also with those that nobody has read yet."""
+        with self._changed:
+            self._watcher = watcher
+            for event in self._events:
+                watcher(event)
 
     def listen(self, listener: Callable[[], object]) -> None:
         """Call ``listener`` from now on when there are new events, in the thread that tells them, and once now."""

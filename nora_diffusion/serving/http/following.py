@@ -22,7 +22,7 @@ async def submitted(state: State, request: Request, http: HttpRequest) -> Ticket
     """Queue a request. It is cancelled when the answer ends, however that comes about."""
     http.scope["state"]["request"] = request
     ticket = await run_in_threadpool(state.submit, request)
-    ticket.watcher = Watcher(ticket, state.metrics, state.tracing, http.scope["state"]["span"])
+    ticket.watch(Watcher(ticket, state.metrics, state.tracing, http.scope["state"]["span"]))
     ending_of(http).callback(state.settle, ticket)
     ending_of(http).callback(ticket.cancel)
     return ticket

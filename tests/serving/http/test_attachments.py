@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import base64
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import asynchronous
 import pytest
+from asynchronous import leave, until
 
 from nora_diffusion.generation.library import NamedAdapter
 from nora_diffusion.serving.http import attachments, bodies
@@ -19,11 +17,6 @@ from nora_diffusion.serving.http.catalog import Subject
 Serve = Callable[..., Any]
 SMALL = {"prompt": "a sks hat", "steps": 2, "width": 16, "height": 16, "seed": 1}
 FILE = "nora_adapter.safetensors"
-
-
-def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -83,21 +76,7 @@ def test_nothing_is_left_of_a_request_that_fails(serve: Serve, hat: str, tmp_pat
 def test_nothing_is_left_when_the_client_goes_away(serve: Serve, hat: str, tmp_path: Path, stream: bool) -> None:
     client = serve()
     values = {**SMALL, "steps": 150, "count": 4, "stream": stream, "adapters": {"hat": hat}}
-    body = json.dumps(values).encode()
-    messages = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
-    scope = {
-        "type": "http", "method": "POST", "path": "/v1/pictures", "raw_path": b"/v1/pictures", "query_string": b"",
-        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")], "http_version": "1.1",
-        "scheme": "http", "server": ("localhost", 80), "client": ("127.0.0.1", 1), "asgi": {"spec_version": "2.3"},
-    }  # fmt: skip
-
-    async def receive() -> dict[str, Any]:
-        return messages.pop(0) if len(messages) > 1 else messages[0]
-
-    async def send(message: dict[str, Any]) -> None:
-        pass
-
-    asynchronous.run(client.app(scope, receive, send))
+    leave(client.app, "/v1/pictures", values)
     assert_nothing_is_left(client, tmp_path)
     until(lambda: client.state.engine.statistics.at_work == 0)
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import json
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import asynchronous
 import pytest
 import torch
+from asynchronous import leave, run, until
 from PIL import Image
 
 from nora_diffusion.generation.image_settings import read_settings
@@ -28,12 +27,6 @@ from nora_diffusion.serving.tickets import Cancelled, Event, Ticket
 
 Serve = Callable[..., Any]
 SMALL = {"prompt": "a red car", "steps": 2, "width": 16, "height": 16}
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another thread does; without a limit, as the test's own is that of its runner."""
-    while not condition():
-        time.sleep(0.01)
 
 
 def test_pictures_with_their_settings(serve: Serve, tmp_path: Path) -> None:
@@ -148,7 +141,7 @@ def test_a_stream_is_never_silent_for_long(serve: Serve, monkeypatch: pytest.Mon
         await lines.aclose()  # type: ignore[attr-defined]
         return first
 
-    *silent, step = asynchronous.run(beginning())
+    *silent, step = run(beginning())
     assert silent == ["event: alive\ndata: {}\n\n"] * 2 and step.startswith("event: step")
 
 
@@ -172,21 +165,7 @@ def test_a_client_that_goes_away_cancels(serve: Serve, stream: bool, monkeypatch
         return tickets[-1]
 
     monkeypatch.setattr(client.state.engine, "submit", noted)
-    body = json.dumps({**SMALL, "steps": 150, "count": 16, "stream": stream}).encode()
-    messages = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
-    scope = {
-        "type": "http", "method": "POST", "path": "/v1/pictures", "raw_path": b"/v1/pictures", "query_string": b"",
-        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")], "http_version": "1.1",
-        "scheme": "http", "server": ("localhost", 80), "client": ("127.0.0.1", 1), "asgi": {"spec_version": "2.3"},
-    }  # fmt: skip
-
-    async def receive() -> dict[str, Any]:
-        return messages.pop(0) if len(messages) > 1 else messages[0]
-
-    async def send(message: dict[str, Any]) -> None:
-        pass
-
-    asynchronous.run(client.app(scope, receive, send))
+    leave(client.app, "/v1/pictures", {**SMALL, "steps": 150, "count": 16, "stream": stream})
     (ticket,) = tickets
     assert isinstance(ticket.ended, Cancelled)
 

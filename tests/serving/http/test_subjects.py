@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+from asynchronous import until
 
 from nora_diffusion import create_pack, inspect_adapter
 from nora_diffusion.formats.packs import Pack
@@ -23,11 +23,6 @@ from nora_diffusion.serving.request import Request
 Serve = Callable[..., Any]
 FILE = "nora_adapter.safetensors"
 SMALL = {"prompt": "a sks hat <lora:hat>", "steps": 2, "width": 16, "height": 16}
-
-
-def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        time.sleep(0.01)
 
 
 def test_the_list(serve: Serve) -> None:

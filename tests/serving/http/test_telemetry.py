@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from nora_diffusion import UserError
+from nora_diffusion.serving import pictures
 from nora_diffusion.serving.http import gate
 from nora_diffusion.serving.http.access.keys import Keys, new_key
 from nora_diffusion.serving.http.config import ServeConfig
 from nora_diffusion.serving.http.telemetry import metrics
 from nora_diffusion.serving.http.telemetry.metrics import Histogram, Metrics
 from nora_diffusion.serving.http.telemetry.tracing import Tracing, tracing
+from nora_diffusion.serving.tickets import Cancelled, Closed, Late
 
 Serve = Callable[..., Any]
 SMALL = {"prompt": "a secret car", "steps": 3, "width": 16, "height": 16, "sampler": "ddim"}
@@ -58,7 +60,7 @@ def test_the_metrics(serve: Serve, library: Path) -> None:
     assert ask(client, adapters={"hat": hat}) == 200
     assert ask(client, prompt="a <lora:dig>") == 400 and ask(client, steps=150, timeout=0.001) == 504
     values = values_of(client)
-    assert values["nora_pictures_total"] == 4 and values["nora_picture_errors_total"] == 1
+    assert values["nora_pictures_total"] == 4 and values['nora_picture_errors_total{reason="late"}'] == 1
     assert values['nora_subject_pictures_total{subject="dog"}'] == 3
     assert values['nora_subject_pictures_total{subject="cat"}'] == 2
     assert not any("hat" in name for name in values)  # an adapter of one request
@@ -97,6 +99,15 @@ def test_many_subjects_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> 
         counts.finished(1.0, [name])
     lines = [line for line in counts.lines() if line.startswith("nora_subject_pictures_total")]
     assert [line.partition("=")[2] for line in lines] == ['"(others)"} 2', '"a"} 2', '"b"} 1']
+
+
+def test_pictures_fail_for_a_reason(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = serve()
+    for error in (Cancelled("x"), Late("x"), Closed("x"), UserError("x"), KeyError("x"), KeyError("y")):
+        monkeypatch.setattr(pictures, "sample_images", lambda *_, own=error: (_ for _ in ()).throw(own))
+        assert ask(client) >= 400
+    errors = {name.partition('"')[2][:-2]: value for name, value in values_of(client).items() if "errors" in name}
+    assert errors == {"cancelled": 1, "late": 1, "stopped": 1, "refused": 1, "fault": 2}
 
 
 @pytest.fixture

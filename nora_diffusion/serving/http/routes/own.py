@@ -50,7 +50,7 @@ class PicturesBody(BaseModel):
     previews: int = Field(0, ge=0, le=MAX_STEPS, description="in a stream: a preview after so many steps; 0: none")
 
 
-KINDS = (*get_args(EventKind), "done")
+KINDS = (*get_args(EventKind), "alive", "done")
 EVENTS = {"text/event-stream": {"itemSchema": {
     "type": "object", "required": ["event", "data"],
     "properties": {

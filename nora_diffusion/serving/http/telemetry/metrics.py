@@ -45,8 +45,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._requests, self._subjects = Counter[str](), Counter[str]()
-        self._pictures = self._errors = 0
+        self._requests, self._subjects, self._errors = Counter[str](), Counter[str](), Counter[str]()
+        self._pictures = 0
         self._waits, self._steps, self._durations = Histogram(), Histogram(), Histogram()
 
     def answered(self, status: int) -> None:
@@ -73,16 +73,16 @@ class Metrics:
                 known = name in self._subjects or len(self._subjects) < MAX_LABELS
                 self._subjects[name if known else OTHERS] += 1
 
-    def failed(self) -> None:
+    def failed(self, reason: str) -> None:
         """A picture failed."""
         with self._lock:
-            self._errors += 1
+            self._errors[reason] += 1
 
     def lines(self) -> Iterator[str]:
         """All of them."""
         with self._lock:
             yield from number("pictures_total", "counter", "Pictures that were finished.", self._pictures)
-            yield from number("picture_errors_total", "counter", "Pictures that failed.", self._errors)
+            yield from _labeled("picture_errors_total", "Pictures that failed.", "reason", self._errors)
             yield from _labeled("requests_total", "Answered requests.", "status", self._requests)
             yield from _labeled("subject_pictures_total", "Pictures of a subject.", "subject", self._subjects)
             for name, text, histogram in (

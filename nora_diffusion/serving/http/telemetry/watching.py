@@ -5,9 +5,16 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from ...tickets import Event, Ticket
+from ....errors import UserError
+from ...tickets import Cancelled, Closed, Event, Late, Ticket
 from .metrics import Metrics
 from .tracing import Tracing
+
+
+def _reason(error: BaseException | None) -> str:
+    """Why a picture failed, in one word."""
+    kinds = {Cancelled: "cancelled", Late: "late", Closed: "stopped", UserError: "refused"}
+    return next((word for kind, word in kinds.items() if isinstance(error, kind)), "fault")
 
 
 class Watcher:
@@ -32,7 +39,7 @@ class Watcher:
         elif event.kind == "picture":
             self._metrics.finished(now - self._ticket.sent, self._subjects)
         else:
-            self._metrics.failed()
+            self._metrics.failed(_reason(event.error))
         if event.is_last:
             began = self._began.get(event.index, self._ticket.began.get(event.index))
             if began is None:  # it failed in the queue
