@@ -1,7 +1,8 @@
 """Load on a server of many subjects: pictures a minute, latencies and memory, beside diffusers and PEFT.
 
     python benchmarks/serving.py [--subjects 1000] [--pictures 128] [--in_flight 16] [--rate 60 ...]
-        [--ways diffusers hotswap peft engine engine-mor engine-lora] [--threads 2] [--base FOLDER_OR_ID]
+        [--ways diffusers hotswap peft engine engine-mor engine-lora] [--threads 2]
+        [--dtype fp32] [--base FOLDER_OR_ID]
 
 Each way is a server in a process of its own with the same HTTP side (`benchmarks/serving_peers.py`), on the loopback
 interface. Subjects follow Zipf's law, steps are 8, 12 or 16. Two loads, after a warm-up with other seeds:
@@ -115,7 +116,7 @@ def serving(way: str, args: argparse.Namespace, folder: Path) -> Iterator[Server
     subjects = folder / {"engine": "all.nora_pack.safetensors", "engine-mor": "mixtures"}.get(way, "lora")
     server, _, _ = way.partition("-")
     command = [sys.executable, str(Path(__file__).with_name("serving_peers.py")), server, str(subjects)]
-    command += ["--at_once", str(args.in_flight), *(["--base", args.base] if args.base else [])]
+    command += ["--dtype", args.dtype, "--at_once", str(args.in_flight), *(["--base", args.base] if args.base else [])]
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, text=True
@@ -196,7 +197,7 @@ def measure(way: str, args: argparse.Namespace, folder: Path) -> tuple[float, li
 def compare(answers: Sequence[Answer], args: argparse.Namespace, folder: Path) -> None:
     """Print how many gray levels pictures differ at most from those of a pipeline with one adapter at a time."""
     torch.set_num_threads(args.threads)
-    pipe, most = open_pipeline(args.base), 0.0
+    pipe, most = open_pipeline(args.base, args.dtype), 0.0
     pipe.set_progress_bar_config(disable=True)
     for ask, _, data in itertools.islice(answers, args.compared):
         load_adapter(pipe, adapter(folder, ask.subject), "subject")
@@ -218,12 +219,13 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=["diffusers", "hotswap", "peft", "engine"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--compared", type=int, default=16)
+    parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--base")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_subjects(args.base, args.subjects, folder)
-        print(f"{args.subjects} subjects, {args.pictures} pictures, {args.threads} threads\n")
+        print(f"{args.subjects} subjects, {args.pictures} pictures, {args.threads} threads, {args.dtype}\n")
         print("| | load | a minute | p50 | p95 | p99 | p99, 8 steps | MiB |\n|" + " --- |" * 8)
         speeds = {}
         for way in args.ways:

@@ -1,6 +1,6 @@
 """Peers of the engine behind the same HTTP server: diffusers with one LoRA at a time, and PEFT's mixed batches.
 
-    python benchmarks/serving_peers.py engine|diffusers|hotswap|peft SUBJECTS [--base FOLDER_OR_ID] [--at_once 16]
+    python benchmarks/serving_peers.py engine|diffusers|hotswap|peft SUBJECTS [--base FOLDER_OR_ID] [--dtype fp32]
 
 Serves until the standard input ends; the first line of the output is the address. `benchmarks/serving.py` uses it.
 """
@@ -165,10 +165,11 @@ def main() -> None:
     parser.add_argument("way", choices=["engine", *PEERS])
     parser.add_argument("subjects")
     parser.add_argument("--base")
+    parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--at_once", type=int, default=16)
     args = parser.parse_args()
     config = ServeConfig(BaseSource(args.base), [args.subjects], port=0, at_once=args.at_once)
-    catalog, pipe = Catalog(config.subjects), open_pipeline(args.base)
+    catalog, pipe = Catalog(config.subjects), open_pipeline(args.base, args.dtype)
     if args.way == "engine":
         with Engine(pipe, catalog.adapters, at_once=args.at_once) as engine:
             _serve(State(config, engine, catalog))
