@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..generation.image_settings import adapter_settings
 from ..generation.library import NamedAdapter
 from ..loaders.locking import exclusive
+from .histogram import NO_ROWS, NO_SECONDS, Histogram
 from .passes import Passes
 from .pictures import Copies, Work, start
 from .rendezvous import Call, Rendezvous
@@ -41,7 +42,8 @@ class Statistics:
 
     ``waiting``, ``at_work``: pictures. ``passes``, ``rows``: of the denoiser so far. ``resident``: subjects in the
     pipeline; ``hits``: how often one was wanted that was there, ``loads``: that was not. ``held``, ``held_bytes``:
-    subjects in host memory and their size, ``reads``: how often one was read from its file.
+    subjects in host memory and their size, ``reads``: how often one was read from its file. ``pass_rows``,
+    ``pass_seconds``: of the passes of the denoiser.
     """
 
     waiting: int
@@ -54,6 +56,8 @@ class Statistics:
     held: int
     held_bytes: int
     reads: int
+    pass_rows: Histogram = NO_ROWS
+    pass_seconds: Histogram = NO_SECONDS
 
 
 class Engine:
@@ -125,7 +129,7 @@ class Engine:
         here, host = self._residents, self._residents.host
         return Statistics(
             len(self._queue), at_work, self._passes.count, self._passes.rows, len(here.loaded), here.hits, here.loads,
-            len(host), host.bytes, host.reads,
+            len(host), host.bytes, host.reads, self._passes.fills, self._passes.durations,
         )  # fmt: skip
 
     @property

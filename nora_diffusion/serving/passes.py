@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError, out_of_memory
 from ..pipelines.names import DENOISERS
+from .histogram import NO_ROWS, NO_SECONDS
 from .merging import merged, parted
 from .pictures import Work
 from .rendezvous import Call
@@ -22,13 +24,15 @@ log = logging.getLogger(__name__)
 class Passes:
     """Computes calls on the models of a pipeline. ``at_work``: the specs of all pictures that may call.
 
-    ``count``, ``rows``: passes of the denoiser so far, and their rows.
+    ``count``, ``rows``: passes of the denoiser so far, and their rows; ``fills``, ``durations``: rows and
+    seconds of each.
     """
 
     def __init__(self, pipe: Any, at_work: Callable[[], Sequence[Spec]]) -> None:
         self._pipe, self._at_work, self._rows = pipe, at_work, Rows(pipe)
         self._room: dict[Hashable, int] = {}
         self.count = self.rows = 0
+        self.fills, self.durations = NO_ROWS, NO_SECONDS
 
     def next(self, calls: Sequence[Call]) -> list[Call]:
         """The calls of the next pass: those that merge with the oldest one, encoders and autoencoders first.
@@ -71,6 +75,7 @@ class Passes:
 
     def _answer(self, calls: Sequence[Call]) -> None:
         name, _, method = calls[0].model.partition(".")
+        began = time.monotonic()
         model = getattr(self._pipe, name)
         pass_ = merged([call.arguments for call in calls])
         if method:
@@ -85,6 +90,9 @@ class Passes:
         for call, own in zip(calls, parted(result, [call.arguments.rows for call in calls]), strict=True):
             _check_finite(name, own)
             call.answer(own)
+        if name in DENOISERS:  # the check has waited for the device
+            self.fills = self.fills.with_value(pass_.rows)
+            self.durations = self.durations.with_value(time.monotonic() - began)
 
 
 def _check_finite(name: str, result: Any) -> None:

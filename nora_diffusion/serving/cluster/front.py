@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import operator
 import threading
 import time
 from collections import Counter
@@ -35,6 +36,7 @@ TRIES = 5
 PAUSE = 0.2
 """Seconds before it is sent again, doubled each time, in which Ray notices the death."""
 GAUGES = ("resident", "held", "held_bytes")
+HISTOGRAMS = ("pass_rows", "pass_seconds")
 COUNTERS = ("passes", "rows", "hits", "loads", "reads")
 
 
@@ -128,7 +130,11 @@ class Front:
             sums.update({name: getattr(report.statistics, name) for name in GAUGES})
         for report in self._reports.values():
             sums.update({name: getattr(report.statistics, name) for name in COUNTERS})
-        return Statistics(waiting=len(self._queue), at_work=len(self._at_work), **sums)
+        found: dict[str, Any] = dict(sums)
+        for name in HISTOGRAMS:
+            own = (getattr(report.statistics, name) for report in self._reports.values())
+            found[name] = functools.reduce(operator.add, own, getattr(Statistics, name))
+        return Statistics(waiting=len(self._queue), at_work=len(self._at_work), **found)
 
     @property
     def is_open(self) -> bool:

@@ -160,6 +160,16 @@ def test_a_full_queue_refuses(start: Start, ask: Any) -> None:
     assert (front.statistics.waiting, front.statistics.at_work) == (2, 1)
 
 
+def test_statistics_are_those_of_all_replicas(start: Start, ask: Any, replicas: list[Replica]) -> None:
+    front = start()
+    for prompt in ("a dog <lora:dog>", "a cat <lora:cat>", "a hat <lora:hat>"):
+        front.submit(ask(prompt)).pictures()
+    now, own = front.statistics, [replica.engine.statistics for replica in replicas]
+    assert now.passes == sum(one.passes for one in own) == sum(now.pass_seconds.counts) == sum(now.pass_rows.counts)
+    assert now.rows == sum(one.rows for one in own) == now.pass_rows.sum
+    assert now.pass_seconds.sum == pytest.approx(sum(one.pass_seconds.sum for one in own))
+
+
 def test_subjects_come_and_go(start: Start, ask: Any, library: Path, tmp_path: Path) -> None:
     front = start(at_work=1)
     file = shutil.copy(library / "dog" / "nora_adapter.safetensors", tmp_path / "bird.safetensors")

@@ -13,11 +13,12 @@ import pytest
 
 from nora_diffusion import UserError
 from nora_diffusion.serving import pictures
+from nora_diffusion.serving.histogram import Histogram
 from nora_diffusion.serving.http import gate
 from nora_diffusion.serving.http.access.keys import Keys, new_key
 from nora_diffusion.serving.http.config import ServeConfig
 from nora_diffusion.serving.http.telemetry import metrics
-from nora_diffusion.serving.http.telemetry.metrics import Histogram, Metrics
+from nora_diffusion.serving.http.telemetry.metrics import Metrics
 from nora_diffusion.serving.http.telemetry.tracing import Tracing, tracing
 from nora_diffusion.serving.tickets import Cancelled, Closed, Late
 
@@ -69,6 +70,8 @@ def test_the_metrics(serve: Serve, library: Path) -> None:
     assert values["nora_picture_seconds_count"] == values['nora_picture_seconds_bucket{le="+Inf"}'] == 4
     assert values["nora_picture_seconds_sum"] > values["nora_wait_seconds_sum"] >= 0
     assert values["nora_queue_length"] == values["nora_pictures_at_work"] == 0
+    assert values["nora_pass_rows_count"] == values["nora_pass_seconds_count"] == values["nora_passes_total"]
+    assert values["nora_pass_rows_sum"] / values["nora_passes_total"] == values["nora_pass_rows_mean"]
     assert values["nora_passes_total"] > 0 and values["nora_pass_rows_mean"] >= 2 and values["nora_subjects"] == 2
 
 
@@ -84,11 +87,12 @@ def test_the_text_of_the_metrics_is_that_of_prometheus(serve: Serve) -> None:
 
 
 def test_a_histogram_counts_up() -> None:
-    histogram = Histogram((1.0, 2.0))
-    for value in (0.5, 1.0, 1.5, 9.0):
-        histogram.observe(value)
-    assert [*histogram.lines("x")] == [
-        'x_bucket{le="1.0"} 2', 'x_bucket{le="2.0"} 3', 'x_bucket{le="+Inf"} 4', "x_sum 12.0", "x_count 4",
+    one, two = Histogram((1.0, 2.0)), Histogram((1.0, 2.0)).with_value(1.5)
+    for value in (0.5, 1.0, 9.0):
+        one = one.with_value(value)
+    assert [*metrics.distribution("x", "X.", one + two)][2:] == [
+        'nora_x_bucket{le="1.0"} 2', 'nora_x_bucket{le="2.0"} 3', 'nora_x_bucket{le="+Inf"} 4', "nora_x_sum 12.0",
+        "nora_x_count 4",
     ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from ....pipelines.base import default_guidance, default_steps, is_embedded
 from ...request import MAX_COUNT
 from ..answers import Refused, errors
 from ..state import State
-from ..telemetry.metrics import number
+from ..telemetry.metrics import distribution, number
 
 
 class ServerAnswer(BaseModel):
@@ -67,7 +67,6 @@ def text_of(state: State) -> str:
         ("queue_length", "gauge", "Pictures that wait.", now.waiting),
         ("pictures_at_work", "gauge", "Pictures at work.", now.at_work),
         ("passes_total", "counter", "Passes of the denoiser.", now.passes),
-        ("pass_rows_total", "counter", "Rows of all passes of the denoiser.", now.rows),
         ("pass_rows_mean", "gauge", "Mean rows of a pass.", now.rows / now.passes if now.passes else 0),
         ("subjects", "gauge", "Subjects that requests may name.", len(state.catalog.subjects)),
         ("resident_subjects", "gauge", "Subjects in the pipeline.", now.resident),
@@ -77,4 +76,7 @@ def text_of(state: State) -> str:
         ("held_bytes", "gauge", "Bytes of subjects and bases in host memory.", now.held_bytes),
         ("subject_reads_total", "counter", "Reads of subjects from their files.", now.reads),
     ]
-    return "\n".join([*(line for row in rows for line in number(*row)), *state.metrics.lines()]) + "\n"
+    lines = [line for row in rows for line in number(*row)]
+    lines += distribution("pass_rows", "Rows of a pass of the denoiser.", now.pass_rows)
+    lines += distribution("pass_seconds", "A pass of the denoiser.", now.pass_seconds)
+    return "\n".join([*lines, *state.metrics.lines()]) + "\n"

@@ -3,41 +3,14 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+from ...histogram import Histogram
+
 MAX_LABELS = 100
 """Subjects that are counted by name; the others are counted together, so that the metrics stay small."""
 OTHERS = "(others)"
-
-
-@dataclass
-class Histogram:
-    """How often a duration was at most each of ``bounds`` and above the one before."""
-
-    bounds: Sequence[float] = SECONDS
-    sum: float = 0.0
-    counts: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.counts = [0] * (len(self.bounds) + 1)
-
-    def observe(self, value: float) -> None:
-        """Count a value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-    def lines(self, name: str) -> Iterator[str]:
-        """Its lines: each bucket counts the values of those before it as well."""
-        below = 0
-        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
-            below += count
-            yield f'{name}_bucket{{le="{bound}"}} {below}'
-        yield f"{name}_sum {self.sum}"
-        yield f"{name}_count {below}"
 
 
 class Metrics:
@@ -57,18 +30,18 @@ class Metrics:
     def waited(self, seconds: float) -> None:
         """A picture started after so long in the queue."""
         with self._lock:
-            self._waits.observe(seconds)
+            self._waits = self._waits.with_value(seconds)
 
     def stepped(self, seconds: float) -> None:
         """A picture made a step."""
         with self._lock:
-            self._steps.observe(seconds)
+            self._steps = self._steps.with_value(seconds)
 
     def finished(self, seconds: float, subjects: Sequence[str]) -> None:
         """A picture of these subjects was finished, so long after its request came."""
         with self._lock:
             self._pictures += 1
-            self._durations.observe(seconds)
+            self._durations = self._durations.with_value(seconds)
             for name in subjects:
                 known = name in self._subjects or len(self._subjects) < MAX_LABELS
                 self._subjects[name if known else OTHERS] += 1
@@ -85,18 +58,25 @@ class Metrics:
             yield from _labeled("picture_errors_total", "Pictures that failed.", "reason", self._errors)
             yield from _labeled("requests_total", "Answered requests.", "status", self._requests)
             yield from _labeled("subject_pictures_total", "Pictures of a subject.", "subject", self._subjects)
-            for name, text, histogram in (
-                ("wait_seconds", "From a request to the start of a picture.", self._waits),
-                ("step_seconds", "A step of a picture, which shares its passes.", self._steps),
-                ("picture_seconds", "From a request to a finished picture.", self._durations),
-            ):
-                yield from _heading(name, "histogram", text)
-                yield from histogram.lines(f"nora_{name}")
+            yield from distribution("wait_seconds", "From a request to the start of a picture.", self._waits)
+            yield from distribution("step_seconds", "A step of a picture, which shares its passes.", self._steps)
+            yield from distribution("picture_seconds", "From a request to a finished picture.", self._durations)
 
 
 def number(name: str, kind: str, text: str, value: float) -> Iterator[str]:
     """The lines of a single number."""
     yield from _family(name, kind, text, ("", str(value)))
+
+
+def distribution(name: str, text: str, histogram: Histogram) -> Iterator[str]:
+    """The lines of a histogram: each bucket counts the values of those before it as well."""
+    yield from _heading(name, "histogram", text)
+    below = 0
+    for bound, count in zip((*map(str, histogram.bounds), "+Inf"), histogram.counts, strict=True):
+        below += count
+        yield f'nora_{name}_bucket{{le="{bound}"}} {below}'
+    yield f"nora_{name}_sum {histogram.sum}"
+    yield f"nora_{name}_count {below}"
 
 
 def _heading(name: str, kind: str, text: str) -> Iterator[str]:
