@@ -85,9 +85,18 @@ class Deployment:
         check_base(self._settings.source.base)
         self._settings = replace(self._settings, version=time.time_ns())
         try:
-            self._handle = self._serve.run(self._application(), name=NAME, route_prefix=None)
+            handle = self._serve.run(self._application(), name=NAME, route_prefix=None)
         except RuntimeError as error:
-            raise UserError(f"the replicas did not start: {last_line(error)}") from error
+            raise UserError(f"the replicas did not start: {self._problem() or last_line(error)}") from error
+
+        self._handle = self._handle or handle  # the first one, which pictures at work use, finds the new replicas too
+
+    def _problem(self) -> str:
+        """Why Ray could not start a replica: the last line of what it says, which is that of a traceback."""
+        application = self._serve.status().applications.get(NAME)
+        messages = [own.message for own in application.deployments.values()] if application else []
+        last = next((message.strip().splitlines()[-1] for message in messages if message.strip()), "")
+        return last.removeprefix(f"{UserError.__module__}.UserError: ")
 
     def _application(self) -> Any:
         at_once, scale = self._settings.at_once, self._scale
@@ -98,7 +107,7 @@ class Deployment:
             number = {
                 "autoscaling_config": {
                     "min_replicas": scale.least, "max_replicas": scale.most, "target_ongoing_requests": target,
-                    "upscale_delay_s": 5.0, "look_back_period_s": 10.0,
+                    "upscale_delay_s": 5.0, "look_back_period_s": 15.0,
                 }
             }  # fmt: skip
         deployment = self._serve.deployment(
@@ -162,6 +171,8 @@ class Deployment:
         """End all replicas."""
         if not self._closed:
             self._closed = True
+            if self._handle is not None:
+                self._handle.shutdown()
             self._serve.delete(NAME)
 
 
@@ -174,6 +185,7 @@ def slots(at_once: int) -> int:
 def _cluster(address: str | None) -> Iterator[tuple[Any, Any]]:
     """Ray and Ray Serve, connected to the cluster at ``address`` or to one on this machine that ends with the block."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a late call of its threads would start another cluster
     try:
         import ray
         from ray import serve

@@ -18,7 +18,7 @@ from nora_diffusion.cli import main
 from nora_diffusion.errors import UserError
 from nora_diffusion.generation.library import list_library
 from nora_diffusion.pipelines.base import BaseSource
-from nora_diffusion.serving.cluster.deployment import Deployment, deployed
+from nora_diffusion.serving.cluster.deployment import NAME, Deployment, deployed
 from nora_diffusion.serving.cluster.front import Front
 from nora_diffusion.serving.cluster.replica import ReplicaSettings
 from nora_diffusion.serving.cluster.scale import Scale
@@ -116,6 +116,7 @@ class Cluster:
     def __init__(self, **have: float) -> None:
         self.have, self.given = have, dict[str, Any]()
         self.exceptions = SimpleNamespace(RayServeException=RuntimeError)
+        self.message = ""
 
     def cluster_resources(self) -> dict[str, float]:
         return self.have
@@ -127,6 +128,10 @@ class Cluster:
     def run(self, application: ReplicaSettings, **given: Any) -> None:
         if application.source.base:
             raise RuntimeError("Deploying failed:\nOSError: no such weights")
+
+    def status(self) -> Any:
+        replica = SimpleNamespace(message=self.message)
+        return SimpleNamespace(applications={NAME: SimpleNamespace(deployments={"Replica": replica})})
 
 
 def deployment(cluster: Cluster, scale: Scale, settings: ReplicaSettings = SETTINGS) -> Deployment:
@@ -160,8 +165,14 @@ def test_the_number_of_replicas_follows_the_load() -> None:
 
 def test_replicas_that_do_not_start_are_a_sentence(tiny_base: Path) -> None:
     settings = ReplicaSettings(BaseSource(str(tiny_base)), 4, 8, 0)
+    cluster = Cluster(CPU=2.0)
     with pytest.raises(UserError, match=r"^the replicas did not start: OSError: no such weights$"):
-        deployment(Cluster(CPU=2.0), Scale(1, 1), settings).renew()
+        deployment(cluster, Scale(1, 1), settings).renew()
+    cluster.message = (
+        "The replica failed to start 2 times:\nTraceback ...\nnora_diffusion.errors.UserError: x is empty\n"
+    )
+    with pytest.raises(UserError, match=r"^the replicas did not start: x is empty$"):
+        deployment(cluster, Scale(1, 1), settings).renew()
 
 
 def test_a_cluster_that_is_not_there_is_a_sentence() -> None:
