@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 BALANCE = 1.25
 """A replica takes at most this times the mean number of pictures while it is chosen for its subject."""
+FEW = 4
+"""So many pictures are always welcome: they cost little more than one, and waver less than a mean of few."""
 
 
 def ranked(subject: str, loads: Mapping[str, int]) -> list[str]:
@@ -18,5 +20,5 @@ def ranked(subject: str, loads: Mapping[str, int]) -> list[str]:
     that have more than their share come last, so that a popular subject is loaded by several replicas.
     """
     order = sorted(loads, key=lambda name: hashlib.sha256(f"{name}\0{subject}".encode()).digest(), reverse=True)
-    share = math.ceil(BALANCE * (sum(loads.values()) + 1) / max(1, len(loads)))
+    share = max(FEW, math.ceil(BALANCE * (sum(loads.values()) + 1) / max(1, len(loads))))
     return sorted(order, key=lambda name: loads[name] >= share)  # stable
