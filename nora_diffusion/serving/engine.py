@@ -21,14 +21,14 @@ from ..generation.library import NamedAdapter
 from ..loaders.locking import exclusive
 from .histogram import NO_ROWS, NO_SECONDS, Histogram
 from .passes import Passes
-from .pictures import Copies, Work, start
+from .pictures import Copies, Work, start, tell_places
 from .rendezvous import Call, Rendezvous
 from .request import Request
 from .residents import Residents
 from .rows import Spec
 from .samplers import check_sampler
 from .subjects import Source, Subjects
-from .tickets import Closed, Event, Ticket
+from .tickets import Closed, Ticket
 from .waiting import FairQueue
 
 HOST_MEMORY = 2**30
@@ -112,7 +112,7 @@ class Engine:
             if self._closing is not None:
                 raise Closed("the engine is being stopped: send the request again later")
             self._queue.put(works, request.client, works[0].cost, request.priority)
-            self._tell_places(works)
+            tell_places(self._queue, works)
             self._wake.notify_all()
         return ticket
 
@@ -224,15 +224,8 @@ class Engine:
             moved = True
         if moved:
             with self._lock:
-                self._tell_places(list(self._queue))
+                tell_places(self._queue, list(self._queue))
         return True
-
-    def _tell_places(self, works: Sequence[Work]) -> None:
-        """Tell the senders of waiting pictures their places, where these have changed. Called with the lock held."""
-        for work, place in zip(works, self._queue.places(works), strict=True):
-            if place != work.place:
-                work.place = place
-                work.ticket.tell(Event("queued", work.index, place=place))
 
     @property
     def _has_work(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from .rows import Spec
 from .samplers import scheduler
 from .subjects import Source
 from .tickets import Event, Picture, Ticket
+from .waiting import FairQueue
 
 
 @dataclass(eq=False)
@@ -64,6 +65,14 @@ class Work:
             self.ticket.tell(Event("picture", self.index, picture=Picture(self.index, image, settings)))
         except Exception as error:  # told to the sender, whatever it is: other pictures go on
             self.fail(error)
+
+
+def tell_places(queue: FairQueue[Work], works: Sequence[Work]) -> None:
+    """Tell the senders of waiting pictures their places, where these have changed; one call at a time."""
+    for work, place in zip(works, queue.places(works), strict=True):
+        if place != work.place:
+            work.place = place
+            work.ticket.tell(Event("queued", work.index, place=place))
 
 
 class Copies:

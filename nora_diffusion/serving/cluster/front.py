@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 from ...errors import UserError
 from ...generation.library import NamedAdapter
 from ..engine import Engine, Statistics
-from ..pictures import Work
+from ..pictures import Work, tell_places
 from ..request import Request
 from ..samplers import check_sampler
 from ..subjects import Subjects
@@ -108,8 +108,7 @@ class Front:
             if self._closing:
                 raise Closed("the server is being stopped: send the request again later")
             self._queue.put(works, request.client, works[0].cost, request.priority)
-            for work, place in zip(works, self._queue.places(works), strict=True):
-                ticket.tell(Event("queued", work.index, place=place))
+            tell_places(self._queue, works)
         self._call(self._admit)
         if request.timeout is not None:
             self._call(self._loop.call_later, request.timeout + 0.01, self._end, ticket)
@@ -217,6 +216,7 @@ class Front:
             while len(self._at_work) < self._most and (work := self._queue.take()):
                 self._at_work[work] = task = self._loop.create_task(self._make(work))
                 task.add_done_callback(functools.partial(self._made, work))
+            tell_places(self._queue, list(self._queue))
             self._changed.notify_all()
 
     def _made(self, work: Work, task: asyncio.Task[Event]) -> None:

@@ -155,9 +155,12 @@ def test_a_full_queue_refuses(start: Start, ask: Any) -> None:
     tickets = [front.submit(ask("a red car", steps=500))]
     first_step(tickets[0])
     tickets.append(front.submit(ask("a red car", count=2)))
+    assert [event.place for event in tickets[1].take()] == [1, 2]
     with pytest.raises(Full):
         front.submit(ask("a red car"))
     assert (front.statistics.waiting, front.statistics.at_work) == (2, 1)
+    tickets[0].cancel()
+    assert [(event.index, event.place) for event in tickets[1].events() if event.kind == "queued"] == [(1, 1)]
 
 
 def test_statistics_are_those_of_all_replicas(start: Start, ask: Any, replicas: list[Replica]) -> None:
