@@ -88,7 +88,6 @@ class Deployment:
             handle = self._serve.run(self._application(), name=NAME, route_prefix=None)
         except RuntimeError as error:
             raise UserError(f"the replicas did not start: {self._problem() or last_line(error)}") from error
-
         self._handle = self._handle or handle  # the first one, which pictures at work use, finds the new replicas too
 
     def _problem(self) -> str:

@@ -69,8 +69,7 @@ class Replicas(Protocol):
 class Front:
     """Has the interface of :class:`..engine.Engine`; ``with Front(replicas, subjects) as front``.
 
-    ``at_work``: pictures that the replicas have at most, together. ``waiting``: pictures that
-    wait at most.
+    ``at_work``: pictures that the replicas have at most, together. ``waiting``: pictures that wait at most.
     """
 
     def __init__(

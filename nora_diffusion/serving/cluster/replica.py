@@ -65,7 +65,12 @@ class Replica:
         with self._changing:
             for path in set(lasting) - self.engine.subjects.paths:
                 self.engine.add_subject(NamedAdapter(path, path))
-        async with contextlib.aclosing(self.engine.submit(request).follow()) as events:
+        try:
+            ticket = self.engine.submit(request)
+        except Closed:
+            self.die()
+            raise
+        async with contextlib.aclosing(ticket.follow()) as events:
             async for event in events:
                 if isinstance(event.error, Closed):
                     self.die()

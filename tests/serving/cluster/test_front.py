@@ -237,8 +237,10 @@ def test_a_replica_whose_engine_has_stopped_ends(tiny_base: Path, ask: Any, monk
         return [first, *[event async for event in events]]
 
     assert asyncio.run(made())[-1].kind == "error"
+    with pytest.raises(Closed):
+        asyncio.run(made())
     asyncio.run(replica.check_health())
-    assert codes == [1, 1]
+    assert codes == [1, 1, 1]
 
 
 def test_errors_keep_their_meaning_in_another_process() -> None:
