@@ -43,4 +43,4 @@ def application(state: State) -> Gate:
         app.add_exception_handler(kind, on_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
-    return Gate(app, state, {path for path, operations in document["paths"].items() if "post" in operations})
+    return Gate(app, state, document)

@@ -41,10 +41,14 @@ def describe(app: FastAPI, config: ServeConfig, keyed: bool) -> dict[str, Any]:
     return document
 
 
+def template(document: dict[str, Any], path: str) -> str:
+    """The route that a path belongs to, such as ``/v1/subjects/{name}``; empty if there is none."""
+    return next((own for own in document["paths"] if re.fullmatch(PARAMETER.sub("[^/]+", own), path)), "")
+
+
 def methods(document: dict[str, Any], path: str) -> str:
     """The methods of a path, as the header ``Allow`` has them: of all its routes, not of the first one."""
-    found = [own for template, own in document["paths"].items() if re.fullmatch(PARAMETER.sub("[^/]+", template), path)]
-    return ", ".join(sorted(name.upper() for own in found for name in own))
+    return ", ".join(sorted(name.upper() for name in document["paths"].get(template(document, path), ())))
 
 
 def bounds(config: ServeConfig) -> dict[str, dict[str, Any]]:

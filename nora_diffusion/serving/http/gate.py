@@ -6,25 +6,26 @@ import ipaddress
 import json
 import logging
 import time
-from collections.abc import Collection
 from contextlib import ExitStack
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .answers import Refused, answer, refused
 from .bodies import Bodies
-from .document import OPEN
+from .document import OPEN, template
 from .state import State
 
 log = logging.getLogger("nora_diffusion.requests")
 
 
 class Gate:
-    """ASGI middleware around the app. ``posts``: its routes that take JSON."""
+    """ASGI middleware around the app. ``document``: the description of its routes."""
 
-    def __init__(self, app: ASGIApp, state: State, posts: Collection[str]) -> None:
-        self.app, self.state = app, state
+    def __init__(self, app: ASGIApp, state: State, document: dict[str, Any]) -> None:
+        self.app, self.state, self.document = app, state, document
+        posts = {path for path, operations in document["paths"].items() if "post" in operations}
         self.bodies = Bodies(posts, state.catalog.uploads is not None, state.config.client_timeout)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -35,7 +36,7 @@ class Gate:
             await send({"type": "websocket.close", "code": 1008})
             return
         headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
-        span = self.state.tracing.begin(scope["method"], scope["path"], headers)
+        span = self.state.tracing.begin(scope["method"], template(self.document, scope["path"]), headers)
         note, ending = _Note(send, scope, self.state.config.log_prompts), ExitStack()
         scope["state"] = {**scope.get("state", {}), "client": "", "ending": ending, "span": span}
         try:

@@ -143,6 +143,10 @@ def test_the_spans_of_a_request(serve: Serve, spans: Any, tmp_path: Path) -> Non
     for span in parts:
         assert span.parent.span_id == request.context.span_id and span.start_time <= span.end_time
     memory.clear()
+    for path, name in (("/v1/subjects/dog", "DELETE /v1/subjects/{name}"), ("/secret/x", "DELETE")):
+        client.delete(path)
+        assert memory.get_finished_spans()[-1].name == name
+    memory.clear()
     assert ask(client, steps=150, timeout=0.001) == 504
     assert memory.get_finished_spans()[-1].status.status_code.name == "ERROR"
 

@@ -26,15 +26,18 @@ class Tracing:
         self._provider = provider
         self._tracer = provider.get_tracer(NAME) if provider else None
 
-    def begin(self, method: str, path: str, headers: Mapping[str, str]) -> Any:
-        """The span of a request, which may be a part of its client's trace; ``None`` without tracing."""
+    def begin(self, method: str, route: str, headers: Mapping[str, str]) -> Any:
+        """The span of a request, which may be a part of its client's trace; ``None`` without tracing.
+
+        ``route``: its template, because spans are grouped by their names; empty for a path that there is not.
+        """
         if self._tracer is None:
             return None
         from opentelemetry.propagate import extract
         from opentelemetry.trace import SpanKind
 
-        attributes = {"http.request.method": method, "url.path": path}
-        return self._tracer.start_span(f"{method} {path}", extract(headers), SpanKind.SERVER, attributes)
+        attributes = {"http.request.method": method, "http.route": route}
+        return self._tracer.start_span(f"{method} {route}".strip(), extract(headers), SpanKind.SERVER, attributes)
 
     def part(self, parent: Any, name: str, index: int, begin: float, end: float) -> None:
         """A part of a request, of picture ``index``: from ``begin`` to ``end``, as ``time.monotonic`` has them."""
