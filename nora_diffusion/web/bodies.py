@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from starlette.types import Message, Receive
 
+MIN_RATE = 2**14
+"""Bytes a second that a client sends and reads at least."""
+
 
 def replayed(body: bytes, receive: Receive) -> Receive:
     """The messages of a request whose ``body`` has been read already: first the body, then those of ``receive``."""

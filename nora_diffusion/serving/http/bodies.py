@@ -12,7 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.types import Message, Receive, Scope
 
 from ...io.untrusted import parse_json
-from ...web.bodies import replayed
+from ...web.bodies import MIN_RATE, replayed
 from .answers import Refused
 from .attachments import MAX_BASE64
 from .uploads import MAX_UPLOAD
@@ -22,8 +22,6 @@ MAX_BODY = 2**20
 MAX_HELD = 2**28
 """Bytes of all JSON bodies that are in memory; each stays there until its request is answered."""
 MAX_VALUES = 1000
-MIN_RATE = 2**14
-"""Bytes a second."""
 SUBJECTS, PICTURES = "/v1/subjects/", "/v1/pictures"
 
 
