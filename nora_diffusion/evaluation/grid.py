@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +17,20 @@ from ..errors import UserError
 from ..formats.adapter_file import given_name
 from ..generation.image_settings import adapter_settings, read_settings, save_image
 from ..generation.sampling import OnStep, check_lengths, describe_image, sample_images
-from ..io.files import write_atomic
-from ..io.images import load_image, png
+from ..io.images import load_image
 from ..loaders import delete_adapter, load_adapter, set_adapters
 from ..pipelines.base import base_id
 from ..pipelines.components import denoiser, projections
 from ..pipelines.fingerprints import fingerprint
 from ..pipelines.precision import dtype_name
-from ..reports.sheets import contact_sheet
 from ..scoring.judges import Judge, image_features, text_features
 from ..scoring.metrics import agreement, likeness
 from ..versions import versions
 from .axes import Cell
 from .settings import GridConfig
+from .sheet import MadeCell, write_grid
 
 NAME = "grid_cell"
-LABEL_LENGTH = 28
-
-
-@dataclass
-class MadeCell:
-    """A finished cell: its position ``(x, y, z)``, file, settings and scores."""
-
-    position: tuple[int, int, int]
-    file: Path
-    settings: dict[str, Any]
-    scores: dict[str, float] = field(default_factory=dict)
 
 
 class Grid:
@@ -133,42 +121,9 @@ class Grid:
             targets = image_features(judge, references) if references else None
             for cell, image in zip(cells, images, strict=True):
                 cell.scores = score(judge, image, cell.settings["prompt"], triggers, targets)
-        write_atomic(self.folder / "grid.png", png(self._sheet(cells, images)))
-        write_atomic(self.folder / "grid.json", json.dumps(self._report(cells), indent=1))
+        dtype = dtype_name(denoiser(self.pipe).dtype)
+        write_grid(self.folder, self.config, cells, images, base=self._base["name"], dtype=dtype, versions=versions())
         return cells
-
-    def _sheet(self, cells: Sequence[MadeCell], images: Sequence[Image.Image]) -> Image.Image:
-        x, y, z = self.config.x, self.config.y, self.config.z
-        columns = len(x.labels)
-        pairs = [
-            (image, f"{_short(x.title(cell.position[0]))} {_scores_text(cell.scores)}")
-            for cell, image in zip(cells, images, strict=True)
-        ]
-        titles = [
-            ", ".join(filter(None, (z.title(k), y.title(j))))
-            for k in range(len(z.labels))
-            for j in range(len(y.labels))
-        ]
-        rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
-        return contact_sheet(rows, titles, side=192 if images[0].width < 192 else 256)
-
-    def _report(self, cells: Sequence[MadeCell]) -> dict[str, Any]:
-        axes = {key: getattr(self.config, key) for key in ("x", "y", "z")}
-        return {
-            "axes": {key: {"name": a.name, "labels": a.labels} for key, a in axes.items() if a.name},
-            "base": self._base["name"],
-            "dtype": dtype_name(denoiser(self.pipe).dtype),
-            "versions": versions(),
-            "cells": [
-                {
-                    **dict(zip(("x", "y", "z"), cell.position, strict=True)),
-                    "file": str(cell.file.relative_to(self.folder)),
-                    "settings": cell.settings,
-                    "scores": cell.scores,
-                }
-                for cell in cells
-            ],
-        }
 
 
 def run_grid(config: GridConfig, judge: Judge | None = None, references: Sequence[Image.Image] = ()) -> Path:
@@ -217,11 +172,3 @@ def _holds(file: Path, cell: Cell) -> bool:
     except (UserError, OSError, SyntaxError, ValueError):
         return False
     return (found.prompt, found.seed, found.steps) == (cell.prompt, cell.seed, cell.sampling.steps)
-
-
-def _scores_text(scores: dict[str, float]) -> str:
-    return " ".join(f"{name}={value:.3f}" for name, value in scores.items())
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= LABEL_LENGTH else text[: LABEL_LENGTH - 1] + "…"

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..evaluation.settings import GridConfig
+from ..evaluation.sheet import MadeCell
 from ..formats.adapter_info import AdapterInfo
 from ..pipelines.base import BaseSource
 from .request import ActiveAdapter, Request
@@ -64,6 +66,10 @@ class Backend(ABC):
     @abstractmethod
     def make(self, request: Request, out: Path, run: Run) -> list[Path]:
         """Generate the images. Each is written to ``out`` with its settings as soon as it is finished."""
+
+    def make_cells(self, config: GridConfig, folder: Path, run: Run) -> list[MadeCell]:
+        """Generate a grid into ``folder``, on a server; a local base does it by :mod:`nora_diffusion.evaluation`."""
+        raise NotImplementedError
 
     @property
     def pipe(self) -> Any:

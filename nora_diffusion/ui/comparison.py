@@ -11,8 +11,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..evaluation.axes import AXES, NONE, Axis, Cell, parse_axis
-from ..evaluation.grid import Grid, MadeCell
 from ..evaluation.settings import NO_AXIS, GridConfig
+from ..evaluation.sheet import MadeCell
 from ..formats.adapter_file import FILE_NAME
 from ..io.run_layout import CHECKPOINTS, checkpoint_steps
 from .entries import Entry
@@ -142,6 +142,27 @@ def build_grid(app: App, cell: Cell, axes: Sequence[Axis]) -> GridConfig:
 
 def compare(app: App, config: GridConfig, adapter: str, scored: bool, run: Run) -> Comparison:
     """Generate the grid in a run. Raises :class:`.runs.Stopped` if it is interrupted."""
+    if app.engine.is_remote:
+        with app.download() as folder:
+            return _comparison(app, config, app.engine.make_cells(config, folder, run), folder)
+    made, folder = _made_here(app, config, adapter, scored, run)
+    result = _comparison(app, config, made, folder)
+    _prune(folder / "cells", {cell.file for cell in made})
+    return result
+
+
+def _comparison(app: App, config: GridConfig, made: Sequence[MadeCell], folder: Path) -> Comparison:
+    return Comparison(
+        tuple((cell_label(config, cell), cell.file) for cell in made),
+        Path(app.hand_out(folder / "grid.png")),
+        Path(app.hand_out(folder / "grid.json")),
+        first_row_end([cell.position for cell in made]),
+    )
+
+
+def _made_here(app: App, config: GridConfig, adapter: str, scored: bool, run: Run) -> tuple[list[MadeCell], Path]:
+    from ..evaluation.grid import Grid  # late: it imports torch
+
     app.engine.use([])
     grid = Grid(config, app.engine.pipe)
 
@@ -156,16 +177,7 @@ def compare(app: App, config: GridConfig, adapter: str, scored: bool, run: Run) 
         run.report(image=min(done + 1, total), images=total, step=0, steps=config.cell.sampling.steps, files=ready)
         run.check()
     judge, references = _judge(app, adapter) if scored else (None, [])
-    made = grid.finish(judge, references)
-    folder = grid.folder
-    result = Comparison(
-        tuple((cell_label(config, cell), cell.file) for cell in made),
-        Path(app.hand_out(folder / "grid.png")),
-        Path(app.hand_out(folder / "grid.json")),
-        first_row_end([cell.position for cell in made]),
-    )
-    _prune(folder / "cells", {cell.file for cell in made})
-    return result
+    return grid.finish(judge, references), grid.folder
 
 
 def first_row_end(positions: Sequence[tuple[int, ...]]) -> int:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from ..errors import UserError, printable
 from ..formats.adapter_file import FILE_NAME, basis_files, given_name, inspect_adapter, split_address
@@ -38,6 +39,8 @@ class Entry:
     info: AdapterInfo | None = None
     error: str = ""
     sha256: str = ""
+    untold: ClassVar[frozenset[str]] = frozenset()
+    """What is not known about it, as the page names it."""
 
     @property
     def modified(self) -> float:

@@ -11,6 +11,7 @@ import gradio as gr
 
 from ..generation.settings import MAX_PROMPT
 from .config import CACHE_SECONDS
+from .layout.cards import line
 from .layout.page import Page
 from .layout.theme import appearance
 from .state import App
@@ -18,8 +19,12 @@ from .tabs.generate_settings import defaults
 
 TABS = ("generate", "mix", "library", "train", "compare", "inspect")
 """Modules of ``ui/tabs``, in page order."""
-REMOTE_TABS = ("generate", "library")
+REMOTE_TABS = ("generate", "library", "compare")
 """Those that need no base on this machine."""
+NOT_HERE = (
+    "Images are made on a server, which has the adapters too. Mix, Train and Inspect need a base on the machine of the "
+    "app: start it without --server for them."
+)
 
 
 def build(app: App) -> tuple[Any, dict[str, Any]]:
@@ -37,4 +42,6 @@ def build(app: App) -> tuple[Any, dict[str, Any]]:
                 module = importlib.import_module(f".tabs.{name}", __package__)
                 with gr.Tab(module.TITLE, id=name) as tab:
                     module.build(replace(page, tab=tab))
+        if app.engine.is_remote:
+            gr.HTML(line(NOT_HERE), elem_id="not-here")
     return blocks, appearance()

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from playwright.sync_api import expect
 
+from nora_diffusion.evaluation.axes import Cell
 from nora_diffusion.generation.image_settings import read_settings
+from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.pipelines.base import BaseSource
+from nora_diffusion.serving.client import ServerError
 from nora_diffusion.serving.engine import Engine
 from nora_diffusion.serving.http import engines, server
 from nora_diffusion.serving.http.access.keys import new_key
 from nora_diffusion.serving.http.config import ServeConfig
+from nora_diffusion.ui.remote.cells import Cells
 
-from .conftest import Server, expand, number, open_tab, press, start, until, visit, visitor
+from .conftest import Server, expand, number, open_tab, press, select, start, until, visit, visitor
 
 FINISHED = re.compile(r"^\s*\d images? in [\d.]+ s\.\s*$")
 
@@ -97,6 +103,8 @@ def app(device: Device, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     url = f"http://127.0.0.1:{device.config.port}"
     running = start(tmp_path_factory.mktemp("remote"), "--server", url, "--server_key", str(key))
     yield running
+    libraries = Path(f"/proc/{running.process.pid}/maps")
+    assert not libraries.exists() or "libtorch" not in libraries.read_text()  # after all that the tests have done
     running.stop()
     assert key.read_text() not in running.log.read_text()
 
@@ -146,6 +154,7 @@ def test_images_of_a_subject(page: Any, app: Server) -> None:
 
 def test_what_needs_a_local_base_is_not_there(page: Any, app: Server) -> None:
     expect(page.locator("#title")).to_contain_text("base on the server 127.0.0.1")
+    expect(page.locator("#not-here")).to_contain_text("start it without --server")
     for name in ("Train", "Mix", "Inspect"):
         expect(page.get_by_role("tab", name=name, exact=True)).to_have_count(0)
     expect(page.get_by_label("Keep subjects apart")).to_have_count(0)
@@ -157,12 +166,6 @@ def test_what_needs_a_local_base_is_not_there(page: Any, app: Server) -> None:
     expect(page.locator("#delete")).to_be_hidden()
     page.locator("#insert").click()
     expect(page.locator("#prompt textarea")).to_have_value(re.compile("<lora:dog:1>"))
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads the libraries of a process from /proc")
-def test_the_app_has_no_torch(page: Any, app: Server) -> None:
-    expect(generate(page)).to_have_text(FINISHED)
-    assert "libtorch" not in Path(f"/proc/{app.process.pid}/maps").read_text()
 
 
 def test_an_unknown_subject_is_refused_in_words(page: Any) -> None:
@@ -194,6 +197,50 @@ def test_two_pages_share_the_passes(page: Any, browser: Any, app: Server, device
             expect(status).to_have_text(FINISHED)
     now = device.engine.statistics
     assert now.rows - before.rows == 4 * (now.passes - before.passes)  # two images with guidance in each pass
+
+
+def test_a_comparison(page: Any, app: Server, device: Device) -> None:
+    open_tab(page, "compare")
+    select(page, "#compare-adapter", "dog")
+    page.locator("#compare-prompt textarea").fill("a sks dog")
+    page.locator("#compare-x-values textarea, #compare-x-values input").first.fill("1, 2")
+    page.locator("#compare-y-values textarea, #compare-y-values input").first.fill("0, 1")
+    expand(page, "Settings for all cells")
+    number(page, "Steps", 3)
+    press(page.locator("#compare-go"), page.locator("#compare-status"))
+    expect(page.locator("#compare-status")).to_have_text(re.compile(r"4 cells in [\d.]+ s\."))
+    expect(page.locator("#compare-grid img")).to_be_visible()
+    expect(page.locator("#compare-right input")).to_have_value("seed = 2, weight = 0")
+    with page.expect_download() as report:
+        page.locator("#compare-json").click()
+    cells = json.loads(Path(report.value.path()).read_text())["cells"]
+    assert [(own["settings"]["seed"], own["settings"]["adapters"][0]["weight"]) for own in cells] == [
+        (1, 0), (2, 0), (1, 1), (2, 1)
+    ]  # fmt: skip
+    with device.held():
+        press(page.locator("#compare-go"), page.locator("#compare-status"))
+        until(lambda: device.engine.statistics.waiting == 4)  # they share its passes
+        page.locator("#compare-stop").click()
+        expect(page.locator("#compare-status")).to_have_text(re.compile("Interrupted with 0 of 4 cells finished"))
+    until(device.is_idle)
+
+
+def test_cells_wait_for_a_busy_server(tmp_path: Path) -> None:
+    busy = [ServerError("too many requests", 429, 0), ServerError("too many requests", 429, 0)]
+    asked: list[str] = []
+
+    class Busy:
+        def stream(self, **body: Any) -> Any:
+            asked.append(body["prompt"])
+            if busy:
+                raise busy.pop()
+            raise ServerError("it is broken", 500)
+
+    cells = {tmp_path / "a.png": Cell(Sampling(2, 2.0), "a dog", "dog", 0.5)}
+    run: Any = SimpleNamespace(report=lambda **_: None, check_stop=lambda: None)
+    with pytest.raises(ServerError, match="it is broken"):
+        Cells(Busy(), run, cells).make()  # type: ignore[arg-type]
+    assert asked == ["a dog <lora:dog:0.5>"] * 3
 
 
 def test_a_closed_page_cancels_its_images(browser: Any, app: Server, device: Device) -> None:

@@ -101,7 +101,8 @@ def details(entry: Entry, problem: str | None) -> str:
             "method": method(entry),
             "components": ", ".join(info.components),
             "base": short_name(info.base) if info.base else "unknown",
-            "parameters": f"{info.trained_parameters:,} trained, {info.stored_parameters:,} stored",
+            "parameters": f"{info.trained_parameters:,} trained"
+            + (f", {info.stored_parameters:,} stored" if info.stored_parameters else ""),
             "scores": ", ".join(f"{name} {value:.3f}" for name, value in entry.scores().items()),
             "steps": str(info.step) if info.step else "",
             "seed": "" if info.seed is None else str(info.seed),
@@ -112,7 +113,7 @@ def details(entry: Entry, problem: str | None) -> str:
         "modified": time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.modified)),
         "SHA-256": entry.sha256 or "not computed yet",
     }
-    return table((name, value) for name, value in rows.items() if value)
+    return table((name, value) for name, value in rows.items() if value and name not in entry.untold)
 
 
 def line(text: str, bad: bool = False) -> str:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ...errors import UserError
+from ...evaluation.settings import GridConfig
+from ...evaluation.sheet import MadeCell, write_grid
 from ...formats.adapter_info import AdapterInfo
 from ...generation.generate import save_new_image
+from ...generation.image_settings import read_settings
 from ...generation.tags import Tag, write_tags
+from ...io.files import make_folder
+from ...io.images import load_image
 from ...pipelines.base import BaseSource
 from ...reports.webpage import data_uri
 from ...serving.client import Event, Failed, Made, Queued, ServerError, Step
 from ..backend import Backend
 from ..request import MAX_SIDE, Request
 from ..runs import Run
+from .cells import Cells, files_of
 from .server import Server
 
 LOOK_SECONDS = 0.2
@@ -87,6 +94,17 @@ class RemoteEngine(Backend):
                         together.take(event)
             files = together.files
         return files
+
+    def make_cells(self, config: GridConfig, folder: Path, run: Run) -> list[MadeCell]:
+        """Generate a grid into ``folder``, and write its image and report."""
+        cells = config.cells()
+        files = files_of(cells, make_folder(folder / "cells").parent)
+        Cells(self.server.client, run, {files[position]: cell for position, cell in cells}).make()
+        made = [MadeCell(position, file, asdict(read_settings(file))) for position, file in files.items()]
+        first = read_settings(made[0].file)
+        images = [load_image(cell.file) for cell in made]
+        write_grid(folder, config, made, images, base=first.base, dtype=first.dtype, versions=first.versions)
+        return made
 
 
 class Together:

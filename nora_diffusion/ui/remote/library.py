@@ -37,6 +37,8 @@ class RemoteInfo(AdapterInfo):
 class RemoteEntry(Entry):
     """A subject of a server. It has no file here, so that its name is never used as a path."""
 
+    untold = frozenset({"file", "base", "components", "modified"})
+
     @property
     def size(self) -> int:
         """Size in bytes on the server."""

@@ -51,10 +51,11 @@ def _form(page: Page) -> SimpleNamespace:
         [NO_CHOICE, *usable_names(page)], value=None, label="Adapter", elem_id="compare-adapter", interactive=True
     )
     axes = []
+    names = [name for name in AXES if name != "step" or not page.app.engine.is_remote]  # a server has no checkpoints
     for key, title, axis, suggested in INITIAL_AXES:
         with gr.Row():
             name = gr.Dropdown(
-                [NO_CHOICE, *AXES], value=axis, label=title, min_width=140, scale=2, elem_id=f"compare-{key}",
+                [NO_CHOICE, *names], value=axis, label=title, min_width=140, scale=2, elem_id=f"compare-{key}",
                 interactive=True,
             )  # fmt: skip
             values = gr.Textbox(
@@ -70,9 +71,8 @@ def _form(page: Page) -> SimpleNamespace:
             steps = gr.Slider(1, MAX_STEPS, initial["steps"], step=1, label="Steps", min_width=200)
             guidance = gr.Slider(0, 20, page.app.engine.guidance, step=0.5, label="CFG scale", min_width=200)
         negative = gr.Textbox("", label="Negative prompt", max_length=MAX_PROMPT)
-    scored = gr.Checkbox(
-        page.app.engine.is_embedded, label="Score subject and prompt fidelity", visible=page.app.engine.is_embedded
-    )
+    can_score = page.app.engine.is_embedded and not page.app.engine.is_remote
+    scored = gr.Checkbox(can_score, label="Score subject and prompt fidelity", visible=can_score)
     with gr.Row():
         go = gr.Button("Compare", variant="primary", elem_id="compare-go")
         stop = gr.Button("Interrupt", variant="stop", visible=False, elem_id="compare-stop")
@@ -188,7 +188,8 @@ def compare_handler(app: App) -> Any:
                 text, updates = line(f"{len(found[0].cells)} cells in {progress.seconds:.1f} s."), _show(app, found[0])
             elif progress.state == "stopped" and progress.images:
                 cells = f"{len(progress.files)} of {progress.images} cells"
-                text = line(f"Interrupted with {cells} finished. They are kept: Compare makes only the others.")
+                kept = "" if app.engine.is_remote else " They are kept: Compare makes only the others."
+                text = line(f"Interrupted with {cells} finished.{kept}")
             yield gr.update(visible=False), gr.update(visible=True), text, *updates
 
     return go
