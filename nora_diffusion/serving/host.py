@@ -12,10 +12,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..formats.adapter_file import open_adapter
 from ..formats.adapter_info import AdapterInfo
 from ..formats.keys import frozen_factors
-from ..io.tensors import Tensors
+from ..io.tensors import Tensors, named_hash
 from ..loaders.load import check_open
 from .subjects import Source
 
@@ -67,7 +68,7 @@ class HostCache:
         self._pipe, self.most = pipe, most
         self._held: OrderedDict[Source, Held] = OrderedDict()
         self._bases: WeakValueDictionary[str, Basis] = WeakValueDictionary()
-        self._structures: dict[Structure, tuple[Structure, AdapterInfo]] = {}
+        self._alike: WeakValueDictionary[Structure, Held] = WeakValueDictionary()
         self._own_bytes = self.reads = 0
 
     def __len__(self) -> int:
@@ -76,7 +77,7 @@ class HostCache:
     @property
     def bytes(self) -> int:
         """The bytes of the trained tensors and of the bases."""
-        bases = list(self._bases.values())
+        bases = [basis for ref in self._bases.valuerefs() if (basis := ref()) is not None]  # others may read this
         return self._own_bytes + sum(tensor.nbytes for basis in bases for tensor in basis.values())
 
     @property
@@ -84,17 +85,15 @@ class HostCache:
         """What is held."""
         return list(self._held)
 
-    def get(self, source: Source) -> Held | None:
-        """The adapter, from memory or its file; ``None`` for one of another tool. Raises :class:`UserError`."""
+    def get(self, source: Source) -> Held:
+        """The adapter, from memory or its file. Raises :class:`UserError`, also for a file of another tool."""
         if source in self._held:
             self._held.move_to_end(source)
             return self._held[source]
-        held = self._read(source)
-        if held is not None:
-            self._held[source] = held
-            self._own_bytes += held.values.nbytes
-            while self.bytes > self.most and len(self._held) > 1:
-                self.forget(next(iter(self._held)))
+        held = self._held[source] = self._read(source)
+        self._own_bytes += held.values.nbytes
+        while self.bytes > self.most and len(self._held) > 1:
+            self.forget(next(iter(self._held)))
         return held
 
     def forget(self, source: Source) -> None:
@@ -102,21 +101,28 @@ class HostCache:
         if held := self._held.pop(source, None):
             self._own_bytes -= held.values.nbytes
 
-    def _read(self, source: Source) -> Held | None:
+    def _read(self, source: Source) -> Held:
         with open_adapter(source.path) as opened:
-            if not opened.info.is_ours:
-                return None
+            if not opened.info.is_ours:  # its layers would not follow the rows of a pass
+                raise UserError(
+                    f"{opened.info.path} is {opened.info.note}, which cannot be served: convert it with "
+                    "`nora-diffusion import`"
+                )
             self.reads += 1
             info, tensors = check_open(self._pipe, opened, known=lambda info: self._bases.get(info.basis_sha256))
-        frozen = frozen_factors(tensors) if info.basis_sha256 else {}
+        frozen = frozen_factors(tensors)  # of a file without a hash too: layers share them, so no slot exchanges them
         trained = {key: value for key, value in tensors.items() if key not in frozen}
-        basis = self._bases.setdefault(info.basis_sha256, Basis(frozen)) if frozen else Basis()
+        sha256 = (info.basis_sha256 or named_hash(frozen)) if frozen else ""
+        basis = self._bases.setdefault(sha256, Basis(frozen)) if frozen else Basis()
         keys = sorted(trained, key=lambda key: (-trained[key].dtype.itemsize, key))  # so that views are aligned
         layout = tuple((key, trained[key].dtype, trained[key].shape) for key in keys)
-        new = Structure(_as_text(info), info.basis_sha256, layout)
-        structure, first = self._structures.setdefault(new, (new, info))
+        structure = Structure(_as_text(info), sha256, layout)
+        if (first := self._alike.get(structure)) is not None:
+            info, structure = _shared(info, first.info), first.structure
         values = [trained[key].contiguous().flatten().view(torch.uint8) for key in keys]
-        return Held(_shared(info, first), structure, torch.cat(values), basis)
+        held = Held(info, structure, torch.cat(values), basis)
+        self._alike.setdefault(structure, held)
+        return held
 
 
 def _as_text(info: AdapterInfo) -> str:

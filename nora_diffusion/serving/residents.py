@@ -53,20 +53,22 @@ class Residents:
         self._newest[source.path] = source
         held = self.host.get(source)
         try:
-            slot = self._placed(source, held, in_use)
+            slot: Slot | None = self._placed(held, in_use)
         except Exception as error:
             if not out_of_memory(error) or not (self._free or self._used.keys() - set(in_use)):
                 raise
+            slot = None  # tried again below: here the error holds the memory of the first attempt
+        if slot is None:
             self._delete_idle(in_use)
-            slot = self._placed(source, held, in_use)
+            slot = self._placed(held, in_use)
         self._used[source] = slot
         self.loads += 1
         return slot
 
-    def _placed(self, source: Source, held: Held | None, in_use: Collection[Source]) -> Slot:
+    def _placed(self, held: Held, in_use: Collection[Source]) -> Slot:
         """A slot with the subject. Values are exchanged where possible: a new slot takes fifty times as long."""
         idle = [own for own in self._used if own not in in_use]
-        if held is not None and (slot := self._slot_like(held, idle)) is not None:
+        if (slot := self._slot_like(held, idle)) is not None:
             self._slots.fill(slot, held)
             self._free.remove(slot)
             return slot
@@ -74,7 +76,7 @@ class Residents:
             if not self._free and not idle:
                 raise UserError(f"all {self.most} loaded subjects are in use: allow more, or send fewer at once")
             self._slots.delete(self._free.pop() if self._free else self._used.pop(idle.pop(0)))
-        return self._slots.load(source, held)
+        return self._slots.load(held)
 
     def _slot_like(self, held: Held, idle: Sequence[Source]) -> Slot | None:
         """A free slot that can take the values, perhaps after the oldest idle subject has left it."""

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from ..formats.adapter_info import AdapterInfo
 from ..formats.keys import file_key
-from ..loaders import delete_adapter, load_adapter
+from ..loaders import delete_adapter
 from ..loaders.inject import set_origin
 from ..loaders.load import load_checked
 from ..pipelines.components import canonical, components, nora_layers
 from .host import Held, Structure
-from .subjects import Source
 
 
 @dataclass(eq=False)
@@ -40,12 +39,10 @@ class Slots:
         self._pipe, self._before = pipe, before
         self._numbers = count()
 
-    def load(self, source: Source, held: Held | None) -> Slot:
-        """A new slot with an adapter; ``held``: its values, if it is one of this toolkit. Raises :class:`UserError`."""
+    def load(self, held: Held) -> Slot:
+        """A new slot with an adapter. Raises :class:`UserError`."""
         self._before()
         name = f"subject_{next(self._numbers)}"
-        if held is None:
-            return Slot(name, load_adapter(self._pipe, source.path, name, activate=False).info, None, [])
         load_checked(self._pipe, name, held.info, held.tensors)
         if held.info.tokens:  # in the embeddings of a text encoder, under their own words
             return Slot(name, held.info, None, [])

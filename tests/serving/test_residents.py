@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,15 @@ from unittest import mock
 import pytest
 import torch
 from factories import randomize
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nora_diffusion import UserError, add_adapter, create_pack, export_lora, load_adapter, open_pipeline, save_adapter
-from nora_diffusion.adapters import AdapterConfig, lora, nora
+from nora_diffusion.adapters import AdapterConfig, lora, mor, nora
 from nora_diffusion.loaders import delete_adapter, list_adapters
 from nora_diffusion.pipelines.components import nora_layers
+from nora_diffusion.serving.host import HostCache
 from nora_diffusion.serving.residents import Residents
 from nora_diffusion.serving.slots import Slots
 from nora_diffusion.serving.subjects import Source, source_of
@@ -87,9 +92,9 @@ def test_a_shared_basis_is_held_once(tiny_base: Path, tmp_path: Path, pipe: Any)
     packed = [source_of(f"{tmp_path}/all.nora_pack.safetensors#s{number}") for number in range(3)]
     residents = Residents(pipe, 8, ROOM, nothing)
     held = [residents.host.get(source) for source in (*sources, *packed)]
-    assert len({id(own.basis) for own in held if own is not None}) == 1
-    assert len({id(own.structure) for own in held if own is not None}) == 1
-    assert len({id(own.info.base_fingerprint) for own in held if own is not None}) == 1
+    assert len({id(own.basis) for own in held}) == 1
+    assert len({id(own.structure) for own in held}) == 1
+    assert len({id(own.info.base_fingerprint) for own in held}) == 1
     basis, own = sum(tensor.nbytes for tensor in held[0].basis.values()), held[0].values.nbytes
     assert residents.host.bytes == basis + 6 * own
     residents.host.most = basis + 2 * own
@@ -99,17 +104,61 @@ def test_a_shared_basis_is_held_once(tiny_base: Path, tmp_path: Path, pipe: Any)
     assert_is_in(pipe, residents, packed[0])
 
 
-def test_other_structures_and_formats_take_the_oldest_slot(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
+def test_other_structures_take_the_oldest_slot(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
     same = save(tiny_base, tmp_path / "nora", range(2))
     (other,) = save(tiny_base, tmp_path / "lora", range(1), lora(r=3))
-    export_lora(other.path, tmp_path / "plain.safetensors")
-    plain, residents = source_of(str(tmp_path / "plain.safetensors")), Residents(pipe, 2, ROOM, nothing)
-    for source in (same[0], other, plain, same[1], other, plain, same[0]):
+    (third,) = save(tiny_base, tmp_path / "mor", range(1), mor(r=2))
+    residents = Residents(pipe, 2, ROOM, nothing)
+    for source in (same[0], other, third, same[1], other, third, same[0]):
         slot = residents.get(source, {source})
         assert residents.loaded[source] is slot and len(residents.loaded) <= 2
-        if source != plain:
+        if source != third:
             assert_is_in(pipe, residents, source)
     assert len(list_adapters(pipe)["unet"]) == 2
+
+
+def test_files_of_other_tools_are_refused(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
+    """Their layers do not follow the rows of a pass: the picture would be made without them."""
+    (own,) = save(tiny_base, tmp_path, range(1), lora(r=3))
+    export_lora(own.path, tmp_path / "plain.safetensors")
+    residents = Residents(pipe, 2, ROOM, nothing)
+    with pytest.raises(UserError, match="nora-diffusion import"):
+        residents.get(source_of(str(tmp_path / "plain.safetensors")), set())
+    assert not list_adapters(pipe)
+
+
+def without_hash(path: str) -> None:
+    """Take the hash of the basis out of an adapter's file."""
+    file = Path(path) / "nora_adapter.safetensors"
+    with safe_open(file, "pt") as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dictionary)
+        metadata = opened.metadata()
+    info = {key: value for key, value in json.loads(metadata["nora"]).items() if key != "basis_sha256"}
+    save_file(tensors, file, {**metadata, "nora": json.dumps(info)})
+
+
+def test_bases_without_a_hash_are_not_written_over_each_other(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
+    """Layers share equal frozen factors: those of another basis would change all subjects of this one."""
+    random, sources = nora(r=4, inner_r=2, basis="kaiming"), list[Source]()
+    for number, seed in enumerate([0, 0, 1]):
+        torch.manual_seed(seed)
+        sources += save(tiny_base, tmp_path, range(number, number + 1), random)
+    for source in sources[1:]:
+        without_hash(source.path)
+    sources, residents = [source_of(source.path) for source in sources], Residents(pipe, 2, ROOM, nothing)
+    for source in sources:
+        residents.get(source, {sources[0], source})
+        assert_is_in(pipe, residents, source)
+        assert_is_in(pipe, residents, sources[0])
+
+
+def test_host_memory_keeps_nothing_of_structures_that_are_gone(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
+    sources = [*save(tiny_base, tmp_path, range(1)), *save(tiny_base, tmp_path, range(1, 2), lora(r=3))]
+    host, infos = HostCache(pipe, ROOM), list[Any]()
+    for source in sources:
+        infos.append(weakref.ref(host.get(source).info))
+        host.forget(source)
+    assert all(info() is None for info in infos)
 
 
 def test_subjects_in_use_keep_their_slots(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
