@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..adapters.deltas.tokens import LearnedEmbedding
 from ..generation.sampling import describe_image, sample_images
 from ..generation.settings import Sampling
+from ..loaders.tokens import extended_tokenizer
 from ..pipelines.components import components, tokenizer_name
 from ..pipelines.names import DENOISERS
 from .merging import Arguments
@@ -26,7 +28,8 @@ from .waiting import FairQueue
 class Work:
     """A picture to make: number ``index`` of a request.
 
-    ``sources``: the files of its subjects. ``place``: its place in the queue as its sender knows it (-1: not told).
+    ``sources``: the files of its subjects. ``words``: by text encoder, the first ids of its subjects' new tokens in its
+    own tokenizers. ``place``: its place in the queue as its sender knows it (-1: not told).
     """
 
     ticket: Ticket
@@ -34,6 +37,7 @@ class Work:
     sources: tuple[Source, ...] = ()
     spec: Spec = field(default_factory=Spec)
     described: list[dict[str, Any]] = field(default_factory=list)
+    words: dict[str, dict[str, int]] = field(default_factory=dict)
     place: int = -1
 
     @property
@@ -99,11 +103,27 @@ class Copies:
         for name, model in self._models.items():
             kind = SharedAutoencoder if name == "vae" else Shared
             models[name] = kind(model, name, *self._places[name], call)
-        for name in [tokenizer_name(encoder) for encoder in components(self._pipe) if encoder not in DENOISERS]:
-            models[name] = Locked(getattr(self._pipe, name), self._tokenizing)
+        for encoder in [name for name in components(self._pipe) if name not in DENOISERS]:
+            models[tokenizer_name(encoder)] = Locked(self._tokenizer(encoder, work), self._tokenizing)
         vars(own).update(models)  # not setattr, which would write them to the pipeline's config
         own.set_progress_bar_config(disable=True)
         return own
+
+    def _tokenizer(self, encoder: str, work: Work) -> Any:
+        """A tokenizer with the new tokens of the picture's own subjects, whose ids no other subject changes."""
+        tokenizer, table = getattr(self._pipe, tokenizer_name(encoder)), self._models[encoder].get_input_embeddings()
+        if not isinstance(table, LearnedEmbedding):
+            return tokenizer
+        tokenizer, _ = table.before
+        counts = {
+            word: len(vectors) for name, *_ in work.spec.adapters for word, vectors in table.vectors(name).items()
+        }
+        if not counts:
+            return tokenizer
+        with self._tokenizing:
+            extended = extended_tokenizer(tokenizer, counts)
+        work.words[encoder] = {word: extended.convert_tokens_to_ids(word) for word in counts}
+        return extended
 
 
 def _placed(kind: Any, device: Any, dtype: Any) -> type:

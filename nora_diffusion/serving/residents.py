@@ -7,13 +7,13 @@ millisecond, until its bytes are needed for others.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..errors import UserError, out_of_memory
+from ..formats.adapter_info import AdapterInfo
 from .host import Held, HostCache
 from .slots import Slot, Slots
 from .subjects import Source
@@ -28,14 +28,14 @@ class Residents:
     def __init__(self, pipe: Any, slots: int, host_bytes: int, before: Callable[[], None]) -> None:
         self.most, self.host = slots, HostCache(pipe, host_bytes)
         self._slots = Slots(pipe, before)
-        self._used: OrderedDict[Source, Slot] = OrderedDict()
+        self._used: dict[Source, Slot] = {}
         self._free: list[Slot] = []
         self._newest: dict[str, Source] = {}
         self.hits = self.loads = 0
 
     @property
     def loaded(self) -> Mapping[Source, Slot]:
-        """The subjects in the pipeline, the least recently used first."""
+        """The subjects in the pipeline, the least recently used first; ``list`` of it is safe in any thread."""
         return self._used
 
     def get(self, source: Source, in_use: Collection[Source]) -> Slot:
@@ -45,12 +45,11 @@ class Residents:
         """
         if source in self._used:
             self.hits += 1
-            self._used.move_to_end(source)
+            self._used[source] = self._used.pop(source)
             return self._used[source]
         older = self._newest.get(source.path)
         if older is not None and older != source and older not in in_use:
             self.forget([older])
-        self._newest[source.path] = source
         held = self.host.get(source)
         try:
             slot: Slot | None = self._placed(held, in_use)
@@ -61,7 +60,7 @@ class Residents:
         if slot is None:
             self._delete_idle(in_use)
             slot = self._placed(held, in_use)
-        self._used[source] = slot
+        self._used[source], self._newest[source.path] = slot, source
         self.loads += 1
         return slot
 
@@ -72,6 +71,9 @@ class Residents:
             self._slots.fill(slot, held)
             self._free.remove(slot)
             return slot
+        for own in [own for own in idle if _overlap(self._used[own].info, held.info)]:
+            idle.remove(own)
+            self._slots.delete(self._used.pop(own))
         while len(self._used) + len(self._free) >= self.most:
             if not self._free and not idle:
                 raise UserError(f"all {self.most} loaded subjects are in use: allow more, or send fewer at once")
@@ -109,5 +111,10 @@ class Residents:
                 self._free.append(slot)
 
     def known(self) -> set[Source]:
-        """The subjects in the pipeline or in host memory."""
-        return {*self._used, *self.host.sources}
+        """The subjects of which anything is known here, those in the pipeline or in host memory among them."""
+        return {*self._used, *self.host.sources, *self._newest.values()}
+
+
+def _overlap(one: AdapterInfo, other: AdapterInfo) -> bool:
+    """Whether new tokens of two adapters cannot be in one tokenizer."""
+    return any(a in b or b in a for a in one.tokens for b in other.tokens)

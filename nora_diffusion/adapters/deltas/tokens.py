@@ -53,6 +53,16 @@ class LearnedEmbedding(nn.Embedding):
         """Set the token id of each word's first vector; its other vectors have the next ids."""
         self._first = dict(first)
 
+    def translated(self, input: Tensor, first: Mapping[str, int]) -> Tensor:
+        """Ids in which these words begin at ``first[word]``, as ids of this embedding."""
+        out = input
+        for adapter in self._words:
+            for word, vectors in self.vectors(adapter).items():
+                index = input - first.get(word, -len(vectors))
+                is_word = (index >= 0) & (index < len(vectors)) & (word in first)
+                out = torch.where(is_word, self._first[word] + index, out)
+        return out
+
     @property
     def adapters(self) -> Sequence[str]:
         """The adapters that have words in this embedding."""
