@@ -175,7 +175,7 @@ class Engine:
     def close(self, drain: bool = True) -> None:
         """Stop the engine. ``drain``: first finish what was accepted; else it fails with :class:`.tickets.Closed`."""
         with self._wake:
-            self._closing = drain
+            self._closing = drain and self._closing is not False  # a stop, after a bug say, stays one
             self._wake.notify_all()
         if self._thread.is_alive():
             self._thread.join()
@@ -186,8 +186,18 @@ class Engine:
                 while self._turn():
                     pass
             finally:
+                self._fail_left()
                 self._passes.close()
                 self._answer_asked()
+
+    def _fail_left(self) -> None:
+        """End what is still open, so that nobody waits."""
+        closed = Closed("the engine was stopped")
+        with self._lock:
+            self._closing = False
+        while left := self._queue.take():
+            left.fail(closed)
+        self._meeting.close(closed)
 
     def _turn(self) -> bool:
         """Admit pictures and compute a pass; whether to go on. After a bug the engine stops, so that nobody waits."""
@@ -211,8 +221,6 @@ class Engine:
         with self._wake:
             self._wake.wait_for(lambda: self._has_work or self._closing is not None)
             if self._closing is not None and not self._at_work and (not self._closing or not len(self._queue)):
-                for left in self._queue:
-                    left.fail(Closed("the engine was stopped"))
                 return False
         self._answer_asked()
         self._forget_removed()
@@ -249,7 +257,11 @@ class Engine:
         paths, in_use = self.subjects.paths, self._in_use()
         removed = {source for source in self._residents.known() if source.path not in paths}
         self._residents.forget(removed - in_use)
-        self._stale = self._stale or bool(removed & in_use)
+        if removed - in_use:
+            self._passes.forget()
+        if removed & in_use:
+            with self._lock:
+                self._stale = True
 
     def _drop_ended(self) -> bool:
         """Take waiting pictures that are no longer wanted out of the queue, where they would keep others out.

@@ -48,6 +48,7 @@ class Rendezvous:
         self._changed = threading.Condition()
         self._pictures: set[Hashable] = set()
         self._calls: list[Call] = []
+        self._closed: BaseException | None = None
 
     def enter(self, picture: Hashable) -> None:
         """Count a picture among those that are waited for."""
@@ -64,6 +65,8 @@ class Rendezvous:
         """Called by a picture's thread: wait for the result. Raises what the engine answers with."""
         call = Call(picture, model, arguments)
         with self._changed:
+            if self._closed is not None:
+                raise self._closed
             self._calls.append(call)
             self._changed.notify_all()
         call.done.wait()
@@ -76,6 +79,13 @@ class Rendezvous:
         with self._changed:
             self._changed.wait_for(lambda: len(self._calls) == len(self._pictures))
             return list(self._calls)
+
+    def close(self, error: BaseException) -> None:
+        """End all pictures: calls that wait get the error, and those that would."""
+        with self._changed:
+            calls, self._calls, self._closed = self._calls, [], error
+        for call in calls:
+            call.fail(error)
 
     def take(self, calls: Iterable[Call]) -> None:
         """Remove calls, which are about to be answered."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.tuner.mixed_rows import serve_rows
+from ..adapters.tuner.mixed_rows import LayerRows, serve_rows
 from ..adapters.tuner.row_plan import RowPlan, RowSpec, live
 from ..pipelines.components import components, named_tuner_layers
 from ..pipelines.names import DENOISERS
@@ -97,6 +97,13 @@ class Rows:
     def assign(self, component: str, blocks: Sequence[tuple[Spec, int]]) -> None:
         """The spec of each picture in the next pass of a component, with the number of its rows."""
         self._plans[component].assign_blocks([(self._specs.index(spec), rows) for spec, rows in blocks])
+
+    def forget(self) -> None:
+        """Keep nothing that was computed of the factors of subjects, which are to leave memory."""
+        for component in self._plans:
+            for _, layer in named_tuner_layers(components(self._pipe)[component]):
+                if isinstance(rows := getattr(layer, "rows", None), LayerRows):
+                    rows.forget()
 
     def close(self) -> None:
         """Leave the layers as they were, so that adapters can be loaded and deleted."""

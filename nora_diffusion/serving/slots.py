@@ -61,15 +61,19 @@ class Slots:
         """Give a slot the values of another adapter of its structure. No module changes."""
         with torch.no_grad():
             torch._foreach_copy_(slot.targets, held.trained)
-        slot.info = held.info
+        self._describe(slot, held.info)
+
+    def _describe(self, slot: Slot, info: AdapterInfo) -> None:
+        slot.info = info
         for component, module in components(self._pipe).items():
-            if component in held.info.components:
-                set_origin(module, slot.adapter, held.info)
+            if component in info.components:
+                set_origin(module, slot.adapter, info)
 
     def clear(self, slot: Slot) -> None:
-        """Overwrite the values of a slot by zeros."""
+        """Overwrite the values of a slot by zeros, and forget whose they were."""
         with torch.no_grad():
             torch._foreach_zero_(slot.targets)
+        self._describe(slot, AdapterInfo(slot.info.components))
 
     def delete(self, slot: Slot) -> None:
         """Delete a slot's adapter; nothing of it stays in the pipeline."""

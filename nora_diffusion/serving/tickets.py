@@ -101,8 +101,9 @@ class Ticket:
         with self._changed:
             if self._watcher is not None:
                 self._watcher(event)
-            if event.kind == "step":  # a slow reader gets the latest step only, and no latents pile up
-                self._events = [own for own in self._events if own.kind != "step" or own.index != event.index]
+            if not event.is_last:  # a slow reader gets the latest place and step only, and no latents pile up
+                alike = (event.kind, event.index)
+                self._events = [own for own in self._events if (own.kind, own.index) != alike]
             self._events.append(event)
             self.made += event.kind == "picture"
             self._changed.notify_all()

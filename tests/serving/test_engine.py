@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from factories import randomize
-from solo_runs import COMPONENTS, SUBJECTS, ask, assert_equal_to_runs_alone, write_library
+from solo_runs import COMPONENTS, SUBJECTS, Alone, ask, assert_equal_to_runs_alone, gray_levels_apart, write_library
 from torch import nn
 
 from nora_diffusion import UserError, add_adapter, load_adapter, open_pipeline, save_adapter
+from nora_diffusion.adapters.tuner.row_banks import _KeptPair
 from nora_diffusion.generation.library import list_library
 from nora_diffusion.loaders import delete_adapter
+from nora_diffusion.loaders.tokens import add_tokens
+from nora_diffusion.pipelines.components import components
 from nora_diffusion.serving.engine import Engine
+from nora_diffusion.serving.merging import Arguments
+from nora_diffusion.serving.passes import Passes
 from nora_diffusion.serving.pictures import Copies, Work
-from nora_diffusion.serving.rendezvous import Rendezvous
+from nora_diffusion.serving.rendezvous import Call, Rendezvous
 from nora_diffusion.serving.samplers import SAMPLERS
-from nora_diffusion.serving.tickets import Cancelled, Closed, Late, Ticket
+from nora_diffusion.serving.tickets import Cancelled, Closed, Event, Late, Ticket
 from nora_diffusion.serving.waiting import Full
 
 
@@ -83,11 +93,14 @@ def test_subjects_of_one_structure_share_slots(tiny_base: Path, tmp_path: Path, 
 def test_a_pass_that_is_too_large_is_halved_once(
     tiny_base: Path, library: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, rows = pipe.unet.forward, list[int]()
+    forward, rows, failed = pipe.unet.forward, list[int](), list[Any]()
 
     def small(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert all(activations() is None for activations in failed)  # else the halves would not fit either
         rows.append(len(sample))
         if len(sample) > 4:
+            activations = sample + 1
+            failed.append(weakref.ref(activations))
             raise torch.OutOfMemoryError("out of memory")
         return forward(sample, *args, **kwargs)
 
@@ -113,6 +126,18 @@ def test_a_late_request_ends(pipe: Any) -> None:
         engine.submit(ask("a red car", steps=500, timeout=0.01)).pictures()
 
 
+@contextmanager
+def at_once(engine: Engine) -> Iterator[None]:
+    """Let what is sent meanwhile start in one turn."""
+    begun, sent = threading.Event(), threading.Event()
+    asking = threading.Thread(target=lambda: engine.ask(lambda _: begun.set() or sent.wait()))
+    asking.start()
+    begun.wait()
+    yield
+    sent.set()
+    asking.join()
+
+
 def test_a_failing_picture_fails_alone(tiny_base: Path, library: Path, pipe: Any) -> None:
     load_adapter(pipe, library / "cat", "broken", activate=False)
     with torch.no_grad():
@@ -127,6 +152,17 @@ def test_a_failing_picture_fails_alone(tiny_base: Path, library: Path, pipe: Any
         with pytest.raises(UserError, match="NaN or infinity"):
             bad.pictures()
         assert_equal_to_runs_alone(tiny_base, library, [good])
+
+
+def test_calls_of_a_pass_that_fails_are_answered_once() -> None:
+    unet, answered = SimpleNamespace(forward=lambda sample: (sample,)), list[Call]()
+    calls = [
+        Call(name, "unet.forward", Arguments.of([torch.full((1, 2), value)], {}))
+        for name, value in (("good", 1.0), ("bad", float("nan")))
+    ]
+    with mock.patch.object(Call, "answer", lambda call, _: answered.append(call)):
+        Passes(SimpleNamespace(unet=unet), list).compute(calls)
+    assert answered == calls[:1] and isinstance(calls[1].error, UserError)
 
 
 def test_a_full_queue_refuses(pipe: Any) -> None:
@@ -206,3 +242,80 @@ def test_after_a_bug_nobody_waits(pipe: Any, monkeypatch: pytest.MonkeyPatch) ->
         assert not engine.is_open
         with pytest.raises(Closed):
             engine.submit(ask("a red car"))
+
+
+def test_after_a_bug_that_comes_again_nobody_waits(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", mock.Mock())
+    with Engine(pipe, at_once=1) as engine:
+        tickets = [engine.submit(ask("a red car", steps=500, seed=seed)) for seed in range(2)]
+        next(event for event in tickets[0].events() if event.kind == "step")
+        monkeypatch.setattr(Engine, "_drop_ended", mock.Mock(side_effect=RuntimeError("a bug")))
+        for ticket in tickets:
+            with pytest.raises(Closed):
+                ticket.pictures()
+
+
+def test_a_stop_is_not_taken_back(pipe: Any) -> None:
+    engine = Engine(pipe)
+    ticket = engine.submit(ask("a red car"))
+    engine.close(drain=False)
+    engine.close(drain=True)
+    with engine, pytest.raises(Closed):
+        ticket.pictures()
+
+
+def test_a_slow_reader_gets_the_latest_place() -> None:
+    ticket = Ticket(ask("a red car", count=2))
+    for index, place in ((0, 3), (1, 4), (0, 2), (1, 3)):
+        ticket.tell(Event("queued", index, place=place))
+    assert [(event.index, event.place) for event in ticket.take()] == [(0, 2), (1, 3)]
+
+
+def test_nothing_computed_of_a_removed_subject_stays(library: Path, pipe: Any) -> None:
+    with Engine(pipe, list_library(library)) as engine:
+        engine.submit(ask("a picture <lora:dog> <lora:mug>")).pictures()
+        gc.collect()
+        kept = [weakref.ref(own) for own in gc.get_objects() if isinstance(own, _KeptPair)]
+        assert kept
+        engine.remove_subject("dog")
+        for _ in range(2):  # the second one is answered after the turn of the first
+            engine.ask(lambda _: None)
+        gc.collect()
+        assert all(own() is None for own in kept)
+        assert engine.submit(ask("a picture <lora:mug>")).pictures()
+
+
+def write_words(base: Path, folder: Path, words: dict[str, str]) -> None:
+    """Adapters with one new token each, by name."""
+    pipe = open_pipeline(base)
+    for seed, (name, word) in enumerate(words.items()):
+        add_adapter(pipe, SUBJECTS["dog"], name)
+        randomize(pipe, name, seed, size=0.02)
+        vectors = torch.randn(1, 16, generator=torch.Generator().manual_seed(seed))
+        add_tokens(pipe, components(pipe), name, {word: {"text_encoder": vectors}})
+        save_adapter(pipe, folder / name, name)
+        delete_adapter(pipe, name)
+
+
+def test_new_tokens_are_those_of_a_pictures_own_subjects(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
+    """The ids of tokens change when subjects come and go, also between a picture's start and its first pass."""
+    write_words(tiny_base, tmp_path, {"cat": "<cat>", "dog": "<dog>", "cow": "<cow>"})
+    asked = [ask(f"a <{name}> <lora:{name}>") for name in ("dog", "cow")]
+    with Engine(pipe, list_library(tmp_path), at_once=2, resident=2) as engine:
+        for name in ("cat", "dog"):
+            engine.submit(ask(f"a <{name}> <lora:{name}>")).pictures()
+        with at_once(engine):
+            tickets = [engine.submit(request) for request in asked]
+        found = [ticket.pictures()[0].image for ticket in tickets]
+        plain = engine.submit(ask("a <dog>")).pictures()[0].image  # it has no subject
+    for request, image in zip([*asked, ask("a <dog>")], [*found, plain], strict=True):
+        assert gray_levels_apart(image, Alone(tiny_base, tmp_path).images(request)[0]) <= 1, request
+
+
+def test_subjects_may_have_the_same_new_token(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
+    write_words(tiny_base, tmp_path, {"one": "<pet>", "two": "<pet>"})
+    with Engine(pipe, list_library(tmp_path), at_once=1) as engine:
+        tickets = [engine.submit(ask(f"a <pet> <lora:{name}>")) for name in ("one", "two", "one")]
+        found = [ticket.pictures()[0].image for ticket in tickets]
+    for ticket, image in zip(tickets, found, strict=True):
+        assert gray_levels_apart(image, Alone(tiny_base, tmp_path).images(ticket.request)[0]) <= 1

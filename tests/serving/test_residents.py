@@ -161,6 +161,30 @@ def test_host_memory_keeps_nothing_of_structures_that_are_gone(tiny_base: Path, 
     assert all(info() is None for info in infos)
 
 
+def test_other_threads_may_list_what_is_loaded(
+    tiny_base: Path, tmp_path: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The list is made without a call of Python's, during which the engine could change it."""
+    (source,), residents = save(tiny_base, tmp_path, range(1)), Residents(pipe, 2, ROOM, nothing)
+    residents.get(source, set())
+    monkeypatch.setattr(Source, "__hash__", mock.Mock(side_effect=AssertionError))
+    assert list(residents.loaded) == [source]
+
+
+def test_files_that_come_and_go_are_forgotten(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
+    """Also those that have left the pipeline and host memory already, and damaged ones."""
+    first, second, third = save(tiny_base, tmp_path, range(3))
+    (Path(third.path) / "nora_adapter.safetensors").write_text("damaged")
+    residents = Residents(pipe, 1, 0, nothing)
+    for source in (first, second):
+        residents.get(source, set())
+    with pytest.raises(UserError):
+        residents.get(source_of(third.path), set())
+    assert residents.known() == {first, second}
+    residents.forget(residents.known())
+    assert not residents.known()
+
+
 def test_subjects_in_use_keep_their_slots(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
     first, second, third = save(tiny_base, tmp_path, range(3))
     residents = Residents(pipe, 2, ROOM, nothing)

@@ -53,6 +53,10 @@ class LayerRows:
         banked = {name for bank in found for name in bank.names}
         return [*found, *conv_banks(self.layer, [name for name in self.names if name not in banked], self.plan)]
 
+    def forget(self) -> None:
+        """Drop all that is kept of the factors; the next pass builds it again."""
+        self._grouped.clear()
+
     def refresh(self) -> None:
         """Check the factors of the next pass; for all layers in a row it takes half the time."""
         if not torch.is_grad_enabled():
