@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import nn
+
 from ..adapters.deltas.tokens import LearnedEmbedding
 from ..generation.sampling import describe_image, sample_images
 from ..generation.settings import Sampling
@@ -89,6 +92,8 @@ class Copies:
         self._pipe, self._meeting, self._tokenizing = pipe, meeting, threading.RLock()
         self._models = {**components(pipe), "vae": pipe.vae}
         self._places = {name: (model.dtype, model.device) for name, model in self._models.items()}
+        if _is_upcast(pipe):
+            nn.Module.to(pipe.vae, torch.float32)
         self._kind = _placed(type(pipe), pipe.device, pipe.dtype)
 
     def of(self, work: Work) -> Any:
@@ -124,6 +129,14 @@ class Copies:
             extended = extended_tokenizer(tokenizer, counts)
         work.words[encoder] = {word: extended.convert_tokens_to_ids(word) for word in counts}
         return extended
+
+
+def _is_upcast(pipe: Any) -> bool:
+    """Whether the pipeline casts its autoencoder for each picture, as SDXL's, which overflows in fp16.
+
+    It is cast once instead. Pictures still see fp16, and so give it latents in fp32.
+    """
+    return hasattr(pipe, "upcast_vae") and pipe.vae.dtype == torch.float16 and bool(pipe.vae.config.force_upcast)
 
 
 def _placed(kind: Any, device: Any, dtype: Any) -> type:

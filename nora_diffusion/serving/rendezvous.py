@@ -115,6 +115,10 @@ class Shared:
 class SharedAutoencoder(Shared):
     """An autoencoder: its methods are called, not itself."""
 
+    def to(self, *_: Any, **__: Any) -> SharedAutoencoder:
+        """Stay as it is: a pipeline that casts it for its own picture would cast it under the others."""
+        return self
+
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's."""
         return self._call(f"{self._name}.encode", Arguments.of(args, kwargs))

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from architectures import tiny_pipeline
 from factories import randomize
+from torch import nn
 
 from nora_diffusion import add_adapter, load_adapter, save_adapter
 from nora_diffusion.adapters import lora, nora
@@ -45,3 +47,17 @@ def test_pictures_equal_runs_of_their_own(name: str, tmp_path: Path) -> None:
         for tag in request.tags:
             delete_adapter(solo, tag.name)
         assert np.abs(np.asarray(image, float) - np.asarray(expected, float)).max() <= 1, request
+
+
+def test_sdxl_in_fp16_casts_its_autoencoder_once(tmp_path: Path) -> None:
+    """Its pipeline casts it to fp32 and back for each picture, also while another one waits for it."""
+    pipe: Any = tiny_pipeline("sdxl", tmp_path / "parts")
+    channels = pipe.vae.config.latent_channels
+    pipe.vae.post_quant_conv = nn.Conv2d(channels, channels, 1)  # which tells the pipeline the dtype
+    pipe.to(torch.float16)
+    solo, request = copy.deepcopy(pipe), Request("a car", Sampling(2, 4.0, width=16, height=16), count=3)
+    with Engine(pipe, at_once=3) as engine:
+        found = [picture.image for picture in engine.submit(request).pictures()]
+    for seed, image in enumerate(found):
+        (expected,) = sample_images(solo, [request.text], [seed], request.sampling)
+        assert np.abs(np.asarray(image, float) - np.asarray(expected, float)).max() <= 2
