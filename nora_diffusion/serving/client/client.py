@@ -36,9 +36,8 @@ class Client:
 
     def __init__(self, url: str, key: str | None = None) -> None:
         httpx = _httpx()
-        self.url, self._with_key = check_address(url), key is not None
-        host = urlsplit(self.url).hostname or ""
-        self.on_loopback = is_loopback(host)
+        self.url, self.with_key = check_address(url), key is not None
+        self.on_loopback = is_loopback(urlsplit(self.url).hostname or "")
         self.is_encrypted = self.url.startswith("https:")
         headers = {"Accept-Encoding": "identity", "User-Agent": f"nora-diffusion/{__version__}"}
         self._settings: dict[str, Any] = {
@@ -108,7 +107,7 @@ class Client:
         except httpx.HTTPError as error:
             raise failure(self.url, error) from None
         if answer.status_code != 200:
-            raise refusal(self.url, answer.status_code, answer.headers, body, self._with_key)
+            raise refusal(self.url, answer.status_code, answer.headers, body, self.with_key)
         try:
             return parse_json(body, MAX_VALUES)
         except ValueError as error:

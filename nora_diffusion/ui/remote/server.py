@@ -22,6 +22,8 @@ class Server:
 
     def __init__(self, client: Client) -> None:
         self.client = client
+        if client.with_key and not client.is_encrypted and not client.on_loopback:
+            log.warning("the key is sent to %s without encryption: others on the way can read it", client.url)
         self._lock = threading.Lock()
         self._about, self._subjects = client.about(), client.subjects()
         self._asked = time.monotonic()
@@ -38,19 +40,16 @@ class Server:
         self._refresh()
         return self._subjects
 
-    def refresh(self) -> None:
-        """Ask again now. Raises :class:`.ServerError`."""
-        with self._lock:
-            self._ask()
-
     def _refresh(self) -> None:
-        with self._lock:
-            if time.monotonic() < self._asked + FRESH_SECONDS:
-                return
-            try:
-                self._ask()
-            except UserError as error:
-                log.warning("%s; the page shows what it said last", error)
+        """Ask again if it is time, and nobody else does: a server that hangs keeps one page waiting, not all."""
+        if time.monotonic() < self._asked + FRESH_SECONDS or not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._ask()
+        except UserError as error:
+            log.warning("%s; the page shows what it said last", error)
+        finally:
+            self._lock.release()
 
     def _ask(self) -> None:
         try:
