@@ -258,7 +258,7 @@ def test_a_server_that_is_gone_and_comes_back(page: Any, app: Server, device: De
         status = generate(page)
         expect(status).to_have_text("Starting …")
         threading.Thread(target=device.stop).start()
-    expect(status).to_have_text(re.compile("the server made no image|ended the connection"))
+        expect(status).to_have_text(re.compile("ended the connection: it was stopped"))
     until(lambda: device._running is None)
     expect(generate(page)).to_have_text(re.compile(f"No server answers at http://127.0.0.1:{device.config.port}: "))
     page.reload()
