@@ -21,6 +21,9 @@ from .state import State
 from .telemetry.tracing import tracing
 from .uploads import Uploads
 
+ANSWER_SECONDS = 5
+"""Time for the answers to requests that are ended at a stop."""
+
 
 def serve(config: ServeConfig) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises :class:`UserError` before anything starts if a setting is wrong."""
@@ -28,7 +31,10 @@ def serve(config: ServeConfig) -> None:
         with contextlib.suppress(KeyboardInterrupt):  # also SIGTERM: see nora_diffusion.errors.program
             print(f"The server is running at {url}; press Ctrl-C to stop it.", flush=True)
             wait()
-        print("\nstopping: requests at work are finished first", flush=True)
+        print(
+            f"\nstopping: requests are finished first, for up to {config.drain:g} seconds; Ctrl-C ends them now",
+            flush=True,
+        )
 
 
 def wait() -> None:
@@ -71,7 +77,8 @@ def served(state: State) -> Iterator[str]:
     config = state.config
     listener = bind(config.host, config.port)
     server = uvicorn.Server(uvicorn.Config(
-        application(state), log_level="warning", timeout_keep_alive=30, timeout_graceful_shutdown=int(config.drain),
+        application(state), log_level="warning", timeout_keep_alive=30,
+        timeout_graceful_shutdown=int(config.drain) + ANSWER_SECONDS,
         **{**HTTP, "http": patient(config.client_timeout), "limit_concurrency": config.connections},
     ))  # fmt: skip
     thread = run_in_thread(server, listener)
@@ -83,13 +90,13 @@ def served(state: State) -> Iterator[str]:
 
 
 def _stop(server: Any, thread: threading.Thread, state: State) -> None:
-    """Finish the requests at work, for ``drain`` seconds at most; a second Ctrl-C ends them at once."""
+    """Finish the requests at work, for ``drain`` seconds or until a second Ctrl-C; those that are left get a 503."""
     server.should_exit = True
-    try:
-        thread.join(state.config.drain + 1)
-    except KeyboardInterrupt:
-        server.force_exit = True
-    state.engine.close(drain=not thread.is_alive())
+    with contextlib.suppress(KeyboardInterrupt):
+        thread.join(state.config.drain)
+    state.engine.close(drain=not thread.is_alive())  # before uvicorn cancels its tasks: their clients get an answer
+    thread.join(ANSWER_SECONDS)
+    server.force_exit = True
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -34,6 +35,28 @@ def test_requests_at_work_are_finished(tiny_base: Path, library: Path) -> None:
         events.wait()
     thread.join()
     assert answers == [200]
+
+
+def test_requests_that_are_left_get_an_answer(tiny_base: Path, library: Path) -> None:
+    """Not a closed connection, nor the stack traces of tasks that uvicorn cancels."""
+    lines: list[str] = []
+    begun = threading.Event()
+    body = {"prompt": "a car", "steps": 900, "width": 16, "height": 16, "sampler": "ddim", "count": 16, "stream": True}
+
+    def ask(url: str) -> None:
+        with httpx.stream("POST", f"{url}v1/pictures", json=body, timeout=None) as answer:
+            for line in answer.iter_lines():
+                begun.set()
+                lines.append(line)
+
+    source = BaseSource(str(tiny_base), "cpu")
+    with started(ServeConfig(source, [str(library / "shown")], port=0, max_steps=900, drain=0)) as url:
+        thread = threading.Thread(target=ask, args=(url,))
+        thread.start()
+        begun.wait()
+    thread.join()
+    assert lines.count("event: error") == 16 and "event: done" in lines
+    assert all('"status": 503' in data for kind, data in pairwise(lines) if kind == "event: error")
 
 
 @pytest.mark.slow
