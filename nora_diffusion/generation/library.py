@@ -88,7 +88,7 @@ def find_adapter(tag: Tag, adapters: list[NamedAdapter]) -> NamedAdapter:
         raise UserError(f"{tag} may mean {' or '.join(a.path for a in found)}: rename one")
     names = [adapter.name for adapter in adapters]
     near = difflib.get_close_matches(tag.name, names, 3) or names[:10]
-    hint = f"there is {', '.join(near)}" if near else "give it with --adapter, or its folder with --library"
+    hint = f"there is {', '.join(near)}" if near else "none was given (--adapter, --library; of a server --subjects)"
     raise UserError(f"{tag} names no known adapter: {hint}")
 
 

@@ -109,6 +109,11 @@ def test_mistakes_are_found_before_anything_is_loaded(library: Path, tmp_path: P
     assert message in str(caught.value)
 
 
+def test_a_tag_without_any_adapter_says_where_adapters_come_from() -> None:
+    with pytest.raises(UserError, match="none was given"):
+        find_adapter(Tag("dog"), [])
+
+
 def test_subjects_of_packs_are_named_as_in_the_app(tiny_base: Path, tmp_path: Path, caplog: Any) -> None:
     pipe: Any = open_pipeline(tiny_base)
     for seed, name in enumerate(("dog", "cat")):

@@ -33,6 +33,11 @@ MEANINGS = {
 WAITS = {429, 503}
 MAKING = (400, 408, 413, 415, 429, 503, 504)
 """How a request for pictures may fail, besides what any request may."""
+WORDINGS = {
+    "extra_forbidden": "there is no such field: check its spelling, /openapi.json lists them",
+    "dict_type": 'input should be an object, such as {"name": 1}',
+}
+"""Sentences for problems whose own wording, pydantic's, is about Python."""
 INTERNAL = "the server failed on this request: its log shows why"
 FOLDERS = re.compile(r"""(?<![\w:/.<>])/(?:[^\s/:;,'"<>]+/)+""")
 """The folders of a path in a message: clients need not know them."""
@@ -110,4 +115,5 @@ def sentence_of(problems: Sequence[Mapping[str, Any]]) -> str:
     first = problems[0]
     where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query")) or "the body"
     more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{where[:100]}: {str(first['msg'])[:1].lower()}{str(first['msg'])[1:200]}{more}"
+    sentence = WORDINGS.get(first["type"], str(first["msg"]))
+    return f"{where[:100]}: {sentence[:1].lower()}{sentence[1:200]}{more}"

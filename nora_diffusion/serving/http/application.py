@@ -35,8 +35,12 @@ def application(state: State) -> Gate:
 
     async def on_http(http: Any, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        known = {404: "there is no such route: /openapi.json lists them", 405: "the route has no such method"}
-        headers = {"Allow": methods(document, http.url.path)} if error.status_code == 405 else {}
+        allowed = methods(document, http.url.path)
+        known = {
+            404: "there is no such route: /openapi.json lists them",
+            405: f"{http.method} is not possible here: use {allowed}",
+        }
+        headers = {"Allow": allowed} if error.status_code == 405 else {}
         return answer(Refused(error.status_code, known.get(error.status_code, str(error.detail))), headers)
 
     for kind in (UserError, Full, Refused, Exception):

@@ -76,6 +76,7 @@ def test_the_file_of_keys_has_hashes_only(tmp_path: Path, capsys: pytest.Capture
     token = capsys.readouterr().out.strip()
     assert token not in file.read_text() and Keys(read_keys(file)).owner(f"Bearer {token}") == read_keys(file)[0]
     assert file.stat().st_mode & 0o077 == 0
+    assert main(["serve", "--keys", str(tmp_path / "none")]) == 2 and "by --new_key NAME" in capsys.readouterr().err
     for words in (
         ["--new_key", "bob"],
         ["--keys", str(file), "--new_key", "alice"],

@@ -113,7 +113,9 @@ class Keys:
 
     @classmethod
     def of(cls, file: Path) -> Keys:
-        """The keys of a file, which is read again when it changes. Raises :class:`UserError` if it is damaged."""
+        """The keys of a file, which is read again when it changes. Raises :class:`UserError` if it cannot be."""
+        if not file.exists():
+            raise UserError(f"{file} does not exist: make it, with a first key, by --new_key NAME")
         keys = cls([], file)  # first, so that a change while it is read is noticed
         keys._keys = {key.name: key for key in read_keys(file)}
         return keys
