@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from contextlib import ExitStack
+from datetime import datetime, timezone
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -117,6 +118,7 @@ class _Note:
 
     def write(self) -> None:
         values = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             "method": self._scope["method"], "path": self._scope["path"][:200], "status": self.status or 499,
             "seconds": round(time.monotonic() - self._began, 3),
             "client": self._scope.get("state", {}).get("client", ""),

@@ -79,7 +79,14 @@ def test_a_server_without_keys_asks_for_none(serve: Serve) -> None:
     assert not any("401" in own["responses"] for path in document["paths"].values() for own in path.values())
 
 
+def test_the_address_of_the_server_says_how_to_go_on(serve: Serve) -> None:
+    answer = serve().get("/")
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/plain")
+    assert "curl http://localhost/v1/pictures" in answer.text and '{"prompt": "a red car"}' in answer.text
+
+
 def test_a_wrong_method_names_the_right_ones(keyed: Any) -> None:
     for path, allowed in (("/v1/pictures", "POST"), ("/v1/subjects/dog", "DELETE, PUT"), ("/v1/models", "GET")):
         answer = keyed.patch(path)
         assert answer.status_code == 405 and answer.headers["allow"] == allowed
+        assert answer.json()["detail"] == f"PATCH is not possible here: use {allowed}"

@@ -6,6 +6,7 @@ import base64
 import json
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def test_the_log(serve: Serve, monkeypatch: pytest.MonkeyPatch, prompts: bool) -
     assert [(own["path"], own["status"]) for own in found] == [
         ("/v1/pictures", 200), ("/v1/pictures", 400), ("/v1/nowhere", 404),
     ]  # fmt: skip
+    assert all(datetime.fromisoformat(own["time"]).tzinfo for own in found)
     if prompts:
         assert (found[0]["prompt"], found[0]["negative_prompt"]) == ("a secret\ncar <lora:dog>", "blue")
         assert found[1]["prompt"] == "a secret <lora:dig>" and "prompt" not in found[2]

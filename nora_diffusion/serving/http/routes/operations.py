@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
+from fastapi import Request as HttpRequest
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
@@ -12,6 +13,14 @@ from ...request import MAX_COUNT
 from ..answers import Refused, errors
 from ..state import State
 from ..telemetry.metrics import distribution, number
+
+START = """This is a nora-diffusion server. To make a picture:
+
+  curl {url}v1/pictures -H 'Content-Type: application/json' \\
+    -d '{{"prompt": "a red car"}}' | jq -r '.pictures[0].b64' | base64 -d > car.png
+
+{url}v1/subjects lists the subjects, {url}openapi.json describes everything.
+"""
 
 
 class ServerAnswer(BaseModel):
@@ -30,6 +39,11 @@ class ServerAnswer(BaseModel):
 def routes(state: State) -> APIRouter:
     """The routes of operation."""
     router = APIRouter(tags=["operation"])
+
+    @router.get("/", include_in_schema=False)
+    def start(http: HttpRequest) -> PlainTextResponse:
+        """For a person who opens the address that the server printed: how to make a picture."""
+        return PlainTextResponse(START.format(url=http.base_url))
 
     @router.get("/health")
     def health() -> dict[str, str]:
