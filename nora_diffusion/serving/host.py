@@ -12,8 +12,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..formats.adapter_file import open_adapter
+from ..conversion.plain_lora import as_adapter
+from ..formats.adapter_file import inspect_adapter, open_adapter
 from ..formats.adapter_info import AdapterInfo
 from ..formats.keys import frozen_factors
 from ..io.tensors import Tensors, named_hash
@@ -86,7 +86,7 @@ class HostCache:
         return list(self._held)
 
     def get(self, source: Source) -> Held:
-        """The adapter, from memory or its file. Raises :class:`UserError`, also for a file of another tool."""
+        """The adapter, from memory or its file; a plain LoRA of another tool too. Raises :class:`UserError`."""
         if source in self._held:
             self._held.move_to_end(source)
             return self._held[source]
@@ -102,14 +102,12 @@ class HostCache:
             self._own_bytes -= held.values.nbytes
 
     def _read(self, source: Source) -> Held:
+        self.reads += 1
         with open_adapter(source.path) as opened:
-            if not opened.info.is_ours:  # its layers would not follow the rows of a pass
-                raise UserError(
-                    f"{opened.info.path} is {opened.info.note}, which cannot be served: convert it with "
-                    "`nora-diffusion import`"
-                )
-            self.reads += 1
-            info, tensors = check_open(self._pipe, opened, known=lambda info: self._bases.get(info.basis_sha256))
+            if opened.info.is_ours:
+                info, tensors = check_open(self._pipe, opened, known=lambda info: self._bases.get(info.basis_sha256))
+            else:  # as an adapter of ours: the layers of other libraries do not follow the rows of a pass
+                info, tensors = as_adapter(self._pipe, inspect_adapter(opened.info.path))
         frozen = frozen_factors(tensors)  # of a file without a hash too: layers share them, so no slot exchanges them
         trained = {key: value for key, value in tensors.items() if key not in frozen}
         sha256 = (info.basis_sha256 or named_hash(frozen)) if frozen else ""

@@ -117,14 +117,43 @@ def test_other_structures_take_the_oldest_slot(tiny_base: Path, tmp_path: Path, 
     assert len(list_adapters(pipe)["unet"]) == 2
 
 
-def test_files_of_other_tools_are_refused(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
-    """Their layers do not follow the rows of a pass: the picture would be made without them."""
-    (own,) = save(tiny_base, tmp_path, range(1), lora(r=3))
-    export_lora(own.path, tmp_path / "plain.safetensors")
+@pytest.mark.parametrize("file_format", ["diffusers", "kohya"])
+def test_plain_loras_of_other_tools(tiny_base: Path, tmp_path: Path, pipe: Any, file_format: Any) -> None:
+    """They share slots too, and change the weights as the adapters that they were exported from."""
+    config = lora(r=3, alpha=2.0, target_modules=["attn", "ff", "conv"], rank_pattern={"to_q": 2})
+    own = save(tiny_base, tmp_path / "own", range(2), config)
     residents = Residents(pipe, 2, ROOM, nothing)
-    with pytest.raises(UserError, match="nora-diffusion import"):
-        residents.get(source_of(str(tmp_path / "plain.safetensors")), set())
-    assert not list_adapters(pipe)
+    for source in own:
+        file = export_lora(source.path, Path(f"{source.path}.safetensors"), file_format).path
+        slot = residents.get(source_of(str(file)), set())
+        load_adapter(pipe, source.path, "reference", activate=False)
+        expected, found = weights(pipe, "reference"), weights(pipe, slot.adapter)
+        delete_adapter(pipe, "reference")
+        assert found.keys() == expected.keys()
+        for path, change in found.items():
+            torch.testing.assert_close(change, expected[path], rtol=1e-6, atol=1e-7)
+    assert len({slot.structure for slot in residents.loaded.values()}) == 1
+
+
+def test_files_of_other_tools_that_are_no_loras(tmp_path: Path, pipe: Any) -> None:
+    """The layers of other libraries do not follow the rows of a pass: the picture would be made without them."""
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    pair = {f"{key}.lora_down.weight": torch.ones(2, 16), f"{key}.lora_up.weight": torch.ones(16, 2)}
+    halves = {
+        f"{key}.hada_w{i}_{side}": torch.ones(16, 2) if side == "a" else torch.ones(2, 16)
+        for i in (1, 2)
+        for side in "ab"
+    }
+    for reason, tensors in {
+        "not a plain LoRA": halves,
+        "it brings new tokens": pair | {"bundle_emb.sks.clip_l": torch.ones(1, 32)},
+        "it is no LoRA": {"<sks>": torch.ones(1, 32)},
+        "rank of 17 is larger": {k: torch.ones(17, 16) if "down" in k else torch.ones(16, 17) for k in pair},
+    }.items():
+        save_file(tensors, tmp_path / "file.safetensors")
+        with pytest.raises(UserError, match=reason):
+            Residents(pipe, 2, ROOM, nothing).get(source_of(str(tmp_path / "file.safetensors")), set())
+        assert not list_adapters(pipe)
 
 
 def without_hash(path: str) -> None:

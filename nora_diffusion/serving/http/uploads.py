@@ -96,7 +96,8 @@ class Uploads:
     def keep(self, path: Path, name: str, engine: AnyEngine) -> tuple[NamedAdapter, AdapterInfo]:
         """Check a received file against the base, and keep it. The temporary file is gone in any case.
 
-        Raises :class:`UserError` for a damaged file, one of another tool or base, and one with a shared basis.
+        Raises :class:`UserError` for a damaged file, one of another base, a foreign one that is no plain LoRA, and one
+        with a shared basis.
         """
         with contextlib.ExitStack() as stack:
             stack.callback(path.unlink, missing_ok=True)
@@ -119,13 +120,13 @@ class Uploads:
 
 def checked(path: Path, pipe: Any) -> AdapterInfo:
     """The description of an uploaded file. Raises :class:`UserError` unless it can be loaded as it is."""
+    from ...conversion.plain_lora import as_adapter
     from ...formats.adapter_file import inspect_adapter
     from ...loaders import check_adapter
 
     info = inspect_adapter(path, hashed=False)
     if not info.is_ours:
-        raise UserError(f"the file is {info.note}: convert it with `nora-diffusion import` first")
+        return as_adapter(pipe, info)[0]
     if info.basis == "shared":
         raise UserError("the adapter needs the file of a shared basis, which an upload does not have: save it with one")
-    check_adapter(pipe, path)
-    return info
+    return check_adapter(pipe, path)[0]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 from asynchronous import until
+from PIL import Image
 
-from nora_diffusion import create_pack, inspect_adapter
+from nora_diffusion import create_pack, export_lora, inspect_adapter
 from nora_diffusion.formats.packs import Pack
 from nora_diffusion.generation.library import NamedAdapter
 from nora_diffusion.generation.settings import Sampling
@@ -23,6 +27,12 @@ from nora_diffusion.serving.request import Request
 Serve = Callable[..., Any]
 FILE = "nora_adapter.safetensors"
 SMALL = {"prompt": "a sks hat <lora:hat>", "steps": 2, "width": 16, "height": 16}
+
+
+def pixels(client: Any, prompt: str) -> Any:
+    (made,) = client.post("/v1/pictures", json={**SMALL, "seed": 1, "prompt": prompt}).json()["pictures"]
+    with Image.open(io.BytesIO(base64.b64decode(made["b64"]))) as image:
+        return np.asarray(image, float)
 
 
 def test_the_list(serve: Serve) -> None:
@@ -47,6 +57,16 @@ def test_upload_use_and_delete(serve: Serve, library: Path, tmp_path: Path) -> N
         assert client.post("/v1/pictures", json=SMALL).status_code == 400
     assert client.delete("/v1/subjects/hat").status_code == 404
     assert client.delete("/v1/subjects/dog").status_code == 403
+
+
+def test_a_plain_lora_is_a_subject_too(serve: Serve, library: Path, tmp_path: Path) -> None:
+    client = serve()
+    client.put("/v1/subjects/hat", content=(library / "other/hat" / FILE).read_bytes())
+    file = export_lora(library / "other/hat", tmp_path / "plain.safetensors", "kohya").path
+    answer = client.put("/v1/subjects/plain", content=file.read_bytes())
+    assert answer.status_code == 201, answer.text
+    own, plain, base = (pixels(client, f"a sks hat {tag}") for tag in ("<lora:hat:30>", "<lora:plain:30>", ""))
+    assert np.abs(own - plain).max() <= 1 < np.abs(own - base).max()
 
 
 def test_uploads_stay_after_a_restart(library: Path, tmp_path: Path, opened: Any) -> None:
