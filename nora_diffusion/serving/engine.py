@@ -227,13 +227,19 @@ class Engine:
         moved = self._drop_ended()
         if not self._at_work:
             self._passes.rest()
-        while len(self._at_work) < self.at_once and self._closing is not False and (waiting := self._queue.take()):
-            self._start(waiting)
+        while (work := self._next()) is not None and self._queue.start(work):
+            self._start(work)
             moved = True
         if moved:
             with self._lock:
                 tell_places(self._queue, list(self._queue))
         return True
+
+    def _next(self) -> Work | None:
+        """The picture that starts now. One whose subjects find no room waits, and the others behind it."""
+        if len(self._at_work) >= self.at_once or self._closing is False or (work := self._queue.first()) is None:
+            return None
+        return work if not self._at_work or self._residents.fit(work.sources, self._in_use()) else None
 
     @property
     def _has_work(self) -> bool:

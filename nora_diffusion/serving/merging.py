@@ -16,6 +16,8 @@ from torch import Tensor
 
 SAME = frozenset({"img_ids", "txt_ids"})
 """Tensors without rows: the positions of Flux, which all pictures of a size share."""
+PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+"""Arguments that are compared. Others, such as lists of residuals, may have rows: calls with them are not merged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +44,7 @@ def _key(name: Any, value: Any) -> Any:
     if isinstance(value, Mapping):
         return tuple((key, _key(key, value[key])) for key in sorted(value, key=str))
     if not isinstance(value, Tensor):
-        return repr(value)
+        return (type(value), value) if isinstance(value, PLAIN) else object()
     own = tuple(value.flatten().tolist()) if name in SAME else ()
     return tuple(value.shape[1:]), value.dtype, value.device, own
 

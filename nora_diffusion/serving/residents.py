@@ -64,6 +64,16 @@ class Residents:
         self.loads += 1
         return slot
 
+    def fit(self, sources: Collection[Source], in_use: Collection[Source]) -> bool:
+        """Whether subjects can be loaded beside those in use: there are slots, and no new token is in one of theirs."""
+        if len({*sources, *in_use}) > self.most:
+            return False
+        words = [self._used[own].info for own in in_use if own not in sources and self._used[own].info.tokens]
+        try:
+            return not words or not any(_overlap(self.host.get(own).info, other) for own in sources for other in words)
+        except (UserError, OSError):  # told when it is loaded
+            return True
+
     def _placed(self, held: Held, in_use: Collection[Source]) -> Slot:
         """A slot with the subject. Values are exchanged where possible: a new slot takes fifty times as long."""
         idle = [own for own in self._used if own not in in_use]

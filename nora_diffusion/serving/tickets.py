@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from ..errors import UserError
 from ..generation.image_settings import ImageSettings
 from .request import Request
 
+log = logging.getLogger(__name__)
 EventKind = Literal["queued", "step", "picture", "error"]
 
 
@@ -100,7 +102,7 @@ class Ticket:
         """Called by the engine."""
         with self._changed:
             if self._watcher is not None:
-                self._watcher(event)
+                _call(self._watcher, event)
             if not event.is_last:  # a slow reader gets the latest place and step only, and no latents pile up
                 alike = (event.kind, event.index)
                 self._events = [own for own in self._events if (own.kind, own.index) != alike]
@@ -109,7 +111,7 @@ class Ticket:
             self._changed.notify_all()
             listener = self._listener
         if listener is not None:
-            listener()
+            _call(listener)
 
     def watch(self, watcher: Callable[[Event], object]) -> None:
         """Call ``watcher`` with each event before it can be read, also with those that nobody has read yet."""
@@ -176,3 +178,11 @@ def pictures_of(events: Sequence[Event]) -> list[Picture]:
     if error is not None:
         raise error
     return sorted((event.picture for event in events if event.picture is not None), key=lambda own: own.index)
+
+
+def _call(function: Callable[..., object], *given: Event) -> None:
+    """Call what a sender gave; its errors are its own, and stop neither the engine nor the event."""
+    try:
+        function(*given)
+    except Exception:
+        log.exception("a watcher of a request failed")

@@ -75,17 +75,40 @@ class FairQueue(Generic[T]):
                 client.weight = self._weights.get(name, 1.0)
 
     def take(self) -> T | None:
-        """The next item; ``None`` if there is none."""
+        """The next item, which leaves the queue; ``None`` if there is none."""
         with self._lock:
-            waiting = [client for client in self._clients.values() if client.entries]
-            if not waiting:
+            if (client := self._next()) is None:
                 return None
-            client = min(waiting, key=lambda own: (max(self._now, own.end), own.entries[0].number))
-            entry = heapq.heappop(client.entries)
-            self._now = max(self._now, client.end)
-            client.end = self._now + entry.cost / client.weight
-            self._forget()
+            entry = client.entries[0]
+            self._start(client, entry)
             return entry.item
+
+    def first(self) -> T | None:
+        """The next item, which stays; ``None`` if there is none."""
+        with self._lock:
+            return None if (client := self._next()) is None else client.entries[0].item
+
+    def start(self, item: T) -> bool:
+        """Take an item that was the first one a moment ago; whether it was there."""
+        with self._lock:
+            if (found := self._find(item)) is None:
+                return False
+            self._start(*found)
+            return True
+
+    def _next(self) -> _Client[T] | None:
+        waiting = [client for client in self._clients.values() if client.entries]
+        return min(waiting, key=lambda own: (max(self._now, own.end), own.entries[0].number), default=None)
+
+    def _start(self, client: _Client[T], entry: _Entry[T]) -> None:
+        _drop(client, entry)
+        self._now = max(self._now, client.end)
+        client.end = self._now + entry.cost / client.weight
+        self._forget()
+
+    def _find(self, item: T) -> tuple[_Client[T], _Entry[T]] | None:
+        pairs = ((client, entry) for client in self._clients.values() for entry in client.entries)
+        return next(((client, entry) for client, entry in pairs if entry.item is item), None)
 
     def places(self, items: Sequence[T]) -> list[int]:
         """The place of each item in the present order, 1 for the next one; 0 for an item that does not wait."""
@@ -110,14 +133,16 @@ class FairQueue(Generic[T]):
     def remove(self, item: T) -> bool:
         """Remove an item; whether it was there."""
         with self._lock:
-            for client in self._clients.values():
-                left = [entry for entry in client.entries if entry.item is not item]
-                if len(left) < len(client.entries):
-                    client.entries = left
-                    heapq.heapify(client.entries)
-                    return True
-            return False
+            if (found := self._find(item)) is None:
+                return False
+            _drop(*found)
+            return True
 
     def __iter__(self) -> Iterator[T]:
         with self._lock:
             return iter([entry.item for client in self._clients.values() for entry in client.entries])
+
+
+def _drop(client: _Client[T], entry: _Entry[T]) -> None:
+    client.entries = [own for own in client.entries if own is not entry]
+    heapq.heapify(client.entries)

@@ -77,6 +77,16 @@ def test_few_subjects_stay_loaded(tiny_base: Path, library: Path, pipe: Any) -> 
         assert len(engine.resident_paths) <= 2
 
 
+def test_pictures_wait_for_room_for_their_subjects(tiny_base: Path, library: Path, pipe: Any) -> None:
+    requests = [ask(f"a picture <lora:{name}>", seed=i) for i, name in enumerate(["dog", "cat", "dog", "mug"])]
+    with Engine(pipe, list_library(library), at_once=4, resident=1) as engine:
+        with at_once(engine):
+            tickets = [engine.submit(request) for request in requests]
+        assert_equal_to_runs_alone(tiny_base, library, tickets)
+        with pytest.raises(UserError, match="all 1 loaded subjects are in use"):
+            engine.submit(ask("two <lora:dog> <lora:cat>")).pictures()
+
+
 def test_subjects_of_one_structure_share_slots(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
     for seed in range(4):
         add_adapter(pipe, SUBJECTS["dog"], "subject", COMPONENTS)
@@ -133,9 +143,11 @@ def at_once(engine: Engine) -> Iterator[None]:
     asking = threading.Thread(target=lambda: engine.ask(lambda _: begun.set() or sent.wait()))
     asking.start()
     begun.wait()
-    yield
-    sent.set()
-    asking.join()
+    try:
+        yield
+    finally:
+        sent.set()
+        asking.join()
 
 
 def test_a_failing_picture_fails_alone(tiny_base: Path, library: Path, pipe: Any) -> None:
@@ -271,6 +283,17 @@ def test_a_slow_reader_gets_the_latest_place() -> None:
     assert [(event.index, event.place) for event in ticket.take()] == [(0, 2), (1, 3)]
 
 
+def test_errors_of_a_watcher_stop_nothing(pipe: Any) -> None:
+    calls = [mock.Mock(side_effect=[None, *[RuntimeError("of the sender")] * 50]) for _ in range(2)]
+    with Engine(pipe) as engine:
+        with at_once(engine):
+            ticket = engine.submit(ask("a red car"))
+            ticket.watch(calls[0])
+            ticket.listen(calls[1])
+        assert ticket.pictures() and all(call.call_count > 1 for call in calls)
+        assert engine.submit(ask("a red car")).pictures()
+
+
 def test_nothing_computed_of_a_removed_subject_stays(library: Path, pipe: Any) -> None:
     with Engine(pipe, list_library(library)) as engine:
         engine.submit(ask("a picture <lora:dog> <lora:mug>")).pictures()
@@ -314,8 +337,9 @@ def test_new_tokens_are_those_of_a_pictures_own_subjects(tiny_base: Path, tmp_pa
 
 def test_subjects_may_have_the_same_new_token(tiny_base: Path, tmp_path: Path, pipe: Any) -> None:
     write_words(tiny_base, tmp_path, {"one": "<pet>", "two": "<pet>"})
-    with Engine(pipe, list_library(tmp_path), at_once=1) as engine:
-        tickets = [engine.submit(ask(f"a <pet> <lora:{name}>")) for name in ("one", "two", "one")]
+    with Engine(pipe, list_library(tmp_path)) as engine:
+        with at_once(engine):
+            tickets = [engine.submit(ask(f"a <pet> <lora:{name}>")) for name in ("one", "two", "one")]
         found = [ticket.pictures()[0].image for ticket in tickets]
     for ticket, image in zip(tickets, found, strict=True):
         assert gray_levels_apart(image, Alone(tiny_base, tmp_path).images(ticket.request)[0]) <= 1

@@ -33,6 +33,7 @@ def test_only_calls_of_one_kind_merge() -> None:
     assert call(2, 10.0).key != call(2, 10.0, return_dict=True).key
     assert call(2, 10.0, img_ids=positions).key == call(2, 10.0, img_ids=positions.clone()).key
     assert call(2, 10.0, img_ids=positions).key != call(2, 10.0, img_ids=positions + 1).key
+    assert call(2, 10.0, others=[positions]).key != call(2, 10.0, others=[positions]).key
     assert merged([call(1, 1.0, img_ids=positions)] * 2).kwargs["img_ids"] is positions
 
 

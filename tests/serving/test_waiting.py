@@ -47,6 +47,15 @@ def test_priorities_order_a_clients_own_pictures_only() -> None:
     assert [*taken(queue)] == ["high", "other", "low"]
 
 
+def test_the_first_one_may_stay() -> None:
+    queue: FairQueue[str] = FairQueue(100)
+    queue.put(["a", "b"], "one", 3.0)
+    queue.put(["c"], "two", 1.0)
+    assert queue.first() == "a" == queue.first() and [*queue] == ["a", "b", "c"]
+    assert queue.start("a") and not queue.start("a")
+    assert [*taken(queue)] == ["c", "b"] and queue.first() is None
+
+
 def test_a_request_enters_a_full_queue_as_a_whole_or_not_at_all() -> None:
     queue: FairQueue[str] = FairQueue(2)
     queue.put(["a"], "one", 1.0)
