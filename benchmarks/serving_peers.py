@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nora_diffusion import mixed_batch, open_pipeline
+from nora_diffusion import mixed_batch
 from nora_diffusion.generation.image_settings import ImageSettings
 from nora_diffusion.generation.sampling import describe_image, sample_images
 from nora_diffusion.pipelines.base import BaseSource
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--at_once", type=int, default=16)
     args = parser.parse_args()
     config = ServeConfig(BaseSource(args.base), [args.subjects], port=0, at_once=args.at_once)
-    catalog, pipe = Catalog(config.subjects), open_pipeline(args.base, args.dtype)
+    catalog, pipe = Catalog(config.subjects), BaseSource(args.base, dtype=args.dtype).open()
     if args.way == "engine":
         with Engine(pipe, catalog.adapters, at_once=args.at_once) as engine:
             _serve(State(config, engine, catalog))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,9 +102,25 @@ class BaseSource:
         return replace(self, base=str(real_path(folder))) if folder and folder.exists() else self
 
     def open(self) -> Any:
-        """Load the pipeline and move it to its device. Raises :class:`UserError`."""
-        device, dtype = self.resolve()
-        return open_pipeline(self.base, dtype, device, self.revision, self.variant)
+        """Load the pipeline and move it to its device. Raises :class:`UserError`.
+
+        It is loaded in a thread of its own: OpenMP keeps the workers of a thread until that thread ends, and with more
+        workers than cores all of them sleep between operations. A CPU then takes up to twice as long in other threads.
+        """
+        opened: Future[Any] = Future()
+
+        def load() -> None:
+            try:
+                device, dtype = self.resolve()
+                opened.set_result(open_pipeline(self.base, dtype, device, self.revision, self.variant))
+            except BaseException as error:
+                opened.set_exception(error)
+
+        thread = threading.Thread(target=load, name="open", daemon=True)
+        thread.start()
+        pipe = opened.result()
+        thread.join()
+        return pipe
 
 
 def best_device() -> str:

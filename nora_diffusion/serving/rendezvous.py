@@ -68,7 +68,8 @@ class Rendezvous:
             if self._closed is not None:
                 raise self._closed
             self._calls.append(call)
-            self._changed.notify_all()
+            if len(self._calls) == len(self._pictures):
+                self._changed.notify_all()
         call.done.wait()
         if call.error is not None:
             raise call.error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from nora_diffusion import UserError, open_pipeline
+from nora_diffusion.pipelines import base
+from nora_diffusion.pipelines.base import BaseSource
 
 Values = dict[str, Any]
 WRONG: dict[str, tuple[str, Callable[[Values], Any]]] = {
@@ -58,3 +61,14 @@ def test_out_of_memory_is_not_the_fault_of_the_base(tiny_base: Path, monkeypatch
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", full)
     with pytest.raises(MemoryError):
         open_pipeline(tiny_base)
+
+
+def test_a_base_is_opened_in_a_thread_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of OpenMP that stay behind in this thread make torch slower in every other one."""
+    threads = []
+    monkeypatch.setattr(base, "open_pipeline", lambda *_: threads.append(threading.current_thread()))
+    BaseSource(device="cpu").open()
+    assert threads[0] is not threading.current_thread() and not threads[0].is_alive()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="nowhere"):
+        BaseSource("/nowhere", device="cpu").open()

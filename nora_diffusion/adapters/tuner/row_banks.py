@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -19,6 +21,8 @@ from ..deltas.joining import Pair, ScaledChain, core_matrix, joined_behind_input
 from .layer import NoraLayer
 from .row_plan import RowPlan, RowSpec
 
+Weights = tuple[tuple[str, float], ...]
+"""The adapters of a row with their weights."""
 Comparison = tuple[object, int]
 _COMPARED: WeakKeyDictionary[ChainDelta, WeakKeyDictionary[ChainDelta, Comparison]] = WeakKeyDictionary()
 """How many equal frozen factors two chains have, with the state of these factors."""
@@ -35,7 +39,9 @@ class Bank(ABC):
         self._checked = -1
         self._seen: object = None
         self._rows: tuple[Tensor, ...] = ()
-        self._factors = FactorState()
+        self._factors: defaultdict[str, FactorState] = defaultdict(FactorState)
+        self._states: dict[str, object] = {}
+        """Of each chain that the batch uses: changes with its scale, rank and factors."""
 
     @abstractmethod
     def add(self, x: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
@@ -79,9 +85,9 @@ class Bank(ABC):
 
     def _state(self) -> tuple[object, ...]:
         """Changes with the batch, and with the scales, ranks and factors of the chains that it uses."""
-        names, deltas = self.live(), cast("dict[str, ChainDelta]", self.layer.nora_delta._modules)
-        scales = [self.layer.states[name].scaling for name in names]
-        return self.plan.changes, scales, self._factors.of([deltas[name] for name in names])
+        deltas = cast("dict[str, ChainDelta]", self.layer.nora_delta._modules)
+        self._states = {name: (self.scaling(name), self._factors[name].of([deltas[name]])) for name in self.live()}
+        return self.plan.changes, self._states
 
     def live(self) -> list[str]:
         """The chains of this bank that the batch uses."""
@@ -126,14 +132,12 @@ class PairBank(Bank):
 
     def __init__(self, layer: NoraLayer, names: list[str], plan: RowPlan) -> None:
         super().__init__(layer, names, plan)
-        self._kept: dict[tuple[tuple[str, float], ...], _KeptPair] = {}
+        self._kept: dict[Weights, _KeptPair] = {}
 
     def build(self, specs: Sequence[RowSpec]) -> tuple[Tensor, ...]:
         chains = {name: (self.scaling(name), self.delta(name)) for name in self.live()}
         used = [tuple((name, weight) for name, weight in spec.items() if name in chains) for spec in specs]
-        pairs = [
-            self._pair(spec, [(w * chains[n][0], chains[n][1]) for n, w in spec]) if spec else None for spec in used
-        ]
+        pairs = [self._pair(spec, chains) if spec else None for spec in used]
         if len(self._kept) > 2 * len(self.plan.specs):
             self._kept = {spec: pair for spec, pair in self._kept.items() if spec in used}
         rank = max(len(pair[0]) for pair in pairs if pair is not None)
@@ -143,27 +147,23 @@ class PairBank(Bank):
         downs, ups = (torch.stack(factors) for factors in zip(*padded, strict=True))
         return downs.mT, ups.mT
 
-    def _pair(self, spec: tuple[tuple[str, float], ...], chains: Sequence[ScaledChain]) -> Pair:
+    def _pair(self, spec: Weights, chains: Mapping[str, ScaledChain]) -> Pair:
         """The pair of a spec, which is kept if the spec comes again, until a weight or a factor changes."""
-        if not self.plan.keeps_pairs or torch.is_grad_enabled():
-            return self.join(chains)
-        kept = self._kept.setdefault(spec, _KeptPair())
-        return kept.get(chains, self.join)
+        keeps = self.plan.keeps_pairs and not torch.is_grad_enabled()
+        kept, state = self._kept.get(spec), [self._states[name] for name, _ in spec] if keeps else []
+        if kept is None or not keeps or kept.state != state:
+            kept = _KeptPair(state, self.join([(weight * chains[name][0], chains[name][1]) for name, weight in spec]))
+        if keeps:
+            self._kept[spec] = kept
+        return kept.pair
 
 
+@dataclass(frozen=True, eq=False)
 class _KeptPair:
-    """The pair of some chains with their state when it was computed."""
+    """The pair of some chains, and their states when it was computed."""
 
-    def __init__(self) -> None:
-        self._factors = FactorState()
-        self._state: object = None
-        self._pair: Pair | None = None
-
-    def get(self, chains: Sequence[ScaledChain], join: Callable[[Sequence[ScaledChain]], Pair]) -> Pair:
-        state = [scale for scale, _ in chains], self._factors.of([chain for _, chain in chains])
-        if self._pair is None or state != self._state:
-            self._state, self._pair = state, join(chains)
-        return self._pair
+    state: list[object]
+    pair: Pair
 
 
 class InputBank(PairBank):
