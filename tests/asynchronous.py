@@ -19,7 +19,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     may not be run.
     """
     with ThreadPoolExecutor(1) as executor:
-        return executor.submit(asyncio.run, coroutine).result()
+        return executor.submit(asyncio.run, coroutine).result()  # noqa: TID251
 
 
 def until(condition: Callable[[], bool]) -> None:

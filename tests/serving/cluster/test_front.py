@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import pickle
 import shutil
 import threading
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from asynchronous import run
 
 from nora_diffusion.errors import UserError, out_of_memory
 from nora_diffusion.generation.library import NamedAdapter, list_library
@@ -46,14 +46,14 @@ class InThisProcess:
         name, replica = next(iter(self.own.items()))
         if self.dies(name):
             raise Lost
-        return asyncio.run(replica.ask(function))
+        return run(replica.ask(function))
 
     async def forget(self, paths: Sequence[str]) -> None:
         for replica in self.own.values():
             await replica.forget(paths)
 
     def reports(self) -> list[Report]:
-        return [asyncio.run(replica.report()) for replica in self.own.values()]
+        return [run(replica.report()) for replica in self.own.values()]
 
     def renew(self) -> None: ...
 
@@ -228,7 +228,7 @@ def test_a_replica_whose_engine_has_stopped_ends(tiny_base: Path, ask: Any, monk
     codes: list[int] = []
     monkeypatch.setattr("os._exit", codes.append)
     replica = Replica(ReplicaSettings(BaseSource(str(tiny_base), "cpu"), 1, 1, 0))
-    asyncio.run(replica.check_health())
+    run(replica.check_health())
 
     async def made() -> list[Event]:
         events = replica.make(ask("a red car", steps=500), [])
@@ -236,10 +236,10 @@ def test_a_replica_whose_engine_has_stopped_ends(tiny_base: Path, ask: Any, monk
         threading.Thread(target=replica.engine.close, args=(False,)).start()
         return [first, *[event async for event in events]]
 
-    assert asyncio.run(made())[-1].kind == "error"
+    assert run(made())[-1].kind == "error"
     with pytest.raises(Closed):
-        asyncio.run(made())
-    asyncio.run(replica.check_health())
+        run(made())
+    run(replica.check_health())
     assert codes == [1, 1, 1]
 
 
