@@ -15,6 +15,8 @@ from ..pipelines.base import BaseSource
 from .request import ActiveAdapter, Request
 from .runs import Run
 
+PREVIEWS = 6
+"""Maximum number of previews per image."""
 ELSEWHERE = "the adapters are on the server: ask those who run it to change them, or start the app without --server"
 ONLY_LOCAL = "this needs the base on this machine, and the app generates on a server: start it without --server for it"
 

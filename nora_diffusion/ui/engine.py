@@ -25,7 +25,7 @@ from ..loaders.mixed_batch import mixed_batch
 from ..pipelines.base import BaseSource, base_id, best_device, default_guidance, default_steps, is_embedded
 from ..pipelines.components import canonical, components, denoiser, devices, projections
 from ..pipelines.fingerprints import fingerprint, same_weights
-from .backend import Backend
+from .backend import PREVIEWS, Backend
 from .entries import Stamp, stamp_of
 from .messages import short_name
 from .request import MAX_SCALE, MAX_SIDE, MAX_STEPS, ActiveAdapter, Request
@@ -33,8 +33,6 @@ from .runs import Run, Skipped, free_memory
 from .weights import set_weights
 
 log = logging.getLogger(__name__)
-PREVIEWS = 6
-"""Maximum number of previews per image."""
 
 
 class Engine(Backend):

@@ -7,18 +7,17 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from ...errors import UserError
 from ...evaluation.axes import Cell
 from ...generation.image_settings import save_image
 from ...generation.tags import Tag
-from ...serving.client import Client, Failed, Made, ServerError, Step
+from ...serving.client import Client, Made, ServerError, Step
 from ..runs import Run
+from .asking import LOOK_SECONDS, body_of, refuse_failed
 
 AT_ONCE = 8
 """Requests of one grid that a server has at a time: others want to use it too."""
-LOOK_SECONDS = 0.2
 TRIES = 20
 TOO_MANY = 429
 
@@ -57,11 +56,10 @@ class Cells:
                 return
 
     def _ask(self, file: Path, cell: Cell) -> None:
-        with self.client.stream(**body_of(cell)) as stream:
+        with self.client.stream(**body_of(prompt_of(cell), cell.seed, cell.sampling)) as stream:
             for event in stream.events(LOOK_SECONDS):
                 self._check()
-                if isinstance(event, Failed):
-                    raise ServerError(f"the server made no image: {event.message}", event.status)
+                refuse_failed(event)
                 if isinstance(event, Made):
                     save_image(event.image, file, event.settings)
                 if isinstance(event, Step | Made):
@@ -93,15 +91,10 @@ class Cells:
             )  # fmt: skip
 
 
-def body_of(cell: Cell) -> dict[str, Any]:
-    """The request for a cell, whose adapter is a subject's name."""
-    sampling = cell.sampling
+def prompt_of(cell: Cell) -> str:
+    """The prompt of a cell with a tag, as its adapter is a subject's name."""
     tag = "" if cell.adapter is None else f" {Tag(cell.adapter, cell.weight, cell.weight)}"
-    given = {
-        "prompt": f"{cell.prompt}{tag}", "negative_prompt": sampling.negative_prompt, "seed": cell.seed,
-        "steps": sampling.steps, "guidance": sampling.guidance, "width": sampling.width, "height": sampling.height,
-    }  # fmt: skip
-    return {name: value for name, value in given.items() if value is not None}
+    return f"{cell.prompt}{tag}"
 
 
 def files_of(cells: Sequence[tuple[tuple[int, int, int], Cell]], folder: Path) -> dict[tuple[int, int, int], Path]:

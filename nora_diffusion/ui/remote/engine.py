@@ -19,17 +19,13 @@ from ...io.files import make_folder
 from ...io.images import load_image
 from ...pipelines.base import BaseSource
 from ...reports.webpage import data_uri
-from ...serving.client import Event, Failed, Made, Queued, ServerError, Step
-from ..backend import Backend
+from ...serving.client import Event, Made, Queued, Step
+from ..backend import PREVIEWS, Backend
 from ..request import MAX_SIDE, Request
 from ..runs import Run
+from .asking import LOOK_SECONDS, body_of, refuse_failed
 from .cells import Cells, files_of
 from .server import Server
-
-LOOK_SECONDS = 0.2
-"""How often a run looks whether it was interrupted."""
-PREVIEWS = 6
-"""Maximum number of previews per image."""
 
 
 class RemoteEngine(Backend):
@@ -122,12 +118,10 @@ class Together:
         """The request for these images, as the server takes it."""
         prompt, seed = self.images[0]
         sampling = self.request.sampling
-        given = {
-            "prompt": write_tags(prompt, tags_of(self.request)), "negative_prompt": sampling.negative_prompt,
-            "seed": seed, "count": len(self.images), "steps": sampling.steps, "guidance": sampling.guidance,
-            "width": sampling.width, "height": sampling.height, "previews": max(1, sampling.steps // PREVIEWS),
-        }  # fmt: skip
-        return {name: value for name, value in given.items() if value is not None}
+        return body_of(
+            write_tags(prompt, tags_of(self.request)), seed, sampling,
+            count=len(self.images), previews=max(1, sampling.steps // PREVIEWS),
+        )  # fmt: skip
 
     @property
     def files(self) -> list[Path]:
@@ -136,8 +130,7 @@ class Together:
 
     def take(self, event: Event) -> None:
         """Save a picture, or show how far the server is. Raises :class:`.ServerError` for a picture that failed."""
-        if isinstance(event, Failed):
-            raise ServerError(f"the server made no image: {event.message}", event.status)
+        refuse_failed(event)
         if isinstance(event, Made):
             self._made[event.index] = self._save(event)
             self._steps.pop(event.index, None)
