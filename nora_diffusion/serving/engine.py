@@ -22,12 +22,11 @@ from ..loaders.locking import exclusive
 from ..pipelines.components import components
 from .histogram import NO_ROWS, NO_SECONDS, Histogram
 from .passes import Passes
-from .pictures import Copies, Work, start, tell_places
+from .pictures import Copies, Work, enqueue, start, tell_places, works_of
 from .rendezvous import Call, Rendezvous
 from .request import Request
 from .residents import Residents
 from .rows import Spec
-from .samplers import check_sampler
 from .subjects import Source, Subjects
 from .tickets import Closed, Ticket
 from .waiting import FairQueue
@@ -107,16 +106,13 @@ class Engine:
 
     def submit(self, request: Request) -> Ticket:
         """Queue a request. Raises :class:`UserError` if it is not possible, :class:`.waiting.Full` without room."""
-        check_sampler(request.sampler)
-        sources, ticket = self.subjects.sources(request), Ticket(request)
-        works = [Work(ticket, index, sources) for index in range(request.count)]
+        works = works_of(request, self.subjects)
         with self._wake:
             if self._closing is not None:
                 raise Closed("the engine is being stopped: send the request again later")
-            self._queue.put(works, request.client, works[0].cost, request.priority)
-            tell_places(self._queue, works)
+            enqueue(self._queue, works)
             self._wake.notify_all()
-        return ticket
+        return works[0].ticket
 
     @property
     def resident_paths(self) -> set[str]:

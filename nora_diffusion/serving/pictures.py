@@ -20,9 +20,10 @@ from ..pipelines.components import components, tokenizer_name
 from ..pipelines.names import DENOISERS
 from .merging import Arguments
 from .rendezvous import Locked, Rendezvous, Shared, SharedAutoencoder
+from .request import Request
 from .rows import Spec
-from .samplers import scheduler
-from .subjects import Source
+from .samplers import check_sampler, scheduler
+from .subjects import Source, Subjects
 from .tickets import Event, Picture, Ticket
 from .waiting import FairQueue
 
@@ -72,6 +73,20 @@ class Work:
             self.ticket.tell(Event("picture", self.index, picture=Picture(self.index, image, settings)))
         except Exception as error:  # told to the sender, whatever it is: other pictures go on
             self.fail(error)
+
+
+def works_of(request: Request, subjects: Subjects) -> list[Work]:
+    """The pictures of a request, which share a ticket. Raises :class:`UserError` if it is not possible."""
+    check_sampler(request.sampler)
+    sources, ticket = subjects.sources(request), Ticket(request)
+    return [Work(ticket, index, sources) for index in range(request.count)]
+
+
+def enqueue(queue: FairQueue[Work], works: Sequence[Work]) -> None:
+    """Queue the pictures of a request. Raises :class:`.waiting.Full` without room."""
+    request = works[0].ticket.request
+    queue.put(works, request.client, works[0].cost, request.priority)
+    tell_places(queue, works)
 
 
 def tell_places(queue: FairQueue[Work], works: Sequence[Work]) -> None:

@@ -20,9 +20,8 @@ from typing import Any, Protocol, TypeVar
 from ...errors import UserError
 from ...generation.library import NamedAdapter
 from ..engine import Engine, Statistics
-from ..pictures import Work, tell_places
+from ..pictures import Work, enqueue, tell_places, works_of
 from ..request import Request
-from ..samplers import check_sampler
 from ..subjects import Subjects
 from ..tickets import Closed, Event, Ticket
 from ..waiting import FairQueue
@@ -99,15 +98,13 @@ class Front:
 
     def submit(self, request: Request) -> Ticket:
         """Queue a request. Raises :class:`UserError` if it is not possible, :class:`..waiting.Full` without room."""
-        check_sampler(request.sampler)
-        sources, ticket = self.subjects.sources(request), Ticket(request)
+        works = works_of(request, self.subjects)
+        ticket = works[0].ticket
         ticket.on_cancel = lambda: self._call(self._end, ticket)
-        works = [Work(ticket, index, sources) for index in range(request.count)]
         with self._changed:
             if self._closing:
                 raise Closed("the server is being stopped: send the request again later")
-            self._queue.put(works, request.client, works[0].cost, request.priority)
-            tell_places(self._queue, works)
+            enqueue(self._queue, works)
         self._call(self._admit)
         if request.timeout is not None:
             self._call(self._loop.call_later, request.timeout + 0.01, self._end, ticket)
