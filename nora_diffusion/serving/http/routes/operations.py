@@ -5,10 +5,10 @@ from __future__ import annotations
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel
 
 from .... import __version__
 from ....pipelines.base import default_guidance, default_steps, is_embedded
+from ...client.values import About
 from ...request import MAX_COUNT
 from ..answers import Refused, errors
 from ..state import State
@@ -21,19 +21,6 @@ START = """This is a nora-diffusion server. To make a picture:
 
 {url}v1/subjects lists the subjects, {url}openapi.json describes everything.
 """
-
-
-class ServerAnswer(BaseModel):
-    """A server: its release, its base with the defaults, and the limits of a request."""
-
-    version: str
-    base: str
-    embedded: bool
-    steps: int
-    guidance: float
-    max_steps: int
-    max_side: int
-    max_count: int
 
 
 def routes(state: State) -> APIRouter:
@@ -63,10 +50,10 @@ def routes(state: State) -> APIRouter:
         return PlainTextResponse(text_of(state), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @router.get("/v1/server")
-    def server() -> ServerAnswer:
+    def server() -> About:
         """The base, its defaults, and the limits of a request."""
         config, base = state.config, state.config.source.base
-        return ServerAnswer(
+        return About(
             version=__version__, base=config.base_name, embedded=is_embedded(base), steps=default_steps(base),
             guidance=default_guidance(base), max_steps=config.max_steps, max_side=config.max_side, max_count=MAX_COUNT,
         )  # fmt: skip
