@@ -149,13 +149,15 @@ class PairBank(Bank):
 
     def _pair(self, spec: Weights, chains: Mapping[str, ScaledChain]) -> Pair:
         """The pair of a spec, which is kept if the spec comes again, until a weight or a factor changes."""
-        keeps = self.plan.keeps_pairs and not torch.is_grad_enabled()
-        kept, state = self._kept.get(spec), [self._states[name] for name, _ in spec] if keeps else []
-        if kept is None or not keeps or kept.state != state:
-            kept = _KeptPair(state, self.join([(weight * chains[name][0], chains[name][1]) for name, weight in spec]))
-        if keeps:
-            self._kept[spec] = kept
+        if not self.plan.keeps_pairs or torch.is_grad_enabled():
+            return self._joined(spec, chains)
+        kept, state = self._kept.get(spec), [self._states[name] for name, _ in spec]
+        if kept is None or kept.state != state:
+            kept = self._kept[spec] = _KeptPair(state, self._joined(spec, chains))
         return kept.pair
+
+    def _joined(self, spec: Weights, chains: Mapping[str, ScaledChain]) -> Pair:
+        return self.join([(weight * chains[name][0], chains[name][1]) for name, weight in spec])
 
 
 @dataclass(frozen=True, eq=False)
