@@ -26,6 +26,8 @@ RouterInput = Literal["token", "prompt", "timestep", "prompt+timestep"]
 Router = Literal["none", RouterInput]
 ExpertKind = Literal["shared", "independent", "projected"]
 """What the experts of a router share (:mod:`.deltas.routed`)."""
+RankScales = Literal["none", "linear", "softmax"]
+"""The trained scale of each rank at the narrowest point of a chain (:func:`.deltas.chain.rank_weights`)."""
 BasisDtype = Literal["float32", "float16", "bfloat16"]
 Targets = str | list[str] | None
 FROM_WEIGHTS = frozenset({"svd", "awsvd"})
@@ -68,7 +70,7 @@ _KINDS = {
 """What the fields must be, apart from those with a choice of names."""
 _CHOICES: dict[str, Any] = {
     "basis": Basis, "placement": Placement, "core": CoreKind, "router": Router, "experts": ExpertKind,
-    "basis_dtype": BasisDtype,
+    "rank_scales": RankScales, "basis_dtype": BasisDtype,
 }  # fmt: skip
 
 
@@ -80,8 +82,9 @@ class Axes:
     ``inner_r`` is the rank ``r'`` of a nested or input core, or of each projected expert; 1 elsewhere.
     ``inner_rank_pattern`` gives some layers another one, as ``rank_pattern`` does with ``r``; no layer's exceeds its
     outer rank. ``blocks`` > 1 makes the outer pair block-diagonal, ``rank_mask`` samples the rank while training,
-    ``magnitude`` adds DoRA's trained row norms. ``modules_to_save``: modules that are trained as a whole, with PEFT's
-    own functions only. Raises :class:`UserError` for a value outside its range.
+    ``magnitude`` adds DoRA's trained row norms, ``rank_scales`` a trained scale of each rank. ``modules_to_save``:
+    modules that are trained as a whole, with PEFT's own functions only. Raises :class:`UserError` for a value outside
+    its range.
     """
 
     method: str = "nora"
@@ -107,6 +110,7 @@ class Axes:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     inner_rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_scales: RankScales = "none"
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -154,6 +158,11 @@ class Axes:
             raise UserError(f"trained={self.trained} with router={self.router!r}: a mixture trains both down and up")
         if self.experts != "shared" and (self.router == "none" or self.basis != "kaiming"):
             raise UserError(f"experts={self.experts!r} needs a router and basis='kaiming': experts start at random")
+        if self.rank_scales != "none" and (self.router != "none" or self.core in ("dense", "diagonal")):
+            raise UserError(
+                f"rank_scales={self.rank_scales!r} scales the ranks between two factors: it needs router='none' and no "
+                f"core or a nested one, not core={self.core!r}"
+            )
         if self.core == "input" and self.blocks > 1:
             raise UserError("core='input' does not go with blocks: leave one of them out")
         self._check_scale()

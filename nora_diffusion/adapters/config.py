@@ -12,8 +12,8 @@ from .axes import Axes
 from .deltas.bases import Pair
 from .peft_names import NORA
 
-RARE = ("modules_to_save", "inner_rank_pattern")
-"""Fields that are left out of files unless they are used, so that earlier releases can read these."""
+RARE: dict[str, Any] = {"modules_to_save": None, "inner_rank_pattern": {}, "rank_scales": "none"}
+"""Fields that are left out of files at this value, so that earlier releases can read these."""
 
 
 @dataclass
@@ -47,5 +47,5 @@ class AdapterConfig(Axes, PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """All fields that describe the adapter, ready for JSON: without ``start`` and :data:`RARE` ones not in use."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "start"}
-        values = {name: value for name, value in values.items() if value or name not in RARE}
+        values = {name: value for name, value in values.items() if name not in RARE or value != RARE[name]}
         return values | {"peft_type": str(self.peft_type)}

@@ -80,7 +80,8 @@ def factor_shapes(axes: Axes, size: Shape, kernel: Shape | None, key: str, condi
     down, up = outer_shapes(axes, size, r, key)
     names = ("A" if "down" in axes.trained else FROZEN[0], "B" if "up" in axes.trained else FROZEN[1])
     outer = dict(zip(names, (down, up), strict=True)) if axes.stored_outer else {}
-    return {**outer, **_core_shapes(axes, r, key), **({"m": (size[0],)} if axes.magnitude else {})}
+    scales = {} if axes.rank_scales == "none" else {"l": (narrowest_rank(axes, size, key),)}
+    return {**outer, **_core_shapes(axes, r, key), **scales, **({"m": (size[0],)} if axes.magnitude else {})}
 
 
 def _core_shapes(axes: Axes, r: int, key: str) -> dict[str, Shape]:

@@ -82,7 +82,7 @@ def _in_basis(updates: Mapping[str, Update], parent: AdapterConfig) -> tuple[Ada
     config = replace(
         parent, r=r, rank_pattern=pattern, core=core, inner_r=inner_r, inner_rank_pattern=inner_pattern, alpha=None,
         alpha_pattern={}, method=parent.method if parent.core == core else METHODS[core], trained=[], dropout=0.0,
-        blocks=blocks, rank_mask=False,
+        blocks=blocks, rank_mask=False, rank_scales="none",
     )  # fmt: skip
     return config, factors
 

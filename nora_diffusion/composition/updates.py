@@ -81,7 +81,7 @@ def chain_update(delta: Delta, scale: float, owner: str) -> Update:
     if delta.core is None or delta.frozen_sides == 0 or delta.rank is not None:
         down, up = delta.pair()
         return Update(_plain(down), _plain(up) * scale)
-    (down, up), (core_down, core_up) = delta.outer, delta.core.pair()
+    (down, up), (core_down, core_up) = delta.outer, delta.core_pair()
     if delta.frozen_sides == 1:
         up = up if core_up is None else up @ core_up
         return Update(_plain(down), _plain(up) * scale, (_plain(core_down), None))

@@ -15,6 +15,7 @@ from ..errors import UserError, quoted
 from ..formats.adapter_file import inspect_adapter
 from ..formats.adapter_info import DESCRIPTIVE, FORMAT_VERSION, AdapterInfo, BasisKind
 from ..formats.adapter_writing import write_adapter
+from ..formats.contents import Finish, Part
 from ..formats.keys import file_key, is_frozen
 from ..formats.model_card import write_card
 from ..io.tensors import Tensors
@@ -40,6 +41,7 @@ def save_adapter(
     basis_dir: str | Path | None = None,
     info: AdapterInfo | Mapping[str, Any] | None = None,
     card: str | None = None,
+    finish: Finish | None = None,
 ) -> Path:
     """Write ``path/nora_adapter.safetensors`` and its model card; returns the file.
 
@@ -47,7 +49,8 @@ def save_adapter(
     in the config's ``basis_dtype``, to which they were rounded before training, so saving and loading is exact.
     ``basis="shared"`` stores the frozen factors in ``bases/<sha256>.safetensors`` beside the adapter's folder, where
     other adapters can use them. ``info`` describes the adapter (trigger, prompts ...; default: the description of the
-    file it was loaded from). ``card``: extra text for the model card.
+    file it was loaded from). ``card``: extra text for the model card. ``finish``: changes what is saved, such as the
+    ranks of layers (``formats.compacting``); the adapter in the pipeline stays as it is.
     Raises :class:`UserError` for an unknown name, dtype or ``info`` key, a ``path`` that names a file, a method without
     a basis to share, and while an adapter is fused or weights are offloaded.
     """
@@ -61,11 +64,11 @@ def save_adapter(
     result = _describe(origin(modules, adapter_name) if info is None else info)
     result.base, result.basis, result.versions = base_id(pipe), basis, versions()
     tensors: Tensors = {}
-    for name, module in holders.items():
-        _describe_component(result, name, module, adapter_name)
-        config = adapter_configs(module)[adapter_name]
-        factors = _factors(module, name, adapter_name)
-        tensors |= {key: _stored(key, value, config, dtype) for key, value in factors.items()}
+    contents = {name: _part(module, adapter_name) for name, module in holders.items()}
+    for name, part in (contents if finish is None else finish(contents)).items():
+        _describe_component(result, name, holders[name], adapter_name, part)
+        factors = {file_key(name, path, f): v for path, own in part.layers.items() for f, v in own.items()}
+        tensors |= {key: _stored(key, value, part.config, dtype) for key, value in factors.items()}
     result.tokens = {word: list(own) for word, own in tokens_of(modules, adapter_name).items()}
     result.format_version = FORMAT_VERSION if result.tokens else 1
     tensors |= {key: _trained(value.detach(), dtype) for key, value in token_parameters(modules, adapter_name).items()}
@@ -99,9 +102,10 @@ def _check(
     return folder, holders
 
 
-def _describe_component(info: AdapterInfo, name: str, module: nn.Module, adapter_name: str) -> None:
+def _describe_component(info: AdapterInfo, name: str, module: nn.Module, adapter_name: str, part: Part) -> None:
     """Add the description of one component: the config, the base's fingerprints and the shapes of its layers."""
-    config, layers = adapter_configs(module)[adapter_name], nora_layers(module, adapter_name)
+    config = part.config
+    layers = {path: layer for path, layer in nora_layers(module, adapter_name).items() if path in part.layers}
     info.components[name] = config.to_dict()
     info.base_fingerprint[name] = {p: round(fingerprint(layer.base_layer, p), 9) for p, layer in layers.items()}
     info.conv_shapes |= {
@@ -113,12 +117,15 @@ def _describe_component(info: AdapterInfo, name: str, module: nn.Module, adapter
         info.shapes |= {f"{name}.{p}": list(flat_weight(layer.base_layer).shape) for p, layer in layers.items()}
 
 
-def _factors(module: nn.Module, component_name: str, adapter_name: str) -> Tensors:
-    return {
-        file_key(component_name, path, factor): value.detach()
+def _part(module: nn.Module, adapter_name: str) -> Part:
+    layers = {
+        path: {
+            factor.rpartition(".")[2]: value.detach()
+            for factor, value in layer.delta(adapter_name).state_dict().items()
+        }
         for path, layer in nora_layers(module, adapter_name).items()
-        for factor, value in layer.delta(adapter_name).state_dict().items()
     }
+    return Part(adapter_configs(module)[adapter_name], layers)
 
 
 def _describe(info: AdapterInfo | Mapping[str, Any] | None) -> AdapterInfo:

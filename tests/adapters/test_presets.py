@@ -74,6 +74,12 @@ PRESETS: dict[str, Callable[[], AdapterConfig]] = {
     "mora-everywhere": lambda: mora(r=2, target_modules=EVERYTHING),
     "melora-everywhere": lambda: melora(r=4, blocks=2, target_modules=EVERYTHING),
     "dylora": lambda: dylora(r=4),
+    "lora-scales": lambda: lora(r=3, rank_scales="linear"),
+    "nora-scales-everywhere": lambda: nora(
+        r=4, inner_r=3, basis="svd", rank_scales="softmax", target_modules=EVERYTHING
+    ),
+    "nora_input-scales": lambda: nora_input(r=4, inner_r=2, rank_scales="linear", dropout=0.5),
+    "dora-scales": lambda: dora(r=3, rank_scales="softmax"),
 }
 COMPONENTS = ("unet", "text_encoder")
 Render = Callable[[Any], torch.Tensor]

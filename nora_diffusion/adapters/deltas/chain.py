@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..axes import RankScales
 from . import functional
 from .cores import Core, InputCore
 from .fused import chained_linear
@@ -29,6 +30,10 @@ from .working import WorkingCopies
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+SOFTMAX_TEMPERATURE = 0.05
+"""The temperature of ``rank_scales="softmax"`` (BeamLoRA, arXiv 2502.13604)."""
 
 
 def register_factor(module: nn.Module, name: str, value: Tensor, *, trained: bool, stored: bool = True) -> None:
@@ -42,13 +47,19 @@ def register_factor(module: nn.Module, name: str, value: Tensor, *, trained: boo
         module.register_buffer(name, value, persistent=stored)
 
 
+def rank_weights(scales: Tensor, kind: RankScales) -> Tensor:
+    """The weights ``[k]`` of the ranks for ``l [k]``: ``l`` itself (``linear``), or ``k softmax(l / T)``."""
+    return scales if kind == "linear" else len(scales) * torch.softmax(scales / SOFTMAX_TEMPERATURE, 0)
+
+
 class ChainDelta(nn.Module):
     """``dy = B_out core(A_out x)``: LoRA without a core, LoRA-XS with a dense core, NoRA with a nested core.
 
     Shapes: ``A_out [r, d_in]``, ``B_out [d_out, r]``; with ``blocks = n`` both are block-diagonal and stored as stacked
     blocks ``[r, d_in / n]``, ``[d_out, r / n]``. A trained factor is a Parameter named ``A`` or ``B``, a frozen one a
     buffer named ``A_out`` or ``B_out``. With a frozen ``A_out`` autograd saves ``p = A_out x`` for backward instead of
-    ``x``; dropout acts on ``p`` for the same reason. ``m [d_out]`` is DoRA's magnitude, or ``None``.
+    ``x``; dropout acts on ``p`` for the same reason. ``m [d_out]`` is DoRA's magnitude, or ``None``. ``l [k]`` scales
+    the ``k`` ranks at the narrowest point, see :func:`rank_weights`.
     """
 
     mergeable = True
@@ -65,6 +76,7 @@ class ChainDelta(nn.Module):
         blocks: int = 1,
         magnitude: Tensor | None = None,
         masked: bool = False,
+        rank_scales: RankScales = "none",
     ) -> None:
         super().__init__()
         # An adapter starts as a no-op: its core is zero, or without a core (or with an input core) its up factor.
@@ -75,6 +87,8 @@ class ChainDelta(nn.Module):
         self.core = core
         self.blocks = blocks
         self.m = None if magnitude is None else nn.Parameter(magnitude)
+        self.rank_scales = rank_scales
+        self.l = None if rank_scales == "none" else nn.Parameter(self._neutral_scales(down))
         self.masked = masked
         self.rank: int | None = None
         self.sampled_rank: int | None = None
@@ -131,13 +145,30 @@ class ChainDelta(nn.Module):
         """Whether :meth:`linear` serves the next pass."""
         return self.m is None and self.blocks == 1 and not self.drops
 
+    def _neutral_scales(self, like: Tensor) -> Tensor:
+        """The ``l [k]`` at which every rank has weight 1."""
+        return like.new_full((self.full_rank,), float(self.rank_scales == "linear"), dtype=torch.float32)
+
+    def rank_weights(self) -> Tensor | None:
+        """The weight of each rank, ``[k]``, by :func:`rank_weights`; ``None`` if the ranks have no scales."""
+        return None if self.l is None else rank_weights(self.l, self.rank_scales)
+
+    def core_pair(self) -> tuple[Tensor, Tensor | None]:
+        """The factors of the core below and above its narrowest point; the lower one includes the ranks' weights."""
+        assert self.core is not None
+        lower, upper = self.core.pair()
+        weights = self.rank_weights()
+        return (lower if weights is None else weights.unsqueeze(1) * lower), upper
+
     def halves(self, rank: int | None) -> tuple[list[Tensor], list[Tensor]]:
         """``([A_out, A_in], [B_in, B_out])``, truncated to ``rank`` at the narrowest point."""
         down, up = self.outer
-        core = self.core
-        core_down, core_up = (None, None) if core is None else core.pair()
-        below = [down] if core_down is None else [down, core_down]
-        above = [up] if core_up is None else [core_up, up]
+        if self.core is None:
+            weights = self.rank_weights()
+            below, above = [down if weights is None else weights.unsqueeze(1) * down], [up]
+        else:
+            core_down, core_up = self.core_pair()
+            below, above = [down, core_down], [up] if core_up is None else [core_up, up]
         if rank is not None:
             below[-1], above[0] = below[-1][:rank], above[0][:, :rank]
         return below, above

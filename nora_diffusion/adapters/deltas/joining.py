@@ -55,8 +55,7 @@ def concatenated(pairs: Sequence[Pair]) -> Pair:
 
 
 def _inner_pair(scale: float, chain: ChainDelta) -> Pair:
-    assert chain.core is not None
-    lower, upper = chain.core.pair()
+    lower, upper = chain.core_pair()
     up = functional.at_least_single(chain.outer[1])
     up = up if upper is None else up @ functional.at_least_single(upper)
     return functional.at_least_single(lower), scale * up
@@ -64,8 +63,7 @@ def _inner_pair(scale: float, chain: ChainDelta) -> Pair:
 
 def core_matrix(chain: ChainDelta) -> Tensor:
     """The core of a chain as a matrix ``[r, r]`` (``[r', r]`` of an input core), at least in fp32."""
-    assert chain.core is not None
-    return functional.core_product(*chain.core.pair())
+    return functional.core_product(*chain.core_pair())
 
 
 def shared_sides(one: ChainDelta, two: ChainDelta, *, by_value: bool = False) -> int:

@@ -118,6 +118,7 @@ def build_delta(config: AdapterConfig, base: nn.Module, key: str) -> Delta:
         blocks=config.blocks,
         magnitude=build_magnitude(config, base) if config.magnitude else None,
         masked=config.rank_mask,
+        rank_scales=config.rank_scales,
     )
 
 

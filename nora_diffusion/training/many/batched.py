@@ -92,9 +92,14 @@ class Member:
 
     @property
     def needs_own_pass(self) -> bool:
-        """Whether it needs a forward pass of its own (dropout, sampled rank, trained text encoder)."""
+        """Whether it needs a forward pass of its own (dropout, sampled rank, trained text encoder, some strategies)."""
         config = self.run.config
-        return config.dropout > 0 or samples_rank(config.method) or config.encodes_each_step
+        return (
+            config.dropout > 0
+            or samples_rank(config.method)
+            or config.encodes_each_step
+            or self.run.hooks.need_own_pass
+        )
 
 
 class SubjectRows(RowPlan):
@@ -183,6 +188,7 @@ class BatchedTrainer:
         rates = [member.run.schedule.get_last_lr()[0] for member in self.live]
         for member in self.live:
             member.run.optimizer.zero_grad(set_to_none=True)
+            member.run.hooks.before_step(member.done)
             member.total = torch.zeros((), device=member.run.plan.device)
         for micro in range(max(member.micro_steps for member in self.live)):
             self._micro_step(micro)
@@ -203,7 +209,7 @@ class BatchedTrainer:
                 continue
             self.rows.set_counts({number: 1})
             if member.needs_own_pass:
-                self._backward({member: member.stepper.loss(member.done, micro)})
+                member.total += member.stepper.backward(member.done, micro)
             else:
                 batch = member.stepper.batches.draw(member.done, micro)
                 groups.setdefault(shape_key(batch), []).append((number, batch))
@@ -228,10 +234,10 @@ class BatchedTrainer:
         )
 
     def _backward(self, losses: Mapping[Member, Tensor]) -> None:
-        scaled = {member: loss / member.micro_steps for member, loss in losses.items()}
-        torch.autograd.backward([member.run.scaler.scale(loss) for member, loss in scaled.items()])
-        for member, loss in scaled.items():
-            member.total += loss.detach()
+        shares = {member: member.stepper.share_of(member.done, loss) for member, loss in losses.items()}
+        torch.autograd.backward([total for _, total in shares.values()])
+        for member, (loss, _) in shares.items():
+            member.total += loss
 
     def _after_step(self) -> None:
         """Do the work that is due for each subject. Raises :class:`Interrupted` after all have saved.

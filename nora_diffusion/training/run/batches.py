@@ -47,7 +47,10 @@ class Batches:
 
     def loss(self, step: int, micro: int = 0) -> Tensor:
         """The loss of one micro-step."""
-        batch = self.draw(step, micro)
+        return self.loss_of(self.draw(step, micro))
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """The loss of a batch."""
         with self.autocast():
             prediction = predict(self.plan.pipe, batch.noisy, batch.times, batch.embeddings, batch.labels)
         return self.mean_loss(batch, prediction)

@@ -17,6 +17,8 @@ from ..data.dataset import transform_of
 from ..data.latents import Latents
 from ..data.prompts import PromptEmbeddings
 from ..data.subject import Subject
+from ..hooks.step_hook import Hooks
+from ..hooks.trained import Trained
 from ..measuring.heldout_loss import HeldOutLoss
 from ..measuring.validation import Validation
 from ..planning.adapter import add_new_adapter, broadcast_factors, load_checkpoint_adapter
@@ -29,8 +31,11 @@ from ..step.denoiser import bucket_multiple
 from ..step.optimization import build_optimizer, build_schedule, restore_schedule, schedule_state
 from ..step.optimizer_state import state_numbers, state_tensors
 from ..step.quantized import quantize_base
+from ..step.seeds import derive
 from .allocating import with_measured_ranks
+from .batches import Batches
 from .encoding import RunData
+from .hooks import hooks_of
 
 ADAPTER = "subject"
 CALIBRATION_IMAGES = 8
@@ -51,6 +56,7 @@ class Run:
     schedule: Any
     scaler: torch.amp.GradScaler
     average: Average | None
+    hooks: Hooks
     validation: Validation | None
     first_step: int
     last_step: int
@@ -154,13 +160,19 @@ def assemble_run(data: RunData, embeddings: PromptEmbeddings | None, name: str =
 
 
 def run_of(data: RunData, embeddings: PromptEmbeddings, parameters: dict[str, nn.Parameter], name: str) -> Run:
-    """The run that trains ``parameters``, which are in the pipeline: optimizer, schedule, average, validation.
+    """The run that trains ``parameters``, which are in the pipeline: optimizer, schedule, average, hooks, validation.
 
     Their state is restored from the checkpoint if there is one.
     """
     plan = data.plan
     config, checkpoint = plan.config, plan.checkpoint
     optimizer = build_optimizer(config, parameters, plan.processes)
+    for module in plan.components.values():
+        module.train()
+    batches = Batches(data, embeddings, seed=derive(config.seed, "hooks"))
+    hooks = hooks_of(Trained(plan, name, parameters, optimizer, batches.loss))
+    if checkpoint is None:
+        hooks.start()  # it may change the parameters
     average = Average(parameters, config.ema_decay) if config.ema_decay else None
     schedule = build_schedule(config, optimizer)
     scaler = torch.amp.GradScaler(plan.device.type, enabled=config.mixed_precision == "fp16")
@@ -168,11 +180,10 @@ def run_of(data: RunData, embeddings: PromptEmbeddings, parameters: dict[str, nn
         tensors = restore_optimizer(optimizer, parameters, checkpoint)
         if average is not None:
             average.restore(tensors)
+        hooks.load_state(tensors)
         restore_schedule(schedule, optimizer, checkpoint.schedule)
         if checkpoint.scaler:
             scaler.load_state_dict(checkpoint.scaler)
-    for module in plan.components.values():
-        module.train()
     first_step = checkpoint.step if checkpoint else 0
     return Run(
         data,
@@ -183,6 +194,7 @@ def run_of(data: RunData, embeddings: PromptEmbeddings, parameters: dict[str, nn
         schedule,
         scaler,
         average,
+        hooks,
         validation_of(plan, embeddings, first_step),
         first_step,
         last_step=max(config.max_train_steps, first_step),  # a checkpoint may be beyond a lowered max_train_steps
@@ -208,7 +220,7 @@ def save_checkpoint(run: Run, done: int, previous: int, together: Sequence[str])
         run.plan.folder / CHECKPOINTS,
         done,
         lambda folder: save_adapter(run.pipe, folder, run.adapter, info={**run.info, "step": done}),
-        {**state_tensors(run.optimizer, run.parameters), **average},
+        {**state_tensors(run.optimizer, run.parameters), **average, **run.hooks.state()},
         {
             "identity": run.data.identity,
             "schedule": schedule_state(run.schedule),

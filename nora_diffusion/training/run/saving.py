@@ -42,6 +42,7 @@ def write_adapter_and_card(outcome: Outcome) -> None:
             dtype=config.save_dtype,
             info={**run.info, "step": outcome.kept_step},
             card=training_section(outcome),
+            finish=run.hooks.finish,
         )
     exports = export_all(path, config.export or [], config.save_dtype)
     if config.push_to_hub:

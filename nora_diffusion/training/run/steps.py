@@ -64,18 +64,30 @@ class Stepper:
         Raises :class:`UserError` before anything is updated if the loss or the gradients are not finite.
         """
         run = self.run
-        count = run.config.gradient_accumulation_steps
         run.optimizer.zero_grad(set_to_none=True)
+        run.hooks.before_step(step)
         total = torch.zeros((), device=run.plan.device)
-        for micro in range(count):
-            loss = self.loss(step, micro) / count
-            torch.autograd.backward(run.scaler.scale(loss))
-            total += loss.detach()
+        for micro in range(run.config.gradient_accumulation_steps):
+            total += self.backward(step, micro)
         return self.updates.apply(step, total)
 
-    def loss(self, step: int, micro: int) -> Tensor:
-        """The loss of one micro-step."""
-        return self.batches.loss(step, micro)
+    def backward(self, step: int, micro: int) -> Tensor:
+        """Forward and backward pass of one micro-step; return its share of the step's loss, without penalties."""
+        batch = self.batches.draw(step, micro)
+        with self.run.hooks.around_pass(step):
+            return self.backward_of(step, self.batches.loss_of(batch))
+
+    def backward_of(self, step: int, loss: Tensor) -> Tensor:
+        """The backward pass of a micro-step's loss; as :meth:`backward`."""
+        loss, total = self.share_of(step, loss)
+        torch.autograd.backward(total)
+        return loss
+
+    def share_of(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """A micro-step's share of the step's loss, detached; and what its backward pass starts from."""
+        run = self.run
+        share = 1 / run.config.gradient_accumulation_steps
+        return share * loss.detach(), run.scaler.scale(run.hooks.with_penalties(share * loss, step, share))
 
     def after_step(self, done: int) -> None:
         """Work that is due after step ``done``: checkpoint, stop after a signal, samples, validation."""

@@ -1,4 +1,4 @@
-"""Update the parameters: gradient all-reduce, clipping, optimizer, norm guard, EMA, schedule."""
+"""Update the parameters: gradient all-reduce, hooks, clipping, optimizer, norm guard, EMA, schedule."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Updates:
         return any(p.grad is not None and bool(p.grad.any()) for p in self.run.parameters.values())
 
     def _update(self, step: int) -> float:
-        """Step optimizer, norm guard, EMA and schedule; return the gradient norm. A skipped step changes none."""
+        """Step optimizer, norm guard, hooks, EMA, schedule; return the gradient norm. A skipped step changes none."""
         run = self.run
         has_gradient = any(parameter.grad is not None for parameter in run.parameters.values())
         # The scaler raises if no parameter has a gradient.
@@ -76,6 +76,7 @@ class Updates:
         self.skipped = 0
         if run.config.scale_weight_norms is not None:
             bound_norms(self._layers, run.adapter, run.config.scale_weight_norms)
+        run.hooks.after_step(step)
         if run.average is not None:
             run.average.update(run.parameters, step + 1)
         run.schedule.step()
@@ -85,6 +86,7 @@ class Updates:
         """Step the optimizer; return the gradient norm, and False if the scaler skipped the step (fp16 overflow)."""
         run = self.run
         run.scaler.unscale_(run.optimizer)
+        run.hooks.after_backward(step)
         norm = clip(run.parameters, run.config.max_grad_norm)
         if not math.isfinite(norm) and not run.scaler.is_enabled():
             self._refuse(step, "the gradients are not finite")

@@ -123,14 +123,15 @@ def bound_norms(layers: Iterable[NoraLayer], adapter: str, max_norm: float) -> N
 
     ``dW`` is a product of ``k`` trained factors, so each is multiplied by the ``k``-th root of the ratio. The norm is
     computed as ``sqrt(tr(B^T B A A^T))`` without the dense ``dW``, and without a device synchronization per layer.
-    DoRA's magnitude is unchanged.
+    DoRA's magnitude and the scores of a softmax over the ranks are unchanged.
     """
     for layer in layers:
         delta = layer.delta(adapter)
         assert isinstance(delta, ChainDelta)
         down, up = (factor.to(widest_dtype(factor.device)) for factor in delta.pair())
         norm = abs(layer.states[adapter].native_scale) * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
-        factors = [value for name, value in delta.named_parameters() if name != "m"]
+        kept = {"m", "l"} if delta.rank_scales == "softmax" else {"m"}
+        factors = [value for name, value in delta.named_parameters() if name not in kept]
         shrink = (max_norm / norm).clamp(max=1) ** (1 / len(factors))  # 1 if the norm is 0
         for factor in factors:
             factor.mul_(shrink)

@@ -47,7 +47,7 @@ def restore_state(
     states: dict[str, dict[str, Any]] = {name: dict(numbers.get("factors", {}).get(name, {})) for name in parameters}
     for key, value in tensors.items():
         name, _, state_key = key.rpartition("|")
-        if state_key != AVERAGE:
+        if state_key != AVERAGE and name in states:
             # AdamW keeps its step count on the CPU.
             states[name][state_key] = value if state_key == "step" else value.to(parameters[name].device)
     for name, parameter in parameters.items():

