@@ -37,7 +37,11 @@ class StepHook:
 
     @contextmanager
     def around_pass(self, step: int) -> Iterator[None]:
-        """A context around each forward and backward pass."""
+        """A context around each forward and backward pass.
+
+        It covers the draw of the batch as well, in which text encoders in training run, and the base without adapters
+        for its own predictions: the layers have ``disable_adapters`` set then.
+        """
         yield
 
     def penalty(self, step: int) -> Tensor | None:

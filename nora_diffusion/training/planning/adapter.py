@@ -29,7 +29,10 @@ from ..step.seeds import derive
 
 
 def adapter_config(config: TrainConfig) -> AdapterConfig:
-    """Call the preset of ``config.method`` with the settings that it accepts."""
+    """Call the preset of ``config.method`` with the settings that it accepts.
+
+    The adapter of a chain has the ranks of all its links, at the scale ``alpha / r`` of one.
+    """
     targets: str | list[str] | None = config.target_modules
     if targets is not None and len(targets) == 1:
         targets = targets[0]  # a group, or a regular expression
@@ -37,7 +40,16 @@ def adapter_config(config: TrainConfig) -> AdapterConfig:
         targets = in_blocks(config.target_blocks, targets)
     values = {parameter: getattr(config, name) for name, parameter in parameters_of(config.method).items()}
     values["target_modules"] = targets
+    if config.strategy == "chain":
+        values |= _ranks_of_chain(values, config.chain_links or 1)
     return PRESETS[config.method](**{name: value for name, value in values.items() if value is not None})
+
+
+def _ranks_of_chain(values: Mapping[str, Any], links: int) -> dict[str, Any]:
+    if "inner_r" in values:
+        return {"inner_r": links * values["inner_r"]}
+    alpha = values["alpha"]
+    return {"r": links * values["r"], "alpha": None if alpha is None else links * alpha}
 
 
 def adapted_components(config: TrainConfig, pipe: Any) -> dict[str, nn.Module]:

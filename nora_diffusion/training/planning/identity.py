@@ -10,10 +10,11 @@ from ...versions import versions
 from ..data.subject import Subject
 from ..settings.config import tagged
 from ..settings.resolved import ResolvedConfig
+from ..settings.strategies import SCHEDULED
 
 
 def can_extend(config: ResolvedConfig) -> bool:
-    """Whether a finished run can be given more steps: no schedule depends on the number of steps."""
+    """Whether a finished run can be given more steps: no schedule and no strategy depends on the number of steps."""
     return _can_extend(config.to_dict())
 
 
@@ -21,7 +22,8 @@ def _can_extend(settings: Mapping[str, Any]) -> bool:
     fractions = ["denoiser_frac", "text_encoder_frac"]
     if settings["train_text_encoder_ti"]:
         fractions.append("train_text_encoder_ti_frac")
-    return settings["lr_scheduler"].startswith("constant") and all(settings[name] == 1 for name in fractions)
+    is_scheduled = not settings["lr_scheduler"].startswith("constant") or settings["strategy"] in SCHEDULED
+    return not is_scheduled and all(settings[name] == 1 for name in fractions)
 
 
 def identity_of(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from ..hooks.step_hook import Hooks, StepHook
 from ..hooks.trained import Trained
+from ..strategies.table import STRATEGIES
 
 
 def hooks_of(trained: Trained) -> Hooks:
     """The hooks of a run: rank allocation, strategy and balance of a mixture, as far as they are set."""
     hooks: list[StepHook] = []
+    strategy = trained.plan.config.strategy
+    if strategy != "none":
+        hooks.append(STRATEGIES[strategy](trained))
     return Hooks(hooks)

@@ -73,9 +73,8 @@ class Stepper:
 
     def backward(self, step: int, micro: int) -> Tensor:
         """Forward and backward pass of one micro-step; return its share of the step's loss, without penalties."""
-        batch = self.batches.draw(step, micro)
         with self.run.hooks.around_pass(step):
-            return self.backward_of(step, self.batches.loss_of(batch))
+            return self.backward_of(step, self.batches.loss(step, micro))
 
     def backward_of(self, step: int, loss: Tensor) -> Tensor:
         """The backward pass of a micro-step's loss; as :meth:`backward`."""

@@ -12,6 +12,7 @@ from ...io.untrusted import require_text
 from .config import TRACKERS, Bound, TrainConfig, settings, tagged
 from .defaults import with_defaults
 from .methods import owners_of, parameters_of
+from .strategies import check_strategy
 
 BOUNDS: dict[Bound, tuple[Callable[[float], bool], str]] = {
     "positive": (lambda value: value > 0, "must be above 0"),
@@ -36,6 +37,7 @@ def check_config(config: TrainConfig) -> None:
     _check_objective(config)
     _check_optimizer(config)
     _check_system(config)
+    check_strategy(with_defaults(config))
 
 
 def _check_ranges(config: TrainConfig) -> None:

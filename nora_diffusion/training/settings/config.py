@@ -27,6 +27,7 @@ PriorPreservation = Literal["images", "frozen"]
 Optimizer = Literal["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor", "sgd"]
 CalibrationData = Literal["generic", "subject"]
 RankAllocation = Literal["uniform", "gradient"]
+Strategy = Literal["none", "chain", "flat", "halora"]
 Crop = Literal["random", "center", "subject"]
 QuantizedDtype = Literal["int8"]
 LatentCache = Literal["memory", "disk"]
@@ -264,6 +265,14 @@ class TrainConfig:
     )
 
     # training
+    strategy: Strategy = key("none", "training", "what is done around the steps: see docs/adapters.md", "card")
+    chain_links: int | None = key(
+        None,
+        "training",
+        "adapters that a chain trains one after another, each of rank r (default: 2)",
+        "positive",
+        "card",
+    )
     train_batch_size: int | None = key(
         None, "training", "batch size on each device, not counting class images", "positive", "card"
     )

@@ -11,6 +11,7 @@ from ...adapters.presets import is_routed
 from ...pipelines.base import EMBEDDED_GUIDANCE, EMBEDDED_STEPS, OTHER_GUIDANCE, OTHER_STEPS, is_embedded
 from .config import TrainConfig
 from .methods import method_defaults
+from .strategies import OWN
 
 EMBEDDED: dict[str, Any] = {
     "target_modules": ["attn", "ff", "proj", "conv"],
@@ -91,7 +92,7 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
     base = embedded_defaults(method, config.joint) if embedded else dict(OTHER)
     if is_routed(method) and config.router in (None, "token"):  # a token router cannot gate a convolution
         base["target_modules"] = [group for group in base["target_modules"] if group != "conv"]
-    values = {**method_defaults(method), **base}
+    values = {**method_defaults(method), **base, **OWN.get(config.strategy, {})}
     if config.num_train_epochs is not None:  # the number of images determines the number of steps
         del values["max_train_steps"]
     if config.optimizer == "prodigy":

@@ -27,7 +27,7 @@ LIMITS: dict[str, float] = {
     "rank": 1024, "inner_rank": 1024, "num_experts": 64, "blocks": 64, "num_new_tokens_per_abstraction": 32,
     "crops_per_image": 16, "shuffle_tags": 64, "num_class_images": 1000, "sample_batch_size": 64,
     "num_validation_images": 16, "sample_steps": MAX_STEPS, "sample_guidance": 100, "lr_num_cycles": 1000,
-    "seed": MAX_SEED,
+    "chain_links": 64, "seed": MAX_SEED,
 }  # fmt: skip
 """Largest value of each number that costs time or memory; ``resolution`` is limited by the base, others by
 :data:`MAX_NUMBER`."""

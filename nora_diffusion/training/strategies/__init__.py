@@ -1,0 +1,1 @@
+"""Strategies: what ``--strategy`` does around the steps of a run."""
