@@ -17,8 +17,8 @@ check_installed()
 _HOMES = {
     "errors": ("UserError",),
     "adapters": (
-        "AdapterConfig", "dora", "dylora", "in_blocks", "lora", "lora_mini", "lora_xs", "malora", "melora", "moe_lora",
-        "mor", "mora", "nora", "nora_input",
+        "AdapterConfig", "dora", "dylora", "in_blocks", "lora", "lora_mini", "lora_xs", "malora", "melora", "milora",
+        "moe_lora", "mor", "mora", "nora", "nora_input",
     ),
     "pipelines.calibration": ("Calibration",),
     "pipelines.base": ("load_base", "open_pipeline"),
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         lora_xs,
         malora,
         melora,
+        milora,
         moe_lora,
         mor,
         mora,
@@ -88,8 +89,8 @@ __all__ = [
     "AdapterConfig", "AdapterInfo", "Calibration", "TrainConfig", "UserError", "add_adapter", "add_to_pack",
     "create_pack", "delete_adapter", "dora", "dylora", "exclusive", "export_lora", "extract_from_pack",
     "import_lora", "in_blocks", "inspect_adapter", "list_adapters", "list_pack", "load_adapter", "load_base",
-    "lora", "lora_mini", "lora_xs", "malora", "melora", "mix", "mix_files", "mixed_batch", "moe_lora", "mor", "mora",
-    "nora", "nora_input", "open_pipeline", "overlap", "overlap_files", "prepare_for_compile",
+    "lora", "lora_mini", "lora_xs", "malora", "melora", "milora", "mix", "mix_files", "mixed_batch", "moe_lora", "mor",
+    "mora", "nora", "nora_input", "open_pipeline", "overlap", "overlap_files", "prepare_for_compile",
     "remove_from_pack", "router_summary", "save_adapter", "set_adapters", "set_rank", "subjects_apart",
     "train",
 ]  # fmt: skip

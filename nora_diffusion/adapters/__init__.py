@@ -16,6 +16,7 @@ from .presets import (
     lora_xs,
     malora,
     melora,
+    milora,
     moe_lora,
     mor,
     mora,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS", "TARGET_GROUPS", "AdapterConfig", "NoraLayer", "dora", "dylora", "in_blocks", "lora", "lora_mini",
-    "lora_xs", "malora", "melora", "moe_lora", "mor", "mora", "nora", "nora_input",
+    "lora_xs", "malora", "melora", "milora", "moe_lora", "mor", "mora", "nora", "nora_input",
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ CoreKind = Literal["none", "diagonal", "dense", "nested", "input"]
 Factor = Literal["down", "core", "up"]
 RouterInput = Literal["token", "prompt", "timestep", "prompt+timestep"]
 Router = Literal["none", RouterInput]
-ExpertKind = Literal["shared", "independent", "projected"]
+ExpertKind = Literal["shared", "independent", "projected", "modules"]
 """What the experts of a router share (:mod:`.deltas.routed`)."""
 RankScales = Literal["none", "linear", "softmax"]
 """The trained scale of each rank at the narrowest point of a chain (:func:`.deltas.chain.rank_weights`)."""
@@ -60,7 +60,7 @@ _NUMBER, _SWITCH = f"a finite number of at most {LARGEST}", "True or False"
 _NAMES = "a group such as 'attn', a list of names or a regular expression"
 _KINDS = {
     "method": "the name of a method",
-    "r": _COUNT, "inner_r": _COUNT, "num_experts": _COUNT, "blocks": _COUNT,
+    "r": _COUNT, "inner_r": _COUNT, "num_experts": _COUNT, "blocks": _COUNT, "top_k": _COUNT + ", or 0 for all",
     "alpha": f"{_NUMBER}, or None", "power": _NUMBER, "dropout": "a number from 0 to below 1",
     "trained": "a list of factors", "rank_mask": _SWITCH, "magnitude": _SWITCH,
     "target_modules": _NAMES, "exclude_modules": _NAMES, "modules_to_save": "a list of module names",
@@ -82,7 +82,8 @@ class Axes:
     ``inner_r`` is the rank ``r'`` of a nested or input core, or of each projected expert; 1 elsewhere.
     ``inner_rank_pattern`` gives some layers another one, as ``rank_pattern`` does with ``r``; no layer's exceeds its
     outer rank. ``blocks`` > 1 makes the outer pair block-diagonal, ``rank_mask`` samples the rank while training,
-    ``magnitude`` adds DoRA's trained row norms, ``rank_scales`` a trained scale of each rank. ``modules_to_save``:
+    ``magnitude`` adds DoRA's trained row norms, ``rank_scales`` a trained scale of each rank. A gate uses
+    the ``top_k`` largest of its experts, or all for 0. ``modules_to_save``:
     modules that are trained as a whole, with PEFT's own functions only. Raises :class:`UserError` for a value outside
     its range.
     """
@@ -111,6 +112,7 @@ class Axes:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     inner_rank_pattern: dict[str, int] = field(default_factory=dict)
     rank_scales: RankScales = "none"
+    top_k: int = 0
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -158,6 +160,7 @@ class Axes:
             raise UserError(f"trained={self.trained} with router={self.router!r}: a mixture trains both down and up")
         if self.experts != "shared" and (self.router == "none" or self.basis != "kaiming"):
             raise UserError(f"experts={self.experts!r} needs a router and basis='kaiming': experts start at random")
+        self._check_modules()
         if self.rank_scales != "none" and (self.router != "none" or self.core in ("dense", "diagonal")):
             raise UserError(
                 f"rank_scales={self.rank_scales!r} scales the ranks between two factors: it needs router='none' and no "
@@ -172,6 +175,23 @@ class Axes:
         check_patterns("rank_pattern", self.rank_pattern)
         check_patterns("alpha_pattern", self.alpha_pattern)
         check_patterns("inner_rank_pattern", self.inner_rank_pattern)
+
+    def _check_modules(self) -> None:
+        if self.experts == "modules" and (self.router in ("none", "token") or self.num_experts > 1):
+            raise UserError(
+                f"experts='modules' with router={self.router!r} and num_experts={self.num_experts}: the modules of a "
+                "block are its experts, so they need a gate that all share: router='prompt', 'timestep' or "
+                "'prompt+timestep', and num_experts=1"
+            )
+        if self.top_k < 0:
+            raise UserError(f"top_k={self.top_k} is no number of experts: give {_KINDS['top_k']}")
+        if self.top_k and self.router in ("none", "token"):
+            raise UserError(
+                f"top_k={self.top_k} with router={self.router!r}: only the gates of a prompt or timestep can leave "
+                "experts out"
+            )
+        if self.top_k > self.num_experts and self.experts != "modules":
+            raise UserError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}: give at most that many")
 
     def _check_scale(self) -> None:
         for name, value in {"alpha": self.alpha, **self.alpha_pattern}.items():

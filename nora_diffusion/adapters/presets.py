@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec
 
-from .axes import Axes, Basis, CoreKind, Placement, Router, Targets
+from .axes import Axes, Basis, CoreKind, Placement, Router, RouterInput, Targets
 
 if TYPE_CHECKING:
     from .config import AdapterConfig
@@ -278,12 +278,37 @@ def malora(
 ) -> Point:
     """MALoRA: ``dy = (alpha/r) sum_i g_i B_i P_i A x``, ``g = softmax(W_g c)``: MoE-LoRA with a shared down factor.
 
-    All experts share the subspace ``A [r, d_in]``; each has ``P_i [r', r]`` and ``B_i [d_out, r']``. The paper's
-    balance loss on the router is not part of it yet. https://arxiv.org/abs/2410.22782
+    All experts share the subspace ``A [r, d_in]``; each has ``P_i [r', r]`` and ``B_i [d_out, r']``, of a higher rank
+    than an expert of MoE-LoRA for as many parameters. The trainer adds a balance loss (``balance_loss_weight``).
+    The paper's gates are sparse (top 2); these are dense. https://arxiv.org/abs/2410.22782
     """
     return _point(
         "malora", r=r, inner_r=inner_r, num_experts=num_experts, alpha=alpha, basis="kaiming", core="none",
         router=router, experts="projected", dropout=dropout, target_modules=target_modules, **axes,
+    )  # fmt: skip
+
+
+@_preset
+def milora(
+    r: int = 8,
+    top_k: int = 4,
+    alpha: float | None = None,
+    router: RouterInput = "prompt",
+    dropout: float = 0.0,
+    target_modules: Targets = None,
+    **axes: Any,
+) -> Point:
+    """MiLoRA: ``dy = (alpha/r) g_m B_m A_m x``, ``g = top_k(softmax(W_g c))`` over the modules ``m`` of a block.
+
+    Each module of a transformer block has a LoRA, and these are the experts of one router for the block, which decides
+    once for a prompt: ``c`` is the mean of the prompt's embeddings, where the paper pools the hidden states before each
+    block. Modules of text encoders have no gate. Not the MiLoRA of minor singular components (2406.09044).
+    https://arxiv.org/abs/2410.18035
+    """
+    return _point(
+        "milora", r=r, top_k=top_k, alpha=alpha, basis="kaiming", core="none", inner_r=1, router=router,
+        experts="modules", dropout=dropout,
+        target_modules=["attn", "ff"] if target_modules is None else target_modules, **axes,
     )  # fmt: skip
 
 
@@ -293,6 +318,7 @@ PRESETS: dict[str, Callable[..., AdapterConfig]] = {
     "mor": mor,
     "moe_lora": moe_lora,
     "malora": malora,
+    "milora": milora,
     "lora": lora,
     "lora_xs": lora_xs,
     "lora_mini": lora_mini,

@@ -101,6 +101,7 @@ def _expert_shapes(axes: Axes, size: Shape, r: int, key: str) -> dict[str, Shape
     shapes: dict[str, dict[str, Shape]] = {
         "shared": {"A": (r, d_in), "B": (d_out, r), "a": (n, r), "b": (n, d_out)},
         "independent": {"A": (n * r, d_in), "B": (d_out, n * r)},
+        "modules": {"A": (r, d_in), "B": (d_out, r)},
         "projected": {"A": (r, d_in), "P": (n, inner, r), "B": (d_out, n * inner)},
     }
     return shapes[axes.experts]

@@ -25,6 +25,13 @@ and Flux.
 """
 
 Targets = str | Sequence[str] | None
+_BLOCK = re.compile(r"(?:.*\.)?\w*(?:blocks|layers|attentions|resnets|samplers)\.\d+(?=\.)")
+
+
+def block_of(path: str) -> str:
+    """The innermost block that holds the module at ``path``: a transformer block, a resnet; empty outside of all."""
+    found = _BLOCK.match(path)
+    return found[0] if found else ""
 
 
 def expand_targets(targets: Targets) -> str | list[str]:

@@ -72,16 +72,16 @@ def layout(name: str) -> dict[str, Shape]:
     return LAYOUTS[name].projections()
 
 
-def cost(axes: Axes, projections: Mapping[str, Shape]) -> Cost:
+def cost(axes: Axes, projections: Mapping[str, Shape], context: int = 0) -> Cost:
     """The size of an adapter on those of the ``projections`` that it targets: their ``(d_out, d_in)`` by path.
 
-    Trained parameters count in fp32, frozen ones in ``basis_dtype``.
+    Trained parameters count in fp32, frozen ones in ``basis_dtype``. ``context``: the width of the prompt, for routers.
     """
     total = Cost()
     for path, size in projections.items():
         if not axes.selects(path):
             continue
-        factors = {name: math.prod(shape) for name, shape in factor_shapes(axes, size, None, path, 0).items()}
+        factors = {name: math.prod(shape) for name, shape in factor_shapes(axes, size, None, path, context).items()}
         frozen = sum(count for name, count in factors.items() if name in FROZEN) * ITEMSIZE[axes.basis_dtype]
         trained = sum(count for name, count in factors.items() if name not in FROZEN)
         total.trained += trained
@@ -106,7 +106,7 @@ def method_table(methods: Iterable[str] | None = None, layouts: Iterable[str] | 
 
 def _row(name: str, models: Mapping[str, Mapping[str, Shape]]) -> list[str]:
     axes = default_axes(name)
-    costs = [cost(axes, projections) for projections in models.values()]
+    costs = [cost(axes, projections, LAYOUTS[model].context) for model, projections in models.items()]
     sizes = [text for c in costs for text in (f"{c.trained:,}", _size(c, axes))]
     ranks = frozenset().union(*(c.ranks for c in costs))
     title, formula, link = described(name)
@@ -129,8 +129,10 @@ def _defaults(axes: Axes) -> str:
     values = {"r": axes.r}
     if axes.has_inner_rank:
         values["r'"] = axes.inner_r
-    if axes.router != "none":
+    if axes.router != "none" and axes.experts != "modules":
         values["N"] = axes.num_experts
+    if axes.top_k:
+        values["k"] = axes.top_k
     if axes.blocks > 1:
         values["n"] = axes.blocks
     return ", ".join(f"{name} = {value}" for name, value in values.items())

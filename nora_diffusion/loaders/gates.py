@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters import NoraLayer
 from ..adapters.deltas.routed import RoutedDelta
+from ..adapters.presets import PRESETS, is_routed
 from ..adapters.tuner.build import contraction
 from ..errors import UserError
 from ..pipelines.calibration import Calibration, short_run
@@ -132,8 +133,9 @@ def _routed(modules: Modules, name: str) -> dict[str, tuple[NoraLayer, RoutedDel
     }
     found = {key: (layer, d) for key, layer in layers.items() if isinstance(d := layer.delta(name), RoutedDelta)}
     if not found:
+        routed = ", ".join(filter(is_routed, PRESETS))
         problem = "has no router" if layers else "is not in the pipeline"
-        raise UserError(f"the adapter {name!r} {problem}: only routed adapters (mor, moe_lora, malora) have gates")
+        raise UserError(f"the adapter {name!r} {problem}: only routed adapters ({routed}) have gates")
     return found
 
 

@@ -8,7 +8,7 @@
   ``adaln_single`` or ``time_embed`` (PixArt, Sana: the embedded timestep before its linear map) or a similar module.
 - ``prompt+timestep``: both, concatenated.
 
-Text encoders have neither; there such an adapter gets the ``token`` router.
+Text encoders have neither; there such an adapter gets the ``token`` router, or none (:func:`router_for`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
-from ..adapters import AdapterConfig
-from ..adapters.deltas.routed import RoutedDelta, RouterInputs
+from ..adapters import AdapterConfig, NoraLayer
+from ..adapters.deltas.routed import Block, RoutedDelta, RouterInputs
+from ..adapters.targets import block_of
 from ..errors import UserError
 
 PROMPT_WIDTHS = ("encoder_hid_dim", "caption_channels", "joint_attention_dim", "cap_feat_dim", "cross_attention_dim")
@@ -36,11 +37,17 @@ TIME_MODULES = (
 
 
 def router_for(config: AdapterConfig, component: str) -> AdapterConfig:
-    """``config`` for one component: text encoders, which have no prompt vector and no timestep, route by token."""
+    """``config`` for one component: text encoders, which have no prompt vector and no timestep, route by token.
+
+    Where the modules of a block are the experts, those of text encoders have no gate.
+    """
     if config.router in ("none", "token") or not component.startswith("text_encoder"):
         return config
     own = copy.deepcopy(config)
     own.router = "token"
+    if config.experts == "modules":  # no gate that the modules of a block could share: a plain LoRA
+        own.router, own.experts = "none", "shared"
+    own.top_k = 0
     return own
 
 
@@ -99,6 +106,19 @@ def connect(model: nn.Module) -> None:
         hooks = RouterInputHooks(model, names)
     for delta in deltas:
         delta.router_inputs = hooks.router_inputs if hooks else None
+    if hooks is not None:
+        hooks.router_inputs.blocks = _blocks(model)
+
+
+def _blocks(model: nn.Module) -> dict[Block, list[RoutedDelta]]:
+    """The deltas that share a gate, by block and adapter, in the order of the model's modules."""
+    found: dict[Block, list[RoutedDelta]] = {}
+    for path, layer in model.named_modules():
+        for name, delta in layer.nora_delta.items() if isinstance(layer, NoraLayer) else ():
+            if isinstance(delta, RoutedDelta) and delta.by_block:
+                delta.block = block_of(path), name
+                found.setdefault(delta.block, []).append(delta)
+    return found
 
 
 def connected(model: nn.Module) -> RouterInputHooks | None:

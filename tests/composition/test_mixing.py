@@ -427,7 +427,7 @@ def test_mistakes_are_refused_and_leave_the_pipeline_unchanged(pipe: Any, render
 SMALL: dict[str, dict[str, Any]] = {
     "nora": {"inner_r": 1, "basis": "svd"}, "nora_input": {"inner_r": 3, "basis": "svd"}, "mor": {"num_experts": 2},
     "moe_lora": {"num_experts": 2}, "melora": {"blocks": 2}, "lora_mini": {"inner_r": 1},
-    "malora": {"inner_r": 2, "num_experts": 2},
+    "malora": {"inner_r": 2, "num_experts": 2}, "milora": {"top_k": 1},
 }  # fmt: skip
 
 

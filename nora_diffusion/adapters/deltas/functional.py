@@ -76,6 +76,13 @@ def router_gates(logits: Tensor) -> Tensor:
     return torch.softmax(at_least_single(logits), dim=-1).to(logits.dtype)
 
 
+def top_gates(gates: Tensor, k: int) -> Tensor:
+    """The ``k`` largest gates of each row of ``[..., N]``, and 0 for the others; all for ``k = 0``."""
+    if not 0 < k < gates.shape[-1]:
+        return gates
+    return gates * torch.zeros_like(gates).scatter_(-1, gates.topk(k, dim=-1).indices, 1.0)
+
+
 def at_least_single(value: Tensor) -> Tensor:
     """The tensor in fp32, or unchanged if it is fp64."""
     return value if value.dtype in (torch.float32, torch.float64) else value.float()

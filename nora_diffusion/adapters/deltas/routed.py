@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,16 +15,21 @@ from . import functional
 from .fused_routed import routed_linear, rowwise_linear
 from .mixture import gated_up
 
+Block = tuple[str, str]
+"""The path of a block of the model, and an adapter."""
+
 
 @dataclass
 class RouterInputs:
     """The inputs of the gates of one model beside the token, during a forward pass.
 
     ``vectors``: ``prompt [rows, d]`` and ``timestep [rows, d]``; empty outside of a forward pass. All deltas of
-    the model share it; hooks on the model set it (``nora_diffusion.pipelines.router_inputs``).
+    the model share it, and those of one block and adapter in ``blocks`` a gate; hooks on the model set both
+    (``nora_diffusion.pipelines.router_inputs``).
     """
 
     vectors: dict[str, Tensor] = field(default_factory=dict)
+    blocks: dict[Block, list[RoutedDelta]] = field(default_factory=dict)
     was_read: bool = False
     _inputs: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -149,13 +155,30 @@ class RoutedDelta(nn.Module):
 
     The input of a ``token`` router is ``c = x``. The input of any other is one vector per row of the batch
     (:class:`RouterInputs`): the experts of a row collapse to one low-rank pair, and routing costs nothing per token.
+    With ``top_k`` only the largest gates of a row count. ``by_block``: the delta has one expert, and the experts of its
+    gate are those of all modules of a block of the model (MiLoRA): ``dy = g_m E x`` in the module ``m``.
+    Each module has the row ``w_m`` of the router of its block.
+
     The gate varies, so there is no single ``dW``: such a delta cannot be merged and stays live.
     """
 
     mergeable = False
 
-    def __init__(self, experts: Experts, num_experts: int, router: str, width: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        experts: Experts,
+        num_experts: int,
+        router: str,
+        width: int,
+        dropout: float = 0.0,
+        *,
+        top_k: int = 0,
+        by_block: bool = False,
+    ) -> None:
         super().__init__()
+        self.top_k, self.by_block = top_k, by_block
+        self.block: Block | None = None
+        """With ``by_block``: the key of its block in :attr:`RouterInputs.blocks`."""
         self.experts = experts
         self.router = router
         self.router_inputs: RouterInputs | None = None
@@ -229,16 +252,40 @@ class RoutedDelta(nn.Module):
 
     def row_gates(self) -> Tensor:
         """The gates ``[rows, N]`` of the current batch, at least in fp32."""
+        vectors = self._connected().rows(self.router)
+        gates = functional.router_gates(F.linear(vectors, self.router_weight().to(vectors.dtype)))
+        gates = functional.top_gates(gates, self.top_k)
+        return gates[:, [self.peers().index(self)]] if self.by_block else gates
+
+    def peers(self) -> Sequence[RoutedDelta]:
+        """The deltas that share the gate: those of the block, or this one alone."""
+        if not self.by_block:
+            return (self,)
+        if self.block is None:
+            raise self._unconnected()
+        return self._connected().blocks[self.block]
+
+    def router_weight(self) -> Tensor:
+        """``W_g [N, d_c]``; with ``by_block`` that of the block, a row for each of its modules."""
+        return torch.cat([peer.W_g for peer in self.peers()]) if self.by_block else self.W_g
+
+    def _connected(self) -> RouterInputs:
         if self.router_inputs is None:
-            raise UserError(f"the {self.router!r} router is not connected to its model: use nora_diffusion.add_adapter")
-        vectors = self.router_inputs.rows(self.router)
-        return functional.router_gates(F.linear(vectors, self.W_g.to(vectors.dtype)))
+            raise self._unconnected()
+        return self.router_inputs
+
+    def _unconnected(self) -> UserError:
+        return UserError(f"the {self.router!r} router is not connected to its model: use nora_diffusion.add_adapter")
 
     def gates(self, x: Tensor, contract: functional.Contract) -> Tensor:
         """The gates of an input, at least in fp32: ``[..., N]`` by token, or ``[rows, N]``."""
         if not self.conditioned:
             return functional.router_gates(functional.at_least_single(contract(x, self.W_g)))
         return self.row_gates()
+
+    def router_input(self, x: Tensor) -> Tensor:
+        """What the router reads in a pass with the input ``x [..., d_in]``: this, or ``c [rows, d_c]``."""
+        return self._connected().rows(self.router) if self.conditioned else x
 
     def pair(self, gate: Tensor) -> tuple[Tensor, Tensor]:
         """The LoRA pair ``(A [k, d_in], B [d_out, k])`` of the experts under one fixed gate ``[N]``."""

@@ -129,13 +129,15 @@ def build_routed(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Ro
     """
     n = config.num_experts
     width = router_width(config, flat_weight(base).shape, kernel_of(base), key, config.start.condition)
-    return RoutedDelta(build_experts(config, base, key, r), n, config.router, width, config.dropout)
+    experts = build_experts(config, base, key, r)
+    by_block = config.experts == "modules"
+    return RoutedDelta(experts, n, config.router, width, config.dropout, top_k=config.top_k, by_block=by_block)
 
 
 def build_experts(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Experts:
-    """The experts of a mixture; independent experts have ``num_experts`` outer pairs of rank ``r``."""
+    """The experts of a mixture; independent experts have ``num_experts`` outer pairs of rank ``r``, a module one."""
     n = config.num_experts
-    if config.experts == "independent":
+    if config.experts in ("independent", "modules"):
         return IndependentExperts(*build_basis(config, base, key, n * r), n)
     down, up = build_basis(config, base, key, r)
     if config.experts == "projected":

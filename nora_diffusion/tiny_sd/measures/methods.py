@@ -24,6 +24,7 @@ METHODS: dict[str, dict[str, Any] | None] = {  # training settings on top of the
     "mor": {"method": "mor"},  # mixtures with a token router leave out the convolutions
     "moe_lora": {"method": "moe_lora"},
     "malora": {"method": "malora"},
+    "milora": {"method": "milora"},  # one gate for the modules of a transformer block: no convolutions
 }
 PEERS: dict[str, dict[str, int]] = {  # methods that are not ours, with their settings: :mod:`.peers` trains them
     "full": {},  # full fine-tuning of the layers that the others adapt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..hooks.balance import BalanceLoss
 from ..hooks.step_hook import Hooks, StepHook
 from ..hooks.trained import Trained
 from ..strategies.table import STRATEGIES
@@ -13,4 +14,6 @@ def hooks_of(trained: Trained) -> Hooks:
     strategy = trained.plan.config.strategy
     if strategy != "none":
         hooks.append(STRATEGIES[strategy](trained))
+    if weight := trained.plan.config.balance_loss_weight:
+        hooks.append(BalanceLoss(trained, weight))
     return Hooks(hooks)

@@ -103,6 +103,11 @@ def _check_adapter(config: TrainConfig) -> None:
             raise UserError(
                 f"--{setting.name} has no effect with --method {config.method}: it is a setting of {', '.join(owners)}"
             )
+    if config.balance_loss_weight and not is_routed(config.method):
+        raise UserError(
+            f"--balance_loss_weight has no effect with --method {config.method}: it balances the experts of "
+            f"{', '.join(filter(is_routed, PRESETS))}"
+        )
     _check_inner_rank(with_defaults(config))
     _check_rank_allocation(config)
     _check_calibration(config)

@@ -201,6 +201,9 @@ class TrainConfig:
     core: Core | None = key(None, "adapter", "trained core between the frozen outer factors", "card")
     num_experts: int | None = key(None, "adapter", "number of experts of a mixture", "positive", "card")
     router: RouterInput | None = key(None, "adapter", "input of a mixture's router", "card")
+    top_k: int | None = key(
+        None, "adapter", "modules of a block that MiLoRA uses for a prompt; 0 for all", "not_negative", "card"
+    )
     blocks: int | None = key(
         None, "adapter", "number of MELoRA blocks; each has an equal share of the rank", "positive", "card"
     )
@@ -293,6 +296,9 @@ class TrainConfig:
     )
     loss_type: LossType = key("l2", "training", "loss function: l2, or huber, which is robust to outliers")
     huber_c: float = key(0.1, "training", "error above which the huber loss grows linearly", "positive")
+    balance_loss_weight: float | None = key(
+        None, "training", "weight of a loss that keeps a mixture's experts in equal use", "not_negative", "card"
+    )
     noise_offset: float = key(
         0.0,
         "training",

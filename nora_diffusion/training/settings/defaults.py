@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ...adapters.presets import is_routed
+from ...adapters.presets import is_routed, options
 from ...pipelines.base import EMBEDDED_GUIDANCE, EMBEDDED_STEPS, OTHER_GUIDANCE, OTHER_STEPS, is_embedded
 from .config import TrainConfig
 from .methods import method_defaults
@@ -31,16 +31,22 @@ JOINT_STEPS = 300
 
 
 class Tuned(NamedTuple):
-    """What is tuned for a method: changes of :data:`EMBEDDED`, and the usual range of AdamW's rate on other bases."""
+    """What is tuned for a method: changes of :data:`EMBEDDED`, and the usual range of AdamW's rate on other bases.
+
+    ``anywhere``: its settings on every base.
+    """
 
     embedded: Mapping[str, Any] = MappingProxyType({})
     usual_rates: tuple[float, float] = (2e-5, 5e-3)
+    anywhere: Mapping[str, Any] = MappingProxyType({})
 
 
 FROZEN_RATES = (5e-5, 1e-2)
 """Frozen outer factors train best at LoRA's rate or up to four times of it."""
 EMBEDDED_RATES = 4
 """The embedded base trains at rates so many times as high as those of other bases."""
+BALANCED = MappingProxyType({"balance_loss_weight": 0.01})
+"""The weight of the Switch Transformer."""
 TUNED: dict[str, Tuned] = {
     "nora": Tuned({"learning_rate": 9.6e-3, "inner_rank": 16}, FROZEN_RATES),
     "nora_input": Tuned({"learning_rate": 9.6e-3}, FROZEN_RATES),
@@ -49,7 +55,8 @@ TUNED: dict[str, Tuned] = {
     "mora": Tuned({"learning_rate": 2.4e-3}, FROZEN_RATES),
     "melora": Tuned({"learning_rate": 9.6e-3}),
     "mor": Tuned({"learning_rate": 9.6e-3}),
-    "malora": Tuned({"learning_rate": 9.6e-3}),
+    "malora": Tuned({"learning_rate": 9.6e-3}, anywhere=BALANCED),
+    "milora": Tuned({"target_modules": ["attn", "ff"]}, anywhere={**BALANCED, "target_modules": ["attn", "ff"]}),
 }
 """By method; all others have the defaults of :class:`Tuned`."""
 
@@ -90,9 +97,10 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
     method = config.method
     embedded = is_embedded(config.pretrained_model_name_or_path)
     base = embedded_defaults(method, config.joint) if embedded else dict(OTHER)
-    if is_routed(method) and config.router in (None, "token"):  # a token router cannot gate a convolution
+    if is_routed(method) and (config.router or options(method)["router"]) == "token":  # cannot gate a convolution
         base["target_modules"] = [group for group in base["target_modules"] if group != "conv"]
-    values = {**method_defaults(method), **base, **OWN.get(config.strategy, {})}
+    own = {**TUNED.get(method, Tuned()).anywhere, **OWN.get(config.strategy, {})}
+    values = {**method_defaults(method), **base, **own}
     if config.num_train_epochs is not None:  # the number of images determines the number of steps
         del values["max_train_steps"]
     if config.optimizer == "prodigy":

@@ -33,6 +33,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "own bases": {"basis": "orthogonal"},
     "no basis": {"method": "lora", "inner_rank": None, "basis": None},
     "router": {"method": "mor", "inner_rank": None, "basis": None, "num_experts": 2, "router": "prompt+timestep"},
+    "block gates": {"method": "milora", "inner_rank": None, "basis": None, "balance_loss_weight": 0.0},
+    "balance loss": {"method": "malora", "basis": None, "num_experts": 2, "balance_loss_weight": 0.5},
     "rank mask": {"method": "dylora", "inner_rank": None, "basis": None},
     "magnitude": {"magnitude": True},
     "dropout": {"dropout": 0.3},

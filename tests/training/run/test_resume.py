@@ -37,6 +37,7 @@ HARD = {
         "instance_prompt": "a <pet> dog on <place>", "token_lr": 0.05,
     },
     "router": {"method": "mor", "inner_rank": None, "basis": None, "num_experts": 2},
+    "block gates": {"method": "milora", "inner_rank": None, "basis": None, "top_k": 3, "balance_loss_weight": 0.5},
     "rank mask": {"method": "dylora", "inner_rank": None, "basis": None},
     "magnitude": {"magnitude": True, "core": "dense", "inner_rank": None},
     "measured ranks": {"rank_allocation": "gradient", "target_modules": ["attn", "conv"]},
