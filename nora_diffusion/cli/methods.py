@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "list the methods with formula, size and defaults on Stable Diffusion"
+HELP = "list the methods with formula, size and defaults on Stable Diffusion, and the strategies"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(values: argparse.Namespace) -> None:
-    """Print the table as Markdown."""
+    """Print the table as Markdown and, unless only some methods are asked for, the other lists."""
     from ..evaluation.method_costs import method_table
+    from ..evaluation.method_lists import all_lists
 
     print(method_table(values.method, values.layout))
+    if values.method is None:
+        print(f"\n{all_lists()}")

@@ -119,7 +119,12 @@ def _row(name: str, models: Mapping[str, Mapping[str, Shape]]) -> list[str]:
 
 def described(name: str) -> tuple[str, str, str]:
     """``(title, formula, link)`` of a method, from its preset's docstring."""
-    text = " ".join(inspect.getdoc(PRESETS[name]).split())  # type: ignore[union-attr]
+    return parts_of(inspect.getdoc(PRESETS[name]) or "", name)
+
+
+def parts_of(docstring: str, name: str) -> tuple[str, str, str]:
+    """``(title, formula, link)`` of a docstring that begins with "Title: ``formula``" and has a link."""
+    text = " ".join(docstring.split())
     head, link = re.match(r"(.+?): ``(.+?)``", text), re.search(r"https://\S+", text)
     assert head and link, f"the docstring of {name} begins with 'Title: ``formula``' and has a link"
     return head[1], head[2], link[0]

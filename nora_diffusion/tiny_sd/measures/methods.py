@@ -25,6 +25,10 @@ METHODS: dict[str, dict[str, Any] | None] = {  # training settings on top of the
     "moe_lora": {"method": "moe_lora"},
     "malora": {"method": "malora"},
     "milora": {"method": "milora"},  # one gate for the modules of a transformer block: no convolutions
+    "chain": {"method": "lora", "rank": 8, "strategy": "chain"},  # two links of rank 8: a file of rank 16
+    "reslora": {"method": "lora", "rank": 8, "strategy": "reslora"},  # block shortcut: a file of up to rank 16
+    "flat_lora": {"method": "lora", "rank": 8, "strategy": "flat"},
+    "halora": {"method": "lora", "rank": 8, "strategy": "halora"},
 }
 PEERS: dict[str, dict[str, int]] = {  # methods that are not ours, with their settings: :mod:`.peers` trains them
     "full": {},  # full fine-tuning of the layers that the others adapt

@@ -44,6 +44,11 @@ class StepHook:
         """
         yield
 
+    @contextmanager
+    def as_saved(self) -> Iterator[None]:
+        """A context in which the adapter acts as the saved one will, for samples and validation."""
+        yield
+
     def penalty(self, step: int) -> Tensor | None:
         """A term that is added to the loss of each micro-step; called after its forward pass."""
         return None
@@ -93,6 +98,14 @@ class Hooks:
         with ExitStack() as stack:
             for hook in self.hooks:
                 stack.enter_context(hook.around_pass(step))
+            yield
+
+    @contextmanager
+    def as_saved(self) -> Iterator[None]:
+        """See :meth:`StepHook.as_saved`."""
+        with ExitStack() as stack:
+            for hook in self.hooks:
+                stack.enter_context(hook.as_saved())
             yield
 
     def with_penalties(self, loss: Tensor, step: int, share: float) -> Tensor:

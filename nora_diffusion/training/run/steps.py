@@ -116,7 +116,7 @@ class Stepper:
         """Save samples and validate if due; lower ``run.last_step`` if the run stops early."""
         run, folder = self.run, self.folder
         if folder.owner and self.measures_at(done):
-            with averaged(run.parameters, run.optimizer, run.average):
+            with averaged(run.parameters, run.optimizer, run.average), run.hooks.as_saved():
                 if prompt := run.config.validation_prompt:
                     save_samples(run.pipe, folder.samples, done, prompt, run.config, run.plan.dtype)
                 if run.validation is not None and (point := run.validation.measure_step(done, run.adapter, run.info)):

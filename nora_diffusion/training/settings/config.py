@@ -27,7 +27,8 @@ PriorPreservation = Literal["images", "frozen"]
 Optimizer = Literal["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor", "sgd"]
 CalibrationData = Literal["generic", "subject"]
 RankAllocation = Literal["uniform", "gradient"]
-Strategy = Literal["none", "chain", "flat", "halora"]
+Strategy = Literal["none", "chain", "reslora", "flat", "halora"]
+Shortcut = Literal["input", "block", "middle"]
 Crop = Literal["random", "center", "subject"]
 QuantizedDtype = Literal["int8"]
 LatentCache = Literal["memory", "disk"]
@@ -275,6 +276,9 @@ class TrainConfig:
         "adapters that a chain trains one after another, each of rank r (default: 2)",
         "positive",
         "card",
+    )
+    shortcut: Shortcut | None = key(
+        None, "training", "what ResLoRA adds from the block before while training (default: block)", "card"
     )
     train_batch_size: int | None = key(
         None, "training", "batch size on each device, not counting class images", "positive", "card"

@@ -9,14 +9,14 @@ from ...adapters.presets import default_axes, is_routed
 from ...errors import UserError
 from .config import TrainConfig
 
-OWN: dict[str, dict[str, Any]] = {"chain": {"chain_links": 2}}
+OWN: dict[str, dict[str, Any]] = {"chain": {"chain_links": 2}, "reslora": {"shortcut": "block"}}
 """The settings of one strategy only, with their defaults."""
 SCHEDULED = ("chain", "flat")
 """Strategies whose steps depend on the number of all steps."""
 SEPARABLE_OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
 """Optimizers that update each value by its own gradients, and can start anew."""
 
-ON_PAIRS = ("chain", "halora")
+ON_PAIRS = ("chain", "reslora", "halora")
 ON_WEIGHTS = ("flat", "halora")
 
 
@@ -57,7 +57,7 @@ def _exceeds_outer_rank(config: TrainConfig) -> bool:
 
 OBSTACLES = (
     Obstacle(
-        ("chain", "flat", "halora"),
+        ("chain", "reslora", "flat", "halora"),
         lambda config: is_routed(config.method),
         "the experts of --method {method} have no single pair in a layer: use a method without experts",
     ),
@@ -66,17 +66,17 @@ OBSTACLES = (
     ),
     Obstacle(ON_PAIRS, has_blocks, "the block-diagonal factors of --method {method} are no single pair: use lora"),
     Obstacle(
-        ("chain", "flat", "halora"),
+        ("chain", "reslora", "flat", "halora"),
         has_magnitude,
         "DoRA's magnitude rescales the frozen weight: leave out --magnitude, or use --method lora",
     ),
     Obstacle(
-        ("chain",),
+        ("chain", "reslora"),
         lambda config: default_axes(config.method).rank_mask,
         "--method {method} draws the rank of each step: use --method lora",
     ),
     Obstacle(
-        ("chain",),
+        ("chain", "reslora"),
         lambda config: config.rank_allocation != "uniform",
         "it needs the same ranks in every step: leave out --rank_allocation {rank_allocation}",
     ),
@@ -100,6 +100,11 @@ OBSTACLES = (
         _exceeds_outer_rank,
         "{chain_links} links of --inner_rank {inner_rank} exceed --rank {rank}: lower one of the first two, or raise "
         "--rank",
+    ),
+    Obstacle(
+        ("reslora",),
+        lambda config: config.shortcut == "block" and "down" not in default_axes(config.method).trained,
+        "the sum of pairs in different frozen bases is no {method} adapter: use --shortcut input or middle, or lora",
     ),
 )
 

@@ -9,5 +9,11 @@ from ..hooks.trained import Trained
 from .chain import Chain
 from .flat import Flat
 from .halora import HaLoRA
+from .reslora import ResLoRA
 
-STRATEGIES: dict[str, Callable[[Trained], StepHook]] = {"chain": Chain, "flat": Flat, "halora": HaLoRA}
+STRATEGIES: dict[str, Callable[[Trained], StepHook]] = {
+    "chain": Chain,
+    "reslora": ResLoRA,
+    "flat": Flat,
+    "halora": HaLoRA,
+}

@@ -43,6 +43,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
     "measured ranks": {"rank_allocation": "gradient"},
     "prior": {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2},
+    "chain": {"strategy": "chain", "chain_links": 2},
+    "paths between blocks": {"strategy": "reslora", "shortcut": "input"},
+    "noise": {"strategy": "halora"},
 }
 
 

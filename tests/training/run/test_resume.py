@@ -43,6 +43,10 @@ HARD = {
     "measured ranks": {"rank_allocation": "gradient", "target_modules": ["attn", "conv"]},
     "wordings": {"shuffle_tags": 3, "caption_dropout": 0.3, "instance_prompt": "sks dog, red, toy, hat"},
     "prior": {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2},
+    "chain": {"strategy": "chain", "chain_links": 2, "inner_rank": 1},
+    "paths between blocks": {"strategy": "reslora", "shortcut": "middle", "gradient_accumulation_steps": 2},
+    "noise": {"strategy": "flat", "train_text_encoder": True},
+    "noise and norms": {"strategy": "halora", "gradient_accumulation_steps": 2},
 }  # fmt: skip
 
 
