@@ -1,6 +1,6 @@
 """The DreamBooth protocol: adapters x subjects x prompts x seeds, scored by DINO, CLIP-I, CLIP-T and diversity.
 
-Subjects with held-out images also give each adapter's held-out loss.
+Subjects with held-out images also give each adapter's held-out loss, if asked for also under noise of the weights.
 
 Every image is a cell of a grid (:mod:`.grid`), in a file named by the hash of its settings. So a stopped evaluation
 resumes, and one with more seeds or adapters generates only the new images. See Ruiz et al., arXiv 2208.12242, section
@@ -58,8 +58,11 @@ def evaluate(config: EvaluationConfig) -> Scoreboard:
                     bar.update(start + done - bar.n)
                 board.scored += scorer.score(contender.label, grid)
                 if held_out is not None:
-                    losses = held_out.losses(contender.adapter(subject.name), contender.weight)
-                    board.heldout.setdefault(contender.label, {})[subject.name] = losses
+                    adapter = contender.adapter(subject.name), contender.weight
+                    board.heldout.setdefault(contender.label, {})[subject.name] = held_out.losses(*adapter)
+                    for level in config.weight_noise:
+                        loss = held_out.loss_under_noise(*adapter, level)
+                        board.noisy.setdefault(contender.label, {}).setdefault(f"{level:g}", []).append(loss)
     return board
 
 

@@ -54,6 +54,8 @@ class Scoreboard:
     real: dict[str, dict[str, float]] = field(default_factory=dict)
     heldout: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """By contender and subject: the held-out loss on each held-out image. Empty if no subject has any."""
+    noisy: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """By contender and level of weight noise: the mean held-out loss of each subject that has held-out images."""
 
     @property
     def labels(self) -> list[str]:
@@ -128,6 +130,7 @@ def as_json(board: Scoreboard) -> str:
         "table": summarize(board),
         "differences": compare(board),
         "heldout_loss": board.heldout,
+        "heldout_loss_under_noise": board.noisy,
         "real": {name: {k: _finite(v) for k, v in scores.items()} for name, scores in board.real.items()},
         "cells": [
             {
@@ -142,6 +145,13 @@ def as_json(board: Scoreboard) -> str:
         ],
     }
     return json.dumps(document, indent=1)
+
+
+def noise_rows(board: Scoreboard) -> list[list[str]]:
+    """The held-out loss over levels of weight noise as text: a head, then a row for each contender."""
+    levels = [f"{level:g}" for level in board.settings["weight_noise"]]
+    rows = [[label, *(f"{statistics.fmean(own[level]):.4f}" for level in levels)] for label, own in board.noisy.items()]
+    return [["held-out loss at noise", *levels], *rows] if rows else []
 
 
 def _finite(value: float) -> float | None:

@@ -78,6 +78,7 @@ class EvaluationConfig:
 
     ``adapters``: ``[LABEL=]PATH[:WEIGHT]``; ``{subject}`` is replaced by the subject's name. The base alone is always
     evaluated too. ``subjects``: folders of real images. The judges compute in fp32, whatever the dtype of ``source``.
+    ``weight_noise``: levels of noise at which the held-out loss is measured too (:func:`.heldout.noisy_weights`).
     """
 
     adapters: list[str]
@@ -89,6 +90,7 @@ class EvaluationConfig:
     judge: str | None = None
     dino: str | None = None
     out: str = "outputs/evaluation"
+    weight_noise: list[float] = field(default_factory=list)
 
     def settings(self) -> dict[str, Any]:
         """All settings in one flat dict, as in ``evaluation.json``."""
@@ -104,6 +106,13 @@ def check_evaluation(config: EvaluationConfig) -> tuple[list[Contender], list[Ev
     check_judge(config.judge, config.source.base)
     contenders = [Contender(BASE, None), *map(parse_contender, config.adapters)]
     subjects = [read_subject(Path(name).expanduser(), config.prompts) for name in config.subjects]
+    for level in config.weight_noise:
+        if not 0 <= level <= 1:
+            raise UserError(
+                f"weight_noise={level} must be from 0 to 1: it is relative to the largest weight of a layer"
+            )
+    if config.weight_noise and not any(subject.held_out for subject in subjects):
+        raise UserError("--weight_noise measures the held-out loss: a subject needs 'heldout' in its subject.json")
     for what, names in (("adapters", [c.label for c in contenders]), ("subjects", [s.name for s in subjects])):
         if len(set(names)) < len(names):
             remedy = "write label=path" if what == "adapters" else "rename a folder"

@@ -91,7 +91,7 @@ def config(base: Path, folder: Path, out: Path, **changes: Any) -> EvaluationCon
 
 @pytest.fixture(scope="module")
 def board(tiny_base: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Scoreboard:
-    return evaluate(config(tiny_base, folder, tmp_path_factory.mktemp("board") / "out"))
+    return evaluate(config(tiny_base, folder, tmp_path_factory.mktemp("board") / "out", weight_noise=[0.0, 0.3]))
 
 
 def test_scores_equal_those_of_images_made_one_by_one(board: Scoreboard, tiny_base: Path, folder: Path) -> None:
@@ -141,6 +141,8 @@ def test_the_heldout_loss_is_that_of_the_images_not_trained_on(
     assert board.heldout["small"]["rex"] == pytest.approx(losses.tolist(), rel=1e-4)
     assert board.metrics[-1] == "heldout_loss"
     assert summarize(board)["small"]["heldout_loss"]["mean"] == pytest.approx(float(losses.mean()), rel=1e-4)
+    assert board.noisy["small"]["0"] == [pytest.approx(float(losses.mean()), rel=1e-4)]
+    assert board.noisy["small"]["0.3"] != board.noisy["small"]["0"] and list(board.noisy) == board.labels
 
 
 def test_an_adapter_against_itself_differs_by_nothing(tiny_base: Path, folder: Path, tmp_path: Path) -> None:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ...adapters import NoraLayer
-from ...adapters.deltas.functional import at_least_single
 from ..hooks.step_hook import StepHook
 from ..hooks.trained import RankedChain, Trained
 from ..step.seeds import derive
-from .weight_noise import frozen_weight, noise_source, weights_replaced, with_noise
+from .weight_noise import frozen_weight, hardware_std, noise_source, weights_replaced, with_noise
 
 SIGMA = 0.02
 """The noise in training, relative to the largest weight of a layer."""
@@ -52,11 +51,10 @@ class HaLoRA(StepHook):
 def hardware_noise(
     layers: Sequence[NoraLayer], sigma: float, device: torch.device, seed: int
 ) -> dict[NoraLayer, Tensor]:
-    """``W + n`` of each layer, ``n ~ N(0, (sigma max(W))^2)``: cells of memory span the range of the weights."""
+    """``W + n`` of each layer, ``n ~ N(0, (sigma max(W))^2)``."""
     source = noise_source(device, seed)
     weights = {layer: frozen_weight(layer) for layer in layers}
-    spans = {layer: at_least_single(weight.detach()).abs().max() for layer, weight in weights.items()}
-    return {layer: with_noise(weight, sigma * spans[layer], source) for layer, weight in weights.items()}
+    return {layer: with_noise(weight, hardware_std(weight, sigma), source) for layer, weight in weights.items()}
 
 
 def mean_norms(chains: Sequence[RankedChain]) -> Tensor:

@@ -31,6 +31,11 @@ def with_noise(weight: Tensor, std: Tensor, source: torch.Generator) -> Tensor:
     return (flat + std.view(-1, 1) * noise).view(weight.shape).to(weight.dtype)
 
 
+def hardware_std(weight: Tensor, sigma: float) -> Tensor:
+    """``sigma max(W)``: the cells of a memory span the range of the weights."""
+    return sigma * at_least_single(weight.detach()).abs().max()
+
+
 def noise_source(device: torch.device, seed: int) -> torch.Generator:
     """The generator of a step's noise. It is on the device: on the CPU, the values of a whole UNet take a second."""
     return torch.Generator(device).manual_seed(seed)
