@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +16,18 @@ from ...adapters.presets import PRESETS
 from ...adapters.shapes import outer_rank
 from ...adapters.tuner.build import flat_weight
 from ...errors import UserError
-from ...loaders import add_adapter, delete_adapter, load_adapter, pairs_from, trainable_parameters
+from ...formats.hub import locate
+from ...loaders import add_adapter, check_adapter, delete_adapter, load_adapter, pairs_from, trainable_parameters
 from ...pipelines.calibration import Calibration
-from ...pipelines.components import canonical, components, denoiser_name, nora_layers, pick, targets_by_component
+from ...pipelines.components import (
+    adapter_configs,
+    canonical,
+    components,
+    denoiser_name,
+    nora_layers,
+    pick,
+    targets_by_component,
+)
 from ..data.tokens import add_new_tokens
 from ..settings.config import TrainConfig
 from ..settings.methods import parameters_of
@@ -71,6 +80,47 @@ def check_targets(config: ResolvedConfig, pipe: Any, components: Mapping[str, nn
             outer_rank(adapter, flat_weight(layer).shape, path)  # refuses blocks that do not divide a layer
     if config.basis_from is not None:
         pairs_from(pipe, config.basis_from, adapter, targets)
+    if config.start_from is not None:
+        check_start(config, pipe, list(components))
+
+
+SAME = (
+    "method", "r", "inner_r", "alpha", "core", "blocks", "rank_mask", "rank_scales", "magnitude", "router",
+    "num_experts", "experts",
+)  # fmt: skip
+"""Axes in which an adapter must agree with the settings to be trained on."""
+
+
+def check_start(config: ResolvedConfig, pipe: Any, components: Sequence[str]) -> None:
+    """Check that the adapter ``config.start_from`` fits the base and the settings. Raises :class:`UserError`."""
+    info, _ = check_adapter(pipe, locate(config.start_from or ""))
+    flag, wanted = f"--start_from {config.start_from}", adapter_config(config)
+    if list(info.components) != list(components):
+        raise UserError(
+            f"{flag} has layers in {', '.join(info.components)}, this run trains {', '.join(components)}: give or "
+            "leave out --train_text_encoder"
+        )
+    if info.tokens:
+        raise UserError(f"{flag} has new tokens ({', '.join(info.tokens)}), whose training cannot be continued")
+    for found in info.configs.values():
+        for name in SAME:
+            if getattr(found, name) != getattr(wanted, name):
+                raise UserError(
+                    f"{flag} has {name}={getattr(found, name)}, the settings say {getattr(wanted, name)}: set them to "
+                    "the adapter's"
+                )
+
+
+def add_start_adapter(
+    config: ResolvedConfig, pipe: Any, components: Mapping[str, nn.Module], name: str
+) -> dict[str, nn.Parameter]:
+    """Load the adapter ``config.start_from`` to train it on; as :func:`add_new_adapter`."""
+    load_adapter(pipe, str(config.start_from), name)
+    for module in components.values():
+        adapter_configs(module)[name].dropout = config.dropout
+        for layer in nora_layers(module, name).values():
+            layer.delta(name).dropout.p = config.dropout
+    return trained_parameters(pipe, name)
 
 
 def add_new_adapter(

@@ -21,7 +21,7 @@ from ..hooks.step_hook import Hooks
 from ..hooks.trained import Trained
 from ..measuring.heldout_loss import HeldOutLoss
 from ..measuring.validation import Validation
-from ..planning.adapter import add_new_adapter, broadcast_factors, load_checkpoint_adapter
+from ..planning.adapter import add_new_adapter, add_start_adapter, broadcast_factors, load_checkpoint_adapter
 from ..planning.checkpoints import restore_optimizer, write_checkpoint
 from ..planning.opening import lower_precision
 from ..planning.plan import Plan
@@ -148,7 +148,9 @@ def assemble_run(data: RunData, embeddings: PromptEmbeddings | None, name: str =
     """
     plan = data.plan
     config, pipe, checkpoint = plan.config, plan.pipe, plan.checkpoint
-    if checkpoint is None:
+    if checkpoint is None and config.start_from is not None:
+        parameters = add_start_adapter(config, pipe, plan.components, name)
+    elif checkpoint is None:
         parameters = add_new_adapter(config, pipe, plan.components, name, calibration_of(data), plan.subject.new_tokens)
         if config.rank_allocation != "uniform":
             parameters = with_measured_ranks(data, embeddings or data.embeddings(), name, parameters)

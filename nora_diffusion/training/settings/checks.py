@@ -110,6 +110,7 @@ def _check_adapter(config: TrainConfig) -> None:
         )
     _check_inner_rank(with_defaults(config))
     _check_rank_allocation(config)
+    _check_start(config)
     _check_calibration(config)
     if config.text_encoder_lr is not None and not config.train_text_encoder:
         raise UserError("--text_encoder_lr needs --train_text_encoder")
@@ -148,6 +149,17 @@ def _check_rank_allocation(config: TrainConfig) -> None:
         raise UserError(
             f"--rank_allocation {config.rank_allocation} needs an inner rank, which --core {config.core} does not have"
         )
+
+
+def _check_start(config: TrainConfig) -> None:
+    if config.start_from is None:
+        return
+    own = {"basis_from": None, "calibration_prompts": None, "calibration": "generic", "rank_allocation": "uniform"}
+    for name, default in own.items():
+        if getattr(config, name) != default:
+            raise UserError(f"--start_from continues an adapter that exists: leave out --{name}")
+    if config.train_text_encoder_ti:
+        raise UserError("--start_from cannot continue the training of new tokens: leave out --train_text_encoder_ti")
 
 
 def _check_calibration(config: TrainConfig) -> None:

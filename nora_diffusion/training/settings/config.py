@@ -224,6 +224,12 @@ class TrainConfig:
     basis_from: str | None = key(
         None, "adapter", "adapter whose frozen outer pairs are reused, so that both fit in one pack", "closed"
     )
+    start_from: str | None = key(
+        None,
+        "adapter",
+        "adapter of the same method and base whose training is continued (default: a new one)",
+        "closed",
+    )
     calibration: CalibrationData = key(
         "generic", "adapter", "calibrate awsvd on generic prompts or on the subject's photos"
     )
