@@ -99,6 +99,8 @@ def run_command(words: list[str], base: Path) -> None:
         assert (ROOT / words[3]).exists(), words
     elif words[:2] == ["python", "train_dreambooth_nora.py"] or words[:2] == ["nora-diffusion", "train"]:
         assert train(words[2:], base) == 0, words
+    elif words[:2] == ["nora-diffusion", "federate"]:
+        assert generate([*words[1:], "--rounds", "1", *SHORT], base) == 0, words
     elif words[:2] in (["python", "app.py"], ["nora-diffusion", "app"]):
         serve_once(words[2:])
     elif words[:2] == ["nora-diffusion", "serve"] and "--new_key" not in words:

@@ -88,19 +88,20 @@ class Parser(argparse.ArgumentParser):
 def check_command(words: Sequence[str]) -> None:
     """Raises :class:`UserError` for an unknown command."""
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
-        near = difflib.get_close_matches(words[0], [*COMMANDS, "train"], 1)
+        near = difflib.get_close_matches(words[0], [*COMMANDS, "train", "federate"], 1)
         hint = f"did you mean {near[0]}?" if near else "nora-diffusion --help lists all commands"
         raise UserError(f"there is no command {words[0]!r}: {hint}")
 
 
 def build_parser() -> Parser:
-    """The parser of all commands except ``train``, whose parser is made from ``TrainConfig``."""
+    """The parser of all commands except ``train`` and ``federate``, whose parsers are made from ``TrainConfig``."""
     parser = Parser(
         prog="nora-diffusion", description="Train an adapter on a few photos of a subject, and generate images of it."
     )
     parser.add_argument("--version", action="version", version=f"nora-diffusion {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     commands.add_parser("train", help="train an adapter (nora-diffusion train --help)", add_help=False)
+    commands.add_parser("federate", help="train with photos that stay with several clients", add_help=False)
     for name, module in COMMANDS.items():
         sub = commands.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(sub)
@@ -116,6 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ..training import main as train
 
         return train(words[1:], "nora-diffusion train")
+    if words[:1] == ["federate"]:
+        from ..training.federated.command import main as federate
+
+        return federate(words[1:], "nora-diffusion federate")
     hide_known_warnings()
     check_command(words)
     parser = build_parser()

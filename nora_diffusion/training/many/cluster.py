@@ -53,7 +53,7 @@ def train_on_cluster(config: TrainConfig) -> int:
     size = config.subjects_per_task
     groups = [Group(names[start : start + size]) for start in range(0, len(names), size)]
     table = Table(config.folder)
-    with _cluster(config.address) as ray, StopRequests() as stop:
+    with ray_cluster(config.address) as ray, StopRequests() as stop:
         running = {_start(ray, config, group): group for group in groups}
         canceled = False
         while running:
@@ -128,12 +128,15 @@ def _has_ended(ray: Any, task: Any, group: Group, retries: int) -> bool:
 
 
 @contextmanager
-def _cluster(address: str | None) -> Iterator[Any]:
-    """Connect to the Ray cluster at ``address``, or start one on this machine that ends with the run."""
+def ray_cluster(address: str | None, user: str = "--engine ray") -> Iterator[Any]:
+    """Connect to the Ray cluster at ``address``, or start one on this machine that ends with the run.
+
+    ``user``: what needs it. Raises :class:`UserError` without Ray, or if there is no cluster.
+    """
     try:
         import ray
     except ImportError as error:
-        raise UserError("--engine ray needs the package ray: pip install 'nora-diffusion[ray]'") from error
+        raise UserError(f"{user} needs the package ray: pip install 'nora-diffusion[ray]'") from error
     if ray.is_initialized():
         yield ray
         return

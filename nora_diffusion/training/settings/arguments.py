@@ -13,14 +13,16 @@ from .config import GROUPS, TrainConfig, settings, settings_by_name
 from .values import suggestion, unknown_argument
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises :class:`UserError` instead of exiting."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Parser with one flag per setting. Values stay strings; :func:`.values.coerce` converts them."""
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

@@ -169,7 +169,7 @@ def _check_calibration(config: TrainConfig) -> None:
             raise UserError(f"--{name} needs --basis awsvd, not {basis}")
         if value and value != "generic" and config.basis_from:
             raise UserError(f"--basis_from reuses a basis without calibration: leave out --{name}")
-    if basis == "learned" and not config.basis_from:
+    if basis == "learned" and not (config.basis_from or config.start_from):
         raise UserError("--basis learned needs --basis_from, a folder that `nora-diffusion basis learn` wrote")
     if config.calibration_prompts and config.calibration == "subject":
         raise UserError("--calibration subject uses the prompts of the photos: leave out --calibration_prompts")

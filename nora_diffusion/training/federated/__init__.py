@@ -1,0 +1,1 @@
+"""Training on photos that stay with their owners: clients train, a server averages their factors."""
