@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ...reports.markdown import table
 
 if TYPE_CHECKING:
-    from .server import Round, State
+    from .state import Round, State
 
 
 def report(state: State) -> str:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError, last_line
-from ...formats.adapter_file import FILE_NAME
 from ...formats.adapter_info import AdapterInfo, dump_info
 from ...formats.model_card import write_card
 from ...io.files import FileLock, make_folder, write_atomic
-from ...io.untrusted import parse_json
 from ..many.cluster import ray_cluster
 from ..settings.config import TrainConfig
 from ..signals import Interrupted, StopRequests
 from ..step.seeds import derive
 from .settings import Federation
+from .state import Round, State, read_state, write_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,38 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STATE, LOCK, ROUNDS, CLIENTS = "federation.json", ".lock", "rounds", "clients"
+LOCK, ROUNDS, CLIENTS = ".lock", "rounds", "clients"
 POLL_SECONDS = 0.5
-
-
-@dataclass
-class Round:
-    """A finished round.
-
-    ``losses``: of the clients that took part; ``left_out``: why the others did not. ``error``: relative, of the
-    aggregated update against the exact mean. ``down_bytes``, ``up_bytes``: sent to and by all clients that took part.
-    """
-
-    losses: dict[str, float] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-    error: float = 0.0
-    down_bytes: int = 0
-    up_bytes: int = 0
-
-    @property
-    def loss(self) -> float:
-        """The mean loss of the clients that took part."""
-        return sum(self.losses.values()) / len(self.losses)
-
-
-@dataclass
-class State:
-    """The progress of a federation, as it is stored. ``basis_bytes``: the frozen factors, sent once to each client."""
-
-    identity: dict[str, Any]
-    seed: int
-    basis_bytes: int = 0
-    rounds: list[Round] = field(default_factory=list)
 
 
 def federate(federation: Federation) -> State:
@@ -75,7 +43,7 @@ def federate(federation: Federation) -> State:
     configs = federation.configs()
     folder = make_folder(federation.folder)
     with _locked(folder), StopRequests() as stop:
-        state = _state(federation, configs)
+        state = read_state(federation, configs)
         server = Server(federation, configs, state)
         with ray_cluster(federation.address, "nora-diffusion federate") as ray:
             while len(state.rounds) < federation.rounds:
@@ -93,35 +61,6 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _state(federation: Federation, configs: Mapping[str, TrainConfig]) -> State:
-    """The stored state of the folder, or a new one. Raises :class:`UserError` if it is that of another federation."""
-    file, identity = federation.folder / STATE, federation.identity(configs)
-    if not file.exists():
-        if (federation.folder / FILE_NAME).exists():
-            raise UserError(f"{federation.folder} already holds an adapter: choose another --output_dir")
-        return State(identity, federation.seed())
-    try:
-        stored = parse_json(file.read_bytes())
-        state = State(**{**stored, "rounds": [Round(**values) for values in stored["rounds"]]})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error}): start again in another --output_dir") from error
-    if changes := _changes(state.identity, identity):
-        raise UserError(
-            f"{federation.folder} holds a federation with other settings ({', '.join(changes)}): restore them, or "
-            "choose another --output_dir"
-        )
-    return state
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    if before.get("aggregation") != now["aggregation"]:
-        return ["aggregation"]
-    clients = before.get("clients", {})
-    if clients.keys() != now["clients"].keys():
-        return ["clients"]
-    return sorted({key for name, own in now["clients"].items() for key in own if clients[name].get(key) != own[key]})
 
 
 def _describe(info: AdapterInfo, words: Sequence[Mapping[str, Any]]) -> None:
@@ -188,7 +127,7 @@ class Server:
         current.info.step += self.configs[next(iter(received))].max_train_steps or 0
         join(self.adapter(number), current.info, current.frozen, factors)
         self.state.rounds.append(result)
-        self._save()
+        write_state(self.folder, self.state)
         log.info(
             "round %d of %d: %d clients, mean loss %.4f", number, self.federation.rounds, len(received), result.loss
         )
@@ -249,9 +188,6 @@ class Server:
             pipe = open_base(config, device, opening_dtype([config], device))
             add_seeded_adapter(config, pipe, adapted_components(config, pipe), "start")
             save_adapter(pipe, self.adapter(0), "start", info={"seed": self.state.seed, "extra": {"federated": facts}})
-
-    def _save(self) -> None:
-        write_atomic(self.folder / STATE, json.dumps(asdict(self.state), indent=1))
 
     def finish(self) -> None:
         """Write the adapter of the last round, its model card and the report."""
