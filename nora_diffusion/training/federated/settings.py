@@ -85,6 +85,8 @@ def _check(config: TrainConfig, aggregation: Aggregation) -> None:
         raise UserError(
             f"--aggregation exact orders the ranks anew, which {method} orders by importance: use fair or average"
         )
+    if config.strategy in ("chain", "reslora"):
+        raise UserError(f"--strategy {config.strategy} changes the ranks, which clients must keep: leave it out")
     given = {
         "rank_allocation": "uniform", "calibration": "generic", "train_text_encoder_ti": False, "start_from": None,
         "push_to_hub": False, "export": None,

@@ -233,6 +233,7 @@ def test_another_federation_is_refused(build: Build, ray: Callable[..., InOnePro
         ({"method": "melora", "inner_rank": None, "basis": None, "blocks": 2}, "use --aggregation average"),
         ({"method": "dylora", "inner_rank": None, "basis": None, "aggregation": "exact"}, "use fair or average"),
         ({"rank_allocation": "gradient"}, "--rank_allocation is not possible"),
+        ({"strategy": "reslora", "shortcut": "input"}, "--strategy reslora changes the ranks"),
         ({"calibration": "subject", "basis": "awsvd"}, "--calibration is not possible"),
     ],
 )
