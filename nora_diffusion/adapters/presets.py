@@ -356,3 +356,13 @@ def trains_magnitude(method: str) -> bool:
 def samples_rank(method: str) -> bool:
     """Whether a method draws a rank at every training step (DyLoRA)."""
     return default_axes(method).rank_mask
+
+
+def trains_pairs(axes: Axes) -> bool:
+    """Whether both factors of a product ``B A`` are trained, which optimizers of pairs step together.
+
+    Not those of a mixture, nor where ranks have scales of their own.
+    """
+    if axes.router != "none" or axes.rank_scales != "none":
+        return False
+    return axes.core in ("nested", "input") or (axes.core == "none" and {"down", "up"} <= {*axes.trained})

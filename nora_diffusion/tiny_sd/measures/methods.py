@@ -29,6 +29,8 @@ METHODS: dict[str, dict[str, Any] | None] = {  # training settings on top of the
     "reslora": {"method": "lora", "rank": 8, "strategy": "reslora"},  # block shortcut: a file of up to rank 16
     "flat_lora": {"method": "lora", "rank": 8, "strategy": "flat"},
     "halora": {"method": "lora", "rank": 8, "strategy": "halora"},
+    "lora_pro": {"method": "lora", "rank": 8, "optimizer": "lora_pro"},
+    "lora_rite": {"method": "lora", "rank": 8, "optimizer": "lora_rite"},
 }
 PEERS: dict[str, dict[str, int]] = {  # methods that are not ours, with their settings: :mod:`.peers` trains them
     "full": {},  # full fine-tuning of the layers that the others adapt

@@ -168,7 +168,7 @@ def run_of(data: RunData, embeddings: PromptEmbeddings, parameters: dict[str, nn
     """
     plan = data.plan
     config, checkpoint = plan.config, plan.checkpoint
-    optimizer = build_optimizer(config, parameters, plan.processes)
+    optimizer = build_optimizer(config, parameters, plan.processes, scales_of(plan, name))
     for module in plan.components.values():
         module.train()
     batches = Batches(data, embeddings, seed=derive(config.seed, "hooks"))
@@ -201,6 +201,15 @@ def run_of(data: RunData, embeddings: PromptEmbeddings, parameters: dict[str, nn
         first_step,
         last_step=max(config.max_train_steps, first_step),  # a checkpoint may be beyond a lowered max_train_steps
     )
+
+
+def scales_of(plan: Plan, adapter: str) -> dict[str, float]:
+    """The scale ``alpha / r`` of each projection, by ``<component>.<path>``."""
+    return {
+        f"{name}.{path}": layer.states[adapter].native_scale
+        for name, module in components(plan.pipe).items()
+        for path, layer in nora_layers(module, adapter).items()
+    }
 
 
 def calibration_of(data: RunData) -> Calibration | None:

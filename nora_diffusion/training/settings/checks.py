@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from ...adapters.presets import PRESETS, default_axes, is_routed, trains_magnitude
+from ...adapters.presets import PRESETS, default_axes, is_routed, trains_magnitude, trains_pairs
 from ...errors import UserError
 from ...io.untrusted import require_text
-from .config import TRACKERS, Bound, TrainConfig, settings, tagged
+from .config import PAIRED, TRACKERS, Bound, TrainConfig, settings, tagged
 from .defaults import with_defaults
 from .methods import owners_of, parameters_of
 from .strategies import check_strategy
@@ -210,8 +210,27 @@ def _check_optimizer(config: TrainConfig) -> None:
         )
     if name == "schedulefree" and config.lr_scheduler not in (None, "constant"):
         raise UserError("schedulefree needs no schedule: use --lr_scheduler constant")
+    _check_pairs(config)
     if config.scale_weight_norms is not None and is_routed(config.method):
         raise UserError(f"--scale_weight_norms does not support {config.method}, whose updates depend on the input")
+
+
+def _check_pairs(config: TrainConfig) -> None:
+    if config.optimizer != "lora_pro" and config.lora_pro_moments != "factors":
+        raise UserError(f"--lora_pro_moments is a setting of --optimizer lora_pro, not of {config.optimizer}")
+    if config.optimizer not in PAIRED:
+        return
+    if not trains_pairs(default_axes(config.method)):
+        able = [method for method in PRESETS if trains_pairs(default_axes(method))]
+        raise UserError(
+            f"--optimizer {config.optimizer} steps both factors of a product together, and --method {config.method} "
+            f"trains no such pair: use --method {', '.join(able)}, or --optimizer adamw"
+        )
+    if config.core not in (None, "nested"):
+        raise UserError(
+            f"--optimizer {config.optimizer} needs a trained pair, and --core {config.core} has none: leave out --core, "
+            "or use --optimizer adamw"
+        )
 
 
 def _check_system(config: TrainConfig) -> None:

@@ -24,7 +24,10 @@ TimestepSampling = Literal["uniform", "stratified", "logit_normal"]
 LossWeighting = Literal["none", "min_snr", "debiased"]
 LossType = Literal["l2", "huber"]
 PriorPreservation = Literal["images", "frozen"]
-Optimizer = Literal["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor", "sgd"]
+Optimizer = Literal["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor", "sgd", "lora_pro", "lora_rite"]
+PAIRED: tuple[Optimizer, ...] = ("lora_pro", "lora_rite")
+"""Optimizers that step both factors of a pair together."""
+LoraProMoments = Literal["factors", "full"]
 CalibrationData = Literal["generic", "subject"]
 RankAllocation = Literal["uniform", "gradient"]
 Strategy = Literal["none", "chain", "reslora", "flat", "halora"]
@@ -351,6 +354,9 @@ class TrainConfig:
         aliases=("learning_rate_ti",),
     )
     optimizer: Optimizer = key("adamw", "optimizer", "prodigy and schedulefree need the extra 'train'")
+    lora_pro_moments: LoraProMoments = key(
+        "factors", "optimizer", "what lora_pro takes Adam's moments of: the factors' changes, or the full matrix's"
+    )
     loraplus_lr_ratio: float = key(
         1.0, "optimizer", "learning rate of the up factors divided by that of the down factors (LoRA+)", "positive"
     )

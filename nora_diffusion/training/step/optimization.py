@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,8 @@ from ...adapters import NoraLayer
 from ...adapters.deltas.chain import ChainDelta
 from ...errors import UserError
 from ...formats.keys import is_token
+from ...optimizers import LoRAPro, LoRARite, Pair, pairs_of
+from ..settings.config import PAIRED
 from ..settings.resolved import ResolvedConfig
 
 
@@ -39,21 +42,56 @@ def rate_of(name: str, config: ResolvedConfig) -> float:
 
 
 def build_optimizer(
-    config: ResolvedConfig, parameters: Mapping[str, nn.Parameter], processes: int = 1
+    config: ResolvedConfig,
+    parameters: Mapping[str, nn.Parameter],
+    processes: int = 1,
+    scales: Mapping[str, float] = MappingProxyType({}),
 ) -> torch.optim.Optimizer:
     """Build ``config.optimizer`` with one parameter group per learning rate.
 
-    Raises :class:`UserError` if there are no trained parameters.
+    ``parameters``: by file key. ``scales``: the scale ``alpha / r`` of each projection, by ``<component>.<path>``, if it
+    is not 1; only optimizers of pairs need it. Raises :class:`UserError` if there are no trained parameters.
     """
     if not parameters:
         raise UserError("there is nothing to train: --target_modules matches no layer of the base")
+    if config.optimizer in PAIRED:
+        return _paired_optimizer(config, parameters, processes, scales)
+    return _optimizer(config, _rate_groups(config, parameters, processes))
+
+
+def _rate_groups(
+    config: ResolvedConfig, parameters: Mapping[str, nn.Parameter], processes: int
+) -> list[dict[str, Any]]:
     groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         rate = scaled_rate(rate_of(name, config), config, processes)
         groups.setdefault((group_of(name), rate), []).append(parameter)
     # Weight decay would pull the embeddings of new tokens to zero, away from all other tokens.
     decay = {"tokens": {"weight_decay": 0.0}}
-    return _optimizer(config, [{"params": own, "lr": rate, **decay.get(k, {})} for (k, rate), own in groups.items()])
+    return [{"params": own, "lr": rate, **decay.get(kind, {})} for (kind, rate), own in groups.items()]
+
+
+def _paired_optimizer(
+    config: ResolvedConfig, parameters: Mapping[str, nn.Parameter], processes: int, scales: Mapping[str, float]
+) -> torch.optim.Optimizer:
+    """LoRA-Pro or LoRA-RITE: pairs by component, since LoRA+'s ratio is theirs; other parameters as for AdamW."""
+    scale_of = {id(value): scales.get(name.rpartition(".nora_")[0], 1.0) for name, value in parameters.items()}
+    pairs, others = pairs_of(parameters.items())
+    names = {id(value): name for name, value in parameters.items()}
+    groups: dict[tuple[str, float], list[Pair]] = {}
+    for pair in pairs:
+        name = names[id(pair.A)]
+        rate = scaled_rate(rate_of(name, config), config, processes)
+        groups.setdefault((group_of(name), rate), []).append(pair._replace(scale=scale_of[id(pair.A)]))
+    found = [{"pairs": own, "lr": rate} for (_, rate), own in groups.items()]
+    found += _rate_groups(config, {names[id(value)]: value for value in others}, processes)
+    options: dict[str, Any] = {
+        "betas": (config.adam_beta1, config.adam_beta2), "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon, "lr_ratio": config.loraplus_lr_ratio,
+    }  # fmt: skip
+    if config.optimizer == "lora_rite":
+        return LoRARite(found, **options)
+    return LoRAPro(found, moments=config.lora_pro_moments, **options)
 
 
 def _optimizer(config: ResolvedConfig, groups: list[dict[str, Any]]) -> Any:
