@@ -14,20 +14,22 @@ Moments = Literal["factors", "full"]
 
 
 class LoRAPro(PairedOptimizer):
-    """LoRA-Pro (arXiv 2407.18242): the gradients of ``A`` and ``B`` are corrected before Adam.
+    """LoRA-Pro: ``(B, A) - lr Adam(Y, Z)``, ``s (Y A + B Z)`` nearest to the full gradient ``g = dL/dW``.
 
     A change ``(Y, Z)`` of ``(B, A)`` changes ``dW = s B A`` by ``s (Y A + B Z)`` to first order. :func:`corrected`
-    finds the ``(Y, Z)`` for which this is nearest to the full gradient ``g = dL/dW``, from the factors' gradients alone.
+    finds the nearest one from the gradients of the factors alone.
 
-    ``moments="factors"`` (default): Adam of ``Y`` and ``Z``, in the memory and nearly the time of AdamW. ``"full"``:
-    the paper's algorithm. Adam's moments of ``s (Y A + B Z) [d_out, d_in]``, which take the memory of full fine-tuning;
-    the normalized matrix stands for ``g`` in a second correction, whose result is the step.
+    ``moments="factors"`` (default): Adam of ``Y`` and ``Z``, in the memory of AdamW. ``"full"``: the paper's algorithm.
+    Adam's moments are those of ``s (Y A + B Z) [d_out, d_in]``, which take the memory of full fine-tuning; the
+    normalized matrix stands for ``g`` in a second correction, whose result is the step.
 
     ``damping``: ridge of the least squares, relative to the mean eigenvalue of ``B^T B`` and ``A A^T``. It bounds the
-    steps of ``A`` while ``B`` is small. The first step, at ``B = 0``, is ``Z = 0`` and ``Y = gB (A A^T + ridge)^-1 / s^2``:
-    ``B`` moves, ``A`` does not. Otherwise as :class:`PairedOptimizer`.
+    steps of ``A`` while ``B`` is small. The first step, at ``B = 0``, has ``Z = 0`` and
+    ``Y = gB (A A^T + ridge)^-1 / s^2``: ``B`` moves, ``A`` does not. All else as in :class:`PairedOptimizer`.
 
     Raises ``ValueError`` for factors that are no pair, and for options out of range.
+
+    Paper: https://arxiv.org/abs/2407.18242
     """
 
     def __init__(
@@ -87,17 +89,18 @@ class LoRAPro(PairedOptimizer):
 def corrected(
     down: Tensor, up: Tensor, g_down: Tensor, g_up: Tensor, scale: Tensor | float, damping: float
 ) -> tuple[Tensor, Tensor]:
-    """``(Z, Y)`` that minimize ``|s (Y A + B Z) - g|^2 + s^2 t (|Y|^2 + |Z|^2)``, from ``gA = s B^T g``, ``gB = s g A^T``.
+    """``(Z, Y)`` that minimize ``|s (Y A + B Z) - g|^2 + s^2 t (|Y|^2 + |Z|^2)``, given ``s B^T g`` and ``s g A^T``.
 
-    ``A [n, r, d_in]``, ``B [n, d_out, r]``. With ``P = B^T B``, ``Q = A A^T`` and the ridge ``t = damping tr(P + Q) / 2r``,
-    the normal equations give ``N = Z A^T = B^T Y`` from a Sylvester equation, and with it both changes::
+    ``A [n, r, d_in]``, ``B [n, d_out, r]``, ``gA = s B^T g`` and ``gB = s g A^T`` their gradients. With ``P = B^T B``,
+    ``Q = A A^T`` and the ridge ``t = damping tr(P + Q) / 2r`` the normal equations give ``N = Z A^T = B^T Y`` from a
+    Sylvester equation, and with it both changes::
 
         P N + N Q + t N = gA A^T / s^2
         Z = (P + t)^-1 (gA / s^2 - N A)
         Y = (gB / s^2 - B N) (Q + t)^-1
 
-    For ``t -> 0`` this is the closed form of theorem 2.1 with the ``X`` of theorem 2.3 (arXiv 2407.18242), which is the
-    solution of least norm; written this way it also holds where ``P`` or ``Q`` is singular.
+    For ``t -> 0`` this is the paper's closed form, with its choice of ``X``, which is the solution of least norm; in
+    this form it also holds where ``P`` or ``Q`` is singular.
     """
     (p, u), (q, v) = eigh(up.mT @ up, down @ down.mT)
     ridge = damping * (p.sum(-1) + q.sum(-1)) / (2 * p.shape[-1]) + torch.finfo(p.dtype).tiny

@@ -12,7 +12,7 @@ from .paired import Group, PairedOptimizer, Params, Stack
 
 
 class LoRARite(PairedOptimizer):
-    """LoRA-RITE (arXiv 2410.20625): an adaptive matrix step that is the same for ``(B, A)`` and ``(B M, M^-1 A)``.
+    """LoRA-RITE: ``B - lr M R^-T``, an adaptive step that is the same for ``(B, A)`` and ``(B C, C^-1 A)``.
 
     Each factor is stepped in an orthonormal basis of the other. For ``B [d_out, r]``, with ``A^T = U R``, ``U^T U = I``
     (for ``A`` the roles are swapped)::
@@ -25,11 +25,13 @@ class LoRARite(PairedOptimizer):
         M = b1 M T^T + (1 - b1) S                             first moment
         B = B - lr M R^-T
 
-    with Adam's bias correction in ``b1`` and ``b2``. ``R = diag(sqrt(q)) E^T`` comes from ``A A^T = E diag(q) E^T``: any
-    other basis gives the same step, and this one shows directions in which ``A`` has no mass. There ``B`` does not move,
-    so the first step, at ``B = 0``, changes ``B`` only. Otherwise as :class:`PairedOptimizer`.
+    with Adam's bias correction in ``b1`` and ``b2``. ``R = diag(sqrt(q)) E^T`` comes from ``A A^T = E diag(q) E^T``:
+    any other basis gives the same step, and this one shows directions in which ``A`` has no mass. There ``B`` does not
+    move, so the first step, at ``B = 0``, changes ``B`` only. All else as in :class:`PairedOptimizer`.
 
     Raises ``ValueError`` for factors that are no pair, and for options out of range.
+
+    Paper: https://arxiv.org/abs/2410.20625
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class LoRARite(PairedOptimizer):
         beta2 = unbiased(group["betas"][1], step)
         r = turns[0].shape[-1]
         moments, spectra, masses = (
-            [self._state(stack, owners, name, (stack.blocks, *shape)).flatten(0, 1) for owners in (stack.downs, stack.ups)]
+            [self._state(stack, own, name, (stack.blocks, *shape)).flatten(0, 1) for own in (stack.downs, stack.ups)]
             for name, shape in (("second_moment", (r, r)), ("spectrum", (r,)), ("escaped", ()))
         )  # fmt: skip
         carried = [turn @ moment @ turn.mT for turn, moment in zip(turns, moments, strict=True)]

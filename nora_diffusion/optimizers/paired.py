@@ -109,7 +109,7 @@ class PairedOptimizer(torch.optim.Optimizer):
                     self.state[owner][key] = value.detach().to(owner.device, copy=True)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step all pairs and parameters that have gradients; return the loss of ``closure``, if it is given."""
         loss = None
         if closure is not None:
@@ -156,9 +156,8 @@ class PairedOptimizer(torch.optim.Optimizer):
             or len(held[1]) != len(owners)
             or not all(self.state[p].get(name) is view for p, view in zip(owners, held[1], strict=True))
         ):
-            like = {"dtype": stack.dtype, "device": owners[0].device}
-            values = [self.state[p].get(name) for p in owners]
-            whole = torch.stack([torch.zeros(*shape, **like) if v is None else v.to(**like) for v in values])
+            zero = torch.zeros(*shape, dtype=stack.dtype, device=owners[0].device)
+            whole = torch.stack([self.state[p].get(name, zero).to(zero) for p in owners])
             held = self._stacked[key] = whole, whole.unbind()
             for parameter, view in zip(owners, held[1], strict=True):
                 self.state[parameter][name] = view

@@ -28,7 +28,7 @@ class Pair(NamedTuple):
         ranks, columns = self.A.shape[0], self.B.flatten(1).shape[1]
         if not columns or not ranks or ranks % columns or self.B.shape[0] % (ranks // columns):
             raise ValueError(
-                f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} are no pair: A needs as many rows as B has columns"
+                f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} are no pair: the rows of A are the columns of B"
             )
         return ranks // columns
 

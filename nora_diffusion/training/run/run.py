@@ -13,6 +13,7 @@ from torch import nn
 from ...io.run_layout import CHECKPOINTS
 from ...loaders import save_adapter
 from ...pipelines.calibration import Calibration
+from ...pipelines.components import components, nora_layers
 from ..data.dataset import transform_of
 from ..data.latents import Latents
 from ..data.prompts import PromptEmbeddings

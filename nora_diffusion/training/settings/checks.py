@@ -228,8 +228,8 @@ def _check_pairs(config: TrainConfig) -> None:
         )
     if config.core not in (None, "nested"):
         raise UserError(
-            f"--optimizer {config.optimizer} needs a trained pair, and --core {config.core} has none: leave out --core, "
-            "or use --optimizer adamw"
+            f"--optimizer {config.optimizer} needs a trained pair, and --core {config.core} has none: leave out "
+            "--core, or use --optimizer adamw"
         )
 
 

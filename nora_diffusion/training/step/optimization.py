@@ -49,8 +49,9 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build ``config.optimizer`` with one parameter group per learning rate.
 
-    ``parameters``: by file key. ``scales``: the scale ``alpha / r`` of each projection, by ``<component>.<path>``, if it
-    is not 1; only optimizers of pairs need it. Raises :class:`UserError` if there are no trained parameters.
+    ``parameters``: by file key. ``scales``: the scale ``alpha / r`` of each projection, by ``<component>.<path>``
+    (default: 1); only optimizers of pairs need it. Raises :class:`UserError` if there are no trained parameters, or no
+    pairs for an optimizer of pairs.
     """
     if not parameters:
         raise UserError("there is nothing to train: --target_modules matches no layer of the base")
@@ -77,6 +78,11 @@ def _paired_optimizer(
     """LoRA-Pro or LoRA-RITE: pairs by component, since LoRA+'s ratio is theirs; other parameters as for AdamW."""
     scale_of = {id(value): scales.get(name.rpartition(".nora_")[0], 1.0) for name, value in parameters.items()}
     pairs, others = pairs_of(parameters.items())
+    if not pairs:
+        raise UserError(
+            f"--optimizer {config.optimizer} steps both factors of a product together, and no layer has such a pair: "
+            "use --optimizer adamw"
+        )
     names = {id(value): name for name, value in parameters.items()}
     groups: dict[tuple[str, float], list[Pair]] = {}
     for pair in pairs:

@@ -17,6 +17,7 @@ from nora_diffusion import load_adapter, open_pipeline
 from nora_diffusion.adapters import NoraLayer
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import TrainConfig, main, train
+from nora_diffusion.training.run import run
 from nora_diffusion.training.run.steps import Stepper
 from nora_diffusion.training.run.updates import Updates
 from nora_diffusion.training.settings.checks import check_config
@@ -29,6 +30,10 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "schedulefree": {"optimizer": "schedulefree", "lr_warmup_steps": 2, "validation_prompt": "a dog"},
     "adafactor": {"optimizer": "adafactor"},
     "sgd": {"optimizer": "sgd", "lr_scheduler": "cosine"},
+    "lora_pro": {"optimizer": "lora_pro", "method": "lora", "inner_rank": None, "basis": None},
+    "lora_pro, full": {"optimizer": "lora_pro", "lora_pro_moments": "full"},
+    "lora_rite": {"optimizer": "lora_rite", "gradient_accumulation_steps": 2, "ema_decay": 0.9},
+    "lora_rite, magnitude": {"optimizer": "lora_rite", "magnitude": True, "train_text_encoder": True},
     "average": {"ema_decay": 0.99, "validation_prompt": "a dog", "validation_steps": 1},
     "LoRA+ and norm limit": {"loraplus_lr_ratio": 4.0, "scale_weight_norms": 0.05},
     "fractions": {"train_text_encoder": True, "text_encoder_frac": 0.5, "denoiser_frac": 0.75},
@@ -43,7 +48,7 @@ def test_it_resumes_bit_for_bit_at_every_step(variation: dict[str, Any], configu
     whole = train(configure(**settings)).adapter_path
     expected, log = load_file(whole), (whole.parent / "log.jsonl").read_text().splitlines()
     last = load_file(whole.parent / "checkpoints/step-4/optimizer.safetensors")
-    assert any(value.any() for key, value in expected.items() if key.endswith("B_in"))
+    assert any(value.any() for key, value in expected.items() if key.endswith(("B_in", "nora_B")))
     for step in (1, 2, 3):
         train(configure(**settings, resume_from_checkpoint=str(whole.parent / f"checkpoints/step-{step}")))
         assert all(torch.equal(value, expected[key]) for key, value in load_file(whole).items())
@@ -95,6 +100,46 @@ def test_lora_plus_is_a_rate_for_the_up_factors() -> None:
     rates = {id(value): group["lr"] for group in optimizer.param_groups for value in group["params"]}
     got = [rates[id(parameters[name])] for name in names]
     assert got == pytest.approx([1e-3, 1.6e-2, 1.6e-2, 1e-4, 1.6e-3])
+
+
+@pytest.mark.parametrize("optimizer", ["lora_pro", "lora_rite"])
+@pytest.mark.parametrize("method", ["lora", "dora", "nora", "nora_input", "lora_mini", "melora", "dylora"])
+def test_pairs_of_every_method_are_stepped_together(optimizer: str, method: str, configure: Configure) -> None:
+    """Each pair with the scale of its layer; nothing but magnitudes is left to AdamW."""
+    own = {"blocks": 2} if method == "melora" else {}
+    frozen = ("nora", "nora_input", "lora_mini")
+    config = configure(method=method, optimizer=optimizer, rank=4, alpha=2.0, basis=None, **own)
+    config.inner_rank = 2 if method in frozen else None
+    seen: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = run.build_optimizer
+        patch.setattr(run, "build_optimizer", lambda *args: seen.append((args[1], original(*args))) or seen[-1][1])
+        path = train(config).adapter_path
+    ((parameters, built),) = seen
+    paired = [group for group in built.param_groups if group["scales"] is not None]
+    others = {id(value) for group in built.param_groups if group["scales"] is None for value in group["params"]}
+    assert {scale for group in paired for scale in group["scales"]} == {0.5}
+    assert {name for name, value in parameters.items() if id(value) in others} == {
+        name for name in parameters if name.endswith(".nora_m")
+    }
+    assert all(value.isfinite().all() for value in load_file(path).values())
+
+
+def test_pairs_have_the_rates_of_their_component_and_lora_plus() -> None:
+    shapes = {
+        "unet.a.nora_A": (2, 5), "unet.a.nora_B": (7, 2), "text_encoder.b.nora_A": (2, 5),
+        "text_encoder.b.nora_B": (7, 2), "tokens.0.text_encoder": (3, 5),
+    }  # fmt: skip
+    parameters = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    config = resolve(TrainConfig(method="lora", learning_rate=1e-3, text_encoder_lr=1e-4, loraplus_lr_ratio=16.0))
+    config.optimizer, config.token_lr = "lora_rite", 1e-2
+    groups = build_optimizer(config, parameters, scales={"unet.a": 0.25}).param_groups
+    assert [(group["lr"], group["lr_ratio"], group["scales"]) for group in groups] == [
+        (1e-3, 16.0, [0.25]), (1e-4, 16.0, [1.0]), (1e-2, 16.0, None),
+    ]  # fmt: skip
+    assert groups[2]["weight_decay"] == 0.0
+    with pytest.raises(UserError, match="no layer has such a pair"):
+        build_optimizer(config, {"unet.a.nora_R": nn.Parameter(torch.zeros(2, 2))})
 
 
 @pytest.mark.parametrize("method", ["nora", "lora", "lora_xs", "melora"])
@@ -179,6 +224,10 @@ def test_a_run_with_gradient_scaler_continues_without_gradients(
         ),
         ({"optimizer": "schedulefree", "lr_scheduler": "cosine"}, "needs no schedule|needs the package"),
         ({"use_8bit_adam": True, "optimizer": "sgd"}, "exclude each other"),
+        ({"optimizer": "lora_pro", "method": "mor"}, "--method mor trains no such pair: use --method nora"),
+        ({"optimizer": "lora_rite", "method": "lora_xs"}, "--method lora_xs trains no such pair"),
+        ({"optimizer": "lora_rite", "core": "diagonal"}, "--core diagonal has none"),
+        ({"optimizer": "lora_rite", "lora_pro_moments": "full"}, "is a setting of --optimizer lora_pro"),
         ({"ema_decay": 1.0}, "must be at least 0 and below 1"),
         ({"denoiser_frac": 1.5}, "is a fraction of the run"),
         ({"method": "mor", "scale_weight_norms": 1.0}, "does not support mor"),
