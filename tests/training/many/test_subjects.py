@@ -41,6 +41,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "text encoder": {"train_text_encoder": True, "text_encoder_lr": 5e-3, "dropout": 0.1},
     "new tokens": {"train_text_encoder_ti": True, "token_lr": 5e-3},
     "checkpointing": {"gradient_checkpointing": True},
+    "pairs, LoRA-Pro": {"optimizer": "lora_pro"},
+    "pairs, LoRA-RITE": {"optimizer": "lora_rite"},
     "measured ranks": {"rank_allocation": "gradient"},
     "prior": {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2},
     "chain": {"strategy": "chain", "chain_links": 2},
