@@ -46,7 +46,10 @@ class MethodList:
         return table([self.flag, "what it does"], rows)
 
 
-LISTS = (MethodList("Strategies", "--strategy", "training/strategies/table.py", "STRATEGIES"),)
+LISTS = (
+    MethodList("Strategies", "--strategy", "training/strategies/table.py", "STRATEGIES"),
+    MethodList("Optimizers of pairs", "--optimizer", "training/step/optimization.py", "PAIRED_OPTIMIZERS"),
+)
 
 
 def all_lists() -> str:

@@ -14,10 +14,10 @@ Moments = Literal["factors", "full"]
 
 
 class LoRAPro(PairedOptimizer):
-    """LoRA-Pro: ``(B, A) - lr Adam(Y, Z)``, ``s (Y A + B Z)`` nearest to the full gradient ``g = dL/dW``.
+    """LoRA-Pro: ``(B, A) - lr Adam(argmin_{Y,Z} norm(s (Y A + B Z) - dL/dW))``.
 
     A change ``(Y, Z)`` of ``(B, A)`` changes ``dW = s B A`` by ``s (Y A + B Z)`` to first order. :func:`corrected`
-    finds the nearest one from the gradients of the factors alone.
+    finds the one that is nearest to the full gradient ``g = dL/dW``, from the gradients of the factors alone.
 
     ``moments="factors"`` (default): Adam of ``Y`` and ``Z``, in the memory of AdamW. ``"full"``: the paper's algorithm.
     Adam's moments are those of ``s (Y A + B Z) [d_out, d_in]``, which take the memory of full fine-tuning; the

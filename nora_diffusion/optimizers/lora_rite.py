@@ -12,7 +12,7 @@ from .paired import Group, PairedOptimizer, Params, Stack
 
 
 class LoRARite(PairedOptimizer):
-    """LoRA-RITE: ``B - lr M R^-T``, an adaptive step that is the same for ``(B, A)`` and ``(B C, C^-1 A)``.
+    """LoRA-RITE: ``B - lr mean(gB R^-1 V^(-1/2)) R^-T, A^T = U R``, the same ``dW`` for ``(B C, C^-1 A)``.
 
     Each factor is stepped in an orthonormal basis of the other. For ``B [d_out, r]``, with ``A^T = U R``, ``U^T U = I``
     (for ``A`` the roles are swapped)::

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any, Literal
@@ -14,9 +14,17 @@ from ...adapters import NoraLayer
 from ...adapters.deltas.chain import ChainDelta
 from ...errors import UserError
 from ...formats.keys import is_token
-from ...optimizers import LoRAPro, LoRARite, Pair, pairs_of
-from ..settings.config import PAIRED
+from ...optimizers.lora_pro import LoRAPro
+from ...optimizers.lora_rite import LoRARite
+from ...optimizers.pairs import Pair, pairs_of
+from ..settings.config import PAIRED, Optimizer
 from ..settings.resolved import ResolvedConfig
+
+PAIRED_OPTIMIZERS: dict[Optimizer, Callable[..., torch.optim.Optimizer]] = {
+    "lora_pro": LoRAPro,
+    "lora_rite": LoRARite,
+}
+"""Optimizers that step both factors of a pair together, see :mod:`nora_diffusion.optimizers`."""
 
 
 def scaled_rate(rate: float, config: ResolvedConfig, processes: int) -> float:
@@ -95,9 +103,9 @@ def _paired_optimizer(
         "betas": (config.adam_beta1, config.adam_beta2), "weight_decay": config.adam_weight_decay,
         "eps": config.adam_epsilon, "lr_ratio": config.loraplus_lr_ratio,
     }  # fmt: skip
-    if config.optimizer == "lora_rite":
-        return LoRARite(found, **options)
-    return LoRAPro(found, moments=config.lora_pro_moments, **options)
+    if config.optimizer == "lora_pro":
+        options["moments"] = config.lora_pro_moments
+    return PAIRED_OPTIMIZERS[config.optimizer](found, **options)
 
 
 def _optimizer(config: ResolvedConfig, groups: list[dict[str, Any]]) -> Any:
