@@ -169,9 +169,10 @@ def test_an_example_subject_takes_one_click(page: Any) -> None:
     [
         ("train_photos", [[{**FORGED}]], ""),
         ("train_photos", [[{**FORGED, "url": "file:///etc/passwd"}]], ""),
-        ("train_start", ["../x", None, "Fast", "sks", "dog", "nora", 5, 0, False, False, ""], "no photos"),
-        ("train_start", ["x", None, "Fast", "sks", "dog", "nora", 5, 0, False, False, "output_dir: /tmp"], "app sets"),
-        ("train_start", ["x", None, "Fast", "sks", "dog", "pickle", 5, 0, False, False, ""], ""),
+        ("train_start", ["../x", None, "Fast", "sks", "dog", "nora", "none", 5, 0, False, False, ""], "no photos"),
+        ("train_start", ["x", None, "Fast", "sks", "dog", "nora", "none", 5, 0, False, False, "judge: x"], "app sets"),
+        ("train_start", ["x", None, "Fast", "sks", "dog", "pickle", "none", 5, 0, False, False, ""], ""),
+        ("train_start", ["x", None, "Fast", "sks", "dog", "nora", "pickle", 5, 0, False, False, ""], ""),
         ("train_stop", ["../../library"], ""),
         ("train_remove", ["/etc"], ""),
         ("train_resume", ["nothing"], ""),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import gradio as gr
 
@@ -16,7 +16,7 @@ from ...data.captions import word_pattern
 from ...demo import EXAMPLES, Example, open_example
 from ...errors import UserError
 from ...io.files import write_atomic
-from ...training.settings.config import TrainConfig
+from ...training.settings.config import Strategy, TrainConfig
 from ..jobs.images import MAX_IMAGES, CheckedImage, check_images, with_captions
 from ..jobs.training_form import LIMITS, MAX_YAML, PRESETS, build_settings, preflight
 from ..layout.page import ALWAYS_LAST, UNQUEUED, Page, handler
@@ -29,6 +29,7 @@ from .train_runs import build_runs, choices, watch
 TITLE = "Train"
 MAX_TRAIN_STEPS, MAX_RATE = int(LIMITS["max_train_steps"]), 1000
 METHODS, METHOD = tuple(ADAPTER_PRESETS), TrainConfig().method
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
 FILE_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", *SUFFIXES]
 
 
@@ -98,6 +99,8 @@ def _settings() -> dict[str, Any]:
     with gr.Accordion("Advanced settings", open=False):
         with gr.Row():
             method = gr.Dropdown(list(METHODS), value=METHOD, label="Method", info="Adapter type", min_width=120)
+            strategy = gr.Dropdown(list(STRATEGIES), value="none", label="Strategy", info="Around the steps",
+                                   min_width=120)  # fmt: skip
             steps = gr.Number(0, label="Steps", info="0 = from the preset", precision=0, minimum=0,
                               maximum=MAX_TRAIN_STEPS, min_width=120)  # fmt: skip
             rate = gr.Number(0, label="Learning rate", info="0 = from the preset", minimum=0, maximum=MAX_RATE,
@@ -110,8 +113,8 @@ def _settings() -> dict[str, Any]:
             placeholder="rank: 32\nseed: 1",
         )  # fmt: skip
     return {
-        "preset": preset, "method": method, "steps": steps, "rate": rate, "encoder": encoder, "prior": prior,
-        "extra": extra,
+        "preset": preset, "method": method, "strategy": strategy, "steps": steps, "rate": rate, "encoder": encoder,
+        "prior": prior, "extra": extra,
     }  # fmt: skip
 
 
@@ -120,6 +123,7 @@ def _persist(page: Page, form: SimpleNamespace) -> None:
     rules: dict[str, list[Any]] = {
         "word": ["", 0, 40], "trigger": ["", 0, 40], "name": ["my-subject", 0, 64],
         "preset": ["Balanced", 0, 40, list(PRESETS)], "method": [METHOD, 0, 40, list(METHODS)],
+        "strategy": ["none", 0, 40, list(STRATEGIES)],
         "steps": [0, 0, MAX_TRAIN_STEPS], "rate": [0, 0, MAX_RATE], "encoder": [False, 0, 1], "prior": [False, 0, 1],
         "extra": ["", 0, MAX_YAML],
     }  # fmt: skip
@@ -136,8 +140,8 @@ def _wire(app: App, form: SimpleNamespace, chosen: gr.Dropdown) -> Any:
     shown = {"api_visibility": "private", "show_progress_on": form.report}
     photos = [form.photos, form.prepared, form.report, form.errors]
     values = [
-        form.photos, form.preset, form.trigger, form.word, form.method, form.steps, form.rate, form.encoder, form.prior,
-        form.extra,
+        form.photos, form.preset, form.trigger, form.word, form.method, form.strategy, form.steps, form.rate,
+        form.encoder, form.prior, form.extra,
     ]  # fmt: skip
     gr.on(  # not `change`: choosing an example clears the field
         [form.dropped.upload, form.dropped.clear, form.dropped.delete],
@@ -259,15 +263,18 @@ def run_checks(app: App, photos: Sequence[str], settings: Mapping[str, Any]) -> 
 
 
 def form_settings(
-    app: App, photos: Sequence[str], preset: str, trigger: str, word: str, method: str, steps: float | None,
-    rate: float | None, encoder: bool, prior: bool, extra: str,
+    app: App, photos: Sequence[str], preset: str, trigger: str, word: str, method: str, strategy: str,
+    steps: float | None, rate: float | None, encoder: bool, prior: bool, extra: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Trainer settings from the values of the form."""
     if method not in METHODS:
         raise UserError(f"there is no method {str(method)[:40]!r}: choose one of {', '.join(METHODS)}")
+    if strategy not in STRATEGIES:
+        raise UserError(f"there is no strategy {str(strategy)[:40]!r}: choose one of {', '.join(STRATEGIES)}")
     has_captions = any(Path(photo).with_suffix(".txt").is_file() for photo in photos or ())
     changes = {
-        "method": method, "max_train_steps": steps or None, "learning_rate": rate or None,
+        "method": method, "strategy": None if strategy == "none" else strategy, "max_train_steps": steps or None,
+        "learning_rate": rate or None,
         "train_text_encoder": encoder or None, "with_prior_preservation": prior or None,
         "use_captions": has_captions or None,
     }  # fmt: skip
