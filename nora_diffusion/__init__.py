@@ -37,6 +37,7 @@ _HOMES = {
     "formats.pack_writing": ("add_to_pack", "create_pack", "extract_from_pack", "remove_from_pack"),
     "formats.packs": ("list_pack",),
     "training": ("TrainConfig", "train"),
+    "training.gates.learn": ("GateConfig", "learn_gates"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -84,15 +85,16 @@ if TYPE_CHECKING:
     from .pipelines.base import load_base, open_pipeline
     from .pipelines.calibration import Calibration
     from .training import TrainConfig, train
+    from .training.gates.learn import GateConfig, learn_gates
 
 __all__ = [
-    "AdapterConfig", "AdapterInfo", "Calibration", "TrainConfig", "UserError", "add_adapter", "add_to_pack",
-    "create_pack", "delete_adapter", "dora", "dylora", "exclusive", "export_lora", "extract_from_pack",
-    "import_lora", "in_blocks", "inspect_adapter", "list_adapters", "list_pack", "load_adapter", "load_base",
-    "lora", "lora_mini", "lora_xs", "malora", "melora", "milora", "mix", "mix_files", "mixed_batch", "moe_lora", "mor",
-    "mora", "nora", "nora_input", "open_pipeline", "overlap", "overlap_files", "prepare_for_compile",
-    "remove_from_pack", "router_summary", "save_adapter", "set_adapters", "set_rank", "subjects_apart",
-    "train",
+    "AdapterConfig", "AdapterInfo", "Calibration", "GateConfig", "TrainConfig", "UserError", "add_adapter",
+    "add_to_pack", "create_pack", "delete_adapter", "dora", "dylora", "exclusive", "export_lora",
+    "extract_from_pack", "import_lora", "in_blocks", "inspect_adapter", "learn_gates", "list_adapters", "list_pack",
+    "load_adapter", "load_base", "lora", "lora_mini", "lora_xs", "malora", "melora", "milora", "mix", "mix_files",
+    "mixed_batch", "moe_lora", "mor", "mora", "nora", "nora_input", "open_pipeline", "overlap", "overlap_files",
+    "prepare_for_compile", "remove_from_pack", "router_summary", "save_adapter", "set_adapters", "set_rank",
+    "subjects_apart", "train",
 ]  # fmt: skip
 
 

@@ -23,8 +23,10 @@ CoreKind = Literal["none", "diagonal", "dense", "nested", "input"]
 """What lies between the outer factors (:mod:`.deltas.cores`)."""
 Factor = Literal["down", "core", "up"]
 RouterInput = Literal["token", "prompt", "timestep", "prompt+timestep"]
-Router = Literal["none", RouterInput]
-ExpertKind = Literal["shared", "independent", "projected", "modules"]
+OutputRouter = Literal["outputs", "pooled_outputs"]
+"""What the gates of frozen experts read (:mod:`.deltas.gated`)."""
+Router = Literal["none", RouterInput, OutputRouter]
+ExpertKind = Literal["shared", "independent", "projected", "modules", "frozen"]
 """What the experts of a router share (:mod:`.deltas.routed`)."""
 RankScales = Literal["none", "linear", "softmax"]
 """The trained scale of each rank at the narrowest point of a chain (:func:`.deltas.chain.rank_weights`)."""
@@ -119,7 +121,7 @@ class Axes:
         self.target_modules = expand_targets(self.target_modules)
         if not self.has_inner_rank:
             self.inner_r = 1
-        if not self.trained:
+        if not self.trained and self.experts != "frozen":
             self.trained = list(TRAINED[self.core])
         self._check()
 
@@ -156,7 +158,7 @@ class Axes:
             raise UserError(f"router={self.router!r} does not go with blocks, rank_mask or magnitude: leave them out")
         if self.router == "none" and self.num_experts > 1:
             raise UserError(f"num_experts={self.num_experts} needs a router: choose what the gate looks at")
-        if self.router != "none" and set(self.trained) != {"down", "up"}:
+        if self.router != "none" and set(self.trained) != {"down", "up"} and self.experts != "frozen":
             raise UserError(f"trained={self.trained} with router={self.router!r}: a mixture trains both down and up")
         if self.experts != "shared" and (self.router == "none" or self.basis != "kaiming"):
             raise UserError(f"experts={self.experts!r} needs a router and basis='kaiming': experts start at random")
@@ -177,6 +179,13 @@ class Axes:
         check_patterns("inner_rank_pattern", self.inner_rank_pattern)
 
     def _check_modules(self) -> None:
+        if (self.experts == "frozen") != (self.router in get_args(OutputRouter)) or (
+            self.experts == "frozen" and self.trained
+        ):
+            raise UserError(
+                f"experts={self.experts!r} with router={self.router!r} and trained={self.trained}: frozen experts have "
+                f"a gate that reads their outputs, {' or '.join(get_args(OutputRouter))}, and nothing else is trained"
+            )
         if self.experts == "modules" and (self.router in ("none", "token") or self.num_experts > 1):
             raise UserError(
                 f"experts='modules' with router={self.router!r} and num_experts={self.num_experts}: the modules of a "
@@ -185,7 +194,7 @@ class Axes:
             )
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k} is no number of experts: give {_KINDS['top_k']}")
-        if self.top_k and self.router in ("none", "token"):
+        if self.top_k and self.router in ("none", "token", *get_args(OutputRouter)):
             raise UserError(
                 f"top_k={self.top_k} with router={self.router!r}: only the gates of a prompt or timestep can leave "
                 "experts out"
@@ -210,6 +219,8 @@ class Axes:
         for factor in self.trained:
             if factor not in get_args(Factor):
                 raise UserError(f"trained={quoted(factor)} is unknown: choose among {', '.join(get_args(Factor))}")
+        if self.experts == "frozen":
+            return
         # The factor that starts at zero must be trained, or nothing is.
         needed = "core" if self.starts_at_core else "up"
         if needed not in self.trained or (self.core == "none" and "core" in self.trained):

@@ -75,7 +75,8 @@ def factor_shapes(axes: Axes, size: Shape, kernel: Shape | None, key: str, condi
     """The shape of each factor of a projection that a file holds; the other parameters as in :func:`router_width`."""
     r = outer_rank(axes, size, key)
     if axes.router != "none":
-        width = router_width(axes, size, kernel, key, condition)
+        frozen = axes.experts == "frozen"
+        width = axes.num_experts * r if frozen else router_width(axes, size, kernel, key, condition)
         return {**_expert_shapes(axes, size, r, key), "W_g": (axes.num_experts, width)}
     down, up = outer_shapes(axes, size, r, key)
     names = ("A" if "down" in axes.trained else FROZEN[0], "B" if "up" in axes.trained else FROZEN[1])
@@ -101,6 +102,7 @@ def _expert_shapes(axes: Axes, size: Shape, r: int, key: str) -> dict[str, Shape
     shapes: dict[str, dict[str, Shape]] = {
         "shared": {"A": (r, d_in), "B": (d_out, r), "a": (n, r), "b": (n, d_out)},
         "independent": {"A": (n * r, d_in), "B": (d_out, n * r)},
+        "frozen": {"A_out": (n * r, d_in), "B_out": (d_out, n * r)},
         "modules": {"A": (r, d_in), "B": (d_out, r)},
         "projected": {"A": (r, d_in), "P": (n, inner, r), "B": (d_out, n * inner)},
     }

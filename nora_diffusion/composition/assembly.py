@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..adapters import AdapterConfig, lora
-from ..adapters.axes import CoreKind
+from ..adapters.axes import CoreKind, OutputRouter
 from ..adapters.patterns import pattern_of
+from ..errors import UserError
 from ..formats.keys import Projection, file_key
 from ..io.tensors import Tensors
 from .sources import Source
@@ -47,7 +48,48 @@ def assemble(
     return configs, tensors
 
 
-def _targets(updates: Mapping[str, Update], parents: Sequence[AdapterConfig | None]) -> tuple[Targets, Targets]:
+def assemble_gated(
+    sources: Sequence[Source], weights: Sequence[float], router: OutputRouter
+) -> tuple[dict[str, AdapterConfig], Tensors]:
+    """The mixture of all sources as frozen experts, whose gate gives all the same share (MoLE).
+
+    ``w_i dW_i = Q_i P_i`` by SVD, so that the columns of ``Q_i`` are orthonormal; ranks below the largest of a
+    layer are padded with zeros. Raises :class:`UserError` unless all sources adapt one component, the same.
+    """
+    adapted = sorted({component for source in sources for component, _ in source.updates})
+    if len(adapted) > 1:
+        raise UserError(
+            f"the adapters change {' and '.join(adapted)}, and gates are learned for one model: train them without the "
+            "text encoder, or keep them apart with set_adapters"
+        )
+    (component,), tensors, ranks = adapted, Tensors(), dict[str, int]()
+    for path in dict.fromkeys(path for source in sources for _, path in source.updates):
+        found = [source.updates.get((component, path)) for source in sources]
+        d_out, d_in = next(update.shape for update in found if update is not None)
+        experts = [_expert(u, w, d_out, d_in) for u, w in zip(found, weights, strict=True)]
+        ranks[path] = r = max(down.shape[0] for down, _ in experts)
+        padded = [_pad_rank(down, up, r) for down, up in experts]
+        tensors[file_key(component, path, "A_out")] = torch.cat([down for down, _ in padded]).float().contiguous()
+        tensors[file_key(component, path, "B_out")] = torch.cat([up for _, up in padded], 1).float().contiguous()
+        tensors[file_key(component, path, "W_g")] = torch.zeros(len(sources), len(sources) * r)
+    largest, pattern = _ranks(ranks)
+    config = AdapterConfig(
+        method="mole", r=largest, rank_pattern=pattern, inner_r=1, core="none", basis="kaiming", basis_dtype="float32",
+        experts="frozen", router=router, num_experts=len(sources),
+    )  # fmt: skip
+    config.target_modules, config.exclude_modules = _targets(ranks, [s.configs.get(component) for s in sources])
+    return {component: config}, tensors
+
+
+def _expert(update: Update | None, weight: float, d_out: int, d_in: int) -> tuple[Tensor, Tensor]:
+    """``P [k, d_in]`` and orthonormal ``Q [d_out, k]``; of rank 1 and zero where a source does not adapt the layer."""
+    if update is None:
+        return torch.zeros(1, d_in, dtype=torch.float64), torch.zeros(d_out, 1, dtype=torch.float64)
+    u, s, v = update.svd()
+    return weight * s.unsqueeze(1) * v.T, u
+
+
+def _targets(updates: Mapping[str, object], parents: Sequence[AdapterConfig | None]) -> tuple[Targets, Targets]:
     """``(target_modules, exclude_modules)``: the parents' if all agree, else every path."""
     patterns = [(p.target_modules, p.exclude_modules) for p in parents if p is not None]
     if len(patterns) == len(parents) and all(pair == patterns[0] for pair in patterns):

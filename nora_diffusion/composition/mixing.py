@@ -11,6 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, get_args
 
+from ..adapters.axes import OutputRouter
 from ..errors import UserError
 from ..formats.adapter_file import inspect_adapter, require_vacant
 from ..formats.adapter_info import AdapterInfo
@@ -27,9 +28,12 @@ from ..pipelines.base import base_id
 from ..pipelines.components import components, refuse_merged, refuse_offloaded, refuse_serving
 from ..versions import versions
 from .angles import WARN_ABOVE, source_overlap
-from .assembly import assemble
+from .assembly import assemble, assemble_gated
 from .modes import MODES, Mixed, Mode, Options
 from .sources import Source, check_same_base, file_source, loaded_source
+
+GATED = "gated"
+"""The mode of a mix whose weights are gates."""
 
 
 @dataclass
@@ -115,6 +119,41 @@ def mix_files(
         _refuse_tokens(source.info.path if source.info else source.name, source.info.tokens if source.info else {})
     folder = _new_folder(output)
     report, tensors = _combine(folder.name, sources, [weight for _, weight in adapters], mode, options)
+    return _written(folder, sources, report, tensors)
+
+
+def mix_gated(
+    adapters: Sequence[tuple[str | Path, float]],
+    output: str | Path,
+    router: OutputRouter,
+    *,
+    basis_dir: str | Path | None = None,
+) -> MixReport:
+    """Write adapter files as one mixture of frozen experts to ``output``, at equal shares of ``1/N``: gates to train.
+
+    Raises :class:`UserError` as :func:`mix_files`.
+    """
+    sources = _with_unique_names([file_source(path, basis_dir) for path, _ in adapters])
+    weights = [weight for _, weight in adapters]
+    if len(sources) < 2:
+        raise UserError("a gate chooses among several adapters: give at least two")
+    for source, weight in zip(sources, weights, strict=True):
+        check_range(weight, f"the mix for {source.name!r}")
+        _refuse_tokens(source.name, source.info.tokens if source.info else {})
+    check_same_base(sources)
+    folder = _new_folder(output)
+    overlaps = {(one.name, two.name): source_overlap(one, two).score for one, two in combinations(sources, 2)}
+    configs, tensors = assemble_gated(sources, weights, router)
+    info = _describe(sources, weights, GATED, router=router)
+    info.components = {component: config.to_dict() for component, config in configs.items()}
+    config = next(iter(configs.values()))
+    rank, layers = config.num_experts * config.r, len(factors_by_projection(tensors))
+    report = MixReport(folder.name, GATED, rank, layers, 1.0, 0.0, overlaps, [], info)
+    return _written(folder, sources, report, tensors)
+
+
+def _written(folder: Path, sources: Sequence[Source], report: MixReport, tensors: Any) -> MixReport:
+    """Write the mix with the description of the base that its sources give."""
     infos = [source.info for source in sources if source.info is not None]
     info = report.info
     info.base, info.versions = infos[0].base, versions()
@@ -126,7 +165,7 @@ def mix_files(
         info.shapes = {path: shape for parent in infos for path, shape in parent.shapes.items()}
     file = write_adapter(folder, tensors, info, new=True)
     report.info = inspect_adapter(file)
-    write_card(folder, report.info, _card(info))
+    write_card(folder, report.info, mix_card(info))
     return report
 
 
@@ -185,7 +224,7 @@ def _combine(
         for name, tensor in factors.items()
         if name in ("A", "A_in", "R")
     )
-    info = _describe(sources, weights, mode, options)
+    info = _describe(sources, weights, mode, **asdict(options))
     info.components = {component: config.to_dict() for component, config in configs.items()}
     messages = _overlap_warnings(overlaps)
     return MixReport(name, mode, rank, len(mixed), 1 - share, share**0.5, overlaps, messages, info), tensors
@@ -208,7 +247,7 @@ def _overlap_warnings(overlaps: Mapping[tuple[str, str], float]) -> list[str]:
     return messages
 
 
-def _describe(sources: Sequence[Source], weights: Sequence[float], mode: str, options: Options) -> AdapterInfo:
+def _describe(sources: Sequence[Source], weights: Sequence[float], mode: str, **settings: Any) -> AdapterInfo:
     """Metadata of a mix: triggers, class words and licenses of its sources, and the recipe in ``extra["mix"]``."""
     infos = [source.info for source in sources if source.info is not None]
 
@@ -226,7 +265,7 @@ def _describe(sources: Sequence[Source], weights: Sequence[float], mode: str, op
         instance_prompt=joined("instance_prompt", " and "),
         prompts=list(dict.fromkeys(prompt for info in infos for prompt in info.prompts)),
         license=joined("license", " AND "),
-        extra={"mix": {"mode": mode, **asdict(options), "parts": parts}},
+        extra={"mix": {"mode": mode, **settings, "parts": parts}},
     )
 
 
@@ -234,7 +273,8 @@ def _method(source: Source) -> str:
     return next((config.method for config in source.configs.values()), "plain LoRA")
 
 
-def _card(info: AdapterInfo) -> str:
+def mix_card(info: AdapterInfo) -> str:
+    """The adapters of a mix, as Markdown."""
     recipe = info.extra["mix"]
     rows = [f"| {p['name']} | {p['weight']:g} | {p['method']} | `{p['sha256']}` |" for p in recipe["parts"]]
     return "\n".join([f"## Mixed by `{recipe['mode']}`", "", "| adapter | weight | method | SHA-256 |",

@@ -71,6 +71,8 @@ WITH_BASE = {
     "grid": f"grid --x seed=1 --prompt a+dog --adapter dog --out out {SAMPLING}",
     "evaluate": "evaluate --adapters dog --subjects photos --prompts prompts.txt --seeds 1 --judge tiny --out out "
     + SAMPLING,
+    "mix gated": "mix dog hat --mode gated --base {base} --images photos --steps 2 --mixed_precision no "
+    "--output out/mix",
     "train": TRAINING,
     "serve": "serve --base {base} --subjects dog pets.nora_pack.safetensors --uploads out/uploads --port 0",
     "sweep": "sweep sweep.yaml --out out/sweep --at_once 2",
@@ -78,7 +80,7 @@ WITH_BASE = {
     "demo": "demo --out out/demo --max_train_steps 2",
 }
 ALL = CHEAP | WITH_BASE
-LONG = ("sweep", "basis learn", "demo")
+LONG = ("sweep", "basis learn", "demo", "mix gated")
 """Those that do what others do, several times over."""
 
 

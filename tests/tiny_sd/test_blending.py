@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +13,26 @@ import torch
 from diffusers import DDIMScheduler
 from factories import randomize
 
-from nora_diffusion import UserError, add_adapter, nora, open_pipeline
+from nora_diffusion import (
+    UserError,
+    add_adapter,
+    delete_adapter,
+    list_adapters,
+    load_adapter,
+    nora,
+    open_pipeline,
+    save_adapter,
+)
 from nora_diffusion.pipelines.components import nora_layers
-from nora_diffusion.tiny_sd.blending.gates import GatePlan, gated
+from nora_diffusion.tiny_sd.blending import gates
 from nora_diffusion.tiny_sd.blending.guidance import guided
 from nora_diffusion.tiny_sd.blending.modes import disjoint
 from nora_diffusion.tiny_sd.blending.pairs import KINDS, TRIGGERS, halves, parse_pair, prompts, true_scenes
 from nora_diffusion.tiny_sd.blending.studio import Studio
 from nora_diffusion.tiny_sd.blending.tables import difference, report
+from nora_diffusion.tiny_sd.examples import TRAINING_KINDS
 from nora_diffusion.tiny_sd.world.vocabulary import SUBJECTS
+from nora_diffusion.training.gates.learn import learn_gates
 
 WORDS = {"dog": "sks dog", "cat": "toy cat"}
 PAIR = ("tiger", "tractor")
@@ -63,25 +75,23 @@ def draw(pipe: Any) -> torch.Tensor:
     return found
 
 
-def test_gates_start_at_the_plain_sum_and_learn(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nora_diffusion.tiny_sd.blending.gates.STEPS", 0)
+def test_gates_are_learned_once_and_the_adapters_stay(
+    pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in WORDS:
+        save_adapter(pair, tmp_path / "adapters" / name, name)
+        delete_adapter(pair, name)
+        load_adapter(pair, tmp_path / "adapters" / name, name)
+    monkeypatch.setattr(gates, "learn_gates", lambda config: learn_gates(replace(config, steps=2)))
     plain = draw(pair)
-    images, captions = true_scenes(PAIR, KINDS[:1], (0, 1))[0], ["a sks dog on the toy cat"] * 2
-    with gated(pair, WORDS, images, captions):
-        torch.testing.assert_close(draw(pair), plain, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr("nora_diffusion.tiny_sd.blending.gates.STEPS", 2)
-    with gated(pair, WORDS, images, captions):
-        assert not torch.allclose(draw(pair), plain, atol=1e-3)
-    assert torch.equal(draw(pair), plain)
-
-
-def test_a_gate_is_a_softmax_times_the_number_of_adapters() -> None:
-    plan = GatePlan(["dog", "cat"], ["a", "b"])
-    plan.logits.data[1] = torch.tensor([1.0, 0.0])
-    found = plan.mask("b", "dog", [5])
-    assert found is not None
-    assert found.shape == (1, 1, 1)
-    assert found.item() == pytest.approx(2 * np.exp(1) / (np.exp(1) + 1))
+    drawn = []
+    for _ in range(2):
+        with gates.gated(pair, WORDS, PAIR, true_images=True):
+            assert list_adapters(pair)["unet"] == [*WORDS, gates.NAME]
+            drawn.append(draw(pair))
+        assert torch.equal(draw(pair), plain)
+    assert torch.equal(*drawn) and not torch.allclose(drawn[0], plain, atol=1e-3)
+    assert len(list((tmp_path / "true" / "+".join(PAIR)).glob("*.png"))) == len(TRAINING_KINDS) * len(gates.JITTERS)
 
 
 def test_guided_latents_move_and_the_scheduler_is_restored(pair: Any) -> None:

@@ -147,7 +147,44 @@ class ProjectedExperts(nn.Module):
         return (self.mask(gates) * self.B) @ self.P.flatten(0, 1)
 
 
-Experts = SharedExperts | IndependentExperts | ProjectedExperts
+class FrozenExperts(nn.Module):
+    """Experts ``Q_i P_i`` that are not trained, with orthonormal columns in ``Q_i``: ``||Q_i P_i x|| = ||P_i x||``.
+
+    Stacked in ``A_out [N r, d_in]`` and ``B_out [d_out, N r]``; an expert of a lower rank than ``r`` has zeros.
+    """
+
+    A_out: Tensor
+    B_out: Tensor
+
+    def __init__(self, down: Tensor, up: Tensor, num_experts: int) -> None:
+        super().__init__()
+        self.r = down.shape[0] // num_experts
+        self.register_buffer("A_out", down)
+        self.register_buffer("B_out", up)
+
+    @property
+    def A(self) -> Tensor:
+        """``[N r, d_in]``."""
+        return self.A_out
+
+    def token_factors(self) -> tuple[Tensor, ...]:
+        """As those of independent experts."""
+        return self.A_out, self.B_out
+
+    def mix(self, s: Tensor) -> Tensor:
+        """``sum_i g_i Q_i p_i`` for ``s = [p; l] [..., N r + N]``, ``g = softmax(l)`` per token."""
+        return gated_up(s, len(self.A_out) // self.r, self.B_out)
+
+    def mask(self, gates: Tensor) -> Tensor:
+        """``[g_1, ..., g_N]``, each ``r`` times, ``[u, 1, N r]``, for each gate ``[u, N]``."""
+        return gates.to(self.B_out.dtype).repeat_interleave(self.r, dim=-1).unsqueeze(1)
+
+    def up_for(self, gates: Tensor) -> Tensor:
+        """``[g_1 Q_1, ..., g_N Q_N]``, ``[u, d_out, N r]``."""
+        return self.mask(gates) * self.B_out
+
+
+Experts = SharedExperts | IndependentExperts | ProjectedExperts | FrozenExperts
 
 
 class RoutedDelta(nn.Module):

@@ -16,8 +16,9 @@ from ..deltas import functional
 from ..deltas.bases import BASES, Pair
 from ..deltas.chain import ChainDelta, Delta
 from ..deltas.cores import Core, DenseCore, DiagonalCore, InputCore, NestedCore
+from ..deltas.gated import GatedDelta
 from ..deltas.magnitude import start_magnitude
-from ..deltas.routed import Experts, IndependentExperts, ProjectedExperts, RoutedDelta, SharedExperts
+from ..deltas.routed import Experts, FrozenExperts, IndependentExperts, ProjectedExperts, RoutedDelta, SharedExperts
 from ..shapes import Shape, inner_rank, outer_rank, outer_shapes, router_width
 
 
@@ -128,6 +129,10 @@ def build_routed(config: AdapterConfig, base: nn.Module, key: str, r: int) -> Ro
     Raises :class:`UserError` for a token router on a wide convolution, or if the width of the router's input is unset.
     """
     n = config.num_experts
+    if config.experts == "frozen":
+        if not config.start.empty:
+            raise UserError("experts='frozen' are trained adapters: mix them with nora_diffusion.learn_gates")
+        return GatedDelta(FrozenExperts(*build_basis(config, base, key, n * r), n), n, config.router, config.dropout)
     width = router_width(config, flat_weight(base).shape, kernel_of(base), key, config.start.condition)
     experts = build_experts(config, base, key, r)
     by_block = config.experts == "modules"

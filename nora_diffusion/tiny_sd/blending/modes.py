@@ -12,16 +12,13 @@ from torch import Tensor
 from ...generation.apart import subjects_apart
 from ...loaders import set_adapters
 from ...pipelines.components import components, nora_layers
-from ..examples import TRAINING_KINDS
-from .gates import gated
+from . import gates
 from .guidance import guided
-from .pairs import Pair, true_scenes
+from .pairs import Pair
 
 Subjects = Mapping[str, str]
 """The words of the left and of the right subject, by adapter."""
 Mode = Callable[[Any, Subjects, Pair], AbstractContextManager[None]]
-GATE_JITTERS = (1000, 1001)
-"""Two scenes of each background of the training images."""
 LOW = 0.6
 """Weight of both adapters in ``lower``."""
 
@@ -85,9 +82,14 @@ def attend(pipe: Any, subjects: Subjects, pair: Pair) -> AbstractContextManager[
     return guided(pipe, subjects)
 
 
-def gates(pipe: Any, subjects: Subjects, pair: Pair) -> AbstractContextManager[None]:
-    """Both act everywhere, with a learned gate in each layer."""
-    return gated(pipe, subjects, *true_scenes(pair, TRAINING_KINDS, GATE_JITTERS))
+def gated(pipe: Any, subjects: Subjects, pair: Pair) -> AbstractContextManager[None]:
+    """Learned gates decide how much each adapter counts at a position (MoLE), learned from prompts alone."""
+    return gates.gated(pipe, subjects, pair)
+
+
+def gated_true(pipe: Any, subjects: Subjects, pair: Pair) -> AbstractContextManager[None]:
+    """The same, learned from true images of both subjects."""
+    return gates.gated(pipe, subjects, pair, true_images=True)
 
 
 def words(pipe: Any, subjects: Subjects, pair: Pair) -> AbstractContextManager[None]:
@@ -108,5 +110,5 @@ def apart(pipe: Any, subjects: Subjects, pair: Pair) -> AbstractContextManager[N
 
 MODES: dict[str, Mode] = {
     "plain": plain, "lower": lower, "disjoint": disjoint, "words": words, "attend": attend,
-    "gates": gates, "given": given, "apart": apart,
+    "gated": gated, "gated-true": gated_true, "given": given, "apart": apart,
 }  # fmt: skip

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ...adapters import NoraLayer
 from ...adapters.deltas import functional
+from ...adapters.deltas.gated import GatedDelta
 from ...adapters.deltas.routed import RoutedDelta
 from .step_hook import StepHook
 from .trained import Trained
@@ -72,6 +73,44 @@ class BalanceLoss(StepHook):
         share = self.weight / len(self.losses)
         parameters, gradients = zip(*self.gradients, strict=True)
         return with_gradients(share * torch.stack(self.losses).sum(), parameters, [share * g for g in gradients])
+
+
+class GateShares(StepHook):
+    """Adds ``-w log prod_i q_i`` to the loss, with ``q [N]`` the mean gate over all layers: MoLE's balance loss.
+
+    https://arxiv.org/abs/2404.13628, with the gates of a layer averaged over its positions and rows. A layer may use
+    one adapter only, as long as others use the others.
+    """
+
+    name: ClassVar[str] = "shares"
+    needs_own_pass: ClassVar[bool] = True
+
+    def __init__(self, trained: Trained, weight: float) -> None:
+        self.weight = weight
+        found = (layer.delta(trained.adapter) for layer in trained.layers.values())
+        self.gated = [delta for delta in found if isinstance(delta, GatedDelta)]
+        self.shares: list[Tensor] = []
+
+    @contextmanager
+    def around_pass(self, step: int) -> Iterator[None]:
+        """Listen to the gates until :meth:`penalty` is called."""
+        self.shares = []
+        for delta in self.gated:
+            delta.listener = lambda gates: self.shares.append(gates.flatten(0, -2).mean(0))
+        try:
+            yield
+        finally:
+            self._ignore()
+
+    def penalty(self, step: int) -> Tensor | None:
+        """``-w sum_i log q_i``."""
+        self._ignore()  # backward may compute layers again
+        shares, self.shares = self.shares, []
+        return -self.weight * torch.stack(shares).mean(0).log().sum() if shares else None
+
+    def _ignore(self) -> None:
+        for delta in self.gated:
+            delta.listener = None
 
 
 def balance(x: Tensor, router: Tensor, top_k: int = 0) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from ...adapters.presets import PRESETS
 from ...adapters.shapes import outer_rank
 from ...adapters.tuner.build import flat_weight
 from ...errors import UserError
+from ...formats.adapter_file import inspect_adapter
 from ...formats.hub import locate
 from ...loaders import add_adapter, check_adapter, delete_adapter, load_adapter, pairs_from, trainable_parameters
 from ...pipelines.calibration import Calibration
@@ -42,6 +43,8 @@ def adapter_config(config: TrainConfig) -> AdapterConfig:
 
     The adapter of a chain has the ranks of all its links, at the scale ``alpha / r`` of one.
     """
+    if config.gates_of is not None:
+        return gated_config(config.gates_of)
     targets: str | list[str] | None = config.target_modules
     if targets is not None and len(targets) == 1:
         targets = targets[0]  # a group, or a regular expression
@@ -52,6 +55,14 @@ def adapter_config(config: TrainConfig) -> AdapterConfig:
     if config.strategy == "chain":
         values |= _ranks_of_chain(values, config.chain_links or 1)
     return PRESETS[config.method](**{name: value for name, value in values.items() if value is not None})
+
+
+def gated_config(path: str) -> AdapterConfig:
+    """The config of a mixture of frozen adapters. Raises :class:`UserError` for any other adapter."""
+    info = inspect_adapter(path, hashed=False)
+    if any(config.experts != "frozen" for config in info.configs.values()):
+        raise UserError(f"--gates_of {path} has no gates over frozen adapters: mix some with --mode gated")
+    return next(iter(info.configs.values()))
 
 
 def _ranks_of_chain(values: Mapping[str, Any], links: int) -> dict[str, Any]:
@@ -132,6 +143,8 @@ def add_new_adapter(
     new_tokens: Mapping[str, str | None],
 ) -> dict[str, nn.Parameter]:
     """Add a new adapter and its tokens to the pipeline; return its trained parameters by file key."""
+    if config.gates_of is not None:
+        return load_checkpoint_adapter(pipe, name, config.gates_of)
     add_seeded_adapter(config, pipe, components, name, calibration)
     add_new_tokens(config, pipe, name, new_tokens)
     return trained_parameters(pipe, name)

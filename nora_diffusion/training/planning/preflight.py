@@ -191,6 +191,8 @@ def _data(plan: Plan) -> Iterator[Finding]:
 
 
 def _trigger(plan: Plan) -> Iterator[Finding]:
+    if plan.config.gates_of is not None:  # its words are known
+        return
     if plan.subject.trigger is None:
         yield Finding(
             f"No trigger word was found, so only the whole prompt stands for the subject: put a rare word such as "
@@ -292,6 +294,8 @@ def _rank(plan: Plan) -> Iterator[Finding]:
 
 def _rates(plan: Plan) -> Iterator[Finding]:
     config = plan.config
+    if config.gates_of is not None:
+        return
     if config.optimizer == "sgd":  # its useful learning rates depend on the scale of the loss
         return
     adapts_rate = config.optimizer == "prodigy"

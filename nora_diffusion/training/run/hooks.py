@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..hooks.balance import BalanceLoss
+from ...adapters.deltas.gated import GatedDelta
+from ..hooks.balance import BalanceLoss, GateShares
 from ..hooks.step_hook import Hooks, StepHook
 from ..hooks.trained import Trained
 from ..strategies.table import STRATEGIES
@@ -15,5 +16,6 @@ def hooks_of(trained: Trained) -> Hooks:
     if strategy != "none":
         hooks.append(STRATEGIES[strategy](trained))
     if weight := trained.plan.config.balance_loss_weight:
-        hooks.append(BalanceLoss(trained, weight))
+        is_gated = any(isinstance(layer.delta(trained.adapter), GatedDelta) for layer in trained.layers.values())
+        hooks.append(GateShares(trained, weight) if is_gated else BalanceLoss(trained, weight))
     return Hooks(hooks)

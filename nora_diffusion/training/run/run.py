@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...formats.adapter_file import inspect_adapter
 from ...io.run_layout import CHECKPOINTS
 from ...loaders import save_adapter
 from ...pipelines.calibration import Calibration
@@ -105,11 +106,20 @@ class Run:
             {"name": m.name, "trigger": m.trigger, "class_word": m.class_word or "", "prompt": m.captions[0]}
             for m in subject.members
         ]
-        return {
-            "extra": {"subjects": members} if members else {},
+        words = {
             "trigger": subject.trigger or "",
             "class_word": subject.class_word or "",
             "instance_prompt": subject.subject_prompt,
+        }
+        extra: dict[str, Any] = {"subjects": members} if members else {}
+        if self.config.gates_of is not None:
+            earlier = inspect_adapter(self.config.gates_of, hashed=False)
+            extra = {**earlier.extra, **extra}
+            if "mix" in extra:  # its words are those of several subjects
+                words = {name: getattr(earlier, name) for name in words}
+        return {
+            "extra": extra,
+            **words,
             "prompts": list(dict.fromkeys(subject.captions)),
             "seed": self.config.seed,
             "license": self.config.license or "",

@@ -24,6 +24,11 @@ BOUNDS: dict[Bound, tuple[Callable[[float], bool], str]] = {
 }
 TO_FREEZE = {"text_encoder_lr": "--train_text_encoder", "token_lr": "--train_text_encoder_ti"}
 """A learning rate of 0 means that this flag is not wanted."""
+NOT_OF_GATES = (
+    "method", "target_blocks", "basis_from", "start_from", "rank_allocation", "train_text_encoder",
+    "train_text_encoder_ti", "strategy",
+)  # fmt: skip
+"""Settings of adapters that gates do not have, besides those of presets."""
 EXPORT_FORMATS = ("diffusers", "kohya", "peft")
 
 
@@ -103,7 +108,9 @@ def _check_adapter(config: TrainConfig) -> None:
             raise UserError(
                 f"--{setting.name} has no effect with --method {config.method}: it is a setting of {', '.join(owners)}"
             )
-    if config.balance_loss_weight and not is_routed(config.method):
+    if config.gates_of:
+        _check_gates(config)
+    if config.balance_loss_weight and not (is_routed(config.method) or config.gates_of):
         raise UserError(
             f"--balance_loss_weight has no effect with --method {config.method}: it balances the experts of "
             f"{', '.join(filter(is_routed, PRESETS))}"
@@ -126,6 +133,15 @@ def _check_adapter(config: TrainConfig) -> None:
         raise UserError(
             f"class_labels_conditioning={config.class_labels_conditioning!r} is unknown: only 'timesteps' is supported"
         )
+
+
+def _check_gates(config: TrainConfig) -> None:
+    own = (setting for setting in settings() if owners_of(setting.name) or setting.name in NOT_OF_GATES)
+    for setting in own:
+        if getattr(config, setting.name) not in (None, setting.default):
+            raise UserError(
+                f"--{setting.name} has no effect with --gates_of, where only gates are trained: leave it out"
+            )
 
 
 def _check_inner_rank(config: TrainConfig) -> None:

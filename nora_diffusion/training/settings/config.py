@@ -233,6 +233,12 @@ class TrainConfig:
         "adapter of the same method and base whose training is continued (default: a new one)",
         "closed",
     )
+    gates_of: str | None = key(
+        None,
+        "adapter",
+        "mixture of frozen adapters whose gates are trained (nora-diffusion mix --mode gated)",
+        "closed",
+    )
     calibration: CalibrationData = key(
         "generic", "adapter", "calibrate awsvd on generic prompts or on the subject's photos"
     )

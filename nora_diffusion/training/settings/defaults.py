@@ -56,7 +56,10 @@ TUNED: dict[str, Tuned] = {
     "melora": Tuned({"learning_rate": 9.6e-3}),
     "mor": Tuned({"learning_rate": 9.6e-3}),
     "malora": Tuned({"learning_rate": 9.6e-3}, anywhere=BALANCED),
-    "milora": Tuned({"target_modules": ["attn", "ff"]}, anywhere={**BALANCED, "target_modules": ["attn", "ff"]}),
+    "milora": Tuned(
+        {"learning_rate": 9.6e-3, "target_modules": ["attn", "ff"]},
+        anywhere={**BALANCED, "target_modules": ["attn", "ff"]},
+    ),
 }
 """By method; all others have the defaults of :class:`Tuned`."""
 

@@ -1,0 +1,1 @@
+"""Learns the gates of several frozen adapters (MoLE)."""
