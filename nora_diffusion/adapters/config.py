@@ -12,7 +12,7 @@ from .axes import Axes
 from .deltas.bases import Pair
 from .peft_names import NORA
 
-RARE: dict[str, Any] = {"modules_to_save": None, "inner_rank_pattern": {}, "rank_scales": "none"}
+RARE: dict[str, Any] = {"modules_to_save": None, "inner_rank_pattern": {}, "rank_scales": "none", "top_k": 0}
 """Fields that are left out of files at this value, so that earlier releases can read these."""
 
 

@@ -639,3 +639,9 @@ def test_a_broken_base_is_explained(tiny_base: Path, tmp_path: Path, fault: str)
     break_it(copy)
     with pytest.raises(UserError, match=message):
         open_pipeline(copy)
+
+
+@pytest.mark.parametrize("config", [nora(r=8, inner_r=2), lora(r=2), mor(r=2, num_experts=2)])
+def test_axes_of_later_releases_stand_only_in_files_that_use_them(config: AdapterConfig) -> None:
+    assert not {"inner_rank_pattern", "rank_scales", "top_k"} & config.to_dict().keys()
+    assert "rank_scales" in lora(r=2, rank_scales="linear").to_dict()
