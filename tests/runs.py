@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from nora_diffusion.training import TrainConfig
 from nora_diffusion.training.many import subjects
 from nora_diffusion.training.planning.plan import Plan
 from nora_diffusion.training.run import run
+from nora_diffusion.training.run.updates import Updates
 from nora_diffusion.training.settings.defaults import with_defaults
 from nora_diffusion.training.settings.resolved import ResolvedConfig, resolved
 
@@ -59,6 +62,18 @@ def assert_same_run(one: Path, other: Path, last: int) -> None:
     assert journal(one) == journal(other)
     for name in ("nora_adapter.safetensors", f"checkpoints/step-{last}/optimizer.safetensors"):
         assert_equal_tensors(one / name, other / name)
+
+
+def interrupt_after(step: int, monkeypatch: Any, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal in the middle of step ``step``, before its update."""
+    original = Updates._update
+
+    def update(self: Updates, done: int) -> Any:
+        if done == step:
+            os.kill(os.getpid(), number)
+        return original(self, done)
+
+    monkeypatch.setattr(Updates, "_update", update)
 
 
 def in_double(replace: Callable[[Any, str, Any], None]) -> None:

@@ -47,6 +47,7 @@ class MethodList:
 
 
 LISTS = (
+    MethodList("Rank allocations", "--rank_allocation", "training/allocation/table.py", "ALLOCATIONS"),
     MethodList("Strategies", "--strategy", "training/strategies/table.py", "STRATEGIES"),
     MethodList("Optimizers of pairs", "--optimizer", "training/step/optimization.py", "PAIRED_OPTIMIZERS"),
 )

@@ -115,11 +115,10 @@ class AdapterInfo:
 
         ``r' = 1 to 12 by layer`` if it differs.
         """
+        outer = _span(self.r, self._first.get("rank_pattern", {}))
         if not has_inner_rank(self._first.get("core"), self._first.get("experts")):
-            return f"r = {self.r}"
-        inner = {self.inner_r, *self._first.get("inner_rank_pattern", {}).values()}
-        by_layer = f"{min(inner)} to {max(inner)} by layer" if len(inner) > 1 else self.inner_r
-        return f"r = {self.r}, r' = {by_layer}"
+            return f"r = {outer}"
+        return f"r = {outer}, r' = {_span(self.inner_r, self._first.get('inner_rank_pattern', {}))}"
 
     @property
     def trained_numbers(self) -> int:
@@ -138,6 +137,11 @@ class AdapterInfo:
     @property
     def _first(self) -> dict[str, Any]:
         return next(iter(self.components.values()))
+
+
+def _span(rank: int, pattern: dict[str, int]) -> str:
+    low, high = min([rank, *pattern.values()]), max([rank, *pattern.values()])
+    return f"{low} to {high} by layer" if low < high else str(rank)
 
 
 READ_ONLY = ("path", "sha256", "bytes", "trained_parameters", "stored_parameters", "kind", "note")

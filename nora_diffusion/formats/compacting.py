@@ -32,7 +32,7 @@ def compacted(contents: Contents) -> Contents:
 
 def _part(part: Part) -> Part:
     layers = {path: _used_ranks(part.config, factors) for path, factors in part.layers.items()}
-    kept = {path: factors for path, factors in layers.items() if _rank(factors)}
+    kept = {path: factors for path, factors in layers.items() if rank_of(factors)}
     if not kept:
         return Part(part.config, {})
     config = config_of_ranks(part.config, kept)
@@ -46,7 +46,8 @@ def narrow_names(factors: Factors) -> tuple[str, str]:
     return ("A_in" if "A_in" in factors else "A"), ("B_in" if "B_in" in factors else "B")
 
 
-def _rank(factors: Factors) -> int:
+def rank_of(factors: Factors) -> int:
+    """The rank of one layer, at the narrowest point of its chain."""
     return len(factors[narrow_names(factors)[0]])
 
 
@@ -64,13 +65,19 @@ def _used_ranks(config: AdapterConfig, factors: Factors) -> Factors:
 
 def config_of_ranks(config: AdapterConfig, layers: dict[str, Factors]) -> AdapterConfig:
     """The config of an adapter with the ranks of these factors, at unchanged ``alpha / r``, without scales of ranks."""
-    ranks = {path: _rank(factors) for path, factors in layers.items()}
+    return config_with_ranks(replace(config, rank_scales="none"), {path: rank_of(own) for path, own in layers.items()})
+
+
+def config_with_ranks(config: AdapterConfig, ranks: dict[str, int]) -> AdapterConfig:
+    """``config`` with these ranks by path, at the narrowest point of the chain, at unchanged ``alpha / r``."""
+    if config.has_inner_rank:
+        ranks = {path: min(rank, config.rank_for(path)) for path, rank in ranks.items()}
     most = max(ranks.values())
     pattern = {pattern_of(path): rank for path, rank in ranks.items() if rank != most}
-    same = replace(config, rank_scales="none")
     if config.has_inner_rank:
-        return replace(same, inner_r=most, inner_rank_pattern=pattern)
-    scales = {path: config.scale_for(path) for path in layers}
-    has_alpha = config.alpha is not None or config.alpha_pattern
-    alphas = {pattern_of(path): scales[path] * rank for path, rank in ranks.items()} if has_alpha else {}
-    return replace(same, r=most, rank_pattern=pattern, alpha_pattern=alphas)
+        return replace(config, inner_r=most, inner_rank_pattern=pattern)
+    scales = {path: config.scale_for(path) for path in ranks}
+    if config.alpha is None and not config.alpha_pattern:
+        return replace(config, r=most, rank_pattern=pattern)
+    alphas = {pattern_of(path): scales[path] * rank for path, rank in ranks.items()}
+    return replace(config, r=most, rank_pattern=pattern, alpha_pattern=alphas)

@@ -31,6 +31,13 @@ METHODS: dict[str, dict[str, Any] | None] = {  # training settings on top of the
     "halora": {"method": "lora", "rank": 8, "strategy": "halora"},
     "lora_pro": {"method": "lora", "rank": 8, "optimizer": "lora_pro"},
     "lora_rite": {"method": "lora", "rank": 8, "optimizer": "lora_rite"},
+    "adalora": {"method": "lora", "rank": 8, "rank_allocation": "adalora"},  # LoRA whose ranks move while it trains
+    "dynamic_dora": {"method": "lora", "rank": 8, "rank_allocation": "dynamic_dora"},
+    "alora": {"method": "lora", "rank": 8, "rank_allocation": "alora"},
+    "prilora": {"method": "lora", "rank": 8, "rank_allocation": "prilora"},
+    "heterolora": {"method": "lora", "rank": 8, "rank_allocation": "heterolora"},
+    "heterolora_once": {"method": "lora", "rank": 8, "rank_allocation": "heterolora_once"},
+    "beamlora": {"method": "lora", "rank": 8, "rank_allocation": "beamlora"},
 }
 PEERS: dict[str, dict[str, int]] = {  # methods that are not ours, with their settings: :mod:`.peers` trains them
     "full": {},  # full fine-tuning of the layers that the others adapt

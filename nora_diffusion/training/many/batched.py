@@ -186,13 +186,15 @@ class BatchedTrainer:
         """One step of every subject."""
         started = time.monotonic()
         rates = [member.run.schedule.get_last_lr()[0] for member in self.live]
-        for member in self.live:
+        for number, member in enumerate(self.live):
+            self.rows.set_counts({number: 1})  # hooks may run passes of their own
             member.run.optimizer.zero_grad(set_to_none=True)
             member.run.hooks.before_step(member.done)
             member.total = torch.zeros((), device=member.run.plan.device)
         for micro in range(max(member.micro_steps for member in self.live)):
             self._micro_step(micro)
-        for member, rate in zip(self.live, rates, strict=True):
+        for number, (member, rate) in enumerate(zip(self.live, rates, strict=True)):
+            self.rows.set_counts({number: 1})
             try:
                 loss, norm = member.stepper.updates.apply(member.done, member.total)
             except UserError as error:

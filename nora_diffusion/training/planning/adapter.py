@@ -32,10 +32,12 @@ from ...pipelines.components import (
 from ..data.tokens import add_new_tokens
 from ..settings.config import TrainConfig
 from ..settings.methods import parameters_of
+from ..settings.rank_allocations import STARTS
 from ..settings.resolved import ResolvedConfig
 from ..settings.values import suggestion
 from ..step.denoiser import TRAINED_ENCODERS, family_of, networks
 from ..step.seeds import derive
+from .starting_ranks import starting_config
 
 
 def adapter_config(config: TrainConfig) -> AdapterConfig:
@@ -70,6 +72,16 @@ def _ranks_of_chain(values: Mapping[str, Any], links: int) -> dict[str, Any]:
         return {"inner_r": links * values["inner_r"]}
     alpha = values["alpha"]
     return {"r": links * values["r"], "alpha": None if alpha is None else links * alpha}
+
+
+def starting_adapter(config: TrainConfig, components: Mapping[str, nn.Module]) -> AdapterConfig:
+    """The config of the adapter as it starts: with more ranks than at the end, for some rank allocations."""
+    adapter = adapter_config(config)
+    start = STARTS.get(config.rank_allocation)
+    if start is None:
+        return adapter
+    targets = targets_by_component(components, adapter)
+    return starting_config(adapter, start, {name: list(layers) for name, layers in targets.items()})
 
 
 def adapted_components(config: TrainConfig, pipe: Any) -> dict[str, nn.Module]:
@@ -191,7 +203,7 @@ def add_seeded_adapter(
     """Add a new adapter whose random factors follow from the run's seed."""
     assert config.seed is not None
     torch.manual_seed(derive(config.seed, "init"))
-    add_adapter(pipe, adapter_config(config), name, list(components), calibration, config.basis_from)
+    add_adapter(pipe, starting_adapter(config, components), name, list(components), calibration, config.basis_from)
 
 
 def load_checkpoint_adapter(pipe: Any, name: str, path: Any) -> dict[str, nn.Parameter]:

@@ -9,6 +9,7 @@ from ...pipelines.base import base_id
 from ...versions import versions
 from ..data.subject import Subject
 from ..settings.config import tagged
+from ..settings.rank_allocations import STARTS
 from ..settings.resolved import ResolvedConfig
 from ..settings.strategies import SCHEDULED
 
@@ -22,7 +23,11 @@ def _can_extend(settings: Mapping[str, Any]) -> bool:
     fractions = ["denoiser_frac", "text_encoder_frac"]
     if settings["train_text_encoder_ti"]:
         fractions.append("train_text_encoder_ti_frac")
-    is_scheduled = not settings["lr_scheduler"].startswith("constant") or settings["strategy"] in SCHEDULED
+    is_scheduled = (
+        not settings["lr_scheduler"].startswith("constant")
+        or settings["strategy"] in SCHEDULED
+        or settings["rank_allocation"] in STARTS
+    )
     return not is_scheduled and all(settings[name] == 1 for name in fractions)
 
 

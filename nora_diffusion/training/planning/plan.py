@@ -29,7 +29,7 @@ from ..settings.resolved import ResolvedConfig, resolved
 from ..signals import StopRequests
 from ..step.denoiser import check_pipeline, native_resolution
 from ..step.objective import Objective, is_flow
-from .adapter import adapted_components, adapter_config, check_targets
+from .adapter import adapted_components, check_targets, starting_adapter
 from .checkpoints import Checkpoint, check_identity, find_checkpoint, recover
 from .identity import identity_of
 from .opening import launched_precision, open_base, opening_dtype
@@ -62,8 +62,8 @@ class Plan:
 
     @property
     def adapter(self) -> AdapterConfig:
-        """The config of the adapter; a new object at each access."""
-        return adapter_config(self.config)
+        """The config of the adapter as it starts; a new object at each access."""
+        return starting_adapter(self.config, self.components)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -163,7 +163,7 @@ def assemble_run(data: RunData, embeddings: PromptEmbeddings | None, name: str =
         parameters = add_start_adapter(config, pipe, plan.components, name)
     elif checkpoint is None:
         parameters = add_new_adapter(config, pipe, plan.components, name, calibration_of(data), plan.subject.new_tokens)
-        if config.rank_allocation != "uniform":
+        if config.rank_allocation == "gradient":
             parameters = with_measured_ranks(data, embeddings or data.embeddings(), name, parameters)
     else:
         parameters = load_checkpoint_adapter(pipe, name, checkpoint.path)

@@ -12,6 +12,7 @@ from ...io.untrusted import require_text
 from .config import PAIRED, TRACKERS, Bound, TrainConfig, settings, tagged
 from .defaults import with_defaults
 from .methods import owners_of, parameters_of
+from .rank_allocations import check_rank_allocation
 from .strategies import check_strategy
 
 BOUNDS: dict[Bound, tuple[Callable[[float], bool], str]] = {
@@ -116,7 +117,7 @@ def _check_adapter(config: TrainConfig) -> None:
             f"{', '.join(filter(is_routed, PRESETS))}"
         )
     _check_inner_rank(with_defaults(config))
-    _check_rank_allocation(config)
+    check_rank_allocation(config)
     _check_start(config)
     _check_calibration(config)
     if config.text_encoder_lr is not None and not config.train_text_encoder:
@@ -149,21 +150,6 @@ def _check_inner_rank(config: TrainConfig) -> None:
     if has_inner and config.inner_rank is not None and config.rank is not None and config.inner_rank > config.rank:
         raise UserError(
             f"--inner_rank {config.inner_rank} exceeds --rank {config.rank}: lower --inner_rank, or raise --rank"
-        )
-
-
-def _check_rank_allocation(config: TrainConfig) -> None:
-    if config.rank_allocation == "uniform":
-        return
-    able = [method for method in PRESETS if default_axes(method).core in ("nested", "input")]
-    if config.method not in able:
-        raise UserError(
-            f"--rank_allocation {config.rank_allocation} needs frozen outer factors with an inner rank: use --method "
-            f"{', '.join(able)}"
-        )
-    if config.core not in (None, "nested"):
-        raise UserError(
-            f"--rank_allocation {config.rank_allocation} needs an inner rank, which --core {config.core} does not have"
         )
 
 

@@ -29,9 +29,11 @@ PAIRED: tuple[Optimizer, ...] = ("lora_pro", "lora_rite")
 """Optimizers that step both factors of a pair together."""
 LoraProMoments = Literal["factors", "full"]
 CalibrationData = Literal["generic", "subject"]
-RankAllocation = Literal["uniform", "gradient"]
 Strategy = Literal["none", "chain", "reslora", "flat", "halora"]
 Shortcut = Literal["input", "block", "middle"]
+RankAllocation = Literal[
+    "uniform", "gradient", "adalora", "dynamic_dora", "alora", "prilora", "heterolora", "heterolora_once", "beamlora"
+]
 Crop = Literal["random", "center", "subject"]
 QuantizedDtype = Literal["int8"]
 LatentCache = Literal["memory", "disk"]
@@ -193,7 +195,8 @@ class TrainConfig:
     rank_allocation: RankAllocation = key(
         "uniform",
         "adapter",
-        "inner rank of each layer: the same, or by its first gradient at the same number of trained parameters",
+        "rank of each layer: the same, by its first gradient (inner ranks), or by one of the rules that move ranks "
+        "while training; rank (or inner_rank) is then the mean at the end",
         "card",
     )
     alpha: float | None = key(

@@ -6,8 +6,9 @@ import itertools
 import random
 
 import pytest
+import torch
 
-from nora_diffusion.training.allocation.rules import allocate
+from nora_diffusion.training.allocation.rules import allocate, best, beyond_mass, handed_over, lowest_half
 
 
 def test_ranks_go_where_they_are_worth_most() -> None:
@@ -39,3 +40,30 @@ def test_the_size_is_kept_and_no_rank_of_equal_cost_would_be_worth_more(seed: in
 
     others = (dict(zip(scores, c, strict=True)) for c in itertools.product(range(1, 5), repeat=3))
     assert worth(ranks) == pytest.approx(max(worth(c) for c in others if sum(c.values()) == sum(ranks.values())))
+
+
+def test_the_best_are_kept_and_the_first_of_equals() -> None:
+    assert best(torch.tensor([1.0, 3.0, 2.0, 3.0]), 2).tolist() == [False, True, False, True]
+    assert best(torch.tensor([1.0, 1.0, 1.0]), 2).tolist() == [True, True, False]
+    assert best(torch.tensor([1.0, 2.0]), 5).tolist() == [True, True]
+
+
+def test_half_of_each_row_is_lowest() -> None:
+    scores = torch.tensor([[4.0, 1.0, 3.0, 2.0, 5.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    assert lowest_half(scores).tolist() == [[False, True, False, True, False], [True, True, False, False, False]]
+    assert lowest_half(torch.ones(2, 1)).tolist() == [[False], [False]]
+
+
+def test_ranks_beyond_the_mass_are_replaced_the_weakest_first() -> None:
+    weights = torch.tensor([0.5, 0.02, 0.3, 0.08, 0.1])  # in order: 0.5, 0.8, 0.9, 0.98, 1
+    assert beyond_mass(weights, 0.95).tolist() == [1, 3]
+    assert beyond_mass(weights, 0.99).tolist() == [1]
+    assert beyond_mass(weights, 1.0).tolist() == []
+    assert beyond_mass(torch.tensor([1.0, 0.0, 0.0, 0.0]), 0.5).tolist() == [3, 2]  # at most half
+    assert beyond_mass(torch.ones(1), 0.5).tolist() == []
+
+
+def test_freed_ranks_go_to_layers_that_lost_none() -> None:
+    assert handed_over([2, 0, 0, 1], [9, 9, 9, 9], [9.0, 1.0, 2.0, 9.0], 3) == [0, 1, 2, 0]
+    assert handed_over([0, 0], [1, 0], [1.0, 2.0], 5) == [1, 0]  # no more than there is room for
+    assert handed_over([1, 1], [5, 5], [1.0, 2.0], 2) == [0, 0]

@@ -64,6 +64,9 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "new tokens": {"train_text_encoder_ti": True, "instance_prompt": "a photo of <sks> dog", "token_lr": 1e-2},
     "measured ranks": {"rank_allocation": "gradient"},
+    "moved ranks": {"rank_allocation": "adalora"},
+    "ablated ranks": {"rank_allocation": "alora"},
+    "ranks by inputs": {"rank_allocation": "prilora"},
     "rank mask": {"method": "dylora", "inner_rank": None, "basis": None},
 }  # fmt: skip
 

@@ -16,14 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Configure, assert_same_run, flags, journal
+from runs import Configure, assert_same_run, flags, interrupt_after, journal
 
 from nora_diffusion import inspect_adapter
 from nora_diffusion.errors import UserError
 from nora_diffusion.training import TrainConfig, main, train
 from nora_diffusion.training.planning.checkpoints import read_checkpoint
 from nora_diffusion.training.planning.rundir import RunFolder
-from nora_diffusion.training.run.steps import Stepper
 from nora_diffusion.training.run.updates import Updates
 from nora_diffusion.training.signals import Interrupted
 
@@ -41,6 +40,11 @@ HARD = {
     "rank mask": {"method": "dylora", "inner_rank": None, "basis": None},
     "magnitude": {"magnitude": True, "core": "dense", "inner_rank": None},
     "measured ranks": {"rank_allocation": "gradient", "target_modules": ["attn", "conv"]},
+    "moved ranks": {
+        "rank_allocation": "adalora", "method": "lora", "inner_rank": None, "basis": None, "dropout": 0.2,
+        "gradient_accumulation_steps": 2,
+    },
+    "layers on and off": {"rank_allocation": "heterolora", "train_text_encoder": True, "text_encoder_lr": 5e-3},
     "wordings": {"shuffle_tags": 3, "caption_dropout": 0.3, "instance_prompt": "sks dog, red, toy, hat"},
     "prior": {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2},
     "chain": {"strategy": "chain", "chain_links": 2, "inner_rank": 1},
@@ -48,18 +52,6 @@ HARD = {
     "noise": {"strategy": "flat", "train_text_encoder": True},
     "noise and norms": {"strategy": "halora", "gradient_accumulation_steps": 2},
 }  # fmt: skip
-
-
-def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
-    """Send this process a signal in the middle of step ``step``, before its update."""
-    original = Updates._update
-
-    def update(self: Stepper, done: int) -> float:
-        if done == step:
-            os.kill(os.getpid(), number)
-        return original(self, done)
-
-    monkeypatch.setattr(Updates, "_update", update)
 
 
 @pytest.mark.parametrize("variation", HARD.values(), ids=HARD.keys())
