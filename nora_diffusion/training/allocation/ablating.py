@@ -63,7 +63,7 @@ def _norms(ranks: Ranks) -> list[Tensor]:
 
 def ranks_norm(down: Tensor, up: Tensor) -> Tensor:
     """``||b_i||_2 ||a_i||_2`` ``[k]``."""
-    return up.float().norm(dim=0) * down.float().norm(dim=1)
+    return up.norm(dim=0) * down.norm(dim=1)
 
 
 def _with_columns(ranks: Ranks, ups: list[Tensor], index: int, off: bool) -> float:

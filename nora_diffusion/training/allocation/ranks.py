@@ -91,7 +91,7 @@ class Ranks:
     def draw(self, shape: Sequence[int], *names: object) -> Tensor:
         """Uniform random numbers in [-1, 1) that depend on the run's seed and ``names`` only."""
         source = generator(self.trained.plan.config.seed, "ranks", *names)
-        return (2 * torch.rand(*shape, generator=source) - 1).to(self.weights[0].device)
+        return (2 * torch.rand(*shape, generator=source) - 1).to(self.weights[0])
 
     def average(self, value: Tensor) -> Tensor:
         """The mean over the processes."""

@@ -182,7 +182,8 @@ def run_of(data: RunData, embeddings: PromptEmbeddings, parameters: dict[str, nn
     optimizer = build_optimizer(config, parameters, plan.processes, scales_of(plan, name))
     for module in plan.components.values():
         module.train()
-    batches = Batches(data, embeddings, seed=derive(config.seed, "hooks"))
+    process = torch.distributed.get_rank() if plan.processes > 1 else 0
+    batches = Batches(data, embeddings, process, derive(config.seed, "hooks"))
     hooks = hooks_of(Trained(plan, name, parameters, optimizer, batches.loss))
     if checkpoint is None:
         hooks.start()  # it may change the parameters
