@@ -32,6 +32,8 @@ STARTS: dict[str, RankStart] = {
     "beamlora": RankStart(scales="softmax"),
 }
 """By the rank allocations that act while an adapter trains."""
+BY_PAIR = ("adamw8bit", "lora_pro", "lora_rite")
+"""Optimizers whose state has no entries of single ranks, which could be cleared or copied."""
 
 
 def check_rank_allocation(config: TrainConfig) -> None:
@@ -52,9 +54,11 @@ def check_rank_allocation(config: TrainConfig) -> None:
             f"--ema_decay averages ranks that --rank_allocation {allocation} removes or replaces: leave out one of them"
         )
 
-    if allocation in STARTS and (config.optimizer == "adamw8bit" or config.use_8bit_adam):
+    optimizer = "adamw8bit" if config.use_8bit_adam else config.optimizer
+    if allocation in STARTS and optimizer in BY_PAIR:
         raise UserError(
-            f"8-bit AdamW has no moments of single ranks for --rank_allocation {allocation}: use --optimizer adamw"
+            f"--optimizer {optimizer} keeps no state of single ranks, which --rank_allocation {allocation} moves: use "
+            "--optimizer adamw"
         )
 
 

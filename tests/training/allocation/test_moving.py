@@ -296,6 +296,7 @@ def test_an_interrupted_run_continues_bit_for_bit(
         ({"method": "dylora", "inner_rank": None, "basis": None}, "needs two trained factors in a row"),
         ({"method": "mora", "inner_rank": None, "basis": None}, "needs two trained factors in a row"),
         ({"core": "dense", "inner_rank": None}, "needs an inner rank, which --core dense does not have"),
+        ({"optimizer": "lora_rite"}, "--optimizer lora_rite keeps no state of single ranks"),
         ({"ema_decay": 0.9}, "--ema_decay averages ranks that --rank_allocation adalora removes or replaces"),
     ],
 )
