@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ...pipelines.components import targets_by_component
 from ..data.class_images import class_image_findings, uses_class_images
 from ..data.prompts import token_limit, truncated_prompts
 from ..settings.defaults import USUAL_FACTORS, USUAL_TEXT_RATES, USUAL_TOKEN_RATES, usual_rates
+from ..settings.strategies import ON_WEIGHTS
 from ..step.denoiser import native_resolution, networks
 from ..step.memory import Estimate, available, capacity, estimate
 from ..step.optimization import scaled_rate
@@ -80,7 +81,7 @@ def _estimate(plan: Plan) -> Estimate:
     config = plan.config
     rows = config.train_batch_size * (2 if config.with_prior_preservation else 1)
     try:
-        return estimate(
+        size = estimate(
             plan.pipe, plan.adapter, plan.components, rows, config.resolution, plan.dtype,
             config.gradient_checkpointing,
         )  # fmt: skip
@@ -90,6 +91,15 @@ def _estimate(plan: Plan) -> Estimate:
         raise UserError(
             "a step needs more memory than 64 bits can count: use a smaller --train_batch_size, --resolution or --rank"
         ) from error
+    return replace(size, copy_bytes=size.copy_bytes + _noisy_bytes(plan))
+
+
+def _noisy_bytes(plan: Plan) -> int:
+    """Bytes of the noisy weights that stand beside the frozen ones while a pass runs."""
+    if plan.config.strategy not in ON_WEIGHTS:
+        return 0
+    targets = targets_by_component(plan.components, plan.adapter).values()
+    return plan.dtype.itemsize * sum(flat_weight(layer).numel() for layers in targets for layer in layers.values())
 
 
 def _base(plan: Plan) -> Iterator[Finding]:

@@ -33,7 +33,7 @@ _KNOWN: dict[str, Estimate] = {}
 class Estimate:
     """Trained parameters, bytes of frozen factors, number of factors, and bytes of saved activations of a batch.
 
-    ``copy_bytes``: of the frozen factors in the dtype of the pass, where that is another one.
+    ``copy_bytes``: of the frozen factors in the dtype of the pass, where that is another one, and of other copies.
     """
 
     trained: int

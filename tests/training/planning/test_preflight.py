@@ -19,13 +19,13 @@ from nora_diffusion import inspect_adapter, load_base, open_pipeline
 from nora_diffusion.adapters import PRESETS, NoraLayer
 from nora_diffusion.errors import UserError
 from nora_diffusion.loaders import add_adapter, trainable_parameters
-from nora_diffusion.pipelines.components import components, denoiser_name, pick
+from nora_diffusion.pipelines.components import components, denoiser_name, pick, targets_by_component
 from nora_diffusion.training import TrainConfig, check, check_on, main, train
 from nora_diffusion.training.data.subject import Subject, read_subject
 from nora_diffusion.training.planning.adapter import adapter_config
 from nora_diffusion.training.planning.opening import lower_precision
 from nora_diffusion.training.planning.plan import Plan, plan_on
-from nora_diffusion.training.planning.preflight import freed_by_casting, is_known, preflight
+from nora_diffusion.training.planning.preflight import _estimate, freed_by_casting, is_known, preflight
 from nora_diffusion.training.planning.rundir import SPARE_BYTES
 from nora_diffusion.training.settings.defaults import usual_rates, with_defaults
 from nora_diffusion.training.step import memory
@@ -247,6 +247,15 @@ def test_memory_that_is_not_there(configure: Configure, monkeypatch: pytest.Monk
     monkeypatch.setattr("nora_diffusion.training.planning.preflight.available", lambda device: 1000)
     found = texts(check(configure(**RIGHT)))
     assert "of memory on top of the base" in found and "use --train_batch_size 1, --gradient_checkpointing" in found
+
+
+@pytest.mark.parametrize("strategy", ["flat", "halora"])
+def test_noisy_weights_are_counted(strategy: str, configure: Configure, pipe: Any) -> None:
+    plan = plan_of(configure(train_text_encoder=True), pipe)
+    noisy = plan_of(configure(train_text_encoder=True, strategy=strategy), pipe)
+    targets = targets_by_component(plan.components, plan.adapter)
+    weights = sum(next(layer.parameters()).nbytes for layers in targets.values() for layer in layers.values())
+    assert _estimate(noisy).copy_bytes - _estimate(plan).copy_bytes == weights > 0
 
 
 def test_memory_that_a_lower_precision_gives_back_is_counted(configure: Configure, pipe: Any) -> None:
