@@ -16,6 +16,7 @@ SCHEDULED = ("chain", "flat")
 SEPARABLE_OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
 """Optimizers that update each value by its own gradients, and can start anew."""
 
+ALL = ("chain", "reslora", "flat", "halora")
 ON_PAIRS = ("chain", "reslora", "halora")
 ON_WEIGHTS = ("flat", "halora")
 
@@ -57,16 +58,21 @@ def _exceeds_outer_rank(config: TrainConfig) -> bool:
 
 OBSTACLES = (
     Obstacle(
-        ("chain", "reslora", "flat", "halora"),
+        ALL,
         lambda config: is_routed(config.method),
         "the experts of --method {method} have no single pair in a layer: use a method without experts",
+    ),
+    Obstacle(
+        ("chain",),
+        lambda config: config.start_from is not None,
+        "its links start anew: leave out --start_from",
     ),
     Obstacle(
         ON_PAIRS, has_dense_core, "--method {method} trains a square core, not a pair of factors: use lora or nora"
     ),
     Obstacle(ON_PAIRS, has_blocks, "the block-diagonal factors of --method {method} are no single pair: use lora"),
     Obstacle(
-        ("chain", "reslora", "flat", "halora"),
+        ALL,
         has_magnitude,
         "DoRA's magnitude rescales the frozen weight: leave out --magnitude, or use --method lora",
     ),
