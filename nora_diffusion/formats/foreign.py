@@ -18,6 +18,7 @@ from ..io.tensor_file import FLOATS, FLOATS_8, TensorFile
 from ..io.untrusted import clean
 from ..pipelines.names import COMPONENTS
 from .adapter_info import AdapterInfo
+from .foreign_tags import prompts_of
 
 T = TypeVar("T")
 Family = Literal["lora", "loha", "lokr", "embedding"]
@@ -190,6 +191,7 @@ def recognize(reader: TensorFile) -> AdapterInfo:
     metadata = {key: clean(value) for key, value in reader.metadata.items() if len(value) < 1000}
     info = AdapterInfo(components={}, path=str(reader.path))
     info.trigger = metadata.get("modelspec.trigger_phrase", "") or metadata.get("trigger", "")
+    info.prompts = prompts_of(reader.metadata)
     info.base = metadata.get("ss_sd_model_name", "") or metadata.get("base", "")
     if family == "embedding":
         info.kind, info.trigger = "textual inversion", info.trigger or token_of(reader)

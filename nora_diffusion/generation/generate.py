@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,16 @@ from ..pipelines.base import BaseSource
 from .addresses import parse_adapter
 from .image_settings import ImageSettings, adapter_settings, png_with_settings
 from .library import NamedAdapter, find_adapter, list_library, name_adapters
+from .retrieval.automatic import Choice, chooser
+from .retrieval.settings import Auto
 from .settings import MAX_SEED, Sampling, check_prompt, check_range
 from .tags import Tag, parse_tags
 
 if TYPE_CHECKING:
     from ..loaders import LoadedAdapter
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,6 +38,7 @@ class GenerateConfig:
     ``adapters`` (``path[:weight]``) act on every prompt; a tag ``<lora:name:0.8>`` in a prompt overrides their weight.
     The adapters in the folder ``library`` act only on prompts that name them. ``batch`` images are sampled at a time.
     ``subjects_apart``: where a prompt names the subjects of several adapters, each acts on its own subject only.
+    ``auto``: choose adapters of the library for prompts without tags; ``report`` gets what was chosen for each.
     """
 
     prompts: list[str]
@@ -44,6 +51,8 @@ class GenerateConfig:
     batch: int = 4
     out: str = "outputs"
     subjects_apart: bool = True
+    auto: Auto | None = None
+    report: Callable[[Choice], object] = log.info
 
     def check(self) -> None:
         """Raises :class:`UserError` for the first invalid setting."""
@@ -51,6 +60,10 @@ class GenerateConfig:
             raise UserError("there is no prompt: give --prompt")
         for prompt in self.prompts:
             check_prompt(prompt)
+        if self.auto:
+            self.auto.check()
+            if not self.library:
+                raise UserError("--auto chooses among the adapters of a library: give its folder as --library")
         check_range("num", self.num, 1, 10_000)
         check_range("batch", self.batch, 1, 256)
         check_range("seed", self.seed, 0, MAX_SEED - self.num + 1)
@@ -64,7 +77,8 @@ def generate(config: GenerateConfig) -> list[Path]:
     """
     config.check()
     given = name_adapters([parse_adapter(text) for text in config.adapters])
-    available = given + (list_library(config.library) if config.library else [])
+    library = list_library(config.library) if config.library else []
+    available = given + library
     prompts = [_read_prompt(prompt, given, available) for prompt in config.prompts]
     out = Path(config.out).expanduser()
     _check_writable(out)
@@ -75,6 +89,9 @@ def generate(config: GenerateConfig) -> list[Path]:
     from .sampling import check_lengths, describe_image, sample_images
 
     pipe = config.source.open()
+    if config.auto:
+        prompts = _with_chosen(pipe, config, prompts, library)
+        adapters = list(dict.fromkeys(adapter for _, active in prompts for adapter in active))
     loaded = _load_all(pipe, adapters)
     check_lengths(pipe, [*(prompt for prompt, _ in prompts), config.sampling.negative_prompt])
     jobs = [
@@ -129,6 +146,22 @@ def _read_prompt(prompt: str, given: list[NamedAdapter], available: list[NamedAd
             raise UserError(f"{named[adapter]} and {tag} name the same adapter, {adapter.path}: write one tag")
         named[adapter] = tag
     return clean, {adapter: adapter.default for adapter in given if adapter.default} | named
+
+
+def _with_chosen(
+    pipe: Any, config: GenerateConfig, prompts: Sequence[tuple[str, Active]], library: Sequence[NamedAdapter]
+) -> list[tuple[str, Active]]:
+    """The prompts, those without tags with the adapters of the library that suit them."""
+    assert config.auto
+    choose = chooser(pipe, config.auto, library)
+    found = []
+    for written, (prompt, active) in zip(config.prompts, prompts, strict=True):
+        if parse_tags(written)[1]:
+            found.append((prompt, active))
+            continue
+        config.report(choice := choose(prompt))
+        found.append((choice.prompt, active | choice.active))
+    return found
 
 
 def _load_all(pipe: Any, adapters: Sequence[NamedAdapter]) -> dict[NamedAdapter, LoadedAdapter]:

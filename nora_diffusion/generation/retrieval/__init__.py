@@ -1,0 +1,1 @@
+"""Finds the adapters of a library that suit a prompt."""
