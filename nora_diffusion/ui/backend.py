@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..evaluation.settings import GridConfig
 from ..evaluation.sheet import MadeCell
 from ..formats.adapter_info import AdapterInfo
+from ..generation.library import NamedAdapter
 from ..pipelines.base import BaseSource
 from .request import ActiveAdapter, Request
 from .runs import Run
@@ -99,6 +100,10 @@ class Backend(ABC):
 
     def use(self, adapters: Sequence[ActiveAdapter]) -> list[dict[str, Any]]:
         """Load and activate exactly these adapters."""
+        raise UserError(ONLY_LOCAL)
+
+    def suggest(self, adapters: Sequence[NamedAdapter], prompt: str, k: int) -> list[tuple[NamedAdapter, float]] | None:
+        """The adapters that suit a prompt, with their scores; ``None`` if it has to be called again for them."""
         raise UserError(ONLY_LOCAL)
 
     def make_batch(self, request: Request, rows: Sequence[Sequence[ActiveAdapter]], out: Path, run: Run) -> list[Path]:

@@ -18,6 +18,8 @@ from ..formats.adapter_info import AdapterInfo
 from ..generation.apart import kept_apart, subjects_in
 from ..generation.generate import save_new_image
 from ..generation.latent_preview import LatentPreview
+from ..generation.library import NamedAdapter
+from ..generation.retrieval.retriever import Retriever
 from ..generation.sampling import check_lengths, describe_image, sample_images
 from ..generation.settings import Sampling
 from ..loaders import LoadedAdapter, delete_adapter, load_adapter
@@ -34,6 +36,9 @@ from .weights import set_weights
 
 log = logging.getLogger(__name__)
 
+LEARN_SECONDS = 1.0
+"""So long the device may be held to read what adapters are about."""
+
 
 class Engine(Backend):
     """Loads the base on first use, and keeps only the adapters of the last request in it."""
@@ -44,6 +49,7 @@ class Engine(Backend):
         self._loading = threading.Lock()
         self._pipe: Any = None
         self._fingerprints: dict[str, dict[str, float]] = {}
+        self._retriever: Retriever | None = None
 
     @property
     def pipe(self) -> Any:
@@ -180,6 +186,15 @@ class Engine(Backend):
                 self._loaded[name] = (stamp, load_adapter(self.pipe, adapter.path, _peft_name(name)))
         set_weights(self.pipe, {_peft_name(name): adapter.weights for name, adapter in active.items()})
         return [_adapter_settings(adapter, self._loaded[name][1]) for name, adapter in active.items()]
+
+    def suggest(self, adapters: Sequence[NamedAdapter], prompt: str, k: int) -> list[tuple[NamedAdapter, float]] | None:
+        """The adapters that suit a prompt, with their scores; ``None`` after a time in which not all were read."""
+        pipe = self.pipe
+        if self._retriever is None:
+            self._retriever = Retriever(pipe)
+        if self._retriever.learn(adapters, LEARN_SECONDS):
+            return None
+        return self._retriever.suggest(adapters, prompt, k)
 
     def make(self, request: Request, out: Path, run: Run) -> list[Path]:
         """Generate the images one by one. Each is written to ``out``, with its settings, before the next one starts."""

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+import time
 from collections.abc import Sequence
 
 import torch
@@ -79,6 +81,18 @@ class Retriever:
         found = zip(adapters, best.tolist(), strict=True)
         return sorted(found, key=lambda pair: (-pair[1], pair[0].name))
 
+    def learn(self, adapters: Sequence[NamedAdapter], seconds: float = math.inf) -> int:
+        """Compute missing vectors of adapters, at least one, for about so long. Returns the number that is left."""
+        end, missing = time.monotonic() + seconds, self._missing(adapters)
+        for done, adapter in enumerate(missing, 1):
+            self.vector(adapter)
+            if time.monotonic() > end:
+                return len(missing) - done
+        return 0
+
+    def _missing(self, adapters: Sequence[NamedAdapter]) -> list[NamedAdapter]:
+        return [adapter for adapter in adapters if self._name(*describe(adapter)) not in self._known]
+
     def suggest(self, adapters: Sequence[NamedAdapter], prompt: str, k: int, min_score: float = MIN_SCORE) -> Scored:
         """The best ``k`` of :meth:`scores`, fewer if fewer reach ``min_score``."""
         return [(adapter, score) for adapter, score in self.scores(adapters, prompt)[:k] if score >= min_score]
@@ -96,8 +110,7 @@ class Retriever:
 
     def _cached(self, prompts: Sequence[str], class_word: str, name: str) -> Tensor:
         """Named by the texts and the encoder, which are all that it depends on: no file has to be read for a hash."""
-        content = json.dumps([self._key, list(prompts), class_word, name, NAME_WEIGHT])
-        key = f"retrieval-{hashlib.sha256(content.encode()).hexdigest()}"
+        key = self._name(prompts, class_word, name)
         if key not in self._known:
             stored = tensor_cache.load(key)
             if stored is None:
@@ -105,6 +118,10 @@ class Retriever:
                 tensor_cache.store(key, stored)
             self._known[key] = stored["vector"]
         return self._known[key]
+
+    def _name(self, prompts: Sequence[str], class_word: str, name: str) -> str:
+        content = json.dumps([self._key, list(prompts), class_word, name, NAME_WEIGHT])
+        return f"retrieval-{hashlib.sha256(content.encode()).hexdigest()}"
 
     def _compute(self, prompts: Sequence[str], class_word: str, name: str) -> Tensor:
         rows = self._embed([*prompts, _sentence(class_word), _sentence(name)])

@@ -116,6 +116,16 @@ def details(entry: Entry, problem: str | None) -> str:
     return table((name, value) for name, value in rows.items() if value and name not in entry.untold)
 
 
+def suggestions(found: Sequence[tuple[str, float]]) -> str:
+    """Adapters with their scores as buttons; empty if there is none."""
+    buttons = "".join(
+        f'<button type="button" class="chip" data-name="{escape(name)}" title="Add {escape(name)} to the prompt">'
+        f"{escape(name)} <small>{score:.2f}</small></button>"
+        for name, score in found
+    )
+    return f'<div class="suggestions"><span>Suggested for this prompt:</span>{buttons}</div>' if found else ""
+
+
 def line(text: str, bad: bool = False) -> str:
     """A status line."""
     return f'<p class="status{" bad" if bad else ""}" role="status">{escape(text)}</p>'

@@ -57,6 +57,15 @@ CSS = """
   display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; }
 .card small { display: block; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 .card small.why { color: var(--error-text-color); }
+.suggestions { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; font-size: .9rem;
+  color: var(--body-text-color-subdued); }
+.chip { border: 1px solid var(--border-color-primary); border-radius: 999px; padding: .15rem .7rem; cursor: pointer;
+  background: var(--block-background-fill); color: var(--body-text-color); overflow-wrap: anywhere;
+  margin: 0; font-size: inherit; font-weight: 450; line-height: 1.5; }
+.suggestions > span { margin: 0; }
+.chip small { color: var(--body-text-color-subdued); font-weight: 400; margin-left: .25rem; }
+.chip:hover { border-color: var(--color-accent); }
+.chip:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 2px; }
 .facts { width: 100%; border-collapse: collapse; font-size: .92rem; }
 .facts, .facts th, .facts td, .facts tr { border: 0 !important; }
 .facts tr + tr { border-top: 1px solid var(--border-color-primary) !important; }

@@ -232,13 +232,17 @@ def insert_handler(app: App) -> Any:
 def with_trigger_words(app: App, prompt: str, info: AdapterInfo) -> str:
     """The prompt with an adapter's trigger words added. What the user wrote stays, and so do all tags."""
     clean, tags = parse_tags(prompt)
-    missing = [word for word in info.trigger.replace(",", " ").split() if not has_word(clean, word)]
     if info.trigger and _is_suggested(app, clean, alone=not tags):
         return write_tags(own_prompt(info), tags)
-    if not missing:
-        return prompt
+    text = with_missing_words(clean, info)
+    return prompt if text == clean else write_tags(text, tags)
+
+
+def with_missing_words(text: str, info: AdapterInfo) -> str:
+    """A prompt without tags, with the trigger words of an adapter that it does not have."""
+    missing = [word for word in info.trigger.replace(",", " ").split() if not has_word(text, word)]
     class_word = "" if "," in info.class_word else info.class_word  # a mix has one for each of its adapters
-    return write_tags(with_trigger(clean, " ".join(missing), class_word), tags)
+    return with_trigger(text, " ".join(missing), class_word) if missing else text
 
 
 def own_prompt(info: AdapterInfo) -> str:

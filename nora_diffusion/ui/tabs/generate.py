@@ -16,7 +16,7 @@ from ..request import MAX_IMAGES, ActiveAdapter, Request
 from ..runs import Progress, Run
 from ..state import App
 from ..weights import AdapterWeights
-from . import generate_settings, restore
+from . import generate_settings, restore, suggestions
 from .adapter_sliders import build_sliders
 from .generate_view import gallery_items, preview_image, status
 
@@ -31,6 +31,7 @@ def build(page: Page) -> None:
     with gr.Row(elem_id="generate-areas"):
         with gr.Column(elem_id="generate-ask"):
             page.prompt.render()
+            suggestions.build(page)
             with gr.Row():
                 go = gr.Button("Generate", variant="primary", elem_id="generate")
                 interrupt = gr.Button("Interrupt", variant="stop", visible=False, elem_id="interrupt")
