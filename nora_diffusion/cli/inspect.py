@@ -30,6 +30,7 @@ def run(values: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from ..formats.adapter_file import inspect_adapter, verify_adapter
+    from ..formats.layer_ranks import layer_ranks, ranks_text
 
     if (values.intruders or values.base) and not values.layers:
         raise UserError("--intruders and --base need --layers: give it as well")
@@ -37,8 +38,10 @@ def run(values: argparse.Namespace) -> None:
     verify_adapter(info)
     layers = _layers(values) if values.layers else []
     overlap = _overlap(values) if values.overlap else {}
+    ranks = layer_ranks(values.adapter)
     if values.json:
         more = ({"layers": [asdict(layer) for layer in layers]} if layers else {}) | overlap
+        more |= {"layer_ranks": {f"{component}.{path}": r for (component, path), r in ranks.items()}} if ranks else {}
         print(json.dumps(asdict(info) | more, indent=2))
         return
     rows = {
@@ -61,6 +64,8 @@ def run(values: argparse.Namespace) -> None:
         rows["overlap"] = f"{overlap['overlap']:.3f} with {values.overlap} (0: none, 1: the same directions)"
     for name, value in rows.items():
         print(f"{name:<16} {value}")
+    if ranks:
+        print("\n" + ranks_text(ranks))
     if layers:
         from ..evaluation.spectra import table
 

@@ -168,6 +168,26 @@ def bar_chart(name: str, bars: Sequence[tuple[str, float]], value_label: str) ->
     return _figure(name, description, (WIDTH, len(bars) * ROW + 4), "".join(parts), "")
 
 
+def column_chart(name: str, columns: Sequence[tuple[str, float]], x_label: str, y_label: str) -> str:
+    """Thin columns from 0, in the order given; the label and value of each show when the pointer rests on it."""
+    if not columns:
+        return ""
+    width = 2 * WIDTH if len(columns) > 60 else WIDTH
+    y_axis = Axis(ticks(0, max(value for _, value in columns)), HEIGHT - BOTTOM, TOP)
+    step = (width - RIGHT - LEFT) / len(columns)
+    parts = [_rules(y_axis, LEFT, width - RIGHT), _labels(x_label, y_label, (LEFT, width - RIGHT), y_axis)]
+    for number, (label, value) in enumerate(columns):
+        y = y_axis.pixel(value)
+        parts.append(
+            f'<rect x="{LEFT + (number + 0.1) * step:.1f}" y="{y:.1f}" width="{0.8 * step:.1f}" '
+            f'height="{y_axis.start - y:.1f}" fill="{COLORS[0]}">'
+            f"<title>{html.escape(label)}: {value:.4g}</title></rect>"
+        )
+    values = [value for _, value in columns]
+    description = f"{name}, {y_label}: {len(values)} columns from {min(values):.3g} to {max(values):.3g}"
+    return _figure(name, description, (width, HEIGHT), "".join(parts), "")
+
+
 def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
     """About ``count`` evenly spaced round numbers (``whole``: integers) that enclose ``[low, high]``."""
     if not high > low:
@@ -195,22 +215,31 @@ def log_ticks(low: float, high: float, most: int = 8) -> list[float]:
 
 
 def _grid(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> str:
-    left, right, bottom, top = x_axis.start, x_axis.end, y_axis.start, y_axis.end
+    parts = [_rules(y_axis, x_axis.start, x_axis.end)]
+    for value in x_axis.ticks:
+        x = x_axis.pixel(value)
+        parts.append(f'<text x="{x:.1f}" y="{y_axis.start + 16}" text-anchor="middle">{short(value)}</text>')
+    return "".join([*parts, _labels(x_label, y_label, (x_axis.start, x_axis.end), y_axis)])
+
+
+def _rules(y_axis: Axis, left: float, right: float) -> str:
+    """A line and a number for each tick."""
     parts = []
     for value in y_axis.ticks:
         y = y_axis.pixel(value)
         parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" class="rule"/>')
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
-    for value in x_axis.ticks:
-        x = x_axis.pixel(value)
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{short(value)}</text>')
-    middle = (top + bottom) / 2
-    parts.append(
-        f'<text x="{(left + right) / 2}" y="{bottom + BOTTOM - 6}" text-anchor="middle">{html.escape(x_label)}</text>'
+    return "".join(parts)
+
+
+def _labels(x_label: str, y_label: str, sides: tuple[float, float], y_axis: Axis) -> str:
+    """The names of both axes; ``sides``: left and right."""
+    middle = (y_axis.end + y_axis.start) / 2
+    return (
+        f'<text x="{sum(sides) / 2}" y="{y_axis.start + BOTTOM - 6}" text-anchor="middle">{html.escape(x_label)}</text>'
         f'<text x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">{html.escape(y_label)}'
         "</text>"
     )
-    return "".join(parts)
 
 
 def _figure(name: str, description: str, size: tuple[int, int], content: str, key: str) -> str:

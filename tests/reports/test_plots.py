@@ -8,7 +8,17 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from nora_diffusion.reports.plots import STYLES, bar_chart, legend, line_chart, log_ticks, short, styled, ticks
+from nora_diffusion.reports.plots import (
+    STYLES,
+    bar_chart,
+    column_chart,
+    legend,
+    line_chart,
+    log_ticks,
+    short,
+    styled,
+    ticks,
+)
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0.013, 0.0131), (-5, 3), (7, 7), (0, 0), (1, 2000), (1e-9, 3e-9)])
@@ -60,9 +70,18 @@ def test_bars_are_as_long_as_their_values() -> None:
     assert lengths[0] == pytest.approx(2 * lengths[1], abs=0.2) and lengths[2] == 0
 
 
+def test_columns_are_as_high_as_their_values_and_named() -> None:
+    root = ElementTree.fromstring(column_chart("Ranks", [("a", 4.0), ("b", 1.0), ("c", 0.0)], "layer", "rank"))
+    heights = [float(rect.attrib["height"]) for rect in root.findall(".//rect")]
+    assert heights[0] == pytest.approx(4 * heights[1], abs=0.5) and heights[2] == 0
+    assert [title.text for title in root.findall(".//rect/title")] == ["a: 4", "b: 1", "c: 0"]
+    assert "wide" in column_chart("Ranks", [("a", 1.0)] * 100, "layer", "rank")
+
+
 def test_text_is_escaped() -> None:
     evil = '"><script>alert(1)</script>'
-    for svg in (line_chart(evil, {evil: [(0, 1)], "b": [(1, 2)]}, evil, evil), bar_chart(evil, [(evil, 1.0)], evil)):
+    charts = [line_chart(evil, {evil: [(0, 1)], "b": [(1, 2)]}, evil, evil), bar_chart(evil, [(evil, 1.0)], evil)]
+    for svg in (*charts, column_chart(evil, [(evil, 1.0)], evil, evil)):
         ElementTree.fromstring(svg)
         assert not re.search(r"<script", svg)
 
@@ -89,4 +108,5 @@ def test_large_numbers_are_short() -> None:
 
 def test_no_plot_without_points() -> None:
     assert line_chart("a", {"b": []}, "x", "y") == "" and bar_chart("a", [], "x") == ""
+    assert column_chart("a", [], "x", "y") == ""
     assert line_chart("a", {"b": [(1, float("nan"))]}, "x", "y") == ""

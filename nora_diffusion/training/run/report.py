@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...formats.layer_ranks import layer_ranks
 from ...io.files import write_atomic
 from ...io.images import load_image
 from ...io.run_layout import REPORT, SAMPLES, VALIDATION, images_by_step
 from ...pipelines.base import base_id
 from ...reports import webpage
-from ...reports.plots import line_chart
+from ...reports.plots import column_chart, line_chart
 from ..measuring.samples import sample_seed
 from ..measuring.selection import DIRECTIONS, NAMES, Point, digits, front, is_judged, reason, verdicts
 from .outcome import Outcome
@@ -59,7 +60,7 @@ def page(outcome: Outcome) -> str:
         real = settings["real"] + (f" ({leaks} of them also used for training)" if leaks else "")
         judge = EMBEDDED_JUDGE if settings["judge"] == "tiny" else settings["judge"]
         parts.append(_meanings(points, {"real": real, "judge": judge, "dino": settings["dino"]}))
-    curves = [_loss_chart(losses), *(_curves(points) if points else ())]
+    curves = [_loss_chart(losses), *(_curves(points) if points else ()), _ranks_chart(folder.adapter)]
     parts += [webpage.heading("Curves"), f'<div class="plots">{"".join(curves)}</div>']
     for name, title in ((VALIDATION, "Validation images, first seed"), (SAMPLES, "Samples")):
         if found := images_to_show(folder.path / name):
@@ -72,6 +73,12 @@ def page(outcome: Outcome) -> str:
     parts += [webpage.heading("Settings"), _settings(run)]
     name = f"{run.subject.trigger or ''} {run.subject.class_word or ''}".strip() or "a subject"
     return webpage.page(f"{folder.path.name}: training of {name}", parts)
+
+
+def _ranks_chart(adapter: Path) -> str:
+    """The rank of each layer; empty if all have the same setting."""
+    columns = [(f"{component}.{path}", float(rank)) for (component, path), rank in layer_ranks(adapter).items()]
+    return column_chart("Ranks by layer, in the order of the file", columns, "layer", "rank")
 
 
 def _summary(outcome: Outcome) -> str:

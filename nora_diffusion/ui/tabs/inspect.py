@@ -10,8 +10,10 @@ import gradio as gr
 
 from ...errors import UserError
 from ...evaluation.spectra import TOP, LayerSpectrum, gate_summaries, iter_spectra
+from ...formats.keys import Projection
+from ...formats.layer_ranks import layer_ranks
 from ...loaders.gates import GateSummary
-from ...reports.plots import bar_chart, line_chart
+from ...reports.plots import bar_chart, column_chart, line_chart
 from ..entries import Entry
 from ..layout.cards import details, line
 from ..layout.page import ALWAYS_LAST, UNQUEUED, Page, handler
@@ -84,7 +86,8 @@ def inspect_handler(app: App) -> Any:
         about = details(entry, app.problem(entry))
         for progress in run.follow():
             done = progress.state == "done"
-            yield _status(progress), about, show(found) + show_gates(gates) if done else gr.skip()
+            plots = show(found) + show_gates(gates) + show_ranks(layer_ranks(entry.file)) if done else gr.skip()
+            yield _status(progress), about, plots
 
     return inspect
 
@@ -148,6 +151,15 @@ def show_gates(gates: Mapping[str, GateSummary]) -> str:
             [(short(key.removeprefix("unet.")), summary.sharpness) for key, summary in sharp], "sharpness",
         )
     ) + "</div>"  # fmt: skip
+
+
+def show_ranks(ranks: Mapping[Projection, int]) -> str:
+    """The rank of each layer as a plot; empty if all have the same setting."""
+    columns = [
+        (short(path if c in ("unet", "transformer") else f"{c}.{path}"), float(r)) for (c, path), r in ranks.items()
+    ]
+    plot = column_chart("Ranks by layer, in the order of the file", columns, "layer", "rank")
+    return f'<div class="plots">{plot}</div>' if plot else ""
 
 
 def label(layer: LayerSpectrum) -> str:
