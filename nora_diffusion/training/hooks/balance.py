@@ -42,12 +42,15 @@ class BalanceLoss(StepHook):
         self.routed: dict[NoraLayer, RoutedDelta] = {k: d for k, d in found.items() if isinstance(d, RoutedDelta)}
         self.losses: list[Tensor] = []
         self.gradients: list[tuple[nn.Parameter, Tensor]] = []
+        self.inputs: dict[str, Tensor] = {}
+        self.waiting: list[RoutedDelta] = []
         self.listens = False
 
     @contextmanager
     def around_pass(self, step: int) -> Iterator[None]:
         """Read the inputs of all routers until :meth:`penalty` is called."""
         self.losses, self.gradients, self.listens = [], [], True
+        self.inputs, self.waiting = {}, []
         with ExitStack() as stack:
             for layer, delta in self.routed.items():
                 handle = layer.register_forward_pre_hook(partial(self._measure, delta))
@@ -56,23 +59,42 @@ class BalanceLoss(StepHook):
 
     @torch.no_grad()
     def _measure(self, delta: RoutedDelta, layer: NoraLayer, args: tuple[Tensor, ...]) -> None:
-        peers = delta.peers()
-        if not self.listens or delta is not peers[0]:  # backward computes a layer again; a gate counts once
+        if not self.listens or delta is not delta.peers()[0]:  # backward computes a layer again; a gate counts once
             return
         x = args[0].movedim(1, -1) if isinstance(layer.base_layer, nn.Conv2d) else args[0]
-        loss, gradient = balance(delta.router_input(x), delta.router_weight(), delta.top_k)
-        self.losses.append(loss)
-        rows = gradient.split([len(peer.W_g) for peer in peers])
-        self.gradients += [(peer.W_g, row) for peer, row in zip(peers, rows, strict=True)]
+        if delta.conditioned:  # all layers have the same input: computed at once
+            self.inputs.setdefault(delta.router, delta.router_input(x))
+            self.waiting.append(delta)
+        else:
+            self._add([delta], *balance(x, delta.W_g.unsqueeze(0)))
+
+    def _add(self, deltas: Sequence[RoutedDelta], losses: Tensor, gradients: Tensor) -> None:
+        """Losses ``[L]`` of gates and their gradients ``[L, N, d]``."""
+        self.losses.append(losses)
+        for delta, gradient in zip(deltas, gradients, strict=True):
+            peers = delta.peers()
+            rows = gradient.split([len(peer.W_g) for peer in peers])
+            self.gradients += [(peer.W_g, row) for peer, row in zip(peers, rows, strict=True)]
+
+    @torch.no_grad()
+    def _add_waiting(self) -> None:
+        kinds: dict[tuple[str, int, int], list[RoutedDelta]] = {}
+        for delta in self.waiting:
+            kinds.setdefault((delta.router, len(delta.router_weight()), delta.top_k), []).append(delta)
+        for (router, _, top_k), deltas in kinds.items():
+            weights = torch.stack([delta.router_weight() for delta in deltas])
+            self._add(deltas, *balance(self.inputs[router], weights, top_k))
 
     def penalty(self, step: int) -> Tensor | None:
         """The mean over the layers that the pass has called, times the weight."""
         self.listens = False
+        self._add_waiting()
         if not self.losses:
             return None
-        share = self.weight / len(self.losses)
+        losses = torch.cat(self.losses)
         parameters, gradients = zip(*self.gradients, strict=True)
-        return with_gradients(share * torch.stack(self.losses).sum(), parameters, [share * g for g in gradients])
+        share = self.weight / len(losses)
+        return with_gradients(share * losses.sum(), parameters, [share * gradient for gradient in gradients])
 
 
 class GateShares(StepHook):
@@ -114,7 +136,7 @@ class GateShares(StepHook):
 
 
 def balance(x: Tensor, router: Tensor, top_k: int = 0) -> tuple[Tensor, Tensor]:
-    """``L = N sum_i f_i P_i`` for inputs ``x [..., d]`` of ``router [N, d]``, and its gradient ``dL/dW_g [N, d]``.
+    """``L = N sum_i f_i P_i`` for inputs ``x [..., d]`` of routers ``[..., N, d]``, and the gradients ``dL/dW_g``.
 
     With ``g_t = softmax(W_g x_t)`` and ``P = mean_t g_t``: ``dl_t = (N / T) g_t o (c - g_t . c)``, ``c = f``, or for
     dense gates (``top_k = 0``), where ``f = P``, ``c = 2 P``.
@@ -123,14 +145,15 @@ def balance(x: Tensor, router: Tensor, top_k: int = 0) -> tuple[Tensor, Tensor]:
     with functional.AutocastOff(flat) as dtype:
         flat = flat.to(dtype)
         logits = functional.at_least_single(router.to(dtype) @ flat.T)  # [N, T]: a softmax is slow in memory order
-        gates = torch.softmax(logits, 0)
-        (count, inputs), share = gates.shape, gates.mean(1, keepdim=True)
+        gates = torch.softmax(logits, -2)
+        count, inputs = gates.shape[-2:]
+        share = gates.mean(-1, keepdim=True)
         computed, slope = share, 2 * share
         if 0 < top_k < count:
-            chosen = gates.topk(top_k, 0).indices.flatten()
-            computed = slope = (chosen.bincount(minlength=count) / chosen.numel()).to(share).unsqueeze(1)
-        d_logits = gates * (slope - (gates * slope).sum(0)) * (count / inputs)
-        return count * (computed * share).sum(), (d_logits.to(dtype) @ flat).to(router.dtype)
+            chosen = torch.zeros_like(gates).scatter_(-2, gates.topk(top_k, -2).indices, 1 / top_k)
+            computed = slope = chosen.mean(-1, keepdim=True)
+        d_logits = gates * (slope - (gates * slope).sum(-2, keepdim=True)) * (count / inputs)
+        return count * (computed * share).sum((-2, -1)), (d_logits.to(dtype) @ flat).to(router.dtype)
 
 
 def with_gradients(value: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
