@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from factories import randomize, write_photos
+from runs import assert_equal_tensors
 from torch import Tensor, nn
 
 from nora_diffusion import (
@@ -29,7 +32,9 @@ from nora_diffusion.composition.mixing import mix_gated
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.pipelines.components import nora_layers
 from nora_diffusion.training.gates.learn import GateConfig, learn_gates
+from nora_diffusion.training.run.updates import Updates
 from nora_diffusion.training.settings.config import TrainConfig
+from nora_diffusion.training.signals import Interrupted
 
 CONFIGS = {
     "dog": lambda: nora(r=6, inner_r=3, alpha=3.0, basis="svd", target_modules=["attn", "conv"]),
@@ -206,6 +211,26 @@ def test_only_gates_are_learned(gates: Any, parts: list[tuple[str, float]], tmp_
     info = inspect_adapter(result.adapter_path)
     assert info.trigger == "dogx, catx, toyx" and info.extra["mix"]["mode"] == "gated"
     assert len(info.extra["mix"]["parts"]) == 3
+    card = (tmp_path / "mix" / "README.md").read_text()
+    assert "## Mixed by `gated`" in card and "| rank |" not in card and info.extra["mix"]["parts"][0]["sha256"] in card
+
+
+def test_an_interrupted_run_goes_on_to_the_same_gates(
+    gates: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = learn_gates(gates(output=str(tmp_path / "whole"))).adapter_path
+    update = Updates._update
+
+    def interrupted(self: Updates, step: int) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return update(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Updates, "_update", interrupted)
+        with pytest.raises(Interrupted):
+            learn_gates(gates())
+    again = learn_gates(gates()).adapter_path
+    assert_equal_tensors(whole, again)
 
 
 def test_it_is_learned_from_prompts_and_goes_on(

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from ...composition.mixing import mix_card
+from ...formats.adapter_file import inspect_adapter
 from ..measuring.selection import reason
-from ..settings.config import tagged
+from ..settings.config import settings_by_name, tagged
 from .outcome import Outcome
 
 
 def training_section(outcome: Outcome) -> str:
     """Markdown with the prompt, the result, sample images and the settings of the run."""
     run, plan = outcome.run, outcome.run.plan
-    values = ((name, plan.settings[name]) for name in tagged("card"))
+    gates = plan.config.gates_of is not None
+    names = [name for name in tagged("card") if not gates or settings_by_name()[name].metadata["group"] != "adapter"]
+    values = ((name, plan.settings[name]) for name in names)
     rows = [(name, value) for name, value in values if value is not None and value is not False]
     if not plan.config.with_prior_preservation:
         rows = [row for row in rows if row[0] not in ("prior_loss_weight", "class_prompt")]
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
-    class_word = f", class `{plan.subject.class_word}`" if plan.subject.class_word else ""
+    class_word = f", class `{plan.subject.class_word}`" if plan.subject.class_word and not gates else ""
+    mixed = f"\n\n{mix_card(inspect_adapter(str(plan.config.gates_of), hashed=False))}" if gates else ""
     return (
         f"## Training\n\n{len(plan.subject.images)} photos, {run.last_step} steps in {outcome.seconds:.0f} s, "
         f"mean loss of the last steps {outcome.final_loss:.4f}. Prompt: `{plan.subject.subject_prompt}`"
-        f"{class_word}.{_choice_line(outcome)}\n{_images(outcome)}\n| setting | value |\n| --- | --- |\n{table}"
+        f"{class_word}.{_choice_line(outcome)}\n{_images(outcome)}\n| setting | value |\n| --- | --- |\n{table}{mixed}"
     )
 
 
