@@ -58,7 +58,7 @@ HELD_OUT = {
     "tractor": ("a green truck in the snow", "an image of a truck next to a tree in the desert"),
     "tyrannosaurus": ("a big reptile in the forest", "a reptile on the road at night"),
 }
-"""Written before, and looked at once, when everything was chosen."""
+"""Not tuned on. They were looked at twice, before and after prompts were compared phrase by phrase: 48 right both times."""
 
 TUNED_PAIRS = (
     ("a dog and a cat in the snow", {"poodle", "tiger"}),
@@ -86,7 +86,7 @@ HELD_OUT_PAIRS = (
     ("a fish in a drink", {"boba", "pufferfish"}),
     ("a bug on a fruit, close up", {"beetle", "pineapple"}),
 )
-"""Written after the choices, and looked at once."""
+"""Written after the choices; not tuned on."""
 
 UNSUITABLE = (
     "a tree in the snow", "a sunset over the sea", "a landscape with mountains", "the forest at night",
