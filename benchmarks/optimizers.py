@@ -42,7 +42,7 @@ OPTIMIZERS: dict[str, Build] = {
     "AdamW": lambda parameters: torch.optim.AdamW(parameters.values(), lr=1e-3, foreach=True),
     "LoRA-Pro": partial(paired, LoRAPro),
     "LoRA-RITE": partial(paired, LoRARite),
-    "LoRA-Pro, full moments": partial(paired, partial(LoRAPro, moments="full")),
+    "LoRA-Pro, moments of the factors": partial(paired, partial(LoRAPro, moments="factors")),
 }
 
 

@@ -6,11 +6,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from .matrices import eigh
 from .paired import Group, PairedOptimizer, Params, Stack
 
 Moments = Literal["factors", "full"]
+DAMPING: dict[Moments, float] = {"factors": 1.0, "full": 1e-2}
+"""The ridge that learned best on the embedded base."""
 
 
 class LoRAPro(PairedOptimizer):
@@ -19,12 +22,14 @@ class LoRAPro(PairedOptimizer):
     A change ``(Y, Z)`` of ``(B, A)`` changes ``dW = s B A`` by ``s (Y A + B Z)`` to first order. :func:`corrected`
     finds the one that is nearest to the full gradient ``g = dL/dW``, from the gradients of the factors alone.
 
-    ``moments="factors"`` (default): Adam of ``Y`` and ``Z``, in the memory of AdamW. ``"full"``: the paper's algorithm.
-    Adam's moments are those of ``s (Y A + B Z) [d_out, d_in]``, which take the memory of full fine-tuning; the
-    normalized matrix stands for ``g`` in a second correction, whose result is the step.
+    ``moments="full"`` (default): the paper's algorithm. Adam's moments are those of ``s (Y A + B Z) [d_out, d_in]``,
+    which take the memory of full fine-tuning; the normalized matrix stands for ``g`` in a second correction, whose
+    result is the step. Its learning rate is one of ``dW``, lower than that of factors. ``"factors"``: Adam of ``Y`` and
+    ``Z``, in AdamW's memory. Its second moment remembers the long first steps of ``A``, after which ``A`` hardly moves,
+    unless the ridge bounds them.
 
-    ``damping``: ridge of the least squares, relative to the mean eigenvalue of ``B^T B`` and ``A A^T``. It bounds the
-    steps of ``A`` while ``B`` is small. The first step, at ``B = 0``, has ``Z = 0`` and
+    ``damping``: ridge of the least squares, relative to the mean eigenvalue of ``B^T B`` and ``A A^T``; 0.01 for
+    ``full`` and 1 for ``factors`` by default. The first step, at ``B = 0``, has ``Z = 0`` and
     ``Y = gB (A A^T + ridge)^-1 / s^2``: ``B`` moves, ``A`` does not. All else as in :class:`PairedOptimizer`.
 
     Raises ``ValueError`` for factors that are no pair, and for options out of range.
@@ -41,49 +46,44 @@ class LoRAPro(PairedOptimizer):
         weight_decay: float = 1e-2,
         *,
         lr_ratio: float = 1.0,
-        damping: float = 1e-2,
-        moments: Moments = "factors",
+        damping: float | None = None,
+        moments: Moments = "full",
     ) -> None:
+        if moments not in DAMPING:
+            raise ValueError(f"moments={moments!r} is unknown: choose 'factors' or 'full'")
+        damping = DAMPING[moments] if damping is None else damping
         if not damping >= 0:
             raise ValueError(f"damping={damping} must be at least 0")
-        if moments not in ("factors", "full"):
-            raise ValueError(f"moments={moments!r} is unknown: choose 'factors' or 'full'")
         own: dict[str, Any] = {"lr_ratio": lr_ratio, "damping": damping, "moments": moments}
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **own)
 
     def _step_pairs(self, stack: Stack, group: Group, step: int) -> None:
         down, up = stack.matrices(stack.downs), stack.matrices(stack.ups)
-        grads = stack.gradients(stack.downs), stack.gradients(stack.ups)
-        z, y = corrected(down, up, *grads, stack.scales, group["damping"])
+        gradients = stack.gradients(stack.downs), stack.gradients(stack.ups)
+        z, y = corrected(down, up, *gradients, stack.scales, group["damping"])
+        rates = group["lr"], group["lr"] * group["lr_ratio"]
         if group["moments"] == "full":
             z, y = self._full(stack, group, step, (down, up), (z, y))
+            for value, change, rate in zip((down, up), (z, y), rates, strict=True):
+                value.mul_(1 - rate * group["weight_decay"]).add_(change, alpha=-rate)
         else:
-            z, y = (
-                normalized(
-                    change, self._factor_state(stack, owners, "exp_avg"),
-                    self._factor_state(stack, owners, "exp_avg_sq"), group, step,
-                )
-                for owners, change in ((stack.downs, z), (stack.ups, y))
-            )  # fmt: skip
-        for owners, value, change, rate in (
-            (stack.downs, down, z, group["lr"]),
-            (stack.ups, up, y, group["lr"] * group["lr_ratio"]),
-        ):
-            value.mul_(1 - rate * group["weight_decay"]).add_(change, alpha=-rate)
-            stack.write(owners, value)
+            for owners, value, change, rate in zip((stack.downs, stack.ups), (down, up), (z, y), rates, strict=True):
+                moments = [self._factor_state(stack, owners, name) for name in ("exp_avg", "exp_avg_sq")]
+                adam(value, change, moments, group, step, rate, group["weight_decay"])
+        stack.write(stack.downs, down)
+        stack.write(stack.ups, up)
 
     def _full(
         self, stack: Stack, group: Group, step: int, factors: tuple[Tensor, Tensor], changes: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The correction of Adam's normalized full gradient."""
         (down, up), (z, y), s = factors, changes, stack.scales
-        gradient = s * (y @ down + up @ z)
+        gradient = torch.cat([s * y, s * up], 2) @ torch.cat([down, z], 1)
         shape = (stack.blocks, *gradient.shape[1:])
-        mean, square = (
-            self._state(stack, stack.ups, name, shape).view_as(gradient) for name in ("full_avg", "full_avg_sq")
-        )
-        full = normalized(gradient, mean, square, group, step)
-        return corrected(down, up, s * up.mT @ full, s * full @ down.mT, s, group["damping"])
+        moments = [self._state(stack, stack.ups, name, shape).flatten(0, 1) for name in ("full_avg", "full_avg_sq")]
+        full = torch.zeros_like(gradient)
+        adam(full, gradient, moments, group, step, -1.0)
+        return corrected(down, up, (s * up).mT @ full, full @ (s * down).mT, s, group["damping"])
 
 
 def corrected(
@@ -113,10 +113,19 @@ def corrected(
     return z, y
 
 
-def normalized(gradient: Tensor, mean: Tensor, square: Tensor, group: Group, step: int) -> Tensor:
-    """Adam: update both moments in place; return ``m' / (sqrt(v') + eps)`` of the unbiased ones."""
-    beta1, beta2 = group["betas"]
-    mean.lerp_(gradient, 1 - beta1)
-    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    root = square.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-    return (mean / (1 - beta1**step)).div_(root)
+def adam(
+    value: Tensor,
+    gradient: Tensor,
+    moments: list[Tensor],
+    group: Group,
+    step: int,
+    rate: float,
+    weight_decay: float = 0.0,
+) -> None:
+    """AdamW's step ``step`` of ``value``, in place, in one pass over memory where torch can."""
+    fused = value.device.type in ("cpu", "cuda")
+    adamw(
+        [value], [gradient], moments[:1], moments[1:], [], [torch.tensor(step - 1.0, device=value.device)], fused=fused,
+        foreach=not fused, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=rate,
+        weight_decay=weight_decay, eps=group["eps"], maximize=False,
+    )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nora_diffusion.optimizers import LoRAPro, LoRARite, Pair, pairs_of
 
 Build = Callable[..., torch.optim.Optimizer]
-KINDS: dict[str, Build] = {"pro": LoRAPro, "full": partial(LoRAPro, moments="full"), "rite": LoRARite}
+KINDS: dict[str, Build] = {"full": LoRAPro, "factors": partial(LoRAPro, moments="factors"), "rite": LoRARite}
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 SHAPES = [(3, 8, 6), (3, 8, 6), (2, 8, 6), (3, 8, 6), (1, 4, 5)]
 

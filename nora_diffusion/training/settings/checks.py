@@ -218,7 +218,7 @@ def _check_optimizer(config: TrainConfig) -> None:
 
 
 def _check_pairs(config: TrainConfig) -> None:
-    if config.optimizer != "lora_pro" and config.lora_pro_moments != "factors":
+    if config.optimizer != "lora_pro" and config.lora_pro_moments != "full":
         raise UserError(f"--lora_pro_moments is a setting of --optimizer lora_pro, not of {config.optimizer}")
     if config.optimizer not in PAIRED:
         return

@@ -27,7 +27,7 @@ PriorPreservation = Literal["images", "frozen"]
 Optimizer = Literal["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor", "sgd", "lora_pro", "lora_rite"]
 PAIRED: tuple[Optimizer, ...] = ("lora_pro", "lora_rite")
 """Optimizers that step both factors of a pair together."""
-LoraProMoments = Literal["factors", "full"]
+LoraProMoments = Literal["full", "factors"]
 CalibrationData = Literal["generic", "subject"]
 Strategy = Literal["none", "chain", "reslora", "flat", "halora"]
 Shortcut = Literal["input", "block", "middle"]
@@ -364,7 +364,7 @@ class TrainConfig:
     )
     optimizer: Optimizer = key("adamw", "optimizer", "prodigy and schedulefree need the extra 'train'")
     lora_pro_moments: LoraProMoments = key(
-        "factors", "optimizer", "what lora_pro takes Adam's moments of: the factors' changes, or the full matrix's"
+        "full", "optimizer", "what lora_pro takes Adam's moments of: the full matrix's change, or the factors' changes"
     )
     loraplus_lr_ratio: float = key(
         1.0, "optimizer", "learning rate of the up factors divided by that of the down factors (LoRA+)", "positive"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ...adapters.presets import is_routed, options
 from ...pipelines.base import EMBEDDED_GUIDANCE, EMBEDDED_STEPS, OTHER_GUIDANCE, OTHER_STEPS, is_embedded
-from .config import TrainConfig
+from .config import LoraProMoments, TrainConfig
 from .methods import method_defaults
 from .strategies import OWN
 
@@ -26,6 +26,8 @@ EMBEDDED: dict[str, Any] = {
 }
 """Defaults for the embedded base: training takes half a minute on a CPU. The rates of all methods were measured with
 these steps (docs/benchmark.md)."""
+LORA_PRO_RATES: Mapping[LoraProMoments, float] = MappingProxyType({"full": 0.25, "factors": 2.0})
+"""LoRA-Pro's rate in units of AdamW's. With ``full`` it is one of ``dW``, not of the factors."""
 JOINT_STEPS = 300
 """Steps of several subjects that share one adapter."""
 
@@ -106,6 +108,8 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
     values = {**method_defaults(method), **base, **own}
     if config.num_train_epochs is not None:  # the number of images determines the number of steps
         del values["max_train_steps"]
+    if config.optimizer == "lora_pro":
+        values["learning_rate"] *= LORA_PRO_RATES[config.lora_pro_moments]
     if config.optimizer == "prodigy":
         values["learning_rate"] = 1.0  # a factor of its estimated rate, for all parameters
     elif config.train_text_encoder_ti:

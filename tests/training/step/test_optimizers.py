@@ -31,7 +31,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "adafactor": {"optimizer": "adafactor"},
     "sgd": {"optimizer": "sgd", "lr_scheduler": "cosine"},
     "lora_pro": {"optimizer": "lora_pro", "method": "lora", "inner_rank": None, "basis": None},
-    "lora_pro, full": {"optimizer": "lora_pro", "lora_pro_moments": "full"},
+    "lora_pro, factors": {"optimizer": "lora_pro", "lora_pro_moments": "factors"},
     "lora_rite": {"optimizer": "lora_rite", "gradient_accumulation_steps": 2, "ema_decay": 0.9},
     "lora_rite, magnitude": {"optimizer": "lora_rite", "magnitude": True, "train_text_encoder": True},
     "average": {"ema_decay": 0.99, "validation_prompt": "a dog", "validation_steps": 1},
@@ -123,6 +123,18 @@ def test_pairs_of_every_method_are_stepped_together(optimizer: str, method: str,
         name for name in parameters if name.endswith(".nora_m")
     }
     assert all(value.isfinite().all() for value in load_file(path).values())
+
+
+def test_lora_pros_rate_follows_from_its_moments() -> None:
+    """In units of AdamW's: those of the full matrix make steps of the update itself."""
+    kinds: list[dict[str, Any]] = [
+        {"optimizer": "adamw"},
+        {"optimizer": "lora_rite"},
+        {"optimizer": "lora_pro"},
+        {"optimizer": "lora_pro", "lora_pro_moments": "factors"},
+    ]
+    rates = [resolve(TrainConfig(method="lora", **kind)).learning_rate for kind in kinds]
+    assert rates == pytest.approx([rates[0], rates[0], rates[0] / 4, rates[0] * 2])
 
 
 def test_pairs_have_the_rates_of_their_component_and_lora_plus() -> None:
@@ -227,7 +239,7 @@ def test_a_run_with_gradient_scaler_continues_without_gradients(
         ({"optimizer": "lora_pro", "method": "mor"}, "--method mor trains no such pair: use --method nora"),
         ({"optimizer": "lora_rite", "method": "lora_xs"}, "--method lora_xs trains no such pair"),
         ({"optimizer": "lora_rite", "core": "diagonal"}, "--core diagonal has none"),
-        ({"optimizer": "lora_rite", "lora_pro_moments": "full"}, "is a setting of --optimizer lora_pro"),
+        ({"optimizer": "lora_rite", "lora_pro_moments": "factors"}, "is a setting of --optimizer lora_pro"),
         ({"ema_decay": 1.0}, "must be at least 0 and below 1"),
         ({"denoiser_frac": 1.5}, "is a fraction of the run"),
         ({"method": "mor", "scale_weight_norms": 1.0}, "does not support mor"),
