@@ -58,7 +58,7 @@ HELD_OUT = {
     "tractor": ("a green truck in the snow", "an image of a truck next to a tree in the desert"),
     "tyrannosaurus": ("a big reptile in the forest", "a reptile on the road at night"),
 }
-"""Not tuned on. They were looked at twice, before and after prompts were compared phrase by phrase: 48 right both times."""
+"""Not tuned on. Looked at twice, before and after prompts were compared by phrases: 48 right both times."""
 
 TUNED_PAIRS = (
     ("a dog and a cat in the snow", {"poodle", "tiger"}),

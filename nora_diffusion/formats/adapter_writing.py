@@ -1,15 +1,32 @@
-"""Writing adapter files and shared bases."""
+"""What an adapter file holds before it is written, and writing adapter files and shared bases."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from ..adapters import AdapterConfig
 from ..errors import UserError
 from ..io.files import write_atomic
 from ..io.tensors import Tensors, file_bytes, named_hash
 from .adapter_file import FILE_NAME, basis_folders, read_basis
 from .adapter_info import AdapterInfo, dump_info
 from .keys import frozen_factors
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component of an adapter: its config, and the factors of each layer by path and name."""
+
+    config: AdapterConfig
+    layers: dict[str, Tensors]
+
+
+Contents = dict[str, Part]
+"""The parts of an adapter by component."""
+Finish = Callable[[Contents], Contents]
+"""Turns what was trained into what is saved."""
 
 
 def write_basis(folder: Path, basis: Tensors) -> str:

@@ -11,7 +11,7 @@ from ..adapters import AdapterConfig
 from ..adapters.deltas.chain import rank_weights
 from ..adapters.patterns import pattern_of
 from ..errors import UserError
-from .contents import Contents, Part
+from .adapter_writing import Contents, Part
 
 Factors = dict[str, Tensor]
 

@@ -14,8 +14,7 @@ from ..adapters.tuner.build import flat_weight
 from ..errors import UserError, quoted
 from ..formats.adapter_file import inspect_adapter
 from ..formats.adapter_info import DESCRIPTIVE, FORMAT_VERSION, AdapterInfo, BasisKind
-from ..formats.adapter_writing import write_adapter
-from ..formats.contents import Finish, Part
+from ..formats.adapter_writing import Finish, Part, write_adapter
 from ..formats.keys import file_key, is_frozen
 from ..formats.model_card import write_card
 from ..io.tensors import Tensors

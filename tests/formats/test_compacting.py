@@ -12,8 +12,8 @@ from factories import randomize
 
 from nora_diffusion import UserError, add_adapter, delete_adapter, load_adapter, save_adapter
 from nora_diffusion.adapters import AdapterConfig, dora, lora, nora, nora_input
+from nora_diffusion.formats.adapter_writing import Part
 from nora_diffusion.formats.compacting import compacted
-from nora_diffusion.formats.contents import Part
 from nora_diffusion.pipelines.components import nora_layers
 
 CONFIGS = {

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ...formats.adapter_writing import Contents
 from ...formats.compacting import compacted, rank_of
-from ...formats.contents import Contents
 from ..hooks.step_hook import State, StepHook
 from ..hooks.trained import Trained
 from .penalties import mean_penalty

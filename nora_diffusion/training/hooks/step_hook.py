@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ...formats.contents import Contents
+from ...formats.adapter_writing import Contents
 
 PREFIX = "hook:"
 """Start of the keys of hooks in the tensors of a checkpoint."""

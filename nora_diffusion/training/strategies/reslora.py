@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ...adapters import NoraLayer
 from ...adapters.deltas.functional import at_least_single
+from ...formats.adapter_writing import Contents, Part
 from ...formats.compacting import Factors, config_of_ranks, narrow_names
-from ...formats.contents import Contents, Part
 from ..hooks.step_hook import State, StepHook
 from ..hooks.trained import Layer, Trained
 from .blocks import layers_before

@@ -11,7 +11,7 @@ import torch
 from runs import Configure, assert_same_run, interrupt_after
 
 from nora_diffusion import UserError, inspect_adapter, load_adapter, open_pipeline
-from nora_diffusion.formats.contents import Contents
+from nora_diffusion.formats.adapter_writing import Contents
 from nora_diffusion.pipelines.components import components, nora_layers
 from nora_diffusion.training import check, train
 from nora_diffusion.training.allocation import ablating, changes, schedules

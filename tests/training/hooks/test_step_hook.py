@@ -15,7 +15,7 @@ from runs import Configure, journal
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nora_diffusion.formats.contents import Contents, Part
+from nora_diffusion.formats.adapter_writing import Contents, Part
 from nora_diffusion.training import train
 from nora_diffusion.training.hooks.step_hook import Hooks, State, StepHook
 from nora_diffusion.training.hooks.trained import Trained
