@@ -7,9 +7,9 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ...adapters.presets import is_routed, options
+from ...adapters.presets import default_axes, is_routed, options
 from ...pipelines.base import EMBEDDED_GUIDANCE, EMBEDDED_STEPS, OTHER_GUIDANCE, OTHER_STEPS, is_embedded
-from .config import LoraProMoments, TrainConfig
+from .config import TrainConfig
 from .methods import method_defaults
 from .strategies import OWN
 
@@ -26,8 +26,6 @@ EMBEDDED: dict[str, Any] = {
 }
 """Defaults for the embedded base: training takes half a minute on a CPU. The rates of all methods were measured with
 these steps (docs/benchmark.md)."""
-LORA_PRO_RATES: Mapping[LoraProMoments, float] = MappingProxyType({"full": 0.25, "factors": 2.0})
-"""LoRA-Pro's rate in units of AdamW's. With ``full`` it is one of ``dW``, not of the factors."""
 JOINT_STEPS = 300
 """Steps of several subjects that share one adapter."""
 
@@ -97,6 +95,14 @@ def embedded_defaults(method: str, joint: bool = False) -> dict[str, Any]:
     return values | ({"max_train_steps": JOINT_STEPS} if joint else {})
 
 
+def lora_pro_rate(config: TrainConfig) -> float:
+    """LoRA-Pro's rate in units of AdamW's. That of ``full`` moments is a rate of the product, not of the factors:
+    of ``dW``, or of the small matrix between frozen outer factors."""
+    if config.lora_pro_moments == "factors":
+        return 2.0
+    return 0.5 if default_axes(config.method).core in ("nested", "input") else 0.25
+
+
 def with_defaults(config: TrainConfig) -> TrainConfig:
     """Fill in the settings that are ``None`` and have a default here."""
     method = config.method
@@ -109,7 +115,7 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
     if config.num_train_epochs is not None:  # the number of images determines the number of steps
         del values["max_train_steps"]
     if config.optimizer == "lora_pro":
-        values["learning_rate"] *= LORA_PRO_RATES[config.lora_pro_moments]
+        values["learning_rate"] *= lora_pro_rate(config)
     if config.optimizer == "prodigy":
         values["learning_rate"] = 1.0  # a factor of its estimated rate, for all parameters
     elif config.train_text_encoder_ti:

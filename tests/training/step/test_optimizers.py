@@ -133,8 +133,9 @@ def test_lora_pros_rate_follows_from_its_moments() -> None:
         {"optimizer": "lora_pro"},
         {"optimizer": "lora_pro", "lora_pro_moments": "factors"},
     ]
-    rates = [resolve(TrainConfig(method="lora", **kind)).learning_rate for kind in kinds]
-    assert rates == pytest.approx([rates[0], rates[0], rates[0] / 4, rates[0] * 2])
+    for method, shares in {"lora": [1, 1, 0.25, 2], "nora": [1, 1, 0.5, 2], "lora_mini": [1, 1, 0.5, 2]}.items():
+        rates = [resolve(TrainConfig(method=method, **kind)).learning_rate for kind in kinds]
+        assert [rate / rates[0] for rate in rates] == pytest.approx(shares)
 
 
 def test_pairs_have_the_rates_of_their_component_and_lora_plus() -> None:
