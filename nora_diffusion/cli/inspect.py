@@ -29,8 +29,8 @@ def run(values: argparse.Namespace) -> None:
     """Print the description."""
     from dataclasses import asdict
 
-    from ..formats.adapter_file import inspect_adapter, verify_adapter
-    from ..formats.layer_ranks import layer_ranks, ranks_text
+    from ..formats.adapter_file import inspect_adapter, layer_ranks, verify_adapter
+    from ..reports.layer_ranks import ranks_text
 
     if (values.intruders or values.base) and not values.layers:
         raise UserError("--intruders and --base need --layers: give it as well")

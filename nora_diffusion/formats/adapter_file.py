@@ -20,7 +20,7 @@ from ..io.files import real_path, sha256
 from ..io.tensor_file import RawTensor, RawTensors, TensorFile, raw_hash, require_finite
 from .adapter_info import AdapterInfo, parse_info
 from .foreign import DIFFUSERS_FILE, EMBEDDING_FILE, PEFT_FILE, recognize
-from .keys import count_parameters, frozen_factors
+from .keys import Projection, count_parameters, factors_by_projection, frozen_factors
 from .packs import Pack, read_factors, read_subject
 from .structure import check_structure
 
@@ -133,6 +133,24 @@ def open_adapter(path: str | Path) -> Iterator[OpenAdapter]:
             return tensors
 
         yield OpenAdapter(info, read)
+
+
+def layer_ranks(path: str | Path) -> dict[Projection, int]:
+    """The rank of each layer at the narrowest point of its chain, in the order of the file.
+
+    Empty for an adapter whose layers all have the same rank setting, and for files of other tools. Raises
+    :class:`UserError` as :func:`inspect_adapter`.
+    """
+    with open_adapter(path) as adapter:
+        info = adapter.info
+        if not info.is_ours or not any(axes.rank_pattern or axes.inner_rank_pattern for axes in info.axes.values()):
+            return {}
+        layers = factors_by_projection(adapter.read())
+    found = {
+        layer: next((value.shape[0] for name in ("A_in", "A") if (value := factors.get(name)) is not None), 0)
+        for layer, factors in layers.items()
+    }
+    return {layer: rank for layer, rank in found.items() if rank}
 
 
 def _describe(reader: TensorFile) -> AdapterInfo:

@@ -11,7 +11,8 @@ import pytest
 from nora_diffusion import add_adapter, save_adapter
 from nora_diffusion.adapters import lora, nora
 from nora_diffusion.cli import main
-from nora_diffusion.formats.layer_ranks import by_block, layer_ranks, ranks_text
+from nora_diffusion.formats.adapter_file import layer_ranks
+from nora_diffusion.reports.layer_ranks import by_block, ranks_text
 from nora_diffusion.ui.tabs.inspect import show_ranks
 
 CONFIGS = {

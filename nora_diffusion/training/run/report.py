@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...formats.layer_ranks import layer_ranks
+from ...formats.adapter_file import layer_ranks
 from ...io.files import write_atomic
 from ...io.images import load_image
 from ...io.run_layout import REPORT, SAMPLES, VALIDATION, images_by_step

@@ -11,6 +11,7 @@ from ...adapters.presets import default_axes, is_routed, options
 from ...pipelines.base import EMBEDDED_GUIDANCE, EMBEDDED_STEPS, OTHER_GUIDANCE, OTHER_STEPS, is_embedded
 from .config import TrainConfig
 from .methods import method_defaults
+from .rank_allocations import rate_factor
 from .strategies import OWN
 
 EMBEDDED: dict[str, Any] = {
@@ -114,6 +115,7 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
     values = {**method_defaults(method), **base, **own}
     if config.num_train_epochs is not None:  # the number of images determines the number of steps
         del values["max_train_steps"]
+    values["learning_rate"] *= rate_factor(config)
     if config.optimizer == "lora_pro":
         values["learning_rate"] *= lora_pro_rate(config)
     if config.optimizer == "prodigy":

@@ -32,8 +32,18 @@ STARTS: dict[str, RankStart] = {
     "beamlora": RankStart(scales="softmax"),
 }
 """By the rank allocations that act while an adapter trains."""
+TRIPLETS_RATE = 4.0
+"""The rate of ``P diag(l) Q`` in units of LoRA's, measured on the embedded base (docs/adapters.md): all of it starts at
+``l = 0`` with vectors of norm 1, and a step of ``l`` moves a rank less than one of LoRA's ``B`` does."""
 BY_PAIR = ("adamw8bit", "lora_pro", "lora_rite")
 """Optimizers whose state has no entries of single ranks, which could be cleared or copied."""
+
+
+def rate_factor(config: TrainConfig) -> float:
+    """The default learning rate in units of the method's own."""
+    start = STARTS.get(config.rank_allocation, RankStart())
+    has_pair = default_axes(config.method).core == "none"  # measured for LoRA; inner pairs have high rates as they are
+    return TRIPLETS_RATE if has_pair and start.scales == "linear" else 1.0
 
 
 def check_rank_allocation(config: TrainConfig) -> None:

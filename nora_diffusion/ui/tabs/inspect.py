@@ -10,8 +10,8 @@ import gradio as gr
 
 from ...errors import UserError
 from ...evaluation.spectra import TOP, LayerSpectrum, gate_summaries, iter_spectra
+from ...formats.adapter_file import layer_ranks
 from ...formats.keys import Projection
-from ...formats.layer_ranks import layer_ranks
 from ...loaders.gates import GateSummary
 from ...reports.plots import bar_chart, column_chart, line_chart
 from ..entries import Entry

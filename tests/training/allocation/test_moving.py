@@ -13,11 +13,12 @@ from runs import Configure, assert_same_run, interrupt_after
 from nora_diffusion import UserError, inspect_adapter, load_adapter, open_pipeline
 from nora_diffusion.formats.adapter_writing import Contents
 from nora_diffusion.pipelines.components import components, nora_layers
-from nora_diffusion.training import check, train
+from nora_diffusion.training import TrainConfig, check, train
 from nora_diffusion.training.allocation import ablating, changes, schedules
 from nora_diffusion.training.allocation.hook import AllocationHook
 from nora_diffusion.training.allocation.ranks import Ranks
 from nora_diffusion.training.allocation.table import ALLOCATIONS
+from nora_diffusion.training.settings.defaults import with_defaults
 from nora_diffusion.training.signals import Interrupted
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -283,6 +284,15 @@ def test_an_interrupted_run_continues_bit_for_bit(
             train(configure(output_dir=str(tmp_path / "parts"), **changes))
     parts = train(configure(output_dir=str(tmp_path / "parts"), resume_from_checkpoint="latest", **changes))
     assert_same_run(whole, parts.adapter_path.parent, last=6)
+
+
+def test_triplets_have_a_rate_of_their_own() -> None:
+    def rate(method: str, **changes: Any) -> float:
+        return with_defaults(TrainConfig(method=method, **changes)).learning_rate or 0.0
+
+    for name in ("adalora", "dynamic_dora"):
+        assert rate("lora", rank_allocation=name) == 4 * rate("lora") == 4 * rate("lora", rank_allocation="alora")
+        assert rate("nora", rank_allocation=name) == rate("nora")
 
 
 @pytest.mark.parametrize(
