@@ -28,7 +28,7 @@ load_adapter(pipe, "{folder}")
 image = pipe("{prompt}", num_inference_steps=20).images[0]
 ```
 
-As a plain LoRA for other tools: `nora-diffusion export {folder} {folder}_lora.safetensors`.
+{export}: `nora-diffusion export {folder} {folder}_lora.safetensors{gate}`.
 
 | | |
 | --- | --- |
@@ -39,6 +39,12 @@ As a plain LoRA for other tools: `nora-diffusion export {folder} {folder}_lora.s
 | file | {bytes:,} bytes, SHA-256 `{sha256}` |
 | made with | {versions} |
 """
+
+EXPORTS = {
+    False: ("As a plain LoRA for other tools", ""),
+    True: ("No plain LoRA equals its gates; one with the gates fixed at their mean", " --gate mean"),
+}
+"""How the card introduces the export of an adapter, and its further flags; by whether it is routed."""
 
 
 def write_card(folder: Path, info: AdapterInfo, extra: str | None = None) -> Path:
@@ -51,7 +57,7 @@ def write_card(folder: Path, info: AdapterInfo, extra: str | None = None) -> Pat
         log.warning("%s is not a model card of nora_diffusion: it is left unchanged, and no card is written", file)
         return file
     config = next(iter(info.components.values()))
-    targets = config["target_modules"]
+    targets, routed = config["target_modules"], config.get("router", "none") != "none"
     trigger = f"\nUse `{info.trigger}` in the prompt to get the subject.\n" if info.trigger else ""
     if info.tokens:
         trigger += f"\nNew tokens, available while the adapter is loaded: `{'`, `'.join(info.tokens)}`.\n"
@@ -64,7 +70,7 @@ def write_card(folder: Path, info: AdapterInfo, extra: str | None = None) -> Pat
         ranks=info.ranks, trained=info.trained_parameters, trigger=trigger, folder=folder.name,
         prompt=info.instance_prompt or info.trigger or "your prompt", components=", ".join(info.components),
         targets=targets if isinstance(targets, str) else ", ".join(targets), step=info.step, seed=info.seed,
-        bytes=info.bytes, sha256=info.sha256,
+        bytes=info.bytes, sha256=info.sha256, export=EXPORTS[routed][0], gate=EXPORTS[routed][1],
         versions=", ".join(f"{name} {version}" for name, version in info.versions.items()),
     )  # fmt: skip
     return write_atomic(file, text + (f"\n{extra}\n" if extra else ""))

@@ -641,6 +641,13 @@ def test_a_broken_base_is_explained(tiny_base: Path, tmp_path: Path, fault: str)
         open_pipeline(copy)
 
 
+@pytest.mark.parametrize(("config", "flags"), [(nora(r=4, inner_r=2, basis="svd"), ""), (mor(r=2), " --gate mean")])
+def test_the_card_has_the_export_that_works(pipe: Any, tmp_path: Path, config: AdapterConfig, flags: str) -> None:
+    add_adapter(pipe, config, "one")
+    save_adapter(pipe, tmp_path / "dog", "one")
+    assert f"`nora-diffusion export dog dog_lora.safetensors{flags}`" in (tmp_path / "dog/README.md").read_text()
+
+
 @pytest.mark.parametrize("config", [nora(r=8, inner_r=2), lora(r=2), mor(r=2, num_experts=2)])
 def test_axes_of_later_releases_stand_only_in_files_that_use_them(config: AdapterConfig) -> None:
     assert not {"inner_rank_pattern", "rank_scales", "top_k"} & config.to_dict().keys()

@@ -91,15 +91,18 @@ def _estimate(plan: Plan) -> Estimate:
         raise UserError(
             "a step needs more memory than 64 bits can count: use a smaller --train_batch_size, --resolution or --rank"
         ) from error
-    return replace(size, copy_bytes=size.copy_bytes + _noisy_bytes(plan))
+    return replace(size, copy_bytes=size.copy_bytes + _bytes_of_weights(plan))
 
 
-def _noisy_bytes(plan: Plan) -> int:
-    """Bytes of the noisy weights that stand beside the frozen ones while a pass runs."""
-    if plan.config.strategy not in ON_WEIGHTS:
+def _bytes_of_weights(plan: Plan) -> int:
+    """Bytes of what is as large as the adapted weights: noisy ones beside them, the moments of full gradients."""
+    config = plan.config
+    noisy = plan.dtype.itemsize if config.strategy in ON_WEIGHTS else 0
+    moments = 2 * torch.float32.itemsize if config.optimizer == "lora_pro" and config.lora_pro_moments == "full" else 0
+    if not noisy + moments:
         return 0
     targets = targets_by_component(plan.components, plan.adapter).values()
-    return plan.dtype.itemsize * sum(flat_weight(layer).numel() for layers in targets for layer in layers.values())
+    return (noisy + moments) * sum(flat_weight(layer).numel() for layers in targets for layer in layers.values())
 
 
 def _base(plan: Plan) -> Iterator[Finding]:

@@ -249,13 +249,25 @@ def test_memory_that_is_not_there(configure: Configure, monkeypatch: pytest.Monk
     assert "of memory on top of the base" in found and "use --train_batch_size 1, --gradient_checkpointing" in found
 
 
-@pytest.mark.parametrize("strategy", ["flat", "halora"])
-def test_noisy_weights_are_counted(strategy: str, configure: Configure, pipe: Any) -> None:
+@pytest.mark.parametrize(
+    ("changes", "times"),
+    [
+        ({"strategy": "flat"}, 1),
+        ({"strategy": "halora"}, 1),
+        ({"optimizer": "lora_pro"}, 2),
+        ({"optimizer": "lora_pro", "lora_pro_moments": "factors"}, 0),
+    ],
+)
+def test_what_is_as_large_as_the_weights_is_counted(
+    changes: dict[str, str], times: int, configure: Configure, pipe: Any
+) -> None:
+    """Noisy weights, and the moments of full gradients; all of this base is fp32."""
     plan = plan_of(configure(train_text_encoder=True), pipe)
-    noisy = plan_of(configure(train_text_encoder=True, strategy=strategy), pipe)
+    large = plan_of(configure(train_text_encoder=True, **changes), pipe)
     targets = targets_by_component(plan.components, plan.adapter)
     weights = sum(next(layer.parameters()).nbytes for layers in targets.values() for layer in layers.values())
-    assert _estimate(noisy).copy_bytes - _estimate(plan).copy_bytes == weights > 0
+    assert weights > 0
+    assert _estimate(large).copy_bytes - _estimate(plan).copy_bytes == times * weights
 
 
 def test_memory_that_a_lower_precision_gives_back_is_counted(configure: Configure, pipe: Any) -> None:
