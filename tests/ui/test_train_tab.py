@@ -164,15 +164,23 @@ def test_an_example_subject_takes_one_click(page: Any) -> None:
     page.locator("#train-prepared").get_by_text("a ohwx cat in the grass").first.wait_for()
 
 
+def started(name: str = "x", extra: str = "", **changes: str) -> list[Any]:
+    """The values of a form that is started."""
+    chosen = {"method": "nora", "strategy": "none", "rank_allocation": "uniform", "optimizer": "adamw", **changes}
+    return [name, None, "Fast", "sks", "dog", *chosen.values(), 5, 0, False, False, extra]
+
+
 @pytest.mark.parametrize(
     "name, data, message",
     [
         ("train_photos", [[{**FORGED}]], ""),
         ("train_photos", [[{**FORGED, "url": "file:///etc/passwd"}]], ""),
-        ("train_start", ["../x", None, "Fast", "sks", "dog", "nora", "none", 5, 0, False, False, ""], "no photos"),
-        ("train_start", ["x", None, "Fast", "sks", "dog", "nora", "none", 5, 0, False, False, "judge: x"], "app sets"),
-        ("train_start", ["x", None, "Fast", "sks", "dog", "pickle", "none", 5, 0, False, False, ""], ""),
-        ("train_start", ["x", None, "Fast", "sks", "dog", "nora", "pickle", 5, 0, False, False, ""], ""),
+        ("train_start", started("../x"), "no photos"),
+        ("train_start", started(extra="judge: x"), "app sets"),
+        ("train_start", started(method="pickle"), "not in the list"),
+        ("train_start", started(strategy="pickle"), "not in the list"),
+        ("train_start", started(rank_allocation="pickle"), "not in the list"),
+        ("train_start", started(optimizer="pickle"), "not in the list"),
         ("train_stop", ["../../library"], ""),
         ("train_remove", ["/etc"], ""),
         ("train_resume", ["nothing"], ""),

@@ -113,6 +113,14 @@ def test_presets_scale_the_defaults_of_the_base(engine: Engine) -> None:
         check_config(TrainConfig.from_mapping({**settings, "instance_data_dir": "photos"}))
 
 
+def test_the_default_rate_is_that_of_the_optimizer_and_of_the_ranks(engine: Engine) -> None:
+    def rate(**own: str) -> float:
+        return float(build_settings(engine, "Balanced", "sks", "dog", {"method": "lora", **own})["learning_rate"])
+
+    assert rate(optimizer="lora_pro") == rate() / 4
+    assert rate(rank_allocation="adalora") == 4 * rate()
+
+
 def test_more_settings_are_parsed_as_the_trainer_parses_them(engine: Engine) -> None:
     own = build_settings(engine, "Fast", "sks", "dog", {}, "max_train_steps: 1e3\nlora_dropout: '0.1'")
     assert (own["max_train_steps"], own["validation_steps"], own["dropout"]) == (1000, 200, 0.1)

@@ -21,6 +21,8 @@ WORD = re.compile(r"[^\s<>]{1,40}")
 PRESETS: dict[str, tuple[float, float]] = {"Fast": (1 / 3, 1.0), "Balanced": (1.0, 1.0), "Best": (2.5, 0.7)}
 """Multipliers of the base's default steps and learning rate."""
 
+RATE_DEPENDS_ON = ("method", "core", "strategy", "rank_allocation", "optimizer", "lora_pro_moments")
+"""Settings that the default learning rate depends on."""
 MAX_NUMBER = 10**9
 LIMITS: dict[str, float] = {
     "train_batch_size": 64, "gradient_accumulation_steps": 256, "max_train_steps": 10**6, "num_train_epochs": 10**5,
@@ -91,12 +93,12 @@ def check_word(field: str, word: str, example: str) -> None:
 
 
 def _defaults(engine: Backend, settings: Mapping[str, Any]) -> Any:
-    """The trainer's defaults for the base and the method."""
+    """The trainer's defaults for the base and what else they depend on."""
     from ...training import TrainConfig
     from ...training.settings.defaults import with_defaults
 
-    method = {"method": settings["method"]} if "method" in settings else {}
-    return with_defaults(TrainConfig.from_mapping({"pretrained_model_name_or_path": engine.source.base, **method}))
+    chosen = {name: settings[name] for name in RATE_DEPENDS_ON if name in settings}
+    return with_defaults(TrainConfig.from_mapping({"pretrained_model_name_or_path": engine.source.base, **chosen}))
 
 
 def read_extra(text: str) -> dict[str, Any]:

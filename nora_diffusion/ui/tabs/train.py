@@ -14,9 +14,8 @@ from ...adapters.presets import PRESETS as ADAPTER_PRESETS
 from ...data.caption_files import SUFFIXES
 from ...data.captions import word_pattern
 from ...demo import EXAMPLES, Example, open_example
-from ...errors import UserError
 from ...io.files import write_atomic
-from ...training.settings.config import Strategy, TrainConfig
+from ...training.settings.config import Optimizer, RankAllocation, Strategy, TrainConfig
 from ..jobs.images import MAX_IMAGES, CheckedImage, check_images, with_captions
 from ..jobs.training_form import LIMITS, MAX_YAML, PRESETS, build_settings, preflight
 from ..layout.page import ALWAYS_LAST, UNQUEUED, Page, handler
@@ -28,8 +27,14 @@ from .train_runs import build_runs, choices, watch
 
 TITLE = "Train"
 MAX_TRAIN_STEPS, MAX_RATE = int(LIMITS["max_train_steps"]), 1000
-METHODS, METHOD = tuple(ADAPTER_PRESETS), TrainConfig().method
-STRATEGIES: tuple[str, ...] = get_args(Strategy)
+DEFAULTS = TrainConfig()
+CHOICES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "method": ("Method", "Adapter type", tuple(ADAPTER_PRESETS)),
+    "strategy": ("Strategy", "Around the steps", get_args(Strategy)),
+    "rank_allocation": ("Ranks", "By layer", get_args(RankAllocation)),
+    "optimizer": ("Optimizer", "Of the steps", get_args(Optimizer)),
+}
+"""Label, explanation and values of each setting that is chosen from a list."""
 FILE_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", *SUFFIXES]
 
 
@@ -98,14 +103,15 @@ def _settings() -> dict[str, Any]:
     )  # fmt: skip
     with gr.Accordion("Advanced settings", open=False):
         with gr.Row():
-            method = gr.Dropdown(list(METHODS), value=METHOD, label="Method", info="Adapter type", min_width=120)
-            strategy = gr.Dropdown(list(STRATEGIES), value="none", label="Strategy", info="Around the steps",
-                                   min_width=120)  # fmt: skip
+            chosen = {
+                name: gr.Dropdown(list(values), value=getattr(DEFAULTS, name), label=label, info=info, min_width=120)
+                for name, (label, info, values) in CHOICES.items()
+            }
+        with gr.Row():
             steps = gr.Number(0, label="Steps", info="0 = from the preset", precision=0, minimum=0,
                               maximum=MAX_TRAIN_STEPS, min_width=120)  # fmt: skip
             rate = gr.Number(0, label="Learning rate", info="0 = from the preset", minimum=0, maximum=MAX_RATE,
                              min_width=120)  # fmt: skip
-        with gr.Row():
             encoder = gr.Checkbox(False, label="Train the text encoder too", min_width=200)
             prior = gr.Checkbox(False, label="Prior preservation", info="Keeps the class unchanged", min_width=200)
         extra = gr.Textbox(
@@ -113,8 +119,7 @@ def _settings() -> dict[str, Any]:
             placeholder="rank: 32\nseed: 1",
         )  # fmt: skip
     return {
-        "preset": preset, "method": method, "strategy": strategy, "steps": steps, "rate": rate, "encoder": encoder,
-        "prior": prior, "extra": extra,
+        "preset": preset, **chosen, "steps": steps, "rate": rate, "encoder": encoder, "prior": prior, "extra": extra,
     }  # fmt: skip
 
 
@@ -122,8 +127,8 @@ def _persist(page: Page, form: SimpleNamespace) -> None:
     """Store the form, except for the photos, in the browser over a reload."""
     rules: dict[str, list[Any]] = {
         "word": ["", 0, 40], "trigger": ["", 0, 40], "name": ["my-subject", 0, 64],
-        "preset": ["Balanced", 0, 40, list(PRESETS)], "method": [METHOD, 0, 40, list(METHODS)],
-        "strategy": ["none", 0, 40, list(STRATEGIES)],
+        "preset": ["Balanced", 0, 40, list(PRESETS)],
+        **{name: [getattr(DEFAULTS, name), 0, 40, list(values)] for name, (_, _, values) in CHOICES.items()},
         "steps": [0, 0, MAX_TRAIN_STEPS], "rate": [0, 0, MAX_RATE], "encoder": [False, 0, 1], "prior": [False, 0, 1],
         "extra": ["", 0, MAX_YAML],
     }  # fmt: skip
@@ -140,8 +145,8 @@ def _wire(app: App, form: SimpleNamespace, chosen: gr.Dropdown) -> Any:
     shown = {"api_visibility": "private", "show_progress_on": form.report}
     photos = [form.photos, form.prepared, form.report, form.errors]
     values = [
-        form.photos, form.preset, form.trigger, form.word, form.method, form.strategy, form.steps, form.rate,
-        form.encoder, form.prior, form.extra,
+        form.photos, form.preset, form.trigger, form.word, *(getattr(form, name) for name in CHOICES), form.steps,
+        form.rate, form.encoder, form.prior, form.extra,
     ]  # fmt: skip
     gr.on(  # not `change`: choosing an example clears the field
         [form.dropped.upload, form.dropped.clear, form.dropped.delete],
@@ -264,17 +269,15 @@ def run_checks(app: App, photos: Sequence[str], settings: Mapping[str, Any]) -> 
 
 def form_settings(
     app: App, photos: Sequence[str], preset: str, trigger: str, word: str, method: str, strategy: str,
-    steps: float | None, rate: float | None, encoder: bool, prior: bool, extra: str,
+    rank_allocation: str, optimizer: str, steps: float | None, rate: float | None, encoder: bool, prior: bool,
+    extra: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Trainer settings from the values of the form."""
-    if method not in METHODS:
-        raise UserError(f"there is no method {str(method)[:40]!r}: choose one of {', '.join(METHODS)}")
-    if strategy not in STRATEGIES:
-        raise UserError(f"there is no strategy {str(strategy)[:40]!r}: choose one of {', '.join(STRATEGIES)}")
+    chosen = dict(zip(CHOICES, (method, strategy, rank_allocation, optimizer), strict=True))
     has_captions = any(Path(photo).with_suffix(".txt").is_file() for photo in photos or ())
     changes = {
-        "method": method, "strategy": None if strategy == "none" else strategy, "max_train_steps": steps or None,
-        "learning_rate": rate or None,
+        **{name: value for name, value in chosen.items() if name == "method" or value != getattr(DEFAULTS, name)},
+        "max_train_steps": steps or None, "learning_rate": rate or None,
         "train_text_encoder": encoder or None, "with_prior_preservation": prior or None,
         "use_captions": has_captions or None,
     }  # fmt: skip
