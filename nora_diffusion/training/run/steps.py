@@ -74,13 +74,13 @@ class Stepper:
     def backward(self, step: int, micro: int) -> Tensor:
         """Forward and backward pass of one micro-step; return its share of the step's loss, without penalties."""
         with self.run.hooks.around_pass(step):
-            return self.backward_of(step, self.batches.loss(step, micro))
-
-    def backward_of(self, step: int, loss: Tensor) -> Tensor:
-        """The backward pass of a micro-step's loss; as :meth:`backward`."""
-        loss, total = self.share_of(step, loss)
-        torch.autograd.backward(total)
+            loss, total = self.share_of(step, self.loss(step, micro))
+            torch.autograd.backward(total)
         return loss
+
+    def loss(self, step: int, micro: int) -> Tensor:
+        """The loss of one micro-step."""
+        return self.batches.loss(step, micro)
 
     def share_of(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor]:
         """A micro-step's share of the step's loss, detached; and what its backward pass starts from."""

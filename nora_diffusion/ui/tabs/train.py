@@ -104,7 +104,7 @@ def _settings() -> dict[str, Any]:
     with gr.Accordion("Advanced settings", open=False):
         with gr.Row():
             chosen = {
-                name: gr.Dropdown(list(values), value=getattr(DEFAULTS, name), label=label, info=info, min_width=120)
+                name: gr.Dropdown(list(values), value=getattr(DEFAULTS, name), label=label, info=info, min_width=180)
                 for name, (label, info, values) in CHOICES.items()
             }
         with gr.Row():
@@ -112,6 +112,7 @@ def _settings() -> dict[str, Any]:
                               maximum=MAX_TRAIN_STEPS, min_width=120)  # fmt: skip
             rate = gr.Number(0, label="Learning rate", info="0 = from the preset", minimum=0, maximum=MAX_RATE,
                              min_width=120)  # fmt: skip
+        with gr.Row():
             encoder = gr.Checkbox(False, label="Train the text encoder too", min_width=200)
             prior = gr.Checkbox(False, label="Prior preservation", info="Keeps the class unchanged", min_width=200)
         extra = gr.Textbox(
