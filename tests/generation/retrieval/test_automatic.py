@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from nora_diffusion.formats.adapter_info import AdapterInfo
 from nora_diffusion.generation.generate import GenerateConfig, generate
 from nora_diffusion.generation.image_settings import read_settings
 from nora_diffusion.generation.library import NamedAdapter, list_library
+from nora_diffusion.generation.retrieval import retriever as retrieval
 from nora_diffusion.generation.retrieval.automatic import Choice, choose, with_triggers
 from nora_diffusion.generation.retrieval.retriever import Retriever
 from nora_diffusion.generation.retrieval.settings import Auto
 from nora_diffusion.generation.retrieval.usable import usable
+from nora_diffusion.generation.retrieval.words import is_content, phrases
 from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.loaders import trainable_parameters
 from nora_diffusion.pipelines.base import BaseSource
@@ -34,6 +38,31 @@ def save_random(pipe: Any, folder: Path, config: Any, **info: Any) -> None:
         parameter.data.normal_(std=0.3)
     save_adapter(pipe, folder, "fresh", info=info)
     delete_adapter(pipe, "fresh")
+
+
+class WordVectors:
+    """Texts as counts of their content words: what suits a prompt must not depend on random weights."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.size = 512
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        rows = torch.zeros(len(texts), self.size)
+        for row, text in zip(rows, texts, strict=True):
+            for phrase in phrases(text):
+                for word in filter(is_content, phrase.words):
+                    row[zlib.crc32(word.encode()) % self.size] += phrase.weight
+        return torch.nn.functional.normalize(rows, dim=1)
+
+    def key(self) -> str:
+        return "counts of words"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def words() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "TextEmbedding", WordVectors)
+        yield
 
 
 @pytest.fixture(scope="module")
