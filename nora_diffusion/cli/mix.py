@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
@@ -99,7 +100,7 @@ def _learn(values: argparse.Namespace, given: dict[str, Any]) -> None:
     from ..training.settings.config import TrainConfig
     from ..training.signals import Interrupted
 
-    settings = read_settings(given.pop("config")) if "config" in given else {}
+    settings = read_settings(Path(given.pop("config"))) if "config" in given else {}
     names = {"base": "pretrained_model_name_or_path", "variant": "variant", "revision": "revision",
              "mixed_precision": "mixed_precision"}  # fmt: skip
     own = {setting: given.pop(flag) for flag, setting in names.items() if flag in given}

@@ -440,8 +440,8 @@ def odd_places(command: str, given: list[str]) -> Iterator[tuple[list[str], str,
         return
     parser: argparse.ArgumentParser = build_parser()
     for name in command.split():
-        (verbs,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-        parser = verbs.choices[name]
+        verbs = next((a for a in parser._actions if isinstance(a, argparse._SubParsersAction)), None)
+        parser = parser if verbs is None else verbs.choices[name]  # "gated" is a mode of "mix"
     flags = [action.option_strings[-1] for action in parser._actions if action.option_strings and action.nargs != 0]
     yield from ((given, f"{flag}=", []) for flag in flags)
     for index, word in enumerate(given):
