@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -41,7 +42,7 @@ def _part(part: Part) -> Part:
     return Part(config, kept)
 
 
-def narrow_names(factors: Factors) -> tuple[str, str]:
+def narrow_names(factors: Collection[str]) -> tuple[str, str]:
     """The names of the factors below and above the narrowest point of a chain."""
     return ("A_in" if "A_in" in factors else "A"), ("B_in" if "B_in" in factors else "B")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...adapters import NoraLayer
 from ...adapters.deltas.chain import ChainDelta
+from ...formats.compacting import narrow_names
 from ...pipelines.components import components, nora_layers
 from ..planning.plan import Plan
 
@@ -92,7 +93,8 @@ class Trained:
 def ranked_chain(layer: NoraLayer, adapter: str) -> RankedChain:
     """The ranks of one layer."""
     delta: Any = layer.delta(adapter)
-    factors = dict(delta.named_parameters())
-    down = factors["core.A_in"] if "core.A_in" in factors else factors["A"]
-    up = factors["core.B_in"] if "core.B_in" in factors else factors["B"]
-    return RankedChain(layer, delta, down, up, factors.get("l"), layer.states[adapter].native_scale)
+    factors = {name.rpartition(".")[2]: parameter for name, parameter in delta.named_parameters()}
+    lower, upper = narrow_names(factors)
+    return RankedChain(
+        layer, delta, factors[lower], factors[upper], factors.get("l"), layer.states[adapter].native_scale
+    )
