@@ -142,7 +142,7 @@ def mix_gated(
         _refuse_tokens(source.name, source.info.tokens if source.info else {})
     check_same_base(sources)
     folder = _new_folder(output)
-    overlaps = {(one.name, two.name): source_overlap(one, two).score for one, two in combinations(sources, 2)}
+    overlaps = _overlaps(sources)
     configs, tensors = assemble_gated(sources, weights, router)
     info = _describe(sources, weights, GATED, router=router)
     info.components = {component: config.to_dict() for component, config in configs.items()}
@@ -209,7 +209,7 @@ def _check(weights: Mapping[str, float], mode: str, options: Options) -> None:
 def _combine(
     name: str, sources: Sequence[Source], weights: Sequence[float], mode: Mode, options: Options
 ) -> tuple[MixReport, Any]:
-    overlaps = {(one.name, two.name): source_overlap(one, two).score for one, two in combinations(sources, 2)}
+    overlaps = _overlaps(sources)
     mixed: dict[Projection, Mixed] = {}
     for key in dict.fromkeys(key for source in sources for key in source.updates):
         weighted = [(s.updates[key], w) for s, w in zip(sources, weights, strict=True) if key in s.updates]
@@ -228,6 +228,11 @@ def _combine(
     info.components = {component: config.to_dict() for component, config in configs.items()}
     messages = _overlap_warnings(overlaps)
     return MixReport(name, mode, rank, len(mixed), 1 - share, share**0.5, overlaps, messages, info), tensors
+
+
+def _overlaps(sources: Sequence[Source]) -> dict[tuple[str, str], float]:
+    """The overlap of each two sources, by their names."""
+    return {(one.name, two.name): source_overlap(one, two).score for one, two in combinations(sources, 2)}
 
 
 def _layer_seed(seed: int, key: Projection) -> int:
