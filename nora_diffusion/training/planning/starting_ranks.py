@@ -48,5 +48,10 @@ def depth_shares(paths: Sequence[str]) -> dict[str, float]:
 
 
 def in_order_of_depth(paths: Sequence[str]) -> list[str]:
-    """The paths in the order of a pass: a UNet registers its middle block after the up blocks."""
-    return sorted(paths, key=lambda path: LATE.get(path.partition(".")[0], 0))
+    """The paths of a model's layers, in its own order, in the order of a pass."""
+    return sorted(paths, key=part_of_pass)
+
+
+def part_of_pass(path: str) -> int:
+    """Which part of a pass a layer is in: a UNet registers its middle block after the up blocks."""
+    return LATE.get(path.partition(".")[0], 0)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from ...adapters import NoraLayer
 from ..hooks.trained import Layer
+from ..planning.starting_ranks import part_of_pass
 from .weight_noise import frozen_weight
 
 BLOCK = re.compile(r"^(?:.*\.)?(\w+s)\.\d+\.")
@@ -24,12 +25,11 @@ def name_in_block(path: str) -> str:
 def layers_before(layers: Mapping[Layer, NoraLayer]) -> dict[Layer, Layer]:
     """For each layer the one before it with the same name, shape of the weight and component, if there is one.
 
-    In the order in which a model runs its layers. That is the order of its modules, but a UNet has its middle after
-    the up blocks.
+    In the order in which a model runs its layers.
     """
     last: dict[tuple[str, str, tuple[int, ...]], Layer] = {}
     before: dict[Layer, Layer] = {}
-    for component, path in sorted(layers, key=lambda key: key[1].startswith("up_blocks.")):
+    for component, path in sorted(layers, key=lambda key: part_of_pass(key[1])):
         kind = component, name_in_block(path), tuple(frozen_weight(layers[component, path]).shape)
         if kind in last:
             before[component, path] = last[kind]
