@@ -14,7 +14,7 @@ from ...formats.adapter_info import parse_info
 from ..run.train import train
 from ..settings.config import TrainConfig
 from ..signals import Interrupted
-from .factors import join, packed, split, unpacked
+from .factors import join, packed, split
 
 WORDS = ("trigger", "class_word", "instance_prompt", "prompts", "license")
 START = "start"
@@ -61,13 +61,10 @@ def _train(config: TrainConfig, info: str, frozen: bytes, trained: bytes) -> Upd
     from safetensors.torch import load
 
     start = config.folder.parent / START
-    known = load(trained)
-    join(start, parse_info(info, str(start)), load(frozen), known)
+    join(start, parse_info(info, str(start)), load(frozen), load(trained))
     config.start_from = str(start)
     result = train(config)
     found = split(result.adapter_path)
-    factors = packed(found.trained)
-    unpacked(factors, known, "the trainer")  # refuses what the server would
     photos = len(find_images(Path(config.instance_data_dir or "").expanduser()))
     words = {name: getattr(found.info, name) for name in WORDS}
-    return Update(factors, photos, result.final_loss, words)
+    return Update(packed(found.trained), photos, result.final_loss, words)
