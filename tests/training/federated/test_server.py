@@ -8,13 +8,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from factories import write_photos
+from fake_ray import Died, FakeRay
 from runs import Configure, assert_equal_tensors
 from safetensors.torch import load_file
 
@@ -36,35 +36,15 @@ FILE = "nora_adapter.safetensors"
 Build = Callable[..., Federation]
 
 
-class Died(Exception):
-    """The error that this fake Ray raises for a killed process."""
-
-
-class InOneProcess:
-    """A fake Ray that runs tasks one after another in this process; ``dies``: numbers of the tasks that are killed."""
-
-    exceptions = SimpleNamespace(RayError=Died, RayTaskError=ZeroDivisionError)
+class InOneProcess(FakeRay):
+    """Trains a client's round in this process; SIGTERM comes while the task ``stop_at`` is waited for."""
 
     def __init__(self, dies: set[int] | None = None, stop_at: int = 0) -> None:
-        self.dies, self.stop_at, self.started, self.canceled = dies or set(), stop_at, list[Any](), set[int]()
-
-    def is_initialized(self) -> bool:
-        return True
-
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": 2.0}
+        super().__init__(dies or set())
+        self.stop_at, self.canceled = stop_at, set[int]()
 
     def put(self, value: Any) -> Any:
         return value
-
-    def remote(self, **options: Any) -> Any:
-        assert options == {"num_cpus": 1, "num_gpus": 0, "max_retries": 0}
-
-        def start(*given: Any) -> int:
-            self.started.append(given)
-            return len(self.started)
-
-        return lambda run: SimpleNamespace(remote=start)
 
     def wait(self, tasks: list[int], timeout: float) -> tuple[list[int], list[int]]:
         if tasks[0] == self.stop_at:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from factories import write_photos
+from fake_ray import Died, FakeRay
 from runs import Configure, distance, flags, journal
 
 from nora_diffusion.errors import UserError
@@ -45,35 +46,8 @@ def listed(configure: Configure, tmp_path: Path) -> Configure:
     return build
 
 
-class Died(Exception):
-    """The error that this fake Ray raises for a killed process."""
-
-
-class InOneProcess:
-    """A fake Ray that runs tasks one after another in this process; ``kill(number)``: whether that start is killed."""
-
-    exceptions = SimpleNamespace(RayError=Died, RayTaskError=ZeroDivisionError, TaskCancelledError=KeyError)
-
-    def __init__(self, dies: set[int]) -> None:
-        self.dies, self.started = dies, list[Any]()
-
-    def is_initialized(self) -> bool:
-        return True
-
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": 2.0}
-
-    def remote(self, **options: Any) -> Any:
-        assert options == {"num_cpus": 1, "num_gpus": 0, "max_retries": 0}
-
-        def start(*given: Any) -> int:
-            self.started.append(given)
-            return len(self.started)
-
-        return lambda run: SimpleNamespace(remote=start)
-
-    def wait(self, tasks: list[int], timeout: float) -> tuple[list[int], list[int]]:
-        return tasks[:1], tasks[1:]
+class InOneProcess(FakeRay):
+    """Trains a task's group in this process; the first killed one has trained two steps."""
 
     def get(self, task: int) -> str:
         settings, names, place = self.started[task - 1]
