@@ -3,6 +3,7 @@
 import sys
 
 from nora_diffusion.cli import main
+from nora_diffusion.programs import run_program
 
 if __name__ == "__main__":
-    sys.exit(main(["app", *sys.argv[1:]]))
+    run_program(main, ["app", *sys.argv[1:]])

@@ -1,7 +1,15 @@
-"""``python -m nora_diffusion``."""
+"""``python -m nora_diffusion``, and the ``nora-diffusion`` command."""
 
-import sys
+from typing import NoReturn
 
 from .cli import main
+from .programs import run_program
 
-sys.exit(main())
+
+def start() -> NoReturn:
+    """Run the command line, and end the process."""
+    run_program(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -1,25 +1,17 @@
-"""The exception for mistakes that a user can fix, the sentence for errors of the machine or the input, and the edge.
+"""The exception for mistakes that a user can fix, and the sentence for errors of the machine or the input.
 
-The edge of a program (:func:`program`) is the one place that turns errors into messages and exit codes.
+:mod:`.programs` turns them into messages and exit codes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import functools
 import os
 import re
 import reprlib
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator
-from types import FrameType
-from typing import ParamSpec
-
-Parameters = ParamSpec("Parameters")
 
 MAX_MESSAGE = 1200
 """Characters of one line of a message; from a longer one the middle is cut, which is the user's own text."""
@@ -41,8 +33,6 @@ REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "close files, or raise the limit on open files (ulimit -n)",
 }
-BROKEN_PIPE = 141
-"""Exit code when the reader of the output has gone, as in ``| head``: that of a process ended by SIGPIPE."""
 
 
 class UserError(ValueError):
@@ -155,75 +145,3 @@ def _raised_in_parser(error: BaseException) -> bool:
 
 def _package(module: str) -> str:
     return module.partition(".")[0]
-
-
-def program(main: Callable[Parameters, int]) -> Callable[Parameters, int]:
-    """Decorate the entry point of a program: errors become one sentence on stderr and exit codes.
-
-    Returns 2 for an error that :func:`explanation` explains, 130 for Ctrl-C, 143 for SIGTERM, 141 if the reader of the
-    output has gone.
-    A bug keeps its stack trace, and Python's exit code 1. Output is never lost to a console's code page: characters
-    that it does not have are printed as escapes.
-    """
-
-    @functools.wraps(main)
-    def guarded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> int:
-        try:
-            if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
-                sys.stdout.reconfigure(errors="backslashreplace")
-            try:
-                with _termination_raised():
-                    return main(*args, **kwargs)
-            finally:
-                _flush_output()
-        except KeyboardInterrupt as stop:
-            number = stop_signal(stop)
-            with contextlib.suppress(OSError):
-                print(f"stopped by {number.name}: finished files stay, unfinished ones were removed", file=sys.stderr)
-            return 128 + number
-        except BrokenPipeError as error:
-            if error.filename is None:
-                return BROKEN_PIPE
-            raise
-        except Exception as error:
-            text = explanation(error)
-            if text is None:
-                raise
-            with contextlib.suppress(OSError):
-                print(f"error: {text}", file=sys.stderr)
-            return 2
-
-    return guarded
-
-
-@contextlib.contextmanager
-def _termination_raised() -> Iterator[None]:
-    """Within the block SIGTERM raises :class:`Terminated`, unless it is handled already, or in another thread."""
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if threading.current_thread() is not threading.main_thread() or not free:
-        yield
-        return
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _flush_output() -> None:
-    """Write what was printed. If that fails, discard it, or else the interpreter fails on it again at its exit."""
-    try:
-        if sys.stdout is not None and not sys.stdout.closed:
-            sys.stdout.flush()
-    except OSError as error:
-        with contextlib.suppress(OSError):  # the output has no file descriptor
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, sys.stdout.fileno())
-            os.close(null)
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise UserError(f"cannot write the output: {reason(error)}") from error

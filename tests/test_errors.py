@@ -6,17 +6,15 @@ import errno
 import json
 import os
 import pickle
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from nora_diffusion.errors import MAX_MESSAGE, UserError, explanation, printable, program
+from nora_diffusion.errors import MAX_MESSAGE, UserError, explanation, printable
+from nora_diffusion.programs import program
 
 Capture = pytest.CaptureFixture[str]
 
@@ -128,58 +126,3 @@ def test_messages_are_bounded_and_printable() -> None:
     )
     assert str(UserError("Zoë's 犬 🐕, two\nlines")) == "Zoë's 犬 🐕, two\nlines"
     assert str(pickle.loads(pickle.dumps(UserError(text)))) == text
-
-
-@pytest.fixture
-def heeded() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt; a shell starts background jobs with the signal ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("heeded")
-def test_signals_and_help_keep_their_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        before = signal.getsignal(number)
-        assert program(lambda number=number: int(signal.raise_signal(number) is None))() == code  # type: ignore[misc]
-        assert signal.getsignal(number) is before
-        assert (
-            capsys.readouterr().err == f"stopped by {number.name}: finished files stay, unfinished ones were removed\n"
-        )
-    with pytest.raises(SystemExit):
-        program(lambda: int(raising(SystemExit(0))() is None))()
-
-
-PRINTS = "from nora_diffusion.errors import program\nimport sys\n@program\ndef main():\n    {}\n    return 0\n"
-
-
-def run(code: str, redirect: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in a shell, which reports its exit code after the output."""
-    command = f'"{sys.executable}" -c "$CODE" {redirect}'
-    variables = {**os.environ, "CODE": f"{PRINTS.format(code)}sys.exit(main())", **environment}
-    return subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, errors="replace", env=variables
-    )
-
-
-@pytest.mark.skipif(os.name == "nt", reason="pipes and redirections of a POSIX shell")
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_output_that_nobody_reads(unbuffered: str) -> None:
-    done = run("[print(i, flush=not i) for i in range(100_000)]", "| head -1", PYTHONUNBUFFERED=unbuffered)
-    assert (done.returncode, done.stdout, done.stderr) == (141, "0\n", "")
-    done = run("print('x')", ">&-", PYTHONUNBUFFERED=unbuffered)
-    assert (done.returncode, done.stderr) == (0, "")
-    if Path("/dev/full").exists():
-        done = run("print('x')", "> /dev/full", PYTHONUNBUFFERED=unbuffered)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "No space left on device" in done.stderr
-        assert run("open('/nowhere/x')", "2> /dev/full").returncode == 2
-
-
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "cp437", "latin-1", "utf-8"])
-def test_any_text_can_be_printed_on_any_console(encoding: str) -> None:
-    """Whatever the console has is printed as it is, all else as escapes."""
-    done = run(r"print('caf\u00e9 \u0141 \U0001f415 \udcff end')", PYTHONIOENCODING=encoding, PYTHONUTF8="0")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("caf") and r"\udcff end" in done.stdout
-    assert (r"\u0141" in done.stdout) == (encoding != "utf-8")

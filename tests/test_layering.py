@@ -12,9 +12,9 @@ from layering import PACKAGE, circles, folder_graphs, module_graph, modules
 ROOT = Path(__file__).parents[1]
 GRAPHS = folder_graphs(ROOT)
 LAYERS = (
-    "errors", "quiet", "versions", "io", "reports", "data", "optimizers", "adapters", "pipelines", "formats", "loaders",
-    "attention", "conversion", "generation", "composition", "scoring", "results", "web", "serving", "training",
-    "evaluation", "demo", "tiny_sd", "ui", "cli", "__main__",
+    "errors", "programs", "quiet", "versions", "io", "reports", "data", "optimizers", "adapters", "pipelines",
+    "formats", "loaders", "attention", "conversion", "generation", "composition", "scoring", "results", "web",
+    "serving", "training", "evaluation", "demo", "tiny_sd", "ui", "cli", "__main__",
 )  # fmt: skip
 """The rooms of the package from bottom to top: each imports only what stands before it. See docs/architecture.md."""
 APART = {("stored",), ("ecosystem",)}

@@ -71,7 +71,7 @@ def test_the_metadata_says_version_license_and_addresses(dist: Path) -> None:
     addresses = dict(value.split(", ") for value in metadata.get_all("Project-URL"))
     assert set(addresses) == {"Homepage", "Documentation", "Changelog", "Issues"}
     assert all(address.startswith(addresses["Homepage"]) for address in addresses.values())
-    assert "nora-diffusion = nora_diffusion.cli:main" in commands
+    assert "nora-diffusion = nora_diffusion.__main__:start" in commands
 
 
 def test_the_sdist_is_the_source_and_builds_the_same_wheel(dist: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..errors import UserError, program
+from ..errors import UserError
+from ..programs import program
 from ..quiet import hide_known_warnings
 from ..training.settings.arguments import with_underscores
 from ..training.settings.values import unknown_argument
@@ -111,7 +112,7 @@ def build_parser() -> Parser:
 
 @program
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or that of :func:`nora_diffusion.errors.program` after an error."""
+    """Run a command; returns the exit code: 0, or that of :func:`nora_diffusion.programs.program` after an error."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["train"]:
         from ..training import main as train

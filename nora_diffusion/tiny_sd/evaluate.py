@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import program
 from ..io.files import write_atomic
 from ..pipelines.base import EMBEDDED_WEIGHTS, open_pipeline
+from ..programs import program, run_program
 from ..quiet import hide_known_warnings
 from ..reports.sheets import contact_sheet
 from ..scoring.judges import Judge, image_features, load_judge, text_features
@@ -194,4 +193,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

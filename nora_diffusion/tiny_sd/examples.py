@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.folder import SCORING_FOLDER
-from ..errors import program
+from ..programs import program, run_program
 from .world import vocabulary as world
 from .world.render import cut_out, render
 from .world.scenes import Background, Scene, SceneObject
@@ -121,4 +120,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

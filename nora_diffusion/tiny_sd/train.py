@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-from ..errors import UserError, program
+from ..errors import UserError
 from ..pipelines.base import EMBEDDED_WEIGHTS
+from ..programs import program, run_program
 from .recipe import processes
 from .recipe.configs import SIZES, Size, Stage
 from .recipe.loop import LoopOptions, state_path
@@ -96,4 +96,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

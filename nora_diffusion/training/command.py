@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import printable, program, stop_signal
+from ..errors import printable, stop_signal
 from ..pipelines.base import is_embedded
+from ..programs import program
 from ..quiet import hide_known_warnings
 from .settings.arguments import parse
 from .settings.checks import check_config

@@ -28,7 +28,7 @@ ANSWER_SECONDS = 5
 def serve(config: ServeConfig) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises :class:`UserError` before anything starts if a setting is wrong."""
     with started(config) as url:
-        with contextlib.suppress(KeyboardInterrupt):  # also SIGTERM: see nora_diffusion.errors.program
+        with contextlib.suppress(KeyboardInterrupt):  # also SIGTERM: see nora_diffusion.programs.program
             print(f"The server is running at {url}; press Ctrl-C to stop it.", flush=True)
             wait()
         print(

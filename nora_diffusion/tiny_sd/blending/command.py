@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ...errors import program
 from ...io.files import write_atomic
 from ...pipelines.base import EMBEDDED_WEIGHTS
 from ...pipelines.precision import best_precision
+from ...programs import program
 from ...quiet import hide_known_warnings
 from ...reports.sheets import contact_sheet
 from ..comparing.lessons import base_hash

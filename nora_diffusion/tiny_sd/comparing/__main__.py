@@ -1,8 +1,7 @@
 """Runs :mod:`.command`."""
 
-import sys
-
+from ...programs import run_program
 from .command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

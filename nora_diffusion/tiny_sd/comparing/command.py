@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from ...errors import UserError, program, stop_signal
+from ...errors import UserError, stop_signal
 from ...io.files import write_atomic
 from ...pipelines.base import EMBEDDED_WEIGHTS
 from ...pipelines.precision import best_precision
+from ...programs import program
 from ...quiet import hide_known_warnings
 from ...results.files import write_results
 from ...results.machine import command_text

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
 
-from ...errors import program
+from ...programs import program
 from ..command import set_up_logging
 from ..settings.arguments import Parser, parse, with_underscores
 from ..signals import Interrupted

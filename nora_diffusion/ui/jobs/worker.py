@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import explanation, first_line, program
+from ...errors import explanation, first_line
 from ...io.files import (
     ABANDONED_SECONDS,
     FileLock,
@@ -35,6 +35,7 @@ from ...io.files import (
 from ...io.run_layout import SAMPLES, STATE, images_by_step
 from ...io.yaml_text import read_yaml
 from ...pipelines.base import is_embedded
+from ...programs import program, run_program
 from ..entries import SCORES, name_of
 from .job import boot_id, read_job, read_json
 from .sample_scores import SampleScores
@@ -192,4 +193,4 @@ def _flush(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    run_program(main, Path(sys.argv[1]))
