@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from factories import randomize
 
 from nora_diffusion import add_adapter, load_adapter, open_pipeline, save_adapter, set_adapters
 from nora_diffusion.adapters import AdapterConfig, dora, lora, mor, nora, nora_input
+from nora_diffusion.composition.mixing import mix_gated
 from nora_diffusion.generation.sampling import sample_images
 from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.loaders import delete_adapter
@@ -26,6 +28,7 @@ SUBJECTS: dict[str, AdapterConfig] = {
     "hat": dora(r=2),
     "mix": mor(r=4, num_experts=3),
 }
+NAMES = (*SUBJECTS, "gated")
 COMPONENTS = ("unet", "text_encoder")
 
 
@@ -33,11 +36,22 @@ def write_library(base: Path, folder: Path) -> Path:
     """Adapters of several methods, as weak as trained ones: strong ones turn rounding into another picture."""
     pipe = open_pipeline(base)
     for seed, (name, config) in enumerate(SUBJECTS.items()):
-        add_adapter(pipe, config, name, COMPONENTS)
-        randomize(pipe, name, seed, size=0.02)
-        save_adapter(pipe, folder / name, name)
-        delete_adapter(pipe, name)
+        _write(pipe, config, folder / name, seed, COMPONENTS)
+    with tempfile.TemporaryDirectory() as parts:
+        paths = [_write(pipe, lora(r=3), Path(parts, f"part-{seed}"), seed, ("unet",)) for seed in range(2)]
+        mix_gated([(path, 1.0) for path in paths], Path(parts, "gated"), "pooled_outputs")
+        load_adapter(pipe, Path(parts, "gated"), "gated")
+    randomize(pipe, "gated", 7, size=3.0)
+    save_adapter(pipe, folder / "gated", "gated")
     return folder
+
+
+def _write(pipe: Any, config: AdapterConfig, path: Path, seed: int, components: tuple[str, ...]) -> Path:
+    add_adapter(pipe, config, path.name, components)
+    randomize(pipe, path.name, seed, size=0.02)
+    save_adapter(pipe, path, path.name)
+    delete_adapter(pipe, path.name)
+    return path
 
 
 def ask(prompt: str, steps: int = 3, guidance: float = 4.0, **others: Any) -> Request:

@@ -27,6 +27,7 @@ import pytest
 import result_files
 import torch
 from factories import tiny_clip, write_photos
+from fake_ray import RayOfClients
 from PIL import Image
 
 import nora_diffusion.serving.http.server
@@ -77,15 +78,18 @@ WITH_BASE = {
     "serve": "serve --base {base} --subjects dog pets.nora_pack.safetensors --uploads out/uploads --port 0",
     "sweep": "sweep sweep.yaml --out out/sweep --at_once 2",
     "basis learn": "basis learn --base {base} --subjects 1 --steps 2 --images 1 --rank 2 --out out/basis",
+    "federate": TRAINING.replace(
+        "train --instance_data_dir photos", "federate --clients clients.yaml --rounds 1"
+    ).replace(" --instance_prompt a+sks+dog", ""),
     "demo": "demo --out out/demo --max_train_steps 2",
 }
 ALL = CHEAP | WITH_BASE
-LONG = ("sweep", "basis learn", "demo", "mix gated")
+LONG = ("sweep", "basis learn", "demo", "mix gated", "federate")
 """Those that do what others do, several times over."""
 
 
 def test_every_command_is_here() -> None:
-    assert {name.split()[0] for name in ALL} == {*COMMANDS, "train"}
+    assert {name.split()[0] for name in ALL} == {*COMMANDS, "train", "federate"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -119,6 +123,10 @@ def inputs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     own = {"instance_data_dir": "photos", "instance_prompt": "a sks dog", "basis": "orthogonal", "inner_rank": "2"}
     common = {**own, "max_train_steps": "2", "checkpointing_steps": "1", "rank": "4"}
     (folder / "sweep.yaml").write_text(json.dumps({"settings": common, "axes": {"seed": ["0", "1"]}}))
+    clients = [
+        {"name": name, "instance_data_dir": "photos", "instance_prompt": "a sks dog"} for name in ("home", "office")
+    ]
+    (folder / "clients.yaml").write_text(json.dumps(clients))
     return folder
 
 
@@ -144,6 +152,7 @@ def place(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     monkeypatch.setattr(nora_diffusion.serving.http.server, "wait", lambda: None)
     monkeypatch.setattr(nora_diffusion.serving.http.server, "served", answered)
     monkeypatch.setattr(nora_diffusion.ui.state.App, "warm_up", lambda app: None)
+    monkeypatch.setitem(sys.modules, "ray", RayOfClients())
     return fresh
 
 

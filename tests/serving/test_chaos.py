@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from solo_runs import SUBJECTS, Alone, ask, gray_levels_apart, write_library
+from solo_runs import NAMES, Alone, ask, gray_levels_apart, write_library
 
 from nora_diffusion import UserError, create_pack, open_pipeline
 from nora_diffusion.generation.library import list_library, subjects_of_pack
@@ -81,7 +81,7 @@ def test_new_content_of_a_pack_is_served(tiny_base: Path, library: Path, pipe: A
 def test_a_file_that_is_deleted_while_it_serves(library: Path, pipe: Any, tmp_path: Path) -> None:
     copied = shutil.copytree(library, tmp_path / "copy")
     with Engine(pipe, list_library(copied), at_once=1) as engine:
-        tickets = [engine.submit(ask(f"a picture <lora:{name}>", steps=20)) for name in SUBJECTS]
+        tickets = [engine.submit(ask(f"a picture <lora:{name}>", steps=20)) for name in NAMES]
         next(event for event in tickets[0].events() if event.kind == "step")
         shutil.rmtree(copied)
         image(tickets[0])

@@ -54,6 +54,7 @@ def test_pictures_equal_runs_of_their_own(tiny_base: Path, library: Path, pipe: 
         ask("a sks mug <lora:mug>", guidance=1.0, seed=3, sampler="dpmpp_2m"),
         ask("a hat <lora:hat> <lora:dog:0.3>", seed=4, sampler="unipc"),
         ask("a mix <lora:mix>", seed=5),
+        ask("a sks dog, a sks cat <lora:gated:0.7>", seed=6),
     ]
     with Engine(pipe, list_library(library), at_once=3) as engine:
         tickets = [engine.submit(request) for request in requests]

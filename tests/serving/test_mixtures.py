@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from solo_runs import SUBJECTS, Alone, gray_levels_apart, write_library
+from solo_runs import NAMES, Alone, gray_levels_apart, write_library
 
 from nora_diffusion import open_pipeline
 from nora_diffusion.generation.library import list_library
@@ -47,7 +47,7 @@ def sent(draw: st.DrawFn) -> Sent:
     sampling = Sampling(steps, draw(st.sampled_from([1.0, 4.0])), width=size, height=16)
     request = Request(
         draw(st.sampled_from(["a sks dog", "a red car in the snow"])), sampling,
-        draw(st.dictionaries(st.sampled_from(sorted(SUBJECTS)), weights(), max_size=2)), draw(st.integers(0, 3)),
+        draw(st.dictionaries(st.sampled_from(sorted(NAMES)), weights(), max_size=2)), draw(st.integers(0, 3)),
         draw(st.integers(1, 2)), draw(st.sampled_from([None, *SAMPLERS])), draw(st.sampled_from(["", "alice"])),
     )  # fmt: skip
     return Sent(request, draw(st.integers(0, 3)), draw(st.none() | st.integers(1, 3)))

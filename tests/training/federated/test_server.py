@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from factories import write_photos
-from fake_ray import Died, FakeRay
+from fake_ray import RayOfClients
 from runs import Configure, assert_equal_tensors
 from safetensors.torch import load_file
 
@@ -36,31 +36,6 @@ FILE = "nora_adapter.safetensors"
 Build = Callable[..., Federation]
 
 
-class InOneProcess(FakeRay):
-    """Trains a client's round in this process; SIGTERM comes while the task ``stop_at`` is waited for."""
-
-    def __init__(self, dies: set[int] | None = None, stop_at: int = 0) -> None:
-        super().__init__(dies or set())
-        self.stop_at, self.canceled = stop_at, set[int]()
-
-    def put(self, value: Any) -> Any:
-        return value
-
-    def wait(self, tasks: list[int], timeout: float) -> tuple[list[int], list[int]]:
-        if tasks[0] == self.stop_at:
-            signal.raise_signal(signal.SIGTERM)
-            return [], tasks
-        return tasks[-1:], tasks[:-1]  # the last client is the first to finish
-
-    def cancel(self, task: int, force: bool) -> None:
-        self.canceled.add(task)
-
-    def get(self, task: int) -> client.Update:
-        if task in self.dies:
-            raise Died
-        return client.train_round(*self.started[task - 1])
-
-
 @pytest.fixture
 def build(configure: Configure, tmp_path: Path) -> Build:
     """``build(rounds=..., aggregation=..., key=value)``: a federation of two clients, two local steps a round."""
@@ -80,9 +55,9 @@ def build(configure: Configure, tmp_path: Path) -> Build:
 
 
 @pytest.fixture
-def ray(monkeypatch: pytest.MonkeyPatch) -> Callable[..., InOneProcess]:
-    def fake(**options: Any) -> InOneProcess:
-        found = InOneProcess(**options)
+def ray(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RayOfClients]:
+    def fake(**options: Any) -> RayOfClients:
+        found = RayOfClients(**options)
         monkeypatch.setitem(sys.modules, "ray", found)
         return found
 
@@ -90,7 +65,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Callable[..., InOneProcess]:
 
 
 def test_a_round_is_local_training_and_a_weighted_aggregation(
-    build: Build, ray: Callable[..., InOneProcess], tmp_path: Path, tiny_base: Path
+    build: Build, ray: Callable[..., RayOfClients], tmp_path: Path, tiny_base: Path
 ) -> None:
     fake = ray()
     federation = build()
@@ -121,7 +96,7 @@ def test_a_round_is_local_training_and_a_weighted_aggregation(
     "changes", [{}, {"method": "lora", "inner_rank": None, "basis": None}, {"method": "nora_input"}]
 )
 def test_only_trained_factors_travel(
-    build: Build, ray: Callable[..., InOneProcess], tmp_path: Path, changes: dict[str, Any]
+    build: Build, ray: Callable[..., RayOfClients], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     fake = ray()
     state = federate(build(1, **changes))
@@ -140,7 +115,7 @@ def test_only_trained_factors_travel(
 
 
 def test_a_client_that_dies_is_left_out_and_joins_again(
-    build: Build, ray: Callable[..., InOneProcess], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    build: Build, ray: Callable[..., RayOfClients], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ray(dies={1})
     with caplog.at_level("WARNING", "nora_diffusion"):
@@ -153,7 +128,7 @@ def test_a_client_that_dies_is_left_out_and_joins_again(
 
 
 def test_a_client_whose_photos_are_gone_does_not_stop_the_others(
-    build: Build, ray: Callable[..., InOneProcess], tmp_path: Path
+    build: Build, ray: Callable[..., RayOfClients], tmp_path: Path
 ) -> None:
     ray()
     federation = build(1)
@@ -165,7 +140,7 @@ def test_a_client_whose_photos_are_gone_does_not_stop_the_others(
 
 
 def test_without_any_client_the_round_fails_and_can_be_tried_again(
-    build: Build, ray: Callable[..., InOneProcess], tmp_path: Path
+    build: Build, ray: Callable[..., RayOfClients], tmp_path: Path
 ) -> None:
     ray(dies={3, 4})
     with pytest.raises(UserError, match="no client finished round 2"):
@@ -180,7 +155,7 @@ def test_without_any_client_the_round_fails_and_can_be_tried_again(
 
 
 def test_it_stops_after_a_signal_and_continues_with_more_rounds(
-    build: Build, ray: Callable[..., InOneProcess], tmp_path: Path
+    build: Build, ray: Callable[..., RayOfClients], tmp_path: Path
 ) -> None:
     fake = ray(stop_at=3)
     with pytest.raises(Interrupted) as stopped:
@@ -193,7 +168,7 @@ def test_it_stops_after_a_signal_and_continues_with_more_rounds(
     assert_equal_tensors(tmp_path / "run" / FILE, tmp_path / "whole" / FILE)
 
 
-def test_another_federation_is_refused(build: Build, ray: Callable[..., InOneProcess], tmp_path: Path) -> None:
+def test_another_federation_is_refused(build: Build, ray: Callable[..., RayOfClients], tmp_path: Path) -> None:
     ray()
     federate(build(1))
     with pytest.raises(UserError, match=r"other settings \(aggregation\)"):
@@ -233,7 +208,7 @@ def test_clients_must_agree_in_the_adapter(build: Build, tmp_path: Path) -> None
 
 
 def test_the_command(
-    build: Build, ray: Callable[..., InOneProcess], tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+    build: Build, ray: Callable[..., RayOfClients], tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ray()
     words = [
@@ -270,7 +245,6 @@ def test_a_killed_process_is_left_out_of_its_round_only(
 
     def dying(settings: Any, *rest: Any) -> client.Update:
         import os
-        import signal
 
         from nora_diffusion.training.run.journal import Journal
 
