@@ -31,6 +31,10 @@ _HOMES = {
     "loaders.gates": ("router_summary",),
     "loaders.mixed_batch": ("mixed_batch",),
     "generation.apart": ("subjects_apart",),
+    "generation.derived": ("image_pipeline",),
+    "generation.generate": ("GenerateConfig", "generate"),
+    "generation.settings": ("Sampling",),
+    "generation.start_image": ("StartImage",),
     "composition.angles": ("overlap", "overlap_files"),
     "composition.mixing": ("mix", "mix_files"),
     "conversion.import_lora": ("import_lora",),
@@ -69,6 +73,10 @@ if TYPE_CHECKING:
     from .formats.pack_writing import add_to_pack, create_pack, extract_from_pack, remove_from_pack
     from .formats.packs import list_pack
     from .generation.apart import subjects_apart
+    from .generation.derived import image_pipeline
+    from .generation.generate import GenerateConfig, generate
+    from .generation.settings import Sampling
+    from .generation.start_image import StartImage
     from .loaders import (
         add_adapter,
         delete_adapter,
@@ -88,13 +96,13 @@ if TYPE_CHECKING:
     from .training.gates.learn import GateConfig, learn_gates
 
 __all__ = [
-    "AdapterConfig", "AdapterInfo", "Calibration", "GateConfig", "TrainConfig", "UserError", "add_adapter",
-    "add_to_pack", "create_pack", "delete_adapter", "dora", "dylora", "exclusive", "export_lora",
-    "extract_from_pack", "import_lora", "in_blocks", "inspect_adapter", "learn_gates", "list_adapters", "list_pack",
-    "load_adapter", "load_base", "lora", "lora_mini", "lora_xs", "malora", "melora", "milora", "mix", "mix_files",
-    "mixed_batch", "moe_lora", "mor", "mora", "nora", "nora_input", "open_pipeline", "overlap", "overlap_files",
-    "prepare_for_compile", "remove_from_pack", "router_summary", "save_adapter", "set_adapters", "set_rank",
-    "subjects_apart", "train",
+    "AdapterConfig", "AdapterInfo", "Calibration", "GateConfig", "GenerateConfig", "Sampling", "StartImage",
+    "TrainConfig", "UserError", "add_adapter", "add_to_pack", "create_pack", "delete_adapter", "dora", "dylora",
+    "exclusive", "export_lora", "extract_from_pack", "generate", "image_pipeline", "import_lora", "in_blocks",
+    "inspect_adapter", "learn_gates", "list_adapters", "list_pack", "load_adapter", "load_base", "lora", "lora_mini",
+    "lora_xs", "malora", "melora", "milora", "mix", "mix_files", "mixed_batch", "moe_lora", "mor", "mora", "nora",
+    "nora_input", "open_pipeline", "overlap", "overlap_files", "prepare_for_compile", "remove_from_pack",
+    "router_summary", "save_adapter", "set_adapters", "set_rank", "subjects_apart", "train",
 ]  # fmt: skip
 
 

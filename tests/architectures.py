@@ -41,11 +41,11 @@ def _t5(tokenizer: Any, width: int = WIDTH) -> Any:
     )  # fmt: skip
 
 
-def _vae(blocks: int = 2) -> Any:
+def _vae(blocks: int = 2, channels: int = 4) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        latent_channels=4, norm_num_groups=4, sample_size=16, block_out_channels=(8,) * blocks,
+        latent_channels=channels, norm_num_groups=4, sample_size=16, block_out_channels=(8,) * blocks,
         down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
         shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
@@ -107,12 +107,12 @@ def sd3(folder: Path) -> Any:
 
     tokenizer = _tokenizer(folder)
     transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=2 * WIDTH, caption_projection_dim=16,
         pooled_projection_dim=2 * WIDTH, pos_embed_max_size=8,
     )  # fmt: skip
     return StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=_vae(),
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=_vae(channels=16),
         text_encoder=_clip(tokenizer, projected=True), tokenizer=tokenizer,
         text_encoder_2=_clip(tokenizer, projected=True), tokenizer_2=tokenizer,
         text_encoder_3=_t5(tokenizer, 2 * WIDTH), tokenizer_3=tokenizer,

@@ -133,7 +133,12 @@ class DenoiserPlan(MaskedPlan):
     def _found(self, images: int) -> dict[str, Tensor]:
         if self.given is not None:
             return {name: region.expand(images, -1, -1) for name, region in self.given.items()}
-        return self.maps.regions() if self._step >= WARMUP * len(self.pipe.scheduler.timesteps) else {}
+        return self.maps.regions() if self._step >= WARMUP * self._steps() else {}
+
+    def _steps(self) -> int:
+        """The steps of this call: from an image, the first ones are left out."""
+        scheduler = self.pipe.scheduler
+        return len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
 
     def mask(self, path: str, name: str, positions: Sequence[int]) -> Tensor | None:
         """As inherited. Negative rows of guidance have the regions of the positive ones, and no words."""

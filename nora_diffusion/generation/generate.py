@@ -22,6 +22,7 @@ from .library import NamedAdapter, find_adapter, list_library, name_adapters
 from .retrieval.automatic import Choice, chooser
 from .retrieval.settings import Auto
 from .settings import MAX_SEED, Sampling, check_prompt, check_range
+from .start_image import StartImage
 from .tags import Tag, parse_tags
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class GenerateConfig:
     The adapters in the folder ``library`` act only on prompts that name them. ``batch`` images are sampled at a time.
     ``subjects_apart``: where a prompt names the subjects of several adapters, each acts on its own subject only.
     ``auto``: choose adapters of the library for prompts without tags; ``report`` gets what was chosen for each.
+    ``start``: the image that all of them start from.
     """
 
     prompts: list[str]
@@ -52,6 +54,7 @@ class GenerateConfig:
     out: str = "outputs"
     subjects_apart: bool = True
     auto: Auto | None = None
+    start: StartImage | None = None
     report: Callable[[Choice], object] = log.info
 
     def check(self) -> None:
@@ -68,6 +71,10 @@ class GenerateConfig:
         check_range("batch", self.batch, 1, 256)
         check_range("seed", self.seed, 0, MAX_SEED - self.num + 1)
         self.sampling.check()
+        if self.start:
+            self.start.check(self.sampling.steps)
+            if self.start.mask and self.sampling.hires_scale > 1:
+                raise UserError("a second pass would change the image outside of the mask: leave out one of them")
 
 
 def generate(config: GenerateConfig) -> list[Path]:
@@ -105,10 +112,10 @@ def generate(config: GenerateConfig) -> list[Path]:
         _activate(pipe, {loaded[adapter].name: tag for adapter, tag in active.items()})
         texts = [job.prompt for job in batch]
         with kept_apart(pipe, subjects, texts) as apart:
-            images = sample_images(pipe, texts, [job.seed for job in batch], config.sampling)
+            images = sample_images(pipe, texts, [job.seed for job in batch], config.sampling, start=config.start)
         described = [_describe(loaded[adapter], tag, apart) for adapter, tag in active.items()]
         for image, job in zip(images, batch, strict=True):
-            settings = describe_image(pipe, image, job.prompt, job.seed, config.sampling, described)
+            settings = describe_image(pipe, image, job.prompt, job.seed, config.sampling, described, config.start)
             files.append(save_new_image(image, out, job.seed, settings))
     return files
 

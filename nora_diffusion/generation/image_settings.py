@@ -34,7 +34,9 @@ class ImageSettings:
     """Everything that determines an image.
 
     Each of ``adapters`` is ``{"name", "weight", "sha256", "path"}``, with ``"te"`` if the weight on text encoders
-    differs. ``dtype`` is that of the denoiser's weights.
+    differs. ``dtype`` is that of the denoiser's weights. ``width`` and ``height`` are those of the first pass.
+    ``start``: the image that it starts from, ``{"image", "sha256", "strength", "mask", ...}`` (none: it starts from
+    noise). ``hires``: the second pass, ``{"scale", "strength"}``.
     """
 
     prompt: str
@@ -49,6 +51,8 @@ class ImageSettings:
     adapters: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     dtype: str = ""
+    start: dict[str, Any] = field(default_factory=dict)
+    hires: dict[str, Any] = field(default_factory=dict)
 
     def parameters_text(self) -> str:
         """The text under the PNG key ``parameters``, as A1111 and its forks write it.
@@ -65,10 +69,17 @@ class ImageSettings:
             "Seed": self.seed,
             "Size": f"{self.width}x{self.height}",
             "Model": self.base,
+            "Denoising strength": _number(self.start or self.hires, "strength"),
+            "Hires upscale": _number(self.hires, "scale"),
+            "Hires upscaler": "Lanczos" if self.hires else "",
             "Lora hashes": ", ".join(f"{tag_of(a).name}: {a['sha256']}" for a in self.adapters if a["sha256"]),
         }
         lines.append(", ".join(f"{key}: {_quoted(str(value))}" for key, value in values.items() if value != ""))
         return "\n".join(lines)
+
+
+def _number(values: dict[str, Any], name: str) -> str:
+    return short_number(float(values[name])) if values else ""
 
 
 def _quoted(value: str) -> str:
@@ -146,6 +157,9 @@ def _checked(settings: ImageSettings) -> ImageSettings:
             raise TypeError(f"{field_.name} is {str(value)[:40]!r}")
     for adapter in settings.adapters:
         tag_of(adapter)
+    for values, names in ((settings.start, ("strength",)), (settings.hires, ("scale", "strength"))):
+        if values and not all(isinstance(values.get(name), int | float) for name in names):
+            raise TypeError(f"{names} are not numbers in {str(values)[:40]!r}")
     return settings
 
 
@@ -171,10 +185,17 @@ def parse_parameters(text: str) -> ImageSettings:
         return ImageSettings(
             prompt=clean, seed=int(pairs["Seed"]), steps=int(pairs["Steps"]), guidance=float(pairs["CFG scale"]),
             width=width, height=height, negative_prompt=negative, sampler=pairs.get("Sampler", ""),
-            base=pairs.get("Model", ""), adapters=adapters,
+            base=pairs.get("Model", ""), adapters=adapters, hires=_hires(pairs),
         )  # fmt: skip
     except (ValueError, KeyError) as error:
         raise UserError(f"the image's parameters cannot be read ({str(error)[:80]})") from error
+
+
+def _hires(pairs: dict[str, str]) -> dict[str, Any]:
+    """A second pass with a factor; A1111 can also give its size in pixels, which is not read."""
+    if "Hires upscale" not in pairs:
+        return {}
+    return {"scale": float(pairs["Hires upscale"]), "strength": float(pairs.get("Denoising strength", 0.5))}
 
 
 def _read_pairs(line: str) -> dict[str, str]:

@@ -7,7 +7,10 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
+
+from PIL import Image
 
 from ..errors import UserError
 from ..loaders.tokens import expanded
@@ -15,9 +18,12 @@ from ..pipelines.base import base_id
 from ..pipelines.components import components, denoiser, tokenizer_name
 from ..pipelines.names import DENOISERS
 from ..pipelines.precision import dtype_name, keeping_dtype
+from ..pipelines.sizes import native_side, side_multiple
 from ..versions import versions
+from .derived import image_pipeline
 from .image_settings import ImageSettings
-from .settings import Sampling
+from .settings import Sampling, steps_of
+from .start_image import StartImage
 from .wrapping import noise_in_fp32, predictions
 
 USUAL_STEPS = 20
@@ -87,33 +93,81 @@ def sample_images(
     sampling: Sampling,
     on_step: OnStep | None = None,
     check: Callable[[], None] | None = None,
+    start: StartImage | None = None,
 ) -> list[Any]:
-    """Call the pipeline once; returns one image per prompt. Raises :class:`UserError` as :func:`check_steps`.
+    """Make one image per prompt. Raises :class:`UserError` as :func:`check_steps` and :func:`.derived.image_pipeline`.
 
     Each image has its own generator, so its noise does not depend on the batch. ``on_step(step, latents)`` is called
     after each step, counted from 1, with the step's prediction of the clean latents if the scheduler returns it, else
     with the noisy latents. ``check()`` is called many times within a step. An exception raised in either ends the call.
+    ``start``: the image that all of them start from, in place of noise.
     """
-    import torch
-
     check_steps(pipe.scheduler, sampling.steps)
-    # diffusers upcasts a VAE that overflows in fp16, and leaves it in fp32 if memory runs out while decoding.
-    recorded: AbstractContextManager[list[Any]] = predictions(pipe.scheduler) if on_step else nullcontext([])
-    with keeping_dtype(pipe.vae), noise_in_fp32(pipe), recorded as predicted, _checking(pipe, check):
-
-        def callback(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
-            if on_step is not None:
-                on_step(step + 1, predicted.pop() if predicted else values["latents"])
-            return values
-
-        # Left out if there is none: the default of some pipelines is "" and not None.
-        negative = {"negative_prompt": [sampling.negative_prompt] * len(prompts)} if sampling.negative_prompt else {}
-        images: list[Any] = pipe(
-            list(prompts), **negative, num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance, generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            width=sampling.width, height=sampling.height, callback_on_step_end=callback if on_step else None,
-        ).images  # fmt: skip
+    with keeping_dtype(pipe.vae), _checking(pipe, check):
+        # diffusers upcasts a VAE that overflows in fp16, and leaves it in fp32 if memory runs out while decoding.
+        sampler = _Sampler(list(prompts), list(seeds), sampling, on_step)
+        if start is None:
+            images = sampler.run(pipe, width=sampling.width, height=sampling.height)
+        else:
+            frame = start.frame(native_side(pipe), side_multiple(pipe), sampling.width, sampling.height)
+            masks = {} if frame.mask is None else {"mask_image": [frame.mask] * len(prompts)}
+            made = sampler.run_from(pipe, [frame.image] * len(prompts), start.strength, **masks)
+            images = [frame.finished(image) for image in made]
+        if sampling.hires_scale > 1:
+            multiple = side_multiple(pipe)
+            size = [max(1, round(side * sampling.hires_scale / multiple)) * multiple for side in images[0].size]
+            larger = [image.resize(size, Image.Resampling.LANCZOS) for image in images]
+            images = sampler.run_from(pipe, larger, sampling.hires_strength)
     return images
+
+
+def steps_in_all(sampling: Sampling, start: StartImage | None = None) -> int:
+    """The number of steps that :func:`sample_images` makes."""
+    first = sampling.steps if start is None else steps_of(sampling.steps, start.strength)
+    return first + (steps_of(sampling.steps, sampling.hires_strength) if sampling.hires_scale > 1 else 0)
+
+
+@dataclass
+class _Sampler:
+    """Calls pipelines, which all have the same prompts, and counts their steps."""
+
+    prompts: list[str]
+    seeds: list[int]
+    sampling: Sampling
+    on_step: OnStep | None
+    made: int = 0
+
+    def run_from(self, pipe: Any, images: list[Any], strength: float, **masks: Any) -> list[Any]:
+        """Call the pipeline that starts from images, all of one size."""
+        width, height = images[0].size
+        derived = image_pipeline(pipe, inpaint=bool(masks))
+        return self.run(derived, image=images, strength=strength, width=width, height=height, **masks)
+
+    def run(self, pipe: Any, **arguments: Any) -> list[Any]:
+        """Call the pipeline once; arguments that it does not have are left out, as are those without a value."""
+        import torch
+
+        on_step, before = self.on_step, self.made
+        recorded: AbstractContextManager[list[Any]] = predictions(pipe.scheduler) if on_step else nullcontext([])
+        possible = inspect.signature(pipe.__call__).parameters
+        with noise_in_fp32(pipe), recorded as predicted:
+
+            def callback(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
+                self.made = before + step + 1
+                if on_step is not None:
+                    on_step(self.made, predicted.pop() if predicted else values["latents"])
+                return values
+
+            # Left out if there is none: the default of some pipelines is "" and not None.
+            negative = self.sampling.negative_prompt
+            images: list[Any] = pipe(
+                self.prompts, num_inference_steps=self.sampling.steps, guidance_scale=self.sampling.guidance,
+                generator=[torch.Generator().manual_seed(seed) for seed in self.seeds],
+                callback_on_step_end=callback if on_step else None,
+                **({"negative_prompt": [negative] * len(self.prompts)} if negative else {}),
+                **{name: value for name, value in arguments.items() if name in possible and value is not None},
+            ).images  # fmt: skip
+        return images
 
 
 @contextmanager
@@ -133,11 +187,23 @@ def _checking(pipe: Any, check: Callable[[], None] | None) -> Iterator[None]:
 
 
 def describe_image(
-    pipe: Any, image: Any, prompt: str, seed: int, sampling: Sampling, adapters: list[dict[str, Any]]
+    pipe: Any,
+    image: Any,
+    prompt: str,
+    seed: int,
+    sampling: Sampling,
+    adapters: list[dict[str, Any]],
+    start: StartImage | None = None,
 ) -> ImageSettings:
     """The settings to write into an image's file."""
+    scale = sampling.hires_scale
+    width, height = (round(side / scale) for side in image.size)
+    if start and start.padding is not None:  # the image keeps its own size
+        width = height = native_side(pipe)
     return ImageSettings(
-        prompt=prompt, seed=seed, steps=sampling.steps, guidance=sampling.guidance, width=image.width,
-        height=image.height, negative_prompt=sampling.negative_prompt, sampler=type(pipe.scheduler).__name__,
-        base=base_id(pipe), adapters=adapters, versions=versions(), dtype=dtype_name(denoiser(pipe).dtype),
+        prompt=prompt, seed=seed, steps=sampling.steps, guidance=sampling.guidance, width=sampling.width or width,
+        height=sampling.height or height, negative_prompt=sampling.negative_prompt,
+        sampler=type(pipe.scheduler).__name__, base=base_id(pipe), adapters=adapters, versions=versions(),
+        dtype=dtype_name(denoiser(pipe).dtype), start=start.settings() if start else {},
+        hires={"scale": scale, "strength": sampling.hires_strength} if scale > 1 else {},
     )  # fmt: skip

@@ -11,6 +11,7 @@ from ..io.untrusted import require_text
 from ..pipelines.base import default_guidance, default_steps
 
 MAX_STEPS, MAX_GUIDANCE, MAX_SIDE, MAX_PROMPT = 1000, 100, 4096, 4000
+MAX_HIRES_SCALE = 4
 MAX_SEED = 2**64 - 1
 """The largest seed of a PyTorch generator. Seeds stay whole numbers: a float has only 53 bits."""
 
@@ -20,7 +21,8 @@ class Sampling:
     """Sampling settings shared by the images of a call.
 
     ``guidance`` is the scale of classifier-free guidance. ``width`` and ``height`` are in pixels (``None``: the base's
-    own size).
+    own size). ``hires_scale``: size of a second pass, which starts from the image, as a multiple (1: none);
+    ``hires_strength``: the share of the steps that it makes.
     """
 
     steps: int
@@ -28,6 +30,8 @@ class Sampling:
     negative_prompt: str = ""
     width: int | None = None
     height: int | None = None
+    hires_scale: float = 1.0
+    hires_strength: float = 0.5
 
     @classmethod
     def for_base(
@@ -48,6 +52,22 @@ class Sampling:
         for name, side in (("width", self.width), ("height", self.height)):
             if side is not None and not (8 <= side <= max_side and side % 8 == 0):
                 raise UserError(f"{name}={side} is not possible: choose a multiple of 8 up to {max_side}")
+        check_range("hires_scale", self.hires_scale, 1, MAX_HIRES_SCALE)
+        if self.hires_scale > 1:
+            check_strength("hires_strength", self.hires_strength, self.steps)
+
+
+def check_strength(name: str, strength: float, steps: int) -> None:
+    """Raises :class:`UserError` for a share of the steps out of range, or of less than one step."""
+    if not 0 < strength <= 1:
+        raise UserError(f"{name}={strength} is out of range: choose more than 0, up to 1")
+    if steps_of(steps, strength) < 1:
+        raise UserError(f"{name}={strength} of {steps} steps is less than one step: choose more of either")
+
+
+def steps_of(steps: int, strength: float) -> int:
+    """How many of the steps are made from an image, for a strength."""
+    return min(int(steps * strength + 1e-6), steps)
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

@@ -29,6 +29,8 @@ from .locking import exclusive
 
 Row = str | tuple[str, float] | None
 RowSpec = Row | Sequence[Row]
+WRAPPED = ("encode_prompt", "maybe_free_model_hooks")
+"""Methods that a pipeline object has of its own inside a mixed batch."""
 BASE = "__base__"
 """PEFT's name for a row without an adapter."""
 
@@ -160,7 +162,7 @@ def _reading_calls(pipe: Any, plan: RowPlan) -> Iterator[None]:
     ``maybe_free_model_hooks``, which ends every call, is wrapped to reset the plan.
     """
     encode, finish = pipe.encode_prompt, pipe.maybe_free_model_hooks
-    before = {name: value for name, value in vars(pipe).items() if name in ("encode_prompt", "maybe_free_model_hooks")}
+    before = {name: value for name, value in vars(pipe).items() if name in WRAPPED}
     signature = inspect.signature(encode)
 
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:

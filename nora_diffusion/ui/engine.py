@@ -25,8 +25,9 @@ from ..generation.settings import Sampling
 from ..loaders import LoadedAdapter, delete_adapter, load_adapter
 from ..loaders.mixed_batch import mixed_batch
 from ..pipelines.base import BaseSource, base_id, best_device, default_guidance, default_steps, is_embedded
-from ..pipelines.components import canonical, components, denoiser, devices, projections
+from ..pipelines.components import canonical, components, devices, projections
 from ..pipelines.fingerprints import fingerprint, same_weights
+from ..pipelines.sizes import native_side
 from .backend import PREVIEWS, Backend
 from .entries import Stamp, stamp_of
 from .messages import short_name
@@ -121,9 +122,7 @@ class Engine(Backend):
     @cached_property
     def side(self) -> int:
         """The base's default image size in pixels."""
-        pipe = self.pipe
-        size = denoiser(pipe).config.sample_size
-        return int((size if isinstance(size, int) else size[0]) * getattr(pipe, "vae_scale_factor", 8))
+        return native_side(self.pipe)
 
     @property
     def max_side(self) -> int:

@@ -69,6 +69,8 @@ CHEAP = {
 WITH_BASE = {
     "import": "import plain.safetensors out/imported --base {base} --rank 4 --inner_rank 2 --basis orthogonal",
     "generate": f"generate --prompt a+sks+dog --adapter dog --out out {SAMPLING}",
+    "generate from an image": "generate --prompt a+dog --init_image start.png --mask white.png --strength 1"
+    f" --out out {SAMPLING}",
     "grid": f"grid --x seed=1 --prompt a+dog --adapter dog --out out {SAMPLING}",
     "evaluate": "evaluate --adapters dog --subjects photos --prompts prompts.txt --seeds 1 --judge tiny --out out "
     + SAMPLING,
@@ -84,7 +86,7 @@ WITH_BASE = {
     "demo": "demo --out out/demo --max_train_steps 2",
 }
 ALL = CHEAP | WITH_BASE
-LONG = ("sweep", "basis learn", "demo", "mix gated", "federate")
+LONG = ("sweep", "basis learn", "demo", "mix gated", "federate", "generate from an image")
 """Those that do what others do, several times over."""
 
 
@@ -119,6 +121,8 @@ def inputs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_lora(folder / "hat", folder / "plain.safetensors")
     write_results(result_files.example(), folder / "results.json")
     write_photos(folder / "photos", 2)
+    for name in ("start", "white"):
+        Image.new("RGB", (24, 24), "white").save(folder / f"{name}.png")
     (folder / "prompts.txt").write_text("{} on the beach\n")
     own = {"instance_data_dir": "photos", "instance_prompt": "a sks dog", "basis": "orthogonal", "inner_rank": "2"}
     common = {**own, "max_train_steps": "2", "checkpointing_steps": "1", "rank": "4"}
