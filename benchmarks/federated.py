@@ -67,7 +67,7 @@ def settings(method: str, seed: int, folder: Path) -> TrainConfig:
     """What all runs have in common."""
     rank: dict[str, Any] = {"rank": 8} if method == "lora" else {}
     return TrainConfig(
-        method=method, seed=seed, mixed_precision="bf16", use_captions=True, output_dir=str(folder), **rank
+        method=method, seed=seed, mixed_precision="no", use_captions=True, output_dir=str(folder), **rank
     )
 
 

@@ -18,7 +18,6 @@ from nora_diffusion.generation.sampling import sample_images
 from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.loaders import delete_adapter
 from nora_diffusion.serving.request import Request
-from nora_diffusion.serving.samplers import scheduler
 from nora_diffusion.serving.tickets import Ticket
 
 SUBJECTS: dict[str, AdapterConfig] = {
@@ -54,8 +53,8 @@ def _write(pipe: Any, config: AdapterConfig, path: Path, seed: int, components: 
     return path
 
 
-def ask(prompt: str, steps: int = 3, guidance: float = 4.0, **others: Any) -> Request:
-    return Request(prompt, Sampling(steps, guidance, width=16, height=16), **others)
+def ask(prompt: str, steps: int = 3, guidance: float = 4.0, sampler: str | None = None, **others: Any) -> Request:
+    return Request(prompt, Sampling(steps, guidance, width=16, height=16, sampler=sampler), **others)
 
 
 class Alone:
@@ -64,7 +63,7 @@ class Alone:
     def __init__(self, base: Path, library: Path) -> None:
         self._pipe = open_pipeline(base)
         self._pipe.set_progress_bar_config(disable=True)
-        self._base, self._library, self._loaded = self._pipe.scheduler, library, set[str]()
+        self._library, self._loaded = library, set[str]()
 
     def images(self, request: Request) -> list[Any]:
         """The pictures of a request."""
@@ -77,7 +76,6 @@ class Alone:
             load_adapter(self._pipe, self._library / name, name)
             self._loaded.add(name)
         set_adapters(self._pipe, list(weights), list(weights.values()))
-        self._pipe.scheduler = scheduler(self._base, request.sampler)
         found, latents = [], list[torch.Tensor]()
 
         def keep(_: int, now: torch.Tensor) -> None:

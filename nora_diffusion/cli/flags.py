@@ -28,6 +28,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``Sampling``."""
     parser.add_argument("--steps", type=int, help="denoising steps, 1 to 1000 (default: that of the base)")
     parser.add_argument("--guidance", type=float, help="guidance scale, 0 to 100 (default: that of the base)")
+    parser.add_argument("--sampler", help="euler_a, dpmpp_2m_karras ... (default: that of the base)")
     parser.add_argument("--width", type=int, help="width in pixels, a multiple of 8 (default: that of the base)")
     parser.add_argument("--height", type=int, help="height in pixels, a multiple of 8 (default: that of the base)")
 
@@ -43,5 +44,5 @@ def sampling_of(values: argparse.Namespace, negative_prompt: str = "") -> Sampli
 
     return Sampling.for_base(
         values.base, values.steps, values.guidance, negative_prompt=negative_prompt, width=values.width,
-        height=values.height,
+        height=values.height, sampler=values.sampler,
     )  # fmt: skip

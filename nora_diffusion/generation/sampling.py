@@ -22,6 +22,7 @@ from ..pipelines.sizes import native_side, side_multiple
 from ..versions import versions
 from .derived import image_pipeline
 from .image_settings import ImageSettings
+from .samplers import title_of, using_sampler
 from .settings import Sampling, steps_of
 from .start_image import StartImage
 from .wrapping import noise_in_fp32, predictions
@@ -95,15 +96,16 @@ def sample_images(
     check: Callable[[], None] | None = None,
     start: StartImage | None = None,
 ) -> list[Any]:
-    """Make one image per prompt. Raises :class:`UserError` as :func:`check_steps` and :func:`.derived.image_pipeline`.
+    """Make one image per prompt. Raises :class:`UserError` as :func:`check_steps`, :func:`.samplers.scheduler`
+    and :func:`.derived.image_pipeline`.
 
     Each image has its own generator, so its noise does not depend on the batch. ``on_step(step, latents)`` is called
     after each step, counted from 1, with the step's prediction of the clean latents if the scheduler returns it, else
     with the noisy latents. ``check()`` is called many times within a step. An exception raised in either ends the call.
     ``start``: the image that all of them start from, in place of noise.
     """
-    check_steps(pipe.scheduler, sampling.steps)
-    with keeping_dtype(pipe.vae), _checking(pipe, check):
+    with using_sampler(pipe, sampling.sampler), keeping_dtype(pipe.vae), _checking(pipe, check):
+        check_steps(pipe.scheduler, sampling.steps)
         # diffusers upcasts a VAE that overflows in fp16, and leaves it in fp32 if memory runs out while decoding.
         sampler = _Sampler(list(prompts), list(seeds), sampling, on_step)
         if start is None:
@@ -203,7 +205,7 @@ def describe_image(
     return ImageSettings(
         prompt=prompt, seed=seed, steps=sampling.steps, guidance=sampling.guidance, width=sampling.width or width,
         height=sampling.height or height, negative_prompt=sampling.negative_prompt,
-        sampler=type(pipe.scheduler).__name__, base=base_id(pipe), adapters=adapters, versions=versions(),
+        sampler=title_of(pipe.scheduler, sampling.sampler), base=base_id(pipe), adapters=adapters, versions=versions(),
         dtype=dtype_name(denoiser(pipe).dtype), start=start.settings() if start else {},
         hires={"scale": scale, "strength": sampling.hires_strength} if scale > 1 else {},
     )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import UserError
 from ..io.untrusted import require_text
 from ..pipelines.base import default_guidance, default_steps
+from .samplers import check_sampler
 
 MAX_STEPS, MAX_GUIDANCE, MAX_SIDE, MAX_PROMPT = 1000, 100, 4096, 4000
 MAX_HIRES_SCALE = 4
@@ -22,7 +23,8 @@ class Sampling:
 
     ``guidance`` is the scale of classifier-free guidance. ``width`` and ``height`` are in pixels (``None``: the base's
     own size). ``hires_scale``: size of a second pass, which starts from the image, as a multiple (1: none);
-    ``hires_strength``: the share of the steps that it makes.
+    ``hires_strength``: the share of the steps that it makes. ``sampler``: one of :data:`.samplers.SAMPLERS` (``None``:
+    the base's own).
     """
 
     steps: int
@@ -32,6 +34,7 @@ class Sampling:
     height: int | None = None
     hires_scale: float = 1.0
     hires_strength: float = 0.5
+    sampler: str | None = None
 
     @classmethod
     def for_base(
@@ -49,6 +52,7 @@ class Sampling:
         check_range("steps", self.steps, 1, max_steps)
         check_range("guidance", self.guidance, 0, MAX_GUIDANCE)
         check_prompt(self.negative_prompt)
+        check_sampler(self.sampler)
         for name, side in (("width", self.width), ("height", self.height)):
             if side is not None and not (8 <= side <= max_side and side % 8 == 0):
                 raise UserError(f"{name}={side} is not possible: choose a multiple of 8 up to {max_side}")

@@ -22,7 +22,6 @@ from .merging import Arguments
 from .rendezvous import Locked, Rendezvous, Shared, SharedAutoencoder
 from .request import Request
 from .rows import Spec
-from .samplers import check_sampler, scheduler
 from .subjects import Source, Subjects
 from .tickets import Event, Picture, Ticket
 from .waiting import FairQueue
@@ -77,7 +76,6 @@ class Work:
 
 def works_of(request: Request, subjects: Subjects) -> list[Work]:
     """The pictures of a request, which share a ticket. Raises :class:`UserError` if it is not possible."""
-    check_sampler(request.sampler)
     sources, ticket = subjects.sources(request), Ticket(request)
     return [Work(ticket, index, sources) for index in range(request.count)]
 
@@ -112,14 +110,14 @@ class Copies:
         self._kind = _placed(type(pipe), pipe.device, pipe.dtype)
 
     def of(self, work: Work) -> Any:
-        """The pipeline of a picture. Raises :class:`UserError` for a sampler that the base cannot use."""
+        """The pipeline of a picture."""
 
         def call(model: str, arguments: Arguments) -> Any:
             return self._meeting.call(work, model, arguments)
 
         own = copy.copy(self._pipe)
         own.__class__ = self._kind
-        models: dict[str, Any] = {"scheduler": scheduler(self._pipe.scheduler, work.ticket.request.sampler)}
+        models: dict[str, Any] = {"scheduler": copy.deepcopy(self._pipe.scheduler)}
         for name, model in self._models.items():
             kind = SharedAutoencoder if name == "vae" else Shared
             models[name] = kind(model, name, *self._places[name], call)

@@ -21,10 +21,9 @@ class Request:
     """Pictures of a prompt, which may name subjects by ``<lora:name:0.8>`` tags.
 
     ``subjects``: more of them, with their weights. ``seed``: of the first picture; each further one has the next.
-    ``sampler``: one of :data:`.samplers.SAMPLERS` (``None``: the base's own). ``client``: whose request it is, for a
-    fair order. ``priority``: among the requests of a client, higher ones go first. ``timeout``: seconds until the
-    pictures are worthless. ``adapters``: files of subjects of this request alone, by name; weight 1 if nothing names
-    them. Raises :class:`UserError` for a value out of range.
+    ``client``: whose request it is, for a fair order. ``priority``: among the requests of a client, higher ones go
+    first. ``timeout``: seconds until the pictures are worthless. ``adapters``: files of subjects of this request alone,
+    by name; weight 1 if nothing names them. Raises :class:`UserError` for a value out of range.
     """
 
     prompt: str
@@ -32,7 +31,6 @@ class Request:
     subjects: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     count: int = 1
-    sampler: str | None = None
     client: str = ""
     priority: int = 0
     timeout: float | None = None

@@ -20,7 +20,7 @@ from ..generation.generate import save_new_image
 from ..generation.latent_preview import LatentPreview
 from ..generation.library import NamedAdapter
 from ..generation.retrieval.retriever import Retriever
-from ..generation.sampling import check_lengths, describe_image, sample_images
+from ..generation.sampling import check_lengths, describe_image, sample_images, steps_in_all
 from ..generation.settings import Sampling
 from ..loaders import LoadedAdapter, delete_adapter, load_adapter
 from ..loaders.mixed_batch import mixed_batch
@@ -137,7 +137,14 @@ class Engine(Backend):
         from ..training.step.memory import available
 
         sampling.check(MAX_STEPS, self.max_side)
-        width, height = sampling.width or self.side, sampling.height or self.side
+        width, height = (
+            round((side or self.side) * sampling.hires_scale) for side in (sampling.width, sampling.height)
+        )
+        if max(width, height) > self.max_side:
+            raise UserError(
+                f"the second pass would make images of {width}x{height}, and {self.max_side} is the largest side for "
+                "this base: choose a smaller factor"
+            )
         need = together * width * height * _decoding_bytes(self.pipe.vae)
         free = available(torch.device(self.device))
         if need > free:
@@ -202,7 +209,7 @@ class Engine(Backend):
         settings = self.use(request.adapters)
         check_lengths(self.pipe, [*(prompt for prompt, _ in request.images), request.sampling.negative_prompt])
         files: list[Path] = []
-        run.report(images=len(request.images), steps=request.sampling.steps)
+        run.report(images=len(request.images), steps=steps_in_all(request.sampling))
         for number, (prompt, seed) in enumerate(request.images, 1):
             run.report(image=number, step=0, preview="")
             subjects = self._subjects(prompt, request) if request.subjects_apart else {}
@@ -253,7 +260,7 @@ class Engine(Backend):
 
     def generate(self, request: Request, prompt: str, seed: int, run: Run) -> Any:
         """Generate one image with the active adapters."""
-        steps = request.sampling.steps
+        steps = steps_in_all(request.sampling)
         every = max(1, steps // PREVIEWS)
 
         ratio = (request.sampling.width or self.side) / (request.sampling.height or self.side)

@@ -17,9 +17,9 @@ MAX_SCALE = 4
 minutes, in which nothing can be interrupted."""
 MAX_SEED = 2**53 - 1
 """Largest whole number that every browser keeps exactly."""
-LIMITS: dict[str, tuple[int, int]] = {
+LIMITS: dict[str, tuple[float, float]] = {
     "count": (1, MAX_IMAGES), "seed": (-1, MAX_SEED), "steps": (1, MAX_STEPS), "guidance": (0, 30),
-    "width": (0, MAX_SIDE), "height": (0, MAX_SIDE),
+    "width": (0, MAX_SIDE), "height": (0, MAX_SIDE), "hires": (1, MAX_SCALE), "hires_strength": (0.1, 1),
 }  # fmt: skip
 """Smallest and largest value of each number of the Generate tab. A seed of -1 is random, a side of 0 the base's own."""
 

@@ -15,11 +15,11 @@ from solo_runs import NAMES, Alone, gray_levels_apart, write_library
 
 from nora_diffusion import open_pipeline
 from nora_diffusion.generation.library import list_library
+from nora_diffusion.generation.samplers import SAMPLERS
 from nora_diffusion.generation.settings import Sampling
 from nora_diffusion.loaders import list_adapters
 from nora_diffusion.serving.engine import Engine
 from nora_diffusion.serving.request import Request
-from nora_diffusion.serving.samplers import SAMPLERS
 from nora_diffusion.serving.tickets import Cancelled, Event, Ticket
 
 EXAMPLES = 20
@@ -44,11 +44,12 @@ def weights() -> st.SearchStrategy[float]:
 @st.composite
 def sent(draw: st.DrawFn) -> Sent:
     size, steps = draw(st.sampled_from([16, 24])), draw(st.integers(1, 4))
-    sampling = Sampling(steps, draw(st.sampled_from([1.0, 4.0])), width=size, height=16)
+    sampling = Sampling(steps, draw(st.sampled_from([1.0, 4.0])), width=size, height=16,
+                        sampler=draw(st.sampled_from([None, *SAMPLERS])))  # fmt: skip
     request = Request(
         draw(st.sampled_from(["a sks dog", "a red car in the snow"])), sampling,
         draw(st.dictionaries(st.sampled_from(sorted(NAMES)), weights(), max_size=2)), draw(st.integers(0, 3)),
-        draw(st.integers(1, 2)), draw(st.sampled_from([None, *SAMPLERS])), draw(st.sampled_from(["", "alice"])),
+        draw(st.integers(1, 2)), draw(st.sampled_from(["", "alice"])),
     )  # fmt: skip
     return Sent(request, draw(st.integers(0, 3)), draw(st.none() | st.integers(1, 3)))
 

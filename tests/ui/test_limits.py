@@ -91,9 +91,10 @@ def test_crops_are_shown_small_and_files_are_read_once_each(app: App, tmp_path: 
         distinct([paths[1]] * 101)
 
 
-@pytest.mark.parametrize("name", ["count", "seed", "steps", "guidance", "width", "height"])
+@pytest.mark.parametrize("name", ["count", "seed", "steps", "guidance", "width", "height", "hires", "hires_strength"])
 def test_no_number_of_an_image_is_unbounded(app: App, name: str) -> None:
-    form = {"count": 1, "seed": 1, "steps": 2, "guidance": 2.0, "width": 16, "height": 16, "block_weights": {}}
+    form = {"count": 1, "seed": 1, "steps": 2, "guidance": 2.0, "width": 16, "height": 16, "block_weights": {},
+            "hires": 2, "hires_strength": 0.5}  # fmt: skip
     assert build_request(app, "a fox", "", **form)
     for value in (*(HUGE if name != "seed" else HUGE[2:]), -2, LIMITS[name][1] + 8):
         with pytest.raises(UserError):
@@ -193,7 +194,7 @@ def test_values_of_an_image_beyond_the_form_are_left_out_and_named(app: App, nam
 def test_odd_parameters_of_other_programs(app: App, tmp_path: Path) -> None:
     last = "Steps: 99999999999999999999999999, CFG scale: 1e999, Seed: -5, Size: 999999999x999999999"
     values, _, notes = restored(app, read_settings(with_text(tmp_path / "huge.png", parameters=f"dog\n{last}")))
-    assert values == {"count": 1, "prompt": "dog", "negative": ""} and len(notes) == 5
+    assert values == {"count": 1, "prompt": "dog", "negative": "", "sampler": "own", "hires": 1} and len(notes) == 5
 
 
 @pytest.mark.parametrize(
@@ -249,3 +250,34 @@ def test_an_image_restores_whether_its_subjects_were_kept_apart(app: App) -> Non
     apart = [{**adapter, "words": adapter["name"]} for adapter in two]
     found = [restored(app, replace(SETTINGS, adapters=adapters))[0].get("apart") for adapters in (apart, two, two[:1])]
     assert found == [True, False, None]
+
+
+def test_an_image_restores_its_sampler_and_its_second_pass(app: App) -> None:
+    for sampler, expected in (("Euler a", "euler_a"), ("DPM++ 2M Karras", "dpmpp_2m_karras"), ("DDIMScheduler", "own")):
+        values, _, notes = restored(app, replace(SETTINGS, sampler=sampler))
+        assert values["sampler"] == expected and values["hires"] == 1 and not notes
+    values, _, notes = restored(app, replace(SETTINGS, sampler="DPM adaptive"))
+    assert values["sampler"] == "own" and "DPM adaptive is not offered" in notes[0]
+    values, _, notes = restored(app, replace(SETTINGS, hires={"scale": 2.0, "strength": 0.4}))
+    assert (values["hires"], values["hires_strength"]) == (2.0, 0.4) and not notes
+    _, _, notes = restored(
+        app, replace(SETTINGS, hires={"scale": 99.0, "strength": 9.0}, start={"image": "a.png", "strength": 1})
+    )
+    assert len(notes) == 3 and any("another one, a.png" in note for note in notes), notes
+
+
+def test_a_second_pass_is_made_and_its_size_is_limited(app: App, tmp_path: Path) -> None:
+    def made(scale: float) -> Run:
+        order = Request((("a dog", 1),), Sampling(4, 2.0, "", 16, 16, hires_scale=scale, sampler="euler"))
+        run = Run(app.device, "images", lambda run: app.engine.make(order, tmp_path, run))
+        run.join(WAIT)
+        return run
+
+    run = made(2.0)
+    assert run.progress.state == "done" and run.progress.steps == run.progress.step == 6
+    with Image.open(run.progress.files[0]) as image:
+        assert image.size == (32, 32)
+    assert app.engine.side == 16 and "the largest side" not in made(4.0).progress.message
+    app.engine.__dict__["side"] = 8
+    assert "would make images of 64x64, and 32 is the largest side" in made(4.0).progress.message
+    del app.engine.__dict__["side"]

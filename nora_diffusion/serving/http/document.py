@@ -7,9 +7,9 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from ...generation.samplers import SAMPLERS
 from ...generation.settings import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED
 from ..request import MAX_PRIORITY, MAX_SUBJECTS, MAX_TIMEOUT
-from ..samplers import SAMPLERS
 from .config import ServeConfig
 
 PARAMETER = re.compile(r"\{\w+\}")

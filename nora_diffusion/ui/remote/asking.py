@@ -15,7 +15,8 @@ def body_of(prompt: str, seed: int, sampling: Sampling, **others: Any) -> dict[s
     """The fields of ``POST /v1/pictures``, without those that are ``None``. ``prompt``: with its tags."""
     given = {
         "prompt": prompt, "negative_prompt": sampling.negative_prompt, "seed": seed, "steps": sampling.steps,
-        "guidance": sampling.guidance, "width": sampling.width, "height": sampling.height, **others,
+        "guidance": sampling.guidance, "width": sampling.width, "height": sampling.height,
+        "sampler": sampling.sampler, **others,
     }  # fmt: skip
     return {name: value for name, value in given.items() if value is not None}
 

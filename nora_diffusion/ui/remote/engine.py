@@ -79,6 +79,8 @@ class RemoteEngine(Backend):
     def make(self, request: Request, out: Path, run: Run) -> list[Path]:
         """Generate the images, as many together as the server takes. Each is written as soon as it arrives."""
         request.check()
+        if request.sampling.hires_scale > 1:
+            raise UserError("a server makes no second pass: set its factor to 1")
         most = self.server.about.max_count
         files: list[Path] = []
         for start in range(0, len(request.images), most):

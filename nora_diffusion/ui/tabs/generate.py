@@ -48,9 +48,13 @@ def build(page: Page) -> None:
                 elem_classes=["pixels"] if app.engine.is_embedded else [], buttons=["download", "fullscreen"],
             )  # fmt: skip
     buttons = [go, interrupt, skip]
-    values = [page.prompt, settings.negative, settings.count, settings.seed, settings.steps, settings.guidance]
+    values = [
+        page.prompt, settings.negative, settings.count, settings.seed, settings.steps, settings.guidance,
+        settings.width, settings.height, block_weights, settings.apart, settings.sampler, settings.hires,
+        settings.hires_strength,
+    ]  # fmt: skip
     run = go.click(
-        handler(generate_handler(app)), [*values, settings.width, settings.height, block_weights, settings.apart],
+        handler(generate_handler(app)), values,
         [*buttons, status_line, preview, gallery, settings.last_seed], api_name="generate", api_visibility="private",
         concurrency_limit=None, show_progress="hidden",
     )  # fmt: skip
@@ -64,12 +68,14 @@ def generate_handler(app: App) -> Any:
 
     def generate(
         prompt: str, negative: str, count: float, seed: float | None, steps: float, guidance: float, width: float,
-        height: float, block_weights: dict[str, dict[str, float]], apart: bool, request: gr.Request,
+        height: float, block_weights: dict[str, dict[str, float]], apart: bool, sampler: str, hires: float,
+        hires_strength: float, request: gr.Request,
     ) -> Iterator[Any]:  # fmt: skip
         seed = first_seed(seed)
         order = build_request(
-            app, prompt, negative, to_int(count), seed, steps, guidance, width, height, block_weights, apart
-        )
+            app, prompt, negative, to_int(count), seed, steps, guidance, width, height, block_weights, apart, sampler,
+            hires, hires_strength,
+        )  # fmt: skip
         out = app.library.images
         run = Run(app.device, WORK, lambda run: app.engine.make(order, out, run))
         app.runs.put(run_key(request, WORK), run)
@@ -95,6 +101,7 @@ def follow(app: App, run: Run, captions: Sequence[str] = ()) -> Iterator[tuple[A
 def build_request(
     app: App, prompt: str, negative: str, count: int, seed: int, steps: float, guidance: float, width: float | None,
     height: float | None, block_weights: dict[str, dict[str, float]], apart: bool = True,
+    sampler: str = generate_settings.OWN_SAMPLER, hires: float = 1.0, hires_strength: float = 0.5,
 ) -> Request:  # fmt: skip
     """Build and check a request from the values of the page. Raises :class:`UserError` for invalid ones."""
     if len(prompt or "") > MAX_PROMPT:
@@ -105,7 +112,8 @@ def build_request(
     adapters = tuple(find_adapter(app, tag, (block_weights or {}).get(tag.name, {})) for tag in tags)
     sampling = Sampling(
         to_int(steps, "steps"), float(guidance), negative or "", to_int(width, "width") or None,
-        to_int(height, "height") or None,
+        to_int(height, "height") or None, sampler=None if sampler == generate_settings.OWN_SAMPLER else sampler,
+        hires_scale=float(hires), hires_strength=float(hires_strength),
     )  # fmt: skip
     request = Request(tuple((clean, seed + i) for i in range(count)), sampling, adapters, bool(apart))
     request.check()

@@ -9,12 +9,15 @@ from typing import Any
 
 import gradio as gr
 
+from ...generation.samplers import SAMPLERS
 from ...generation.settings import MAX_PROMPT
 from ..backend import Backend
 from ..layout.page import ALWAYS_LAST, UNQUEUED, Page
 from ..request import LIMITS, MAX_SEED
 
 STORAGE_KEY = "nora_diffusion"
+OWN_SAMPLER = "own"
+SAMPLER_CHOICES = [("The base's own", OWN_SAMPLER), *((sampler.title, name) for name, sampler in SAMPLERS.items())]
 FIRST_PROMPT = "a red car in the forest"
 SAVE = """
 (...values) => {
@@ -52,11 +55,15 @@ class Settings:
     width: gr.Number
     height: gr.Number
     apart: gr.Checkbox
+    sampler: gr.Dropdown
+    hires: gr.Slider
+    hires_strength: gr.Slider
     last_seed: gr.State
 
     def components(self) -> dict[str, Any]:
         """The components that are stored over a reload and restored from an image, by name."""
-        names = ("negative", "count", "seed", "steps", "guidance", "width", "height", "apart")
+        names = ("negative", "count", "seed", "steps", "guidance", "width", "height", "apart", "sampler", "hires",
+                 "hires_strength")  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
 
@@ -65,7 +72,7 @@ def defaults(engine: Backend) -> dict[str, Any]:
     return {
         "prompt": FIRST_PROMPT if engine.is_embedded else "", "negative": "", "count": 1, "seed": -1,
         "steps": engine.steps, "guidance": engine.guidance, "width": 0, "height": 0,
-        "apart": True,
+        "apart": True, "sampler": OWN_SAMPLER, "hires": 1, "hires_strength": 0.5,
     }  # fmt: skip
 
 
@@ -84,19 +91,27 @@ def build(page: Page) -> Settings:
         with gr.Row():
             steps = gr.Slider(*LIMITS["steps"], initial["steps"], step=1, label="Steps", min_width=160)
             guidance = gr.Slider(*LIMITS["guidance"], initial["guidance"], step=0.1, label="CFG scale", min_width=160)
+        sampler = gr.Dropdown(SAMPLER_CHOICES, value=initial["sampler"], label="Sampler", elem_id="sampler")
         with gr.Row():
             width, height = (
                 gr.Number(0, label=label, info="0 = model default", precision=0, step=8, minimum=0,
                           maximum=LIMITS["width"][1], min_width=120)
                 for label in ("Width", "Height")
             )  # fmt: skip
+        with gr.Row(visible=not page.app.engine.is_remote):
+            hires = gr.Slider(*LIMITS["hires"], initial["hires"], step=0.25, label="Second pass: enlarge by",
+                              info="1 = no second pass", min_width=160)  # fmt: skip
+            hires_strength = gr.Slider(*LIMITS["hires_strength"], initial["hires_strength"], step=0.05,
+                                       label="Second pass: how much changes", min_width=160)  # fmt: skip
         apart = gr.Checkbox(
             initial["apart"], label="Keep subjects apart", elem_id="apart", visible=not page.app.engine.is_remote,
             info="Where the prompt names the subjects of several adapters, each acts on its own subject only",
         )  # fmt: skip
         reset = gr.Button("Reset to defaults", size="sm")
     last = gr.State(None)
-    settings = Settings(negative, count, seed, steps, guidance, width, height, apart, last)
+    settings = Settings(
+        negative, count, seed, steps, guidance, width, height, apart, sampler, hires, hires_strength, last
+    )
     dice.click(lambda: -1, None, seed, api_visibility="private", queue=False)
     reuse.click(lambda used: -1 if used is None else used, last, seed, api_visibility="private", queue=False)
     _persist(page, settings, initial, reset)
@@ -115,7 +130,8 @@ def _persist(page: Page, settings: Settings, initial: dict[str, Any], reset: gr.
 
 
 def _rules(initial: Mapping[str, Any]) -> list[list[Any]]:
-    return [[name, value, *LIMITS.get(name, (0, MAX_PROMPT))] for name, value in initial.items()]
+    rules = [[name, value, *LIMITS.get(name, (0, MAX_PROMPT))] for name, value in initial.items()]
+    return [[*rule, *([[value for _, value in SAMPLER_CHOICES]] if rule[0] == "sampler" else [])] for rule in rules]
 
 
 def save_script(fields: Iterable[str], tab: str = "") -> str:

@@ -10,6 +10,7 @@ import gradio as gr
 
 from ...errors import UserError
 from ...generation.image_settings import ImageSettings, read_settings, tag_of
+from ...generation.samplers import sampler_named
 from ...generation.settings import check_prompt
 from ...generation.tags import write_tags
 from ..layout.cards import line
@@ -18,7 +19,7 @@ from ..messages import sentence
 from ..request import LIMITS
 from ..state import App
 from ..weights import AdapterWeights
-from .generate_settings import Settings
+from .generate_settings import OWN_SAMPLER, Settings
 
 FULL_HASH = 64
 MAX_ADAPTERS = 32
@@ -27,7 +28,8 @@ MAX_SHOWN = 80
 LABELS = {
     "prompt": "Prompt", "negative": "Negative prompt", "count": "Number of images", "seed": "Seed", "steps": "Steps",
     "guidance": "CFG scale", "width": "Width", "height": "Height",
-    "apart": "Keep subjects apart",
+    "apart": "Keep subjects apart", "sampler": "Sampler", "hires": "Second pass: enlarge by",
+    "hires_strength": "Second pass: how much changes",
 }  # fmt: skip
 
 
@@ -97,12 +99,21 @@ def restored(app: App, image: ImageSettings) -> tuple[dict[str, Any], dict[str, 
     stored: dict[str, Any] = {
         "prompt": image.prompt, "negative": image.negative_prompt, "seed": image.seed, "steps": image.steps,
         "guidance": image.guidance, "width": image.width, "height": image.height,
+        "hires": image.hires.get("scale", 1), **({"hires_strength": image.hires["strength"]} if image.hires else {}),
     }  # fmt: skip
     for name, value in stored.items():
         try:
             values[name] = _checked(name, write_tags(value, tags) if name == "prompt" else value, app.engine.max_side)
         except UserError as error:
             notes.append(f"{LABELS[name]} is left out: {error}.")
+    sampler = sampler_named(image.sampler)
+    values["sampler"] = sampler or OWN_SAMPLER
+    if not sampler and image.sampler and not image.sampler.endswith("Scheduler"):  # else the base's own
+        notes.append(f"The sampler {image.sampler[:MAX_SHOWN]} is not offered: the base's own is used.")
+    if image.start:
+        notes.append(
+            f"The image was made from another one, {str(image.start.get('image'))[:MAX_SHOWN]}, not from noise."
+        )
     return values, block_weights, notes
 
 

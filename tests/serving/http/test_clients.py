@@ -70,7 +70,7 @@ def test_a1111_random_seeds_and_refusals(serve: Serve) -> None:
         json.loads(client.post("/sdapi/v1/txt2img", json={**SMALL, "seed": -1}).json()["info"])["seed"] for _ in "ab"
     ]
     assert seeds[0] != seeds[1]
-    for wrong in ({"sampler_name": "Heun"}, {"enable_hr": True}, {"batch_size": 16, "n_iter": 2}, {"prompt": ""}):
+    for wrong in ({"sampler_name": "Best"}, {"enable_hr": True}, {"batch_size": 16, "n_iter": 2}, {"prompt": ""}):
         assert client.post("/sdapi/v1/txt2img", json={**SMALL, **wrong}).status_code == 400
     assert [own["name"] for own in client.get("/sdapi/v1/loras").json()] == ["cat", "dog"]
     assert "Euler a" in [own["name"] for own in client.get("/sdapi/v1/samplers").json()]

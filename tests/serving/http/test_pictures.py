@@ -210,7 +210,7 @@ def test_cancelled_pictures_leave_the_queue(serve: Serve) -> None:
         ({**SMALL, "prompt": "<lora:dog>"}, "no prompt besides the tags"),
         ({**SMALL, "prompt": "a \ud83d"}, "prompt"),
         ({**SMALL, "prompt": "a\0b"}, "is not text"),
-        ({**SMALL, "sampler": "heun"}, "the sampler 'heun' is unknown"),
+        ({**SMALL, "sampler": "best"}, "the sampler 'best' is unknown"),
         ({**SMALL, "stepz": 1}, "stepz: there is no such field: check its spelling"),
         ({**SMALL, "format": "gif"}, "format"),
         ({**SMALL, "priority": 99}, "priority"),

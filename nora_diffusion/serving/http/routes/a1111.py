@@ -12,16 +12,14 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 
 from ....errors import UserError, quoted
+from ....generation.samplers import SAMPLERS, sampler_named
 from ...request import MAX_COUNT, Request
-from ...samplers import SAMPLERS
 from ..answers import MAKING, errors
 from ..encoding import as_base64
 from ..following import pictures, submitted
 from ..state import State, seed_of
 from .own import client_of
 
-NAMES = {"DDIM": "ddim", "Euler": "euler", "Euler a": "euler_a", "DPM++ 2M": "dpmpp_2m", "UniPC": "unipc"}
-"""A1111's names of the samplers."""
 UNSUPPORTED = ("enable_hr", "firstpass_image", "styles", "init_images", "script_name")
 """Fields that would make another picture: they are refused instead of ignored."""
 
@@ -114,7 +112,7 @@ def routes(state: State) -> APIRouter:
     @router.get("/samplers")
     def samplers() -> list[SamplerAnswer]:
         """The samplers."""
-        return [SamplerAnswer(name=name, aliases=[own]) for name, own in NAMES.items()]
+        return [SamplerAnswer(name=sampler.title, aliases=[own]) for own, sampler in SAMPLERS.items()]
 
     @router.get("/options")
     def options() -> OptionsAnswer:
@@ -135,11 +133,10 @@ def sampler_of(body: TextToImageBody) -> str | None:
     name = body.sampler_name or body.sampler_index
     if name in (None, "", "Automatic"):
         return None
-    found = {**{key.lower(): own for key, own in NAMES.items()}, **{own: own for own in SAMPLERS}}.get(
-        str(name).lower()
-    )
+    found = sampler_named(str(name))
     if found is None:
-        raise UserError(f"the sampler {quoted(name)} is unknown: choose one of {', '.join(NAMES)}")
+        titles = [sampler.title for sampler in SAMPLERS.values()]
+        raise UserError(f"the sampler {quoted(name)} is unknown: choose one of {', '.join(titles)}")
     return found
 
 
@@ -152,10 +149,15 @@ def request_of(state: State, body: TextToImageBody, client: str) -> Request:
     if count > MAX_COUNT:
         raise UserError(f"batch_size times n_iter is {count}: ask for at most {MAX_COUNT} pictures")
     sampling = state.sampling(
-        body.steps, body.cfg_scale, negative_prompt=body.negative_prompt or "", width=body.width, height=body.height
+        body.steps,
+        body.cfg_scale,
+        negative_prompt=body.negative_prompt or "",
+        width=body.width,
+        height=body.height,
+        sampler=sampler_of(body),
     )
     return Request(
-        body.prompt, sampling, seed=seed_of(body.seed, count), count=count, sampler=sampler_of(body), client=client,
+        body.prompt, sampling, seed=seed_of(body.seed, count), count=count, client=client,
         timeout=state.config.timeout,
     )  # fmt: skip
 

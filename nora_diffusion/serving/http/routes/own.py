@@ -106,10 +106,15 @@ def client_of(http: HttpRequest) -> str:
 def request_of(state: State, body: PicturesBody, client: str) -> Request:
     """The body as the engine takes it. Raises :class:`UserError`."""
     sampling = state.sampling(
-        body.steps, body.guidance, negative_prompt=body.negative_prompt, width=body.width, height=body.height
+        body.steps,
+        body.guidance,
+        negative_prompt=body.negative_prompt,
+        width=body.width,
+        height=body.height,
+        sampler=body.sampler,
     )
     return Request(
-        body.prompt, sampling, body.subjects, seed_of(body.seed, body.count), body.count, body.sampler, client,
+        body.prompt, sampling, body.subjects, seed_of(body.seed, body.count), body.count, client,
         body.priority, state.config.timeout if body.timeout is None else body.timeout,
         dict.fromkeys(body.adapters, "not received yet"),
     )  # fmt: skip
