@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["lora", "nora", "nora_input"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     args = parser.parse_args()
-    room, results = Classroom(EMBEDDED_WEIGHTS, Probes(), "bf16"), []
+    room, results = Classroom(EMBEDDED_WEIGHTS, Probes(), "no"), []
     for method in args.methods:
         by_seed = []
         for seed in args.seeds:

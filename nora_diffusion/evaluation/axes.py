@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, quoted
 from ..formats.adapter_file import FILE_NAME, inspect_adapter
 from ..generation.addresses import parse_adapter
+from ..generation.samplers import SAMPLERS, sampler_named
 from ..generation.settings import MAX_SEED, Sampling, check_prompt, check_range
 from ..generation.tags import parse_tags
 from ..io.run_layout import CHECKPOINTS, checkpoint_steps
@@ -18,7 +19,7 @@ from ..io.run_layout import CHECKPOINTS, checkpoint_steps
 NONE = ("", "none", "None")
 INTEGERS = ("seed", "steps", "step")
 NUMBERS = (*INTEGERS, "weight", "guidance")
-AXES = ("adapter", "weight", "method", "seed", "step", "steps", "guidance", "prompt")
+AXES = ("adapter", "weight", "method", "seed", "step", "steps", "guidance", "sampler", "prompt")
 MAX_RANGE = 1000
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -115,6 +116,8 @@ def axis(name: str, values: Sequence[Any]) -> Axis:
     """
     if name not in AXES:
         raise UserError(f"there is no axis {name!r}: choose one of {', '.join(AXES)}")
+    if name == "sampler":
+        return Axis(name, *zip(*map(_sampler, values), strict=True))
     if name != "adapter":
         return Axis(name, tuple(f"{v:g}" if isinstance(v, float) else str(v) for v in values),
                     tuple({name: value} for value in values))  # fmt: skip
@@ -126,6 +129,14 @@ def axis(name: str, values: Sequence[Any]) -> Axis:
             path, weight = parse_adapter(str(text))
             changes.append({"adapter": path} | ({"weight": weight} if path != text else {}))
     return Axis(name, tuple("none" if v in NONE else Path(str(v)).name for v in values), tuple(changes))
+
+
+def _sampler(value: str) -> tuple[str, dict[str, Any]]:
+    """A value of the axis ``sampler``, by any of its names."""
+    found = sampler_named(value)
+    if found is None:
+        raise UserError(f"the sampler {quoted(value)} is unknown: choose one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[found].title, {"sampler": found}
 
 
 def parse_axis(text: str) -> Axis:

@@ -119,7 +119,8 @@ def suggestion(app: App, name: str, adapter: str, prompt: str) -> str:
     if name == "step":
         return ", ".join(map(str, checkpoints(app, adapter)))
     return {
-        "weight": "0, 0.5, 1", "seed": "1..4", "steps": "5, 10, 20", "guidance": "2, 5, 8", "prompt": f"{prompt} | ",
+        "weight": "0, 0.5, 1", "seed": "1..4", "steps": "5, 10, 20", "guidance": "2, 5, 8",
+        "sampler": "ddim, euler_a, dpmpp_2m", "prompt": f"{prompt} | ",
     }.get(name, "")  # fmt: skip
 
 

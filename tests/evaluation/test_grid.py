@@ -247,6 +247,11 @@ def test_mistakes_get_one_sentence(
 def test_axes_from_text() -> None:
     assert parse_axis("prompt= a dog, running | a cat ").labels == ("a dog, running", "a cat")
     assert parse_axis("weight=0,0.5").changes == ({"weight": 0.0}, {"weight": 0.5})
+    samplers = parse_axis("sampler=euler_a, DPM++ 2M Karras")
+    assert samplers.labels == ("Euler a", "DPM++ 2M Karras")
+    assert samplers.changes == ({"sampler": "euler_a"}, {"sampler": "dpmpp_2m_karras"})
+    with pytest.raises(UserError, match="the sampler 'magic' is unknown"):
+        parse_axis("sampler=magic")
     assert axis("adapter", ["none", "out/dog:0.8"]).changes == (
         {"adapter": None},
         {"adapter": "out/dog", "weight": 0.8},
