@@ -38,6 +38,7 @@ class Progress:
     """A snapshot of a run. ``image`` and ``step`` count from 1; ``preview`` is a data URI.
 
     ``share``: how much of the work is done, from 0 to 1; 0: as much as ``image`` and ``step`` say.
+    ``begun``: when the first step began (``time.monotonic``; 0: not yet).
     """
 
     state: State = "waiting"
@@ -52,6 +53,7 @@ class Progress:
     files: tuple[Path, ...] = ()
     message: str = ""
     seconds: float = 0.0
+    begun: float = 0.0
 
     @property
     def over(self) -> bool:
@@ -96,6 +98,8 @@ class Run:
 
     def report(self, **values: object) -> None:
         """Update the snapshot and wake all followers."""
+        if values.get("steps") and not self.progress.begun:
+            values["begun"] = time.monotonic()
         with self._changed:
             self.progress = replace(self.progress, **values)  # type: ignore[arg-type]
             self._version += 1

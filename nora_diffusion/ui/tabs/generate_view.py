@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 from ..layout.cards import line
 from ..runs import Progress
 from ..state import App
+
+SURE_SECONDS = 2.0
+"""So long it is not known how fast the base is."""
 
 
 def status(progress: Progress, idle: bool = False) -> str:
@@ -25,10 +29,20 @@ def status(progress: Progress, idle: bool = False) -> str:
         step = min(progress.step, progress.steps)  # PNDM makes one step more
         done = progress.share or ((progress.image - 1) + step / progress.steps) / max(1, progress.images)
         text = f"Image {progress.image} of {progress.images}, step {step} of {progress.steps}"
-        return line(text) + f'<div class="bar"><span style="width:{100 * done:.0f}%"></span></div>'
+        return (
+            line(text + _left(progress, done)) + f'<div class="bar"><span style="width:{100 * done:.0f}%"></span></div>'
+        )
     made = len(progress.files)
     images = f"{made} image{'' if made == 1 else 's'} in {progress.seconds:.1f} s"
     return line(f"Interrupted after {images}." if progress.state == "stopped" else f"{images}.")
+
+
+def _left(progress: Progress, done: float) -> str:
+    """How long the rest will take, as long as what is done took; not told in the first seconds, and near the end."""
+    spent = time.monotonic() - progress.begun
+    if spent < SURE_SECONDS or not 0 < done < 1 or (left := spent * (1 - done) / done) < 1:
+        return ""
+    return f", about {left:.0f} s left" if left < 90 else f", about {left / 60:.0f} minutes left"
 
 
 def _waiting(progress: Progress) -> str:
