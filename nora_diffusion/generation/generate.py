@@ -72,9 +72,7 @@ class GenerateConfig:
         check_range("seed", self.seed, 0, MAX_SEED - self.num + 1)
         self.sampling.check()
         if self.start:
-            self.start.check(self.sampling.steps)
-            if self.start.mask and self.sampling.hires_scale > 1:
-                raise UserError("a second pass would change the image outside of the mask: leave out one of them")
+            self.start.check(self.sampling)
 
 
 def generate(config: GenerateConfig) -> list[Path]:

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 from ..data.images import SourceImage, UnreadableImageError, read_source
 from ..data.masks import subject_box
 from ..errors import UserError
-from .settings import check_range, check_strength
+from .settings import Sampling, check_range, check_strength
 
 Box = tuple[int, int, int, int]
 Size = tuple[int, int]
@@ -41,9 +41,9 @@ class StartImage:
     mask: Path | None = None
     padding: int | None = None
 
-    def check(self, steps: int) -> None:
+    def check(self, sampling: Sampling) -> None:
         """Read both files. Raises :class:`UserError` for files and settings that cannot be used."""
-        check_strength("strength", self.strength, steps)
+        check_strength("strength", self.strength, sampling.steps)
         size = self.source.size
         if self.mask is None:
             if self.padding is not None:
@@ -51,6 +51,8 @@ class StartImage:
             return
         if self.padding is not None:
             check_range("mask padding", self.padding, 0, MAX_PADDING)
+        if sampling.hires_scale > 1:
+            raise UserError("a second pass would change the image outside of the mask: leave out one of them")
         own = _read(self.mask, "mask").size
         if abs(own[0] * size[1] / (own[1] * size[0]) - 1) > MAX_ASPECT_ERROR:
             raise UserError(

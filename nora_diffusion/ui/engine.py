@@ -209,7 +209,7 @@ class Engine(Backend):
         settings = self.use(request.adapters)
         check_lengths(self.pipe, [*(prompt for prompt, _ in request.images), request.sampling.negative_prompt])
         files: list[Path] = []
-        run.report(images=len(request.images), steps=steps_in_all(request.sampling))
+        run.report(images=len(request.images), steps=steps_in_all(request.sampling, request.start))
         for number, (prompt, seed) in enumerate(request.images, 1):
             run.report(image=number, step=0, preview="")
             subjects = self._subjects(prompt, request) if request.subjects_apart else {}
@@ -255,12 +255,12 @@ class Engine(Backend):
     def _save(
         self, out: Path, image: Any, prompt: str, seed: int, request: Request, adapters: list[dict[str, Any]]
     ) -> Path:
-        settings = describe_image(self.pipe, image, prompt, seed, request.sampling, adapters)
+        settings = describe_image(self.pipe, image, prompt, seed, request.sampling, adapters, request.start)
         return save_new_image(image, out, seed, replace(settings, base=self.base_id))
 
     def generate(self, request: Request, prompt: str, seed: int, run: Run) -> Any:
         """Generate one image with the active adapters."""
-        steps = steps_in_all(request.sampling)
+        steps = steps_in_all(request.sampling, request.start)
         every = max(1, steps // PREVIEWS)
 
         ratio = (request.sampling.width or self.side) / (request.sampling.height or self.side)
@@ -270,7 +270,7 @@ class Engine(Backend):
             show = step % every == 0 and step < steps
             run.report(step=step, **({"preview": self.preview_uri(latents[0], ratio)} if show else {}))
 
-        return sample_images(self.pipe, [prompt], [seed], request.sampling, on_step, run.check_stop)[0]
+        return sample_images(self.pipe, [prompt], [seed], request.sampling, on_step, run.check_stop, request.start)[0]
 
 
 def _fingerprints(pipe: Any) -> dict[str, dict[str, float]]:

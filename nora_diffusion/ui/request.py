@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..generation.settings import Sampling, check_prompt, check_range
+from ..generation.start_image import StartImage
 from .weights import AdapterWeights
 
 MAX_IMAGES = 64
@@ -38,12 +39,14 @@ class Request:
     """Images to generate with the same settings: one for each ``(prompt, seed)`` of ``images``.
 
     ``subjects_apart``: where a prompt names the subjects of several adapters, each acts on its own subject only.
+    ``start``: the image that all of them start from.
     """
 
     images: tuple[tuple[str, int], ...]
     sampling: Sampling
     adapters: tuple[ActiveAdapter, ...] = ()
     subjects_apart: bool = True
+    start: StartImage | None = None
 
     def check(self, max_side: int = MAX_SIDE) -> None:
         """Raise :class:`UserError` for the first value out of range."""
@@ -56,3 +59,5 @@ class Request:
             check_range("seed", seed, 0, MAX_SEED)
         check_range("guidance", self.sampling.guidance, *LIMITS["guidance"])
         self.sampling.check(MAX_STEPS, max_side)
+        if self.start:
+            self.start.check(self.sampling)

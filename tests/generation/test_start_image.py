@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nora_diffusion import UserError
+from nora_diffusion import Sampling, UserError
 from nora_diffusion.generation.start_image import StartImage
 
 
@@ -98,7 +98,7 @@ def test_a_mask_may_be_the_opaque_part_of_an_image(tmp_path: Path) -> None:
     strokes.paste((0, 0, 0, 255), (10, 20, 30, 40))
     strokes.save(tmp_path / "strokes.png")
     start = StartImage(picture(tmp_path, (64, 64)), mask=tmp_path / "strokes.png")
-    start.check(10)
+    start.check(Sampling(10, 2.0))
     assert start.region == (10, 20, 30, 40)
 
 
@@ -129,8 +129,8 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
         (StartImage(photo, mask=white, padding=-1), "padding=-1"),
     ]:
         with pytest.raises(UserError, match=message):
-            start.check(10)
-    StartImage(photo, 0.1, white, 0).check(10)
+            start.check(Sampling(10, 2.0))
+    StartImage(photo, 0.1, white, 0).check(Sampling(10, 2.0))
 
 
 def test_it_is_recorded(tmp_path: Path) -> None:

@@ -45,7 +45,25 @@ def test_every_mode_makes_an_adapter_that_can_be_exported(server: Server, second
         assert exported["success"] and "Exported: rank" in str(exported["output"]), exported
         prompt = f"a dog <lora:{folder.name}:1>"
         assert server.call(
-            "generate", prompt, "", 1, 3, 2, 2.0, 16, 16, {}, True, "own", 1, 0.5, session=f"use {mode}"
+            "generate",
+            prompt,
+            "",
+            1,
+            3,
+            2,
+            2.0,
+            16,
+            16,
+            {},
+            True,
+            "own",
+            1,
+            0.5,
+            None,
+            "",
+            0.7,
+            True,
+            session=f"use {mode}",
         )["success"]
     finally:
         shutil.rmtree(folder)

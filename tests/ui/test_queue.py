@@ -22,7 +22,7 @@ ENDLESS = (MAX_IMAGES, MAX_STEPS)  # longer than any test
 
 
 def order(prompt: str, count: int = 1, steps: int = 2, seed: int = 3) -> list[Any]:
-    return [prompt, "", count, seed, steps, 2.0, 16, 16, {}, True, "own", 1, 0.5]
+    return [prompt, "", count, seed, steps, 2.0, 16, 16, {}, True, "own", 1, 0.5, None, "", 0.7, True]
 
 
 class PendingRequest:

@@ -29,6 +29,7 @@ def generate(server: Server, **changes: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
         "prompt": "a dog", "negative": "", "count": 1, "seed": 3, "steps": 2, "guidance": 2.0, "width": 16,
         "height": 16, "blocks": {}, "apart": True, "sampler": "own", "hires": 1, "hires_strength": 0.5,
+        "start_file": None, "mask": "", "strength": 0.7, "closely": True,
     }  # fmt: skip
     assert set(changes) <= set(values)
     return server.call("generate", *{**values, **changes}.values())

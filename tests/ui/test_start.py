@@ -56,7 +56,9 @@ def test_the_page_reveals_no_folders(server: Server, base: Path) -> None:
     with server.client() as http:
         page = http.get("/").text + http.get("/config").text
     broken = server.call("pick", event={"name": "broken"})
-    gone = server.call("generate", "a dog <lora:broken:1>", "", 1, 3, 2, 2.0, 16, 16, {}, True, "own", 1, 0.5)
+    gone = server.call(
+        "generate", "a dog <lora:broken:1>", "", 1, 3, 2, 2.0, 16, 16, {}, True, "own", 1, 0.5, None, "", 0.7, True
+    )
     assert base.name in page  # only the name of its folder
     for text in (page, str(broken["output"]), str(gone["output"])):
         for folder in (server.library, base, ROOT, Path.home()):

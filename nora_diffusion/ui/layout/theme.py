@@ -6,6 +6,8 @@ from typing import Any
 
 import gradio as gr
 
+from . import painting
+
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
@@ -16,7 +18,7 @@ CSS = """
 #title p { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; overflow-wrap: anywhere; }
 .html-container { padding: 0 !important; }
 .block:has(> .html-container > .prose:empty) { display: none; }
-:is(#train-photos, #import, #drop-image) .icon-wrap { display: none; }
+:is(#train-photos, #import, #drop-image, #start-file) .icon-wrap { display: none; }
 .pixels img, .html-container .card img { image-rendering: pixelated; object-fit: contain; }
 #generate-areas { display: grid; gap: var(--layout-gap); grid-template: "ask result" auto "more result" 1fr / 5fr 6fr; }
 #generate-ask { grid-area: ask; } #generate-more { grid-area: more; } #generate-result { grid-area: result; }
@@ -85,6 +87,7 @@ CSS = """
 .plot .rule { stroke: var(--border-color-primary); stroke-width: 1; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; color: var(--body-text-color-subdued); }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
+PAINTING
 @media (max-width: 640px) { .facts :is(th, td) { min-width: 5rem; }
   .plot svg { font-size: 14px; } .plot g { font-size: 12px; } }
 }
@@ -93,7 +96,7 @@ CSS = """
     grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
   #generate-areas { grid-template: "ask" auto "result" auto "more" auto / 1fr; }
   #library-areas { grid-template: "chosen" auto "cards" auto "import" auto / 1fr; } }
-"""
+""".replace("PAINTING", painting.CSS)
 
 # An event whose stream has ended is answered when Gradio's client has read that end: see event_streams.py. The client
 # then aborts the last stream that it has opened, which is that of an upload's progress if there was one.
@@ -146,8 +149,9 @@ SCRIPT = """
     }
   });
   document.documentElement.lang = 'en';
+PAINTING
 }
-"""
+""".replace("PAINTING", painting.SCRIPT)
 
 
 def appearance() -> dict[str, Any]:

@@ -81,6 +81,8 @@ class RemoteEngine(Backend):
         request.check()
         if request.sampling.hires_scale > 1:
             raise UserError("a server makes no second pass: set its factor to 1")
+        if request.start:
+            raise UserError("a server does not start from images: remove the image")
         most = self.server.about.max_count
         files: list[Path] = []
         for start in range(0, len(request.images), most):

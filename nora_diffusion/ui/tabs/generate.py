@@ -10,13 +10,14 @@ import gradio as gr
 
 from ...errors import UserError
 from ...generation.settings import MAX_PROMPT, Sampling
+from ...generation.start_image import StartImage
 from ...generation.tags import Tag, parse_tags
 from ..layout.page import UNQUEUED, Page, handler, run_buttons, run_key, stop_handler
 from ..request import MAX_IMAGES, ActiveAdapter, Request
 from ..runs import Progress, Run
 from ..state import App
 from ..weights import AdapterWeights
-from . import generate_settings, restore, suggestions
+from . import generate_settings, restore, start_image, suggestions
 from .adapter_sliders import build_sliders
 from .generate_view import gallery_items, preview_image, status
 
@@ -38,6 +39,7 @@ def build(page: Page) -> None:
                 skip = gr.Button("Skip this image", visible=False, elem_id="skip")
         with gr.Column(elem_id="generate-more"):
             block_weights = build_sliders(page, page.prompt, "add-adapter")
+            start = start_image.build(page)
             settings = generate_settings.build(page)
             restore.build(page, settings, block_weights)
         with gr.Column(elem_id="generate-result"):
@@ -46,17 +48,19 @@ def build(page: Page) -> None:
             gallery = gr.Gallery(
                 label="Images", format="png", columns=2, object_fit="contain", elem_id="gallery", height="auto",
                 elem_classes=["pixels"] if app.engine.is_embedded else [], buttons=["download", "fullscreen"],
+                type="filepath",
             )  # fmt: skip
+            start_image.send_to(page, gallery, start)
     buttons = [go, interrupt, skip]
     values = [
         page.prompt, settings.negative, settings.count, settings.seed, settings.steps, settings.guidance,
         settings.width, settings.height, block_weights, settings.apart, settings.sampler, settings.hires,
-        settings.hires_strength,
+        settings.hires_strength, *start.inputs(),
     ]  # fmt: skip
     run = go.click(
         handler(generate_handler(app)), values,
         [*buttons, status_line, preview, gallery, settings.last_seed], api_name="generate", api_visibility="private",
-        concurrency_limit=None, show_progress="hidden",
+        concurrency_limit=None, show_progress="hidden", js=start_image.fill_mask(values.index(start.mask)),
     )  # fmt: skip
     run_buttons(run, *buttons)
     interrupt.click(handler(stop_handler(app, Run.interrupt, WORK)), api_name="interrupt", **UNQUEUED)
@@ -69,12 +73,12 @@ def generate_handler(app: App) -> Any:
     def generate(
         prompt: str, negative: str, count: float, seed: float | None, steps: float, guidance: float, width: float,
         height: float, block_weights: dict[str, dict[str, float]], apart: bool, sampler: str, hires: float,
-        hires_strength: float, request: gr.Request,
+        hires_strength: float, start_file: str | None, mask: str, strength: float, closely: bool, request: gr.Request,
     ) -> Iterator[Any]:  # fmt: skip
         seed = first_seed(seed)
         order = build_request(
             app, prompt, negative, to_int(count), seed, steps, guidance, width, height, block_weights, apart, sampler,
-            hires, hires_strength,
+            hires, hires_strength, start_image.start_of(app, start_file, mask, strength, closely),
         )  # fmt: skip
         out = app.library.images
         run = Run(app.device, WORK, lambda run: app.engine.make(order, out, run))
@@ -102,6 +106,7 @@ def build_request(
     app: App, prompt: str, negative: str, count: int, seed: int, steps: float, guidance: float, width: float | None,
     height: float | None, block_weights: dict[str, dict[str, float]], apart: bool = True,
     sampler: str = generate_settings.OWN_SAMPLER, hires: float = 1.0, hires_strength: float = 0.5,
+    start: StartImage | None = None,
 ) -> Request:  # fmt: skip
     """Build and check a request from the values of the page. Raises :class:`UserError` for invalid ones."""
     if len(prompt or "") > MAX_PROMPT:
@@ -115,7 +120,7 @@ def build_request(
         to_int(height, "height") or None, sampler=None if sampler == generate_settings.OWN_SAMPLER else sampler,
         hires_scale=float(hires), hires_strength=float(hires_strength),
     )  # fmt: skip
-    request = Request(tuple((clean, seed + i) for i in range(count)), sampling, adapters, bool(apart))
+    request = Request(tuple((clean, seed + i) for i in range(count)), sampling, adapters, bool(apart), start)
     request.check()
     return request
 
