@@ -55,7 +55,7 @@ CSS = """
 .painter :is(img, canvas) { width: 100%; display: block; margin: 0; }
 .painter canvas { position: absolute; inset: 0; height: 100%; opacity: .6; touch-action: none; cursor: crosshair; }
 .painter-tools { display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center; font-size: .9rem;
-  margin-bottom: .4rem; }
+  line-height: 1.5; margin-bottom: .4rem; }
 .painter-tools label { display: flex; gap: .4rem; align-items: center; }
 """
 

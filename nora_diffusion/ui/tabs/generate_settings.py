@@ -102,7 +102,7 @@ def build(page: Page) -> Settings:
             hires = gr.Slider(*LIMITS["hires"], initial["hires"], step=0.25, label="Second pass: enlarge by",
                               info="1 = no second pass", min_width=160)  # fmt: skip
             hires_strength = gr.Slider(*LIMITS["hires_strength"], initial["hires_strength"], step=0.05,
-                                       label="Second pass: how much changes", min_width=160)  # fmt: skip
+                                       label="Second pass: changes", min_width=160)  # fmt: skip
         apart = gr.Checkbox(
             initial["apart"], label="Keep subjects apart", elem_id="apart", visible=not page.app.engine.is_remote,
             info="Where the prompt names the subjects of several adapters, each acts on its own subject only",

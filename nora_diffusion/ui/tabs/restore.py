@@ -29,7 +29,7 @@ LABELS = {
     "prompt": "Prompt", "negative": "Negative prompt", "count": "Number of images", "seed": "Seed", "steps": "Steps",
     "guidance": "CFG scale", "width": "Width", "height": "Height",
     "apart": "Keep subjects apart", "sampler": "Sampler", "hires": "Second pass: enlarge by",
-    "hires_strength": "Second pass: how much changes",
+    "hires_strength": "Second pass: changes",
 }  # fmt: skip
 
 
