@@ -166,7 +166,7 @@ def long_text() -> bytes:
 def test_images_are_refused_from_their_header(server: Server, content: bytes, word: str) -> None:
     (path,) = upload(server, content, "a.png")
     file = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}
-    now = ["a dog", "", 1, 0, 2, 2.0, 16, 16, True]
+    now = ["a dog", "", 1, 0, 2, 2.0, 16, 16, True, "own", 1, 0.5]
     result = server.call("preview_settings", file, *now)
     assert result["success"], result
     _, text, choice = result["output"]["data"]

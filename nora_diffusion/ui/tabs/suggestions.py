@@ -44,7 +44,7 @@ def build(page: Page) -> None:
     added = shown.click(
         handler(add_handler(page.app)), page.prompt, page.prompt, api_name="add_suggested", **PRIVATE
     )  # fmt: skip
-    added.then(**search)
+    added.then(**search, **ALWAYS_LAST)
 
 
 def suggest_handler(app: App) -> Any:

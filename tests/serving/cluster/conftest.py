@@ -39,8 +39,8 @@ def library(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ask() -> Ask:
     """``ask("a sks dog <lora:dog>", steps=3)``: a request for a small picture."""
 
-    def request(prompt: str, steps: int = 2, **others: Any) -> Request:
-        return Request(prompt, Sampling(steps, 4.0, width=16, height=16), **others)
+    def request(prompt: str, steps: int = 2, sampler: str | None = None, **others: Any) -> Request:
+        return Request(prompt, Sampling(steps, 4.0, width=16, height=16, sampler=sampler), **others)
 
     return request
 
