@@ -53,7 +53,8 @@ class StartImage:
             check_range("mask padding", self.padding, 0, MAX_PADDING)
         if sampling.hires_scale > 1:
             raise UserError("a second pass would change the image outside of the mask: leave out one of them")
-        own = _read(self.mask, "mask").size
+        assert self.mask_source
+        own = self.mask_source.size
         if abs(own[0] * size[1] / (own[1] * size[0]) - 1) > MAX_ASPECT_ERROR:
             raise UserError(
                 f"the mask {self.mask.name} is {own[0]}x{own[1]}, the image {size[0]}x{size[1]}: make a mask of the "
@@ -67,20 +68,26 @@ class StartImage:
         return _read(self.path, "image")
 
     @cached_property
+    def mask_source(self) -> SourceImage | None:
+        """The mask's file, checked. Raises :class:`UserError`."""
+        return None if self.mask is None else _read(self.mask, "mask")
+
+    @cached_property
     def pixels(self) -> tuple[Image.Image, Image.Image | None]:
-        """The image (RGB) and its mask (``L``)."""
+        """The image (RGB) and its mask (``L``), which has the same size."""
         image = self.source.image
-        if self.mask is None:
+        if self.mask_source is None:
             return image, None
-        decoded = _read(self.mask, "mask").decode()
-        return image, decoded.alpha or decoded.image.convert("L")
+        decoded = self.mask_source.decode()
+        mask = decoded.alpha or decoded.image.convert("L")
+        return image, mask.resize(image.size, Image.Resampling.BILINEAR)
 
     @cached_property
     def region(self) -> Box:
         """The box around the white part of the mask. Raises :class:`UserError` if nothing is white."""
-        image, mask = self.pixels
+        mask = self.pixels[1]
         assert mask is not None
-        box = subject_box(mask.resize(image.size, Image.Resampling.BILINEAR))
+        box = subject_box(mask)
         if box is None:
             raise UserError(f"the mask {self.mask} has nothing white: paint what shall be generated white")
         left, top, right, bottom = (int(edge) for edge in box)
@@ -92,8 +99,6 @@ class StartImage:
         Without a width and a height, the frame has the shape of the image and the area of a square with that side.
         """
         image, mask = self.pixels
-        if mask is not None:
-            mask = mask.resize(image.size, Image.Resampling.BILINEAR)
         if mask is not None and self.padding is not None:
             target = (width or side, height or side)
             box = _grown(_padded(self.region, self.padding, image.size), target, image.size)
@@ -104,8 +109,8 @@ class StartImage:
     def settings(self) -> dict[str, object]:
         """What an image's file records of it."""
         found: dict[str, object] = {"image": self.path.name, "sha256": self.source.sha256, "strength": self.strength}
-        if self.mask is not None:
-            found |= {"mask": self.mask.name, "mask_sha256": _read(self.mask, "mask").sha256}
+        if self.mask_source is not None:
+            found |= {"mask": self.mask_source.path.name, "mask_sha256": self.mask_source.sha256}
         return found if self.padding is None else found | {"padding": self.padding}
 
 

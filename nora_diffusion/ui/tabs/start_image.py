@@ -17,6 +17,7 @@ from ...io.images import decode, png
 from ...reports.webpage import data_uri
 from ..layout.cards import line
 from ..layout.page import PRIVATE, UNQUEUED, Page, handler
+from ..layout.painting import painter
 from ..messages import sentence
 from ..state import App
 
@@ -63,8 +64,6 @@ def build(page: Page) -> StartFields:
         except UserError as error:
             return line(sentence(error), bad=True)
         image.thumbnail((SHOWN, SHOWN))
-        from ..layout.painting import painter
-
         return painter(data_uri(image, "JPEG", quality=90), image.size)
 
     file.change(handler(show), file, shown, api_name="start_image", **PRIVATE)
